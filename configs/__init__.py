@@ -1,0 +1,22 @@
+"""What a run is: validated configuration without torch, ray or deepspeed."""
+
+from .base import ConfigError, Section
+from .load import flatten, from_dict, load, preset_names, to_yaml
+from .model import ModelConfig, RopeScaling
+from .resolve import differences, resolve
+from .run import Config
+
+__all__ = [
+    "Config",
+    "ConfigError",
+    "ModelConfig",
+    "RopeScaling",
+    "Section",
+    "differences",
+    "flatten",
+    "from_dict",
+    "load",
+    "preset_names",
+    "resolve",
+    "to_yaml",
+]

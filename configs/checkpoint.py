@@ -1,0 +1,16 @@
+"""When checkpoints are written and which are kept."""
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from .base import Section
+
+
+class CheckpointConfig(Section):
+    every: NonNegativeInt = 100
+    """Steps between checkpoints; 0: only at the end and on a signal."""
+    keep: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Steps whose multiples are kept for good."""
+    background: bool = True
+    """Write on another thread; training waits only for the snapshot."""

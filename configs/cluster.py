@@ -1,0 +1,18 @@
+"""Where the processes of a run live: Ray and the share of a node each one gets."""
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
+
+from .base import Section
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """Ray address to join; None: RAY_ADDRESS, else a local Ray for this run."""
+    cpus_per_worker: PositiveFloat | None = None
+    """CPUs that each worker process reserves and computes with; None: this machine's share."""
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """None: 1 where the node has GPUs, else 0."""
+    max_failures: NonNegativeInt = 3
+    """Worker failures after which the run is not started again."""
+    timeout: PositiveFloat = 1800.0
+    """Seconds a collective may take before the attempt is ended."""

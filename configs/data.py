@@ -1,0 +1,40 @@
+"""What a run reads: prepared token shards, their weights, and how raw text becomes them."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from .base import Section
+
+
+class Source(Section):
+    """One source of a mixture: a prepared folder and its share of the sequences."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+
+
+class PrepareConfig(Section):
+    """How `data.path: stdlib` (or raw files given to `muster data prepare`) becomes token shards."""
+
+    tokenizer: str = "bpe"
+    """`bytes`, `bpe` (trained on the data) or the path of a tokenizer.json."""
+    vocab_size: PositiveInt = Field(4096, ge=257)
+    """Size of a trained BPE vocabulary."""
+    held_out: float = Field(0.05, ge=0, lt=1)
+    """Share of the documents that no training run sees."""
+    seed: int = 0
+    """Of the split by document."""
+
+
+class DataConfig(Section):
+    path: str | tuple[Source, ...] = "stdlib"
+    """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source of this machine's
+    own Python standard library, prepared at first use under run.root/data."""
+    document_mask: bool = True
+    """Attention stays inside a document and positions restart at each."""
+    on_bad_page: Literal["stop", "skip"] = "stop"
+    """A page that fails its checksum stops the run, or its sequences weigh zero and are counted."""
+    prefetch: PositiveInt = 4
+    """Micro-batches read ahead of the training thread."""
+    prepare: PrepareConfig = PrepareConfig()

@@ -1,0 +1,101 @@
+"""Architecture of the model: sizes, attention, Mixture-of-Experts and its losses."""
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+
+from .base import Section
+
+
+class RopeScaling(Section):
+    """Stretch of rotary positions; names and formulas as in Hugging Face `rope_scaling`."""
+
+    kind: Literal["linear", "llama3", "yarn"] = "linear"
+    factor: PositiveFloat = 1.0
+    original_max_positions: PositiveInt = 8192
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
+
+
+class ModelConfig(Section):
+    """A decoder-only Transformer; `num_experts: 0` is dense. `None` means: derived by `resolve()`."""
+
+    family: str = "decoder"
+    """Entry of the family table (`models/families.py`) or one that a plugin registers."""
+    vocab_size: PositiveInt | None = None
+    """Rows of the embedding; None: the tokenizer's size, rounded up to a multiple of 64."""
+    num_layers: PositiveInt = 4
+    hidden_size: PositiveInt = 256
+    num_heads: PositiveInt = 8
+    num_kv_heads: PositiveInt | None = None
+    """Key/value heads (grouped-query attention); None: num_heads."""
+    head_dim: PositiveInt | None = None
+    """None: hidden_size / num_heads."""
+    intermediate_size: PositiveInt | None = None
+    """Width of a dense SwiGLU layer; None: 8/3 hidden_size rounded up to a multiple of 64."""
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_positions: PositiveInt | None = None
+    """Longest position; None: train.seq_len."""
+    qk_norm: bool = True
+    """RMSNorm on each head of q and k (Qwen3)."""
+    norm_eps: PositiveFloat = 1e-6
+    tie_embeddings: bool = False
+    sliding_window: PositiveInt | None = None
+    """A query sees at most this many keys, itself included; None: all."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """On the output of each attention and MLP block and on the embedding."""
+    init_std: PositiveFloat = 0.02
+    loss_chunk: PositiveInt = 4096
+    """Tokens whose logits stand in memory at once in the cross-entropy."""
+
+    num_experts: int = Field(0, ge=0)
+    """Experts of a MoE layer; 0: dense."""
+    top_k: PositiveInt = 2
+    """Experts per token."""
+    expert_size: PositiveInt | None = None
+    """Width of one expert's SwiGLU; None: intermediate_size."""
+    shared_expert_size: int = Field(0, ge=0)
+    """Width of the SwiGLU every token passes beside its experts; 0: none."""
+    moe_every: PositiveInt = 1
+    """Every k-th layer is MoE: layer i (from 0) when (i + 1) % moe_every == 0."""
+    first_dense_layers: int = Field(0, ge=0)
+    """Leading layers that stay dense."""
+    norm_topk_prob: bool = True
+    """Renormalise the chosen experts' probabilities to sum to 1."""
+    aux_loss_weight: float = Field(0.01, ge=0)
+    """Weight of the load-balancing loss (Switch Transformers, eq. 4), mean over MoE layers."""
+    z_loss_weight: float = Field(0.001, ge=0)
+    """Weight of the router z-loss (ST-MoE, eq. 5), mean over MoE layers."""
+
+    @property
+    def is_moe(self) -> bool:
+        return self.num_experts > 0
+
+    def is_moe_layer(self, index: int) -> bool:
+        """Whether layer `index` (from 0) holds experts."""
+        return self.is_moe and index >= self.first_dense_layers and (index + 1) % self.moe_every == 0
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.num_experts and self.top_k > self.num_experts:
+            raise ValueError(f"model.top_k is {self.top_k} but model.num_experts is {self.num_experts}: lower top_k")
+        if self.num_kv_heads and self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"model.num_heads ({self.num_heads}) is not a multiple of model.num_kv_heads ({self.num_kv_heads})"
+            )
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size ({self.hidden_size}) is not a multiple of model.num_heads ({self.num_heads}): "
+                "set model.head_dim"
+            )
+        if self.head_dim is not None and self.head_dim % 2:
+            raise ValueError(f"model.head_dim is {self.head_dim}: rotary positions need an even one")
+        if self.is_moe and not any(self.is_moe_layer(i) for i in range(self.num_layers)):
+            raise ValueError(
+                f"model.num_experts is {self.num_experts} but no layer is MoE: model.moe_every ({self.moe_every}) and "
+                f"model.first_dense_layers ({self.first_dense_layers}) leave none of {self.num_layers} layers"
+            )
+        return self

@@ -1,0 +1,100 @@
+"""Turn what was asked for into what will be used, in this one place, and say what was derived or changed."""
+
+from .base import ConfigError
+from .load import flatten
+from .run import Config
+
+
+def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:
+    """Fill every derived value and check what only the whole config can tell.
+
+    Args:
+        config: as the user wrote it.
+        vocab_size: the tokenizer's size, where the data are at hand; otherwise model.vocab_size must be given.
+
+    Returns:
+        The config with no derived value left open, and one line per value that was derived or adjusted.
+
+    Raises:
+        ConfigError: sections that do not go together.
+    """
+    notes: list[str] = []
+    model, train, parallel = config.model, config.train, config.parallel
+
+    def derive(section: str, key: str, value: object, why: str) -> object:
+        notes.append(f"{section}.{key}={value}: {why}")
+        return value
+
+    changes: dict[str, object] = {}
+    if model.vocab_size is None:
+        if vocab_size is None:
+            raise ConfigError("model.vocab_size is not set and no prepared data name a tokenizer: set model.vocab_size")
+        rounded = -(-vocab_size // 64) * 64
+        changes["vocab_size"] = derive("model", "vocab_size", rounded, f"tokenizer's {vocab_size}, a multiple of 64")
+    elif vocab_size is not None and vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size} but the tokenizer of data.path has {vocab_size} tokens: "
+            f"raise model.vocab_size"
+        )
+    if model.num_kv_heads is None:
+        changes["num_kv_heads"] = derive("model", "num_kv_heads", model.num_heads, "model.num_heads")
+    if model.head_dim is None:
+        changes["head_dim"] = derive("model", "head_dim", model.hidden_size // model.num_heads, "hidden_size/num_heads")
+    intermediate = model.intermediate_size
+    if intermediate is None:
+        intermediate = -(-8 * model.hidden_size // 3 // 64) * 64
+        changes["intermediate_size"] = derive("model", "intermediate_size", intermediate, "8/3 hidden_size")
+    if model.expert_size is None:
+        changes["expert_size"] = derive("model", "expert_size", intermediate, "model.intermediate_size")
+    if model.max_positions is None:
+        changes["max_positions"] = derive("model", "max_positions", train.seq_len, "train.seq_len")
+    elif model.max_positions < train.seq_len:
+        raise ConfigError(
+            f"train.seq_len ({train.seq_len}) is longer than model.max_positions ({model.max_positions}): "
+            "lower the one or raise the other"
+        )
+    model = model.model_copy(update=changes)
+
+    data_parallel = parallel.dp
+    if train.micro_batch is None:
+        if train.global_batch < data_parallel:
+            raise ConfigError(
+                f"train.global_batch ({train.global_batch}) gives {data_parallel} data-parallel ranks nothing to do: "
+                f"raise it to {data_parallel} or lower parallel.dp"
+            )
+        micro = derive("train", "micro_batch", -(-train.global_batch // data_parallel), "global_batch / dp")
+        train = train.model_copy(update={"micro_batch": micro})
+
+    for name in ("tp", "pp", "ep", "sp"):
+        if getattr(parallel, name) > 1:
+            raise ConfigError(
+                f"parallel.{name}={getattr(parallel, name)}: only data parallelism with ZeRO 0 to 3 is supported; "
+                f"set parallel.{name}=1 and raise parallel.dp or parallel.zero_stage"
+            )
+    if parallel.zero_stage and config.optim.name in ("adafactor", "muon"):
+        # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would
+        # silently become another one (Adafactor) or raise (Muon).
+        raise ConfigError(
+            f"optim.name={config.optim.name} needs whole matrices, which parallel.zero_stage={parallel.zero_stage} "
+            "cuts into flat pieces: set parallel.zero_stage=0 or optim.name=adamw"
+        )
+    if config.optim.warmup > train.steps:
+        raise ConfigError(f"optim.warmup ({config.optim.warmup}) is longer than train.steps ({train.steps})")
+    return config.model_copy(update={"model": model, "train": train}), notes
+
+
+MAY_CHANGE = ("parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root")
+"""Keys that a run may change between attempts; any other difference makes it another run."""
+
+
+def differences(before: Config, after: Config) -> tuple[dict, dict]:
+    """Compare two resolved configs of one run.
+
+    Returns:
+        `(allowed, refused)`, each `{key: (before, after)}`: changes that are recorded as an event, and changes of
+        what the run is.
+    """
+    old, new = flatten(before), flatten(after)
+    changed = {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
+    allowed = {key: pair for key, pair in changed.items() if key.startswith(MAY_CHANGE)}
+    return allowed, {key: pair for key, pair in changed.items() if key not in allowed}

@@ -1,0 +1,46 @@
+"""Identity of a run and the whole config: one object that says what a run is."""
+
+import re
+
+from pydantic import Field, field_validator
+
+from .base import Section
+from .checkpoint import CheckpointConfig
+from .cluster import ClusterConfig
+from .data import DataConfig
+from .model import ModelConfig
+from .optim import OptimConfig
+from .parallel import ParallelConfig
+from .tracking import TrackingConfig
+from .train import TrainConfig
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Name of the run's folder; the same name again continues the run."""
+    root: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+            raise ValueError(f"{name!r}: letters, digits, '.', '_' and '-' only, as it names a folder")
+        return name
+
+
+class Config(Section):
+    """Everything a run is and how it runs. Torch-free: a laptop loads, checks and plans it."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    plugins: tuple[str, ...] = Field(())
+    """Python modules (`package.module`) or files (`path/to/file.py`) imported before the model is built."""

@@ -1,0 +1,17 @@
+"""Where the record of a run is shown: MLflow, fed from the run's own metrics.jsonl."""
+
+from pydantic import PositiveFloat
+
+from .base import Section
+
+
+class TrackingConfig(Section):
+    enabled: bool = True
+    """False: metrics.jsonl and events.jsonl only."""
+    uri: str | None = None
+    """MLflow tracking URI; None: MLFLOW_TRACKING_URI, else SQLite beside the runs (run.root/mlflow.db)."""
+    experiment: str = "muster"
+    interval: PositiveFloat = 5.0
+    """Seconds between two sends."""
+    export_model: bool = True
+    """Log the final model, in Hugging Face format, as an artifact."""

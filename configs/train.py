@@ -1,0 +1,69 @@
+"""How long, on how much at once and in which precision a run trains, and what it watches."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from .base import Section
+
+
+class SpikeConfig(Section):
+    """A finite loss spike: a loss that many deviations over the recent ones."""
+
+    deviations: PositiveFloat = 6.0
+    """Standard deviations over the mean of the window that count as a spike."""
+    window: int = Field(64, ge=8)
+    """Recent losses the mean and deviation are taken over; no spike before the window is full."""
+    action: Literal["record", "rollback"] = "record"
+    """`rollback`: go back to the last checkpoint and leave out the batches between."""
+    max_rollbacks: PositiveInt = 3
+    """Rollbacks in one run after which it stops."""
+
+
+class ProfileConfig(Section):
+    """torch trace and memory snapshot over a range of steps, as artifacts."""
+
+    start: NonNegativeInt | None = None
+    """First profiled step (from 1); None: no profiling."""
+    steps: PositiveInt = 3
+
+
+class TrainConfig(Section):
+    steps: PositiveInt = 1000
+    """Optimizer steps of the whole run."""
+    global_batch: PositiveInt = 64
+    """Sequences per optimizer step, over all devices."""
+    micro_batch: PositiveInt | None = None
+    """Sequences per device and forward pass; None: global_batch / data-parallel degree."""
+    seq_len: PositiveInt = 256
+    """Tokens per sequence."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of weights and activations in the forward and backward pass; master weights are fp32 always."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0: no clipping."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """`full`: keep only each layer's input and compute the layer again in the backward pass."""
+    compile: bool = False
+    """torch.compile each layer: slow start, faster steps; needs a C++ compiler on CPU."""
+    eval_every: NonNegativeInt = 0
+    """Steps between evaluations on the held-out split; 0: only at the end."""
+    eval_sequences: PositiveInt = 128
+    """Held-out sequences per evaluation."""
+    sample_tokens: NonNegativeInt = 128
+    """Tokens per text sample written at each evaluation; 0: no samples."""
+    sample_prompts: tuple[str, ...] = ("",)
+    sample_temperature: float = Field(0.8, ge=0)
+    max_nonfinite_steps: PositiveInt = 10
+    """Skipped steps (non-finite loss or gradient) in a row after which the run stops."""
+    spike: SpikeConfig = SpikeConfig()
+    profile: ProfileConfig = ProfileConfig()
+    log_every: PositiveInt = 1
+    """Steps between metric records."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.micro_batch and self.micro_batch > self.global_batch:
+            raise ValueError(
+                f"train.micro_batch ({self.micro_batch}) is larger than train.global_batch ({self.global_batch})"
+            )
+        return self
