@@ -19,12 +19,14 @@ class PrepareConfig(Section):
 
     tokenizer: str = "bpe"
     """`bytes`, `bpe` (trained on the data) or the path of a tokenizer.json."""
-    vocab_size: PositiveInt = Field(4096, ge=257)
+    vocab_size: PositiveInt = Field(default=4096, ge=257)
     """Size of a trained BPE vocabulary."""
-    held_out: float = Field(0.05, ge=0, lt=1)
+    held_out: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents that no training run sees."""
     seed: int = 0
     """Of the split by document."""
+    row_group_tokens: PositiveInt = 65536
+    """Tokens of one Parquet row group, the unit of reading and shuffling; at least train.seq_len."""
 
 
 class DataConfig(Section):

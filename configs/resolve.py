@@ -71,16 +71,23 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
                 f"parallel.{name}={getattr(parallel, name)}: only data parallelism with ZeRO 0 to 3 is supported; "
                 f"set parallel.{name}=1 and raise parallel.dp or parallel.zero_stage"
             )
-    if parallel.zero_stage and config.optim.name in ("adafactor", "muon"):
-        # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would
-        # silently become another one (Adafactor) or raise (Muon).
+    # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently become
+    # another one (Adafactor) or raise (Muon). At stage 0 DeepSpeed accumulates low-precision gradients in low precision.
+    whole_matrices = config.optim.name in ("adafactor", "muon")
+    if whole_matrices and (parallel.zero_stage or train.precision != "fp32"):
         raise ConfigError(
-            f"optim.name={config.optim.name} needs whole matrices, which parallel.zero_stage={parallel.zero_stage} "
-            "cuts into flat pieces: set parallel.zero_stage=0 or optim.name=adamw"
+            f"optim.name={config.optim.name} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces, and "
+            f"train.precision={train.precision} with parallel.zero_stage={parallel.zero_stage} needs ZeRO: "
+            "set parallel.zero_stage=0 and train.precision=fp32, or optim.name=adamw"
         )
+    if train.precision != "fp32" and parallel.zero_stage == 0:
+        stage = derive("parallel", "zero_stage", 1, f"{train.precision} keeps fp32 gradients and weights from stage 1 on")
+        parallel = parallel.model_copy(update={"zero_stage": stage})
+    if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
+        raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")
     if config.optim.warmup > train.steps:
         raise ConfigError(f"optim.warmup ({config.optim.warmup}) is longer than train.steps ({train.steps})")
-    return config.model_copy(update={"model": model, "train": train}), notes
+    return config.model_copy(update={"model": model, "train": train, "parallel": parallel}), notes
 
 
 MAY_CHANGE = ("parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root")

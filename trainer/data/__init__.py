@@ -1,0 +1,1 @@
+"""From raw text to micro-batches: preparation of token shards and the deterministic reader."""

@@ -1,0 +1,59 @@
+"""What became of the workers of a run, and whether starting them again is of use. Knows nothing of Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+"""How a process fails because another one has: gloo's and NCCL's words."""
+
+
+class Final(Exception):
+    """An end that a restart would only repeat.
+
+    Args:
+        kind: `mistake` of the user's, `stopped` by the trainer, or a `failure` that came twice.
+        reason: for the user, one to three lines.
+    """
+
+    def __init__(self, kind: Literal["mistake", "stopped", "failure"], reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one worker ended."""
+
+    rank: int
+    reason: str
+    """One line."""
+    traceback: str = ""
+    lost: bool = False
+    """The process is gone without a word: killed, out of memory, or its machine is."""
+
+    @property
+    def collateral(self) -> bool:
+        return any(words in self.reason for words in COLLATERAL)
+
+
+def cause(failures: Sequence[Failure]) -> Failure:
+    """The failure that the others most likely follow from."""
+    return min(failures, key=lambda failure: (not failure.lost, failure.collateral, failure.rank))
+
+
+def verdict(failures: Sequence[Failure], step: int, failed_at: int | None) -> Final | None:
+    """Whether to give up instead of starting the workers again.
+
+    A process that is lost is always started again. An error is given a second chance, for a link or a disk can fail for
+    a moment; one that comes back without a step taken since would come back for ever.
+
+    Args:
+        failures: of this attempt's workers, at least one.
+        step: last recorded step of the run.
+        failed_at: the same when an error ended an attempt of this launch before; None: none has.
+    """
+    worst = cause(failures)
+    if worst.lost or failed_at is None or step > failed_at:
+        return None
+    return Final("failure", f"failed twice in a row after step {step}; rank {worst.rank}: {worst.reason}")

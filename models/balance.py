@@ -1,0 +1,88 @@
+"""Load balancing of experts from outside the model: losses and load metrics from hooks on every router.
+
+Hooks on the `gate` linears see the logits in a plain model and in one whose MoE blocks the engine replaced.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from configs import ModelConfig
+
+
+class RouterStats(NamedTuple):
+    """Of one forward pass over S tokens and L MoE layers; padding counts.
+
+    Attributes:
+        aux_loss: scalar, differentiable, mean over layers of E * sum_e f_e * P_e, where f_e is the share of the S * k
+            assignments that went to expert e and P_e its mean probability (Switch Transformers, arXiv:2101.03961,
+            eq. 4). 1 under perfect balance for any k.
+        z_loss: scalar, differentiable, mean over tokens and layers of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906,
+            eq. 5).
+        load: [L, E] fp32, f_e of each layer.
+        max_violation: [L] fp32, E * max_e f_e - 1 (arXiv:2408.15664, eq. 4): 0 under perfect balance.
+    """
+
+    aux_loss: Tensor
+    z_loss: Tensor
+    load: Tensor
+    max_violation: Tensor
+
+
+class RouterTap:
+    """Listens to the routers of `module`.
+
+    Only calls within the module's own forward pass count: activation checkpointing calls the routers again in the
+    backward pass.
+    """
+
+    def __init__(self, module: nn.Module, config: ModelConfig):
+        self.config = config
+        self._logits: dict[str, Tensor] = {}
+        self._listening = False
+        module.register_forward_pre_hook(self._open)
+        module.register_forward_hook(self._close)
+        for name, part in module.named_modules():
+            if name.endswith(".gate"):
+                part.register_forward_hook(self._record(name))
+
+    def collect(self) -> RouterStats | None:
+        """Losses and loads of the last forward pass, which is then forgotten; None for a dense model."""
+        if not self._logits:
+            return None
+        logits_LSE = torch.stack([logits.flatten(0, -2).float() for logits in self._logits.values()])
+        self._logits.clear()
+        return router_stats(logits_LSE, self.config.top_k)
+
+    def _open(self, module: nn.Module, args: object) -> None:
+        self._logits.clear()
+        self._listening = True
+
+    def _close(self, module: nn.Module, args: object, output: object) -> None:
+        self._listening = False
+
+    def _record(self, name: str):
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            if self._listening:
+                self._logits[name] = output
+
+        return hook
+
+
+def router_stats(logits_LSE: Tensor, top_k: int) -> RouterStats:
+    """Balancing losses and loads from the router logits of L layers; see `RouterStats`."""
+    layers, tokens, experts = logits_LSE.shape
+    logsumexp_LS = logits_LSE.logsumexp(-1)
+    mean_prob_LE = (logits_LSE - logsumexp_LS[..., None]).exp().mean(1)
+    with torch.no_grad():
+        choice_LA = logits_LSE.topk(top_k, dim=-1).indices.view(layers, -1)
+        count_LE = torch.zeros(layers, experts, device=logits_LSE.device)
+        count_LE.scatter_add_(1, choice_LA, torch.ones_like(choice_LA, dtype=count_LE.dtype))
+        load_LE = count_LE / (tokens * top_k)
+    return RouterStats(
+        aux_loss=experts * (load_LE * mean_prob_LE).sum(-1).mean(),
+        z_loss=logsumexp_LS.square().mean(),
+        load=load_LE,
+        max_violation=experts * load_LE.amax(-1) - 1,
+    )

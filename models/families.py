@@ -1,0 +1,39 @@
+"""The table of model families. A plugin adds one with `FAMILIES["name"] = Family(...)`."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from configs import ConfigError, ModelConfig
+
+from .decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Family:
+    """What muster needs to know of a family of models.
+
+    Attributes:
+        build: makes the module on the default device, parameters not yet filled. The module has `init_weights(seed)`,
+            `set_activation_checkpointing(enabled)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`.
+    """
+
+    build: Callable[[ModelConfig], nn.Module]
+
+
+FAMILIES: dict[str, Family] = {"decoder": Family(build=Decoder)}
+
+
+def build(config: ModelConfig) -> nn.Module:
+    """The model of `config.family`; call its `init_weights(seed)` next.
+
+    Raises:
+        ConfigError: no such family.
+    """
+    if config.family not in FAMILIES:
+        near = difflib.get_close_matches(config.family, FAMILIES, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(FAMILIES))}"
+        raise ConfigError(f"model.family={config.family}: no such family; {hint} A plugin can add one (plugins: [...])")
+    return FAMILIES[config.family].build(config)

@@ -1,0 +1,22 @@
+"""First values of parameters, each a function of (seed, name, shape) only, whatever the device or its sharding."""
+
+import hashlib
+
+import torch
+from torch import Tensor, nn
+
+
+def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
+    """fp32 CPU tensor: ones for a vector (the weight of a norm), else normal(0, std)."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)
+
+
+@torch.no_grad()
+def initialise(module: nn.Module, std: float, seed: int) -> None:
+    """Fill every parameter of `module` (which stands on a real device) with its `initial_value`."""
+    for name, parameter in module.named_parameters():
+        parameter.copy_(initial_value(name, parameter.shape, std, seed))

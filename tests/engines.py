@@ -1,0 +1,140 @@
+"""Train a tiny model on fixed random batches: with the engine, in any number of processes, or by a bare loop."""
+
+import torch
+from torch import distributed as dist
+
+from configs import Config
+from models.balance import RouterTap
+from models.batch import Batch
+from models.families import build
+from trainer import engine as ds
+from trainer.optim import build_optimizer, parameter_groups
+from trainer.save import restore, take_snapshot
+from trainer.schedule import learning_rate
+from trainer.step import micro_batches, train_step
+
+
+def batch_of(config: Config, indices: list[int]) -> Batch:
+    """Random tokens, a pure function of each sequence's index; every fifth sequence is mostly untrained on."""
+    length, rows, labels = config.train.seq_len, [], []
+    for index in indices:
+        tokens = torch.randint(0, 256, (length + 1,), generator=torch.Generator().manual_seed(max(index, 0)))
+        rows.append(tokens[:-1])
+        target = tokens[1:].clone()
+        if index < 0:
+            target[:] = -100
+        elif index % 5 == 0:
+            target[: length * 3 // 4] = -100
+        labels.append(target)
+    positions = torch.arange(length).expand(len(indices), length)
+    return Batch(torch.stack(rows), torch.stack(labels), positions, None, torch.tensor(indices))
+
+
+def tokens_of(config: Config, step: int) -> int:
+    first = (step - 1) * config.train.global_batch
+    batch = batch_of(config, list(range(first, first + config.train.global_batch)))
+    return int((batch.labels != -100).sum())
+
+
+class EngineRun:
+    """An engine, in this process group, and the steps it takes."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        module = build(config.model)
+        module.init_weights(0)
+        self.tap = RouterTap(module, config.model) if config.model.is_moe else None
+        self.engine = ds.build_engine(module, config)
+
+    def steps(self, first: int, last: int, spoil: int | None = None) -> list[tuple]:
+        """Take steps first..last. Returns [(loss, grad_norm, skipped)]. Step `spoil` gets a NaN gradient."""
+        config, outcomes = self.config, []
+        batches = micro_batches(config, (first - 1) * config.train.global_batch, dist.get_rank())
+        for step in range(first, last + 1):
+            mine = [batch_of(config, next(batches)) for _ in range(self.engine.gradient_accumulation_steps())]
+            ds.set_learning_rate(self.engine, learning_rate(step, 20, config.optim))
+            handle = None
+            if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
+                handle = self.engine.module.register_forward_hook(
+                    lambda module, args, out: out._replace(loss_sum=out.loss_sum * torch.inf)
+                )
+            out = train_step(self.engine, self.tap, mine, tokens_of(config, step), config.model)
+            if handle:
+                handle.remove()
+            outcomes.append((out.loss, out.grad_norm, out.skipped))
+        return outcomes
+
+    def fragments(self) -> dict[str, torch.Tensor]:
+        return take_snapshot(self.engine).tensors
+
+
+def engine_losses(config: Config, steps: int, spoil: int | None = None) -> tuple[list, dict]:
+    """(outcomes, this process's fragments)."""
+    run = EngineRun(config)
+    outcomes = run.steps(1, steps, spoil)
+    return outcomes, run.fragments()
+
+
+def bare_losses(config: Config, steps: int) -> tuple[list, dict]:
+    """The same training by plain PyTorch in one process, whatever the topology. Returns (outcomes, weights)."""
+    module = build(config.model)
+    module.init_weights(0)
+    tap = RouterTap(module, config.model) if config.model.is_moe else None
+    optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
+    size, outcomes = config.train.micro_batch, []
+    for step in range(1, steps + 1):
+        first = (step - 1) * config.train.global_batch
+        count = -(-config.train.global_batch // size)
+        tokens, total = tokens_of(config, step), 0.0
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 20, config.optim)
+        for i in range(count):
+            out = module(batch_of(config, list(range(first + i * size, first + (i + 1) * size))))
+            loss = out.loss_sum / tokens
+            total += loss.item()
+            if tap and (router := tap.collect()):
+                balance = config.model.aux_loss_weight * router.aux_loss + config.model.z_loss_weight * router.z_loss
+                loss = loss + balance / count
+            loss.backward()
+        limit = config.train.grad_clip or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+        optimizer.step()
+        outcomes.append((total, norm.item(), False))
+    return outcomes, {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+
+def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Whole weights from the fragments of all processes."""
+    whole = {name: torch.full((weight.numel(),), torch.nan) for name, weight in weights.items()}
+    for part in fragments:
+        for entry, tensor in part.items():
+            key, _, rest = entry.partition("/")
+            name, _, start = rest.rpartition("@")
+            if key == "weight":
+                whole[name][int(start) : int(start) + tensor.numel()] = tensor
+    return {name: flat.view_as(weights[name]) for name, flat in whole.items()}
+
+
+def save_and_continue(config: Config, path, first: int, last: int, world_tag: str) -> list:
+    """Train to `first`, write a checkpoint, go on to `last`; returns the later outcomes."""
+    from trainer.checkpoint import commit, write_shard
+    from trainer.state import TrainState
+
+    run = EngineRun(config)
+    run.steps(1, first)
+    write_shard(path, dist.get_rank(), world_tag, take_snapshot(run.engine))
+    if dist.get_rank() == 0:
+        commit(path, dist.get_world_size(), world_tag, TrainState(step=first), {}, 60)
+    dist.barrier()
+    return run.steps(first + 1, last)
+
+
+def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict, list]:
+    """Load a checkpoint into a fresh engine, take its fragments, go on to `last`."""
+    from trainer.checkpoint import Reader
+
+    run = EngineRun(config)
+    restore(run.engine, Reader(path))
+    fragments = run.fragments()
+    return fragments, run.steps(first + 1, last)

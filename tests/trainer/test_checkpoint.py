@@ -1,0 +1,141 @@
+"""Checkpoints: written by one topology, read by another, bit for bit; damage is refused."""
+
+import pytest
+import torch
+from engines import load_and_continue, save_and_continue
+from support import resolved
+
+from trainer import checkpoint
+from trainer.checkpoint import CheckpointError, Reader, Snapshot
+from trainer.engine import start_processes
+from trainer.state import TrainState
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    start_processes(60)
+
+
+def config(stage: int, dp: int, precision: str = "fp32", optim: str = "adamw"):
+    return resolved(
+        train={"micro_batch": 1, "global_batch": 4, "precision": precision},
+        optim={"name": optim, "warmup": 2},
+        parallel={"zero_stage": stage, "dp": dp},
+    )
+
+
+def states(path) -> dict[str, torch.Tensor]:
+    reader = Reader(path)
+    return {f"{key}/{name}": reader.read(key, name) for key in reader.states for name in reader.manifest["shapes"][key]}
+
+
+def run(pair, dp, function, *arguments):
+    return pair(function, *arguments) if dp == 2 else [function(*arguments)]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [((0, 1), (3, 2)), ((3, 2), (0, 1)), ((1, 2), (2, 1)), ((2, 2), (1, 2)), ((0, 2), (0, 2)), ((3, 1), (3, 1))],
+)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_any_stage_and_size_to_any_other(pair, tmp_path, saved, loaded, precision):
+    """Every state is bit-equal after the round trip, and at the same topology so is every later loss."""
+    if precision == "bf16":
+        saved, loaded = (max(saved[0], 1), saved[1]), (max(loaded[0], 1), loaded[1])
+    path, again = tmp_path / "step-00000003", tmp_path / "step-00000004"
+    went_on = run(pair, saved[1], save_and_continue, config(*saved, precision), path, 3, 6, "a")
+    results = run(pair, loaded[1], load_and_continue, config(*loaded, precision), path, 3, 6)
+    for rank, (fragments, _) in enumerate(results):
+        shapes = Reader(path).manifest["shapes"]
+        checkpoint.write_shard(again, rank, "b", Snapshot(fragments, shapes, {}))
+    checkpoint.commit(again, loaded[1], "b", TrainState(step=3), {}, 10)
+    first, second = states(path), states(again)
+    assert first.keys() == second.keys()
+    assert any("exp_avg_sq" in name for name in first)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+    outcomes = results[0][1]
+    if saved == loaded:
+        assert outcomes == went_on[0]
+    else:
+        tolerance = 1e-5 if precision == "fp32" else 2e-3
+        assert [o[0] for o in outcomes] == pytest.approx([o[0] for o in went_on[0]], rel=tolerance)
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adagrad", "rmsprop", "lion", "adafactor", "muon"])
+def test_every_optimizer_resumes_bit_exactly(tmp_path, optim):
+    path = tmp_path / "step-00000003"
+    went_on = save_and_continue(config(0, 1, optim=optim), path, 3, 6, "a")
+    _, outcomes = load_and_continue(config(0, 1, optim=optim), path, 3, 6)
+    assert outcomes == went_on
+
+
+def snapshot() -> Snapshot:
+    weight = torch.arange(10.0)
+    return Snapshot({"weight/a@0": weight[:4], "weight/a@4": weight[4:]}, {"weight": {"a": [2, 5]}}, {"step": 3.0})
+
+
+def write(run_dir, step: int) -> "checkpoint.Path":
+    path = checkpoint.folder(run_dir, step)
+    checkpoint.write_shard(path, 0, "t", snapshot())
+    checkpoint.commit(path, 1, "t", TrainState(step=step), {}, 5)
+    return path
+
+
+def test_read_any_range_across_fragments(tmp_path):
+    reader = Reader(write(tmp_path, 1))
+    assert torch.equal(reader.read("weight", "a", 2, 5), torch.arange(2.0, 7.0))
+    assert reader.weight("a").shape == (2, 5)
+    with pytest.raises(CheckpointError, match="not whole"):
+        reader.read("weight", "a", 8, 5)
+    with pytest.raises(CheckpointError, match="holds no exp_avg of a"):
+        reader.read("exp_avg", "a")
+
+
+def test_only_a_manifest_makes_a_checkpoint(tmp_path):
+    checkpoint.write_shard(checkpoint.folder(tmp_path, 1), 0, "t", snapshot())
+    assert checkpoint.committed(tmp_path) == []
+    write(tmp_path, 2)
+    assert checkpoint.committed(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_damage_is_named(tmp_path, damage):
+    path = write(tmp_path, 1)
+    shard = path / "rank-00000.safetensors"
+    data = bytearray(shard.read_bytes())
+    if damage == "flip":
+        data[-5] ^= 1
+        shard.write_bytes(data)
+    elif damage == "truncate":
+        shard.write_bytes(data[:-4])
+    elif damage == "delete":
+        shard.unlink()
+    else:
+        (path / "manifest.json").write_text("{")
+    problems = checkpoint.verify(path)
+    assert len(problems) == 1
+    expected = {"flip": "sha256", "truncate": "bytes", "delete": "missing", "manifest": "manifest.json"}
+    assert expected[damage] in problems[0]
+
+
+def test_old_checkpoints_are_deleted_but_the_kept_ones(tmp_path):
+    for step in (2, 4, 6, 8, 10):
+        write(tmp_path, step)
+    assert checkpoint.prune(tmp_path, keep=2, keep_every=4) == [2, 6]
+    assert checkpoint.committed(tmp_path) == [4, 8, 10]
+
+
+def test_a_rank_that_cannot_write_is_named(tmp_path):
+    path = checkpoint.folder(tmp_path, 1)
+    path.mkdir(parents=True)
+    (path / "rank-00000.safetensors").mkdir()  # a folder where the file should go
+    with pytest.raises(OSError):  # noqa: PT011
+        checkpoint.write_shard(path, 0, "t", snapshot())
+
+
+def test_manifest_cannot_name_a_file_elsewhere(tmp_path):
+    path = write(tmp_path, 1)
+    text = (path / "manifest.json").read_text().replace("rank-00000.safetensors", "../rank-00000.safetensors")
+    (path / "manifest.json").write_text(text)
+    assert "outside its folder" in checkpoint.verify(path)[0]

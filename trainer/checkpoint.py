@@ -1,0 +1,273 @@
+"""The checkpoint format: fragments of canonical fp32 state in safetensors shards, committed by a manifest.
+
+A checkpoint holds the fp32 weights and optimizer moments under the plain model's own names, each cut into fragments
+(state, parameter, first element) by whoever held them, so any topology writes it and any topology reads it. A rank
+writes and fsyncs its shard and leaves a receipt with the shard's digest; rank 0 collects the receipts and writes the
+manifest last. The manifest alone makes a checkpoint: what has none, or whose files are not the manifest's, is none.
+No pickle anywhere.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .state import TrainState
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+MASTER = "weight"
+"""Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One process's share of a checkpoint, copied away from the training state."""
+
+    tensors: dict[str, Tensor]
+    """`state/parameter@start` -> 1-D CPU tensor."""
+    shapes: dict[str, dict[str, list[int]]]
+    """state -> parameter -> shape of the whole tensor (all processes agree)."""
+    scalars: dict[str, float]
+    """The optimizer's scalar states, such as Adam's step, equal for every parameter."""
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def committed(run_dir: Path) -> list[int]:
+    """Steps with a manifest, oldest first."""
+    found = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in found if path.parent.name[5:].isdigit())
+
+
+def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
+    """Write one process's shard durably and leave the receipt that says so.
+
+    Args:
+        token: names this very save, so that a receipt of an earlier one is never taken for it.
+
+    Raises:
+        OSError: the disk is full or gone; the shard is removed and the receipt says why.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    shard = path / f"rank-{rank:05d}.safetensors"
+    receipt: dict[str, Any] = {"token": token, "shapes": snapshot.shapes, "scalars": snapshot.scalars}
+    try:
+        save_file(snapshot.tensors, shard)
+        _fsync(shard)
+        receipt["file"] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": digest(shard)}
+    except Exception as error:
+        shard.unlink(missing_ok=True)
+        write_durably(path / f"receipt-{rank:05d}.json", {"token": token, "error": f"{type(error).__name__}: {error}"})
+        raise
+    write_durably(path / f"receipt-{rank:05d}.json", receipt)
+
+
+def commit(path: Path, world_size: int, token: str, state: TrainState, config: Mapping, timeout_s: float) -> dict:
+    """Wait for every rank's receipt, then write the manifest: from here on the checkpoint exists. Rank 0 only.
+
+    Raises:
+        CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`.
+    """
+    receipts, deadline = [], time.monotonic() + timeout_s
+    for rank in range(world_size):
+        while True:
+            receipt = _read_json(path / f"receipt-{rank:05d}.json")
+            if receipt and receipt["token"] == token:
+                break
+            if time.monotonic() > deadline:
+                raise CheckpointError(f"{path}: rank {rank} wrote no shard within {timeout_s:.0f} s")
+            time.sleep(0.02)
+        if "error" in receipt:
+            raise CheckpointError(f"{path}: rank {rank} could not write its shard: {receipt['error']}")
+        receipts.append(receipt)
+    shapes: dict[str, dict[str, list[int]]] = defaultdict(dict)
+    for receipt in receipts:
+        for key, names in receipt["shapes"].items():
+            shapes[key].update(names)
+    scalars: dict[str, float] = {}
+    for receipt in receipts:
+        scalars.update(receipt["scalars"])
+    manifest = {
+        "format": FORMAT,
+        "step": state.step,
+        "time": time.time(),
+        "state": state.to_dict(),
+        "shapes": shapes,
+        "scalars": scalars,
+        "files": {receipt["file"]["name"]: receipt["file"] for receipt in receipts},
+        "config": dict(config),
+    }
+    _fsync(path)
+    write_durably(path / MANIFEST, manifest)
+    for rank in range(world_size):
+        (path / f"receipt-{rank:05d}.json").unlink(missing_ok=True)
+    return manifest
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; its manifest goes first, so that what is half deleted is no checkpoint."""
+    (path / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(run_dir: Path, keep: int, keep_every: int | None) -> list[int]:
+    """Delete all but the newest `keep` and the multiples of `keep_every`; returns the deleted steps."""
+    steps = committed(run_dir)
+    old = [step for step in steps[:-keep] if not (keep_every and step % keep_every == 0)]
+    for step in old:
+        remove(folder(run_dir, step))
+    return old
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint folder. Raises CheckpointError if there is none that can be read."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path / MANIFEST}: {error}") from None
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    for name in manifest["files"]:
+        if Path(name).name != name:
+            raise CheckpointError(f"{path}: the manifest names a file outside its folder: {name}")
+    return manifest
+
+
+def verify(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint's files: size and sha256 of each against the manifest; empty if nothing.
+
+    Args:
+        part, parts: check only every `parts`-th file, so that ranks share the reading.
+    """
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [str(error)]
+    problems = []
+    for name, entry in list(manifest["files"].items())[part::parts]:
+        file = path / name
+        if not file.is_file():
+            problems.append(f"{file} is missing")
+        elif file.stat().st_size != entry["bytes"]:
+            problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
+        elif digest(file) != entry["sha256"]:
+            problems.append(f"{file} does not have the manifest's sha256: its content changed after it was written")
+    return problems
+
+
+class Reader:
+    """Random access to a checkpoint's state by (state, parameter, range), whoever wrote it.
+
+    Nothing is verified here: call `verify` first.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.manifest = read_manifest(path)
+        self._files = {name: safe_open(path / name, framework="pt") for name in self.manifest["files"]}
+        self._fragments: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
+        for file, handle in self._files.items():
+            for entry in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                key, _, rest = entry.partition("/")
+                name, _, start = rest.rpartition("@")
+                numel = handle.get_slice(entry).get_shape()[0]
+                self._fragments[key, name].append((int(start), numel, file, entry))
+
+    @property
+    def states(self) -> list[str]:
+        """Names of the states: `weight` and the optimizer's own."""
+        return list(self.manifest["shapes"])
+
+    def shape(self, key: str, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor. Raises CheckpointError if the checkpoint does not hold it."""
+        try:
+            return tuple(self.manifest["shapes"][key][name])
+        except KeyError:
+            raise CheckpointError(f"{self.path} holds no {key} of {name}") from None
+
+    def read(self, key: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened tensor, as a 1-D CPU tensor.
+
+        Raises:
+            CheckpointError: the range is not wholly covered by the fragments.
+        """
+        size = torch.Size(self.shape(key, name)).numel()
+        stop = size if numel is None else start + numel
+        out, covered = None, 0
+        for first, length, file, entry in self._fragments[key, name]:
+            low, high = max(first, start), min(first + length, stop)
+            if low >= high:
+                continue
+            piece = self._files[file].get_slice(entry)[low - first : high - first]
+            if out is None:
+                out = torch.empty(stop - start, dtype=piece.dtype)
+            out[low - start : high - start] = piece
+            covered += high - low
+        if stop > size or out is None or covered != stop - start:
+            raise CheckpointError(f"{self.path}: {key} of {name} is not whole: {covered} of [{start}, {stop})")
+        return out
+
+    def weight(self, name: str) -> Tensor:
+        """The whole fp32 weight in its shape."""
+        return self.read(MASTER, name).view(self.shape("weight", name))
+
+
+def newest_valid(
+    run_dir: Path, refuse: Callable[[int, list[str]], None], check: Callable[[Path], list[str]] = verify
+) -> int | None:
+    """Newest step whose files are the manifest's; `refuse(step, problems)` is told of each newer one that is not."""
+    for step in reversed(committed(run_dir)):
+        problems = check(folder(run_dir, step))
+        if not problems:
+            return step
+        refuse(step, problems)
+    return None
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, value: Any) -> None:
+    """Write JSON so that after a crash the file is either the old one or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w") as file:
+        json.dump(value, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None

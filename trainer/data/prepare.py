@@ -1,0 +1,310 @@
+"""Prepare training data: from raw files to tokenized Parquet shards with a manifest."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from configs import ConfigError
+from configs.data import PrepareConfig
+
+from . import tokenizer as tokenizers
+from .encode import EncodeSpec, documents, split_of
+from .manifest import (
+    MANIFEST,
+    REFUSED,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    SplitStats,
+    TokenizerInfo,
+    entropy,
+    fsync_folder,
+    read_manifest,
+    write_manifest,
+)
+from .meter import Meter
+from .pool import Records, default_workers, encode_all
+from .shard_writer import ShardWriter
+from .sources import Input, Record, Refusal, find_inputs, read
+
+BATCH_BYTES = 1 << 20
+"""Raw bytes that a worker encodes at once."""
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    config: PrepareConfig | None = None,
+    *,
+    text_key: str = "text",
+    workers: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """Tokenize raw files into a folder of Parquet shards.
+
+    The result depends on the inputs and the config only, not on the number of workers. It is built beside `out` and
+    renamed at the end, so a preparation that is killed leaves no folder that looks done; one that runs at the same
+    time for the same `out` is waited for. Called again with unchanged inputs it does nothing.
+
+    Args:
+        inputs: files, folders, glob patterns or `stdlib`, see `sources.find_inputs`.
+        out: folder to make; must not exist, be empty, or hold an earlier preparation of the same inputs.
+        config: tokenizer, held-out share, seed.
+        text_key: key of a JSONL object or column of a Parquet file that holds the text.
+        workers: processes that tokenize; None: one per processor.
+        strict: make the first refused file or document an error instead of counting it.
+        progress: report to stderr, as a bar on a terminal, otherwise a line now and then.
+
+    Raises:
+        ConfigError: nothing to read, nothing usable, a bad tokenizer, an `out` that is taken, or (strict) a refusal.
+    """
+    config = config or PrepareConfig()
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        files = find_inputs(inputs)
+        fingerprint = _fingerprint(files, config, text_key)
+        if (out / MANIFEST).exists():
+            return _unchanged(out, read_manifest(out), fingerprint, config, text_key, progress)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out}: exists and is not prepared data; name a new folder")
+        part = out.with_name(f".{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            manifest = _build(
+                files, part, config, fingerprint, [str(given) for given in inputs], text_key, workers, strict, progress
+            )
+            os.rename(part, out)
+            fsync_folder(out.parent)
+            return manifest
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _build(
+    files: list[Input],
+    part: Path,
+    config: PrepareConfig,
+    fingerprint: str,
+    inputs: list[str],
+    text_key: str,
+    workers: int | None,
+    strict: bool,
+    progress: bool,
+) -> Manifest:
+    total = sum(file.bytes for file in files)
+    with ExitStack() as stack:
+        meter = stack.enter_context(Meter(total, progress))
+        info = _make_tokenizer(files, part, config, text_key, meter)
+        dtype = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
+        spec = EncodeSpec(
+            tokenizer=str(part / TOKENIZER),
+            byte_level=config.tokenizer == "bytes",
+            eos_id=info.eos_id,
+            dtype=dtype,
+            text_key=text_key,
+            held_out=config.held_out,
+            seed=config.seed,
+        )
+        writers = {split: ShardWriter(part, split, dtype, config.row_group_tokens) for split in SPLITS}
+        counts = {split: np.zeros(info.vocab_size, np.int64) for split in SPLITS}
+        sums: dict[str, Counter] = {split: Counter() for split in SPLITS}
+        reasons: Counter[str] = Counter()
+        refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
+        meter.describe("tokenize")
+        for batch in encode_all(_batches(files, text_key, meter), spec, workers or default_workers()):
+            for refusal in batch.refused:
+                if strict:
+                    raise ConfigError(f"--strict: {refusal}")
+                reasons[refusal.reason] += 1
+                refused.write(json.dumps(refusal._asdict(), ensure_ascii=False) + "\n")
+            for split, encoded in batch.splits.items():
+                writers[split].add(encoded.tokens)
+                counts[split] += np.bincount(encoded.tokens, minlength=info.vocab_size)
+                for name in ("documents", "bytes", "characters"):
+                    sums[split][name] += getattr(encoded, name)
+                meter.tokens += len(encoded.tokens)
+        refused.flush()
+        os.fsync(refused.fileno())
+    shards = [shard for split in SPLITS for shard in writers[split].close()]
+    if not sums["train"]["documents"]:
+        named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        raise ConfigError(f"no usable training document in {len(files)} files ({named or 'all are held out'})")
+    manifest = Manifest(
+        fingerprint=fingerprint,
+        inputs=inputs,
+        input_files=len(files),
+        input_bytes=total,
+        text_key=text_key,
+        prepare=config,
+        tokenizer=info,
+        dtype="uint16" if dtype == "uint16" else "uint32",
+        splits={
+            split: SplitStats(
+                documents=sums[split]["documents"],
+                bytes=sums[split]["bytes"],
+                characters=sums[split]["characters"],
+                tokens=int(counts[split].sum()),
+                entropy=entropy(counts[split]),
+            )
+            for split in SPLITS
+        },
+        shards=shards,
+        refused=dict(sorted(reasons.items())),
+    )
+    write_manifest(part, manifest)
+    return manifest
+
+
+def _batches(files: list[Input], text_key: str, meter: Meter) -> Iterator[Records]:
+    batch: Records = []
+    size = done = 0
+    for file in files:
+        for position, item in read(file, text_key):
+            batch.append(item)
+            # A refusal weighs something too, so that a file of nothing else is reported as it is read.
+            size += len(item.data) if isinstance(item, Record) else 256
+            if size >= BATCH_BYTES:
+                meter.update(done + position)
+                yield batch
+                batch, size = [], 0
+        done += file.bytes
+    meter.update(done)
+    if batch:
+        yield batch
+
+
+def _make_tokenizer(
+    files: list[Input], part: Path, config: PrepareConfig, text_key: str, meter: Meter
+) -> TokenizerInfo:
+    path = part / TOKENIZER
+    origin: str | Path = path
+    if config.tokenizer == "bytes":
+        tokenizer = tokenizers.byte_tokenizer()
+        tokenizer.save(str(path))
+    elif config.tokenizer == "bpe":
+        meter.describe("train the tokenizer")
+        tokenizer = tokenizers.train_bpe(_sample(files, config, text_key), config.vocab_size)
+        tokenizer.save(str(path))
+    else:
+        origin = tokenizers.tokenizer_file(config.tokenizer)
+        shutil.copyfile(origin, path)
+        tokenizer = tokenizers.open_tokenizer(path)
+    return _describe_tokenizer(tokenizer, path, origin, config)
+
+
+def _describe_tokenizer(tokenizer: Tokenizer, path: Path, origin: str | Path, config: PrepareConfig) -> TokenizerInfo:
+    eos_token, eos_id = tokenizers.end_of_text(tokenizer, origin)
+    return TokenizerInfo(
+        kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        vocab_size=tokenizers.vocab_size(tokenizer),
+        eos_id=eos_id,
+        eos_token=eos_token,
+    )
+
+
+def _sample(files: list[Input], config: PrepareConfig, text_key: str) -> Iterator[str]:
+    """Training documents for the tokenizer: files in an order drawn by hash, from each its share of the cap (at least
+    1 MiB, so that of many small files some are taken whole). The cap is 16 MiB, or 2 KiB per token of the vocabulary
+    where that is more."""
+    cap = max(1 << 24, config.vocab_size << 11)
+    total = max(sum(file.bytes for file in files), 1)
+    order = sorted(range(len(files)), key=lambda i: hashlib.blake2b(f"{config.seed}/{i}".encode()).digest())
+    taken = 0
+    for index in order:
+        budget = min(max(1 << 20, cap * files[index].bytes // total), cap - taken)
+        for _, item in read(files[index], text_key):
+            for document in documents([item], text_key):
+                if isinstance(document, Refusal) or split_of(document, config.held_out, config.seed) != "train":
+                    continue
+                document = document[: 1 << 20]
+                yield document.decode("utf-8", errors="ignore")
+                budget -= len(document)
+                taken += len(document)
+            if budget <= 0:
+                break
+        if taken >= cap:
+            return
+
+
+def _fingerprint(files: list[Input], config: PrepareConfig, text_key: str) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(repr((os.path.abspath(file.path), *file[1:])).encode("utf-8", "surrogateescape"))
+    digest.update(_settings(config, text_key).encode())
+    return digest.hexdigest()
+
+
+def _settings(config: PrepareConfig, text_key: str) -> str:
+    tree = config.model_dump(mode="json")
+    if config.tokenizer not in ("bytes", "bpe"):
+        tree["tokenizer"] = hashlib.sha256(tokenizers.tokenizer_file(config.tokenizer).read_bytes()).hexdigest()
+    return json.dumps([text_key, tree], sort_keys=True)
+
+
+def _unchanged(
+    out: Path, manifest: Manifest, fingerprint: str, config: PrepareConfig, text_key: str, progress: bool
+) -> Manifest:
+    if manifest.fingerprint == fingerprint:
+        if progress:
+            Meter.say(f"{out} is prepared from these inputs already: nothing to do")
+        return manifest
+    before, now = manifest.prepare.model_dump(), config.model_dump()
+    changed = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+    if manifest.text_key != text_key:
+        changed.append(f"text_key {manifest.text_key!r} -> {text_key!r}")
+    raise ConfigError(
+        f"--out {out} is prepared already, from other inputs or settings "
+        f"({', '.join(changed) or 'files were added, removed or modified since'}).\n"
+        "Name another folder, or remove it if no run uses it"
+    )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; it is free again when the process ends, however it ends."""
+    path = out.with_name(f".{out.name}.lock")
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            Meter.say(f"waiting for another process that prepares {out}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        # Safe to remove only now: whoever still waits for it, or makes a new one, finds the manifest.
+        path.unlink(missing_ok=True)
+
+
+def summary(manifest: Manifest) -> str:
+    """What was prepared and what was left out, for a person to read."""
+    lines = [
+        f"{manifest.input_files:,} files, {manifest.input_bytes:,} bytes; tokenizer {manifest.tokenizer.kind}, "
+        f"{manifest.tokenizer.vocab_size:,} tokens"
+    ]
+    for split, stats in manifest.splits.items():
+        ratio = stats.bytes / max(stats.tokens, 1)
+        lines.append(
+            f"{split}: {stats.documents:,} documents, {stats.tokens:,} tokens ({ratio:.2f} bytes each), "
+            f"unigram entropy {stats.entropy:.3f} nats, {len(manifest.of(split))} shards"
+        )
+    if not manifest.splits["held_out"].documents and manifest.prepare.held_out:
+        lines.append(
+            f"no document fell into the held-out split ({manifest.prepare.held_out:g} of them): raise held_out"
+        )
+    if manifest.refused:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.refused.items())
+        lines.append(f"left out: {reasons} (each is named in {REFUSED})")
+    return "\n".join(lines)

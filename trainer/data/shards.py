@@ -1,0 +1,136 @@
+"""Random access to the row groups of one split: checked against the manifest when opened, verified when read."""
+
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs import ConfigError
+
+from .manifest import Manifest, Shard, Split
+from .shard_writer import COLUMN, schema
+
+OPEN_FILES = 16
+
+
+class DataError(RuntimeError):
+    """Data that were whole when they were prepared cannot be read; names the file and the row group."""
+
+
+class Shards:
+    """The row groups of one split of a prepared folder, numbered through all shards.
+
+    Not for several threads at once.
+
+    Args:
+        folder: the prepared folder.
+        manifest: its manifest.
+        split: which split.
+        cached_groups: decoded row groups that are kept, least recently used first to go.
+
+    Raises:
+        ConfigError: a shard that is missing, or whose size, row groups or rows are not the manifest's.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, split: Split, cached_groups: int):
+        self.folder, self.manifest = Path(folder), manifest
+        self.shards = manifest.of(split)
+        self.group_tokens = manifest.prepare.row_group_tokens
+        self._schema = schema(manifest.dtype)
+        self._ends = list(accumulate(shard.row_groups for shard in self.shards))
+        self.groups = self._ends[-1] if self._ends else 0
+        self.last_tokens = sum(shard.rows for shard in self.shards) - max(self.groups - 1, 0) * self.group_tokens
+        self._decoded: OrderedDict[int, np.ndarray | None] = OrderedDict()
+        self._cached_groups = cached_groups
+        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._check()
+
+    def locate(self, group: int) -> tuple[Path, int]:
+        """The file that holds a row group, and its number there."""
+        shard = bisect_right(self._ends, group)
+        first = self._ends[shard - 1] if shard else 0
+        return self.folder / self.shards[shard].file, group - first
+
+    def tokens(self, group: int, on_bad: Callable[[DataError, Path, int], None]) -> np.ndarray | None:
+        """Tokens of a row group, [n] of the manifest's dtype.
+
+        A bad page (checksum, decoding, count, token out of range, or a file that can no longer be read) calls
+        `on_bad(error, file, row group in file)` once; if that returns, the group reads as None from then on.
+        """
+        if group in self._decoded:
+            self._decoded.move_to_end(group)
+            return self._decoded[group]
+        path, local = self.locate(group)
+        tokens: np.ndarray | None = None
+        try:
+            tokens = self._read(group, local)
+        except (OSError, pa.ArrowException, DataError) as error:
+            reason = " ".join(str(error).split())[:200]
+            on_bad(DataError(f"{path}, row group {local}: {reason}"), path, local)
+        self._decoded[group] = tokens
+        if len(self._decoded) > self._cached_groups:
+            self._decoded.popitem(last=False)
+        return tokens
+
+    def _read(self, group: int, local: int) -> np.ndarray:
+        column = self._file(bisect_right(self._ends, group)).read_row_group(local, [COLUMN], use_threads=False)[COLUMN]
+        tokens = column.to_numpy()
+        expected = self.last_tokens if group == self.groups - 1 else self.group_tokens
+        # A flipped bit in a page's header, which no checksum covers, ends in an error or in fewer values.
+        if len(tokens) != expected:
+            raise DataError(f"{len(tokens)} tokens where the manifest has {expected}")
+        if len(tokens) and int(tokens.max()) >= self.manifest.tokenizer.vocab_size:
+            raise DataError(f"token {tokens.max()} is outside the vocabulary of {self.manifest.tokenizer.vocab_size}")
+        return tokens
+
+    def _file(self, shard: int) -> pq.ParquetFile:
+        # Ranged reads, not a memory map: a file cut short under a map kills the process with SIGBUS.
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            path = self.folder / self.shards[shard].file
+            self._open[shard] = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
+            if len(self._open) > OPEN_FILES:
+                self._open.popitem(last=False)[1].close()
+        return self._open[shard]
+
+    def _check(self) -> None:
+        last = len(self.shards) - 1
+        with ThreadPoolExecutor(16) as pool:
+            problems = list(pool.map(lambda item: self._problem(item[1], item[0] == last), enumerate(self.shards)))
+        found = [problem for problem in problems if problem]
+        if found:
+            more = f" (and {len(found) - 1} more shards)" if len(found) > 1 else ""
+            raise ConfigError(
+                f"{found[0]}{more}.\nThe data in {self.folder} are not as they were prepared: restore them or prepare "
+                "them again"
+            )
+
+    def _problem(self, shard: Shard, is_last: bool) -> str | None:
+        path = self.folder / shard.file
+        if not path.is_file():
+            return f"{path} is missing"
+        size = path.stat().st_size
+        if size != shard.bytes:
+            return f"{path} has {size:,} bytes where the manifest has {shard.bytes:,}"
+        try:
+            with pq.ParquetFile(path) as file:
+                metadata, found = file.metadata, file.schema_arrow
+        except (OSError, pa.ArrowException) as error:
+            return f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}"
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if sum(rows) != shard.rows:
+            return f"{path} has {sum(rows):,} rows where the manifest has {shard.rows:,}"
+        if len(rows) != shard.row_groups:
+            return f"{path} has {len(rows)} row groups where the manifest has {shard.row_groups}"
+        if any(count != self.group_tokens for count in (rows[:-1] if is_last else rows)):
+            return f"{path} has row groups of other sizes than the manifest's {self.group_tokens:,} rows"
+        if not found.equals(self._schema):
+            return f"{path} has columns {found.names} of {found.types}, not {COLUMN} of {self.manifest.dtype}"
+        return None

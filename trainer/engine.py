@@ -1,0 +1,200 @@
+"""DeepSpeed, in this one place: process group, engine, the skip guard that ZeRO-0 lacks, and where each state lies."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs import Config
+
+# Otherwise DeepSpeed warns at every import that it found no accelerator.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+
+# Its warnings repeat what the run's own record says (skipped steps, untested optimizers).
+logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+# Its collectives go by the names torch 2.13 is about to retire, a warning for every call.
+warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
+# DeepSpeed would compile a helper for shared-memory collectives on CPU at the first start: a minute, a compiler, and a
+# lock that a killed process leaves behind for ever. gloo does the same work.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+from .optim import build_optimizer, parameter_groups
+
+def device() -> torch.device:
+    """This process's device: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def start_processes(timeout_s: float) -> None:
+    """Join the process group named by torchrun's environment variables (a lone process is its own group)."""
+    for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(key, value)
+    if not torch.distributed.is_initialized():
+        where = device()
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        store = None
+        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
+            # A lone process needs no port that another run on this machine could have taken.
+            store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            store=store,
+            rank=int(os.environ["RANK"]) if store else -1,
+            world_size=1 if store else -1,
+            timeout=timedelta(seconds=timeout_s),
+        )
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+class _Guarded:
+    """Mixin over a torch optimizer for ZeRO-0: clip by the global norm, and skip a step whose norm is not finite.
+
+    DeepSpeed does both inside its ZeRO and bf16 optimizers, and neither for a plain one in fp32 (there a single NaN
+    gradient ends the run's weights). It reads `overflow` and `_global_grad_norm` from whatever optimizer it drives.
+    """
+
+    max_norm = 0.0
+    overflow = False
+    _global_grad_norm = 0.0
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        self._global_grad_norm = norm.item()
+        self.overflow = not torch.isfinite(norm).item()
+        if self.overflow:
+            return
+        if self.max_norm and self._global_grad_norm > self.max_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm, foreach=True)
+        super().step(closure)  # type: ignore[misc]
+
+
+def engine_config(config: Config) -> dict[str, Any]:
+    """The DeepSpeed config of a resolved run config."""
+    train, stage = config.train, config.parallel.zero_stage
+    micro_batches = -(-train.global_batch // train.micro_batch)
+    result: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": train.micro_batch,
+        "gradient_accumulation_steps": -(-micro_batches // config.parallel.dp),
+        # DeepSpeed's default is 1.0, not off. At ZeRO-0 the guard above clips.
+        "gradient_clipping": train.grad_clip if stage else 0.0,
+        "zero_optimization": {"stage": stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if train.precision == "bf16":
+        result["bf16"] = {"enabled": True, "immediate_grad_update": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    elif train.precision == "fp16":
+        result["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
+    return result
+
+
+def build_engine(module: nn.Module, config: Config) -> Any:
+    """A DeepSpeed engine over a plain module, with the run's optimizer; the process group must exist."""
+    optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
+    if config.parallel.zero_stage == 0:
+        optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (_Guarded, type(optimizer)), {})
+        optimizer.max_norm = config.train.grad_clip  # type: ignore[attr-defined]
+    with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory of the machine four times
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(config))
+    return engine
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """torch's optimizer under DeepSpeed's wrapper."""
+    optimizer = engine.optimizer
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer.optimizer
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    for group in base_optimizer(engine).param_groups:
+        group["lr"] = rate
+
+
+def loss_scale_state(engine: Any) -> dict[str, Any] | None:
+    """State of fp16's dynamic loss scaler as plain numbers; None in other precisions."""
+    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    if not engine.fp16_enabled() or scaler is None:
+        return None
+    return {key: value for key, value in vars(scaler).items() if isinstance(value, int | float | bool)}
+
+
+def restore_loss_scale(engine: Any, state: dict[str, Any] | None) -> None:
+    if state is not None and engine.fp16_enabled():
+        vars(engine.optimizer.loss_scaler).update(state)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The stretch of one parameter whose fp32 master weights and optimizer states this process holds."""
+
+    name: str
+    """The plain model's own name of the parameter."""
+    shape: tuple[int, ...]
+    """Shape of the whole parameter."""
+    start: int
+    """First element, in the flattened parameter, of the stretch."""
+    numel: int
+    owner: Tensor
+    """Tensor that the optimizer keys its state by."""
+    offset: int
+    """First element of the stretch in `owner`, flattened."""
+    parameter: nn.Parameter
+
+    def view(self, tensor: Tensor) -> Tensor:
+        """The stretch of `tensor`, which has `owner`'s size, as a 1-D view."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+
+def slots(engine: Any) -> Iterator[Slot]:
+    """Every stretch held by this process, in the module's order, at any ZeRO stage."""
+    optimizer = engine.optimizer
+    for name, parameter in engine.module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
+            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            size = parameter.ds_tensor.ds_numel
+            start = torch.distributed.get_rank(parameter.ds_process_group) * size
+            numel = min(size, parameter.ds_numel - start)  # the last piece is padded
+            if numel > 0:
+                owner = optimizer.fp32_partitioned_groups_flat[group]
+                yield Slot(name, tuple(parameter.ds_shape), start, numel, owner, offset, parameter)
+        elif hasattr(parameter, "_hp_mapping"):
+            mapping = parameter._hp_mapping
+            if mapping is not None:
+                flat = getattr(optimizer, "fp32_groups_flat_partition", None)
+                if flat is None:
+                    flat = optimizer.single_partition_of_fp32_groups
+                held, here = mapping.lp_fragment_address, mapping.hp_fragment_address
+                owner = flat[mapping.param_group_index]
+                yield Slot(name, tuple(parameter.shape), held.start, held.numel, owner, here.start, parameter)
+        else:
+            yield Slot(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, parameter)
+
+
+def is_sharded(engine: Any) -> bool:
+    """Whether a process holds only its own part of each working weight (ZeRO-3)."""
+    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
+
+
+def is_replicated(engine: Any) -> bool:
+    """Whether every process holds every state whole (ZeRO-0)."""
+    return isinstance(engine.optimizer, torch.optim.Optimizer)

@@ -1,0 +1,63 @@
+"""Loss on the held-out split, and text samples, from a plain module or from an engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import distributed as dist
+from torch import nn
+
+from configs import Config
+from models.generate import generate
+
+from .data.reader import Dataset
+
+
+@torch.no_grad()
+def held_out_loss(
+    forward: Callable[..., Any], dataset: Dataset, sequences: int, micro_batch: int, device: torch.device
+) -> tuple[float, int]:
+    """Mean loss in nats per token over the first `sequences` of a held-out split, shared out over all processes.
+
+    Every process runs equally many forward passes (ZeRO-3 gathers weights in step); a batch is filled with sequences
+    of weight zero.
+
+    Returns:
+        (loss, tokens it is the mean of).
+    """
+    sequences = min(sequences, len(dataset))
+    spread = dist.is_initialized()
+    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    for first in range(0, sequences, micro_batch * world):
+        mine = range(first + rank * micro_batch, first + (rank + 1) * micro_batch)
+        batch = dataset.batch([index if index < sequences else -1 for index in mine]).to(device)
+        out = forward(batch)
+        sums += torch.stack([out.loss_sum.double(), out.tokens.double()])
+    if spread:
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item(), int(sums[1])
+
+
+def write_samples(module: nn.Module, config: Config, tokenizer: Tokenizer, path: Path, write: bool) -> None:
+    """Continue each of train.sample_prompts and write the texts to `path`.
+
+    Every process computes them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
+    """
+    end = tokenizer.token_to_id("<|endoftext|>")
+    prompts = config.train.sample_prompts
+    tokens = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
+    texts = generate(
+        module,
+        tokens,
+        max_new_tokens=config.train.sample_tokens,
+        temperature=config.train.sample_temperature,
+        seed=config.run.seed,
+        stop_token=end,
+    )
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        blocks = [prompt + tokenizer.decode(text) for prompt, text in zip(prompts, texts, strict=True)]
+        path.write_text(("\n" + "-" * 80 + "\n").join(blocks) + "\n", encoding="utf-8")

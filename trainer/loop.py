@@ -1,0 +1,273 @@
+"""Train one run in one process per device: the loop, and what surrounds an attempt."""
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+from configs import Config, ConfigError
+from models.balance import RouterTap
+from models.cost import training_flops_per_token
+from models.families import build
+
+from . import engine as ds
+from .data.loader import Loader
+from .data.manifest import sources_of
+from .data.reader import Dataset, load_tokenizer
+from .evaluate import held_out_loss, write_samples
+from .guard import spike
+from .hardware import memory_gb, peak_flops
+from .plugins import load_plugins
+from .profile import Profiler
+from .record import Record
+from .resume import from_chief, resume, roll_back
+from .run import attempts, read_config, run_lock, stop_requested
+from .save import Saver
+from .schedule import learning_rate
+from .state import TrainState
+from .step import StepOutcome, micro_batches, train_step
+from .tracking import inputs_of, start_shipper
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot usefully go on; the message says why, and a restart would end the same way."""
+
+
+def train(run_dir: Path) -> str:
+    """Run one attempt of a run, in each of its processes, under torchrun's environment variables.
+
+    Args:
+        run_dir: a folder made by `trainer.run.prepare_run`; its config.yaml is all that is read.
+
+    Returns:
+        `FINISHED`, or `KILLED` after a signal or a stop request: a checkpoint is written and the run can go on.
+
+    Raises:
+        TrainingStopped: train.max_nonfinite_steps steps were skipped in a row.
+        ConfigError: the run's checkpoints or data are not what they should be.
+    """
+    config = read_config(run_dir)
+    stop = _catch_signals()
+    load_plugins(config.plugins)
+    ds.start_processes(config.cluster.timeout)
+    if dist.get_world_size() != config.parallel.world_size:
+        raise ConfigError(
+            f"{dist.get_world_size()} processes were started but parallel.dp={config.parallel.dp} asks for "
+            f"{config.parallel.world_size}: start as many, or set parallel.dp={dist.get_world_size()}"
+        )
+    chief = dist.get_rank() == 0
+    attempt = from_chief(lambda: attempts(run_dir) + 1)
+    with run_lock(run_dir) if chief else nullcontext():
+        record = Record(run_dir, attempt) if chief else None
+        state = TrainState()
+        shipper, status, reason = None, "FAILED", ""
+        try:
+            if record:
+                inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
+                record.event("attempt_started", **_surroundings(), inputs=inputs)
+                shipper = start_shipper(run_dir, config) if config.tracking.enabled else None
+            status = _steps(run_dir, config, state, record, attempt, stop)
+            reason = "reached train.steps" if status == "FINISHED" else "stopped by request"
+        except BaseException as error:
+            reason = f"{type(error).__name__}: {error}"
+            if record:
+                record.event("failure", step=state.step, reason=reason, traceback=traceback.format_exc())
+            raise
+        finally:
+            if record:
+                record.event("attempt_ended", status=status, reason=reason, step=state.step)
+            if shipper and (missing := shipper.finish(timeout=60.0)):
+                print(missing, file=sys.stderr)
+    return status
+
+
+def _steps(
+    run_dir: Path, config: Config, state: TrainState, record: Record | None, attempt: int, stop: threading.Event
+) -> str:
+    """The training loop; `state` follows it. Returns FINISHED or KILLED."""
+    train, here, rank = config.train, ds.device(), dist.get_rank()
+    dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
+    held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
+    engine, tap = _build(config, here)
+    resume(run_dir, engine, state, record)
+    saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
+    profiler = Profiler(run_dir, train.profile, enabled=rank == 0)
+    accumulate = engine.gradient_accumulation_steps()
+    loader = Loader(dataset, micro_batches(config, state.cursor, rank), depth=config.data.prefetch)
+    saved = state.step
+    try:
+        while state.step < train.steps:
+            step, start, waited = state.step + 1, time.perf_counter(), loader.waited
+            profiler.before(step)
+            batches = [next(loader).to(here) for _ in range(accumulate)]
+            waited = loader.waited - waited
+
+            # Every process must know how much the others read, and leave at the same step as they.
+            trained = sum(int((batch.labels != -100).sum()) for batch in batches)
+            told = torch.tensor([trained, stop.is_set() or stop_requested(run_dir)], device=here)
+            dist.all_reduce(told)
+            tokens, asked_to_stop = told.tolist()
+            if asked_to_stop:
+                break
+
+            rate = learning_rate(step, train.steps, config.optim)
+            ds.set_learning_rate(engine, rate)
+            outcome = train_step(engine, tap, batches, tokens, config.model)
+
+            read_at = state.cursor
+            state.step, state.cursor = step, read_at + train.global_batch
+            state.tokens += tokens
+            state.skipped += outcome.skipped
+            state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.skipped else 0
+            state.bad_pages, state.loss_scale = len(dataset.bad_pages), ds.loss_scale_state(engine)
+            if record and (step % train.log_every == 0 or outcome.skipped):
+                seconds = time.perf_counter() - start
+                record.metrics(_metrics(config, state, outcome, rate, seconds, waited, here))
+            deviations = _judge(state, outcome, read_at, config, record)
+            if deviations and train.spike.action == "rollback":
+                saver.wait()
+                roll_back(run_dir, engine, state, config, record)
+                loader.close()
+                loader = Loader(dataset, micro_batches(config, state.cursor, rank), depth=config.data.prefetch)
+                continue
+
+            profiler.after(step, record)
+            last = step == train.steps
+            if last or (train.eval_every and step % train.eval_every == 0):
+                _evaluate(run_dir, config, engine, tap, held_out, step, record)
+            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                saver.save(engine, state, attempt)
+                saved = step
+        killed = state.step < train.steps
+        if killed:
+            if record:
+                record.event("signal", step=state.step, reason="stop requested by signal or by `stop` in the run's folder")
+            if saved != state.step:
+                saver.save(engine, state, attempt)
+    finally:
+        loader.close()
+        saver.wait()
+    return "KILLED" if killed else "FINISHED"
+
+
+def _build(config: Config, here: torch.device):
+    with here:
+        module = build(config.model)
+    module.init_weights(config.run.seed)  # type: ignore[operator]
+    module.set_activation_checkpointing(config.train.activation_checkpointing == "full")  # type: ignore[operator]
+    tap = RouterTap(module, config.model) if config.model.is_moe else None
+    if config.train.compile:
+        for layer in module.model.layers:  # type: ignore[union-attr]
+            layer.compile()
+    return ds.build_engine(module, config), tap
+
+
+def _judge(
+    state: TrainState, outcome: StepOutcome, read_at: int, config: Config, record: Record | None
+) -> float | None:
+    """Record a skipped step or a loss spike. Returns the spike's deviations, or None.
+
+    Raises:
+        TrainingStopped: too many skipped steps in a row; the weights are those before the first of them.
+    """
+    limit = config.train.max_nonfinite_steps
+    if outcome.skipped:
+        if record:
+            record.event(
+                "skipped_step", step=state.step, cursor=read_at, loss=outcome.loss, in_a_row=state.skipped_in_a_row
+            )
+        if state.skipped_in_a_row >= limit:
+            raise TrainingStopped(
+                f"{limit} steps in a row had a non-finite loss or gradient, the last at step {state.step} (sequences "
+                f"from {read_at}); the weights before them are in the last checkpoint: lower optim.lr, or look at the "
+                f"data with `muster data show`"
+            )
+        return None
+    settings = config.train.spike
+    deviations = spike(outcome.loss, state.recent_losses, settings)
+    if deviations and record:
+        record.event("spike", step=state.step, cursor=read_at, loss=outcome.loss, deviations=deviations)
+    state.recent_losses = [*state.recent_losses, outcome.loss][-settings.window :]
+    return deviations
+
+
+def _evaluate(run_dir, config, engine, tap, held_out, step, record) -> None:
+    start = time.perf_counter()
+    engine.eval()
+    loss, tokens = held_out_loss(
+        engine, held_out, config.train.eval_sequences, config.train.micro_batch, ds.device()
+    )
+    if record:
+        record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+    sample = run_dir / "samples" / f"step-{step:08d}.txt"
+    if config.train.sample_tokens:
+        write_samples(engine.module, config, load_tokenizer(config.data), sample, write=record is not None)
+    engine.train()
+    if tap:
+        tap.collect()
+    if record:
+        record.event(
+            "evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start
+        )
+
+
+def _metrics(
+    config: Config,
+    state: TrainState,
+    outcome: StepOutcome,
+    rate: float,
+    seconds: float,
+    waited: float,
+    here: torch.device,
+) -> dict:
+    read = config.train.global_batch * config.train.seq_len
+    flops = training_flops_per_token(config.model, config.train.seq_len) * read / seconds / dist.get_world_size()
+    metrics = {
+        "step": state.step,
+        "loss": outcome.loss,
+        "lr": rate,
+        "grad_norm": outcome.grad_norm,
+        "tokens": state.tokens,
+        "sequences": state.cursor,
+        "tokens_per_second": read / seconds,
+        "tflops": flops / 1e12,
+        "memory_gb": memory_gb(here),
+        "data_wait": waited,
+        "step_time": seconds,
+    }
+    if peak := peak_flops(here, config.train.precision):
+        metrics["mfu"] = flops / peak
+    if outcome.load:
+        metrics |= {"aux_loss": outcome.aux_loss, "z_loss": outcome.z_loss, "expert_load": outcome.load}
+        metrics["expert_maxvio"] = [max(layer) * len(layer) - 1 for layer in outcome.load]
+    if state.loss_scale:
+        metrics["loss_scale"] = state.loss_scale["cur_scale"]
+    if outcome.skipped:
+        metrics["skipped"] = True
+    return metrics
+
+
+def _surroundings() -> dict:
+    return {
+        "world_size": dist.get_world_size(),
+        "device": str(ds.device()),
+        "host": os.uname().nodename,
+        "pid": os.getpid(),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": ds.deepspeed.__version__},
+    }
+
+
+def _catch_signals() -> threading.Event:
+    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end. Under Ray this thread gets no signals: see `run.STOP`."""
+    asked = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: asked.set())
+    return asked

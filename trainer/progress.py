@@ -1,0 +1,182 @@
+"""Show a run to a person while it trains: one live line on a terminal, a line now and then elsewhere."""
+
+import json
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.text import Text
+
+from .record import EVENTS, METRICS
+
+SMOOTHING = 0.1
+"""Weight of the newest step in the shown rates."""
+
+
+class ProgressView:
+    """Turns the record of a run into lines.
+
+    Args:
+        total_steps: `train.steps`.
+        tty: keep one live line; None: where the console is a terminal.
+        quiet_for: without a terminal, seconds between two progress lines (by the record's own times).
+    """
+
+    def __init__(
+        self, total_steps: int, tty: bool | None = None, console: Console | None = None, quiet_for: float = 10.0
+    ) -> None:
+        self.total_steps, self.quiet_for = total_steps, quiet_for
+        self.console = console or Console(highlight=False)
+        self._last_line = float("-inf")
+        self._seconds: float | None = None
+        self._rate: float | None = None
+        self._live: Progress | None = None
+        self._processes = 1
+        if self.console.is_terminal if tty is None else tty:
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
+            self._live = Progress(*columns, console=self.console, auto_refresh=False)
+            self._task = self._live.add_task("starting", total=total_steps)
+
+    def start(self) -> None:
+        if self._live:
+            self._live.start()
+
+    def stop(self) -> None:
+        if self._live:
+            self._live.stop()
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """Take in one line of metrics.jsonl."""
+        step = record["step"]
+        if "eval_loss" in record:
+            self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}")
+            return
+        self._seconds = _smooth(self._seconds, record.get("step_time"))
+        self._rate = _smooth(self._rate, record.get("tokens_per_second"))
+        line = self._line(record)
+        if self._live:
+            self._live.update(self._task, completed=step, description=line, refresh=True)
+        elif record["time"] - self._last_line >= self.quiet_for or step == self.total_steps:
+            self._last_line = record["time"]
+            self._print(f"step {step}/{self.total_steps}  {line}")
+
+    def event(self, record: dict[str, Any]) -> None:
+        """Take in one line of events.jsonl; what the metrics show already is left out."""
+        name = record["event"]
+        if name == "attempt_started":
+            self._processes = record.get("world_size", 1)
+            plural = "" if self._processes == 1 else "es"
+            self._print(
+                f"attempt {record['attempt']}  {self._processes} process{plural} on {record.get('device', '?')}"
+            )
+        elif name == "attempt_ended":
+            if record["status"] == "FAILED":
+                self._print(f"attempt {record['attempt']}  failed: {record.get('reason')}")
+        elif name not in ("evaluation", "resolved", "failure"):
+            self._print(f"{name.replace('_', ' ')}  {_details(record)}")
+
+    def _line(self, record: dict[str, Any]) -> str:
+        parts = [f"loss {_number(record['loss'], '.4f')}"]
+        if self._rate:
+            parts.append(f"{self._rate:,.0f} tok/s")
+        if record.get("mfu") is not None:
+            parts.append(f"MFU {record['mfu']:.1%}")
+        elif record.get("tflops") is not None:
+            parts.append(f"{record['tflops'] * self._processes:.3g} TFLOP/s")
+        if self._seconds:
+            parts.append(f"eta {_duration(self._seconds * (self.total_steps - record['step']))}")
+        if record.get("skipped"):
+            parts.append("skipped")
+        return "  ".join(parts)
+
+    def _print(self, line: str) -> None:
+        # A Text is neither read as markup (paths and errors hold brackets) nor wrapped at a pipe's 80 columns.
+        self.console.print(Text(line), soft_wrap=True)
+
+
+class Follower:
+    """Feeds a view from the end of a run's record as it grows, on a thread of its own: `with Follower(...):`."""
+
+    def __init__(self, run_dir: str | Path, view: ProgressView, interval: float = 0.5) -> None:
+        self.view, self.interval = view, interval
+        self._tails = [
+            (_Tail(Path(run_dir) / EVENTS), view.event),
+            (_Tail(Path(run_dir) / METRICS), view.metrics),
+        ]
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
+
+    def __enter__(self) -> "Follower":
+        self.view.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._done.set()
+        self._thread.join()
+        self._read()
+        self.view.stop()
+
+    def _follow(self) -> None:
+        while not self._done.wait(self.interval):
+            self._read()
+
+    def _read(self) -> None:
+        found = [(record, show) for tail, show in self._tails for record in tail.read()]
+        for record, show in sorted(found, key=lambda item: item[0].get("time", 0.0)):
+            show(record)
+
+
+class _Tail:
+    """The records appended to a file after this was made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = path.stat().st_size if path.exists() else 0
+
+    def read(self) -> list[dict[str, Any]]:
+        try:
+            if self.path.stat().st_size == self.offset:
+                return []
+            with self.path.open("rb") as file:
+                file.seek(self.offset)
+                data = file.read()
+        except FileNotFoundError:
+            return []
+        whole = data[: data.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        records = []
+        for line in whole.splitlines():
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue  # torn by a kill
+            if isinstance(record, dict):
+                records.append(record)
+        return records
+
+
+def _smooth(before: float | None, now: float | None) -> float | None:
+    if before is None or now is None:
+        return now if before is None else before
+    return before + SMOOTHING * (now - before)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "not finite" if value is None else format(value, form)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _details(record: dict[str, Any]) -> str:
+    shown = {key: value for key, value in record.items() if key not in ("time", "attempt", "event", "traceback")}
+    return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())

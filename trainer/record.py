@@ -1,0 +1,282 @@
+"""The record of a run: metrics.jsonl and events.jsonl, appended by rank 0 and read by everyone else."""
+
+import json
+import math
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+
+
+class Record:
+    """Appends to a run's record. Every line is one `write`, so a reader or a killed process never mixes two lines."""
+
+    def __init__(self, run_dir: str | Path, attempt: int) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.attempt = attempt
+        self._files = {name: _open_append(self.run_dir / name) for name in (METRICS, EVENTS)}
+
+    def metrics(self, values: dict[str, Any]) -> None:
+        """Append a step's record (or an evaluation's, which has `eval_loss`) with this attempt and the time.
+
+        Args:
+            values: `step` and plain, numpy or torch numbers, or (nested) lists of them. Non-finite ones become null.
+
+        Raises:
+            OSError: the disk is full. The line is then torn; readers leave it out.
+        """
+        # step, attempt and time stand first, where `MetricsIndex` finds them without parsing the line.
+        head = {"step": int(values["step"]), "attempt": self.attempt, "time": time.time()}
+        self._write(METRICS, head | {key: value for key, value in values.items() if key not in head})
+
+    def event(self, name: str, **details: Any) -> None:
+        """Append an event. `attempt_started` is given `pid` and `host`, so that others can see whether it lives."""
+        head: dict[str, Any] = {"time": time.time(), "attempt": self.attempt, "event": name}
+        if name == "attempt_started":
+            head |= {"pid": os.getpid(), "host": socket.gethostname()}
+        self._write(EVENTS, head | details)
+
+    def close(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files = {}
+
+    def _write(self, name: str, line: dict[str, Any]) -> None:
+        data = _dump(line).encode() + b"\n"
+        if os.write(self._files[name], data) != len(data):
+            os.write(self._files[name], b"\n")
+            raise OSError(f"{self.run_dir / name}: the disk took only part of a line")
+
+
+def _open_append(path: Path) -> int:
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    size = os.fstat(file).st_size
+    if size and os.pread(file, 1, size - 1) != b"\n":
+        os.write(file, b"\n")  # the last writer was killed within a line: start on a fresh one
+    return file
+
+
+def _dump(line: dict[str, Any]) -> str:
+    try:
+        return json.dumps(line, allow_nan=False, default=_plain)
+    except ValueError:
+        return json.dumps(_finite(line), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars, without importing either
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{type(value).__name__} cannot stand in the record: {value!r}")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if value is None or isinstance(value, (str, int)) else _finite(_plain(value))
+
+
+class Line(NamedTuple):
+    """One line of metrics.jsonl: whose it is, and its bytes [start, end)."""
+
+    step: int
+    attempt: int
+    time: float
+    evaluation: bool
+    start: int
+    end: int
+
+
+_HEAD = re.compile(rb'\{"step": (\d+), "attempt": (\d+), "time": ([0-9.e+]+)')
+
+
+class MetricsIndex:
+    """The lines of metrics.jsonl that count, without their values: a long MoE run's file is many GB.
+
+    When a training step is not after the one before it, the run went back (a restart or a rollback): what had been
+    recorded from that step on is superseded. `lines` is in the order of the file.
+    """
+
+    def __init__(self, run_dir: str | Path, offset: int = 0) -> None:
+        self.path = Path(run_dir) / METRICS
+        self.offset = offset
+        """Bytes seen, up to the end of the last whole line."""
+        self.lines: list[Line] = []
+        self._step = -1
+        self._evaluated: set[int] = set()
+
+    def update(self) -> None:
+        """Take in the whole lines appended since the last call. No file yet: nothing."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.offset)
+                for data in file:
+                    if not data.endswith(b"\n"):
+                        break  # still being written, or torn
+                    self._add(data)
+                    self.offset += len(data)
+        except FileNotFoundError:
+            return
+
+    def _add(self, data: bytes) -> None:
+        head = _HEAD.match(data)
+        if head is None or not data.endswith(b"}\n"):
+            return  # torn by a kill
+        step, attempt, written = int(head[1]), int(head[2]), float(head[3])
+        line = Line(step, attempt, written, b'"eval_loss"' in data, self.offset, self.offset + len(data))
+        if line.evaluation:
+            if step in self._evaluated:
+                self.lines = [old for old in self.lines if not (old.evaluation and old.step == step)]
+            self._evaluated.add(step)
+        else:
+            if step <= self._step:
+                self.lines = [old for old in self.lines if old.step < step]
+            self._step = step
+        self.lines.append(line)
+
+    def forget_rolled_back(self, events: Sequence[dict[str, Any]]) -> None:
+        """Leave out what a `rollback` event took back and nothing has been recorded in place of yet."""
+        for event in events:
+            if event["event"] == "rollback":
+                to_step, before = event["to_step"], (event["attempt"], event["time"])
+                self.lines = [old for old in self.lines if old.step <= to_step or (old.attempt, old.time) > before]
+
+    def read(self, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+        """The records of these lines, in their order."""
+        if not lines:
+            return
+        with open(self.path, "rb") as file:
+            for line in lines:
+                file.seek(line.start)
+                if (record := _parse(file.read(line.end - line.start))) is not None:
+                    yield record
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
+    """The record as it counts, in step order: each step once, and each step's evaluation (has `eval_loss`) once."""
+    index = MetricsIndex(run_dir)
+    index.update()
+    index.forget_rolled_back(read_events(run_dir))
+    return list(index.read(sorted(index.lines, key=lambda line: (line.step, line.evaluation))))
+
+
+def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
+    """Every event, oldest first; a torn line is left out, no file is no events."""
+    try:
+        data = (Path(run_dir) / EVENTS).read_bytes()
+    except FileNotFoundError:
+        return []
+    events = (_parse(line) for line in data.splitlines())
+    return [event for event in events if event is not None and "event" in event]
+
+
+def summary(run_dir: str | Path) -> dict[str, Any]:
+    """A run in one row, from the events and the tail of the metrics: cheap however long the run.
+
+    Returns:
+        `name`; `status` (RUNNING, FINISHED, FAILED, KILLED, or NEW where nothing started) and its `reason`; `step`,
+        `loss`, `tokens` of the last training record and `eval_loss` of the last evaluation (nats per token; None where
+        there is none); `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix seconds, or None.
+    """
+    run_dir = Path(run_dir)
+    events = read_events(run_dir)
+    train, evaluation = _last_records(run_dir / METRICS)
+    updated = max((item["time"] for item in (*events[-1:], train, evaluation) if item), default=None)
+    status, reason = status_of(events)
+    return {
+        "name": run_dir.resolve().name,
+        "status": status,
+        "reason": reason,
+        "step": train.get("step", 0),
+        "loss": train.get("loss"),
+        "eval_loss": evaluation.get("eval_loss"),
+        "tokens": train.get("tokens", 0),
+        "attempts": len({event["attempt"] for event in events if event["event"] == "attempt_started"}),
+        "wall_time": _wall_time(events, updated),
+        "updated": updated,
+    }
+
+
+def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
+    """Status of a run and its reason, by its last attempt; one whose process is gone without a word has FAILED."""
+    started = [event for event in events if event["event"] == "attempt_started"]
+    if not started:
+        return "NEW", None
+    last = started[-1]
+    for event in reversed(events):
+        if event["event"] == "attempt_ended" and event["attempt"] == last["attempt"]:
+            return event["status"], event.get("reason")
+    if last.get("host") == socket.gethostname() and not _alive(last["pid"]):
+        return "FAILED", "the process is gone without a word (killed, or out of memory)"
+    return "RUNNING", None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _wall_time(events: Sequence[dict[str, Any]], updated: float | None) -> float:
+    """Seconds in attempts; one that was killed counts up to its last sign of life."""
+    total, begin, last = 0.0, None, 0.0
+    for event in events:
+        if event["event"] == "attempt_started":
+            total += last - begin if begin is not None else 0.0
+            begin = event["time"]
+        last = event["time"]
+        if event["event"] == "attempt_ended" and begin is not None:
+            total, begin = total + last - begin, None
+    return total + (max(updated or last, last) - begin if begin is not None else 0.0)
+
+
+def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Last training and last evaluation record, read from the end; at most 16 MB for an evaluation that is far back."""
+    train: dict[str, Any] = {}
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            block = 1 << 16
+            while True:
+                start = max(0, size - block)
+                file.seek(start)
+                lines = file.read(size - start).split(b"\n")[1 if start else 0 :]
+                evaluation: dict[str, Any] = {}
+                for line in reversed(lines):
+                    is_evaluation = b'"eval_loss"' in line
+                    if (evaluation if is_evaluation else train) or (record := _parse(line)) is None:
+                        continue
+                    if is_evaluation:
+                        evaluation = record
+                    else:
+                        train = record
+                    if train and evaluation:
+                        return train, evaluation
+                if start == 0 or block >= 1 << 24:
+                    return train, evaluation
+                block *= 4
+    except FileNotFoundError:
+        return {}, {}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except ValueError:  # torn, or not UTF-8
+        return None
+    return record if isinstance(record, dict) else None

@@ -1,0 +1,146 @@
+"""A run's folder: made, checked against what the run already is, locked while it trains, asked to stop."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs import Config, ConfigError, differences, load, resolve, to_yaml
+
+from .checkpoint import committed, folder
+from .data.default import ensure_prepared, vocabulary_size
+from .record import Record, read_events
+
+CONFIG = "config.yaml"
+STOP = "stop"
+LOCK = "lock"
+
+
+def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, list[str]]:
+    """The config with every derived value filled in and every path absolute, and one line per derived value.
+
+    Args:
+        prepare: make the default data where they are missing; otherwise their planned vocabulary size is assumed.
+
+    Raises:
+        ConfigError: the config cannot run.
+    """
+    run = config.run.model_copy(update={"root": str(Path(config.run.root).expanduser().resolve())})
+    config = config.model_copy(update={"run": run, "plugins": tuple(_absolute(p) for p in config.plugins)})
+    notes: list[str] = []
+    if prepare:
+        data, notes = ensure_prepared(config)
+        config = config.model_copy(update={"data": data})
+        vocab_size = vocabulary_size(data)
+    else:
+        vocab_size = None if config.model.vocab_size else config.data.prepare.vocab_size
+    resolved, derived = resolve(config, vocab_size=vocab_size)
+    return resolved, notes + derived
+
+
+def _absolute(plugin: str) -> str:
+    return str(Path(plugin).resolve()) if plugin.endswith(".py") else plugin
+
+
+def prepare_run(config: Config, *, fork: str | None = None) -> Path:
+    """Make or check the folder of a run, before any device is held.
+
+    Args:
+        config: as the user wrote it.
+        fork: name of a new run that starts from the last checkpoint of `run.name` with this config.
+
+    Returns:
+        The folder, whose config.yaml holds the resolved config.
+
+    Raises:
+        ConfigError: the config cannot run, or differs from the existing run's in what the run is.
+    """
+    resolved, notes = resolve_config(config)
+    run_dir = Path(resolved.run.root) / resolved.run.name
+    events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes})]
+    if fork:
+        steps = committed(run_dir)
+        if not steps:
+            raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
+        source = folder(run_dir, steps[-1])
+        resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
+        resolved = Config.model_validate(resolved.model_dump())  # checks the name
+        run_dir = run_dir.with_name(fork)
+        if (run_dir / CONFIG).exists():
+            raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
+        events.append(("forked", {"checkpoint": str(source)}))
+    elif (run_dir / CONFIG).exists():
+        with run_lock(run_dir):  # refuses a run that is being trained
+            pass
+        allowed, refused = differences(read_config(run_dir), resolved)
+        if refused:
+            keys = ", ".join(f"{key} was {old} and is now {new}" for key, (old, new) in refused.items())
+            raise ConfigError(
+                f"run {resolved.run.name} exists with another config: {keys}.\n"
+                f"Set them back, choose another run.name, or continue from its last checkpoint with --fork NEW"
+            )
+        if not allowed:
+            events = []
+        else:
+            events.append(("config_changed", {"changed": {key: list(pair) for key, pair in allowed.items()}}))
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / STOP).unlink(missing_ok=True)
+    temporary = run_dir / f".{CONFIG}"
+    temporary.write_text(to_yaml(resolved), encoding="utf-8")
+    os.replace(temporary, run_dir / CONFIG)
+    record = Record(run_dir, attempts(run_dir))
+    for name, details in events:
+        record.event(name, **details)
+    return run_dir
+
+
+def read_config(run_dir: Path) -> Config:
+    """The resolved config of an existing run. Raises ConfigError if the folder is no run."""
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"{run_dir} is not a run: it has no {CONFIG}")
+    return load(run_dir / CONFIG)
+
+
+def attempts(run_dir: Path) -> int:
+    """How many attempts the run has had."""
+    return sum(event["event"] == "attempt_started" for event in read_events(run_dir))
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run has reached the train.steps of its config."""
+    config = read_config(run_dir)
+    ends = [event for event in read_events(run_dir) if event["event"] == "attempt_ended"]
+    return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1]["step"] >= config.train.steps
+
+
+def request_stop(run_dir: Path) -> None:
+    """Ask a run to write a checkpoint and leave; every process of it sees this at its next step."""
+    (run_dir / STOP).touch()
+
+
+def stop_requested(run_dir: Path) -> bool:
+    return (run_dir / STOP).exists()
+
+
+@contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run against a second trainer. Raises ConfigError if another process holds it."""
+    with (run_dir / LOCK).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(
+                f"run {run_dir.name} is being trained by {file.read() or 'another process'}: "
+                f"wait for it, stop it, or choose another run.name"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,0 +1,40 @@
+"""`python -P -m trainer.tracking RUN_DIR`: send a run's record to its tracker (what `start_shipper` runs)."""
+
+import argparse
+import contextlib
+import os
+import signal
+import sys
+from pathlib import Path
+
+from .shipper import ship
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--once", action="store_true", help="send what is missing and leave")
+    parser.add_argument("--attempt", type=int, help="the attempt whose record this is")
+    parser.add_argument("--parent-pid", type=int, help="the training process; when it is gone the attempt has ended")
+    args = parser.parse_args()
+    if args.once:
+        message = ship(args.run_dir)
+    else:
+        _stand_back()
+        message = ship(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False)
+    if message:
+        print(message, file=sys.stderr)
+    return 1 if message else 0
+
+
+def _stand_back() -> None:
+    """Take the processor only when training leaves it, and outlive a signal that is meant for training."""
+    os.nice(10)
+    with contextlib.suppress(OSError):  # where sessions are scheduled as groups, nice counts within one only
+        Path("/proc/self/autogroup").write_text("10")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

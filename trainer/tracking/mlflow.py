@@ -1,0 +1,169 @@
+"""MLflow as tracker: a server, or SQLite beside the runs."""
+
+import contextlib
+import fcntl
+import getpass
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Read by mlflow at import. One retry and a short timeout: how long to go on is the shipper's decision.
+for _name, _value in {
+    "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_DISABLE_AGENT_HINT": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
+from mlflow.exceptions import MlflowException  # noqa: E402
+from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
+
+from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
+
+KEY_TAG = "muster.key"
+REASON_TAG = "reason"
+
+
+class MlflowTracker:
+    """One run in MLflow.
+
+    Sending a metric again with the same step, time and value adds nothing (they are the primary key of MLflow's
+    table), with another time it adds a second point that cannot be deleted. So what a run holds is read back from it.
+
+    Args:
+        uri: `http(s)://server`, `sqlite:////path/mlflow.db` or another database.
+        experiment: name; made if it is not there.
+        artifact_root: where a new experiment keeps its files; None: where the server decides.
+    """
+
+    def __init__(self, uri: str, experiment: str, artifact_root: Path | None = None) -> None:
+        for name in ("mlflow", "alembic"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        self._uri, self._experiment_name, self._artifact_root = uri, experiment, artifact_root
+        self._run_id = ""
+
+    def open(self, run: RunInfo) -> Sent:
+        with _schema_lock(self._uri):
+            self._client = MlflowClient(tracking_uri=self._uri)
+            experiment = self._experiment()
+        run_id = self._known(run.run_id) or self._find(experiment, run.key)
+        if run_id is None:
+            tags = {KEY_TAG: run.key, "mlflow.source.name": "muster", "mlflow.source.type": "JOB"}
+            with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+                tags["mlflow.user"] = getpass.getuser()
+            created = self._client.create_run(
+                experiment.experiment_id, start_time=int(run.started * 1000), tags=tags, run_name=run.name
+            )
+            self._run_id = created.info.run_id
+            return Sent(self._run_id, -1, -1)
+        self._run_id = run_id
+        self._client.update_run(run_id, status="RUNNING")
+        if REASON_TAG in self._client.get_run(run_id).data.tags:
+            self._client.delete_tag(run_id, REASON_TAG)
+        # `attempt` and `eval_tokens` are never null, as a loss that is not finite is.
+        evaluation = max(self._last_step("eval_tokens"), self._last_step("eval_loss"))
+        return Sent(run_id, self._last_step("attempt"), evaluation)
+
+    def describe(self, params: Mapping[str, Any], tags: Mapping[str, str], inputs: Sequence[Input]) -> None:
+        texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
+        known = self._client.get_run(self._run_id).data.params
+        texts = {key: text[:MAX_PARAM_VAL_LENGTH] for key, text in texts.items()}
+        changed = {f"changed.{key}": text for key, text in texts.items() if known.get(key, text) != text}
+        self._client.log_batch(
+            self._run_id,
+            params=[Param(key, text) for key, text in texts.items() if key not in known],
+            tags=[RunTag(key, text) for key, text in (changed | dict(tags)).items()],
+        )
+        datasets = [
+            DatasetInput(
+                Dataset(
+                    name=item.name,
+                    digest=item.digest[:MAX_DATASET_DIGEST_SIZE],
+                    source_type="local",
+                    source=json.dumps({"uri": item.source}),
+                    profile=json.dumps({"sha256": item.digest, **item.profile}),
+                ),
+                [InputTag("mlflow.data.context", item.kind)],
+            )
+            for item in inputs
+        ]
+        if datasets:
+            self._client.log_inputs(self._run_id, datasets)
+
+    def log(self, points: Sequence[Point]) -> None:
+        batch: list[Metric] = []
+        for point in points:
+            time = int(point.time * 1000)
+            metrics = [Metric(_metric_name(key), value, time, point.step) for key, value in point.values.items()]
+            assert len(metrics) <= MAX_METRICS_PER_BATCH, "a step must fit into one transaction"
+            if len(batch) + len(metrics) > MAX_METRICS_PER_BATCH:
+                self._client.log_batch(self._run_id, metrics=batch)
+                batch = []
+            batch += metrics
+        self._client.log_batch(self._run_id, metrics=batch)
+
+    def artifact(self, path: Path, folder: str) -> None:
+        self._client.log_artifact(self._run_id, str(path), folder or None)
+
+    def finish(self, status: str, time: float, reason: str | None) -> None:
+        if reason:
+            self._client.set_tag(self._run_id, REASON_TAG, reason)
+        self._client.set_terminated(self._run_id, status, int(time * 1000))
+
+    def _experiment(self) -> Experiment:
+        found = self._client.get_experiment_by_name(self._experiment_name)
+        if found is None:
+            location = None if self._artifact_root is None else self._artifact_root.resolve().as_uri()
+            with contextlib.suppress(MlflowException):  # another run made it just now
+                self._client.create_experiment(self._experiment_name, artifact_location=location)
+            found = self._client.get_experiment_by_name(self._experiment_name)
+        if found is None or found.lifecycle_stage != "active":
+            raise RuntimeError(
+                f"MLflow experiment {self._experiment_name!r} was deleted: restore it or set tracking.experiment"
+            )
+        return found
+
+    def _known(self, run_id: str | None) -> str | None:
+        if run_id is None:
+            return None
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        return run_id if run.info.lifecycle_stage == "active" else None
+
+    def _find(self, experiment: Experiment, key: str) -> str | None:
+        query = f"tags.`{KEY_TAG}` = '{key}'"
+        found = self._client.search_runs([experiment.experiment_id], query, ViewType.ACTIVE_ONLY, max_results=1)
+        return found[0].info.run_id if found else None
+
+    def _last_step(self, key: str) -> int:
+        return max((metric.step for metric in self._client.get_metric_history(self._run_id, key)), default=-1)
+
+
+def _metric_name(key: str) -> str:
+    return re.sub(r"[^\w\-. :/]", "_", key)[:250]
+
+
+@contextlib.contextmanager
+def _schema_lock(uri: str) -> Iterator[None]:
+    """Two runs that make the tables of one SQLite file at once would each fail on the other's."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    path = Path(uri.removeprefix("sqlite:///") + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,307 @@
+"""Sends a run's record to its tracker: reads metrics.jsonl and events.jsonl as they grow, repeats until it is through.
+
+Each step is shown once. A tracker cannot take a point back, so:
+- what the tracker holds is read back whenever a connection is made, and steps up to there are not sent again: after a
+  restart the first recording of a step stays. Resume is exact, so the second has the same values.
+- where a step's values can change, that is under `train.spike.action: rollback`, steps are held back until a
+  checkpoint at or past them is committed: a rollback never goes behind it. FINISHED and a sync by hand release them.
+"""
+
+import fcntl
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from configs import Config, ConfigError, flatten, load
+
+from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
+from .start import read_state, tracking_uri, write_state
+from .tracker import Input, Point, RunInfo, Tracker
+
+GRACE = 60.0
+"""Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
+MAX_BACKOFF = 30.0
+EXPERT_METRICS = 512
+"""Expert loads of a step shown one by one; above, the largest and smallest of each layer."""
+LIVE_ARTIFACTS = ("config.yaml", "samples")
+FINAL_ARTIFACTS = (*LIVE_ARTIFACTS, "plots", "profiles", "model", METRICS, EVENTS)
+GONE = "the training process ended without a word (killed, or out of memory)"
+
+
+def ship(
+    run_dir: str | Path,
+    *,
+    attempt: int | None = None,
+    parent: int | None = None,
+    once: bool = True,
+    grace: float = GRACE,
+) -> str | None:
+    """Send a run's record to the tracker its config names.
+
+    Args:
+        run_dir: the run's folder.
+        attempt: leave when a later attempt than this one starts: its own shipper takes over.
+        parent: process id of the training process, the parent of this one.
+        once: send what is there and leave; otherwise follow the record to the end of the attempt.
+        grace: seconds without success, once nothing more is recorded, after which to give up.
+
+    Returns:
+        None if the tracker has everything, otherwise one line that says what is missing.
+
+    Raises:
+        ConfigError: not a run, or `tracking.uri` is nothing that MLflow takes.
+    """
+    run_dir = Path(run_dir)
+    if not (run_dir / "config.yaml").is_file():
+        raise ConfigError(f"{run_dir} is not a run's folder: it has no config.yaml")
+    config = load(run_dir / "config.yaml")
+    uri = tracking_uri(run_dir, config)
+    with _only_one(run_dir, 5.0 if once else None) as free:
+        if not free:
+            return f"another process is sending {run_dir.name} to {uri}"
+        from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
+
+        local = uri.startswith("sqlite:")
+        root = run_dir.resolve().parent / "mlartifacts" if local else None
+        tracker = MlflowTracker(uri, config.tracking.experiment, root)
+        return Shipper(run_dir, config, uri, tracker, attempt, parent, once, grace).run()
+
+
+class Shipper:
+    """The state of one shipper; `run` is its life."""
+
+    def __init__(
+        self,
+        run_dir: Path,
+        config: Config,
+        uri: str,
+        tracker: Tracker,
+        attempt: int | None = None,
+        parent: int | None = None,
+        once: bool = True,
+        grace: float = GRACE,
+    ) -> None:
+        self.run_dir, self.config, self.uri, self.tracker = run_dir, config, uri, tracker
+        self.attempt, self.parent, self.once, self.grace = attempt, parent, once, grace
+        self.hold = config.train.spike.action == "rollback" and not once
+        self.events: list[dict[str, Any]] = []
+        self._events_size = -1
+        self.index: MetricsIndex | None = None
+        """None: not connected."""
+        self._sent = {False: -1, True: -1}
+        """Last training step and last evaluation that the tracker holds."""
+        self._files: dict[Path, tuple[int, int]] = {}
+        self._state: dict[str, Any] = {}
+
+    def run(self) -> str | None:
+        """Send until the attempt has ended and everything is sent, or nothing got through for `grace` seconds."""
+        plotted, backoff, error = False, 1.0, None
+        last_good = time.monotonic()
+        while True:
+            ended = self._ended()
+            if self._superseded() or (self.once and not self.events):
+                return None
+            if ended and not plotted:
+                if self.parent is not None:
+                    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                self._plot()
+                plotted, last_good = True, time.monotonic()
+            try:
+                self._connect()
+                self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
+                self._send_files(FINAL_ARTIFACTS if ended else LIVE_ARTIFACTS)
+                if ended:
+                    self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
+                if error:
+                    print(f"sending to {self.uri} again", file=sys.stderr, flush=True)
+                error, backoff, last_good = None, 1.0, time.monotonic()
+                self._save(error)
+                if ended or self.once:
+                    return self._held()
+            except Exception as problem:  # whatever a tracker's client raises: the record is safe, try again
+                if error is None:
+                    print(f"cannot send to {self.uri}: {_line(problem)}", file=sys.stderr, flush=True)
+                error, self.index = problem, None
+                if (ended or self.once) and time.monotonic() - last_good > self.grace:
+                    return self._give_up(problem)
+            self._wait(backoff if error else self.config.tracking.interval, wake=not ended)
+            backoff = min(2 * backoff, MAX_BACKOFF) if error else 1.0
+
+    def _connect(self) -> None:
+        if self.index is not None:
+            return
+        state = read_state(self.run_dir)
+        known = state if state.get("uri") == self.uri else {}
+        with (self.run_dir / EVENTS).open("rb") as file:
+            key = hashlib.sha256(self.run_dir.resolve().name.encode() + file.readline()).hexdigest()[:32]
+        started = [event for event in self.events if event["event"] == "attempt_started"]
+        begin = (started or self.events)[0]["time"]
+        sent = self.tracker.open(RunInfo(self.run_dir.resolve().name, key, known.get("run_id"), begin))
+        details = started[-1] if started else {}
+        inputs = [Input(**item) for item in details.get("inputs", ())]
+        self.tracker.describe(flatten(self.config), _tags(details), inputs)
+        self._sent = {False: sent.step, True: sent.evaluation}
+        self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
+        same = known.get("run_id") == sent.run_id
+        self.index = MetricsIndex(self.run_dir, known.get("offset", 0) if same else 0)
+        self._save(None)
+
+    def _send(self, everything: bool) -> None:
+        """Send the lines that count and that no rollback can change any more."""
+        index = self.index
+        assert index is not None
+        index.update()
+        index.forget_rolled_back(self.events)
+        index.lines = [line for line in index.lines if line.step > self._sent[line.evaluation]]
+        final = max((event["step"] for event in self.events if event["event"] == "checkpoint"), default=0)
+        ready = [line for line in index.lines if everything or not self.hold or line.step <= final]
+        for begin in range(0, len(ready), 200):
+            lines = ready[begin : begin + 200]
+            records = list(index.read(lines))
+            points = [Point(record["step"], record["time"], scalars(record)) for record in records]
+            if points:
+                self.tracker.log(points)
+            for line in lines:
+                self._sent[line.evaluation] = max(self._sent[line.evaluation], line.step)
+            done = set(lines)
+            index.lines = [line for line in index.lines if line not in done]
+            self._save(None)
+
+    def _send_files(self, names: tuple[str, ...]) -> None:
+        """Send the files that are new or changed since this process last sent them."""
+        for name in names:
+            if name == "model" and not self.config.tracking.export_model:
+                continue
+            top = self.run_dir / name
+            for path in [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file()):
+                status = path.stat()
+                if self._files.get(path) != (signature := (status.st_mtime_ns, status.st_size)):
+                    folder = path.parent.relative_to(self.run_dir).as_posix()
+                    self.tracker.artifact(path, "" if folder == "." else folder)
+                    self._files[path] = signature
+
+    def _ended(self) -> dict[str, Any] | None:
+        """`attempt_ended` of the attempt, or what stands for it when its process is gone."""
+        gone = self.parent is not None and os.getppid() != self.parent  # before the last events are read
+        self._read_events()
+        if not self.events:
+            return None
+        if self.once:
+            status, reason = status_of(self.events)
+            attempt = max(event["attempt"] for event in self.events)
+            gone = status == "FAILED"
+        else:
+            attempt, reason = self.attempt or max(event["attempt"] for event in self.events), GONE
+        for event in reversed(self.events):
+            if event["event"] == "attempt_ended" and event["attempt"] == attempt:
+                return event
+        return {"status": "FAILED", "time": time.time(), "reason": reason} if gone else None
+
+    def _superseded(self) -> bool:
+        if self.attempt is None:
+            return False
+        return any(event["event"] == "attempt_started" and event["attempt"] > self.attempt for event in self.events)
+
+    def _read_events(self) -> None:
+        try:
+            size = (self.run_dir / EVENTS).stat().st_size
+        except FileNotFoundError:
+            return
+        if size != self._events_size:
+            self.events, self._events_size = read_events(self.run_dir), size
+
+    def _wait(self, seconds: float, wake: bool) -> None:
+        """Sleep, but no longer than until the attempt ends."""
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not (wake and self._ended()):
+            time.sleep(min(left, 0.2))
+
+    def _plot(self) -> None:
+        try:
+            from ..plots import plot_run  # matplotlib is needed at the end only
+
+            plot_run(self.run_dir)
+        except Exception as problem:  # plots are no reason to lose the rest
+            print(f"no plots: {_line(problem)}", file=sys.stderr, flush=True)
+
+    def _held(self) -> str | None:
+        lines = self.index.lines if self.index else []
+        if not lines:
+            return None
+        return f"{len(lines)} records after the last checkpoint are held back, as the run may go on from there"
+
+    def _give_up(self, problem: Exception) -> str:
+        state = read_state(self.run_dir)
+        if state.get("uri") != self.uri:
+            state = {"uri": self.uri}
+        left = MetricsIndex(self.run_dir, state.get("offset", 0))
+        left.update()
+        message = f"{len(left.lines)} records and the end of the run are not sent to {self.uri}: {_line(problem)}"
+        write_state(self.run_dir, state | {"missing": len(left.lines), "error": message})
+        return message
+
+    def _save(self, error: str | None) -> None:
+        index = self.index
+        assert index is not None
+        offset = min((line.start for line in index.lines), default=index.offset)
+        state = self._state | {"offset": offset, "missing": len(index.lines), "error": self._held() or error}
+        if state != read_state(self.run_dir):
+            write_state(self.run_dir, state)
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a record: every number, and lists under numbered names (`expert_load/layer_00/expert_03`)."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, (int, float)) and key not in ("step", "time"):
+            found[key] = float(value)
+        elif key == "expert_maxvio":
+            found |= {f"expert_load/layer_{i:02d}/maxvio": item for i, item in enumerate(value) if item is not None}
+        elif key == "expert_load":
+            few = sum(map(len, value)) <= EXPERT_METRICS
+            for i, layer in enumerate(value):
+                shares = {f"expert_{e:02d}": share for e, share in enumerate(layer) if share is not None}
+                if not few and shares:
+                    shares = {"max": max(shares.values()), "min": min(shares.values())}
+                found |= {f"expert_load/layer_{i:02d}/{name}": share for name, share in shares.items()}
+    return found
+
+
+def _tags(details: Mapping[str, Any]) -> dict[str, str]:
+    """`attempt_started` as tags; nested details under dotted names."""
+    tags: dict[str, str] = {}
+    for key, value in details.items():
+        if isinstance(value, dict):
+            tags |= {f"{key}.{name}": str(item) for name, item in value.items()}
+        elif isinstance(value, (str, int, float)) and key not in ("event", "time"):
+            tags[key] = str(value)
+    if commit := tags.get("git_commit"):
+        tags["mlflow.source.git.commit"] = commit
+    return tags
+
+
+def _line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+
+
+@contextmanager
+def _only_one(run_dir: Path, patience: float | None) -> Iterator[bool]:
+    """Hold the run's tracking lock, waiting for at most `patience` seconds (None: for ever)."""
+    begin = time.monotonic()
+    with (run_dir / "tracking.lock").open("a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if patience is not None and time.monotonic() - begin > patience:
+                    yield False
+                    return
+                time.sleep(0.2)
+        yield True

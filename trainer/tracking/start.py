@@ -1,0 +1,111 @@
+"""What the training process needs of tracking, without importing MLflow: start the shipper, wait for it at the end."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from configs import Config, ConfigError
+
+from ..record import read_events
+from .tracker import Input
+
+STATE, LOG = "tracking.json", "tracking.log"
+
+
+class ShipperHandle:
+    """The running shipper of an attempt."""
+
+    def __init__(self, run_dir: Path, process: subprocess.Popen) -> None:
+        self.process = process
+        self._run_dir = run_dir
+
+    def finish(self, timeout: float = 60.0) -> str | None:
+        """Wait until all is sent; call after `attempt_ended` is recorded.
+
+        Returns:
+            None if the tracker has everything, otherwise one line that says what is missing and what to do.
+        """
+        try:
+            code = self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            return f"tracking: still sending after {timeout:.0f} s; `muster sync {self._run_dir}` sends what is missing"
+        if code == 0:
+            return None
+        error = read_state(self._run_dir).get("error") or f"the shipper ended with code {code}, see {LOG}"
+        return f"tracking: {error}; `muster sync {self._run_dir}` sends the rest"
+
+
+def start_shipper(run_dir: str | Path, config: Config) -> ShipperHandle:
+    """Start sending a run's record to the tracker in a process of its own, of low priority.
+
+    Call on rank 0 after `attempt_started` is recorded. The process ends by itself after `attempt_ended`, or when this
+    process is gone; a signal to this process's group does not reach it.
+
+    Raises:
+        ConfigError: `tracking.uri` is nothing that MLflow takes.
+    """
+    run_dir = Path(run_dir)
+    tracking_uri(run_dir, config)
+    attempt = max((event["attempt"] for event in read_events(run_dir)), default=1)
+    # -P: a `trainer` folder of the user's in the working directory must not win over this package.
+    command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
+    command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid())]
+    with (run_dir / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
+        )
+    return ShipperHandle(run_dir, process)
+
+
+def tracking_uri(run_dir: str | Path, config: Config) -> str:
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the runs.
+
+    Raises:
+        ConfigError: a folder, which MLflow 3 refuses.
+    """
+    root = Path(run_dir).resolve().parent
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    if "://" not in uri or uri.startswith("file:"):
+        raise ConfigError(
+            f"tracking.uri={uri}: MLflow 3 does not record into a folder; give http(s)://server or "
+            f"sqlite:////absolute/path.db, or leave it out for {root / 'mlflow.db'}"
+        )
+    return uri
+
+
+def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
+    """A prepared data folder and its tokenizer as `attempt_started` records them under `inputs`.
+
+    Each has name, kind, source, digest (sha256 of manifest.json and of tokenizer.json) and profile: the manifest's own
+    numbers and strings.
+    """
+    folder = Path(folder).resolve()
+    manifest = (folder / "manifest.json").read_bytes()
+    profile = {key: value for key, value in json.loads(manifest).items() if isinstance(value, (int, float, str))}
+    tokens = folder / "tokenizer.json"
+    return [
+        Input(folder.name, "training", str(folder), _sha256(manifest), profile)._asdict(),
+        Input(f"{folder.name}-tokenizer", "tokenizer", str(tokens), _sha256(tokens.read_bytes()), {})._asdict(),
+    ]
+
+
+def read_state(run_dir: str | Path) -> dict[str, Any]:
+    """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error."""
+    try:
+        return json.loads((Path(run_dir) / STATE).read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def write_state(run_dir: Path, state: dict[str, Any]) -> None:
+    temporary = run_dir / f".{STATE}.tmp"
+    temporary.write_text(json.dumps(state))
+    os.replace(temporary, run_dir / STATE)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
