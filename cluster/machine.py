@@ -1,5 +1,6 @@
 """What this machine has: processors, memory, accelerators. Reads /proc and cgroups; torch only for GPUs."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -24,10 +25,8 @@ def cpus() -> int:
 def memory_bytes() -> int:
     """Memory this process may use: the machine's, under a container's limit."""
     total = psutil.virtual_memory().total
-    try:
+    with contextlib.suppress(OSError, ValueError):
         total = min(total, int((CGROUP / "memory.max").read_text()))
-    except (OSError, ValueError):
-        pass
     return total
 
 

@@ -44,11 +44,11 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
     if cluster.cpus_per_worker is not None:
         cpus = cluster.cpus_per_worker
         if cpus > 1 and cpus != int(cpus):
-            raise ConfigError(f"cluster.cpus_per_worker={cpus:g}: above 1 Ray reserves whole CPUs only, say {int(cpus)}")
+            raise ConfigError(f"cluster.cpus_per_worker={cpus:g}: above 1 it must be whole, such as {int(cpus)}")
         if (room := _room(nodes, Share(cpus, gpus))) < world:
             raise ConfigError(
-                f"parallel.* asks for {world} processes with cluster.cpus_per_worker={cpus:g} each, and {_sizes(nodes)} "
-                f"have room for {room}:\nlower one of them, or leave cluster.cpus_per_worker out"
+                f"parallel.* asks for {world} processes with cluster.cpus_per_worker={cpus:g} each, and "
+                f"{_sizes(nodes)} have room for {room}:\nlower one of them, or leave cluster.cpus_per_worker out"
             )
         return Share(cpus, gpus)
     # Whole CPUs where there are enough, else 1/2, 1/3, ... of one.

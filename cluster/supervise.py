@@ -8,7 +8,7 @@ from ray.train import UserCallback
 
 from trainer.record import Record, read_events, summary
 
-from .failures import Failure, Final, cause, verdict
+from .failures import Failed, Failure, Final, cause, verdict
 
 
 class Supervisor(UserCallback):
@@ -20,32 +20,25 @@ class Supervisor(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for error in worker_exceptions.values():
-            if isinstance(final := original(error), Final):
-                raise final
-        failures = [explain(rank, error) for rank, error in sorted(worker_exceptions.items())]
+            if isinstance(error, Final):
+                raise error
+        failures = [explain(rank, error) for rank, error in worker_exceptions.items()]
         worst, step = cause(failures), summary(self._run_dir)["step"]
         attempt = max((event["attempt"] for event in read_events(self._run_dir)), default=0)
-        Record(self._run_dir, attempt).event(
-            "worker_lost" if worst.lost else "worker_failed", rank=worst.rank, step=step, reason=worst.reason,
-            traceback=worst.traceback,
-        )  # fmt: skip
+        name = "worker_lost" if worst.lost else "worker_failed"
+        details = {"rank": worst.rank, "step": step, "reason": worst.reason, "traceback": worst.traceback}
+        Record(self._run_dir, attempt).event(name, **details)
         if final := verdict(failures, step, self._failed_at):
             raise final
         if not worst.lost:
             self._failed_at = step
 
 
-def original(error: BaseException) -> BaseException:
-    """The exception that a worker's own code raised, out of what Ray Train wraps it in."""
-    return getattr(error, "_base_exc", error)
-
-
 def explain(rank: int, error: BaseException) -> Failure:
-    """One worker's error as a `Failure`."""
-    raised = original(error)
-    if isinstance(raised, ray.exceptions.RayActorError) or isinstance(
-        getattr(raised, "health_check_failure", None), ray.exceptions.RayActorError
-    ):
-        return Failure(rank, "the process is gone (killed, out of memory, or crashed)", str(raised), lost=True)
-    reason = f"{type(raised).__name__}: {' '.join(str(raised).split())}"[:400]
-    return Failure(rank, reason, str(error))
+    """One worker's error, as Ray Train gives it, in plain words."""
+    if isinstance(error, Failed):
+        return Failure(rank, error.reason, error.traceback)
+    # A worker that died fails its health check, which holds Ray's own error.
+    if isinstance(getattr(error, "health_check_failure", error), ray.exceptions.RayActorError):
+        return Failure(rank, "the process is gone (killed, out of memory, or crashed)", str(error), lost=True)
+    return Failure(rank, f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], str(error))

@@ -3,10 +3,11 @@
 import importlib
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
-from .failures import Final
+from .failures import Failed, Final
 
 
 def work(job: dict[str, Any]) -> str:
@@ -19,7 +20,8 @@ def work(job: dict[str, Any]) -> str:
         FINISHED or KILLED, as `trainer.loop.train`.
 
     Raises:
-        Final: a mistake in the config or data, or a stop of the trainer's own; any other error goes through as it is.
+        Final: a mistake in the config or data, or a stop of the trainer's own.
+        Failed: any other error.
     """
     folder = job["folder"]
     if os.path.isdir(folder):
@@ -39,3 +41,6 @@ def work(job: dict[str, Any]) -> str:
         raise Final("mistake", str(error)) from None
     except TrainingStopped as error:
         raise Final("stopped", str(error)) from None
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        raise Failed(reason, traceback.format_exc()) from None

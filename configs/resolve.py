@@ -71,8 +71,8 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
                 f"parallel.{name}={getattr(parallel, name)}: only data parallelism with ZeRO 0 to 3 is supported; "
                 f"set parallel.{name}=1 and raise parallel.dp or parallel.zero_stage"
             )
-    # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently become
-    # another one (Adafactor) or raise (Muon). At stage 0 DeepSpeed accumulates low-precision gradients in low precision.
+    # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently
+    # become another one (Adafactor) or raise (Muon). At stage 0 DeepSpeed accumulates gradients in low precision.
     whole_matrices = config.optim.name in ("adafactor", "muon")
     if whole_matrices and (parallel.zero_stage or train.precision != "fp32"):
         raise ConfigError(
@@ -81,7 +81,7 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             "set parallel.zero_stage=0 and train.precision=fp32, or optim.name=adamw"
         )
     if train.precision != "fp32" and parallel.zero_stage == 0:
-        stage = derive("parallel", "zero_stage", 1, f"{train.precision} keeps fp32 gradients and weights from stage 1 on")
+        stage = derive("parallel", "zero_stage", 1, f"{train.precision} keeps fp32 gradients from stage 1 on")
         parallel = parallel.model_copy(update={"zero_stage": stage})
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")

@@ -3,7 +3,7 @@
 Shapes: S tokens, H hidden size, V vocabulary, C tokens of one chunk.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,35 +33,45 @@ def chunked_cross_entropy(hidden_SH: Tensor, weight_VH: Tensor, labels_S: Tensor
     return LossOutput(loss, (labels_S != IGNORE).sum())
 
 
+CPU_ROWS = 64
+"""Rows of logits that are worked on at once on CPU: they stay in its cache."""
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, with_grad):
-        loss = hidden.new_zeros((), dtype=torch.float32)
-        d_hidden, d_weight = (torch.empty_like(hidden), None) if with_grad else (None, None)
-        for start in range(0, len(labels), chunk):
-            part = slice(start, start + chunk)
-            h, target = hidden[part], labels[part]
-            logp = F.log_softmax(h @ weight.t(), dim=-1, dtype=torch.float32)
-            trained = target != IGNORE
-            index = target.clamp(min=0)[:, None]
-            loss -= (logp.gather(1, index)[:, 0] * trained).sum()
-            if not with_grad:
-                continue
-            d_logits = logp.exp_()
-            d_logits.scatter_add_(1, index, d_logits.new_full(index.shape, -1.0))
-            d_logits = d_logits.mul_(trained[:, None]).to(h.dtype)
-            torch.mm(d_logits, weight, out=d_hidden[part])
-            d_part = d_logits.t() @ h
-            if len(labels) <= chunk:
-                d_weight = d_part
-            else:  # fp32: bf16 would lose what many chunks add
-                d_weight = d_part.float() if d_weight is None else d_weight.add_(d_part)
-        if with_grad:
-            ctx.save_for_backward(d_hidden, d_weight)
-            ctx.dtype = weight.dtype
-        return loss
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk: int, with_grad: bool) -> Tensor:
+        chunk = min(chunk, len(labels))
+        rows = CPU_ROWS if hidden.device.type == "cpu" else chunk
+        logits_CV = hidden.new_empty(chunk, len(weight))
+        d_hidden = torch.empty_like(hidden) if with_grad else hidden
+        d_weight, losses = None, []
+        for h, dh, target in zip(hidden.split(chunk), d_hidden.split(chunk), labels.split(chunk), strict=True):
+            logits = torch.mm(h, weight.t(), out=logits_CV[: len(h)])
+            for part, labels_R in zip(logits.split(rows), target.split(rows), strict=True):
+                losses.append(_loss_and_gradient(part, labels_R, with_grad))
+            if with_grad:
+                torch.mm(logits, weight, out=dh)
+                part = logits.t() @ h
+                # Many chunks add up in fp32; a single one needs no wider sum than the product's own.
+                d_weight = part if d_weight is None else d_weight.float().add_(part)
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.dtype = weight.dtype
+        return torch.stack(losses).sum()
 
     @staticmethod
-    def backward(ctx, d_loss):
+    def backward(ctx: Any, d_loss: Tensor):
         d_hidden, d_weight = ctx.saved_tensors
         return (d_hidden * d_loss).to(d_hidden.dtype), (d_weight * d_loss).to(ctx.dtype), None, None, None
+
+
+def _loss_and_gradient(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> Tensor:
+    """Summed cross-entropy of some rows, whose logits are overwritten by their gradient."""
+    logp = F.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
+    trained = labels_R != IGNORE
+    index = labels_R.clamp(min=0)[:, None]
+    loss = -(logp.gather(1, index)[:, 0] * trained).sum()
+    if with_grad:
+        gradient = logp.exp_()
+        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
+        logits_RV.copy_(gradient.mul_(trained[:, None]))
+    return loss

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -29,7 +30,11 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 # lock that a killed process leaves behind for ever. gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
-from .optim import build_optimizer, parameter_groups
+from .optim import build_optimizer, parameter_groups  # noqa: E402
+
+
+VERSION: str = deepspeed.__version__
+
 
 def device() -> torch.device:
     """This process's device: its own GPU, or the CPU."""
@@ -87,10 +92,11 @@ class _Guarded:
 def engine_config(config: Config) -> dict[str, Any]:
     """The DeepSpeed config of a resolved run config."""
     train, stage = config.train, config.parallel.zero_stage
-    micro_batches = -(-train.global_batch // train.micro_batch)
+    assert train.micro_batch
+    micro_batches = math.ceil(train.global_batch / train.micro_batch)
     result: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": train.micro_batch,
-        "gradient_accumulation_steps": -(-micro_batches // config.parallel.dp),
+        "gradient_accumulation_steps": math.ceil(micro_batches / config.parallel.dp),
         # DeepSpeed's default is 1.0, not off. At ZeRO-0 the guard above clips.
         "gradient_clipping": train.grad_clip if stage else 0.0,
         "zero_optimization": {"stage": stage, "overlap_comm": torch.cuda.is_available()},

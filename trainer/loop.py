@@ -1,6 +1,5 @@
 """Train one run in one process per device: the loop, and what surrounds an attempt."""
 
-import os
 import signal
 import sys
 import threading
@@ -148,7 +147,7 @@ def _steps(
         killed = state.step < train.steps
         if killed:
             if record:
-                record.event("signal", step=state.step, reason="stop requested by signal or by `stop` in the run's folder")
+                record.event("signal", step=state.step, reason="a signal, or the file `stop` in the run's folder")
             if saved != state.step:
                 saver.save(engine, state, attempt)
     finally:
@@ -201,9 +200,7 @@ def _judge(
 def _evaluate(run_dir, config, engine, tap, held_out, step, record) -> None:
     start = time.perf_counter()
     engine.eval()
-    loss, tokens = held_out_loss(
-        engine, held_out, config.train.eval_sequences, config.train.micro_batch, ds.device()
-    )
+    loss, tokens = held_out_loss(engine, held_out, config.train.eval_sequences, config.train.micro_batch, ds.device())
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     sample = run_dir / "samples" / f"step-{step:08d}.txt"
@@ -213,9 +210,7 @@ def _evaluate(run_dir, config, engine, tap, held_out, step, record) -> None:
     if tap:
         tap.collect()
     if record:
-        record.event(
-            "evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start
-        )
+        record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)
 
 
 def _metrics(
@@ -258,14 +253,16 @@ def _surroundings() -> dict:
     return {
         "world_size": dist.get_world_size(),
         "device": str(ds.device()),
-        "host": os.uname().nodename,
-        "pid": os.getpid(),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__, "deepspeed": ds.deepspeed.__version__},
+        "versions": {
+            "python": sys.version.split()[0],
+            "torch": torch.__version__,
+            "deepspeed": ds.deepspeed.__version__,
+        },
     }
 
 
 def _catch_signals() -> threading.Event:
-    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end. Under Ray this thread gets no signals: see `run.STOP`."""
+    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end. A thread of Ray's gets none: see `run.request_stop`."""
     asked = threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):

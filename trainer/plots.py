@@ -101,8 +101,7 @@ def _loss(train: Records, evaluations: Records, events: Records) -> Figure:
                 f"{held_out[-1]:.3f}", (evaluations[-1]["step"], held_out[-1]), (0, 6), textcoords="offset points",
                 color=RED, fontsize=8, ha="right",
             )  # fmt: skip
-    entropy = next((event["unigram_entropy"] for event in reversed(events) if "unigram_entropy" in event), None)
-    if entropy is not None:
+    if entropy := _unigram_entropy(events):
         axes.axhline(entropy, color=GREY, linestyle="--", linewidth=1, label=f"unigram entropy {entropy:.2f}")
         shown.append(np.array([entropy]))
     values = np.concatenate(shown)
@@ -200,6 +199,13 @@ def _expert_load(train: Records) -> Figure | None:
     return figure
 
 
+def _unigram_entropy(events: Records) -> float | None:
+    """Of the held-out split, in nats, where the run reads one data set: what a model without context would reach."""
+    inputs = next((event["inputs"] for event in reversed(events) if event.get("inputs")), [])
+    data = [item["profile"] for item in inputs if item["kind"] == "training"]
+    return data[0].get("splits", {}).get("held_out", {}).get("entropy") if len(data) == 1 else None
+
+
 def _marks(lines: Sequence[Line], events: Records) -> list[tuple[float, str]]:
     """Where the run was taken up again, and where it was rolled back to."""
     train = [line for line in lines if not line.evaluation]
@@ -226,7 +232,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _log_scale(axes: Axes) -> None:
-    if not any((line.get_ydata() > 0).any() for line in axes.lines):
+    if not any((np.asarray(line.get_ydata(), float) > 0).any() for line in axes.lines):
         return
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

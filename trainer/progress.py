@@ -178,5 +178,6 @@ def _duration(seconds: float) -> str:
 
 
 def _details(record: dict[str, Any]) -> str:
-    shown = {key: value for key, value in record.items() if key not in ("time", "attempt", "event", "traceback")}
-    return "  ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items())
+    hidden = ("time", "attempt", "event", "traceback")
+    shown = {key: value for key, value in record.items() if key not in hidden}
+    return "  ".join(f"{key} {format(v, '.4g') if isinstance(v, float) else v}" for key, v in shown.items())

@@ -30,14 +30,13 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     """
     run = config.run.model_copy(update={"root": str(Path(config.run.root).expanduser().resolve())})
     config = config.model_copy(update={"run": run, "plugins": tuple(_absolute(p) for p in config.plugins)})
+    planned = config.model.vocab_size or config.data.prepare.vocab_size
+    resolved, derived = resolve(config, vocab_size=planned)
     notes: list[str] = []
-    if prepare:
+    if prepare:  # only now: a mistake in the config shows at once, not after minutes of preparation
         data, notes = ensure_prepared(config)
         config = config.model_copy(update={"data": data})
-        vocab_size = vocabulary_size(data)
-    else:
-        vocab_size = None if config.model.vocab_size else config.data.prepare.vocab_size
-    resolved, derived = resolve(config, vocab_size=vocab_size)
+        resolved, derived = resolve(config, vocab_size=vocabulary_size(data))
     return resolved, notes + derived
 
 

@@ -39,7 +39,7 @@ def micro_batches(config: Config, cursor: int, rank: int) -> Iterator[list[int]]
     """
     size, whole, dp = config.train.micro_batch, config.train.global_batch, config.parallel.dp
     assert size
-    accumulate = -(-(-(-whole // size)) // dp)
+    accumulate = math.ceil(math.ceil(whole / size) / dp)
     while True:
         for turn in range(accumulate):
             first = (turn * dp + rank) * size

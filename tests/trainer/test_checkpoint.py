@@ -130,7 +130,7 @@ def test_a_rank_that_cannot_write_is_named(tmp_path):
     path = checkpoint.folder(tmp_path, 1)
     path.mkdir(parents=True)
     (path / "rank-00000.safetensors").mkdir()  # a folder where the file should go
-    with pytest.raises(OSError):  # noqa: PT011
+    with pytest.raises(OSError):
         checkpoint.write_shard(path, 0, "t", snapshot())
 
 

@@ -14,7 +14,8 @@ NAMES = ["loss.png", "optimizer.png", "throughput.png", "expert_load.png"]
 
 def write(run_dir, steps, attempt=1, moe=True, **values):
     record = Record(run_dir, attempt)
-    record.event("attempt_started", unigram_entropy=6.0)
+    data = {"kind": "training", "profile": {"splits": {"held_out": {"entropy": 3.1}}}}
+    record.event("attempt_started", inputs=[data])
     for step in steps:
         load = [[random.random() for _ in range(4)] for _ in range(2)]
         record.metrics(

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
@@ -124,6 +125,7 @@ class Encoder:
 def serve(descriptor: int) -> None:
     """Answer batches that come over an inherited pipe until the other side closes it."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     connection = Connection(descriptor)
     encoder = Encoder(connection.recv())
     while True:

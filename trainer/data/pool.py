@@ -4,7 +4,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 
@@ -19,7 +19,7 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def encode_all(batches: Iterator[Records], spec: EncodeSpec, workers: int) -> Iterator[EncodedBatch]:
+def encode_all(batches: Iterator[Records], spec: EncodeSpec, workers: int) -> Generator[EncodedBatch]:
     """Encode every batch; results come in the order of the batches, whatever the number of workers.
 
     At most `4 * workers` batches and results stand in memory.

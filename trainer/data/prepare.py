@@ -9,32 +9,28 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-
-import numpy as np
-from tokenizers import Tokenizer
+from typing import Literal
 
 from configs import ConfigError
 from configs.data import PrepareConfig
 
-from . import tokenizer as tokenizers
-from .encode import EncodeSpec, documents, split_of
+from .encode import EncodeSpec
+from .make_tokenizer import make_tokenizer
 from .manifest import (
     MANIFEST,
     REFUSED,
     SPLITS,
     TOKENIZER,
     Manifest,
-    SplitStats,
-    TokenizerInfo,
-    entropy,
     fsync_folder,
     read_manifest,
     write_manifest,
 )
 from .meter import Meter
 from .pool import Records, default_workers, encode_all
-from .shard_writer import ShardWriter
-from .sources import Input, Record, Refusal, find_inputs, read
+from .shard_writer import SplitWriter
+from .sources import Input, Record, find_inputs, read
+from .tokenizer import tokenizer_file
 
 BATCH_BYTES = 1 << 20
 """Raw bytes that a worker encodes at once."""
@@ -82,9 +78,10 @@ def prepare(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            manifest = _build(
-                files, part, config, fingerprint, [str(given) for given in inputs], text_key, workers, strict, progress
-            )
+            manifest = _build(files, part, config, text_key, workers or default_workers(), strict, progress)
+            names = [os.fsencode(str(given)).decode("utf-8", errors="replace") for given in inputs]
+            manifest = manifest.model_copy(update={"fingerprint": fingerprint, "inputs": names})
+            write_manifest(part, manifest)
             os.rename(part, out)
             fsync_folder(out.parent)
             return manifest
@@ -94,21 +91,16 @@ def prepare(
 
 
 def _build(
-    files: list[Input],
-    part: Path,
-    config: PrepareConfig,
-    fingerprint: str,
-    inputs: list[str],
-    text_key: str,
-    workers: int | None,
-    strict: bool,
-    progress: bool,
+    files: list[Input], part: Path, config: PrepareConfig, text_key: str, workers: int, strict: bool, progress: bool
 ) -> Manifest:
+    """Write everything but the manifest into `part`; its `inputs` and `fingerprint` are left to the caller."""
     total = sum(file.bytes for file in files)
+    reasons: Counter[str] = Counter()
     with ExitStack() as stack:
         meter = stack.enter_context(Meter(total, progress))
-        info = _make_tokenizer(files, part, config, text_key, meter)
-        dtype = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
+        meter.describe("make the tokenizer")
+        info = make_tokenizer(files, part, config, text_key)
+        dtype: Literal["uint16", "uint32"] = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
         spec = EncodeSpec(
             tokenizer=str(part / TOKENIZER),
             byte_level=config.tokenizer == "bytes",
@@ -118,54 +110,40 @@ def _build(
             held_out=config.held_out,
             seed=config.seed,
         )
-        writers = {split: ShardWriter(part, split, dtype, config.row_group_tokens) for split in SPLITS}
-        counts = {split: np.zeros(info.vocab_size, np.int64) for split in SPLITS}
-        sums: dict[str, Counter] = {split: Counter() for split in SPLITS}
-        reasons: Counter[str] = Counter()
-        refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
+        writers = {split: SplitWriter(part, split, dtype, config.row_group_tokens, info.vocab_size) for split in SPLITS}
         meter.describe("tokenize")
-        for batch in encode_all(_batches(files, text_key, meter), spec, workers or default_workers()):
+        refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
+        batches = encode_all(_batches(files, text_key, meter), spec, workers)
+        stack.callback(batches.close)  # at an error too, before the tokenizer is removed under the workers
+        for batch in batches:
             for refusal in batch.refused:
                 if strict:
                     raise ConfigError(f"--strict: {refusal}")
                 reasons[refusal.reason] += 1
                 refused.write(json.dumps(refusal._asdict(), ensure_ascii=False) + "\n")
             for split, encoded in batch.splits.items():
-                writers[split].add(encoded.tokens)
-                counts[split] += np.bincount(encoded.tokens, minlength=info.vocab_size)
-                for name in ("documents", "bytes", "characters"):
-                    sums[split][name] += getattr(encoded, name)
+                writers[split].add(encoded)
                 meter.tokens += len(encoded.tokens)
         refused.flush()
         os.fsync(refused.fileno())
     shards = [shard for split in SPLITS for shard in writers[split].close()]
-    if not sums["train"]["documents"]:
+    splits = {split: writers[split].stats() for split in SPLITS}
+    if not splits["train"].documents:
         named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
         raise ConfigError(f"no usable training document in {len(files)} files ({named or 'all are held out'})")
-    manifest = Manifest(
-        fingerprint=fingerprint,
-        inputs=inputs,
+    return Manifest(
+        fingerprint="",
+        inputs=[],
         input_files=len(files),
         input_bytes=total,
         text_key=text_key,
         prepare=config,
         tokenizer=info,
-        dtype="uint16" if dtype == "uint16" else "uint32",
-        splits={
-            split: SplitStats(
-                documents=sums[split]["documents"],
-                bytes=sums[split]["bytes"],
-                characters=sums[split]["characters"],
-                tokens=int(counts[split].sum()),
-                entropy=entropy(counts[split]),
-            )
-            for split in SPLITS
-        },
+        dtype=dtype,
+        splits=splits,
         shards=shards,
         refused=dict(sorted(reasons.items())),
     )
-    write_manifest(part, manifest)
-    return manifest
 
 
 def _batches(files: list[Input], text_key: str, meter: Meter) -> Iterator[Records]:
@@ -186,60 +164,6 @@ def _batches(files: list[Input], text_key: str, meter: Meter) -> Iterator[Record
         yield batch
 
 
-def _make_tokenizer(
-    files: list[Input], part: Path, config: PrepareConfig, text_key: str, meter: Meter
-) -> TokenizerInfo:
-    path = part / TOKENIZER
-    origin: str | Path = path
-    if config.tokenizer == "bytes":
-        tokenizer = tokenizers.byte_tokenizer()
-        tokenizer.save(str(path))
-    elif config.tokenizer == "bpe":
-        meter.describe("train the tokenizer")
-        tokenizer = tokenizers.train_bpe(_sample(files, config, text_key), config.vocab_size)
-        tokenizer.save(str(path))
-    else:
-        origin = tokenizers.tokenizer_file(config.tokenizer)
-        shutil.copyfile(origin, path)
-        tokenizer = tokenizers.open_tokenizer(path)
-    return _describe_tokenizer(tokenizer, path, origin, config)
-
-
-def _describe_tokenizer(tokenizer: Tokenizer, path: Path, origin: str | Path, config: PrepareConfig) -> TokenizerInfo:
-    eos_token, eos_id = tokenizers.end_of_text(tokenizer, origin)
-    return TokenizerInfo(
-        kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
-        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        vocab_size=tokenizers.vocab_size(tokenizer),
-        eos_id=eos_id,
-        eos_token=eos_token,
-    )
-
-
-def _sample(files: list[Input], config: PrepareConfig, text_key: str) -> Iterator[str]:
-    """Training documents for the tokenizer: files in an order drawn by hash, from each its share of the cap (at least
-    1 MiB, so that of many small files some are taken whole). The cap is 16 MiB, or 2 KiB per token of the vocabulary
-    where that is more."""
-    cap = max(1 << 24, config.vocab_size << 11)
-    total = max(sum(file.bytes for file in files), 1)
-    order = sorted(range(len(files)), key=lambda i: hashlib.blake2b(f"{config.seed}/{i}".encode()).digest())
-    taken = 0
-    for index in order:
-        budget = min(max(1 << 20, cap * files[index].bytes // total), cap - taken)
-        for _, item in read(files[index], text_key):
-            for document in documents([item], text_key):
-                if isinstance(document, Refusal) or split_of(document, config.held_out, config.seed) != "train":
-                    continue
-                document = document[: 1 << 20]
-                yield document.decode("utf-8", errors="ignore")
-                budget -= len(document)
-                taken += len(document)
-            if budget <= 0:
-                break
-        if taken >= cap:
-            return
-
-
 def _fingerprint(files: list[Input], config: PrepareConfig, text_key: str) -> str:
     digest = hashlib.sha256()
     for file in files:
@@ -251,7 +175,7 @@ def _fingerprint(files: list[Input], config: PrepareConfig, text_key: str) -> st
 def _settings(config: PrepareConfig, text_key: str) -> str:
     tree = config.model_dump(mode="json")
     if config.tokenizer not in ("bytes", "bpe"):
-        tree["tokenizer"] = hashlib.sha256(tokenizers.tokenizer_file(config.tokenizer).read_bytes()).hexdigest()
+        tree["tokenizer"] = hashlib.sha256(tokenizer_file(config.tokenizer).read_bytes()).hexdigest()
     return json.dumps([text_key, tree], sort_keys=True)
 
 

@@ -154,8 +154,13 @@ class Dataset:
         if index == -1:
             return np.empty(0, np.int64)
         source, _, group, window = self._place(index)
-        tokens = self.shards[source].tokens(group, self._bad_page)
-        if tokens is None:
+        try:
+            tokens = self.shards[source].tokens(group)
+        except DataError as error:
+            if self.config.on_bad_page == "stop" or not error.damaged:
+                raise
+            if (page := (str(error.file), error.row_group)) not in self.bad_pages:
+                self.bad_pages.append(page)
             return np.empty(0, np.int64)
         return tokens[window * self.seq_len : (window + 1) * self.seq_len + 1]
 
@@ -174,15 +179,6 @@ class Dataset:
 
     def _windows(self, tokens: int) -> int:
         return -(-(tokens - 1) // self.seq_len) if tokens > 1 else 0
-
-    def _bad_page(self, error: DataError, file: Path, row_group: int) -> None:
-        if self.config.on_bad_page == "stop":
-            raise DataError(
-                f"{error}.\nRestore the file (`muster data inspect FOLDER --verify` checks them all) or set "
-                "data.on_bad_page=skip"
-            ) from error
-        if (str(file), row_group) not in self.bad_pages:
-            self.bad_pages.append((str(file), row_group))
 
     def _nothing(self, path: str) -> str:
         if self.split == "held_out":

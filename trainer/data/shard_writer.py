@@ -1,4 +1,4 @@
-"""Write the tokens of one split as Parquet shards with page checksums."""
+"""Write one split as Parquet shards with page checksums, and count what it holds."""
 
 import hashlib
 import os
@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from .manifest import Shard, Split
+from .encode import Encoded
+from .manifest import Shard, Split, SplitStats, entropy
 
 COLUMN = "tokens"
 GROUPS_PER_SHARD = 1024
@@ -19,22 +20,28 @@ def schema(dtype: str) -> pa.Schema:
     return pa.schema([pa.field(COLUMN, pa.from_numpy_dtype(np.dtype(dtype)), nullable=False)])
 
 
-class ShardWriter:
+class SplitWriter:
     """Cuts a stream of tokens into row groups of equal size (the very last of the split may be shorter) and shards
     of GROUPS_PER_SHARD row groups. Holds at most one row group and what was added last."""
 
-    def __init__(self, folder: Path, split: Split, dtype: str, group_tokens: int):
+    def __init__(self, folder: Path, split: Split, dtype: str, group_tokens: int, vocab_size: int):
         self.folder, self.split, self.dtype, self.group_tokens = folder, split, dtype, group_tokens
         self.shards: list[Shard] = []
+        self._counts = np.zeros(vocab_size, np.int64)
+        self._documents = self._bytes = self._characters = 0
         self._pending: list[np.ndarray] = []
         self._waiting = 0
         self._writer: pq.ParquetWriter | None = None
         self._path = folder
         self._groups = self._rows = 0
 
-    def add(self, tokens: np.ndarray) -> None:
-        self._pending.append(tokens)
-        self._waiting += len(tokens)
+    def add(self, encoded: Encoded) -> None:
+        self._counts += np.bincount(encoded.tokens, minlength=len(self._counts))
+        self._documents += encoded.documents
+        self._bytes += encoded.bytes
+        self._characters += encoded.characters
+        self._pending.append(encoded.tokens)
+        self._waiting += len(encoded.tokens)
         if self._waiting >= self.group_tokens:
             rest = np.concatenate(self._pending)
             while len(rest) >= self.group_tokens:
@@ -49,6 +56,15 @@ class ShardWriter:
             self._waiting = 0
         self._finish()
         return self.shards
+
+    def stats(self) -> SplitStats:
+        return SplitStats(
+            documents=self._documents,
+            bytes=self._bytes,
+            characters=self._characters,
+            tokens=int(self._counts.sum()),
+            entropy=entropy(self._counts),
+        )
 
     def _write(self, tokens: np.ndarray) -> None:
         if self._writer is None:

@@ -2,7 +2,6 @@
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
@@ -20,7 +19,24 @@ OPEN_FILES = 16
 
 
 class DataError(RuntimeError):
-    """Data that were whole when they were prepared cannot be read; names the file and the row group."""
+    """Data that were whole when they were prepared cannot be read.
+
+    Attributes:
+        file: the shard.
+        row_group: its number in the shard.
+        damaged: the file can be read, but its page is not what was written; False: it cannot be read at all.
+    """
+
+    def __init__(self, file: Path, row_group: int, reason: str, damaged: bool):
+        super().__init__(file, row_group, reason, damaged)
+        self.file, self.row_group, self.reason, self.damaged = file, row_group, reason, damaged
+
+    def __str__(self) -> str:
+        way_on = " or set data.on_bad_page=skip" if self.damaged else ""
+        return (
+            f"{self.file}, row group {self.row_group}: {self.reason}.\n"
+            f"Restore the file (`muster data inspect FOLDER --verify` checks them all){way_on}"
+        )
 
 
 class Shards:
@@ -46,7 +62,7 @@ class Shards:
         self._ends = list(accumulate(shard.row_groups for shard in self.shards))
         self.groups = self._ends[-1] if self._ends else 0
         self.last_tokens = sum(shard.rows for shard in self.shards) - max(self.groups - 1, 0) * self.group_tokens
-        self._decoded: OrderedDict[int, np.ndarray | None] = OrderedDict()
+        self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached_groups = cached_groups
         self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
         self._check()
@@ -57,36 +73,33 @@ class Shards:
         first = self._ends[shard - 1] if shard else 0
         return self.folder / self.shards[shard].file, group - first
 
-    def tokens(self, group: int, on_bad: Callable[[DataError, Path, int], None]) -> np.ndarray | None:
+    def tokens(self, group: int) -> np.ndarray:
         """Tokens of a row group, [n] of the manifest's dtype.
 
-        A bad page (checksum, decoding, count, token out of range, or a file that can no longer be read) calls
-        `on_bad(error, file, row group in file)` once; if that returns, the group reads as None from then on.
+        Raises:
+            DataError: a bad page (checksum, decoding, count, token out of range), or a file that cannot be read.
         """
         if group in self._decoded:
             self._decoded.move_to_end(group)
             return self._decoded[group]
         path, local = self.locate(group)
-        tokens: np.ndarray | None = None
         try:
-            tokens = self._read(group, local)
-        except (OSError, pa.ArrowException, DataError) as error:
-            reason = " ".join(str(error).split())[:200]
-            on_bad(DataError(f"{path}, row group {local}: {reason}"), path, local)
-        self._decoded[group] = tokens
-        if len(self._decoded) > self._cached_groups:
-            self._decoded.popitem(last=False)
-        return tokens
-
-    def _read(self, group: int, local: int) -> np.ndarray:
-        column = self._file(bisect_right(self._ends, group)).read_row_group(local, [COLUMN], use_threads=False)[COLUMN]
-        tokens = column.to_numpy()
+            file = self._file(bisect_right(self._ends, group))
+            tokens = file.read_row_group(local, [COLUMN], use_threads=False)[COLUMN].to_numpy()
+        except (OSError, pa.ArrowException) as error:
+            # What the operating system reports has a number; what Parquet finds wrong has none.
+            damaged = getattr(error, "errno", None) is None
+            raise DataError(path, local, " ".join(str(error).split())[:200], damaged) from error
         expected = self.last_tokens if group == self.groups - 1 else self.group_tokens
         # A flipped bit in a page's header, which no checksum covers, ends in an error or in fewer values.
         if len(tokens) != expected:
-            raise DataError(f"{len(tokens)} tokens where the manifest has {expected}")
-        if len(tokens) and int(tokens.max()) >= self.manifest.tokenizer.vocab_size:
-            raise DataError(f"token {tokens.max()} is outside the vocabulary of {self.manifest.tokenizer.vocab_size}")
+            raise DataError(path, local, f"{len(tokens)} tokens where the manifest has {expected}", damaged=True)
+        size = self.manifest.tokenizer.vocab_size
+        if int(tokens.max()) >= size:
+            raise DataError(path, local, f"token {tokens.max()} is outside the vocabulary of {size}", damaged=True)
+        self._decoded[group] = tokens
+        if len(self._decoded) > self._cached_groups:
+            self._decoded.popitem(last=False)
         return tokens
 
     def _file(self, shard: int) -> pq.ParquetFile:

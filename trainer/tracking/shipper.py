@@ -26,7 +26,9 @@ from .tracker import Input, Point, RunInfo, Tracker
 
 GRACE = 60.0
 """Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
-MAX_BACKOFF = 30.0
+FIRST_BACKOFF, MAX_BACKOFF = 1.0, 30.0
+PATIENCE = 5.0
+"""Seconds a sync by hand waits for another shipper of the run to end."""
 EXPERT_METRICS = 512
 """Expert loads of a step shown one by one; above, the largest and smallest of each layer."""
 LIVE_ARTIFACTS = ("config.yaml", "samples")
@@ -62,7 +64,7 @@ def ship(
         raise ConfigError(f"{run_dir} is not a run's folder: it has no config.yaml")
     config = load(run_dir / "config.yaml")
     uri = tracking_uri(run_dir, config)
-    with _only_one(run_dir, 5.0 if once else None) as free:
+    with _only_one(run_dir, PATIENCE if once else None) as free:
         if not free:
             return f"another process is sending {run_dir.name} to {uri}"
         from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
@@ -98,40 +100,46 @@ class Shipper:
         """Last training step and last evaluation that the tracker holds."""
         self._files: dict[Path, tuple[int, int]] = {}
         self._state: dict[str, Any] = {}
+        self._progress = time.monotonic()
+        """When something last got through."""
 
     def run(self) -> str | None:
         """Send until the attempt has ended and everything is sent, or nothing got through for `grace` seconds."""
-        plotted, backoff, error = False, 1.0, None
-        last_good = time.monotonic()
+        finishing, backoff, failing = False, FIRST_BACKOFF, False
         while True:
             ended = self._ended()
             if self._superseded() or (self.once and not self.events):
                 return None
-            if ended and not plotted:
+            if ended and not finishing:
+                finishing = True
                 if self.parent is not None:
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 self._plot()
-                plotted, last_good = True, time.monotonic()
+                self._progress = time.monotonic()
+            begin = time.monotonic()
             try:
-                self._connect()
-                self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
-                self._send_files(FINAL_ARTIFACTS if ended else LIVE_ARTIFACTS)
-                if ended:
-                    self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
-                if error:
+                self._send_all(ended)
+                if failing:
                     print(f"sending to {self.uri} again", file=sys.stderr, flush=True)
-                error, backoff, last_good = None, 1.0, time.monotonic()
-                self._save(error)
                 if ended or self.once:
                     return self._held()
+                failing = False
             except Exception as problem:  # whatever a tracker's client raises: the record is safe, try again
-                if error is None:
+                if not failing:
                     print(f"cannot send to {self.uri}: {_line(problem)}", file=sys.stderr, flush=True)
-                error, self.index = problem, None
-                if (ended or self.once) and time.monotonic() - last_good > self.grace:
+                backoff = min(2 * backoff, MAX_BACKOFF) if failing and self._progress < begin else FIRST_BACKOFF
+                failing, self.index = True, None
+                if (ended or self.once) and time.monotonic() - self._progress > self.grace:
                     return self._give_up(problem)
-            self._wait(backoff if error else self.config.tracking.interval, wake=not ended)
-            backoff = min(2 * backoff, MAX_BACKOFF) if error else 1.0
+            self._wait(backoff if failing else self.config.tracking.interval, wake=not ended)
+
+    def _send_all(self, ended: dict[str, Any] | None) -> None:
+        self._connect()
+        self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
+        self._send_files(FINAL_ARTIFACTS if ended else LIVE_ARTIFACTS)
+        if ended:
+            self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
+        self._save()
 
     def _connect(self) -> None:
         if self.index is not None:
@@ -150,7 +158,7 @@ class Shipper:
         self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
         same = known.get("run_id") == sent.run_id
         self.index = MetricsIndex(self.run_dir, known.get("offset", 0) if same else 0)
-        self._save(None)
+        self._save()
 
     def _send(self, everything: bool) -> None:
         """Send the lines that count and that no rollback can change any more."""
@@ -167,11 +175,12 @@ class Shipper:
             points = [Point(record["step"], record["time"], scalars(record)) for record in records]
             if points:
                 self.tracker.log(points)
+                self._progress = time.monotonic()
             for line in lines:
                 self._sent[line.evaluation] = max(self._sent[line.evaluation], line.step)
             done = set(lines)
             index.lines = [line for line in index.lines if line not in done]
-            self._save(None)
+            self._save()
 
     def _send_files(self, names: tuple[str, ...]) -> None:
         """Send the files that are new or changed since this process last sent them."""
@@ -185,6 +194,7 @@ class Shipper:
                     folder = path.parent.relative_to(self.run_dir).as_posix()
                     self.tracker.artifact(path, "" if folder == "." else folder)
                     self._files[path] = signature
+                    self._progress = time.monotonic()
 
     def _ended(self) -> dict[str, Any] | None:
         """`attempt_ended` of the attempt, or what stands for it when its process is gone."""
@@ -246,11 +256,11 @@ class Shipper:
         write_state(self.run_dir, state | {"missing": len(left.lines), "error": message})
         return message
 
-    def _save(self, error: str | None) -> None:
+    def _save(self) -> None:
         index = self.index
         assert index is not None
         offset = min((line.start for line in index.lines), default=index.offset)
-        state = self._state | {"offset": offset, "missing": len(index.lines), "error": self._held() or error}
+        state = self._state | {"offset": offset, "missing": len(index.lines), "error": self._held()}
         if state != read_state(self.run_dir):
             write_state(self.run_dir, state)
 

@@ -80,12 +80,12 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
 def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
     """A prepared data folder and its tokenizer as `attempt_started` records them under `inputs`.
 
-    Each has name, kind, source, digest (sha256 of manifest.json and of tokenizer.json) and profile: the manifest's own
-    numbers and strings.
+    Each has name, kind, source, digest (sha256 of manifest.json and of tokenizer.json) and profile: the manifest
+    without its lists of files.
     """
     folder = Path(folder).resolve()
     manifest = (folder / "manifest.json").read_bytes()
-    profile = {key: value for key, value in json.loads(manifest).items() if isinstance(value, (int, float, str))}
+    profile = {key: value for key, value in json.loads(manifest).items() if not isinstance(value, list)}
     tokens = folder / "tokenizer.json"
     return [
         Input(folder.name, "training", str(folder), _sha256(manifest), profile)._asdict(),

@@ -31,21 +31,21 @@ def test_batches_come_in_order(dataset: Dataset):
 
 def test_reads_ahead_within_bounds_and_closes_early(dataset: Dataset):
     asked = []
-    enough = threading.Event()
+    reached = [threading.Event() for _ in range(5)]
 
     def plan():
         for first in itertools.count():
             asked.append(first)
-            if first == 3:
-                enough.set()
+            reached[first].set()
             yield [first]
 
     loader = Loader(dataset, plan(), depth=2)
-    assert enough.wait(30) is False or len(asked) <= 4
+    assert reached[2].wait(30)
+    assert asked == [0, 1, 2]  # two ready, one waiting for its place
     assert next(loader).sequence_ids.tolist() == [0]
-    assert enough.wait(30)  # one taken, two ready, one waiting for its place
+    assert reached[3].wait(30)
     loader.close()
-    assert len(asked) <= 4
+    assert asked == [0, 1, 2, 3]
     assert not any(thread.name == "data-loader" for thread in threading.enumerate())
     assert dataset.batch([1]).sequence_ids.tolist() == [1]
 

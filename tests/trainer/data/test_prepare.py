@@ -218,7 +218,7 @@ def test_bad_inputs_are_counted_and_named(tmp_path: Path):
     assert found.pop("cut.txt.gz")[0] == expected.pop("cut.txt.gz")[0]
     assert found == expected
     assert manifest.refused == Counter(entry["reason"] for entry in refused_of(tmp_path / "out"))
-    assert documents_of(tmp_path / "out", "train").count("good line") == 10
+    assert documents_of(tmp_path / "out", "train").count("good line") == 9
     assert "good row" in documents_of(tmp_path / "out", "train")
     assert "bad UTF-8" in summary(manifest)
 

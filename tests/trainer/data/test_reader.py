@@ -1,6 +1,7 @@
 """The reader: sequences are exact windows of the shards, wherever and in whatever order they are read."""
 
 import json
+import pickle
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -207,6 +208,14 @@ def test_a_file_cut_short_while_it_is_read_is_a_data_error(copy: Path):
         file.truncate(100)
     with pytest.raises(DataError, match=path.name):
         dataset.batch(range(len(dataset)))
+
+
+def test_a_file_that_cannot_be_read_stops_the_run_even_where_bad_pages_are_skipped(copy: Path):
+    dataset = Dataset(DataConfig(path=str(copy), on_bad_page="skip"), 64, seed=0)
+    dataset.locate(0).file.unlink()
+    with pytest.raises(DataError, match="No such file") as caught:
+        dataset.sequence(0)
+    assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
 
 
 def rewrite(copy: Path, group_size: int, rows: int | None = None) -> None:

@@ -4,29 +4,8 @@ import random
 
 from configs.data import PrepareConfig
 
-WORDS = [
-    *[
-        "def",
-        "return",
-        "class",
-        "import",
-        "self",
-        "None",
-        "True",
-        "yield",
-        "für",
-        "größe",
-        "数据",
-        "🙂",
-        "0",
-        "1",
-        "(",
-        ")",
-        ":",
-        "=",
-        "+",
-    ]
-]
+KEYWORDS = ["def", "return", "class", "import", "self", "None", "True", "yield"]
+WORDS = [*KEYWORDS, "für", "größe", "数据", "🙂", "0", "1", "(", ")", ":", "=", "+"]
 
 SMALL = PrepareConfig(tokenizer="bytes", held_out=0.2, row_group_tokens=1000)
 

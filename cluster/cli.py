@@ -1,0 +1,87 @@
+"""The `muster` command: its sub-commands, and how their ends become messages and exit codes.
+
+Commands import what they need in their bodies: torch, Ray and MLflow take seconds, and `muster --help` must not.
+"""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+
+from configs import Config, ConfigError, load, preset_names, to_yaml
+
+from . import data, doctor, runs, trained
+from .runs import Json
+
+app = typer.Typer(
+    help="Train Mixture-of-Experts Transformers: Ray schedules, DeepSpeed trains, MLflow records.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+Source = typer.Argument(metavar="CONFIG", help=f"A preset ({', '.join(preset_names())}) or a YAML file.")
+Overrides = typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
+
+
+@app.command()
+def train(
+    config: Annotated[str, Source],
+    overrides: Annotated[list[str] | None, Overrides] = None,
+    fork: Annotated[str | None, typer.Option(metavar="NEW", help="Go on from run.name's checkpoint as NEW.")] = None,
+) -> None:
+    """Train a run, or go on with it. Example: muster train quickstart train.steps=600"""
+    asked = load(config, overrides or ())
+    from .launch import launch
+
+    raise typer.Exit(launch(asked, fork=fork))
+
+
+@app.command("config")
+def show_config(
+    config: Annotated[str | None, Source] = None,
+    overrides: Annotated[list[str] | None, Overrides] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of every key.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print a config with every value that will be used. Example: muster config quickstart optim.lr=1e-3"""
+    if schema:
+        print(json.dumps(Config.model_json_schema(), indent=1))
+        return
+    if config is None:
+        raise ConfigError(f"muster config needs a CONFIG: {', '.join(preset_names())}, or a YAML file")
+    asked = load(config, overrides or ())
+    from trainer.run import resolve_config
+
+    resolved, notes = resolve_config(asked, prepare=False)
+    if as_json:
+        print(resolved.model_dump_json(indent=1))
+        return
+    print(to_yaml(resolved), end="")
+    for note in notes:
+        print(f"# {note}")
+
+
+app.command("generate")(trained.generate)
+app.command("eval")(trained.evaluate)
+app.command("export")(trained.export)
+app.add_typer(data.app, name="data")
+app.command("runs")(runs.runs)
+app.command("sync")(runs.sync)
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """Run the command line. Exit codes: 0 done, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
+    try:
+        app()
+    except ConfigError as error:
+        print(f"muster: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

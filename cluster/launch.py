@@ -1,0 +1,240 @@
+"""`muster train`: check a run, start or join Ray, watch the workers, end with an exit code that says how it went."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from configs import Config, ConfigError
+from trainer.progress import Follower, ProgressView
+from trainer.record import Record, read_events, summary
+from trainer.run import is_finished, prepare_run, read_config, request_stop, resolve_config, run_lock
+
+from .failures import Final
+from .machine import this_node
+from .session import Session, ray_session
+from .share import Node, Share, share
+
+FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
+"""Exit codes; 75 (EX_TEMPFAIL): stopped, and the same command goes on."""
+
+
+def launch(config: Config, fork: str | None = None) -> int:
+    """Train a run through Ray until it is finished, stopped or has failed.
+
+    Args:
+        config: as the user wrote it.
+        fork: name of a new run that starts from the last checkpoint of `run.name`.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: found before any device is held.
+    """
+    resolve_config(config, prepare=False)  # a mistake is told before the default data are made, which takes a minute
+    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    node = this_node()
+    if address is None:
+        share(config, [node])
+    run_dir = prepare_run(config, fork=fork)
+    config = read_config(run_dir)
+    out = Console(highlight=False, soft_wrap=True)
+    if is_finished(run_dir):
+        out.print(f"run {config.run.name} is finished ({config.train.steps} steps): raise train.steps to go on")
+        return FINISHED
+    out.print(f"run {config.run.name} in {run_dir}", markup=False)
+
+    attempts_before = _attempts(run_dir)
+    job = _Job(config, run_dir, address, node)
+    with _signals(lambda: _on_signal(job, attempts_before)), Follower(run_dir, ProgressView(config.train.steps)):
+        job.start()
+        # A timeout, for Python runs no signal handler while it waits without one.
+        while job.is_alive():
+            job.join(1.0)
+    return _report(job, out)
+
+
+class _Job(threading.Thread):
+    """Ray's part of a run, off the main thread, which is left to signals and the progress line."""
+
+    def __init__(self, config: Config, run_dir: Path, address: str | None, node: Node) -> None:
+        super().__init__(name="ray", daemon=True)
+        self.config, self.run_dir, self.address, self.node = config, run_dir, address, node
+        self.status: str | None = None
+        self.error: BaseException | None = None
+        self.logs: Path | None = None
+        self.stopping = False
+
+    def run(self) -> None:
+        try:
+            with ray_session(self.address, self.node) as session:
+                try:
+                    self.status = self._fit(session)
+                except BaseException:
+                    self.logs = _keep_logs(session.logs, self.run_dir)
+                    raise
+        except BaseException as error:
+            self.error = error
+
+    def _fit(self, session: Session) -> str:
+        # Here, as both take seconds and must find the environment that the session has set.
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        from .supervise import Supervisor
+        from .worker import work
+
+        cluster, each = self.config.cluster, share(self.config, session.nodes)
+        storage = self.run_dir / ".ray"
+        # The ignored types are those of Ray Train V1, which ray.train shows to type checkers.
+        trainer = TorchTrainer(
+            work,  # type: ignore[arg-type]
+            train_loop_config={"run_dir": str(self.run_dir), "folder": os.getcwd()},
+            torch_config=TorchConfig(timeout_s=int(cluster.timeout)),
+            scaling_config=ScalingConfig(
+                num_workers=self.config.parallel.world_size,
+                use_gpu=each.gpus > 0,
+                resources_per_worker={"CPU": each.cpus} | ({"GPU": each.gpus} if each.gpus else {}),
+            ),
+            run_config=RunConfig(  # type: ignore[call-arg]
+                name="train",
+                storage_path=str(storage),
+                failure_config=FailureConfig(  # type: ignore[call-arg]
+                    max_failures=cluster.max_failures, controller_failure_limit=cluster.max_failures
+                ),
+                callbacks=[Supervisor(self.run_dir)],  # type: ignore[list-item]
+                worker_runtime_env={"env_vars": _worker_environment(self.config, each)},
+            ),
+        )
+        try:
+            return str(trainer.fit().return_value)  # type: ignore[attr-defined]
+        finally:
+            shutil.rmtree(storage, ignore_errors=True)
+
+
+def _worker_environment(config: Config, each: Share) -> dict[str, str]:
+    """Ray would give each worker one thread; torch reads this when it is imported."""
+    threads = os.environ.get("OMP_NUM_THREADS") if config.cluster.cpus_per_worker is None else None
+    forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
+    return {"OMP_NUM_THREADS": threads or str(each.threads)} | forwarded
+
+
+@contextlib.contextmanager
+def _signals(handle: Callable[[], None]) -> Iterator[None]:
+    """Call `handle` at SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: handle()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _on_signal(job: _Job, attempts_before: int) -> None:
+    """First signal: ask for a checkpoint and a clean end. Second, or one before training has begun: end at once."""
+    if not job.stopping and _attempts(job.run_dir) > attempts_before:
+        job.stopping = True
+        request_stop(job.run_dir)
+        print("muster: stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+        return
+    if job.address is None:
+        from .session import end_children
+
+        end_children()
+    _close_record(job.run_dir, "KILLED", "stopped at once by a signal")
+    print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
+
+
+def _attempts(run_dir: Path) -> int:
+    return sum(event["event"] == "attempt_started" for event in read_events(run_dir))
+
+
+def _report(job: _Job, out: Console) -> int:
+    """Say how it ended, put right a record that its writer could not close, and return the exit code."""
+    if job.error is None:
+        last = summary(job.run_dir)
+        loss = "" if last["eval_loss"] is None else f", held-out loss {last['eval_loss']:.4f}"
+        if job.status == "FINISHED":
+            out.print(f"finished at step {last['step']}{loss}: {job.run_dir}", markup=False)
+            return FINISHED
+        out.print(f"stopped after step {last['step']}: the same command goes on", markup=False)
+        return STOPPED
+    code, message = _explain(job)
+    print(f"muster: {message}", file=sys.stderr)
+    if job.logs and code == FAILURE:
+        print(f"Output of the workers: {job.logs}", file=sys.stderr)
+    _close_record(job.run_dir, "FAILED", message.splitlines()[0])
+    if job.config.tracking.enabled:
+        _send_record(job.run_dir)
+    return code
+
+
+def _explain(job: _Job) -> tuple[int, str]:
+    error: Any = job.error
+    error = getattr(error, "controller_failure", error)  # how Ray hands on what the supervisor raised
+    if isinstance(error, ConfigError):
+        return MISTAKE, str(error)
+    if isinstance(error, Final):
+        if error.kind == "mistake":
+            return MISTAKE, error.reason
+        return FAILURE, error.reason + (_traceback(job.run_dir) if error.kind == "failure" else "")
+    ends = [event for event in read_events(job.run_dir) if event["event"] in ("worker_lost", "worker_failed")]
+    if ends and type(error).__name__ == "WorkerGroupError":
+        last, limit = ends[-1], job.config.cluster.max_failures
+        return FAILURE, (
+            f"given up after {limit} restarts (cluster.max_failures); rank {last['rank']}: {last['reason']}"
+            + _traceback(job.run_dir)
+        )
+    return FAILURE, "Ray failed\n" + "".join(traceback.format_exception(error))
+
+
+def _traceback(run_dir: Path, lines: int = 12) -> str:
+    """The last lines of the last worker's traceback."""
+    ends = [event for event in read_events(run_dir) if event["event"] in ("worker_lost", "worker_failed")]
+    return "".join(f"\n  {line}" for line in ends[-1]["traceback"].splitlines()[-lines:]) if ends else ""
+
+
+def _close_record(run_dir: Path, status: str, reason: str) -> None:
+    """End the last attempt in the record where its own process could not."""
+    events = read_events(run_dir)
+    with contextlib.suppress(ConfigError), run_lock(run_dir):  # held: someone else trains this run
+        started = [event for event in events if event["event"] == "attempt_started"]
+        if started and not any(
+            event["event"] == "attempt_ended" and event["attempt"] == started[-1]["attempt"] for event in events
+        ):
+            Record(run_dir, started[-1]["attempt"]).event(
+                "attempt_ended", status=status, reason=reason, step=summary(run_dir)["step"]
+            )
+
+
+def _send_record(run_dir: Path) -> None:
+    """Send the tracker what a killed worker could not; a failure stays visible there too."""
+    command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir), "--once"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(command, timeout=90, check=False, stdin=subprocess.DEVNULL)
+
+
+def _keep_logs(logs: Path | None, run_dir: Path) -> Path | None:
+    """Copy the workers' output into the run's folder, as a private Ray takes its own away."""
+    if logs is None:
+        return None
+    kept = run_dir / "logs"
+    shutil.rmtree(kept, ignore_errors=True)
+    kept.mkdir(parents=True)
+    for path in (*logs.glob("worker-*.out"), *logs.glob("worker-*.err"), *logs.glob("train/*.log")):
+        if path.stat().st_size:
+            shutil.copy(path, kept / path.name)
+    return kept

@@ -1,0 +1,86 @@
+"""Find runs and list them: `muster runs`, `muster sync`, and what RUN means for the other commands."""
+
+import difflib
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from configs import ConfigError
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under --root, or the path of its folder.")]
+Root = Annotated[Path, typer.Option(help="Folder of all runs (run.root).")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+RUNS = Path("runs")
+
+
+def run_folder(run: str, root: Path) -> Path:
+    """The folder of a run given by name or path. Raises ConfigError, with the names there are."""
+    for folder in (root / run, Path(run)):
+        if (folder / "config.yaml").is_file():
+            return folder.resolve()
+    names = [folder.name for folder in run_folders(root)]
+    near = difflib.get_close_matches(run, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:8]) or 'none'}"
+    raise ConfigError(f"no run {run!r} in {root}: {hint} Name another folder of runs with --root")
+
+
+def run_folders(root: Path) -> list[Path]:
+    return sorted(path.parent for path in root.glob("*/config.yaml"))
+
+
+def runs(root: Root = RUNS, as_json: Json = False) -> None:
+    """List the runs: status, step, losses, tokens. Example: muster runs --root runs"""
+    from trainer.record import summary
+
+    found = sorted((summary(folder) for folder in run_folders(root)), key=lambda run: run["updated"] or 0)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    if not found:
+        print(f"no runs in {root}")
+        return
+    table = Table("name", "status", box=None, pad_edge=False)
+    for column in ("step", "loss", "eval loss", "tokens", "attempts", "updated"):
+        table.add_column(column, justify="right")
+    for run in found:
+        table.add_row(
+            run["name"],
+            run["status"],
+            f"{run['step']:,}",
+            _number(run["loss"]),
+            _number(run["eval_loss"]),
+            f"{run['tokens']:,}",
+            str(run["attempts"]),
+            _ago(run["updated"]),
+        )
+    console = Console(highlight=False)
+    # A pipe has no width of its own; cut names would not be found by what reads it.
+    console.print(table, soft_wrap=not console.is_terminal)
+
+
+def sync(run: Run, root: Root = RUNS) -> None:
+    """Send the tracker what it has missed of a run. Example: muster sync quickstart"""
+    from trainer.tracking.shipper import ship  # MLflow takes seconds to import
+
+    if message := ship(run_folder(run, root)):
+        raise RuntimeError(message)
+
+
+def _number(value: Any) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _ago(then: float | None) -> str:
+    if then is None:
+        return ""
+    seconds = max(0.0, time.time() - then)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f} {unit} ago"
+    return f"{seconds:.0f} s ago"

@@ -1,0 +1,127 @@
+"""Ray for one run: join the cluster that is named, or start a private one on this machine and take it down again."""
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from configs import ConfigError
+
+from .share import Node
+
+OBJECT_STORE_BYTES = 100 * 2**20
+"""Nothing large goes through Ray's object store; its default is a third of the memory."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """A connection to Ray."""
+
+    nodes: list[Node]
+    """The machines of the cluster."""
+    logs: Path | None
+    """Where the workers' output lies while the session lasts; None on a cluster, which keeps its own."""
+
+
+@contextlib.contextmanager
+def ray_session(address: str | None, node: Node) -> Iterator[Session]:
+    """Connect to Ray while the block runs.
+
+    Nothing of a private Ray outlives the block: no process, no file. Its processes are tied to the calling thread, so
+    that they end even when this process is killed.
+
+    Args:
+        address: of the cluster to join; None: start a private one.
+        node: this machine, for a private one.
+
+    Raises:
+        ConfigError: the cluster does not answer.
+    """
+    with contextlib.ExitStack() as stack:
+        base = Path(tempfile.mkdtemp(prefix="muster-", dir=_short_temp()))  # 0700, which Ray's own folder is not
+        stack.callback(shutil.rmtree, base, ignore_errors=True)
+        _environment(base, private=address is None)
+        import ray  # reads the environment set above
+
+        # Ray puts the working directory first on its workers' sys.path: there a user's `models/` would win over ours.
+        folder = os.getcwd()
+        stack.callback(os.chdir, folder)
+        os.chdir(base)
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if address is None:
+            stack.callback(end_children, _children())
+            ray.init(
+                address="local",
+                num_cpus=int(node.cpus),
+                num_gpus=int(node.gpus),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(base / "ray"),
+                **quiet,
+            )
+        else:
+            try:
+                ray.init(address=address, **quiet)
+            except (ConnectionError, RuntimeError, ValueError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ConfigError(
+                    f"cluster.address={address}: no Ray cluster answers there ({reason}).\n"
+                    f"Start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS out"
+                ) from None
+        stack.callback(ray.shutdown)
+        os.chdir(folder)
+        if address is None:
+            yield Session([node], base / "ray" / "session_latest" / "logs")
+        else:
+            alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
+            yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive], None)
+
+
+def _environment(base: Path, private: bool) -> None:
+    """Set what Ray reads from the environment, here and in the processes it starts."""
+    if private:
+        token = base / "token"
+        token.touch(mode=0o600)
+        token.write_text(secrets.token_hex(32))
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+        os.environ.pop("RAY_AUTH_TOKEN", None)
+    elif "RAY_AUTH_MODE" not in os.environ:
+        # Joining by address, Ray does not look for a token by itself.
+        given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
+        if given or (Path.home() / ".ray" / "auth_token").exists():
+            os.environ["RAY_AUTH_MODE"] = "token"
+    defaults = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a config are relative to the user's folder
+        "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard shows them
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a run is seen that late
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+
+
+def _short_temp() -> str:
+    """A temporary folder with a path so short that Ray's socket below it has a legal name (107 bytes)."""
+    folder = tempfile.gettempdir()
+    return folder if len(folder) < 30 else "/tmp"
+
+
+def _children() -> set[psutil.Process]:
+    return set(psutil.Process().children(recursive=True))
+
+
+def end_children(before: frozenset[psutil.Process] | set[psutil.Process] = frozenset()) -> None:
+    """Kill the processes below this one, those of `before` excepted: what a private Ray has left behind."""
+    left = _children() - before
+    for process in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(left, timeout=5)

@@ -1,0 +1,69 @@
+"""Faults that a test puts into a training process of its own, before it trains."""
+
+import os
+import signal
+from dataclasses import replace
+
+from trainer import checkpoint, loop
+
+
+def kill_in(function: str, call: int, when: str) -> None:
+    """Make this process kill -9 itself at the n-th call of a function of trainer.checkpoint."""
+    original, calls = getattr(checkpoint, function), 0
+
+    def wrapped(*arguments, **keywords):
+        nonlocal calls
+        calls += 1
+        if calls != call:
+            return original(*arguments, **keywords)
+        if when == "half":
+            (arguments[0] / checkpoint.MANIFEST).unlink()
+        elif when == "after":
+            original(*arguments, **keywords)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(checkpoint, function, wrapped)
+
+
+def kill_at_step(step: int, number: int) -> None:
+    """Send this process a signal when it begins the given step."""
+    original = loop.learning_rate
+
+    def wrapped(current, *arguments):
+        if current == step:
+            os.kill(os.getpid(), number)
+        return original(current, *arguments)
+
+    loop.learning_rate = wrapped
+
+
+def poison(first: int, last: int) -> None:
+    """Make the loss infinite in a range of steps."""
+    original = loop.train_step
+    step = 0
+
+    def wrapped(engine, *arguments):
+        nonlocal step
+        step += 1
+        if not first <= step <= last:
+            return original(engine, *arguments)
+        hook = engine.module.register_forward_hook(lambda m, a, out: out._replace(loss_sum=out.loss_sum * float("inf")))
+        try:
+            return original(engine, *arguments)
+        finally:
+            hook.remove()
+
+    loop.train_step = wrapped
+
+
+def raise_loss(step: int) -> None:
+    """Report a tenfold loss at one step of the first attempt."""
+    original, calls = loop.train_step, 0
+
+    def wrapped(*arguments):
+        nonlocal calls
+        calls += 1
+        outcome = original(*arguments)
+        return replace(outcome, loss=outcome.loss * 10) if calls == step else outcome
+
+    loop.train_step = wrapped
