@@ -21,7 +21,7 @@ from trainer.run import is_finished, prepare_run, read_config, request_stop, res
 
 from .failures import Final
 from .machine import this_node
-from .session import Session, ray_session
+from .session import Session, end_children, ray_session, session_folder
 from .share import Node, Share, share
 
 FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
@@ -56,11 +56,13 @@ def launch(config: Config, fork: str | None = None) -> int:
 
     attempts_before = _attempts(run_dir)
     job = _Job(config, run_dir, address, node)
-    with _signals(lambda: _on_signal(job, attempts_before)), Follower(run_dir, ProgressView(config.train.steps)):
+    with Follower(run_dir, ProgressView(config.train.steps)), contextlib.ExitStack() as handlers:
         job.start()
-        # A timeout, for Python runs no signal handler while it waits without one.
-        while job.is_alive():
-            job.join(1.0)
+        # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
+        for phase in (job.connected, job.ended):
+            handlers.enter_context(_signals(lambda: _on_signal(job, attempts_before)))
+            while not phase.wait(1.0):
+                pass
     return _report(job, out)
 
 
@@ -70,14 +72,17 @@ class _Job(threading.Thread):
     def __init__(self, config: Config, run_dir: Path, address: str | None, node: Node) -> None:
         super().__init__(name="ray", daemon=True)
         self.config, self.run_dir, self.address, self.node = config, run_dir, address, node
+        self.folder = session_folder()
         self.status: str | None = None
         self.error: BaseException | None = None
         self.logs: Path | None = None
         self.stopping = False
+        self.connected, self.ended = threading.Event(), threading.Event()
 
     def run(self) -> None:
         try:
-            with ray_session(self.address, self.node) as session:
+            with ray_session(self.address, self.node, self.folder) as session:
+                self.connected.set()
                 try:
                     self.status = self._fit(session)
                 except BaseException:
@@ -85,19 +90,24 @@ class _Job(threading.Thread):
                     raise
         except BaseException as error:
             self.error = error
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.connected.set()
+            self.ended.set()
 
     def _fit(self, session: Session) -> str:
         # Here, as both take seconds and must find the environment that the session has set.
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.torch import TorchConfig
 
-        from .supervise import Supervisor
+        from .supervise import Supervisor, Trainer
         from .worker import work
 
         cluster, each = self.config.cluster, share(self.config, session.nodes)
-        storage = self.run_dir / ".ray"
+        # Ray Train wants a place that every machine reaches, and puts nothing of value there.
+        storage = self.folder / "train" if self.address is None else self.run_dir / ".ray"
         # The ignored types are those of Ray Train V1, which ray.train shows to type checkers.
-        trainer = TorchTrainer(
+        trainer = Trainer(
             work,  # type: ignore[arg-type]
             train_loop_config={"run_dir": str(self.run_dir), "folder": os.getcwd()},
             torch_config=TorchConfig(timeout_s=int(cluster.timeout)),
@@ -149,9 +159,8 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
         print("muster: stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
         return
     if job.address is None:
-        from .session import end_children
-
         end_children()
+        shutil.rmtree(job.folder, ignore_errors=True)
     _close_record(job.run_dir, "KILLED", "stopped at once by a signal")
     print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()
@@ -170,7 +179,8 @@ def _report(job: _Job, out: Console) -> int:
         if job.status == "FINISHED":
             out.print(f"finished at step {last['step']}{loss}: {job.run_dir}", markup=False)
             return FINISHED
-        out.print(f"stopped after step {last['step']}: the same command goes on", markup=False)
+        step = read_events(job.run_dir)[-1].get("step", last["step"])  # its metrics may be recorded less often
+        out.print(f"stopped after step {step}: the same command goes on", markup=False)
         return STOPPED
     code, message = _explain(job)
     print(f"muster: {message}", file=sys.stderr)

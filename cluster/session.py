@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -32,29 +31,28 @@ class Session:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, node: Node) -> Iterator[Session]:
+def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Session]:
     """Connect to Ray while the block runs.
 
-    Nothing of a private Ray outlives the block: no process, no file. Its processes are tied to the calling thread, so
-    that they end even when this process is killed.
+    No process of a private Ray outlives the block. They are tied to the calling thread, so that they end even when this
+    process is killed.
 
     Args:
         address: of the cluster to join; None: start a private one.
         node: this machine, for a private one.
+        folder: of the private Ray's files, made by `session_folder`.
 
     Raises:
         ConfigError: the cluster does not answer.
     """
     with contextlib.ExitStack() as stack:
-        base = Path(tempfile.mkdtemp(prefix="muster-", dir=_short_temp()))  # 0700, which Ray's own folder is not
-        stack.callback(shutil.rmtree, base, ignore_errors=True)
-        _environment(base, private=address is None)
+        _environment(folder, private=address is None)
         import ray  # reads the environment set above
 
         # Ray puts the working directory first on its workers' sys.path: there a user's `models/` would win over ours.
-        folder = os.getcwd()
-        stack.callback(os.chdir, folder)
-        os.chdir(base)
+        here = os.getcwd()
+        stack.callback(os.chdir, here)
+        os.chdir(folder)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
             stack.callback(end_children, _children())
@@ -64,7 +62,7 @@ def ray_session(address: str | None, node: Node) -> Iterator[Session]:
                 num_gpus=int(node.gpus),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(base / "ray"),
+                _temp_dir=str(folder / "ray"),
                 **quiet,
             )
         else:
@@ -77,18 +75,18 @@ def ray_session(address: str | None, node: Node) -> Iterator[Session]:
                     f"Start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS out"
                 ) from None
         stack.callback(ray.shutdown)
-        os.chdir(folder)
+        os.chdir(here)
         if address is None:
-            yield Session([node], base / "ray" / "session_latest" / "logs")
+            yield Session([node], folder / "ray" / "session_latest" / "logs")
         else:
             alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
             yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive], None)
 
 
-def _environment(base: Path, private: bool) -> None:
+def _environment(folder: Path, private: bool) -> None:
     """Set what Ray reads from the environment, here and in the processes it starts."""
     if private:
-        token = base / "token"
+        token = folder / "token"
         token.touch(mode=0o600)
         token.write_text(secrets.token_hex(32))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
@@ -104,14 +102,17 @@ def _environment(base: Path, private: bool) -> None:
         "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard shows them
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a run is seen that late
     }
+    if private:
+        defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine does not take itself away
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
 
 
-def _short_temp() -> str:
-    """A temporary folder with a path so short that Ray's socket below it has a legal name (107 bytes)."""
+def session_folder() -> Path:
+    """A new temporary folder that only this user can read, unlike the one Ray makes in it."""
     folder = tempfile.gettempdir()
-    return folder if len(folder) < 30 else "/tmp"
+    # Ray's socket below it must have a path of at most 107 bytes.
+    return Path(tempfile.mkdtemp(prefix="muster-", dir=folder if len(folder) < 30 else "/tmp"))
 
 
 def _children() -> set[psutil.Process]:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from configs import ModelConfig
 
+from .cpu_attention import CpuAttention
 from .layers import RMSNorm
 from .rope import rotate
 
@@ -94,6 +95,34 @@ def _blocks(length: int, document_ids: Tensor | None, window: int | None, dtype:
             yield Block(rows, start, stop, seen_from, mask)
 
 
+class Cache:
+    """Keys and values so far of every layer, for sequences that are padded on the left to one length.
+
+    Args:
+        padding: [B] int64, columns before each sequence's first token.
+    """
+
+    def __init__(self, padding: Tensor):
+        self.padding, self.length = padding, 0
+        self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+
+    def visibility(self, queries: int, window: int | None, like: Tensor) -> Visibility:
+        """Which of the columns, these queries' included, each of the next queries sees. Counts them as present."""
+        columns = torch.arange(self.length + queries, device=like.device)
+        seen = causal(columns[self.length :], columns, window) & (columns >= self.padding[:, None, None, None])
+        # A column of padding sees itself: a softmax over nothing would be NaN.
+        seen = seen | (columns[self.length :, None] == columns)
+        self.length += queries
+        return Visibility(mask=additive(seen, like.dtype))
+
+    def extend(self, layer: nn.Module, k_BTKD: Tensor, v_BTKD: Tensor) -> tuple[Tensor, Tensor]:
+        """Append to a layer's keys and values and return them all."""
+        if layer in self.layers:
+            k_BTKD, v_BTKD = (torch.cat(pair, dim=1) for pair in zip(self.layers[layer], (k_BTKD, v_BTKD), strict=True))
+        self.layers[layer] = (k_BTKD, v_BTKD)
+        return self.layers[layer]
+
+
 class Attention(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -106,7 +135,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
-    def forward(self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache=None) -> Tensor:
+    def forward(self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None) -> Tensor:
         # The number of heads is read off the projection: tensor parallelism leaves a rank only some of them.
         q_BTND = self.q_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         k_BTKD = self.k_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
@@ -136,6 +165,8 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and not torch.compiler.is_compiling():
+        return CpuAttention.apply(q, k, v, mask).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from configs import ModelConfig
 
-from .attention import Attention, Visibility, visibility
+from .attention import Attention, Cache, Visibility, visibility
 from .batch import Batch
 from .init import initialise
 from .layers import RMSNorm, SwiGLU, dropout, dropout_rows
@@ -41,7 +41,7 @@ class DecoderLayer(nn.Module):
         self.mlp = MoE(config, config.expert_size or dense) if config.is_moe_layer(index) else SwiGLU(hidden, dense)
         self.rate, self.site = config.dropout, 1 + 2 * index
 
-    def forward(self, x_BTH: Tensor, shared: Shared, cache=None) -> Tensor:
+    def forward(self, x_BTH: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_BTH), shared.cos, shared.sin, shared.visible, cache)
         x_BTH = x_BTH + dropout(attended, shared.dropout_rows, self.site, self.rate)
         mixed = self.mlp(self.post_attention_layernorm(x_BTH))
@@ -61,11 +61,15 @@ class Backbone(nn.Module):
         self.activation_checkpointing = False
         self.dropout_seed = 0
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """Hidden states [B, T, H] after the last norm. With a cache the batch continues what it holds."""
         config = self.config
         x_BTH = self.embed_tokens(batch.input_ids)
         cos, sin = rope_tables(batch.position_ids, config, x_BTH.dtype)
-        visible = visibility(x_BTH.shape[1], batch.document_ids, config.sliding_window, x_BTH)
+        if cache is None:
+            visible = visibility(x_BTH.shape[1], batch.document_ids, config.sliding_window, x_BTH)
+        else:
+            visible = cache.visibility(x_BTH.shape[1], config.sliding_window, x_BTH)
         rows = None
         if self.training and config.dropout:
             rows = dropout_rows(self.dropout_seed, batch.sequence_ids, x_BTH.shape[1])
@@ -75,7 +79,7 @@ class Backbone(nn.Module):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTH = checkpoint(layer, x_BTH, shared, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = layer(x_BTH, shared)
+                x_BTH = layer(x_BTH, shared, cache)
         return self.norm(x_BTH)
 
 
@@ -97,9 +101,10 @@ class Decoder(nn.Module):
         hidden_SH = self.model(batch).flatten(0, 1)
         return chunked_cross_entropy(hidden_SH, self.head_weight, batch.labels.flatten(), self.config.loss_chunk)
 
-    def logits(self, batch: Batch) -> Tensor:
-        """[B, T, V]; for tests and small batches."""
-        return F.linear(self.model(batch), self.head_weight)
+    def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
+        """[B, T, V]; for tests and small batches. With a cache the batch continues what it holds."""
+        hidden_BTH = self.model(batch, cache)
+        return F.linear(hidden_BTH, self.head_weight) if self.config.tie_embeddings else self.lm_head(hidden_BTH)
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Keep only each layer's input and compute the layer again in the backward pass."""

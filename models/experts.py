@@ -4,6 +4,7 @@ Shapes: S tokens, H hidden size, E experts, k experts per token, A = S * k assig
 by expert, on CPU with gaps), I width of an expert.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,13 @@ def apply_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, choice_S
     """sum_j weight[s, j] * expert[choice[s, j]](x[s]) with expert e = SwiGLU of gate_up[e], down[e]. Returns [S, H]."""
     if x_SH.device.type == "cpu":
         return _on_cpu(x_SH, gate_up_E2IH, down_EHI, choice_Sk, weight_Sk)
+    return grouped_experts(x_SH, gate_up_E2IH, down_EHI, choice_Sk, weight_Sk)
+
+
+def grouped_experts(
+    x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, choice_Sk: Tensor, weight_Sk: Tensor
+) -> Tensor:
+    """`apply_experts` for accelerators: torch's grouped matrix products, nothing that waits for the device."""
     places, counts_E = sort_by_expert(choice_Sk, gate_up_E2IH.shape[0], 1)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     x_PH = _Scatter.apply(x_SH, places)
@@ -91,7 +99,7 @@ def _on_cpu(x: Tensor, gate_up: Tensor, down: Tensor, choice: Tensor, weight: Te
 
 
 class _CpuExperts(torch.autograd.Function):
-    """The same by hand: fewer passes over memory than autograd makes, and bf16 products in few distinct shapes.
+    """The same by hand, expert by expert: what lies between two products stays in the cache.
 
     oneDNN compiles a kernel for every new shape of a bf16 product, several milliseconds a layer at every step, as the
     experts' loads never repeat. So there every expert's slots are rounded up to a multiple of 32. A gap's weight is 0,
@@ -100,50 +108,46 @@ class _CpuExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate_up: Tensor, down: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
-        places, sizes = sort_by_expert(choice, gate_up.shape[0], 1 if x.dtype == torch.float32 else 32)
-        sizes = sizes.tolist()
-        weight_P = x.new_zeros(len(places.token_P), 1)
+        places, counts_E = sort_by_expert(choice, gate_up.shape[0], 1 if x.dtype == torch.float32 else 32)
+        slots = len(places.token_P)
+        weight_P = x.new_zeros(slots, 1)
         weight_P[places.slot_Sk.flatten(), 0] = weight.flatten().to(x.dtype)
-        x_PH = x.index_select(0, places.token_P)
-        both_P2I = _grouped(x_PH, gate_up.transpose(1, 2), sizes)
-        gate, up = both_P2I.chunk(2, dim=-1)
-        hidden_PI = F.silu(gate).mul_(up).mul_(weight_P)
-        ctx.save_for_backward(x_PH, both_P2I, weight_P, gate_up, down, *places)
-        ctx.sizes = sizes
-        return _combine(_grouped(hidden_PI, down.transpose(1, 2), sizes), places)
+        both_P2I, y_PH = x.new_empty(slots, gate_up.shape[1]), x.new_empty(slots, x.shape[1])
+        ctx.sizes = counts_E.tolist()
+        for token, weight_e, both, y, gate_up_e, down_e in _by_expert(
+            ctx.sizes, (places.token_P, weight_P, both_P2I, y_PH), (gate_up, down)
+        ):
+            gate, up = torch.mm(x.index_select(0, token), gate_up_e.t(), out=both).chunk(2, dim=-1)
+            torch.mm(F.silu(gate).mul_(up).mul_(weight_e), down_e.t(), out=y)
+        ctx.save_for_backward(x, both_P2I, weight_P, gate_up, down, *places)
+        return _combine(y_PH, places)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):
-        x_PH, both_P2I, weight_P, gate_up, down, *places = ctx.saved_tensors
-        places, sizes = Places(*places), ctx.sizes
-        gate, up = both_P2I.chunk(2, dim=-1)
-        dy_PH = dout.index_select(0, places.token_P)
-        dhidden = _grouped(dy_PH, down, sizes)
-        silu = F.silu(gate)
-        hidden = silu * up
-        dweight_P = torch.linalg.vecdot(dhidden, hidden).float()
-        d_down = _grouped_outer(dy_PH, hidden.mul_(weight_P), sizes)
-        dhidden.mul_(weight_P)
-        dboth = torch.empty_like(both_P2I)
-        dgate, dup = dboth.chunk(2, dim=-1)
-        torch.mul(dhidden, silu, out=dup)
-        torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=dgate)
-        d_gate_up = _grouped_outer(dboth, x_PH, sizes)
-        dx = _combine(_grouped(dboth, gate_up, sizes), places)
-        return dx, d_gate_up, d_down, None, dweight_P[places.slot_Sk]
+        x, both_P2I, weight_P, gate_up, down, *saved = ctx.saved_tensors
+        places = Places(*saved)
+        slots = len(places.token_P)
+        d_gate_up, d_down = torch.empty_like(gate_up), torch.empty_like(down)
+        dweight_P, dx_PH = x.new_empty(slots), x.new_empty(slots, x.shape[1])
+        for token, weight_e, both, dweight, dx, gate_up_e, down_e, d_gate_up_e, d_down_e in _by_expert(
+            ctx.sizes, (places.token_P, weight_P, both_P2I, dweight_P, dx_PH), (gate_up, down, d_gate_up, d_down)
+        ):
+            dy = dout.index_select(0, token)
+            gate, up = both.chunk(2, dim=-1)
+            dhidden = dy @ down_e
+            silu = F.silu(gate)
+            hidden = silu * up
+            torch.linalg.vecdot(dhidden, hidden, out=dweight)
+            torch.mm(dy.t(), hidden.mul_(weight_e), out=d_down_e)
+            dboth = torch.empty_like(both)
+            dgate, dup = dboth.chunk(2, dim=-1)
+            torch.mul(dhidden.mul_(weight_e), silu, out=dup)
+            torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=dgate)
+            torch.mm(dboth.t(), x.index_select(0, token), out=d_gate_up_e)
+            torch.mm(dboth, gate_up_e, out=dx)
+        return _combine(dx_PH, places), d_gate_up, d_down, None, dweight_P[places.slot_Sk].float()
 
 
-def _grouped(x_PM: Tensor, w_EMN: Tensor, sizes: list[int]) -> Tensor:
-    """Rows of each expert times its matrix: [P, N]."""
-    out_PN = x_PM.new_empty(x_PM.shape[0], w_EMN.shape[2])
-    for x, w, out in zip(x_PM.split(sizes), w_EMN.unbind(0), out_PN.split(sizes), strict=True):
-        torch.mm(x, w, out=out)
-    return out_PN
-
-
-def _grouped_outer(x_PM: Tensor, y_PN: Tensor, sizes: list[int]) -> Tensor:
-    """Sum over each expert's rows of the outer products of x and y: [E, M, N]."""
-    out_EMN = x_PM.new_empty(len(sizes), x_PM.shape[1], y_PN.shape[1])
-    for x, y, out in zip(x_PM.split(sizes), y_PN.split(sizes), out_EMN.unbind(0), strict=True):
-        torch.mm(x.t(), y, out=out)
-    return out_EMN
+def _by_expert(sizes: list[int], of_slots: Sequence[Tensor], of_experts: Sequence[Tensor]) -> Iterator[tuple]:
+    """For every expert its rows of each `of_slots` and its matrix of each `of_experts`."""
+    return zip(*(t.split(sizes) for t in of_slots), *(t.unbind(0) for t in of_experts), strict=True)

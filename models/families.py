@@ -9,6 +9,7 @@ from torch import nn
 from configs import ConfigError, ModelConfig
 
 from .decoder import Decoder
+from .hf_names import Architecture, architecture
 
 
 @dataclass(frozen=True)
@@ -18,12 +19,14 @@ class Family:
     Attributes:
         build: makes the module on the default device, parameters not yet filled. The module has `init_weights(seed)`,
             `set_activation_checkpointing(enabled)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`.
+        hf: the Hugging Face architecture of a config, ConfigError if none fits it; None: the family has none.
     """
 
     build: Callable[[ModelConfig], nn.Module]
+    hf: Callable[[ModelConfig], Architecture] | None = None
 
 
-FAMILIES: dict[str, Family] = {"decoder": Family(build=Decoder)}
+FAMILIES: dict[str, Family] = {"decoder": Family(build=Decoder, hf=architecture)}
 
 
 def build(config: ModelConfig) -> nn.Module:
@@ -35,5 +38,5 @@ def build(config: ModelConfig) -> nn.Module:
     if config.family not in FAMILIES:
         near = difflib.get_close_matches(config.family, FAMILIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(FAMILIES))}"
-        raise ConfigError(f"model.family={config.family}: no such family; {hint} A plugin can add one (plugins: [...])")
+        raise ConfigError(f"model.family={config.family}: no such family; {hint}")
     return FAMILIES[config.family].build(config)

@@ -1,11 +1,13 @@
 """Sample text from a model."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .attention import Cache
 from .batch import Batch
+from .decoder import Decoder
 
 
 @torch.no_grad()
@@ -15,24 +17,69 @@ def generate(
     *,
     max_new_tokens: int,
     temperature: float = 0.8,
+    top_k: int | None = None,
+    top_p: float = 1.0,
     seed: int = 0,
     stop_token: int | None = None,
 ) -> list[list[int]]:
-    """Continue each prompt. Returns the new tokens of each, without the stop token."""
-    generator = torch.Generator().manual_seed(seed)
-    results = []
-    for prompt in prompts:
-        tokens = list(prompt)
-        for _ in range(max_new_tokens):
-            ids = torch.tensor([tokens])
-            batch = Batch(ids, ids, torch.arange(len(tokens))[None], None, torch.zeros(1, dtype=torch.long))
-            logits = module.logits(batch)[0, -1].float()
-            if temperature:
-                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).item()
+    """Continue each prompt (one token or more); all prompts at once, with a cache of keys and values.
+
+    Args:
+        temperature: 0: the likeliest token.
+        top_k: choose among this many likeliest tokens; None: all.
+        top_p: choose among the fewest likeliest tokens with this much probability (arXiv:1904.09751).
+        seed: prompt i draws from a generator of seed + i, whatever stands beside it.
+
+    Returns:
+        The new tokens of each prompt, without the stop token.
+    """
+    assert all(prompts), "a prompt has at least one token"
+    device = next(module.parameters()).device
+    generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
+    results: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    longest = max(map(len, prompts))
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=device)
+    cache = Cache(padding)
+    was_training = module.training
+    module.eval()
+    for step in range(max_new_tokens):
+        logits_BV = _next_logits(module, ids, padding, cache).float().cpu()
+        tokens = [_sample(row, g, temperature, top_k, top_p) for row, g in zip(logits_BV, generators, strict=True)]
+        for row in tuple(open_rows):
+            if tokens[row] == stop_token:
+                open_rows.remove(row)
             else:
-                token = logits.argmax().item()
-            if token == stop_token:
-                break
-            tokens.append(token)
-        results.append(tokens[len(prompt) :])
+                results[row].append(tokens[row])
+        if not open_rows or step + 1 == max_new_tokens:
+            break
+        ids = torch.cat([ids, torch.tensor(tokens, device=device)[:, None]], dim=1)
+    module.train(was_training)
     return results
+
+
+def _next_logits(module: nn.Module, ids: Tensor, padding: Tensor, cache: Cache) -> Tensor:
+    """[B, V] after the last column of ids [B, T]. A family that knows no cache computes all columns again."""
+    first = cache.length if isinstance(module, Decoder) else 0
+    ids_BT = ids[:, first:]
+    place_BT = (torch.arange(first, ids.shape[1], device=ids.device) - padding[:, None]).clamp(min=0)
+    zeros = torch.zeros_like(padding)
+    if isinstance(module, Decoder):
+        return module.logits(Batch(ids_BT, ids_BT, place_BT, None, zeros), cache)[:, -1]
+    # The padding is a document of its own, so that nothing sees it.
+    documents = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
+    logits: Callable[[Batch], Tensor] = module.logits  # type: ignore[assignment]
+    return logits(Batch(ids_BT, ids_BT, place_BT, documents, zeros))[:, -1]
+
+
+def _sample(logits_V: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float) -> int:
+    if temperature == 0:
+        return int(logits_V.argmax())
+    if top_k is not None and top_k < len(logits_V):
+        logits_V = logits_V.masked_fill(logits_V < logits_V.topk(top_k).values[-1], float("-inf"))
+    p_V = (logits_V / temperature).softmax(-1)
+    if top_p < 1:
+        sorted_p, order = p_V.sort(descending=True)
+        p_V[order[sorted_p.cumsum(-1) - sorted_p >= top_p]] = 0
+    return int(torch.multinomial(p_V, 1, generator=generator))

@@ -22,6 +22,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 import deepspeed
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
+from .optim import build_optimizer, parameter_groups
+
 # Its warnings repeat what the run's own record says (skipped steps, untested optimizers).
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 # Its collectives go by the names torch 2.13 is about to retire, a warning for every call.
@@ -29,9 +31,6 @@ warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is depreca
 # DeepSpeed would compile a helper for shared-memory collectives on CPU at the first start: a minute, a compiler, and a
 # lock that a killed process leaves behind for ever. gloo does the same work.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-from .optim import build_optimizer, parameter_groups  # noqa: E402
-
 
 VERSION: str = deepspeed.__version__
 
@@ -72,6 +71,7 @@ class _Guarded:
     gradient ends the run's weights). It reads `overflow` and `_global_grad_norm` from whatever optimizer it drives.
     """
 
+    param_groups: list[dict[str, Any]]
     max_norm = 0.0
     overflow = False
     _global_grad_norm = 0.0

@@ -1,5 +1,6 @@
 """Train one run in one process per device: the loop, and what surrounds an attempt."""
 
+import shutil
 import signal
 import sys
 import threading
@@ -7,6 +8,7 @@ import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -20,7 +22,9 @@ from . import engine as ds
 from .data.loader import Loader
 from .data.manifest import sources_of
 from .data.reader import Dataset, load_tokenizer
+from .data.shards import DataError
 from .evaluate import held_out_loss, write_samples
+from .export import export
 from .guard import spike
 from .hardware import memory_gb, peak_flops
 from .plugins import load_plugins
@@ -49,7 +53,7 @@ def train(run_dir: Path) -> str:
         `FINISHED`, or `KILLED` after a signal or a stop request: a checkpoint is written and the run can go on.
 
     Raises:
-        TrainingStopped: train.max_nonfinite_steps steps were skipped in a row.
+        TrainingStopped: train.max_nonfinite_steps steps were skipped in a row, or a page of the data is damaged.
         ConfigError: the run's checkpoints or data are not what they should be.
     """
     config = read_config(run_dir)
@@ -74,6 +78,11 @@ def train(run_dir: Path) -> str:
                 shipper = start_shipper(run_dir, config) if config.tracking.enabled else None
             status = _steps(run_dir, config, state, record, attempt, stop)
             reason = "reached train.steps" if status == "FINISHED" else "stopped by request"
+            if record and status == "FINISHED" and config.tracking.enabled and config.tracking.export_model:
+                _export(run_dir, record)
+        except DataError as error:
+            reason = str(error)
+            raise TrainingStopped(reason) from None
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
             if record:
@@ -100,13 +109,14 @@ def _steps(
     profiler = Profiler(run_dir, train.profile, enabled=rank == 0)
     accumulate = engine.gradient_accumulation_steps()
     loader = Loader(dataset, micro_batches(config, state.cursor, rank), depth=config.data.prefetch)
-    saved = state.step
+    saved, reported = state.step, 0
     try:
         while state.step < train.steps:
             step, start, waited = state.step + 1, time.perf_counter(), loader.waited
             profiler.before(step)
             batches = [next(loader).to(here) for _ in range(accumulate)]
             waited = loader.waited - waited
+            reported = _report_bad_pages(dataset, reported, run_dir, attempt)
 
             # Every process must know how much the others read, and leave at the same step as they.
             trained = sum(int((batch.labels != -100).sum()) for batch in batches)
@@ -125,7 +135,7 @@ def _steps(
             state.tokens += tokens
             state.skipped += outcome.skipped
             state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.skipped else 0
-            state.bad_pages, state.loss_scale = len(dataset.bad_pages), ds.loss_scale_state(engine)
+            state.loss_scale = ds.loss_scale_state(engine)
             if record and (step % train.log_every == 0 or outcome.skipped):
                 seconds = time.perf_counter() - start
                 record.metrics(_metrics(config, state, outcome, rate, seconds, waited, here))
@@ -168,6 +178,13 @@ def _build(config: Config, here: torch.device):
     return ds.build_engine(module, config), tap
 
 
+def _report_bad_pages(dataset: Dataset, reported: int, run_dir: Path, attempt: int) -> int:
+    """Name the pages left out (data.on_bad_page=skip) in the record; any process may meet one. Returns their number."""
+    for file, row_group in dataset.bad_pages[reported:]:
+        Record(run_dir, attempt).event("bad_page", file=file, row_group=row_group, rank=dist.get_rank())
+    return len(dataset.bad_pages)
+
+
 def _judge(
     state: TrainState, outcome: StepOutcome, read_at: int, config: Config, record: Record | None
 ) -> float | None:
@@ -205,7 +222,9 @@ def _evaluate(run_dir, config, engine, tap, held_out, step, record) -> None:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     sample = run_dir / "samples" / f"step-{step:08d}.txt"
     if config.train.sample_tokens:
-        write_samples(engine.module, config, load_tokenizer(config.data), sample, write=record is not None)
+        write_samples(
+            engine.module, config, load_tokenizer(config.data), held_out.eos_id, sample, write=record is not None
+        )
     engine.train()
     if tap:
         tap.collect()
@@ -224,7 +243,7 @@ def _metrics(
 ) -> dict:
     read = config.train.global_batch * config.train.seq_len
     flops = training_flops_per_token(config.model, config.train.seq_len) * read / seconds / dist.get_world_size()
-    metrics = {
+    metrics: dict[str, Any] = {
         "step": state.step,
         "loss": outcome.loss,
         "lr": rate,
@@ -247,6 +266,16 @@ def _metrics(
     if outcome.skipped:
         metrics["skipped"] = True
     return metrics
+
+
+def _export(run_dir: Path, record: Record) -> None:
+    """Leave the final model in Hugging Face format, where the tracker picks it up."""
+    target = run_dir / "model"
+    shutil.rmtree(target, ignore_errors=True)  # of an earlier end, before train.steps was raised
+    try:
+        export(run_dir, target)
+    except ConfigError as error:
+        record.event("export_skipped", reason=str(error))
 
 
 def _surroundings() -> dict:

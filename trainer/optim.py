@@ -160,6 +160,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
         buffer = state["momentum_buffer"]
+        assert p.grad is not None
         buffer.lerp_(p.grad, 1 - group["momentum"])
         direction = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
         scale = 0.2 * max(p.shape[-2:]) ** 0.5

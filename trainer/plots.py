@@ -201,7 +201,7 @@ def _expert_load(train: Records) -> Figure | None:
 
 def _unigram_entropy(events: Records) -> float | None:
     """Of the held-out split, in nats, where the run reads one data set: what a model without context would reach."""
-    inputs = next((event["inputs"] for event in reversed(events) if event.get("inputs")), [])
+    inputs: list[dict[str, Any]] = next((event["inputs"] for event in reversed(events) if event.get("inputs")), [])
     data = [item["profile"] for item in inputs if item["kind"] == "training"]
     return data[0].get("splits", {}).get("held_out", {}).get("entropy") if len(data) == 1 else None
 

@@ -75,6 +75,8 @@ class ProgressView:
         elif name == "attempt_ended":
             if record["status"] == "FAILED":
                 self._print(f"attempt {record['attempt']}  failed: {record.get('reason')}")
+        elif name == "checkpoint":
+            self._print(f"step {record['step']}  checkpoint, {record.get('bytes', 0) / 1e6:,.1f} MB")
         elif name not in ("evaluation", "resolved", "failure"):
             self._print(f"{name.replace('_', ' ')}  {_details(record)}")
 

@@ -12,7 +12,9 @@ from configs import Config, ConfigError, differences, load, resolve, to_yaml
 
 from .checkpoint import committed, folder
 from .data.default import ensure_prepared, vocabulary_size
+from .data.manifest import sources_of
 from .record import Record, read_events
+from .tracking import inputs_of
 
 CONFIG = "config.yaml"
 STOP = "stop"
@@ -75,6 +77,11 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
         with run_lock(run_dir):  # refuses a run that is being trained
             pass
         allowed, refused = differences(read_config(run_dir), resolved)
+        before, now = _data_digests(run_dir), [entry["digest"] for entry in _inputs(resolved)]
+        if before == now and "data.path" in refused:  # the same data in another place
+            allowed["data.path"] = refused.pop("data.path")
+        elif before and before != now:
+            refused["data.path"] = (f"data of sha256 {before[0][:12]}", f"{resolved.data.path} of {now[0][:12]}")
         if refused:
             keys = ", ".join(f"{key} was {old} and is now {new}" for key, (old, new) in refused.items())
             raise ConfigError(
@@ -94,6 +101,16 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
     for name, details in events:
         record.event(name, **details)
     return run_dir
+
+
+def _inputs(config: Config) -> list[dict[str, Any]]:
+    return [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
+
+
+def _data_digests(run_dir: Path) -> list[str]:
+    """What the run's attempts read so far, as their record says; empty before the first."""
+    started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
+    return [entry["digest"] for entry in started[-1].get("inputs", [])] if started else []
 
 
 def read_config(run_dir: Path) -> Config:

@@ -18,7 +18,6 @@ class TrainState:
     """Steps skipped for a non-finite loss or gradient."""
     skipped_in_a_row: int = 0
     rollbacks: int = 0
-    bad_pages: int = 0
     recent_losses: list[float] = field(default_factory=list)
     """The window that loss spikes are judged by."""
     loss_scale: dict[str, Any] | None = None

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from .shipper import ship
 
+NICE = 5
+"""A quarter of a core that training wants as well: a run's few seconds of work still end soon after training."""
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description=__doc__)
@@ -28,10 +31,10 @@ def main() -> int:
 
 
 def _stand_back() -> None:
-    """Take the processor only when training leaves it, and outlive a signal that is meant for training."""
-    os.nice(10)
+    """Let training go first, and outlive a signal that is meant for training."""
+    os.nice(NICE)
     with contextlib.suppress(OSError):  # where sessions are scheduled as groups, nice counts within one only
-        Path("/proc/self/autogroup").write_text("10")
+        Path("/proc/self/autogroup").write_text(str(NICE))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 

@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from configs import Config, ConfigError, flatten, load
 
 from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
+from .flat import scalars, tags
 from .start import read_state, tracking_uri, write_state
 from .tracker import Input, Point, RunInfo, Tracker
 
@@ -29,8 +30,6 @@ GRACE = 60.0
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 30.0
 PATIENCE = 5.0
 """Seconds a sync by hand waits for another shipper of the run to end."""
-EXPERT_METRICS = 512
-"""Expert loads of a step shown one by one; above, the largest and smallest of each layer."""
 LIVE_ARTIFACTS = ("config.yaml", "samples")
 FINAL_ARTIFACTS = (*LIVE_ARTIFACTS, "plots", "profiles", "model", METRICS, EVENTS)
 GONE = "the training process ended without a word (killed, or out of memory)"
@@ -153,7 +152,7 @@ class Shipper:
         sent = self.tracker.open(RunInfo(self.run_dir.resolve().name, key, known.get("run_id"), begin))
         details = started[-1] if started else {}
         inputs = [Input(**item) for item in details.get("inputs", ())]
-        self.tracker.describe(flatten(self.config), _tags(details), inputs)
+        self.tracker.describe(flatten(self.config), tags(details), inputs)
         self._sent = {False: sent.step, True: sent.evaluation}
         self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
         same = known.get("run_id") == sent.run_id
@@ -263,37 +262,6 @@ class Shipper:
         state = self._state | {"offset": offset, "missing": len(index.lines), "error": self._held()}
         if state != read_state(self.run_dir):
             write_state(self.run_dir, state)
-
-
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a record: every number, and lists under numbered names (`expert_load/layer_00/expert_03`)."""
-    found: dict[str, float] = {}
-    for key, value in record.items():
-        if isinstance(value, (int, float)) and key not in ("step", "time"):
-            found[key] = float(value)
-        elif key == "expert_maxvio":
-            found |= {f"expert_load/layer_{i:02d}/maxvio": item for i, item in enumerate(value) if item is not None}
-        elif key == "expert_load":
-            few = sum(map(len, value)) <= EXPERT_METRICS
-            for i, layer in enumerate(value):
-                shares = {f"expert_{e:02d}": share for e, share in enumerate(layer) if share is not None}
-                if not few and shares:
-                    shares = {"max": max(shares.values()), "min": min(shares.values())}
-                found |= {f"expert_load/layer_{i:02d}/{name}": share for name, share in shares.items()}
-    return found
-
-
-def _tags(details: Mapping[str, Any]) -> dict[str, str]:
-    """`attempt_started` as tags; nested details under dotted names."""
-    tags: dict[str, str] = {}
-    for key, value in details.items():
-        if isinstance(value, dict):
-            tags |= {f"{key}.{name}": str(item) for name, item in value.items()}
-        elif isinstance(value, (str, int, float)) and key not in ("event", "time"):
-            tags[key] = str(value)
-    if commit := tags.get("git_commit"):
-        tags["mlflow.source.git.commit"] = commit
-    return tags
 
 
 def _line(problem: Exception) -> str:

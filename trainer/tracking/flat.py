@@ -1,0 +1,38 @@
+"""Records and events as the flat metrics and tags that trackers take."""
+
+from collections.abc import Mapping
+from typing import Any
+
+EXPERT_METRICS = 512
+"""Expert loads of a step shown one by one; above, the largest and smallest of each layer."""
+
+
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """The metrics of a record: every number, and lists under numbered names (`expert_load/layer_00/expert_03`)."""
+    found: dict[str, float] = {}
+    for key, value in record.items():
+        if isinstance(value, (int, float)) and key not in ("step", "time"):
+            found[key] = float(value)
+        elif key == "expert_maxvio":
+            found |= {f"expert_load/layer_{i:02d}/maxvio": item for i, item in enumerate(value) if item is not None}
+        elif key == "expert_load":
+            few = sum(map(len, value)) <= EXPERT_METRICS
+            for i, layer in enumerate(value):
+                shares = {f"expert_{e:02d}": share for e, share in enumerate(layer) if share is not None}
+                if not few and shares:
+                    shares = {"max": max(shares.values()), "min": min(shares.values())}
+                found |= {f"expert_load/layer_{i:02d}/{name}": share for name, share in shares.items()}
+    return found
+
+
+def tags(details: Mapping[str, Any]) -> dict[str, str]:
+    """`attempt_started` as tags; nested details under dotted names."""
+    found: dict[str, str] = {}
+    for key, value in details.items():
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": str(item) for name, item in value.items()}
+        elif isinstance(value, (str, int, float)) and key not in ("event", "time"):
+            found[key] = str(value)
+    if commit := found.get("git_commit"):
+        found["mlflow.source.git.commit"] = commit
+    return found
