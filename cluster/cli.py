@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from configs import Config, ConfigError, load, preset_names, to_yaml
+from configs import Config, ConfigError, load, preset_names, resolve, to_yaml
 
 from . import data, doctor, runs, trained
 from .runs import Json
@@ -52,15 +52,23 @@ def show_config(
     if config is None:
         raise ConfigError(f"muster config needs a CONFIG: {', '.join(preset_names())}, or a YAML file")
     asked = load(config, overrides or ())
-    from trainer.run import resolve_config
-
-    resolved, notes = resolve_config(asked, prepare=False)
+    resolved, notes = resolve(asked, vocab_size=_vocabulary(asked))
     if as_json:
         print(resolved.model_dump_json(indent=1))
         return
     print(to_yaml(resolved), end="")
     for note in notes:
         print(f"# {note}")
+
+
+def _vocabulary(config: Config) -> int:
+    """Size of the vocabulary that the data have, or will have once they are prepared."""
+    from trainer.data.manifest import read_manifests  # numpy
+
+    try:
+        return read_manifests(config.data)[0].tokenizer.vocab_size
+    except ConfigError:
+        return 257 if config.data.prepare.tokenizer == "bytes" else config.data.prepare.vocab_size
 
 
 app.command("generate")(trained.generate)

@@ -17,7 +17,7 @@ from rich.console import Console
 from configs import Config, ConfigError
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
-from trainer.run import is_finished, prepare_run, read_config, request_stop, resolve_config, run_lock
+from trainer.run import is_finished, prepare_run, read_config, request_stop, run_lock
 
 from .failures import Final
 from .machine import this_node
@@ -41,11 +41,10 @@ def launch(config: Config, fork: str | None = None) -> int:
     Raises:
         ConfigError: found before any device is held.
     """
-    resolve_config(config, prepare=False)  # a mistake is told before the default data are made, which takes a minute
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     node = this_node()
     if address is None:
-        share(config, [node])
+        share(config, [node])  # before the default data are made, which takes a minute
     run_dir = prepare_run(config, fork=fork)
     config = read_config(run_dir)
     out = Console(highlight=False, soft_wrap=True)
@@ -63,7 +62,7 @@ def launch(config: Config, fork: str | None = None) -> int:
             handlers.enter_context(_signals(lambda: _on_signal(job, attempts_before)))
             while not phase.wait(1.0):
                 pass
-    return _report(job, out)
+    return _report(job, out, attempts_before)
 
 
 class _Job(threading.Thread):
@@ -85,8 +84,9 @@ class _Job(threading.Thread):
                 self.connected.set()
                 try:
                     self.status = self._fit(session)
-                except BaseException:
-                    self.logs = _keep_logs(session.logs, self.run_dir)
+                except Exception as error:
+                    if not isinstance(final := _raised(error), ConfigError | Final) or final.args[0] == "failure":
+                        self.logs = _keep_logs(session.logs, self.run_dir)
                     raise
         except BaseException as error:
             self.error = error
@@ -171,7 +171,7 @@ def _attempts(run_dir: Path) -> int:
     return sum(event["event"] == "attempt_started" for event in read_events(run_dir))
 
 
-def _report(job: _Job, out: Console) -> int:
+def _report(job: _Job, out: Console, attempts_before: int) -> int:
     """Say how it ended, put right a record that its writer could not close, and return the exit code."""
     if job.error is None:
         last = summary(job.run_dir)
@@ -184,17 +184,18 @@ def _report(job: _Job, out: Console) -> int:
         return STOPPED
     code, message = _explain(job)
     print(f"muster: {message}", file=sys.stderr)
-    if job.logs and code == FAILURE:
+    if job.logs:
         print(f"Output of the workers: {job.logs}", file=sys.stderr)
-    _close_record(job.run_dir, "FAILED", message.splitlines()[0])
-    if job.config.tracking.enabled:
-        _send_record(job.run_dir)
+    if _attempts(job.run_dir) > attempts_before:
+        _close_record(job.run_dir, "FAILED", message.splitlines()[0])
+        if job.config.tracking.enabled:
+            _send_record(job.run_dir)
     return code
 
 
 def _explain(job: _Job) -> tuple[int, str]:
-    error: Any = job.error
-    error = getattr(error, "controller_failure", error)  # how Ray hands on what the supervisor raised
+    assert job.error
+    error = _raised(job.error)
     if isinstance(error, ConfigError):
         return MISTAKE, str(error)
     if isinstance(error, Final):
@@ -209,6 +210,11 @@ def _explain(job: _Job) -> tuple[int, str]:
             + _traceback(job.run_dir)
         )
     return FAILURE, "Ray failed\n" + "".join(traceback.format_exception(error))
+
+
+def _raised(error: BaseException) -> BaseException:
+    """What the supervisor raised, out of Ray's error around it."""
+    return getattr(error, "controller_failure", error)
 
 
 def _traceback(run_dir: Path, lines: int = 12) -> str:

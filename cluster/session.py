@@ -49,6 +49,8 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
         _environment(folder, private=address is None)
         import ray  # reads the environment set above
 
+        # Its prose about every lost worker, in colour: the supervisor records the same in one line.
+        ray._private.worker.listen_error_messages = lambda worker, threads_stopped: None
         # Ray puts the working directory first on its workers' sys.path: there a user's `models/` would win over ours.
         here = os.getcwd()
         stack.callback(os.chdir, here)

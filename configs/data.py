@@ -11,7 +11,9 @@ class Source(Section):
     """One source of a mixture: a prepared folder and its share of the sequences."""
 
     path: str
+    """A folder made by `muster data prepare`."""
     weight: PositiveFloat = 1.0
+    """Relative to the other sources' weights."""
 
 
 class PrepareConfig(Section):
@@ -40,3 +42,4 @@ class DataConfig(Section):
     prefetch: PositiveInt = 4
     """Micro-batches read ahead of the training thread."""
     prepare: PrepareConfig = PrepareConfig()
+    """How raw text becomes token shards."""

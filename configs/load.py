@@ -1,8 +1,7 @@
 """From a preset or YAML file and `key=value` overrides to a validated `Config`."""
 
 import difflib
-import types
-import typing
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .base import ConfigError
+from .explain import annotation_of, explain, is_text
 from .run import Config
 
 PRESETS = Path(__file__).parent / "presets"
@@ -27,7 +27,7 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Args:
         name: a preset's name (`quickstart`) or the path of a YAML file. A file may name another as `base:`,
             whose keys it then overrides.
-        overrides: `section.key=value`; the value is read as YAML.
+        overrides: `section.key=value`; the value is read as YAML, or as it stands where the key wants text.
 
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value out of range.
@@ -35,7 +35,7 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     tree = _read(name)
     for override in overrides:
         key, equals, value = override.partition("=")
-        if not equals:
+        if not equals or not all(key.split(".")):
             raise ConfigError(f"{override!r} is not key=value, such as train.steps=100")
         _set(tree, key, value)
     return from_dict(tree, where=str(name))
@@ -46,7 +46,7 @@ def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(_explain(error, where)) from None
+        raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, Config))) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -67,6 +67,34 @@ def flatten(config: BaseModel) -> dict[str, Any]:
     return dict(walk(config.model_dump(mode="json"), ""))
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number (YAML 1.2), and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key, _ in node.value:
+            if keys.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse(text: str) -> Any:
+    """Read YAML. Raises ValueError with one line: what is wrong, and where."""
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{error.problem}{where}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from None
+
+
 def _read(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = Path(name)
     if not path.suffix and str(name) in preset_names():
@@ -78,9 +106,9 @@ def _read(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to this file")
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        tree = _parse(path.read_text(encoding="utf-8")) or {}
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of sections")
     base = tree.pop("base", None)
@@ -101,54 +129,15 @@ def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _set(tree: dict[str, Any], key: str, text: str) -> None:
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{key}={text}: the value is not YAML: {' '.join(str(error).split())}") from None
     *sections, last = key.split(".")
+    try:
+        value = _parse(text)
+    except ValueError as error:
+        raise ConfigError(f"{key}={text}: the value is not YAML: {error}") from None
+    if is_text(annotation_of((*sections, last), Config)) and not isinstance(value, str | list | dict | None):
+        value = text  # run.name=2026-01-05 is a name, not a date
     for section in sections:
         if not isinstance(tree.get(section), dict):
             tree[section] = {}
         tree = tree[section]
     tree[last] = value
-
-
-def _explain(error: ValidationError, where: str) -> str:
-    lines = []
-    for item in error.errors()[:3]:
-        key = ".".join(str(part) for part in item["loc"] if not _is_union_tag(part))
-        if item["type"] == "extra_forbidden":
-            names = _keys_beside(item["loc"])
-            near = difflib.get_close_matches(str(item["loc"][-1]), names, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(names)}"
-            lines.append(f"{where}: unknown key {key}: {hint}")
-        elif item["type"] == "value_error":
-            lines.append(f"{where}: {key + ': ' if key else ''}{item['ctx']['error']}")
-        else:
-            message = item["msg"][0].lower() + item["msg"][1:]
-            lines.append(f"{where}: {key}={item['input']!r}: {message}")
-    return "\n".join(lines)
-
-
-def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("str", "int", "float", "bool"))
-
-
-def _keys_beside(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
-    for part in location[:-1]:
-        fields = getattr(section, "model_fields", {})
-        if part in fields:
-            section = _section_of(fields[part].annotation)
-    return list(section.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
-        for part in typing.get_args(annotation):
-            found = _section_of(part)
-            if found is not Config:
-                return found
-    return Config

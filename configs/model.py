@@ -11,12 +11,19 @@ class RopeScaling(Section):
     """Stretch of rotary positions; names and formulas as in Hugging Face `rope_scaling`."""
 
     kind: Literal["linear", "llama3", "yarn"] = "linear"
+    """All positions stretched alike, or by wavelength as in Llama 3.1 or YaRN."""
     factor: PositiveFloat = 1.0
+    """How many times longer the positions get."""
     original_max_positions: PositiveInt = 8192
+    """llama3 and yarn: length that the unscaled positions were trained for."""
     low_freq_factor: PositiveFloat = 1.0
+    """llama3: wavelengths over original_max_positions / low_freq_factor are divided by factor."""
     high_freq_factor: PositiveFloat = 4.0
+    """llama3: those under original_max_positions / high_freq_factor stay as they are."""
     beta_fast: PositiveFloat = 32.0
+    """yarn: dimensions with more turns than this over the original length stay."""
     beta_slow: PositiveFloat = 1.0
+    """yarn: those with fewer are divided by factor."""
 
 
 class ModelConfig(Section):
@@ -27,8 +34,11 @@ class ModelConfig(Section):
     vocab_size: PositiveInt | None = None
     """Rows of the embedding; None: the tokenizer's size, rounded up to a multiple of 64."""
     num_layers: PositiveInt = 4
+    """Transformer blocks."""
     hidden_size: PositiveInt = 256
+    """Width of the residual stream."""
     num_heads: PositiveInt = 8
+    """Query heads."""
     num_kv_heads: PositiveInt | None = None
     """Key/value heads (grouped-query attention); None: num_heads."""
     head_dim: PositiveInt | None = None
@@ -36,18 +46,23 @@ class ModelConfig(Section):
     intermediate_size: PositiveInt | None = None
     """Width of a dense SwiGLU layer; None: 8/3 hidden_size rounded up to a multiple of 64."""
     rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
+    """None: positions as they are."""
     max_positions: PositiveInt | None = None
     """Longest position; None: train.seq_len."""
     qk_norm: bool = True
     """RMSNorm on each head of q and k (Qwen3)."""
     norm_eps: PositiveFloat = 1e-6
+    """Of every RMSNorm."""
     tie_embeddings: bool = False
+    """The head uses the embedding's weights."""
     sliding_window: PositiveInt | None = None
     """A query sees at most this many keys, itself included; None: all."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the output of each attention and MLP block and on the embedding."""
     init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
     loss_chunk: PositiveInt = 4096
     """Tokens whose logits stand in memory at once in the cross-entropy."""
 

@@ -21,12 +21,13 @@ class RunConfig(Section):
     root: str = "runs"
     """Folder of all runs."""
     seed: int = 0
+    """Of the initial weights, the order of the data, and dropout."""
 
     @field_validator("name")
     @classmethod
     def _plain(cls, name: str) -> str:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError(f"{name!r}: letters, digits, '.', '_' and '-' only, as it names a folder")
+            raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
         return name
 
 

@@ -11,6 +11,7 @@ class TrackingConfig(Section):
     uri: str | None = None
     """MLflow tracking URI; None: MLFLOW_TRACKING_URI, else SQLite beside the runs (run.root/mlflow.db)."""
     experiment: str = "muster"
+    """MLflow experiment that the run stands in."""
     interval: PositiveFloat = 5.0
     """Seconds between two sends."""
     export_model: bool = True

@@ -26,6 +26,7 @@ class ProfileConfig(Section):
     start: NonNegativeInt | None = None
     """First profiled step (from 1); None: no profiling."""
     steps: PositiveInt = 3
+    """How many steps are profiled."""
 
 
 class TrainConfig(Section):
@@ -52,11 +53,17 @@ class TrainConfig(Section):
     sample_tokens: NonNegativeInt = 128
     """Tokens per text sample written at each evaluation; 0: no samples."""
     sample_prompts: tuple[str, ...] = ("",)
+    """Texts that the samples continue."""
     sample_temperature: float = Field(0.8, ge=0)
+    """0: always the likeliest token."""
     max_nonfinite_steps: PositiveInt = 10
     """Skipped steps (non-finite loss or gradient) in a row after which the run stops."""
     spike: SpikeConfig = SpikeConfig()
+    """What counts as a loss spike and what follows."""
     profile: ProfileConfig = ProfileConfig()
+    """torch trace and memory over some steps."""
+    init_from: str | None = None
+    """A run, a checkpoint or a Hugging Face folder whose weights (only) the run begins with; None: random weights."""
     log_every: PositiveInt = 1
     """Steps between metric records."""
 

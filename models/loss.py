@@ -66,12 +66,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 def _loss_and_gradient(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> Tensor:
     """Summed cross-entropy of some rows, whose logits are overwritten by their gradient."""
-    logp = F.log_softmax(logits_RV, dim=-1, dtype=torch.float32)
     trained = labels_R != IGNORE
     index = labels_R.clamp(min=0)[:, None]
-    loss = -(logp.gather(1, index)[:, 0] * trained).sum()
+    logits32 = logits_RV.float()
+    target = logits32.gather(1, index)
+    largest = logits32.amax(-1, keepdim=True)
+    p = torch.softmax(logits32, -1, out=logits32 if with_grad else None)
+    # logsumexp from a probability that cannot underflow: the largest logit's, which is at least 1 / V.
+    loss = ((largest - p.amax(-1, keepdim=True).log_() - target)[:, 0] * trained).sum()
     if with_grad:
-        gradient = logp.exp_()
-        gradient.scatter_add_(1, index, gradient.new_full(index.shape, -1.0))
-        logits_RV.copy_(gradient.mul_(trained[:, None]))
+        p.scatter_add_(1, index, p.new_full(index.shape, -1.0)).mul_(trained[:, None])
+        if p is not logits_RV:
+            logits_RV.copy_(p)
     return loss

@@ -44,7 +44,8 @@ def held_out_loss(
 def write_samples(module: nn.Module, config: Config, tokenizer: Tokenizer, end: int, path: Path, write: bool) -> None:
     """Continue each of train.sample_prompts and write the texts to `path`.
 
-    `end` is the token between documents: an empty prompt starts from it and a text ends at it. Every process computes them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
+    `end` is the token between documents: an empty prompt starts from it and a text ends at it. Every process computes
+    them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
     """
     prompts = config.train.sample_prompts
     tokens = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]

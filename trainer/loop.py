@@ -8,17 +8,16 @@ import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import distributed as dist
 
 from configs import Config, ConfigError
 from models.balance import RouterTap
-from models.cost import training_flops_per_token
 from models.families import build
 
 from . import engine as ds
+from .checkpoint import committed
 from .data.loader import Loader
 from .data.manifest import sources_of
 from .data.reader import Dataset, load_tokenizer
@@ -26,7 +25,7 @@ from .data.shards import DataError
 from .evaluate import held_out_loss, write_samples
 from .export import export
 from .guard import spike
-from .hardware import memory_gb, peak_flops
+from .measure import step_metrics
 from .plugins import load_plugins
 from .profile import Profiler
 from .record import Record
@@ -37,6 +36,7 @@ from .schedule import learning_rate
 from .state import TrainState
 from .step import StepOutcome, micro_batches, train_step
 from .tracking import inputs_of, start_shipper
+from .warm_start import load_weights
 
 
 class TrainingStopped(RuntimeError):
@@ -103,7 +103,7 @@ def _steps(
     train, here, rank = config.train, ds.device(), dist.get_rank()
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
     held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
-    engine, tap = _build(config, here)
+    engine, tap = _build(run_dir, config, here)
     resume(run_dir, engine, state, record)
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=rank == 0)
@@ -138,7 +138,7 @@ def _steps(
             state.loss_scale = ds.loss_scale_state(engine)
             if record and (step % train.log_every == 0 or outcome.skipped):
                 seconds = time.perf_counter() - start
-                record.metrics(_metrics(config, state, outcome, rate, seconds, waited, here))
+                record.metrics(step_metrics(config, state, outcome, rate, seconds, waited, here))
             deviations = _judge(state, outcome, read_at, config, record)
             if deviations and train.spike.action == "rollback":
                 saver.wait()
@@ -166,10 +166,12 @@ def _steps(
     return "KILLED" if killed else "FINISHED"
 
 
-def _build(config: Config, here: torch.device):
+def _build(run_dir: Path, config: Config, here: torch.device):
     with here:
         module = build(config.model)
     module.init_weights(config.run.seed)  # type: ignore[operator]
+    if config.train.init_from and not from_chief(lambda: committed(run_dir)):
+        load_weights(module, config.train.init_from)
     module.set_activation_checkpointing(config.train.activation_checkpointing == "full")  # type: ignore[operator]
     tap = RouterTap(module, config.model) if config.model.is_moe else None
     if config.train.compile:
@@ -230,42 +232,6 @@ def _evaluate(run_dir, config, engine, tap, held_out, step, record) -> None:
         tap.collect()
     if record:
         record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)
-
-
-def _metrics(
-    config: Config,
-    state: TrainState,
-    outcome: StepOutcome,
-    rate: float,
-    seconds: float,
-    waited: float,
-    here: torch.device,
-) -> dict:
-    read = config.train.global_batch * config.train.seq_len
-    flops = training_flops_per_token(config.model, config.train.seq_len) * read / seconds / dist.get_world_size()
-    metrics: dict[str, Any] = {
-        "step": state.step,
-        "loss": outcome.loss,
-        "lr": rate,
-        "grad_norm": outcome.grad_norm,
-        "tokens": state.tokens,
-        "sequences": state.cursor,
-        "tokens_per_second": read / seconds,
-        "tflops": flops / 1e12,
-        "memory_gb": memory_gb(here),
-        "data_wait": waited,
-        "step_time": seconds,
-    }
-    if peak := peak_flops(here, config.train.precision):
-        metrics["mfu"] = flops / peak
-    if outcome.load:
-        metrics |= {"aux_loss": outcome.aux_loss, "z_loss": outcome.z_loss, "expert_load": outcome.load}
-        metrics["expert_maxvio"] = [max(layer) * len(layer) - 1 for layer in outcome.load]
-    if state.loss_scale:
-        metrics["loss_scale"] = state.loss_scale["cur_scale"]
-    if outcome.skipped:
-        metrics["skipped"] = True
-    return metrics
 
 
 def _export(run_dir: Path, record: Record) -> None:

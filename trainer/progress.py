@@ -48,6 +48,11 @@ class ProgressView:
         if self._live:
             self._live.stop()
 
+    def refresh(self) -> None:
+        """Draw the live line; the records of many steps may come between two drawings."""
+        if self._live:
+            self._live.refresh()
+
     def metrics(self, record: dict[str, Any]) -> None:
         """Take in one line of metrics.jsonl."""
         step = record["step"]
@@ -58,7 +63,7 @@ class ProgressView:
         self._rate = _smooth(self._rate, record.get("tokens_per_second"))
         line = self._line(record)
         if self._live:
-            self._live.update(self._task, completed=step, description=line, refresh=True)
+            self._live.update(self._task, completed=step, description=line)
         elif record["time"] - self._last_line >= self.quiet_for or step == self.total_steps:
             self._last_line = record["time"]
             self._print(f"step {step}/{self.total_steps}  {line}")
@@ -132,6 +137,8 @@ class Follower:
         found = [(record, show) for tail, show in self._tails for record in tail.read()]
         for record, show in sorted(found, key=lambda item: item[0].get("time", 0.0)):
             show(record)
+        if found:
+            self.view.refresh()
 
 
 class _Tail:

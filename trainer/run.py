@@ -32,6 +32,11 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     """
     run = config.run.model_copy(update={"root": str(Path(config.run.root).expanduser().resolve())})
     config = config.model_copy(update={"run": run, "plugins": tuple(_absolute(p) for p in config.plugins)})
+    if source := config.train.init_from:
+        if not Path(source).expanduser().is_dir():
+            raise ConfigError(f"train.init_from={source}: no such folder")
+        source = str(Path(source).expanduser().resolve())
+        config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": source})})
     planned = config.model.vocab_size or config.data.prepare.vocab_size
     resolved, derived = resolve(config, vocab_size=planned)
     notes: list[str] = []

@@ -1,0 +1,148 @@
+"""Pydantic's errors as lines for a user: the key, what was given, what would be right."""
+
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+WANTED = {
+    "bool_parsing": "should be true or false",
+    "bool_type": "should be true or false",
+    "float_parsing": "should be a number",
+    "float_type": "should be a number",
+    "int_from_float": "should be a whole number",
+    "int_parsing": "should be a whole number",
+    "int_type": "should be a whole number",
+    "string_type": "should be text (in quotes if it looks like a number)",
+    "tuple_type": "should be a list, such as [a, b]",
+}
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
+    """At most three lines, the most useful of what `error` says about a tree that is no `root`."""
+    seen: dict[str, str] = {}
+    for item in _useful(error.errors(), root):
+        key, line = _line(item, root)
+        seen.setdefault(key, line)
+    return list(seen.values())[:3]
+
+
+def annotation_of(location: Sequence[Any], root: Any) -> Any:
+    """The type annotated at a place such as ("train", "steps"); None where there is no such key."""
+    found = root
+    for part in location:
+        if not isinstance(part, int):  # an item of a list has the list's annotation
+            section = _section_of(found)
+            if section is None or part not in section.model_fields:
+                return None
+            found = section.model_fields[part].annotation
+    return found
+
+
+def is_text(annotation: Any) -> bool:
+    """Whether a value of this type may be a string."""
+    parts = typing.get_args(annotation) or (annotation,)
+    return any(part is str or isinstance(part, str) for part in parts)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
+        return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
+    return None
+
+
+def _useful(items: Sequence[Any], root: type[BaseModel]) -> list[Any]:
+    """Leave out what other lines say better: union members that the value was not meant for, and a key that is
+    missing because its name is misspelt."""
+    depths: dict[tuple, int] = {}
+    for item in items:
+        if (tag := _union_tag(item["loc"])) is not None:
+            member_of = item["loc"][:tag]
+            depths[member_of] = max(depths.get(member_of, 0), len(item["loc"]))
+    misspelt = {(*item["loc"][:-1], _near(item, root)) for item in items if item["type"] == "extra_forbidden"}
+
+    def is_useful(item: Any) -> bool:
+        location, tag = item["loc"], _union_tag(item["loc"])
+        if item["type"] == "missing" and location in misspelt:
+            return False
+        return tag is None or len(location) > tag + 1 or depths[location[:tag]] == tag + 1
+
+    return [item for item in items if is_useful(item)]
+
+
+def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
+    """(key, line) of one error."""
+    location = _plain(item)
+    key = ".".join(map(str, location))
+    given = f"{key}={_shown(item['input'])}"
+    match item["type"]:
+        case "extra_forbidden":
+            near = _near(item, root) or _elsewhere(str(location[-1]), root)
+            known = f"known here: {', '.join(_names(location[:-1], root))}"
+            return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
+        case "missing" if isinstance(location[-1], int):
+            key = ".".join(map(str, location[:-1]))
+            return key, f"{key}={_shown(item['input'])}: value {location[-1] + 1} is missing"
+        case "missing":
+            return key, f"{key} is missing in {_shown(item['input'])}"
+        case "too_long":
+            return key, f"{given}: should have {item['ctx']['max_length']} values"
+        case "model_type":
+            names = _names(location, root)
+            return key, f"{given}: should be a section of keys: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+        case "value_error":
+            message = str(item["ctx"]["error"])
+            return key, message if message.startswith(f"{key}.") else f"{given}: {message}"
+        case "literal_error":
+            options = [str(option) for option in typing.get_args(annotation_of(location, root))]
+            close = difflib.get_close_matches(str(item["input"]).lower(), options, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            return key, f"{given}: should be one of {', '.join(options)}{hint}"
+        case "string_type" | "tuple_type" if _union_tag(item["loc"]) is not None:
+            return key, f"{given}: should be text or a list"
+        case kind:
+            return key, f"{given}: " + WANTED.get(kind, item["msg"].removeprefix("Input ").lower())
+
+
+def _shown(value: Any, limit: int = 120) -> str:
+    text = json.dumps(value, default=str, ensure_ascii=False)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _union_tag(location: tuple[Any, ...]) -> int | None:
+    """Where pydantic's location names the member of a union that it tried, such as `tuple[Source, ...]`."""
+    return next((i for i, part in enumerate(location) if part == "str" or "[" in str(part)), None)
+
+
+def _plain(item: Mapping[str, Any]) -> tuple[Any, ...]:
+    location, tag = item["loc"], _union_tag(item["loc"])
+    if tag is None or (item["type"] == "extra_forbidden" and tag == len(location) - 1):  # the user's own word
+        return location
+    return location[:tag] + location[tag + 1 :]
+
+
+def _names(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
+    section = _section_of(annotation_of(location, root))
+    return list(section.model_fields) if section else []
+
+
+def _near(item: Mapping[str, Any], root: type[BaseModel]) -> str | None:
+    location = _plain(item)
+    return next(iter(difflib.get_close_matches(str(location[-1]), _names(location[:-1], root), n=1, cutoff=0.5)), None)
+
+
+def _elsewhere(name: str, section: type[BaseModel], prefix: str = "") -> str | None:
+    """The whole key of the first of that name in any section: `lr` is `optim.lr`."""
+    for key, field in section.model_fields.items():
+        if key == name:
+            return prefix + key
+        below = _section_of(field.annotation)
+        if below and (found := _elsewhere(name, below, f"{prefix}{key}.")):
+            return found
+    return None

@@ -1,0 +1,75 @@
+"""What the record says of a step: losses, rates, share of the device's peak, memory."""
+
+from typing import Any
+
+import psutil
+import torch
+from torch import distributed as dist
+
+from configs import Config
+from models.cost import training_flops_per_token
+
+from .state import TrainState
+from .step import StepOutcome
+
+PEAK_BF16_TFLOPS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "B200": 2250.0}
+"""Dense bf16 and fp16 matmul peaks in TFLOP/s, from NVIDIA's data sheets (SXM variants)."""
+PEAK_FP32_TFLOPS = {"H100": 67.0, "H200": 67.0, "A100": 19.5, "B200": 75.0}
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak matmul rate in FLOP/s of this device for `train.precision`, or None where it is not known (CPUs)."""
+    if device.type != "cuda":
+        return None
+    table = PEAK_FP32_TFLOPS if precision == "fp32" else PEAK_BF16_TFLOPS
+    name = torch.cuda.get_device_name(device)
+    return next((peak * 1e12 for key, peak in table.items() if key in name), None)
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak device memory allocated so far on a GPU, resident memory now of this process on a CPU, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def step_metrics(
+    config: Config,
+    state: TrainState,
+    outcome: StepOutcome,
+    rate: float,
+    seconds: float,
+    waited: float,
+    here: torch.device,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl: names and units as in the README.
+
+    Args:
+        rate: the step's learning rate.
+        seconds: its duration, of which `waited` went by without data.
+    """
+    read = config.train.global_batch * config.train.seq_len
+    flops = training_flops_per_token(config.model, config.train.seq_len) * read / seconds / dist.get_world_size()
+    metrics: dict[str, Any] = {
+        "step": state.step,
+        "loss": outcome.loss,
+        "lr": rate,
+        "grad_norm": outcome.grad_norm,
+        "tokens": state.tokens,
+        "sequences": state.cursor,
+        "tokens_per_second": read / seconds,
+        "tflops": flops / 1e12,
+        "memory_gb": memory_gb(here),
+        "data_wait": waited,
+        "step_time": seconds,
+    }
+    if peak := peak_flops(here, config.train.precision):
+        metrics["mfu"] = flops / peak
+    if outcome.load:
+        metrics |= {"aux_loss": outcome.aux_loss, "z_loss": outcome.z_loss, "expert_load": outcome.load}
+        metrics["expert_maxvio"] = [max(layer) * len(layer) - 1 for layer in outcome.load]
+    if state.loss_scale:
+        metrics["loss_scale"] = state.loss_scale["cur_scale"]
+    if outcome.skipped:
+        metrics["skipped"] = True
+    return metrics
