@@ -397,6 +397,7 @@ def main() -> None:
     args = parser.parse_args()
     size = SIZES[args.gpu or "cpu"]
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for every contestant; why: trainer/__init__.py
     context = multiprocessing.get_context("spawn")
     mine, theirs = context.Pipe()
     context.Process(target=matmul_peak, args=(args.threads, theirs)).start()

@@ -10,7 +10,6 @@ import threading
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -136,7 +135,8 @@ def _worker_environment(config: Config, each: Share) -> dict[str, str]:
     """Ray would give each worker one thread; torch reads this when it is imported."""
     threads = os.environ.get("OMP_NUM_THREADS") if config.cluster.cpus_per_worker is None else None
     forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
-    return {"OMP_NUM_THREADS": threads or str(each.threads)} | forwarded
+    spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py, which comes too late after Ray's torch
+    return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | forwarded
 
 
 @contextlib.contextmanager
@@ -250,7 +250,7 @@ def _keep_logs(logs: Path | None, run_dir: Path) -> Path | None:
     kept = run_dir / "logs"
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
-    for path in (*logs.glob("worker-*.out"), *logs.glob("worker-*.err"), *logs.glob("train/*.log")):
+    for path in (*logs.glob("worker-*.out"), *logs.glob("worker-*.err"), *logs.glob("train/ray-train-app-*.log")):
         if path.stat().st_size:
             shutil.copy(path, kept / path.name)
     return kept

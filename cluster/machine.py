@@ -38,4 +38,6 @@ def gpus() -> list[str]:
 
 
 def this_node() -> Node:
-    return Node(cpus(), len(gpus()))
+    import torch  # as above; counting does not start CUDA, asking for a name does
+
+    return Node(cpus(), torch.cuda.device_count())

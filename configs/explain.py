@@ -83,7 +83,7 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
     given = f"{key}={_shown(item['input'])}"
     match item["type"]:
         case "extra_forbidden":
-            near = _near(item, root) or _elsewhere(str(location[-1]), root)
+            near = _elsewhere(str(location[-1]), root) or _near(item, root)
             known = f"known here: {', '.join(_names(location[:-1], root))}"
             return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
         case "missing" if isinstance(location[-1], int):
@@ -111,7 +111,7 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
 
 
 def _shown(value: Any, limit: int = 120) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False)
+    text = json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

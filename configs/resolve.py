@@ -87,6 +87,11 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")
     if config.optim.warmup > train.steps:
         raise ConfigError(f"optim.warmup ({config.optim.warmup}) is longer than train.steps ({train.steps})")
+    if train.profile.start and (last := train.profile.start + train.profile.steps - 1) > train.steps:
+        raise ConfigError(
+            f"train.profile asks for steps {train.profile.start} to {last} but the run ends at step {train.steps}: "
+            "lower train.profile.start or train.profile.steps"
+        )
     return config.model_copy(update={"model": model, "train": train, "parallel": parallel}), notes
 
 

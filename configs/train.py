@@ -23,7 +23,7 @@ class SpikeConfig(Section):
 class ProfileConfig(Section):
     """torch trace and memory snapshot over a range of steps, as artifacts."""
 
-    start: NonNegativeInt | None = None
+    start: PositiveInt | None = None
     """First profiled step (from 1); None: no profiling."""
     steps: PositiveInt = 3
     """How many steps are profiled."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from configs import ModelConfig
 
 from .cpu_attention import CpuAttention
-from .layers import RMSNorm
+from .norm import HeadNorm
 from .rope import rotate
 
 LONGEST_MASK = 512
@@ -132,15 +132,16 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(self.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
 
     def forward(self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None) -> Tensor:
         # The number of heads is read off the projection: tensor parallelism leaves a rank only some of them.
         q_BTND = self.q_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         k_BTKD = self.k_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         v_BTKD = self.v_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
-        q_BTND, k_BTKD = rotate(self.q_norm(q_BTND), cos, sin), rotate(self.k_norm(k_BTKD), cos, sin)
+        q_BTND = rotate(q_BTND, cos, sin) if self.q_norm is None else self.q_norm(q_BTND, cos, sin)
+        k_BTKD = rotate(k_BTKD, cos, sin) if self.k_norm is None else self.k_norm(k_BTKD, cos, sin)
         if cache is not None:
             k_BTKD, v_BTKD = cache.extend(self, k_BTKD, v_BTKD)
         return self.o_proj(attend(q_BTND, k_BTKD, v_BTKD, visible).flatten(2))
@@ -165,8 +166,13 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and not torch.compiler.is_compiling():
-        return CpuAttention.apply(q, k, v, mask).transpose(1, 2)
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
+        return _bf16_on_cpu(q, k, v, mask).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
+
+
+@torch.compiler.disable
+def _bf16_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    return CpuAttention.apply(q, k, v, mask)

@@ -38,36 +38,36 @@ class RouterTap:
     """
 
     def __init__(self, module: nn.Module, config: ModelConfig):
-        self.config = config
-        self._logits: dict[str, Tensor] = {}
+        self._top_k = config.top_k
+        self._gates = [part for name, part in module.named_modules() if name.endswith(".gate")]
         self._listening = False
         module.register_forward_pre_hook(self._open)
         module.register_forward_hook(self._close)
-        for name, part in module.named_modules():
-            if name.endswith(".gate"):
-                part.register_forward_hook(self._record(name))
+        for gate in self._gates:
+            gate.register_forward_hook(self._hear)
 
     def collect(self) -> RouterStats | None:
-        """Losses and loads of the last forward pass, which is then forgotten; None for a dense model."""
-        if not self._logits:
+        """Losses and loads of the last forward pass, which is then forgotten; None if no router was called."""
+        heard = [gate.__dict__.pop(_HEARD) for gate in self._gates if _HEARD in gate.__dict__]
+        if not heard:
             return None
-        logits_LSE = torch.stack([logits.flatten(0, -2).float() for logits in self._logits.values()])
-        self._logits.clear()
-        return router_stats(logits_LSE, self.config.top_k)
+        return router_stats(torch.stack([logits.flatten(0, -2).float() for logits in heard]), self._top_k)
 
     def _open(self, module: nn.Module, args: object) -> None:
-        self._logits.clear()
+        for gate in self._gates:
+            gate.__dict__.pop(_HEARD, None)
         self._listening = True
 
     def _close(self, module: nn.Module, args: object, output: object) -> None:
         self._listening = False
 
-    def _record(self, name: str):
-        def hook(module: nn.Module, args: object, output: Tensor) -> None:
-            if self._listening:
-                self._logits[name] = output
+    def _hear(self, gate: nn.Module, args: object, output: Tensor) -> None:
+        # Kept on the gate itself: torch.compile would make a variant per layer of a hook that knew its layer.
+        if self._listening:
+            setattr(gate, _HEARD, output)
 
-        return hook
+
+_HEARD = "heard_logits"
 
 
 def router_stats(logits_LSE: Tensor, top_k: int) -> RouterStats:

@@ -15,9 +15,10 @@ from configs import ModelConfig
 from .attention import Attention, Cache, Visibility, visibility
 from .batch import Batch
 from .init import initialise
-from .layers import RMSNorm, SwiGLU, dropout, dropout_rows
+from .layers import SwiGLU, dropout, dropout_keys, next_keys
 from .loss import LossOutput, chunked_cross_entropy
 from .moe import MoE
+from .norm import RMSNorm
 from .rope import rope_tables
 
 
@@ -28,7 +29,6 @@ class Shared:
     cos: Tensor
     sin: Tensor
     visible: Visibility
-    dropout_rows: Tensor | None = None
 
 
 class DecoderLayer(nn.Module):
@@ -39,13 +39,13 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(hidden, config.norm_eps)
         self.mlp = MoE(config, config.expert_size or dense) if config.is_moe_layer(index) else SwiGLU(hidden, dense)
-        self.rate, self.site = config.dropout, 1 + 2 * index
+        self.rate = config.dropout
 
-    def forward(self, x_BTH: Tensor, shared: Shared, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTH: Tensor, shared: Shared, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_BTH), shared.cos, shared.sin, shared.visible, cache)
-        x_BTH = x_BTH + dropout(attended, shared.dropout_rows, self.site, self.rate)
+        x_BTH = x_BTH + dropout(attended, keys, 0, self.rate)
         mixed = self.mlp(self.post_attention_layernorm(x_BTH))
-        return x_BTH + dropout(mixed, shared.dropout_rows, self.site + 1, self.rate)
+        return x_BTH + dropout(mixed, keys, 1, self.rate)
 
 
 class Backbone(nn.Module):
@@ -70,16 +70,17 @@ class Backbone(nn.Module):
             visible = visibility(x_BTH.shape[1], batch.document_ids, config.sliding_window, x_BTH)
         else:
             visible = cache.visibility(x_BTH.shape[1], config.sliding_window, x_BTH)
-        rows = None
+        shared = Shared(cos, sin, visible)
+        keys = None
         if self.training and config.dropout:
-            rows = dropout_rows(self.dropout_seed, batch.sequence_ids, x_BTH.shape[1])
-            x_BTH = dropout(x_BTH, rows, 0, config.dropout)
-        shared = Shared(cos, sin, visible, rows)
+            keys = dropout_keys(self.dropout_seed, batch.sequence_ids, x_BTH.shape[1])
+            x_BTH = dropout(x_BTH, keys, 0, config.dropout)
         for layer in self.layers:
+            keys = next_keys(keys)
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTH = checkpoint(layer, x_BTH, shared, use_reentrant=False, preserve_rng_state=False)
+                x_BTH = checkpoint(layer, x_BTH, shared, keys, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_BTH = layer(x_BTH, shared, cache)
+                x_BTH = layer(x_BTH, shared, keys, cache)
         return self.norm(x_BTH)
 
 

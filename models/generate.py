@@ -1,6 +1,8 @@
 """Sample text from a model."""
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,19 +46,27 @@ def generate(
     cache = Cache(padding)
     was_training = module.training
     module.eval()
-    for step in range(max_new_tokens):
-        logits_BV = _next_logits(module, ids, padding, cache).float().cpu()
+    for _ in range(max_new_tokens):
+        with _uncompiled(module):
+            logits_BV = _next_logits(module, ids, padding, cache).float().cpu()
         tokens = [_sample(row, g, temperature, top_k, top_p) for row, g in zip(logits_BV, generators, strict=True)]
         for row in tuple(open_rows):
             if tokens[row] == stop_token:
                 open_rows.remove(row)
             else:
                 results[row].append(tokens[row])
-        if not open_rows or step + 1 == max_new_tokens:
+        if not open_rows:
             break
         ids = torch.cat([ids, torch.tensor(tokens, device=device)[:, None]], dim=1)
     module.train(was_training)
     return results
+
+
+def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
+    """Layers that were compiled for training would be compiled again for every length."""
+    if any(part._compiled_call_impl is not None for part in module.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def _next_logits(module: nn.Module, ids: Tensor, padding: Tensor, cache: Cache) -> Tensor:

@@ -26,6 +26,9 @@ def rope_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -
 
 def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + D/2]) by its position's angle (RoFormer, arXiv:2104.09864, in GPT-NeoX layout)."""
+    if torch.compiler.is_compiling():
+        x1, x2 = x_BTND.chunk(2, dim=-1)
+        return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
     return _Rotate.apply(x_BTND, cos, sin)
 
 
@@ -35,15 +38,16 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return _turn(x, cos, sin, 1)
+        return turn(x, cos, sin, 1)
 
     @staticmethod
     def backward(ctx, dy):
         cos, sin = ctx.saved_tensors
-        return _turn(dy, cos, sin, -1), None, None
+        return turn(dy, cos, sin, -1), None, None
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+def turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """`rotate` without autograd, forwards (sign 1) or backwards (-1)."""
     x1, x2 = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
     out1, out2 = out.chunk(2, dim=-1)

@@ -4,6 +4,7 @@ import os
 
 # Before torch is imported, here and in every process the tests start: two cores are all there is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 from support import Pair, prepare_tiny

@@ -16,6 +16,6 @@ def spike(loss: float, recent: Sequence[float], config: SpikeConfig) -> float | 
     if len(recent) < config.window or not math.isfinite(loss):
         return None
     mean = statistics.fmean(recent)
-    deviation = max(statistics.pstdev(recent, mean), 1e-3 * abs(mean))
+    deviation = max(statistics.pstdev(recent, mean), 1e-3 * abs(mean), 1e-9)  # losses of 0: every label masked
     deviations = (loss - mean) / deviation
     return deviations if deviations > config.deviations else None

@@ -1,8 +1,10 @@
 """Load a user's own modules after ours, so that a folder of theirs named like one of ours never shadows it."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
+import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ def load_plugins(plugins: Iterable[str]) -> None:
     """Import each plugin: `package.module`, or the path of a Python file.
 
     Raises:
-        ConfigError: a plugin cannot be imported.
+        ConfigError: a plugin cannot be imported, with the line that failed.
     """
     for plugin in plugins:
         try:
@@ -21,12 +23,15 @@ def load_plugins(plugins: Iterable[str]) -> None:
                 _load_file(Path(plugin))
             else:
                 importlib.import_module(plugin)
-        except (ImportError, OSError, SyntaxError) as error:
-            raise ConfigError(f"plugins: {plugin}: {error}") from None
+        except Exception as error:
+            frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
+            where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[-1].filename != __file__ else ""
+            raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}{where}") from None
 
 
 def _load_file(path: Path) -> None:
-    name = f"muster_plugin_{path.stem}"
+    path = path.resolve()
+    name = f"muster_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
     spec = importlib.util.spec_from_file_location(name, path)
@@ -34,4 +39,8 @@ def _load_file(path: Path) -> None:
         raise ImportError("not a Python file")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]  # or a second try would find it, half made
+        raise

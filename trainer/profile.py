@@ -19,7 +19,7 @@ class Profiler:
         self._profile: profile | None = None
 
     def before(self, step: int) -> None:
-        if step == self._config.start:
+        if step == self._config.start and self._profile is None:  # a rollback can come here twice
             if torch.cuda.is_available():
                 torch.cuda.memory._record_memory_history()
             activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()

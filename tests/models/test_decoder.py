@@ -9,7 +9,7 @@ from configs import ConfigError
 from models.balance import RouterTap
 from models.batch import Batch
 from models.families import FAMILIES, Family, build
-from models.layers import dropout, dropout_rows
+from models.layers import dropout, dropout_keys
 
 
 @pytest.mark.parametrize("window", [None, 6])
@@ -66,9 +66,9 @@ def test_dropout_does_not_depend_on_the_split_of_a_batch():
 
 
 def test_dropout_keeps_its_share_and_scale():
-    rows = dropout_rows(3, torch.arange(8), 64)
+    keys = dropout_keys(3, torch.arange(8), 64)
     ones = torch.ones(8, 64, 256)
-    first, second = dropout(ones, rows, 1, 0.3), dropout(ones, rows, 2, 0.3)
+    first, second = dropout(ones, keys, 0, 0.3), dropout(ones, keys, 1, 0.3)
     assert abs(float((first == 0).float().mean()) - 0.3) < 0.005
     torch.testing.assert_close(first[first > 0], torch.full_like(first[first > 0], 1 / 0.7))
     assert abs(float(((first == 0) & (second == 0)).float().mean()) - 0.09) < 0.005

@@ -1,0 +1,144 @@
+"""The `muster` command: help, configs, and mistakes that end in one message and exit code 2."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from cluster import cli
+from configs import from_dict, load, preset_names
+from trainer.record import Record
+
+
+@pytest.fixture
+def muster(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["muster", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+def test_help_and_config_import_nothing_heavy():
+    script = (
+        "import sys; from cluster import cli; sys.argv = ['muster', 'config', 'quickstart']\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code\n"
+        "heavy = {'torch', 'ray', 'mlflow', 'deepspeed', 'pyarrow'} & set(sys.modules); assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_names_every_command(muster):
+    code, out, _ = muster("--help")
+    assert code == 0
+    for command in ("train", "config", "generate", "eval", "export", "data", "runs", "sync", "doctor"):
+        assert f"  {command} " in out
+        assert muster(command, "--help")[0] == 0
+    for command in ("prepare", "inspect", "show"):
+        assert muster("data", command, "--help")[0] == 0
+
+
+@pytest.mark.parametrize("preset", preset_names())
+def test_config_of_every_preset_reads_back_as_itself(muster, tmp_path, preset):
+    code, out, _ = muster("config", preset, "run.name=other")
+    assert code == 0
+    (tmp_path / "resolved.yaml").write_text(out)
+    code, again, _ = muster("config", str(tmp_path / "resolved.yaml"), "--json")
+    assert code == 0
+    assert from_dict(json.loads(again)) == from_dict(yaml.safe_load(out))
+    assert json.loads(again)["run"]["name"] == "other"
+
+
+def test_config_plans_the_vocabulary(muster):
+    _, out, _ = muster("config", "quickstart", "data.prepare.tokenizer=bytes", "--json")
+    assert json.loads(out)["model"]["vocab_size"] == 320
+
+
+def test_schema_describes_every_section(muster):
+    code, out, _ = muster("config", "--schema")
+    schema = json.loads(out)
+    assert code == 0
+    assert set(schema["properties"]) == set(load("quickstart").model_dump())
+    assert schema["additionalProperties"] is False
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["config"], ["CONFIG", "quickstart"]),
+        (["config", "quickstrat"], ["quickstrat", "did you mean quickstart"]),
+        (["config", "quickstart", "train.stps=3"], ["train.stps", "did you mean steps"]),
+        (["config", "quickstart", "train.steps=many"], ["train.steps", "many"]),
+        (["config", "quickstart", "train.steps"], ["key=value"]),
+        (["config", "quickstart", "train.steps=[1"], ["train.steps", "YAML"]),
+        (["config", "quickstart", "parallel.tp=2"], ["parallel.tp"]),
+        (["train", "quickstart", "optim.lr=0"], ["optim.lr"]),
+        (["train", "quickstart", "parallel.dp=9000", "train.global_batch=9000"], ["9000 processes", "parallel.dp"]),
+        (["train", "quickstart", "cluster.cpus_per_worker=5000"], ["cluster.cpus_per_worker=5000"]),
+        (["train", "quickstart", "data.path=nowhere"], ["data.path=nowhere", "muster data prepare"]),
+        (["train", "quickstart", "run.name=../up"], ["run.name", "../up"]),
+        (["generate", "missing", "--prompt", "a"], ["missing", "--root"]),
+        (["eval", "missing"], ["missing", "--root"]),
+        (["export", "missing", "--to", "x"], ["missing", "--root"]),
+        (["sync", "missing"], ["missing", "--root"]),
+        (["data", "show", "missing", "--step", "1"], ["missing", "--root"]),
+        (["data", "inspect", "nowhere"], ["nowhere"]),
+        (["data", "prepare", "nowhere", "--out", "x"], ["nowhere"]),
+        (["data", "prepare", ".", "--out", "x", "--vocab-size", "3"], ["vocab_size", "3"]),
+        (["data", "prepare", ".", "--out", "x", "--held-out", "2"], ["held_out", "2"]),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(muster, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = muster(*arguments)
+    assert code == 2
+    assert err.startswith("muster: ")
+    assert len(err.splitlines()) <= 4
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("arguments", [["bogus"], ["train"], ["data", "show", "x"], ["eval", "x", "--bogus"]])
+def test_a_misuse_of_the_command_line_is_exit_code_2(muster, arguments):
+    code, _, err = muster(*arguments)
+    assert code == 2
+    assert "Traceback" not in err
+
+
+def test_runs_lists_what_is_there(muster, tmp_path):
+    for name, loss in (("first", 2.5), ("second", None)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("run: {}")
+        record = Record(tmp_path / name, 1)
+        record.event("attempt_started")
+        record.metrics({"step": 7, "loss": loss, "tokens": 1234})
+    record.event("attempt_ended", status="KILLED", reason="signal", step=7)
+    code, out, _ = muster("runs", "--root", str(tmp_path))
+    assert code == 0
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [["first", "RUNNING", "7"], ["second", "KILLED", "7"]]
+    _, out, _ = muster("runs", "--root", str(tmp_path), "--json")
+    assert [(run["name"], run["loss"]) for run in json.loads(out)] == [("first", 2.5), ("second", None)]
+
+
+def test_doctor_tells_what_is_here(muster, tmp_path, monkeypatch):
+    locks = tmp_path / "extensions" / "py311" / "op"
+    locks.mkdir(parents=True)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    code, out, _ = muster("doctor", "--root", str(tmp_path), "--json")
+    findings = {finding["name"]: finding for finding in json.loads(out)["findings"]}
+    assert code == 0
+    assert {"python", "torch", "deepspeed", "ray", "mlflow", "gpus", "compiler", "/dev/shm"} <= set(findings)
+    (locks / "lock").touch()
+    code, out, _ = muster("doctor", "--root", str(tmp_path), "--address", "127.0.0.1:1")
+    assert code == 1
+    assert str(locks / "lock") in out
+    assert "127.0.0.1:1 does not answer" in out

@@ -1,0 +1,121 @@
+"""What a user reads after a mistake in the config: the key, what was given, what would be right, in one line."""
+
+import pytest
+
+from configs import ConfigError, from_dict, load
+
+WRONG = {
+    # unknown keys
+    "optim.nme=x": "unknown key optim.nme: did you mean name?",
+    "optm.lr=1": "unknown key optm: did you mean optim?",
+    "lr=1e-3": "unknown key lr: did you mean optim.lr?",
+    "train.lr=1e-3": "unknown key train.lr: did you mean optim.lr?",
+    "train.spike.windw=9": "unknown key train.spike.windw: did you mean window?",
+    "data.prepare.tokeniser=x": "unknown key data.prepare.tokeniser: did you mean tokenizer?",
+    "model.rope_scaling.kin=yarn": "unknown key model.rope_scaling.kin: did you mean kind?",
+    "data.path=[{pth: a}]": "unknown key data.path.0.pth: did you mean path?",
+    "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean weight?",
+    "xyz=1": "unknown key xyz: known here: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
+    "plugins",
+    "parallel.xyz=1": "unknown key parallel.xyz: known here: dp, tp, pp, ep, sp, zero_stage",
+    # numbers
+    "train.steps=0": "train.steps=0: should be greater than 0",
+    "train.steps=1.5": "train.steps=1.5: should be a whole number",
+    "train.steps=many": 'train.steps="many": should be a whole number',
+    "train.steps=yes": "train.steps=true: true and false (in YAML also yes, no, on, off) are no value of this key",
+    "train.steps=": "train.steps=null: should be a whole number",
+    "train.steps.x=3": 'train.steps={"x": 3}: should be a whole number',
+    "optim.lr=-1": "optim.lr=-1: should be greater than 0",
+    "optim.lr=fast": 'optim.lr="fast": should be a number',
+    "optim.lr=1e-3x": 'optim.lr="1e-3x": should be a number',
+    "optim.lr=.nan": "optim.lr=NaN: should be a finite number",
+    "optim.lr=.inf": "optim.lr=Infinity: should be a finite number",
+    "model.dropout=1": "model.dropout=1: should be less than 1",
+    "model.num_experts=true": "model.num_experts=true: true and false (in YAML also yes, no, on, off) are no value of "
+    "this key",
+    "checkpoint.every=-1": "checkpoint.every=-1: should be greater than or equal to 0",
+    "cluster.gpus_per_worker=-1": "cluster.gpus_per_worker=-1: should be greater than or equal to 0",
+    # one of several
+    "optim.name=adamww": 'optim.name="adamww": should be one of adamw, adam, sgd, adagrad, rmsprop, adafactor, lion, '
+    "muon; did you mean adamw?",
+    "optim.name=Lion": 'optim.name="Lion": should be one of adamw, adam, sgd, adagrad, rmsprop, adafactor, lion, '
+    "muon; did you mean lion?",
+    "train.precision=16": 'train.precision="16": should be one of fp32, bf16, fp16; did you mean fp16?',
+    "train.precision=int8": 'train.precision="int8": should be one of fp32, bf16, fp16',
+    "parallel.zero_stage=4": "parallel.zero_stage=4: should be one of 0, 1, 2, 3",
+    # lists and sections
+    "optim.betas=0.9": "optim.betas=0.9: should be a list, such as [a, b]",
+    "optim.betas=[0.9]": "optim.betas=[0.9]: value 2 is missing",
+    "optim.betas=[0.9, 0.9, 1]": "optim.betas=[0.9, 0.9, 1]: should have 2 values",
+    "optim.betas=[2, 0.9]": "optim.betas.0=2: should be less than 1",
+    "train.sample_prompts=abc": 'train.sample_prompts="abc": should be a list, such as [a, b]',
+    "train.sample_prompts=[1]": "train.sample_prompts.0=1: should be text (in quotes if it looks like a number)",
+    "plugins=a.py": 'plugins="a.py": should be a list, such as [a, b]',
+    "train=3": "train=3: should be a section of keys: steps, global_batch, micro_batch, seq_len, ...",
+    "model.rope_scaling=yarn": 'model.rope_scaling="yarn": should be a section of keys: kind, factor, '
+    "original_max_positions, low_freq_factor, ...",
+    "train.compile=7": "train.compile=7: should be true or false",
+    # text or a list
+    "data.path=null": "data.path=null: should be text or a list",
+    "data.path={path: a}": 'data.path={"path": "a"}: should be text or a list',
+    "data.path=[a]": 'data.path.0="a": should be a section of keys: path, weight',
+    "data.path=[{weight: 1}]": 'data.path.0.path is missing in {"weight": 1}',
+    "data.path=[{path: a, weight: 0}]": "data.path.0.weight=0: should be greater than 0",
+    "optim={3: x}": "optim.3=3: keys should be strings",
+    # what a section checks as a whole
+    "run.name=a b": "run.name=\"a b\": letters, digits, '.', '_' and '-' only, as it names a folder",
+    "run.name=../x": "run.name=\"../x\": letters, digits, '.', '_' and '-' only, as it names a folder",
+    "train.micro_batch=100": "train.micro_batch (100) is larger than train.global_batch (16)",
+    "model.top_k=9": "model.top_k is 9 but model.num_experts is 8: lower top_k",
+    "model.num_kv_heads=5": "model.num_heads (6) is not a multiple of model.num_kv_heads (5)",
+    "model.hidden_size=100": "model.hidden_size (100) is not a multiple of model.num_heads (6): set model.head_dim",
+    "model.head_dim=7": "model.head_dim is 7: rotary positions need an even one",
+    "model.moe_every=9": "model.num_experts is 8 but no layer is MoE: model.moe_every (9) and "
+    "model.first_dense_layers (0) leave none of 4 layers",
+}
+
+NO_OVERRIDE = {
+    "nokey": "'nokey' is not key=value, such as train.steps=100",
+    "=3": "'=3' is not key=value, such as train.steps=100",
+    "optim..lr=3": "'optim..lr=3' is not key=value, such as train.steps=100",
+    "train.steps=[": "train.steps=[: the value is not YAML: expected the node content, but found '<stream end>' "
+    "(line 1, column 2)",
+    "optim={lr: 1, lr: 2}": "optim={lr: 1, lr: 2}: the value is not YAML: the key lr stands twice (line 1, column 9)",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), WRONG.items(), ids=WRONG.keys())
+def test_wrong_value(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load("quickstart", [override])
+    assert str(caught.value) == f"quickstart: {message}"
+    assert caught.value.__cause__ is None
+    assert caught.value.__suppress_context__, "a traceback would show pydantic's own report too"
+
+
+@pytest.mark.parametrize(("override", "message"), NO_OVERRIDE.items(), ids=NO_OVERRIDE.keys())
+def test_not_an_override(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load("quickstart", [override])
+    assert str(caught.value) == message
+
+
+def test_several_mistakes_are_at_most_three_lines():
+    with pytest.raises(ConfigError) as caught:
+        load("quickstart", ["train.steps=0", "optim.lr=-1", "optim.nme=x", "parallel.dp=0"])
+    assert str(caught.value).splitlines() == [
+        "quickstart: train.steps=0: should be greater than 0",
+        "quickstart: optim.lr=-1: should be greater than 0",
+        "quickstart: unknown key optim.nme: did you mean name?",
+    ]
+
+
+def test_a_long_value_is_cut():
+    with pytest.raises(ConfigError) as caught:
+        load("quickstart", ["train.sample_prompts=" + "x" * 1000])
+    assert len(str(caught.value)) < 250
+
+
+def test_from_dict_names_its_source():
+    with pytest.raises(ConfigError, match=r"^sweep: optim\.lr=-1: should be greater than 0$"):
+        from_dict({"optim": {"lr": -1}}, where="sweep")

@@ -1,0 +1,171 @@
+"""What is derived from a config, what is refused as a whole, and what a run may change between attempts."""
+
+import pytest
+
+from configs import ConfigError, differences, from_dict, load, resolve
+
+
+def made(**sections):
+    tree = {"model": {"vocab_size": 320, "hidden_size": 48, "num_heads": 4}, "train": {"precision": "fp32"}}
+    for name, keys in sections.items():
+        tree[name] = tree.get(name, {}) | keys if isinstance(keys, dict) else keys
+    return from_dict(tree)
+
+
+def test_derived_values_and_their_notes():
+    asked = made(model={"vocab_size": None, "num_experts": 4}, train={"global_batch": 10}, parallel={"dp": 4})
+    resolved, notes = resolve(asked, vocab_size=257)
+    assert resolved.model.model_dump() == asked.model.model_dump() | {
+        "vocab_size": 320,  # 257 rounded up to a multiple of 64
+        "num_kv_heads": 4,
+        "head_dim": 12,
+        "intermediate_size": 128,  # 8/3 * 48 = 128
+        "expert_size": 128,
+        "max_positions": 256,
+    }
+    assert resolved.train.micro_batch == 3  # ceil(10 / 4)
+    assert resolved.parallel == asked.parallel
+    assert notes == [
+        "model.vocab_size=320: tokenizer's 257, a multiple of 64",
+        "model.num_kv_heads=4: model.num_heads",
+        "model.head_dim=12: hidden_size/num_heads",
+        "model.intermediate_size=128: 8/3 hidden_size",
+        "model.expert_size=128: model.intermediate_size",
+        "model.max_positions=256: train.seq_len",
+        "train.micro_batch=3: global_batch / dp",
+    ]
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(192, 512), (256, 704), (4096, 10944)])
+def test_width_is_eight_thirds_rounded_up_to_64(hidden, width):
+    assert resolve(made(model={"hidden_size": hidden}))[0].model.intermediate_size == width
+
+
+def test_given_values_are_left_alone():
+    asked = made(
+        model={"vocab_size": 999, "num_kv_heads": 2, "head_dim": 8, "intermediate_size": 10, "expert_size": 6,
+               "max_positions": 512},
+        train={"micro_batch": 3},
+    )  # fmt: skip
+    assert resolve(asked, vocab_size=999) == (asked, [])
+
+
+def test_low_precision_needs_zero_for_its_fp32_gradients():
+    for precision in ("bf16", "fp16"):
+        resolved, notes = resolve(made(train={"precision": precision}))
+        assert resolved.parallel.zero_stage == 1
+        assert notes[-1] == f"parallel.zero_stage=1: {precision} keeps fp32 gradients from stage 1 on"
+    assert resolve(made(train={"precision": "bf16"}, parallel={"zero_stage": 3}))[0].parallel.zero_stage == 3
+    assert resolve(made())[0].parallel.zero_stage == 0
+
+
+WHOLE = (
+    r"needs whole matrices, which ZeRO 1 to 3 cut into flat pieces.*set parallel\.zero_stage=0 and "
+    r"train\.precision=fp32, or optim\.name=adamw"
+)
+REFUSED = {
+    "no vocabulary": (made(model={"vocab_size": None}), r"model\.vocab_size is not set.*: set model\.vocab_size"),
+    "sequence too long": (
+        made(model={"max_positions": 128}),
+        r"train\.seq_len \(256\) is longer than model\.max_positions \(128\): lower the one or raise the other",
+    ),
+    "idle ranks": (
+        made(train={"global_batch": 2}, parallel={"dp": 4}),
+        r"train\.global_batch \(2\) gives 4 data-parallel ranks nothing to do: raise it to 4 or lower parallel\.dp",
+    ),
+    "muon and zero": (made(optim={"name": "muon"}, parallel={"zero_stage": 1}), rf"optim\.name=muon {WHOLE}"),
+    "adafactor and bf16": (
+        made(optim={"name": "adafactor"}, train={"precision": "bf16"}),
+        rf"optim\.name=adafactor {WHOLE}",
+    ),
+    "exponential to 0": (
+        made(optim={"schedule": "exponential", "min_lr_ratio": 0.0}),
+        r"optim\.schedule=exponential never reaches 0: set optim\.min_lr_ratio above 0",
+    ),
+    "long warmup": (made(optim={"warmup": 1001}), r"optim\.warmup \(1001\) is longer than train\.steps \(1000\)"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(config, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        resolve(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("degree", ["tp", "pp", "ep", "sp"])
+def test_other_parallelism_is_refused_by_name(degree):
+    with pytest.raises(ConfigError, match=rf"parallel\.{degree}=2: only data parallelism.*set parallel\.{degree}=1"):
+        resolve(made(parallel={degree: 2}))
+
+
+def test_tokenizer_larger_than_the_embedding():
+    with pytest.raises(ConfigError, match=r"model\.vocab_size is 320 but the tokenizer of data\.path has 321 tokens"):
+        resolve(made(), vocab_size=321)
+    assert resolve(made(), vocab_size=320)[0].model.vocab_size == 320
+
+
+def test_edge_of_what_is_allowed():
+    resolve(made(train={"global_batch": 4}, parallel={"dp": 4}))
+    resolve(made(optim={"warmup": 1000}))
+    resolve(made(model={"max_positions": 256}))
+
+
+ALLOWED = {
+    "parallel.dp=2": ["parallel.dp", "train.micro_batch"],  # micro_batch is derived from dp
+    "parallel.zero_stage=3": ["parallel.zero_stage"],
+    "train.micro_batch=4": ["train.micro_batch"],
+    "train.steps=400": ["train.steps"],
+    "cluster.cpus_per_worker=2": ["cluster.cpus_per_worker"],
+    "cluster.address=auto": ["cluster.address"],
+    "tracking.uri=http://localhost:5000": ["tracking.uri"],
+    "tracking.experiment=other": ["tracking.experiment"],
+    "checkpoint.every=10": ["checkpoint.every"],
+    "checkpoint.keep=5": ["checkpoint.keep"],
+    "run.root=elsewhere": ["run.root"],
+}
+REFUSED_CHANGES = {
+    "model.hidden_size=384": ["model.head_dim", "model.hidden_size", "model.intermediate_size"],
+    "model.top_k=1": ["model.top_k"],
+    "model.rope_scaling.factor=2": [
+        f"model.rope_scaling.{key}"
+        for key in ("beta_fast", "beta_slow", "factor", "high_freq_factor", "kind", "low_freq_factor",
+                    "original_max_positions")
+    ],
+    "data.path=other": ["data.path"],
+    "data.document_mask=false": ["data.document_mask"],
+    "optim.name=lion": ["optim.name"],
+    "optim.lr=1e-4": ["optim.lr"],
+    "optim.betas=[0.9, 0.99]": ["optim.betas"],
+    "optim.schedule=wsd": ["optim.schedule"],
+    "optim.warmup=31": ["optim.warmup"],
+    "train.global_batch=32": ["train.global_batch"],
+    "train.seq_len=128": ["model.max_positions", "train.seq_len"],
+    "train.grad_clip=0": ["train.grad_clip"],
+    "run.seed=1": ["run.seed"],
+}  # fmt: skip
+
+
+def compare(override):
+    before, after = (resolve(load("quickstart", asked), vocab_size=4096)[0] for asked in ([], [override]))
+    return differences(before, after)
+
+
+@pytest.mark.parametrize(("override", "keys"), ALLOWED.items(), ids=ALLOWED.keys())
+def test_a_run_may_change(override, keys):
+    allowed, refused = compare(override)
+    assert sorted(allowed) == keys
+    assert not refused
+
+
+@pytest.mark.parametrize(("override", "keys"), REFUSED_CHANGES.items(), ids=REFUSED_CHANGES.keys())
+def test_a_run_may_not_change(override, keys):
+    allowed, refused = compare(override)
+    assert sorted(refused) == keys
+    assert set(allowed) <= {"train.micro_batch"}  # derived from the batch
+
+
+def test_a_change_shows_both_values():
+    assert compare("parallel.dp=2") == ({"parallel.dp": (1, 2), "train.micro_batch": (16, 8)}, {})
+    assert differences(load("quickstart"), load("quickstart")) == ({}, {})
+    assert compare("optim.betas=[0.8, 0.95]")[1] == {"optim.betas": ([0.9, 0.95], [0.8, 0.95])}

@@ -1,0 +1,83 @@
+"""The progress view: what a person is shown of a record."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from trainer.progress import Follower, ProgressView
+from trainer.record import Record
+
+
+def view_of(total_steps: int, tty: bool = False) -> tuple[ProgressView, io.StringIO]:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=tty, width=80, highlight=False)
+    return ProgressView(total_steps, console=console), out
+
+
+def step(number: int, time: float, **more) -> dict:
+    values = {"step": number, "time": time, "loss": 3.25, "tokens_per_second": 1000.0, "step_time": 2.0, "tflops": 0.5}
+    return values | more
+
+
+def test_without_a_terminal_a_line_now_and_then():
+    view, out = view_of(100)
+    for number in range(1, 101):
+        view.metrics(step(number, time=float(number)))
+    lines = out.getvalue().splitlines()
+    assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
+    assert lines[1] == "step 11/100  loss 3.2500  1,000 tok/s  0.5 TFLOP/s  eta 2:58"
+
+
+def test_line_tells_mfu_skips_and_non_finite_losses():
+    view, out = view_of(10)
+    view.metrics(step(1, 0.0, loss=None, mfu=0.421, skipped=True))
+    assert out.getvalue() == "step 1/10  loss not finite  1,000 tok/s  MFU 42.1%  eta 0:18  skipped\n"
+
+
+def test_long_lines_and_brackets_stay_whole():
+    view, out = view_of(10)
+    reason = "RuntimeError: [/red] " + "x" * 200
+    view.event({"event": "attempt_ended", "attempt": 2, "status": "FAILED", "reason": reason})
+    assert out.getvalue() == f"attempt 2  failed: {reason}\n"
+
+
+def test_events_and_evaluations():
+    view, out = view_of(10)
+    view.event({"event": "attempt_started", "attempt": 1, "world_size": 2, "device": "cpu", "time": 1.0})
+    view.metrics({"step": 5, "time": 2.0, "eval_loss": 2.5, "eval_tokens": 10})
+    view.event({"event": "evaluation", "step": 5, "time": 2.0})
+    view.event({"event": "checkpoint", "step": 5, "bytes": 2_500_000, "time": 2.0})
+    view.event({"event": "spike", "step": 6, "loss": 9.123456, "time": 2.0, "attempt": 1})
+    assert out.getvalue().splitlines() == [
+        "attempt 1  2 processes on cpu",
+        "step 5  held-out loss 2.5000",
+        "step 5  checkpoint, 2.5 MB",
+        "spike  step 6  loss 9.123",
+    ]
+
+
+def test_live_line_on_a_terminal():
+    view, out = view_of(10, tty=True)
+    view.start()
+    view.metrics(step(4, 0.0))
+    view.refresh()
+    view.stop()
+    assert "4/10" in out.getvalue()
+    assert "loss 3.2500" in out.getvalue()
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_follower_shows_what_is_appended_after_it_was_made(tmp_path, torn):
+    record = Record(tmp_path, attempt=1)
+    record.metrics(step(1, 1.0))
+    view, out = view_of(3)
+    with Follower(tmp_path, view, interval=0.01):
+        record.event("attempt_started", world_size=1, device="cpu")
+        if torn:
+            with (tmp_path / "metrics.jsonl").open("ab") as file:
+                file.write(b'{"step": 2, "at\n')
+        record.metrics(step(3, 3.0))
+    assert sorted(line.split()[0] for line in out.getvalue().splitlines()) == ["attempt", "step"]
+    assert "step 3/3" in out.getvalue()
+    assert "step 1" not in out.getvalue()
