@@ -7,7 +7,6 @@ import os
 import platform
 import resource
 import shutil
-import socket
 import sqlite3
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from rich.text import Text
 
 from . import machine
 from .runs import RUNS, Json, Root
+from .session import check_reachable
 
 GB = 2**30
 PACKAGES = ("torch", "deepspeed", "ray", "mlflow", "pyarrow", "numpy", "pydantic", "safetensors", "tokenizers")
@@ -200,9 +200,8 @@ def _ray(address: str | None) -> Iterator[Finding]:
     if address is None:
         yield Finding("ray cluster", "ok", "none named: each run starts a private Ray on this machine")
         return
-    host, _, port = address.removeprefix("ray://").rpartition(":")
     try:
-        socket.create_connection((host, int(port)), timeout=3).close()
+        check_reachable(address)
         yield Finding("ray cluster", "ok", f"{address} answers")
     except (OSError, ValueError) as error:
         mend = "start it with `ray start --head`, or leave cluster.address and RAY_ADDRESS out"

@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import secrets
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -69,12 +70,14 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
             )
         else:
             try:
+                check_reachable(address)
                 ray.init(address=address, **quiet)
-            except (ConnectionError, RuntimeError, ValueError) as error:
+            except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ConfigError(
                     f"cluster.address={address}: no Ray cluster answers there ({reason}).\n"
-                    f"Start one with `ray start --head`, or leave cluster.address and RAY_ADDRESS out"
+                    f"Start one with `ray start --head`, name its token file in RAY_AUTH_TOKEN_PATH, or unset "
+                    f"cluster.address and RAY_ADDRESS"
                 ) from None
         stack.callback(ray.shutdown)
         os.chdir(here)
@@ -83,6 +86,16 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
         else:
             alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
             yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive], None)
+
+
+def check_reachable(address: str) -> None:
+    """Raise OSError if nothing listens at `host:port`, ValueError if it is none: Ray itself would wait for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if "/" in host or not port.isdigit():
+        raise ValueError("it is not host:port, such as 10.0.0.1:6379")
+    socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def _environment(folder: Path, private: bool) -> None:

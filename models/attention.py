@@ -166,13 +166,14 @@ def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
-        return _bf16_on_cpu(q, k, v, mask).transpose(1, 2)
+    short = k.shape[2] <= LONGEST_MASK or q.dtype == torch.bfloat16
+    if q.device.type == "cpu" and q.dtype != torch.float16 and short and torch.is_grad_enabled():
+        return _on_cpu(q, k, v, mask).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
 @torch.compiler.disable
-def _bf16_on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return CpuAttention.apply(q, k, v, mask)

@@ -27,11 +27,12 @@ def grouped_experts(
     """`apply_experts` for accelerators: torch's grouped matrix products, nothing that waits for the device."""
     places, counts_E = sort_by_expert(choice_Sk, gate_up_E2IH.shape[0], 1)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    x_PH = _Scatter.apply(x_SH, places)
+    x_PH = _Scatter.apply(x_SH, places.token_P, places.slot_Sk)
     gate_PI, up_PI = grouped_mm(x_PH, gate_up_E2IH.transpose(1, 2), offs=ends_E).chunk(2, dim=-1)
     weight_P = weight_Sk.flatten().index_select(0, places.assignment_P).to(x_SH.dtype)
     hidden_PI = F.silu(gate_PI) * up_PI * weight_P[:, None]
-    return _Combine.apply(grouped_mm(hidden_PI, down_EHI.transpose(1, 2), offs=ends_E), places)
+    y_PH = grouped_mm(hidden_PI, down_EHI.transpose(1, 2), offs=ends_E)
+    return _Combine.apply(y_PH, places.token_P, places.slot_Sk)
 
 
 class Places(NamedTuple):
@@ -51,7 +52,7 @@ def sort_by_expert(choice_Sk: Tensor, num_experts: int, multiple: int) -> tuple[
     expert_A = choice_Sk.flatten()
     assignment_P = expert_A.argsort(stable=True)
     slot_P = torch.arange(len(expert_A), device=expert_A.device)
-    counts_E = torch.bincount(expert_A, minlength=num_experts)
+    counts_E = expert_A.new_zeros(num_experts).scatter_add_(0, expert_A, torch.ones_like(expert_A))
     if multiple > 1:
         padded_E = (counts_E + multiple - 1) // multiple * multiple
         gaps_E = (padded_E - counts_E).cumsum(0) - (padded_E - counts_E)
@@ -64,33 +65,33 @@ def sort_by_expert(choice_Sk: Tensor, num_experts: int, multiple: int) -> tuple[
     return Places(spread_P // top_k, spread_P, slot_A.view(-1, top_k)), padded_E
 
 
-def _combine(y_PH: Tensor, places: Places) -> Tensor:
+def _combine(y_PH: Tensor, slot_Sk: Tensor) -> Tensor:
     """Sum of every token's slots; an embedding bag is the quickest gather and sum in one pass."""
-    return F.embedding_bag(places.slot_Sk, y_PH, mode="sum")
+    return F.embedding_bag(slot_Sk, y_PH, mode="sum")
 
 
 class _Scatter(torch.autograd.Function):
     """Tokens to their slots; autograd's own backward pass would add row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return x.index_select(0, places.token_P)
+    def forward(ctx: Any, x: Tensor, token_P: Tensor, slot_Sk: Tensor) -> Tensor:
+        ctx.save_for_backward(slot_Sk)
+        return x.index_select(0, token_P)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor):
-        return _combine(dy, ctx.places), None
+        return _combine(dy, *ctx.saved_tensors), None, None
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, places: Places) -> Tensor:
-        ctx.places = places
-        return _combine(y, places)
+    def forward(ctx: Any, y: Tensor, token_P: Tensor, slot_Sk: Tensor) -> Tensor:
+        ctx.save_for_backward(token_P)
+        return _combine(y, slot_Sk)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):
-        return dout.index_select(0, ctx.places.token_P), None
+        return dout.index_select(0, *ctx.saved_tensors), None, None
 
 
 @torch.compiler.disable
@@ -120,7 +121,7 @@ class _CpuExperts(torch.autograd.Function):
             gate, up = torch.mm(x.index_select(0, token), gate_up_e.t(), out=both).chunk(2, dim=-1)
             torch.mm(F.silu(gate).mul_(up).mul_(weight_e), down_e.t(), out=y)
         ctx.save_for_backward(x, both_P2I, weight_P, gate_up, down, *places)
-        return _combine(y_PH, places)
+        return _combine(y_PH, places.slot_Sk)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor):
@@ -145,7 +146,7 @@ class _CpuExperts(torch.autograd.Function):
             torch.ops.aten.silu_backward.grad_input(dhidden.mul_(up), gate, grad_input=dgate)
             torch.mm(dboth.t(), x.index_select(0, token), out=d_gate_up_e)
             torch.mm(dboth, gate_up_e, out=dx)
-        return _combine(dx_PH, places), d_gate_up, d_down, None, dweight_P[places.slot_Sk].float()
+        return _combine(dx_PH, places.slot_Sk), d_gate_up, d_down, None, dweight_P[places.slot_Sk].float()
 
 
 def _by_expert(sizes: list[int], of_slots: Sequence[Tensor], of_experts: Sequence[Tensor]) -> Iterator[tuple]:

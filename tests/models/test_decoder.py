@@ -129,3 +129,24 @@ def test_families_are_a_table():
         assert build(tiny.config(family="mine")).in_features == 32
     finally:
         del FAMILIES["mine"]
+
+
+def test_compiled_layers_share_their_graphs_and_change_nothing():
+    def run(layers: int) -> int:
+        config = tiny.config(num_layers=layers, dropout=0.1)
+        module, batch = tiny.model(config).train(), tiny.batch()
+        tap = RouterTap(module, config)
+        results = []
+        for compiled in (False, True):
+            if compiled:
+                torch._dynamo.reset()
+                for layer in module.model.layers:
+                    layer.compile(backend="aot_eager", dynamic=False)
+            output, stats = module(batch), tap.collect()
+            total = output.loss_sum + stats.aux_loss + stats.z_loss
+            results.append({"loss": total, **tiny.gradients(module, total)})
+        for name, expected in results[0].items():
+            torch.testing.assert_close(results[1][name], expected, rtol=1e-3, atol=1e-4, msg=name)
+        return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+    assert run(1) == run(12), "a layer is compiled again for each layer: torch.compile gives up after eight"

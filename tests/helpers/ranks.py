@@ -1,0 +1,45 @@
+"""`python -m trainer` as the ranks of one launch, in cheap processes whose ends and output are seen one by one."""
+
+import multiprocessing
+import os
+import socket
+import sys
+from pathlib import Path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run_ranks(folder: Path, arguments: list[str], count: int = 2) -> list[tuple[int | None, str]]:
+    """Run `trainer.__main__` in `folder` as each rank of a group, forked from a process that has imported everything.
+
+    torchrun would add its own report and end with 1, whatever the ranks ended with.
+
+    Returns:
+        (exit code, what it wrote to stderr) of each rank.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.loop"])
+    port = free_port()
+    ranks = [context.Process(target=_main, args=(rank, count, port, folder, arguments)) for rank in range(count)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+        process.kill()
+    return [(process.exitcode, (folder / f"stderr-{rank}").read_text()) for rank, process in enumerate(ranks)]
+
+
+def _main(rank: int, count: int, port: int, folder: Path, arguments: list[str]) -> None:
+    os.chdir(folder)
+    os.dup2(os.open(f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    sys.argv = ["trainer", *arguments]
+    from trainer.__main__ import main  # moves the working directory on sys.path, so in this process alone
+
+    raise SystemExit(main())
