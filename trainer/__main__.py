@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import nullcontext
 
 # `python -m` puts the working directory first, where a user's own folder `models/` or `configs/` would win over ours.
 if sys.path and sys.path[0] in ("", os.getcwd()):
@@ -15,8 +16,9 @@ from configs import ConfigError, load
 
 from .engine import start_processes
 from .loop import TrainingStopped, train
+from .progress import Follower, ProgressView
 from .resume import from_chief
-from .run import is_finished, prepare_run
+from .run import is_finished, prepare_run, read_config
 
 RESUMABLE = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)."""
@@ -33,7 +35,9 @@ def main() -> int:
         if is_finished(run_dir):
             _say(f"{run_dir} is finished")
             return 0
-        status = train(run_dir)
+        chief = dist.get_rank() == 0
+        with Follower(run_dir, ProgressView(read_config(run_dir).train.steps)) if chief else nullcontext():
+            status = train(run_dir)
         _say(f"{run_dir}: {status}")
         return 0 if status == "FINISHED" else RESUMABLE
     except ConfigError as error:

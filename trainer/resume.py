@@ -74,7 +74,10 @@ def load(path: Path, engine: Any, state: TrainState) -> None:
         restore(engine, reader)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint does not fit the model: {error}") from None
-    vars(state).update(vars(TrainState(**reader.manifest["state"])))
+    try:
+        vars(state).update(vars(TrainState(**reader.manifest["state"])))
+    except TypeError as error:
+        raise ConfigError(f"{path} was written by another version of muster: {error}") from None
     restore_loss_scale(engine, state.loss_scale)
 
 

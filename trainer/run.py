@@ -32,6 +32,11 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     """
     run = config.run.model_copy(update={"root": str(Path(config.run.root).expanduser().resolve())})
     config = config.model_copy(update={"run": run, "plugins": tuple(_absolute(p) for p in config.plugins)})
+    if isinstance(config.data.path, str):
+        path: Any = _absolute_data(config.data.path)
+    else:
+        path = tuple(each.model_copy(update={"path": _absolute_data(each.path)}) for each in config.data.path)
+    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     if source := config.train.init_from:
         if not Path(source).expanduser().is_dir():
             raise ConfigError(f"train.init_from={source}: no such folder")
@@ -45,6 +50,10 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
         config = config.model_copy(update={"data": data})
         resolved, derived = resolve(config, vocab_size=vocabulary_size(data))
     return resolved, notes + derived
+
+
+def _absolute_data(path: str) -> str:
+    return path if path == "stdlib" else str(Path(path).expanduser().resolve())
 
 
 def _absolute(plugin: str) -> str:
