@@ -95,7 +95,11 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     return config.model_copy(update={"model": model, "train": train, "parallel": parallel}), notes
 
 
-MAY_CHANGE = ("parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root")
+MAY_CHANGE = (
+    "parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root",
+    # What is only watched:
+    "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch",
+)  # fmt: skip
 """Keys that a run may change between attempts; any other difference makes it another run."""
 
 

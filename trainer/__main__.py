@@ -2,11 +2,13 @@
 
 import os
 import sys
+import time
 from contextlib import nullcontext
 
-# `python -m` puts the working directory first, where a user's own folder `models/` or `configs/` would win over ours.
+# `python -m` puts the working directory first, where a user's own folder `models/` or `configs/` would win over ours;
+# an editable install's finder comes after every folder, even the last, so ours is named before it.
 if sys.path and sys.path[0] in ("", os.getcwd()):
-    sys.path.append(sys.path.pop(0))
+    sys.path += [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), sys.path.pop(0)]
 
 from pathlib import Path
 
@@ -42,6 +44,8 @@ def main() -> int:
         return 0 if status == "FINISHED" else RESUMABLE
     except ConfigError as error:
         _say(f"muster: {error}")
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(5)  # torchrun ends every process with the first: let rank 0 say its message
         return 2
     except TrainingStopped as stopped:
         _say(f"muster: {stopped}")

@@ -1,5 +1,6 @@
 """Train one run in one process per device: the loop, and what surrounds an attempt."""
 
+import math
 import shutil
 import signal
 import sys
@@ -134,8 +135,10 @@ def _steps(
             state.step, state.cursor = step, read_at + train.global_batch
             state.tokens += tokens
             state.skipped += outcome.skipped
-            state.skipped_in_a_row = state.skipped_in_a_row + 1 if outcome.skipped else 0
             state.loss_scale = ds.loss_scale_state(engine)
+            # In fp16 a finite loss that overflows is the loss scale still being found, until it cannot go lower.
+            scaling = state.loss_scale and math.isfinite(outcome.loss) and state.loss_scale["cur_scale"] > 1
+            state.skipped_in_a_row = state.skipped_in_a_row + (not scaling) if outcome.skipped else 0
             if record and (step % train.log_every == 0 or outcome.skipped):
                 seconds = time.perf_counter() - start
                 record.metrics(step_metrics(config, state, outcome, rate, seconds, waited, here))

@@ -8,11 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs import Config, ConfigError, differences, load, resolve, to_yaml
+from models.families import build
 
 from .checkpoint import committed, folder
 from .data.default import ensure_prepared, vocabulary_size
 from .data.manifest import sources_of
+from .plugins import load_plugins
 from .record import Record, read_events
 from .tracking import inputs_of
 
@@ -73,6 +77,9 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
     Raises:
         ConfigError: the config cannot run, or differs from the existing run's in what the run is.
     """
+    load_plugins(config.plugins)
+    with torch.device("meta"):
+        build(resolve_config(config, prepare=False)[0].model)  # a model that cannot be built shows before anything else
     resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
     events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes})]
@@ -90,22 +97,9 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
     elif (run_dir / CONFIG).exists():
         with run_lock(run_dir):  # refuses a run that is being trained
             pass
-        allowed, refused = differences(read_config(run_dir), resolved)
-        before, now = _data_digests(run_dir), [entry["digest"] for entry in _inputs(resolved)]
-        if before == now and "data.path" in refused:  # the same data in another place
-            allowed["data.path"] = refused.pop("data.path")
-        elif before and before != now:
-            refused["data.path"] = (f"data of sha256 {before[0][:12]}", f"{resolved.data.path} of {now[0][:12]}")
-        if refused:
-            keys = ", ".join(f"{key} was {old} and is now {new}" for key, (old, new) in refused.items())
-            raise ConfigError(
-                f"run {resolved.run.name} exists with another config: {keys}.\n"
-                f"Set them back, choose another run.name, or continue from its last checkpoint with --fork NEW"
-            )
-        if not allowed:
-            events = []
-        else:
-            events.append(("config_changed", {"changed": {key: list(pair) for key, pair in allowed.items()}}))
+        if attempts(run_dir):  # one that never began may still become anything
+            changed = _allowed_changes(run_dir, resolved)
+            events = [*events, ("config_changed", {"changed": changed})] if changed else []
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / STOP).unlink(missing_ok=True)
     temporary = run_dir / f".{CONFIG}"
@@ -115,6 +109,30 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
     for name, details in events:
         record.event(name, **details)
     return run_dir
+
+
+def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
+    """`{key: [before, after]}` of what differs from the existing run. Raises ConfigError if it makes it another run."""
+    existing = read_config(run_dir)
+    allowed, refused = differences(existing, config)
+    before, now = _data_digests(run_dir), [entry["digest"] for entry in _inputs(config)]
+    old, new = sources_of(existing.data), sources_of(config.data)
+    if before == now and "data.path" in refused and [s.weight for s in old] == [s.weight for s in new]:
+        allowed["data.path"] = refused.pop("data.path")  # the same data in another place
+    elif before != now and len(before) == len(now):
+        # Each source has two inputs, its manifest and its tokenizer.
+        other = [i for i in range(len(new)) if before[2 * i : 2 * i + 2] != now[2 * i : 2 * i + 2]]
+        refused["data.path"] = (
+            ", ".join(f"{old[i].path} (sha256 {before[2 * i][:12]})" for i in other),
+            ", ".join(f"{new[i].path} (sha256 {now[2 * i][:12]})" for i in other),
+        )
+    if refused:
+        keys = ", ".join(f"{key} was {was} and is now {becomes}" for key, (was, becomes) in refused.items())
+        raise ConfigError(
+            f"run {config.run.name} exists with another config: {keys}.\n"
+            f"Set them back, choose another run.name, or continue from its last checkpoint with --fork NEW"
+        )
+    return {key: list(pair) for key, pair in allowed.items()}
 
 
 def _inputs(config: Config) -> list[dict[str, Any]]:

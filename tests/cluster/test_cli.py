@@ -83,7 +83,7 @@ def test_schema_describes_every_section(muster):
         (["train", "quickstart", "optim.lr=0"], ["optim.lr"]),
         (["train", "quickstart", "parallel.dp=9000", "train.global_batch=9000"], ["9000 processes", "parallel.dp"]),
         (["train", "quickstart", "cluster.cpus_per_worker=5000"], ["cluster.cpus_per_worker=5000"]),
-        (["train", "quickstart", "data.path=nowhere"], ["data.path=nowhere", "muster data prepare"]),
+        (["train", "quickstart", "data.path=nowhere"], ["data.path=", "nowhere", "muster data prepare"]),
         (["train", "quickstart", "run.name=../up"], ["run.name", "../up"]),
         (["generate", "missing", "--prompt", "a"], ["missing", "--root"]),
         (["eval", "missing"], ["missing", "--root"]),
