@@ -45,7 +45,7 @@ def main() -> int:
     except ConfigError as error:
         _say(f"muster: {error}")
         if os.environ.get("RANK", "0") != "0":
-            time.sleep(5)  # torchrun ends every process with the first: let rank 0 say its message
+            time.sleep(2)  # torchrun ends every process with the first: let rank 0 say its message
         return 2
     except TrainingStopped as stopped:
         _say(f"muster: {stopped}")

@@ -3,20 +3,24 @@
 import hashlib
 import importlib
 import importlib.util
+import os
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from configs import ConfigError
 
 
-def load_plugins(plugins: Iterable[str]) -> None:
+def load_plugins(plugins: Sequence[str]) -> None:
     """Import each plugin: `package.module`, or the path of a Python file.
 
     Raises:
         ConfigError: a plugin cannot be imported, with the line that failed.
     """
+    here = os.getcwd()
+    if plugins and here not in sys.path:
+        sys.path.append(here)  # last: our own packages are loaded by now, and a user's folder of that name stays out
     for plugin in plugins:
         try:
             if plugin.endswith(".py"):
