@@ -65,7 +65,7 @@ WRONG = {
     # what a section checks as a whole
     "run.name=a b": "run.name=\"a b\": letters, digits, '.', '_' and '-' only, as it names a folder",
     "run.name=../x": "run.name=\"../x\": letters, digits, '.', '_' and '-' only, as it names a folder",
-    "train.micro_batch=100": "train.micro_batch (100) is larger than train.global_batch (16)",
+    "train.micro_batch=100": "train.micro_batch (100) is larger than train.global_batch (8)",
     "model.top_k=9": "model.top_k is 9 but model.num_experts is 8: lower top_k",
     "model.num_kv_heads=5": "model.num_heads (6) is not a multiple of model.num_kv_heads (5)",
     "model.hidden_size=100": "model.hidden_size (100) is not a multiple of model.num_heads (6): set model.head_dim",
