@@ -132,10 +132,10 @@ def hugging_face(size: dict[str, Any], precision: str, experts: str, autocast: b
     if master:
         module = module.to(torch.bfloat16)
     update = optimizer_for(module, master)
-    ids = torch.randint(0, model["vocab_size"], (size["batch"], size["seq_len"]), device=device())
     context = torch.autocast(device().type, torch.bfloat16) if autocast else contextlib.nullcontext()
 
     def step() -> None:
+        ids = random_batch(size).to(device()).input_ids
         with context:
             loss = module(input_ids=ids, labels=ids).loss
         loss.backward()
@@ -160,14 +160,13 @@ def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], N
     tap = RouterTap(module, config.model) if config.model.is_moe else None
     if compiled:
         for layer in module.model.layers:
-            layer.compile()
+            layer.compile(dynamic=False)
     if precision == "bf16":
         module = module.to(torch.bfloat16)
     update = optimizer_for(module, precision == "bf16")
-    batch = random_batch(size).to(device())
 
     def step() -> None:
-        out = module(batch)
+        out = module(random_batch(size).to(device()))
         loss = out.loss_sum / out.tokens
         if tap:
             router = tap.collect()
@@ -180,6 +179,8 @@ def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], N
 
 
 def random_batch(size: dict[str, Any]) -> Any:
+    """New tokens at every step, as in training: expert loads never repeat, and oneDNN compiles a bf16 kernel for every
+    new shape, which a repeated batch would hide."""
     import torch
 
     from models.batch import Batch
@@ -204,12 +205,11 @@ def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int
     tap = RouterTap(module, config.model) if config.model.is_moe else None
     if compiled:
         for layer in module.model.layers:
-            layer.compile()
+            layer.compile(dynamic=False)
     engine = ds.build_engine(module, config)
-    batch = random_batch(size).to(ds.device())
 
     def step() -> None:
-        out = engine(batch)
+        out = engine(random_batch(size).to(ds.device()))
         loss = out.loss_sum / out.tokens
         if tap:
             router = tap.collect()
@@ -275,8 +275,11 @@ def serve(kind: str, arguments: dict[str, Any], size: dict[str, Any], threads: i
     """A contestant's process: build, then take the steps it is told to, and answer with the seconds."""
     import torch
 
+    from trainer.engine import keep_freed_memory
+
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # for every contestant alike
     if kind == "trainer":
         return serve_trainer(size, pipe=pipe, **arguments)
     builders = {"transformers": hugging_face, "bare": bare, "engine": engine_loop}

@@ -16,22 +16,19 @@ from .norm import HeadNorm
 from .rope import rotate
 
 LONGEST_MASK = 512
-"""On CPU a mask of [B, 1, T, T] is quicker up to this T; above it a loop over blocks of whole documents is."""
+"""On CPU a mask of [B, 1, T, T] is quicker up to this T; above it a loop over documents is."""
+LONGEST_KERNEL = 512
+"""On CPU our own kernel is quicker up to this many keys; at 2,048 torch's is as quick and keeps less."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """Queries `start:stop` of the sequences `rows` see keys `first:stop`: all earlier ones, or those under `mask`."""
+class Long:
+    """A window too long for a mask: lengths of the documents, row after row (None: each row is one), and the window.
 
-    rows: slice
-    start: int
-    stop: int
-    first: int
-    mask: Tensor | None
+    A plain object, as torch.compile would compile again for other values in a tuple or a dataclass.
+    """
 
-
-class Blocks(tuple[Block, ...]):
-    """Blocks of one batch; opaque to torch.compile, which would compile again for every batch."""
+    def __init__(self, lengths: list[int] | None, window: int | None):
+        self.lengths, self.window = lengths, window
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,7 @@ class Visibility:
     """Which keys a query sees, made once per forward pass and shared by the layers. Neither set: all earlier ones."""
 
     mask: Tensor | None = None
-    blocks: Blocks | None = None
+    long: Long | None = None
 
 
 def visibility(length: int, document_ids: Tensor | None, window: int | None, like: Tensor) -> Visibility:
@@ -56,7 +53,7 @@ def visibility(length: int, document_ids: Tensor | None, window: int | None, lik
     if document_ids is None and window is None:
         return Visibility()
     if length > LONGEST_MASK and like.device.type == "cpu":
-        return Visibility(blocks=Blocks(_blocks(length, document_ids, window, like.dtype)))
+        return Visibility(long=Long(None if document_ids is None else _lengths(document_ids), window))
     place = torch.arange(length, device=like.device)
     seen = causal(place, place, window)
     if document_ids is not None:
@@ -76,23 +73,11 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
-def _blocks(length: int, document_ids: Tensor | None, window: int | None, dtype: torch.dtype):
-    if document_ids is None:
-        documents = [(slice(None), 0, length)]
-    else:
-        documents = []
-        for row, ids in enumerate(document_ids):
-            stops = torch.unique_consecutive(ids, return_counts=True)[1].cumsum(0).tolist()
-            documents += [(slice(row, row + 1), a, b) for a, b in zip([0, *stops], stops, strict=False)]
-    for rows, first, last in documents:
-        step = window or last - first
-        for start in range(first, last, step):
-            stop, seen_from = min(start + step, last), max(first, start - step + 1)
-            mask = None
-            if seen_from < start:
-                places = torch.arange(seen_from, stop)
-                mask = additive(causal(places[start - seen_from :], places, window), dtype)
-            yield Block(rows, start, stop, seen_from, mask)
+def _lengths(document_ids: Tensor) -> list[int]:
+    changes = torch.ones_like(document_ids, dtype=torch.bool)
+    changes[:, 1:] = document_ids.diff(dim=1) != 0
+    starts = changes.flatten().nonzero()[:, 0]
+    return starts.diff(append=starts.new_tensor([changes.numel()])).tolist()
 
 
 class Cache:
@@ -149,25 +134,41 @@ class Attention(nn.Module):
 
 def attend(q_BTND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) -> Tensor:
     """Scaled dot-product attention, scale D^-0.5. Returns [B, T, N, D]."""
-    if visible.blocks is not None:
-        return _attend_blocks(q_BTND, k_BSKD, v_BSKD, visible.blocks)
+    if visible.long is not None:
+        return _attend_long(q_BTND, k_BSKD, v_BSKD, visible.long)
     return _sdpa(q_BTND, k_BSKD, v_BSKD, visible.mask)
 
 
 @torch.compiler.disable
-def _attend_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: Blocks) -> Tensor:
-    out = torch.empty_like(q)
-    for block in blocks:
-        queries = q[block.rows, block.start : block.stop]
-        keys, values = (t[block.rows, block.first : block.stop] for t in (k, v))
-        out[block.rows, block.start : block.stop] = _sdpa(queries, keys, values, block.mask)
-    return out
+def _attend_long(q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, long: Long) -> Tensor:
+    if long.lengths is None:
+        return _attend_window(q_BTND, k_BTKD, v_BTKD, long.window)
+    # Split, not slices: each slice's backward pass would fill a gradient of the whole batch.
+    documents = zip(*(t.flatten(0, 1).split(long.lengths) for t in (q_BTND, k_BTKD, v_BTKD)), strict=True)
+    return torch.cat([_attend_window(q[None], k[None], v[None], long.window)[0] for q, k, v in documents]).view_as(
+        q_BTND
+    )
+
+
+def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
+    """Causal attention in blocks of as many queries as the window has keys: work grows with T, not T squared."""
+    length = q.shape[1]
+    if window is None or window >= length:
+        return _sdpa(q, k, v, None)
+    outputs = []
+    for start in range(0, length, window):
+        stop, first = min(start + window, length), max(0, start - window + 1)
+        mask = None
+        if start:
+            keys = torch.arange(first, stop)
+            mask = additive(causal(keys[start - first :], keys, window), q.dtype)
+        outputs.append(_sdpa(q[:, start:stop], k[:, first:stop], v[:, first:stop], mask))
+    return torch.cat(outputs, dim=1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    short = k.shape[2] <= LONGEST_MASK or q.dtype == torch.bfloat16
-    if q.device.type == "cpu" and q.dtype != torch.float16 and short and torch.is_grad_enabled():
+    if q.device.type == "cpu" and k.shape[2] <= LONGEST_KERNEL and q.dtype != torch.float16 and torch.is_grad_enabled():
         return _on_cpu(q, k, v, mask).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)

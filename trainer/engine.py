@@ -1,6 +1,7 @@
 """DeepSpeed, in this one place: process group, engine, the skip guard that ZeRO-0 lacks, and where each state lies."""
 
 import contextlib
+import ctypes
 import io
 import logging
 import math
@@ -42,6 +43,18 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
+def keep_freed_memory() -> None:
+    """On CPU, let glibc keep what torch frees for the next step instead of giving it back to the kernel.
+
+    Every tensor above 128 kB is otherwise mapped and faulted in anew, page by page: seen to slow chains of elementwise
+    operations by four. Nothing happens on another C library.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
 def start_processes(timeout_s: float) -> None:
     """Join the process group named by torchrun's environment variables (a lone process is its own group)."""
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
@@ -50,6 +63,8 @@ def start_processes(timeout_s: float) -> None:
         where = device()
         if where.type == "cuda":
             torch.cuda.set_device(where)
+        else:
+            keep_freed_memory()
         store = None
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
             # A lone process needs no port that another run on this machine could have taken.

@@ -179,7 +179,7 @@ def _build(run_dir: Path, config: Config, here: torch.device):
     tap = RouterTap(module, config.model) if config.model.is_moe else None
     if config.train.compile:
         for layer in module.model.layers:  # type: ignore[union-attr]
-            layer.compile()
+            layer.compile(dynamic=False)
     return ds.build_engine(module, config), tap
 
 

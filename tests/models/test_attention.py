@@ -22,7 +22,7 @@ def plain(q, k, v, seen):
     return torch.einsum("bnts,bsnd->btnd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
-@pytest.mark.parametrize("longest_mask", [0, 512], ids=["blocks", "mask"])
+@pytest.mark.parametrize("longest_mask", [0, 512], ids=["long", "mask"])
 @pytest.mark.parametrize("window", [None, 1, 5, 300])
 @pytest.mark.parametrize("documents", [False, True])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
