@@ -90,7 +90,7 @@ MISTAKES = {
         "quickstart); did you mean quickstart?",
     ),
     "found by rank 0": (
-        ["quickstart", "optim.warmup=301", "parallel.dp=2"],
+        ["quickstart", "optim.warmup=301", "train.steps=300", "parallel.dp=2"],
         "muster: optim.warmup (301) is longer than train.steps (300)",
     ),
     "other number of processes": (

@@ -1,5 +1,6 @@
 """Encode batches in several processes, in order and in bounded memory."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -68,7 +69,8 @@ class _Workers:
             command = [sys.executable, "-P", "-c", code]
             self.processes.append(subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL))
             theirs.close()
-            ours.send(spec)
+            with contextlib.suppress(BrokenPipeError):  # one that died at once is noticed at its first batch
+                ours.send(spec)
             self.idle.append(ours)
 
     def send(self, number: int, batch: Records) -> None:
