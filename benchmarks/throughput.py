@@ -379,6 +379,12 @@ def compete(size, precision, args, peak: float, folder: str) -> dict[str, Any]:
     peers = {name: statistics.median(r) for name, r in rates.items() if name.startswith("transformers")}
     best = max(peers, key=peers.__getitem__) if peers else None
     rows = {}
+    stage = 0 if precision == "fp32" else 1
+    chain = [f"muster, ZeRO-{stage}", f"engine loop, ZeRO-{stage}", "bare loop, our model"]
+    overheads = {
+        f"{above} / {below}": statistics.median(a / b for a, b in zip(rates[above], rates[below], strict=True))
+        for i, above in enumerate(chain) for below in chain[i + 1 :] if above in rates and below in rates
+    }  # fmt: skip
     for name, values in rates.items():
         ratios = [a / b for a, b in zip(values, rates[best], strict=True)] if best else [float("nan")]
         rate = statistics.median(values)
@@ -386,7 +392,13 @@ def compete(size, precision, args, peak: float, folder: str) -> dict[str, Any]:
             "tokens_per_second": rate, "low": min(values), "high": max(values), "times_best_transformers":
             statistics.median(ratios), "share_of_matmul_peak": rate * flops / peak, "peak_memory_gb": memory[name],
         }  # fmt: skip
-    return {"precision": precision, "best_transformers": best, "matmul_peak_gflops": peak / 1e9, "rows": rows}
+    return {
+        "precision": precision,
+        "best_transformers": best,
+        "matmul_peak_gflops": peak / 1e9,
+        "rows": rows,
+        "overheads": overheads,
+    }
 
 
 def main() -> None:
@@ -419,6 +431,8 @@ def main() -> None:
                 f"| {row['peak_memory_gb']:.2f} GB |",
                 flush=True,
             )
+        for pair, ratio in result["overheads"].items():
+            print(f"{pair}: {ratio:.3f}", flush=True)
 
 
 if __name__ == "__main__":
