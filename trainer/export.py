@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import torch
-from models.hf import export_hf
 from torch import nn
 
 from configs import Config, ConfigError
 from models.families import build
+from models.hf import export_hf
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Reader
