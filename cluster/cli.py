@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from configs import Config, ConfigError, load, preset_names, resolve, to_yaml
+from models.cost import parameters, training_flops_per_token
 
 from . import data, doctor, runs, trained
 from .runs import Json
@@ -59,6 +60,13 @@ def show_config(
     print(to_yaml(resolved), end="")
     for note in notes:
         print(f"# {note}")
+    counts, train = parameters(resolved.model), resolved.train
+    flops = training_flops_per_token(resolved.model, train.seq_len)
+    tokens = train.steps * train.global_batch * train.seq_len
+    print(
+        f"# cost: {counts.total:,} parameters, {counts.active:,} active per token\n"
+        f"#   {flops:.4g} training FLOPs per token, {tokens:.4g} tokens in {train.steps} steps, {flops * tokens:.4g} FLOPs in all"
+    )
 
 
 def _vocabulary(config: Config) -> int:

@@ -142,3 +142,9 @@ def test_doctor_tells_what_is_here(muster, tmp_path, monkeypatch):
     assert code == 1
     assert str(locks / "lock") in out
     assert "127.0.0.1:1 does not answer" in out
+
+
+def test_config_tells_what_the_model_costs(muster):
+    code, out, _ = muster("config", "moe-8x7b")
+    assert code == 0
+    assert "46,702,792,704 parameters, 12,879,925,248 active" in out
