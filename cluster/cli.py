@@ -65,7 +65,8 @@ def show_config(
     tokens = train.steps * train.global_batch * train.seq_len
     print(
         f"# cost: {counts.total:,} parameters, {counts.active:,} active per token\n"
-        f"#   {flops:.4g} training FLOPs per token, {tokens:.4g} tokens in {train.steps} steps, {flops * tokens:.4g} FLOPs in all"
+        f"#   {flops:.4g} training FLOPs per token, {tokens:.4g} tokens in {train.steps} steps, "
+        f"{flops * tokens:.4g} FLOPs in all"
     )
 
 
