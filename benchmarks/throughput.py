@@ -145,32 +145,45 @@ def hugging_face(size: dict[str, Any], precision: str, experts: str, autocast: b
     return step
 
 
-def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], None]:
-    """Our own model under a bare PyTorch loop."""
-    import torch
-
+def our_model(config: Any) -> tuple[Any, Any]:
+    """(module on this process's device, tap on its routers or None), compiled if the config says so."""
     from models.balance import RouterTap
     from models.families import build
     from trainer.engine import device
 
-    config = run_config(size, precision, compiled)
     with device():
         module = build(config.model)
     module.init_weights(0)
     tap = RouterTap(module, config.model) if config.model.is_moe else None
-    if compiled:
+    if config.train.compile:
         for layer in module.model.layers:
             layer.compile(dynamic=False)
+    return module, tap
+
+
+def objective(out: Any, tap: Any) -> Any:
+    """Mean token loss and the router losses of one forward pass, as the trainer weighs them."""
+    loss = out.loss_sum / out.tokens
+    if tap:
+        router = tap.collect()
+        loss = loss + 0.01 * router.aux_loss + 0.001 * router.z_loss
+    return loss
+
+
+def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], None]:
+    """Our own model under a bare PyTorch loop."""
+    import torch
+
+    from trainer.engine import device
+
+    module, tap = our_model(run_config(size, precision, compiled))
     if precision == "bf16":
         module = module.to(torch.bfloat16)
     update = optimizer_for(module, precision == "bf16")
 
     def step() -> None:
         out = module(random_batch(size).to(device()))
-        loss = out.loss_sum / out.tokens
-        if tap:
-            router = tap.collect()
-            loss = loss + 0.01 * router.aux_loss + 0.001 * router.z_loss
+        loss = objective(out, tap)
         loss.backward()
         update()
         loss.item()
@@ -193,27 +206,16 @@ def random_batch(size: dict[str, Any]) -> Any:
 
 def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int) -> Callable[[], None]:
     """A bare loop over the very DeepSpeed engine that the trainer uses."""
-    from models.balance import RouterTap
-    from models.families import build
     from trainer import engine as ds
 
     config = run_config(size, precision, compiled, parallel={"zero_stage": stage})
     ds.start_processes(600)
-    with ds.device():
-        module = build(config.model)
-    module.init_weights(0)
-    tap = RouterTap(module, config.model) if config.model.is_moe else None
-    if compiled:
-        for layer in module.model.layers:
-            layer.compile(dynamic=False)
+    module, tap = our_model(config)
     engine = ds.build_engine(module, config)
 
     def step() -> None:
         out = engine(random_batch(size).to(ds.device()))
-        loss = out.loss_sum / out.tokens
-        if tap:
-            router = tap.collect()
-            loss = loss + 0.01 * router.aux_loss + 0.001 * router.z_loss
+        loss = objective(out, tap)
         engine.backward(loss)
         engine.step()
         loss.item()

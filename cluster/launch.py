@@ -16,7 +16,7 @@ from rich.console import Console
 from configs import Config, ConfigError
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
-from trainer.run import is_finished, prepare_run, read_config, request_stop, run_lock
+from trainer.run import attempts, is_finished, prepare_run, read_config, request_stop, run_lock
 
 from .failures import Final
 from .machine import this_node
@@ -52,7 +52,7 @@ def launch(config: Config, fork: str | None = None) -> int:
         return FINISHED
     out.print(f"run {config.run.name} in {run_dir}", markup=False)
 
-    attempts_before = _attempts(run_dir)
+    attempts_before = attempts(run_dir)
     job = _Job(config, run_dir, address, node)
     with Follower(run_dir, ProgressView(config.train.steps)), contextlib.ExitStack() as handlers:
         job.start()
@@ -153,7 +153,7 @@ def _signals(handle: Callable[[], None]) -> Iterator[None]:
 
 def _on_signal(job: _Job, attempts_before: int) -> None:
     """First signal: ask for a checkpoint and a clean end. Second, or one before training has begun: end at once."""
-    if not job.stopping and _attempts(job.run_dir) > attempts_before:
+    if not job.stopping and attempts(job.run_dir) > attempts_before:
         job.stopping = True
         request_stop(job.run_dir)
         print("muster: stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
@@ -165,10 +165,6 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
     print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
-
-
-def _attempts(run_dir: Path) -> int:
-    return sum(event["event"] == "attempt_started" for event in read_events(run_dir))
 
 
 def _report(job: _Job, out: Console, attempts_before: int) -> int:
@@ -186,7 +182,7 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
     print(f"muster: {message}", file=sys.stderr)
     if job.logs:
         print(f"Output of the workers: {job.logs}", file=sys.stderr)
-    if _attempts(job.run_dir) > attempts_before:
+    if attempts(job.run_dir) > attempts_before:
         _close_record(job.run_dir, "FAILED", message.splitlines()[0])
         if job.config.tracking.enabled:
             _send_record(job.run_dir)

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -228,18 +228,6 @@ class Reader:
     def weight(self, name: str) -> Tensor:
         """The whole fp32 weight in its shape."""
         return self.read(MASTER, name).view(self.shape("weight", name))
-
-
-def newest_valid(
-    run_dir: Path, refuse: Callable[[int, list[str]], None], check: Callable[[Path], list[str]] = verify
-) -> int | None:
-    """Newest step whose files are the manifest's; `refuse(step, problems)` is told of each newer one that is not."""
-    for step in reversed(committed(run_dir)):
-        problems = check(folder(run_dir, step))
-        if not problems:
-            return step
-        refuse(step, problems)
-    return None
 
 
 def digest(path: Path) -> str:

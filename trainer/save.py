@@ -23,11 +23,11 @@ def take_snapshot(engine: Any) -> Snapshot:
     """
     optimizer = base_optimizer(engine)
     rank, world = dist.get_rank(), dist.get_world_size()
+    whole = is_replicated(engine)
     tensors: dict[str, torch.Tensor] = {}
     shapes: dict[str, dict[str, list[int]]] = {}
     scalars: dict[str, float] = {}
     for slot in slots(engine):
-        whole = is_replicated(engine)
         low, high = (slot.numel * rank // world, slot.numel * (rank + 1) // world) if whole else (0, slot.numel)
         views = {MASTER: slot.view(slot.owner)}
         for key, value in optimizer.state.get(slot.owner, {}).items():
