@@ -72,16 +72,16 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
                 f"set parallel.{name}=1 and raise parallel.dp or parallel.zero_stage"
             )
     # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently
-    # become another one (Adafactor) or raise (Muon). At stage 0 DeepSpeed accumulates gradients in low precision.
+    # become another one (Adafactor) or raise (Muon). For fp16 at stage 0 DeepSpeed adds up gradients in fp16.
     whole_matrices = config.optim.name in ("adafactor", "muon")
-    if whole_matrices and (parallel.zero_stage or train.precision != "fp32"):
+    if whole_matrices and (parallel.zero_stage or train.precision == "fp16"):
         raise ConfigError(
             f"optim.name={config.optim.name} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces, and "
             f"train.precision={train.precision} with parallel.zero_stage={parallel.zero_stage} needs ZeRO: "
-            "set parallel.zero_stage=0 and train.precision=fp32, or optim.name=adamw"
+            "set parallel.zero_stage=0 and train.precision=bf16 or fp32, or optim.name=adamw"
         )
-    if train.precision != "fp32" and parallel.zero_stage == 0:
-        stage = derive("parallel", "zero_stage", 1, f"{train.precision} keeps fp32 gradients from stage 1 on")
+    if train.precision == "fp16" and parallel.zero_stage == 0:
+        stage = derive("parallel", "zero_stage", 1, "fp16 keeps fp32 gradients from stage 1 on")
         parallel = parallel.model_copy(update={"zero_stage": stage})
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")

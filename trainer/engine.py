@@ -119,7 +119,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if train.precision == "bf16":
+    if train.precision == "bf16" and stage:
         result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     elif train.precision == "fp16":
@@ -127,14 +127,34 @@ def engine_config(config: Config) -> dict[str, Any]:
     return result
 
 
+def work_in(module: nn.Module, dtype: torch.dtype) -> None:
+    """Let every layer use its parameters in `dtype` while they, their gradients and their names stay as they are.
+
+    As in FSDP's mixed precision, the cast is a part of the graph, so gradients accumulate in fp32. Each layer's class
+    gets properties over its parameters, which is also how torch's parametrizations work.
+    """
+
+    def cast(name: str) -> property:
+        return property(lambda layer: layer._parameters[name].to(dtype))
+
+    for layer in module.modules():
+        if layer._parameters:
+            properties = {name: cast(name) for name, p in layer._parameters.items() if p is not None}
+            layer.__class__ = type(type(layer).__name__, (type(layer),), properties)
+
+
 def build_engine(module: nn.Module, config: Config) -> Any:
     """A DeepSpeed engine over a plain module, with the run's optimizer; the process group must exist."""
     optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
     if config.parallel.zero_stage == 0:
+        if config.train.precision == "bf16":
+            work_in(module, torch.bfloat16)
         optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (_Guarded, type(optimizer)), {})
         optimizer.max_norm = config.train.grad_clip  # type: ignore[attr-defined]
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory of the machine four times
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(config))
+    if config.parallel.zero_stage == 0 and torch.distributed.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # it would flatten and copy every gradient for nobody else
     return engine
 
 

@@ -50,18 +50,18 @@ def test_given_values_are_left_alone():
     assert resolve(asked, vocab_size=999) == (asked, [])
 
 
-def test_low_precision_needs_zero_for_its_fp32_gradients():
-    for precision in ("bf16", "fp16"):
-        resolved, notes = resolve(made(train={"precision": precision}))
-        assert resolved.parallel.zero_stage == 1
-        assert notes[-1] == f"parallel.zero_stage=1: {precision} keeps fp32 gradients from stage 1 on"
-    assert resolve(made(train={"precision": "bf16"}, parallel={"zero_stage": 3}))[0].parallel.zero_stage == 3
+def test_fp16_needs_zero_for_its_fp32_gradients():
+    resolved, notes = resolve(made(train={"precision": "fp16"}))
+    assert resolved.parallel.zero_stage == 1
+    assert notes[-1] == "parallel.zero_stage=1: fp16 keeps fp32 gradients from stage 1 on"
+    assert resolve(made(train={"precision": "fp16"}, parallel={"zero_stage": 3}))[0].parallel.zero_stage == 3
+    assert resolve(made(train={"precision": "bf16"}))[0].parallel.zero_stage == 0
     assert resolve(made())[0].parallel.zero_stage == 0
 
 
 WHOLE = (
     r"needs whole matrices, which ZeRO 1 to 3 cut into flat pieces.*set parallel\.zero_stage=0 and "
-    r"train\.precision=fp32, or optim\.name=adamw"
+    r"train\.precision=bf16 or fp32, or optim\.name=adamw"
 )
 REFUSED = {
     "no vocabulary": (made(model={"vocab_size": None}), r"model\.vocab_size is not set.*: set model\.vocab_size"),
@@ -74,8 +74,8 @@ REFUSED = {
         r"train\.global_batch \(2\) gives 4 data-parallel ranks nothing to do: raise it to 4 or lower parallel\.dp",
     ),
     "muon and zero": (made(optim={"name": "muon"}, parallel={"zero_stage": 1}), rf"optim\.name=muon {WHOLE}"),
-    "adafactor and bf16": (
-        made(optim={"name": "adafactor"}, train={"precision": "bf16"}),
+    "adafactor and fp16": (
+        made(optim={"name": "adafactor"}, train={"precision": "fp16"}),
         rf"optim\.name=adafactor {WHOLE}",
     ),
     "exponential to 0": (

@@ -81,9 +81,26 @@ def test_batch_that_does_not_divide_is_filled_with_weight_zero(pair):
     check(results[0][0], bare_losses(alone, 4), [fragments for _, fragments in results])
 
 
-@pytest.mark.parametrize(
-    ("stage", "precision"), [(s, p) for s in range(4) for p in ("fp32", "bf16") if s or p == "fp32"]
-)
+@pytest.mark.parametrize("optim", ["adamw", "muon"])
+@pytest.mark.parametrize("dp", [1, 2])
+def test_bf16_at_stage_0_is_mixed_precision(pair, optim, dp):
+    """Losses within bf16's noise of fp32, and fp32 masters: steps far below a bf16 weight's resolution are kept."""
+    settings = config(0, dp, optim, precision="bf16")
+    small = settings.model_copy(update={"optim": settings.optim.model_copy(update={"lr": 1e-6})})
+    results = pair(engine_losses, small, STEPS) if dp == 2 else [engine_losses(small, STEPS)]
+    outcomes, weights = bare_losses(small, STEPS)
+    assert [loss for loss, _, _ in results[0][0]] == pytest.approx([loss for loss, _, _ in outcomes], rel=2e-3)
+    assert [norm for _, norm, _ in results[0][0]] == pytest.approx([norm for _, norm, _ in outcomes], rel=2e-2)
+    whole = assemble([fragments for _, fragments in results], weights)
+    start = assemble([engine_losses(small, 0)[1]], weights)
+    for name, weight in weights.items():
+        assert whole[name].dtype == torch.float32
+        moved, expected = whole[name] - start[name], weight - start[name]
+        assert (moved - expected).norm() <= 0.25 * expected.norm(), name
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_infinite_loss_on_one_process_skips_the_step_on_all(pair, stage, precision):
     settings = config(stage, 2, precision=precision)
     clean = pair(engine_losses, settings, 2)
