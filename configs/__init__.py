@@ -2,11 +2,12 @@
 
 from .base import ConfigError, Section
 from .load import flatten, from_dict, load, preset_names, to_yaml
-from .model import ModelConfig, RopeScaling
+from .model import BlockSparse, ModelConfig, RopeScaling
 from .resolve import differences, resolve
 from .run import Config
 
 __all__ = [
+    "BlockSparse",
     "Config",
     "ConfigError",
     "ModelConfig",

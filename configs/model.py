@@ -26,6 +26,19 @@ class RopeScaling(Section):
     """yarn: those with fewer are divided by factor."""
 
 
+class BlockSparse(Section):
+    """Attention to some blocks of earlier keys, counted from a document's start (arXiv:1904.10509, 2007.14062)."""
+
+    block: PositiveInt = 64
+    """Tokens of a block."""
+    local_blocks: PositiveInt = 4
+    """Blocks up to a query's own, itself included, that it sees."""
+    global_blocks: int = Field(1, ge=0)
+    """First blocks of the document, which every query sees."""
+    stride: int = Field(0, ge=0)
+    """Every block this many, or a multiple of it, before the query's own is seen too; 0: none."""
+
+
 class ModelConfig(Section):
     """A decoder-only Transformer; `num_experts: 0` is dense. `None` means: derived by `resolve()`."""
 
@@ -59,6 +72,8 @@ class ModelConfig(Section):
     """The head uses the embedding's weights."""
     sliding_window: PositiveInt | None = None
     """A query sees at most this many keys, itself included; None: all."""
+    block_sparse: BlockSparse | None = None
+    """A query sees some blocks of keys only; None: all."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """On the output of each attention and MLP block and on the embedding."""
     init_std: PositiveFloat = 0.02
@@ -108,6 +123,11 @@ class ModelConfig(Section):
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}: rotary positions need an even one")
+        if self.sliding_window and self.block_sparse:
+            raise ValueError(
+                f"model.sliding_window ({self.sliding_window}) and model.block_sparse are two patterns of attention: "
+                "set one of them to null"
+            )
         if self.is_moe and not any(self.is_moe_layer(i) for i in range(self.num_layers)):
             raise ValueError(
                 f"model.num_experts is {self.num_experts} but no layer is MoE: model.moe_every ({self.moe_every}) and "

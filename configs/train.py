@@ -42,8 +42,10 @@ class TrainConfig(Section):
     """Of weights and activations in the forward and backward pass; master weights are fp32 always."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """`full`: keep only each layer's input and compute the layer again in the backward pass."""
+    activation_checkpointing: Literal["none", "full", "selective"] = "none"
+    """`full`: keep only each layer's input and compute the layer again in the backward pass; `selective`: of some."""
+    checkpoint_every_layers: PositiveInt = 2
+    """`selective`: every k-th layer is computed again: layer i (from 0) when (i + 1) % k == 0."""
     compile: bool = False
     """torch.compile each layer: slow start, faster steps; needs a C++ compiler on CPU."""
     eval_every: NonNegativeInt = 0
@@ -66,6 +68,11 @@ class TrainConfig(Section):
     """A run, a checkpoint or a Hugging Face folder whose weights (only) the run begins with; None: random weights."""
     log_every: PositiveInt = 1
     """Steps between metric records."""
+
+    @property
+    def recompute_every(self) -> int:
+        """Every how many layers one is computed again in the backward pass; 0: none is."""
+        return {"none": 0, "full": 1, "selective": self.checkpoint_every_layers}[self.activation_checkpointing]
 
     @model_validator(mode="after")
     def _check(self):

@@ -8,12 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 
 from configs import ModelConfig
 
+from . import flex
 from .cpu_attention import CpuAttention
 from .norm import HeadNorm
+from .pattern import Pattern
 from .rope import rotate
+from .tiled_attention import TiledAttention
 
 LONGEST_MASK = 512
 """On CPU a mask of [B, 1, T, T] is quicker up to this T; above it a loop over documents is."""
@@ -22,50 +26,43 @@ LONGEST_KERNEL = 512
 
 
 class Long:
-    """A window too long for a mask: lengths of the documents, row after row (None: each row is one), and the window.
+    """Sequences too long for a mask: lengths of the documents, row after row (None: each row is one), and the pattern.
 
     A plain object, as torch.compile would compile again for other values in a tuple or a dataclass.
     """
 
-    def __init__(self, lengths: list[int] | None, window: int | None):
-        self.lengths, self.window = lengths, window
+    def __init__(self, lengths: list[int] | None, pattern: Pattern):
+        self.lengths, self.pattern = lengths, pattern
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees, made once per forward pass and shared by the layers. Neither set: all earlier ones."""
+    """Which keys a query sees, made once per forward pass and shared by the layers. None set: all earlier ones."""
 
     mask: Tensor | None = None
     long: Long | None = None
+    blocks: BlockMask | None = None
 
 
-def visibility(length: int, document_ids: Tensor | None, window: int | None, like: Tensor) -> Visibility:
-    """Causal attention within documents and a sliding window.
+def visibility(length: int, document_ids: Tensor | None, pattern: Pattern, like: Tensor) -> Visibility:
+    """What the pattern and documents kept apart leave visible.
 
     Args:
         length: T.
         document_ids: [B, T], or None: one document.
-        window: keys that a query sees, itself included; None: all.
         like: a tensor with the dtype and device of the hidden states.
     """
-    if window is not None and window >= length:
-        window = None
-    if document_ids is None and window is None:
+    if document_ids is None and pattern.is_full(length):
         return Visibility()
     if length > LONGEST_MASK and like.device.type == "cpu":
-        return Visibility(long=Long(None if document_ids is None else _lengths(document_ids), window))
-    place = torch.arange(length, device=like.device)
-    seen = causal(place, place, window)
+        return Visibility(long=Long(None if document_ids is None else _lengths(document_ids), pattern))
+    place_BT = places(document_ids, length, like.device)
+    if like.device.type == "cuda":
+        return Visibility(blocks=flex.block_mask(place_BT, document_ids, pattern))
+    seen = pattern.sees(place_BT[:, None, :, None], place_BT[:, None, None])
     if document_ids is not None:
-        seen = seen & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
-    return Visibility(mask=additive(seen, like.dtype).expand(-1, 1, -1, -1))
-
-
-def causal(queries: Tensor, keys: Tensor, window: int | None) -> Tensor:
-    """[1, 1, T, S] bool from the places of queries [T] and keys [S]."""
-    distance = queries[:, None] - keys
-    seen = distance >= 0
-    return (seen if window is None else seen & (distance < window))[None, None]
+        seen = seen & (document_ids[:, None, :, None] == document_ids[:, None, None])
+    return Visibility(mask=additive(seen, like.dtype))
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -73,11 +70,24 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
+def places(document_ids: Tensor | None, length: int, device: torch.device) -> Tensor:
+    """[B, T]: place of each token in its document; [1, T] where rows are documents."""
+    columns = torch.arange(length, device=device)
+    if document_ids is None:
+        return columns[None]
+    return columns - torch.where(_begins(document_ids), columns, 0).cummax(dim=1).values
+
+
 def _lengths(document_ids: Tensor) -> list[int]:
-    changes = torch.ones_like(document_ids, dtype=torch.bool)
-    changes[:, 1:] = document_ids.diff(dim=1) != 0
-    starts = changes.flatten().nonzero()[:, 0]
-    return starts.diff(append=starts.new_tensor([changes.numel()])).tolist()
+    starts = _begins(document_ids).flatten().nonzero()[:, 0]
+    return starts.diff(append=starts.new_tensor([document_ids.numel()])).tolist()
+
+
+def _begins(document_ids: Tensor) -> Tensor:
+    """[B, T] bool: the first token of each document."""
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids.diff(dim=1) != 0
+    return begins
 
 
 class Cache:
@@ -91,11 +101,12 @@ class Cache:
         self.padding, self.length = padding, 0
         self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
-    def visibility(self, queries: int, window: int | None, like: Tensor) -> Visibility:
+    def visibility(self, queries: int, pattern: Pattern, like: Tensor) -> Visibility:
         """Which of the columns, these queries' included, each of the next queries sees. Counts them as present."""
         columns = torch.arange(self.length + queries, device=like.device)
-        seen = causal(columns[self.length :], columns, window) & (columns >= self.padding[:, None, None, None])
+        place = columns - self.padding[:, None, None, None]
         # A column of padding sees itself: a softmax over nothing would be NaN.
+        seen = pattern.sees(place[..., self.length :].transpose(2, 3), place) & (place >= 0)
         seen = seen | (columns[self.length :, None] == columns)
         self.length += queries
         return Visibility(mask=additive(seen, like.dtype))
@@ -119,6 +130,8 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
+        self.attend = attend
+        """Replaced from outside where the sequences are held in parts."""
 
     def forward(self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None) -> Tensor:
         # The number of heads is read off the projection: tensor parallelism leaves a rank only some of them.
@@ -127,13 +140,15 @@ class Attention(nn.Module):
         v_BTKD = self.v_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         q_BTND = rotate(q_BTND, cos, sin) if self.q_norm is None else self.q_norm(q_BTND, cos, sin)
         k_BTKD = rotate(k_BTKD, cos, sin) if self.k_norm is None else self.k_norm(k_BTKD, cos, sin)
-        if cache is not None:
-            k_BTKD, v_BTKD = cache.extend(self, k_BTKD, v_BTKD)
-        return self.o_proj(attend(q_BTND, k_BTKD, v_BTKD, visible).flatten(2))
+        if cache is not None:  # sequences that grow are whole
+            return self.o_proj(attend(q_BTND, *cache.extend(self, k_BTKD, v_BTKD), visible).flatten(2))
+        return self.o_proj(self.attend(q_BTND, k_BTKD, v_BTKD, visible).flatten(2))
 
 
 def attend(q_BTND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) -> Tensor:
     """Scaled dot-product attention, scale D^-0.5. Returns [B, T, N, D]."""
+    if visible.blocks is not None:
+        return flex.attend(q_BTND, k_BSKD, v_BSKD, visible.blocks)
     if visible.long is not None:
         return _attend_long(q_BTND, k_BSKD, v_BSKD, visible.long)
     return _sdpa(q_BTND, k_BSKD, v_BSKD, visible.mask)
@@ -142,28 +157,18 @@ def attend(q_BTND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) 
 @torch.compiler.disable
 def _attend_long(q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, long: Long) -> Tensor:
     if long.lengths is None:
-        return _attend_window(q_BTND, k_BTKD, v_BTKD, long.window)
+        return _attend_document(q_BTND, k_BTKD, v_BTKD, long.pattern)
     # Split, not slices: each slice's backward pass would fill a gradient of the whole batch.
     documents = zip(*(t.flatten(0, 1).split(long.lengths) for t in (q_BTND, k_BTKD, v_BTKD)), strict=True)
-    return torch.cat([_attend_window(q[None], k[None], v[None], long.window)[0] for q, k, v in documents]).view_as(
-        q_BTND
-    )
+    done = [_attend_document(q[None], k[None], v[None], long.pattern)[0] for q, k, v in documents]
+    return torch.cat(done).view_as(q_BTND)
 
 
-def _attend_window(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> Tensor:
-    """Causal attention in blocks of as many queries as the window has keys: work grows with T, not T squared."""
-    length = q.shape[1]
-    if window is None or window >= length:
+def _attend_document(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    if pattern.is_full(q.shape[1]):
         return _sdpa(q, k, v, None)
-    outputs = []
-    for start in range(0, length, window):
-        stop, first = min(start + window, length), max(0, start - window + 1)
-        mask = None
-        if start:
-            keys = torch.arange(first, stop)
-            mask = additive(causal(keys[start - first :], keys, window), q.dtype)
-        outputs.append(_sdpa(q[:, start:stop], k[:, first:stop], v[:, first:stop], mask))
-    return torch.cat(outputs, dim=1)
+    y = TiledAttention.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
+    return y.transpose(1, 2)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -3,6 +3,7 @@
 Hooks on the `gate` linears see the logits in a plain model and in one whose MoE blocks the engine replaced.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,10 +36,15 @@ class RouterTap:
 
     Only calls within the module's own forward pass count: activation checkpointing calls the routers again in the
     backward pass.
+
+    Args:
+        mean_over_parts: where the module is given parts of sequences; see `router_stats`.
     """
 
-    def __init__(self, module: nn.Module, config: ModelConfig):
-        self._top_k = config.top_k
+    def __init__(
+        self, module: nn.Module, config: ModelConfig, mean_over_parts: Callable[[Tensor], Tensor] | None = None
+    ):
+        self._top_k, self._mean_over_parts = config.top_k, mean_over_parts
         self._gates = [part for name, part in module.named_modules() if name.endswith(".gate")]
         self._listening = False
         module.register_forward_pre_hook(self._open)
@@ -51,7 +57,8 @@ class RouterTap:
         heard = [gate.__dict__.pop(_HEARD) for gate in self._gates if _HEARD in gate.__dict__]
         if not heard:
             return None
-        return router_stats(torch.stack([logits.flatten(0, -2).float() for logits in heard]), self._top_k)
+        logits_LSE = torch.stack([logits.flatten(0, -2).float() for logits in heard])
+        return router_stats(logits_LSE, self._top_k, self._mean_over_parts)
 
     def _open(self, module: nn.Module, args: object) -> None:
         for gate in self._gates:
@@ -70,19 +77,29 @@ class RouterTap:
 _HEARD = "heard_logits"
 
 
-def router_stats(logits_LSE: Tensor, top_k: int) -> RouterStats:
-    """Balancing losses and loads from the router logits of L layers; see `RouterStats`."""
+def router_stats(
+    logits_LSE: Tensor, top_k: int, mean_over_parts: Callable[[Tensor], Tensor] | None = None
+) -> RouterStats:
+    """Balancing losses and loads from the router logits of L layers; see `RouterStats`.
+
+    Args:
+        mean_over_parts: differentiable mean over the equally large parts of a micro-batch that the S tokens are one of.
+    """
     layers, tokens, experts = logits_LSE.shape
     logsumexp_LS = logits_LSE.logsumexp(-1)
     mean_prob_LE = (logits_LSE - logsumexp_LS[..., None]).exp().mean(1)
+    square_L = logsumexp_LS.square().mean(1)
     with torch.no_grad():
         choice_LA = logits_LSE.topk(top_k, dim=-1).indices.view(layers, -1)
         count_LE = torch.zeros(layers, experts, device=logits_LSE.device)
         count_LE.scatter_add_(1, choice_LA, torch.ones_like(choice_LA, dtype=count_LE.dtype))
         load_LE = count_LE / (tokens * top_k)
+    if mean_over_parts is not None:
+        means = mean_over_parts(torch.cat((mean_prob_LE, square_L[:, None], load_LE), dim=1))
+        mean_prob_LE, square_L, load_LE = means[:, :experts], means[:, experts], means[:, experts + 1 :].detach()
     return RouterStats(
         aux_loss=experts * (load_LE * mean_prob_LE).sum(-1).mean(),
-        z_loss=logsumexp_LS.square().mean(),
+        z_loss=square_L.mean(),
         load=load_LE,
         max_violation=experts * load_LE.amax(-1) - 1,
     )

@@ -1,6 +1,7 @@
-"""One micro-batch of token sequences, as every model family takes it."""
+"""One micro-batch of token sequences, as every model family takes it, or one part of each of its sequences."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,9 @@ class Batch:
         labels: [B, T] int64, next-token targets already shifted; -100: not trained on.
         position_ids: [B, T] int64; restart at each document where documents are kept apart.
         document_ids: [B, T] int64, non-decreasing in a row: attention stays within equal ids. None: plain causal.
+            Of the whole sequences, also where the batch holds parts of them.
         sequence_ids: [B] int64, index of each sequence in the run; seeds dropout.
+        part: (i, n): the T tokens are the i-th of n equally long parts of each sequence.
     """
 
     input_ids: Tensor
@@ -23,9 +26,12 @@ class Batch:
     position_ids: Tensor
     document_ids: Tensor | None
     sequence_ids: Tensor
+    part: tuple[int, int] = (0, 1)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if t is not None}
+        moved: dict[str, Any] = {
+            name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if isinstance(t, Tensor)
+        }
         return replace(self, **moved)

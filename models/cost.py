@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from configs import ModelConfig
 
+from .pattern import Pattern
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -54,13 +56,12 @@ def parameters(config: ModelConfig) -> Parameters:
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of a forward pass per token of a sequence of `seq_len`, causal attention counted exactly.
 
-    A query at position t multiplies with min(t + 1, window) keys and as many values; documents are not told apart.
+    A query multiplies with the keys that it sees and as many values; documents are not told apart.
     """
     counts = parameters(config)
     _, heads, _, head_dim = _shape(config)
     matrices = counts.active - counts.norms - counts.embedding + (counts.embedding if config.tie_embeddings else 0)
-    window = min(config.sliding_window or seq_len, seq_len)
-    keys = (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+    keys = Pattern.of(config).keys_per_query(seq_len)
     return 2 * matrices + config.num_layers * 4 * heads * head_dim * keys
 
 

@@ -19,6 +19,7 @@ from .layers import SwiGLU, dropout, dropout_keys, next_keys
 from .loss import LossOutput, chunked_cross_entropy
 from .moe import MoE
 from .norm import RMSNorm
+from .pattern import Pattern
 from .rope import rope_tables
 
 
@@ -58,30 +59,46 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.activation_checkpointing = False
+        self.activation_checkpointing = 0
+        """Every k-th layer is computed again in the backward pass; 0: none."""
         self.dropout_seed = 0
 
-    def forward(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """Hidden states [B, T, H] after the last norm. With a cache the batch continues what it holds."""
-        config = self.config
-        x_BTH = self.embed_tokens(batch.input_ids)
+    def forward(self, batch: Batch, cache: Cache | None = None, hidden_BTH: Tensor | None = None) -> Tensor:
+        """Hidden states [B, T, H] after the last norm.
+
+        Args:
+            cache: what the batch continues.
+            hidden_BTH: what earlier stages of a pipeline made of the batch.
+        """
+        config, (part, parts) = self.config, batch.part
+        x_BTH = self.embed_tokens(batch.input_ids) if hidden_BTH is None else hidden_BTH
+        length = x_BTH.shape[1]
         cos, sin = rope_tables(batch.position_ids, config, x_BTH.dtype)
+        pattern = Pattern.of(config)
         if cache is None:
-            visible = visibility(x_BTH.shape[1], batch.document_ids, config.sliding_window, x_BTH)
+            visible = visibility(length * parts, batch.document_ids, pattern, x_BTH)
         else:
-            visible = cache.visibility(x_BTH.shape[1], config.sliding_window, x_BTH)
+            visible = cache.visibility(length, pattern, x_BTH)
         shared = Shared(cos, sin, visible)
         keys = None
         if self.training and config.dropout:
-            keys = dropout_keys(self.dropout_seed, batch.sequence_ids, x_BTH.shape[1])
-            x_BTH = dropout(x_BTH, keys, 0, config.dropout)
-        for layer in self.layers:
+            keys = dropout_keys(self.dropout_seed, batch.sequence_ids, length, part * length)
+            if hidden_BTH is None:
+                x_BTH = dropout(x_BTH, keys, 0, config.dropout)
+        for index in range(len(self.layers)):
             keys = next_keys(keys)
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x_BTH = checkpoint(layer, x_BTH, shared, keys, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x_BTH = layer(x_BTH, shared, keys, cache)
+            x_BTH = self.run_layer(index, x_BTH, shared, keys, cache)
         return self.norm(x_BTH)
+
+    def run_layer(
+        self, index: int, x_BTH: Tensor, shared: Shared, keys: Tensor | None, cache: Cache | None = None
+    ) -> Tensor:
+        """Output of layer `index` (from 0), of which only the input is kept where it is one to be computed again."""
+        layer, every = self.layers[index], self.activation_checkpointing
+        if every and (index + 1) % every == 0 and torch.is_grad_enabled():
+            # Layers draw no random numbers. The reentrant kind would lose the gradient of the router's losses.
+            return checkpoint(layer, x_BTH, shared, keys, use_reentrant=False, preserve_rng_state=False)
+        return layer(x_BTH, shared, keys, cache)
 
 
 class Decoder(nn.Module):
@@ -107,9 +124,9 @@ class Decoder(nn.Module):
         hidden_BTH = self.model(batch, cache)
         return F.linear(hidden_BTH, self.head_weight) if self.config.tie_embeddings else self.lm_head(hidden_BTH)
 
-    def set_activation_checkpointing(self, enabled: bool) -> None:
-        """Keep only each layer's input and compute the layer again in the backward pass."""
-        self.model.activation_checkpointing = enabled
+    def set_activation_checkpointing(self, every: int) -> None:
+        """Keep only the input of every k-th layer and compute that layer again in the backward pass; 0: of none."""
+        self.model.activation_checkpointing = every
 
     def init_weights(self, seed: int) -> None:
         """Fill all parameters as a function of (seed, name) only, and seed dropout."""

@@ -18,7 +18,7 @@ class Family:
 
     Attributes:
         build: makes the module on the default device, parameters not yet filled. The module has `init_weights(seed)`,
-            `set_activation_checkpointing(enabled)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`.
+            `set_activation_checkpointing(every)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`.
         hf: the Hugging Face architecture of a config, ConfigError if none fits it; None: the family has none.
     """
 

@@ -23,6 +23,7 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_token: int | None = None,
+    agree: Callable[[list[int]], list[int]] = lambda tokens: tokens,
 ) -> list[list[int]]:
     """Continue each prompt (one token or more); all prompts at once, with a cache of keys and values.
 
@@ -31,6 +32,8 @@ def generate(
         top_k: choose among this many likeliest tokens; None: all.
         top_p: choose among the fewest likeliest tokens with this much probability (arXiv:1904.09751).
         seed: prompt i draws from a generator of seed + i, whatever stands beside it.
+        agree: makes of the tokens that this process drew, one a prompt, those that all processes go on with; a model
+            that is split over processes may round differently on each.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -49,7 +52,8 @@ def generate(
     for _ in range(max_new_tokens):
         with _uncompiled(module):
             logits_BV = _next_logits(module, ids, padding, cache).float().cpu()
-        tokens = [_sample(row, g, temperature, top_k, top_p) for row, g in zip(logits_BV, generators, strict=True)]
+        drawn = [_sample(row, g, temperature, top_k, top_p) for row, g in zip(logits_BV, generators, strict=True)]
+        tokens = agree(drawn)
         for row in tuple(open_rows):
             if tokens[row] == stop_token:
                 open_rows.remove(row)

@@ -45,6 +45,11 @@ def architecture(config: ModelConfig) -> Architecture:
     Raises:
         ConfigError: there is none.
     """
+    if config.block_sparse:
+        raise ConfigError(
+            "no Hugging Face export for model.block_sparse: Qwen3, Qwen3-MoE, Llama and Mixtral have full attention or "
+            "a sliding window"
+        )
     if not config.is_moe:
         if config.qk_norm:
             return QWEN3

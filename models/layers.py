@@ -18,16 +18,18 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def dropout_keys(seed: int, sequence_ids: Tensor, length: int) -> Tensor:
+def dropout_keys(seed: int, sequence_ids: Tensor, length: int, first: int = 0) -> Tensor:
     """A 64-bit key for each (seed, sequence, place in the sequence).
 
     Args:
         sequence_ids: [B] int64, indices of the sequences in the run.
+        length: T.
+        first: place of the first of the T tokens.
 
     Returns:
         [B, T] int64.
     """
-    place = torch.arange(length, device=sequence_ids.device)
+    place = torch.arange(first, first + length, device=sequence_ids.device)
     return _splitmix64(_splitmix64(sequence_ids + _wrap(seed * _GOLDEN))[:, None] + place)
 
 

@@ -1,12 +1,58 @@
-"""What a query sees: documents, windows, the ways to compute them, and bf16's own backward pass."""
+"""What a query sees: documents, windows, blocks; the ways to compute it, their work and memory; own backward passes."""
 
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from models import attention
+from configs import BlockSparse
+from models import attention, flex
 from models.attention import attend, visibility
 from models.cpu_attention import CpuAttention
+from models.pattern import Pattern
+
+PATTERNS = {
+    "full": Pattern(),
+    "window 1": Pattern(1),
+    "window 5": Pattern(5),
+    "window 70": Pattern(70),
+    "window 300": Pattern(300),
+    "local blocks": Pattern(None, BlockSparse(block=8, local_blocks=3, global_blocks=0)),
+    "first blocks": Pattern(None, BlockSparse(block=16, local_blocks=1, global_blocks=2)),
+    "strided blocks": Pattern(None, BlockSparse(block=4, local_blocks=2, global_blocks=1, stride=5)),
+    "odd blocks": Pattern(None, BlockSparse(block=11, local_blocks=2, global_blocks=1, stride=3)),
+    "large blocks": Pattern(None, BlockSparse(block=40, local_blocks=1, global_blocks=1)),
+    "stride 1": Pattern(None, BlockSparse(block=8, local_blocks=1, stride=1)),
+}
+ROWS, LENGTH = 2, 200
+IDS = torch.stack([torch.arange(LENGTH) // 70, torch.arange(LENGTH) // 33])
+
+
+def sees(pattern, query, key):
+    """The rule as its papers put it, for two places in one document."""
+    if pattern.window:
+        return query - pattern.window < key <= query
+    if pattern.sparse:
+        mine, other = query // pattern.sparse.block, key // pattern.sparse.block
+        kinds = {
+            "local": mine - pattern.sparse.local_blocks < other,
+            "global": other < pattern.sparse.global_blocks,
+            "strided": pattern.sparse.stride and other in range(mine, -1, -pattern.sparse.stride),
+        }
+        return key <= query and any(kinds.values())
+    return key <= query
+
+
+def reference(pattern, ids):
+    """[B or 1, 1, T, T] bool."""
+    grid = torch.tensor([[sees(pattern, q, k) for k in range(LENGTH)] for q in range(LENGTH)])
+    if ids is None:
+        return grid[None, None]
+    rows = []
+    for row in ids:
+        lengths = torch.unique_consecutive(row, return_counts=True)[1]
+        rows.append(torch.block_diag(*(grid[:n, :n] for n in lengths)).bool())
+    return torch.stack(rows)[:, None]
 
 
 def inputs(rows, queries, keys, dtype=torch.float32):
@@ -23,23 +69,16 @@ def plain(q, k, v, seen):
 
 
 @pytest.mark.parametrize("longest_mask", [0, 512], ids=["long", "mask"])
-@pytest.mark.parametrize("window", [None, 1, 5, 300])
-@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=["fp32", "bf16"])
-def test_visibility(monkeypatch, longest_mask, window, documents, dtype, tolerance):
+def test_visibility(monkeypatch, longest_mask, name, documents, dtype, tolerance):
     monkeypatch.setattr(attention, "LONGEST_MASK", longest_mask)
-    rows, length = 2, 200
-    ids = torch.stack([torch.arange(length) // 70, torch.arange(length) // 33]) if documents else None
-    place = torch.arange(length)
-    seen = place[:, None] >= place
-    if window:
-        seen = seen & (place[:, None] - place < window)
-    seen = seen.expand(rows, 1, length, length)
-    if ids is not None:
-        seen = seen & (ids[:, None, :, None] == ids[:, None, None, :])
-    leaves = inputs(rows, length, length, dtype)
-    found = attend(*leaves, visibility(length, ids, window, leaves[0]))
-    expected = plain(*leaves, seen)
+    monkeypatch.setattr("models.pattern.TILE", 16)
+    ids = IDS if documents else None
+    leaves = inputs(ROWS, LENGTH, LENGTH, dtype)
+    found = attend(*leaves, visibility(LENGTH, ids, PATTERNS[name], leaves[0]))
+    expected = plain(*leaves, reference(PATTERNS[name], ids))
     dy = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     pairs = [(found.float(), expected)]
     pairs += zip(
@@ -47,6 +86,47 @@ def test_visibility(monkeypatch, longest_mask, window, documents, dtype, toleran
     )
     for a, b in pairs:
         assert (a.float() - b.float()).norm() <= tolerance * max(1.0, b.float().norm())
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_keys_per_query(name):
+    pattern, seen = PATTERNS[name], reference(PATTERNS[name], None)[0, 0]
+    for length in (1, 7, 50, LENGTH):
+        assert pattern.keys_per_query(length) == pytest.approx(seen[:length, :length].sum().item() / length)
+        assert pattern.is_full(length) == bool(seen[:length, :length].equal(seen.new_ones(length, length).tril()))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
+def test_flex_attention_sees_the_same(name, documents):
+    """Its backward pass, and its kernels, want a GPU."""
+    ids = IDS if documents else None
+    places = attention.places(ids, LENGTH, torch.device("cpu"))
+    q, k, v = (t.detach() for t in inputs(ROWS, LENGTH, LENGTH))
+    found = flex.attend(q, k, v, flex.block_mask(places, ids, PATTERNS[name]))
+    torch.testing.assert_close(found, plain(q, k, v, reference(PATTERNS[name], ids)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(100), Pattern(None, BlockSparse(block=32, local_blocks=3))], ids=str)
+def test_work_and_memory_grow_with_the_length(pattern):
+    def cost(length: int) -> tuple[int, int]:
+        kept: dict[int, int] = {}
+
+        def note(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        leaves = inputs(1, length, length)
+        with FlopCounterMode(display=False) as flops, torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            y = attend(*leaves, visibility(length, None, pattern, leaves[0]))
+            y.backward(torch.ones_like(y))
+        return flops.get_total_flops(), sum(kept.values())
+
+    (flops, kept), (more_flops, more_kept) = cost(1024), cost(4096)
+    assert more_flops < 4.5 * flops
+    assert more_kept == 4 * kept
+    assert kept == 4 * sum(x.numel() for x in inputs(1, 1024, 1024)), "more than its inputs"
 
 
 @pytest.mark.parametrize(("queries", "keys", "masked"), [(300, 300, False), (300, 300, True), (70, 200, True)])

@@ -59,3 +59,21 @@ def test_tap_sees_what_the_model_routes():
     for found, value in zip(stats, expected, strict=True):
         torch.testing.assert_close(found, value)
     assert tap.collect() is None
+
+
+def test_parts_together_have_the_losses_and_loads_of_the_whole():
+    logits = torch.randn(3, 60, 8, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    means: list[torch.Tensor] = []
+    parts = logits.chunk(4, dim=1)
+    for part in parts:
+        router_stats(part, 2, lambda mean: means.append(mean) or mean)
+    for part in parts:
+        stats = router_stats(part, 2, lambda mean: torch.stack(means).mean(0))
+        whole = router_stats(logits, 2)
+        for found, expected in zip(stats, whole, strict=True):
+            torch.testing.assert_close(found, expected)
+        for found, expected in zip(stats[:2], whole[:2], strict=True):
+            torch.testing.assert_close(
+                torch.autograd.grad(found, logits, retain_graph=True),
+                torch.autograd.grad(expected, logits, retain_graph=True),
+            )

@@ -1,22 +1,28 @@
 """The decoder: documents alone and together, dropout, checkpointing, first weights, compilation."""
 
+from collections import Counter
+
 import pytest
 import tiny_models as tiny
 import torch
+from torch import nn
 from torch.nn import functional as F
 
-from configs import ConfigError
+from configs import BlockSparse, ConfigError
+from configs.train import TrainConfig
 from models.balance import RouterTap
 from models.batch import Batch
 from models.families import FAMILIES, Family, build
 from models.layers import dropout, dropout_keys
 
+SPARSE = BlockSparse(block=2, local_blocks=2, global_blocks=1, stride=3)
 
-@pytest.mark.parametrize("window", [None, 6])
+
+@pytest.mark.parametrize("pattern", [{}, {"sliding_window": 6}, {"block_sparse": SPARSE}])
 @pytest.mark.parametrize("longest_mask", [0, 512])
-def test_documents_in_a_row_equal_documents_alone(monkeypatch, window, longest_mask):
+def test_documents_in_a_row_equal_documents_alone(monkeypatch, pattern, longest_mask):
     monkeypatch.setattr("models.attention.LONGEST_MASK", longest_mask)
-    module = tiny.model(tiny.config(sliding_window=window))
+    module = tiny.model(tiny.config(**pattern))
     documents = torch.stack([torch.arange(24) // 9, torch.zeros(24, dtype=torch.long)])
     batch = tiny.batch(2, 24, documents)
     together = module.logits(batch)
@@ -79,11 +85,15 @@ def test_dropout_keeps_its_share_and_scale():
 
 @pytest.mark.parametrize("num_experts", [0, 4])
 def test_checkpointing_changes_nothing(num_experts):
-    config = tiny.config(num_experts=num_experts, dropout=0.1)
-    results = []
-    for enabled in (False, True):
+    config = tiny.config(num_experts=num_experts, num_layers=3, dropout=0.1)
+    kinds = {"none": [0, 0, 0], "full": [2, 2, 2], "selective": [0, 2, 0]}
+    results: dict[str, dict[str, torch.Tensor]] = {}
+    for kind, recomputed in kinds.items():
         module = tiny.model(config).train()
-        module.set_activation_checkpointing(enabled)
+        module.set_activation_checkpointing(TrainConfig(activation_checkpointing=kind).recompute_every)
+        calls: Counter[nn.Module] = Counter()
+        for layer in module.model.layers:
+            layer.register_forward_pre_hook(lambda layer, _, calls=calls: calls.update([layer]))
         tap = RouterTap(module, config)
         total = torch.zeros(())
         for seed in (0, 1):  # two forward passes before the backward pass, as in gradient accumulation
@@ -92,9 +102,11 @@ def test_checkpointing_changes_nothing(num_experts):
                 total = total + 10 * stats.aux_loss + stats.z_loss
         total.backward()
         assert tap.collect() is None, "a recomputed router was heard"
-        results.append({name: p.grad for name, p in module.named_parameters()})
-    for name, expected in results[0].items():
-        torch.testing.assert_close(results[1][name], expected, rtol=0, atol=0, msg=name)
+        assert [calls[layer] - 2 for layer in module.model.layers] == recomputed, kind
+        results[kind] = {"loss": total} | {name: p.grad for name, p in module.named_parameters()}
+    for kind in ("full", "selective"):
+        for name, expected in results["none"].items():
+            assert torch.equal(results[kind][name], expected), (kind, name)
 
 
 def test_first_weights_depend_on_seed_and_name_only():

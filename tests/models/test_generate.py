@@ -4,6 +4,7 @@ import pytest
 import tiny_models as tiny
 import torch
 
+from configs import BlockSparse
 from models.batch import Batch
 from models.generate import generate
 
@@ -19,10 +20,13 @@ def greedy_without_cache(module, prompt, count):
     return tokens[len(prompt) :]
 
 
-@pytest.mark.parametrize("window", [None, 4])
+PATTERNS = [{}, {"sliding_window": 4}, {"block_sparse": BlockSparse(block=2, local_blocks=2, stride=4)}]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("num_experts", [0, 4])
-def test_greedy_equals_uncached(window, num_experts):
-    module = tiny.model(tiny.config(sliding_window=window, num_experts=num_experts, dropout=0.5)).train()
+def test_greedy_equals_uncached(pattern, num_experts):
+    module = tiny.model(tiny.config(num_experts=num_experts, dropout=0.5, **pattern)).train()
     found = generate(module, PROMPTS, max_new_tokens=12, temperature=0)
     assert module.training
     module.eval()

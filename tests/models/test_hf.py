@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from configs import ConfigError, RopeScaling
+from configs import BlockSparse, ConfigError, RopeScaling
 from models.families import build
 from models.hf import export_hf, import_hf
 
@@ -105,6 +105,7 @@ def test_stacked_experts_are_read_too(tmp_path):
         ({"shared_expert_size": 8}, "shared_expert_size=8"),
         ({"qk_norm": False, "norm_topk_prob": False}, "norm_topk_prob"),
         ({"num_experts": 0, "qk_norm": False, "sliding_window": 5}, "sliding_window"),
+        ({"block_sparse": BlockSparse()}, "block_sparse"),
     ],
 )
 def test_export_refuses(tmp_path, changes, message):

@@ -1,0 +1,83 @@
+"""Which earlier tokens of its document a query sees: all, a sliding window, or local, first and strided blocks.
+
+No torch: `sees` takes tensors as well as numbers, so that one rule makes dense masks, the cache's and FlexAttention's.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from configs import BlockSparse, ModelConfig
+
+TILE = 128
+"""Queries, and keys, that tiled attention works on at once, where blocks are no larger."""
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Causal attention by place in the document (from 0), so that documents in one row see what each alone would.
+
+    Attributes:
+        window: keys that a query sees, itself included; None: all.
+        sparse: blocks that a query sees; None: all. Never with a window.
+    """
+
+    window: int | None = None
+    sparse: BlockSparse | None = None
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "Pattern":
+        return cls(config.sliding_window, config.block_sparse)
+
+    def sees(self, query: Any, key: Any) -> Any:
+        """Whether the query at one place sees the key at another; places are numbers or tensors that broadcast."""
+        seen = query >= key
+        if self.window is not None:
+            seen = seen & (query - key < self.window)
+        if self.sparse is not None:
+            key_block = key // self.sparse.block
+            distance = query // self.sparse.block - key_block
+            near = (distance < self.sparse.local_blocks) | (key_block < self.sparse.global_blocks)
+            if self.sparse.stride:
+                near = near | (distance % self.sparse.stride == 0)
+            seen = seen & near
+        return seen
+
+    def is_full(self, length: int) -> bool:
+        """Whether every query of a document of `length` tokens sees all that stands before it."""
+        if self.sparse is None:
+            return self.window is None or self.window >= length
+        blocks = -(-length // self.sparse.block)
+        return self.sparse.stride == 1 or blocks <= self.sparse.local_blocks + self.sparse.global_blocks
+
+    @property
+    def tile(self) -> int:
+        """Queries, and keys, to work on at once: a whole number of blocks."""
+        return TILE if self.sparse is None else self.sparse.block * max(1, TILE // self.sparse.block)
+
+    def key_tiles(self, tile: int) -> list[int]:
+        """The tiles that hold a key which a query of this tile sees, in order."""
+        if self.sparse is None:
+            first = 0 if self.window is None else max(0, tile * TILE - self.window + 1) // TILE
+            return list(range(first, tile + 1))
+        size = self.tile // self.sparse.block
+        blocks = set().union(*map(self._key_blocks, range(tile * size, (tile + 1) * size)))
+        return sorted({block // size for block in blocks})
+
+    def keys_per_query(self, length: int) -> float:
+        """Keys that a query sees, mean over the places of one document of `length` tokens."""
+        if self.sparse is None:
+            window = min(self.window or length, length)
+            return (window * (window + 1) / 2 + (length - window) * window) / length
+        total, size = 0, self.sparse.block
+        for block in range(-(-length // size)):
+            queries = min(size, length - block * size)
+            total += queries * (len(self._key_blocks(block)) - 1) * size + queries * (queries + 1) // 2
+        return total / length
+
+    def _key_blocks(self, block: int) -> set[int]:
+        """Blocks that the queries of a block see, its own among them."""
+        assert self.sparse is not None
+        near = range(max(0, block - self.sparse.local_blocks + 1), block + 1)
+        first = range(min(self.sparse.global_blocks, block + 1))
+        far = range(block % self.sparse.stride, block, self.sparse.stride) if self.sparse.stride else ()
+        return {*near, *first, *far}
