@@ -1,27 +1,47 @@
-"""Topology: the degrees of parallelism and the ZeRO stage."""
+"""Topology: the degrees of parallelism and the ZeRO stage. What cannot be combined stands in `configs.topology`."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveInt, model_validator
 
 from .base import Section
 
+REFUSED = {
+    "cp": "context parallelism (ring attention) is not in DeepSpeed 0.19: set parallel.sp (Ulysses)",
+    "dualpipe": "DeepSpeed's DualPipeV schedule is not supported: set parallel.pp alone",
+    "mics": "MiCS was removed from DeepSpeed (issue 8489 there): set parallel.hpz with parallel.zero_stage=3",
+    "vpp": "an interleaved pipeline schedule is not in DeepSpeed 0.19: set parallel.pp alone",
+}
+"""Kinds of parallelism known elsewhere, and what to use instead."""
+
 
 class ParallelConfig(Section):
-    """World size is dp * tp * pp * sp; expert parallelism divides the dp * sp ranks."""
+    """World size is dp * tp * pp * sp; expert parallelism uses the ranks of dp, tp and sp again."""
 
     dp: PositiveInt = 1
     """Data parallel: each rank reads its own micro-batches."""
     tp: PositiveInt = 1
-    """Tensor parallel."""
+    """Tensor parallel: attention heads and widths are split (AutoTP)."""
     pp: PositiveInt = 1
-    """Pipeline parallel."""
+    """Pipeline parallel: layers are split into stages."""
     ep: PositiveInt = 1
-    """Expert parallel."""
+    """Expert parallel: experts are split, tokens travel (AutoEP)."""
     sp: PositiveInt = 1
-    """Sequence parallel."""
+    """Sequence parallel: each sequence is split, attention by heads (Ulysses)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What the data-parallel ranks share out: 1 optimizer states, 2 gradients too, 3 weights too."""
+    hpz: PositiveInt = 1
+    """ZeRO-3: as many neighbouring ranks also share a whole copy of the weights, for gathers within a node (hpZ)."""
+    offload: Literal["none", "optimizer", "parameters"] = "none"
+    """What waits in CPU memory: optimizer states and their step (ZeRO 1 to 3); `parameters`: weights too (ZeRO-3)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refused_by_name(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for key in REFUSED.keys() & value.keys():
+                raise ValueError(REFUSED[key])
+        return value
 
     @property
     def world_size(self) -> int:

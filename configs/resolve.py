@@ -3,6 +3,7 @@
 from .base import ConfigError
 from .load import flatten
 from .run import Config
+from .topology import check_topology
 
 
 def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:
@@ -65,12 +66,11 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         micro = derive("train", "micro_batch", -(-train.global_batch // data_parallel), "global_batch / dp")
         train = train.model_copy(update={"micro_batch": micro})
 
-    for name in ("tp", "pp", "ep", "sp"):
-        if getattr(parallel, name) > 1:
-            raise ConfigError(
-                f"parallel.{name}={getattr(parallel, name)}: only data parallelism with ZeRO 0 to 3 is supported; "
-                f"set parallel.{name}=1 and raise parallel.dp or parallel.zero_stage"
-            )
+    split = [f"{name}={getattr(parallel, name)}" for name in ("tp", "pp", "ep") if getattr(parallel, name) > 1]
+    if split and parallel.zero_stage == 0:
+        why = f"DeepSpeed's gradient norm is wrong at stage 0 with {' '.join(split)}"
+        parallel = parallel.model_copy(update={"zero_stage": derive("parallel", "zero_stage", 1, why)})
+    check_topology(config.model_copy(update={"model": model, "train": train, "parallel": parallel}))
     # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently
     # become another one (Adafactor) or raise (Muon). For fp16 at stage 0 DeepSpeed adds up gradients in fp16.
     whole_matrices = config.optim.name in ("adafactor", "muon")
@@ -97,6 +97,8 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
 
 MAY_CHANGE = (
     "parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root",
+    # The same numbers by other means:
+    "train.activation_checkpointing", "train.checkpoint_every_layers",
     # What is only watched:
     "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch",
 )  # fmt: skip

@@ -17,7 +17,7 @@ WRONG = {
     "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean weight?",
     "xyz=1": "unknown key xyz: known here: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
     "plugins",
-    "parallel.xyz=1": "unknown key parallel.xyz: known here: dp, tp, pp, ep, sp, zero_stage",
+    "parallel.xyz=1": "unknown key parallel.xyz: known here: dp, tp, pp, ep, sp, zero_stage, hpz, offload",
     # numbers
     "train.steps=0": "train.steps=0: should be greater than 0",
     "train.steps=1.5": "train.steps=1.5: should be a whole number",
@@ -41,6 +41,8 @@ WRONG = {
     "optim.name=Lion": 'optim.name="Lion": should be one of adamw, adam, sgd, adagrad, rmsprop, adafactor, lion, '
     "muon; did you mean lion?",
     "train.precision=16": 'train.precision="16": should be one of fp32, bf16, fp16; did you mean fp16?',
+    "train.activation_checkpointing=some": 'train.activation_checkpointing="some": should be one of none, full, '
+    "selective",
     "train.precision=int8": 'train.precision="int8": should be one of fp32, bf16, fp16',
     "parallel.zero_stage=4": "parallel.zero_stage=4: should be one of 0, 1, 2, 3",
     # lists and sections
@@ -69,6 +71,10 @@ WRONG = {
     "model.top_k=9": "model.top_k is 9 but model.num_experts is 8: lower top_k",
     "model.num_kv_heads=5": "model.num_heads (6) is not a multiple of model.num_kv_heads (5)",
     "model.hidden_size=100": "model.hidden_size (100) is not a multiple of model.num_heads (6): set model.head_dim",
+    "model.block_sparse.local_blocks=0": "model.block_sparse.local_blocks=0: should be greater than 0",
+    "model.block_sparse.blocks=8": "unknown key model.block_sparse.blocks: did you mean block?",
+    "model={sliding_window: 4, block_sparse: {}}": "model.sliding_window (4) and model.block_sparse are two patterns "
+    "of attention: set one of them to null",
     "model.head_dim=7": "model.head_dim is 7: rotary positions need an even one",
     "model.moe_every=9": "model.num_experts is 8 but no layer is MoE: model.moe_every (9) and "
     "model.first_dense_layers (0) leave none of 4 layers",

@@ -93,12 +93,6 @@ def test_refused(config, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("degree", ["tp", "pp", "ep", "sp"])
-def test_other_parallelism_is_refused_by_name(degree):
-    with pytest.raises(ConfigError, match=rf"parallel\.{degree}=2: only data parallelism.*set parallel\.{degree}=1"):
-        resolve(made(parallel={degree: 2}))
-
-
 def test_tokenizer_larger_than_the_embedding():
     with pytest.raises(ConfigError, match=r"model\.vocab_size is 320 but the tokenizer of data\.path has 321 tokens"):
         resolve(made(), vocab_size=321)

@@ -1,0 +1,217 @@
+"""What cannot be combined: one table of rules, each with its reason, checked before any process starts.
+
+A rule stands here because DeepSpeed 0.19 checks it (its file is named) or because the combination could not be proven
+equal to one process.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from .base import ConfigError
+from .parallel import ParallelConfig
+from .run import Config
+from .stages import stage_layers
+
+
+class Rule(NamedTuple):
+    """One thing that cannot be combined."""
+
+    broken: Callable[[Config], bool]
+    why: str
+    """Ends the sentence "parallel.tp=3: ...". `{p}`, `{m}` and `{t}` are the sections parallel, model and train."""
+    source: str
+    """Where DeepSpeed checks it, or what was seen."""
+
+
+def _divides(parts: int, *wholes: int | None) -> bool:
+    return all(whole is None or whole % parts == 0 for whole in wholes)
+
+
+def _stage_without_experts(config: Config) -> bool:
+    model, stages = config.model, config.parallel.pp
+    if not 1 < stages <= model.num_layers:
+        return False
+    return not all(any(map(model.is_moe_layer, layers)) for layers in stage_layers(model.num_layers, stages))
+
+
+def _has_dense_layer(config: Config) -> bool:
+    return any(not config.model.is_moe_layer(i) for i in range(config.model.num_layers))
+
+
+RULES: dict[str, Rule] = {
+    "tp heads": Rule(
+        lambda c: not _divides(c.parallel.tp, c.model.num_heads, c.model.num_kv_heads),
+        "tp splits attention by heads, so it divides model.num_heads ({m.num_heads}) and model.num_kv_heads "
+        "({m.num_kv_heads})",
+        "module_inject/tp_shard.py hands out whole heads; runtime/engine.py refuses tp above the key-value heads",
+    ),
+    "tp width": Rule(
+        lambda c: (
+            (_has_dense_layer(c) and not _divides(c.parallel.tp, c.model.intermediate_size))
+            or not _divides(c.parallel.tp, c.model.shared_expert_size)
+        ),
+        "tp divides the widths that it splits: model.intermediate_size ({m.intermediate_size}) and "
+        "model.shared_expert_size ({m.shared_expert_size})",
+        "module_inject/layers.py splits a weight into equal parts",
+    ),
+    "ep without experts": Rule(
+        lambda c: c.parallel.ep > 1 and not c.model.is_moe,
+        "expert parallelism needs experts and model.num_experts is 0",
+        "module_inject/auto_ep.py finds no MoE layer",
+    ),
+    "ep experts": Rule(
+        lambda c: c.model.is_moe and not _divides(c.parallel.ep, c.model.num_experts),
+        "ep divides model.num_experts ({m.num_experts})",
+        "module_inject/auto_ep_config.py: validate_autoep_post_detection",
+    ),
+    "ep ranks": Rule(
+        lambda c: not _divides(c.parallel.ep, c.parallel.dp * c.parallel.tp * c.parallel.sp),
+        "the ranks of ep are those of dp, tp and sp, so it divides dp * tp * sp",
+        "module_inject/auto_ep_folding.py: build_folding_spec",
+    ),
+    "tp and sp": Rule(
+        lambda c: c.parallel.tp > 1 and c.parallel.sp > 1,
+        "both split the attention heads over the same ranks",
+        "utils/groups.py: one mesh of (data, tensor) or (data, sequence); auto_ep_folding.py: mutually exclusive",
+    ),
+    "pp and zero": Rule(
+        lambda c: c.parallel.pp > 1 and c.parallel.zero_stage > 1,
+        "a pipeline keeps gradients and weights whole between micro-batches, which ZeRO-2 and ZeRO-3 do not",
+        "runtime/pipe/engine.py: ZeRO-2 and ZeRO-3 are incompatible with pipeline parallelism",
+    ),
+    "pp and tp": Rule(
+        lambda c: c.parallel.pp > 1 and c.parallel.tp > 1,
+        "AutoTP numbers its ranks without the pipeline's stages",
+        "runtime/engine.py: _configure_tensor_parallel_states replaces the grid that PipelineEngine reads",
+    ),
+    "pp and sp": Rule(
+        lambda c: c.parallel.pp > 1 and c.parallel.sp > 1,
+        "the sequence-parallel groups are made without the pipeline's stages",
+        "runtime/pipe/topology.py has no axis for sequences",
+    ),
+    "pp layers": Rule(
+        lambda c: c.parallel.pp > c.model.num_layers,
+        "every stage needs a layer and model.num_layers is {m.num_layers}",
+        "runtime/pipe/module.py: a stage without layers has no parameters to train",
+    ),
+    "pp and tied embeddings": Rule(
+        lambda c: c.parallel.pp > 1 and c.model.tie_embeddings,
+        "the embedding and the head lie on different stages, so model.tie_embeddings must be false",
+        "runtime/pipe/module.py: TiedLayerSpec keeps two copies, and a checkpoint would hold the weight twice",
+    ),
+    "pp and ep": Rule(
+        lambda c: c.parallel.ep > 1 and _stage_without_experts(c),
+        "expert parallelism needs an MoE layer on each stage",
+        "module_inject/auto_ep.py: _raise_no_moe_layers_detected",
+    ),
+    "pp and fp16": Rule(
+        lambda c: c.parallel.pp > 1 and c.train.precision == "fp16",
+        "the loss scale does not reach the router losses of earlier stages, so train.precision is bf16 or fp32",
+        "runtime/pipe/engine.py runs earlier stages backward from the gradient of the hidden states alone",
+    ),
+    "sp heads": Rule(
+        lambda c: (
+            not _divides(c.parallel.sp, c.model.num_heads)
+            or not (_divides(c.parallel.sp, c.model.num_kv_heads) or _divides(c.model.num_kv_heads or 1, c.parallel.sp))
+        ),
+        "Ulysses trades parts of the sequence for heads, so sp divides model.num_heads ({m.num_heads}), and divides or "
+        "is a multiple of model.num_kv_heads ({m.num_kv_heads})",
+        "runtime/sequence_parallel/ulysses_sp.py: the same two checks",
+    ),
+    "sp length": Rule(
+        lambda c: not _divides(c.parallel.sp, c.train.seq_len),
+        "sp divides train.seq_len ({t.seq_len})",
+        "sequence/layer.py: every rank holds an equal part of the sequence",
+    ),
+    "hpz": Rule(
+        lambda c: c.parallel.hpz > 1 and (c.parallel.zero_stage != 3 or not _divides(c.parallel.hpz, c.parallel.dp)),
+        "hierarchical sharding (hpZ) is ZeRO-3's, and hpz divides dp",
+        "runtime/zero/partition_parameters.py: zero_hpz_partition_size",
+    ),
+    "hpz alone": Rule(
+        lambda c: c.parallel.hpz > 1 and max(c.parallel.tp, c.parallel.pp, c.parallel.ep, c.parallel.sp) > 1,
+        "hierarchical sharding (hpZ) goes with plain data parallelism only",
+        "runtime/engine.py: AutoEP with ZeRO-3 does not support hpZeRO; the others were not proven equal",
+    ),
+    "offload and zero": Rule(
+        lambda c: (
+            (c.parallel.offload == "optimizer" and c.parallel.zero_stage == 0)
+            or (c.parallel.offload == "parameters" and c.parallel.zero_stage != 3)
+        ),
+        "offload=optimizer needs zero_stage 1 to 3, offload=parameters needs zero_stage 3",
+        "runtime/zero/config.py: offload_optimizer is valid with stages 1 to 3, offload_param with 3",
+    ),
+    "offload alone": Rule(
+        lambda c: (
+            c.parallel.offload != "none"
+            and max(c.parallel.tp, c.parallel.pp, c.parallel.ep, c.parallel.sp, c.parallel.hpz) > 1
+        ),
+        "offload goes with plain data parallelism only",
+        "module_inject/auto_ep_folding.py refuses it with tp and ep; the others were not proven equal",
+    ),
+}
+
+
+def refusals(config: Config) -> list[str]:
+    """Why a resolved config's topology cannot run, one line per broken rule; empty if it can."""
+    sections = {"p": config.parallel, "m": config.model, "t": config.train}
+    return [rule.why.format(**sections) for rule in RULES.values() if rule.broken(config)]
+
+
+def check_topology(config: Config) -> None:
+    """Raise a ConfigError that says what cannot be combined, why, and the nearest topology that can."""
+    if not (reasons := refusals(config)):
+        return
+    asked = _described(config.parallel)
+    nearest = nearest_topology(config)
+    instead = f"set parallel.{' parallel.'.join(_changes(config.parallel, nearest))}" if nearest else "use other sizes"
+    raise ConfigError(f"parallel.{asked}: {'; '.join(reasons)}. Nearest that works: {instead}")
+
+
+def nearest_topology(config: Config) -> ParallelConfig | None:
+    """The topology of as many processes that changes the fewest keys, and those the least; None if there is none."""
+    asked = config.parallel
+    candidates = []
+    for parallel in topologies(asked.world_size, asked):
+        if not refusals(config.model_copy(update={"parallel": parallel})):
+            changed = [key for key in type(asked).model_fields if getattr(parallel, key) != getattr(asked, key)]
+            far = sum(abs(math.log2(getattr(parallel, key) / getattr(asked, key))) for key in changed if key in DEGREES)
+            candidates.append((len(changed), far, abs(parallel.zero_stage - asked.zero_stage), parallel))
+    return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
+
+
+DEGREES = ("dp", "tp", "pp", "sp", "ep", "hpz")
+
+
+def topologies(world_size: int, like: ParallelConfig) -> Iterator[ParallelConfig]:
+    """Every topology of `world_size` processes, those of `like`'s own offload and hpZ and without."""
+    for tp, pp, sp in itertools.product(_divisors(world_size), repeat=3):
+        if world_size % (tp * pp * sp):
+            continue
+        dp = world_size // (tp * pp * sp)
+        for ep in _divisors(dp * tp * sp):
+            for stage in range(4):
+                if stage == 0 and max(tp, pp, ep) > 1:
+                    continue  # resolve() makes it 1
+                for hpz, offload in {(like.hpz, like.offload), (1, like.offload), (like.hpz, "none"), (1, "none")}:
+                    yield like.model_copy(
+                        update={"dp": dp, "tp": tp, "pp": pp, "sp": sp, "ep": ep, "zero_stage": stage, "hpz": hpz,
+                                "offload": offload}
+                    )  # fmt: skip
+
+
+def _divisors(n: int) -> list[int]:
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def _described(parallel: ParallelConfig) -> str:
+    keys = [key for key in (*DEGREES, "zero_stage") if getattr(parallel, key) > (key != "zero_stage")]
+    offload = [f"offload={parallel.offload}"] if parallel.offload != "none" else []
+    return " ".join([f"{key}={getattr(parallel, key)}" for key in keys] + offload)
+
+
+def _changes(before: ParallelConfig, after: ParallelConfig) -> list[str]:
+    keys = type(before).model_fields
+    return [f"{key}={getattr(after, key)}" for key in keys if getattr(after, key) != getattr(before, key)]
