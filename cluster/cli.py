@@ -12,7 +12,7 @@ import typer
 from configs import Config, ConfigError, load, preset_names, resolve, to_yaml
 from models.cost import parameters, training_flops_per_token
 
-from . import data, doctor, runs, trained
+from . import checkpoints, data, doctor, plan, runs, trained
 from .runs import Json
 
 app = typer.Typer(
@@ -53,7 +53,7 @@ def show_config(
     if config is None:
         raise ConfigError(f"muster config needs a CONFIG: {', '.join(preset_names())}, or a YAML file")
     asked = load(config, overrides or ())
-    resolved, notes = resolve(asked, vocab_size=_vocabulary(asked))
+    resolved, notes = resolve(asked, vocab_size=plan.vocabulary(asked))
     if as_json:
         print(resolved.model_dump_json(indent=1))
         return
@@ -70,20 +70,12 @@ def show_config(
     )
 
 
-def _vocabulary(config: Config) -> int:
-    """Size of the vocabulary that the data have, or will have once they are prepared."""
-    from trainer.data.manifest import read_manifests  # numpy
-
-    try:
-        return read_manifests(config.data)[0].tokenizer.vocab_size
-    except ConfigError:
-        return 257 if config.data.prepare.tokenizer == "bytes" else config.data.prepare.vocab_size
-
-
+app.command("plan")(plan.plan)
 app.command("generate")(trained.generate)
 app.command("eval")(trained.evaluate)
 app.command("export")(trained.export)
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoints.app, name="checkpoint")
 app.command("runs")(runs.runs)
 app.command("sync")(runs.sync)
 app.command("doctor")(doctor.doctor)

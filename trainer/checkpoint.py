@@ -1,19 +1,25 @@
 """The checkpoint format: fragments of canonical fp32 state in safetensors shards, committed by a manifest.
 
-A checkpoint holds the fp32 weights and optimizer moments under the plain model's own names, each cut into fragments
-(state, parameter, first element) by whoever held them, so any topology writes it and any topology reads it. A rank
-writes and fsyncs its shard and leaves a receipt with the shard's digest; rank 0 collects the receipts and writes the
-manifest last. The manifest alone makes a checkpoint: what has none, or whose files are not the manifest's, is none.
-No pickle anywhere.
+A checkpoint holds the fp32 weights and optimizer moments under the plain model's own names, each cut into fragments by
+whoever held them, so any topology writes it and any topology reads it. A fragment is a flat stretch of a slice ("box")
+of the whole tensor; its key is `state/parameter@start`, where the box is not the whole tensor followed by the box,
+as in `weight/model.layers.0.self_attn.q_proj.weight@0[64:128,0:256]`. A rank writes and fsyncs its shard and leaves a
+receipt with the shard's digest; rank 0 collects the receipts and writes the manifest last. The manifest alone makes a
+checkpoint: what has none, or whose files are not the manifest's, is none. No pickle anywhere.
+
+Memory: a rank that writes holds a copy of its own share, a rank that reads holds one parameter's slice at a time. The
+shards are mapped, so that the kernel keeps of them what it has room for.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +29,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from . import fragments
+from .fragments import Box, Run
 from .state import TrainState
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 knew no boxes."""
 MANIFEST = "manifest.json"
 MASTER = "weight"
 """Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
@@ -40,7 +50,7 @@ class Snapshot:
     """One process's share of a checkpoint, copied away from the training state."""
 
     tensors: dict[str, Tensor]
-    """`state/parameter@start` -> 1-D CPU tensor."""
+    """Key of a fragment -> 1-D CPU tensor."""
     shapes: dict[str, dict[str, list[int]]]
     """state -> parameter -> shape of the whole tensor (all processes agree)."""
     scalars: dict[str, float]
@@ -69,10 +79,13 @@ def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
     path.mkdir(parents=True, exist_ok=True)
     shard = path / f"rank-{rank:05d}.safetensors"
     receipt: dict[str, Any] = {"token": token, "shapes": snapshot.shapes, "scalars": snapshot.scalars}
+    receipt["fragments"] = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
     try:
         save_file(snapshot.tensors, shard)
-        _fsync(shard)
-        receipt["file"] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": digest(shard)}
+        with ThreadPoolExecutor(1) as pool:
+            synced = pool.submit(_fsync, shard)
+            receipt["file"] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": digest(shard)}
+            synced.result()
     except Exception as error:
         shard.unlink(missing_ok=True)
         write_durably(path / f"receipt-{rank:05d}.json", {"token": token, "error": f"{type(error).__name__}: {error}"})
@@ -84,7 +97,8 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
     """Wait for every rank's receipt, then write the manifest: from here on the checkpoint exists. Rank 0 only.
 
     Raises:
-        CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`.
+        CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`, or the shards
+            together lack a part of a tensor.
     """
     receipts, deadline = [], time.monotonic() + timeout_s
     for rank in range(world_size):
@@ -105,6 +119,7 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
     scalars: dict[str, float] = {}
     for receipt in receipts:
         scalars.update(receipt["scalars"])
+    _check_whole(path, shapes, receipts)
     manifest = {
         "format": FORMAT,
         "step": state.step,
@@ -120,6 +135,18 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
     for rank in range(world_size):
         (path / f"receipt-{rank:05d}.json").unlink(missing_ok=True)
     return manifest
+
+
+def _check_whole(path: Path, shapes: Mapping[str, Mapping[str, list[int]]], receipts: list[dict[str, Any]]) -> None:
+    written = [(key, numel, "") for receipt in receipts for key, numel in receipt["fragments"].items()]
+    held = fragments.index(written, shapes)
+    for state, names in shapes.items():
+        for name, shape in names.items():
+            _, missing = fragments.share_out(fragments.whole(shape), [run.box for run in held[state, name]])
+            if count := sum(map(fragments.size, missing)):
+                raise CheckpointError(
+                    f"{path}: no rank wrote {count} of the {math.prod(shape)} elements of {state} {name}"
+                )
 
 
 def remove(path: Path) -> None:
@@ -143,19 +170,20 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from None
-    if manifest.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {FORMAT}")
+    if manifest.get("format") not in READABLE:
+        raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {READABLE}")
     for name in manifest["files"]:
         if Path(name).name != name:
             raise CheckpointError(f"{path}: the manifest names a file outside its folder: {name}")
     return manifest
 
 
-def verify(path: Path, part: int = 0, parts: int = 1) -> list[str]:
+def verify(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> list[str]:
     """What is wrong with a checkpoint's files: size and sha256 of each against the manifest; empty if nothing.
 
     Args:
         part, parts: check only every `parts`-th file, so that ranks share the reading.
+        digests: False to compare sizes alone, without reading the files.
     """
     try:
         manifest = read_manifest(path)
@@ -168,13 +196,13 @@ def verify(path: Path, part: int = 0, parts: int = 1) -> list[str]:
             problems.append(f"{file} is missing")
         elif file.stat().st_size != entry["bytes"]:
             problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        elif digest(file) != entry["sha256"]:
+        elif digests and digest(file) != entry["sha256"]:
             problems.append(f"{file} does not have the manifest's sha256: its content changed after it was written")
     return problems
 
 
 class Reader:
-    """Random access to a checkpoint's state by (state, parameter, range), whoever wrote it.
+    """Random access to a checkpoint's state by (state, parameter, box, range), whoever wrote it.
 
     Nothing is verified here: call `verify` first.
     """
@@ -183,13 +211,12 @@ class Reader:
         self.path = path
         self.manifest = read_manifest(path)
         self._files = {name: safe_open(path / name, framework="pt") for name in self.manifest["files"]}
-        self._fragments: dict[tuple[str, str], list[tuple[int, int, str, str]]] = defaultdict(list)
-        for file, handle in self._files.items():
-            for entry in handle.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                key, _, rest = entry.partition("/")
-                name, _, start = rest.rpartition("@")
-                numel = handle.get_slice(entry).get_shape()[0]
-                self._fragments[key, name].append((int(start), numel, file, entry))
+        written = (
+            (key, handle.get_slice(key).get_shape()[0], file)
+            for file, handle in self._files.items()
+            for key in handle.keys()  # noqa: SIM118 - a safetensors handle is no mapping
+        )
+        self._held = fragments.index(written, self.manifest["shapes"])
 
     @property
     def states(self) -> list[str]:
@@ -203,31 +230,41 @@ class Reader:
         except KeyError:
             raise CheckpointError(f"{self.path} holds no {key} of {name}") from None
 
-    def read(self, key: str, name: str, start: int = 0, numel: int | None = None) -> Tensor:
-        """Elements [start, start + numel) of the flattened tensor, as a 1-D CPU tensor.
+    def read(self, key: str, name: str, start: int = 0, numel: int | None = None, box: Box | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened `box` of a tensor, as a 1-D CPU tensor.
+
+        Args:
+            numel: all from `start` on if not given.
+            box: the whole tensor if not given.
 
         Raises:
-            CheckpointError: the range is not wholly covered by the fragments.
+            CheckpointError: the fragments do not hold all of it.
         """
-        size = torch.Size(self.shape(key, name)).numel()
-        stop = size if numel is None else start + numel
-        out, covered = None, 0
-        for first, length, file, entry in self._fragments[key, name]:
-            low, high = max(first, start), min(first + length, stop)
-            if low >= high:
-                continue
-            piece = self._files[file].get_slice(entry)[low - first : high - first]
-            if out is None:
-                out = torch.empty(stop - start, dtype=piece.dtype)
-            out[low - start : high - start] = piece
-            covered += high - low
-        if stop > size or out is None or covered != stop - start:
-            raise CheckpointError(f"{self.path}: {key} of {name} is not whole: {covered} of [{start}, {stop})")
+        shape = self.shape(key, name)
+        box = fragments.whole(shape) if box is None else box
+        stop = fragments.size(box) if numel is None else start + numel
+        held = self._held[key, name]
+        missing = max(0, stop - fragments.size(box))
+        out = torch.empty(stop - start, dtype=self._data(held[0]).dtype if held else None)
+        for place, wanted in fragments.runs(box, start, stop - missing):
+            target = out[place - start :][: fragments.size(wanted)].view(fragments.lengths(wanted))
+            taken, left = fragments.share_out(wanted, [run.box for run in held])
+            missing += sum(map(fragments.size, left))
+            for index, part in taken:
+                run = held[index]
+                target[fragments.within(wanted, part)] = self._data(run)[fragments.within(run.box, part)]
+        if missing:
+            raise CheckpointError(f"{self.path}: {key} of {name} is not whole: {missing} of {stop - start} missing")
         return out
+
+    def _data(self, run: Run) -> Tensor:
+        """A view of the mapped file, in the box's shape: only pages that are copied from are read."""
+        stretch = slice(run.offset, run.offset + fragments.size(run.box))
+        return self._files[run.file].get_slice(run.key)[stretch].view(fragments.lengths(run.box))
 
     def weight(self, name: str) -> Tensor:
         """The whole fp32 weight in its shape."""
-        return self.read(MASTER, name).view(self.shape("weight", name))
+        return self.read(MASTER, name).view(self.shape(MASTER, name))
 
 
 def digest(path: Path) -> str:

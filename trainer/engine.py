@@ -2,18 +2,17 @@
 
 import contextlib
 import ctypes
+import functools
 import io
 import logging
 import math
 import os
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from configs import Config
 
@@ -21,9 +20,13 @@ from configs import Config
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
 import deepspeed
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.pipe import PipelineModule as PipelineModule
+from deepspeed.sequence.layer import DistributedAttention as DistributedAttention  # for ulysses.py
+from deepspeed.utils import groups
 
 from .optim import build_optimizer, parameter_groups
+from .parallel import engine_sections, expert_group_name, zero_section
+from .slots import norm_of_whole_gradient
 
 # Its warnings repeat what the run's own record says (skipped steps, untested optimizers).
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -114,7 +117,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         "gradient_accumulation_steps": math.ceil(micro_batches / config.parallel.dp),
         # DeepSpeed's default is 1.0, not off. At ZeRO-0 the guard above clips.
         "gradient_clipping": train.grad_clip if stage else 0.0,
-        "zero_optimization": {"stage": stage, "overlap_comm": torch.cuda.is_available()},
+        "zero_optimization": {"stage": stage, "overlap_comm": torch.cuda.is_available()} | zero_section(config),
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
@@ -124,7 +127,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     elif train.precision == "fp16":
         result["fp16"] = {"enabled": True, "initial_scale_power": 16, "loss_scale_window": 1000, "hysteresis": 2}
-    return result
+    return result | engine_sections(config)
 
 
 def work_in(module: nn.Module, dtype: torch.dtype) -> None:
@@ -145,17 +148,36 @@ def work_in(module: nn.Module, dtype: torch.dtype) -> None:
 
 def build_engine(module: nn.Module, config: Config) -> Any:
     """A DeepSpeed engine over a plain module, with the run's optimizer; the process group must exist."""
-    optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
+    experts = expert_group_name(config) if config.parallel.ep > 1 else None
+    optimizer = build_optimizer(parameter_groups(module, config.optim, experts), config.optim)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if config.parallel.zero_stage == 0:
         if config.train.precision == "bf16":
             work_in(module, torch.bfloat16)
         optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (_Guarded, type(optimizer)), {})
         optimizer.max_norm = config.train.grad_clip  # type: ignore[attr-defined]
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory of the machine four times
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=engine_config(config))
+        engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
+        )
+    note_shapes(engine, shapes)
+    if config.parallel.tp > 1:
+        # It compares the first inputs over the ranks, as tensors in tuples; ours are a dataclass, and a pure function
+        # of the cursor.
+        engine.first_dataloader_check.remove()
+    if config.parallel.tp > 1 and config.parallel.ep > 1:
+        engine.optimizer.scaled_global_norm = functools.partial(norm_of_whole_gradient, engine)
     if config.parallel.zero_stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # it would flatten and copy every gradient for nobody else
     return engine
+
+
+def note_shapes(engine: Any, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Leave with a new engine what `trainer.slots` asks for: the plain model's shapes, and this process's ranks."""
+    engine.plain_shapes = shapes
+    engine.tp_rank = groups.get_tensor_model_parallel_rank() if engine.autotp_size() > 1 else 0
+    names = {p.group_name for p in engine.module.parameters() if hasattr(p, "group_name")}
+    engine.ep_rank = max((groups._get_expert_parallel_rank(name) for name in names), default=0)
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:
@@ -180,62 +202,3 @@ def loss_scale_state(engine: Any) -> dict[str, Any] | None:
 def restore_loss_scale(engine: Any, state: dict[str, Any] | None) -> None:
     if state is not None and engine.fp16_enabled():
         vars(engine.optimizer.loss_scaler).update(state)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """The stretch of one parameter whose fp32 master weights and optimizer states this process holds."""
-
-    name: str
-    """The plain model's own name of the parameter."""
-    shape: tuple[int, ...]
-    """Shape of the whole parameter."""
-    start: int
-    """First element, in the flattened parameter, of the stretch."""
-    numel: int
-    owner: Tensor
-    """Tensor that the optimizer keys its state by."""
-    offset: int
-    """First element of the stretch in `owner`, flattened."""
-    parameter: nn.Parameter
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """The stretch of `tensor`, which has `owner`'s size, as a 1-D view."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
-
-
-def slots(engine: Any) -> Iterator[Slot]:
-    """Every stretch held by this process, in the module's order, at any ZeRO stage."""
-    optimizer = engine.optimizer
-    for name, parameter in engine.module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
-            group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            size = parameter.ds_tensor.ds_numel
-            start = torch.distributed.get_rank(parameter.ds_process_group) * size
-            numel = min(size, parameter.ds_numel - start)  # the last piece is padded
-            if numel > 0:
-                owner = optimizer.fp32_partitioned_groups_flat[group]
-                yield Slot(name, tuple(parameter.ds_shape), start, numel, owner, offset, parameter)
-        elif hasattr(parameter, "_hp_mapping"):
-            mapping = parameter._hp_mapping
-            if mapping is not None:
-                flat = getattr(optimizer, "fp32_groups_flat_partition", None)
-                if flat is None:
-                    flat = optimizer.single_partition_of_fp32_groups
-                held, here = mapping.lp_fragment_address, mapping.hp_fragment_address
-                owner = flat[mapping.param_group_index]
-                yield Slot(name, tuple(parameter.shape), held.start, held.numel, owner, here.start, parameter)
-        else:
-            yield Slot(name, tuple(parameter.shape), 0, parameter.numel(), parameter, 0, parameter)
-
-
-def is_sharded(engine: Any) -> bool:
-    """Whether a process holds only its own part of each working weight (ZeRO-3)."""
-    return isinstance(engine.optimizer, DeepSpeedZeroOptimizer_Stage3)
-
-
-def is_replicated(engine: Any) -> bool:
-    """Whether every process holds every state whole (ZeRO-0)."""
-    return isinstance(engine.optimizer, torch.optim.Optimizer)

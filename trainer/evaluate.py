@@ -17,28 +17,44 @@ from .data.reader import Dataset
 
 @torch.no_grad()
 def held_out_loss(
-    forward: Callable[..., Any], dataset: Dataset, sequences: int, micro_batch: int, device: torch.device
+    forward: Callable[..., Any],
+    dataset: Dataset,
+    sequences: int,
+    micro_batch: int,
+    here: torch.device,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[float, int]:
-    """Mean loss in nats per token over the first `sequences` of a held-out split, shared out over all processes.
+    """Mean loss in nats per token over the first `sequences` of a held-out split, added up over all processes.
 
     Every process runs equally many forward passes (ZeRO-3 gathers weights in step); a batch is filled with sequences
     of weight zero.
+
+    Args:
+        forward: makes a LossOutput of a batch; where several processes answer for one, all of them or one of them.
+        share: (i, n): this process takes the i-th of n micro-batches.
 
     Returns:
         (loss, tokens it is the mean of).
     """
     sequences = min(sequences, len(dataset))
-    spread = dist.is_initialized()
-    rank, world = (dist.get_rank(), dist.get_world_size()) if spread else (0, 1)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)
-    for first in range(0, sequences, micro_batch * world):
-        mine = range(first + rank * micro_batch, first + (rank + 1) * micro_batch)
-        batch = dataset.batch([index if index < sequences else -1 for index in mine]).to(device)
+    index, shares = share
+    sums = torch.zeros(2, dtype=torch.float64, device=here)
+    for first in range(index * micro_batch, sequences + index * micro_batch, micro_batch * shares):
+        mine = [i if i < sequences else -1 for i in range(first, first + micro_batch)]
+        batch = dataset.batch(mine).to(here)
         out = forward(batch)
         sums += torch.stack([out.loss_sum.double(), out.tokens.double()])
-    if spread:
+    if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item(), int(sums[1])
+
+
+def _as_the_first(tokens: list[int]) -> list[int]:
+    """The first process's tokens: drawing different ones, processes would not end together, and wait for ever."""
+    told = [tokens]
+    if dist.is_initialized():
+        dist.broadcast_object_list(told, src=0)
+    return told[0]
 
 
 def write_samples(module: nn.Module, config: Config, tokenizer: Tokenizer, end: int, path: Path, write: bool) -> None:
@@ -56,6 +72,7 @@ def write_samples(module: nn.Module, config: Config, tokenizer: Tokenizer, end: 
         temperature=config.train.sample_temperature,
         seed=config.run.seed,
         stop_token=end,
+        agree=_as_the_first,
     )
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)

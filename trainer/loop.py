@@ -14,8 +14,6 @@ import torch
 from torch import distributed as dist
 
 from configs import Config, ConfigError
-from models.balance import RouterTap
-from models.families import build
 
 from . import engine as ds
 from .checkpoint import committed
@@ -23,8 +21,9 @@ from .data.loader import Loader
 from .data.manifest import sources_of
 from .data.reader import Dataset, load_tokenizer
 from .data.shards import DataError
-from .evaluate import held_out_loss, write_samples
+from .evaluate import write_samples
 from .export import export
+from .forecast import Forecast
 from .guard import spike
 from .measure import step_metrics
 from .plugins import load_plugins
@@ -35,9 +34,9 @@ from .run import attempts, read_config, run_lock, stop_requested
 from .save import Saver
 from .schedule import learning_rate
 from .state import TrainState
-from .step import StepOutcome, micro_batches, train_step
+from .step import StepOutcome, micro_batches
 from .tracking import inputs_of, start_shipper
-from .warm_start import load_weights
+from .trainee import Trainee, build_trainee
 
 
 class TrainingStopped(RuntimeError):
@@ -63,8 +62,8 @@ def train(run_dir: Path) -> str:
     ds.start_processes(config.cluster.timeout)
     if dist.get_world_size() != config.parallel.world_size:
         raise ConfigError(
-            f"{dist.get_world_size()} processes were started but parallel.dp={config.parallel.dp} asks for "
-            f"{config.parallel.world_size}: start as many, or set parallel.dp={dist.get_world_size()}"
+            f"{dist.get_world_size()} processes were started but parallel.dp * tp * pp * sp asks for "
+            f"{config.parallel.world_size}: start as many, or change it"
         )
     chief = dist.get_rank() == 0
     attempt = from_chief(lambda: attempts(run_dir) + 1)
@@ -101,35 +100,42 @@ def _steps(
     run_dir: Path, config: Config, state: TrainState, record: Record | None, attempt: int, stop: threading.Event
 ) -> str:
     """The training loop; `state` follows it. Returns FINISHED or KILLED."""
-    train, here, rank = config.train, ds.device(), dist.get_rank()
+    train, here = config.train, ds.device()
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
     held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
-    engine, tap = _build(run_dir, config, here)
+    forecast = Forecast(config, here)  # measures the devices, all together, before the model takes memory
+    if record:
+        record.event("plan", **forecast.predicted())
+    trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))
+    engine, where = trainee.engine, trainee.where
     resume(run_dir, engine, state, record)
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
-    profiler = Profiler(run_dir, train.profile, enabled=rank == 0)
+    profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
     accumulate = engine.gradient_accumulation_steps()
-    loader = Loader(dataset, micro_batches(config, state.cursor, rank), depth=config.data.prefetch)
+    loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
     saved, reported = state.step, 0
     try:
         while state.step < train.steps:
             step, start, waited = state.step + 1, time.perf_counter(), loader.waited
             profiler.before(step)
-            batches = [next(loader).to(here) for _ in range(accumulate)]
+            whole = [next(loader) for _ in range(accumulate)]
+            batches = [trainee.part(batch).to(here) for batch in whole]
             waited = loader.waited - waited
             reported = _report_bad_pages(dataset, reported, run_dir, attempt)
 
             # Every process must know how much the others read, and leave at the same step as they.
-            trained = sum(int((batch.labels != -100).sum()) for batch in batches)
+            trained = sum(int((batch.labels != -100).sum()) for batch in whole)
             told = torch.tensor([trained, stop.is_set() or stop_requested(run_dir)], device=here)
             dist.all_reduce(told)
-            tokens, asked_to_stop = told.tolist()
+            counted, asked_to_stop = told.tolist()
+            tokens = counted * config.parallel.dp // dist.get_world_size()  # the other ranks read the same
             if asked_to_stop:
                 break
 
             rate = learning_rate(step, train.steps, config.optim)
             ds.set_learning_rate(engine, rate)
-            outcome = train_step(engine, tap, batches, tokens, config.model)
+            outcome = trainee.step(batches, tokens)
+            forecast.step_took(time.perf_counter() - start)
 
             read_at = state.cursor
             state.step, state.cursor = step, read_at + train.global_batch
@@ -147,13 +153,13 @@ def _steps(
                 saver.wait()
                 roll_back(run_dir, engine, state, config, record)
                 loader.close()
-                loader = Loader(dataset, micro_batches(config, state.cursor, rank), depth=config.data.prefetch)
+                loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
                 continue
 
             profiler.after(step, record)
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
-                _evaluate(run_dir, config, engine, tap, held_out, step, record)
+                _evaluate(run_dir, trainee, held_out, step, record)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 saver.save(engine, state, attempt)
                 saved = step
@@ -166,21 +172,9 @@ def _steps(
     finally:
         loader.close()
         saver.wait()
+    if record:
+        record.event("measured", **forecast.measured())
     return "KILLED" if killed else "FINISHED"
-
-
-def _build(run_dir: Path, config: Config, here: torch.device):
-    with here:
-        module = build(config.model)
-    module.init_weights(config.run.seed)  # type: ignore[operator]
-    if config.train.init_from and not from_chief(lambda: committed(run_dir)):
-        load_weights(module, config.train.init_from)
-    module.set_activation_checkpointing(config.train.activation_checkpointing == "full")  # type: ignore[operator]
-    tap = RouterTap(module, config.model) if config.model.is_moe else None
-    if config.train.compile:
-        for layer in module.model.layers:  # type: ignore[union-attr]
-            layer.compile(dynamic=False)
-    return ds.build_engine(module, config), tap
 
 
 def _report_bad_pages(dataset: Dataset, reported: int, run_dir: Path, attempt: int) -> int:
@@ -219,20 +213,18 @@ def _judge(
     return deviations
 
 
-def _evaluate(run_dir, config, engine, tap, held_out, step, record) -> None:
-    start = time.perf_counter()
-    engine.eval()
-    loss, tokens = held_out_loss(engine, held_out, config.train.eval_sequences, config.train.micro_batch, ds.device())
+def _evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, record: Record | None) -> None:
+    start, config = time.perf_counter(), trainee.config
+    loss, tokens = trainee.held_out_loss(held_out, ds.device())
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-    sample = run_dir / "samples" / f"step-{step:08d}.txt"
-    if config.train.sample_tokens:
-        write_samples(
-            engine.module, config, load_tokenizer(config.data), held_out.eos_id, sample, write=record is not None
-        )
-    engine.train()
-    if tap:
-        tap.collect()
+    # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
+    if config.train.sample_tokens and config.parallel.pp == 1:
+        sample = run_dir / "samples" / f"step-{step:08d}.txt"
+        tokenizer, end = load_tokenizer(config.data), held_out.eos_id
+        trainee.engine.eval()
+        write_samples(trainee.engine.module, config, tokenizer, end, sample, write=record is not None)
+        trainee.engine.train()
     if record:
         record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)
 

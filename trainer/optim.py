@@ -10,8 +10,12 @@ from torch.optim.adagrad import adagrad
 from configs.optim import OptimConfig
 
 
-def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
+def parameter_groups(module: nn.Module, config: OptimConfig, experts: str | None = None) -> list[dict[str, Any]]:
     """Split the parameters into those that decay and those that do not (norms, biases, embeddings).
+
+    Args:
+        experts: name of the process group of expert parallelism; experts are then groups of their own, marked for
+            DeepSpeed, which averages and shares them out among fewer ranks.
 
     A group's order is the module's, so that every process and every topology builds the same groups. For Muon the
     matrices inside the layers are groups of their own (`use_muon`); embeddings and the head take AdamW, as its author
@@ -20,17 +24,19 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict[str, A
     embeddings = {
         id(parameter) for m in module.modules() if isinstance(m, nn.Embedding) for parameter in m.parameters()
     }
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, bool, bool], list[Tensor]] = {}
     for name, parameter in module.named_parameters():
         if not parameter.requires_grad:
             continue
         matrix = parameter.ndim >= 2 and id(parameter) not in embeddings
         decay = matrix or config.decay_all
         muon = config.name == "muon" and matrix and not name.startswith("lm_head")
-        groups.setdefault((muon, decay), []).append(parameter)
+        expert = experts is not None and ".experts." in name
+        groups.setdefault((muon, decay, expert), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0, "use_muon": muon}
-        for (muon, decay), parameters in groups.items()
+        | ({"moe": True, "name": experts} if expert else {})
+        for (muon, decay, expert), parameters in groups.items()
     ]
 
 

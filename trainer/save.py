@@ -3,28 +3,38 @@
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from . import checkpoint
 from .checkpoint import MASTER, CheckpointError, Reader, Snapshot
-from .engine import base_optimizer, is_replicated, is_sharded, slots
+from .engine import base_optimizer, device
+from .fragments import fragment_key
 from .record import Record
+from .slots import Slot, is_replicated, is_sharded, pieces, slots
 from .state import TrainState
 
 
 def take_snapshot(engine: Any) -> Snapshot:
-    """Copy this process's share of the weights and optimizer states to CPU memory.
+    """Copy this process's share of the weights and optimizer states to CPU memory."""
+    return copied(share(engine), {})
 
-    Where every process holds everything (ZeRO-0), each takes an equal stretch of every tensor.
+
+def share(engine: Any) -> Snapshot:
+    """This process's share of the weights and optimizer states, as views that change with the next optimizer step.
+
+    Where every process holds everything (ZeRO-0), each takes an equal stretch of every tensor; of what tensor-parallel
+    processes hold alike, one takes it.
     """
     optimizer = base_optimizer(engine)
     rank, world = dist.get_rank(), dist.get_world_size()
     whole = is_replicated(engine)
-    tensors: dict[str, torch.Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     shapes: dict[str, dict[str, list[int]]] = {}
     scalars: dict[str, float] = {}
     for slot in slots(engine):
@@ -38,95 +48,119 @@ def take_snapshot(engine: Any) -> Snapshot:
             else:  # Adafactor's rows and columns: another shape, kept whole (ZeRO-0 only)
                 shapes.setdefault(key, {})[slot.name] = list(value.shape)
                 if rank == 0:
-                    tensors[f"{key}/{slot.name}@0"] = _copy(value.detach().reshape(-1))
+                    tensors[f"{key}/{slot.name}@0"] = value.detach().reshape(-1)
         for key, view in views.items():
             shapes.setdefault(key, {})[slot.name] = list(slot.shape)
-            if low < high:
-                tensors[f"{key}/{slot.name}@{slot.start + low}"] = _copy(view[low:high])
+            if low < high and slot.writes:
+                tensors[fragment_key(key, slot.name, slot.start + low, slot.box, slot.shape)] = view[low:high]
     return Snapshot(tensors, shapes, scalars)
 
 
-def _copy(view: torch.Tensor) -> torch.Tensor:
-    return torch.empty(view.shape, dtype=view.dtype, device="cpu").copy_(view)
+def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
+    """A copy in CPU memory.
+
+    Args:
+        buffers: tensors of an earlier copy that nobody needs any more, to be written over: fresh memory is faulted in
+            page by page, which takes longer than the copy.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())  # a thread of its own begins at the first GPU
+    tensors = {}
+    for key, view in views.tensors.items():
+        buffer = buffers.get(key)
+        if buffer is None or buffer.shape != view.shape or buffer.dtype != view.dtype:
+            buffer = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+        tensors[key] = buffer.copy_(view, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return replace(views, tensors=tensors)
 
 
 def restore(engine: Any, reader: Reader) -> None:
     """Put a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
 
+    Each process reads what it holds: the slices that are its parameters, and its stretches of the states.
+
     Raises:
         CheckpointError: a parameter of the model is missing or has another shape.
     """
-    optimizer = base_optimizer(engine)
-    states = [key for key in reader.states if key != MASTER]
-    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
-    for slot in slots(engine):
-        if reader.shape(MASTER, slot.name) != slot.shape:
+    held = {id(slot.parameter): slot for slot in slots(engine)}
+    groups = {id(p): group for group in base_optimizer(engine).param_groups for p in group["params"]}
+    for piece in pieces(engine):
+        if reader.shape(MASTER, piece.name) != piece.shape:
             raise CheckpointError(
-                f"{reader.path}: {slot.name} is {reader.shape(MASTER, slot.name)}, the model's is {slot.shape}"
+                f"{reader.path}: {piece.name} is {reader.shape(MASTER, piece.name)}, the model's is {piece.shape}"
             )
+        slot = held.get(id(piece.parameter))
         with torch.no_grad():
             if is_sharded(engine):
-                piece = reader.read(MASTER, slot.name, slot.start, slot.numel)
-                slot.parameter.ds_tensor[: slot.numel].copy_(piece)  # type: ignore[attr-defined]
+                if slot:
+                    stretch = reader.read(MASTER, slot.name, slot.start, slot.numel, slot.box)
+                    slot.parameter.ds_tensor[: slot.numel].copy_(stretch)  # type: ignore[attr-defined]
+                    slot.view(slot.owner).copy_(stretch)
             else:
-                whole = reader.weight(slot.name)
-                slot.parameter.copy_(whole)
-                piece = whole.view(-1)[slot.start : slot.start + slot.numel]
-            slot.view(slot.owner).copy_(piece)
-        state = optimizer.state[slot.owner]
-        fused = groups.get(id(slot.owner), {}).get("fused")
-        for key in states:
-            if slot.name not in reader.manifest["shapes"][key]:
-                continue
-            shape = reader.shape(key, slot.name)
-            if shape == slot.shape:
-                if key not in state:
-                    state[key] = torch.zeros_like(slot.owner)
-                slot.view(state[key]).copy_(reader.read(key, slot.name, slot.start, slot.numel))
-            else:
-                state[key] = reader.read(key, slot.name).view(shape).to(slot.owner.device)
-        for key, value in reader.manifest["scalars"].items():
-            # torch's fused kernels want the step count beside the parameter, the others on the CPU.
-            state[key] = torch.tensor(value, device=slot.owner.device if fused else "cpu")
-    if not is_sharded(engine):
-        _restore_unowned(engine, reader)
+                weight = reader.read(MASTER, piece.name, box=piece.box)
+                piece.parameter.copy_(weight.view_as(piece.parameter))
+                if slot:
+                    slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
+        if slot:
+            fused = groups.get(id(slot.owner), {}).get("fused")
+            _restore_states(base_optimizer(engine).state[slot.owner], slot, reader, fused=bool(fused))
 
 
-def _restore_unowned(engine: Any, reader: Reader) -> None:
-    """Working weights of which this process owns no part of the master copy (ZeRO 1 and 2)."""
-    held = {slot.name for slot in slots(engine)}
-    with torch.no_grad():
-        for name, parameter in engine.module.named_parameters():
-            if name not in held:
-                parameter.copy_(reader.weight(name))
+def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, *, fused: bool) -> None:
+    """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches."""
+    for key in reader.states:
+        if key == MASTER or slot.name not in reader.manifest["shapes"][key]:
+            continue
+        shape = reader.shape(key, slot.name)
+        if shape == slot.shape:
+            if key not in state:
+                state[key] = torch.zeros_like(slot.owner)
+            slot.view(state[key]).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
+        else:
+            state[key] = reader.read(key, slot.name).view(shape).to(slot.owner.device)
+    for key, value in reader.manifest["scalars"].items():
+        # torch's fused kernels want the step count beside the parameter, the others on the CPU.
+        state[key] = torch.tensor(value, device=slot.owner.device if fused else "cpu")
 
 
 class Saver:
-    """Writes checkpoints of one run, on another thread unless told otherwise, one at a time."""
+    """Writes checkpoints of one run, on another thread unless told otherwise, one at a time.
+
+    Only an optimizer step changes what a checkpoint holds. So the other thread also takes the copy, beside the next
+    forward and backward pass, and training waits for it, if at all, where the optimizer is about to step.
+    """
+
+    stalled = 0.0
+    """Seconds that training has stood still for the last checkpoint."""
 
     def __init__(self, run_dir: Path, config: Mapping, record: Record | None, background: bool, timeout_s: float):
         self._run_dir, self._config, self._record = run_dir, config, record
         self._background, self._timeout_s = background, timeout_s
         self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._hook: Any = None
         self._saves = 0
+        self._buffers: dict[str, Tensor] = {}
 
-    def save(self, engine: Any, state: TrainState, attempt: int) -> float:
-        """Take a snapshot and start writing it. Returns the seconds that training stood still."""
+    def save(self, engine: Any, state: TrainState, attempt: int) -> None:
+        """Begin to write a checkpoint, or write it if not in the background."""
         start = time.perf_counter()
         self.wait()
-        snapshot = take_snapshot(engine)
-        stall = time.perf_counter() - start
+        views = share(engine)
         self._saves += 1
-        token = f"{attempt}.{self._saves}"
-        copied = TrainState(**state.to_dict())
-        arguments = (snapshot, copied, token, dist.get_rank(), dist.get_world_size(), stall)
+        copied_state = TrainState(**state.to_dict())
+        arguments = (views, copied_state, f"{attempt}.{self._saves}", dist.get_rank(), dist.get_world_size())
         if self._background:
+            self._hook = self._hook or base_optimizer(engine).register_step_pre_hook(self._before_step)
+            self._copied.clear()
             # Not a daemon: an interpreter that exits waits for the write to end.
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
         else:
             self._write(*arguments)
-        return time.perf_counter() - start
+        self.stalled = time.perf_counter() - start
 
     def wait(self) -> None:
         """Return when the last checkpoint is written or has failed."""
@@ -134,8 +168,18 @@ class Saver:
             self._thread.join()
             self._thread = None
 
-    def _write(self, snapshot: Snapshot, state: TrainState, token: str, rank: int, world: int, stall: float) -> None:
+    def _before_step(self, *_: Any) -> None:
         start = time.perf_counter()
+        self._copied.wait()
+        self.stalled += time.perf_counter() - start
+
+    def _write(self, views: Snapshot, state: TrainState, token: str, rank: int, world: int) -> None:
+        start = time.perf_counter()
+        try:
+            snapshot = copied(views, self._buffers)
+        finally:
+            self._copied.set()
+        self._buffers = snapshot.tensors
         path = checkpoint.folder(self._run_dir, state.step)
         keep, keep_every = self._config["checkpoint"]["keep"], self._config["checkpoint"]["keep_every"]
         try:
@@ -146,6 +190,7 @@ class Saver:
                 if self._record:
                     size = sum(entry["bytes"] for entry in manifest["files"].values())
                     seconds = time.perf_counter() - start
+                    stall = self.stalled if self._background else seconds
                     self._record.event(
                         "checkpoint", step=state.step, bytes=size, stall_s=stall, write_s=seconds, pruned=pruned
                     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from configs import Config, ModelConfig
+from configs import Config
 from models.balance import RouterTap
 from models.batch import Batch
 
@@ -48,7 +48,7 @@ def micro_batches(config: Config, cursor: int, rank: int) -> Iterator[list[int]]
 
 
 def train_step(
-    engine: Any, tap: RouterTap | None, batches: Sequence[Batch], tokens: int, config: ModelConfig
+    engine: Any, tap: RouterTap | None, batches: Sequence[Batch], tokens: int, config: Config
 ) -> StepOutcome:
     """Take one optimizer step over this process's micro-batches.
 
@@ -58,18 +58,20 @@ def train_step(
     Args:
         tokens: labels trained on in the whole global batch.
     """
-    world, accumulate = dist.get_world_size(), len(batches)
+    # What DeepSpeed averages over: data-parallel ranks, and those that hold parts of the same sequences.
+    averaged, accumulate = config.parallel.dp * config.parallel.sp, len(batches)
+    model = config.model
     sums: Tensor | None = None
     for batch in batches:
         out = engine(batch)
         # DeepSpeed divides by the micro-batches of a process and averages over processes: undo both.
-        loss = out.loss_sum * (accumulate * world / max(tokens, 1))
+        loss = out.loss_sum * (accumulate * averaged / max(tokens, 1))
         measured = [out.loss_sum.detach().double().view(1)]
         router = tap.collect() if tap else None
         if router:
-            loss = loss + config.aux_loss_weight * router.aux_loss + config.z_loss_weight * router.z_loss
+            loss = loss + model.aux_loss_weight * router.aux_loss + model.z_loss_weight * router.z_loss
             parts = (router.aux_loss, router.z_loss, router.load)
-            measured += [part.detach().double().view(-1) / (accumulate * world) for part in parts]
+            measured += [part.detach().double().view(-1) / (accumulate * averaged) for part in parts]
         # An infinite loss can have finite gradients; made NaN, they are seen by the engine's own check of the norm.
         engine.backward(loss * torch.where(loss.detach().isfinite(), 1.0, math.nan))
         engine.step()
@@ -77,9 +79,10 @@ def train_step(
         sums = values if sums is None else sums + values
     assert sums is not None
     dist.all_reduce(sums)
-    loss_sum, *router_sums = sums.tolist()
+    # Tensor-parallel ranks counted the same tokens.
+    loss_sum, *router_sums = (sums / config.parallel.tp).tolist()
     loads = router_sums[2:]
-    experts = config.num_experts
+    experts = model.num_experts
     return StepOutcome(
         loss=loss_sum / max(tokens, 1),
         aux_loss=router_sums[0] if router_sums else 0.0,

@@ -79,7 +79,7 @@ def test_schema_describes_every_section(muster):
         (["config", "quickstart", "train.steps=many"], ["train.steps", "many"]),
         (["config", "quickstart", "train.steps"], ["key=value"]),
         (["config", "quickstart", "train.steps=[1"], ["train.steps", "YAML"]),
-        (["config", "quickstart", "parallel.tp=2"], ["parallel.tp"]),
+        (["config", "quickstart", "parallel.tp=3"], ["parallel.tp=3", "num_heads", "Nearest that works"]),
         (["train", "quickstart", "optim.lr=0"], ["optim.lr"]),
         (["train", "quickstart", "parallel.dp=9000", "train.global_batch=9000"], ["9000 processes", "parallel.dp"]),
         (["train", "quickstart", "cluster.cpus_per_worker=5000"], ["cluster.cpus_per_worker=5000"]),

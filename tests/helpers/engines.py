@@ -8,10 +8,13 @@ from models.balance import RouterTap
 from models.batch import Batch
 from models.families import build
 from trainer import engine as ds
+from trainer.fragments import parse_key, runs, within
+from trainer.fragments import whole as full_box
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.save import restore, take_snapshot
 from trainer.schedule import learning_rate
-from trainer.step import micro_batches, train_step
+from trainer.step import micro_batches
+from trainer.trainee import build_trainee
 
 
 def batch_of(config: Config, indices: list[int]) -> Batch:
@@ -41,24 +44,23 @@ class EngineRun:
 
     def __init__(self, config: Config):
         self.config = config
-        module = build(config.model)
-        module.init_weights(0)
-        self.tap = RouterTap(module, config.model) if config.model.is_moe else None
-        self.engine = ds.build_engine(module, config)
+        self.trainee = build_trainee(config, torch.device("cpu"))
+        self.engine = self.trainee.engine
 
     def steps(self, first: int, last: int, spoil: int | None = None) -> list[tuple]:
         """Take steps first..last. Returns [(loss, grad_norm, skipped)]. Step `spoil` gets a NaN gradient."""
         config, outcomes = self.config, []
-        batches = micro_batches(config, (first - 1) * config.train.global_batch, dist.get_rank())
+        batches = micro_batches(config, (first - 1) * config.train.global_batch, self.trainee.where.dp)
         for step in range(first, last + 1):
-            mine = [batch_of(config, next(batches)) for _ in range(self.engine.gradient_accumulation_steps())]
+            accumulate = self.engine.gradient_accumulation_steps()
+            mine = [self.trainee.part(batch_of(config, next(batches))) for _ in range(accumulate)]
             ds.set_learning_rate(self.engine, learning_rate(step, 20, config.optim))
             handle = None
             if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
                 handle = self.engine.module.register_forward_hook(
                     lambda module, args, out: out._replace(loss_sum=out.loss_sum * torch.inf)
                 )
-            out = train_step(self.engine, self.tap, mine, tokens_of(config, step), config.model)
+            out = self.trainee.step(mine, tokens_of(config, step))
             if handle:
                 handle.remove()
             outcomes.append((out.loss, out.grad_norm, out.skipped))
@@ -105,15 +107,18 @@ def bare_losses(config: Config, steps: int) -> tuple[list, dict]:
 
 
 def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole weights from the fragments of all processes."""
-    whole = {name: torch.full((weight.numel(),), torch.nan) for name, weight in weights.items()}
+    """Whole weights from the fragments of all processes; NaN where there is none, and an error where there are two."""
+    whole = {name: torch.full(weight.shape, torch.nan) for name, weight in weights.items()}
     for part in fragments:
         for entry, tensor in part.items():
-            key, _, rest = entry.partition("/")
-            name, _, start = rest.rpartition("@")
-            if key == "weight":
-                whole[name][int(start) : int(start) + tensor.numel()] = tensor
-    return {name: flat.view_as(weights[name]) for name, flat in whole.items()}
+            state, name, start, box = parse_key(entry)
+            if state == "weight":
+                box = box or full_box(whole[name].shape)
+                for at, run in runs(box, start, start + tensor.numel()):
+                    place = whole[name][within(full_box(whole[name].shape), run)]
+                    assert place.isnan().all(), f"{name} is written twice"
+                    place.copy_(tensor[at - start : at - start + place.numel()].view_as(place))
+    return whole
 
 
 def save_and_continue(config: Config, path, first: int, last: int, world_tag: str) -> list:
@@ -138,3 +143,17 @@ def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict
     restore(run.engine, Reader(path))
     fragments = run.fragments()
     return fragments, run.steps(first + 1, last)
+
+
+def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]:
+    """Load a checkpoint of `step` into a fresh engine, write it again to `target`, go on to `last`."""
+    from trainer.checkpoint import Reader, commit, write_shard
+    from trainer.state import TrainState
+
+    run = EngineRun(config)
+    restore(run.engine, Reader(source))
+    write_shard(target, dist.get_rank(), "again", take_snapshot(run.engine))
+    if dist.get_rank() == 0:
+        commit(target, dist.get_world_size(), "again", TrainState(step=step), {}, 60)
+    dist.barrier()
+    return run.steps(step + 1, last)

@@ -5,6 +5,7 @@ import signal
 from dataclasses import replace
 
 from trainer import checkpoint, loop
+from trainer.trainee import Trainee
 
 
 def kill_in(function: str, call: int, when: str) -> None:
@@ -39,26 +40,28 @@ def kill_at_step(step: int, number: int) -> None:
 
 def poison(first: int, last: int) -> None:
     """Make the loss infinite in a range of steps."""
-    original = loop.train_step
+    original = Trainee.step
     step = 0
 
-    def wrapped(engine, *arguments):
+    def wrapped(self, *arguments):
         nonlocal step
         step += 1
         if not first <= step <= last:
-            return original(engine, *arguments)
-        hook = engine.module.register_forward_hook(lambda m, a, out: out._replace(loss_sum=out.loss_sum * float("inf")))
+            return original(self, *arguments)
+        hook = self.engine.module.register_forward_hook(
+            lambda m, a, out: out._replace(loss_sum=out.loss_sum * float("inf"))
+        )
         try:
-            return original(engine, *arguments)
+            return original(self, *arguments)
         finally:
             hook.remove()
 
-    loop.train_step = wrapped
+    Trainee.step = wrapped  # type: ignore[method-assign]
 
 
 def raise_loss(step: int) -> None:
     """Report a tenfold loss at one step of the first attempt."""
-    original, calls = loop.train_step, 0
+    original, calls = Trainee.step, 0
 
     def wrapped(*arguments):
         nonlocal calls
@@ -66,4 +69,4 @@ def raise_loss(step: int) -> None:
         outcome = original(*arguments)
         return replace(outcome, loss=outcome.loss * 10) if calls == step else outcome
 
-    loop.train_step = wrapped
+    Trainee.step = wrapped  # type: ignore[method-assign]

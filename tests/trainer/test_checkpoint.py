@@ -1,13 +1,17 @@
 """Checkpoints: written by one topology, read by another, bit for bit; damage is refused."""
 
+import threading
+import time
+
 import pytest
 import torch
-from engines import load_and_continue, save_and_continue
+from engines import EngineRun, load_and_continue, save_and_continue
 from support import resolved
 
-from trainer import checkpoint
+from trainer import checkpoint, save
 from trainer.checkpoint import CheckpointError, Reader, Snapshot
-from trainer.engine import start_processes
+from trainer.engine import base_optimizer, start_processes
+from trainer.save import copied
 from trainer.state import TrainState
 
 
@@ -66,6 +70,45 @@ def test_every_optimizer_resumes_bit_exactly(tmp_path, optim):
     went_on = save_and_continue(config(0, 1, optim=optim), path, 3, 6, "a")
     _, outcomes = load_and_continue(config(0, 1, optim=optim), path, 3, 6)
     assert outcomes == went_on
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, precision):
+    """Training goes on while the other thread copies; here the copy begins only once the optimizer is to step."""
+    settings, stepping = config(stage, 1, precision), threading.Event()
+
+    def late(views, buffers):
+        assert stepping.wait(60)
+        time.sleep(0.1)  # enough for a step that did not wait
+        return copied(views, buffers)
+
+    monkeypatch.setattr(save, "copied", late)
+    run = EngineRun(settings)
+    run.steps(1, 2)
+    before = {key: view.clone() for key, view in save.share(run.engine).tensors.items()}
+    base_optimizer(run.engine).register_step_pre_hook(lambda *_: stepping.set())
+    saver = save.Saver(tmp_path, settings.model_dump(mode="json"), None, background=True, timeout_s=60)
+    saver.save(run.engine, TrainState(step=2), 1)
+    run.steps(3, 4)
+    saver.wait()
+    written = states(checkpoint.folder(tmp_path, 2))
+    assert len(written) == len(before)
+    changed = dict(save.share(run.engine).tensors)
+    for key, value in before.items():
+        assert torch.equal(written[key.removesuffix("@0")], value), key
+        assert not torch.equal(changed[key], value)
+
+
+def test_a_failed_copy_does_not_hold_training_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr(save, "copied", lambda *_: 1 / 0)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    run = EngineRun(config(1, 1))
+    saver = save.Saver(tmp_path, run.config.model_dump(mode="json"), None, background=True, timeout_s=60)
+    saver.save(run.engine, TrainState(step=0), 1)
+    run.steps(1, 1)
+    saver.wait()
+    assert checkpoint.committed(tmp_path) == []
 
 
 def snapshot() -> Snapshot:

@@ -95,7 +95,7 @@ MISTAKES = {
     ),
     "other number of processes": (
         ["config.yaml", "parallel.dp=1"],
-        "muster: 2 processes were started but parallel.dp=1 asks for 1: start as many, or set parallel.dp=2",
+        "muster: 2 processes were started but parallel.dp * tp * pp * sp asks for 1: start as many, or change it",
     ),
 }
 

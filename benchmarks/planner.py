@@ -1,0 +1,238 @@
+"""What the planner predicts beside what is measured: memory of states and in all, and time of a step.
+
+Every config is trained for a few steps by the trainer's own engine and step, in processes of its own. States are the
+sum of the tensors' storages that the engine holds when the optimizer is about to step; the total is the process's
+peak resident memory less what it was before the model was built, with freed memory given back at once. `--keep` lets
+glibc keep it instead, as the trainer does on CPU: quicker, but the gaps in its heap then count as well.
+Run: `python benchmarks/planner.py [NAME ...]`.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import socket
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+DENSE = {"num_layers": 6, "hidden_size": 512, "num_heads": 8, "num_kv_heads": 4, "vocab_size": 8192,
+         "intermediate_size": 1536}  # fmt: skip
+MOE = {"num_layers": 4, "hidden_size": 384, "num_heads": 6, "num_kv_heads": 2, "vocab_size": 8192, "num_experts": 16,
+       "expert_size": 384, "top_k": 2}  # fmt: skip
+WIDE = {"num_layers": 2, "hidden_size": 1024, "num_heads": 8, "vocab_size": 16384, "intermediate_size": 2816}
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dense fp32": {"model": DENSE},
+    "dense fp32, adamw, 2 micro-batches": {"model": DENSE, "train": {"micro_batch": 2}},
+    "dense fp32, sgd": {"model": DENSE, "optim": {"name": "sgd"}},
+    "dense fp32, checkpointing": {"model": DENSE, "train": {"global_batch": 16, "activation_checkpointing": "full"}},
+    "dense fp32, every second layer": {
+        "model": DENSE, "train": {"global_batch": 8, "activation_checkpointing": "selective"},
+    },
+    "dense bf16": {"model": DENSE, "train": {"precision": "bf16", "global_batch": 8}},
+    "dense bf16, ZeRO-1": {"model": DENSE, "train": {"precision": "bf16"}, "parallel": {"zero_stage": 1}},
+    "dense fp32, 2 processes": {"model": DENSE, "parallel": {"dp": 2}},
+    "dense fp32, ZeRO-1, 2 processes": {"model": DENSE, "parallel": {"dp": 2, "zero_stage": 1}},
+    "dense fp32, ZeRO-2, 2 processes": {"model": DENSE, "parallel": {"dp": 2, "zero_stage": 2}},
+    "dense bf16, ZeRO-2, 2 processes": {
+        "model": DENSE, "train": {"precision": "bf16", "global_batch": 8}, "parallel": {"dp": 2, "zero_stage": 2},
+    },
+    "dense fp32, ZeRO-3, 2 processes": {"model": DENSE, "parallel": {"dp": 2, "zero_stage": 3}},
+    "dense bf16, ZeRO-3, 2 processes": {
+        "model": DENSE, "train": {"precision": "bf16", "global_batch": 8}, "parallel": {"dp": 2, "zero_stage": 3},
+    },
+    "moe fp32": {"model": MOE},
+    "moe bf16, ZeRO-1": {"model": MOE, "train": {"precision": "bf16"}, "parallel": {"zero_stage": 1}},
+    "moe bf16, ZeRO-1, 2 processes": {
+        "model": MOE, "train": {"precision": "bf16"}, "parallel": {"dp": 2, "zero_stage": 1},
+    },
+    "moe fp32, ZeRO-3, checkpointing, 2 processes": {
+        "model": MOE, "train": {"global_batch": 8, "activation_checkpointing": "full"},
+        "parallel": {"dp": 2, "zero_stage": 3},
+    },
+    "moe fp32, muon": {"model": MOE, "optim": {"name": "muon"}},
+    "wide fp32, 1,024 tokens": {"model": WIDE, "train": {"global_batch": 1, "seq_len": 1024}},
+    "wide bf16": {"model": WIDE, "train": {"precision": "bf16"}},
+}  # fmt: skip
+
+
+def run_config(sections: dict[str, Any]) -> Any:
+    from configs import from_dict, resolve
+
+    tree: dict[str, Any] = {
+        "train": {"global_batch": 4, "seq_len": 256, "precision": "fp32", "sample_tokens": 0},
+        "data": {"document_mask": False},
+        "tracking": {"enabled": False},
+    }
+    for name, keys in sections.items():
+        tree[name] = tree.get(name, {}) | keys
+    return resolve(from_dict(tree))[0]
+
+
+def random_batch(config: Any) -> Any:
+    import torch
+
+    from models.batch import Batch
+
+    rows, length = config.train.micro_batch, config.train.seq_len
+    ids = torch.randint(0, config.model.vocab_size, (rows, length + 1))
+    positions = torch.arange(length).expand(rows, length)
+    return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), positions, None, torch.arange(rows))
+
+
+def states(engine: Any) -> dict[str, int]:
+    """Bytes of unique storages that hold weights, optimizer states and gradients; the reduction's bucket apart."""
+    from trainer.engine import base_optimizer
+
+    parameters, optimizer, base = list(engine.module.parameters()), engine.optimizer, base_optimizer(engine)
+    stepped = [p for group in base.param_groups for p in group["params"]]
+    stepped += getattr(optimizer, "fp32_partitioned_groups_flat", [])
+
+    def held(*names: str) -> list[Any]:
+        return [getattr(optimizer, name, None) for name in names]
+
+    kinds = {
+        "weights": [[p.data for p in parameters], [getattr(p, "ds_tensor", None) for p in parameters],
+                    held("bit16_groups_flat", "bf16_groups_flat", "lp_param_buffer")],
+        "optimizer": [stepped, dict(base.state)],
+        "bucket": [bucket.buffer for bucket in getattr(optimizer, "ipg_buckets", {}).values()],
+        "gradients": [[p.grad for p in [*parameters, *stepped]], [getattr(p, "grad_accum", None) for p in parameters],
+                      held("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat",
+                           "grad_partitions_flat_buffer")],
+    }  # fmt: skip
+    seen: set[int] = set()
+    sums = {}
+    for kind, things in kinds.items():
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(things)}
+        sums[kind] = sum(size for place, size in storages.items() if place not in seen)
+        seen |= set(storages)
+    return sums
+
+
+def _tensors(things: Any) -> Iterator[Any]:
+    import torch
+
+    if isinstance(things, torch.Tensor):
+        yield things
+    elif isinstance(things, dict):
+        yield from _tensors(list(things.values()))
+    elif isinstance(things, list | tuple):
+        for thing in things:
+            yield from _tensors(thing)
+
+
+def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int, keep: bool, pipe: Any) -> None:
+    """One process of one run: train, and answer with what was predicted and measured."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
+    import torch
+
+    torch.set_num_threads(1)
+    from models.balance import RouterTap
+    from models.families import build
+    from models.plan import predict
+    from trainer import engine as ds
+    from trainer.forecast import PeakMemory
+    from trainer.rates import device_facts
+    from trainer.step import train_step
+
+    if not keep:
+        ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: larger blocks are mapped and unmapped
+        ds.keep_freed_memory = lambda: None
+    config = run_config(sections)
+    ds.start_processes(600)
+    device = device_facts(ds.device(), config.train.precision)
+    assert device
+    plan = predict(config, device)
+    gc.collect()
+    peak = PeakMemory(ds.device())
+    module = build(config.model)
+    module.init_weights(0)  # type: ignore[operator]
+    module.set_activation_checkpointing(config.train.recompute_every)  # type: ignore[operator]
+    tap = RouterTap(module, config.model) if config.model.is_moe else None
+    engine = ds.build_engine(module, config)
+    step, found = engine.step, {}
+
+    def measured_step() -> None:
+        if engine.is_gradient_accumulation_boundary() and len(times) == steps - 1:
+            found.update(states(engine))
+        step()
+
+    engine.step = measured_step
+    times: list[float] = []
+    tokens = config.train.global_batch * config.train.seq_len
+    for _ in range(steps):
+        batches = [random_batch(config) for _ in range(engine.gradient_accumulation_steps())]
+        start = time.perf_counter()
+        train_step(engine, tap, batches, tokens, config)
+        times.append(time.perf_counter() - start)
+    pipe.send((plan, found, peak.bytes(), statistics.median(times[2:])))
+
+
+def measure(sections: dict[str, Any], steps: int, keep: bool) -> list[Any]:
+    """The answers of all processes of one run."""
+    world = run_config(sections).parallel.world_size
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(world):
+        mine, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(sections, rank, world, port, steps, keep, theirs), daemon=True)
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+        processes.append(process)
+    try:
+        return [pipe.recv() for pipe in pipes]
+    finally:
+        for process in processes:
+            process.join(20)
+            process.kill()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", help="only runs whose name holds one of these words")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--keep", action="store_true", help="keep freed memory, as the trainer does")
+    parser.add_argument("--verbose", action="store_true", help="the parts as well")
+    args = parser.parse_args()
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 thread a process, {args.steps} steps\n")
+    print("| run | parameters, M | states: predicted, MB | measured | off | in all: predicted | measured | off "
+          "| step: predicted, s | measured |")  # fmt: skip
+    print("|" + "---|" * 10)
+    offs: dict[str, list[float]] = {"states": [], "total": [], "time": []}
+    for name, sections in RUNS.items():
+        if args.names and not any(word in name for word in args.names):
+            continue
+        answers = measure(sections, args.steps, args.keep)
+        plan = answers[0][0]
+        held = max(sum(size for kind, size in found.items() if kind != "bucket") for _, found, _, _ in answers)
+        total, seconds = max(answer[2] for answer in answers), max(answer[3] for answer in answers)
+        state_off, total_off = plan.memory.states / held - 1, plan.memory.peak / total - 1
+        offs["states"].append(state_off)
+        offs["total"].append(total_off)
+        offs["time"].append(plan.step_time / seconds - 1)
+        print(f"| {name} | {plan.parameters.total / 1e6:.1f} | {plan.memory.states / 1e6:.0f} | {held / 1e6:.0f} | "
+              f"{state_off:+.1%} | {plan.memory.peak / 1e6:.0f} | {total / 1e6:.0f} | {total_off:+.1%} | "
+              f"{plan.step_time:.2f} | {seconds:.2f} |", flush=True)  # fmt: skip
+        if args.verbose:
+            print(json.dumps(answers[0][1]), {k: round(v / 1e6) for k, v in plan.summary()["memory"]["parts"].items()},
+                  {k: round(v / 1e6) for k, v in plan.memory.moments.items()})  # fmt: skip
+    for kind, values in offs.items():
+        print(f"\n{kind}: median off {statistics.median(map(abs, values)):.1%}, at most {max(map(abs, values)):.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""Every topology of some devices, judged: which fit and are quickest, and why the others do not (no torch)."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from configs import Config
+from configs.topology import RULES, topologies
+
+from .devices import Device
+from .plan import Plan, predict
+from .shards import micro_batches
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A config that runs and fits, and its prediction."""
+
+    config: Config
+    plan: Plan
+
+    def overrides(self) -> list[str]:
+        """What to add to the command line."""
+        parallel, train = self.config.parallel, self.config.train
+        keys = [f"parallel.{key}={getattr(parallel, key)}" for key in ("dp", "tp", "pp", "ep", "sp", "zero_stage")]
+        return [*keys, f"train.micro_batch={train.micro_batch}",
+                f"train.activation_checkpointing={train.activation_checkpointing}"]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search.
+
+    Attributes:
+        choices: quickest first, at most one for each topology.
+        refused: how many topologies each reason rules out.
+        too_large: topologies that run but fit with no micro-batch.
+        least: the smallest peak memory of those, in bytes; None if there are none.
+    """
+
+    choices: list[Choice]
+    refused: Counter[str]
+    too_large: int
+    least: float | None
+
+
+def search(config: Config, device: Device, devices: int) -> Found:
+    """Judge all topologies of `devices` devices; offload and hpZ stay as `config` has them."""
+    choices: list[Choice] = []
+    refused: Counter[str] = Counter()
+    too_large, least = 0, None
+    seen = set()
+    for parallel in topologies(devices, config.parallel):
+        if parallel in seen or (parallel.hpz, parallel.offload) != (config.parallel.hpz, config.parallel.offload):
+            continue
+        seen.add(parallel)
+        asked = config.model_copy(update={"parallel": parallel})
+        if reasons := _reasons(asked):
+            refused.update(reasons)
+            continue
+        best: Choice | None = None
+        smallest = float("inf")
+        for candidates in _variants(asked):
+            plans = [predict(candidate, device) for candidate in candidates]
+            smallest = min(smallest, *(plan.memory.peak for plan in plans))
+            for candidate, plan in zip(candidates, plans, strict=True):
+                if plan.fits and (best is None or plan.step_time < best.plan.step_time):
+                    best = Choice(candidate, plan)
+            if not any(plan.fits for plan in plans):
+                break  # a larger micro-batch needs no less
+        if best:
+            choices.append(best)
+        else:
+            too_large += 1
+            least = min(smallest, least or smallest)
+    choices.sort(key=lambda choice: (choice.plan.step_time, choice.plan.memory.peak))
+    return Found(choices, refused, too_large, least)
+
+
+def _reasons(config: Config) -> list[str]:
+    sections = {"p": config.parallel, "m": config.model, "t": config.train}
+    reasons = [f"{name}: {rule.why.format(**sections)}" for name, rule in RULES.items() if rule.broken(config)]
+    stage, optim = config.parallel.zero_stage, config.optim.name
+    if stage == 0 and config.train.precision == "fp16":
+        reasons.append("fp16: it keeps fp32 gradients from ZeRO-1 on")
+    if stage and optim in ("adafactor", "muon"):
+        reasons.append(f"optimizer: {optim} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces")
+    if config.train.global_batch < config.parallel.dp:
+        batch = config.train.global_batch
+        reasons.append(f"batch: train.global_batch ({batch}) gives some data-parallel ranks nothing to do")
+    return reasons
+
+
+def _variants(config: Config) -> Iterator[list[Config]]:
+    """For micro-batches of 1, 2, 4, ... up to a rank's share of the batch: without and with activation checkpointing.
+
+    Those that leave a pipeline stage without work are left out, but for the smallest.
+    """
+    size = 1
+    while size * config.parallel.dp <= config.train.global_batch:
+        update = [{"micro_batch": size, "activation_checkpointing": kind} for kind in ("none", "full")]
+        pair = [config.model_copy(update={"train": config.train.model_copy(update=keys)}) for keys in update]
+        if size > 1 and micro_batches(pair[0]) < config.parallel.pp:
+            return
+        yield pair
+        size *= 2

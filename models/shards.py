@@ -1,0 +1,128 @@
+"""Which tensors one process holds in a topology, in which groups, and how they are shared out (no torch).
+
+As trainer/parallel.py (what is split), trainer/optim.py (groups) and DeepSpeed's ZeRO (shares) make them.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from configs import Config, ModelConfig
+from configs.stages import stage_layers
+
+STATES = {"adamw": 2, "adam": 2, "sgd": 1, "adagrad": 1, "rmsprop": 2, "adafactor": 0, "lion": 1, "muon": 1}
+"""fp32 values that an optimizer keeps for each weight. Muon's other groups (embedding, head, norms) keep two."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One parameter as a process holds it before ZeRO shares it out."""
+
+    numel: int
+    matrix: bool = True
+    embedding: bool = False
+    head: bool = False
+    expert: bool = False
+
+
+def activation_bytes(config: Config) -> int:
+    return 4 if config.train.precision == "fp32" else 2
+
+
+def tokens_per_device(config: Config) -> int:
+    """Tokens of one micro-batch that one device works on."""
+    assert config.train.micro_batch
+    return config.train.micro_batch * config.train.seq_len // config.parallel.sp
+
+
+def micro_batches(config: Config) -> int:
+    """Micro-batches of one data-parallel rank in one step."""
+    assert config.train.micro_batch
+    return math.ceil(math.ceil(config.train.global_batch / config.train.micro_batch) / config.parallel.dp)
+
+
+def stages(config: Config) -> list[range]:
+    """The decoder layers of each pipeline stage."""
+    return stage_layers(config.model.num_layers, config.parallel.pp)
+
+
+def tensors(config: Config, stage: int = 0) -> Iterator[Tensor]:
+    """The parameters of one process of a pipeline stage, in the module's order."""
+    model, tp, ep = config.model, config.parallel.tp, config.parallel.ep
+    hidden, heads, kv, size = shape(model)
+    layers, last = stages(config)[stage], stage == config.parallel.pp - 1
+    table = Tensor((model.vocab_size or 0) * hidden, embedding=True)
+    if stage == 0 or (last and model.tie_embeddings):
+        yield table
+    for index in layers:
+        yield Tensor(hidden, matrix=False)
+        for columns in (heads, kv, kv, heads):
+            yield Tensor(hidden * columns * size // tp)
+        if model.qk_norm:
+            yield from [Tensor(size, matrix=False)] * 2
+        yield Tensor(hidden, matrix=False)
+        if not model.is_moe_layer(index):
+            yield from [Tensor(hidden * (model.intermediate_size or 0) // tp)] * 3
+            continue
+        yield Tensor(hidden * model.num_experts)
+        one = model.num_experts // ep * hidden * (model.expert_size or 0)
+        # With expert parallelism DeepSpeed holds gate and up apart; tensor parallelism leaves experts whole.
+        yield from [Tensor(one, expert=True)] * 3 if ep > 1 else [Tensor(2 * one), Tensor(one)]
+        if model.shared_expert_size:
+            yield from [Tensor(hidden * model.shared_expert_size // tp)] * 3
+    if last:
+        yield Tensor(hidden, matrix=False)
+        if not model.tie_embeddings:
+            yield Tensor((model.vocab_size or 0) * hidden, head=True)
+
+
+def shape(model: ModelConfig) -> tuple[int, int, int, int]:
+    """(hidden size, query heads, key heads, head size)."""
+    heads = model.num_heads
+    return model.hidden_size, heads, model.num_kv_heads or heads, model.head_dim or model.hidden_size // heads
+
+
+@dataclass
+class Group:
+    """Parameters that the optimizer treats alike, in order, and how many processes share their states."""
+
+    sizes: list[int]
+    shards: int
+    states: int
+
+    @property
+    def padded(self) -> int:
+        """Elements of the flat buffer of ZeRO 1 and 2, which divides by twice the processes."""
+        return math.ceil(sum(self.sizes) / (2 * self.shards)) * 2 * self.shards
+
+    def touched(self) -> list[int]:
+        """For each process the elements of the parameters that its share touches, wholly or in part."""
+        share = self.padded // self.shards
+        change = [0] * (self.shards + 1)
+        for start, size in zip(accumulate(self.sizes, initial=0), self.sizes, strict=False):
+            change[start // share] += size
+            change[(start + size - 1) // share + 1] -= size
+        return list(accumulate(change))[: self.shards]
+
+    def parts(self) -> int:
+        """Elements of one process at ZeRO-3, which cuts each parameter by itself."""
+        return sum(math.ceil(size / self.shards) for size in self.sizes)
+
+
+def groups(config: Config, stage: int) -> list[Group]:
+    """As trainer/optim.py makes them."""
+    optim, parallel = config.optim, config.parallel
+    found: dict[tuple[bool, bool, bool], Group] = {}
+    for tensor in tensors(config, stage):
+        matrix = tensor.matrix and not tensor.embedding
+        muon = optim.name == "muon" and matrix and not tensor.head
+        key = (muon, matrix or optim.decay_all, tensor.expert)
+        shards = parallel.dp * parallel.sp
+        if tensor.expert:
+            shards = max(1, shards * parallel.tp // parallel.ep)
+        states = STATES[optim.name] if optim.name != "muon" or muon else 2
+        if optim.name in ("sgd", "rmsprop") and not optim.momentum:
+            states -= 1
+        found.setdefault(key, Group([], shards, states)).sizes.append(tensor.numel)
+    return list(found.values())

@@ -1,0 +1,70 @@
+"""`muster plan`: its numbers as JSON, its tables, its refusals."""
+
+import json
+import sys
+
+import pytest
+
+from cluster.cli import main
+
+
+def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr)."""
+    monkeypatch.setattr(sys, "argv", ["muster", "plan", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    out = capsys.readouterr()
+    return end.value.code or 0, out.out, out.err
+
+
+def test_numbers(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "moe-8x7b", "--gpus", "64", "--usd-per-gpu-hour", "2", "--json")
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["devices"] == 64
+    assert plan["device"] == "h100"
+    assert plan["fits"] is True
+    assert plan["memory"]["peak"] == max(plan["memory"]["moments"].values())
+    assert plan["usd"] == pytest.approx(2 * plan["device_hours"])
+    assert plan["tokens_per_day"] == pytest.approx(86400 * plan["tokens_per_step"] / plan["step_time"])
+
+
+def test_table(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "quickstart", "--gpu", "cpu")
+    assert code == 0
+    for word in ("quickstart on 1 x cpu", "weights", "activations", "peak", "MFU", "tokens a day"):
+        assert word in out
+    _, out, _ = run(capsys, monkeypatch, "moe-8x7b", "--gpus", "8")
+    assert "does not fit" in out
+
+
+def test_search(capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "moe-1b-a300m", "--gpus", "4", "--search")
+    assert code == 0
+    assert "topologies fit, the quickest first" in out
+    assert "The first: parallel.dp=" in out
+    assert "Cannot run" in out
+    code, out, _ = run(capsys, monkeypatch, "moe-8x7b", "--gpus", "2", "--gpu", "a100", "--search", "--json")
+    found = json.loads(out)
+    assert found["choices"] == []
+    assert found["least_memory_of_too_large"] > 80e9
+
+
+REFUSED = {
+    "device": (["quickstart", "--gpu", "h300"], "--gpu h300: should be one of h100, h200, a100, b200, cpu"),
+    "no devices": (["quickstart", "--gpus", "0"], "--gpus 0: should be at least 1"),
+    "price": (["quickstart", "--usd-per-gpu-hour", "-1"], "should be a price, 0 or more"),
+    "does not divide": (["dense-7b", "parallel.tp=4", "--gpus", "6"], "--gpus 6 is not a multiple of parallel.tp"),
+    "batch": (["moe-8x7b", "--gpus", "2048"], "is over train.global_batch (1024)"),
+    "key": (["quickstart", "model.layers=3"], "did you mean num_layers?"),
+    "topology": (["quickstart", "parallel.tp=3"], "tp splits attention by heads"),
+    "preset": (["quikstart"], "quickstart"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused(capsys, monkeypatch, arguments, message):
+    code, out, err = run(capsys, monkeypatch, *arguments)
+    assert code == 2
+    assert message in err
+    assert not out

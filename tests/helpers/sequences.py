@@ -1,0 +1,62 @@
+"""Train a tiny model with sequence parallelism, for test_ulysses.py."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from engines import batch_of as plain_batch
+from engines import tokens_of
+from torch import distributed as dist
+
+from configs import Config
+from models.balance import RouterTap
+from models.batch import Batch
+from models.families import build
+from models.generate import generate
+from trainer import engine as ds
+from trainer.parallel import place
+from trainer.save import take_snapshot
+from trainer.schedule import learning_rate
+from trainer.step import micro_batches, train_step
+from trainer.ulysses import mean_over, sequence_group, share_sequences, split
+
+PROMPTS = [[1, 2, 3], [4, 5]]
+
+
+def batch_of(config: Config, indices: list[int]) -> Batch:
+    """Sequences of two documents each, which end at other places in every sequence."""
+    batch = plain_batch(config, indices)
+    places = batch.position_ids
+    ends = torch.tensor([5 + index % (config.train.seq_len - 6) for index in indices])[:, None]
+    return replace(batch, document_ids=(places >= ends).long(), position_ids=places - ends * (places >= ends))
+
+
+def train(config: Config, steps: int) -> dict[str, Any]:
+    """In every process of a team: what it measured, and its fragments of the final weights."""
+    sp, here, group = config.parallel.sp, place(config, dist.get_rank()), sequence_group(config)
+    module = build(config.model)
+    module.init_weights(0)
+    engine = ds.build_engine(module, config)
+    share_sequences(module, group)
+    tap = RouterTap(module, config.model, mean_over(group)) if config.model.is_moe else None
+    batches, outcomes = micro_batches(config, 0, here.dp), []
+    # DeepSpeed averages over dp * sp processes.
+    seen = config.model_copy(
+        update={"parallel": config.parallel.model_copy(update={"dp": dist.get_world_size(), "sp": 1})}
+    )
+    for step in range(1, steps + 1):
+        ds.set_learning_rate(engine, learning_rate(step, 20, config.optim))
+        mine = [
+            split(batch_of(config, next(batches)), here.sp, sp) for _ in range(engine.gradient_accumulation_steps())
+        ]
+        outcomes.append(train_step(engine, tap, mine, tokens_of(config, step), seen))
+    engine.eval()
+    with torch.no_grad():
+        held_out = engine(split(batch_of(config, [1000, 1001]), here.sp, sp)).loss_sum
+    dist.all_reduce(held_out, group=group)
+    texts = generate(module, PROMPTS, max_new_tokens=8, temperature=0)
+    return {"outcomes": outcomes, "held_out": held_out.item(), "texts": texts, "weights": take_snapshot(engine).tensors}
+
+
+def train_all(configs: list[Config], steps: int) -> list[dict[str, Any]]:
+    return [train(config, steps) for config in configs]

@@ -1,0 +1,29 @@
+"""A run's prediction and measurement, as they go to its record."""
+
+import json
+
+import torch
+from support import resolved
+
+from trainer.engine import start_processes
+from trainer.forecast import WATCHED, Forecast
+
+
+def test_predicted_beside_measured():
+    start_processes(60)
+    forecast = Forecast(resolved(), torch.device("cpu"))
+    assert forecast.measured()["peak_memory"] is None
+    held = torch.ones(1 << 24)  # 67 MB
+    for seconds in (9.0, 9.0, 0.5, 0.25, 0.75):
+        forecast.step_took(seconds)
+    told = json.loads(json.dumps({"plan": forecast.predicted(), "measured": forecast.measured()}))
+    assert told["measured"]["step_time"] == 0.5
+    assert told["measured"]["predicted_peak_memory"] == told["plan"]["memory"]["peak"] > 0
+    assert told["measured"]["predicted_step_time"] == told["plan"]["step_time"] > 0
+    assert told["measured"]["peak_memory"] >= 0.9 * held.nbytes
+    for _ in range(WATCHED):
+        forecast.step_took(1.0)
+    before = forecast.measured()["peak_memory"]
+    torch.ones(1 << 25)
+    forecast.step_took(1.0)
+    assert forecast.measured()["peak_memory"] == before  # the first steps count, not what a checkpoint adds

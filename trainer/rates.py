@@ -1,0 +1,47 @@
+"""What this process's device can do: its data sheet's line, or on a CPU a quick measurement (some 100 ms)."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import distributed as dist
+
+from models.devices import DEVICES, Device, cpu
+
+
+def device_facts(here: torch.device, precision: str) -> Device | None:
+    """The device as the planner knows it; None: a GPU that is not in its table.
+
+    A collective: every process of the group calls it. On CPU the slowest process's rates count.
+
+    Args:
+        precision: `train.precision`.
+    """
+    if here.type == "cuda":
+        name = torch.cuda.get_device_name(here).lower()
+        return next((device for key, device in DEVICES.items() if key in name), None)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    a, b = (torch.ones(512, 512, dtype=dtype) for _ in range(2))
+    source = torch.ones(1 << 22)
+    target = torch.empty_like(source)
+    product, copied = _seconds(lambda: a @ b), _seconds(lambda: target.copy_(source))
+    exchanged = _seconds(lambda: dist.all_reduce(target)) if dist.get_world_size() > 1 else 1.0
+    slowest = torch.tensor([product, copied, exchanged], dtype=torch.float64)
+    if dist.get_world_size() > 1:
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    product, copied, exchanged = slowest.tolist()
+    # A ring of n sends 2 (n - 1) / n of the buffer.
+    n = dist.get_world_size()
+    link = 2 * (n - 1) / n * target.nbytes / exchanged if n > 1 else 1e9
+    return cpu({precision: 2 * 512**3 / product}, 2 * source.nbytes / copied, link)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    """Median of a few calls after one to warm up."""
+    work()
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2]

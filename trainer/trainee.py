@@ -1,0 +1,99 @@
+"""What one process trains, built the same way for every topology, and the two things done with it: a step, a loss."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from configs import Config
+from models.balance import RouterTap
+from models.batch import Batch
+from models.families import build
+from models.loss import LossOutput
+
+from .data.reader import Dataset
+from .engine import build_engine
+from .evaluate import held_out_loss
+from .parallel import Place, place
+from .pipeline import build_pipeline, cut, pipeline_loss, pipeline_step
+from .step import StepOutcome, train_step
+from .ulysses import mean_over, sequence_group, share_sequences, split
+from .warm_start import load_weights
+
+
+@dataclass(frozen=True)
+class Trainee:
+    """A DeepSpeed engine over this process's part of the model, and its place among the others."""
+
+    config: Config
+    engine: Any
+    tap: RouterTap | None
+    """On the routers; None for dense models, and in a pipeline, whose stages have their own."""
+    where: Place
+
+    def part(self, batch: Batch) -> Batch:
+        """What this process works on of a micro-batch of its data-parallel rank."""
+        return split(batch, self.where.sp, self.config.parallel.sp)
+
+    def step(self, batches: Sequence[Batch], tokens: int) -> StepOutcome:
+        """Take one optimizer step over parts of micro-batches; `tokens` are trained on in the whole global batch."""
+        if self.config.parallel.pp > 1:
+            return pipeline_step(self.engine, batches, tokens, self.config)
+        return train_step(self.engine, self.tap, batches, tokens, self.config)
+
+    def held_out_loss(self, dataset: Dataset, device: torch.device) -> tuple[float, int]:
+        """(mean loss in nats per token, tokens) over the first train.eval_sequences of a held-out split."""
+        train, parallel = self.config.train, self.config.parallel
+        assert train.micro_batch
+        self.engine.eval()
+        loss, tokens = held_out_loss(
+            self._forward, dataset, train.eval_sequences, train.micro_batch, device, (self.where.dp, parallel.dp)
+        )
+        self.engine.train()
+        if self.tap:
+            self.tap.collect()
+        return loss, tokens // parallel.tp  # tensor-parallel ranks counted the same ones
+
+    def _forward(self, batch: Batch) -> LossOutput:
+        if self.config.parallel.pp > 1:
+            return pipeline_loss(self.engine, [batch])
+        return self.engine(self.part(batch))
+
+
+def build_trainee(config: Config, device: torch.device, *, warm: bool = True) -> Trainee:
+    """Build, fill and cut the model, and make the engine; the process group must exist.
+
+    Args:
+        warm: start from train.init_from, if it is set; not for a run that has a checkpoint.
+
+    Raises:
+        ConfigError: train.init_from is not what it should be, or the family cannot be cut as asked.
+    """
+    parallel, where = config.parallel, place(config, dist.get_rank())
+    if parallel.pp > 1:
+        with torch.device("meta"):
+            module: Any = build(config.model)
+        module = cut(module, config).to_empty(device=device)
+    else:
+        with device:
+            module = build(config.model)
+    module.init_weights(config.run.seed)
+    if warm and config.train.init_from:
+        load_weights(module, config.train.init_from)
+    module.set_activation_checkpointing(config.train.recompute_every)
+    mean = None
+    if parallel.sp > 1:
+        group = sequence_group(config)
+        share_sequences(module, group)
+        mean = mean_over(group)
+    if config.train.compile:
+        for layer in module.model.layers:
+            layer.compile(dynamic=False)
+    if parallel.pp > 1:
+        return Trainee(config, build_pipeline(module, config), None, where)
+    engine = build_engine(module, config)
+    # After the engine, which may have replaced the MoE blocks.
+    tap = RouterTap(engine.module, config.model, mean) if config.model.is_moe else None
+    return Trainee(config, engine, tap, where)
