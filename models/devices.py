@@ -83,12 +83,12 @@ def cpu(
     """One process on one CPU core, as the tests and the quickstart run.
 
     Args:
-        flops: measured matmul FLOP/s by precision. None: what one core of a 2-core cloud machine (Xeon with AMX)
-            reached in products of 512 to 1,024, 2026-11-22, in steps of training.
-        bandwidth: bytes/s of a copy, read and write counted; the same machine.
-        link: bytes/s of gloo's all-reduce between two processes of one machine; the same machine.
+        flops: measured matmul FLOP/s by precision. None: a rough figure for one core of a cloud machine (Xeon with
+            AMX) in steps of training, below what it reaches in bare products.
+        bandwidth: bytes/s of a copy, read and write counted.
+        link: bytes/s of gloo's all-reduce between two processes of one machine; an assumption.
     """
-    source = "measured on the machine of benchmarks/RESULTS.md" if flops is None else "measured when the run began"
+    source = "rough figures of one core of a cloud machine" if flops is None else "measured when the run began"
     return Device(
         name="cpu",
         flops=flops or CPU_CORE,

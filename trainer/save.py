@@ -106,6 +106,8 @@ def restore(engine: Any, reader: Reader) -> None:
         if slot:
             fused = groups.get(id(slot.owner), {}).get("fused")
             _restore_states(base_optimizer(engine).state[slot.owner], slot, reader, fused=bool(fused))
+    if is_sharded(engine):
+        engine.optimizer.invalidate_secondary_tensor()  # the whole copies that hpZ gathers from
 
 
 def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, *, fused: bool) -> None:

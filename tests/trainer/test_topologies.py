@@ -125,14 +125,20 @@ ROUND = {
         {"dp": 2, "zero_stage": 3, "ep": 2},
         {"dp": 2, "zero_stage": 2, "ep": 2},
     ],
-    "dense": [{"tp": 2, "zero_stage": 2}, {"pp": 2}, {}, {"dp": 2, "tp": 2, "zero_stage": 3}, {"tp": 2}],
+    "dense": [{"tp": 2, "zero_stage": 2}, {"pp": 2}, {"dp": 2, "tp": 2, "zero_stage": 3}, {}],
+    "dense, ZeRO's own": [
+        {"dp": 2, "zero_stage": 1},
+        {"dp": 4, "zero_stage": 3, "hpz": 2},
+        {"dp": 2, "zero_stage": 2, "offload": "optimizer"},
+        {"dp": 2, "zero_stage": 3, "offload": "parameters"},
+    ],
 }
 
 
-@pytest.mark.parametrize("model", [pytest.param("dense"), pytest.param("moe", marks=SLOW)])
-def test_a_checkpoint_goes_round_all_topologies(tmp_path, model):
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[] if name == "dense" else SLOW) for name in ROUND])
+def test_a_checkpoint_goes_round_all_topologies(tmp_path, name):
     """Weights and both moments bit-equal after each hand-over, and the loss goes on as if nothing had happened."""
-    first, *others = [config(model, "adamw", **topology) for topology in ROUND[model]]
+    first, *others = [config(name.split(",")[0], "adamw", **topology) for topology in ROUND[name]]
     path = tmp_path / "step-00000003"
     went_on = in_team(first.parallel.world_size, save_and_continue, first, path, 3, 6, "first")[0]
     states = read_states(path)
@@ -143,7 +149,7 @@ def test_a_checkpoint_goes_round_all_topologies(tmp_path, model):
             check(outcomes, went_on, loss=1e-5, norm=1e-4)
         found = read_states(again)
         assert found.keys() == states.keys()
-        assert all(torch.equal(found[key], states[key]) for key in states), ROUND[model][number + 1]
+        assert all(torch.equal(found[key], states[key]) for key in states), ROUND[name][number + 1]
         path = again
 
 
