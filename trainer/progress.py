@@ -16,6 +16,10 @@ SMOOTHING = 0.1
 """Weight of the newest step in the shown rates."""
 
 
+MEASURED = (("peak memory", "peak_memory", 1e9, "GB"), ("a step", "step_time", 1, "s"))
+"""What the event `measured` tells beside its prediction: label, key, unit, symbol."""
+
+
 class ProgressView:
     """Turns the record of a run into lines.
 
@@ -82,7 +86,15 @@ class ProgressView:
                 self._print(f"attempt {record['attempt']}  failed: {record.get('reason')}")
         elif name == "checkpoint":
             self._print(f"step {record['step']}  checkpoint, {record.get('bytes', 0) / 1e6:,.1f} MB")
-        elif name not in ("evaluation", "resolved", "failure"):
+        elif name == "measured":
+            told = [
+                f"{label} {record[key] / unit:.3g} {symbol} (planned {record[f'predicted_{key}'] / unit:.3g})"
+                for label, key, unit, symbol in MEASURED
+                if record.get(key) and record.get(f"predicted_{key}")
+            ]
+            if told:
+                self._print(", ".join(told))
+        elif name not in ("plan", "evaluation", "resolved", "failure"):
             self._print(f"{name.replace('_', ' ')}  {_details(record)}")
 
     def _line(self, record: dict[str, Any]) -> str:

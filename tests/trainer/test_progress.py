@@ -48,11 +48,15 @@ def test_events_and_evaluations():
     view.metrics({"step": 5, "time": 2.0, "eval_loss": 2.5, "eval_tokens": 10})
     view.event({"event": "evaluation", "step": 5, "time": 2.0})
     view.event({"event": "checkpoint", "step": 5, "bytes": 2_500_000, "time": 2.0})
+    view.event({"event": "plan", "step_time": 0.1, "time": 2.0})
+    measured = {"peak_memory": 2.5e8, "predicted_peak_memory": 2e8, "step_time": None, "predicted_step_time": 0.1}
+    view.event({"event": "measured", "time": 2.0} | measured)
     view.event({"event": "spike", "step": 6, "loss": 9.123456, "time": 2.0, "attempt": 1})
     assert out.getvalue().splitlines() == [
         "attempt 1  2 processes on cpu",
         "step 5  held-out loss 2.5000",
         "step 5  checkpoint, 2.5 MB",
+        "peak memory 0.25 GB (planned 0.2)",
         "spike  step 6  loss 9.123",
     ]
 
