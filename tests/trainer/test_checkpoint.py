@@ -38,10 +38,16 @@ def run(pair, dp, function, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("saved", "loaded"),
-    [((0, 1), (3, 2)), ((3, 2), (0, 1)), ((1, 2), (2, 1)), ((2, 2), (1, 2)), ((0, 2), (0, 2)), ((3, 1), (3, 1))],
+    ("saved", "loaded", "precision"),
+    [
+        ((0, 1), (3, 2), "fp32"),
+        ((3, 2), (0, 1), "bf16"),
+        ((1, 2), (2, 1), "fp32"),
+        ((2, 2), (1, 2), "bf16"),
+        ((0, 2), (0, 2), "bf16"),
+        ((3, 1), (3, 1), "fp32"),
+    ],
 )
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_any_stage_and_size_to_any_other(pair, tmp_path, saved, loaded, precision):
     """Every state is bit-equal after the round trip, and at the same topology so is every later loss."""
     path, again = tmp_path / "step-00000003", tmp_path / "step-00000004"
@@ -72,8 +78,7 @@ def test_every_optimizer_resumes_bit_exactly(tmp_path, optim):
     assert outcomes == went_on
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, precision):
     """Training goes on while the other thread copies; here the copy begins only once the optimizer is to step."""
     settings, stepping = config(stage, 1, precision), threading.Event()

@@ -107,6 +107,7 @@ def test_four_stages_equal_bare_loop():
     check(configs, in_team(4, pipeline_losses, configs, 20), 20)
 
 
+@pytest.mark.slow
 def test_two_stages_of_two_data_parallel_ranks_equal_bare_loop():
     """With experts parallel over the data-parallel ranks too."""
     configs = [config(DENSE, ADAMW, dp=2), config(MOE, SGD, dp=2, micro_batch=2)]
@@ -114,6 +115,7 @@ def test_two_stages_of_two_data_parallel_ranks_equal_bare_loop():
     check(configs, in_team(4, pipeline_losses, configs, 20), 20)
 
 
+@pytest.mark.slow
 def test_bf16_is_within_its_noise(pair):
     configs = [config(MOE, SGD, precision="bf16"), config(MOE, ADAMW, precision="bf16")]
     check(configs, pair(pipeline_losses, configs, 8), 8, rel=2e-3, norm_rel=2e-2)

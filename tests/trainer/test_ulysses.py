@@ -76,6 +76,7 @@ def test_long_sequences_with_documents(monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_bf16_stays_within_its_noise(monkeypatch):
     monkeypatch.setattr(engines, "batch_of", batch_of)
     settings = config(1, 2, 2, "sgd", precision="bf16")
