@@ -18,7 +18,7 @@ from models.stages import Stage
 from .engine import PipelineModule, deepspeed, engine_config, note_shapes
 from .optim import build_optimizer, parameter_groups
 from .parallel import expert_group_name, place
-from .step import StepOutcome
+from .step import StepOutcome, outcome
 
 
 class Pipeline(PipelineModule):
@@ -82,16 +82,7 @@ def pipeline_step(engine: Any, batches: Sequence[Batch], tokens: int, config: Co
     # DeepSpeed divides the last stage's loss by the micro-batches of a process, and averages over data-parallel ranks.
     stage.feed(batches, loss_factor=accumulate * dp / max(tokens, 1), balance_factor=1 / accumulate)
     engine.train_batch(_inputs(batches))
-    loss_sum, aux_loss, z_loss, *loads = _sum_over_stages(stage, accumulate * dp).tolist()
-    experts = config.model.num_experts
-    return StepOutcome(
-        loss=loss_sum / max(tokens, 1),
-        aux_loss=aux_loss,
-        z_loss=z_loss,
-        load=[loads[i : i + experts] for i in range(0, len(loads), experts)] if loads else [],
-        grad_norm=float(engine.get_global_grad_norm() or 0.0),
-        skipped=not engine.was_step_applied(),
-    )
+    return outcome(engine, _sum_over_stages(stage, accumulate * dp), tokens, config)
 
 
 def pipeline_loss(engine: Any, batches: Sequence[Batch]) -> LossOutput:

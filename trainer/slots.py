@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,15 +39,9 @@ def pieces(engine: Any) -> Iterator[Piece]:
 
 
 @dataclass(frozen=True)
-class Slot:
+class Slot(Piece):
     """The stretch of one parameter whose fp32 master weights and optimizer states this process holds."""
 
-    name: str
-    """The plain model's own name of the parameter."""
-    shape: tuple[int, ...]
-    """Shape of the whole parameter."""
-    box: Box
-    """The slice of the whole parameter that this process's own parameter is."""
     start: int
     """First element, in the flattened slice, of the stretch."""
     numel: int
@@ -54,9 +49,6 @@ class Slot:
     """Tensor that the optimizer keys its state by."""
     offset: int
     """First element of the stretch in `owner`, flattened."""
-    parameter: nn.Parameter
-    writes: bool
-    """Whether a checkpoint takes it from this process; other tensor-parallel ranks hold the same."""
 
     def view(self, tensor: Tensor) -> Tensor:
         """The stretch of `tensor`, which has `owner`'s size, as a 1-D view."""
@@ -68,10 +60,7 @@ def slots(engine: Any) -> Iterator[Slot]:
     optimizer = engine.optimizer
     for piece in pieces(engine):
         parameter: Any = piece.parameter
-
-        def slot(start: int, numel: int, owner: Tensor, offset: int, piece: Piece = piece) -> Slot:
-            return Slot(piece.name, piece.shape, piece.box, start, numel, owner, offset, piece.parameter, piece.writes)
-
+        slot = partial(Slot, **vars(piece))
         if is_sharded(engine):
             group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
             size = parameter.ds_tensor.ds_numel
@@ -79,7 +68,7 @@ def slots(engine: Any) -> Iterator[Slot]:
             numel = min(size, parameter.ds_numel - start)  # the last piece is padded
             if numel > 0:
                 owner = optimizer.fp32_partitioned_groups_flat[group]
-                yield slot(start, numel, owner, offset)
+                yield slot(start=start, numel=numel, owner=owner, offset=offset)
         elif hasattr(parameter, "_hp_mapping"):
             mapping = parameter._hp_mapping
             if mapping is not None:
@@ -88,9 +77,9 @@ def slots(engine: Any) -> Iterator[Slot]:
                     flat = optimizer.single_partition_of_fp32_groups
                 held, here = mapping.lp_fragment_address, mapping.hp_fragment_address
                 owner = flat[mapping.param_group_index]
-                yield slot(held.start, held.numel, owner, here.start)
+                yield slot(start=held.start, numel=held.numel, owner=owner, offset=here.start)
         else:
-            yield slot(0, parameter.numel(), parameter, 0)
+            yield slot(start=0, numel=parameter.numel(), owner=parameter, offset=0)
 
 
 def is_sharded(engine: Any) -> bool:

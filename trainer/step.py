@@ -80,9 +80,13 @@ def train_step(
     assert sums is not None
     dist.all_reduce(sums)
     # Tensor-parallel ranks counted the same tokens.
-    loss_sum, *router_sums = (sums / config.parallel.tp).tolist()
-    loads = router_sums[2:]
-    experts = model.num_experts
+    return outcome(engine, sums / config.parallel.tp, tokens, config)
+
+
+def outcome(engine: Any, sums: Tensor, tokens: int, config: Config) -> StepOutcome:
+    """Of the step just taken, from [loss_sum] or [loss_sum, aux_loss, z_loss, load of every MoE layer] over all."""
+    loss_sum, *router_sums = sums.tolist()
+    loads, experts = router_sums[2:], config.model.num_experts
     return StepOutcome(
         loss=loss_sum / max(tokens, 1),
         aux_loss=router_sums[0] if router_sums else 0.0,
