@@ -195,7 +195,9 @@ def topologies(world_size: int, like: ParallelConfig) -> Iterator[ParallelConfig
             for stage in range(4):
                 if stage == 0 and max(tp, pp, ep) > 1:
                     continue  # resolve() makes it 1
-                for hpz, offload in {(like.hpz, like.offload), (1, like.offload), (like.hpz, "none"), (1, "none")}:
+                for hpz, offload in dict.fromkeys(
+                    [(like.hpz, like.offload), (1, like.offload), (like.hpz, "none"), (1, "none")]
+                ):
                     yield like.model_copy(
                         update={"dp": dp, "tp": tp, "pp": pp, "sp": sp, "ep": ep, "zero_stage": stage, "hpz": hpz,
                                 "offload": offload}

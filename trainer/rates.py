@@ -18,8 +18,7 @@ def device_facts(here: torch.device, precision: str) -> Device | None:
         precision: `train.precision`.
     """
     if here.type == "cuda":
-        name = torch.cuda.get_device_name(here).lower()
-        return next((device for key, device in DEVICES.items() if key in name), None)
+        return gpu_facts(here)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     a, b = (torch.ones(512, 512, dtype=dtype) for _ in range(2))
     source = torch.ones(1 << 22)
@@ -34,6 +33,12 @@ def device_facts(here: torch.device, precision: str) -> Device | None:
     n = dist.get_world_size()
     link = 2 * (n - 1) / n * target.nbytes / exchanged if n > 1 else 1e9
     return cpu({precision: 2 * 512**3 / product}, 2 * source.nbytes / copied, link)
+
+
+def gpu_facts(here: torch.device) -> Device | None:
+    """A GPU's line in the planner's table; None: it has none."""
+    name = torch.cuda.get_device_name(here).lower()
+    return next((device for key, device in DEVICES.items() if key in name), None)
 
 
 def _seconds(work: Callable[[], object]) -> float:
