@@ -4,70 +4,14 @@ Shapes: L MoE layers, B sequences, T tokens of each, S = B * T tokens, E experts
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from configs import ModelConfig
 
-if TYPE_CHECKING:
-    from .router import Chooser
-
-
-class Heard(NamedTuple):
-    """What one layer's router did, in means over tokens, so that means over parts of a batch are those of the whole.
-
-    Attributes:
-        prob: [G, E] fp32, differentiable: mean score of each expert, scores of a token normalised to sum to 1. G is B
-            where the loss balances each sequence, else 1.
-        load: [G, E] fp32: each expert's share of the S * k assignments, dropped ones included.
-        square: scalar, differentiable: mean of logsumexp(logits)^2.
-        entropy: scalar: mean over tokens of the entropy of the normalised scores, in nats.
-        confidence: scalar: mean over tokens of the largest normalised score.
-        dropped: scalar: share of the assignments dropped for capacity.
-        choice: [S, k] int64, the experts themselves.
-    """
-
-    prob: Tensor
-    load: Tensor
-    square: Tensor
-    entropy: Tensor
-    confidence: Tensor
-    dropped: Tensor
-    choice: Tensor
-
-
-def heard(
-    config: ModelConfig,
-    sequences: int,
-    logits_SE: Tensor | None,
-    scores_SE: Tensor | None,
-    choice_Sk: Tensor,
-    kept_Sk: Tensor | None,
-) -> Heard:
-    """Sum up one router's call; without logits (hash routing) the losses' parts are those of perfect balance."""
-    experts, device = config.num_experts, choice_Sk.device
-    groups = sequences if config.aux_loss_over == "sequence" else 1
-    zero = torch.zeros((), device=device)
-    with torch.no_grad():
-        choice_GA = choice_Sk.view(groups, -1)
-        ones_GA = torch.ones(choice_GA.shape, device=device)
-        load_GE = torch.zeros(groups, experts, device=device).scatter_add_(1, choice_GA, ones_GA) / choice_GA.shape[1]
-        dropped = zero if kept_Sk is None else 1 - kept_Sk.float().mean()
-    if logits_SE is None or scores_SE is None:
-        even = torch.full((groups, experts), 1 / experts, device=device)
-        return Heard(even, load_GE, zero, zero, zero, dropped, choice_Sk)
-    logsumexp_S = logits_SE.logsumexp(-1)
-    prob_SE = scores_SE if config.router == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
-    with torch.no_grad():
-        if config.router == "softmax":
-            entropy = (logsumexp_S - torch.linalg.vecdot(prob_SE, logits_SE)).mean()  # of fewer logarithms
-        else:
-            entropy = torch.special.entr(prob_SE).sum(-1).mean()
-        confidence = prob_SE.amax(-1).mean()
-    prob_GE = prob_SE.view(groups, -1, experts).mean(1)
-    return Heard(prob_GE, load_GE, logsumexp_S.square().mean(), entropy, confidence, dropped, choice_Sk)
+from .router import Heard, choosers
 
 
 class RouterStats(NamedTuple):
@@ -111,30 +55,26 @@ class RouterTap:
     def __init__(
         self, module: nn.Module, config: ModelConfig, mean_over_parts: Callable[[Tensor], Tensor] | None = None
     ):
-        from .router import choosers
-
         self._config, self._mean_over_parts = config, mean_over_parts
-        self.choosers: list[Chooser] = list(choosers(module))
+        self.choosers = list(choosers(module))
         module.register_forward_pre_hook(self._open)
         module.register_forward_hook(self._close)
 
     def collect(self) -> RouterStats | None:
         """Losses and loads of the last forward pass, which is then forgotten; None if no router was called."""
-        layers = [(c.heard, c.global_load) for c in self.choosers if c.heard]
-        for chooser in self.choosers:
-            chooser.heard = None
-        if not layers:
-            return None
-        return router_stats(
-            [layer for layer, _ in layers if layer], [load for _, load in layers], self._mean_over_parts
-        )
+        global_loads = [chooser.global_load for chooser in self.choosers]
+        layers = self._heard()
+        return router_stats(layers, global_loads, self._mean_over_parts) if layers else None
 
     def choices(self) -> list[Tensor]:
         """[S, k] of each layer in the last forward pass, which is then forgotten."""
-        choices = [c.heard.choice for c in self.choosers if c.heard]
+        return [layer.choice for layer in self._heard()]
+
+    def _heard(self) -> list[Heard]:
+        layers = [chooser.heard for chooser in self.choosers if chooser.heard]
         for chooser in self.choosers:
             chooser.heard = None
-        return choices
+        return layers
 
     def _open(self, module: nn.Module, args: object) -> None:
         for chooser in self.choosers:

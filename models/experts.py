@@ -14,36 +14,35 @@ from torch.nn import functional as F
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
-def apply_experts(
-    x_SH: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    choice_Sk: Tensor,
-    weight_Sk: Tensor,
-    kept_Sk: Tensor | None = None,
-) -> Tensor:
-    """sum_j weight[s, j] * expert[choice[s, j]](x[s]) with expert e = SwiGLU of gate_up[e], down[e]. Returns [S, H].
+class Routing(NamedTuple):
+    """Attributes:
+    choice: [S, k] int64, the experts of each token.
+    weight: [S, k] fp32, what their outputs are multiplied by; 0 where the assignment is dropped.
+    kept: [S, k] bool, false where it is, which is not computed; None: dropless.
+    """
+
+    choice: Tensor
+    weight: Tensor
+    kept: Tensor | None = None
+
+
+def apply_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routing: Routing) -> Tensor:
+    """sum_j weight[s, j] * expert[choice[s, j]](x[s]) with expert e = SwiGLU of gate_up[e], down[e]. Returns [S, H]."""
+    if x_SH.device.type == "cpu":
+        return _on_cpu(x_SH, gate_up_E2IH, down_EHI, routing)
+    return grouped_experts(x_SH, gate_up_E2IH, down_EHI, routing)
+
+
+def apply_padded(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routing: Routing, capacity: int) -> Tensor:
+    """`apply_experts` with `capacity` slots for every expert, empty ones zero: no shape depends on the routing.
 
     Args:
-        kept_Sk: bool, which assignments to compute; the others have weight 0. None: all.
+        routing: with `kept`, at most `capacity` assignments of each expert.
     """
-    if x_SH.device.type == "cpu":
-        return _on_cpu(x_SH, gate_up_E2IH, down_EHI, choice_Sk, weight_Sk, kept_Sk)
-    return grouped_experts(x_SH, gate_up_E2IH, down_EHI, choice_Sk, weight_Sk, kept_Sk)
-
-
-def apply_padded(
-    x_SH: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    choice_Sk: Tensor,
-    weight_Sk: Tensor,
-    kept_Sk: Tensor,
-    capacity: int,
-) -> Tensor:
-    """`apply_experts` with `capacity` slots for every expert, empty ones zero: no shape depends on the routing."""
     experts, hidden = gate_up_E2IH.shape[0], x_SH.shape[1]
-    places, counts_E = sort_by_expert(_with_dropped(choice_Sk, kept_Sk, experts), experts)
+    choice_Sk, weight_Sk, kept_Sk = routing
+    assert kept_Sk is not None
+    places, counts_E = sort_by_expert(_with_dropped(routing, experts), experts)
     expert_Sk, first_E = choice_Sk.where(kept_Sk, 0), counts_E.cumsum(0) - counts_E
     # The last row is nobody's: what is dropped goes there and comes from there.
     slot_Sk = (expert_Sk * capacity + places.slot_Sk - first_E[expert_Sk]).where(kept_Sk, experts * capacity)
@@ -56,20 +55,13 @@ def apply_padded(
     return (y_PH[slot_Sk] * weight_Sk.to(x_SH.dtype)[..., None]).sum(1)
 
 
-def grouped_experts(
-    x_SH: Tensor,
-    gate_up_E2IH: Tensor,
-    down_EHI: Tensor,
-    choice_Sk: Tensor,
-    weight_Sk: Tensor,
-    kept_Sk: Tensor | None = None,
-) -> Tensor:
+def grouped_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routing: Routing) -> Tensor:
     """`apply_experts` for accelerators: torch's grouped matrix products, nothing that waits for the device."""
     experts = gate_up_E2IH.shape[0]
-    places, counts_E = sort_by_expert(_with_dropped(choice_Sk, kept_Sk, experts), experts)
+    places, counts_E = sort_by_expert(_with_dropped(routing, experts), experts)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
     dropped_P1 = None
-    if kept_Sk is not None:
+    if routing.kept is not None:
         dropped_P1 = (torch.arange(len(places.token_P), device=x_SH.device) >= ends_E[-1])[:, None]
 
     def clean(t: Tensor) -> Tensor:
@@ -78,15 +70,15 @@ def grouped_experts(
 
     x_PH = clean(_Scatter.apply(x_SH, places.token_P, places.slot_Sk))
     gate_PI, up_PI = clean(grouped_mm(x_PH, gate_up_E2IH.transpose(1, 2), offs=ends_E)).chunk(2, dim=-1)
-    weight_P = weight_Sk.flatten().index_select(0, places.assignment_P).to(x_SH.dtype)
+    weight_P = routing.weight.flatten().index_select(0, places.assignment_P).to(x_SH.dtype)
     hidden_PI = clean(F.silu(gate_PI) * up_PI * weight_P[:, None])
     y_PH = clean(grouped_mm(hidden_PI, down_EHI.transpose(1, 2), offs=ends_E))
     return _Combine.apply(y_PH, places.token_P, places.slot_Sk)
 
 
-def _with_dropped(choice_Sk: Tensor, kept_Sk: Tensor | None, num_experts: int) -> Tensor:
+def _with_dropped(routing: Routing, num_experts: int) -> Tensor:
     """Choices with dropped assignments given to an expert after the last."""
-    return choice_Sk if kept_Sk is None else choice_Sk.where(kept_Sk, num_experts)
+    return routing.choice if routing.kept is None else routing.choice.where(routing.kept, num_experts)
 
 
 class Places(NamedTuple):
@@ -153,8 +145,8 @@ class _Combine(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _on_cpu(x: Tensor, gate_up: Tensor, down: Tensor, choice: Tensor, weight: Tensor, kept: Tensor | None) -> Tensor:
-    return _CpuExperts.apply(x, gate_up, down, _with_dropped(choice, kept, gate_up.shape[0]), weight)
+def _on_cpu(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    return _CpuExperts.apply(x, gate_up, down, _with_dropped(routing, gate_up.shape[0]), routing.weight)
 
 
 class _CpuExperts(torch.autograd.Function):

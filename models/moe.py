@@ -9,9 +9,9 @@ from torch.nn import functional as F
 
 from configs import ModelConfig
 
-from .experts import apply_experts, apply_padded
+from .experts import Routing, apply_experts, apply_padded
 from .layers import SwiGLU
-from .router import Chooser, Router, Routing
+from .router import Chooser, Router
 
 
 class Experts(nn.Module):
@@ -27,8 +27,8 @@ class Experts(nn.Module):
     def forward(self, x_SH: Tensor, routing: Routing) -> Tensor:
         if self.config.pad_to_capacity and routing.kept is not None:
             limit = self.config.capacity(len(x_SH))
-            return apply_padded(x_SH, self.gate_up_proj, self.down_proj, *routing[:2], routing.kept, limit)
-        return apply_experts(x_SH, self.gate_up_proj, self.down_proj, *routing)
+            return apply_padded(x_SH, self.gate_up_proj, self.down_proj, routing, limit)
+        return apply_experts(x_SH, self.gate_up_proj, self.down_proj, routing)
 
 
 class MoE(nn.Module):

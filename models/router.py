@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from configs import ModelConfig
 
-from .balance import Heard, heard
+from .experts import Routing
 from .layers import hashed, jitter
 
 
@@ -51,16 +51,59 @@ _CACHED = 512
 """Tokens whose fp32 copy stays in the cache."""
 
 
-class Routing(NamedTuple):
-    """Attributes:
-    choice: [S, k] int64, the experts of each token.
-    weight: [S, k] fp32, what their outputs are multiplied by; 0 where the assignment is dropped.
-    kept: [S, k] bool, false where it is; None: dropless.
+class Heard(NamedTuple):
+    """What one layer's router did, in means over tokens, so that means over parts of a batch are those of the whole.
+
+    Attributes:
+        prob: [G, E] fp32, differentiable: mean score of each expert, scores of a token normalised to sum to 1. G is B
+            where the loss balances each sequence, else 1.
+        load: [G, E] fp32: each expert's share of the S * k assignments, dropped ones included.
+        square: scalar, differentiable: mean of logsumexp(logits)^2.
+        entropy: scalar: mean over tokens of the entropy of the normalised scores, in nats.
+        confidence: scalar: mean over tokens of the largest normalised score.
+        dropped: scalar: share of the assignments dropped for capacity.
+        choice: [S, k] int64, the experts themselves.
     """
 
+    prob: Tensor
+    load: Tensor
+    square: Tensor
+    entropy: Tensor
+    confidence: Tensor
+    dropped: Tensor
     choice: Tensor
-    weight: Tensor
-    kept: Tensor | None
+
+
+def heard(
+    config: ModelConfig,
+    sequences: int,
+    logits_SE: Tensor | None,
+    scores_SE: Tensor | None,
+    choice_Sk: Tensor,
+    kept_Sk: Tensor | None,
+) -> Heard:
+    """Sum up one router's call; without logits (hash routing) the losses' parts are those of perfect balance."""
+    experts, device = config.num_experts, choice_Sk.device
+    groups = sequences if config.aux_loss_over == "sequence" else 1
+    zero = torch.zeros((), device=device)
+    with torch.no_grad():
+        choice_GA = choice_Sk.view(groups, -1)
+        ones_GA = torch.ones(choice_GA.shape, device=device)
+        load_GE = torch.zeros(groups, experts, device=device).scatter_add_(1, choice_GA, ones_GA) / choice_GA.shape[1]
+        dropped = zero if kept_Sk is None else 1 - kept_Sk.float().mean()
+    if logits_SE is None or scores_SE is None:
+        even = torch.full((groups, experts), 1 / experts, device=device)
+        return Heard(even, load_GE, zero, zero, zero, dropped, choice_Sk)
+    logsumexp_S = logits_SE.logsumexp(-1)
+    prob_SE = scores_SE if config.router == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
+    with torch.no_grad():
+        if config.router == "softmax":
+            entropy = (logsumexp_S - torch.linalg.vecdot(prob_SE, logits_SE)).mean()  # of fewer logarithms
+        else:
+            entropy = torch.special.entr(prob_SE).sum(-1).mean()
+        confidence = prob_SE.amax(-1).mean()
+    prob_GE = prob_SE.view(groups, -1, experts).mean(1)
+    return Heard(prob_GE, load_GE, logsumexp_S.square().mean(), entropy, confidence, dropped, choice_Sk)
 
 
 class Chooser:

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from configs import ModelConfig
-from models.balance import Heard, RouterTap, heard, router_stats
+from models.balance import RouterTap, router_stats
+from models.router import Heard, heard
 
 
 def config(experts: int = 8, top_k: int = 2, **changes) -> ModelConfig:

@@ -5,11 +5,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.experts import apply_experts, apply_padded, grouped_experts
+from models.experts import Routing, apply_experts, apply_padded, grouped_experts
 from models.router import within_capacity
 
 
-def oracle(x: Tensor, gate_up: Tensor, down: Tensor, choice: Tensor, weight: Tensor) -> Tensor:
+def oracle(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
+    choice, weight, _ = routing
     out = torch.zeros_like(x)
     for expert in range(len(gate_up)):
         token, slot = torch.where(choice == expert)
@@ -40,7 +41,7 @@ def test_equals_loop(grouped, dtype, tolerance, tokens, top_k):
     x, gate_up, down, weight = leaves
     results = []
     for function in (oracle, grouped):
-        y = function(x, gate_up, down, choice, weight)
+        y = function(x, gate_up, down, Routing(choice, weight))
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for expected, found in zip(*results, strict=True):
         assert found.dtype == expected.dtype
@@ -51,7 +52,7 @@ def test_equals_loop(grouped, dtype, tolerance, tokens, top_k):
 def test_experts_of_no_token_have_zero_gradients(dtype):
     (x, gate_up, down, weight), choice, dy = case(dtype, 70, 8, 1)
     for kept, used in ((None, [6]), (torch.zeros_like(choice, dtype=torch.bool), [])):
-        y = apply_experts(x, gate_up, down, torch.full_like(choice, 6), weight, kept)
+        y = apply_experts(x, gate_up, down, Routing(torch.full_like(choice, 6), weight, kept))
         gradients = torch.autograd.grad(y, [gate_up, down], dy)
         for gradient in gradients:
             assert gradient.isfinite().all()
@@ -61,8 +62,8 @@ def test_experts_of_no_token_have_zero_gradients(dtype):
 def test_each_token_is_independent_of_its_batch():
     leaves, choice, _ = case(torch.float32, 70, 8, 2)
     x, gate_up, down, weight = leaves
-    whole = apply_experts(x, gate_up, down, choice, weight)
-    part = apply_experts(x[20:40], gate_up, down, choice[20:40], weight[20:40])
+    whole = apply_experts(x, gate_up, down, Routing(choice, weight))
+    part = apply_experts(x[20:40], gate_up, down, Routing(choice[20:40], weight[20:40]))
     torch.testing.assert_close(part, whole[20:40], rtol=1e-5, atol=1e-6)
 
 
@@ -78,8 +79,8 @@ def test_dropped_assignments_are_left_out(dtype, tolerance, limit):
     for function in (oracle, apply_experts, grouped_experts, apply_padded):
         # What is not written by a grouped product must not matter: fill the allocator's next blocks with NaN.
         [torch.full((rows, width), torch.nan, dtype=dtype) for rows in (140, 416) for width in (24, 32, 48)]
-        more = {oracle: (), apply_padded: (kept, min(limit, 70))}.get(function, (kept,))
-        y = function(x, gate_up, down, choice, weight * kept, *more)
+        more = [min(limit, 70)] if function is apply_padded else []
+        y = function(x, gate_up, down, Routing(choice, weight * kept, kept), *more)
         results.append([y, *torch.autograd.grad(y, leaves, dy)])
     for expected, *others in zip(*results, strict=True):
         for found in others:
