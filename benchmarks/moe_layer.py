@@ -3,7 +3,9 @@
 Every contestant is a process of its own with SwiGLU experts of the same size; they take turns, one step each on new
 tokens, so that a noisy machine is noisy for all. The first E channels of a token are its router logits (the gate is a
 unit matrix): log p + Gumbel noise, so that experts are drawn from p, even or Zipf's, the same for all. The dense layer
-has the width of the k experts of a token. Run: `python benchmarks/moe_layer.py [--json FILE]`, on a GPU where one is.
+has the width of the k experts of a token. "products alone" are torch's batched products of even loads, with no router
+and nothing sent to experts: what remains if all else were free.
+Run: `python benchmarks/moe_layer.py [--json FILE]`, on a GPU where one is.
 """
 
 import argparse
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 CONTESTANTS = [
     "muster", "transformers grouped_mm", "transformers eager", "transformers grouped_mm, autocast",
     "transformers eager, autocast", "transformers batched_mm", "deepspeed", "deepspeed, capacity 1", "dense",
+    "products alone",
 ]  # fmt: skip
 GPU_ONLY = ["transformers sonicmoe", "transformers deepgemm"]
 HOPELESS = 10
@@ -115,6 +118,26 @@ def deepspeed_layer(cell: Cell, drop: bool) -> Any:
     return First()
 
 
+def products_alone(cell: Cell) -> Any:
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    class Products(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_up = nn.Parameter(torch.empty(cell.experts, 2 * cell.width, cell.hidden))
+            self.down = nn.Parameter(torch.empty(cell.experts, cell.hidden, cell.width))
+
+        def forward(self, x: Any) -> Any:
+            x_ERH = x.expand(cell.top_k, -1, -1).reshape(cell.experts, -1, cell.hidden)
+            gate, up = torch.bmm(x_ERH, self.gate_up.mT).chunk(2, dim=-1)
+            y_ERH = torch.bmm(F.silu(gate) * up, self.down.mT)
+            return y_ERH.view(cell.top_k, cell.tokens, cell.hidden).sum(0)[None]
+
+    return Products()
+
+
 def layer_for(name: str, cell: Cell) -> Any:
     from models.layers import SwiGLU
 
@@ -123,6 +146,8 @@ def layer_for(name: str, cell: Cell) -> Any:
         return hugging_face(cell, rest.removesuffix(", autocast"))
     if name.startswith("deepspeed"):
         return deepspeed_layer(cell, drop="capacity" in name)
+    if name == "products alone":
+        return products_alone(cell)
     return our_layer(cell) if name == "muster" else SwiGLU(cell.hidden, cell.width * cell.top_k)
 
 
@@ -286,7 +311,7 @@ def compete(cell: Cell, pipes: dict[str, Any], out: set[str], seconds: float) ->
 
 HEADER = (
     "| experts | k | load | muster, ms | x transformers | its best | x DeepSpeed | x DeepSpeed, capacity 1 | x dense "
-    "| memory, MB: muster | transformers | DeepSpeed | capacity 1 | dense |"
+    "| x products alone | memory, MB: muster | transformers | DeepSpeed | capacity 1 | dense |"
 )
 
 
@@ -304,8 +329,8 @@ def table_line(cell: Cell, rows: dict[str, dict[str, Any]]) -> str:
 
     columns = [
         cell.experts, cell.top_k, cell.load, f"{mine * 1e3:.1f}", ratio(best), best.removeprefix("transformers "),
-        ratio("deepspeed"), ratio("deepspeed, capacity 1"), ratio("dense"), memory("muster"), memory(best),
-        memory("deepspeed"), memory("deepspeed, capacity 1"), memory("dense"),
+        ratio("deepspeed"), ratio("deepspeed, capacity 1"), ratio("dense"), ratio("products alone"),
+        memory("muster"), memory(best), memory("deepspeed"), memory("deepspeed, capacity 1"), memory("dense"),
     ]  # fmt: skip
     return "| " + " | ".join(str(c) for c in columns) + " |"
 
