@@ -11,15 +11,14 @@ Memory: a rank that writes holds a copy of its own share, a rank that reads hold
 shards are mapped, so that the kernel keeps of them what it has room for.
 """
 
-import hashlib
 import json
 import math
-import os
 import shutil
 import time
 from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from . import fragments
+from .durable import digest, fsync, read_json, write_durably
 from .fragments import Box, Run
 from .state import TrainState
 
@@ -74,23 +74,41 @@ def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
         token: names this very save, so that a receipt of an earlier one is never taken for it.
 
     Raises:
-        OSError: the disk is full or gone; the shard is removed and the receipt says why.
+        OSError: the disk is full or gone; the shard is removed, and rank 0 is told why.
     """
-    path.mkdir(parents=True, exist_ok=True)
     shard = path / f"rank-{rank:05d}.safetensors"
     receipt: dict[str, Any] = {"token": token, "shapes": snapshot.shapes, "scalars": snapshot.scalars}
     receipt["fragments"] = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
     try:
+        path.mkdir(parents=True, exist_ok=True)
         save_file(snapshot.tensors, shard)
         with ThreadPoolExecutor(1) as pool:
-            synced = pool.submit(_fsync, shard)
+            synced = pool.submit(fsync, shard)
             receipt["file"] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": digest(shard)}
             synced.result()
+        write_durably(path / f"receipt-{rank:05d}.json", receipt)
     except Exception as error:
-        shard.unlink(missing_ok=True)
-        write_durably(path / f"receipt-{rank:05d}.json", {"token": token, "error": f"{type(error).__name__}: {error}"})
-        raise
-    write_durably(path / f"receipt-{rank:05d}.json", receipt)
+        with suppress(OSError):
+            shard.unlink(missing_ok=True)
+        _say_failed(path / _failure(rank, token), str(error))
+        raise error if isinstance(error, OSError) else OSError(f"{shard}: {error}") from error
+
+
+def _failure(rank: int, token: str) -> str:
+    """Name of the file that a rank leaves in place of its receipt when it could not write its shard."""
+    return f"failed-{rank:05d}-{token}"
+
+
+def _say_failed(path: Path, reason: str) -> None:
+    """Rank 0 must not wait for this rank; on a disk without a free block the name alone says it."""
+    whole = path.with_name(f".{path.name}")
+    with suppress(OSError):
+        try:
+            whole.write_text(reason)
+            whole.replace(path)
+        except OSError:
+            whole.unlink(missing_ok=True)
+            path.touch()
 
 
 def commit(path: Path, world_size: int, token: str, state: TrainState, config: Mapping, timeout_s: float) -> dict:
@@ -100,18 +118,21 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
         CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`, or the shards
             together lack a part of a tensor.
     """
-    receipts, deadline = [], time.monotonic() + timeout_s
+    receipts, errors, deadline = [], [], time.monotonic() + timeout_s
     for rank in range(world_size):
-        while True:
-            receipt = _read_json(path / f"receipt-{rank:05d}.json")
-            if receipt and receipt["token"] == token:
+        failed = path / _failure(rank, token)
+        while not ((receipt := read_json(path / f"receipt-{rank:05d}.json")) and receipt["token"] == token):
+            if failed.exists():
+                errors.append(f"rank {rank} could not write its shard: {failed.read_text() or 'the disk is full'}")
                 break
             if time.monotonic() > deadline:
-                raise CheckpointError(f"{path}: rank {rank} wrote no shard within {timeout_s:.0f} s")
+                errors.append(f"rank {rank} wrote no shard within {timeout_s:.0f} s")
+                break
             time.sleep(0.02)
-        if "error" in receipt:
-            raise CheckpointError(f"{path}: rank {rank} could not write its shard: {receipt['error']}")
-        receipts.append(receipt)
+        else:
+            receipts.append(receipt)
+    if errors:  # only now that every rank has ended: the folder can be deleted
+        raise CheckpointError(f"{path}: {'; '.join(errors)}")
     shapes: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for receipt in receipts:
         for key, names in receipt["shapes"].items():
@@ -130,7 +151,7 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
         "files": {receipt["file"]["name"]: receipt["file"] for receipt in receipts},
         "config": dict(config),
     }
-    _fsync(path)
+    fsync(path)
     write_durably(path / MANIFEST, manifest)
     for rank in range(world_size):
         (path / f"receipt-{rank:05d}.json").unlink(missing_ok=True)
@@ -265,34 +286,3 @@ class Reader:
     def weight(self, name: str) -> Tensor:
         """The whole fp32 weight in its shape."""
         return self.read(MASTER, name).view(self.shape(MASTER, name))
-
-
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_durably(path: Path, value: Any) -> None:
-    """Write JSON so that after a crash the file is either the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _fsync(path.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None

@@ -1,6 +1,7 @@
 """Loss on the held-out split, and text samples, from a plain module or from an engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from configs import Config
 from models.generate import generate
 
 from .data.reader import Dataset
+from .record import Record
 
 
 @torch.no_grad()
@@ -58,6 +60,16 @@ def _as_the_first(tokens: list[int]) -> list[int]:
     if dist.is_initialized():
         dist.broadcast_object_list(told, src=0)
     return told[0]
+
+
+@contextmanager
+def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
+    """What a person looks at is no reason to end a run: a disk that does not take it is an event."""
+    try:
+        yield
+    except OSError as error:
+        if record:
+            record.event("not_written", file=path.name, reason=str(error))
 
 
 def write_samples(module: nn.Module, config: Config, tokenizer: Tokenizer, end: int, path: Path, write: bool) -> None:

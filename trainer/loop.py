@@ -22,7 +22,7 @@ from .data.loader import Loader
 from .data.manifest import sources_of
 from .data.reader import Dataset, load_tokenizer
 from .data.shards import DataError
-from .evaluate import write_samples
+from .evaluate import if_there_is_room, write_samples
 from .expert_tokens import ExpertTokens, table, write_table
 from .export import export
 from .forecast import Forecast
@@ -93,6 +93,7 @@ def train(run_dir: Path) -> str:
         finally:
             if record:
                 record.event("attempt_ended", status=status, reason=reason, step=state.step)
+                record.close()
             if shipper and (missing := shipper.finish(timeout=60.0)):
                 print(missing, file=sys.stderr)
     return status
@@ -183,6 +184,8 @@ def _steps(
     finally:
         loader.close()
         saver.wait()
+    if not killed and (failed := from_chief(lambda: saver.failed)):
+        raise TrainingStopped(f"the last checkpoint could not be written, start again to go on: {failed}")
     if record:
         record.event("measured", **forecast.measured())
     return "KILLED" if killed else "FINISHED"
@@ -233,13 +236,16 @@ def _evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, rec
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     if seen and (pieces := seen.gather()):
         found = table(pieces, config, load_tokenizer(config.data), step)
-        write_table(found, samples / f"experts-step-{step:08d}")
+        path = samples / f"experts-step-{step:08d}"
+        with if_there_is_room(record, path):
+            write_table(found, path)
     # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
     if config.train.sample_tokens and config.parallel.pp == 1:
         sample = samples / f"step-{step:08d}.txt"
         tokenizer, end = load_tokenizer(config.data), held_out.eos_id
         trainee.engine.eval()
-        write_samples(trainee.engine.module, config, tokenizer, end, sample, write=record is not None)
+        with if_there_is_room(record, sample):
+            write_samples(trainee.engine.module, config, tokenizer, end, sample, write=record is not None)
         trainee.engine.train()
     if record:
         record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)
@@ -251,7 +257,7 @@ def _export(run_dir: Path, record: Record) -> None:
     shutil.rmtree(target, ignore_errors=True)  # of an earlier end, before train.steps was raised
     try:
         export(run_dir, target)
-    except ConfigError as error:
+    except (ConfigError, OSError) as error:
         record.event("export_skipped", reason=str(error))
 
 

@@ -1,35 +1,44 @@
 """The record of a run: metrics.jsonl and events.jsonl, appended by rank 0 and read by everyone else."""
 
+import errno
 import json
-import math
 import os
 import re
 import socket
+import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .plain_json import dump
+
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Record:
-    """Appends to a run's record. Every line is one `write`, so a reader or a killed process never mixes two lines."""
+    """Appends to a run's record. Every line is one `write`, so a reader or a killed process never mixes two lines.
+
+    Lines that a full disk does not take are kept, with their own times, and written before the next that it takes.
+    """
 
     def __init__(self, run_dir: str | Path, attempt: int) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self.attempt = attempt
         self._files = {name: _open_append(self.run_dir / name) for name in (METRICS, EVENTS)}
+        self._waiting: dict[str, deque[bytes]] = {name: deque() for name in self._files}
+        self._lock = threading.Lock()  # a checkpoint's thread records as well
 
     def metrics(self, values: dict[str, Any]) -> None:
         """Append a step's record (or an evaluation's, which has `eval_loss`) with this attempt and the time.
 
         Args:
             values: `step` and plain, numpy or torch numbers, or (nested) lists of them. Non-finite ones become null.
-
-        Raises:
-            OSError: the disk is full. The line is then torn; readers leave it out.
         """
         # step, attempt and time stand first, where `MetricsIndex` finds them without parsing the line.
         head = {"step": int(values["step"]), "attempt": self.attempt, "time": time.time()}
@@ -43,15 +52,39 @@ class Record:
         self._write(EVENTS, head | details)
 
     def close(self) -> None:
+        """Write what is still kept, and say on stderr what is lost if the disk is still full."""
+        for name, waiting in self._waiting.items():
+            with self._lock, suppress(OSError):
+                self._flush(name)
+            if waiting:
+                print(
+                    f"{self.run_dir / name}: the disk is full; its last {len(waiting)} lines are lost:", file=sys.stderr
+                )
+                sys.stderr.write(b"".join(waiting).decode())
         for file in self._files.values():
             os.close(file)
         self._files = {}
 
     def _write(self, name: str, line: dict[str, Any]) -> None:
-        data = _dump(line).encode() + b"\n"
-        if os.write(self._files[name], data) != len(data):
-            os.write(self._files[name], b"\n")
-            raise OSError(f"{self.run_dir / name}: the disk took only part of a line")
+        data = dump(line).encode() + b"\n"
+        with self._lock:
+            first = not self._waiting[name]
+            self._waiting[name].append(data)
+            try:
+                self._flush(name)
+            except OSError as error:
+                if error.errno not in FULL:
+                    raise
+                if first:
+                    print(f"{self.run_dir / name}: {error.strerror}; lines wait for room", file=sys.stderr, flush=True)
+
+    def _flush(self, name: str) -> None:
+        waiting = self._waiting[name]
+        while waiting:
+            if 0 < os.write(self._files[name], waiting[0]) < len(waiting[0]):
+                waiting[0] = b"\n" + waiting[0].lstrip(b"\n")  # after the torn line, which readers leave out
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            waiting.popleft()
 
 
 def _open_append(path: Path) -> int:
@@ -60,31 +93,6 @@ def _open_append(path: Path) -> int:
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")  # the last writer was killed within a line: start on a fresh one
     return file
-
-
-def _dump(line: dict[str, Any]) -> str:
-    try:
-        return json.dumps(line, allow_nan=False, default=_plain)
-    except ValueError:
-        return json.dumps(_finite(line), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy and torch, arrays and scalars, without importing either
-        return value.tolist()
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    raise TypeError(f"{type(value).__name__} cannot stand in the record: {value!r}")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, (str, int)) else _finite(_plain(value))
 
 
 class Line(NamedTuple):

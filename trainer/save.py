@@ -136,6 +136,8 @@ class Saver:
 
     stalled = 0.0
     """Seconds that training has stood still for the last checkpoint."""
+    failed = ""
+    """On rank 0, why the last checkpoint was not written; empty if it was."""
 
     def __init__(self, run_dir: Path, config: Mapping, record: Record | None, background: bool, timeout_s: float):
         self._run_dir, self._config, self._record = run_dir, config, record
@@ -185,8 +187,13 @@ class Saver:
         path = checkpoint.folder(self._run_dir, state.step)
         keep, keep_every = self._config["checkpoint"]["keep"], self._config["checkpoint"]["keep_every"]
         try:
-            checkpoint.write_shard(path, rank, token, snapshot)
+            try:
+                checkpoint.write_shard(path, rank, token, snapshot)
+            except OSError:
+                if rank or not path.is_dir():
+                    raise  # else `commit` raises it, once it has heard from the others
             if rank == 0:
+                self.failed = ""
                 manifest = checkpoint.commit(path, world, token, state, self._config, self._timeout_s)
                 pruned = checkpoint.prune(self._run_dir, keep, keep_every)
                 if self._record:
@@ -200,5 +207,7 @@ class Saver:
             # The run goes on with its last good checkpoint; the record says so.
             if rank == 0:
                 checkpoint.remove(path)
+                self.failed = str(error)
                 if self._record:
-                    self._record.event("checkpoint_failed", step=state.step, reason=str(error))
+                    good = max(checkpoint.committed(self._run_dir), default=None)
+                    self._record.event("checkpoint_failed", step=state.step, reason=self.failed, last_good=good)

@@ -1,8 +1,13 @@
 """Faults that a test puts into a training process of its own, before it trains."""
 
+import errno
 import os
+import resource
 import signal
+import threading
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from trainer import checkpoint, collapse, loop
 from trainer.trainee import Trainee
@@ -77,3 +82,45 @@ def collapse_soon(step: int | None = None) -> None:
     collapse.STARVED, collapse.COLLAPSED = 0.95, 3
     if step:
         kill_at_step(step, signal.SIGTERM)
+
+
+def _between(first: int, last: int, begin: Callable[[], None], end: Callable[[], None]) -> None:
+    """Call `begin` when this process begins the first step, `end` when it begins the one after the last."""
+    original = loop.learning_rate
+
+    def wrapped(current, *arguments):
+        if current in (first, last + 1):
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            begin() if current == first else end()
+        return original(current, *arguments)
+
+    loop.learning_rate = wrapped
+
+
+def fill(ballast: Path) -> None:
+    """Write a file until its disk has no byte left."""
+    with ballast.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+
+
+def full_disk(folder: Path, first: int, last: int) -> None:
+    """Take the last byte of the disk that holds `folder`, for a range of steps."""
+    ballast = folder / "ballast"
+    _between(first, last, lambda: fill(ballast), ballast.unlink)
+
+
+def small_files(size: int, first: int, last: int) -> None:
+    """Let this process write no file larger than `size` bytes, for a range of steps."""
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(soft: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, most))
+
+    _between(first, last, lambda: limit(size), lambda: limit(most))
