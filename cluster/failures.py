@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
 """How a process fails because another one has: gloo's and NCCL's words."""
@@ -53,3 +53,14 @@ class Failure:
 def cause(failures: Sequence[Failure]) -> Failure:
     """The failure that the others most likely follow from."""
     return min(failures, key=lambda failure: (not failure.lost, failure.collateral, failure.rank))
+
+
+def hung(event: dict[str, Any], failure: Failure) -> Failure:
+    """The failure of an attempt that was ended because it stood still.
+
+    Args:
+        event: `hang`, of `trainer.watchdog`.
+        failure: what its end looks like from outside.
+    """
+    rank = event["suspects"][0] if event["suspects"] else failure.rank
+    return Failure(rank, event["reason"], failure.traceback, lost=True)

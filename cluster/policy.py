@@ -8,8 +8,9 @@ from models.memory import memory
 
 from .failures import Failure
 
-Kind = Literal["infrastructure", "memory", "error"]
-"""A process or machine that is gone, a device or machine without memory, an exception of the code or data."""
+Kind = Literal["infrastructure", "hang", "memory", "error"]
+"""A process or machine that is gone, one that stands still, a device or machine without memory, an exception of the
+code or data."""
 
 OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "low on memory")
 
@@ -63,7 +64,8 @@ def decide(past: Sequence[Past], limit: int) -> Decision:
     Infrastructure may fail as often as it likes while checkpoints get ahead (Llama 3 met 419 interruptions in 54 days,
     arXiv:2407.21783); `limit` (cluster.max_failures) counts those without a new one between. An error is given a second
     chance, for a link or a disk can fail for a moment; one that comes back without a step taken since would come back
-    for ever. Memory that was too little will be too little again.
+    for ever. Memory that was too little will be too little again. A hang is most often a link or a device, and shares
+    the budget of infrastructure.
 
     Args:
         past: oldest first, at least one.
@@ -76,13 +78,15 @@ def decide(past: Sequence[Past], limit: int) -> Decision:
         if before and now.step <= max(before):
             return Decision("stop", f"failed twice in a row after step {now.step}")
         return Decision("retry", f"an error after step {now.step}, the first there")
-    stuck = 0
+    stuck = hung = 0
     for failure in reversed(past):
         if failure.saved != now.saved:
             break
-        stuck += failure.kind == "infrastructure"
+        stuck += failure.kind in ("infrastructure", "hang")
+        hung += failure.kind == "hang"
     since = f"since the checkpoint of step {now.saved}" if now.saved else "before the first checkpoint"
-    count = f"{stuck} infrastructure failure{'s' if stuck > 1 else ''} {since}, cluster.max_failures is {limit}"
+    hangs = f" ({hung} of them hung)" if hung else ""
+    count = f"{stuck} infrastructure failure{'s' if stuck > 1 else ''}{hangs} {since}, cluster.max_failures is {limit}"
     return Decision("stop" if stuck > limit else "retry", count)
 
 

@@ -10,7 +10,7 @@ from ray.train.torch import TorchTrainer
 from trainer.record import Record, read_events, summary
 from trainer.run import read_config
 
-from .failures import Failed, Failure, Final, cause
+from .failures import Failed, Failure, Final, cause, hung
 from .policy import decide, history, kind_of, memory_advice
 
 
@@ -36,10 +36,14 @@ class Supervisor(UserCallback):
                 raise error
         worst = cause([explain(rank, error) for rank, error in worker_exceptions.items()])
         step, config = summary(self._run_dir)["step"], read_config(self._run_dir)
-        attempt = max((event["attempt"] for event in read_events(self._run_dir)), default=0)
+        events = read_events(self._run_dir)
+        attempt = max((event["attempt"] for event in events), default=0)
         record = Record(self._run_dir, attempt)
+        hangs = [event for event in events if event["event"] == "hang" and event["attempt"] == attempt]
+        worst = hung(hangs[-1], worst) if hangs else worst
         name = "worker_lost" if worst.lost else "worker_failed"
-        details = {"rank": worst.rank, "kind": kind_of(worst), "step": step, "reason": worst.reason}
+        kind = "hang" if hangs else kind_of(worst)
+        details = {"rank": worst.rank, "kind": kind, "step": step, "reason": worst.reason}
         record.event(name, **details, traceback=worst.traceback)
         past = history(read_events(self._run_dir))
         decision = decide(past, config.cluster.max_failures)

@@ -15,4 +15,6 @@ class ClusterConfig(Section):
     max_failures: NonNegativeInt = 3
     """Lost processes without a new checkpoint between after which the run is not started again (cluster/policy.py)."""
     timeout: PositiveFloat = 1800.0
-    """Seconds a collective may take before the attempt is ended."""
+    """Seconds a collective, or anything between two steps, may take before the attempt is ended."""
+    hang_timeout: PositiveFloat = 300.0
+    """Seconds without a step, at least, after which the attempt is ended; ten of its slowest steps of late, if more."""

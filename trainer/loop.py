@@ -39,6 +39,7 @@ from .state import TrainState
 from .step import StepOutcome, micro_batches
 from .tracking import inputs_of, start_shipper
 from .trainee import Trainee, build_trainee
+from .watchdog import Beat, watchdog
 
 
 class TrainingStopped(RuntimeError):
@@ -78,7 +79,8 @@ def train(run_dir: Path) -> str:
                 inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
                 record.event("attempt_started", **_surroundings(), inputs=inputs)
                 shipper = start_shipper(run_dir, config) if config.tracking.enabled else None
-            status = _steps(run_dir, config, state, record, attempt, stop)
+            with watchdog(run_dir, attempt, config) as beat:
+                status = _steps(run_dir, config, state, record, attempt, stop, beat)
             reason = "reached train.steps" if status == "FINISHED" else "stopped by request"
             if record and status == "FINISHED" and config.tracking.enabled and config.tracking.export_model:
                 _export(run_dir, record)
@@ -100,7 +102,13 @@ def train(run_dir: Path) -> str:
 
 
 def _steps(
-    run_dir: Path, config: Config, state: TrainState, record: Record | None, attempt: int, stop: threading.Event
+    run_dir: Path,
+    config: Config,
+    state: TrainState,
+    record: Record | None,
+    attempt: int,
+    stop: threading.Event,
+    beat: Beat,
 ) -> str:
     """The training loop; `state` follows it. Returns FINISHED or KILLED."""
     train, here = config.train, ds.device()
@@ -123,11 +131,13 @@ def _steps(
         while state.step < train.steps:
             step, start, waited = state.step + 1, time.perf_counter(), loader.waited
             profiler.before(step)
+            beat(step, "data")
             whole = [next(loader) for _ in range(accumulate)]
             batches = [trainee.part(batch).to(here) for batch in whole]
             waited = loader.waited - waited
             reported = _report_bad_pages(dataset, reported, run_dir, attempt)
 
+            beat(step, "step")
             # Every process must know how much the others read, and leave at the same step as they.
             trained = sum(int((batch.labels != -100).sum()) for batch in whole)
             told = torch.tensor([trained, stop.is_set() or stop_requested(run_dir)], device=here)
@@ -161,6 +171,7 @@ def _steps(
                 record.metrics(step_metrics(config, state, outcome, rate, seconds, waited, here))
             deviations = _judge(state, outcome, read_at, config, record)
             if deviations and train.spike.action == "rollback":
+                beat(step, "rollback")
                 saver.wait()
                 roll_back(run_dir, engine, state, config, record)
                 trainee.remember(state.routers)
@@ -171,10 +182,12 @@ def _steps(
             profiler.after(step, record)
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
-                _evaluate(run_dir, trainee, held_out, step, record)
+                _evaluate(run_dir, trainee, held_out, step, record, beat)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+                beat(step, "checkpoint")
                 saver.save(engine, state, attempt)
                 saved = step
+        beat(state.step, "end")
         killed = state.step < train.steps
         if killed:
             if record:
@@ -227,11 +240,11 @@ def _judge(
     return deviations
 
 
-def _evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, record: Record | None) -> None:
+def _evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, record: Record | None, beat: Beat) -> None:
     start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
     layers = [chooser.layer for chooser in trainee.choosers]
     seen = ExpertTokens(config, trainee.where, layers) if config.model.is_moe else None
-    loss, tokens = trainee.held_out_loss(held_out, ds.device(), seen)
+    loss, tokens = trainee.held_out_loss(held_out, ds.device(), seen, lambda: beat(step, "evaluation"))
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     if seen and (pieces := seen.gather()):

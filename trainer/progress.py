@@ -98,6 +98,8 @@ class ProgressView:
             which = [f"{layer}/{expert}" for layer, experts in record["experts"].items() for expert in experts]
             more = f" and {len(which) - 8} more" if len(which) > 8 else ""
             self._print(f"step {record['step']}  {name.replace('_', ' ')} (layer/expert): {', '.join(which[:8])}{more}")
+        elif name == "hang":
+            self._print(f"hang  {record['reason']}; stacks of {len(record['stacks'])} ranks in the run's folder")
         elif name not in ("plan", "evaluation", "resolved", "failure"):
             self._print(f"{name.replace('_', ' ')}  {_details(record)}")
 

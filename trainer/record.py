@@ -225,6 +225,8 @@ def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
     for event in reversed(events):
         if event["event"] == "attempt_ended" and event["attempt"] == last["attempt"]:
             return event["status"], event.get("reason")
+        if event["event"] == "hang" and event["attempt"] == last["attempt"]:
+            return "FAILED", event["reason"]
     if last.get("host") == socket.gethostname() and not _alive(last["pid"]):
         return "FAILED", "the process is gone without a word (killed, or out of memory)"
     return "RUNNING", None

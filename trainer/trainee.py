@@ -1,6 +1,6 @@
 """What one process trains, built the same way for every topology, and the two things done with it: a step, a loss."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,17 +65,23 @@ class Trainee:
         return outcome
 
     def held_out_loss(
-        self, dataset: Dataset, device: torch.device, seen: ExpertTokens | None = None
+        self,
+        dataset: Dataset,
+        device: torch.device,
+        seen: ExpertTokens | None = None,
+        alive: Callable[[], None] = lambda: None,
     ) -> tuple[float, int]:
         """(mean loss in nats per token, tokens) over the first train.eval_sequences of a held-out split.
 
         Args:
             seen: is told what the routers chose.
+            alive: is called before each forward pass.
         """
         train, parallel = self.config.train, self.config.parallel
         assert train.micro_batch
 
         def forward(*batches: Batch) -> LossOutput:
+            alive()
             parts = [self.part(batch) for batch in batches]
             loss = self._forward(parts)
             if seen:

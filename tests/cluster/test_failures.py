@@ -53,3 +53,23 @@ def test_supervisor_reads_ray_errors_and_vetoes(tmp_path):
     ]  # fmt: skip
     with pytest.raises(Final, match=r"out of memory after step 0; the plan was .* GB per device.*CUDA out of memory"):
         supervisor.after_exception(None, {0: Failed("OutOfMemoryError: CUDA out of memory", "trace")})
+
+
+def test_the_supervisor_takes_the_reason_of_a_hang_from_the_record(tmp_path):
+    import ray.exceptions
+
+    from cluster.supervise import Supervisor
+    from trainer.record import Record, read_events
+
+    (tmp_path / "config.yaml").write_text(to_yaml(resolved()))
+    for attempt in (1, 2):
+        record = Record(tmp_path, attempt)
+        record.event("attempt_started")
+        if attempt == 1:
+            record.event("hang", step=7, suspects=[1], reason="no progress for 30 s in step 7", stacks=[])
+        Supervisor(tmp_path, cpu=True).after_exception(None, {0: ray.exceptions.RayActorError()})
+    ends = [event for event in read_events(tmp_path) if event["event"] == "worker_lost"]
+    assert [(end["rank"], end["kind"]) for end in ends] == [(1, "hang"), (0, "infrastructure")]
+    assert ends[0]["reason"] == "no progress for 30 s in step 7"
+    policies = [event["reason"] for event in read_events(tmp_path) if event["event"] == "policy"]
+    assert "2 infrastructure failures (1 of them hung)" in policies[1]

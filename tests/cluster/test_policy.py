@@ -26,6 +26,15 @@ def test_infrastructure_that_lets_no_checkpoint_through_has_a_budget():
     assert "before the first checkpoint" in decide(past[:1], 0).reason
 
 
+def test_a_hang_shares_the_budget_of_infrastructure():
+    past = [lost(13, 10), Past("hang", 14, 10)]
+    assert decide(past, 1) == (
+        "stop",
+        "2 infrastructure failures (1 of them hung) since the checkpoint of step 10, cluster.max_failures is 1",
+    )
+    assert decide(past, 2).action == "retry"
+
+
 def test_an_error_gets_a_second_chance_and_more_while_there_is_progress():
     error = Past("error", 30, 20)
     assert decide([error], 3).action == "retry"

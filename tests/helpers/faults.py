@@ -1,10 +1,12 @@
 """Faults that a test puts into a training process of its own, before it trains."""
 
+import ctypes
 import errno
 import os
 import resource
 import signal
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,14 +35,37 @@ def kill_in(function: str, call: int, when: str) -> None:
 
 def kill_at_step(step: int, number: int) -> None:
     """Send this process a signal when it begins the given step."""
+    _at_step(step, lambda: os.kill(os.getpid(), number))
+
+
+def _at_step(step: int, do: Callable[[], None]) -> None:
     original = loop.learning_rate
 
     def wrapped(current, *arguments):
         if current == step:
-            os.kill(os.getpid(), number)
+            do()
         return original(current, *arguments)
 
     loop.learning_rate = wrapped
+
+
+def stand_still(rank: int, step: int) -> None:
+    """Let one rank of several stand still when it begins the given step."""
+    if os.environ["RANK"] == str(rank):
+        _at_step(step, stand_here)
+
+
+def stand_here() -> None:
+    time.sleep(3600)
+
+
+def hold_interpreter(step: int) -> None:
+    """Let this process stand still in C code at the given step, so that no other thread of it runs."""
+    _at_step(step, hold_here)
+
+
+def hold_here() -> None:
+    ctypes.PyDLL(None).sleep(3600)  # unlike CDLL, it keeps the interpreter's lock
 
 
 def poison(first: int, last: int) -> None:

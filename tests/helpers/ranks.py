@@ -4,7 +4,9 @@ import multiprocessing
 import os
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def free_port() -> int:
@@ -13,18 +15,30 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_ranks(folder: Path, arguments: list[str], count: int = 2) -> list[tuple[int | None, str]]:
+def nothing() -> None: ...
+
+
+def run_ranks(
+    folder: Path,
+    arguments: list[str],
+    count: int = 2,
+    before: Callable[..., None] = nothing,
+    given: tuple[Any, ...] = (),
+) -> list[tuple[int | None, str]]:
     """Run `trainer.__main__` in `folder` as each rank of a group, forked from a process that has imported everything.
 
     torchrun would add its own report and end with 1, whatever the ranks ended with.
+
+    Args:
+        before: module-level function called first in each, with `given` (to inject a fault).
 
     Returns:
         (exit code, what it wrote to stderr) of each rank.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.loop"])
-    port = free_port()
-    ranks = [context.Process(target=_main, args=(rank, count, port, folder, arguments)) for rank in range(count)]
+    same = (count, free_port(), folder, arguments, before, given)
+    ranks = [context.Process(target=_main, args=(rank, *same)) for rank in range(count)]
     for process in ranks:
         process.start()
     for process in ranks:
@@ -33,13 +47,14 @@ def run_ranks(folder: Path, arguments: list[str], count: int = 2) -> list[tuple[
     return [(process.exitcode, (folder / f"stderr-{rank}").read_text()) for rank, process in enumerate(ranks)]
 
 
-def _main(rank: int, count: int, port: int, folder: Path, arguments: list[str]) -> None:
+def _main(rank: int, count: int, port: int, folder: Path, arguments: list[str], before: Any, given: tuple) -> None:
     os.chdir(folder)
     os.dup2(os.open(f"stderr-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     sys.argv = ["trainer", *arguments]
+    before(*given)
     from trainer.__main__ import main  # moves the working directory on sys.path, so in this process alone
 
     raise SystemExit(main())
