@@ -14,6 +14,7 @@ from pathlib import Path
 from rich.console import Console
 
 from configs import Config, ConfigError
+from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
 from trainer.run import attempts, is_finished, prepare_run, read_config, request_stop, run_lock
@@ -73,7 +74,6 @@ class _Job(threading.Thread):
         self.folder = session_folder()
         self.status: str | None = None
         self.error: BaseException | None = None
-        self.logs: Path | None = None
         self.stopping = False
         self.connected, self.ended = threading.Event(), threading.Event()
 
@@ -81,12 +81,7 @@ class _Job(threading.Thread):
         try:
             with ray_session(self.address, self.node, self.folder) as session:
                 self.connected.set()
-                try:
-                    self.status = self._fit(session)
-                except Exception as error:
-                    if not isinstance(final := _raised(error), ConfigError | Final) or final.args[0] == "failure":
-                        self.logs = _keep_logs(session.logs, self.run_dir)
-                    raise
+                self.status = self._fit(session)
         except BaseException as error:
             self.error = error
         finally:
@@ -137,7 +132,8 @@ def _worker_environment(config: Config, each: Share) -> dict[str, str]:
     threads = os.environ.get("OMP_NUM_THREADS") if config.cluster.cpus_per_worker is None else None
     forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py, which comes too late after Ray's torch
-    return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | forwarded
+    printed = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # else into Ray's log, not the run's
+    return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | printed | forwarded
 
 
 @contextlib.contextmanager
@@ -181,8 +177,8 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         return STOPPED
     code, message = _explain(job)
     print(f"muster: {message}", file=sys.stderr)
-    if job.logs:
-        print(f"Output of the workers: {job.logs}", file=sys.stderr)
+    if code == FAILURE and (logs := job.run_dir / LOGS).exists():
+        print(f"Output of the workers: {logs}", file=sys.stderr)
     if attempts(job.run_dir) > attempts_before:
         _close_record(job.run_dir, "FAILED", message.splitlines()[0])
         if job.config.tracking.enabled:
@@ -231,16 +227,3 @@ def _send_record(run_dir: Path) -> None:
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir), "--once"]
     with contextlib.suppress(subprocess.TimeoutExpired):
         subprocess.run(command, timeout=90, check=False, stdin=subprocess.DEVNULL)
-
-
-def _keep_logs(logs: Path | None, run_dir: Path) -> Path | None:
-    """Copy the workers' output into the run's folder, as a private Ray takes its own away."""
-    if logs is None:
-        return None
-    kept = run_dir / "logs"
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir(parents=True)
-    for path in (*logs.glob("worker-*.out"), *logs.glob("worker-*.err"), *logs.glob("train/ray-train-app-*.log")):
-        if path.stat().st_size:
-            shutil.copy(path, kept / path.name)
-    return kept

@@ -27,8 +27,6 @@ class Session:
 
     nodes: list[Node]
     """The machines of the cluster."""
-    logs: Path | None
-    """Where the workers' output lies while the session lasts; None on a cluster, which keeps its own."""
 
 
 @contextlib.contextmanager
@@ -82,10 +80,10 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
         stack.callback(ray.shutdown)
         os.chdir(here)
         if address is None:
-            yield Session([node], folder / "ray" / "session_latest" / "logs")
+            yield Session([node])
         else:
             alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
-            yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive], None)
+            yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive])
 
 
 def check_reachable(address: str) -> None:

@@ -23,7 +23,7 @@ def work(job: dict[str, Any]) -> str:
         Final: a mistake in the config or data, or a stop of the trainer's own.
         Failed: any other error.
     """
-    folder = job["folder"]
+    run_dir, folder = Path(job["run_dir"]), job["folder"]
     if os.path.isdir(folder):
         os.chdir(folder)
     # Ours first: once these are loaded, a folder of the user's named like one of them cannot take its place.
@@ -32,11 +32,14 @@ def work(job: dict[str, Any]) -> str:
     if folder not in sys.path:
         sys.path.append(folder)  # plugins named as modules
 
+    # After the path is set, and not where the driver imports this file.
     from configs import ConfigError
-    from trainer.loop import TrainingStopped, train  # after the path is set, and not where the driver imports this file
+    from trainer.loop import TrainingStopped, train
+    from trainer.output import output_kept
 
     try:
-        return train(Path(job["run_dir"]))
+        with output_kept(run_dir):
+            return train(run_dir)
     except ConfigError as error:
         raise Final("mistake", str(error)) from None
     except TrainingStopped as error:

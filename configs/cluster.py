@@ -17,4 +17,4 @@ class ClusterConfig(Section):
     timeout: PositiveFloat = 1800.0
     """Seconds a collective, or anything between two steps, may take before the attempt is ended."""
     hang_timeout: PositiveFloat = 300.0
-    """Seconds without a step, at least, after which the attempt is ended; ten of its slowest steps of late, if more."""
+    """Seconds without a step, at least, after which the attempt is ended; ten times its slowest of late, if more."""

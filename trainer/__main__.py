@@ -12,15 +12,18 @@ if sys.path and sys.path[0] in ("", os.getcwd()):
 
 from pathlib import Path
 
+from rich.console import Console
 from torch import distributed as dist
 
 from configs import ConfigError, load
 
 from .engine import start_processes
 from .loop import TrainingStopped, train
+from .output import output_kept
 from .progress import Follower, ProgressView
 from .resume import from_chief
 from .run import is_finished, prepare_run, read_config
+from .tracking import read_state
 
 RESUMABLE = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)."""
@@ -38,8 +41,12 @@ def main() -> int:
             _say(f"{run_dir} is finished")
             return 0
         chief = dist.get_rank() == 0
-        with Follower(run_dir, ProgressView(read_config(run_dir).train.steps)) if chief else nullcontext():
+        terminal = Console(highlight=False, file=os.fdopen(os.dup(1), "w", buffering=1))
+        view = ProgressView(read_config(run_dir).train.steps, console=terminal)
+        with Follower(run_dir, view) if chief else nullcontext(), output_kept(run_dir):
             status = train(run_dir)
+        if missing := read_state(run_dir).get("error"):
+            _say(f"tracking: {missing}")
         _say(f"{run_dir}: {status}")
         return 0 if status == "FINISHED" else RESUMABLE
     except ConfigError as error:

@@ -69,6 +69,7 @@ def train(run_dir: Path) -> str:
             f"{config.parallel.world_size}: start as many, or change it"
         )
     chief = dist.get_rank() == 0
+    dist.barrier()  # past which no process counts attempts (trainer.output)
     attempt = from_chief(lambda: attempts(run_dir) + 1)
     with run_lock(run_dir) if chief else nullcontext():
         record = Record(run_dir, attempt) if chief else None

@@ -84,7 +84,7 @@ def story(tiny_data, tmp_path_factory) -> Story:
     for name in ("configs", "models", "trainer", "cluster"):
         (folder / name).mkdir()
         (folder / name / "__init__.py").write_text("raise RuntimeError('the user has a folder of this name')")
-    (folder / "users_own.py").write_text("open('plugin_was_here', 'w').close()")
+    (folder / "users_own.py").write_text("open('plugin_was_here', 'w').close(); print('a word of the plugin')")
     run_dir = folder / "runs" / "story"
 
     first = Launch(folder, run_dir)
@@ -152,5 +152,10 @@ def test_the_users_folders_do_not_shadow_ours_and_plugins_are_found(story):
 
 def test_nothing_is_left_behind(story):
     assert story.stopped.left_over == story.continued.left_over == []
-    names = {path.name for path in story.run_dir.iterdir()}
-    assert not names & {".ray", "logs"}
+    assert not {path.name for path in story.run_dir.iterdir()} & {".ray", "stacks"}
+
+
+def test_the_run_has_what_every_process_printed(story):
+    logs = sorted((story.run_dir / "logs").iterdir())
+    assert [path.name for path in logs] == [f"attempt-0{a}-rank-000{r}.log" for a in (1, 2, 3) for r in (0, 1)]
+    assert all("a word of the plugin\n" in path.read_text() for path in logs)

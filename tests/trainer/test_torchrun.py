@@ -22,6 +22,7 @@ import os, sys
 import configs, models
 from pathlib import Path
 rank = os.environ["RANK"]
+print(f"plugin of rank {rank}")
 Path(f"seen-{rank}").write_text(f"{configs.__path__[0]}\\n{models.__path__[0]}")
 """
 
@@ -59,11 +60,16 @@ def test_two_processes_from_a_hostile_folder(tmp_path, tiny_data):
     (tmp_path / "my_plugin.py").write_text(PLUGIN)
     config = write_config(tmp_path, tiny_data, "two", 4)
     process = torchrun(tmp_path, config, "checkpoint.every=2", "plugins=[my_plugin]")
-    _, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     run_dir = tmp_path / "runs" / "two"
     assert [line for line in err.splitlines() if line.startswith(str(run_dir))] == [f"{run_dir}: FINISHED"]
     assert "Traceback" not in err
+    assert "step 4/4" in out
+    logs = sorted((run_dir / "logs").iterdir())
+    assert [path.name for path in logs] == ["attempt-01-rank-0000.log", "attempt-01-rank-0001.log"]
+    assert "plugin of rank 1\n" in logs[1].read_text()
+    assert "plugin of rank 1" not in out
 
     assert (tmp_path / "seen-0").read_text() == (tmp_path / "seen-1").read_text()
     assert str(tmp_path) not in (tmp_path / "seen-0").read_text()
