@@ -12,7 +12,7 @@ import typer
 from configs import Config, ConfigError, load, preset_names, resolve, to_yaml
 from models.cost import parameters, training_flops_per_token
 
-from . import checkpoints, data, doctor, plan, runs, trained
+from . import checkpoints, data, doctor, jobs, nodes, plan, runs, submit, trained
 from .runs import Json
 
 app = typer.Typer(
@@ -71,13 +71,16 @@ def show_config(
 
 
 app.command("plan")(plan.plan)
+for command in (submit.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.retry):
+    app.command(command.__name__)(command)
 app.command("generate")(trained.generate)
 app.command("eval")(trained.evaluate)
 app.command("export")(trained.export)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoint")
+app.add_typer(nodes.app, name="cluster")
 app.command("runs")(runs.runs)
-app.command("status")(runs.status)
+app.command("status")(jobs.status)
 app.command("sync")(runs.sync)
 app.command("doctor")(doctor.doctor)
 

@@ -57,7 +57,7 @@ def runs(root: Root = RUNS, as_json: Json = False) -> None:
             _number(run["eval_loss"]),
             f"{run['tokens']:,}",
             str(run["attempts"]),
-            _ago(run["updated"]),
+            ago(run["updated"]),
         )
     console = Console(highlight=False)
     # A pipe has no width of its own; cut names would not be found by what reads it.
@@ -110,7 +110,7 @@ def _seconds(value: float) -> str:
     return f"{value:.1f} s" if value < 600 else f"{value / 60:.0f} min" if value < 36000 else f"{value / 3600:.1f} h"
 
 
-def _ago(then: float | None) -> str:
+def ago(then: float | None) -> str:
     if then is None:
         return ""
     seconds = max(0.0, time.time() - then)

@@ -16,6 +16,7 @@ import psutil
 from configs import ConfigError
 
 from .share import Node
+from .token import use_token
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing large goes through Ray's object store; its default is a third of the memory."""
@@ -45,6 +46,8 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
         ConfigError: the cluster does not answer.
     """
     with contextlib.ExitStack() as stack:
+        if address is not None:
+            use_token(address)
         _environment(folder, private=address is None)
         import ray  # reads the environment set above
 
@@ -104,11 +107,6 @@ def _environment(folder: Path, private: bool) -> None:
         token.write_text(secrets.token_hex(32))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         os.environ.pop("RAY_AUTH_TOKEN", None)
-    elif "RAY_AUTH_MODE" not in os.environ:
-        # Joining by address, Ray does not look for a token by itself.
-        given = os.environ.keys() & {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}
-        if given or (Path.home() / ".ray" / "auth_token").exists():
-            os.environ["RAY_AUTH_MODE"] = "token"
     defaults = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a config are relative to the user's folder

@@ -1,6 +1,7 @@
 """What each worker process gets of the machines there are: a pure function of their sizes and the config."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -59,13 +60,54 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
     raise ConfigError(f"parallel.* asks for {world} processes, far too many for {_sizes(nodes)}: lower parallel.dp")
 
 
-def _room(nodes: Sequence[Node], each: Share) -> int:
-    """Workers that fit, where 0 of something reserves nothing."""
+def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
+    """What each worker of a job reserves on a cluster that others use too: of the CPUs those that go with its GPUs.
+
+    Args:
+        wait: more machines may join; what does not fit the present ones is taken as it was asked for.
+
+    Raises:
+        ConfigError: it asks for more than the cluster has.
+    """
+    cluster, world = config.cluster, config.parallel.world_size
+    gpus = cluster.gpus_per_worker
+    if gpus is None:
+        gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
+    asked = {"GPU": world * gpus, "CPU": world * (cluster.cpus_per_worker or 0)}
+    has = {"GPU": [node.gpus for node in nodes if node.gpus], "CPU": [node.cpus for node in nodes if node.cpus]}
+    try:
+        for kind, count in asked.items():
+            if count > sum(has[kind]):
+                raise ConfigError(f"asks for {count:g} {kind}s; the cluster has {_like(has[kind])}")
+        each = share(config, nodes)
+    except ConfigError as error:
+        if wait:
+            return Share(cluster.cpus_per_worker or 1.0, gpus)
+        raise ConfigError(f"{error}\nLower parallel.dp, or wait for machines to join with --queue") from None
+    if each.gpus and cluster.cpus_per_worker is None:
+        beside = min(node.cpus / node.gpus for node in nodes if node.gpus) * each.gpus
+        return Share(min(each.cpus, max(1.0, float(int(beside)))), each.gpus)
+    return each
+
+
+def _like(sizes: Sequence[float]) -> str:
+    """8 (2 nodes x 4)"""
+    groups = sorted(Counter(sizes).items(), reverse=True)
+    nodes = [f"{count} node{'s' * (count > 1)} x {size:g}" for size, count in groups]
+    return f"{sum(sizes):g} ({', '.join(nodes) or 'no node'})"
+
+
+def capacity(node: Node, each: Share) -> float:
+    """Workers that fit on a machine, where 0 of something reserves nothing."""
 
     def fit(there: float, needed: float) -> float:
         return math.floor(there / needed + 1e-9) if needed else math.inf
 
-    return int(sum(min(fit(node.cpus, each.cpus), fit(node.gpus, each.gpus)) for node in nodes))
+    return min(fit(node.cpus, each.cpus), fit(node.gpus, each.gpus))
+
+
+def _room(nodes: Sequence[Node], each: Share) -> int:
+    return int(sum(capacity(node, each) for node in nodes))
 
 
 def _sizes(nodes: Sequence[Node]) -> str:

@@ -39,7 +39,24 @@ def test_help_and_config_import_nothing_heavy():
 def test_help_names_every_command(muster):
     code, out, _ = muster("--help")
     assert code == 0
-    for command in ("train", "config", "generate", "eval", "export", "data", "runs", "sync", "doctor"):
+    for command in (
+        "train",
+        "config",
+        "generate",
+        "eval",
+        "export",
+        "data",
+        "runs",
+        "sync",
+        "doctor",
+        "submit",
+        "jobs",
+        "logs",
+        "stop",
+        "retry",
+        "status",
+        "cluster",
+    ):
         assert f"  {command} " in out
         assert muster(command, "--help")[0] == 0
     for command in ("prepare", "inspect", "show"):
@@ -89,6 +106,10 @@ def test_schema_describes_every_section(muster):
         (["eval", "missing"], ["missing", "--root"]),
         (["export", "missing", "--to", "x"], ["missing", "--root"]),
         (["sync", "missing"], ["missing", "--root"]),
+        (["submit", "quickstart"], ["run.root=runs", "every machine"]),
+        (["submit", "quickstart", "run.root=/tmp/r", "--address", "http://127.0.0.1:1"], ["127.0.0.1:1", "--address"]),
+        (["jobs", "--address", "nowhere"], ["nowhere", "--address"]),
+        (["cluster", "join", "127.0.0.1:1"], ["no token", "RAY_AUTH_TOKEN_PATH"]),
         (["data", "show", "missing", "--step", "1"], ["missing", "--root"]),
         (["data", "inspect", "nowhere"], ["nowhere"]),
         (["data", "prepare", "nowhere", "--out", "x"], ["nowhere"]),
@@ -98,6 +119,7 @@ def test_schema_describes_every_section(muster):
 )
 def test_a_mistake_is_one_message_and_exit_code_2(muster, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "none"))
     code, _, err = muster(*arguments)
     assert code == 2
     assert err.startswith("muster: ")

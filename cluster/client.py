@@ -1,0 +1,199 @@
+"""Reach a cluster's job API and its queue, from anywhere that the API is reachable."""
+
+import json
+import logging
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+from configs import ConfigError
+
+from .dispatch import MESSAGES, READY
+from .pack import write_zip
+from .queue import fold
+from .session import check_reachable
+from .share import Node
+from .token import use_token
+
+QUEUE = "muster-queue-"
+PATIENCE = 90.0
+"""Seconds a queue may take to start and answer."""
+
+
+class Cluster:
+    """A cluster's job API.
+
+    Raises:
+        ConfigError: nothing answers, it is open to everyone, or it refuses the token.
+    """
+
+    def __init__(self, url: str) -> None:
+        mode = _mode(url)
+        if mode != "token":
+            raise ConfigError(
+                f"the cluster at {url} is open: everyone who reaches it can run code on it. Start it with "
+                f"`muster cluster up`, or with RAY_AUTH_MODE=token and a token"
+            )
+        use_token(url)
+        # Ray takes half a second to import, and looks at the environment when it is.
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
+        from ray.exceptions import AuthenticationError
+        from ray.job_submission import JobSubmissionClient
+
+        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+            logging.getLogger(chatty).setLevel(logging.ERROR)
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        self.url = url
+        self._queue: str | None = None
+        try:
+            self.jobs_api = JobSubmissionClient(url)
+        except AuthenticationError:
+            raise ConfigError(
+                f"the cluster at {url} refuses the token: copy the one of its head to here, or name its file in "
+                f"RAY_AUTH_TOKEN_PATH"
+            ) from None
+
+    def nodes(self) -> list[Node]:
+        """What each machine has."""
+        from ray.util.state import list_nodes
+
+        for _ in range(20):  # a new head knows none for a moment
+            found = list_nodes(address=self.url, detail=True, filters=[("state", "=", "ALIVE")], limit=10_000)
+            if found:
+                break
+            time.sleep(0.5)
+        sizes = [node.resources_total or {} for node in found]
+        return [Node(size.get("CPU", 0.0), size.get("GPU", 0.0)) for size in sizes]
+
+    def jobs(self) -> dict[str, dict[str, Any]]:
+        """All jobs of the queue by id, oldest first. Starts the queue if it does not run."""
+        if self._queue is None or self.jobs_api.get_job_status(self._queue).is_terminal():
+            self._queue = self._running_queue()
+        return fold(self.jobs_api.get_job_logs(self._queue).splitlines())
+
+    def send(self, **message: Any) -> None:
+        """Leave the queue a message without files."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "message.zip"
+            write_zip(path, Path(folder), [], json.dumps(message))
+            self.send_file(path)
+
+    def send_file(self, path: Path) -> None:
+        """Leave the queue a message. Ray keeps it for ten minutes, the queue takes it within one."""
+        name = f"gcs://{MESSAGES}{time.time_ns()}-{os.getpid()}.zip"
+        self.jobs_api._upload_package(name, str(path), include_gitignore=False, is_file=True)
+
+    def wait_for(self, id: str, seen: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+        """The job, once `seen(job)` is true. Raises RuntimeError if the queue does not answer."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            if (job := self.jobs().get(id)) and seen(job):
+                return job
+            time.sleep(0.3)
+        raise self._no_answer()
+
+    def _running_queue(self) -> str:
+        """Id of the queue's own Ray job, started where none runs, once it has read its journal."""
+        number, id = 1, f"{QUEUE}1"
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline:
+            status = self._status(id)
+            if status is None:
+                self._start_queue(id)
+            elif status.is_terminal():
+                number += 1
+                id = f"{QUEUE}{number}"
+            elif READY in self.jobs_api.get_job_logs(id).splitlines():
+                return id
+            else:
+                time.sleep(0.3)
+        self._queue = id
+        raise self._no_answer()
+
+    def _status(self, id: str) -> Any:
+        """Ray's status of a job; None: there is none."""
+        try:
+            return self.jobs_api.get_job_status(id)
+        except RuntimeError as error:
+            if "404" in str(error):
+                return None
+            raise
+
+    def _start_queue(self, id: str) -> None:
+        try:
+            # Started again whatever ends it, but not when it says itself that it cannot run.
+            loop = "until muster cluster queue; do [ $? = 2 ] && exit 2; sleep 1; done"
+            self.jobs_api.submit_job(submission_id=id, entrypoint=loop)
+        except RuntimeError as error:
+            if "already exists" not in str(error):  # someone else was quicker
+                raise
+
+    def _no_answer(self) -> RuntimeError:
+        tail = self.jobs_api.get_job_logs(self._queue)[-2000:] if self._queue else ""
+        return RuntimeError(f"the queue of {self.url} did not answer in {PATIENCE:.0f} s\n{tail}")
+
+
+def api_url(address: str | None, from_config: str | None = None) -> str:
+    """The job API of the cluster that is named: an http address, Ray's host:port, or `auto`.
+
+    Args:
+        address: as on the command line; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, `from_config`.
+
+    Raises:
+        ConfigError: none is named, or nothing answers there.
+    """
+    environment = (os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS"))
+    given = next(filter(None, (address, *environment, from_config)), None)
+    if given is None:
+        raise ConfigError(
+            "no cluster is named: --address http://HOST:8265, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or cluster.address; "
+            "`muster cluster up` starts one"
+        )
+    if given.startswith(("http://", "https://")):
+        return given.rstrip("/")
+    try:
+        if given != "auto":
+            check_reachable(given)
+            if _answers(f"http://{given}"):
+                return f"http://{given}"
+        use_token(given)
+        from ray.dashboard.utils import ray_address_to_api_server_url
+
+        return str(ray_address_to_api_server_url(given))
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        raise _silent(given, error) from None
+
+
+def _answers(url: str) -> bool:
+    try:
+        _mode(url)
+    except ConfigError:
+        return False
+    return True
+
+
+def _mode(url: str) -> str:
+    """How the job API knows its users: `token` or `disabled`. It says so to everyone."""
+    try:
+        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
+            return str(json.load(answer)["authentication_mode"])
+    except urllib.error.HTTPError as error:
+        if error.code == 404:  # before Ray 2.60 nobody was asked for anything
+            return "disabled"
+        raise _silent(url, error) from None
+    except (OSError, HTTPException, ValueError, KeyError) as error:
+        raise _silent(url, error) from None
+
+
+def _silent(where: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:200]
+    return ConfigError(f"no job API of Ray answers at {where} ({reason}): --address names it, http://HOST:8265")

@@ -1,0 +1,55 @@
+"""`muster cluster`: a machine of a cluster that asks for a token, in the foreground, by Ray's own `ray start`."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from configs import ConfigError
+
+from .token import make_token, use_token
+
+RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+LOOPBACK = "127.0.0.1"
+
+app = typer.Typer(help="Start a Ray cluster that asks for a token.", no_args_is_help=True)
+
+
+@app.command(context_settings=RAY_OPTIONS)
+def up(
+    options: typer.Context,
+    dashboard_host: Annotated[str, typer.Option(help="Where the dashboard and the job API listen.")] = LOOPBACK,
+) -> None:
+    """Be the head until Ctrl-C; other options go to `ray start`. Example: muster cluster up --port 6379"""
+    token = make_token()
+    print(f"token of this cluster: {token} (give every machine and every user of it a copy)", flush=True)
+    _ray_start("--head", f"--dashboard-host={dashboard_host}", *options.args)
+
+
+@app.command(context_settings=RAY_OPTIONS)
+def join(
+    options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")]
+) -> None:
+    """Give this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
+    use_token(address)
+    _ray_start(f"--address={address}", *options.args)
+
+
+@app.command(hidden=True)
+def queue() -> None:
+    """The queue's process, which `muster submit` starts on the head."""
+    from .dispatch import serve
+
+    serve()
+
+
+def _ray_start(*arguments: str) -> NoReturn:
+    if any(argument.startswith("--include-dashboard=f") for argument in arguments):
+        raise ConfigError("--include-dashboard=false: the job API is part of the dashboard")
+    # Jobs are started as `muster ...`: the one that belongs to this Python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    os.execv(sys.executable, [*command, *arguments])

@@ -1,0 +1,66 @@
+"""The user's folder as one zip that a cluster can unpack: what .gitignore leaves out stays at home."""
+
+import logging
+import zipfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from configs import ConfigError
+
+TOP = "work"
+"""Ray puts the unpacked zip on its workers' sys.path, where a user's own `models/` would win over ours: so all of it
+lies one folder down."""
+LIMIT = 100 * 2**20
+"""Bytes. Ray keeps the zip in the memory of the head, and refuses 512 MiB."""
+LEFT_OUT = [".git", ".venv", "venv", "__pycache__"]
+
+
+def files(folder: Path, without: Sequence[Path] = ()) -> list[Path]:
+    """The files below a folder that .gitignore and .rayignore, in any folder, do not name; relative, sorted.
+
+    Args:
+        without: folders below it that are left out too.
+    """
+    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes  # what Ray packs by itself
+
+    folder = folder.resolve()
+    found: list[Path] = []
+    names = [f"/{path.relative_to(folder)}" for path in without if path.is_relative_to(folder) and path != folder]
+    quiet = logging.getLogger("muster.pack")
+    quiet.setLevel(logging.ERROR)
+    _dir_travel(
+        folder,
+        [_get_excludes(folder, [*LEFT_OUT, *names])],
+        lambda path: found.append(path.relative_to(folder)) if path.is_file() else None,
+        include_gitignore=True,
+        logger=quiet,
+    )
+    return sorted(found)
+
+
+def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None:
+    """Raise ConfigError, with the largest files, if they are more than goes to a cluster."""
+    sizes = {path: (folder / path).stat().st_size for path in packed}
+    if (total := sum(sizes.values())) > limit:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
+        names = ", ".join(f"{path} ({_size(sizes[path])})" for path in largest)
+        raise ConfigError(
+            f"{folder} has {_size(total)} to send and the limit is {_size(limit)}; the largest: {names}.\n"
+            f"Name them in .gitignore or .rayignore, and read data from a folder that the cluster reaches"
+        )
+
+
+def write_zip(target: Path, folder: Path, packed: Iterable[Path], message: str) -> None:
+    """Write `message.json`, and the files below TOP."""
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("message.json", message)
+        archive.writestr(f"{TOP}/", "")  # there even if the folder is empty
+        for path in packed:
+            # Zip knows no time before 1980, which some filesystems and build tools give.
+            entry = zipfile.ZipInfo.from_file(folder / path, f"{TOP}/{path.as_posix()}", strict_timestamps=False)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            archive.writestr(entry, (folder / path).read_bytes())
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -1,0 +1,52 @@
+"""The token that a Ray cluster asks of everyone: made for its owner's eyes only, found again, never printed.
+
+Ray alone would start a head without a token as open to all. GCS and agents listen on every interface even so: a cluster
+belongs into a private network.
+"""
+
+import os
+import secrets
+from pathlib import Path
+
+from configs import ConfigError
+
+
+def token_file() -> Path:
+    """Where Ray looks for the token."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def make_token() -> Path:
+    """The token's file, made where there is none, readable by its owner alone; what starts here will ask for it."""
+    _refuse_open()
+    path = token_file()
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(secrets.token_hex(32))
+    except FileExistsError:
+        path.chmod(0o600)
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    return path
+
+
+def use_token(where: str) -> None:
+    """Show the token to a cluster; Ray does not look for one by itself when it joins by address.
+
+    Raises:
+        ConfigError: there is none, or it is switched off.
+    """
+    _refuse_open()
+    if not os.environ.get("RAY_AUTH_TOKEN") and not token_file().is_file():
+        raise ConfigError(
+            f"no token for the cluster at {where}: copy the one of its head (`muster cluster up` made it) to "
+            f"{token_file()}, or name its file in RAY_AUTH_TOKEN_PATH"
+        )
+    os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _refuse_open() -> None:
+    if (mode := os.environ.get("RAY_AUTH_MODE", "token").lower()) != "token":
+        raise ConfigError(
+            f"RAY_AUTH_MODE={mode} makes a cluster on which everyone can run code: unset it, or set it to token"
+        )

@@ -1,0 +1,302 @@
+"""`muster submit`, `jobs`, `logs`, `stop`, `retry` on one real Ray with three CPUs: gangs, priorities, tokens."""
+
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster import cli
+from trainer.record import read_events, read_metrics
+
+ROOT = Path(__file__).parents[2]
+CONFIG = """
+run: {{root: {root}}}
+model: {{num_layers: 2, hidden_size: 32, num_heads: 2, num_experts: 4, expert_size: 32}}
+train: {{steps: 20, global_batch: 4, seq_len: 32, precision: fp32, eval_sequences: 4, sample_tokens: 4}}
+data: {{path: {data}}}
+parallel: {{dp: 2}}
+cluster: {{cpus_per_worker: 1}}
+tracking: {{enabled: false, export_model: false}}
+plugins: [tools/mine.py]
+"""
+pytestmark = pytest.mark.filterwarnings("ignore:ssl=None:DeprecationWarning")  # from inside Ray
+
+PLUGIN = "import os; open({out!r}, 'w').write(' '.join(sorted(os.listdir())))"
+
+
+@dataclass
+class Cluster:
+    """A Ray that `muster cluster up` started, and a user's folder."""
+
+    url: str
+    user: Path
+    runs: Path
+    token: Path
+    head: subprocess.Popen
+    printed: list[str] = field(default_factory=list)
+
+    def muster(self, *arguments: str, code: int = 0) -> str:
+        """Run the command line in this process. Returns what it printed."""
+        out = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+            patch.setattr(sys, "argv", ["muster", *arguments])
+            patch.setenv("RAY_API_SERVER_ADDRESS", self.url)
+            patch.setenv("RAY_AUTH_TOKEN_PATH", os.environ.get("TEST_TOKEN", str(self.token)))
+            patch.setenv("RAY_AUTH_MODE", "token")
+            patch.chdir(self.user)
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        self.printed.append(out.getvalue())
+        assert (end.value.code or 0) == code, out.getvalue()
+        return out.getvalue()
+
+    def submit(self, *arguments: str) -> str:
+        return self.muster("submit", "run.yaml", *arguments).splitlines()[0]
+
+    def job(self, id: str) -> dict:
+        return json.loads(self.muster("status", id, "--json"))
+
+    def wait(self, reached: Callable[[], object], seconds: float = 120) -> None:
+        end = time.monotonic() + seconds
+        while not reached():
+            assert time.monotonic() < end, self.muster("jobs")
+            assert self.head.poll() is None
+            time.sleep(0.3)
+
+    def steps(self, run: str) -> int:
+        return len(read_metrics(self.runs / run))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def cluster(tiny_data, tmp_path_factory) -> Iterator[Cluster]:
+    folder = tmp_path_factory.mktemp("cluster")
+    user, runs = folder / "user", folder / "runs"
+    (user / "models").mkdir(parents=True)
+    (user / "models" / "__init__.py").write_text("raise RuntimeError('the user has a folder of this name')")
+    (user / "tools").mkdir()
+    (user / "tools" / "mine.py").write_text(PLUGIN.format(out=str(folder / "plugin_saw")))
+    (user / ".gitignore").write_text("secret.txt\n")
+    (user / "secret.txt").write_text("not for the cluster")
+    (user / "run.yaml").write_text(CONFIG.format(root=runs, data=tiny_data))
+    port, token = free_port(), folder / "token"
+    temporary = tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp")  # Ray's sockets want a short path
+    options = (
+        f"--port={free_port()} --dashboard-port={port} --dashboard-agent-listen-port={free_port()} --num-cpus=3 "
+        f"--num-gpus=0 --ray-client-server-port={free_port()} --node-ip-address=127.0.0.1 --temp-dir={temporary.name} "
+        f"--object-store-memory={100 * 2**20}"
+    )
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
+    environment |= {"RAY_AUTH_TOKEN_PATH": str(token), "MUSTER_QUEUE": str(folder / "queue"), "PYTHONPATH": str(ROOT)}
+    log = (folder / "head.log").open("w")
+    command = [sys.executable, "-P", "-m", "cluster.cli", "cluster", "up", *options.split()]
+    head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+    found = Cluster(f"http://127.0.0.1:{port}", user, runs, token, head)
+    try:
+        found.wait(lambda: status(f"{found.url}/api/authentication_mode") == 200, 60)
+        yield found
+    finally:
+        # Not by SIGTERM: Ray then takes 20 s to drain the node.
+        started = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        for process in [head, *started]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        head.wait()
+        psutil.wait_procs(started, timeout=10)
+        log.close()
+        temporary.cleanup()
+
+
+def status(url: str, token: str | None = None) -> int | None:
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def test_the_job_api_answers_nobody_without_the_token(cluster):
+    assert stat.S_IMODE(cluster.token.stat().st_mode) == 0o600
+    for path in ("/api/jobs/", "/api/version", "/api/v0/nodes"):
+        assert status(cluster.url + path) == 401
+        assert status(cluster.url + path, "0" * 64) in (401, 403)
+        assert status(cluster.url + path, cluster.token.read_text()) == 200
+    body = json.dumps({"entrypoint": "true"}).encode()
+    request = urllib.request.Request(f"{cluster.url}/api/jobs/", body, {"Content-Type": "application/json"})
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(request, timeout=10)
+    assert error.value.code == 401
+
+
+def test_the_dashboard_listens_on_loopback(cluster):
+    port = int(cluster.url.rpartition(":")[2])
+    below = psutil.Process(cluster.head.pid).children(recursive=True)
+    listening = [c.laddr for p in below for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
+    assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["parallel.dp=8", "train.global_batch=8"], ["asks for 8 CPUs; the cluster has 3 (1 node x 3)", "--queue"]),
+        (["run.root=runs"], ["run.root=runs", "every machine"]),
+        (["train.stps=1"], ["train.stps", "did you mean steps"]),
+        (["data.path=secret.txt"], ["data.path=secret.txt is not sent", ".gitignore"]),
+        (["parallel.tp=3"], ["tp=3", "model.num_heads"]),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_sent(cluster, arguments, words):
+    out = cluster.muster("submit", "run.yaml", *arguments, code=2)
+    assert out.startswith("muster: ")
+    assert len(out.splitlines()) <= 4
+    for word in words:
+        assert word in out
+    assert not cluster.runs.exists()
+
+
+def test_a_wrong_token_and_an_open_cluster_are_refused(cluster, tmp_path, monkeypatch):
+    (tmp_path / "token").write_text("0" * 64)
+    monkeypatch.setenv("TEST_TOKEN", str(tmp_path / "token"))
+    assert "refuses the token" in cluster.muster("jobs", code=2)
+    monkeypatch.setenv("TEST_TOKEN", str(tmp_path / "none"))
+    assert "no token" in cluster.muster("jobs", code=2)
+    monkeypatch.delenv("TEST_TOKEN")
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "PYTHONPATH": str(ROOT)}
+    for command in (["cluster", "up"], ["jobs", "--address", cluster.url]):
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "cluster.cli", *command], env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert "RAY_AUTH_MODE=disabled" in done.stderr
+
+
+@dataclass
+class Story:
+    first: str
+    """Trained until it was stopped."""
+    second: str
+    """Waited behind it, then did not start."""
+    urgent: str
+    """Came last and was next."""
+    waiting: dict[str, dict]
+    """What the jobs were while the first one ran."""
+    output: str
+    """What `muster logs --follow` printed of the urgent one."""
+
+
+@pytest.fixture(scope="module")
+def story(cluster) -> Story:
+    first = cluster.submit("run.name=first", "train.steps=100000")
+    too_large = cluster.submit("run.name=large", "parallel.dp=8", "train.global_batch=8", "--queue", "--priority", "9")
+    second = cluster.submit("run.name=second")
+    urgent = cluster.submit("run.name=urgent", "--priority", "5")
+    cluster.wait(lambda: cluster.steps("first") >= 5)
+    [queue] = [
+        process
+        for process in psutil.Process(cluster.head.pid).children(recursive=True)
+        if process.cmdline()[-2:] == ["cluster", "queue"] and "muster" in process.cmdline()[-3]
+    ]
+    queue.send_signal(signal.SIGKILL)
+    time.sleep(1)
+    waiting = {id: cluster.job(id) for id in (first, too_large, second, urgent)}
+    cluster.muster("stop", first)
+    cluster.muster("stop", second)
+    cluster.muster("stop", too_large)
+    return Story(first, second, urgent, waiting, cluster.muster("logs", urgent, "--follow"))
+
+
+def test_gangs_wait_whole_and_in_order(cluster, story):
+    states = [job["state"] for job in story.waiting.values()]
+    assert states == ["RUNNING", "QUEUED", "QUEUED", "QUEUED"]
+    assert [job["ahead"] for job in story.waiting.values()] == [0, 0, 2, 1]
+    first, second, urgent = (cluster.job(id) for id in (story.first, story.second, story.urgent))
+    assert second["state"] == "CANCELLED"
+    assert "started" not in second
+    ended = [event for event in read_events(cluster.runs / "first") if event["event"] == "attempt_ended"][-1]["time"]
+    assert urgent["started"] >= ended >= first["started"]
+
+
+def test_stop_writes_a_checkpoint_first(cluster, story):
+    assert cluster.job(story.first)["state"] == "STOPPED"
+    events = read_events(cluster.runs / "first")
+    [end] = [event for event in events if event["event"] == "attempt_ended"]
+    assert end["status"] == "KILLED"
+    assert [event["step"] for event in events if event["event"] == "checkpoint"][-1] == end["step"]
+
+
+def test_a_job_is_trained_to_its_end_by_what_was_sent(cluster, story):
+    cluster.wait(lambda: cluster.job(story.urgent)["state"] != "RUNNING")
+    assert cluster.job(story.urgent)["state"] == "FINISHED"
+    assert "finished at step 20" in story.output
+    assert "finished at step 20" in cluster.muster("logs", story.urgent)
+    sent = (cluster.runs.parent / "plugin_saw").read_text().split()
+    assert {"models", "run.yaml", "tools"} <= set(sent)
+    assert "secret.txt" not in sent
+
+
+def test_output_by_rank_is_read_from_the_runs_folder(cluster, story):
+    assert "no output of rank 1" in cluster.muster("logs", story.urgent, "--rank", "1", code=2)
+    logs = cluster.runs / "urgent" / "logs"
+    logs.mkdir(exist_ok=True)
+    for attempt in (1, 2):
+        (logs / f"attempt-{attempt:02d}-rank-0001.log").write_text(f"attempt {attempt}\n")
+    assert cluster.muster("logs", story.urgent, "--rank", "1") == "attempt 2\n"
+    assert "ranks 0 to 1" in cluster.muster("logs", story.urgent, "--rank", "2", code=2)
+
+
+def test_jobs_are_listed_and_one_is_retried(cluster, story):
+    listed = json.loads(cluster.muster("jobs", "--json"))
+    assert [job["id"] for job in listed][:1] == [story.first]
+    assert "FINISHED" in cluster.muster("retry", story.urgent, code=2)
+    again = cluster.muster("retry", story.second).splitlines()[0]
+    job = cluster.job(again)
+    assert (job["retry_of"], job["run_dir"]) == (story.second, str(cluster.runs / "second"))
+    assert again in cluster.muster("submit", "run.yaml", "run.name=second", code=2)
+    cluster.muster("stop", again, "--now")
+    assert cluster.job(again)["state"] in ("STOPPED", "CANCELLED")
+    assert "no job" in cluster.muster("status", "job-none", code=2)
+
+
+@pytest.mark.slow
+def test_a_retried_job_goes_on_from_its_checkpoint(cluster, story):
+    again = cluster.muster("retry", story.first).splitlines()[0]
+    [stopped] = [event for event in read_events(cluster.runs / "first") if event["event"] == "attempt_ended"]
+    cluster.wait(lambda: cluster.steps("first") >= stopped["step"] + 5)
+    assert [e["step"] for e in read_events(cluster.runs / "first") if e["event"] == "resumed"] == [stopped["step"]]
+    cluster.muster("stop", again)
+
+
+def test_nobody_prints_the_token(cluster, story):
+    token = cluster.token.read_text()
+    written = [path for folder in ("queue", "runs", "head.log") for path in below(cluster.runs.parent / folder)]
+    assert written
+    assert not [path for path in written if token.encode() in path.read_bytes()]
+    assert cluster.printed
+    assert not [text for text in cluster.printed if token in text]
+
+
+def below(path: Path) -> list[Path]:
+    return [path] if path.is_file() else [each for each in path.rglob("*") if each.is_file()]
