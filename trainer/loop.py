@@ -37,6 +37,7 @@ from .save import Saver
 from .schedule import learning_rate
 from .state import TrainState
 from .step import StepOutcome, micro_batches
+from .straggler import among_all, own_time
 from .tracking import inputs_of, start_shipper
 from .trainee import Trainee, build_trainee
 from .watchdog import Beat, watchdog
@@ -125,12 +126,13 @@ def _steps(
         trainee.remember(state.routers)
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
-    accumulate = engine.gradient_accumulation_steps()
+    accumulate, stragglers = engine.gradient_accumulation_steps(), among_all(config)
     loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
     saved, reported = state.step, 0
     try:
         while state.step < train.steps:
             step, start, waited = state.step + 1, time.perf_counter(), loader.waited
+            own_time().begin()
             profiler.before(step)
             beat(step, "data")
             whole = [next(loader) for _ in range(accumulate)]
@@ -162,11 +164,13 @@ def _steps(
             # In fp16 a finite loss that overflows is the loss scale still being found, until it cannot go lower.
             scaling = state.loss_scale and math.isfinite(outcome.loss) and state.loss_scale["cur_scale"] > 1
             state.skipped_in_a_row = state.skipped_in_a_row + (not scaling) if outcome.skipped else 0
+            changes = stragglers.after_step(outcome.rank_time)
             if not outcome.skipped:
-                state.starved, changes = collapse.after_step(state.starved, outcome.load)
-                for change in changes:
-                    if record:
-                        record.event(change.event, step=step, **change.details)
+                state.starved, collapsed = collapse.after_step(state.starved, outcome.load)
+                changes += collapsed
+            for change in changes:
+                if record:
+                    record.event(change.event, step=step, **change.details)
             if record and (step % train.log_every == 0 or outcome.skipped):
                 seconds = time.perf_counter() - start
                 record.metrics(step_metrics(config, state, outcome, rate, seconds, waited, here))

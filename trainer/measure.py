@@ -71,6 +71,8 @@ def step_metrics(
         }
         if config.model.capacity_factor:
             metrics["dropped"] = outcome.dropped
+    if outcome.rank_time:
+        metrics["rank_time"] = [round(seconds, 6) for seconds in outcome.rank_time]
     if state.loss_scale:
         metrics["loss_scale"] = state.loss_scale["cur_scale"]
     if outcome.skipped:

@@ -21,6 +21,7 @@ from .engine import DualPipeVModule, PipelineModule, deepspeed, engine_config, n
 from .optim import build_optimizer, parameter_groups
 from .parallel import expert_group_name, keep_routers, place
 from .step import StepOutcome, outcome
+from .straggler import sum_over_all
 
 
 class OneStage(PlainNames, PipelineModule):
@@ -92,7 +93,7 @@ def pipeline_step(engine: Any, batches: Sequence[Batch], tokens: int, config: Co
         # ranks.
         stage.feed(batches, loss_factor=accumulate * dp / max(tokens, 1), balance_factor=1 / accumulate)
     engine.train_batch(_inputs(batches))
-    return outcome(engine, _sum_over_stages(stages, accumulate * dp), tokens, config)
+    return outcome(engine, *_sum_over_stages(stages, accumulate * dp), tokens, config)
 
 
 def pipeline_loss(engine: Any, batches: Sequence[Batch]) -> LossOutput:
@@ -122,8 +123,10 @@ def _inputs(batches: Sequence[Batch]) -> Any:
     return iter([(batch.input_ids, batch.labels) for batch in batches])
 
 
-def _sum_over_stages(stages: Sequence[Stage], micro_batches: int) -> Tensor:
-    """[loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] of the step in float64, the same on all processes.
+def _sum_over_stages(stages: Sequence[Stage], micro_batches: int) -> tuple[Tensor, list[float]]:
+    """[loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] of the step in float64, and each rank's own seconds.
+
+    The same on all processes.
 
     Args:
         stages: this process's.
@@ -142,6 +145,4 @@ def _sum_over_stages(stages: Sequence[Stage], micro_batches: int) -> Tensor:
                 sums[1] += router.aux_loss * share
                 sums[2] += router.z_loss * share
                 layers[own] += router.by_layer() / micro_batches
-    sums = torch.cat([sums, layers.flatten()])
-    dist.all_reduce(sums)
-    return sums
+    return sum_over_all(torch.cat([sums, layers.flatten()]))

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 
 from configs import Config
 from models.balance import RouterTap
 from models.batch import Batch
+
+from .straggler import sum_over_all
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class StepOutcome:
     """Before clipping; inf or nan where the step was skipped."""
     skipped: bool
     """Whether the weights were left alone because the loss or a gradient was not finite."""
+    rank_time: list[float]
+    """Seconds of each rank in which it waited for no other; see `straggler.OwnTime`."""
 
 
 def micro_batches(config: Config, cursor: int, rank: int) -> Iterator[list[int]]:
@@ -82,12 +85,12 @@ def train_step(
         values = torch.cat(measured)
         sums = values if sums is None else sums + values
     assert sums is not None
-    dist.all_reduce(sums)
+    sums, rank_time = sum_over_all(sums)
     # Tensor-parallel ranks counted the same tokens.
-    return outcome(engine, sums / config.parallel.tp, tokens, config)
+    return outcome(engine, sums / config.parallel.tp, rank_time, tokens, config)
 
 
-def outcome(engine: Any, sums: Tensor, tokens: int, config: Config) -> StepOutcome:
+def outcome(engine: Any, sums: Tensor, rank_time: list[float], tokens: int, config: Config) -> StepOutcome:
     """Of the step just taken, from [loss_sum] or [loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] over all."""
     loss_sum, *router_sums = sums.tolist()
     width = config.model.num_experts + 3
@@ -102,4 +105,5 @@ def outcome(engine: Any, sums: Tensor, tokens: int, config: Config) -> StepOutco
         dropped=[row[-1] for row in rows],
         grad_norm=float(engine.get_global_grad_norm() or 0.0),
         skipped=not engine.was_step_applied(),
+        rank_time=rank_time,
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from trainer import checkpoint, collapse, loop
+from trainer import checkpoint, collapse, loop, straggler
 from trainer.trainee import Trainee
 
 
@@ -66,6 +66,19 @@ def hold_interpreter(step: int) -> None:
 
 def hold_here() -> None:
     ctypes.PyDLL(None).sleep(3600)  # unlike CDLL, it keeps the interpreter's lock
+
+
+def slow_down(rank: int, window: int, seconds: float = 0.3) -> None:
+    """Let one rank of several lose time in each step, and compare ranks over a shorter window."""
+    straggler.WINDOW = window
+    if os.environ["RANK"] == str(rank):
+        original = loop.learning_rate
+
+        def wrapped(current, *arguments):
+            time.sleep(seconds)
+            return original(current, *arguments)
+
+        loop.learning_rate = wrapped
 
 
 def poison(first: int, last: int) -> None:

@@ -81,7 +81,7 @@ def test_router_equals_one_process(topology):
 
 
 def outcome(load: list[list[float]], skipped: bool = False) -> StepOutcome:
-    return StepOutcome(1.0, 1.0, 1.0, load, [0.0], [0.0], [0.0], 1.0, skipped)
+    return StepOutcome(1.0, 1.0, 1.0, load, [0.0], [0.0], [0.0], 1.0, skipped, [])
 
 
 def test_bias_moves_towards_the_even_load():

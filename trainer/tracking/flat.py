@@ -1,7 +1,7 @@
 """Records and events as the flat metrics and tags that trackers take."""
 
 from collections.abc import Mapping
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 EXPERT_METRICS = 512
@@ -20,7 +20,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a record: every number, and lists under numbered names.
 
     `expert_load/layer_00/expert_03`; of each of `ROUTER_METRICS` `expert_maxvio/layer_00` and so on for every MoE
-    layer, `expert_maxvio/mean` and `expert_maxvio/worst`, which compare runs of different depths.
+    layer, `expert_maxvio/mean` and `expert_maxvio/worst`, which compare runs of different depths. Of `rank_time`, which
+    may be of a thousand ranks, the largest and the median.
     """
     found: dict[str, float] = {}
     for key, value in record.items():
@@ -31,6 +32,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
             if layers:
                 layers |= {"mean": fmean(layers.values()), "worst": ROUTER_METRICS[key](layers.values())}
             found |= {f"{key}/{name}": item for name, item in layers.items()}
+        elif key == "rank_time":
+            found |= {f"{key}/max": max(value), f"{key}/median": median(value)}
         elif key == "expert_load":
             few = sum(map(len, value)) <= EXPERT_METRICS
             for i, layer in enumerate(value):
