@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -67,7 +67,7 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     try:
         tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         config, arch = from_hf_config(tree)
-    except (OSError, KeyError, json.JSONDecodeError) as error:
+    except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{folder} is no Hugging Face model folder: {error!r}") from None
     return config, Weights(folder, config, arch)
 
@@ -78,7 +78,10 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, folder: Path, config: ModelConfig, arch: Architecture):
         self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            file = safe_open(path, framework="pt")
+            try:
+                file = safe_open(path, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{path} is not safetensors: {error}") from None
             self._files.update(dict.fromkeys(file.keys(), file))
         if not self._files:
             raise ConfigError(f"{folder} has no *.safetensors file")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -191,10 +191,12 @@ def read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path / MANIFEST}: {error}") from None
+    if not isinstance(manifest, dict):
+        raise CheckpointError(f"{path / MANIFEST}: not a manifest")
     if manifest.get("format") not in READABLE:
         raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {READABLE}")
     for name in manifest["files"]:
-        if Path(name).name != name:
+        if Path(name).name != name or name == "..":
             raise CheckpointError(f"{path}: the manifest names a file outside its folder: {name}")
     return manifest
 
@@ -231,7 +233,10 @@ class Reader:
     def __init__(self, path: Path):
         self.path = path
         self.manifest = read_manifest(path)
-        self._files = {name: safe_open(path / name, framework="pt") for name in self.manifest["files"]}
+        try:
+            self._files = {name: safe_open(path / name, framework="pt") for name in self.manifest["files"]}
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} has a file that is not safetensors: {error}") from None
         written = (
             (key, handle.get_slice(key).get_shape()[0], file)
             for file, handle in self._files.items()

@@ -43,8 +43,8 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
     else:
         raise ConfigError(f"no checkpoint of {run_dir} can be used: {problems[0]}")
     module = build(config.model)
-    reader = Reader(path)
     try:
+        reader = Reader(path)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(reader.weight(name))

@@ -142,7 +142,10 @@ def _open(config: Config, digests: bool) -> _Source:
     if (source / checkpoint.MANIFEST).is_file():
         if problems := checkpoint.verify(source, digests=digests):
             raise ConfigError(f"train.init_from: {problems[0]}")
-        return _checkpoint(source)
+        try:
+            return _checkpoint(source)
+        except CheckpointError as error:
+            raise ConfigError(f"train.init_from: {error}") from None
     raise ConfigError(
         f"train.init_from={source} is neither a run with checkpoints, nor a checkpoint, nor a Hugging Face folder"
     )

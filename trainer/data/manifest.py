@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from configs import ConfigError
 from configs.data import DataConfig, PrepareConfig, Source
@@ -37,6 +37,13 @@ class Shard(_Record):
     bytes: int
     """Size of the file."""
     sha256: str
+
+    @field_validator("file")
+    @classmethod
+    def _beside(cls, file: str) -> str:
+        if Path(file).name != file or file == "..":
+            raise ValueError(f"it names a file outside its folder: {file}")
+        return file
 
 
 class SplitStats(_Record):
