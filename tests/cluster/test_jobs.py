@@ -258,12 +258,14 @@ def test_a_job_is_trained_to_its_end_by_what_was_sent(cluster, story):
 
 
 def test_output_by_rank_is_read_from_the_runs_folder(cluster, story):
-    assert "no output of rank 1" in cluster.muster("logs", story.urgent, "--rank", "1", code=2)
     logs = cluster.runs / "urgent" / "logs"
-    logs.mkdir(exist_ok=True)
-    for attempt in (1, 2):
-        (logs / f"attempt-{attempt:02d}-rank-0001.log").write_text(f"attempt {attempt}\n")
-    assert cluster.muster("logs", story.urgent, "--rank", "1") == "attempt 2\n"
+    [own] = logs.glob("*-rank-0001.log")
+    assert cluster.muster("logs", story.urgent, "--rank", "1") == own.read_text() != ""
+    (logs / "attempt-02-rank-0001.log").write_text("of the newest attempt\n")
+    assert cluster.muster("logs", story.urgent, "--rank", "1") == "of the newest attempt\n"
+    for file in logs.glob("*-rank-0001.log"):
+        file.unlink()
+    assert "no output of rank 1" in cluster.muster("logs", story.urgent, "--rank", "1", code=2)
     assert "ranks 0 to 1" in cluster.muster("logs", story.urgent, "--rank", "2", code=2)
 
 
