@@ -5,8 +5,6 @@ import logging
 import os
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from http.client import HTTPException
 from pathlib import Path
@@ -19,7 +17,7 @@ from .pack import write_zip
 from .queue import fold
 from .session import check_reachable
 from .share import Node
-from .token import use_token
+from .token import is_open, refuse_open, use_token
 
 QUEUE = "muster-queue-"
 PATIENCE = 90.0
@@ -34,12 +32,8 @@ class Cluster:
     """
 
     def __init__(self, url: str) -> None:
-        mode = _mode(url)
-        if mode != "token":
-            raise ConfigError(
-                f"the cluster at {url} is open: everyone who reaches it can run code on it. Start it with "
-                f"`muster cluster up`, or with RAY_AUTH_MODE=token and a token"
-            )
+        if _is_open(url):
+            raise refuse_open(url)
         use_token(url)
         # Ray takes half a second to import, and looks at the environment when it is.
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
@@ -175,21 +169,15 @@ def api_url(address: str | None, from_config: str | None = None) -> str:
 
 def _answers(url: str) -> bool:
     try:
-        _mode(url)
+        _is_open(url)
     except ConfigError:
         return False
     return True
 
 
-def _mode(url: str) -> str:
-    """How the job API knows its users: `token` or `disabled`. It says so to everyone."""
+def _is_open(url: str) -> bool:
     try:
-        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
-            return str(json.load(answer)["authentication_mode"])
-    except urllib.error.HTTPError as error:
-        if error.code == 404:  # before Ray 2.60 nobody was asked for anything
-            return "disabled"
-        raise _silent(url, error) from None
+        return is_open(url)
     except (OSError, HTTPException, ValueError, KeyError) as error:
         raise _silent(url, error) from None
 

@@ -4,8 +4,11 @@ Ray alone would start a head without a token as open to all. GCS and agents list
 belongs into a private network.
 """
 
+import json
 import os
 import secrets
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 from configs import ConfigError
@@ -50,3 +53,26 @@ def _refuse_open() -> None:
         raise ConfigError(
             f"RAY_AUTH_MODE={mode} makes a cluster on which everyone can run code: unset it, or set it to token"
         )
+
+
+def is_open(url: str) -> bool:
+    """Whether the job API at a URL asks nobody for a token; it says so to everyone.
+
+    Raises:
+        OSError, HTTPException, ValueError, KeyError: no such API answers there.
+    """
+    try:
+        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
+            return str(json.load(answer)["authentication_mode"]) != "token"
+    except urllib.error.HTTPError as error:
+        if error.code == 404:  # before Ray 2.60 nobody was asked for anything
+            return True
+        raise
+
+
+def refuse_open(url: str) -> ConfigError:
+    """What to say of a cluster that is open."""
+    return ConfigError(
+        f"the cluster at {url} is open: everyone who reaches it can run code on it. Start it with "
+        f"`muster cluster up`, or with RAY_AUTH_MODE=token and a token"
+    )
