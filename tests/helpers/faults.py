@@ -7,7 +7,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -79,6 +79,16 @@ def slow_down(rank: int, window: int, seconds: float = 0.3) -> None:
             return original(current, *arguments)
 
         loop.learning_rate = wrapped
+
+
+def trained(run_dir: Path, fault: Callable[..., None] | None = None, ranks: Sequence[int] = (0,), *arguments) -> str:
+    """Train as one process of a team, with a fault in some of its ranks. Returns its status or why it stopped."""
+    if fault and int(os.environ["RANK"]) in ranks:
+        fault(*arguments)
+    try:
+        return loop.train(run_dir)
+    except loop.TrainingStopped as stopped:
+        return str(stopped)
 
 
 def poison(first: int, last: int) -> None:

@@ -4,13 +4,12 @@ import os
 import subprocess
 
 import pytest
-from faults import fill, full_disk, small_files
+from faults import fill, full_disk, small_files, trained
 from support import tiny
 from teams import in_team
 
 from trainer import checkpoint
 from trainer.checkpoint import Reader
-from trainer.loop import TrainingStopped, train
 from trainer.record import Record, read_events, read_metrics
 from trainer.run import is_finished, prepare_run
 
@@ -39,15 +38,6 @@ def make(root, data):
             cluster={"timeout": 60},
         )
     )
-
-
-def trained(run_dir, fault=None, ranks=(0,), *arguments):
-    if fault and int(os.environ["RANK"]) in ranks:
-        fault(*arguments)
-    try:
-        return train(run_dir)
-    except TrainingStopped as stopped:
-        return str(stopped)
 
 
 def final_state(run_dir):

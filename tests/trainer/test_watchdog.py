@@ -81,7 +81,8 @@ def test_two_processes_one_of_which_stands_still(tmp_path, tiny_data):
     first = run_ranks(tmp_path, ["c.yaml"], before=stand_still, given=(1, 6))
     assert [code for code, _ in first] == [1, 1]
     [hang] = [event for event in read_events(run_dir) if event["event"] == "hang"]
-    assert (hang["step"], hang["phase"], hang["bound"], hang["suspects"]) == (6, "step", 1.0, [1])
+    assert (hang["step"], hang["phase"], hang["suspects"]) == (6, "step", [1])
+    assert hang["seconds"] >= hang["bound"] >= 1.0  # ten times a step, where the machine is slow
     assert hang["stacks"] == ["stacks/attempt-01-rank-0000.txt", "stacks/attempt-01-rank-0001.txt"]
     assert "rank 1 stood in" in hang["reason"]
     assert "in stand_here" in hang["reason"]
