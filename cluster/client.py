@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from collections.abc import Callable
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,10 @@ class Cluster:
     """
 
     def __init__(self, url: str) -> None:
-        if _is_open(url):
-            raise refuse_open(url)
+        try:
+            refuse_open(url)
+        except OSError as error:
+            raise _silent(url, error) from None
         use_token(url)
         # Ray takes half a second to import, and looks at the environment when it is.
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
@@ -169,17 +170,10 @@ def api_url(address: str | None, from_config: str | None = None) -> str:
 
 def _answers(url: str) -> bool:
     try:
-        _is_open(url)
-    except ConfigError:
+        is_open(url)
+    except OSError:
         return False
     return True
-
-
-def _is_open(url: str) -> bool:
-    try:
-        return is_open(url)
-    except (OSError, HTTPException, ValueError, KeyError) as error:
-        raise _silent(url, error) from None
 
 
 def _silent(where: str, error: Exception) -> ConfigError:

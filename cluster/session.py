@@ -1,7 +1,6 @@
 """Ray for one run: join the cluster that is named, or start a private one on this machine and take it down again."""
 
 import contextlib
-import json
 import logging
 import os
 import secrets
@@ -9,7 +8,6 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ import psutil
 from configs import ConfigError
 
 from .share import Node
-from .token import is_open, refuse_open, use_token
+from .token import refuse_open, use_token
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing large goes through Ray's object store; its default is a third of the memory."""
@@ -84,15 +82,14 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
                 ) from None
         stack.callback(ray.shutdown)
         os.chdir(here)
-        joined: Any = ray._private.worker.global_worker.node
-        dashboard = address and joined.address_info.get("webui_url")
-        # From another machine a dashboard on the head's loopback says nothing.
-        with contextlib.suppress(OSError, HTTPException, KeyError, json.JSONDecodeError):
-            if dashboard and is_open(f"http://{dashboard}"):
-                raise refuse_open(f"http://{dashboard}")
         if address is None:
             yield Session([node])
         else:
+            joined: Any = ray._private.worker.global_worker.node
+            # From another machine a dashboard on the head's loopback says nothing.
+            with contextlib.suppress(OSError):
+                if dashboard := joined.address_info.get("webui_url"):
+                    refuse_open(f"http://{dashboard}")
             alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
             yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive])
 

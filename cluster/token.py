@@ -9,6 +9,7 @@ import os
 import secrets
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 from configs import ConfigError
@@ -21,7 +22,7 @@ def token_file() -> Path:
 
 def make_token() -> Path:
     """The token's file, made where there is none, readable by its owner alone; what starts here will ask for it."""
-    _refuse_open()
+    _refuse_open_mode()
     path = token_file()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
@@ -39,7 +40,7 @@ def use_token(where: str) -> None:
     Raises:
         ConfigError: there is none, or it is switched off.
     """
-    _refuse_open()
+    _refuse_open_mode()
     if not os.environ.get("RAY_AUTH_TOKEN") and not token_file().is_file():
         raise ConfigError(
             f"no token for the cluster at {where}: copy the one of its head (`muster cluster up` made it) to "
@@ -48,7 +49,7 @@ def use_token(where: str) -> None:
     os.environ["RAY_AUTH_MODE"] = "token"
 
 
-def _refuse_open() -> None:
+def _refuse_open_mode() -> None:
     if (mode := os.environ.get("RAY_AUTH_MODE", "token").lower()) != "token":
         raise ConfigError(
             f"RAY_AUTH_MODE={mode} makes a cluster on which everyone can run code: unset it, or set it to token"
@@ -59,7 +60,7 @@ def is_open(url: str) -> bool:
     """Whether the job API at a URL asks nobody for a token; it says so to everyone.
 
     Raises:
-        OSError, HTTPException, ValueError, KeyError: no such API answers there.
+        OSError: no such API answers there.
     """
     try:
         with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
@@ -68,11 +69,19 @@ def is_open(url: str) -> bool:
         if error.code == 404:  # before Ray 2.60 nobody was asked for anything
             return True
         raise
+    except (HTTPException, ValueError, KeyError) as error:
+        raise ConnectionError(str(error)) from error
 
 
-def refuse_open(url: str) -> ConfigError:
-    """What to say of a cluster that is open."""
-    return ConfigError(
-        f"the cluster at {url} is open: everyone who reaches it can run code on it. Start it with "
-        f"`muster cluster up`, or with RAY_AUTH_MODE=token and a token"
-    )
+def refuse_open(url: str) -> None:
+    """Refuse a cluster whose job API asks nobody for a token.
+
+    Raises:
+        ConfigError: it is open.
+        OSError: no such API answers there.
+    """
+    if is_open(url):
+        raise ConfigError(
+            f"the cluster at {url} is open: everyone who reaches it can run code on it. Start it with "
+            f"`muster cluster up`, or with RAY_AUTH_MODE=token and a token"
+        )
