@@ -1,6 +1,5 @@
 """Train one run in one process per device: the loop, and what surrounds an attempt."""
 
-import math
 import shutil
 import signal
 import sys
@@ -15,18 +14,16 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError
 
-from . import collapse
 from . import engine as ds
+from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
 from .checkpoint import committed
 from .data.loader import Loader
 from .data.manifest import sources_of
-from .data.reader import Dataset, load_tokenizer
+from .data.reader import Dataset
 from .data.shards import DataError
-from .evaluate import if_there_is_room, write_samples
-from .expert_tokens import ExpertTokens, table, write_table
+from .evaluation import evaluate
 from .export import export
 from .forecast import Forecast
-from .guard import spike
 from .measure import step_metrics
 from .plugins import load_plugins
 from .profile import Profiler
@@ -36,15 +33,11 @@ from .run import attempts, read_config, run_lock, stop_requested
 from .save import Saver
 from .schedule import learning_rate
 from .state import TrainState
-from .step import StepOutcome, micro_batches
+from .step import micro_batches
 from .straggler import among_all, own_time
 from .tracking import inputs_of, start_shipper
-from .trainee import Trainee, build_trainee
+from .trainee import build_trainee
 from .watchdog import Beat, watchdog
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot usefully go on; the message says why, and a restart would end the same way."""
 
 
 def train(run_dir: Path) -> str:
@@ -138,7 +131,7 @@ def _steps(
             whole = [next(loader) for _ in range(accumulate)]
             batches = [trainee.part(batch).to(here) for batch in whole]
             waited = loader.waited - waited
-            reported = _report_bad_pages(dataset, reported, run_dir, attempt)
+            reported = report_bad_pages(dataset, reported, run_dir, attempt)
 
             beat(step, "step")
             # Every process must know how much the others read, and leave at the same step as they.
@@ -156,25 +149,14 @@ def _steps(
             forecast.step_took(time.perf_counter() - start)
 
             read_at = state.cursor
-            state.step, state.cursor = step, read_at + train.global_batch
-            state.tokens += tokens
-            state.skipped += outcome.skipped
-            state.routers = trainee.routers
-            state.loss_scale = ds.loss_scale_state(engine)
-            # In fp16 a finite loss that overflows is the loss scale still being found, until it cannot go lower.
-            scaling = state.loss_scale and math.isfinite(outcome.loss) and state.loss_scale["cur_scale"] > 1
-            state.skipped_in_a_row = state.skipped_in_a_row + (not scaling) if outcome.skipped else 0
-            changes = stragglers.after_step(outcome.rank_time)
-            if not outcome.skipped:
-                state.starved, collapsed = collapse.after_step(state.starved, outcome.load)
-                changes += collapsed
+            changes = advance(state, outcome, tokens, trainee) + stragglers.after_step(outcome.rank_time)
             for change in changes:
                 if record:
                     record.event(change.event, step=step, **change.details)
             if record and (step % train.log_every == 0 or outcome.skipped):
                 seconds = time.perf_counter() - start
                 record.metrics(step_metrics(config, state, outcome, rate, seconds, waited, here))
-            deviations = _judge(state, outcome, read_at, config, record)
+            deviations = judge(state, outcome, read_at, config, record)
             if deviations and train.spike.action == "rollback":
                 beat(step, "rollback")
                 saver.wait()
@@ -187,7 +169,7 @@ def _steps(
             profiler.after(step, record)
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
-                _evaluate(run_dir, trainee, held_out, step, record, beat)
+                evaluate(run_dir, trainee, held_out, step, record, beat)
             if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
                 beat(step, "checkpoint")
                 saver.save(engine, state, attempt)
@@ -207,66 +189,6 @@ def _steps(
     if record:
         record.event("measured", **forecast.measured())
     return "KILLED" if killed else "FINISHED"
-
-
-def _report_bad_pages(dataset: Dataset, reported: int, run_dir: Path, attempt: int) -> int:
-    """Name the pages left out (data.on_bad_page=skip) in the record; any process may meet one. Returns their number."""
-    for file, row_group in dataset.bad_pages[reported:]:
-        Record(run_dir, attempt).event("bad_page", file=file, row_group=row_group, rank=dist.get_rank())
-    return len(dataset.bad_pages)
-
-
-def _judge(
-    state: TrainState, outcome: StepOutcome, read_at: int, config: Config, record: Record | None
-) -> float | None:
-    """Record a skipped step or a loss spike. Returns the spike's deviations, or None.
-
-    Raises:
-        TrainingStopped: too many skipped steps in a row; the weights are those before the first of them.
-    """
-    limit = config.train.max_nonfinite_steps
-    if outcome.skipped:
-        if record:
-            record.event(
-                "skipped_step", step=state.step, cursor=read_at, loss=outcome.loss, in_a_row=state.skipped_in_a_row
-            )
-        if state.skipped_in_a_row >= limit:
-            raise TrainingStopped(
-                f"{limit} steps in a row had a non-finite loss or gradient, the last at step {state.step} (sequences "
-                f"from {read_at}); the weights before them are in the last checkpoint: lower optim.lr, or look at the "
-                f"data with `muster data show`"
-            )
-        return None
-    settings = config.train.spike
-    deviations = spike(outcome.loss, state.recent_losses, settings)
-    if deviations and record:
-        record.event("spike", step=state.step, cursor=read_at, loss=outcome.loss, deviations=deviations)
-    state.recent_losses = [*state.recent_losses, outcome.loss][-settings.window :]
-    return deviations
-
-
-def _evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, record: Record | None, beat: Beat) -> None:
-    start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
-    layers = [chooser.layer for chooser in trainee.choosers]
-    seen = ExpertTokens(config, trainee.where, layers) if config.model.is_moe else None
-    loss, tokens = trainee.held_out_loss(held_out, ds.device(), seen, lambda: beat(step, "evaluation"))
-    if record:
-        record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
-    if seen and (pieces := seen.gather()):
-        found = table(pieces, config, load_tokenizer(config.data), step)
-        path = samples / f"experts-step-{step:08d}"
-        with if_there_is_room(record, path):
-            write_table(found, path)
-    # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
-    if config.train.sample_tokens and config.parallel.pp == 1:
-        sample = samples / f"step-{step:08d}.txt"
-        tokenizer, end = load_tokenizer(config.data), held_out.eos_id
-        trainee.engine.eval()
-        with if_there_is_room(record, sample):
-            write_samples(trainee.engine.module, config, tokenizer, end, sample, write=record is not None)
-        trainee.engine.train()
-    if record:
-        record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)
 
 
 def _export(run_dir: Path, record: Record) -> None:
