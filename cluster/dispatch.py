@@ -36,7 +36,6 @@ from .queue import (
     place,
     startable,
 )
-from .share import Node
 
 MESSAGES = "muster-message-"
 READY = "the queue is ready"
@@ -103,7 +102,10 @@ class _Queue:
         if waiting:
             drivers = _placed_drivers(self.client) if running else set()
             starting = [gang_of(self.jobs[id]) for id, driver in running.items() if driver not in drivers]
-            free, total = _nodes()
+            from .ray_nodes import machines  # Ray, which who only sends messages does not need
+
+            there = machines()
+            free, total = [machine.free for machine in there], [machine.total for machine in there]
             for id in startable(waiting, starting, free, total):
                 self._start(id)
             self._ask_for_machines([job.gang for job in waiting if place(job.gang, total, total) is None])
@@ -242,17 +244,3 @@ def _placed_drivers(client: Any) -> set[str]:
         address=client.get_address(), filters=[("state", "=", "CREATED")], limit=10_000, raise_on_missing_output=False
     )
     return {group.creator_job_id for group in groups}
-
-
-def _nodes() -> tuple[list[Node], list[Node]]:
-    """What is free, and what there is, of each living machine."""
-    import ray
-
-    free_of = ray._private.state.available_resources_per_node()
-    free, total = [], []
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] in free_of:
-            there, whole = free_of[node["NodeID"]], node["Resources"]
-            free.append(Node(there.get("CPU", 0.0), there.get("GPU", 0.0)))
-            total.append(Node(whole.get("CPU", 0.0), whole.get("GPU", 0.0)))
-    return free, total

@@ -21,19 +21,6 @@ class Final(Exception):
         self.kind, self.reason = kind, reason
 
 
-class Failed(Exception):
-    """Any other error of a worker, in plain words: the exception's own class may not be known where it is read.
-
-    Args:
-        reason: one line.
-        traceback: as Python prints it.
-    """
-
-    def __init__(self, reason: str, traceback: str) -> None:
-        super().__init__(reason, traceback)
-        self.reason, self.traceback = reason, traceback
-
-
 @dataclass(frozen=True)
 class Failure:
     """How one worker ended."""

@@ -13,16 +13,16 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, with_workers, worker_counts
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
-from trainer.run import attempts, is_finished, prepare_run, read_config, request_stop, run_lock
+from trainer.run import attempts, is_finished, prepare_run, read_config, request_stop, resolve_config, run_lock
 
 from .failures import Final
 from .machine import this_node
 from .session import Session, end_children, ray_session, session_folder
-from .share import Node, Share, share
+from .share import Node, Share, group_of, share
 
 FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
 """Exit codes; 75 (EX_TEMPFAIL): stopped, and the same command goes on."""
@@ -44,7 +44,7 @@ def launch(config: Config, fork: str | None = None) -> int:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     node = this_node()
     if address is None:
-        share(config, [node])  # before the default data are made, which takes a minute
+        share(resolve_config(config, prepare=False)[0], [node])  # before the default data are made, a minute's work
     run_dir = prepare_run(config, fork=fork)
     config = read_config(run_dir)
     out = Console(highlight=False, soft_wrap=True)
@@ -90,50 +90,30 @@ class _Job(threading.Thread):
             self.ended.set()
 
     def _fit(self, session: Session) -> str:
-        # Here, as both take seconds and must find the environment that the session has set.
-        from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.torch import TorchConfig
+        # Here, as they import Ray, which must find the environment that the session has set.
+        from .gang import Gang
+        from .supervise import Supervisor
 
-        from .supervise import Supervisor, Trainer
-        from .worker import work
+        each = _share_of_most(self.config, session.nodes)
+        with Gang(each, group_of(self.config), _worker_environment(self.config, each)) as gang:
+            return Supervisor(self.run_dir, gang, joined=self.address is not None, folder=os.getcwd()).run()
 
-        cluster, each = self.config.cluster, share(self.config, session.nodes)
-        # Ray Train wants a place that every machine reaches, and puts nothing of value there.
-        storage = self.folder / "train" if self.address is None else self.run_dir / ".ray"
-        # The ignored types are those of Ray Train V1, which ray.train shows to type checkers.
-        trainer = Trainer(
-            work,  # type: ignore[arg-type]
-            train_loop_config={"run_dir": str(self.run_dir), "folder": os.getcwd()},
-            torch_config=TorchConfig(timeout_s=int(cluster.timeout)),
-            scaling_config=ScalingConfig(
-                num_workers=self.config.parallel.world_size,
-                use_gpu=each.gpus > 0,
-                resources_per_worker={"CPU": each.cpus} | ({"GPU": each.gpus} if each.gpus else {}),
-            ),
-            run_config=RunConfig(  # type: ignore[call-arg]
-                name="train",
-                storage_path=str(storage),
-                failure_config=FailureConfig(  # type: ignore[call-arg]
-                    max_failures=-1,
-                    controller_failure_limit=cluster.max_failures,  # cluster.policy decides
-                ),
-                callbacks=[Supervisor(self.run_dir, cpu=not each.gpus)],  # type: ignore[list-item]
-                worker_runtime_env={"env_vars": _worker_environment(self.config, each)},
-            ),
-        )
-        try:
-            return str(trainer.fit().return_value)  # type: ignore[attr-defined]
-        finally:
-            shutil.rmtree(storage, ignore_errors=True)
+
+def _share_of_most(config: Config, nodes: list[Node]) -> Share:
+    """What each process gets where there are as many as the cluster has room for."""
+    *more, fewest = worker_counts(config)
+    for workers in more:
+        with contextlib.suppress(ConfigError):
+            return share(with_workers(config, workers), nodes)
+    return share(with_workers(config, fewest), nodes)
 
 
 def _worker_environment(config: Config, each: Share) -> dict[str, str]:
     """Ray would give each worker one thread; torch reads this when it is imported."""
     threads = os.environ.get("OMP_NUM_THREADS") if config.cluster.cpus_per_worker is None else None
     forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
-    spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py, which comes too late after Ray's torch
-    printed = {"RAY_TRAIN_ENABLE_PRINT_PATCH": "0"}  # else into Ray's log, not the run's
-    return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | printed | forwarded
+    spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py
+    return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | forwarded
 
 
 @contextlib.contextmanager
@@ -187,8 +167,8 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
 
 
 def _explain(job: _Job) -> tuple[int, str]:
-    assert job.error
-    error = _raised(job.error)
+    error = job.error
+    assert error
     if isinstance(error, ConfigError):
         return MISTAKE, str(error)
     if isinstance(error, Final):
@@ -196,11 +176,6 @@ def _explain(job: _Job) -> tuple[int, str]:
             return MISTAKE, error.reason
         return FAILURE, error.reason + (_traceback(job.run_dir) if error.kind == "failure" else "")
     return FAILURE, "Ray failed\n" + "".join(traceback.format_exception(error))
-
-
-def _raised(error: BaseException) -> BaseException:
-    """What the supervisor raised, out of Ray's error around it."""
-    return getattr(error, "controller_failure", error)
 
 
 def _traceback(run_dir: Path, lines: int = 12) -> str:

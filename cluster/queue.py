@@ -60,20 +60,29 @@ def startable(waiting: Sequence[Waiting], starting: Sequence[Gang], free: list[N
 
 
 def place(gang: Gang, free: Sequence[Node], total: Sequence[Node]) -> list[Node] | None:
-    """What is left free once the whole gang is placed, its groups unbroken; None: it does not fit."""
+    """What is left free once the whole gang is placed; None: it does not fit."""
+    places = assign(gang, free, total)
+    if places is None:
+        return None
+    cpus, gpus = gang.each
+    taken = [places.get(index, 0) for index in range(len(free))]
+    return [Node(node.cpus - n * cpus, node.gpus - n * gpus) for node, n in zip(free, taken, strict=True)]
+
+
+def assign(gang: Gang, free: Sequence[Node], total: Sequence[Node]) -> dict[int, int] | None:
+    """How many workers go to which machine, by its index, with the groups unbroken; None: the gang does not fit."""
     group = gang.group if any(capacity(node, gang.each) >= gang.group for node in total) else 1
-    left, need = list(free), gang.workers
-    rooms = {index: int(capacity(node, gang.each)) // group * group for index, node in enumerate(left)}
+    need, places = gang.workers, {}
+    rooms = {index: int(capacity(node, gang.each)) // group * group for index, node in enumerate(free)}
     while need > 0:
-        # The tightest machine that takes all that is left, else the roomiest, as Ray's PACK does.
+        # The tightest machine that takes all that is left, else the roomiest: few machines, and few halves of one.
         fits = [index for index in rooms if rooms[index] >= need]
         index = min(fits, key=rooms.__getitem__) if fits else max(rooms, key=rooms.__getitem__, default=None)
         if index is None or (taken := min(need, rooms.pop(index))) == 0:
             return None
+        places[index] = taken
         need -= taken
-        node = left[index]
-        left[index] = Node(node.cpus - taken * gang.each.cpus, node.gpus - taken * gang.each.gpus)
-    return left
+    return places
 
 
 def fold(lines: Iterable[str]) -> dict[str, dict[str, Any]]:

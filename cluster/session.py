@@ -112,16 +112,7 @@ def _environment(folder: Path, private: bool) -> None:
         token.write_text(secrets.token_hex(32))
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         os.environ.pop("RAY_AUTH_TOKEN", None)
-    defaults = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a config are relative to the user's folder
-        "RAY_TRAIN_METRICS_ENABLED": "0",  # no dashboard shows them
-        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the end of a run is seen that late
-    }
-    if private:
-        defaults["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # a machine does not take itself away
-    for key, value in defaults.items():
-        os.environ.setdefault(key, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 
 def session_folder() -> Path:

@@ -27,6 +27,12 @@ class Share(NamedTuple):
         return max(1, int(self.cpus))
 
 
+def group_of(config: Config) -> int:
+    """Ranks in a row that talk most (of tp, sp and ep): they share a machine where one has room for them."""
+    parallel = config.parallel
+    return math.lcm(parallel.tp * parallel.sp, parallel.ep)
+
+
 def share(config: Config, nodes: Sequence[Node]) -> Share:
     """Divide machines among `parallel.world_size` workers, as evenly as they go.
 

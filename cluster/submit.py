@@ -1,7 +1,6 @@
 """`muster submit`: a run is checked, planned against the cluster, packed with its folder and left to the queue."""
 
 import json
-import math
 import os
 import shlex
 import tempfile
@@ -18,7 +17,7 @@ from .jobs import Address, accepted, follow, new_id
 from .plan import vocabulary
 from .queue import ACTIVE
 from .runs import Json
-from .share import share_of_gang
+from .share import group_of, share_of_gang
 
 
 def submit(
@@ -38,7 +37,7 @@ def submit(
     asked = load(config, overrides or ())
     here = Path.cwd()
     _check_root(asked)
-    resolve(asked, vocab_size=vocabulary(asked))
+    asked, _ = resolve(asked, vocab_size=vocabulary(asked))
     name = _config_in(here, config)
     cluster = Cluster(api_url(address, asked.cluster.address))
     each = share_of_gang(asked, cluster.nodes(), queue)
@@ -60,7 +59,7 @@ def submit(
         "workers": parallel.world_size,
         "cpus": each.cpus,
         "gpus": each.gpus,
-        "group": math.lcm(parallel.tp * parallel.sp, parallel.ep),
+        "group": group_of(asked),
         "priority": priority,
     }
     with tempfile.TemporaryDirectory() as folder:

@@ -1,65 +1,160 @@
-"""Ray Train as this system uses it: what it starts, and when it may start a failed worker group again."""
+"""The attempts of a run, one after the other: on as many machines as there are, until it is finished or must stop."""
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import ray.exceptions
-from ray.train import UserCallback
-from ray.train.torch import TorchTrainer
-
+from configs import worker_counts
 from trainer.record import Record, read_events, summary
-from trainer.run import read_config
+from trainer.run import attempts, read_config, request_stop, stop_requested, take_stop
 
-from .failures import Failed, Failure, Final, cause, hung
+from .failures import Failure, Final, cause, hung
+from .gang import Gang
 from .policy import decide, history, kind_of, memory_advice
+from .queue import Gang as Asked
+from .queue import assign
+from .ray_nodes import draining, machines
+from .share import Node
+
+PATIENCE = 240.0
+"""Seconds in which a process that was cut off with its machine lets go of the run: Ray ends it when its machine has not
+reached the head for a minute or two."""
+SHRINK_AFTER = 5.0
+"""Seconds in which an elastic run waits for all machines, rather than to begin with fewer."""
+SUSPECTED = 60.0
+"""Seconds in which a machine that did not answer is left out; after as long Ray itself takes it for dead."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks at the cluster while a run trains."""
 
 
-class Trainer(TorchTrainer):
-    """Ray Train without two helper processes, each of which would cost 2 s of every start."""
+class Supervisor:
+    """Trains a run on a gang, attempt by attempt.
 
-    def _create_default_callbacks(self) -> list[Any]:
-        # We read no Ray Datasets, and a placement group ends with the job that holds it.
-        unused = ("DatasetsCallback", "PlacementGroupCleanerCallback")
-        every = super()._create_default_callbacks()  # type: ignore[misc]  # type checkers are shown Ray Train V1
-        return [each for each in every if type(each).__name__ not in unused]
+    Args:
+        joined: the cluster is one that was joined, whose machines come and go.
+        folder: the user's working directory.
+    """
+
+    def __init__(self, run_dir: Path, gang: Gang, joined: bool, folder: str) -> None:
+        self._run_dir, self._gang, self._joined, self._folder = run_dir, gang, joined, folder
+        self._counts = worker_counts(read_config(run_dir))
+        self._suspects: dict[str, float] = {}
+        self._looked = 0.0
+
+    def run(self) -> str:
+        """Returns FINISHED, or KILLED after a stop that the user asked for.
+
+        Raises:
+            Final: it must not be started again.
+        """
+        patience = 0.0
+        while self._gather():
+            ends, failures = self._gang.attempt(self._run_dir, self._folder, patience, self._look)
+            patience = PATIENCE
+            if failures:
+                self._suspects |= dict.fromkeys(self._gang.silent(), time.monotonic() + SUSPECTED)
+                judge(self._run_dir, failures, cpu=not self._gang.each.gpus)
+            elif "KILLED" not in ends:
+                return "FINISHED"
+            elif (reason := take_stop(self._run_dir)) == "" or not (reason or self._joined):
+                return "KILLED"
+            else:  # our own request, or a signal at a process of a machine that is taken back
+                reason = reason or "a process was asked to end, and nobody asked the run to"
+                self._note("policy", action="retry", reason=reason)
+        return "KILLED"
+
+    def _gather(self) -> bool:
+        """Have as many workers as there is room for, and the run can use; wait for room. False: the user stopped it."""
+        began, told = time.monotonic(), False
+        while take_stop(self._run_dir) != "":
+            avoid = self._avoided()
+            all_or_fewer = time.monotonic() - began > SHRINK_AFTER or not self._may_come_back(avoid)
+            for workers in self._counts if all_or_fewer else self._counts[:1]:
+                if self._gang.gather(workers, avoid):
+                    self._tell_size(workers)
+                    return True
+            if not told and time.monotonic() - began > SHRINK_AFTER:
+                told = True
+                each = self._gang.each
+                room = " + ".join(f"{m.free.cpus:g} CPUs {m.free.gpus:g} GPUs" for m in machines() if m.id not in avoid)
+                needs = f"{self._counts[-1]} processes of {each.cpus:g} CPUs and {each.gpus:g} GPUs"
+                self._note("waiting", reason=f"for room on the cluster: needs {needs}, free are {room or 'none'}")
+            time.sleep(0.5)
+        return False
+
+    def _may_come_back(self, avoid: set[str]) -> bool:
+        """Whether the cluster has, in use or not, what the largest gang needs."""
+        total = [machine.total for machine in machines() if machine.id not in avoid]
+        return assign(Asked(self._counts[0], self._gang.each, self._gang.group), total, total) is not None
+
+    def _avoided(self) -> set[str]:
+        now = time.monotonic()
+        self._suspects = {id: until for id, until in self._suspects.items() if until > now}
+        return {*self._suspects, *(draining() if self._joined else ())}
+
+    def _tell_size(self, workers: int) -> None:
+        if len(self._counts) > 1:
+            most, fewest, on = self._counts[0], self._counts[-1], len(self._gang.held())
+            reason = f"{workers} processes on {on} machines; cluster.workers allows {fewest} to {most}"
+            self._note("policy", action="resize", reason=reason)
+
+    def _look(self) -> None:
+        """While it trains: ask for a checkpoint and an end where machines are about to go, or have come."""
+        if not self._joined or time.monotonic() - self._looked < LOOK_EVERY:
+            return
+        self._looked = time.monotonic()
+        leaving = {id: until for id, until in draining().items() if id in self._gang.held()}
+        if leaving:
+            addresses = [machine.address for machine in machines() if machine.id in leaving]
+            seconds = [until / 1000 - time.time() for until in leaving.values() if until]
+            when = f" in {min(seconds):.0f} s" if seconds else ""
+            self._ask_to_stop(f"{', '.join(addresses) or 'a machine'} will go{when}: going on without it")
+        elif more := self._room_for_more():
+            self._ask_to_stop(f"there is room for {more} processes, {len(self._gang.members)} train: growing")
+
+    def _room_for_more(self) -> int | None:
+        """The largest allowed gang that would fit, if it is larger than this one."""
+        larger = [count for count in self._counts if count > len(self._gang.members)]
+        if not larger:
+            return None
+        held, avoid = self._gang.held(), self._avoided()
+        there = [machine for machine in machines() if machine.id not in avoid]
+        nothing = Node(0.0, 0.0)
+        free = [Node(*(a + b for a, b in zip(m.free, held.get(m.id, nothing), strict=True))) for m in there]
+        total = [machine.total for machine in there]
+        fitting = (n for n in larger if assign(Asked(n, self._gang.each, self._gang.group), free, total) is not None)
+        return next(fitting, None)
+
+    def _ask_to_stop(self, reason: str) -> None:
+        if not stop_requested(self._run_dir):
+            request_stop(self._run_dir, reason)
+
+    def _note(self, event: str, **details: object) -> None:
+        Record(self._run_dir, attempts(self._run_dir)).event(event, **details)
 
 
-class Supervisor(UserCallback):
-    """Applies `cluster.policy` in Ray Train's controller: what it raises ends the run, else Ray starts it again."""
+def judge(run_dir: Path, failures: Sequence[Failure], cpu: bool) -> None:
+    """Record the failures of an attempt and apply `cluster.policy`. Returns if the run may be started again.
 
-    def __init__(self, run_dir: Path, cpu: bool) -> None:
-        self._run_dir, self._cpu = run_dir, cpu
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        for error in worker_exceptions.values():
-            if isinstance(error, Final):
-                raise error
-        worst = cause([explain(rank, error) for rank, error in worker_exceptions.items()])
-        step, config = summary(self._run_dir)["step"], read_config(self._run_dir)
-        events = read_events(self._run_dir)
-        attempt = max((event["attempt"] for event in events), default=0)
-        record = Record(self._run_dir, attempt)
-        hangs = [event for event in events if event["event"] == "hang" and event["attempt"] == attempt]
-        worst = hung(hangs[-1], worst) if hangs else worst
-        name = "worker_lost" if worst.lost else "worker_failed"
-        kind = "hang" if hangs else kind_of(worst)
-        details = {"rank": worst.rank, "kind": kind, "step": step, "reason": worst.reason}
-        record.event(name, **details, traceback=worst.traceback)
-        past = history(read_events(self._run_dir))
-        decision = decide(past, config.cluster.max_failures)
-        reason = decision.reason
-        if past[-1].kind == "memory":
-            reason += f"; {memory_advice(config, self._cpu)}"
-        record.event("policy", action=decision.action, reason=reason, failures=len(past))
-        if decision.action == "stop":
-            raise Final("failure", f"{reason}; rank {worst.rank}: {worst.reason}")
-
-
-def explain(rank: int, error: BaseException) -> Failure:
-    """One worker's error, as Ray Train gives it, in plain words."""
-    if isinstance(error, Failed):
-        return Failure(rank, error.reason, error.traceback)
-    # A worker that died fails its health check, which holds Ray's own error.
-    if isinstance(getattr(error, "health_check_failure", error), ray.exceptions.RayActorError):
-        return Failure(rank, "the process is gone (killed, out of memory, or crashed)", str(error), lost=True)
-    return Failure(rank, f"{type(error).__name__}: {' '.join(str(error).split())}"[:400], str(error))
+    Raises:
+        Final: it must not.
+    """
+    worst, config = cause(failures), read_config(run_dir)
+    step = summary(run_dir)["step"]
+    events = read_events(run_dir)
+    attempt = max((event["attempt"] for event in events), default=0)
+    record = Record(run_dir, attempt)
+    hangs = [event for event in events if event["event"] == "hang" and event["attempt"] == attempt]
+    worst = hung(hangs[-1], worst) if hangs else worst
+    name = "worker_lost" if worst.lost else "worker_failed"
+    kind = "hang" if hangs else kind_of(worst)
+    details = {"rank": worst.rank, "kind": kind, "step": step, "reason": worst.reason}
+    record.event(name, **details, traceback=worst.traceback)
+    past = history(read_events(run_dir))
+    decision = decide(past, config.cluster.max_failures)
+    reason = decision.reason
+    if past[-1].kind == "memory":
+        reason += f"; {memory_advice(config, cpu)}"
+    record.event("policy", action=decision.action, reason=reason, failures=len(past))
+    if decision.action == "stop":
+        raise Final("failure", f"{reason}; rank {worst.rank}: {worst.reason}")

@@ -1,49 +1,90 @@
-"""What Ray runs in each worker process of a run."""
+"""One worker of a gang: a Ray actor that holds a share of a machine and keeps a warm process there to train with."""
 
-import importlib
+import contextlib
+import json
 import os
+import signal
+import socket
+import subprocess
 import sys
-import traceback
-from pathlib import Path
 from typing import Any
 
-from .failures import Failed, Final
+import psutil
+import ray
+
+ENVIRONMENT = {
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's; a fork has only the thread that forked
+    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # counting GPUs starts no CUDA, which no fork could use
+}
+"""What lets `trainer.warm` fork."""
 
 
-def work(job: dict[str, Any]) -> str:
-    """Train, under the environment variables Ray Train sets as torchrun would.
+class Worker:
+    """Lives as long as the gang, through all attempts of a run; Ray runs its methods side by side."""
 
-    Args:
-        job: `run_dir`, and `folder`, the user's working directory.
+    def __init__(self, environment: dict[str, str]) -> None:
+        self._environment = os.environ | ENVIRONMENT | environment
+        self._pid: int | None = None
+        self._ending = False
+        self._warm = self._start()
 
-    Returns:
-        FINISHED or KILLED, as `trainer.loop.train`.
+    def _start(self) -> subprocess.Popen[str]:
+        command = [sys.executable, "-P", "-m", "trainer.warm"]
+        pipe = subprocess.PIPE
+        # In a session of its own, where Ctrl-C in the user's terminal does not reach it.
+        return subprocess.Popen(
+            command, env=self._environment, text=True, stdin=pipe, stdout=pipe, start_new_session=True
+        )
 
-    Raises:
-        Final: a mistake in the config or data, or a stop of the trainer's own.
-        Failed: any other error.
-    """
-    run_dir, folder = Path(job["run_dir"]), job["folder"]
-    if os.path.isdir(folder):
-        os.chdir(folder)
-    # Ours first: once these are loaded, a folder of the user's named like one of them cannot take its place.
-    for package in ("configs", "models", "trainer"):
-        importlib.import_module(package)
-    if folder not in sys.path:
-        sys.path.append(folder)  # plugins named as modules
+    def facts(self) -> dict[str, Any]:
+        """Where this worker is, the network interface of Ray's address there, its GPUs, and a port that is free."""
+        context = ray.get_runtime_context()
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            port = probe.getsockname()[1]
+        address = ray.util.get_node_ip_address()
+        interfaces = psutil.net_if_addrs().items()
+        found = [name for name, entries in interfaces if any(entry.address == address for entry in entries)]
+        return {
+            "node": context.get_node_id(),
+            "address": address,
+            "interface": os.environ.get("GLOO_SOCKET_IFNAME") or next(iter(found), None),
+            "gpus": context.get_accelerator_ids().get("GPU", []),
+            "port": port,
+        }
 
-    # After the path is set, and not where the driver imports this file.
-    from configs import ConfigError
-    from trainer.loop import TrainingStopped, train
-    from trainer.output import output_kept
+    def train(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Be one process of an attempt.
 
-    try:
-        with output_kept(run_dir):
-            return train(run_dir)
-    except ConfigError as error:
-        raise Final("mistake", str(error)) from None
-    except TrainingStopped as error:
-        raise Final("stopped", str(error)) from None
-    except Exception as error:
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        raise Failed(reason, traceback.format_exc()) from None
+        Args:
+            job: as `trainer.warm` reads it.
+
+        Returns:
+            How it ended, in the words of `trainer.warm`.
+        """
+        self._ending = False
+        try:
+            if self._warm.poll() is not None:
+                self._warm = self._start()
+            assert self._warm.stdin
+            self._warm.stdin.write(json.dumps(job) + "\n")
+            self._warm.stdin.flush()
+            self._pid = self._answer()["pid"]
+            if self._ending:
+                self.end()
+            return self._answer() | ({"ended": True} if self._ending else {})
+        except (OSError, ValueError):  # it was killed
+            return {"kind": "lost", "reason": f"the process is gone with its parent (exit code {self._warm.wait()})"}
+        finally:
+            self._pid = None
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._warm.stdout
+        return dict(json.loads(self._warm.stdout.readline()))
+
+    def end(self) -> None:
+        """End the attempt's process at once, if there is one."""
+        self._ending = True
+        if pid := self._pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

@@ -3,7 +3,7 @@
 from .base import ConfigError, Section
 from .load import flatten, from_dict, load, preset_names, to_yaml
 from .model import BlockSparse, ModelConfig, RopeScaling
-from .resolve import differences, resolve
+from .resolve import differences, resolve, with_workers, worker_counts
 from .run import Config
 
 __all__ = [
@@ -20,4 +20,6 @@ __all__ = [
     "preset_names",
     "resolve",
     "to_yaml",
+    "with_workers",
+    "worker_counts",
 ]

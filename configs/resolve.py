@@ -20,7 +20,7 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         ConfigError: sections that do not go together.
     """
     notes: list[str] = []
-    model, train, parallel = config.model, config.train, config.parallel
+    model, train, parallel, cluster = config.model, config.train, config.parallel, config.cluster
 
     def derive(section: str, key: str, value: object, why: str) -> object:
         notes.append(f"{section}.{key}={value}: {why}")
@@ -55,6 +55,16 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             "lower the one or raise the other"
         )
     model = model.model_copy(update=changes)
+
+    if cluster.workers and cluster.workers[1] != parallel.world_size:
+        most, others = cluster.workers[1], parallel.world_size // parallel.dp
+        if most % others or parallel.dp > 1:
+            raise ConfigError(
+                f"cluster.workers={list(cluster.workers)} asks for at most {most} processes, parallel.dp * tp * pp * "
+                f"sp for {parallel.world_size}: leave parallel.dp out, and let tp * pp * sp divide the most"
+            )
+        why = "the most of cluster.workers / (tp * pp * sp)"
+        parallel = parallel.model_copy(update={"dp": derive("parallel", "dp", most // others, why)})
 
     data_parallel = parallel.dp
     if train.micro_batch is None:
@@ -97,6 +107,41 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             "lower train.profile.start or train.profile.steps"
         )
     return config.model_copy(update={"model": model, "train": train, "parallel": parallel}), notes
+
+
+def with_workers(config: Config, workers: int) -> Config:
+    """A resolved config with as many processes, by its data parallelism.
+
+    Raises:
+        ConfigError: cluster.workers does not allow it, or the other degrees do not go with it.
+    """
+    if workers == config.parallel.world_size:
+        return config
+    others = config.parallel.world_size // config.parallel.dp
+    fewest, most = config.cluster.workers or (config.parallel.world_size,) * 2
+    if workers % others or not fewest <= workers <= most:
+        raise ConfigError(
+            f"{workers} processes were started but parallel.dp * tp * pp * sp asks for {config.parallel.world_size}: "
+            f"start as many, change it, or allow it with cluster.workers=[fewest, most]"
+        )
+    changes = {
+        "parallel": config.parallel.model_copy(update={"dp": workers // others}),
+        "cluster": config.cluster.model_copy(update={"workers": None}),
+    }
+    changed, _ = resolve(config.model_copy(update=changes), vocab_size=config.model.vocab_size)
+    return changed.model_copy(update={"cluster": config.cluster})
+
+
+def worker_counts(config: Config) -> list[int]:
+    """The numbers of processes that a resolved config can be trained with, the most first."""
+    counts = []
+    world = config.parallel.world_size
+    for workers in range(world, (config.cluster.workers or (world,))[0] - 1, -1):
+        try:
+            counts.append(with_workers(config, workers).parallel.world_size)
+        except ConfigError:
+            continue
+    return counts
 
 
 MAY_CHANGE = (

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, with_workers
 
 from . import engine as ds
 from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
@@ -40,11 +40,12 @@ from .trainee import build_trainee
 from .watchdog import Beat, watchdog
 
 
-def train(run_dir: Path) -> str:
+def train(run_dir: Path, patience: float = 0.0) -> str:
     """Run one attempt of a run, in each of its processes, under torchrun's environment variables.
 
     Args:
         run_dir: a folder made by `trainer.run.prepare_run`; its config.yaml is all that is read.
+        patience: seconds to wait for another process that trains the run, such as one whose machine is cut off.
 
     Returns:
         `FINISHED`, or `KILLED` after a signal or a stop request: a checkpoint is written and the run can go on.
@@ -57,15 +58,11 @@ def train(run_dir: Path) -> str:
     stop = _catch_signals()
     load_plugins(config.plugins)
     ds.start_processes(config.cluster.timeout)
-    if dist.get_world_size() != config.parallel.world_size:
-        raise ConfigError(
-            f"{dist.get_world_size()} processes were started but parallel.dp * tp * pp * sp asks for "
-            f"{config.parallel.world_size}: start as many, or change it"
-        )
+    config = with_workers(config, dist.get_world_size())
     chief = dist.get_rank() == 0
     dist.barrier()  # past which no process counts attempts (trainer.output)
     attempt = from_chief(lambda: attempts(run_dir) + 1)
-    with run_lock(run_dir) if chief else nullcontext():
+    with run_lock(run_dir, patience) if chief else nullcontext():
         record = Record(run_dir, attempt) if chief else None
         state = TrainState()
         shipper, status, reason = None, "FAILED", ""

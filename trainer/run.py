@@ -3,10 +3,11 @@
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -169,22 +170,37 @@ def is_finished(run_dir: Path) -> bool:
     return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1]["step"] >= config.train.steps
 
 
-def request_stop(run_dir: Path) -> None:
-    """Ask a run to write a checkpoint and leave; every process of it sees this at its next step."""
-    (run_dir / STOP).touch()
+def request_stop(run_dir: Path, reason: str = "") -> None:
+    """Ask a run to write a checkpoint and leave; every process of it sees this at its next step.
+
+    Args:
+        reason: of whoever will start it again; empty: the user's.
+    """
+    (run_dir / STOP).write_text(reason)
 
 
 def stop_requested(run_dir: Path) -> bool:
     return (run_dir / STOP).exists()
 
 
+def take_stop(run_dir: Path) -> str | None:
+    """The reason of a stop that was asked for, which is then forgotten; None: nobody did."""
+    try:
+        reason = (run_dir / STOP).read_text()
+    except FileNotFoundError:
+        return None
+    (run_dir / STOP).unlink(missing_ok=True)
+    return reason
+
+
 @contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run against a second trainer. Raises ConfigError if another process holds it."""
+def run_lock(run_dir: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the run against a second trainer. Raises ConfigError if another process holds it for `patience` seconds."""
+    until = time.monotonic() + patience
     with (run_dir / LOCK).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        while not (held := _try_lock(file)) and time.monotonic() < until:
+            time.sleep(0.5)
+        if not held:
             file.seek(0)
             raise ConfigError(
                 f"run {run_dir.name} is being trained by {file.read() or 'another process'}: "
@@ -197,3 +213,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ConfigError, differences, from_dict, load, resolve
+from configs import ConfigError, differences, from_dict, load, resolve, with_workers, worker_counts
 
 
 def made(**sections):
@@ -163,3 +163,33 @@ def test_a_change_shows_both_values():
     assert compare("parallel.dp=2") == ({"parallel.dp": (1, 2), "train.micro_batch": (8, 4)}, {})
     assert differences(load("quickstart"), load("quickstart")) == ({}, {})
     assert compare("optim.betas=[0.8, 0.95]")[1] == {"optim.betas": ([0.9, 0.95], [0.8, 0.95])}
+
+
+def test_an_elastic_run_has_any_number_of_processes_that_its_degrees_go_with():
+    model = {"num_experts": 4}
+    elastic, notes = resolve(made(model=model, parallel={"ep": 2}, cluster={"workers": [2, 6]}))
+    assert elastic.parallel.dp == 6
+    assert "parallel.dp=6: the most of cluster.workers / (tp * pp * sp)" in notes
+    assert worker_counts(elastic) == [6, 4, 2]  # ep=2 divides them
+    assert worker_counts(resolve(made(parallel={"dp": 3}))[0]) == [3]
+    fewer = with_workers(elastic, 4)
+    assert differences(elastic, fewer) == ({"parallel.dp": (6, 4)}, {})
+    assert resolve(elastic)[0] == elastic
+    for wrong in (3, 1, 8):
+        with pytest.raises(ConfigError):
+            with_workers(elastic, wrong)
+    with pytest.raises(ConfigError, match=r"cluster.workers=\[fewest, most\]"):
+        with_workers(resolve(made())[0], 2)
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"cluster": {"workers": [4, 2]}}, "fewest first, then most: .2, 4."),
+        ({"cluster": {"workers": [1, 4]}, "parallel": {"dp": 2}}, "leave parallel.dp out"),
+        ({"cluster": {"workers": [1, 3]}, "parallel": {"tp": 2}}, "let tp . pp . sp divide the most"),
+    ],
+)
+def test_elastic_mistakes(sections, words):
+    with pytest.raises(ConfigError, match=words):
+        resolve(made(**sections))

@@ -1,0 +1,241 @@
+"""A gang of workers on a Ray cluster: reserved whole or not at all, kept through the attempts of a run."""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from . import queue
+from .failures import Failure, Final
+from .ray_nodes import machines
+from .share import Node, Share
+from .worker import Worker
+
+RESERVED, STARTED, ENDED = 20.0, 120.0, 15.0
+"""Seconds that a placement group, new workers, and the end of an attempt's processes may take."""
+EXPLAINED = 5.0
+"""Seconds in which the failure shows that others follow from: a connection may close before a process is seen dead."""
+ANSWERED = 5.0
+TICK = 1.0
+
+
+class Member(NamedTuple):
+    """A worker and where it is."""
+
+    actor: Any
+    node: str
+    interface: str | None
+    gpus: list[str]
+
+
+class Gang:
+    """Workers of equal shares, in the order of their ranks; those of a machine stand in a row.
+
+    Args:
+        each: what a worker reserves.
+        group: ranks in a row that share a machine wherever one has room for so many.
+        environment: variables of the training processes.
+    """
+
+    def __init__(self, each: Share, group: int, environment: dict[str, str]) -> None:
+        self.each, self.group, self.environment = each, group, environment
+        self.members: list[Member] = []
+        self._reserved: Any = None
+
+    def __enter__(self) -> "Gang":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.dissolve()
+
+    def gather(self, workers: int, avoid: Collection[str] = ()) -> bool:
+        """Be so many workers; those that are there already stay, if all of them answer.
+
+        Args:
+            avoid: ids of machines that are not to be used.
+
+        Returns:
+            False: there is no room for all of them now, and nothing is held.
+        """
+        stays = len(self.members) == workers and not {member.node for member in self.members} & set(avoid)
+        if stays and not self.silent():
+            return True
+        self.dissolve()
+        there = [machine for machine in machines() if machine.id not in avoid]
+        asked = queue.Gang(workers, self.each, self.group)
+        places = queue.assign(asked, [machine.free for machine in there], [machine.total for machine in there])
+        if places is None:
+            return False
+        with contextlib.suppress(ray.exceptions.RayError):
+            if self._start({there[index].id: count for index, count in places.items()}):
+                return True
+        self.dissolve()
+        return False
+
+    def _start(self, places: dict[str, int]) -> bool:
+        """Reserve the places and start a worker in each. Raises RayError if a machine does not answer."""
+        bundles = [self._resources(count) for count in places.values()]
+        self._reserved = placement_group(bundles, bundle_label_selector=[{"ray.io/node-id": id} for id in places])
+        if not self._reserved.wait(RESERVED):
+            return False
+        kind: Any = ray.remote(Worker)
+        actors = [
+            kind.options(
+                num_cpus=self.each.cpus,
+                num_gpus=self.each.gpus,
+                max_concurrency=3,
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._reserved, index),
+            ).remote(self.environment)
+            for index, count in enumerate(places.values())
+            for _ in range(count)
+        ]
+        facts = ray.get([actor.facts.remote() for actor in actors], timeout=STARTED)
+        self.members = [
+            Member(actor, fact["node"], fact["interface"], fact["gpus"])
+            for actor, fact in zip(actors, facts, strict=True)
+        ]
+        order = {id: index for index, id in enumerate(places)}
+        self.members.sort(key=lambda member: (order[member.node], [int(gpu) for gpu in member.gpus if gpu.isdigit()]))
+        return True
+
+    def _resources(self, workers: int) -> dict[str, float]:
+        needs = {"CPU": self.each.cpus * workers, "GPU": self.each.gpus * workers}
+        return {kind: round(count, 4) for kind, count in needs.items() if count} or {"CPU": 0.0001}
+
+    def dissolve(self) -> None:
+        """Give up all workers, and wait until the cluster counts what they held as free."""
+        if self._reserved is None:
+            return
+        before = {machine.id: machine.free for machine in machines()}
+        held = self.held()
+        for member in self.members:
+            ray.kill(member.actor)
+        remove_placement_group(self._reserved)
+        self.members, self._reserved = [], None
+        until = time.monotonic() + ANSWERED
+        while time.monotonic() < until:
+            free = {machine.id: machine.free.cpus + machine.free.gpus for machine in machines()}
+            if all(free.get(id, 1e9) >= sum(before[id]) + sum(held[id]) - 1e-3 for id in held.keys() & before.keys()):
+                break
+            time.sleep(0.05)
+
+    def held(self) -> dict[str, Node]:
+        """What the workers hold of each machine, by its id."""
+        counts = Counter(member.node for member in self.members)
+        return {id: Node(count * self.each.cpus, count * self.each.gpus) for id, count in counts.items()}
+
+    def silent(self) -> set[str]:
+        """Machines, by id, of the workers that do not answer."""
+        asked = {member.actor.facts.remote(): member.node for member in self.members}
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWERED) if asked else ([], [])
+        found = {asked[ref] for ref in late}
+        for ref in ready:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError:
+                found.add(asked[ref])
+        return found
+
+    def attempt(
+        self, run_dir: Path, folder: str, patience: float, meanwhile: Callable[[], None]
+    ) -> tuple[list[str], list[Failure]]:
+        """Train once with all workers.
+
+        Args:
+            folder: the user's working directory.
+            patience: seconds that rank 0 waits for another process to let go of the run.
+            meanwhile: called about every second.
+
+        Returns:
+            How those ended that came to an end (in `trainer.loop.train`'s words), and the failures of others. All
+            processes have ended then, but for those that nobody could reach.
+
+        Raises:
+            Final: a worker found a mistake of the user's, or stopped for good.
+        """
+        running = {member.actor.train.remote(job): rank for rank, member, job in self._jobs(run_dir, folder, patience)}
+        ends: list[str] = []
+        failures: list[Failure] = []
+        until = float("inf")
+        try:
+            while running and time.monotonic() < until and not any(not failure.collateral for failure in failures):
+                ready, _ = ray.wait(list(running), timeout=TICK)
+                for ref in ready:
+                    rank = running.pop(ref)
+                    end = _outcome(ref)
+                    if "status" in end:
+                        ends.append(end["status"])
+                    elif end["kind"] in ("mistake", "stopped"):
+                        raise Final(end["kind"], end["reason"])
+                    else:
+                        failures.append(_failure(rank, end))
+                if failures:
+                    until = min(until, time.monotonic() + EXPLAINED)
+                meanwhile()
+        finally:
+            failures += self._end(running)
+        return ends, failures
+
+    def _jobs(self, run_dir: Path, folder: str, patience: float) -> list[tuple[int, Member, dict[str, Any]]]:
+        """What each rank is told: torchrun's environment variables, and the run."""
+        nodes = list(dict.fromkeys(member.node for member in self.members))
+        first: dict[str, Any] = ray.get(self.members[0].actor.facts.remote())
+        world = len(self.members)
+        jobs = []
+        for rank, member in enumerate(self.members):
+            beside = [other for other in self.members if other.node == member.node]
+            variables: dict[str, Any] = {
+                "RANK": rank,
+                "LOCAL_RANK": beside.index(member),
+                "GROUP_RANK": nodes.index(member.node),
+            }
+            variables |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": len(beside)}
+            variables |= {"MASTER_ADDR": first["address"], "MASTER_PORT": first["port"]}
+            if member.gpus:  # all of the machine's, of which LOCAL_RANK names one's own, as under torchrun
+                variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for other in beside for gpu in other.gpus)
+            if len(nodes) > 1 and member.interface:  # else gloo takes the one that the host's name leads to
+                variables["GLOO_SOCKET_IFNAME"] = member.interface
+            environment = {key: str(value) for key, value in variables.items()}
+            job = {"run_dir": str(run_dir), "folder": folder, "environment": environment}
+            jobs.append((rank, member, job | {"patience": patience}))
+        return jobs
+
+    def _end(self, running: dict[Any, int]) -> list[Failure]:
+        """End what still runs. Returns what had failed by itself before."""
+        for rank in running.values():
+            self.members[rank].actor.end.remote()
+        ready, _ = ray.wait(list(running), num_returns=len(running), timeout=ENDED) if running else ([], [])
+        ends = [(running[ref], _outcome(ref)) for ref in ready]
+        return [_failure(rank, end) for rank, end in ends if "status" not in end and not end.get("ended")]
+
+
+def _outcome(ref: Any) -> dict[str, Any]:
+    """How one process ended, in the words of `trainer.warm`."""
+    try:
+        return dict(ray.get(ref))
+    except ray.exceptions.RayActorError as error:
+        return {
+            "kind": "lost",
+            "reason": f"the worker or its machine is gone: {_words(error)}",
+            "traceback": str(error),
+        }
+    except ray.exceptions.RayError as error:
+        return {"kind": "error", "reason": f"{type(error).__name__}: {_words(error)}", "traceback": str(error)}
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _failure(rank: int, end: dict[str, Any]) -> Failure:
+    return Failure(rank, end["reason"], end.get("traceback", ""), lost=end["kind"] == "lost")

@@ -1,0 +1,35 @@
+"""The machines of the Ray cluster that this process is connected to: what is free, what is about to go."""
+
+from typing import NamedTuple
+
+import ray
+
+from .share import Node
+
+
+class Machine(NamedTuple):
+    """A living machine; `id` is Ray's."""
+
+    id: str
+    address: str
+    free: Node
+    total: Node
+
+
+def machines() -> list[Machine]:
+    free_of = ray._private.state.available_resources_per_node()
+    found = []
+    for node in ray.nodes():
+        if node["Alive"] and node["NodeID"] in free_of:
+            free, total = (
+                Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
+                for resources in (free_of[node["NodeID"]], node["Resources"])
+            )
+            found.append(Machine(node["NodeID"], node["NodeManagerAddress"], free, total))
+    return found
+
+
+def draining() -> dict[str, int]:
+    """Machines that will go (a spot instance that is taken back, an autoscaler that shrinks), by id, with the Unix time
+    in ms until which they stay; 0: unknown."""
+    return dict(ray._private.state.state.get_draining_nodes())
