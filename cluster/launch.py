@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from configs import Config, ConfigError, with_workers, worker_counts
+from configs import Config, ConfigError
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
@@ -22,7 +22,7 @@ from trainer.run import attempts, is_finished, prepare_run, read_config, request
 from .failures import Final
 from .machine import this_node
 from .session import Session, end_children, ray_session, session_folder
-from .share import Node, Share, group_of, share
+from .share import Node, Share, group_of, share, share_of_most
 
 FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
 """Exit codes; 75 (EX_TEMPFAIL): stopped, and the same command goes on."""
@@ -44,7 +44,8 @@ def launch(config: Config, fork: str | None = None) -> int:
     address = config.cluster.address or os.environ.get("RAY_ADDRESS")
     node = this_node()
     if address is None:
-        share(resolve_config(config, prepare=False)[0], [node])  # before the default data are made, a minute's work
+        asked, _ = resolve_config(config, prepare=False)
+        share_of_most(asked, lambda config: share(config, [node]))  # before a minute's work for the default data
     run_dir = prepare_run(config, fork=fork)
     config = read_config(run_dir)
     out = Console(highlight=False, soft_wrap=True)
@@ -94,18 +95,9 @@ class _Job(threading.Thread):
         from .gang import Gang
         from .supervise import Supervisor
 
-        each = _share_of_most(self.config, session.nodes)
+        each = share_of_most(self.config, lambda config: share(config, session.nodes))
         with Gang(each, group_of(self.config), _worker_environment(self.config, each)) as gang:
             return Supervisor(self.run_dir, gang, joined=self.address is not None, folder=os.getcwd()).run()
-
-
-def _share_of_most(config: Config, nodes: list[Node]) -> Share:
-    """What each process gets where there are as many as the cluster has room for."""
-    *more, fewest = worker_counts(config)
-    for workers in more:
-        with contextlib.suppress(ConfigError):
-            return share(with_workers(config, workers), nodes)
-    return share(with_workers(config, fewest), nodes)
 
 
 def _worker_environment(config: Config, each: Share) -> dict[str, str]:

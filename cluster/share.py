@@ -1,11 +1,12 @@
 """What each worker process gets of the machines there are: a pure function of their sizes and the config."""
 
+import contextlib
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, with_workers, worker_counts
 
 
 class Node(NamedTuple):
@@ -64,6 +65,19 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
         if _room(nodes, Share(cpus, gpus)) >= world:
             return Share(float(cpus), gpus)
     raise ConfigError(f"parallel.* asks for {world} processes, far too many for {_sizes(nodes)}: lower parallel.dp")
+
+
+def share_of_most(config: Config, divide: Callable[[Config], Share]) -> Share:
+    """What each process gets where there are as many as there is room for, of those that cluster.workers allows.
+
+    Args:
+        divide: for a fixed number of processes; raises ConfigError where there is no room for them.
+    """
+    *more, fewest = worker_counts(config)
+    for workers in more:
+        with contextlib.suppress(ConfigError):
+            return divide(with_workers(config, workers))
+    return divide(with_workers(config, fewest))
 
 
 def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:

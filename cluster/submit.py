@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from configs import Config, ConfigError, load, preset_names, resolve
+from configs import Config, ConfigError, load, preset_names, resolve, worker_counts
 
 from . import pack
 from .client import Cluster, api_url
@@ -17,7 +17,7 @@ from .jobs import Address, accepted, follow, new_id
 from .plan import vocabulary
 from .queue import ACTIVE
 from .runs import Json
-from .share import group_of, share_of_gang
+from .share import group_of, share_of_gang, share_of_most
 
 
 def submit(
@@ -40,7 +40,8 @@ def submit(
     asked, _ = resolve(asked, vocab_size=vocabulary(asked))
     name = _config_in(here, config)
     cluster = Cluster(api_url(address, asked.cluster.address))
-    each = share_of_gang(asked, cluster.nodes(), queue)
+    fewest, nodes = worker_counts(asked)[-1], cluster.nodes()
+    each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
     root = Path(asked.run.root)
     for id, job in cluster.jobs().items():
         if job["run_dir"] == str(root / asked.run.name) and job["state"] in ACTIVE:
@@ -49,14 +50,13 @@ def submit(
     packed = pack.files(here, [root])
     _check_sent(asked, here, packed, name)
     pack.check_size(here, packed)
-    parallel = asked.parallel
     kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
     id = new_id(asked.run.name)
     job = {
         "name": asked.run.name,
         "run_dir": str(root / asked.run.name),
         "command": shlex.join(["muster", "train", name, *(overrides or ()), *kept]),
-        "workers": parallel.world_size,
+        "workers": fewest,  # it starts when so many fit, with as many more as there is room for
         "cpus": each.cpus,
         "gpus": each.gpus,
         "group": group_of(asked),

@@ -2,8 +2,8 @@
 
 import pytest
 
-from cluster.share import Node, Share, share
-from configs import Config, ConfigError, from_dict
+from cluster.share import Node, Share, share, share_of_gang, share_of_most
+from configs import Config, ConfigError, from_dict, resolve
 
 
 def asked(dp: int, **cluster) -> Config:
@@ -51,3 +51,17 @@ def test_too_much_is_a_config_error_with_numbers(config, words):
     for word in words:
         assert word in str(error.value)
     assert len(str(error.value).splitlines()) <= 3
+
+
+def test_an_elastic_run_takes_the_most_that_there_is_room_for():
+    elastic = resolve(from_dict({"model": {"vocab_size": 320}, "cluster": {"workers": [2, 8]}}))[0]
+    asked = []
+
+    def divide(config):
+        asked.append(config.parallel.world_size)
+        return share_of_gang(config, [Node(3, 1), Node(3, 2)], wait=False)
+
+    assert share_of_most(elastic, divide).gpus == 1
+    assert asked == [8, 7, 6, 5, 4, 3]
+    with pytest.raises(ConfigError, match="asks for 2 GPUs; the cluster has 1"):
+        share_of_most(elastic, lambda config: share_of_gang(config, [Node(8, 1)], wait=False))
