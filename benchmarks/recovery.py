@@ -1,8 +1,8 @@
 """Seconds from kill -9 of a training process to the next finished step: muster beside stock Ray Train V2.
 
 Both train the quickstart model on two processes with DeepSpeed (ZeRO-1, fp32), write a checkpoint every few steps, and
-lose a process several times, at times drawn from a seed; they take turns, one run each. The peer is Ray Train's
-own way: `TorchTrainer` with a failure budget, a DeepSpeed checkpoint reported with `ray.train.report` and read back with
+lose a process several times, at times drawn from a seed; they take turns, one run each. The peer is used as its manual
+says: `TorchTrainer` with a failure budget, DeepSpeed's checkpoint reported with `ray.train.report` and read back by
 `ray.train.get_checkpoint`. Each has a private Ray of its own. Run: `python benchmarks/recovery.py` (ten minutes).
 """
 
