@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from . import queue
@@ -28,16 +28,20 @@ TICK = 1.0
 
 
 class Member(NamedTuple):
-    """A worker and where it is."""
+    """A worker, which of the gang's bundles it has its share of, and where it is."""
 
     actor: Any
+    bundle: int
     node: str
     interface: str | None
-    gpus: list[str]
+    gpus: tuple[str, ...]
 
 
 class Gang:
     """Workers of equal shares, in the order of their ranks; those of a machine stand in a row.
+
+    They hold a placement group with a bundle for each machine. When one is lost, the others stay warm; Ray moves its
+    bundle to where there is room, and the workers missing there are started when the whole gang is gathered again.
 
     Args:
         each: what a worker reserves.
@@ -49,6 +53,8 @@ class Gang:
         self.each, self.group, self.environment = each, group, environment
         self.members: list[Member] = []
         self._reserved: Any = None
+        self._counts: list[int] = []
+        """Workers that each bundle has room for."""
 
     def __enter__(self) -> "Gang":
         return self
@@ -59,35 +65,65 @@ class Gang:
         self.dissolve()
 
     def gather(self, workers: int, avoid: Collection[str] = ()) -> bool:
-        """Be so many workers; those that are there already stay, if all of them answer.
+        """Be so many workers. Those that are there and answer stay, if that is enough.
 
         Args:
             avoid: ids of machines that are not to be used.
 
         Returns:
-            False: there is no room for all of them now, and nothing is held.
+            False: there is no room for all of them now; those that are there are kept.
         """
-        stays = len(self.members) == workers and not {member.node for member in self.members} & set(avoid)
-        if stays and not self.silent():
-            return True
-        self.dissolve()
-        there = [machine for machine in machines() if machine.id not in avoid]
-        asked = queue.Gang(workers, self.each, self.group)
-        places = queue.assign(asked, [machine.free for machine in there], [machine.total for machine in there])
-        if places is None:
-            return False
+        avoid = {*avoid, *self.unreached()}
+        self.members = [member for member in self.members if member.node not in avoid]
         with contextlib.suppress(ray.exceptions.RayError):
-            if self._start({there[index].id: count for index, count in places.items()}):
+            if sum(self._counts) == workers and self._whole(avoid) and self._fill():
                 return True
+            if len(self.members) == workers:
+                return True
+            if counts := self.room_for(workers, avoid):
+                self.dissolve()
+                return self._reserve(counts, avoid) and self._fill()
+        return False
+
+    def room_for(self, workers: int, avoid: Collection[str]) -> list[int] | None:
+        """How many workers would go to a machine each, if the gang gave up what it holds; None: there is no room."""
+        held, nothing = self.held(), Node(0.0, 0.0)
+        there = [machine for machine in machines() if machine.id not in avoid]
+        free = [Node(*(a + b for a, b in zip(m.free, held.get(m.id, nothing), strict=True))) for m in there]
+        asked = queue.Gang(workers, self.each, self.group)
+        places = queue.assign(asked, free, [machine.total for machine in there])
+        return None if places is None else list(places.values())
+
+    def _reserve(self, counts: list[int], avoid: Collection[str]) -> bool:
+        others = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
+        bundles = [self._resources(count) for count in counts]
+        self._counts = counts
+        self._reserved = placement_group(bundles, bundle_label_selector=[others] * len(counts) if avoid else None)
+        if self._reserved.wait(RESERVED):
+            return True
         self.dissolve()
         return False
 
-    def _start(self, places: dict[str, int]) -> bool:
-        """Reserve the places and start a worker in each. Raises RayError if a machine does not answer."""
-        bundles = [self._resources(count) for count in places.values()]
-        self._reserved = placement_group(bundles, bundle_label_selector=[{"ray.io/node-id": id} for id in places])
-        if not self._reserved.wait(RESERVED):
-            return False
+    def _resources(self, workers: int) -> dict[str, float]:
+        needs = {"CPU": self.each.cpus * workers, "GPU": self.each.gpus * workers}
+        return {kind: round(count, 4) for kind, count in needs.items() if count}
+
+    def _nodes(self) -> dict[int, str]:
+        """The machine of each bundle that has one."""
+        if self._reserved is None:
+            return {}
+        table = placement_group_table(self._reserved)
+        return {int(index): node for index, node in table["bundles_to_node_id"].items() if node}
+
+    def _whole(self, avoid: Collection[str]) -> bool:
+        """Whether every bundle lies on a living machine that may be used."""
+        nodes, alive = self._nodes(), {machine.id for machine in machines()}
+        return len(nodes) == len(self._counts) and set(nodes.values()) <= alive - set(avoid)
+
+    def _fill(self) -> bool:
+        """Start the workers that are missing. Raises RayError if a machine does not answer."""
+        there = Counter(member.bundle for member in self.members)
+        bundles = [i for i, count in enumerate(self._counts) for _ in range(count - there[i])]
         kind: Any = ray.remote(Worker)
         actors = [
             kind.options(
@@ -96,55 +132,54 @@ class Gang:
                 max_concurrency=3,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._reserved, index),
             ).remote(self.environment)
-            for index, count in enumerate(places.values())
-            for _ in range(count)
+            for index in bundles
         ]
         facts = ray.get([actor.facts.remote() for actor in actors], timeout=STARTED)
-        self.members = [
-            Member(actor, fact["node"], fact["interface"], fact["gpus"])
-            for actor, fact in zip(actors, facts, strict=True)
+        self.members += [
+            Member(actor, index, fact["node"], fact["interface"], tuple(fact["gpus"]))
+            for actor, index, fact in zip(actors, bundles, facts, strict=True)
         ]
-        order = {id: index for index, id in enumerate(places)}
-        self.members.sort(key=lambda member: (order[member.node], [int(gpu) for gpu in member.gpus if gpu.isdigit()]))
+        order = list(dict.fromkeys(member.node for member in self.members))
+        self.members.sort(key=lambda member: (order.index(member.node), [gpu.rjust(4) for gpu in member.gpus]))
         return True
-
-    def _resources(self, workers: int) -> dict[str, float]:
-        needs = {"CPU": self.each.cpus * workers, "GPU": self.each.gpus * workers}
-        return {kind: round(count, 4) for kind, count in needs.items() if count} or {"CPU": 0.0001}
 
     def dissolve(self) -> None:
         """Give up all workers, and wait until the cluster counts what they held as free."""
         if self._reserved is None:
             return
-        before = {machine.id: machine.free for machine in machines()}
-        held = self.held()
+        held, before = self.held(), {machine.id: machine.free for machine in machines()}
         for member in self.members:
             ray.kill(member.actor)
         remove_placement_group(self._reserved)
-        self.members, self._reserved = [], None
+        self.members, self._reserved, self._counts = [], None, []
         until = time.monotonic() + ANSWERED
         while time.monotonic() < until:
-            free = {machine.id: machine.free.cpus + machine.free.gpus for machine in machines()}
+            free = {machine.id: sum(machine.free) for machine in machines()}
             if all(free.get(id, 1e9) >= sum(before[id]) + sum(held[id]) - 1e-3 for id in held.keys() & before.keys()):
                 break
             time.sleep(0.05)
 
     def held(self) -> dict[str, Node]:
-        """What the workers hold of each machine, by its id."""
-        counts = Counter(member.node for member in self.members)
-        return {id: Node(count * self.each.cpus, count * self.each.gpus) for id, count in counts.items()}
+        """What the gang holds of each machine, by its id."""
+        found: dict[str, Node] = {}
+        for index, id in self._nodes().items():
+            cpus, gpus = (part * self._counts[index] for part in self.each)
+            there = found.get(id, Node(0.0, 0.0))
+            found[id] = Node(there.cpus + cpus, there.gpus + gpus)
+        return found
 
-    def silent(self) -> set[str]:
-        """Machines, by id, of the workers that do not answer."""
-        asked = {member.actor.facts.remote(): member.node for member in self.members}
+    def unreached(self) -> set[str]:
+        """Let go of workers that do not answer. Returns the machines that Ray has not given up but cannot reach."""
+        asked = {member.actor.facts.remote(): member for member in self.members}
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWERED) if asked else ([], [])
-        found = {asked[ref] for ref in late}
+        lost = {asked[ref]: True for ref in late}
         for ref in ready:
             try:
                 ray.get(ref)
-            except ray.exceptions.RayError:
-                found.add(asked[ref])
-        return found
+            except ray.exceptions.RayError as error:
+                lost[asked[ref]] = isinstance(error, ray.exceptions.ActorUnavailableError)
+        self.members = [member for member in self.members if member not in lost]
+        return {member.node for member, unreached in lost.items() if unreached}
 
     def attempt(
         self, run_dir: Path, folder: str, patience: float, meanwhile: Callable[[], None]

@@ -14,7 +14,6 @@ from .policy import decide, history, kind_of, memory_advice
 from .queue import Gang as Asked
 from .queue import assign
 from .ray_nodes import draining, machines
-from .share import Node
 
 PATIENCE = 240.0
 """Seconds in which a process that was cut off with its machine lets go of the run: Ray ends it when its machine has not
@@ -52,7 +51,7 @@ class Supervisor:
             ends, failures = self._gang.attempt(self._run_dir, self._folder, patience, self._look)
             patience = PATIENCE
             if failures:
-                self._suspects |= dict.fromkeys(self._gang.silent(), time.monotonic() + SUSPECTED)
+                self._suspects |= dict.fromkeys(self._gang.unreached(), time.monotonic() + SUSPECTED)
                 judge(self._run_dir, failures, cpu=not self._gang.each.gpus)
             elif "KILLED" not in ends:
                 return "FINISHED"
@@ -94,7 +93,7 @@ class Supervisor:
 
     def _tell_size(self, workers: int) -> None:
         if len(self._counts) > 1:
-            most, fewest, on = self._counts[0], self._counts[-1], len(self._gang.held())
+            most, fewest, on = self._counts[0], self._counts[-1], len({member.node for member in self._gang.members})
             reason = f"{workers} processes on {on} machines; cluster.workers allows {fewest} to {most}"
             self._note("policy", action="resize", reason=reason)
 
@@ -103,7 +102,8 @@ class Supervisor:
         if not self._joined or time.monotonic() - self._looked < LOOK_EVERY:
             return
         self._looked = time.monotonic()
-        leaving = {id: until for id, until in draining().items() if id in self._gang.held()}
+        own = {member.node for member in self._gang.members}
+        leaving = {id: until for id, until in draining().items() if id in own}
         if leaving:
             addresses = [machine.address for machine in machines() if machine.id in leaving]
             seconds = [until / 1000 - time.time() for until in leaving.values() if until]
@@ -115,15 +115,8 @@ class Supervisor:
     def _room_for_more(self) -> int | None:
         """The largest allowed gang that would fit, if it is larger than this one."""
         larger = [count for count in self._counts if count > len(self._gang.members)]
-        if not larger:
-            return None
-        held, avoid = self._gang.held(), self._avoided()
-        there = [machine for machine in machines() if machine.id not in avoid]
-        nothing = Node(0.0, 0.0)
-        free = [Node(*(a + b for a, b in zip(m.free, held.get(m.id, nothing), strict=True))) for m in there]
-        total = [machine.total for machine in there]
-        fitting = (n for n in larger if assign(Asked(n, self._gang.each, self._gang.group), free, total) is not None)
-        return next(fitting, None)
+        avoid = self._avoided() if larger else set()
+        return next((count for count in larger if self._gang.room_for(count, avoid)), None)
 
     def _ask_to_stop(self, reason: str) -> None:
         if not stop_requested(self._run_dir):

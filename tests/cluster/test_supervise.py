@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import resolved
@@ -40,15 +41,15 @@ class Told:
             if workers == 1:
                 self.rooms.pop(0)
             return False
-        self.members = [workers] * workers
+        self.members = [SimpleNamespace(node="here")] * workers
         self.sizes.append(workers)
         self.avoided.append(set(avoid))
         return True
 
-    def held(self) -> dict[str, Node]:
-        return {"here": Node(len(self.members), 0.0)} if self.members else {}
+    def room_for(self, workers: int, avoid: Collection[str]) -> list[int] | None:
+        return [workers] if workers <= self.rooms[0] else None
 
-    def silent(self) -> set[str]:
+    def unreached(self) -> set[str]:
         return {"there"}
 
     def attempt(self, run_dir: Path, folder: str, patience: float, meanwhile: Callable[[], None]):
@@ -126,12 +127,12 @@ def test_an_elastic_run_shrinks_and_grows(tmp_path, cluster):
     def grow(look):
         look()
         assert not stop_requested(tmp_path)  # no room yet
-        cluster["machines"] = [Machine("here", "10.0.0.1", Node(2.0, 0.0), Node(4.0, 0.0))]
+        gang.rooms[0] = 4
         look()
         assert stop_requested(tmp_path)
 
     elastic = {"cluster": {"workers": [1, 4]}}
-    supervisor, gang = supervised(tmp_path, [4, 2, 4], [GONE, grow, "FINISHED"], **elastic)
+    supervisor, gang = supervised(tmp_path, [4, 2, 2, 4], [GONE, grow, "FINISHED"], **elastic)
     assert supervisor.run() == "FINISHED"
     assert gang.sizes == [4, 2, 4]
     sizes = [reason.partition(";")[0] for action, reason in policies(tmp_path) if action == "resize"]
