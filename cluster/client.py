@@ -60,7 +60,14 @@ class Cluster:
         from ray.util.state import list_nodes
 
         for _ in range(20):  # a new head knows none for a moment
-            found = list_nodes(address=self.url, detail=True, filters=[("state", "=", "ALIVE")], limit=10_000)
+            # Ray counts dead machines too, and takes those left out for an answer cut short.
+            found = list_nodes(
+                address=self.url,
+                detail=True,
+                filters=[("state", "=", "ALIVE")],
+                limit=10_000,
+                raise_on_missing_output=False,
+            )
             if found:
                 break
             time.sleep(0.5)
