@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError, with_workers
 
+from . import revision
 from . import engine as ds
 from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
 from .checkpoint import committed
@@ -69,7 +70,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
         try:
             if record:
                 inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
-                record.event("attempt_started", **_surroundings(), inputs=inputs)
+                record.event("attempt_started", **_surroundings(), **revision.of(Path.cwd()), inputs=inputs)
                 shipper = start_shipper(run_dir, config) if config.tracking.enabled else None
             with watchdog(run_dir, attempt, config) as beat:
                 status = _steps(run_dir, config, state, record, attempt, stop, beat)
