@@ -83,16 +83,14 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
         found |= {"notable": {kind: each._asdict() for kind, each in told.items()}, "tracking": behind}
         print(json.dumps(found | {"goodput": productive(whole), "seconds": whole, "books": books}, indent=1))
         return
-    console = Console(highlight=False)
     reason = f" ({found['reason']})" if found["reason"] else ""
     losses = f"loss {_number(found['loss']) or '-'}, held-out loss {_number(found['eval_loss']) or '-'}"
-    console.print(f"{found['name']}: {found['status']}{reason}, step {found['step']:,}, {losses}", markup=False)
+    print(f"{found['name']}: {found['status']}{reason}, step {found['step']:,}, {losses}")
     for kind, each in told.items():
         when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.count} in all" if each.count > 1 else "")
-        line = f"{kind.replace('_', ' ')}: {cut(each.text, SHOWN)} ({when})"
-        console.print(line, markup=False, soft_wrap=not console.is_terminal)
+        print(f"{kind.replace('_', ' ')}: {cut(each.text, SHOWN)} ({when})")
     if behind:
-        console.print(f"tracking: {cut(behind, SHOWN)}; `muster sync {run}` sends it", markup=False)
+        print(f"tracking: {cut(behind, SHOWN)}; `muster sync {run}` sends it")
     if not attempts:
         return
     table = Table("attempt", box=None, pad_edge=False)
@@ -101,8 +99,9 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     for attempt in attempts:
         table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in BOOKS))
     table.add_row("share", *(f"{whole[name] / max(sum(whole.values()), 1e-9):.1%}" for name in BOOKS))
+    console = Console(highlight=False)
     console.print(table, soft_wrap=not console.is_terminal)
-    console.print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(sum(whole.values()))}")
+    print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(sum(whole.values()))}")
 
 
 def sync(

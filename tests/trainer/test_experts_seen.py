@@ -22,7 +22,6 @@ from trainer.expert_tokens import ExpertTokens, table, top_tokens, write_table
 from trainer.record import read_events
 from trainer.run import prepare_run
 
-
 KINDS = ("json", "md")
 """Of files that a table is written to."""
 
