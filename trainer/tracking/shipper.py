@@ -121,7 +121,7 @@ class Shipper:
             if self._superseded() or (self.once and not self.events):
                 return None
             if ended and not finishing:
-                finishing = True
+                finishing, backoff = True, FIRST_BACKOFF
                 if self.parent is not None:
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 self._plot()
