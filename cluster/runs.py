@@ -87,7 +87,7 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     losses = f"loss {_number(found['loss']) or '-'}, held-out loss {_number(found['eval_loss']) or '-'}"
     print(f"{found['name']}: {found['status']}{reason}, step {found['step']:,}, {losses}")
     for kind, each in told.items():
-        when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.count} in all" if each.count > 1 else "")
+        when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.times} in all" if each.times > 1 else "")
         print(f"{kind.replace('_', ' ')}: {cut(each.text, SHOWN)} ({when})")
     if behind:
         print(f"tracking: {cut(behind, SHOWN)}; `muster sync {run}` sends it")

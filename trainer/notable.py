@@ -19,7 +19,7 @@ LONGEST = 500
 class Notable(NamedTuple):
     """All that a run's record has of one kind."""
 
-    count: int
+    times: int
     """How often it happened, without what ended it."""
     attempt: int
     """Of the last time, as are the others."""
@@ -37,8 +37,8 @@ def notable(events: Sequence[Event]) -> dict[str, Notable]:
     told = {}
     for kind in sorted(found, key=KINDS.index):
         these, last = found[kind], found[kind][-1]
-        count = sum(event["event"] == kind for event in these)
-        told[kind] = Notable(count, last["attempt"], last["time"], cut(TEXTS.get(kind, _plain)(these)))
+        times = sum(event["event"] == kind for event in these)
+        told[kind] = Notable(times, last["attempt"], last["time"], cut(TEXTS.get(kind, _plain)(these)))
     return told
 
 

@@ -105,4 +105,4 @@ def test_status_names_failures_decisions_and_slow_ranks(muster, make_run, tmp_pa
         "straggler: rank 1 on node-1 2.50x of its peers' median own time, by step 50 (attempt 1, 0 s ago)"
     )
     found = json.loads(muster("status", "run", "--root", str(tmp_path), "--json")[1])
-    assert {kind: each["count"] for kind, each in found["notable"].items()} == {"policy": 2, "hang": 2, "straggler": 1}
+    assert {kind: each["times"] for kind, each in found["notable"].items()} == {"policy": 2, "hang": 2, "straggler": 1}

@@ -40,7 +40,7 @@ def slow(record: Record, step: int, *ranks: int, name: str = "straggler") -> Non
 
 
 def told(run_dir: Path) -> dict[str, tuple[int, int, str]]:
-    return {kind: (each.count, each.attempt, each.text) for kind, each in notable(read_events(run_dir)).items()}
+    return {kind: (each.times, each.attempt, each.text) for kind, each in notable(read_events(run_dir)).items()}
 
 
 def test_each_kind_by_its_last_with_its_count(tmp_path):

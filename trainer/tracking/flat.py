@@ -66,5 +66,5 @@ def notable_tags(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     found = {}
     for kind, each in notable(events).items():
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.time))
-        found[f"muster.{kind}"] = f"{each.text} ({each.count} in all, the last in attempt {each.attempt}, {when})"
+        found[f"muster.{kind}"] = f"{each.text} ({each.times} in all, the last in attempt {each.attempt}, {when})"
     return found
