@@ -31,7 +31,7 @@ from tracker import FaultyServer, assert_all_shown
 from configs import from_dict, load, resolve, to_yaml
 from configs.data import PrepareConfig
 from trainer.data.prepare import prepare
-from trainer.record import Record, read_metrics
+from trainer.record import MetricsIndex, Record, read_metrics
 from trainer.run import request_stop
 from trainer.tracking import read_state
 
@@ -130,13 +130,20 @@ class LiveRun:
         request_stop(self.run_dir)
         self.process.wait(180)
 
+    def waiting(self) -> int:
+        """Records that the tracker has not, as far as its shipper knows."""
+        left = MetricsIndex(self.run_dir, read_state(self.run_dir).get("offset", 0))
+        left.update()
+        return len(left.lines)
+
     def complete(self, root: Path) -> str:
         """Send what is missing, and check that the tracker has each step once, under one run."""
-        missed = read_state(self.run_dir).get("missing", 0)
+        missed, until = self.waiting(), time.monotonic() + 300
         command = [sys.executable, "-P", "-m", "trainer.tracking", str(self.run_dir), "--once"]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        while subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:
+            assert time.monotonic() < until  # its own shipper may be sending still
         assert_all_shown(root, self.run_dir)
-        return f"{self.steps()} steps, of which {missed} records were missing and sent by hand; each is shown once"
+        return f"{missed} of {self.steps()} records were missing at its end; afterwards each is shown once"
 
 
 def prepared(folder: Path) -> Path:
@@ -212,13 +219,12 @@ def outage(seconds: float, around: float) -> None:
         ]  # fmt: skip
         for name, length, fault in phases:
             server.fault, since = fault, time.time()
-            load_before = os.getloadavg()[0]
+            load = f"load {os.getloadavg()[0]:.1f}"
             time.sleep(length)
             median, count = run.step_time(since)
-            missing = read_state(run.run_dir).get("missing")
             print(
-                f"{name} for {length:.0f} s: {median:.3f} s a step ({count} steps), load {load_before:.1f} to "
-                f"{os.getloadavg()[0]:.1f}, {refused} requests refused so far, {missing} records waiting at its end",
+                f"{name} for {length:.0f} s: {median:.3f} s a step ({count} steps), {refused} requests refused so far, "
+                f"{run.waiting()} records waiting at its end, {load} to {os.getloadavg()[0]:.1f}",
                 flush=True,
             )
         run.stop()

@@ -90,7 +90,8 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
         when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.times} in all" if each.times > 1 else "")
         print(f"{kind.replace('_', ' ')}: {cut(each.text, SHOWN)} ({when})")
     if behind:
-        print(f"tracking: {cut(behind, SHOWN)}; `muster sync {run}` sends it")
+        later = "it is tried again" if found["status"] == "RUNNING" else f"`muster sync {run}` sends what is missing"
+        print(f"tracking: {cut(behind, SHOWN)}; {later}")
     if not attempts:
         return
     table = Table("attempt", box=None, pad_edge=False)

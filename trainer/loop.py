@@ -14,8 +14,8 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError, with_workers
 
-from . import revision
 from . import engine as ds
+from . import revision
 from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
 from .checkpoint import committed
 from .data.loader import Loader
@@ -89,7 +89,8 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
             if record:
                 record.event("attempt_ended", status=status, reason=reason, step=state.step)
                 record.close()
-            if shipper and (missing := shipper.finish(timeout=60.0)):
+            # After a failure the next attempt must not wait for a tracker: the shipper goes on alone.
+            if shipper and status != "FAILED" and (missing := shipper.finish(timeout=60.0)):
                 print(missing, file=sys.stderr)
     return status
 

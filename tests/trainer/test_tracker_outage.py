@@ -85,6 +85,7 @@ def test_a_broken_server_holds_up_no_step_and_misses_none(tmp_path, make, gates)
         (gates / "11").touch()
         wait_for_step(run_dir, 20)
         wait_for(lambda: refused)
+        wait_for(lambda: str(read_state(run_dir)["error"]).startswith(f"cannot send to {server.uri}: "))
         server.fault = hold
         wait_for(lambda: held)
         (gates / "21").touch()

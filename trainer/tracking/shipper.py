@@ -136,7 +136,8 @@ class Shipper:
                 failing = False
             except Exception as problem:  # whatever a tracker's client raises: the record is safe, try again
                 if not failing:
-                    print(f"cannot send to {self.uri}: {_line(problem)}", file=sys.stderr, flush=True)
+                    self._note_error(told := f"cannot send to {self.uri}: {_line(problem)}")
+                    print(told, file=sys.stderr, flush=True)
                 backoff = min(2 * backoff, MAX_BACKOFF) if failing and self._progress < begin else FIRST_BACKOFF
                 failing, self.index = True, None
                 if (ended or self.once) and time.monotonic() - self._progress > self.grace:
@@ -179,8 +180,7 @@ class Shipper:
 
     def _send(self, everything: bool) -> None:
         """Send the lines that count and that no rollback can change any more."""
-        index = self.index
-        assert index is not None
+        assert (index := self.index) is not None
         index.update()
         index.forget_rolled_back(self.events)
         index.lines = [line for line in index.lines if line.step > self._sent[line.evaluation]]
@@ -239,10 +239,10 @@ class Shipper:
             time.sleep(min(left, 0.2))
 
     def _plot(self) -> None:
-        made, lines = self.run_dir / "plots" / "loss.png", self.run_dir / METRICS
-        if made.exists() and lines.exists() and made.stat().st_mtime_ns > lines.stat().st_mtime_ns:
-            return  # a sync by hand of what was sent
         try:
+            made, lines = self.run_dir / "plots" / "loss.png", self.run_dir / METRICS
+            if made.exists() and made.stat().st_mtime_ns > lines.stat().st_mtime_ns:
+                return  # a sync by hand of what was sent
             from ..plots import plot_run  # matplotlib is needed at the end only
 
             plot_run(self.run_dir)
@@ -255,23 +255,26 @@ class Shipper:
             return None
         return f"{len(lines)} records after the last checkpoint are held back, as the run may go on from there"
 
+    def _note_error(self, error: str, **more: Any) -> dict[str, Any]:
+        """Write it beside what is known of the tracker. Returns all of it."""
+        known = read_state(self.run_dir)
+        state = (known if known.get("uri") == self.uri else {"uri": self.uri}) | {"error": error, **more}
+        write_state(self.run_dir, state)
+        return state
+
     def _give_up(self, problem: Exception) -> str:
-        state = read_state(self.run_dir)
-        if state.get("uri") != self.uri:
-            state = {"uri": self.uri}
-        left = MetricsIndex(self.run_dir, state.get("offset", 0))
+        left = MetricsIndex(self.run_dir, self._note_error(_line(problem)).get("offset", 0))
         left.update()
         end = " and the end of the run" if self._ended() else ""
         message = f"{len(left.lines)} records{end} are not sent to {self.uri}: {_line(problem)}"
-        write_state(self.run_dir, state | {"missing": len(left.lines), "error": message})
+        self._note_error(message, missing=len(left.lines))
         return message
 
     def _save(self) -> None:
-        index = self.index
-        assert index is not None
+        assert (index := self.index) is not None
         offset = min((line.start for line in index.lines), default=index.offset)
-        state = self._state | {"offset": offset, "missing": len(index.lines), "error": self._held()}
-        state["files"] = self._artifacts.held
+        state = self._state | {"offset": offset, "missing": len(index.lines), "files": self._artifacts.held}
+        state["error"] = self._held()
         if state != read_state(self.run_dir):
             write_state(self.run_dir, state)
 
