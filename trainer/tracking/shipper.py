@@ -73,8 +73,7 @@ def ship(
             return Shipped(0, 0, f"another process is sending {run_dir.name} to {uri}")
         from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
 
-        local = uri.startswith("sqlite:")
-        root = run_dir.resolve().parent / "mlartifacts" if local else None
+        root = run_dir.resolve().parent / "mlartifacts" if uri.startswith("sqlite:") else None
         tracker = MlflowTracker(uri, config.tracking.experiment, root)
         shipper = Shipper(run_dir, config, uri, tracker, attempt, parent, once, grace)
         missing = shipper.run()
@@ -180,7 +179,8 @@ class Shipper:
 
     def _send(self, everything: bool) -> None:
         """Send the lines that count and that no rollback can change any more."""
-        assert (index := self.index) is not None
+        index = self.index
+        assert index is not None
         index.update()
         index.forget_rolled_back(self.events)
         index.lines = [line for line in index.lines if line.step > self._sent[line.evaluation]]
@@ -220,9 +220,8 @@ class Shipper:
         return {"status": "FAILED", "time": time.time(), "reason": reason or GONE} if gone else None
 
     def _superseded(self) -> bool:
-        if self.attempt is None:
-            return False
-        return any(event["event"] == "attempt_started" and event["attempt"] > self.attempt for event in self.events)
+        own = self.attempt
+        return own is not None and any(e["event"] == "attempt_started" and e["attempt"] > own for e in self.events)
 
     def _read_events(self) -> None:
         try:
@@ -271,7 +270,8 @@ class Shipper:
         return message
 
     def _save(self) -> None:
-        assert (index := self.index) is not None
+        index = self.index
+        assert index is not None
         offset = min((line.start for line in index.lines), default=index.offset)
         state = self._state | {"offset": offset, "missing": len(index.lines), "files": self._artifacts.held}
         state["error"] = self._held()
