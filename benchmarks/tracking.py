@@ -159,7 +159,7 @@ def faults() -> dict[str, Callable[[str], str | None]]:
     return {"healthy": lambda path: None, "slow": slow, "500": lambda path: "before", "down": lambda path: None}
 
 
-def turns(rounds: int, seconds: float) -> None:
+def turns(rounds: int, steps: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data = prepared(root)
@@ -177,9 +177,10 @@ def turns(rounds: int, seconds: float) -> None:
         for turn in range(rounds):
             names = list(runs)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                since = time.time()
+                since, until = time.time(), runs[name].steps() + steps
                 runs[name].send(signal.SIGCONT)
-                time.sleep(seconds)
+                while runs[name].steps() < until:
+                    time.sleep(0.2)
                 runs[name].send(signal.SIGSTOP)
                 median, count = runs[name].step_time(since)
                 took[name].append(median)
@@ -192,7 +193,7 @@ def turns(rounds: int, seconds: float) -> None:
         servers["down"].up()
         for server in servers.values():
             server.fault = lambda path: None
-        print(f"load of the machine {os.getloadavg()[0]:.1f}; {rounds} turns of {seconds:.0f} s each")
+        print(f"load of the machine {os.getloadavg()[0]:.1f}; {rounds} turns of {steps} steps each")
         for name, run in runs.items():
             ratios = sorted(own / off for own, off in zip(took[name], took["off"], strict=True))
             told = "" if name == "off" else f"; {run.complete(root)}"
@@ -236,14 +237,14 @@ def main() -> None:
     parser.add_argument("--outage", type=float, metavar="SECONDS", help="one run through so many seconds of 500s")
     parser.add_argument("--around", type=float, default=120.0, help="seconds before and after an outage")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=15.0, help="of a turn")
+    parser.add_argument("--steps", type=int, default=20, help="of a turn")
     asked = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     if asked.outage:
         outage(asked.outage, asked.around)
         return
     costs()
-    turns(asked.rounds, asked.seconds)
+    turns(asked.rounds, asked.steps)
 
 
 if __name__ == "__main__":
