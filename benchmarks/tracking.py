@@ -6,6 +6,7 @@ shipper. `--outage 600` instead trains one run through ten minutes of 500s.
 """
 
 import argparse
+import contextlib
 import itertools
 import logging
 import os
@@ -136,6 +137,12 @@ class LiveRun:
         left.update()
         return len(left.lines)
 
+    def kill(self) -> None:
+        """End it, with its shipper, if it is there still: a benchmark that fails leaves nothing behind."""
+        if self.process.poll() is None:
+            self.send(signal.SIGKILL)
+            self.process.wait()
+
     def complete(self, root: Path) -> str:
         """Send what is missing, and check that the tracker has each step once, under one run."""
         missed, until = self.waiting(), time.monotonic() + 300
@@ -160,7 +167,7 @@ def faults() -> dict[str, Callable[[str], str | None]]:
 
 
 def turns(rounds: int, steps: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         root = Path(folder)
         data = prepared(root)
         servers = {name: FaultyServer(root) for name in faults()}
@@ -170,6 +177,7 @@ def turns(rounds: int, steps: int) -> None:
         servers["down"].down()
         for name in ("off", *servers):
             runs[name] = LiveRun(root, data, name, servers[name].uri if name in servers else None)
+            ends.callback(runs[name].kill)
             time.sleep(10)  # for its shipper to have begun
             runs[name].send(signal.SIGSTOP)
         took: dict[str, list[float]] = {name: [] for name in runs}
@@ -204,10 +212,11 @@ def turns(rounds: int, steps: int) -> None:
 
 
 def outage(seconds: float, around: float) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as ends:
         root = Path(folder)
         server = FaultyServer(root)
         run = LiveRun(root, prepared(root), "run", server.uri)
+        ends.callback(run.kill)
         refused = 0
 
         def refuse(path: str) -> str:
