@@ -17,7 +17,7 @@ from tracker import assert_all_shown, faulty_server, shown
 
 from trainer.record import read_metrics
 from trainer.run import prepare_run
-from trainer.tracking import read_state
+from trainer.tracking import read_state, shipper
 from trainer.tracking.shipper import ship
 
 STEPS = 40
@@ -26,6 +26,7 @@ STEPS = 40
 @pytest.fixture
 def make(tmp_path, tiny_data, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(shipper, "PATIENCE", 100.0)
 
     def make(name, **tracking):
         train = {"steps": STEPS, "eval_every": 20}
@@ -51,6 +52,11 @@ def losses(run_dir):
 
 def wait_for_step(run_dir, step):
     wait_for(lambda: any(record["step"] >= step for record in read_metrics(run_dir)))
+
+
+def wait_for_giving_up(run_dir):
+    """Training may end before its shipper, which starts slowly on a busy machine."""
+    wait_for(lambda: "and the end of the run are not sent to" in str(read_state(run_dir).get("error")))
 
 
 def wait_for(condition, seconds=100.0):
@@ -98,7 +104,7 @@ def test_a_broken_server_holds_up_no_step_and_misses_none(tmp_path, make, gates)
 
         assert train_in_process(run_dir, wait_at_gates, gates, (), 1.0) == 0
         assert losses(run_dir) == losses(clean)
-        assert "and the end of the run are not sent to" in read_state(run_dir)["error"]
+        wait_for_giving_up(run_dir)
         before, points = shown(tmp_path, run_dir)
         assert 1 <= len(points) < STEPS
 
@@ -136,7 +142,7 @@ def test_a_server_process_that_is_killed_and_started_again(tmp_path, make, gates
             server.wait()
             (gates / "11").touch()
             assert ended.result() == 0
-        assert "not sent" in read_state(run_dir)["error"]
+        wait_for_giving_up(run_dir)
         before, points = shown(tmp_path, run_dir)
         assert 1 <= len(points) < STEPS
         server = start()
