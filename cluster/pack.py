@@ -1,11 +1,13 @@
 """The user's folder as one zip that a cluster can unpack: what .gitignore leaves out stays at home."""
 
+import json
 import logging
 import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from configs import ConfigError
+from trainer import revision
 
 TOP = "work"
 """Ray puts the unpacked zip on its workers' sys.path, where a user's own `models/` would win over ours: so all of it
@@ -51,10 +53,12 @@ def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None
 
 
 def write_zip(target: Path, folder: Path, packed: Iterable[Path], message: str) -> None:
-    """Write `message.json`, and the files below TOP."""
+    """Write `message.json`, and the files below TOP, with the git commit that they were packed at."""
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("message.json", message)
         archive.writestr(f"{TOP}/", "")  # there even if the folder is empty
+        if (packed := list(packed)) and (commit := revision.of(folder)):
+            archive.writestr(f"{TOP}/{revision.SENT}", json.dumps(commit))
         for path in packed:
             # Zip knows no time before 1980, which some filesystems and build tools give.
             entry = zipfile.ZipInfo.from_file(folder / path, f"{TOP}/{path.as_posix()}", strict_timestamps=False)

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,8 @@ Root = Annotated[Path, typer.Option(help="Folder of all runs (run.root).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RUNS = Path("runs")
+SHOWN = 240
+"""Characters of a reason that `muster status` shows; events.jsonl has the whole."""
 
 
 def run_folder(run: str, root: Path) -> Path:
@@ -67,19 +70,28 @@ def runs(root: Root = RUNS, as_json: Json = False) -> None:
 def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     """How a run stands and where its time went, attempt by attempt. Example: muster status quickstart"""
     from trainer.goodput import BOOKS, goodput, productive, total
-    from trainer.record import summary
+    from trainer.notable import cut, notable
+    from trainer.record import read_events, summary
+    from trainer.tracking import read_state
 
     run_dir = run_folder(run, root)
     found, attempts = summary(run_dir), goodput(run_dir)
+    told, behind = notable(read_events(run_dir)), read_state(run_dir).get("error")
     whole = total(attempts)
     if as_json:
         books = [{"attempt": a.number, "began": a.began, "ended": a.ended, "seconds": a.seconds} for a in attempts]
+        found |= {"notable": {kind: each._asdict() for kind, each in told.items()}, "tracking": behind}
         print(json.dumps(found | {"goodput": productive(whole), "seconds": whole, "books": books}, indent=1))
         return
-    console = Console(highlight=False)
     reason = f" ({found['reason']})" if found["reason"] else ""
     losses = f"loss {_number(found['loss']) or '-'}, held-out loss {_number(found['eval_loss']) or '-'}"
-    console.print(f"{found['name']}: {found['status']}{reason}, step {found['step']:,}, {losses}", markup=False)
+    print(f"{found['name']}: {found['status']}{reason}, step {found['step']:,}, {losses}")
+    for kind, each in told.items():
+        when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.times} in all" if each.times > 1 else "")
+        print(f"{kind.replace('_', ' ')}: {cut(each.text, SHOWN)} ({when})")
+    if behind:
+        later = "it is tried again" if found["status"] == "RUNNING" else f"`muster sync {run}` sends what is missing"
+        print(f"tracking: {cut(behind, SHOWN)}; {later}")
     if not attempts:
         return
     table = Table("attempt", box=None, pad_edge=False)
@@ -88,16 +100,32 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     for attempt in attempts:
         table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in BOOKS))
     table.add_row("share", *(f"{whole[name] / max(sum(whole.values()), 1e-9):.1%}" for name in BOOKS))
+    console = Console(highlight=False)
     console.print(table, soft_wrap=not console.is_terminal)
-    console.print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(sum(whole.values()))}")
+    print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(sum(whole.values()))}")
 
 
-def sync(run: Run, root: Root = RUNS) -> None:
+def sync(
+    run: Run,
+    root: Root = RUNS,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to try while it does not answer.")] = 60.0,
+) -> None:
     """Send the tracker what it has missed of a run. Example: muster sync quickstart"""
     from trainer.tracking.shipper import ship  # MLflow takes seconds to import
 
-    if message := ship(run_folder(run, root)):
-        raise RuntimeError(message)
+    run_dir = run_folder(run, root)
+    done = ship(run_dir, grace=wait)
+    if done.records or done.files:
+        print(f"{run_dir.name}: sent {_count(done.records, 'record')} and {_count(done.files, 'file')}")
+    if done.missing:
+        print(f"muster: {done.missing}\n`muster sync {run}` again sends the rest", file=sys.stderr)
+        raise typer.Exit(1)
+    if not (done.records or done.files):
+        print(f"{run_dir.name}: nothing is missing")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: Any) -> str:

@@ -24,6 +24,8 @@ from .parallel import Place
 LOOKED_AT = 1 << 14
 """Tokens of an evaluation that are looked at, over all processes: enough for the usual tokens, and gathered in
 N * k * MoE layers * 2 bytes, 13 MB for 48 layers of top-8."""
+KEPT = 5
+"""Tables of a run that stay, the newest; a tracker keeps all that it was sent. One of a large model has 1.5 MB."""
 TOP = 10
 """Tokens listed of each expert."""
 
@@ -133,7 +135,7 @@ def readable(tokenizer: Tokenizer, token: int) -> str:
 
 
 def write_table(found: dict[str, Any], path: Path) -> None:
-    """Write `table` to `path`.json, and for people to `path`.md."""
+    """Write `table` to `path`.json, and for people to `path`.md; remove those of steps long before, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".json").write_text(json.dumps(found, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
     lines = [
@@ -150,6 +152,11 @@ def write_table(found: dict[str, Any], path: Path) -> None:
             told = ", ".join(f"{_code(text)} {count} {share:.0%}" for _, text, count, share in row["tokens"])
             lines.append(f"- expert {expert}, {row['load']:.2f}x: {told or 'none'}")
     path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    for suffix in (".json", ".md"):
+        # Steps have eight digits: in the order of their names. Later ones are of before a rollback, and written again.
+        tables = sorted(old for old in path.parent.glob(f"experts-step-*{suffix}") if old.stem <= path.stem)
+        for old in tables[:-KEPT]:
+            old.unlink(missing_ok=True)
 
 
 def _code(text: str) -> str:

@@ -15,6 +15,7 @@ from torch import distributed as dist
 from configs import Config, ConfigError, with_workers
 
 from . import engine as ds
+from . import revision
 from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
 from .checkpoint import committed
 from .data.loader import Loader
@@ -69,7 +70,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
         try:
             if record:
                 inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
-                record.event("attempt_started", **_surroundings(), inputs=inputs)
+                record.event("attempt_started", **_surroundings(), **revision.of(Path.cwd()), inputs=inputs)
                 shipper = start_shipper(run_dir, config) if config.tracking.enabled else None
             with watchdog(run_dir, attempt, config) as beat:
                 status = _steps(run_dir, config, state, record, attempt, stop, beat)
@@ -88,7 +89,8 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
             if record:
                 record.event("attempt_ended", status=status, reason=reason, step=state.step)
                 record.close()
-            if shipper and (missing := shipper.finish(timeout=60.0)):
+            # After a failure the next attempt must not wait for a tracker: the shipper goes on alone.
+            if shipper and status != "FAILED" and (missing := shipper.finish(timeout=60.0)):
                 print(missing, file=sys.stderr)
     return status
 

@@ -143,7 +143,10 @@ def test_the_tracker_has_one_run_with_every_step_once(story):
     with closing(sqlite3.connect(story.run_dir.parent / "mlflow.db")) as store:
         assert store.execute("select run_uuid, status from runs").fetchall() == [(state["run_id"], "FINISHED")]
         steps = store.execute("select step from metrics where key = 'loss' order by step").fetchall()
+        tags = dict(store.execute("select key, value from tags").fetchall())
     assert [step for (step,) in steps] == list(range(1, STEPS + 1))
+    assert tags["muster.policy"].startswith("retry: 1 infrastructure failure")
+    assert tags["muster.worker_lost"].startswith("rank 0, after step ")
 
 
 def test_the_users_folders_do_not_shadow_ours_and_plugins_are_found(story):

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import functools
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from trainer import checkpoint, collapse, loop, straggler
+from trainer.tracking import start
 from trainer.trainee import Trainee
 
 
@@ -47,6 +49,27 @@ def _at_step(step: int, do: Callable[[], None]) -> None:
         return original(current, *arguments)
 
     loop.learning_rate = wrapped
+
+
+def wait_at_gates(folder: Path, steps: Sequence[int], grace: float, killed_in: int | None = None) -> None:
+    """Begin each of these steps when the test has made the file `folder`/STEP, and let the shipper give up early.
+
+    Args:
+        killed_in: step at whose beginning the process kills itself.
+    """
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
+    start.GRACE = grace
+
+    def wait(step: int) -> None:
+        until = time.monotonic() + 100
+        while not (folder / str(step)).exists():
+            assert time.monotonic() < until, f"the test did not open the gate of step {step}"
+            time.sleep(0.01)
+
+    for step in steps:
+        _at_step(step, functools.partial(wait, step))
+    if killed_in:
+        kill_at_step(killed_in, signal.SIGKILL)
 
 
 def stand_still(rank: int, step: int) -> None:

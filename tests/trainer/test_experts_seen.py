@@ -22,6 +22,9 @@ from trainer.expert_tokens import ExpertTokens, table, top_tokens, write_table
 from trainer.record import read_events
 from trainer.run import prepare_run
 
+KINDS = ("json", "md")
+"""Of files that a table is written to."""
+
 
 def test_top_tokens_are_those_of_a_plain_count():
     random = np.random.default_rng(0)
@@ -49,6 +52,27 @@ def test_top_tokens_are_those_of_a_plain_count():
 
 def test_an_expert_that_takes_every_token_has_none_beyond_its_share():
     assert top_tokens(np.array([3, 4, 4]), np.array([[0, 1], [0, 1], [0, 2]]), 3) == [[], [(3, 1, 1.0)], [(4, 1, 0.5)]]
+
+
+def test_the_newest_tables_stay(tmp_path):
+    def write(step: int) -> None:
+        write_table({"step": step, "tokens": 0, "top_k": 1, "layers": []}, tmp_path / f"experts-step-{step:08d}")
+
+    def steps() -> list[int]:
+        found = [sorted(int(path.stem[-8:]) for path in tmp_path.glob(f"experts-step-*.{kind}")) for kind in KINDS]
+        assert found[0] == found[1]
+        return found[0]
+
+    (tmp_path / "step-00000010.txt").touch()
+    for step in range(10, 100, 10):
+        write(step)
+    assert steps() == [50, 60, 70, 80, 90]
+    write(60)  # again, after a restart: those of later steps come again too
+    assert steps() == [50, 60, 70, 80, 90]
+    for step in (70, 80, 90, 100):
+        write(step)
+    assert steps() == [60, 70, 80, 90, 100]
+    assert (tmp_path / "step-00000010.txt").exists()
 
 
 def test_written_table(tmp_path):

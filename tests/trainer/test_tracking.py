@@ -2,19 +2,18 @@
 
 import fcntl
 import json
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from tracker import assert_all_shown, faulty_server, kept_files, recorded, shown
 
 from configs import ConfigError, from_dict, to_yaml
-from trainer.record import Record, read_metrics
+from trainer.record import Record
 from trainer.tracking import Input, inputs_of, read_state, shipper, start_shipper, tracking_uri
 from trainer.tracking.flat import scalars
 from trainer.tracking.mlflow import MlflowClient
@@ -61,26 +60,6 @@ def end(record, status="FINISHED", step=0):
     record.event("attempt_ended", status=status, reason="said so", step=step)
 
 
-def shown(root, run_dir, key="loss", experiment="muster"):
-    """`[(step, time in ms, value)]` of a metric of a run, found by its name, as it has just one MLflow run."""
-    client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
-    experiment = client.get_experiment_by_name(experiment)
-    (run,) = client.search_runs([experiment.experiment_id], f"attributes.run_name = '{run_dir.name}'")
-    history = client.get_metric_history(run.info.run_id, key)
-    return run, [(metric.step, metric.timestamp, metric.value) for metric in sorted(history, key=lambda m: m.step)]
-
-
-def recorded(run_dir, key="loss"):
-    return [(r["step"], int(r["time"] * 1000), r[key]) for r in read_metrics(run_dir) if key in r]
-
-
-def assert_all_shown(root, run_dir, experiment="muster"):
-    for key in ("loss", "eval_loss", "tokens"):
-        run, points = shown(root, run_dir, key, experiment)
-        assert points == recorded(run_dir, key)
-    return run
-
-
 def test_the_whole_record_is_shown(root):
     run_dir, config = make_run(root, "whole")
     inputs = [Input("text", "training", "/data/text", "ab" * 32, {"tokens": 5})._asdict()]
@@ -90,7 +69,7 @@ def test_the_whole_record_is_shown(root):
     (run_dir / "samples").mkdir()
     (run_dir / "samples" / "step-00000010.txt").write_text("def")
     end(record)
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
 
     run, points = shown(root, run_dir)
     assert points == recorded(run_dir)[:-1]  # a loss that is not a number is a gap
@@ -102,16 +81,15 @@ def test_the_whole_record_is_shown(root):
     assert run.data.params["train.steps"] == str(config.train.steps)
     (used,) = run.inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest, used.tags[0].value) == ("text", "ab" * 18, "training")
-    kept = Path(run.info.artifact_uri.removeprefix("file://"))
-    assert kept.is_relative_to(root / "mlartifacts")
-    assert {path.relative_to(kept).as_posix() for path in kept.rglob("*") if path.is_file()} == {
+    assert Path(run.info.artifact_uri.removeprefix("file://")).is_relative_to(root / "mlartifacts")
+    assert set(kept_files(run)) == {
         "config.yaml",
         "metrics.jsonl",
         "events.jsonl",
         "samples/step-00000010.txt",
     }
 
-    assert ship(run_dir) is None  # a second time adds nothing
+    assert ship(run_dir).missing is None  # a second time adds nothing
     again, points_again = shown(root, run_dir)
     assert (again.info.run_id, points_again) == (run.info.run_id, points)
 
@@ -121,7 +99,7 @@ def test_a_restart_repeats_no_step_and_keeps_the_run(root):
     record = started(run_dir, 1)
     take_steps(record, range(1, 26))
     end(record, "FAILED")
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
     before, first_points = shown(root, run_dir)
     assert before.info.status == "FAILED"
 
@@ -129,11 +107,11 @@ def test_a_restart_repeats_no_step_and_keeps_the_run(root):
     (run_dir / "config.yaml").write_text(to_yaml(changed))
     record = started(run_dir, 2)
     take_steps(record, range(21, 41))
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
     running, _ = shown(root, run_dir)
     assert (running.info.status, running.data.tags.get("reason")) == ("RUNNING", None)
     end(record)
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
     after, points = shown(root, run_dir)
     assert after.info.run_id == before.info.run_id
     assert after.info.status == "FINISHED"
@@ -153,7 +131,7 @@ def test_nothing_is_sent_twice_when_what_was_written_down_is_lost(root):
     (run_dir / "tracking.json").unlink()
     take_steps(record, range(8, 16))  # with other times
     end(record)
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
     after, points = shown(root, run_dir)
     assert after.info.run_id == before.info.run_id
     assert [step for step, *_ in points] == list(range(1, 16))
@@ -178,7 +156,7 @@ def test_killed_between_sending_and_writing_it_down(root):
     record = started(run_dir, 2)
     take_steps(record, range(21, 31))  # training was killed too, and repeats what the tracker already has
     end(record)
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
     for key, steps in (("loss", range(1, 31)), ("eval_loss", range(10, 31, 10))):
         assert [step for step, *_ in shown(root, run_dir, key)[1]] == list(steps)
 
@@ -188,14 +166,14 @@ def test_a_step_that_a_rollback_may_change_is_held_back(root):
     record = started(run_dir, 1)
     take_steps(record, range(1, 16))
     end(record, "FAILED")
-    assert "5 records" in ship(run_dir, attempt=1, once=False)
+    assert "5 records" in ship(run_dir, attempt=1, once=False).missing
     assert [step for step, *_ in shown(root, run_dir)[1]] == list(range(1, 11))
     record = started(run_dir, 2)
     take_steps(record, range(11, 18))
     record.event("rollback", from_step=17, to_step=10)
     take_steps(record, range(11, 26), loss=lambda step: 5.0 + step)
     end(record)
-    assert ship(run_dir, attempt=2, once=False) is None
+    assert ship(run_dir, attempt=2, once=False).missing is None
     assert_all_shown(root, run_dir)
     assert shown(root, run_dir)[1][10][2] == 16.0
 
@@ -204,7 +182,7 @@ def test_an_earlier_attempts_shipper_makes_way(root):
     run_dir, _ = make_run(root, "superseded")
     take_steps(started(run_dir, 1), [1])
     take_steps(started(run_dir, 2), [2])
-    assert ship(run_dir, attempt=1, parent=1, once=False) is None
+    assert ship(run_dir, attempt=1, parent=1, once=False).missing is None
     assert not (run_dir / "tracking.json").exists()
 
 
@@ -214,7 +192,7 @@ def test_one_at_a_time(root, monkeypatch):
     take_steps(started(run_dir, 1), [1])
     with (run_dir / "tracking.lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        assert "another process is sending taken" in ship(run_dir)
+        assert "another process is sending taken" in ship(run_dir).missing
 
 
 def test_two_at_once_take_turns(root):
@@ -226,59 +204,14 @@ def test_two_at_once_take_turns(root):
             take_steps(record, [step])
             time.sleep(0.02)
         end(record)
-        assert [one.result(60) for one in both] == [None, None]
+        assert [one.result(60).missing for one in both] == [None, None]
     assert_all_shown(root, run_dir)
-
-
-class FaultyServer:
-    """MLflow's own server in this process, with faults: `fault(path)` says what goes wrong with a request."""
-
-    def __init__(self, folder):
-        os.environ |= {
-            "_MLFLOW_SERVER_FILE_STORE": f"sqlite:///{folder}/mlflow.db",
-            "_MLFLOW_SERVER_ARTIFACT_ROOT": "mlflow-artifacts:/",
-            "_MLFLOW_SERVER_ARTIFACT_DESTINATION": f"{folder}/served",
-            "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
-            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        }
-        from mlflow.server import app
-        from werkzeug.serving import make_server
-
-        self.fault = lambda path: None
-        self.requests = 0
-
-        def faulty(environ, start_response):
-            self.requests += 1
-            fault = self.fault(environ["PATH_INFO"])
-            if fault == "before":
-                start_response("500 INTERNAL SERVER ERROR", [("Content-Type", "text/plain")])
-                return [b"no"]
-            if fault == "after":
-                list(app(environ, lambda *_: None))
-                start_response("500 INTERNAL SERVER ERROR", [("Content-Type", "text/plain")])
-                return [b"lost"]
-            return app(environ, start_response)
-
-        self._server = make_server("127.0.0.1", 0, faulty, threaded=True)
-        self.uri = f"http://127.0.0.1:{self._server.server_port}"
-        self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
-        self._thread.start()
-
-    def close(self):
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 @pytest.fixture(scope="module")
 def server(root):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        server = FaultyServer(root)
+    with faulty_server(root) as server:
         yield server
-        server.close()
-        for name in [name for name in os.environ if name.startswith("_MLFLOW_SERVER_")]:
-            del os.environ[name]
 
 
 def test_a_server_that_fails_loses_and_repeats_nothing(root, server, monkeypatch):
@@ -301,7 +234,7 @@ def test_a_server_that_fails_loses_and_repeats_nothing(root, server, monkeypatch
         return faults[kind].pop(0) if kind and faults[kind] else None
 
     server.fault = fault
-    assert ship(run_dir, grace=20.0) is None
+    assert ship(run_dir, grace=20.0).missing is None
     assert not any(faults.values())
     run = assert_all_shown(root, run_dir, "served")
     assert run.info.status == "FINISHED"
@@ -317,12 +250,12 @@ def test_a_server_that_stays_down_is_named_and_served_later(root, server, monkey
     take_steps(record, range(1, 10))
     end(record, "KILLED")
     server.fault = lambda path: "before"
-    message = ship(run_dir, attempt=1, once=False, grace=0.2)
+    message = ship(run_dir, attempt=1, once=False, grace=0.2).missing
     assert "9 records" in message
     assert server.uri in message
     assert read_state(run_dir)["error"] == message
     server.fault = lambda path: None
-    assert ship(run_dir) is None
+    assert ship(run_dir).missing is None
     assert assert_all_shown(root, run_dir).info.status == "KILLED"
     assert read_state(run_dir)["error"] is None
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from .shipper import ship
+from .start import GRACE
 
 NICE = 5
 """A quarter of a core that training wants as well: a run's few seconds of work still end soon after training."""
@@ -19,15 +20,16 @@ def main() -> int:
     parser.add_argument("--once", action="store_true", help="send what is missing and leave")
     parser.add_argument("--attempt", type=int, help="the attempt whose record this is")
     parser.add_argument("--parent-pid", type=int, help="the training process; when it is gone the attempt has ended")
+    parser.add_argument("--grace", type=float, default=GRACE, help="seconds without success until it gives up")
     args = parser.parse_args()
     if args.once:
-        message = ship(args.run_dir)
+        done = ship(args.run_dir, grace=args.grace)
     else:
         _stand_back()
-        message = ship(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False)
-    if message:
-        print(message, file=sys.stderr)
-    return 1 if message else 0
+        done = ship(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False, grace=args.grace)
+    if done.missing:
+        print(done.missing, file=sys.stderr)
+    return 1 if done.missing else 0
 
 
 def _stand_back() -> None:

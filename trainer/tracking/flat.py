@@ -1,8 +1,11 @@
 """Records and events as the flat metrics and tags that trackers take."""
 
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
+
+from ..notable import notable
 
 EXPERT_METRICS = 512
 """Expert loads of a step shown one by one; above, the largest and smallest of each layer."""
@@ -52,6 +55,16 @@ def tags(details: Mapping[str, Any]) -> dict[str, str]:
             found |= {f"{key}.{name}": str(item) for name, item in value.items()}
         elif isinstance(value, (str, int, float)) and key not in ("event", "time"):
             found[key] = str(value)
-    if commit := found.get("git_commit"):
-        found["mlflow.source.git.commit"] = commit
+    for key in ("commit", "dirty"):
+        if value := found.get(f"git_{key}"):
+            found[f"mlflow.source.git.{key}"] = value  # MLflow's own names, which its UI shows
+    return found
+
+
+def notable_tags(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What a person should know of a run (`trainer.notable`), a tag for each kind: `muster.policy`, `muster.hang`."""
+    found = {}
+    for kind, each in notable(events).items():
+        when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.time))
+        found[f"muster.{kind}"] = f"{each.text} ({each.times} in all, the last in attempt {each.attempt}, {when})"
     return found

@@ -16,24 +16,31 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs import Config, ConfigError, flatten, load
 
 from ..goodput import goodput, productive, total
 from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
-from .flat import scalars, tags
-from .start import read_state, tracking_uri, write_state
+from .artifacts import FINAL, LIVE, Artifacts
+from .flat import notable_tags, scalars, tags
+from .start import GRACE, read_state, tracking_uri, write_state
 from .tracker import Input, Point, RunInfo, Tracker
 
-GRACE = 60.0
-"""Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 30.0
 PATIENCE = 5.0
 """Seconds a sync by hand waits for another shipper of the run to end."""
-LIVE_ARTIFACTS = ("config.yaml", "samples")
-FINAL_ARTIFACTS = (*LIVE_ARTIFACTS, "plots", "profiles", "model", METRICS, EVENTS)
 GONE = "the training process ended without a word (killed, or out of memory)"
+
+
+class Shipped(NamedTuple):
+    """What one shipper did."""
+
+    records: int
+    """Lines of metrics.jsonl that were sent."""
+    files: int
+    missing: str | None
+    """One line that says what the tracker has not; None: it has everything."""
 
 
 def ship(
@@ -43,7 +50,7 @@ def ship(
     parent: int | None = None,
     once: bool = True,
     grace: float = GRACE,
-) -> str | None:
+) -> Shipped:
     """Send a run's record to the tracker its config names.
 
     Args:
@@ -52,9 +59,6 @@ def ship(
         parent: process id of the training process, the parent of this one.
         once: send what is there and leave; otherwise follow the record to the end of the attempt.
         grace: seconds without success, once nothing more is recorded, after which to give up.
-
-    Returns:
-        None if the tracker has everything, otherwise one line that says what is missing.
 
     Raises:
         ConfigError: not a run, or `tracking.uri` is nothing that MLflow takes.
@@ -66,13 +70,14 @@ def ship(
     uri = tracking_uri(run_dir, config)
     with _only_one(run_dir, PATIENCE if once else None) as free:
         if not free:
-            return f"another process is sending {run_dir.name} to {uri}"
+            return Shipped(0, 0, f"another process is sending {run_dir.name} to {uri}")
         from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
 
-        local = uri.startswith("sqlite:")
-        root = run_dir.resolve().parent / "mlartifacts" if local else None
+        root = run_dir.resolve().parent / "mlartifacts" if uri.startswith("sqlite:") else None
         tracker = MlflowTracker(uri, config.tracking.experiment, root)
-        return Shipper(run_dir, config, uri, tracker, attempt, parent, once, grace).run()
+        shipper = Shipper(run_dir, config, uri, tracker, attempt, parent, once, grace)
+        missing = shipper.run()
+        return Shipped(shipper.records, shipper.files, missing)
 
 
 class Shipper:
@@ -98,7 +103,11 @@ class Shipper:
         """None: not connected."""
         self._sent = {False: -1, True: -1}
         """Last training step and last evaluation that the tracker holds."""
-        self._files: dict[Path, tuple[int, int]] = {}
+        self.records = self.files = 0
+        """Sent so far."""
+        without = () if config.tracking.export_model else ("model",)
+        self._artifacts = Artifacts(run_dir, tracker, without, self._file_sent)
+        self._noted: dict[str, str] = {}
         self._state: dict[str, Any] = {}
         self._progress = time.monotonic()
         """When something last got through."""
@@ -111,7 +120,7 @@ class Shipper:
             if self._superseded() or (self.once and not self.events):
                 return None
             if ended and not finishing:
-                finishing = True
+                finishing, backoff = True, FIRST_BACKOFF
                 if self.parent is not None:
                     signal.signal(signal.SIGTERM, signal.SIG_DFL)
                 self._plot()
@@ -126,7 +135,8 @@ class Shipper:
                 failing = False
             except Exception as problem:  # whatever a tracker's client raises: the record is safe, try again
                 if not failing:
-                    print(f"cannot send to {self.uri}: {_line(problem)}", file=sys.stderr, flush=True)
+                    self._note_error(told := f"cannot send to {self.uri}: {_line(problem)}")
+                    print(told, file=sys.stderr, flush=True)
                 backoff = min(2 * backoff, MAX_BACKOFF) if failing and self._progress < begin else FIRST_BACKOFF
                 failing, self.index = True, None
                 if (ended or self.once) and time.monotonic() - self._progress > self.grace:
@@ -135,8 +145,11 @@ class Shipper:
 
     def _send_all(self, ended: dict[str, Any] | None) -> None:
         self._connect()
+        if (noted := notable_tags(self.events)) != self._noted:
+            self.tracker.describe({}, noted, [])
+            self._noted = noted
         self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
-        self._send_files(FINAL_ARTIFACTS if ended else LIVE_ARTIFACTS)
+        self._artifacts.send(FINAL if ended else LIVE)
         if ended:
             seconds = total(goodput(self.run_dir))
             books = {f"seconds.{name}": f"{value:.1f}" for name, value in seconds.items()}
@@ -157,9 +170,10 @@ class Shipper:
         details = started[-1] if started else {}
         inputs = [Input(**item) for item in details.get("inputs", ())]
         self.tracker.describe(flatten(self.config), tags(details), inputs)
-        self._sent = {False: sent.step, True: sent.evaluation}
+        self._sent, self._noted = {False: sent.step, True: sent.evaluation}, {}
         self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
         same = known.get("run_id") == sent.run_id
+        self._artifacts.held = known.get("files", {}) if same else {}
         self.index = MetricsIndex(self.run_dir, known.get("offset", 0) if same else 0)
         self._save()
 
@@ -178,6 +192,7 @@ class Shipper:
             points = [Point(record["step"], record["time"], scalars(record)) for record in records]
             if points:
                 self.tracker.log(points)
+                self.records += len(points)
                 self._progress = time.monotonic()
             for line in lines:
                 self._sent[line.evaluation] = max(self._sent[line.evaluation], line.step)
@@ -185,19 +200,10 @@ class Shipper:
             index.lines = [line for line in index.lines if line not in done]
             self._save()
 
-    def _send_files(self, names: tuple[str, ...]) -> None:
-        """Send the files that are new or changed since this process last sent them."""
-        for name in names:
-            if name == "model" and not self.config.tracking.export_model:
-                continue
-            top = self.run_dir / name
-            for path in [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file()):
-                status = path.stat()
-                if self._files.get(path) != (signature := (status.st_mtime_ns, status.st_size)):
-                    folder = path.parent.relative_to(self.run_dir).as_posix()
-                    self.tracker.artifact(path, "" if folder == "." else folder)
-                    self._files[path] = signature
-                    self._progress = time.monotonic()
+    def _file_sent(self) -> None:
+        self.files += 1
+        self._progress = time.monotonic()
+        self._save()
 
     def _ended(self) -> dict[str, Any] | None:
         """`attempt_ended` of the attempt, or what stands for it when its process is gone."""
@@ -205,21 +211,17 @@ class Shipper:
         self._read_events()
         if not self.events:
             return None
-        if self.once:
-            status, reason = status_of(self.events)
-            attempt = max(event["attempt"] for event in self.events)
-            gone = status == "FAILED"
-        else:
-            attempt, reason = self.attempt or max(event["attempt"] for event in self.events), GONE
+        status, reason = status_of(self.events)
+        gone = status == "FAILED" if self.once else gone
+        attempt = self.attempt or max(event["attempt"] for event in self.events)
         for event in reversed(self.events):
             if event["event"] == "attempt_ended" and event["attempt"] == attempt:
                 return event
-        return {"status": "FAILED", "time": time.time(), "reason": reason} if gone else None
+        return {"status": "FAILED", "time": time.time(), "reason": reason or GONE} if gone else None
 
     def _superseded(self) -> bool:
-        if self.attempt is None:
-            return False
-        return any(event["event"] == "attempt_started" and event["attempt"] > self.attempt for event in self.events)
+        own = self.attempt
+        return own is not None and any(e["event"] == "attempt_started" and e["attempt"] > own for e in self.events)
 
     def _read_events(self) -> None:
         try:
@@ -237,6 +239,9 @@ class Shipper:
 
     def _plot(self) -> None:
         try:
+            made, lines = self.run_dir / "plots" / "loss.png", self.run_dir / METRICS
+            if made.exists() and made.stat().st_mtime_ns > lines.stat().st_mtime_ns:
+                return  # a sync by hand of what was sent
             from ..plots import plot_run  # matplotlib is needed at the end only
 
             plot_run(self.run_dir)
@@ -249,21 +254,27 @@ class Shipper:
             return None
         return f"{len(lines)} records after the last checkpoint are held back, as the run may go on from there"
 
+    def _note_error(self, error: str, **more: Any) -> dict[str, Any]:
+        """Write it beside what is known of the tracker. Returns all of it."""
+        known = read_state(self.run_dir)
+        state = (known if known.get("uri") == self.uri else {"uri": self.uri}) | {"error": error, **more}
+        write_state(self.run_dir, state)
+        return state
+
     def _give_up(self, problem: Exception) -> str:
-        state = read_state(self.run_dir)
-        if state.get("uri") != self.uri:
-            state = {"uri": self.uri}
-        left = MetricsIndex(self.run_dir, state.get("offset", 0))
+        left = MetricsIndex(self.run_dir, self._note_error(_line(problem)).get("offset", 0))
         left.update()
-        message = f"{len(left.lines)} records and the end of the run are not sent to {self.uri}: {_line(problem)}"
-        write_state(self.run_dir, state | {"missing": len(left.lines), "error": message})
+        end = " and the end of the run" if self._ended() else ""
+        message = f"{len(left.lines)} records{end} are not sent to {self.uri}: {_line(problem)}"
+        self._note_error(message, missing=len(left.lines))
         return message
 
     def _save(self) -> None:
         index = self.index
         assert index is not None
         offset = min((line.start for line in index.lines), default=index.offset)
-        state = self._state | {"offset": offset, "missing": len(index.lines), "error": self._held()}
+        state = self._state | {"offset": offset, "missing": len(index.lines), "files": self._artifacts.held}
+        state["error"] = self._held()
         if state != read_state(self.run_dir):
             write_state(self.run_dir, state)
 

@@ -14,6 +14,8 @@ from ..record import read_events
 from .tracker import Input
 
 STATE, LOG = "tracking.json", "tracking.log"
+GRACE = 60.0
+"""Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
 
 
 class ShipperHandle:
@@ -53,7 +55,7 @@ def start_shipper(run_dir: str | Path, config: Config) -> ShipperHandle:
     attempt = max((event["attempt"] for event in read_events(run_dir)), default=1)
     # -P: a `trainer` folder of the user's in the working directory must not win over this package.
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
-    command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid())]
+    command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid()), "--grace", str(GRACE)]
     with (run_dir / LOG).open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
@@ -94,7 +96,8 @@ def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_state(run_dir: str | Path) -> dict[str, Any]:
-    """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error."""
+    """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error,
+    and files: time of change and size of each that was sent."""
     try:
         return json.loads((Path(run_dir) / STATE).read_text())
     except (FileNotFoundError, ValueError):

@@ -1,0 +1,48 @@
+"""The files of a run that its tracker gets: each once, and again when it has changed."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ..record import EVENTS, METRICS
+from .tracker import Tracker
+
+LIVE = ("config.yaml", EVENTS, "samples")
+FINAL = (*LIVE, "plots", "profiles", "stacks", "model", METRICS)
+
+
+class Artifacts:
+    """Sends files, and knows which the tracker holds.
+
+    Args:
+        without: names at the top of the run's folder that are not sent.
+        sent: called after each file that was sent.
+    """
+
+    def __init__(self, run_dir: Path, tracker: Tracker, without: tuple[str, ...], sent: Callable[[], None]) -> None:
+        self.run_dir, self.tracker = run_dir, tracker
+        self._without, self._sent = without, sent
+        self.held: dict[str, list[int]] = {}
+        """Time of change and size of each file that the tracker holds."""
+
+    def send(self, names: tuple[str, ...]) -> None:
+        """Send what is new or has changed of these files and folders; an empty file tells nothing."""
+        for path in self._files(names):
+            name, folder = (p.relative_to(self.run_dir).as_posix() for p in (path, path.parent))
+            try:
+                status = path.stat()
+                signature = [status.st_mtime_ns, status.st_size]
+                if self.held.get(name) == signature or not status.st_size:
+                    continue
+                self.tracker.artifact(path, "" if folder == "." else folder)
+            except Exception:
+                if path.exists():
+                    raise
+                continue  # training has just removed it: an old table, the stacks of a rank that ended
+            self.held[name] = signature
+            self._sent()
+
+    def _files(self, names: tuple[str, ...]) -> Iterator[Path]:
+        for name in names:
+            top = self.run_dir / name
+            if name not in self._without:
+                yield from [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
