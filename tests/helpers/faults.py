@@ -49,6 +49,10 @@ def _at_step(step: int, do: Callable[[], None]) -> None:
     loop.learning_rate = wrapped
 
 
+def set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
 def stand_still(rank: int, step: int) -> None:
     """Let one rank of several stand still when it begins the given step."""
     if os.environ["RANK"] == str(rank):
