@@ -145,7 +145,7 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
     from models.plan import predict
     from trainer import engine as ds
     from trainer.forecast import PeakMemory
-    from trainer.rates import device_facts
+    from trainer.rates import device_facts, measure
     from trainer.step import train_step
 
     as_trainer = ds.keep_freed_memory
@@ -154,7 +154,10 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
         ds.keep_freed_memory = lambda: None
     config = run_config(sections)
     ds.start_processes(600)
-    device = device_facts(ds.device(), config.train.precision)
+    precision = config.train.precision
+    measured = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(measured, measure(ds.device(), precision))
+    device = device_facts(ds.device(), precision, measured)
     assert device
     plan = predict(config, device)
     gc.collect()

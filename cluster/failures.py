@@ -31,6 +31,8 @@ class Failure:
     traceback: str = ""
     lost: bool = False
     """The process is gone without a word: killed, out of memory, or its machine is."""
+    broken: tuple[int, ...] | None = None
+    """Ranks of machines that cannot train (trainer.preflight); empty: it cannot be told whose."""
 
     @property
     def collateral(self) -> bool:

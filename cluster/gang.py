@@ -273,4 +273,5 @@ def _words(error: Exception) -> str:
 
 
 def _failure(rank: int, end: dict[str, Any]) -> Failure:
-    return Failure(rank, end["reason"], end.get("traceback", ""), lost=end["kind"] == "lost")
+    broken = tuple(end["ranks"]) if end["kind"] == "broken" else None
+    return Failure(rank, end["reason"], end.get("traceback", ""), lost=end["kind"] == "lost", broken=broken)

@@ -39,7 +39,8 @@ class Decision(NamedTuple):
 
 def kind_of(failure: Failure) -> Kind:
     """By its words; a process that the kernel killed for memory looks as any that is gone."""
-    if failure.lost or failure.collateral:  # of a connection that broke, only the ends are seen
+    # Of a connection that broke, only the ends are seen.
+    if failure.lost or failure.collateral or failure.broken is not None:
         return "infrastructure"
     return "memory" if any(words in failure.reason for words in OUT_OF_MEMORY) else "error"
 

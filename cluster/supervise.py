@@ -37,6 +37,7 @@ class Supervisor:
     def __init__(self, run_dir: Path, gang: Gang, joined: bool, folder: str) -> None:
         self._run_dir, self._gang, self._joined, self._folder = run_dir, gang, joined, folder
         self._counts = worker_counts(read_config(run_dir))
+        self._left_out: set[str] = set()
         self._suspects: dict[str, float] = {}
         self._looked = 0.0
 
@@ -51,8 +52,12 @@ class Supervisor:
             ends, failures = self._gang.attempt(self._run_dir, self._folder, patience, self._look)
             patience = PATIENCE
             if failures:
+                broken = {rank for failure in failures for rank in failure.broken or ()}
+                self._left_out |= {self._gang.members[rank].node for rank in broken}
                 self._suspects |= dict.fromkeys(self._gang.unreached(), time.monotonic() + SUSPECTED)
                 judge(self._run_dir, failures, cpu=not self._gang.each.gpus)
+                if broken and not self._has_room(self._counts[-1], self._left_out):
+                    raise Final("failure", f"{failures[0].reason}; without it the cluster is too small for the run")
             elif "KILLED" not in ends:
                 return "FINISHED"
             elif (reason := take_stop(self._run_dir)) == "" or not (reason or self._joined):
@@ -67,7 +72,7 @@ class Supervisor:
         began, told = time.monotonic(), False
         while take_stop(self._run_dir) != "":
             avoid = self._avoided()
-            all_or_fewer = time.monotonic() - began > SHRINK_AFTER or not self._may_come_back(avoid)
+            all_or_fewer = time.monotonic() - began > SHRINK_AFTER or not self._has_room(self._counts[0], avoid)
             for workers in self._counts if all_or_fewer else self._counts[:1]:
                 if self._gang.gather(workers, avoid):
                     self._tell_size(workers)
@@ -81,15 +86,15 @@ class Supervisor:
             time.sleep(0.5)
         return False
 
-    def _may_come_back(self, avoid: set[str]) -> bool:
-        """Whether the cluster has, in use or not, what the largest gang needs."""
+    def _has_room(self, workers: int, avoid: set[str]) -> bool:
+        """Whether the cluster has, in use or not, what a gang needs."""
         total = [machine.total for machine in machines() if machine.id not in avoid]
-        return assign(Asked(self._counts[0], self._gang.each, self._gang.group), total, total) is not None
+        return assign(Asked(workers, self._gang.each, self._gang.group), total, total) is not None
 
     def _avoided(self) -> set[str]:
         now = time.monotonic()
         self._suspects = {id: until for id, until in self._suspects.items() if until > now}
-        return {*self._suspects, *(draining() if self._joined else ())}
+        return {*self._left_out, *self._suspects, *(draining() if self._joined else ())}
 
     def _tell_size(self, workers: int) -> None:
         if len(self._counts) > 1:

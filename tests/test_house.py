@@ -114,7 +114,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEVER_IMPORTED = {
     "mypy", "ruff", "types-psutil", "types-pyyaml",  # tools of `make check`
 }  # fmt: skip
-BROUGHT_ALONG = {"werkzeug"}  # part of MLflow's server, which a test runs with faults put in
+BROUGHT_ALONG = {
+    "click",  # Ray's and MLflow's command lines, which the manifests of deploy/ are held against
+    "werkzeug",  # part of MLflow's server, which a test runs with faults put in
+}
 
 
 def plain(requirement: str) -> str:

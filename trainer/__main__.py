@@ -20,6 +20,7 @@ from configs import ConfigError, load
 from .engine import start_processes
 from .loop import TrainingStopped, train
 from .output import output_kept
+from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
 from .resume import from_chief
 from .run import is_finished, prepare_run, read_config
@@ -54,7 +55,7 @@ def main() -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # torchrun ends every process with the first: let rank 0 say its message
         return 2
-    except TrainingStopped as stopped:
+    except (TrainingStopped, BadMachine) as stopped:
         _say(f"muster: {stopped}")
         return 1
     finally:
@@ -74,6 +75,7 @@ def _prepare(config) -> Path:
     run_dir, mistake = from_chief(prepare)
     if run_dir is None:
         raise ConfigError(mistake)
+    require_folder(run_dir)
     return run_dir
 
 

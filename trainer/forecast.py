@@ -2,6 +2,7 @@
 
 import contextlib
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from configs import Config
 from models.plan import predict
 
-from .rates import device_facts
+from .rates import Rates, device_facts
 
 WARM_UP = 2
 """Steps that are left out of the median."""
@@ -47,11 +48,16 @@ def _peak_resident() -> int | None:
 
 
 class Forecast:
-    """A prediction made before the model is built, and the measurements to hold it to. A collective to construct."""
+    """A prediction made before the model is built, and the measurements to hold it to, from here on.
 
-    def __init__(self, config: Config, here: torch.device):
+    Args:
+        here: this process's device.
+        measured: gives what each process measured of its own; what it leaves in memory counts as the run's.
+    """
+
+    def __init__(self, config: Config, here: torch.device, measured: Callable[[], Sequence[Rates]]):
         self._memory = PeakMemory(here)
-        device = device_facts(here, config.train.precision)
+        device = device_facts(here, config.train.precision, measured())
         self._plan = predict(config, device) if device else None
         self._seconds: list[float] = []
 

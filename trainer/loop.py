@@ -27,6 +27,7 @@ from .export import export
 from .forecast import Forecast
 from .measure import step_metrics
 from .plugins import load_plugins
+from .preflight import preflight
 from .profile import Profiler
 from .record import Record
 from .resume import from_chief, resume, roll_back
@@ -54,6 +55,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     Raises:
         TrainingStopped: train.max_nonfinite_steps steps were skipped in a row, or a page of the data is damaged.
         ConfigError: the run's checkpoints or data are not what they should be.
+        BadMachine: a machine, a link or the run's folder is not what training needs (trainer.preflight).
     """
     config = read_config(run_dir)
     stop = _catch_signals()
@@ -108,7 +110,8 @@ def _steps(
     train, here = config.train, ds.device()
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
     held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
-    forecast = Forecast(config, here)  # measures the devices, all together, before the model takes memory
+    # Before the model takes memory.
+    forecast = Forecast(config, here, lambda: preflight(run_dir, config, record))
     if record:
         record.event("plan", **forecast.predicted())
     trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+from .preflight import require_folder
 from .record import read_events
 
 LOGS = "logs"
@@ -20,7 +21,11 @@ def output_kept(run_dir: Path) -> Iterator[None]:
     processes too. An exception that ends the block is printed there.
 
     Every rank must be here before any goes past the first barrier of `trainer.loop.train`, which begins the attempt.
+
+    Raises:
+        BadMachine: the run's folder is not there.
     """
+    require_folder(run_dir)
     attempt = sum(event["event"] == "attempt_started" for event in read_events(run_dir)) + 1
     path = run_dir / LOGS / f"attempt-{attempt:02d}-rank-{int(os.environ.get('RANK', '0')):04d}.log"
     path.parent.mkdir(exist_ok=True)

@@ -11,13 +11,18 @@ from pathlib import Path
 
 from configs import ConfigError
 
+from .compile_locks import mend_compile_locks
+
 
 def load_plugins(plugins: Sequence[str]) -> None:
     """Import each plugin: `package.module`, or the path of a Python file.
 
+    It is the first of a run that may compile something, so locks that a killed compilation left are removed before.
+
     Raises:
-        ConfigError: a plugin cannot be imported, with the line that failed.
+        ConfigError: a plugin cannot be imported, with the line that failed; or as `mend_compile_locks`.
     """
+    mend_compile_locks()
     here = os.getcwd()
     if plugins and here not in sys.path:
         sys.path.append(here)  # last: our own packages are loaded by now, and a user's folder of that name stays out

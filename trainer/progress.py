@@ -100,6 +100,9 @@ class ProgressView:
             self._print(f"step {record['step']}  {name.replace('_', ' ')} (layer/expert): {', '.join(which[:8])}{more}")
         elif name == "hang":
             self._print(f"hang  {record['reason']}; stacks of {len(record['stacks'])} ranks in the run's folder")
+        elif name == "preflight":
+            for line in record["slow"]:
+                self._print(f"preflight  {line}")
         elif name not in ("plan", "evaluation", "resolved", "failure"):
             self._print(f"{name.replace('_', ' ')}  {_details(record)}")
 

@@ -6,8 +6,8 @@ attempt is a new process even so: nothing of one that failed can reach the next.
 It reads one JSON object a line: `run_dir`, `folder` (the user's working directory), `environment` (torchrun's
 variables) and `patience` (see `trainer.loop.train`). It answers each with two: `{"pid": ...}`, and how the attempt
 ended: `{"status": "FINISHED"}` or `KILLED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and `stopped` (the
-trainer's own words), `error` (with a `traceback`) and `lost` (it left no word). When its standard input is closed it
-ends what it has started, and itself.
+trainer's own words), `broken` (with the `ranks` of machines that cannot train, where it can be told), `error` (with a
+`traceback`) and `lost` (it left no word). When its standard input is closed it ends what it has started, and itself.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from configs import ConfigError
 
 from .loop import TrainingStopped, train
 from .output import output_kept
+from .preflight import BadMachine
 
 PR_SET_PDEATHSIG = 1
 
@@ -104,6 +105,8 @@ def _attempt(job: dict[str, Any], said: int) -> NoReturn:
         outcome = {"kind": "mistake", "reason": str(error)}
     except TrainingStopped as error:
         outcome = {"kind": "stopped", "reason": str(error)}
+    except BadMachine as error:
+        outcome = {"kind": "broken", "reason": str(error), "ranks": error.ranks}
     except BaseException as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
         outcome = {"kind": "error", "reason": reason, "traceback": traceback.format_exc()}

@@ -92,6 +92,19 @@ def test_a_lost_process_is_followed_by_an_attempt_that_waits_for_the_lock(tmp_pa
     assert gang.avoided == [set(), {"there"}]  # which did not answer after the failure
 
 
+def test_a_machine_that_cannot_train_is_left_out_where_others_will_do(tmp_path, cluster):
+    bad = Failure(0, "host-0: wrong products", broken=(0,))
+    supervisor, _ = supervised(tmp_path, [1], [bad, "FINISHED"])
+    with pytest.raises(Final, match="host-0: wrong products; without it the cluster is too small"):
+        supervisor.run()
+    cluster["machines"].append(Machine("other", "10.0.0.2", Node(4.0, 0.0), Node(4.0, 0.0)))
+    supervisor, gang = supervised(tmp_path, [1], [bad, "FINISHED"])
+    assert supervisor.run() == "FINISHED"
+    assert gang.avoided == [set(), {"here", "there"}]
+    kinds = [event["kind"] for event in read_events(tmp_path) if event["event"] == "worker_failed"]
+    assert kinds == ["infrastructure"] * 2
+
+
 def test_a_failure_too_many_ends_it(tmp_path, cluster):
     supervisor, gang = supervised(tmp_path, [1], [GONE] * 5)
     with pytest.raises(Final, match=r"4 infrastructure failures .*; rank 1: the process is gone"):

@@ -72,6 +72,10 @@ def wait_at_gates(folder: Path, steps: Sequence[int], grace: float, killed_in: i
         kill_at_step(killed_in, signal.SIGKILL)
 
 
+def set_variable(name: str, value: str) -> None:
+    os.environ[name] = value
+
+
 def stand_still(rank: int, step: int) -> None:
     """Let one rank of several stand still when it begins the given step."""
     if os.environ["RANK"] == str(rank):

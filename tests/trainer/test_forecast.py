@@ -7,11 +7,13 @@ from support import resolved
 
 from trainer.engine import start_processes
 from trainer.forecast import Forecast
+from trainer.rates import measure
 
 
 def test_predicted_beside_measured():
     start_processes(60)
-    forecast = Forecast(resolved(), torch.device("cpu"))
+    here = torch.device("cpu")
+    forecast = Forecast(resolved(), here, lambda: [measure(here, "fp32")])
     assert forecast.measured()["peak_memory"] is None
     held = torch.ones(1 << 24)  # 67 MB
     for seconds in (9.0, 9.0, 0.5, 0.25, 0.75):

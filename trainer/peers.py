@@ -1,0 +1,188 @@
+"""Which machine is bad: a pure function of what every process of a run measured of itself. Knows no torch."""
+
+from collections import Counter
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Literal, NamedTuple
+
+SLOW = 0.5
+"""Share of its peers' median under which a figure is named."""
+CLOCK = 1.0
+"""Seconds that a clock may differ from rank 0's: the record's times come from several machines."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one process measured of its device, its machine and what joins it to the others. Rates are per second."""
+
+    rank: int
+    host: str
+    address: str
+    """Towards rank 0: with the host's name it tells machines apart."""
+    device: str
+    """Its model: only equal ones are compared."""
+    identity: str
+    """The very device, where it has a number of its own."""
+    product: float
+    """FLOP/s."""
+    copy: float
+    """Bytes/s, read and written counted."""
+    right: bool
+    """The matrix product's result was exact."""
+    fingerprint: str
+    """Of that result."""
+    sums_right: bool
+    """An all-reduce and an all-gather gave what they must."""
+    link: float | None
+    """Bytes/s each way with the quickest partner; None: there was none."""
+    wrong_from: list[int]
+    """Ranks whose numbers arrived wrong here."""
+    sees_folder: bool
+    """A file that rank 0 has just made in the run's folder is there."""
+    write: float | None
+    """Bytes/s into the run's folder, on disk; None: not measured by this rank, or there was little room."""
+    free_disk: int | None
+    disk_error: str
+    disk_full: bool
+    clock: tuple[float, float]
+    """Seconds ahead of rank 0's, and by how many that may be wrong."""
+    free_memory: int
+    """Of the device."""
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def machine(self) -> tuple[str, str]:
+        return self.host, self.address
+
+
+class Verdict(NamedTuple):
+    """One thing that is bad, on one machine.
+
+    Attributes:
+        kind: `broken`: no training there; `slow`: it will do, and somebody should look.
+        singled_out: False: something is wrong between machines, and which of them is the bad one cannot be told.
+    """
+
+    kind: Literal["broken", "slow"]
+    what: str
+    reason: str
+    host: str
+    ranks: list[int]
+    singled_out: bool = True
+
+
+def judge(reports: Sequence[Report]) -> list[Verdict]:
+    """What is bad, the broken first.
+
+    A figure is slow beside the median of the other processes on equal devices (of a disk: of the other machines), of
+    two beside the other. A link is one end's or the other's, so that it takes three to tell.
+
+    Args:
+        reports: of every rank, in order.
+    """
+    return [*_broken(reports), *_slow(reports)]
+
+
+def _broken(reports: Sequence[Report]) -> Iterable[Verdict]:
+    yield from _name(reports, [not r.right for r in reports], "product", "a matrix product came out wrong")
+    for device in sorted({report.device for report in reports}):
+        same = [report for report in reports if report.device == device]
+        sure, odd = _odd([report.fingerprint for report in same])
+        yield from _name(same, odd, "product", f"a matrix product differs from that of other {device}", sure)
+    wrong = [not report.sums_right for report in reports]
+    yield from _name(reports, wrong, "sums", "an all-reduce or all-gather arrived wrong", not all(wrong))
+    yield from _exchanges(reports)
+    unseen = [not report.sees_folder for report in reports]
+    yield from _name(reports, unseen, "folder", "the run's folder is not the one that rank 0 writes to")
+    for error in sorted({report.disk_error for report in reports if report.disk_error}):
+        failed = [report.disk_error == error for report in reports]
+        yield from _name(reports, failed, "disk", f"the run's folder cannot be written: {error}")
+    for name in ("torch", "deepspeed"):
+        yield from _versions(reports, name, "broken")
+
+
+def _slow(reports: Sequence[Report]) -> Iterable[Verdict]:
+    yield from _versions(reports, "python", "slow")
+    for device in sorted({report.device for report in reports}):
+        same = [report for report in reports if report.device == device]
+        yield from _behind(same, [r.product for r in same], "product", 1e9, "GFLOP/s of matrix products")
+        yield from _behind(same, [r.copy for r in same], "copy", 1e9, "GB/s of copying")
+        yield from _behind(same, [float(r.free_memory) for r in same], "memory", 1e9, "GB of free device memory")
+    if len({report.machine for report in reports}) > 2 or len(reports) > 2:
+        yield from _behind(reports, [report.link for report in reports], "link", 1e9, "GB/s to the quickest peer")
+    yield from _behind(reports, [report.write for report in reports], "disk", 1e6, "MB/s into the run's folder")
+    full = [report.disk_full for report in reports]
+    yield from _name(reports, full, "full", "the disk of the run's folder is full", kind="slow")
+    for report in _firsts(reports):
+        ahead, error = report.clock
+        if abs(ahead) - error > CLOCK:
+            reason = f"its clock is {abs(ahead):.1f} s {'ahead of' if ahead > 0 else 'behind'} rank 0's"
+            yield Verdict("slow", "clock", reason, report.host, [report.rank])
+
+
+def _firsts(reports: Sequence[Report]) -> list[Report]:
+    """The first process of each machine."""
+    return list({report.machine: report for report in reversed(reports)}.values())[::-1]
+
+
+def _name(
+    reports: Sequence[Report],
+    bad: Sequence[bool],
+    what: str,
+    reason: str,
+    sure: bool = True,
+    kind: Literal["broken", "slow"] = "broken",
+) -> Iterable[Verdict]:
+    """One verdict for each machine that has a bad process."""
+    ranks: dict[Hashable, list[Report]] = {}
+    for report, is_bad in zip(reports, bad, strict=True):
+        if is_bad:
+            ranks.setdefault(report.machine, []).append(report)
+    for found in ranks.values():
+        yield Verdict(kind, what, reason, found[0].host, [report.rank for report in found], sure)
+
+
+def _odd(values: Sequence[str]) -> tuple[bool, list[bool]]:
+    """Who differs from most. Where no value is that of more than half, all are named, and False."""
+    (most, count), *_ = Counter(values).most_common()
+    sure = 2 * count > len(values)
+    return sure, [value != most or not sure for value in values]
+
+
+def _exchanges(reports: Sequence[Report]) -> Iterable[Verdict]:
+    """A machine whose exchanges went wrong with more than one other is the bad one; of two, either may be."""
+    machine_of = {report.rank: report.machine for report in reports}
+    ends: Counter[tuple[str, str]] = Counter()
+    for report in reports:
+        for partner in {machine_of[rank] for rank in report.wrong_from}:
+            ends.update([report.machine, partner])
+    worst = [machine for machine, count in ends.items() if count == max(ends.values())]
+    bad = [report.machine in worst for report in reports]
+    yield from _name(reports, bad, "link", "numbers arrived wrong over its link", sure=len(worst) == 1)
+
+
+def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slow"]) -> Iterable[Verdict]:
+    """Who has another version than most; where there is no most, than rank 0."""
+    values = [report.versions.get(name, "unknown") for report in reports]
+    sure, odd = _odd(values)
+    usual = values[odd.index(False)] if sure else values[0]
+    for value in sorted(set(values) - {usual}):
+        others = [each == value for each in values]
+        yield from _name(reports, others, "versions", f"it has {name} {value} where others have {usual}", kind=kind)
+
+
+def _behind(
+    reports: Sequence[Report], values: Sequence[float | None], what: str, unit: float, words: str
+) -> Iterable[Verdict]:
+    """Who has less than `SLOW` of the median of the others that have a figure; the slowest of a machine is told."""
+    have = [(value, report) for value, report in zip(values, reports, strict=True) if value is not None]
+    found: dict[Hashable, list[tuple[float, Report, float]]] = {}
+    for index, (value, report) in enumerate(have):
+        others = [other for other, _ in have[:index] + have[index + 1 :]]
+        if others and value < SLOW * (usual := median(others)):
+            found.setdefault(report.machine, []).append((value, report, usual))
+    for slow in found.values():
+        value, report, usual = min(slow, key=lambda item: item[0])
+        reason = f"{value / unit:.3g} {words}, its peers' median is {usual / unit:.3g}"
+        yield Verdict("slow", what, reason, report.host, [each.rank for _, each, _ in slow])
