@@ -66,6 +66,7 @@ def wait_for(condition, seconds=100.0):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_broken_server_holds_up_no_step_and_misses_none(tmp_path, make, gates):
     """Healthy; then 500; then a request is held while ten steps are taken; then nobody listens, the training process is
     killed, and its second attempt ends before the server is back."""
