@@ -23,7 +23,8 @@ RESERVED, STARTED, ENDED = 20.0, 120.0, 15.0
 """Seconds that a placement group, new workers, and the end of an attempt's processes may take."""
 EXPLAINED = 5.0
 """Seconds in which the failure shows that others follow from: a connection may close before a process is seen dead."""
-ANSWERED = 5.0
+ANSWERED = 10.0
+"""Seconds after which a worker that does not answer is taken for unreachable."""
 TICK = 1.0
 
 

@@ -40,6 +40,7 @@ class Supervisor:
         self._left_out: set[str] = set()
         self._suspects: dict[str, float] = {}
         self._looked = 0.0
+        self._size = 0
 
     def run(self) -> str:
         """Returns FINISHED, or KILLED after a stop that the user asked for.
@@ -77,7 +78,7 @@ class Supervisor:
                 if self._gang.gather(workers, avoid):
                     self._tell_size(workers)
                     return True
-            if not told and time.monotonic() - began > SHRINK_AFTER:
+            if all_or_fewer and not told and time.monotonic() - began > SHRINK_AFTER:
                 told = True
                 each = self._gang.each
                 room = " + ".join(f"{m.free.cpus:g} CPUs {m.free.gpus:g} GPUs" for m in machines() if m.id not in avoid)
@@ -94,10 +95,11 @@ class Supervisor:
     def _avoided(self) -> set[str]:
         now = time.monotonic()
         self._suspects = {id: until for id, until in self._suspects.items() if until > now}
-        return {*self._left_out, *self._suspects, *(draining() if self._joined else ())}
+        return {*self._left_out, *self._suspects, *draining()} if self._joined else self._left_out
 
     def _tell_size(self, workers: int) -> None:
-        if len(self._counts) > 1:
+        if len(self._counts) > 1 and workers != self._size:
+            self._size = workers
             most, fewest, on = self._counts[0], self._counts[-1], len({member.node for member in self._gang.members})
             reason = f"{workers} processes on {on} machines; cluster.workers allows {fewest} to {most}"
             self._note("policy", action="resize", reason=reason)
