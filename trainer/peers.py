@@ -87,7 +87,7 @@ def judge(reports: Sequence[Report]) -> list[Verdict]:
 def _broken(reports: Sequence[Report]) -> Iterable[Verdict]:
     yield from _name(reports, [not r.right for r in reports], "product", "a matrix product came out wrong")
     for device in sorted({report.device for report in reports}):
-        same = [report for report in reports if report.device == device]
+        same = [report for report in reports if report.device == device and report.right]
         sure, odd = _odd([report.fingerprint for report in same])
         yield from _name(same, odd, "product", f"a matrix product differs from that of other {device}", sure)
     wrong = [not report.sums_right for report in reports]
@@ -145,7 +145,7 @@ def _name(
 
 def _odd(values: Sequence[str]) -> tuple[bool, list[bool]]:
     """Who differs from most. Where no value is that of more than half, all are named, and False."""
-    (most, count), *_ = Counter(values).most_common()
+    most, count = next(iter(Counter(values).most_common(1)), ("", 0))
     sure = 2 * count > len(values)
     return sure, [value != most or not sure for value in values]
 

@@ -32,7 +32,7 @@ def test_sound_machines_are_not_named(reports):
 
 
 BROKEN = {
-    "product": {"right": False},
+    "product": {"right": False, "fingerprint": "bb"},
     "folder": {"sees_folder": False},
     "disk": {"disk_error": "Permission denied"},
     "versions": {"versions": VERSIONS | {"torch": "2.12.0"}},
