@@ -96,7 +96,11 @@ def read_message(content: bytes) -> dict[str, Any]:
         raise BadMessage(f"it holds {outside[0]!r}, a file outside of {TOP}/")
     if not isinstance(message, dict):
         raise BadMessage("its message.json is no mapping")
-    kinds = {"submit": {"id": str, "job": dict}, "retry": {"id": str, "new": str}, "stop": {"id": str, "now": bool}}
+    kinds: dict[str, dict[str, Any]] = {
+        "submit": {"id": str, "job": dict},
+        "retry": {"id": str, "new": str},
+        "stop": {"id": str, "now": bool},
+    }
     if message.get("do") not in kinds:
         raise BadMessage(f"its do is {message.get('do')!r}")
     _check_types(message, kinds[message["do"]])

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,31 @@ SLOW = 0.5
 """Share of its peers' median under which a figure is named."""
 CLOCK = 1.0
 """Seconds that a clock may differ from rank 0's: the record's times come from several machines."""
+
+
+class BadMachine(RuntimeError):
+    """A machine that cannot train. Every rank of the attempt raises the same.
+
+    Args:
+        reason: for the user, with the names of the machines.
+        hosts: to leave out; empty: something is wrong, and which machine has it cannot be told.
+        ranks: of the processes there.
+    """
+
+    def __init__(self, reason: str, hosts: list[str], ranks: list[int]) -> None:
+        super().__init__(reason, hosts, ranks)
+        self.reason, self.hosts, self.ranks = reason, hosts, ranks
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def no_folder(run_dir: Path, hosts: list[str], ranks: list[int]) -> BadMachine:
+    return BadMachine(
+        f"{run_dir} is not there on {', '.join(hosts)}: run.root must be a folder that every machine reaches",
+        hosts,
+        ranks,
+    )
 
 
 @dataclass(frozen=True)
