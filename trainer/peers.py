@@ -201,11 +201,15 @@ def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slo
 def _behind(
     reports: Sequence[Report], values: Sequence[float | None], what: str, unit: float, words: str
 ) -> Iterable[Verdict]:
-    """Who has less than `SLOW` of the median of the others that have a figure; the slowest of a machine is told."""
+    """Who has less than `SLOW` of the median of the others that have a figure; the slowest of a machine is told.
+
+    Processes that share the cores of one machine are not compared with each other: only chance tells them apart.
+    """
     have = [(value, report) for value, report in zip(values, reports, strict=True) if value is not None]
     found: dict[Hashable, list[tuple[float, Report, float]]] = {}
     for index, (value, report) in enumerate(have):
-        others = [other for other, _ in have[:index] + have[index + 1 :]]
+        rest = have[:index] + have[index + 1 :]
+        others = [other for other, its in rest if its.identity or its.machine != report.machine]
         if others and value < SLOW * (usual := median(others)):
             found.setdefault(report.machine, []).append((value, report, usual))
     for slow in found.values():
