@@ -12,15 +12,13 @@ import logging
 import os
 import signal
 import time
-import zipfile
 from collections.abc import Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
 
-from .pack import TOP
+from .pack import TOP, BadMessage, read_message
 from .queue import (
     CANCELLED,
     FAILED,
@@ -91,7 +89,10 @@ class _Queue:
 
     def tick(self) -> None:
         for name, message in _messages():
-            self._handle(message)
+            try:
+                self._handle(message)
+            except BadMessage as error:  # kept, it would end this process for ever
+                print(f"refused a message: {error}", flush=True)
             _delete(name)
         running = {id: self._follow(id) for id in self._ids(RUNNING)}
         waiting = [
@@ -143,8 +144,7 @@ class _Queue:
 
     def _handle(self, content: bytes) -> None:
         """A message: a new job, or what to do with one. Seen twice after a crash, it does nothing the second time."""
-        with zipfile.ZipFile(BytesIO(content)) as archive:
-            message = json.loads(archive.read("message.json"))
+        message = read_message(content)
         id = message["id"]
         if message["do"] == "submit" and id not in self.jobs:
             self._enqueue(id, content, message["job"])

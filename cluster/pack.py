@@ -2,9 +2,12 @@
 
 import json
 import logging
+import re
 import zipfile
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from configs import ConfigError
 from trainer import revision
@@ -15,6 +18,17 @@ lies one folder down."""
 LIMIT = 100 * 2**20
 """Bytes. Ray keeps the zip in the memory of the head, and refuses 512 MiB."""
 LEFT_OUT = [".git", ".venv", "venv", "__pycache__"]
+
+
+JOB = {
+    "name": str, "run_dir": str, "command": str, "workers": int, "cpus": (int, float), "gpus": (int, float),
+    "group": int, "priority": int,
+}  # fmt: skip
+"""What is said of a job, and of which type."""
+
+
+class BadMessage(ValueError):
+    """What reached the queue is no message of ours; the text says why."""
 
 
 def files(folder: Path, without: Sequence[Path] = ()) -> list[Path]:
@@ -64,6 +78,49 @@ def write_zip(target: Path, folder: Path, packed: Iterable[Path], message: str) 
             entry = zipfile.ZipInfo.from_file(folder / path, f"{TOP}/{path.as_posix()}", strict_timestamps=False)
             entry.compress_type = zipfile.ZIP_DEFLATED
             archive.writestr(entry, (folder / path).read_bytes())
+
+
+def read_message(content: bytes) -> dict[str, Any]:
+    """The message of a zip, which need not be one that `write_zip` has made.
+
+    Raises:
+        BadMessage: it lacks something, an id would be no plain name of a file, or a file lies outside of TOP.
+    """
+    try:
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            outside = [name for name in archive.namelist() if not _is_ours(name)]
+            message = json.loads(archive.read("message.json"))
+    except (zipfile.BadZipFile, KeyError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise BadMessage(f"no zip with a message.json: {' '.join(str(error).split())[:200]}") from None
+    if outside:
+        raise BadMessage(f"it holds {outside[0]!r}, a file outside of {TOP}/")
+    if not isinstance(message, dict):
+        raise BadMessage("its message.json is no mapping")
+    kinds: dict[str, dict[str, Any]] = {
+        "submit": {"id": str, "job": dict},
+        "retry": {"id": str, "new": str},
+        "stop": {"id": str, "now": bool},
+    }
+    if message.get("do") not in kinds:
+        raise BadMessage(f"its do is {message.get('do')!r}")
+    _check_types(message, kinds[message["do"]])
+    for key in ("id", "new"):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,254}", message.get(key, "none")):
+            raise BadMessage(f"{key} {message[key]!r} is no name of a job")
+    if "job" in message:
+        _check_types(message["job"], JOB)
+    return message
+
+
+def _is_ours(name: str) -> bool:
+    path = PurePosixPath(name)
+    return name == "message.json" or (path.parts[:1] == (TOP,) and ".." not in path.parts and "\\" not in name)
+
+
+def _check_types(given: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for key, kind in wanted.items():
+        if not isinstance(given.get(key), kind):
+            raise BadMessage(f"its {key} is {given.get(key)!r}")
 
 
 def _size(count: int) -> str:

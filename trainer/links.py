@@ -40,10 +40,12 @@ def rounds(machines: Sequence[Hashable], most: int = PARTNERS) -> list[list[tupl
     for rank, machine in enumerate(machines):
         ranks.setdefault(machine, []).append(rank)
     groups = list(ranks.values()) if len(ranks) > 1 else [[rank] for rank in range(len(machines))]
+    if len(groups) < 2:
+        return []
     groups += [[]] * (len(groups) % 2)
     last = len(groups) - 1
     found = []
-    for turn in range(min(last, most) if last > 0 else 0):  # a tournament's timetable, by the circle method
+    for turn in range(min(last, most)):  # a tournament's timetable, by the circle method
         partners = [(first, (turn - first) % last) for first in range(last)]
         pairs = [(a, last if a == b else b) for a, b in partners if a <= b]
         found.append([pair for a, b in pairs for pair in zip(groups[a], groups[b], strict=False)])

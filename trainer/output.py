@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from .preflight import require_folder
+from .peers import no_folder
 from .record import read_events
 
 LOGS = "logs"
@@ -25,7 +25,8 @@ def output_kept(run_dir: Path) -> Iterator[None]:
     Raises:
         BadMachine: the run's folder is not there.
     """
-    require_folder(run_dir)
+    if not run_dir.is_dir():
+        raise no_folder(run_dir, [socket.gethostname()], [int(os.environ.get("RANK", "0"))])
     attempt = sum(event["event"] == "attempt_started" for event in read_events(run_dir)) + 1
     path = run_dir / LOGS / f"attempt-{attempt:02d}-rank-{int(os.environ.get('RANK', '0')):04d}.log"
     path.parent.mkdir(exist_ok=True)

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import median
 from typing import Literal, NamedTuple
 
@@ -10,6 +11,31 @@ SLOW = 0.5
 """Share of its peers' median under which a figure is named."""
 CLOCK = 1.0
 """Seconds that a clock may differ from rank 0's: the record's times come from several machines."""
+
+
+class BadMachine(RuntimeError):
+    """A machine that cannot train. Every rank of the attempt raises the same.
+
+    Args:
+        reason: for the user, with the names of the machines.
+        hosts: to leave out; empty: something is wrong, and which machine has it cannot be told.
+        ranks: of the processes there.
+    """
+
+    def __init__(self, reason: str, hosts: list[str], ranks: list[int]) -> None:
+        super().__init__(reason, hosts, ranks)
+        self.reason, self.hosts, self.ranks = reason, hosts, ranks
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+def no_folder(run_dir: Path, hosts: list[str], ranks: list[int]) -> BadMachine:
+    return BadMachine(
+        f"{run_dir} is not there on {', '.join(hosts)}: run.root must be a folder that every machine reaches",
+        hosts,
+        ranks,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,7 +113,7 @@ def judge(reports: Sequence[Report]) -> list[Verdict]:
 def _broken(reports: Sequence[Report]) -> Iterable[Verdict]:
     yield from _name(reports, [not r.right for r in reports], "product", "a matrix product came out wrong")
     for device in sorted({report.device for report in reports}):
-        same = [report for report in reports if report.device == device]
+        same = [report for report in reports if report.device == device and report.right]
         sure, odd = _odd([report.fingerprint for report in same])
         yield from _name(same, odd, "product", f"a matrix product differs from that of other {device}", sure)
     wrong = [not report.sums_right for report in reports]
@@ -145,7 +171,7 @@ def _name(
 
 def _odd(values: Sequence[str]) -> tuple[bool, list[bool]]:
     """Who differs from most. Where no value is that of more than half, all are named, and False."""
-    (most, count), *_ = Counter(values).most_common()
+    most, count = next(iter(Counter(values).most_common(1)), ("", 0))
     sure = 2 * count > len(values)
     return sure, [value != most or not sure for value in values]
 
@@ -175,11 +201,15 @@ def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slo
 def _behind(
     reports: Sequence[Report], values: Sequence[float | None], what: str, unit: float, words: str
 ) -> Iterable[Verdict]:
-    """Who has less than `SLOW` of the median of the others that have a figure; the slowest of a machine is told."""
+    """Who has less than `SLOW` of the median of the others that have a figure; the slowest of a machine is told.
+
+    Processes that share the cores of one machine are not compared with each other: only chance tells them apart.
+    """
     have = [(value, report) for value, report in zip(values, reports, strict=True) if value is not None]
     found: dict[Hashable, list[tuple[float, Report, float]]] = {}
     for index, (value, report) in enumerate(have):
-        others = [other for other, _ in have[:index] + have[index + 1 :]]
+        rest = have[:index] + have[index + 1 :]
+        others = [other for other, its in rest if its.identity or its.machine != report.machine]
         if others and value < SLOW * (usual := median(others)):
             found.setdefault(report.machine, []).append((value, report, usual))
     for slow in found.values():

@@ -21,7 +21,8 @@ from configs import Config
 
 from . import engine as ds
 from .links import clock_offset, clock_readings, exchange, sums_are_right
-from .peers import Report, Verdict, judge
+from .peers import BadMachine as BadMachine
+from .peers import Report, Verdict, judge, no_folder
 from .rates import Rates, measure
 from .record import FULL, Record
 from .resume import from_chief
@@ -34,23 +35,6 @@ LITTLE = 1 << 20
 """So few tell nothing of a disk's rate."""
 PATIENCE = 5.0
 """Seconds after which a file that another machine made has not come: network file systems remember what was not."""
-
-
-class BadMachine(RuntimeError):
-    """A machine that cannot train. Every rank of the attempt raises the same.
-
-    Args:
-        reason: for the user, with the names of the machines.
-        hosts: to leave out; empty: something is wrong, and which machine has it cannot be told.
-        ranks: of the processes there.
-    """
-
-    def __init__(self, reason: str, hosts: list[str], ranks: list[int]) -> None:
-        super().__init__(reason, hosts, ranks)
-        self.reason, self.hosts, self.ranks = reason, hosts, ranks
-
-    def __str__(self) -> str:
-        return self.reason
 
 
 def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rates]:
@@ -102,17 +86,15 @@ def refuse(broken: Sequence[Verdict]) -> None:
 
 
 def require_folder(run_dir: Path) -> None:
-    """See that the run's folder, which rank 0 has made, is there for this process; for all of them, if they are joined.
+    """See that the run's folder, which rank 0 has made, is there for every process. A collective.
 
     Raises:
         BadMachine: it is not.
     """
-    mine = (dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0")), socket.gethostname())
-    blind = [who for who in _gather((*mine, _appears(run_dir))) if not who[2]]
+    blind = [who for who in _gather((dist.get_rank(), socket.gethostname(), _appears(run_dir))) if not who[2]]
     if blind:
         hosts = sorted({host for _, host, _ in blind})
-        reason = f"{run_dir} is not there on {', '.join(hosts)}: run.root must be a folder that every machine reaches"
-        raise BadMachine(reason, hosts, [rank for rank, _, _ in blind])
+        raise no_folder(run_dir, hosts, [rank for rank, _, _ in blind])
 
 
 def figures(reports: Sequence[Report]) -> list[dict[str, Any]]:
@@ -146,8 +128,6 @@ def _say(verdict: Verdict) -> str:
 
 
 def _gather(mine: Any) -> list[Any]:
-    if not dist.is_initialized():
-        return [mine]
     everyone = [None] * dist.get_world_size()
     dist.all_gather_object(everyone, mine)
     return everyone

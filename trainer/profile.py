@@ -7,6 +7,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from configs.train import ProfileConfig
 
+from .evaluate import if_there_is_room
 from .record import Record
 
 
@@ -32,18 +33,19 @@ class Profiler:
             return
         self._profile.stop()
         folder = self._run_dir / "profiles"
-        folder.mkdir(exist_ok=True)
         name = f"steps-{self._config.start}-{step}"
         trace, table = folder / f"{name}.trace.json.gz", folder / f"{name}.memory.txt"
-        self._profile.export_chrome_trace(str(trace))
-        order = "self_cuda_memory_usage" if torch.cuda.is_available() else "self_cpu_memory_usage"
-        table.write_text(self._profile.key_averages().table(sort_by=order, row_limit=60))
-        written = [trace, table]
+        snapshot = folder / f"{name}.memory.pickle"  # the format of pytorch.org/memory_viz
+        with if_there_is_room(record, folder / name):
+            folder.mkdir(exist_ok=True)
+            self._profile.export_chrome_trace(str(trace))
+            order = "self_cuda_memory_usage" if torch.cuda.is_available() else "self_cpu_memory_usage"
+            table.write_text(self._profile.key_averages().table(sort_by=order, row_limit=60))
+            if torch.cuda.is_available():
+                torch.cuda.memory._dump_snapshot(str(snapshot))
+            written = [str(path.relative_to(self._run_dir)) for path in (trace, table, snapshot) if path.exists()]
+            if record:
+                record.event("profile", step=step, files=written)
         if torch.cuda.is_available():
-            snapshot = folder / f"{name}.memory.pickle"  # the format of pytorch.org/memory_viz
-            torch.cuda.memory._dump_snapshot(str(snapshot))
             torch.cuda.memory._record_memory_history(enabled=None)
-            written.append(snapshot)
         self._profile = None
-        if record:
-            record.event("profile", step=step, files=[str(path.relative_to(self._run_dir)) for path in written])

@@ -12,7 +12,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from configs import Config, ConfigError, differences, load, resolve, to_yaml
+from configs import Config, ConfigError, differences, from_dict, load, resolve, to_yaml
 from models.families import build
 
 from .checkpoint import committed, folder
@@ -83,7 +83,8 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
     load_plugins(config.plugins)
     with torch.device("meta"):
         build(resolve_config(config, prepare=False)[0].model)  # a model that cannot be built shows before anything else
-    resolved, notes = resolve_config(config)
+    with _written(config.run.root):
+        resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
     began = psutil.Process().create_time()  # of this launch, for `trainer.goodput`
     events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes, "began": began})]
@@ -95,7 +96,7 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
             raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
         source = folder(run_dir, steps[-1])
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
-        resolved = Config.model_validate(resolved.model_dump())  # checks the name
+        resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
         run_dir = run_dir.with_name(fork)
         if (run_dir / CONFIG).exists():
             raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
@@ -106,15 +107,32 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
         if attempts(run_dir):  # one that never began may still become anything
             changed = _allowed_changes(run_dir, resolved)
             events = [*events, ("config_changed", {"changed": changed})] if changed else []
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / STOP).unlink(missing_ok=True)
-    temporary = run_dir / f".{CONFIG}"
-    temporary.write_text(to_yaml(resolved), encoding="utf-8")
-    os.replace(temporary, run_dir / CONFIG)
-    record = Record(run_dir, attempts(run_dir))
-    for name, details in events:
-        record.event(name, **details)
+    with _written(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / STOP).unlink(missing_ok=True)
+        temporary = run_dir / f".{CONFIG}"
+        try:
+            temporary.write_text(to_yaml(resolved), encoding="utf-8")
+            os.replace(temporary, run_dir / CONFIG)
+        finally:
+            temporary.unlink(missing_ok=True)
+        record = Record(run_dir, attempts(run_dir))
+        for name, details in events:
+            record.event(name, **details)
+        record.close()
     return run_dir
+
+
+@contextmanager
+def _written(folder: str | Path) -> Iterator[None]:
+    """A folder that cannot be written is the user's to mend: ConfigError, with what the system says of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder}: {error.strerror or error}; make room and see that it can be written, or "
+            f"choose another run.root"
+        ) from None
 
 
 def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:

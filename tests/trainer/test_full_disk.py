@@ -4,14 +4,19 @@ import os
 import subprocess
 
 import pytest
+import torch
 from faults import fill, full_disk, small_files, trained
 from support import tiny
 from teams import in_team
 
+from configs import ConfigError
+from configs.train import ProfileConfig
 from trainer import checkpoint
 from trainer.checkpoint import Reader
+from trainer.profile import Profiler
 from trainer.record import Record, read_events, read_metrics
 from trainer.run import is_finished, prepare_run
+from trainer.tracking.start import read_state, write_state
 
 STEPS = 12
 
@@ -116,3 +121,45 @@ def test_what_never_found_room_is_said_at_the_end(disk, capsys):
     err = capsys.readouterr().err
     assert "the disk is full; its last 1 lines are lost" in err
     assert '"event": "attempt_ended"' in err
+
+
+def test_a_disk_that_is_full_already_is_one_message(disk, tiny_data):
+    fill(disk / "ballast")
+    with pytest.raises(
+        ConfigError, match=r"^\S+config\.yaml: No space left on device; make room .*run\.root$|^\S+: No "
+    ):
+        make(disk, tiny_data)
+    (disk / "ballast").unlink()
+    run_dir = make(disk, tiny_data)
+    assert not list(run_dir.glob(".config*"))
+
+
+def test_a_root_that_cannot_be_written_is_one_message(tmp_path, tiny_data):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/run: Not a directory; .*run\.root$"):
+        make(tmp_path / "file", tiny_data)
+
+
+def test_a_profile_without_room_is_an_event(disk, tiny_data):
+    profiler, record = Profiler(disk, ProfileConfig(start=1, steps=1), enabled=True), Record(disk, 1)
+    profiler.before(1)
+    torch.ones(8) @ torch.ones(8)
+    fill(disk / "ballast")
+    profiler.after(1, record)
+    (disk / "ballast").unlink()
+    record.close()
+    [event] = read_events(disk)
+    assert (event["event"], event["file"]) == ("not_written", "steps-1-1")
+    assert "No space left on device" in event["reason"]
+
+
+def test_what_was_sent_is_remembered_when_there_is_room_again(disk, capsys):
+    write_state(disk, {"offset": 1})
+    fill(disk / "ballast")
+    write_state(disk, {"offset": 2, "error": "x" * 10_000})
+    assert read_state(disk) == {"offset": 1}
+    assert capsys.readouterr().err == f"{disk}/tracking.json: No space left on device\n"
+    (disk / "ballast").unlink()
+    write_state(disk, {"offset": 3})
+    assert read_state(disk) == {"offset": 3}
+    assert sorted(path.name for path in disk.iterdir()) == ["tracking.json"]

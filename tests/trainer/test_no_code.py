@@ -189,3 +189,18 @@ def test_a_run_is_named_by_one_part_of_a_path(tmp_path, name):
     (tmp_path / "c.yaml").write_text(json.dumps({"run": {"name": name}}))
     with pytest.raises(ConfigError, match=r"run\.name"):
         load(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["../up", "..", "/abs"])
+def test_a_fork_is_named_by_one_part_of_a_path(copy, name):
+    with pytest.raises(ConfigError, match=r"--fork .*run\.name"):
+        prepare_run(load(copy / "run" / "config.yaml"), fork=name)
+
+
+def test_an_index_that_names_files_elsewhere_is_not_followed(copy, tmp_path):
+    """Weights are those of the folder's own *.safetensors, whatever an index says."""
+    shutil.move(copy / "hf/model.safetensors", copy / "model.safetensors")
+    weights = {"lm_head.weight": "../model.safetensors", "model.norm.weight": str(copy / "model.safetensors")}
+    (copy / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(ConfigError, match=r"has no \*\.safetensors file"):
+        use_export(copy)

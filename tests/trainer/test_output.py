@@ -1,8 +1,13 @@
 """What a process prints while it trains: in the run's folder, by whatever means it was written."""
 
+import socket
 import subprocess
 import sys
 
+import pytest
+
+from trainer.output import output_kept
+from trainer.peers import BadMachine
 from trainer.record import Record
 
 PROGRAM = """
@@ -52,3 +57,10 @@ def test_a_killed_process_leaves_what_it_had_printed(tmp_path):
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, env=environment)
     assert done.returncode == -9
     assert (tmp_path / "logs" / "attempt-01-rank-0000.log").read_text().splitlines()[1:] == ["the last words"]
+
+
+def test_a_folder_that_is_not_there_is_a_bad_machines(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "5")
+    with pytest.raises(BadMachine, match=r"gone is not there on .*run\.root") as caught, output_kept(tmp_path / "gone"):
+        pass
+    assert (caught.value.hosts, caught.value.ranks) == ([socket.gethostname()], [5])

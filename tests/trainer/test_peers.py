@@ -11,8 +11,8 @@ VERSIONS = {"python": "3.12.1", "torch": "2.13.0", "deepspeed": "0.19.8"}
 
 def report(rank, host=None, **changes):
     sound = Report(
-        rank=rank, host=host or f"node-{rank}", address="10.0.0.1", device="H100", identity="", product=5e14, copy=2e12,
-        right=True, fingerprint="aa", sums_right=True, link=4e10, wrong_from=[], sees_folder=True, write=1e9,
+        rank=rank, host=host or f"node-{rank}", address="10.0.0.1", device="H100", identity=f"GPU-{rank}", product=5e14,
+        copy=2e12, right=True, fingerprint="aa", sums_right=True, link=4e10, wrong_from=[], sees_folder=True, write=1e9,
         free_disk=10**12, disk_error="", disk_full=False, clock=(0.0, 1e-3), free_memory=80 * 10**9, versions=VERSIONS,
     )  # fmt: skip
     return replace(sound, **changes)
@@ -32,7 +32,7 @@ def test_sound_machines_are_not_named(reports):
 
 
 BROKEN = {
-    "product": {"right": False},
+    "product": {"right": False, "fingerprint": "bb"},
     "folder": {"sees_folder": False},
     "disk": {"disk_error": "Permission denied"},
     "versions": {"versions": VERSIONS | {"torch": "2.12.0"}},
@@ -132,6 +132,15 @@ def test_a_slow_device_among_the_eight_of_a_machine():
     reports = machines(2, 8)
     reports[3] = replace(reports[3], product=1e14)
     assert told(reports) == [("slow", "product", "node-0", [3], True)]
+
+
+def test_processes_that_share_cores_are_compared_with_other_machines():
+    def cpu(rank, host, product):
+        return report(rank, host, device="EPYC", identity="", product=product)
+
+    assert told([cpu(0, "a", 1e11), cpu(1, "a", 1e10), cpu(2, "a", 1e11)]) == []
+    both = [cpu(0, "a", 1e11), cpu(1, "a", 1e11), cpu(2, "b", 1e10), cpu(3, "b", 2e10)]
+    assert told(both) == [("slow", "product", "b", [2, 3], True)]
 
 
 def test_another_model_is_not_slow():

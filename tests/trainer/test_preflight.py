@@ -85,7 +85,7 @@ def test_a_clock_and_a_slow_link_are_named_and_training_goes_on(tmp_path):
 
 
 def test_the_end_of_a_slow_link(tmp_path):
-    assert in_team(4, bad.checked, [tmp_path] * 4, resolved(), bad.slow_link, (2,), 0.5) == [4] * 4
+    assert in_team(4, bad.checked, [tmp_path] * 4, resolved(), bad.slow_link, (2,), 0.1) == [4] * 4
     assert any(re.match(r"node-2 \(rank 2\): .* to the quickest peer", line) for line in the_event(tmp_path)["slow"])
 
 

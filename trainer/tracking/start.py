@@ -10,7 +10,7 @@ from typing import Any
 
 from configs import Config, ConfigError
 
-from ..record import read_events
+from ..record import FULL, read_events
 from .tracker import Input
 
 STATE, LOG = "tracking.json", "tracking.log"
@@ -105,9 +105,17 @@ def read_state(run_dir: str | Path) -> dict[str, Any]:
 
 
 def write_state(run_dir: Path, state: dict[str, Any]) -> None:
+    """A disk that is full keeps the state before: what was sent since then is asked of the tracker, not sent again."""
     temporary = run_dir / f".{STATE}.tmp"
-    temporary.write_text(json.dumps(state))
-    os.replace(temporary, run_dir / STATE)
+    try:
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, run_dir / STATE)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"{run_dir / STATE}: {error.strerror}", file=sys.stderr, flush=True)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sha256(data: bytes) -> str:
