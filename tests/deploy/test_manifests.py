@@ -8,7 +8,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import click
 import pytest
 import yaml
 from typer.main import get_command
@@ -66,19 +65,19 @@ def muster_command(line: str) -> dict[str, Any]:
     return command.make_context(command.name, arguments).params
 
 
-def options(command: click.Command) -> set[str]:
+def options(command: Any) -> set[str]:
     return {option for each in command.params for option in each.opts if option.startswith("--")}
 
 
 @cache
-def ray_commands() -> dict[str, click.Command]:
+def ray_commands() -> dict[str, Any]:
     from ray.scripts import scripts
 
     return scripts.cli.commands
 
 
 @cache
-def mlflow_server() -> click.Command:
+def mlflow_server() -> Any:
     from mlflow.cli import server
 
     return server

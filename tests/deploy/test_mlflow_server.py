@@ -21,7 +21,7 @@ from trainer.record import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "p@ss/word:1"  # what a URI would have to quote
-S3_SERVER = "moto[server]==5.2.5"
+S3_SERVER = "moto[s3]==5.2.5"  # on the flask that MLflow brings
 READ_FROM_STORE = """if True:
     import boto3, os, sys
     s3 = boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])
