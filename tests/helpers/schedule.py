@@ -1,6 +1,7 @@
 """When and how the processes of a run are killed: a pure function of a seed."""
 
 import random
+from collections.abc import Sequence
 from typing import NamedTuple
 
 MOMENTS = ("step", "update", "shard", "receipt")
@@ -20,9 +21,9 @@ class Kill(NamedTuple):
     moment: str
 
 
-def kills(seed: int, count: int, steps: int, world: int) -> list[Kill]:
-    """One for each attempt, none before the last, so that all are reached; the first `len(MOMENTS)` differ in kind."""
+def kills(seed: int, count: int, steps: int, world: int, moments: Sequence[str] = MOMENTS) -> list[Kill]:
+    """One for each attempt, none before the last, so that all are reached; the first few have every moment once."""
     draw = random.Random(seed)
-    moments = [*draw.sample(MOMENTS, len(MOMENTS)), *draw.choices(MOMENTS, k=count)][:count]
+    drawn = [*draw.sample(moments, len(moments)), *draw.choices(moments, k=count)][:count]
     at = sorted(draw.randint(2, steps) for _ in range(count))
-    return [Kill(step, draw.randrange(world), moment) for step, moment in zip(at, moments, strict=True)]
+    return [Kill(step, draw.randrange(world), moment) for step, moment in zip(at, drawn, strict=True)]
