@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.record import read_events, read_metrics
+from trainer.record import read_metrics, summary
 
 ROOT = Path(__file__).parents[2]
 
@@ -80,9 +80,16 @@ class LocalCluster:
 
     def finish(self, id: str, run_dir: Path, patience_s: float = 600) -> None:
         """Wait until a job has ended, which it must as FINISHED."""
-        # The record is cheaper to ask than the cluster; but it does not say when the job is over.
-        wait_for(lambda: ended(run_dir), patience_s)
-        wait_for(lambda: self.job(id)["state"] != "RUNNING", 120)
+        begun = asked = time.monotonic()
+        active = ("QUEUED", "RUNNING")
+        # The record is cheaper to ask than the cluster, but does not know of an end without a word.
+        while summary(run_dir)["status"] != "FINISHED" and (now := time.monotonic()) < begun + patience_s:
+            if now > asked + 20:
+                asked = now
+                if self.job(id)["state"] not in active:
+                    break
+            time.sleep(0.5)
+        wait_for(lambda: self.job(id)["state"] not in active, 60)
         assert self.job(id)["state"] == "FINISHED", self.muster("logs", id)
 
 
@@ -91,14 +98,6 @@ def wait_for(reached: Callable[[], object], patience_s: float = 300) -> None:
     while not reached():
         assert time.monotonic() < end, "it did not come about"
         time.sleep(0.1)
-
-
-def ended(run_dir: Path) -> bool:
-    """Whether the run has reached its last step, or its last attempt has ended and no other followed for a minute."""
-    events = read_events(run_dir)
-    if not events or events[-1]["event"] != "attempt_ended":
-        return False
-    return events[-1]["status"] == "FINISHED" or time.time() - events[-1]["time"] > 60
 
 
 def steps_of(run_dir: Path) -> tuple[int, int]:
