@@ -103,6 +103,14 @@ def test_every_sample_is_used_once_per_epoch(run_dir, clean, runs):
     check_each_sample_once_per_epoch(used, samples_in(runs.data))
 
 
+@pytest.mark.parametrize("place", [0, -1], ids=["in a whole epoch", "in the last"])
+def test_a_sample_used_twice_would_be_seen(clean, runs, place):
+    used = order_of_use(clean, 2)
+    used[place] = used[place - 1 if place else 1]
+    with pytest.raises(AssertionError):
+        check_each_sample_once_per_epoch(used, samples_in(runs.data))
+
+
 def test_a_kill_takes_back_at_most_one_checkpoint(run_dir, schedule):
     back = rolled_back(run_dir)
     assert len(back) == len(schedule)
