@@ -26,7 +26,7 @@ from trainer.record import read_events
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
 
-STEPS, EVERY = 500, 20
+STEPS, EVERY = 300, 20
 HEAD = 0
 CONFIG = """
 run: {{name: {name}, root: {root}}}
@@ -125,7 +125,7 @@ def test_a_killed_node(world, clean):
     node = world.apart_from_head(run_dir).node
     world.cluster.do("kill", str(node))
     wait_for(reached(run_dir, 1, attempt=2))
-    assert node not in {process.node for process in ranks_of(run_dir, 2).values()}
+    assert node not in {process.node for process in ranks_of(run_dir, steps_of(run_dir)[0]).values()}
     world.cluster.do("start", str(node))
     world.cluster.finish(id, run_dir)
     check(run_dir, clean, world)
@@ -161,7 +161,7 @@ def test_a_killed_head_and_one_command(world, clean):
 
 def test_twenty_kills_in_one_run(world, clean):
     """Of processes, and of the nodes they are on; the nodes come back."""
-    schedule = kills(11, 20, STEPS - 20, 2, moments=("process", "process", "process", "process", "node"))
+    schedule = kills(11, 20, STEPS - 60, 2, moments=("process", "process", "process", "process", "node"))
     id, run_dir = world.submit("twenty")
     attempt = 0
     for kill in schedule:
