@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from schedule import Kill
+
 from trainer import checkpoint, collapse, loop, straggler
 from trainer.tracking import start
 from trainer.trainee import Trainee
@@ -74,6 +76,34 @@ def wait_at_gates(folder: Path, steps: Sequence[int], grace: float, killed_in: i
 
 def set_variable(name: str, value: str) -> None:
     os.environ[name] = value
+
+
+def killed(kill: Kill | None) -> None:
+    """Let the process that a schedule names kill -9 itself at the moment it names."""
+    if kill is None or os.environ["RANK"] != str(kill.rank):
+        return
+    armed = threading.Event()
+
+    def wrap(where: object, name: str, before: bool) -> None:
+        original = getattr(where, name)
+
+        def wrapped(*arguments, **keywords):
+            result = None if armed.is_set() and before else original(*arguments, **keywords)
+            if armed.is_set():
+                os.kill(os.getpid(), signal.SIGKILL)
+            return result
+
+        setattr(where, name, wrapped)
+
+    if kill.moment == "step":
+        kill_at_step(kill.step, signal.SIGKILL)
+    elif kill.moment == "update":
+        wrap(Trainee, "step", before=False)
+    elif kill.moment == "shard":
+        wrap(checkpoint, "save_file", before=False)
+    else:
+        wrap(checkpoint, "write_durably", before=True)
+    _at_step(kill.step, armed.set)
 
 
 def stand_still(rank: int, step: int) -> None:

@@ -1,0 +1,113 @@
+"""What a run that went through faults must have in common with a clean one, read from its folder."""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from ledger import SAMPLE_TOKENS, number_of, text_of
+
+from configs.data import PrepareConfig
+from trainer import checkpoint
+from trainer.checkpoint import Reader
+from trainer.data.prepare import prepare
+from trainer.record import read_events, read_metrics
+
+
+def prepare_samples(folder: Path, count: int) -> Path:
+    """Prepare `count` samples, some of them held out, as byte tokens: eight to a row group, one to a window."""
+    raw = folder / "raw.jsonl"
+    raw.write_text("".join(json.dumps({"text": text_of(number)}) + "\n" for number in range(count)))
+    settings = PrepareConfig(tokenizer="bytes", held_out=0.2, row_group_tokens=8 * SAMPLE_TOKENS)
+    prepare([str(raw)], folder / "samples", settings, workers=1, progress=False)
+    return folder / "samples"
+
+
+def samples_in(data: Path) -> list[int]:
+    """The samples of the training split, in the order of its files."""
+    tokens: list[int] = []
+    for file in sorted(data.glob("train-*.parquet")):
+        tokens += pq.read_table(file)["tokens"].to_pylist()
+    return [number_of(tokens[start : start + SAMPLE_TOKENS]) for start in range(0, len(tokens), SAMPLE_TOKENS)]
+
+
+def losses(run_dir: Path) -> list[tuple]:
+    """The loss record: every value that does not tell of time."""
+    keys = ("step", "loss", "eval_loss", "grad_norm", "aux_loss", "z_loss", "lr", "tokens", "sequences")
+    return [tuple(record.get(key) for key in keys) for record in read_metrics(run_dir)]
+
+
+def digest(run_dir: Path, step: int) -> str:
+    """sha256 of the weights and optimizer states after a step."""
+    reader, digest = Reader(checkpoint.folder(run_dir, step)), hashlib.sha256()
+    for key in sorted(reader.states):
+        for name in sorted(reader.manifest["shapes"][key]):
+            digest.update(f"{key}/{name}".encode())
+            digest.update(reader.read(key, name).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def attempts_from(run_dir: Path) -> dict[int, int]:
+    """The step after which each attempt went on."""
+    found: dict[int, int] = {}
+    for event in read_events(run_dir):
+        if event["event"] == "attempt_started":
+            found[event["attempt"]] = 0
+        elif event["event"] == "resumed":
+            found[event["attempt"]] = event["step"]
+    return found
+
+
+def rolled_back(run_dir: Path) -> list[int]:
+    """For each attempt after the first, how many committed checkpoints lay after the step that it went on from."""
+    found: list[int] = []
+    saved: set[int] = set()
+    starts = attempts_from(run_dir)
+    for event in read_events(run_dir):
+        if event["event"] == "checkpoint":
+            saved.add(event["step"])
+        elif event["event"] == "attempt_started" and event["attempt"] > 1:
+            lost = {step for step in saved if step > starts[event["attempt"]]}
+            found.append(len(lost))
+            saved -= lost
+    return found
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    """Of all ledgers; the last line of a killed process may be torn."""
+    found = []
+    for path in sorted((run_dir / "ledger").iterdir()):
+        found += [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return found
+
+
+def order_of_use(run_dir: Path, world: int) -> list[int]:
+    """The samples that made the final weights, in the order of the data, as the processes saw them.
+
+    A step counts as its last attempt took it: what an attempt did after the step that a later one went on from, a
+    rollback has taken back. For runs with one micro-batch a step.
+    """
+    starts = attempts_from(run_dir)
+    kept: dict[int, dict[int, list[int]]] = defaultdict(dict)
+    for line in lines(run_dir):
+        later = [start for attempt, start in starts.items() if attempt > line["attempt"]]
+        if line["step"] <= min(later, default=line["step"]):
+            assert line["rank"] not in kept[line["step"]], f"counted twice: {line}"
+            kept[line["step"]][line["rank"]] = line["samples"]
+    assert [sorted(ranks) for _, ranks in sorted(kept.items())] == [list(range(world))] * len(kept)
+    assert sorted(kept) == list(range(1, len(kept) + 1))
+    return [sample for _, ranks in sorted(kept.items()) for _, samples in sorted(ranks.items()) for sample in samples]
+
+
+def check_each_sample_once_per_epoch(used: list[int], samples: list[int]) -> None:
+    """Every whole epoch has each sample once; the last, cut short, none twice."""
+    assert len(used) > 2 * len(samples)
+    for start in range(0, len(used), len(samples)):
+        epoch = used[start : start + len(samples)]
+        if len(epoch) == len(samples):
+            assert sorted(epoch) == sorted(samples)
+        else:
+            assert len(set(epoch)) == len(epoch)
+            assert set(epoch) <= set(samples)
