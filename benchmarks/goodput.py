@@ -3,10 +3,10 @@
 Run: `python benchmarks/goodput.py measure FOLDER --mtbf 60 90 --every 10 100 auto --seconds 400`, once or more often;
 then `python benchmarks/goodput.py report FOLDER`, which prints tables and writes FOLDER/goodput.png.
 
-A measurement is a real run of `muster train` (or, with --without-ray, of `python -m trainer`, started again in a loop).
-Its training process is killed by `kill -9` after a life of random, exponentially distributed length; nobody steps in.
-What counts is the time from the beginning of the first step to the end of the last one, as `trainer.goodput` books it.
-The model is the quickstart's, without evaluations. The simulator lives through the very same lives.
+A measurement is a real run of `muster train` or, with --without-ray, of the same warm process (`trainer.warm`) in a
+loop that starts it again. What trains is killed by `kill -9` after a life of random, exponentially distributed length;
+nobody steps in. What counts is the time from the beginning of the first step to the end of the last one, as
+`trainer.goodput` books it. The model is the quickstart's, without evaluations. The simulator lives the very same lives.
 """
 
 import argparse
@@ -30,9 +30,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from goodput_simulator import Constants, closed_form, poisson, simulate
 
+from cluster.worker import ENVIRONMENT
+from configs import load
 from trainer.cadence import PRIOR, daly
 from trainer.goodput import book, read_steps, total
 from trainer.record import METRICS, read_events
+from trainer.run import prepare_run, request_stop
 
 LLAMA_DEVICES = 16_384
 LLAMA_MTBF = 1 / (PRIOR * LLAMA_DEVICES)
@@ -49,26 +52,14 @@ def measure(folder: Path, mtbf: float, every: str, seed: int, seconds: float, wi
     run_dir = folder / f"every-{every}-mtbf-{mtbf:g}-seed-{seed}"
     settings = [f"run.root={folder}", f"run.name={run_dir.name}", "train.steps=100000", f"checkpoint.every={every}",
                 "cluster.max_failures=1000", *QUIET]  # fmt: skip
-    environment = dict(os.environ)
-    if without_ray:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        environment |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        command = [sys.executable, "-m", "trainer", "quickstart", *settings]
-    else:
-        command = [str(Path(sys.executable).with_name("muster")), "train", "quickstart", *settings]
+    muster = [str(Path(sys.executable).with_name("muster")), "train", "quickstart"]
+    command = [sys.executable, __file__, "keep"] if without_ray else muster
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / f"{run_dir.name}.log", "a") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        process = subprocess.Popen([*command, *settings], stdout=log, stderr=log)
         killer = Killer(run_dir, random.Random(seed), mtbf)
         stopping = False
-        while (code := process.poll()) is None or (without_ray and not stopping):
-            if code not in (None, -signal.SIGKILL):
-                break
-            if code is not None:
-                process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        while (code := process.poll()) is None:
             time.sleep(0.1)
             if stopping:
                 continue
@@ -82,6 +73,31 @@ def measure(folder: Path, mtbf: float, every: str, seed: int, seconds: float, wi
         "mtbf": mtbf, "every": every, "seed": seed, "kills": killer.kills, "without_ray": without_ray,
     }))  # fmt: skip
     return run_dir
+
+
+def keep(settings: list[str]) -> int:
+    """Train the quickstart model in a warm process, as `cluster.worker` does, and again after each kill."""
+    run_dir = prepare_run(load("quickstart", settings))
+    signal.signal(signal.SIGTERM, lambda *_: request_stop(run_dir))
+    command = [sys.executable, "-P", "-m", "trainer.warm"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT) as warm:
+        assert warm.stdin is not None
+        assert warm.stdout is not None
+        while True:
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", 0))
+                port = str(probe.getsockname()[1])
+            alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            environment = alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            job = {"run_dir": str(run_dir), "folder": os.getcwd(), "environment": environment, "patience": 10.0}
+            print(json.dumps(job), file=warm.stdin, flush=True)
+            warm.stdout.readline()  # its pid
+            outcome = json.loads(warm.stdout.readline())
+            if outcome.get("kind") != "lost":
+                warm.stdin.close()
+                print(outcome)
+                return STOPPED if outcome.get("status") == "KILLED" else 1
 
 
 class Killer:
@@ -102,7 +118,7 @@ class Killer:
         if self._until < time.time() and (self.has_stepped or self._attempt > 1):
             os.kill(self._pid, signal.SIGKILL)
             self.kills.append((self._attempt, time.time()))
-            self._until = math.inf
+            self._until, self.has_stepped = math.inf, False
         starts = [event for event in read_events(self._run_dir) if event["event"] == "attempt_started"]
         if not starts:
             return
@@ -342,6 +358,8 @@ def _draw(constants: Constants, points: list[tuple[float, float, float, str]], p
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if sys.argv[1:2] == ["keep"]:
+        sys.exit(keep(sys.argv[2:]))
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure")
     measuring.add_argument("folder", type=Path)
