@@ -18,13 +18,14 @@ DECADES = 0.5
 """Half of all places fail within so many powers of ten of that; in the others it may be anything."""
 MOST_LOST = 1800.0
 """Seconds between checkpoints, at most, however rare failures are: what a person minds to lose."""
-WRITES = 2.0
-"""The interval is at least so many times what a background write takes, so that half of the time nothing is written."""
+WRITES = 4.0
+"""The interval is at least so many times what a background write takes: one is under way a quarter of the time at most,
+however little of it the steps seem to feel."""
 FIRST = 10
 """Steps before the first checkpoint of a run, which tells what one costs, and early that the disk takes it."""
-CHANGE = 1.25
-"""Factor by which a new answer must differ from the one in use: costs are noisy, and near its optimum it hardly matters
-(an interval that is off by a quarter loses 2.5% more than the best)."""
+CHANGE = 1.5
+"""Factor by which a new answer must differ from the one in use: costs are noisy, and near the best interval it matters
+little (one that is half as long again loses 8% more time to checkpoints and failures than the best)."""
 RECENT = 9
 """Checkpoints whose median cost counts."""
 
@@ -153,6 +154,7 @@ class Cadence:
         if earlier := [event for event in events if event["event"] == "cadence"]:
             last = earlier[-1]
             self.every = last["every"]
+            self._took.extend([(last["cost_s"], last["write_s"])] * (RECENT // 2))  # one new one shall not outweigh it
             self._decide(last["cost_s"], last["write_s"], last["step_s"])
 
     def step_took(self, seconds: float, beside_write: bool, took: tuple[float, float] | None) -> None:

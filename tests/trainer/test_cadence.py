@@ -75,7 +75,7 @@ def test_bounds():
         "every": round(daly(1, 75) / 0.5), "interval_s": daly(1, 75), "by": "daly", "step_s": 0.5, "cost_s": 1.0,
         "write_s": 0.1, "mtbf_s": 75.0,
     }  # fmt: skip
-    assert choose(0.01, 30, 0.5, 75)[:3] == (120, 60.0, "write")
+    assert choose(0.01, 30, 0.5, 75)[:3] == (240, 120.0, "write")
     assert choose(5.0, 30, 2.0, 1e8)[:3] == (900, 1800.0, "most_lost")
     assert choose(0.0, 0.0, 40.0, 75.0).every == 1  # not more often than each step
 
