@@ -25,6 +25,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -220,6 +221,17 @@ def constants_of(runs: Sequence[Run]) -> Constants:
 # What is said of them.
 
 
+class Point(NamedTuple):
+    """Runs of the same rate and interval, in the picture."""
+
+    mtbf: float
+    interval: float
+    """Seconds between checkpoints."""
+    measured: float
+    simulated: float
+    auto: bool
+
+
 def report(folder: Path) -> None:
     """Print the tables of all measured runs in a folder, and draw the picture."""
     runs = [read(path.parent) for path in sorted(folder.glob("*/measured.json"))]
@@ -244,7 +256,7 @@ def report(folder: Path) -> None:
         difference = f"{100 * (measured - predicted):+.1f}"
         shares = [f"{share:.1%}" for share in (booked, measured, predicted)]
         rows.append([f"{mtbf:g} s", shown, str(kills), f"{wall / 60:.1f} min", *shares, difference, f"{law:.1%}"])
-        points.append((mtbf, steps * (constants.step + constants.between), measured, every))
+        points.append(Point(mtbf, steps * (constants.step + constants.between), measured, predicted, every == "auto"))
     head = ["mean life", "every (steps)", "kills", "time", "booked", "goodput", "simulated", "points", "closed form"]
     _table(head, rows)
     print()
@@ -312,7 +324,7 @@ def _table(head: list[str], rows: list[list[str]]) -> None:
         print(f"| {' | '.join(row)} |")
 
 
-def _draw(constants: Constants, points: list[tuple[float, float, float, str]], path: Path) -> None:
+def _draw(constants: Constants, points: list[Point], path: Path) -> None:
     """Goodput against the interval, a line for each rate with what was measured; and against the rate at its best."""
     import matplotlib
 
@@ -321,7 +333,7 @@ def _draw(constants: Constants, points: list[tuple[float, float, float, str]], p
 
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2), constrained_layout=True)
     period = constants.step + constants.between
-    rates = sorted({mtbf for mtbf, *_ in points} | {600.0, LLAMA_MTBF})
+    rates = sorted({point.mtbf for point in points} | {600.0, LLAMA_MTBF})
     for number, mtbf in enumerate(rates):
         every = sorted({max(1, round(10 ** (decade / 20))) for decade in range(66)})
         color, seconds = f"C{number}", [n * period for n in every]
@@ -329,11 +341,12 @@ def _draw(constants: Constants, points: list[tuple[float, float, float, str]], p
         left.plot(seconds, shares, color=color, label=name)
         best = _best(constants, mtbf)
         left.plot([best * period], [closed_form(constants, best, mtbf)], "|", color=color, markersize=14)
-        for rate, interval, measured, asked in points:
-            if rate == mtbf:
-                left.plot([interval], [measured], "*" if asked == "auto" else "o", color=color, markersize=9)
+        for point in (point for point in points if point.mtbf == mtbf):
+            marker = "*" if point.auto else "o"
+            left.plot([point.interval], [point.measured], marker, color=color, markersize=9)
+            left.plot([point.interval], [point.simulated], marker, color=color, markersize=9, fillstyle="none")
     left.set(xscale="log", xlabel="seconds between checkpoints", ylabel="goodput", ylim=(0, 1.02),
-             title="line: closed form, bar: Daly's best, dots: measured, stars: auto")  # fmt: skip
+             title="filled: measured (star: auto), hollow: simulated, bar: Daly")  # fmt: skip
     left.legend(fontsize=8, loc="lower left")
     spans = [10 ** (decade / 10) for decade in range(14, 52)]
     restart = constants.down + constants.startup
@@ -341,11 +354,10 @@ def _draw(constants: Constants, points: list[tuple[float, float, float, str]], p
         other = replace(constants, down=0.0, startup=seconds)
         right.plot(spans, [closed_form(other, _best(other, mtbf), mtbf) for mtbf in spans],
                    label=f"restart of {_span(seconds)}" + (", as measured" if seconds == restart else ""))  # fmt: skip
-    for mtbf, _, measured, asked in points:
-        if asked == "auto":
-            right.plot([mtbf], [measured], "k*", markersize=9)
+    for point in (point for point in points if point.auto):
+        right.plot([point.mtbf], [point.measured], "k*", markersize=9)
     right.axvline(LLAMA_MTBF, color="0.7", linewidth=1)
-    right.text(LLAMA_MTBF, 0.05, " 16,384 GPUs", fontsize=8, color="0.4", rotation=90, ha="right")
+    right.text(LLAMA_MTBF, 0.6, "16,384 GPUs", fontsize=8, color="0.4", rotation=90, ha="right")
     right.set(
         xscale="log",
         xlabel="seconds between failures",
