@@ -13,6 +13,7 @@ from models.devices import DEVICES, HEADROOM, Device, cpu
 from models.plan import Plan, predict
 from models.search import Choice, Found, search
 from models.shards import micro_batches
+from trainer.cadence import expected
 
 from .runs import Json
 
@@ -169,6 +170,8 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     priced = f", {cost['usd']:,.0f} USD" if "usd" in cost else ""
     console.print(f"{train.steps:,} steps, {_count(train.steps * predicted.tokens_per_step)} tokens: "
                   f"{_duration(cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
+    if config.checkpoint.every == "auto":
+        console.print(expected(predicted.devices, predicted.step_time))
     source = device.sources.get("flops", "")
     console.print(f"Rates: {source}; {device.attained:.0%} of it reached by matrix products. "
                   "A prediction: muster has not been measured on this device." if not device.is_cpu else

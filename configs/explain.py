@@ -107,7 +107,8 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
         case "string_type" | "tuple_type" if _union_tag(item["loc"]) is not None:
             return key, f"{given}: should be text or a list"
         case kind:
-            return key, f"{given}: " + WANTED.get(kind, item["msg"].removeprefix("Input ").lower())
+            wanted = " or ".join([WANTED[kind], *_words(location, root)]) if kind in WANTED else ""
+            return key, f"{given}: " + (wanted or item["msg"].removeprefix("Input ").lower())
 
 
 def _shown(value: Any, limit: int = 120) -> str:
@@ -115,9 +116,17 @@ def _shown(value: Any, limit: int = 120) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+def _words(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
+    """What a key takes beside a number: `auto`."""
+    members = typing.get_args(annotation_of(location, root))
+    literals = [member for member in members if typing.get_origin(member) is typing.Literal]
+    return [str(word) for literal in literals for word in typing.get_args(literal)]
+
+
 def _union_tag(location: tuple[Any, ...]) -> int | None:
     """Where pydantic's location names the member of a union that it tried, such as `tuple[Source, ...]`."""
-    return next((i for i, part in enumerate(location) if part == "str" or "[" in str(part)), None)
+    tags = ("str", "constrained-int")
+    return next((i for i, part in enumerate(location) if part in tags or "[" in str(part)), None)
 
 
 def _plain(item: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -97,6 +97,8 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     if train.precision == "fp16" and parallel.zero_stage == 0:
         stage = derive("parallel", "zero_stage", 1, "fp16 keeps fp32 gradients from stage 1 on")
         parallel = parallel.model_copy(update={"zero_stage": stage})
+    if config.checkpoint.every == "auto":
+        notes.append("checkpoint.every=auto: set as the run goes on, by what a checkpoint costs and how often it fails")
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")
     if config.optim.warmup > train.steps:

@@ -132,7 +132,10 @@ FOR_DEVELOPERS = {plain(requirement) for requirement in PROJECT["optional-depend
 def distributions(files: list[Path]) -> set[str]:
     """The distributions whose modules the files import; of several that share a module, the declared one."""
     known = packages_distributions()
-    ours = {*PACKAGES, *(path.stem for path in (ROOT / "tests" / "helpers").glob("*.py"))}
+    ours = {
+        *PACKAGES,
+        *(path.stem for folder in ("tests/helpers", "benchmarks") for path in (ROOT / folder).glob("*.py")),
+    }
     modules = {module for path in files for module in top_level(path)} - set(sys.stdlib_module_names) - ours
     candidates = [[plain(each) for each in known.get(module, [module])] for module in modules]
     return {next((each for each in names if each in DECLARED | FOR_DEVELOPERS), names[0]) for names in candidates}

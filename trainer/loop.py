@@ -17,6 +17,7 @@ from configs import Config, ConfigError, with_workers
 from . import engine as ds
 from . import revision
 from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
+from .cadence import Cadence, is_due
 from .checkpoint import committed
 from .data.loader import Loader
 from .data.manifest import sources_of
@@ -29,7 +30,7 @@ from .measure import step_metrics
 from .plugins import load_plugins
 from .preflight import preflight
 from .profile import Profiler
-from .record import Record
+from .record import Record, read_events
 from .resume import from_chief, resume, roll_back
 from .run import attempts, read_config, run_lock, stop_requested
 from .save import Saver
@@ -123,10 +124,14 @@ def _steps(
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
     accumulate, stragglers = engine.gradient_accumulation_steps(), among_all(config)
     loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
+    cadence = None  # rank 0 chooses the steps between checkpoints, and tells the others at each step
+    if record and config.checkpoint.every == "auto":
+        cadence = Cadence(read_events(run_dir), dist.get_world_size(), record)
     saved, reported = state.step, 0
     try:
         while state.step < train.steps:
             step, start, waited = state.step + 1, time.perf_counter(), loader.waited
+            writing = saver.writing
             own_time().begin()
             profiler.before(step)
             beat(step, "data")
@@ -138,9 +143,10 @@ def _steps(
             beat(step, "step")
             # Every process must know how much the others read, and leave at the same step as they.
             trained = sum(int((batch.labels != -100).sum()) for batch in whole)
-            told = torch.tensor([trained, stop.is_set() or stop_requested(run_dir)], device=here)
+            asked = stop.is_set() or stop_requested(run_dir)
+            told = torch.tensor([trained, asked, cadence.every if cadence else 0], device=here)
             dist.all_reduce(told)
-            counted, asked_to_stop = told.tolist()
+            counted, asked_to_stop, chosen = told.tolist()
             tokens = counted * config.parallel.dp // dist.get_world_size()  # the other ranks read the same
             if asked_to_stop:
                 break
@@ -149,6 +155,8 @@ def _steps(
             ds.set_learning_rate(engine, rate)
             outcome = trainee.step(batches, tokens)
             forecast.step_took(time.perf_counter() - start)
+            if cadence:
+                cadence.step_took(time.perf_counter() - start, writing, saver.took)
 
             read_at = state.cursor
             changes = advance(state, outcome, tokens, trainee) + stragglers.after_step(outcome.rank_time)
@@ -164,6 +172,7 @@ def _steps(
                 saver.wait()
                 roll_back(run_dir, engine, state, config, record)
                 trainee.remember(state.routers)
+                saved = state.step
                 loader.close()
                 loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
                 continue
@@ -172,10 +181,12 @@ def _steps(
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
                 evaluate(run_dir, trainee, held_out, step, record, beat)
-            if last or (config.checkpoint.every and step % config.checkpoint.every == 0):
+            if last or is_due(config.checkpoint.every, step, saved, chosen):
                 beat(step, "checkpoint")
                 saver.save(engine, state, attempt)
                 saved = step
+                if cadence:
+                    cadence.began_write(saver.took)
         beat(state.step, "end")
         killed = state.step < train.steps
         if killed:

@@ -86,6 +86,11 @@ class ProgressView:
                 self._print(f"attempt {record['attempt']}  failed: {record.get('reason')}")
         elif name == "checkpoint":
             self._print(f"step {record['step']}  checkpoint, {record.get('bytes', 0) / 1e6:,.1f} MB")
+        elif name == "cadence":
+            self._print(
+                f"a checkpoint every {record['every']} steps ({record['interval_s']:.3g} s): one costs "
+                f"{record['cost_s']:.2g} s, and a failure is expected in {record['mtbf_s'] / 3600:,.3g} h"
+            )
         elif name == "measured":
             told = [
                 f"{label} {record[key] / unit:.3g} {symbol} (planned {record[f'predicted_{key}'] / unit:.3g})"

@@ -136,6 +136,9 @@ class Saver:
 
     stalled = 0.0
     """Seconds that training has stood still for the last checkpoint."""
+    took: tuple[float, float] | None = None
+    """On rank 0, seconds of the last checkpoint that was written: in which training stood still for it, and from its
+    beginning to its commit."""
     failed = ""
     """On rank 0, why the last checkpoint was not written; empty if it was."""
 
@@ -165,6 +168,11 @@ class Saver:
         else:
             self._write(*arguments)
         self.stalled = time.perf_counter() - start
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written at this moment."""
+        return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
         """Return when the last checkpoint is written or has failed."""
@@ -196,10 +204,11 @@ class Saver:
                 self.failed = ""
                 manifest = checkpoint.commit(path, world, token, state, self._config, self._timeout_s)
                 pruned = checkpoint.prune(self._run_dir, keep, keep_every)
+                seconds = time.perf_counter() - start
+                stall = self.stalled if self._background else seconds
+                self.took = stall, seconds
                 if self._record:
                     size = sum(entry["bytes"] for entry in manifest["files"].values())
-                    seconds = time.perf_counter() - start
-                    stall = self.stalled if self._background else seconds
                     self._record.event(
                         "checkpoint", step=state.step, bytes=size, stall_s=stall, write_s=seconds, pruned=pruned
                     )
@@ -207,7 +216,7 @@ class Saver:
             # The run goes on with its last good checkpoint; the record says so.
             if rank == 0:
                 checkpoint.remove(path)
-                self.failed = str(error)
+                self.failed, self.took = str(error), None
                 if self._record:
                     good = max(checkpoint.committed(self._run_dir), default=None)
                     self._record.event("checkpoint_failed", step=state.step, reason=self.failed, last_good=good)

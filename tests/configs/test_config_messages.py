@@ -34,6 +34,8 @@ WRONG = {
     "model.num_experts=true": "model.num_experts=true: true and false (in YAML also yes, no, on, off) are no value of "
     "this key",
     "checkpoint.every=-1": "checkpoint.every=-1: should be greater than or equal to 0",
+    "checkpoint.every=Auto": 'checkpoint.every="Auto": should be a whole number or auto',
+    "checkpoint.every=1.5": "checkpoint.every=1.5: should be a whole number or auto",
     "cluster.gpus_per_worker=-1": "cluster.gpus_per_worker=-1: should be greater than or equal to 0",
     # one of several
     "optim.name=adamww": 'optim.name="adamww": should be one of adamw, adam, sgd, adagrad, rmsprop, adafactor, lion, '

@@ -50,6 +50,13 @@ def test_given_values_are_left_alone():
     assert resolve(asked, vocab_size=999) == (asked, [])
 
 
+def test_automatic_checkpoints_stay_so_until_the_run_knows_more():
+    resolved, notes = resolve(made(checkpoint={"every": "auto"}))
+    assert resolved.checkpoint.every == "auto"
+    assert notes[-1].startswith("checkpoint.every=auto: set as the run goes on")
+    assert not any("checkpoint" in note for note in resolve(made())[1])
+
+
 def test_fp16_needs_zero_for_its_fp32_gradients():
     resolved, notes = resolve(made(train={"precision": "fp16"}))
     assert resolved.parallel.zero_stage == 1

@@ -54,6 +54,8 @@ def test_events_and_evaluations():
     view.event({"event": "spike", "step": 6, "loss": 9.123456, "time": 2.0, "attempt": 1})
     collapsed = {"event": "experts_collapsed", "step": 7, "experts": {"0": [3], "11": list(range(9))}, "collapsed": 10}
     view.event(collapsed | {"time": 2.0, "attempt": 1})
+    cadence = {"event": "cadence", "every": 7, "interval_s": 4.254, "cost_s": 0.395, "mtbf_s": 1.8e8}
+    view.event(cadence | {"time": 2.0, "attempt": 1})
     assert out.getvalue().splitlines() == [
         "attempt 1  2 processes on cpu",
         "step 5  held-out loss 2.5000",
@@ -61,6 +63,7 @@ def test_events_and_evaluations():
         "peak memory 0.25 GB (planned 0.2)",
         "spike  step 6  loss 9.123",
         "step 7  experts collapsed (layer/expert): 0/3, 11/0, 11/1, 11/2, 11/3, 11/4, 11/5, 11/6 and 2 more",
+        "a checkpoint every 7 steps (4.25 s): one costs 0.4 s, and a failure is expected in 5e+04 h",
     ]
 
 

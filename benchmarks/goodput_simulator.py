@@ -1,0 +1,110 @@
+"""A run that fails again and again, simulated step by step, and the closed form of the same; pure and seeded."""
+
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a run's record tells of it, all in seconds."""
+
+    step: float
+    """A step's own time: what counts."""
+    between: float = 0.0
+    """From the end of a step to the beginning of the next."""
+    cost: float = 0.0
+    """That training loses to a checkpoint: it stands still, or steps beside the writing take longer."""
+    write: float = 0.0
+    """From the beginning of a checkpoint, which is that of `cost`, until it is committed."""
+    down: float = 0.0
+    """From a failure until there is something that can fail again."""
+    startup: float = 0.0
+    """From there to the first step; this may be cut short by a failure."""
+
+
+@dataclass
+class Life:
+    """A simulated run, in seconds, from the beginning of its first step to the end of its last."""
+
+    wall: float = 0.0
+    productive: float = 0.0
+    """In steps, each counted once."""
+    lost: float = 0.0
+    """From when the last committed checkpoint was taken, or an attempt's first step, until a failure."""
+    failures: int = 0
+
+    @property
+    def goodput(self) -> float:
+        return self.productive / self.wall
+
+
+def poisson(mtbf: float, seed: int) -> Iterator[float]:
+    """Times to the next failure, exponentially distributed."""
+    draw = random.Random(seed)
+    while True:
+        yield draw.expovariate(1 / mtbf)
+
+
+def simulate(constants: Constants, every: int, gaps: Iterator[float], steps: int) -> Life:
+    """Live through a run of `steps` steps.
+
+    Args:
+        every: steps between checkpoints.
+        gaps: seconds from each attempt's start to the failure that ends it, if it lives so long. The first attempt
+            starts with its first step. None fails after the last of them.
+    """
+    life, now, committed = Life(), 0.0, 0
+    fails_at = next(gaps, math.inf)
+    while True:
+        done, saved_at = committed, now
+        writing: Checkpoint | None = None
+        while done < steps and now < fails_at:
+            now += constants.step + constants.between
+            done += 1
+            if done % every == 0 and done < steps:
+                if writing:
+                    now = max(now, writing.committed)  # one is written at a time
+                    committed, saved_at = _kept(writing, fails_at, committed, saved_at)
+                writing = Checkpoint(done, now, now + max(constants.write, constants.cost))
+                now += constants.cost
+        if done == steps and now <= fails_at:
+            life.wall, life.productive = now, steps * constants.step
+            return life
+        if writing:
+            committed, saved_at = _kept(writing, fails_at, committed, saved_at)
+        life.failures += 1
+        life.lost += max(fails_at - saved_at, 0.0)
+        alive = fails_at + constants.down
+        now, fails_at = alive + constants.startup, alive + next(gaps, math.inf)
+
+
+class Checkpoint(NamedTuple):
+    step: int
+    taken: float
+    committed: float
+    """When, if nothing fails before."""
+
+
+def _kept(writing: Checkpoint, fails_at: float, committed: int, saved_at: float) -> tuple[int, float]:
+    """(last committed step, when its state was taken)."""
+    return (writing.step, writing.taken) if writing.committed <= fails_at else (committed, saved_at)
+
+
+def closed_form(constants: Constants, every: int, mtbf: float) -> float:
+    """The goodput of a run without end whose attempts fail after exponentially distributed times.
+
+    As Daly 2006 (Future Generation Computer Systems 22:303), section 4, whose total time is
+    `mtbf e^(restart / mtbf) (e^((work + cost) / mtbf) - 1) work_total / work`, with two additions: a write in the
+    background delays every commit alike, as a longer restart would, and nothing can fail while nothing is up. It is the
+    work of the expected number of commits in an attempt over the expected time from one start to the next.
+
+    Args:
+        mtbf: mean seconds from an attempt's start to its failure.
+    """
+    period = every * (constants.step + constants.between) + constants.cost
+    before = constants.startup + max(constants.write, constants.cost) - constants.cost
+    commits = math.exp(-before / mtbf) / math.expm1(period / mtbf)
+    return commits * every * constants.step / (mtbf + constants.down)
