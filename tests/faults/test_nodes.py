@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,10 +20,14 @@ from proofs import (
     prepare_samples,
     rolled_back,
     samples_in,
+    use_by_step,
 )
 from schedule import kills
+from support import train_in_process
 
-from trainer.record import read_events
+from configs import load
+from trainer.record import read_events, read_metrics
+from trainer.run import prepare_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
 
@@ -49,8 +54,13 @@ class World:
     folder: Path
     data: Path
 
-    def submit(self, name: str) -> tuple[str, Path]:
+    def submit(self, name: str, *overrides: str) -> tuple[str, Path]:
         """(id of the job, folder of its run)."""
+        name, run_dir = self.write(name)
+        return self.cluster.submit(name, *overrides), run_dir
+
+    def write(self, name: str) -> tuple[str, Path]:
+        """(a config, folder of its run)."""
         run_dir = self.folder / "runs" / name
         ledger = plugin(self.folder / f"{name}_ledger.py", run_dir / "ledger")
         text = CONFIG.format(
@@ -63,7 +73,7 @@ class World:
             plugin=ledger,
         )
         (self.cluster.user / f"{name}.yaml").write_text(text)
-        return self.cluster.submit(f"{name}.yaml"), run_dir
+        return f"{name}.yaml", run_dir
 
     def apart_from_head(self, run_dir: Path) -> Process:
         """A process of the run's newest attempt that is not on the head."""
@@ -175,3 +185,72 @@ def test_twenty_kills_in_one_run(world, clean):
     world.cluster.finish(id, run_dir)
     assert len(attempts_from(run_dir)) > len(schedule)
     check(run_dir, clean, world)
+
+
+ELASTIC = ("parallel.dp=3", "cluster.workers=[1,3]", "train.global_batch=12", "train.micro_batch=2", "train.steps=1500")
+
+
+@pytest.fixture(scope="module")
+def whole(world) -> Path:
+    """The elastic runs' config, trained by one process from its first step to its last."""
+    name, run_dir = world.write("whole")
+    config = load(world.cluster.user / name, [*ELASTIC, "cluster.workers=null", "parallel.dp=1"])
+    assert train_in_process(prepare_run(config)) == 0
+    return run_dir
+
+
+def sizes(run_dir: Path) -> list[int]:
+    return [event["world_size"] for event in read_events(run_dir) if event["event"] == "attempt_started"]
+
+
+def check_within_tolerance(run_dir: Path, whole: Path) -> None:
+    """The same samples in every step; losses as near as other numbers of processes come to each other."""
+    assert use_by_step(run_dir) == use_by_step(whole)
+    ours, theirs = ([m["loss"] for m in read_metrics(path) if "loss" in m] for path in (run_dir, whole))
+    assert ours[:200] == pytest.approx(theirs[:200], rel=1e-4)
+    assert ours == pytest.approx(theirs, rel=1e-2)  # rounding grows over 1500 steps
+
+
+def test_an_elastic_run_shrinks_and_grows_again(world, whole):
+    id, run_dir = world.submit("elastic", *ELASTIC)
+    wait_for(reached(run_dir, 50))
+    node = world.apart_from_head(run_dir).node
+    world.cluster.do("kill", str(node))
+    wait_for(reached(run_dir, 1, attempt=2))
+    world.cluster.do("start", str(node))
+    world.cluster.finish(id, run_dir)
+    assert sizes(run_dir) == [3, 2, 3]
+    assert max(rolled_back(run_dir)) <= 1
+    check_within_tolerance(run_dir, whole)
+
+
+def test_a_machine_that_is_taken_back_is_left_after_a_checkpoint(world, whole):
+    id, run_dir = world.submit("drained", *ELASTIC)
+    wait_for(reached(run_dir, 50))
+    node = world.apart_from_head(run_dir).node
+    code = (
+        "import ray; ray.init(log_to_driver=False); "
+        f"print([n['NodeID'] for n in ray.nodes() if n['Alive'] and n['NodeManagerHostname'] == 'node-{node}'][0])"
+    )
+    ray_id = world.cluster.do("exec", str(HEAD), sys.executable, "-c", code).split()[-1]
+    notice = (
+        "--reason",
+        "DRAIN_NODE_REASON_PREEMPTION",
+        "--reason-message",
+        "spot",
+        "--deadline-remaining-seconds",
+        "60",
+    )
+    world.cluster.do(
+        "exec", str(HEAD), str(Path(sys.executable).with_name("ray")), "drain-node", "--node-id", ray_id, *notice
+    )
+    wait_for(reached(run_dir, 1, attempt=2))
+    events = read_events(run_dir)
+    [end] = [event for event in events if event["event"] == "attempt_ended"]
+    assert end["status"] == "KILLED"
+    assert [event["step"] for event in events if event["event"] == "checkpoint"][-1] == end["step"]
+    assert "will go in " in next(e["reason"] for e in events if e["event"] == "policy" and e["action"] == "retry")
+    assert sizes(run_dir) == [3, 2]
+    world.cluster.finish(id, run_dir)
+    check_within_tolerance(run_dir, whole)
+    world.mend(node)

@@ -89,6 +89,21 @@ def order_of_use(run_dir: Path, world: int) -> list[int]:
     A step counts as its last attempt took it: what an attempt did after the step that a later one went on from, a
     rollback has taken back. For runs with one micro-batch a step.
     """
+    kept = _kept(run_dir)
+    assert [sorted(ranks) for _, ranks in sorted(kept.items())] == [list(range(world))] * len(kept)
+    return [sample for _, ranks in sorted(kept.items()) for _, samples in sorted(ranks.items()) for sample in samples]
+
+
+def use_by_step(run_dir: Path) -> list[list[int]]:
+    """The samples of each step that made the final weights, sorted: for runs whose processes came and went."""
+    return [
+        sorted(sample for samples in ranks.values() for sample in samples)
+        for _, ranks in sorted(_kept(run_dir).items())
+    ]
+
+
+def _kept(run_dir: Path) -> dict[int, dict[int, list[int]]]:
+    """What each rank read for each step, by the attempt that counts."""
     starts = attempts_from(run_dir)
     kept: dict[int, dict[int, list[int]]] = defaultdict(dict)
     for line in lines(run_dir):
@@ -96,9 +111,8 @@ def order_of_use(run_dir: Path, world: int) -> list[int]:
         if line["step"] <= min(later, default=line["step"]):
             assert line["rank"] not in kept[line["step"]], f"counted twice: {line}"
             kept[line["step"]][line["rank"]] = line["samples"]
-    assert [sorted(ranks) for _, ranks in sorted(kept.items())] == [list(range(world))] * len(kept)
     assert sorted(kept) == list(range(1, len(kept) + 1))
-    return [sample for _, ranks in sorted(kept.items()) for _, samples in sorted(ranks.items()) for sample in samples]
+    return kept
 
 
 def check_each_sample_once_per_epoch(used: list[int], samples: list[int]) -> None:
