@@ -101,7 +101,8 @@ MISTAKES = {
     ),
     "other number of processes": (
         ["config.yaml", "parallel.dp=1"],
-        "muster: 2 processes were started but parallel.dp * tp * pp * sp asks for 1: start as many, or change it",
+        "muster: 2 processes were started but parallel.dp * tp * pp * sp asks for 1: start as many, change "
+        "it, or allow it with cluster.workers=[fewest, most]",
     ),
 }
 
