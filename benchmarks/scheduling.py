@@ -6,6 +6,7 @@ Run: `python benchmarks/scheduling.py` (500 runs on 8 nodes; ten minutes on two 
 """
 
 import argparse
+import json
 import os
 import signal
 import statistics
@@ -63,21 +64,24 @@ def measure(folder: Path, count: int, nodes: int) -> None:
     ray.shutdown()
     cluster.shutdown()
 
+    for end in ended:
+        if end.status != "FINISHED":
+            print(f"{end.run_dir.name}: {end.status} {end.reason}")
     events = {run_dir: read_events(run_dir) for run_dir in run_dirs}
     finished = sum(end.status == "FINISHED" for end in ended)
     attempts = [sum(event["event"] == "attempt_started" for event in found) for found in events.values()]
     steps = [[m["step"] for m in recorded(run_dir)] for run_dir in run_dirs]
     whole = sum(found == list(range(1, STEPS + 1)) for found in steps)
-    first = [recorded(run_dir)[0]["time"] for run_dir in run_dirs]
-    own = [time - starts(events[run_dir])[0] for run_dir, time in zip(run_dirs, first, strict=True)]
+    begun = [run_dir for run_dir in run_dirs if recorded(run_dir)]
+    first = [recorded(run_dir)[0]["time"] for run_dir in begun]
+    own = [time - starts(events[run_dir])[0] for run_dir, time in zip(begun, first, strict=True)]
     waited = sorted(time - start for time in first)
     print(f"{count} runs of {STEPS} steps, {nodes} nodes of one CPU; prepared in {prepared - began:.0f} s")
     print(f"{took:.0f} s: {count / took:.2f} runs a second")
     print(f"from submission to the first step: median {statistics.median(waited):.0f} s, last {waited[-1]:.0f} s")
     print(f"of that in the run's own start: median {statistics.median(own):.2f} s")
-    print(
-        f"finished {finished}, with every step once {whole}; attempts: {sum(attempts)}, {attempts.count(1)} runs had one"
-    )
+    print(f"finished {finished}, with every step once {whole}")
+    print(f"attempts: {sum(attempts)}; {attempts.count(1)} runs had one")
     if (finished, whole) != (count, count):
         raise SystemExit("something was lost")
 
@@ -88,8 +92,9 @@ def prepare(folder: Path, count: int) -> list[Path]:
     from trainer.data.prepare import prepare as prepare_data
     from trainer.run import prepare_run
 
-    raw = folder / "raw.txt"
-    raw.write_text("".join(f"def f{i}(x):\n    return x * {i * 37 % 97} + {i}\n" for i in range(2000)))
+    raw = folder / "raw.jsonl"
+    texts = ["".join(f"def f{j}(x):\n    return x * {i * j % 97} + {i}\n" for j in range(20)) for i in range(100)]
+    raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     data = folder / "data"
     prepare_data([str(raw)], data, PrepareConfig(tokenizer="bytes", held_out=0.2), workers=1, progress=False)
     tree = {

@@ -106,7 +106,7 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
             pass
         if attempts(run_dir):  # one that never began may still become anything
             changed = _allowed_changes(run_dir, resolved)
-            events = [*events, ("config_changed", {"changed": changed})] if changed else []
+            events += [("config_changed", {"changed": changed})] if changed else []
     with _written(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)
