@@ -61,10 +61,10 @@ class Dry:
         return [call[program] for call in self.calls if program in call]
 
 
-def dry_run(folder: Path, code: int, send: int | None = None, seconds: float = 0.2) -> Dry:
+def dry_run(folder: Path, code: int = 0, send: int | None = None, lost: bool = False) -> Dry:
     programs = folder / "bin"
     programs.mkdir()
-    log = write_stand_ins(programs, code, seconds if send is None else 60)
+    log = write_stand_ins(programs, code, 0.2 if send is None else 60, lost)
     environment = {
         "PATH": f"{programs}:{os.environ['PATH']}", "HOME": str(folder), "SLURM_JOB_ID": str(JOB + os.getpid() % 1000),
         "SLURM_JOB_NODELIST": "n[1-2]", "RAY_AUTH_TOKEN": "of another cluster",
@@ -122,6 +122,14 @@ def test_asked_to_end_it_ends_after_a_checkpoint(tmp_path):
     assert "stopped with a checkpoint" in dry.printed
     assert dry.of("scontrol") == []
     assert dry.code == 75
+
+
+def test_a_node_that_does_not_join_ends_it(tmp_path):
+    dry = dry_run(tmp_path, lost=True)
+    assert dry.code == 1
+    assert "not all of n1 n2 joined" in dry.printed
+    assert [call for call in dry.of("muster") if call[0] == "train"] == []
+    assert list(dry.state.iterdir()) == []
 
 
 def test_without_a_config_it_says_what_it_wants(tmp_path):

@@ -25,7 +25,7 @@ import sys
 if sys.argv[1] == "-c":
     print("127.0.0.1 lo")
 else:  # how many machines the cluster has
-    print(open({log!r}).read().count("['cluster', "))
+    print(1 if {lost} else open({log!r}).read().count("['cluster', "))
 """
 MUSTER = """#!{python}
 import os, signal, socket, sys, time
@@ -45,21 +45,23 @@ if sys.argv[2] == "up":
         file.write("token")
     port = next(each.partition("=")[2] for each in sys.argv if each.startswith("--port="))
     server = socket.create_server(("127.0.0.1", int(port)))
-time.sleep(60)
+time.sleep(0 if sys.argv[2] == "join" and {lost} else 60)
 """
 
 
-def write_stand_ins(folder: Path, code: int, seconds: float) -> Path:
+def write_stand_ins(folder: Path, code: int, seconds: float, lost: bool = False) -> Path:
     """Put `srun`, `scontrol`, `python3` and `muster` into a folder.
 
     Args:
+        lost: `muster cluster join` ends at once.
         code: what `muster train` exits with, by itself after `seconds` or at SIGTERM.
 
     Returns:
         The file in which each of them leaves a line when it is called.
     """
     log = folder / "calls"
+    values = {"python": sys.executable, "log": str(log), "code": code, "seconds": seconds, "lost": lost}
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("python3", PYTHON), ("muster", MUSTER)):
-        (folder / name).write_text(text.format(python=sys.executable, log=str(log), code=code, seconds=seconds))
+        (folder / name).write_text(text.format(**values))
         (folder / name).chmod(0o755)
     return log
