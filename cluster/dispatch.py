@@ -167,8 +167,8 @@ class _Queue:
             self._package(old).unlink(missing_ok=True)
 
     def _start(self, id: str) -> None:
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT)}
         job = self.jobs[id]
+        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT), "MUSTER_SUBMITTED": str(job["submitted"])}
         try:
             self.client.submit_job(
                 submission_id=id,

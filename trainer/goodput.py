@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from .record import METRICS, read_events
 
-BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "down", "other")
+BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "queue", "down", "other")
 """step: forward, backward, optimizer of steps that count. data_wait: without data in such steps. checkpoint: the
 training thread waited for a snapshot. evaluation. startup: from the launch, or from the failure that it follows, to the
-first step. lost: steps that were done again, and what an attempt that died did after its last one. down: nobody had
-launched it. other: between steps, and after the last one."""
+first step. lost: steps that were done again, and what an attempt that died did after its last one. queue: it was
+submitted and had no room on the cluster. down: nobody had launched or submitted it. other: between steps, and after
+the last one."""
 
 
 @dataclass
@@ -72,7 +73,7 @@ def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attemp
     """As `goodput`, of a record that was read."""
     attempts: list[Attempt] = []
     lost = _superseded(steps)
-    launches = [event.get("began", event["time"]) for event in events if event["event"] == "resolved"]
+    launches = {e.get("began", e["time"]): e.get("submitted") for e in events if e["event"] == "resolved"}
     for start in (event for event in events if event["event"] == "attempt_started"):
         number = start["attempt"]
         own = [event for event in events if event["attempt"] == number and event["time"] >= start["time"]]
@@ -83,9 +84,16 @@ def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attemp
         closed = [event["time"] for event in own if event["event"] in ("attempt_ended", "worker_lost", "worker_failed")]
         last = max([start["time"], *(event["time"] for event in own), *(step.time for step in mine)])
         attempt = Attempt(number, began, closed[0] if closed else last)
-        attempt.seconds["down"] = began - before if before is not None else 0.0
+        submitted = launches.get(launched) if launched == began else None
+        queued = began if submitted is None else min(submitted, began)
+        attempt.seconds["down"] = max(queued - before, 0.0) if before is not None else 0.0
+        attempt.seconds["queue"] = began - max(queued, queued if before is None else before)
         died = not any(event["event"] == "attempt_ended" for event in own)
         _book_attempt(attempt, own, mine, lost, died)
+        waits = [e["time"] for e in events if e["event"] == "waiting" and began <= e["time"] <= start["time"]]
+        waited = start["time"] - waits[0] if waits else 0.0
+        attempt.seconds["queue"] += waited
+        attempt.seconds["startup"] -= waited
         attempts.append(attempt)
     return attempts
 

@@ -26,6 +26,8 @@ from .warm_start import check_source
 CONFIG = "config.yaml"
 STOP = "stop"
 LOCK = "lock"
+SUBMITTED = "MUSTER_SUBMITTED"
+"""Variable that tells a run when its job was submitted, in Unix seconds."""
 
 
 def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, list[str]]:
@@ -87,7 +89,8 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
     began = psutil.Process().create_time()  # of this launch, for `trainer.goodput`
-    events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes, "began": began})]
+    queued = {"submitted": float(os.environ[SUBMITTED])} if SUBMITTED in os.environ else {}
+    events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes, "began": began} | queued)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
         events.append(("init_from", {"differs": differs}))
     if fork:

@@ -31,17 +31,37 @@ def test_a_life_written_out():
     first, second, third = book(events, steps)
     assert first.seconds == {
         "step": 15, "data_wait": 3, "startup": 12, "lost": 9 + 5, "other": 0.5, "checkpoint": 0.5, "evaluation": 0,
-        "down": 0,
+        "down": 0, "queue": 0,
     }  # fmt: skip
     assert second.seconds == {
         "step": 10, "data_wait": 0, "startup": 70 - 45 - 10, "lost": 0, "other": 7, "checkpoint": 0, "evaluation": 3,
-        "down": 0,
+        "down": 0, "queue": 0,
     }  # fmt: skip
     assert third.seconds["down"] == 20
     assert third.seconds["startup"] == 20
     whole = total([first, second, third])
     assert sum(whole.values()) == pytest.approx(130)
     assert productive(whole) == pytest.approx((15 + 10 + 4) / 130)
+
+
+def test_time_in_the_queue_and_for_room():
+    """Submitted at 0, launched at 10; a machine is lost at 40, and there is room again at 60; sent again at 100."""
+    events = [
+        event(12, 0, "resolved", began=10, submitted=0),
+        event(15, 1, "attempt_started"),
+        event(40, 1, "worker_lost"),
+        event(45, 1, "waiting"),
+        event(60, 2, "attempt_started"),
+        event(80, 2, "attempt_ended", status="KILLED"),
+        event(131, 2, "resolved", began=130, submitted=100),
+        event(132, 3, "attempt_started"),
+        event(140, 3, "attempt_ended"),
+    ]
+    first, second, third = book(events, [Step(1, 1, 30, 5, 0), Step(2, 2, 70, 5, 0), Step(3, 3, 138, 5, 0)])
+    assert [attempt.seconds["queue"] for attempt in (first, second, third)] == [10, 15, 30]
+    assert second.seconds["startup"] == 70 - 5 - 40 - 15
+    assert third.seconds["down"] == 20
+    assert sum(total([first, second, third]).values()) == pytest.approx(140)
 
 
 def test_steps_that_were_not_recorded_are_steps():
