@@ -147,14 +147,15 @@ class Run:
     every: str
     gaps: list[float]
     """Seconds that each killed attempt lived; the first from its first step on."""
-    steps: int
+    last_life: float
+    """Seconds of the attempt that was not killed, counted likewise."""
     wall: float
     books: dict[str, float]
     """Seconds, of `trainer.goodput`."""
     step_s: float
     """Median step that no write ran beside."""
     step_times: list[tuple[float, bool]]
-    """Of all steps in their order, and of each that a kill cut short (`step_s`): seconds, whether a write ran beside."""
+    """Of all steps in their order, and those that a kill cut short (`step_s`): seconds, whether a write ran beside."""
     between_s: float
     costs: list[float]
     """What the step beside a checkpoint's write took longer, of each checkpoint."""
@@ -193,11 +194,12 @@ def read(run_dir: Path) -> Run:
     for attempt, mine in itertools.groupby(steps, key=lambda step: step.attempt):
         trace += [(step.seconds, (attempt, step.step) in beside) for step in mine]
         trace += [(typical, False)] if attempt in kills else []
+    intervals = [b["step"] - a["step"] for a, b in itertools.pairwise(saves) if a["attempt"] == b["attempt"]]
     return Run(
         mtbf=asked["mtbf"],
         every=asked["every"],
         gaps=[when - (begin if attempt == 1 else starts[attempt]) for attempt, when in sorted(kills.items())],
-        steps=steps[-1].step,
+        last_life=end - (starts[max(starts)] if len(starts) > 1 else begin),
         wall=end - begin,
         books=books,
         step_s=typical,
@@ -207,7 +209,7 @@ def read(run_dir: Path) -> Run:
         writes=[event["write_s"] for event in saves],
         downs=[starts[attempt + 1] - when for attempt, when in kills.items() if attempt + 1 in starts],
         startups=[first[a].time - first[a].seconds - starts[a] for a in starts if a > 1 and a in first],
-        intervals=[b["step"] - a["step"] for a, b in itertools.pairwise(saves) if a["attempt"] == b["attempt"]],
+        intervals=intervals or [event["every"] for event in events if event["event"] == "cadence"],
     )
 
 
@@ -257,7 +259,7 @@ def report(folder: Path) -> None:
         slower = sum(len(run.writes) for run in same) * constants.cost / wall
         lives = [_relive(run, constants) for run in same]
         predicted = sum(life.productive for life in lives) / sum(life.wall for life in lives)
-        steps = statistics.median(_every(run) for run in same)
+        steps = statistics.median(step for run in same for step in run.intervals) if every == "auto" else int(every)
         law = closed_form(replace(constants, step=statistics.median(run.step_s for run in same)), round(steps), mtbf)
         kills = sum(len(run.gaps) for run in same)
         measured = booked - slower
@@ -282,7 +284,7 @@ def _relive(run: Run, constants: Constants) -> Life:
     the costs, writes and restarts of all runs."""
     own = replace(constants, step=run.step_s)
     step_times = (seconds - constants.cost * beside for seconds, beside in run.step_times)
-    return simulate(own, _every(run), iter(run.gaps), run.steps, step_times)
+    return simulate(own, _every(run), iter(run.gaps), 10**9, step_times, run.last_life)
 
 
 def _every(run: Run) -> int:

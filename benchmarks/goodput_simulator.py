@@ -59,7 +59,12 @@ class Progress(NamedTuple):
 
 
 def simulate(
-    constants: Constants, every: int, gaps: Iterator[float], steps: int, step_times: Iterator[float] | None = None
+    constants: Constants,
+    every: int,
+    gaps: Iterator[float],
+    steps: int,
+    step_times: Iterator[float] | None = None,
+    last_life: float = math.inf,
 ) -> Life:
     """Live through a run of `steps` steps.
 
@@ -68,13 +73,15 @@ def simulate(
         gaps: seconds from each attempt's start to the failure that ends it, if it lives so long. The first attempt
             starts with its first step. None fails after the last of them.
         step_times: seconds of each step that is taken, in order; `constants.step` without them and after the last.
+        last_life: seconds after which the run is left, from the start of the attempt after the last failure.
     """
     now, failures, lost, kept = 0.0, 0, 0.0, Progress()
-    fails_at = next(gaps, math.inf)
+    alive, fails_at = 0.0, next(gaps, math.inf)
     while True:
+        until = alive + last_life if fails_at == math.inf else math.inf
         done, writing, committed_at = kept._replace(at=now), kept, math.inf
         began = now
-        while done.step < steps and now < fails_at:
+        while done.step < steps and now < min(fails_at, until):
             seconds = next(step_times, constants.step) if step_times else constants.step
             now += seconds + constants.between
             done = Progress(done.step + 1, done.productive + seconds, now)
@@ -84,7 +91,7 @@ def simulate(
                     kept = writing if committed_at <= fails_at else kept
                 writing, committed_at = done._replace(at=now), now + max(constants.write, constants.cost)
                 now += constants.cost
-        if done.step == steps and now <= fails_at:
+        if (done.step == steps or now >= until) and now <= fails_at:
             return Life(now, done.productive, lost, failures)
         kept = writing if committed_at <= fails_at else kept
         failures += 1
