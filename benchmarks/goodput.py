@@ -6,7 +6,8 @@ then `python benchmarks/goodput.py report FOLDER`, which prints tables and write
 A measurement is a real run of `muster train` or, with --without-ray, of the same warm process (`trainer.warm`) in a
 loop that starts it again. What trains is killed by `kill -9` after a life of random, exponentially distributed length;
 nobody steps in. What counts is the time from the beginning of the first step to the end of the last one, as
-`trainer.goodput` books it. The model is the quickstart's, without evaluations. The simulator lives the very same lives.
+`trainer.goodput` books it. The model is the quickstart's, without evaluations. The simulator lives the very same lives,
+at the step times that were measured.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from goodput_simulator import Constants, closed_form, poisson, simulate
+from goodput_simulator import Constants, Life, closed_form, poisson, simulate
 
 from cluster.worker import ENVIRONMENT
 from configs import load
@@ -146,12 +147,15 @@ class Run:
     every: str
     gaps: list[float]
     """Seconds that each killed attempt lived; the first from its first step on."""
-    steps: int
+    last_life: float
+    """Seconds of the attempt that was not killed, counted likewise."""
     wall: float
     books: dict[str, float]
     """Seconds, of `trainer.goodput`."""
     step_s: float
     """Median step that no write ran beside."""
+    step_times: list[tuple[float, bool]]
+    """Of all steps in their order, and those that a kill cut short (`step_s`): seconds, whether a write ran beside."""
     between_s: float
     costs: list[float]
     """What the step beside a checkpoint's write took longer, of each checkpoint."""
@@ -185,20 +189,27 @@ def read(run_dir: Path) -> Run:
     for attempt, after in sorted(beside & took.keys()):
         before = [took[attempt, step] for step in range(after - 8, after) if (attempt, step) in took.keys() - beside]
         costs += [took[attempt, after] - statistics.median(before)] if before else []
+    typical = statistics.median(step.seconds for step in alone)
+    trace: list[tuple[float, bool]] = []
+    for attempt, mine in itertools.groupby(steps, key=lambda step: step.attempt):
+        trace += [(step.seconds, (attempt, step.step) in beside) for step in mine]
+        trace += [(typical, False)] if attempt in kills else []
+    intervals = [b["step"] - a["step"] for a, b in itertools.pairwise(saves) if a["attempt"] == b["attempt"]]
     return Run(
         mtbf=asked["mtbf"],
         every=asked["every"],
         gaps=[when - (begin if attempt == 1 else starts[attempt]) for attempt, when in sorted(kills.items())],
-        steps=max(step.step for step in steps),
+        last_life=end - (starts[max(starts)] if len(starts) > 1 else begin),
         wall=end - begin,
         books=books,
-        step_s=statistics.median(step.seconds for step in alone),
+        step_s=typical,
+        step_times=trace,
         between_s=statistics.median(b.time - b.seconds - a.time for a, b in follows),
         costs=costs,
         writes=[event["write_s"] for event in saves],
         downs=[starts[attempt + 1] - when for attempt, when in kills.items() if attempt + 1 in starts],
         startups=[first[a].time - first[a].seconds - starts[a] for a in starts if a > 1 and a in first],
-        intervals=[b["step"] - a["step"] for a, b in itertools.pairwise(saves) if a["attempt"] == b["attempt"]],
+        intervals=intervals or [event["every"] for event in events if event["event"] == "cadence"],
     )
 
 
@@ -246,9 +257,9 @@ def report(folder: Path) -> None:
         wall = sum(run.wall for run in same)
         booked = sum(run.books["step"] for run in same) / wall
         slower = sum(len(run.writes) for run in same) * constants.cost / wall
-        lives = [simulate(_own(run, constants), _every(run), iter(run.gaps), run.steps) for run in same]
+        lives = [_relive(run, constants) for run in same]
         predicted = sum(life.productive for life in lives) / sum(life.wall for life in lives)
-        steps = statistics.median(_every(run) for run in same)
+        steps = statistics.median(step for run in same for step in run.intervals) if every == "auto" else int(every)
         law = closed_form(replace(constants, step=statistics.median(run.step_s for run in same)), round(steps), mtbf)
         kills = sum(len(run.gaps) for run in same)
         measured = booked - slower
@@ -268,9 +279,12 @@ def report(folder: Path) -> None:
     _draw(constants, points, folder / "goodput.png")
 
 
-def _own(run: Run, constants: Constants) -> Constants:
-    """The constants of all runs with this one's own step: the machine has quick hours and slow ones."""
-    return replace(constants, step=run.step_s)
+def _relive(run: Run, constants: Constants) -> Life:
+    """Simulate a run with the lives and the step times that it had (the machine has quick minutes and slow ones), and
+    the costs, writes and restarts of all runs."""
+    own = replace(constants, step=run.step_s)
+    step_times = (seconds - constants.cost * beside for seconds, beside in run.step_times)
+    return simulate(own, _every(run), iter(run.gaps), 10**9, step_times, run.last_life)
 
 
 def _every(run: Run) -> int:

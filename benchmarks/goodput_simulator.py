@@ -25,16 +25,16 @@ class Constants:
     """From there to the first step; this may be cut short by a failure."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Life:
     """A simulated run, in seconds, from the beginning of its first step to the end of its last."""
 
-    wall: float = 0.0
-    productive: float = 0.0
+    wall: float
+    productive: float
     """In steps, each counted once."""
-    lost: float = 0.0
+    lost: float
     """From when the last committed checkpoint was taken, or an attempt's first step, until a failure."""
-    failures: int = 0
+    failures: int
 
     @property
     def goodput(self) -> float:
@@ -48,49 +48,56 @@ def poisson(mtbf: float, seed: int) -> Iterator[float]:
         yield draw.expovariate(1 / mtbf)
 
 
-def simulate(constants: Constants, every: int, gaps: Iterator[float], steps: int) -> Life:
+class Progress(NamedTuple):
+    """What a checkpoint keeps."""
+
+    step: int = 0
+    productive: float = 0.0
+    """Seconds of the steps up to here."""
+    at: float = 0.0
+    """When it was taken."""
+
+
+def simulate(
+    constants: Constants,
+    every: int,
+    gaps: Iterator[float],
+    steps: int,
+    step_times: Iterator[float] | None = None,
+    last_life: float = math.inf,
+) -> Life:
     """Live through a run of `steps` steps.
 
     Args:
         every: steps between checkpoints.
         gaps: seconds from each attempt's start to the failure that ends it, if it lives so long. The first attempt
             starts with its first step. None fails after the last of them.
+        step_times: seconds of each step that is taken, in order; `constants.step` without them and after the last.
+        last_life: seconds after which the run is left, from the start of the attempt after the last failure.
     """
-    life, now, committed = Life(), 0.0, 0
-    fails_at = next(gaps, math.inf)
+    now, failures, lost, kept = 0.0, 0, 0.0, Progress()
+    alive, fails_at = 0.0, next(gaps, math.inf)
     while True:
-        done, saved_at = committed, now
-        writing: Checkpoint | None = None
-        while done < steps and now < fails_at:
-            now += constants.step + constants.between
-            done += 1
-            if done % every == 0 and done < steps:
-                if writing:
-                    now = max(now, writing.committed)  # one is written at a time
-                    committed, saved_at = _kept(writing, fails_at, committed, saved_at)
-                writing = Checkpoint(done, now, now + max(constants.write, constants.cost))
+        until = alive + last_life if fails_at == math.inf else math.inf
+        done, writing, committed_at = kept._replace(at=now), kept, math.inf
+        began = now
+        while done.step < steps and now < min(fails_at, until):
+            seconds = next(step_times, constants.step) if step_times else constants.step
+            now += seconds + constants.between
+            done = Progress(done.step + 1, done.productive + seconds, now)
+            if done.step % every == 0 and done.step < steps:
+                if committed_at < math.inf:
+                    now = max(now, committed_at)  # one is written at a time
+                    kept = writing if committed_at <= fails_at else kept
+                writing, committed_at = done._replace(at=now), now + max(constants.write, constants.cost)
                 now += constants.cost
-        if done == steps and now <= fails_at:
-            life.wall, life.productive = now, steps * constants.step
-            return life
-        if writing:
-            committed, saved_at = _kept(writing, fails_at, committed, saved_at)
-        life.failures += 1
-        life.lost += max(fails_at - saved_at, 0.0)
+        if (done.step == steps or now >= until) and now <= fails_at:
+            return Life(now, done.productive, lost, failures)
+        kept = writing if committed_at <= fails_at else kept
+        failures += 1
+        lost += max(fails_at - max(kept.at, began), 0.0)
         alive = fails_at + constants.down
         now, fails_at = alive + constants.startup, alive + next(gaps, math.inf)
-
-
-class Checkpoint(NamedTuple):
-    step: int
-    taken: float
-    committed: float
-    """When, if nothing fails before."""
-
-
-def _kept(writing: Checkpoint, fails_at: float, committed: int, saved_at: float) -> tuple[int, float]:
-    """(last committed step, when its state was taken)."""
-    return (writing.step, writing.taken) if writing.committed <= fails_at else (committed, saved_at)
 
 
 def closed_form(constants: Constants, every: int, mtbf: float) -> float:

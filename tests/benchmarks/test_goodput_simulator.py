@@ -46,6 +46,20 @@ def test_a_failure_while_it_starts_loses_no_step():
     assert life.wall == 3.5 + 1 + 2 + 1 + 5 + 10
 
 
+def test_steps_of_given_times_written_out():
+    """The step that a failure cuts short is one of them too; those done again count once, with their last time."""
+    life = simulate(Constants(step=1.0, startup=2.0), 2, iter([7.5]), 5, iter([1.0, 2.0, 4.0, 3.0, 5.0]))
+    assert (life.failures, life.lost) == (1, 4.5)
+    assert life.productive == 1 + 2 + 5 + 1 + 1
+    assert life.wall == 7.5 + 2 + 5 + 1 + 1
+
+
+def test_a_run_that_never_gets_ahead_is_left_in_time():
+    """Lives of 10 s and checkpoints after 20: what there is in the end are the steps of the last life."""
+    life = simulate(Constants(step=1.0, down=1.0), 20, iter([10.0] * 4), 1000, last_life=5.0)
+    assert (life.failures, life.wall, life.productive, life.lost) == (4, 4 * 11 + 5, 5, 40)
+
+
 REAL = Constants(step=0.6, between=0.002, cost=0.13, write=0.3, down=4.0, startup=2.0)
 
 
