@@ -48,6 +48,11 @@ def test_slurm_is_told_to_signal_the_script_alone_and_to_queue_it_again():
     assert lead > 60
 
 
+def heed() -> None:
+    """A background job's children are born deaf to SIGINT, which bash then cannot trap."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @dataclass
 class Dry:
     """A dry run that has ended."""
@@ -72,7 +77,7 @@ def dry_run(folder: Path, code: int = 0, send: int | None = None, lost: bool = F
     command = ["bash", SCRIPT, "quickstart", "run.root=/shared runs"]
     output = folder / "output"
     with output.open("w") as file:
-        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=file, stderr=file)
+        process = subprocess.Popen(command, env=environment, cwd=folder, stdout=file, stderr=file, preexec_fn=heed)
         try:
             if send is not None:
                 end = time.monotonic() + 60
