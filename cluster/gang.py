@@ -130,7 +130,7 @@ class Gang:
             kind.options(
                 num_cpus=self.each.cpus,
                 num_gpus=self.each.gpus,
-                max_concurrency=3,
+                max_concurrency=4,  # an attempt's end, and its beginning, beside one that cannot be ended
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._reserved, index),
             ).remote(self.environment)
             for index in bundles
@@ -199,7 +199,11 @@ class Gang:
         Raises:
             Final: a worker found a mistake of the user's, or stopped for good.
         """
-        running = {member.actor.train.remote(job): rank for rank, member, job in self._jobs(run_dir, folder, patience)}
+        try:
+            jobs = self._jobs(run_dir, folder, patience)
+        except ray.exceptions.RayError as error:
+            return [], [Failure(0, f"the worker or its machine is gone: {_words(error)}", str(error), lost=True)]
+        running = {member.actor.train.remote(job): rank for rank, member, job in jobs}
         ends: list[str] = []
         failures: list[Failure] = []
         until = float("inf")
