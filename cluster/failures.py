@@ -4,8 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-COLLATERAL = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-"""How a process fails because another one has: gloo's and NCCL's words."""
+COLLATERAL = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",  # gloo
+    "ncclRemoteError", "Watchdog caught collective operation timeout",
+    "Connection was likely closed",  # the store that ranks meet at
+)  # fmt: skip
+"""How a process fails because another one has."""
 
 
 class Final(Exception):
