@@ -1,0 +1,31 @@
+"""Runs trained by `cluster.trials` on a private Ray, in a process of their own: connecting changes the environment."""
+
+from pathlib import Path
+
+from support import tiny
+
+from cluster.session import end_children, ray_session, session_folder
+from cluster.share import Node, Share
+
+
+def train_all(root: Path, data: Path) -> list[tuple[str, str, str]]:
+    """Five runs on two gangs, two of them twice: (name, status, reason) as they end."""
+    from trainer.run import prepare_run
+
+    runs = {}
+    for name in ("a", "b", "c", "d", "wrong"):
+        config = tiny(run={"name": name, "root": str(root)}, data={"path": str(data)}, cluster={"max_failures": 0})
+        runs[name] = prepare_run(config)
+    config = runs["wrong"] / "config.yaml"
+    config.write_text(config.read_text().replace("plugins: []", f"plugins: [{root / 'missing.py'}]"))
+    folder, found = session_folder(), []
+    try:
+        with ray_session(None, Node(2, 0), folder):
+            from cluster.trials import Trials
+
+            for some in (("a", "b", "c", "wrong"), ("a", "d")):
+                trials = Trials([runs[name] for name in some], 2, Share(1.0, 0.0), {}, joined=False, folder="/")
+                found += [(end.run_dir.name, end.status, end.reason) for end in trials]
+    finally:
+        end_children()
+    return found
