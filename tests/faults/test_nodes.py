@@ -187,7 +187,11 @@ def test_twenty_kills_in_one_run(world, clean):
     check(run_dir, clean, world)
 
 
-ELASTIC = ("parallel.dp=3", "cluster.workers=[1,3]", "train.global_batch=12", "train.micro_batch=2", "train.steps=1500")
+ELASTIC = (
+    "parallel.dp=3", "cluster.workers=[1,3]", "train.global_batch=12", "train.micro_batch=2", "train.steps=900",
+    # Smooth, as rounding over hundreds of steps sends a router's tokens elsewhere; of few, see tests/trainer.
+    "model.num_experts=0", "model.dropout=0", "optim.lr=1e-4",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -207,8 +211,7 @@ def check_within_tolerance(run_dir: Path, whole: Path) -> None:
     """The same samples in every step; losses as near as other numbers of processes come to each other."""
     assert use_by_step(run_dir) == use_by_step(whole)
     ours, theirs = ([m["loss"] for m in read_metrics(path) if "loss" in m] for path in (run_dir, whole))
-    assert ours[:200] == pytest.approx(theirs[:200], rel=1e-4)
-    assert ours == pytest.approx(theirs, rel=1e-2)  # rounding grows over 1500 steps
+    assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_an_elastic_run_shrinks_and_grows_again(world, whole):
