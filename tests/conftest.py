@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: prepared data, and processes that are started once."""
 
 import os
+import sys
 
 # Before torch is imported, here and in every process the tests start: two cores are all there is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -8,6 +9,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import pytest
 from support import Pair, prepare_tiny
+
+from cluster import cli
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +24,17 @@ def pair():
     """Two processes in one gloo group, for all tests that need two."""
     with Pair() as processes:
         yield processes
+
+
+@pytest.fixture
+def muster(monkeypatch, capsys):
+    """Run the command line in this process: (exit code, stdout, stderr)."""
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["muster", *arguments])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run

@@ -1,29 +1,20 @@
 """`muster checkpoint`: what there is, what is in it, and which file is damaged."""
 
+import functools
 import json
-import sys
 
 import pytest
 import torch
 
-from cluster import cli
 from trainer import checkpoint
 from trainer.checkpoint import Snapshot
 from trainer.state import TrainState
 
 
 @pytest.fixture
-def muster(monkeypatch, capsys):
-    """Run `muster checkpoint` in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["muster", "checkpoint", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
+def muster(muster):
+    """`muster checkpoint`."""
+    return functools.partial(muster, "checkpoint")
 
 
 @pytest.fixture

@@ -7,23 +7,8 @@ import sys
 import pytest
 import yaml
 
-from cluster import cli
 from configs import from_dict, load, preset_names
 from trainer.record import Record
-
-
-@pytest.fixture
-def muster(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["muster", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 def test_help_and_config_import_nothing_heavy():

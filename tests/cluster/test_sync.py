@@ -1,30 +1,14 @@
 """`muster sync` sends what a tracker has missed, says how much, and what is wrong where it cannot; `muster status`."""
 
 import json
-import sys
 
 import pytest
 from ranks import free_port
 from tracker import assert_all_shown, shown
 
-from cluster import cli
 from configs import from_dict, to_yaml
 from trainer.record import Record
 from trainer.tracking import shipper
-
-
-@pytest.fixture
-def muster(monkeypatch, capsys):
-    """Run the command line in this process: (exit code, stdout, stderr)."""
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["muster", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
-        out, err = capsys.readouterr()
-        return end.value.code or 0, out, err
-
-    return run
 
 
 @pytest.fixture
