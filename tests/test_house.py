@@ -108,6 +108,21 @@ def test_every_file_says_its_purpose_in_one_line():
     assert [path for path, line in first.items() if not line.endswith((".", ":"))] == []
 
 
+ELSEWHERE = {"in_team", "train_in_process", "pair", "run_ranks", "submit"}
+"""What runs the function that it is given in another process, which finds the modules of tests/helpers only."""
+
+
+def test_what_other_processes_run_stands_in_the_helpers():
+    found = []
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        local = {n.name for n in tree(path).body if isinstance(n, ast.FunctionDef) and not n.decorator_list}
+        calls = [node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+        away = [call for call in calls if ast.unparse(call.func).rpartition(".")[2] in ELSEWHERE]
+        given = {name.id for call in away for name in call.args if isinstance(name, ast.Name)}
+        found += [f"{name(path)}: {function}" for function in sorted(given & local)]
+    assert found == []
+
+
 # What is declared.
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

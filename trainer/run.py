@@ -109,7 +109,10 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
             pass
         if attempts(run_dir):  # one that never began may still become anything
             changed = _allowed_changes(run_dir, resolved)
-            events += [("config_changed", {"changed": changed})] if changed else []
+            if changed:
+                events.append(("config_changed", {"changed": changed}))
+            elif is_finished(run_dir):
+                events = []  # nothing follows
     with _written(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)

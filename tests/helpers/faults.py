@@ -14,7 +14,7 @@ from pathlib import Path
 
 from schedule import Kill
 
-from trainer import checkpoint, collapse, loop, straggler
+from trainer import cadence, checkpoint, collapse, loop, straggler
 from trainer.tracking import start
 from trainer.trainee import Trainee
 
@@ -146,6 +146,12 @@ def trained(run_dir: Path, fault: Callable[..., None] | None = None, ranks: Sequ
         return loop.train(run_dir)
     except loop.TrainingStopped as stopped:
         return str(stopped)
+
+
+def first_checkpoint(of_first: int, of_others: int) -> None:
+    """With `checkpoint.every: auto`, let rank 0 begin with another interval than the other ranks, and keep to it."""
+    cadence.FIRST = of_first if os.environ["RANK"] == "0" else of_others
+    cadence.CHANGE = float("inf")
 
 
 def poison(first: int, last: int) -> None:

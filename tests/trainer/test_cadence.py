@@ -1,17 +1,15 @@
 """`checkpoint.every: auto`: Daly's published figures, what the failures say, what a checkpoint costs, and real runs."""
 
-import os
 import signal
 import time
 
 import pytest
-from faults import kill_at_step
+from faults import first_checkpoint, kill_at_step, trained
 from support import prepare_tiny, tiny, train_in_process
 from teams import in_team
 
 from trainer import cadence
 from trainer.cadence import PRIOR, Cadence, Past, choose, daly, failure_rate, is_due, past
-from trainer.loop import train
 from trainer.record import Record, read_events, read_metrics
 from trainer.run import prepare_run
 
@@ -163,14 +161,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path, data):
     assert cadences(killed)[-1]["failures"] == 1
 
 
-def choose_three(run_dir):
-    """One of two processes: only the first one's choice counts."""
-    cadence.FIRST = 3 if os.environ["RANK"] == "0" else 5
-    cadence.CHANGE = float("inf")
-    return train(run_dir)
-
-
 def test_all_processes_follow_the_first(tmp_path, data):
     run_dir = made(tmp_path, data, "two", parallel={"dp": 2})
-    assert in_team(2, choose_three, run_dir) == ["FINISHED", "FINISHED"]
+    assert in_team(2, trained, run_dir, first_checkpoint, (0, 1), 3, 5) == ["FINISHED", "FINISHED"]
     assert [step for _, step in saved(run_dir)] == [*range(3, 25, 3)]
