@@ -123,6 +123,7 @@ def test_nothing_outlives_it(run, how):
     assert not attempt.is_running() or attempt.status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.slow
 def test_one_that_may_not_fork_starts_anew(run):
     one = run("one")
     found = Warm({"JE_ARROW_MALLOC_CONF": "background_thread:true"})  # a second thread, which no fork would have

@@ -67,6 +67,7 @@ def losses(run_dir):
     return [(m["step"], m.get("loss"), m.get("eval_loss"), m.get("grad_norm")) for m in read_metrics(run_dir)]
 
 
+@pytest.mark.slow
 def test_two_processes_one_of_which_stands_still(tmp_path, tiny_data):
     config = tiny(
         run={"name": "still", "root": str(tmp_path / "runs")},
