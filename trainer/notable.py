@@ -32,7 +32,7 @@ def notable(events: Sequence[Event]) -> dict[str, Notable]:
     found: dict[str, list[Event]] = {}
     for event in events:
         kind = ENDS.get(event["event"], event["event"])
-        if kind in KINDS:
+        if kind in KINDS and (kind != "preflight" or event["broken"] or event["slow"]):
             found.setdefault(kind, []).append(event)
     told = {}
     for kind in sorted(found, key=KINDS.index):
@@ -71,6 +71,10 @@ def _straggler(these: Sequence[Event]) -> str:
     return f"{', '.join(each)} of its peers' median own time, by step {these[-1]['step']}"
 
 
+def _preflight(these: Sequence[Event]) -> str:
+    return "; ".join([*these[-1]["broken"], *these[-1]["slow"]])
+
+
 def _experts(these: Sequence[Event]) -> str:
     last = these[-1]
     where = "; ".join(f"layer {layer}: {', '.join(map(str, who))}" for layer, who in last["experts"].items())
@@ -101,6 +105,7 @@ TEXTS: dict[str, Callable[[Sequence[Event]], str]] = {
     "hang": _reason,
     "worker_lost": _worker,
     "worker_failed": _worker,
+    "preflight": _preflight,
     "straggler": _straggler,
     "experts_collapsed": _experts,
 }

@@ -72,9 +72,17 @@ def test_each_kind_by_its_last_with_its_count(tmp_path):
 
 
 def test_an_event_that_it_does_not_know_the_words_of():
-    event = {"time": 1.0, "attempt": 1, "event": "preflight", "left_out": ["node-3"], "seconds": 2.0}
-    assert notable([event])["preflight"].text == "left_out ['node-3'], seconds 2"
-    assert notable([event | {"reason": "node-3: 0.1 GB/s"}])["preflight"].text == "node-3: 0.1 GB/s"
+    event = {"time": 1.0, "attempt": 1, "event": "not_written", "files": ["a"], "seconds": 2.0}
+    assert notable([event])["not_written"].text == "files ['a'], seconds 2"
+    assert notable([event | {"reason": "the disk is full"}])["not_written"].text == "the disk is full"
+
+
+def test_machines_that_proved_themselves_are_no_news():
+    event = {"time": 1.0, "attempt": 1, "event": "preflight", "broken": [], "slow": [], "machines": [{"host": "a"}]}
+    assert notable([event]) == {}
+    bad = event | {"broken": ["node-3: wrong products"], "slow": ["node-1: link at 0.3 of its peers' median"]}
+    assert notable([event, bad, event])["preflight"].times == 1
+    assert notable([bad])["preflight"].text == "node-3: wrong products; node-1: link at 0.3 of its peers' median"
 
 
 def test_a_text_is_one_bounded_line():
