@@ -227,7 +227,7 @@ def _surroundings() -> dict:
 
 
 def _catch_signals() -> threading.Event:
-    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end. A thread of Ray's gets none: see `run.request_stop`."""
+    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; only the main thread of a process may hear them."""
     asked = threading.Event()
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGTERM, signal.SIGINT):

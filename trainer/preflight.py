@@ -25,7 +25,7 @@ from .peers import BadMachine as BadMachine
 from .peers import Report, Verdict, judge, no_folder
 from .rates import Rates, measure
 from .record import FULL, Record
-from .resume import from_chief
+from .resume import from_all, from_chief
 
 MARK = ".preflight-"
 """How the names of its files in the run's folder begin."""
@@ -47,7 +47,7 @@ def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rate
         BadMachine: one is broken; what is only slow is printed and recorded.
     """
     began, here, me = time.perf_counter(), ds.device(), (socket.gethostname(), _address())
-    machines = [tuple(each) for each in _gather(me)]
+    machines = [tuple(each) for each in from_all(me)]
     mark = from_chief(lambda: _make_mark(run_dir))
     rates = measure(here, config.train.precision)
     right = dist.get_world_size() == 1 or sums_are_right(here)
@@ -59,7 +59,7 @@ def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rate
         wrong_from, mark is None or _appears(run_dir / mark), disk.rate, disk.free, disk.error, disk.full,
         clock_offset(readings, from_chief(lambda: readings)), _free_memory(here), _versions(),
     )  # fmt: skip
-    told = _gather((report, rates))
+    told = from_all((report, rates))
     reports, measured = [report for report, _ in told], [rates for _, rates in told]
     if record and mark:
         (run_dir / mark).unlink(missing_ok=True)
@@ -91,7 +91,7 @@ def require_folder(run_dir: Path) -> None:
     Raises:
         BadMachine: it is not.
     """
-    blind = [who for who in _gather((dist.get_rank(), socket.gethostname(), _appears(run_dir))) if not who[2]]
+    blind = [who for who in from_all((dist.get_rank(), socket.gethostname(), _appears(run_dir))) if not who[2]]
     if blind:
         hosts = sorted({host for _, host, _ in blind})
         raise no_folder(run_dir, hosts, [rank for rank, _, _ in blind])
@@ -125,12 +125,6 @@ def figures(reports: Sequence[Report]) -> list[dict[str, Any]]:
 def _say(verdict: Verdict) -> str:
     ranks = ", ".join(map(str, verdict.ranks[:8])) + (" ..." if len(verdict.ranks) > 8 else "")
     return f"{verdict.host} (rank {ranks}): {verdict.reason}"
-
-
-def _gather(mine: Any) -> list[Any]:
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def _address() -> str:

@@ -23,6 +23,13 @@ def from_chief(value: Callable[[], Any]) -> Any:
     return box[0]
 
 
+def from_all(mine: Any) -> list[Any]:
+    """What each process has, by rank, in every process."""
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
 def resume(run_dir: Path, engine: Any, state: TrainState, record: Record | None) -> None:
     """Bring the engine and `state` to the newest checkpoint whose every byte is as it was written.
 
@@ -106,9 +113,7 @@ def roll_back(run_dir: Path, engine: Any, state: TrainState, config: Config, rec
 
 def _check_together(path: Path) -> list[str]:
     mine = checkpoint.verify(path, dist.get_rank(), dist.get_world_size())
-    everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    return [problem for problems in everyone for problem in problems]
+    return [problem for problems in from_all(mine) for problem in problems]
 
 
 def _set_aside(path: Path, step: int, problems: list[str], record: Record | None) -> None:

@@ -14,6 +14,7 @@ from torch import distributed as dist
 from configs import Config
 
 from .collapse import Change
+from .resume import from_all
 
 WINDOW = 50
 """Steps over which ranks are compared: a hiccup is no straggler."""
@@ -132,6 +133,4 @@ class Stragglers:
 def among_all(config: Config) -> Stragglers:
     """Those of a process group. A collective."""
     world = dist.get_world_size()
-    hosts = [""] * world
-    dist.all_gather_object(hosts, socket.gethostname())
-    return Stragglers([rank * config.parallel.pp // world for rank in range(world)], hosts)
+    return Stragglers([rank * config.parallel.pp // world for rank in range(world)], from_all(socket.gethostname()))
