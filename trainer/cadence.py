@@ -21,6 +21,9 @@ MOST_LOST = 1800.0
 WRITES = 4.0
 """The interval is at least so many times what a background write takes: one is under way a quarter of the time at most,
 however little of it the steps seem to feel."""
+YOUNG = 0.5
+"""Share of a run's time so far that the interval is at most while nothing has failed: where the prior is wrong, the
+first failure takes back a third of it, not half an hour, for some ten more checkpoints in the first one."""
 FIRST = 10
 """Steps before the first checkpoint of a run, which tells what one costs, and early that the disk takes it."""
 CHANGE = 1.5
@@ -97,14 +100,14 @@ class Choice(NamedTuple):
     interval_s: float
     """Seconds between checkpoints, of which `every` steps are the nearest."""
     by: str
-    """`daly`, or the bound that its interval was out of: `write`, `most_lost`."""
+    """`daly`, or the bound that its interval was out of: `write`, `most_lost`, `age`."""
     step_s: float
     cost_s: float
     write_s: float
     mtbf_s: float
 
 
-def choose(cost: float, write: float, step: float, mtbf: float) -> Choice:
+def choose(cost: float, write: float, step: float, mtbf: float, age: float = math.inf) -> Choice:
     """The steps between checkpoints.
 
     Args:
@@ -112,10 +115,12 @@ def choose(cost: float, write: float, step: float, mtbf: float) -> Choice:
         write: seconds from the beginning of one until it is committed.
         step: seconds of a step.
         mtbf: mean seconds between failures.
+        age: seconds in which nothing has failed, if nothing ever has.
     """
-    best = daly(max(cost, 1e-6), mtbf)
-    interval = min(max(best, WRITES * write), MOST_LOST)
-    by = "daly" if interval == best else "most_lost" if interval == MOST_LOST else "write"
+    bounds = {"daly": daly(max(cost, 1e-6), mtbf), "write": WRITES * write, "most_lost": MOST_LOST}
+    bounds["age"] = max(YOUNG * age, bounds["write"])
+    interval = min(max(bounds["daly"], bounds["write"]), MOST_LOST, bounds["age"])
+    by = next(name for name, seconds in bounds.items() if interval == seconds)
     return Choice(max(1, round(interval / max(step, 1e-6))), interval, by, step, cost, write, mtbf)
 
 
@@ -188,7 +193,8 @@ class Cadence:
     def _decide(self, cost: float, write: float, step: float) -> None:
         device_seconds = self._past.device_seconds + (time.monotonic() - self._began) * self._devices
         mtbf = 1 / (failure_rate(self._past.failures, device_seconds) * self._devices)
-        choice = choose(cost, write, step, mtbf)
+        age = math.inf if self._past.failures else device_seconds / self._devices
+        choice = choose(cost, write, step, mtbf, age)
         if max(choice.every, self.every) >= CHANGE * min(choice.every, self.every):
             self.every = choice.every
             evidence = {"failures": self._past.failures, "device_hours": device_seconds / 3600}

@@ -1,5 +1,6 @@
 """`checkpoint.every: auto`: Daly's published figures, what the failures say, what a checkpoint costs, and real runs."""
 
+import itertools
 import signal
 import time
 
@@ -76,6 +77,27 @@ def test_bounds():
     assert choose(0.01, 30, 0.5, 75)[:3] == (240, 120.0, "write")
     assert choose(5.0, 30, 2.0, 1e8)[:3] == (900, 1800.0, "most_lost")
     assert choose(0.0, 0.0, 40.0, 75.0).every == 1  # not more often than each step
+    assert choose(5.0, 3, 2.0, 1e8, age=200)[:3] == (50, 100.0, "age")
+    assert choose(5.0, 30, 2.0, 1e8, age=200)[:3] == (60, 120.0, "write")
+    assert choose(5.0, 3, 2.0, 1e8, age=4000)[:3] == (900, 1800.0, "most_lost")
+
+
+def test_a_young_run_that_dies_has_lost_a_third_at_most(tmp_path, monkeypatch):
+    """However rare failures are by the prior, and for a handful of checkpoints."""
+    clock = [0.0]
+    monkeypatch.setattr(cadence.time, "monotonic", lambda: clock[0])
+    chosen, saves, took = Cadence([], 1, Record(tmp_path, 1)), [0.0], None
+    for step in range(1, 7201):
+        clock[0] += 0.5
+        chosen.step_took(0.5, False, took)
+        if is_due("auto", step, round(2 * saves[-1]), chosen.every):
+            saves.append(clock[0])
+            chosen.began_write(took)
+            took = (0.02, 0.2)
+    assert saves[1] == 5.0
+    assert max((after - before) / after for before, after in itertools.pairwise(saves[1:])) < 0.51
+    assert max((after - before) / after for before, after in itertools.pairwise(saves[3:])) < 0.36
+    assert len(saves) < 25
 
 
 def test_due():
@@ -84,12 +106,17 @@ def test_due():
     assert [step for step in range(6, 12) if is_due("auto", step, 5, 3)] == [8, 9, 10, 11]
 
 
+def stopped_after(seconds: float) -> list[dict]:
+    """Of a run that took no harm for so long."""
+    return [event(0, 1, "attempt_started", world_size=1), event(seconds, 1, "attempt_ended", status="KILLED")]
+
+
 def cadences(folder):
     return [event for event in read_events(folder) if event["event"] == "cadence"]
 
 
 def test_the_cost_is_what_the_steps_beside_it_take_longer(tmp_path):
-    chosen = Cadence([], 1, Record(tmp_path, 1))
+    chosen = Cadence(stopped_after(2 * HOUR), 1, Record(tmp_path, 2))
     assert chosen.every == cadence.FIRST
     for _ in range(10):
         chosen.step_took(0.5, False, None)
@@ -158,7 +185,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(tmp_path, data):
     assert train_in_process(killed, kill_at_step, 22, signal.SIGKILL) == -signal.SIGKILL
     assert train_in_process(killed) == 0
     assert losses(killed) == losses(whole)
-    assert cadences(killed)[-1]["failures"] == 1
+    assert past(read_events(killed), 2).failures == 1
 
 
 def test_all_processes_follow_the_first(tmp_path, data):
