@@ -122,6 +122,13 @@ def test_before_the_limit_it_queues_itself_again_after_a_checkpoint(tmp_path):
     assert list(dry.state.iterdir()) == []
 
 
+def test_before_the_training_began_it_is_not_queued_again(tmp_path):
+    dry = dry_run(tmp_path, 128 + signal.SIGTERM, signal.SIGTERM)
+    assert "stopped before the training began: raise --time" in dry.printed
+    assert dry.of("scontrol") == []
+    assert dry.code == 75
+
+
 def test_asked_to_end_it_ends_after_a_checkpoint(tmp_path):
     dry = dry_run(tmp_path, 75, signal.SIGINT)
     assert "stopped with a checkpoint" in dry.printed
