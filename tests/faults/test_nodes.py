@@ -1,6 +1,7 @@
 """Faults of a whole machine, on three real Ray nodes, each with an address of its own: jobs end as one left alone."""
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -257,3 +258,42 @@ def test_a_machine_that_is_taken_back_is_left_after_a_checkpoint(world, whole):
     world.cluster.finish(id, run_dir)
     check_within_tolerance(run_dir, whole)
     world.mend(node)
+
+
+BAD = 2
+"""A node that is not the head."""
+
+
+def check_left_out(run_dir: Path, whole: Path, words: str) -> None:
+    """One machine was named, and the others trained the run without it, from its first step to its last."""
+    [failure] = [event for event in read_events(run_dir) if event["event"] in ("worker_failed", "worker_lost")]
+    assert (failure["event"], failure["kind"]) == ("worker_failed", "infrastructure")
+    assert words in failure["reason"]
+    assert set(re.findall(r"node-\d", failure["reason"])) == {f"node-{BAD}"}
+    last, _ = steps_of(run_dir)
+    assert {record["attempt"] for record in read_metrics(run_dir)} == {last}
+    assert {process.node for process in ranks_of(run_dir, last).values()} == {0, 1}
+    check_within_tolerance(run_dir, whole)
+
+
+def test_a_machine_without_the_shared_folder_is_left_out(world, whole):
+    with world.cluster.hidden(BAD, world.folder / "runs"):
+        id, run_dir = world.submit("no-mount", *ELASTIC)
+        world.cluster.finish(id, run_dir)
+    check_left_out(run_dir, whole, f"{run_dir} is not there on node-{BAD}: run.root must be")
+    assert sizes(run_dir) == [2]
+
+
+def test_a_machine_that_computes_wrong_is_left_out(world, whole):
+    name, run_dir = world.write("products")
+    with (world.folder / "products_ledger.py").open("a") as plugin:
+        plugin.write(f"import socket\n\nif socket.gethostname() == 'node-{BAD}':\n")
+        plugin.write("    import bad_machines\n\n    bad_machines.wrong_product()\n")
+    world.cluster.finish(world.cluster.submit(name, *ELASTIC), run_dir)
+    check_left_out(run_dir, whole, "a matrix product came out wrong")
+    assert sizes(run_dir) == [3, 2]
+    bad, sound = [event for event in read_events(run_dir) if event["event"] == "preflight"]
+    [broken] = bad["broken"]
+    assert re.fullmatch(rf"node-{BAD} \(rank \d\): a matrix product came out wrong", broken)
+    assert [len(each["machines"]) for each in (bad, sound)] == [3, 2]
+    assert sound["broken"] == []

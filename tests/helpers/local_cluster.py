@@ -1,5 +1,6 @@
 """Real Ray nodes on this machine, as `deploy/local-cluster` starts them, with `muster` as their user has it."""
 
+import contextlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,6 +71,18 @@ class LocalCluster:
         done = subprocess.run(command, env=environment, cwd=self.user, capture_output=True, text=True, timeout=400)
         assert done.returncode == 0, (arguments, done.stdout, done.stderr)
         return done.stdout
+
+    @contextlib.contextmanager
+    def hidden(self, number: int, folder: Path) -> Iterator[None]:
+        """Let a node that runs see an empty folder in place of one of the machine's, as if a mount were missing."""
+        network = self.url.split(".")[2]
+        pids = subprocess.run(["ip", "netns", "pids", f"muster-{network}-{number}"], capture_output=True, text=True)
+        inside = ["nsenter", f"--target={pids.stdout.split()[0]}", "--mount"]  # `ip netns exec` gave it its own mounts
+        subprocess.run([*inside, "mount", "-t", "tmpfs", "none", folder], check=True)
+        try:
+            yield
+        finally:
+            subprocess.run([*inside, "umount", "--lazy", folder], check=True)
 
     def submit(self, *arguments: str) -> str:
         """Returns the job's id."""
