@@ -1,0 +1,271 @@
+"""Fit scaling laws to a table of runs: `fit(read_table("runs.csv"))`. Needs numpy and scipy; neither Ray nor torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import ConfigError
+
+from .forms import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kaplan
+from .isoflop import Approach2, PowerLaw, approach1, approach2
+from .moe_forms import Abnar, Clark, Krajewski, Ludziejewski
+from .newton import HUBER_LOG, LEAST_SQUARES, Objective
+from .refusal import Refusal
+from .solve import Solution, refit, solve
+from .table import Table, budgets, read_table
+
+__all__ = [
+    "FORMS", "HUBER_LOG", "LEAST_SQUARES", "Fit", "Fits", "Objective", "Refusal", "Table", "fit", "fit_form",
+    "read_table", "rolling_origin",
+]  # fmt: skip
+
+FORMS: dict[str, Form] = {
+    form.name: form
+    for form in (Approach3(), Kaplan(), Gadre(), DataConstrained(), Clark(), Abnar(), Ludziejewski(), Krajewski())
+}
+LEAST_BUDGETS = 3
+BOOTSTRAPS = 1000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One form, fitted."""
+
+    form: Form
+    solution: Solution
+    coefficients: dict[str, float]
+    """Under the literature's names."""
+    intervals: dict[str, tuple[float, float]]
+    """95%, by the bootstrap over runs."""
+    samples: Array
+    """Parameters of the bootstrap's converged refits, shape (at most BOOTSTRAPS, J + G)."""
+    objective: Objective
+    residual: float
+    """Root mean square of ln L - ln loss."""
+    cross_validation: float | None = None
+    """Root mean square of ln L - ln loss on held-back budgets, rolling origin; None: too few budgets."""
+
+    @property
+    def undetermined(self) -> Refusal | None:
+        """Why its coefficients are not to be relied on: one stands at the edge of what is allowed."""
+        if not self.solution.at_bound:
+            return None
+        which = " and ".join(self.solution.at_bound)
+        return Refusal(
+            "floor", f"{self.form.name}: {which} at the edge of what is allowed; the data do not determine it"
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        solution = self.solution
+        return self.coefficients | {
+            "source": self.form.source,
+            "objective": str(self.objective),
+            "objective_value": solution.value,
+            "converged": solution.converged,
+            "gradient": solution.gradient,
+            "basins": {"agreeing": solution.agreeing, "polished": solution.candidates},
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "bootstraps": len(self.samples),
+            "residual": self.residual,
+            "cross_validation": self.cross_validation,
+            "at_bound": list(solution.at_bound),
+        }
+
+
+@dataclass(frozen=True)
+class Fits:
+    """All that was fitted to a table."""
+
+    table: Table
+    fits: dict[str, Fit]
+    refused: dict[str, Refusal]
+    """By form or approach, why it was not fitted, or cannot be relied on."""
+    chosen: str
+    """The form of the least error on held-back budgets."""
+    approach1: tuple[PowerLaw, PowerLaw] | None = None
+    approach2: Approach2 | None = None
+    notes: tuple[str, ...] = field(default=())
+
+    @property
+    def best(self) -> Fit:
+        return self.fits[self.chosen]
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`: every form's coefficients, how it was fitted, what was left out."""
+        found: dict[str, Any] = {name: each.summary() for name, each in self.fits.items()}
+        if self.approach1:
+            n, d = self.approach1
+            found["approach1"] = {"a": n.exponent, "b": d.exponent, "N_factor": n.factor, "D_factor": d.factor}
+        if self.approach2:
+            found["approach2"] = _approach2(self.approach2)
+        return {
+            "convention": self.table.convention,
+            "rows": len(self.table),
+            "budgets": sorted(float(np.exp(np.log(self.table.c[b]).mean())) for b in _groups(self.table)),
+            "chosen": self.chosen,
+            "refused": {name: {"kind": each.kind, "why": str(each)} for name, each in self.refused.items()},
+            "excluded": [{"run": run, "why": why} for run, why in self.table.excluded],
+            "notes": [*self.table.notes, *self.notes],
+        } | found
+
+
+def fit(
+    table: Table,
+    forms: Sequence[str] | None = None,
+    objective: Objective = HUBER_LOG,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+) -> Fits:
+    """Fit every form that the table has the columns for, and choose one by its error on held-back budgets.
+
+    Args:
+        forms: names out of FORMS; None: all that fit.
+        bootstraps: refits for the coefficients' intervals.
+
+    Raises:
+        Refusal: mixed recipes, too few budgets, or no form could be fitted.
+        ConfigError: no such form.
+    """
+    _check(table)
+    for name in forms or ():
+        if name not in FORMS:
+            raise ConfigError(f"--form {name}: no such form; there are {', '.join(FORMS)}")
+    fits: dict[str, Fit] = {}
+    refused: dict[str, Refusal] = {}
+    for name in forms or FORMS:
+        try:
+            fits[name] = fit_form(FORMS[name], table, objective, bootstraps, seed)
+        except Refusal as refusal:
+            if forms or refusal.kind != "columns":
+                refused[name] = refusal
+    if not fits:
+        raise next(iter(refused.values()))
+    found1 = found2 = None
+    dense = table if len(_shapes(table)) == 1 else None
+    if dense is not None:
+        try:
+            found1 = approach1(dense)
+            found2 = approach2(dense)
+        except Refusal as refusal:
+            refused["approach2"] = refusal
+    undetermined = {name: why for name, each in fits.items() if (why := each.undetermined)}
+    sound = {name: each for name, each in fits.items() if name not in undetermined}
+    if not sound:
+        raise next(iter(undetermined.values()))
+    errors = {name: each.cross_validation for name, each in sound.items() if each.cross_validation is not None}
+    # Of forms whose errors are within a twentieth of the least, the one with the fewest coefficients.
+    near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())] or list(sound)
+    chosen = min(near, key=lambda name: fits[name].form.size)
+    return Fits(table, fits, refused | undetermined, chosen, found1, found2)
+
+
+def fit_form(
+    form: Form, table: Table, objective: Objective = HUBER_LOG, bootstraps: int = BOOTSTRAPS, seed: int = 0
+) -> Fit:
+    """Fit one form.
+
+    Raises:
+        Refusal: the table lacks a column or a spread that the form needs, or has fewer rows than it has coefficients.
+    """
+    x = _columns(form, table)
+    if len(table) < form.size + 1:
+        raise Refusal("few_rows", f"{form.name}: {len(table)} runs for {form.size} coefficients")
+    solution = solve(form, x, table.loss, objective)
+    form = solution.form
+    if not solution.converged:
+        raise Refusal("convergence", f"{form.name}: no optimum was reached (scaled gradient {solution.gradient:.1g})")
+    samples = np.empty((0, form.size))
+    intervals: dict[str, tuple[float, float]] = {}
+    if bootstraps:
+        weights = draw(table, bootstraps, np.random.default_rng(seed))
+        samples, converged = refit(form, x, table.loss, weights, solution.parameters, objective)
+        samples = samples[converged]
+        each = [form.coefficients(sample) for sample in samples]
+        for name in each[0] if each else ():
+            low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
+            intervals[name] = (float(low), float(high))
+    residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
+    return Fit(
+        form, solution, form.coefficients(solution.parameters), intervals, samples, objective,
+        float(np.sqrt((residual**2).mean())), rolling_origin(form, table, objective),
+    )  # fmt: skip
+
+
+def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -> float | None:
+    """Root mean square error in ln L of each budget by the fit to all smaller ones; every budget counts the same.
+
+    Returns:
+        None: fewer than two budgets could be held back.
+    """
+    x, groups = _columns(form, table), _groups(table)
+    errors = []
+    for k in range(LEAST_BUDGETS - 1, len(groups)):
+        before, held = np.concatenate(groups[:k]), groups[k]
+        if len(before) < form.size + 1:
+            continue
+        some = {key: values[before] for key, values in x.items()}
+        found = solve(form, some, table.loss[before], objective)
+        there = {key: values[held] for key, values in x.items()}
+        error = found.form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
+        errors.append(float((error**2).mean()))
+    return float(np.sqrt(np.mean(errors))) if len(errors) > 1 else None
+
+
+def draw(table: Table, count: int, generator: np.random.Generator) -> Array:
+    """How often each row was drawn, shape (count, rows): runs are drawn with replacement, with all their rows."""
+    _, run = np.unique(np.array(table.run), return_inverse=True)
+    runs = int(run.max()) + 1
+    return generator.multinomial(runs, np.full(runs, 1 / runs), size=count)[:, run].astype(float)
+
+
+def _check(table: Table) -> None:
+    recipes = sorted(set(table.recipe))
+    if len(recipes) > 1:
+        raise Refusal(
+            "mixed_recipes",
+            f"the runs have {len(recipes)} recipes ({', '.join(recipes[:3])}), whose losses cannot be compared: choose "
+            f"one with --where recipe=...",
+        )
+    if (count := len(_groups(table))) < LEAST_BUDGETS:
+        raise Refusal("few_budgets", f"{len(table)} runs at {count} budgets: a scaling law needs {LEAST_BUDGETS}")
+
+
+def _groups(table: Table) -> list[NDArray[np.int64]]:
+    """The rows of each budget, smallest first."""
+    index = budgets(table)
+    return [np.flatnonzero(index == b) for b in range(int(index.max()) + 1 if len(table) else 0)]
+
+
+def _shapes(table: Table) -> set[tuple[float, ...]]:
+    names = [name for name in ("experts", "top_k", "granularity") if name in table.extra]
+    return set(zip(*(table.extra[name].tolist() for name in names), strict=True)) if names else {()}
+
+
+def _columns(form: Form, table: Table) -> Columns:
+    known: Mapping[str, Array] = table.columns
+    missing = [name for name in form.needs if name not in known or not np.isfinite(known[name]).all()]
+    if missing:
+        raise Refusal("columns", f"{form.name} needs the column {' and '.join(missing)}")
+    level = [name for name in form.needs if len(np.unique(known[name])) < 2]
+    if level:
+        raise Refusal("columns", f"{form.name} needs more than one value of {' and '.join(level)}")
+    if "unique" in form.needs and not (known["d"] > 1.01 * known["unique"]).any():
+        raise Refusal("columns", f"{form.name} needs runs that repeat tokens (d above unique)")
+    if "experts" not in form.needs and len(_shapes(table)) > 1 and "active_ratio" not in form.needs:
+        raise Refusal(
+            "columns", f"{form.name} knows no experts, and the table has {len(_shapes(table))} kinds of models"
+        )
+    return {name: known[name] for name in form.needs}
+
+
+def _approach2(found: Approach2) -> dict[str, Any]:
+    valleys = [{"c": v.c, "n": v.n, "d": v.d, "loss": v.loss, "std": v.std, "rows": v.rows} for v in found.valleys]
+    return {
+        "a": found.n.exponent, "a_std": found.n.std, "b": found.d.exponent, "b_std": found.d.std,
+        "N_factor": found.n.factor, "D_factor": found.d.factor, "frontier": found.frontier, "valleys": valleys,
+        "refused": [{"kind": each.kind, "why": str(each)} for each in found.refused],
+    }  # fmt: skip

@@ -1,0 +1,206 @@
+"""What a fit reads: one row per finished run, with its size, tokens, FLOPs and loss."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import ConfigError
+
+Array = NDArray[np.float64]
+CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
+"""Ways to count N: all parameters; those a token passes; these less embedding and head; these less the embedding."""
+REQUIRED = ("n", "d", "c", "loss")
+PROPERTIES = ("experts", "top_k", "granularity", "active_ratio", "unique")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Finished runs, a row each; arrays have shape (rows,)."""
+
+    n: Array
+    """Parameters, counted as `convention` says."""
+    d: Array
+    """Training tokens."""
+    c: Array
+    """Training FLOPs."""
+    loss: Array
+    """Held-out loss, nats per token."""
+    convention: str = "given"
+    """One of CONVENTIONS; "given": a column of a file, whose convention only its author knows."""
+    counts: Mapping[str, Array] = field(default_factory=dict)
+    """N in every convention that is known."""
+    extra: Mapping[str, Array] = field(default_factory=dict)
+    """PROPERTIES that are known: experts (1: dense), top_k, granularity, active_ratio, unique (tokens)."""
+    run: tuple[str, ...] = ()
+    """The run of each row, the unit of the bootstrap."""
+    recipe: tuple[str, ...] = ()
+    """What must be equal for losses to be comparable; rows of different recipes are not fitted together."""
+    excluded: tuple[tuple[str, str], ...] = ()
+    """(run, why) of what was left out."""
+    notes: tuple[str, ...] = ()
+    """What was assumed."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.n)
+        if not self.run:
+            object.__setattr__(self, "run", tuple(f"row {i + 1}" for i in range(rows)))
+        if not self.recipe:
+            object.__setattr__(self, "recipe", ("",) * rows)
+        arrays = (*self.counts.values(), *self.extra.values(), self.d, self.c, self.loss)
+        assert {len(array) for array in arrays} | {len(self.run), len(self.recipe)} == {rows}
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        """By name, as the forms ask for them."""
+        return {"n": self.n, "d": self.d, "c": self.c, **self.extra}
+
+    def take(self, rows: NDArray[Any]) -> "Table":
+        """Some rows, by index or mask."""
+        index = np.arange(len(self))[rows]
+        return replace(
+            self,
+            n=self.n[index], d=self.d[index], c=self.c[index], loss=self.loss[index],
+            counts={key: values[index] for key, values in self.counts.items()},
+            extra={key: values[index] for key, values in self.extra.items()},
+            run=tuple(self.run[i] for i in index), recipe=tuple(self.recipe[i] for i in index),
+        )  # fmt: skip
+
+    def counted_as(self, convention: str) -> "Table":
+        """The same runs with N counted another way. Raises ConfigError if that is not known."""
+        if convention == self.convention:
+            return self
+        if convention not in self.counts:
+            raise ConfigError(f"--convention {convention}: this table knows {', '.join(self.counts) or 'one N only'}")
+        return replace(self, n=self.counts[convention], convention=convention)
+
+    def without(self, wrong: NDArray[np.bool_], why: str | Callable[[int], str]) -> "Table":
+        """Leave rows out and keep their reason."""
+        if not wrong.any():
+            return self
+        reasons = [(self.run[i], why if isinstance(why, str) else why(i)) for i in np.flatnonzero(wrong).tolist()]
+        return replace(self.take(~wrong), excluded=(*self.excluded, *reasons))
+
+
+def budgets(table: Table, tolerance: float = 0.1) -> NDArray[np.int64]:
+    """The budget of each row as an index from 0 (the smallest), shape (rows,).
+
+    Rows whose FLOPs follow each other within the tolerance stand at one budget, as trials are rounded to whole steps.
+
+    Args:
+        tolerance: largest relative gap between neighbours of one budget.
+    """
+    order = np.argsort(table.c, kind="stable")
+    gaps = np.diff(np.log(table.c[order])) > np.log1p(tolerance)
+    index = np.empty(len(table), dtype=np.int64)
+    index[order] = np.concatenate([[0], np.cumsum(gaps)]) if len(table) else []
+    return index
+
+
+def read_table(
+    path: str | Path, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+) -> Table:
+    """A table of runs from a CSV (also .csv.gz) or Parquet file.
+
+    Args:
+        columns: our name to the file's, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
+            active_ratio, unique and the conventions of N; what is not named is looked for under our name.
+        where: file's columns to the value that rows must have.
+
+    Without c it is 6 n d; without d it is c / (6 n); both are noted.
+
+    Raises:
+        ConfigError: no such file or column, or a column that holds no numbers.
+    """
+    data = _read(Path(path))
+    known = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
+    columns = dict(columns or {})
+    for ours, theirs in columns.items():
+        if ours not in known:
+            raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(known)}")
+        if theirs not in data:
+            raise ConfigError(f"--columns {ours}={theirs}: {path} has {', '.join(data)}")
+    keep = np.ones(len(next(iter(data.values()), [])), dtype=bool)
+    for name, value in (where or {}).items():
+        if name not in data:
+            raise ConfigError(f"--where {name}={value}: {path} has {', '.join(data)}")
+        keep &= np.array([_same(cell, value) for cell in data[name]], dtype=bool)
+    if not keep.any():
+        raise ConfigError(f"{path}: no row is left" + (f" where {dict(where)}" if where else ""))
+    data = {key: [cell for cell, kept in zip(cells, keep, strict=True) if kept] for key, cells in data.items()}
+    found = {name: data[columns.get(name, name)] for name in known if columns.get(name, name) in data}
+    notes = []
+    missing = [name for name in ("n", "loss") if name not in found]
+    if missing or ("c" not in found and "d" not in found):
+        wanted = missing or ["d"]
+        raise ConfigError(
+            f"{path} has no column {' and '.join(wanted)}: name it, such as --columns "
+            f"{','.join(f'{name}=...' for name in wanted)}; the file has {', '.join(data)}"
+        )
+    numbers = {name: _numbers(cells, name, path) for name, cells in found.items() if name not in ("run", "recipe")}
+    if "c" not in numbers:
+        numbers["c"] = 6 * numbers["n"] * numbers["d"]
+        notes.append("c is 6 n d, as the table has no column of FLOPs")
+    if "d" not in numbers:
+        numbers["d"] = numbers["c"] / (6 * numbers["n"])
+        notes.append("d is c / (6 n), as the table has no column of tokens")
+    rows = len(numbers["n"])
+    table = Table(
+        n=numbers["n"],
+        d=numbers["d"],
+        c=numbers["c"],
+        loss=numbers["loss"],
+        counts={name: numbers[name] for name in CONVENTIONS if name in numbers},
+        extra={name: numbers[name] for name in PROPERTIES if name in numbers},
+        run=tuple(str(cell) for cell in found.get("run", [f"row {i + 1}" for i in range(rows)])),
+        recipe=tuple(str(cell) for cell in found.get("recipe", [""] * rows)),
+        notes=tuple(notes),
+    )
+    return usable(table)
+
+
+def usable(table: Table) -> Table:
+    """The table without rows that no logarithm can be taken of."""
+    values = {name: getattr(table, name) for name in REQUIRED}
+
+    def why(i: int) -> str:
+        return ", ".join(f"{k}={v[i]:g}" for k, v in values.items() if not (np.isfinite(v[i]) and v[i] > 0))
+
+    wrong = ~np.all([np.isfinite(v) & (v > 0) for v in values.values()], axis=0)
+    return table.without(wrong, why)
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    if not path.is_file():
+        raise ConfigError(f"--table {path}: no such file")
+    import pyarrow as pa  # a laptop's `muster --help` does without it
+    import pyarrow.csv as csv
+    import pyarrow.parquet as parquet
+
+    try:
+        found = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--table {path}: neither CSV nor Parquet: {str(error).splitlines()[0]}") from None
+    return {name: found.column(name).to_pylist() for name in found.column_names}
+
+
+def _same(cell: Any, value: str) -> bool:
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        try:
+            return float(cell) == float(value)
+        except ValueError:
+            return False
+    return str(cell) == value
+
+
+def _numbers(cells: Sequence[Any], name: str, path: str | Path) -> Array:
+    try:
+        return np.array([np.nan if cell is None else float(cell) for cell in cells])
+    except (TypeError, ValueError):
+        raise ConfigError(f"{path}: the column of {name} holds {cells[0]!r}, which is no number") from None

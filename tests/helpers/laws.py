@@ -1,0 +1,24 @@
+"""Simulated sweeps from planted scaling laws."""
+
+import numpy as np
+
+from cluster.sweep.forms import Form
+from cluster.sweep.table import Table
+
+HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
+"""arXiv:2203.15556, eq. 10."""
+
+
+def isoflop(form: Form, law: dict[str, float], budgets=(1e18, 1e21, 6), sizes=7, noise=0.002, seed=0, **extra) -> Table:
+    """Budgets (least, most, how many) by sizes within a factor of 5 of 20 tokens a parameter, noise on the log loss.
+
+    Args:
+        extra: further columns, each drawn for every run from the values given.
+    """
+    generator = np.random.default_rng(seed)
+    c = np.repeat(np.geomspace(*budgets), sizes)
+    n = np.sqrt(c / 120) * np.tile(np.geomspace(0.2, 5, sizes), budgets[2])
+    columns = {name: generator.choice(np.array(values, dtype=float), len(c)) for name, values in extra.items()}
+    x = {"n": n, "d": c / (6 * n), "c": c} | columns
+    loss = np.exp(form.log_loss(form.parameters(law)[None], x)[0] + generator.normal(0, noise, len(c)))
+    return Table(n, x["d"], c, loss, extra=columns)
