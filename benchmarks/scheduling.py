@@ -39,8 +39,9 @@ def measure(folder: Path, count: int, nodes: int) -> None:
     import ray
     from ray.cluster_utils import Cluster
 
+    from cluster.queue import Gang
     from cluster.share import Share
-    from cluster.trials import Trials
+    from cluster.trials import Task, Trials
     from trainer.record import read_events
 
     here = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -53,8 +54,18 @@ def measure(folder: Path, count: int, nodes: int) -> None:
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     start = time.time()
     environment = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
+
+    class InOrder:
+        left = list(run_dirs)
+
+        def next(self) -> Task | None:
+            return Task(self.left.pop(0), Gang(1, Share(1.0, 0.0))) if self.left else None
+
+        def more(self) -> bool:
+            return bool(self.left)
+
     ended = []
-    for end in Trials(run_dirs, nodes, Share(1.0, 0.0), environment, joined=True, folder=str(folder)):
+    for end in Trials(InOrder(), lambda each: environment, joined=True, folder=str(folder)):
         ended.append(end)
         if len(ended) == count // 3:
             kill_one(run_dirs)

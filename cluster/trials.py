@@ -1,93 +1,179 @@
 """Many runs on one cluster, each on a gang that is still warm from the one before."""
 
-import queue
+import queue as queues
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from configs import ConfigError
 from trainer.run import is_finished, request_stop
 
+from . import queue
 from .failures import Final
 from .gang import Gang
-from .share import Share
+from .ray_nodes import machines
+from .share import Node, Share
 from .supervise import Supervisor
+
+TICK = 0.2
+"""Seconds between two looks at what has ended, and at what may begin now."""
+
+
+class Task(NamedTuple):
+    """A run, made by `trainer.run.prepare_run`, and the gang that it needs."""
+
+    run_dir: Path
+    gang: queue.Gang
 
 
 class Ended(NamedTuple):
-    """How a run ended: FINISHED, KILLED (it can go on), or FAILED and why."""
+    """How a run ended: FINISHED, KILLED (it can go on), or FAILED, in the words of `cluster.failures.Final`."""
 
     run_dir: Path
     status: str
     reason: str = ""
+    kind: str = ""
+
+
+class Source(Protocol):
+    """What is to be trained, in its order. Both are called by the thread that iterates over `Trials`."""
+
+    def next(self) -> Task | None:
+        """The run that begins when there is room for it; None: none, until another has got further."""
+
+    def more(self) -> bool:
+        """Whether `next` may give another run."""
 
 
 class Trials:
-    """Trains runs as they get room, a few at a time, each to its end.
+    """Trains runs as they get room, each to its end; a gang that has trained one takes the next of its size.
+
+    Gangs are made where the cluster has room, and given up for one of another size, or when nothing more will come.
+    Nobody overtakes a run that waits for room.
 
     Args:
-        run_dirs: made by `trainer.run.prepare_run`; those that are finished are left alone.
-        at_once: gangs that are kept.
-        each: what every process reserves.
+        environment: variables of the training processes, by what each of them reserves.
+        joined: the cluster is one that was joined, whose machines come and go.
         folder: the user's working directory.
     """
 
     def __init__(
-        self,
-        run_dirs: Sequence[Path],
-        at_once: int,
-        each: Share,
-        environment: dict[str, str],
-        joined: bool,
-        folder: str,
+        self, source: Source, environment: Callable[[Share], dict[str, str]], joined: bool, folder: str
     ) -> None:
-        self._waiting: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for run_dir in run_dirs:
-            self._waiting.put(run_dir)
-        self._count, self._at_once = len(run_dirs), min(at_once, len(run_dirs))
-        self._each, self._environment, self._joined, self._folder = each, environment, joined, folder
-        self._ended: queue.SimpleQueue[Ended | BaseException] = queue.SimpleQueue()
-        self._active: set[Path] = set()
+        self._source, self._environment, self._joined, self._folder = source, environment, joined, folder
+        self._ended: queues.SimpleQueue[Ended | BaseException] = queues.SimpleQueue()
+        self._slots: list[_Slot] = []
         self._stopped = threading.Event()
 
     def __iter__(self) -> Iterator[Ended]:
         """Train them all; yields each run as it ends."""
-        threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self._at_once)]
-        for thread in threads:
-            thread.start()
-        for _ in range(self._count):
-            ended = self._ended.get()
-            if isinstance(ended, BaseException):
-                raise ended
-            yield ended
-        for thread in threads:
-            thread.join()
+        head: Task | None = None
+        try:
+            while True:
+                if self._stopped.is_set():
+                    head = None
+                elif head is None:
+                    head = self._source.next()
+                if head and self._begin(head):
+                    head = None
+                    continue
+                last = self._stopped.is_set() or not (head or self._source.more())
+                if last:
+                    self._give_up(slot for slot in self._slots if not slot.run_dir)
+                    if not self._slots:
+                        return
+                try:
+                    ended = self._ended.get(timeout=TICK)
+                except queues.Empty:
+                    continue
+                if isinstance(ended, BaseException):
+                    raise ended
+                yield ended
+        except BaseException:  # else the others would be waited for
+            self.stop()
+            raise
+        finally:
+            self._give_up(self._slots)
 
     def stop(self) -> None:
-        """Let every run write a checkpoint and end; those that wait are given back as KILLED."""
+        """Let every run write a checkpoint and end; none begins any more."""
         self._stopped.set()
-        for run_dir in list(self._active):
-            request_stop(run_dir)
+        for run_dir in [slot.run_dir for slot in self._slots]:
+            if run_dir:
+                request_stop(run_dir)
+
+    def _begin(self, task: Task) -> bool:
+        idle = [slot for slot in self._slots if not slot.run_dir]
+        slot = next((slot for slot in idle if slot.asked == task.gang), None)
+        while slot is None:
+            if self._has_room(task.gang):
+                slot = _Slot(task.gang, self)
+                self._slots.append(slot)
+            elif idle:
+                self._give_up([idle.pop()])
+            else:
+                return False
+        slot.run_dir = task.run_dir
+        slot.given.put(task.run_dir)
+        return True
+
+    def _has_room(self, gang: queue.Gang) -> bool:
+        there = machines()
+        free, total = [machine.free for machine in there], [machine.total for machine in there]
+        for slot in self._slots:
+            if not slot.holds:  # it has not reserved what it is about to
+                free = queue.place(slot.asked, free, total) or [Node(0.0, 0.0)] * len(free)
+        return queue.assign(gang, free, total) is not None
+
+    def _give_up(self, slots: "Iterator[_Slot] | Sequence[_Slot]") -> None:
+        leaving = list(slots)
+        for slot in leaving:
+            slot.given.put(None)
+        for slot in leaving:
+            slot.thread.join()
+            self._slots.remove(slot)
+
+
+class _Slot:
+    """A gang, and the thread that trains with it."""
+
+    def __init__(self, asked: queue.Gang, trials: Trials) -> None:
+        self.asked = asked
+        self.run_dir: Path | None = None
+        """What it trains."""
+        self.given: queues.SimpleQueue[Path | None] = queues.SimpleQueue()
+        self.gang = Gang(asked.each, asked.group, trials._environment(asked.each))
+        self._trials = trials
+        self.thread = threading.Thread(target=self._serve, daemon=True, name="trials")
+        self.thread.start()
+
+    @property
+    def holds(self) -> bool:
+        """Whether the gang has what it needs."""
+        return bool(self.gang.members)
 
     def _serve(self) -> None:
+        trials = self._trials
         try:
-            with Gang(self._each, 1, self._environment) as gang:
-                while True:
-                    self._ended.put(self._train(gang, self._waiting.get_nowait()))
-        except queue.Empty:
-            pass
+            with self.gang:
+                while run_dir := self.given.get():
+                    ended = self._train(run_dir)
+                    self.run_dir = None
+                    trials._ended.put(ended)
         except BaseException as error:
-            self._ended.put(error)
+            self.run_dir = None
+            trials._ended.put(error)
 
-    def _train(self, gang: Gang, run_dir: Path) -> Ended:
-        if is_finished(run_dir):
-            return Ended(run_dir, "FINISHED")
-        self._active.add(run_dir)
+    def _train(self, run_dir: Path) -> Ended:
+        trials = self._trials
         try:
-            if self._stopped.is_set():
+            if is_finished(run_dir):
+                return Ended(run_dir, "FINISHED")
+            if trials._stopped.is_set():
                 return Ended(run_dir, "KILLED")
-            return Ended(run_dir, Supervisor(run_dir, gang, self._joined, self._folder).run())
+            return Ended(run_dir, Supervisor(run_dir, self.gang, trials._joined, trials._folder).run())
+        except ConfigError as error:
+            return Ended(run_dir, "FAILED", str(error), "mistake")
         except Final as error:
-            return Ended(run_dir, "FAILED", error.reason)
-        finally:
-            self._active.discard(run_dir)
+            return Ended(run_dir, "FAILED", error.reason, error.kind)

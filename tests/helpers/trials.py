@@ -4,8 +4,24 @@ from pathlib import Path
 
 from support import tiny
 
+from cluster.queue import Gang
 from cluster.session import end_children, ray_session, session_folder
 from cluster.share import Node, Share
+
+
+class InOrder:
+    """Runs of one process and one CPU each, one after the other."""
+
+    def __init__(self, run_dirs: list[Path]) -> None:
+        self._left = list(run_dirs)
+
+    def next(self):
+        from cluster.trials import Task
+
+        return Task(self._left.pop(0), Gang(1, Share(1.0, 0.0))) if self._left else None
+
+    def more(self) -> bool:
+        return bool(self._left)
 
 
 def train_all(root: Path, data: Path) -> list[tuple[str, str, str]]:
@@ -24,7 +40,8 @@ def train_all(root: Path, data: Path) -> list[tuple[str, str, str]]:
             from cluster.trials import Trials
 
             for some in (("a", "b", "c", "wrong"), ("a", "d")):
-                trials = Trials([runs[name] for name in some], 2, Share(1.0, 0.0), {}, joined=False, folder="/")
+                source = InOrder([runs[name] for name in some])
+                trials = Trials(source, lambda each: {}, joined=False, folder="/")
                 found += [(end.run_dir.name, end.status, end.reason) for end in trials]
     finally:
         end_children()
