@@ -60,7 +60,7 @@ def resume(run_dir: Path, engine: Any, state: TrainState, record: Record | None)
     events = from_chief(lambda: read_events(run_dir))
     if path is None:
         forks = [event for event in events if event["event"] == "forked"]
-        path = Path(forks[0]["checkpoint"]) if forks else None
+        path = Path(forks[-1]["checkpoint"]) if forks else None
         if path and (problems := _check_together(path)):
             raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
     if path is None:

@@ -69,12 +69,16 @@ def _absolute(plugin: str) -> str:
     return str(Path(plugin).resolve()) if plugin.endswith(".py") else plugin
 
 
-def prepare_run(config: Config, *, fork: str | None = None) -> Path:
+def prepare_run(
+    config: Config, *, fork: str | None = None, start: Path | None = None, began: float | None = None
+) -> Path:
     """Make or check the folder of a run, before any device is held.
 
     Args:
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name` with this config.
+        start: a checkpoint that the run begins from, at its step, where it has none of its own.
+        began: Unix seconds of this launch; None: of this process's.
 
     Returns:
         The folder, whose config.yaml holds the resolved config.
@@ -88,7 +92,7 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
     with _written(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
-    began = psutil.Process().create_time()  # of this launch, for `trainer.goodput`
+    began = began or psutil.Process().create_time()  # for `trainer.goodput`
     queued = {"submitted": float(os.environ[SUBMITTED])} if SUBMITTED in os.environ else {}
     events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes, "began": began} | queued)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
@@ -97,13 +101,12 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
         steps = committed(run_dir)
         if not steps:
             raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
-        source = folder(run_dir, steps[-1])
+        start = folder(run_dir, steps[-1])
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
         resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
         run_dir = run_dir.with_name(fork)
         if (run_dir / CONFIG).exists():
             raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
-        events.append(("forked", {"checkpoint": str(source)}))
     elif (run_dir / CONFIG).exists():
         with run_lock(run_dir):  # refuses a run that is being trained
             pass
@@ -113,6 +116,8 @@ def prepare_run(config: Config, *, fork: str | None = None) -> Path:
                 events.append(("config_changed", {"changed": changed}))
             elif is_finished(run_dir):
                 events = []  # nothing follows
+    if start and events and not committed(run_dir):
+        events.append(("forked", {"checkpoint": str(start)}))
     with _written(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)
