@@ -20,7 +20,7 @@ N_REF, D_REF = 1e8, 1e9
 
 
 def saturated(experts: Array, start: Array | float, most: Array | float) -> Array:
-    """Ehat, how many experts E are worth: E_start for one, never more than E_max (Clark et al., section 4.2).
+    """Ehat, how many experts E are worth: E_start for one, never more than E_max (Clark et al.).
 
     1 / Ehat = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max; all arguments broadcast.
     """
@@ -36,7 +36,7 @@ class Clark(Form):
     """
 
     name = "clark"
-    source = "Clark et al., arXiv:2202.01169, eq. 1 and 6, with a floor"
+    source = "Clark et al., arXiv:2202.01169, eq. 1 saturating in E, with a floor"
     counts = "active"
     needs = ("n", "experts")
     linear: tuple[str, ...] = ("E", "A")
@@ -102,7 +102,7 @@ class ClarkFloorless(Clark):
     """L = 10^d N^a Ehat^(b + c log10 N), as published."""
 
     name = "clark_floorless"
-    source = "Clark et al., arXiv:2202.01169, eq. 1 and 6"
+    source = "Clark et al., arXiv:2202.01169, eq. 1 saturating in E"
     linear = ("A",)
 
 
@@ -110,7 +110,7 @@ class ClarkSeparable(Clark):
     """L = E + 10^d N^a Ehat^b: experts help a model of any size by the same factor, above the floor."""
 
     name = "clark_separable"
-    source = "Clark et al., arXiv:2202.01169, eq. 6, with a floor and c = 0"
+    source = "Clark et al., arXiv:2202.01169, eq. 1 saturating in E, with a floor and c = 0"
     nonlinear = ("a", "b", "E_start", "E_max")
     bounds = (Clark.bounds[0], Clark.bounds[1], *Clark.bounds[3:])
     interaction = False
@@ -144,7 +144,7 @@ class Ludziejewski(Monomials):
     """
 
     name = "ludziejewski"
-    source = "Ludziejewski et al., arXiv:2502.05172, eq. 5"
+    source = "Ludziejewski et al., arXiv:2502.05172"
     counts = "active"
     needs = ("n", "d", "experts")
     linear = ("E", "a", "b")
