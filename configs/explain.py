@@ -35,7 +35,9 @@ def annotation_of(location: Sequence[Any], root: Any) -> Any:
     """The type annotated at a place such as ("train", "steps"); None where there is no such key."""
     found = root
     for part in location:
-        if not isinstance(part, int):  # an item of a list has the list's annotation
+        if typing.get_origin(found) is dict:  # any key has the values' annotation
+            found = typing.get_args(found)[1]
+        elif not isinstance(part, int):  # an item of a list has the list's annotation
             section = _section_of(found)
             if section is None or part not in section.model_fields:
                 return None
@@ -71,6 +73,8 @@ def _useful(items: Sequence[Any], root: type[BaseModel]) -> list[Any]:
         location, tag = item["loc"], _union_tag(item["loc"])
         if item["type"] == "missing" and location in misspelt:
             return False
+        if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            return False  # too short without the items that are wrong
         return tag is None or len(location) > tag + 1 or depths[location[:tag]] == tag + 1
 
     return [item for item in items if is_useful(item)]
@@ -83,7 +87,7 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
     given = f"{key}={_shown(item['input'])}"
     match item["type"]:
         case "extra_forbidden":
-            near = _elsewhere(str(location[-1]), root) or _near(item, root)
+            near = _near(item, root, cutoff=0.85) or _elsewhere(str(location[-1]), root) or _near(item, root)
             known = f"known here: {', '.join(_names(location[:-1], root))}"
             return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
         case "missing" if isinstance(location[-1], int):
@@ -93,14 +97,19 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
             return key, f"{key} is missing in {_shown(item['input'])}"
         case "too_long":
             return key, f"{given}: should have {item['ctx']['max_length']} values"
+        case "too_short":
+            least = item["ctx"]["min_length"]
+            return key, f"{given}: should have at least {least} value{'s' if least > 1 else ''}"
         case "model_type":
             names = _names(location, root)
             return key, f"{given}: should be a section of keys: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
         case "value_error":
             message = str(item["ctx"]["error"])
-            return key, message if message.startswith(f"{key}.") else f"{given}: {message}"
+            return key, message if not key or message.startswith(f"{key}.") else f"{given}: {message}"
         case "literal_error":
-            options = [str(option) for option in typing.get_args(annotation_of(location, root))]
+            annotation = annotation_of(location, root)
+            literals = [part for part in (annotation, *typing.get_args(annotation)) if _is_literal(part)]
+            options = [str(option) for literal in literals for option in typing.get_args(literal)]
             close = difflib.get_close_matches(str(item["input"]).lower(), options, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
             return key, f"{given}: should be one of {', '.join(options)}{hint}"
@@ -119,8 +128,12 @@ def _shown(value: Any, limit: int = 120) -> str:
 def _words(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
     """What a key takes beside a number: `auto`."""
     members = typing.get_args(annotation_of(location, root))
-    literals = [member for member in members if typing.get_origin(member) is typing.Literal]
+    literals = [member for member in members if _is_literal(member)]
     return [str(word) for literal in literals for word in typing.get_args(literal)]
+
+
+def _is_literal(annotation: Any) -> bool:
+    return typing.get_origin(annotation) is typing.Literal
 
 
 def _union_tag(location: tuple[Any, ...]) -> int | None:
@@ -141,9 +154,11 @@ def _names(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
     return list(section.model_fields) if section else []
 
 
-def _near(item: Mapping[str, Any], root: type[BaseModel]) -> str | None:
+def _near(item: Mapping[str, Any], root: type[BaseModel], cutoff: float = 0.5) -> str | None:
+    """The key of the same section that is most like it."""
     location = _plain(item)
-    return next(iter(difflib.get_close_matches(str(location[-1]), _names(location[:-1], root), n=1, cutoff=0.5)), None)
+    close = difflib.get_close_matches(str(location[-1]), _names(location[:-1], root), n=1, cutoff=cutoff)
+    return next(iter(close), None)
 
 
 def _elsewhere(name: str, section: type[BaseModel], prefix: str = "") -> str | None:

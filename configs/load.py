@@ -32,12 +32,8 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value out of range.
     """
-    tree = _read(name)
-    for override in overrides:
-        key, equals, value = override.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"{override!r} is not key=value, such as train.steps=100")
-        _set(tree, key, value)
+    tree = read_tree(name)
+    override(tree, overrides, Config, "train.steps=100")
     return from_dict(tree, where=str(name))
 
 
@@ -49,7 +45,7 @@ def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
         raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, Config))) from None
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: BaseModel) -> str:
     """The config as YAML that `load` reads back to an equal object."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
 
@@ -101,7 +97,8 @@ def _parse(text: str) -> Any:
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _read(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The keys of a preset or YAML file over those of its `base`, not validated yet. Raises ConfigError."""
     path = Path(name)
     if not path.suffix and str(name) in preset_names():
         path = PRESETS / f"{name}.yaml"
@@ -111,36 +108,52 @@ def _read(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"no config {str(name)!r}: neither a file nor a preset ({', '.join(preset_names())}){hint}")
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to this file")
+    tree = read_mapping(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / str(base)
+    below = read_tree(beside if beside.is_file() else base, (*seen, path.resolve()))
+    return merge(below, tree)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The sections of a YAML file. Raises ConfigError."""
     try:
         tree = _parse(path.read_text(encoding="utf-8")) or {}
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of sections")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    beside = path.parent / str(base)
-    below = _read(beside if beside.is_file() else base, (*seen, path.resolve()))
-    return _merge(below, tree)
+    return tree
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Put the keys of `above` over those of `below`, section by section; changes and returns `below`."""
     for key, value in above.items():
         if isinstance(value, dict) and isinstance(below.get(key), dict):
-            below[key] = _merge(below[key], value)
+            below[key] = merge(below[key], value)
         else:
             below[key] = value
     return below
 
 
-def _set(tree: dict[str, Any], key: str, text: str) -> None:
+def override(tree: dict[str, Any], overrides: Iterable[str], root: type[BaseModel], example: str) -> None:
+    """Set each `section.key=value` in a tree that is to be a `root`. Raises ConfigError."""
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals or not all(key.split(".")):
+            raise ConfigError(f"{text!r} is not key=value, such as {example}")
+        _set(tree, key, value, root)
+
+
+def _set(tree: dict[str, Any], key: str, text: str, root: type[BaseModel]) -> None:
     *sections, last = key.split(".")
     try:
         value = _parse(text)
     except ValueError as error:
         raise ConfigError(f"{key}={text}: the value is not YAML: {error}") from None
-    if is_text(annotation_of((*sections, last), Config)) and not isinstance(value, str | list | dict | None):
+    if is_text(annotation_of((*sections, last), root)) and not isinstance(value, str | list | dict | None):
         value = text  # run.name=2026-01-05 is a name, not a date
     for section in sections:
         if not isinstance(tree.get(section), dict):

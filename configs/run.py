@@ -15,6 +15,13 @@ from .tracking import TrackingConfig
 from .train import TrainConfig
 
 
+def folder_name(name: str) -> str:
+    """The name, if it can be a folder's on every system. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
+    return name
+
+
 class RunConfig(Section):
     name: str = "run"
     """Name of the run's folder; the same name again continues the run."""
@@ -23,12 +30,7 @@ class RunConfig(Section):
     seed: int = 0
     """Of the initial weights, the order of the data, and dropout."""
 
-    @field_validator("name")
-    @classmethod
-    def _plain(cls, name: str) -> str:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-            raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
-        return name
+    _plain = field_validator("name")(folder_name)
 
 
 class Config(Section):
