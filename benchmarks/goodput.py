@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +34,7 @@ from goodput_simulator import Constants, Life, closed_form, poisson, simulate
 
 from cluster.worker import ENVIRONMENT
 from configs import load
-from trainer.cadence import PRIOR, daly
+from trainer.cadence import FIRST, PRIOR, daly
 from trainer.goodput import book, read_steps, total
 from trainer.record import METRICS, read_events
 from trainer.run import prepare_run, request_stop
@@ -166,6 +166,8 @@ class Run:
     """From there to the first step."""
     intervals: list[int]
     """Steps between checkpoints of an attempt."""
+    choices: list[tuple[int, int]]
+    """Of `auto`: after so many steps taken, lost ones too, so many between checkpoints."""
 
 
 def read(run_dir: Path) -> Run:
@@ -194,6 +196,7 @@ def read(run_dir: Path) -> Run:
     for attempt, mine in itertools.groupby(steps, key=lambda step: step.attempt):
         trace += [(step.seconds, (attempt, step.step) in beside) for step in mine]
         trace += [(typical, False)] if attempt in kills else []
+    taken = [*(step.time for step in steps), *kills.values()]
     intervals = [b["step"] - a["step"] for a, b in itertools.pairwise(saves) if a["attempt"] == b["attempt"]]
     return Run(
         mtbf=asked["mtbf"],
@@ -209,6 +212,12 @@ def read(run_dir: Path) -> Run:
         writes=[event["write_s"] for event in saves],
         downs=[starts[attempt + 1] - when for attempt, when in kills.items() if attempt + 1 in starts],
         startups=[first[a].time - first[a].seconds - starts[a] for a in starts if a > 1 and a in first],
+        choices=[(0, FIRST)]
+        + [
+            (sum(time <= event["time"] for time in taken), event["every"])
+            for event in events
+            if event["event"] == "cadence"
+        ],
         intervals=intervals or [event["every"] for event in events if event["event"] == "cadence"],
     )
 
@@ -287,8 +296,11 @@ def _relive(run: Run, constants: Constants) -> Life:
     return simulate(own, _every(run), iter(run.gaps), 10**9, step_times, run.last_life)
 
 
-def _every(run: Run) -> int:
-    return int(statistics.median(run.intervals)) if run.every == "auto" else int(run.every)
+def _every(run: Run) -> int | Callable[[int], int]:
+    """The steps between checkpoints; of `auto` as it chose them while the run went on."""
+    if run.every != "auto":
+        return int(run.every)
+    return lambda taken: next(every for after, every in reversed(run.choices) if after <= taken)
 
 
 def _best(constants: Constants, mtbf: float) -> int:

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,7 +60,7 @@ class Progress(NamedTuple):
 
 def simulate(
     constants: Constants,
-    every: int,
+    every: int | Callable[[int], int],
     gaps: Iterator[float],
     steps: int,
     step_times: Iterator[float] | None = None,
@@ -69,23 +69,25 @@ def simulate(
     """Live through a run of `steps` steps.
 
     Args:
-        every: steps between checkpoints.
+        every: steps between checkpoints; or those between them once so many steps have been taken, lost ones too.
         gaps: seconds from each attempt's start to the failure that ends it, if it lives so long. The first attempt
             starts with its first step. None fails after the last of them.
         step_times: seconds of each step that is taken, in order; `constants.step` without them and after the last.
         last_life: seconds after which the run is left, from the start of the attempt after the last failure.
     """
     now, failures, lost, kept = 0.0, 0, 0.0, Progress()
-    alive, fails_at = 0.0, next(gaps, math.inf)
+    alive, fails_at, taken = 0.0, next(gaps, math.inf), 0
     while True:
         until = alive + last_life if fails_at == math.inf else math.inf
-        done, writing, committed_at = kept._replace(at=now), kept, math.inf
+        done, writing, committed_at, saved = kept._replace(at=now), kept, math.inf, kept.step
         began = now
         while done.step < steps and now < min(fails_at, until):
             seconds = next(step_times, constants.step) if step_times else constants.step
             now += seconds + constants.between
             done = Progress(done.step + 1, done.productive + seconds, now)
-            if done.step % every == 0 and done.step < steps:
+            taken += 1
+            if done.step - saved >= (every(taken) if callable(every) else every) and done.step < steps:
+                saved = done.step
                 if committed_at < math.inf:
                     now = max(now, committed_at)  # one is written at a time
                     kept = writing if committed_at <= fails_at else kept

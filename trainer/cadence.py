@@ -23,7 +23,7 @@ WRITES = 4.0
 however little of it the steps seem to feel."""
 YOUNG = 0.5
 """Share of a run's time so far that the interval is at most while nothing has failed: where the prior is wrong, the
-first failure takes back a third of it, not half an hour, for some ten more checkpoints in the first one."""
+first failure takes back a third of it, not half an hour, for some fifteen more checkpoints in a run's first hour."""
 FIRST = 10
 """Steps before the first checkpoint of a run, which tells what one costs, and early that the disk takes it."""
 CHANGE = 1.5

@@ -54,6 +54,12 @@ def test_steps_of_given_times_written_out():
     assert life.wall == 7.5 + 2 + 5 + 1 + 1
 
 
+def test_intervals_that_change_written_out():
+    """One each 2 steps, from the fifth step taken on each 3: at 2, 4, 7 and 10, where the failure finds the last."""
+    life = simulate(Constants(step=1.0), lambda taken: 2 if taken < 5 else 3, iter([11.5]), 14)
+    assert (life.failures, life.lost, life.wall) == (1, 1.5, 11.5 + 4)
+
+
 def test_a_run_that_never_gets_ahead_is_left_in_time():
     """Lives of 10 s and checkpoints after 20: what there is in the end are the steps of the last life."""
     life = simulate(Constants(step=1.0, down=1.0), 20, iter([10.0] * 4), 1000, last_life=5.0)
