@@ -14,6 +14,7 @@ from models.cost import parameters, training_flops_per_token
 
 from . import checkpoints, data, doctor, jobs, nodes, plan, runs, submit, trained
 from .runs import Json
+from .sweep import commands as sweep
 
 app = typer.Typer(
     help="Train Mixture-of-Experts Transformers: Ray schedules, DeepSpeed trains, MLflow records.",
@@ -79,6 +80,7 @@ app.command("export")(trained.export)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoint")
 app.add_typer(nodes.app, name="cluster")
+app.add_typer(sweep.app, name="sweep")
 app.command("runs")(runs.runs)
 app.command("status")(jobs.status)
 app.command("sync")(runs.sync)

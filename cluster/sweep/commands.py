@@ -1,0 +1,88 @@
+"""`muster sweep`: its sub-commands."""
+
+import json
+import math
+from typing import Annotated
+
+import typer
+
+from configs import Config, ConfigError
+from configs.sweep import SweepConfig, load_sweep
+from models.devices import DEVICES, cpu
+
+from ..plan import KINDS, vocabulary
+from ..runs import Json
+
+app = typer.Typer(help="Plan, run and fit scaling-law sweeps.", no_args_is_help=True)
+File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as isoflop.sizes=7.")
+]
+
+
+@app.command("plan")
+def plan_sweep(
+    file: File,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str, typer.Option("--gpu", "--device", metavar="KIND", help=f"Kind of device: {', '.join(KINDS)}.")
+    ] = "h100",
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="Devices that the trials run on side by side.")] = None,
+    usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List a sweep's trials, what they cost, and what may be wrong. Example: muster sweep plan sweep.yaml --gpu cpu"""
+    if gpu not in KINDS:
+        raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: should be at least 1")
+    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour < math.inf:
+        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 or more")
+    from .plan import plan
+    from .show import costs, show, to_json
+
+    sweep = load_sweep(file, overrides or ())
+    config = config_of(sweep)
+    planned = plan(sweep, vocabulary(config), finished_losses(sweep))
+    planned = planned._replace(warnings=planned.warnings + _repeats(config, planned.trials))
+    widest = max((trial.resolved.parallel.world_size for trial in planned.trials), default=1)
+    if gpus is not None and gpus < widest:
+        raise ConfigError(
+            f"--gpus {gpus}: a trial takes {widest} devices by set.parallel: raise the one, lower the other"
+        )
+    found = costs(planned, cpu() if gpu == "cpu" else DEVICES[gpu], gpus, usd_per_gpu_hour)
+    if as_json:
+        print(json.dumps(to_json(planned, found), indent=1))
+    else:
+        show(planned, found)
+
+
+def config_of(sweep: SweepConfig) -> Config:
+    """base and set of a sweep, which say where its data are."""
+    from .arms import arms
+
+    return arms(sweep)[0].config
+
+
+def finished_losses(sweep: SweepConfig) -> dict[str, float]:
+    """Held-out loss of each trial that has finished, by the trials' own records."""
+    from trainer.record import summary
+
+    found = {}
+    for folder in sorted((sweep.folder / "trials").glob("*/config.yaml")):
+        run = summary(folder.parent)
+        if run["status"] == "FINISHED" and run["eval_loss"] is not None:
+            found[run["name"]] = run["eval_loss"]
+    return found
+
+
+def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:
+    from trainer.data.manifest import read_manifests
+
+    from .doubts import repeated
+
+    try:
+        manifests = read_manifests(config.data)
+    except ConfigError:
+        return ()  # not prepared yet
+    return tuple(repeated(trials, sum(manifest.splits["train"].tokens for manifest in manifests)))

@@ -1,0 +1,49 @@
+"""What a plan holds: the trials of a sweep."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from configs import Config
+from configs.sweep import SweepConfig
+from models.cost import Parameters
+
+
+class Trial(NamedTuple):
+    """One run of a sweep."""
+
+    name: str
+    variant: str
+    """Architecture: the variant's name and, where it stands for several, which; "" if the sweep names none."""
+    budget: float | None
+    """Training FLOPs asked for; None: its steps were given."""
+    flops: float
+    """Training FLOPs from step 0, exactly (models/cost.py)."""
+    tokens: int
+    """Training tokens from step 0."""
+    counts: Parameters
+    config: Config
+    """As a user would write it; run.root is the sweep's folder of trials, run.name the trial's name."""
+    resolved: Config
+    """The same with every derived value."""
+    after: str | None = None
+    """The trial whose checkpoint it starts from."""
+    from_step: int | None = None
+    """The step of that checkpoint."""
+    values: Mapping[str, Any] = {}
+    """Of the sweep's axes."""
+
+    @property
+    def spent(self) -> float:
+        """Training FLOPs that the trial itself takes: less than `flops` where it starts from another's checkpoint."""
+        return self.flops * (1 - (self.from_step or 0) / self.config.train.steps)
+
+
+class Plan(NamedTuple):
+    """All that a sweep will train, as far as it is known."""
+
+    sweep: SweepConfig
+    vocab_size: int
+    trials: tuple[Trial, ...]
+    warnings: tuple[str, ...]
+    open: int
+    """Trials of an Optuna search that the losses of those before will choose."""
