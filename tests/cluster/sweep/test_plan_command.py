@@ -100,6 +100,7 @@ def test_refused(file, muster, arguments, message):
 def test_a_plan_needs_no_torch(file):
     code = (
         "import sys; from configs.sweep import load_sweep; from cluster.sweep.plan import plan;"
+        "import cluster.sweep.next;"
         "from cluster.sweep.show import costs; from models.devices import cpu;"
         "found = plan(load_sweep('sweep.yaml'), 512); costs(found, cpu(), 2, None);"
         "print(*{'torch', 'ray', 'deepspeed', 'mlflow', 'matplotlib', 'optuna', 'scipy'} & sys.modules.keys())"
