@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 WANTED = {
     "bool_parsing": "should be true or false",
     "bool_type": "should be true or false",
+    "dict_type": "should be keys and their values, such as {a: 1}",
     "float_parsing": "should be a number",
     "float_type": "should be a number",
     "int_from_float": "should be a whole number",

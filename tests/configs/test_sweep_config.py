@@ -87,6 +87,7 @@ WRONG = {
     "rules.lr=steplaw": 'rules.lr="steplaw": should be one of step_law, inverse_width, fixed; did you mean step_law?',
     "rules.schedule=cosin": 'rules.schedule="cosin": should be one of constant, linear, cosine, wsd, wsd_branches; did '
     "you mean cosine?",
+    "variants=[dense]": 'variants=["dense"]: should be keys and their values, such as {a: 1}',
     "count=all": 'count="all": should be one of total, active, without_embeddings, with_head',
 }
 
