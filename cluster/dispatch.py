@@ -18,7 +18,7 @@ from typing import Any
 
 from configs import ConfigError
 
-from .pack import TOP, BadMessage, read_message
+from .pack import JOB, TOP, BadMessage, read_message
 from .queue import (
     CANCELLED,
     FAILED,
@@ -150,8 +150,7 @@ class _Queue:
             self._enqueue(id, content, message["job"])
         elif message["do"] == "retry" and message["new"] not in self.jobs:
             with contextlib.suppress(FileNotFoundError):  # the client looks into the journal and says so
-                keys = ("name", "run_dir", "command", "workers", "cpus", "gpus", "group", "priority")
-                job = {key: self.jobs[id][key] for key in keys} | {"retry_of": id}
+                job = {key: value for key, value in self.jobs[id].items() if key in JOB} | {"retry_of": id}
                 self._enqueue(message["new"], self._package(id).read_bytes(), job)
         elif message["do"] == "stop" and id in self.jobs:
             self._stop(id, message["now"])

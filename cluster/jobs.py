@@ -154,7 +154,13 @@ def _state(job: dict[str, Any]) -> str:
 
 def _gang(job: dict[str, Any]) -> str:
     gpus = f", {job['gpus']:g} GPU" if job["gpus"] else ""
-    return f"{job['workers']} x ({job['cpus']:g} CPU{gpus})"
+    elastic = f" to {_most(job)}" if _most(job) > job["workers"] else ""
+    return f"{job['workers']}{elastic} x ({job['cpus']:g} CPU{gpus})"
+
+
+def _most(job: dict[str, Any]) -> int:
+    """Processes that a job may have; journals of before did not tell."""
+    return int(job.get("most", job["workers"]))
 
 
 def _output(cluster: Cluster, id: str) -> str | None:
@@ -205,13 +211,14 @@ def _until(cluster: Cluster, id: str, reached: Callable[[dict[str, Any]], bool])
 def _rank_output(cluster: Cluster, id: str, rank: int, follow: bool) -> Iterator[str]:
     """What one process of the newest attempt wrote into the run's folder, piece by piece."""
     job = _known(cluster.jobs(), id)
-    if not 0 <= rank < job["workers"]:
-        raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {job['workers'] - 1}")
+    if not 0 <= rank < _most(job):
+        raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {_most(job) - 1}")
     folder, done = Path(job["run_dir"]) / "logs", 0
     shown: Path | None = None
     while True:
         ended = _known(cluster.jobs(), id)["state"] not in ACTIVE
-        newest = max(folder.glob(f"attempt-*-rank-{rank:04d}*"), default=None)
+        written = folder.glob(f"attempt-*-rank-{rank:04d}*")
+        newest = max(written, key=lambda path: int(path.name.split("-")[1]), default=None)
         if newest is not None:
             done = done if newest == shown else 0
             shown = newest

@@ -21,8 +21,8 @@ LEFT_OUT = [".git", ".venv", "venv", "__pycache__"]
 
 
 JOB = {
-    "name": str, "run_dir": str, "command": str, "workers": int, "cpus": (int, float), "gpus": (int, float),
-    "group": int, "priority": int,
+    "name": str, "run_dir": str, "command": str, "workers": int, "most": int, "cpus": (int, float),
+    "gpus": (int, float), "group": int, "priority": int,
 }  # fmt: skip
 """What is said of a job, and of which type."""
 

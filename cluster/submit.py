@@ -40,7 +40,8 @@ def submit(
     asked, _ = resolve(asked, vocab_size=vocabulary(asked))
     name = _config_in(here, config)
     cluster = Cluster(api_url(address, asked.cluster.address))
-    fewest, nodes = worker_counts(asked)[-1], cluster.nodes()
+    counts, nodes = worker_counts(asked), cluster.nodes()
+    fewest = counts[-1]
     each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
     root = Path(asked.run.root)
     for id, job in cluster.jobs().items():
@@ -57,6 +58,7 @@ def submit(
         "run_dir": str(root / asked.run.name),
         "command": shlex.join(["muster", "train", name, *(overrides or ()), *kept]),
         "workers": fewest,  # it starts when so many fit, with as many more as there is room for
+        "most": counts[0],
         "cpus": each.cpus,
         "gpus": each.gpus,
         "group": group_of(asked),

@@ -53,8 +53,8 @@ def test_all_of_it_lies_below_a_folder_of_a_name_that_is_no_module_of_ours(folde
 
 
 SENT = {
-    "name": "moe", "run_dir": "/shared/moe", "command": "muster train moe", "workers": 1, "cpus": 1.0, "gpus": 0,
-    "group": 1, "priority": 0,
+    "name": "moe", "run_dir": "/shared/moe", "command": "muster train moe", "workers": 1, "most": 1, "cpus": 1.0,
+    "gpus": 0, "group": 1, "priority": 0,
 }  # fmt: skip
 
 
