@@ -13,6 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -41,7 +42,8 @@ def measure(folder: Path, count: int, nodes: int) -> None:
 
     from cluster.queue import Gang
     from cluster.share import Share
-    from cluster.trials import Task, Trials
+    from cluster.tasks import Task
+    from cluster.trials import Trials
     from trainer.record import read_events
 
     here = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -59,7 +61,7 @@ def measure(folder: Path, count: int, nodes: int) -> None:
         left = list(run_dirs)
 
         def next(self) -> Task | None:
-            return Task(self.left.pop(0), Gang(1, Share(1.0, 0.0))) if self.left else None
+            return Task(Gang(1, Share(1.0, 0.0)), partial(self.left.pop, 0)) if self.left else None
 
         def more(self) -> bool:
             return bool(self.left)

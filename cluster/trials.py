@@ -4,7 +4,6 @@ import queue as queues
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
 from configs import ConfigError
 from trainer.run import is_finished, request_stop
@@ -12,38 +11,13 @@ from trainer.run import is_finished, request_stop
 from . import queue
 from .failures import Final
 from .gang import Gang
-from .ray_nodes import machines
+from .ray_nodes import Machine, machines
 from .share import Node, Share
 from .supervise import Supervisor
+from .tasks import Ended, Source, Task
 
 TICK = 0.2
 """Seconds between two looks at what has ended, and at what may begin now."""
-
-
-class Task(NamedTuple):
-    """A run, made by `trainer.run.prepare_run`, and the gang that it needs."""
-
-    run_dir: Path
-    gang: queue.Gang
-
-
-class Ended(NamedTuple):
-    """How a run ended: FINISHED, KILLED (it can go on), or FAILED, in the words of `cluster.failures.Final`."""
-
-    run_dir: Path
-    status: str
-    reason: str = ""
-    kind: str = ""
-
-
-class Source(Protocol):
-    """What is to be trained, in its order. Both are called by the thread that iterates over `Trials`."""
-
-    def next(self) -> Task | None:
-        """The run that begins when there is room for it; None: none, until another has got further."""
-
-    def more(self) -> bool:
-        """Whether `next` may give another run."""
 
 
 class Trials:
@@ -81,7 +55,7 @@ class Trials:
                 last = self._stopped.is_set() or not (head or self._source.more())
                 if last:
                     self._give_up(slot for slot in self._slots if not slot.run_dir)
-                    if not self._slots:
+                    if not self._slots and self._ended.empty():
                         return
                 try:
                     ended = self._ended.get(timeout=TICK)
@@ -97,7 +71,7 @@ class Trials:
             self._give_up(self._slots)
 
     def stop(self) -> None:
-        """Let every run write a checkpoint and end; none begins any more."""
+        """Let every run write a checkpoint and end; none begins any more. Any thread may call it."""
         self._stopped.set()
         for run_dir in [slot.run_dir for slot in self._slots]:
             if run_dir:
@@ -114,15 +88,17 @@ class Trials:
                 self._give_up([idle.pop()])
             else:
                 return False
-        slot.run_dir = task.run_dir
-        slot.given.put(task.run_dir)
+        if run_dir := task.make():
+            slot.run_dir = run_dir
+            slot.given.put(run_dir)
         return True
 
     def _has_room(self, gang: queue.Gang) -> bool:
         there = machines()
-        free, total = [machine.free for machine in there], [machine.total for machine in there]
+        total = [machine.total for machine in there]
+        free = [_less(machine, self._slots) for machine in there]
         for slot in self._slots:
-            if not slot.holds:  # it has not reserved what it is about to
+            if not slot.gang.members:  # it has not reserved what it is about to
                 free = queue.place(slot.asked, free, total) or [Node(0.0, 0.0)] * len(free)
         return queue.assign(gang, free, total) is not None
 
@@ -148,11 +124,6 @@ class _Slot:
         self.thread = threading.Thread(target=self._serve, daemon=True, name="trials")
         self.thread.start()
 
-    @property
-    def holds(self) -> bool:
-        """Whether the gang has what it needs."""
-        return bool(self.gang.members)
-
     def _serve(self) -> None:
         trials = self._trials
         try:
@@ -177,3 +148,10 @@ class _Slot:
             return Ended(run_dir, "FAILED", str(error), "mistake")
         except Final as error:
             return Ended(run_dir, "FAILED", error.reason, error.kind)
+
+
+def _less(machine: Machine, slots: Sequence["_Slot"]) -> Node:
+    """What is free of a machine, which Ray says a moment late: at most what these do not hold."""
+    held = [slot.asked.each for slot in slots for member in slot.gang.members if member.node == machine.id]
+    cpus, gpus = sum(each.cpus for each in held), sum(each.gpus for each in held)
+    return Node(min(machine.free.cpus, machine.total.cpus - cpus), min(machine.free.gpus, machine.total.gpus - gpus))

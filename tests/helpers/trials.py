@@ -1,5 +1,6 @@
 """Runs trained by `cluster.trials` on a private Ray, in a process of their own: connecting changes the environment."""
 
+from functools import partial
 from pathlib import Path
 
 from support import tiny
@@ -7,6 +8,7 @@ from support import tiny
 from cluster.queue import Gang
 from cluster.session import end_children, ray_session, session_folder
 from cluster.share import Node, Share
+from cluster.tasks import Task
 
 
 class InOrder:
@@ -16,9 +18,7 @@ class InOrder:
         self._left = list(run_dirs)
 
     def next(self):
-        from cluster.trials import Task
-
-        return Task(self._left.pop(0), Gang(1, Share(1.0, 0.0))) if self._left else None
+        return Task(Gang(1, Share(1.0, 0.0)), partial(self._left.pop, 0)) if self._left else None
 
     def more(self) -> bool:
         return bool(self._left)
