@@ -110,11 +110,13 @@ def sync(
     root: Root = RUNS,
     wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to try while it does not answer.")] = 60.0,
 ) -> None:
-    """Send the tracker what it has missed of a run. Example: muster sync quickstart"""
+    """Send the tracker what it has missed of a run, or of a sweep and its runs. Example: muster sync quickstart"""
     from trainer.tracking.shipper import ship  # MLflow takes seconds to import
+    from trainer.tracking.sweep import SWEEP, ship_sweep
 
-    run_dir = run_folder(run, root)
-    done = ship(run_dir, grace=wait)
+    sweeps = [folder for folder in (root / run, Path(run)) if (folder / SWEEP).is_file()]
+    run_dir = sweeps[0].resolve() if sweeps else run_folder(run, root)
+    done = ship_sweep(run_dir, grace=wait) if sweeps else ship(run_dir, grace=wait)
     if done.records or done.files:
         print(f"{run_dir.name}: sent {_count(done.records, 'record')} and {_count(done.files, 'file')}")
     if done.missing:

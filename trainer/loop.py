@@ -74,7 +74,8 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
             if record:
                 inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
                 record.event("attempt_started", **_surroundings(), **revision.of(Path.cwd()), inputs=inputs)
-                shipper = start_shipper(run_dir, config) if config.tracking.enabled else None
+                own = config.tracking.enabled and not config.tracking.parent
+                shipper = start_shipper(run_dir, config) if own else None
             with watchdog(run_dir, attempt, config) as beat:
                 status = _steps(run_dir, config, state, record, attempt, stop, beat)
             reason = "reached train.steps" if status == "FINISHED" else "stopped by request"

@@ -14,7 +14,7 @@ from trainer.tracking import shipper
 @pytest.fixture
 def make_run(tmp_path, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "_plot", lambda self: None)
+    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)
 
     def make(name: str, steps: int, **tracking):
         run_dir = tmp_path / name

@@ -16,7 +16,7 @@ from trainer.tracking.shipper import ship
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "_plot", lambda self: None)
+    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)
 
 
 def start(run_dir: Path, attempt: int) -> Record:

@@ -29,7 +29,7 @@ def root(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _alone(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "_plot", lambda self: None)  # tests/trainer/test_plots.py
+    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)  # tests/trainer/test_plots.py
 
 
 def make_run(root, name, **sections):

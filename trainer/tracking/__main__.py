@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .shipper import ship
 from .start import GRACE
+from .sweep import ship_sweep
 
 NICE = 5
 """A quarter of a core that training wants as well: a run's few seconds of work still end soon after training."""
@@ -21,12 +22,14 @@ def main() -> int:
     parser.add_argument("--attempt", type=int, help="the attempt whose record this is")
     parser.add_argument("--parent-pid", type=int, help="the training process; when it is gone the attempt has ended")
     parser.add_argument("--grace", type=float, default=GRACE, help="seconds without success until it gives up")
+    parser.add_argument("--sweep", action="store_true", help="the folder is a sweep's: its runs are sent as well")
     args = parser.parse_args()
+    send = ship_sweep if args.sweep else ship
     if args.once:
-        done = ship(args.run_dir, grace=args.grace)
+        done = send(args.run_dir, grace=args.grace)
     else:
         _stand_back()
-        done = ship(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False, grace=args.grace)
+        done = send(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False, grace=args.grace)
     if done.missing:
         print(done.missing, file=sys.stderr)
     return 1 if done.missing else 0

@@ -26,6 +26,7 @@ for _name, _value in {
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID  # noqa: E402
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
 
 from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
@@ -65,14 +66,20 @@ class MlflowTracker:
                 experiment.experiment_id, start_time=int(run.started * 1000), tags=tags, run_name=run.name
             )
             self._run_id = created.info.run_id
+            self._show_under(experiment, run.parent)
             return Sent(self._run_id, -1, -1)
         self._run_id = run_id
+        self._show_under(experiment, run.parent)
         self._client.update_run(run_id, status="RUNNING")
         if REASON_TAG in self._client.get_run(run_id).data.tags:
             self._client.delete_tag(run_id, REASON_TAG)
         # `attempt` and `eval_tokens` are never null, as a loss that is not finite is.
         evaluation = max(self._last_step("eval_tokens"), self._last_step("eval_loss"))
         return Sent(run_id, self._last_step("attempt"), evaluation)
+
+    def _show_under(self, experiment: Experiment, parent: str | None) -> None:
+        if parent and (found := self._find(experiment, parent)):
+            self._client.set_tag(self._run_id, MLFLOW_PARENT_RUN_ID, found)
 
     def describe(self, params: Mapping[str, Any], tags: Mapping[str, str], inputs: Sequence[Input]) -> None:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}

@@ -41,11 +41,14 @@ class ShipperHandle:
         return f"tracking: {error}; `muster sync {self._run_dir}` sends the rest"
 
 
-def start_shipper(run_dir: str | Path, config: Config) -> ShipperHandle:
+def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -> ShipperHandle:
     """Start sending a run's record to the tracker in a process of its own, of low priority.
 
     Call on rank 0 after `attempt_started` is recorded. The process ends by itself after `attempt_ended`, or when this
     process is gone; a signal to this process's group does not reach it.
+
+    Args:
+        sweep: the folder is a sweep's, whose runs are sent as well (`trainer.tracking.sweep`).
 
     Raises:
         ConfigError: `tracking.uri` is nothing that MLflow takes.
@@ -56,6 +59,7 @@ def start_shipper(run_dir: str | Path, config: Config) -> ShipperHandle:
     # -P: a `trainer` folder of the user's in the working directory must not win over this package.
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
     command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid()), "--grace", str(GRACE)]
+    command += ["--sweep"] if sweep else []
     with (run_dir / LOG).open("ab") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
@@ -64,12 +68,12 @@ def start_shipper(run_dir: str | Path, config: Config) -> ShipperHandle:
 
 
 def tracking_uri(run_dir: str | Path, config: Config) -> str:
-    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the runs.
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the runs; of a sweep's runs, beside the sweep.
 
     Raises:
         ConfigError: a folder, which MLflow 3 refuses.
     """
-    root = Path(run_dir).resolve().parent
+    root = Path(config.tracking.parent or run_dir).resolve().parent
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(

@@ -14,6 +14,8 @@ class RunInfo(NamedTuple):
     run_id: str | None
     started: float
     """Unix seconds."""
+    parent: str | None = None
+    """Key of the run that this one is shown under."""
 
 
 class Sent(NamedTuple):

@@ -1,0 +1,209 @@
+"""What a tracker is sent of one run: the lines that count, what a person should know, files; and what it has so far.
+
+Each step is shown once. A tracker cannot take a point back, so:
+- what the tracker holds is read back whenever a connection is made, and steps up to there are not sent again: after a
+  restart the first recording of a step stays. Resume is exact, so the second has the same values.
+- where a step's values can change, that is under `train.spike.action: rollback`, steps are held back until a
+  checkpoint at or past them is committed: a rollback never goes behind it. FINISHED and a sync by hand release them.
+"""
+
+import hashlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from configs import Config, flatten
+
+from ..goodput import goodput, productive, total
+from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
+from .artifacts import FINAL, LIVE, Artifacts
+from .flat import notable_tags, scalars, tags
+from .start import read_state, write_state
+from .tracker import Input, Point, RunInfo, Tracker
+
+GONE = "the training process ended without a word (killed, or out of memory)"
+
+
+def open_tracker(run_dir: Path, config: Config, uri: str) -> Tracker:
+    """The tracker of a run; a new experiment in a database keeps its files where a database of its own would lie."""
+    from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
+
+    beside = Path(config.tracking.parent or run_dir).resolve().parent
+    return MlflowTracker(uri, config.tracking.experiment, beside / "mlartifacts" if uri.startswith("sqlite:") else None)
+
+
+def key_of(run_dir: Path) -> str | None:
+    """What identifies a run, or a sweep, for ever: its name and how its record begins; None: nothing has begun."""
+    try:
+        with (run_dir / EVENTS).open("rb") as file:
+            return hashlib.sha256(run_dir.resolve().name.encode() + file.readline()).hexdigest()[:32]
+    except FileNotFoundError:
+        return None
+
+
+class Sender:
+    """Sends the record of a run, as often as it is asked to.
+
+    Args:
+        once: send steps that a rollback could still change, too.
+    """
+
+    def __init__(self, run_dir: Path, config: Config, uri: str, tracker: Tracker, once: bool) -> None:
+        self.run_dir, self.config, self.uri, self.tracker, self.once = run_dir, config, uri, tracker, once
+        self.hold = config.train.spike.action == "rollback" and not once
+        self.events: list[dict[str, Any]] = []
+        self._events_size = -1
+        self.index: MetricsIndex | None = None
+        """None: not connected."""
+        self._sent = {False: -1, True: -1}
+        """Last training step and last evaluation that the tracker holds."""
+        self.records = self.files = 0
+        """Sent so far."""
+        without = () if config.tracking.export_model else ("model",)
+        self._artifacts = Artifacts(run_dir, tracker, without, self._file_sent)
+        self._noted: dict[str, str] = {}
+        self._state: dict[str, Any] = {}
+        self.progress = time.monotonic()
+        """When something last got through."""
+
+    def send_all(self, ended: dict[str, Any] | None) -> None:
+        """Send what is there; after the end, `ended`, that too."""
+        self._connect()
+        if (noted := notable_tags(self.events)) != self._noted:
+            self.tracker.describe({}, noted, [])
+            self._noted = noted
+        self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
+        self._artifacts.send(self.names(ended is not None))
+        if ended:
+            self.tracker.describe({}, self.totals(), [])
+            self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
+        self._save()
+
+    def names(self, ended: bool) -> tuple[str, ...]:
+        """Files and folders that are sent."""
+        return FINAL if ended else LIVE
+
+    def params(self) -> dict[str, Any]:
+        return flatten(self.config)
+
+    def totals(self) -> dict[str, str]:
+        """Tags at the end."""
+        seconds = total(goodput(self.run_dir))
+        books = {f"seconds.{name}": f"{value:.1f}" for name, value in seconds.items()}
+        return {"goodput": f"{productive(seconds):.4f}", **books}
+
+    def plot(self) -> None:
+        """Make the final pictures."""
+        try:
+            made, lines = self.run_dir / "plots" / "loss.png", self.run_dir / METRICS
+            if made.exists() and made.stat().st_mtime_ns > lines.stat().st_mtime_ns:
+                return  # a sync by hand of what was sent
+            from ..plots import plot_run  # matplotlib is needed at the end only
+
+            plot_run(self.run_dir)
+        except Exception as problem:  # plots are no reason to lose the rest
+            print(f"no plots: {words(problem)}", file=sys.stderr, flush=True)
+
+    def _connect(self) -> None:
+        if self.index is not None:
+            return
+        state = read_state(self.run_dir)
+        known = state if state.get("uri") == self.uri else {}
+        key, above = key_of(self.run_dir), self.config.tracking.parent
+        assert key
+        started = [event for event in self.events if event["event"] == "attempt_started"]
+        begin = (started or self.events)[0]["time"]
+        sent = self.tracker.open(
+            RunInfo(
+                self.run_dir.resolve().name, key, known.get("run_id"), begin, key_of(Path(above)) if above else None
+            )
+        )
+        details = started[-1] if started else {}
+        inputs = [Input(**item) for item in details.get("inputs", ())]
+        self.tracker.describe(self.params(), tags(details), inputs)
+        self._sent, self._noted = {False: sent.step, True: sent.evaluation}, {}
+        self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
+        same = known.get("run_id") == sent.run_id
+        self._artifacts.held = known.get("files", {}) if same else {}
+        self.index = MetricsIndex(self.run_dir, known.get("offset", 0) if same else 0)
+        self._save()
+
+    def _send(self, everything: bool) -> None:
+        """Send the lines that count and that no rollback can change any more."""
+        index = self.index
+        assert index is not None
+        index.update()
+        index.forget_rolled_back(self.events)
+        index.lines = [line for line in index.lines if line.step > self._sent[line.evaluation]]
+        final = max((event["step"] for event in self.events if event["event"] == "checkpoint"), default=0)
+        ready = [line for line in index.lines if everything or not self.hold or line.step <= final]
+        for begin in range(0, len(ready), 200):
+            lines = ready[begin : begin + 200]
+            records = list(index.read(lines))
+            points = [Point(record["step"], record["time"], scalars(record)) for record in records]
+            if points:
+                self.tracker.log(points)
+                self.records += len(points)
+                self.progress = time.monotonic()
+            for line in lines:
+                self._sent[line.evaluation] = max(self._sent[line.evaluation], line.step)
+            done = set(lines)
+            index.lines = [line for line in index.lines if line not in done]
+            self._save()
+
+    def _file_sent(self) -> None:
+        self.files += 1
+        self.progress = time.monotonic()
+        self._save()
+
+    def ended(self, attempt: int | None = None, gone: bool = False) -> dict[str, Any] | None:
+        """`attempt_ended` of an attempt, the last if none is given, or what stands for it.
+
+        Args:
+            gone: its process is.
+        """
+        self.read_events()
+        if not self.events:
+            return None
+        status, reason = status_of(self.events)
+        gone = gone or (self.once and status == "FAILED")
+        attempt = attempt or max(event["attempt"] for event in self.events)
+        for event in reversed(self.events):
+            if event["event"] == "attempt_ended" and event["attempt"] == attempt:
+                return event
+        return {"status": "FAILED", "time": time.time(), "reason": reason or GONE} if gone else None
+
+    def read_events(self) -> None:
+        try:
+            size = (self.run_dir / EVENTS).stat().st_size
+        except FileNotFoundError:
+            return
+        if size != self._events_size:
+            self.events, self._events_size = read_events(self.run_dir), size
+
+    def held(self) -> str | None:
+        lines = self.index.lines if self.index else []
+        if not lines:
+            return None
+        return f"{len(lines)} records after the last checkpoint are held back, as the run may go on from there"
+
+    def note_error(self, error: str, **more: Any) -> dict[str, Any]:
+        """Write it beside what is known of the tracker. Returns all of it."""
+        known = read_state(self.run_dir)
+        state = (known if known.get("uri") == self.uri else {"uri": self.uri}) | {"error": error, **more}
+        write_state(self.run_dir, state)
+        return state
+
+    def _save(self) -> None:
+        index = self.index
+        assert index is not None
+        offset = min((line.start for line in index.lines), default=index.offset)
+        state = self._state | {"offset": offset, "missing": len(index.lines), "files": self._artifacts.held}
+        state["error"] = self.held()
+        if state != read_state(self.run_dir):
+            write_state(self.run_dir, state)
+
+
+def words(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
