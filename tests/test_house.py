@@ -212,7 +212,7 @@ def test_readme_command(line):
         assert arguments[0] in command.commands
         command = command.commands[arguments.pop(0)]
     given = command.make_context(command.name, list(arguments)).params
-    if "overrides" in given:
+    if "config" in given and "overrides" in given:
         assert given["config"] in preset_names()
         load(given["config"], given["overrides"] or ())
 

@@ -11,20 +11,22 @@ from configs import ConfigError
 
 from .forms import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kaplan
 from .isoflop import Approach2, PowerLaw, approach1, approach2
-from .moe_forms import Abnar, Clark, Krajewski, Ludziejewski
+from .moe_forms import MOE_FORMS
 from .newton import HUBER_LOG, LEAST_SQUARES, Objective
 from .refusal import Refusal
 from .solve import Solution, refit, solve
 from .table import Table, budgets, read_table
 
 __all__ = [
-    "FORMS", "HUBER_LOG", "LEAST_SQUARES", "Fit", "Fits", "Objective", "Refusal", "Table", "fit", "fit_form",
-    "read_table", "rolling_origin",
+    "FORMS", "HUBER_LOG", "LEAST_SQUARES", "OBJECTIVES", "Fit", "Fits", "Objective", "Refusal", "Table", "fit",
+    "fit_form", "read_table", "rolling_origin",
 ]  # fmt: skip
 
-FORMS: dict[str, Form] = {
-    form.name: form
-    for form in (Approach3(), Kaplan(), Gadre(), DataConstrained(), Clark(), Abnar(), Ludziejewski(), Krajewski())
+FORMS: dict[str, Form] = {form.name: form for form in (Approach3(), Kaplan(), Gadre(), DataConstrained(), *MOE_FORMS)}
+OBJECTIVES = {
+    "huber_log": HUBER_LOG,
+    "least_squares_log": Objective("log", np.inf),
+    "least_squares": LEAST_SQUARES,
 }
 LEAST_BUDGETS = 3
 BOOTSTRAPS = 1000
@@ -45,8 +47,15 @@ class Fit:
     objective: Objective
     residual: float
     """Root mean square of ln L - ln loss."""
+    typical: float
+    """Median of |ln L - ln loss|, for as many coefficients as were fitted."""
     cross_validation: float | None = None
     """Root mean square of ln L - ln loss on held-back budgets, rolling origin; None: too few budgets."""
+
+    @property
+    def residual_noise(self) -> float:
+        """Standard deviation of one run's ln L about the form, by the median absolute residual."""
+        return 1.4826 * self.typical
 
     @property
     def undetermined(self) -> Refusal | None:
@@ -164,9 +173,17 @@ def fit(
 
 
 def fit_form(
-    form: Form, table: Table, objective: Objective = HUBER_LOG, bootstraps: int = BOOTSTRAPS, seed: int = 0
+    form: Form,
+    table: Table,
+    objective: Objective = HUBER_LOG,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    validate: bool = True,
 ) -> Fit:
     """Fit one form.
+
+    Args:
+        validate: also on held-back budgets.
 
     Raises:
         Refusal: the table lacks a column or a spread that the form needs, or has fewer rows than it has coefficients.
@@ -189,9 +206,11 @@ def fit_form(
             low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
             intervals[name] = (float(low), float(high))
     residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
+    spare = np.sqrt(len(table) / (len(table) - form.size))
     return Fit(
         form, solution, form.coefficients(solution.parameters), intervals, samples, objective,
-        float(np.sqrt((residual**2).mean())), rolling_origin(form, table, objective),
+        residual=float(np.sqrt((residual**2).mean())), typical=float(np.median(np.abs(residual)) * spare),
+        cross_validation=rolling_origin(form, table, objective) if validate else None,
     )  # fmt: skip
 
 

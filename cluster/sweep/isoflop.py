@@ -10,8 +10,8 @@ from .refusal import Refusal
 from .solve import solve
 from .table import Table, budgets
 
-WINDOW = np.log(10.0)
-"""A parabola is fitted to the sizes within this factor of the best one: farther out the loss is no parabola in ln N."""
+WINDOWS = (2.0, 3.0, 4.0, 10.0)
+"""A parabola is fitted to sizes within such a factor of the best one: narrower suits skewed valleys, wider noise."""
 
 
 class Frontier(Monomials):
@@ -74,8 +74,10 @@ class Approach2:
     """E, K, gamma; None: fewer than four budgets."""
 
 
-def valley(c: Array, n: Array, d: Array, loss: Array, weights: Array | None = None) -> Valley:
-    """The parabola of loss in ln n through the runs of one budget near its best one.
+def valley(
+    c: Array, n: Array, d: Array, loss: Array, weights: Array | None = None, window: float = WINDOWS[-1]
+) -> Valley:
+    """The parabola of loss in ln n through the runs of one budget within a factor `window` of its best size.
 
     Raises:
         Refusal: fewer than three sizes, a concave parabola, or a lowest point outside the sizes.
@@ -85,7 +87,7 @@ def valley(c: Array, n: Array, d: Array, loss: Array, weights: Array | None = No
     if len(np.unique(n)) < 3:
         raise Refusal("few_sizes", f"{where}: {len(np.unique(n))} sizes, a parabola needs 3")
     centre = np.log(n[np.argmin(loss)])
-    near = np.abs(np.log(n) - centre) <= WINDOW
+    near = np.abs(np.log(n) - centre) <= np.log(window) + 1e-9
     if len(np.unique(n[near])) < 3:
         near = np.isin(n, np.unique(n)[np.argsort(np.abs(np.log(np.unique(n)) - centre))[:3]])
     weights = np.ones(near.sum()) if weights is None else weights[near]
@@ -130,25 +132,24 @@ def power_law(c: Array, y: Array, std: Array | None = None) -> PowerLaw:
 def approach2(table: Table, weights: Array | None = None) -> Approach2:
     """Hoffmann et al.'s second approach: a parabola for each budget, power laws through their lowest points.
 
+    Of the WINDOWS that leave out the fewest budgets, it takes the one whose ln N* scatter least about their power law.
+
     Args:
         weights: of the rows, such as how often each was drawn.
 
     Raises:
         Refusal: fewer than three budgets have a usable parabola.
     """
+    tried = [_valleys(table, weights, window) for window in WINDOWS]
+    most = max(len(valleys) for valleys, _ in tried)
+    full = [each for each in tried if len(each[0]) == most]
+
+    def scatter(each: tuple[list[Valley], list[Refusal]]) -> float:
+        c, n = (np.log([getattr(valley, key) for valley in each[0]]) for key in ("c", "n"))
+        return float(np.std(n - np.polyval(np.polyfit(c, n, 1), c)))
+
+    valleys, refused = min(full, key=scatter) if most > 2 else full[-1]
     index = budgets(table)
-    valleys, refused = [], []
-    for budget in range(int(index.max()) + 1):
-        rows = index == budget
-        if weights is not None:
-            rows &= weights > 0
-        if not rows.any():
-            continue
-        try:
-            drawn = None if weights is None else weights[rows]
-            valleys.append(valley(table.c[rows], table.n[rows], table.d[rows], table.loss[rows], drawn))
-        except Refusal as refusal:
-            refused.append(refusal)
     if len(valleys) < 3:
         raise Refusal(
             "few_budgets",
@@ -166,6 +167,23 @@ def approach2(table: Table, weights: Array | None = None) -> Approach2:
     # A valley's error is not known better than by a factor: none counts more than ten times the median.
     std = np.clip(std, np.median(std) / 3.2, None) if known else np.ones(len(std))
     return Approach2(tuple(valleys), tuple(refused), power_law(c, n, std), power_law(c, d, std), frontier)
+
+
+def _valleys(table: Table, weights: Array | None, window: float) -> tuple[list[Valley], list[Refusal]]:
+    index = budgets(table)
+    valleys, refused = [], []
+    for budget in range(int(index.max()) + 1):
+        rows = index == budget
+        if weights is not None:
+            rows &= weights > 0
+        if not rows.any():
+            continue
+        try:
+            drawn = None if weights is None else weights[rows]
+            valleys.append(valley(table.c[rows], table.n[rows], table.d[rows], table.loss[rows], drawn, window))
+        except Refusal as refusal:
+            refused.append(refusal)
+    return valleys, refused
 
 
 def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:

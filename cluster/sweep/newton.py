@@ -8,6 +8,8 @@ from numpy.typing import NDArray
 
 from .forms import Array, Columns, Form, Monomials
 
+EXACT = 1e-9
+"""A residual that is none: a table without noise has an optimum too."""
 FLOOR = float(np.log(1e-6))
 """Least mean of ln(theta phi / sum): below it, a term has left the form."""
 
@@ -155,7 +157,7 @@ class Descent:
         self._add_curvature(hessian, (1 - mix)[:, None, None] * power[:, None, None] * pull[:, None] * shares, z)
         # What a parameter could gain alone, against what its residuals amount to.
         spread = np.sqrt(np.einsum("bpn,bn->bp", u**2, majoriser))
-        noise = np.sqrt(np.einsum("bn,bn->b", majoriser, residual**2))[:, None]
+        noise = np.sqrt(np.einsum("bn,bn->b", majoriser, residual**2 + EXACT**2))[:, None]
         inner = (p[:, self.terms :] > self.low + 1e-12), (p[:, self.terms :] < self.high - 1e-12)
         down = np.concatenate([means > FLOOR + 1e-3, inner[0]], axis=1)
         up = np.concatenate([np.ones_like(means, dtype=bool), inner[1]], axis=1)

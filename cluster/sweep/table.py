@@ -111,7 +111,7 @@ def read_table(
     Args:
         columns: our name to the file's, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
             active_ratio, unique and the conventions of N; what is not named is looked for under our name.
-        where: file's columns to the value that rows must have.
+        where: file's columns to the value that rows must have, or several with commas between.
 
     Without c it is 6 n d; without d it is c / (6 n); both are noted.
 
@@ -130,7 +130,7 @@ def read_table(
     for name, value in (where or {}).items():
         if name not in data:
             raise ConfigError(f"--where {name}={value}: {path} has {', '.join(data)}")
-        keep &= np.array([_same(cell, value) for cell in data[name]], dtype=bool)
+        keep &= np.array([any(_same(cell, each) for each in value.split(",")) for cell in data[name]], dtype=bool)
     if not keep.any():
         raise ConfigError(f"{path}: no row is left" + (f" where {dict(where)}" if where else ""))
     data = {key: [cell for cell, kept in zip(cells, keep, strict=True) if kept] for key, cells in data.items()}

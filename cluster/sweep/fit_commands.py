@@ -1,0 +1,212 @@
+"""`muster sweep fit`, `predict`, `plot` and `next`: from a sweep's runs, or any table, to a law and the next config."""
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from configs import ConfigError
+from configs.sweep import SweepConfig, load_sweep
+
+from ..plan import vocabulary
+from ..runs import Json
+
+if TYPE_CHECKING:
+    from .table import Table
+
+File = Annotated[str | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep; or --table.")]
+TableFile = Annotated[Path | None, typer.Option("--table", metavar="FILE", help="CSV or Parquet, a run in each row.")]
+Columns = Annotated[str, typer.Option(metavar="n=...,d=...,c=...,loss=...", help="Our names of the table's columns.")]
+Where = Annotated[
+    list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only rows with this value, or one of several (a,b).")
+]
+Convention = Annotated[
+    str | None, typer.Option(help="How N is counted: total, active, without_embeddings, with_head (default active).")
+]
+FormName = Annotated[list[str] | None, typer.Option("--form", metavar="FORM", help="Only this form; repeatable.")]
+MaxBudget = Annotated[float | None, typer.Option(metavar="C", help="Leave out runs of more training FLOPs.")]
+Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", help="Training FLOPs; repeatable.")]
+
+
+def fit_sweep(
+    file: File = None,
+    table: TableFile = None,
+    columns: Columns = "",
+    where: Where = None,
+    convention: Convention = None,
+    form: FormName = None,
+    max_budget: MaxBudget = None,
+    objective: Annotated[str, typer.Option(help="huber_log, least_squares_log or least_squares.")] = "huber_log",
+    bootstraps: Annotated[int, typer.Option(metavar="N", help="Refits for the intervals.")] = 1000,
+    as_json: Json = False,
+) -> None:
+    """Fit scaling laws. Example: muster sweep fit --table runs.csv --columns n=params,d=tokens,c=flops,loss=val"""
+    sweep, found = _table(file, table, columns, where, convention, max_budget)
+    from .fit import OBJECTIVES, fit
+
+    if objective not in OBJECTIVES:
+        raise ConfigError(f"--objective {objective}: should be one of {', '.join(OBJECTIVES)}")
+    fits = fit(found, form, OBJECTIVES[objective], bootstraps)
+    if sweep is not None:
+        _keep(sweep, "fit.json", json.dumps(fits.summary(), indent=1) + "\n")
+    if as_json:
+        print(json.dumps(fits.summary(), indent=1))
+    else:
+        from .fit_report import show_fits
+
+        show_fits(fits)
+
+
+def predict_sweep(
+    file: File = None,
+    budget: Budget = None,
+    n: Annotated[float | None, typer.Option("--n", help="Parameters of a given model, with --d.")] = None,
+    d: Annotated[float | None, typer.Option("--d", help="Training tokens of a given model, with --n.")] = None,
+    table: TableFile = None,
+    columns: Columns = "",
+    where: Where = None,
+    convention: Convention = None,
+    form: FormName = None,
+    max_budget: MaxBudget = None,
+    as_json: Json = False,
+) -> None:
+    """Predict loss and best size at a budget, with intervals. Example: muster sweep predict sweep.yaml --budget 1e20"""
+    if not budget and (n is None or d is None):
+        raise ConfigError("muster sweep predict needs --budget C (training FLOPs), or --n and --d of a model")
+    for key, value in [*(("--budget", each) for each in budget or ()), ("--n", n), ("--d", d)]:
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{key} {value:g}: should be above 0")
+    _, found = _table(file, table, columns, where, convention, max_budget)
+    from .fit import fit
+    from .forecast import at_budget, at_size
+
+    fits = fit(found, form)
+    predictions = [at_budget(fits, each) for each in budget or ()]
+    if n is not None and d is not None:
+        predictions.append(at_size(fits, n, d))
+    if as_json:
+        print(json.dumps({"predictions": [each.summary() for each in predictions], "fit": fits.summary()}, indent=1))
+    else:
+        from .fit_report import show_predictions
+
+        show_predictions(fits, predictions)
+
+
+def next_sweep(
+    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="The sweep.")],
+    budget: Annotated[float, typer.Option("--budget", metavar="C", help="Training FLOPs of the next run.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: in the sweep's folder.")
+    ] = None,
+    convention: Convention = None,
+    form: FormName = None,
+    max_budget: MaxBudget = None,
+) -> None:
+    """Write the config of the best run for a budget. Example: muster sweep next sweep.yaml --budget 1e20"""
+    sweep, found = _table(file, None, "", None, convention, max_budget)
+    assert sweep
+    from .commands import config_of
+    from .fit import fit
+    from .forecast import at_budget
+    from .next import Best, next_trial, write
+
+    fits = fit(found, form)
+    predicted = at_budget(fits, budget)
+    experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
+    granularity = predicted.shape.get("granularity")
+    best = Best(
+        predicted.n.value, predicted.d.value, experts, top_k, found.convention,
+        None if granularity is None or experts == 1 else round(granularity),
+    )  # fmt: skip
+    trial, notes = next_trial(sweep, best, vocabulary(config_of(sweep)), budget)
+    path = out or sweep.folder / f"{trial.config.run.name}.yaml"
+    write(trial, path, notes)
+    record = predicted.summary() | {"config": str(path.resolve()), "run": trial.config.run.name}
+    with (sweep.folder / "predictions.jsonl").open("a") as kept:
+        kept.write(json.dumps(record) + "\n")
+    from .fit_report import show_predictions
+
+    show_predictions(fits, [predicted])
+    for note in notes:
+        print(note)
+    print(f"{path}: train it with `muster train {path}`, then `muster sweep score {file}`")
+
+
+def plot_sweep(
+    file: File = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Default: plots/ of the sweep.")
+    ] = None,
+    budget: Budget = None,
+    table: TableFile = None,
+    columns: Columns = "",
+    where: Where = None,
+    convention: Convention = None,
+    form: FormName = None,
+    max_budget: MaxBudget = None,
+) -> None:
+    """Draw a fit as PNG and HTML. Example: muster sweep plot sweep.yaml"""
+    sweep, found = _table(file, table, columns, where, convention, max_budget)
+    if out is None:
+        if sweep is None:
+            raise ConfigError("muster sweep plot --table FILE needs --out FOLDER")
+        out = sweep.folder / "plots"
+    from .fit import fit
+    from .forecast import at_budget
+    from .plots import Prediction, draw
+
+    fits = fit(found, form)
+    predicted = [at_budget(fits, each) for each in budget or ()]
+    marks = [Prediction(each.budget, each.loss.value, each.loss.low, each.loss.high) for each in predicted]
+    for path in draw(fits, out, marks):
+        print(path)
+
+
+def _table(
+    file: str | None, table: Path | None, columns: str, where: list[str] | None, convention: str | None,
+    max_budget: float | None,
+) -> "tuple[SweepConfig | None, Table]":  # fmt: skip
+    """The sweep, if one is named, and its runs, or those of a file."""
+    if (file is None) == (table is None):
+        raise ConfigError("name one thing to fit: SWEEP.yaml, or a table with --table FILE")
+    from .table import read_table
+
+    sweep = None
+    if table is not None:
+        found = read_table(
+            table, _pairs("--columns", columns.split(",") if columns else []), _pairs("--where", where or [])
+        )
+        if convention:
+            found = found.counted_as(convention)
+    else:
+        from .collect import collect
+        from .commands import config_of
+        from .plan import plan
+
+        assert file
+        sweep = load_sweep(file)
+        found = collect(plan(sweep, vocabulary(config_of(sweep)))).counted_as(convention or "active")
+        if not len(found):
+            raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")
+    if max_budget is not None:
+        found = found.without(found.c > 1.01 * max_budget, f"over --max-budget {max_budget:g}")
+    return sweep, found
+
+
+def _pairs(option: str, texts: list[str]) -> dict[str, str]:
+    pairs = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.strip() or not value.strip():
+            raise ConfigError(f"{option} {text}: should be NAME=VALUE, such as n=params")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def _keep(sweep: SweepConfig, name: str, text: str) -> Path:
+    sweep.folder.mkdir(parents=True, exist_ok=True)
+    path = sweep.folder / name
+    path.write_text(text)
+    return path

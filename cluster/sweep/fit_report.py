@@ -1,0 +1,69 @@
+"""What `muster sweep fit` and `predict` print."""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table as Grid
+
+from .fit import Fits
+from .forecast import Estimate, Prediction
+
+
+def show_fits(fits: Fits) -> None:
+    """Every form with its coefficients and errors, the one chosen, and what was left out."""
+    console = Console(highlight=False)
+    table = fits.table
+    console.print(
+        f"{len(table)} runs at {len(fits.summary()['budgets'])} budgets, {table.c.min():.3g} to {table.c.max():.3g} "
+        f"FLOPs; N counted as {table.convention}",
+        soft_wrap=True,
+    )
+    for name, each in fits.fits.items():
+        mark = "  <- chosen" if name == fits.chosen else ""
+        held = "" if each.cross_validation is None else f", on held-back budgets {each.cross_validation:.2%}"
+        state = "converged" if each.solution.converged else "not converged"
+        console.print(f"\n[bold]{name}[/] ({each.form.source}){mark}")
+        console.print(f"  {each.objective}, {state}; error {each.residual:.2%}{held}", soft_wrap=True)
+        grid = Grid(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        for coefficient, value in each.coefficients.items():
+            low, high = each.intervals.get(coefficient, (float("nan"),) * 2)
+            grid.add_row(f"  {coefficient}", f"{value:.5g}", f"[{low:.5g}, {high:.5g}]")
+        console.print(grid)
+    if fits.approach2:
+        n, d = fits.approach2.n, fits.approach2.d
+        console.print(
+            f"\n[bold]approach 2[/] (parabolas of {len(fits.approach2.valleys)} budgets): N* ~ C^{n.exponent:.4f} "
+            f"(± {n.std:.4f}), D* ~ C^{d.exponent:.4f}",
+            soft_wrap=True,
+        )
+    if fits.approach1:
+        console.print(f"[bold]approach 1[/] (best run of each budget): N* ~ C^{fits.approach1[0].exponent:.4f}")
+    refused = [*fits.refused.values(), *(fits.approach2.refused if fits.approach2 else ())]
+    for refusal in refused:
+        console.print(f"refused ({refusal.kind}): {refusal}", soft_wrap=True, markup=False)
+    for run, why in fits.table.excluded:
+        console.print(f"left out: {run}: {why}", soft_wrap=True, markup=False)
+    for note in (*table.notes, *fits.notes):
+        console.print(f"note: {note}", soft_wrap=True, markup=False)
+
+
+def show_predictions(fits: Fits, predictions: Sequence[Prediction]) -> None:
+    """A line for each budget or model."""
+    console = Console(highlight=False)
+    console.print(f"by {fits.chosen}, N counted as {fits.table.convention}; 95% intervals in brackets", soft_wrap=True)
+    grid = Grid("FLOPs", "loss", "N", "D", "D / N", "model", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for each in predictions:
+        shape = " ".join(f"{key}={value:g}" for key, value in each.shape.items())
+        ratio = f"{each.d.value / each.n.value:.3g}"
+        grid.add_row(
+            f"{each.budget:.3g}", _range(each.loss, ".4f"), _range(each.n, ".3g"), _range(each.d, ".3g"), ratio, shape
+        )
+    console.print(grid)
+    for warning in dict.fromkeys(warning for each in predictions for warning in each.warnings):
+        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+
+
+def _range(estimate: Estimate, digits: str) -> str:
+    if estimate.low == estimate.high:
+        return f"{estimate.value:{digits}}"
+    return f"{estimate.value:{digits}} \\[{estimate.low:{digits}}, {estimate.high:{digits}}]"
