@@ -60,7 +60,7 @@ def launch(config: Config, fork: str | None = None) -> int:
         job.start()
         # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
         for phase in (job.connected, job.ended):
-            handlers.enter_context(_signals(lambda: _on_signal(job, attempts_before)))
+            handlers.enter_context(signals(lambda: _on_signal(job, attempts_before)))
             while not phase.wait(1.0):
                 pass
     return _report(job, out, attempts_before)
@@ -96,20 +96,24 @@ class _Job(threading.Thread):
         from .supervise import Supervisor
 
         each = share_of_most(self.config, lambda config: share(config, session.nodes))
-        with Gang(each, group_of(self.config), _worker_environment(self.config, each)) as gang:
+        own = os.environ.get("OMP_NUM_THREADS") if self.config.cluster.cpus_per_worker is None else None
+        with Gang(each, group_of(self.config), worker_environment(each, own)) as gang:
             return Supervisor(self.run_dir, gang, joined=self.address is not None, folder=os.getcwd()).run()
 
 
-def _worker_environment(config: Config, each: Share) -> dict[str, str]:
-    """Ray would give each worker one thread; torch reads this when it is imported."""
-    threads = os.environ.get("OMP_NUM_THREADS") if config.cluster.cpus_per_worker is None else None
+def worker_environment(each: Share, threads: str | None = None) -> dict[str, str]:
+    """Variables of the training processes: Ray would give each one thread, torch reads this when it is imported.
+
+    Args:
+        threads: of each process; None: as many as it reserves CPUs.
+    """
     forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py
     return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | forwarded
 
 
 @contextlib.contextmanager
-def _signals(handle: Callable[[], None]) -> Iterator[None]:
+def signals(handle: Callable[[], None]) -> Iterator[None]:
     """Call `handle` at SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, lambda *_: handle()) for number in numbers}
@@ -130,7 +134,7 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
     if job.address is None:
         end_children()
         shutil.rmtree(job.folder, ignore_errors=True)
-    _close_record(job.run_dir, "KILLED", "stopped at once by a signal")
+    close_record(job.run_dir, "KILLED", "stopped at once by a signal")
     print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
@@ -152,7 +156,7 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
     if code == FAILURE and (logs := job.run_dir / LOGS).exists():
         print(f"Output of the workers: {logs}", file=sys.stderr)
     if attempts(job.run_dir) > attempts_before:
-        _close_record(job.run_dir, "FAILED", message.splitlines()[0])
+        close_record(job.run_dir, "FAILED", message.splitlines()[0])
         if job.config.tracking.enabled:
             _send_record(job.run_dir)
     return code
@@ -176,7 +180,7 @@ def _traceback(run_dir: Path, lines: int = 12) -> str:
     return "".join(f"\n  {line}" for line in ends[-1]["traceback"].splitlines()[-lines:]) if ends else ""
 
 
-def _close_record(run_dir: Path, status: str, reason: str) -> None:
+def close_record(run_dir: Path, status: str, reason: str) -> None:
     """End the last attempt in the record where its own process could not."""
     events = read_events(run_dir)
     with contextlib.suppress(ConfigError), run_lock(run_dir):  # held: someone else trains this run

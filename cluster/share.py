@@ -110,6 +110,21 @@ def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
     return each
 
 
+def share_of_trial(config: Config, nodes: Sequence[Node]) -> Share:
+    """What each process of a sweep's trial reserves: as a job, but without GPUs one CPU, of which many small runs side by
+    side make more than one run of many.
+
+    Raises:
+        ConfigError: it asks for more than the cluster has.
+    """
+    cluster = config.cluster
+    if cluster.cpus_per_worker is None and not any(node.gpus for node in nodes) and not cluster.gpus_per_worker:
+        alone = config.model_copy(update={"cluster": cluster.model_copy(update={"cpus_per_worker": 1.0})})
+        with contextlib.suppress(ConfigError):  # more processes than CPUs: parts of one
+            return share(alone, nodes)
+    return share_of_gang(config, nodes, wait=False)
+
+
 def _like(sizes: Sequence[float]) -> str:
     """8 (2 nodes x 4)"""
     groups = sorted(Counter(sizes).items(), reverse=True)

@@ -12,12 +12,10 @@ from models.devices import DEVICES, cpu
 
 from ..plan import KINDS, vocabulary
 from ..runs import Json
+from . import fit_commands, run_commands
+from .run_commands import File, Overrides
 
 app = typer.Typer(help="Plan, run and fit scaling-law sweeps.", no_args_is_help=True)
-File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as isoflop.sizes=7.")
-]
 
 
 @app.command("plan")
@@ -86,3 +84,12 @@ def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:
     except ConfigError:
         return ()  # not prepared yet
     return tuple(repeated(trials, sum(manifest.splits["train"].tokens for manifest in manifests)))
+
+
+app.command("run")(run_commands.run_sweep)
+app.command("status")(run_commands.status_of_sweep)
+app.command("fit")(fit_commands.fit_sweep)
+app.command("predict")(fit_commands.predict_sweep)
+app.command("plot")(fit_commands.plot_sweep)
+app.command("next")(fit_commands.next_sweep)
+app.command("score")(run_commands.score_sweep)

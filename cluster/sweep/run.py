@@ -1,0 +1,220 @@
+"""Train the trials of a sweep on the cluster, as many side by side as there is room for: `muster sweep run`."""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from configs import ConfigError
+from configs.sweep import SweepConfig
+from trainer import revision
+from trainer.record import Record, read_events
+from trainer.run import attempts
+from trainer.tracking import ShipperHandle, start_shipper
+from trainer.tracking.sweep import sweep_config
+
+from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record, signals
+from ..machine import this_node
+from ..session import end_children, ray_session, session_folder
+from ..share import Node
+from .order import Order
+from .setting import Setting
+from .show_status import View, booked, failures
+from .standing import OVER, Ledger
+from .status import books, progress, write_plan
+
+
+def run_sweep(sweep: SweepConfig) -> int:
+    """Train until every trial is finished or has failed for good, or the user stops it.
+
+    Returns:
+        The exit code: 0 all finished, 75 stopped (the same command goes on), 1 some failed.
+
+    Raises:
+        ConfigError: found before any device is held.
+    """
+    setting = Setting(sweep)
+    setting.plan()  # a mistake shows before a minute's work for the default data
+    out = Console(highlight=False, soft_wrap=True)
+    with _only_one(setting.sweep_dir):
+        setting.prepare_data()
+        plan = setting.plan()
+        setting.refuse_changed(plan.trials)
+        address = setting.base.cluster.address or os.environ.get("RAY_ADDRESS")
+        node = this_node()
+        if address is None:
+            for trial in plan.trials:
+                setting.job(trial, [node])
+        setting.write_sweep()
+        write_plan(setting.sweep_dir, plan)
+        found = progress(setting.sweep_dir)
+        out.print(f"sweep {sweep.name} in {setting.sweep_dir}: {len(plan.trials)} trials", markup=False)
+        if not found.open and found.count("finished") == len(plan.trials):
+            out.print("all are finished")
+            return FINISHED
+        for warning in plan.warnings:
+            out.print(f"warning: {warning}", markup=False)
+        return _run(setting, address, node, out)
+
+
+def _run(setting: Setting, address: str | None, node: Node, out: Console) -> int:
+    record, shipper = _begin_record(setting)
+    session = _Session(setting, record, address, node)
+    with View(setting.sweep_dir, out) as view, contextlib.ExitStack() as handlers:
+        session.start()
+        # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
+        for phase in (session.connected, session.ended):
+            handlers.enter_context(signals(lambda: _on_signal(session)))
+            while not phase.wait(1.0):
+                view.update()
+        view.update(last=True)
+    code, message = _outcome(session)
+    _end_record(session, code, message)
+    if shipper and (missing := shipper.finish()):
+        print(missing, file=sys.stderr)
+    found = progress(setting.sweep_dir)
+    for line in failures(found):
+        out.print(line, markup=False)
+    out.print(booked(found.books), markup=False)
+    done, count = found.count("finished"), len(found.items)
+    if code in (FAILURE, MISTAKE) and session.error:
+        print(f"muster: {message}", file=sys.stderr)
+    elif code == STOPPED:
+        out.print(f"stopped with {done} of {count} trials finished: the same command goes on")
+    else:
+        out.print(f"{done} of {count} trials finished: {setting.sweep_dir}", markup=False)
+    return code
+
+
+class _Session(threading.Thread):
+    """Ray's part, off the main thread, which is left to signals and the table."""
+
+    def __init__(self, setting: Setting, record: Record, address: str | None, node: Node) -> None:
+        super().__init__(name="ray", daemon=True)
+        self.setting, self.record, self.address, self.node = setting, record, address, node
+        self.folder = session_folder()
+        self.order: Order | None = None
+        self.trials: Any = None
+        self.error: BaseException | None = None
+        self.stopping = False
+        self.connected, self.ended = threading.Event(), threading.Event()
+
+    def run(self) -> None:
+        try:
+            with ray_session(self.address, self.node, self.folder) as session:
+                self._train(session.nodes)
+        except BaseException as error:
+            self.error = error
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.connected.set()
+            self.ended.set()
+
+    def _train(self, nodes: Sequence[Node]) -> None:
+        from ..trials import Trials  # imports Ray, which must find the environment that the session has set
+
+        setting = self.setting
+        total = {"cpus": sum(node.cpus for node in nodes), "gpus": sum(node.gpus for node in nodes)}
+        self.record.event("cluster", machines=len(nodes), **total)
+        plan = setting.plan()
+        over = setting.over(plan.trials)
+        self.order = Order(plan, over, lambda trial: setting.job(trial, nodes), setting.plan_again, self.record)
+        joined = self.address is not None
+        self.trials = Trials(self.order, setting.environment, joined, folder=os.getcwd())
+        self.connected.set()
+        count = len(over)
+        for ended in self.trials:
+            self.order.ended(ended)
+            if ended.status == "FAILED" and attempts(ended.run_dir):
+                close_record(ended.run_dir, "FAILED", ended.reason.splitlines()[0])
+            count += ended.status != "KILLED"
+            self.record.metrics({"step": count, "failed": len(self.order.failed())})
+
+
+def _begin_record(setting: Setting) -> tuple[Record, ShipperHandle | None]:
+    sweep_dir = setting.sweep_dir
+    before = [event["attempt"] for event in read_events(sweep_dir)]
+    record = Record(sweep_dir, max(before, default=0) + 1)
+    tracking = setting.tracking.model_copy(update={"parent": None})
+    record.event("attempt_started", tracking=tracking.model_dump(mode="json"), **revision.of(Path.cwd()))
+    if not tracking.enabled:
+        return record, None
+    return record, start_shipper(sweep_dir, sweep_config(sweep_dir), sweep=True)
+
+
+def _end_record(session: _Session, code: int, reason: str) -> None:
+    ledger = Ledger(session.setting.sweep_dir)
+    found = progress(session.setting.sweep_dir, ledger)
+    kept = books(ledger)
+    totals: dict[str, Any] = {state: found.count(state) for state in (*OVER, "stopped", "waiting")}
+    totals |= {"trials": len(found.items), "in_steps": f"{kept.in_steps:.4f}", "device_seconds": f"{kept.total:.0f}"}
+    # Trials that failed for good are the sweep's result, too: its counts tell.
+    status = "KILLED" if code == STOPPED else "FAILED" if session.error else "FINISHED"
+    session.record.event("attempt_ended", status=status, reason=reason.splitlines()[0], step=0, totals=totals)
+    session.record.close()
+
+
+def _outcome(session: _Session) -> tuple[int, str]:
+    error = session.error
+    if isinstance(error, ConfigError):
+        return MISTAKE, str(error)
+    if error is not None:
+        return FAILURE, "Ray failed\n" + "".join(traceback.format_exception(error))
+    assert session.order
+    if session.stopping or session.order.stopped:
+        return STOPPED, "stopped by request"
+    failed = session.order.failed()
+    return (FAILURE, f"{len(failed)} trials failed for good") if failed else (FINISHED, "all trials finished")
+
+
+def _on_signal(session: _Session) -> None:
+    """First signal: the running trials write a checkpoint and end. Second, or one before any began: end at once."""
+    if not session.stopping and session.trials is not None:
+        session.stopping = True
+        session.trials.stop()
+        print("muster: stopping, with a checkpoint of each trial; once more to stop at once", file=sys.stderr)
+        return
+    if session.address is None:
+        end_children()
+        shutil.rmtree(session.folder, ignore_errors=True)
+    for run_dir in session.order.training() if session.order else ():
+        close_record(run_dir, "KILLED", "stopped at once by a signal")
+    session.record.event("attempt_ended", status="KILLED", reason="stopped at once by a signal", step=0)
+    print("muster: stopped at once; the same command goes on from the last checkpoints", file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
+
+
+@contextlib.contextmanager
+def _only_one(sweep_dir: Path) -> Iterator[None]:
+    """Hold the sweep. Raises ConfigError if another process runs it, or its folder cannot be written."""
+    try:
+        sweep_dir.mkdir(parents=True, exist_ok=True)
+        file = (sweep_dir / "lock").open("a+")
+    except OSError as error:
+        raise ConfigError(f"{sweep_dir}: {error.strerror or error}; choose another root of the sweep") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise ConfigError(
+                f"sweep {sweep_dir.name} is being run by {file.read() or 'another process'}: wait for it, stop it, or "
+                f"choose another name"
+            ) from None
+        file.truncate(0)
+        file.write(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)

@@ -1,0 +1,72 @@
+"""`muster sweep run`, `status` and `score`: train the trials, see how far they are, hold predictions to what came."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from configs.sweep import load_sweep
+
+from ..runs import Json
+
+File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as isoflop.sizes=7.")
+]
+
+
+def run_sweep(file: File, overrides: Overrides = None) -> None:
+    """Train a sweep's trials, or go on with them. Example: muster sweep run sweep.yaml"""
+    sweep = load_sweep(file, overrides or ())
+    from .run import run_sweep
+
+    raise typer.Exit(run_sweep(sweep))
+
+
+def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = False) -> None:
+    """How far a sweep is, and where its devices' time went. Example: muster sweep status sweep.yaml"""
+    sweep = load_sweep(file, overrides or ())
+    from .show_status import render
+    from .status import progress, to_json
+
+    found = progress(sweep.folder.expanduser().resolve())
+    if as_json:
+        print(json.dumps(to_json(found), indent=1))
+    else:
+        Console(highlight=False, soft_wrap=True).print(render(found))
+
+
+def score_sweep(
+    file: File,
+    overrides: Overrides = None,
+    max_budget: Annotated[
+        float | None, typer.Option(metavar="C", help="Fit the trials up to so many training FLOPs, score the others.")
+    ] = None,
+    form: Annotated[
+        list[str] | None, typer.Option("--form", metavar="FORM", help="Only this form; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Put losses that came beside those that were predicted. Example: muster sweep score sweep.yaml"""
+    sweep = load_sweep(file, overrides or ())
+    from trainer.tracking.sweep import log_to_parent
+
+    from .score import SCORES, score, score_left_out, show, to_json
+
+    folder = sweep.folder.expanduser().resolve()
+    if max_budget is None:
+        found = score(folder)
+    else:
+        from .collect import collect, known_plan
+
+        found = score_left_out(collect(known_plan(sweep)), max_budget, form)
+    if folder.is_dir():
+        (folder / SCORES).write_text(json.dumps(to_json(found), indent=1) + "\n")
+        if missing := log_to_parent(folder, [folder / SCORES]):
+            print(missing, file=sys.stderr)
+    if as_json:
+        print(json.dumps(to_json(found), indent=1))
+    else:
+        show(found)

@@ -1,0 +1,149 @@
+"""What a sweep's trials are given beside their plan: prepared data, tracking, what is not watched, devices."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from configs import Config, ConfigError, differences, to_yaml
+from configs.data import DataConfig
+from configs.sweep import SweepConfig, nested
+from configs.tracking import TrackingConfig
+from trainer.data.default import ensure_prepared, vocabulary_size
+from trainer.record import read_events, summary
+from trainer.run import attempts, read_config, resolve_config
+from trainer.tracking.sweep import SWEEP, TRIALS
+
+from .. import queue
+from ..launch import worker_environment
+from ..plan import vocabulary
+from ..share import Node, group_of, share_of_most, share_of_trial
+from .arms import arms
+from .order import Job
+from .plan import plan
+from .standing import Ledger, diverged, last_ends
+from .trial import Plan, Trial
+
+UNWATCHED: dict[str, dict[str, Any]] = {
+    "train": {"eval_every": 0, "sample_tokens": 0},
+    "checkpoint": {"every": "auto"},
+    "tracking": {"export_model": False},
+}
+"""What a trial has unless the sweep's file says otherwise (its base is made to be watched): a held-out loss at the end
+only, no texts, checkpoints as far apart as pays, no second copy of the model."""
+
+
+class Setting:
+    """A sweep, its folder and its plan."""
+
+    def __init__(self, sweep: SweepConfig) -> None:
+        self.sweep = sweep
+        self.sweep_dir = sweep.folder.expanduser().resolve()
+        self.base = arms(sweep)[0].config
+        self.vocab_size = vocabulary(self.base)
+        self._data: dict[DataConfig, DataConfig] = {}
+        self._said = _dotted(nested(sweep.set)) | set(sweep.axes)
+        for variant in sweep.variants.values():
+            self._said |= _dotted(nested(variant.set))
+        own = self.base.tracking
+        named = own.experiment != TrackingConfig().experiment
+        told = {"parent": str(self.sweep_dir), "experiment": own.experiment if named else sweep.name}
+        self.tracking = own.model_copy(update=told)
+        """Of each trial."""
+        # OMP_NUM_THREADS holds for one run of many threads, not for many runs side by side.
+        self.environment = worker_environment
+
+    def prepare_data(self) -> None:
+        """Make the default data where they are missing; the sweep's other runs use the same."""
+        self.vocab_size = vocabulary_size(self._prepared(self.base))
+
+    def _prepared(self, config: Config) -> DataConfig:
+        if config.data not in self._data:
+            run = config.run.model_copy(update={"root": str(self.sweep_dir.parent)})
+            self._data[config.data], _ = ensure_prepared(config.model_copy(update={"run": run}))
+        return self._data[config.data]
+
+    def plan(self) -> Plan:
+        """By the losses of what has finished, and what failed for good."""
+        return self.plan_again([name for name, why in self._failed().items() if why])
+
+    def plan_again(self, failed: Sequence[str]) -> Plan:
+        """As `plan`, with the names of those that failed for good."""
+        losses = dict.fromkeys(failed, float("nan"))
+        for path in (self.sweep_dir / TRIALS).glob("*/config.yaml"):
+            run = summary(path.parent)
+            if run["status"] == "FINISHED" and run["eval_loss"] is not None:
+                losses[run["name"]] = run["eval_loss"]
+        return plan(self.sweep, self.vocab_size, losses)
+
+    def job(self, trial: Trial, nodes: Sequence[Node]) -> Job:
+        """How a trial is trained on these machines. Raises ConfigError if they have no room for it."""
+        config, _ = resolve_config(self.config(trial), prepare=False)
+        try:
+            each = share_of_most(config, lambda config: share_of_trial(config, nodes))
+        except ConfigError as error:
+            raise ConfigError(f"trial {trial.name}: {error}") from None
+        return Job(trial, self.config(trial), queue.Gang(config.parallel.world_size, each, group_of(config)))
+
+    def config(self, trial: Trial) -> Config:
+        """A trial's config with what is the same for all."""
+        config = trial.config
+        changes: dict[str, Any] = {"data": self._prepared(config), "tracking": self.tracking}
+        for section, keys in UNWATCHED.items():
+            free = {key: value for key, value in keys.items() if f"{section}.{key}" not in self._said}
+            if section == "checkpoint" and config.optim.schedule == "wsd":
+                continue  # the plan chose them, where branches start from them
+            changes[section] = changes.get(section, getattr(config, section)).model_copy(update=free)
+        return config.model_copy(update=changes)
+
+    def refuse_changed(self, trials: Sequence[Trial]) -> None:
+        """Raise ConfigError if a trial of the same name was begun with another config."""
+        changed: dict[str, dict[str, tuple[Any, Any]]] = {}
+        for trial in trials:
+            run_dir = self.sweep_dir / TRIALS / trial.name
+            if not attempts(run_dir):
+                continue
+            now, _ = resolve_config(self.config(trial), prepare=False)
+            allowed, refused = differences(read_config(run_dir), now)
+            # More steps are another schedule, not the same run for longer; data that moved `prepare_run` knows.
+            refused |= {key: pair for key, pair in allowed.items() if key == "train.steps"}
+            if refused.pop("data.path", None) and not refused:
+                continue
+            if refused:
+                changed[trial.name] = refused
+        if not changed:
+            return
+        name, keys = next(iter(changed.items()))
+        shown = ", ".join(f"{key} was {was} and is now {becomes}" for key, (was, becomes) in list(keys.items())[:4])
+        more = f" (and {len(changed) - 1} more trials)" if len(changed) > 1 else ""
+        raise ConfigError(
+            f"trial {name} was begun with another config: {shown}{more}.\nSet them back, give the sweep another name, "
+            f"or delete {self.sweep_dir / TRIALS / name} to train it anew"
+        )
+
+    def over(self, trials: Sequence[Trial]) -> dict[str, str]:
+        """The trials that are never trained again: "" where it finished, else why it failed."""
+        standings = Ledger(self.sweep_dir).standings({trial.name: trial.config.train.steps for trial in trials})
+        found = {name: "" for name, each in standings.items() if each.state == "finished"}
+        return found | {name: why for name, why in self._failed().items() if name in standings}
+
+    def _failed(self) -> dict[str, str]:
+        """What would end the same way: a diverged trial; and in a search every one, as later draws rest on it."""
+        found = {}
+        for name, end in last_ends(read_events(self.sweep_dir)).items():
+            search = self.sweep.optuna is not None
+            if end["status"] == "FAILED" and (search or diverged(read_events(self.sweep_dir / TRIALS / name))):
+                found[name] = str(end["reason"])
+        return found
+
+    def write_sweep(self) -> None:
+        """Leave what the sweep is in its folder."""
+        temporary = self.sweep_dir / f".{SWEEP}"
+        temporary.write_text(to_yaml(self.sweep), encoding="utf-8")
+        os.replace(temporary, self.sweep_dir / SWEEP)
+
+
+def _dotted(tree: Mapping[str, Any], prefix: str = "") -> set[str]:
+    found: set[str] = set()
+    for key, value in tree.items():
+        found |= _dotted(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}"}
+    return found
