@@ -111,8 +111,8 @@ def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
 
 
 def share_of_trial(config: Config, nodes: Sequence[Node]) -> Share:
-    """What each process of a sweep's trial reserves: as a job, but without GPUs one CPU, of which many small runs side by
-    side make more than one run of many.
+    """What each process of a sweep's trial reserves: as a job, but without GPUs one CPU, of which many small runs side
+    by side make more than one run of many.
 
     Raises:
         ConfigError: it asks for more than the cluster has.
