@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,6 @@ import typer
 from configs import ConfigError
 from configs.sweep import SweepConfig, load_sweep
 
-from ..plan import vocabulary
 from ..runs import Json
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def fit_sweep(
         raise ConfigError(f"--objective {objective}: should be one of {', '.join(OBJECTIVES)}")
     fits = fit(found, form, OBJECTIVES[objective], bootstraps)
     if sweep is not None:
-        _keep(sweep, "fit.json", json.dumps(fits.summary(), indent=1) + "\n")
+        _send(sweep, [_keep(sweep, "fit.json", json.dumps(fits.summary(), indent=1) + "\n")])
     if as_json:
         print(json.dumps(fits.summary(), indent=1))
     else:
@@ -107,10 +107,11 @@ def next_sweep(
     """Write the config of the best run for a budget. Example: muster sweep next sweep.yaml --budget 1e20"""
     sweep, found = _table(file, None, "", None, convention, max_budget)
     assert sweep
-    from .commands import config_of
+    from .collect import known_plan
     from .fit import fit
     from .forecast import at_budget
     from .next import Best, next_trial, write
+    from .score import PREDICTIONS, keep_prediction
 
     fits = fit(found, form)
     predicted = at_budget(fits, budget)
@@ -120,12 +121,11 @@ def next_sweep(
         predicted.n.value, predicted.d.value, experts, top_k, found.convention,
         None if granularity is None or experts == 1 else round(granularity),
     )  # fmt: skip
-    trial, notes = next_trial(sweep, best, vocabulary(config_of(sweep)), budget)
+    trial, notes = next_trial(sweep, best, known_plan(sweep).vocab_size, budget)
     path = out or sweep.folder / f"{trial.config.run.name}.yaml"
     write(trial, path, notes)
-    record = predicted.summary() | {"config": str(path.resolve()), "run": trial.config.run.name}
-    with (sweep.folder / "predictions.jsonl").open("a") as kept:
-        kept.write(json.dumps(record) + "\n")
+    keep_prediction(sweep.folder, predicted.summary(), path, trial.config.run.name)
+    _send(sweep, [sweep.folder / PREDICTIONS])
     from .fit_report import show_predictions
 
     show_predictions(fits, [predicted])
@@ -160,8 +160,11 @@ def plot_sweep(
     fits = fit(found, form)
     predicted = [at_budget(fits, each) for each in budget or ()]
     marks = [Prediction(each.budget, each.loss.value, each.loss.low, each.loss.high) for each in predicted]
-    for path in draw(fits, out, marks):
+    drawn = draw(fits, out, marks)
+    for path in drawn:
         print(path)
+    if sweep is not None and out.resolve().is_relative_to(sweep.folder.resolve()):
+        _send(sweep, drawn)
 
 
 def _table(
@@ -181,13 +184,11 @@ def _table(
         if convention:
             found = found.counted_as(convention)
     else:
-        from .collect import collect
-        from .commands import config_of
-        from .plan import plan
+        from .collect import collect, known_plan
 
         assert file
         sweep = load_sweep(file)
-        found = collect(plan(sweep, vocabulary(config_of(sweep)))).counted_as(convention or "active")
+        found = collect(known_plan(sweep)).counted_as(convention or "active")
         if not len(found):
             raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")
     if max_budget is not None:
@@ -203,6 +204,14 @@ def _pairs(option: str, texts: list[str]) -> dict[str, str]:
             raise ConfigError(f"{option} {text}: should be NAME=VALUE, such as n=params")
         pairs[key.strip()] = value.strip()
     return pairs
+
+
+def _send(sweep: SweepConfig, files: list[Path]) -> None:
+    """To the sweep's run in MLflow, if it has one."""
+    from trainer.tracking.sweep import log_to_parent
+
+    if missing := log_to_parent(sweep.folder, files):
+        print(missing, file=sys.stderr)
 
 
 def _keep(sweep: SweepConfig, name: str, text: str) -> Path:
