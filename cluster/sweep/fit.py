@@ -13,6 +13,7 @@ from .forms import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kapl
 from .isoflop import Approach2, PowerLaw, approach1, approach2
 from .moe_forms import MOE_FORMS
 from .newton import HUBER_LOG, LEAST_SQUARES, Objective
+from .predict import kinds
 from .refusal import Refusal
 from .solve import Solution, refit, solve
 from .table import Table, budgets, read_table
@@ -59,7 +60,7 @@ class Fit:
 
     @property
     def undetermined(self) -> Refusal | None:
-        """Why its coefficients are not to be relied on: one stands at the edge of what is allowed."""
+        """Why its coefficients are not to be relied on, if so."""
         if not self.solution.at_bound:
             return None
         which = " and ".join(self.solution.at_bound)
@@ -97,6 +98,8 @@ class Fits:
     """The form of the least error on held-back budgets."""
     approach1: tuple[PowerLaw, PowerLaw] | None = None
     approach2: Approach2 | None = None
+    kinds: dict[str, "Fits"] = field(default_factory=dict)
+    """Of a table with several kinds of models, each kind alone, by its experts."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -107,10 +110,9 @@ class Fits:
         """For `--json`: every form's coefficients, how it was fitted, what was left out."""
         found: dict[str, Any] = {name: each.summary() for name, each in self.fits.items()}
         if self.approach1:
-            n, d = self.approach1
-            found["approach1"] = {"a": n.exponent, "b": d.exponent, "N_factor": n.factor, "D_factor": d.factor}
+            found["approach1"] = {"a": self.approach1[0].exponent, "b": self.approach1[1].exponent}
         if self.approach2:
-            found["approach2"] = _approach2(self.approach2)
+            found["approach2"] = self.approach2.summary()
         return {
             "convention": self.table.convention,
             "rows": len(self.table),
@@ -119,6 +121,7 @@ class Fits:
             "refused": {name: {"kind": each.kind, "why": str(each)} for name, each in self.refused.items()},
             "excluded": [{"run": run, "why": why} for run, why in self.table.excluded],
             "notes": [*self.table.notes, *self.notes],
+            "kinds": {label: each.summary() for label, each in self.kinds.items()},
         } | found
 
 
@@ -139,10 +142,9 @@ def fit(
         Refusal: mixed recipes, too few budgets, or no form could be fitted.
         ConfigError: no such form.
     """
-    _check(table)
+    check(table)
     for name in forms or ():
-        if name not in FORMS:
-            raise ConfigError(f"--form {name}: no such form; there are {', '.join(FORMS)}")
+        named(name)
     fits: dict[str, Fit] = {}
     refused: dict[str, Refusal] = {}
     for name in forms or FORMS:
@@ -151,6 +153,13 @@ def fit(
         except Refusal as refusal:
             if forms or refusal.kind != "columns":
                 refused[name] = refusal
+    alone = {}
+    for kind in kinds(table) if len(_shapes(table)) > 1 and not forms else ():
+        label = " ".join(f"{name}={value:g}" for name, value in kind.shape.items())
+        try:
+            alone[label] = fit(table.take(kind.rows), None, objective, bootstraps, seed)
+        except Refusal as refusal:
+            refused[label] = refusal
     if not fits:
         raise next(iter(refused.values()))
     found1 = found2 = None
@@ -164,12 +173,14 @@ def fit(
     undetermined = {name: why for name, each in fits.items() if (why := each.undetermined)}
     sound = {name: each for name, each in fits.items() if name not in undetermined}
     if not sound:
-        raise next(iter(undetermined.values()))
+        if not alone:
+            raise next(iter(undetermined.values()))
+        sound = fits
     errors = {name: each.cross_validation for name, each in sound.items() if each.cross_validation is not None}
     # Of forms whose errors are within a twentieth of the least, the one with the fewest coefficients.
     near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())] or list(sound)
     chosen = min(near, key=lambda name: fits[name].form.size)
-    return Fits(table, fits, refused | undetermined, chosen, found1, found2)
+    return Fits(table, fits, refused | undetermined, chosen, found1, found2, alone)
 
 
 def fit_form(
@@ -241,7 +252,15 @@ def draw(table: Table, count: int, generator: np.random.Generator) -> Array:
     return generator.multinomial(runs, np.full(runs, 1 / runs), size=count)[:, run].astype(float)
 
 
-def _check(table: Table) -> None:
+def named(form: str) -> Form:
+    """A form of FORMS. Raises ConfigError if there is none of that name."""
+    if form not in FORMS:
+        raise ConfigError(f"--form {form}: no such form; there are {', '.join(FORMS)}")
+    return FORMS[form]
+
+
+def check(table: Table) -> None:
+    """Raises Refusal where no law can be fitted: mixed recipes, too few budgets."""
     recipes = sorted(set(table.recipe))
     if len(recipes) > 1:
         raise Refusal(
@@ -279,12 +298,3 @@ def _columns(form: Form, table: Table) -> Columns:
             "columns", f"{form.name} knows no experts, and the table has {len(_shapes(table))} kinds of models"
         )
     return {name: known[name] for name in form.needs}
-
-
-def _approach2(found: Approach2) -> dict[str, Any]:
-    valleys = [{"c": v.c, "n": v.n, "d": v.d, "loss": v.loss, "std": v.std, "rows": v.rows} for v in found.valleys]
-    return {
-        "a": found.n.exponent, "a_std": found.n.std, "b": found.d.exponent, "b_std": found.d.std,
-        "N_factor": found.n.factor, "D_factor": found.d.factor, "frontier": found.frontier, "valleys": valleys,
-        "refused": [{"kind": each.kind, "why": str(each)} for each in found.refused],
-    }  # fmt: skip

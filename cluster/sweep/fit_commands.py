@@ -26,6 +26,9 @@ Convention = Annotated[
     str | None, typer.Option(help="How N is counted: total, active, without_embeddings, with_head (default active).")
 ]
 FormName = Annotated[list[str] | None, typer.Option("--form", metavar="FORM", help="Only this form; repeatable.")]
+PredictForm = Annotated[
+    str | None, typer.Option("--form", metavar="FORM", help="Of all runs; default: crossed, near the largest budgets.")
+]
 MaxBudget = Annotated[float | None, typer.Option(metavar="C", help="Leave out runs of more training FLOPs.")]
 Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", help="Training FLOPs; repeatable.")]
 
@@ -68,7 +71,7 @@ def predict_sweep(
     columns: Columns = "",
     where: Where = None,
     convention: Convention = None,
-    form: FormName = None,
+    form: PredictForm = None,
     max_budget: MaxBudget = None,
     as_json: Json = False,
 ) -> None:
@@ -79,19 +82,21 @@ def predict_sweep(
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{key} {value:g}: should be above 0")
     _, found = _table(file, table, columns, where, convention, max_budget)
-    from .fit import fit
+    from .fit import check, named
     from .forecast import at_budget, at_size
 
-    fits = fit(found, form)
-    predictions = [at_budget(fits, each) for each in budget or ()]
+    check(found)
+    law = named(form) if form else None
+    predictions = [at_budget(found, each, law) for each in budget or ()]
     if n is not None and d is not None:
-        predictions.append(at_size(fits, n, d))
+        predictions.append(at_size(found, n, d, law))
     if as_json:
-        print(json.dumps({"predictions": [each.summary() for each in predictions], "fit": fits.summary()}, indent=1))
+        excluded = [{"run": run, "why": why} for run, why in found.excluded]
+        print(json.dumps({"predictions": [each.summary() for each in predictions], "excluded": excluded}, indent=1))
     else:
         from .fit_report import show_predictions
 
-        show_predictions(fits, predictions)
+        show_predictions(predictions)
 
 
 def next_sweep(
@@ -101,20 +106,20 @@ def next_sweep(
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: in the sweep's folder.")
     ] = None,
     convention: Convention = None,
-    form: FormName = None,
+    form: PredictForm = None,
     max_budget: MaxBudget = None,
 ) -> None:
     """Write the config of the best run for a budget. Example: muster sweep next sweep.yaml --budget 1e20"""
     sweep, found = _table(file, None, "", None, convention, max_budget)
     assert sweep
     from .collect import known_plan
-    from .fit import fit
+    from .fit import check, named
     from .forecast import at_budget
     from .next import Best, next_trial, write
     from .score import PREDICTIONS, keep_prediction
 
-    fits = fit(found, form)
-    predicted = at_budget(fits, budget)
+    check(found)
+    predicted = at_budget(found, budget, named(form) if form else None)
     experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
     granularity = predicted.shape.get("granularity")
     best = Best(
@@ -128,7 +133,7 @@ def next_sweep(
     _send(sweep, [sweep.folder / PREDICTIONS])
     from .fit_report import show_predictions
 
-    show_predictions(fits, [predicted])
+    show_predictions([predicted])
     for note in notes:
         print(note)
     print(f"{path}: train it with `muster train {path}`, then `muster sweep score {file}`")
@@ -158,7 +163,7 @@ def plot_sweep(
     from .plots import Prediction, draw
 
     fits = fit(found, form)
-    predicted = [at_budget(fits, each) for each in budget or ()]
+    predicted = [at_budget(found, each) for each in budget or ()]
     marks = [Prediction(each.budget, each.loss.value, each.loss.low, each.loss.high) for each in predicted]
     drawn = draw(fits, out, marks)
     for path in drawn:

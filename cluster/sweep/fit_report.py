@@ -1,12 +1,14 @@
 """What `muster sweep fit` and `predict` print."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table as Grid
 
 from .fit import Fits
-from .forecast import Estimate, Prediction
+from .forecast import Prediction
+from .intervals import Interval
 
 
 def show_fits(fits: Fits) -> None:
@@ -38,22 +40,36 @@ def show_fits(fits: Fits) -> None:
         )
     if fits.approach1:
         console.print(f"[bold]approach 1[/] (best run of each budget): N* ~ C^{fits.approach1[0].exponent:.4f}")
+    for label, alone in fits.kinds.items():
+        console.rule(f"{label} alone", align="left", style="dim")
+        show_fits(replace(alone, table=replace(alone.table, excluded=())))
     refused = [*fits.refused.values(), *(fits.approach2.refused if fits.approach2 else ())]
     for refusal in refused:
         console.print(f"refused ({refusal.kind}): {refusal}", soft_wrap=True, markup=False)
-    for run, why in fits.table.excluded:
-        console.print(f"left out: {run}: {why}", soft_wrap=True, markup=False)
+    for why, runs in groups(fits.table.excluded).items():
+        named = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
+        console.print(f"left out: {named}: {why}", soft_wrap=True, markup=False)
     for note in (*table.notes, *fits.notes):
         console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 
-def show_predictions(fits: Fits, predictions: Sequence[Prediction]) -> None:
+def groups(excluded: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
+    """Runs by the reason why they were left out."""
+    found: dict[str, list[str]] = {}
+    for run, why in excluded:
+        found.setdefault(why, []).append(run)
+    return found
+
+
+def show_predictions(predictions: Sequence[Prediction]) -> None:
     """A line for each budget or model."""
     console = Console(highlight=False)
-    console.print(f"by {fits.chosen}, N counted as {fits.table.convention}; 95% intervals in brackets", soft_wrap=True)
+    console.print(
+        f"by {predictions[0].form}, N counted as {predictions[0].convention}; 95% intervals in brackets", soft_wrap=True
+    )
     grid = Grid("FLOPs", "loss", "N", "D", "D / N", "model", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for each in predictions:
-        shape = " ".join(f"{key}={value:g}" for key, value in each.shape.items())
+        shape = " ".join(f"{key}={value:g}" for key, value in each.shape.items() if key != "active_ratio")
         ratio = f"{each.d.value / each.n.value:.3g}"
         grid.add_row(
             f"{each.budget:.3g}", _range(each.loss, ".4f"), _range(each.n, ".3g"), _range(each.d, ".3g"), ratio, shape
@@ -63,7 +79,7 @@ def show_predictions(fits: Fits, predictions: Sequence[Prediction]) -> None:
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)
 
 
-def _range(estimate: Estimate, digits: str) -> str:
+def _range(estimate: Interval, digits: str) -> str:
     if estimate.low == estimate.high:
         return f"{estimate.value:{digits}}"
     return f"{estimate.value:{digits}} \\[{estimate.low:{digits}}, {estimate.high:{digits}}]"

@@ -1,6 +1,7 @@
 """Approaches 1 and 2: the best size of each budget, and how it grows with the budget."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +73,15 @@ class Approach2:
     d: PowerLaw
     frontier: dict[str, float] | None
     """E, K, gamma; None: fewer than four budgets."""
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "a": self.n.exponent, "a_std": self.n.std, "b": self.d.exponent, "b_std": self.d.std,
+            "N_factor": self.n.factor, "D_factor": self.d.factor, "frontier": self.frontier,
+            "valleys": [{key: getattr(v, key) for key in ("c", "n", "d", "loss", "std", "rows")} for v in self.valleys],
+            "refused": [{"kind": each.kind, "why": str(each)} for each in self.refused],
+        }  # fmt: skip
 
 
 def valley(

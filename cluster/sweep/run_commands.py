@@ -45,7 +45,7 @@ def score_sweep(
         float | None, typer.Option(metavar="C", help="Fit the trials up to so many training FLOPs, score the others.")
     ] = None,
     form: Annotated[
-        list[str] | None, typer.Option("--form", metavar="FORM", help="Only this form; repeatable.")
+        str | None, typer.Option("--form", metavar="FORM", help="Of all runs; default: crossed, near the largest.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -113,13 +113,13 @@ def _flops(config: Config) -> float:
     return training_flops_per_token(config.model, train.seq_len) * train.steps * train.global_batch * train.seq_len
 
 
-def score_left_out(table: Table, max_budget: float, form: list[str] | None = None) -> list[Score]:
+def score_left_out(table: Table, max_budget: float, form: str | None = None) -> list[Score]:
     """Hold a fit of the budgets up to `max_budget` to the runs above it: each run, and the best of each budget.
 
     Raises:
         ConfigError: nothing lies above, or what lies below cannot be fitted.
     """
-    from .fit import fit
+    from .fit import check, named
     from .forecast import at_budget, at_size
     from .predict import kinds
 
@@ -129,20 +129,22 @@ def score_left_out(table: Table, max_budget: float, form: list[str] | None = Non
             f"--max-budget {max_budget:g}: the sweep's runs spend {table.c.min():.3g} to {table.c.max():.3g} FLOPs, "
             f"and some should lie on each side"
         )
-    held, fits = table.take(above), fit(table.without(above, f"over --max-budget {max_budget:g}"), form)
-    known = {tuple(sorted(kind.shape.items())): kind for kind in kinds(fits.table)}
+    held, below = table.take(above), table.without(above, f"over --max-budget {max_budget:g}")
+    check(below)
+    law = named(form) if form else None
+    known = {tuple(sorted(kind.shape.items())): kind for kind in kinds(below)}
     found = []
     for i in range(len(held)):
         shape = {key: float(held.extra[key][i]) for key in next(iter(known.values())).shape}
         if kind := known.get(tuple(sorted(shape.items()))):
-            each = at_size(fits, float(held.n[i]), float(held.d[i]), kind)
+            each = at_size(below, float(held.n[i]), float(held.d[i]), law, kind)
             found.append(Score(held.run[i], float(held.c[i]), each.loss.value, each.loss.low, each.loss.high, each.form,
                                float(held.loss[i]), "FINISHED"))  # fmt: skip
     index = budgets(held)
     for level in range(int(index.max()) + 1):
         rows = np.flatnonzero(index == level)
         best = rows[held.loss[rows].argmin()]
-        each = at_budget(fits, float(held.c[best]))
+        each = at_budget(below, float(held.c[best]), law)
         name = f"best of {plain(float(held.c[best]))}"
         found.append(Score(name, float(held.c[best]), each.loss.value, each.loss.low, each.loss.high, each.form,
                            float(held.loss[best]), "FINISHED"))  # fmt: skip

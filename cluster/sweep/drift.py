@@ -1,0 +1,169 @@
+"""How far a fitted law leaves the truth beyond its data, as fits with the last budgets held back show."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .forms import Array, Form
+from .newton import Objective
+from .predict import Kind, log_losses, optimum
+from .solve import minimise
+from .table import Table
+
+PRIOR = 0.1
+"""Scale of the drift expected beforehand, as a share of the frontier's slope d ln L / d ln C, or d ln N* / d ln C."""
+HOLDS = 0.75
+"""Prior probability that there is none."""
+HELD_REFITS = 64
+
+
+class Held(NamedTuple):
+    """What a fit to the smaller budgets got wrong at a larger one."""
+
+    origin: int
+    """Budgets that it was fitted to."""
+    distance: float
+    """In ln C, from the last of them."""
+    error: float
+    """Seen less predicted, of ln L at the best runs, or of ln N*."""
+    std: float
+    """Standard error of that, by refits and noise."""
+
+
+@dataclass(frozen=True)
+class Drift:
+    """Posterior of tau, the error's standard deviation per unit of ln C."""
+
+    grid: Array
+    mass: Array
+    held: tuple[Held, ...]
+
+    @classmethod
+    def of(cls, held: Sequence[Held], slope: float) -> "Drift":
+        """From errors on held-back budgets.
+
+        Args:
+            slope: of the frontier in ln C, what the prior's scale is a share of.
+        """
+        relative = np.geomspace(0.02, 30, 50)
+        # A half-t of 4 degrees of freedom, on a logarithmic grid.
+        slab = relative * (1 + relative**2 / 4) ** -2.5
+        prior = np.concatenate([[HOLDS], (1 - HOLDS) * slab / slab.sum()])
+        grid = np.concatenate([[0.0], PRIOR * slope * relative])
+        log_mass = np.log(prior)
+        for origin in {each.origin for each in held}:
+            _, distance, error, std = np.array([each for each in held if each.origin == origin]).T
+            variance = std**2 + np.outer(grid, distance) ** 2 + 1e-14
+            # One fit's errors are one error seen at several budgets: together they count as one.
+            log_mass += (-0.5 * np.log(variance) - 0.5 * error**2 / variance).mean(axis=1)
+        mass = np.exp(log_mass - log_mass.max())
+        return cls(grid, mass / mass.sum(), tuple(held))
+
+    @property
+    def variance(self) -> float:
+        """Posterior mean of tau^2."""
+        return float(self.grid**2 @ self.mass)
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        held = [{"budgets": o, "ln_c": h, "error": e, "std": s} for o, h, e, s in self.held]
+        return {"per_ln_c": float(self.grid @ self.mass), "none": float(self.mass[0]), "held_back": held}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Fits of one form to the first budgets of a table."""
+
+    origin: int
+    """Budgets that it knows."""
+    rows: NDArray[np.bool_]
+    parameters: Array
+    """Shape (P,)."""
+    samples: Array
+    """Refits, shape (B, P)."""
+    spread: float
+    """What deviations of the refits are to be multiplied with."""
+    noise: float
+    """Standard deviation of one run's ln L."""
+
+
+def fit_windows(
+    form: Form,
+    table: Table,
+    masks: Mapping[int, NDArray[np.bool_]],
+    start: Array,
+    objective: Objective,
+    refits: int,
+    generator: np.random.Generator,
+) -> list[Window]:
+    """Fits and refits of every window as two batches of one descent; the first takes `refits`, the others fewer."""
+    x, origins = columns(form, table), list(masks)
+    rows = np.array([masks[origin] for origin in origins])
+    # Windows differ from the whole: other starts about it find another basin where there is one.
+    starts = np.tile(start, (4, 1))
+    theta = len(form.linear)
+    starts[1:, theta:] += 0.1 * generator.normal(size=(3, form.size - theta))
+    starts = np.repeat(starts, len(rows), axis=0)
+    found, values, _ = minimise(form, x, table.loss, np.tile(rows, (4, 1)).astype(float), starts, objective)
+    best = values.reshape(4, -1).argmin(axis=0)
+    parameters = found.reshape(4, len(rows), -1)[best, np.arange(len(rows))]
+    _, run = np.unique(np.array(table.run), return_inverse=True)
+    weights = generator.exponential(size=(max(refits, HELD_REFITS), int(run.max()) + 1))[:, run]
+    counts = [refits] + [HELD_REFITS] * (len(rows) - 1)
+    batch = np.concatenate([weights[:many] * mask for many, mask in zip(counts, rows, strict=True)])
+    samples, _, _ = minimise(form, x, table.loss, batch, np.repeat(parameters, counts, axis=0), objective, 40)
+    ends = np.split(samples, np.cumsum(counts)[:-1])
+    residual = np.abs(form.log_loss(parameters, x) - np.log(table.loss))
+    windows = []
+    for i, origin in enumerate(origins):
+        many = int(rows[i].sum())
+        spread = float(np.sqrt(many / (many - form.size)))
+        noise = 1.4826 * float(np.median(residual[i][rows[i]])) * spread
+        windows.append(Window(origin, rows[i], parameters[i], ends[i], spread, noise))
+    return windows
+
+
+def columns(form: Form, table: Table, rows: Any = slice(None)) -> dict[str, Array]:
+    return {name: table.columns[name][rows] for name in form.needs}
+
+
+def deviation(refits: Array) -> float:
+    """Standard deviation, by the quantiles that a few stray refits do not move."""
+    low, high = np.percentile(refits, [16, 84])
+    return float(high - low) / 2
+
+
+def held_loss(form: Form, table: Table, window: Window, rows: NDArray[np.bool_], distance: float) -> Held:
+    x = columns(form, table, rows)
+    predicted, refits = (log_losses(form, p, x).mean(axis=1) for p in (window.parameters[None], window.samples))
+    error = float(np.log(table.loss[rows]).mean() - predicted[0])
+    std = np.hypot(window.spread * deviation(refits), window.noise / np.sqrt(rows.sum()))
+    return Held(window.origin, distance, error, float(std))
+
+
+def held_size(
+    form: Form, table: Table, window: Window, rows: NDArray[np.bool_], distance: float, kind: Kind
+) -> Held | None:
+    """By the parabola of ln L in ln N; None: it has no lowest point among the sizes."""
+    log_n = np.log(table.n[rows])
+    if len(np.unique(log_n)) < 4:
+        return None
+    centre, scale = log_n.mean(), log_n.std()
+    design = np.vander((log_n - centre) / scale, 3)
+    gram = np.linalg.inv(design.T @ design)
+    bend, slope, _ = gram @ design.T @ np.log(table.loss[rows])
+    lowest = -slope / (2 * bend)
+    if bend <= 0 or not design[:, 1].min() <= lowest <= design[:, 1].max():
+        return None
+    # By the delta method.
+    gradient = np.array([slope / (2 * bend**2), -1 / (2 * bend), 0.0])
+    seen = scale * window.noise * np.sqrt(gradient @ gram @ gradient)
+    budget = float(np.exp(np.log(table.c[rows]).mean()))
+    predicted, refits = (
+        np.log(optimum(form, p, table, budget, kind).n) for p in (window.parameters[None], window.samples)
+    )
+    std = float(np.hypot(window.spread * deviation(refits), seen))
+    return Held(window.origin, distance, float(centre + scale * lowest - predicted[0]), std)
