@@ -161,7 +161,7 @@ def fit(
         except Refusal as refusal:
             refused[label] = refusal
     if not fits:
-        raise next(iter(refused.values()))
+        raise next(iter(refused.values()), Refusal("columns", "no form has columns enough, of more than one value"))
     found1 = found2 = None
     dense = table if len(_shapes(table)) == 1 else None
     if dense is not None:

@@ -21,7 +21,9 @@ class Prediction:
     budget: float
     """Training FLOPs."""
     loss: Interval
-    """Nats per token."""
+    """Of the law, nats per token."""
+    run_loss: Interval
+    """Of one run, which has noise of its own."""
     n: Interval
     """Parameters, in the table's convention; the best for the budget, or those given."""
     d: Interval
@@ -37,7 +39,7 @@ class Prediction:
 
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
-        intervals = {key: getattr(self, key)._asdict() for key in ("loss", "n", "d")}
+        intervals = {key: getattr(self, key)._asdict() for key in ("loss", "run_loss", "n", "d")}
         return (
             asdict(self)
             | intervals
@@ -85,9 +87,13 @@ def _law(table: Table, kind: Kind, form: Form | None, seed: int) -> Extrapolatio
 def _prediction(
     table: Table, law: Extrapolation, budget: float, loss: Interval, n: Interval, d: Interval
 ) -> Prediction:
+    noise = 1.96 * max(each.window.noise for each in law.laws)
+    down, up = np.hypot(np.log([loss.value / loss.low, loss.high / loss.value]), noise).tolist()
     return Prediction(
-        budget, loss, n, d, law.kind.shape, law.form.name, table.convention, LEVEL, law.record(),
-        _warnings(law, budget, n.value),
+        budget=budget, loss=loss, n=n, d=d,
+        run_loss=Interval(loss.value, loss.value * float(np.exp(-down)), loss.value * float(np.exp(up))),
+        shape=law.kind.shape, form=" and ".join(each.form.name for each in law.laws), convention=table.convention,
+        level=LEVEL, method=law.record(), warnings=_warnings(law, budget, n.value),
     )  # fmt: skip
 
 
@@ -98,6 +104,6 @@ def _warnings(law: Extrapolation, budget: float, n: float) -> tuple[str, ...]:
     sizes = law.table.n
     if not sizes.min() / 30 < n < sizes.max() * 30:
         found.append(f"N = {n:.3g} is far from the fitted sizes ({sizes.min():.3g} to {sizes.max():.3g})")
-    if len(law.loss_drift.held) < 2:
+    if max(len(each.loss_drift.held) for each in law.laws) < 2:
         found.append("too few budgets to hold any back: the interval rests on the law being right")
     return tuple(found)

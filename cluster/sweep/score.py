@@ -97,7 +97,7 @@ def _score_of(record: Mapping[str, Any]) -> Score:
             budget = _flops(load(run_dir / "config.yaml"))
         if record.get("time", 0.0) > started[0]:
             status = "AFTERWARDS"
-    predicted = record["loss"]
+    predicted = record["run_loss"]
     return Score(str(record["run"]), budget, predicted["value"], predicted["low"], predicted["high"],
                  str(record["form"]), loss, status)  # fmt: skip
 
@@ -138,16 +138,16 @@ def score_left_out(table: Table, max_budget: float, form: str | None = None) -> 
         shape = {key: float(held.extra[key][i]) for key in next(iter(known.values())).shape}
         if kind := known.get(tuple(sorted(shape.items()))):
             each = at_size(below, float(held.n[i]), float(held.d[i]), law, kind)
-            found.append(Score(held.run[i], float(held.c[i]), each.loss.value, each.loss.low, each.loss.high, each.form,
-                               float(held.loss[i]), "FINISHED"))  # fmt: skip
+            found.append(
+                Score(held.run[i], float(held.c[i]), *each.run_loss, each.form, float(held.loss[i]), "FINISHED")
+            )
     index = budgets(held)
     for level in range(int(index.max()) + 1):
         rows = np.flatnonzero(index == level)
         best = rows[held.loss[rows].argmin()]
         each = at_budget(below, float(held.c[best]), law)
         name = f"best of {plain(float(held.c[best]))}"
-        found.append(Score(name, float(held.c[best]), each.loss.value, each.loss.low, each.loss.high, each.form,
-                           float(held.loss[best]), "FINISHED"))  # fmt: skip
+        found.append(Score(name, float(held.c[best]), *each.run_loss, each.form, float(held.loss[best]), "FINISHED"))
     return found
 
 

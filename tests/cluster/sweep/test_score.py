@@ -17,7 +17,7 @@ from trainer.run import prepare_run
 
 def prediction(value, budget=1e9):
     return {
-        "budget": budget, "loss": {"value": value, "low": value - 0.1, "high": value + 0.1},
+        "budget": budget, "run_loss": {"value": value, "low": value - 0.1, "high": value + 0.1},
         "n": {"value": 1e5, "low": 1e5, "high": 1e5}, "d": {"value": 1e6, "low": 1e6, "high": 1e6},
         "form": "approach3", "convention": "active", "level": 0.95,
     }  # fmt: skip
@@ -99,7 +99,7 @@ def simulated():
 
 
 def test_budgets_above_are_held_to_a_fit_of_those_below():
-    found = score_left_out(simulated(), 1e17, ["approach3"])
+    found = score_left_out(simulated(), 1e17)
     assert len(found) == 6  # five runs, and the best of the budget
     assert all(abs(each.error) < 0.02 for each in found)
     assert to_json(found)["inside"] >= 5
