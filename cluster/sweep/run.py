@@ -77,10 +77,11 @@ def _run(setting: Setting, address: str | None, node: Node, out: Console) -> int
             while not phase.wait(1.0):
                 view.update()
         view.update(last=True)
-    code, message = _outcome(session)
-    _end_record(session, code, message)
-    if shipper and (missing := shipper.finish()):
-        print(missing, file=sys.stderr)
+        code, message = _outcome(session)
+        _end_record(session, code, message)
+        session.code = code
+        if shipper and (missing := shipper.finish()):
+            print(missing, file=sys.stderr)
     found = progress(setting.sweep_dir)
     for line in failures(found):
         out.print(line, markup=False)
@@ -106,6 +107,8 @@ class _Session(threading.Thread):
         self.trials: Any = None
         self.error: BaseException | None = None
         self.stopping = False
+        self.code: int | None = None
+        """Set when all that is left is to send the record."""
         self.connected, self.ended = threading.Event(), threading.Event()
 
     def run(self) -> None:
@@ -178,6 +181,8 @@ def _outcome(session: _Session) -> tuple[int, str]:
 
 def _on_signal(session: _Session) -> None:
     """First signal: the running trials write a checkpoint and end. Second, or one before any began: end at once."""
+    if session.code is not None:
+        os._exit(session.code)  # what sends the record goes on alone
     if not session.stopping and session.trials is not None:
         session.stopping = True
         session.trials.stop()

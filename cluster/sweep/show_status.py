@@ -122,7 +122,7 @@ class View:
         for name, each in found.standings.items():
             if each.state in OVER and name not in self._told:
                 self._told.add(name)
-                self._say(line(items[name], each, found))
+                self._say(f"{len(self._told)}/{len(items)} {line(items[name], each)}")
         if not last and time.monotonic() - self._last > QUIET_FOR and found.count("running"):
             going = [
                 f"{n} {each.step}/{items[n].steps}" for n, each in found.standings.items() if each.state == "running"
@@ -137,10 +137,9 @@ class View:
         return progress(self._ledger.sweep_dir, self._ledger)
 
 
-def line(item: Item, each: Standing, found: Progress) -> str:
+def line(item: Item, each: Standing) -> str:
     """A trial that has ended."""
-    over = found.count(*OVER)
     if each.state != "finished":
-        return f"{over}/{len(found.items)} {each.name} {each.state}: {' '.join(each.reason.split())[:300]}"
+        return f"{each.name} {each.state}: {' '.join(each.reason.split())[:300]}"
     loss = "" if each.eval_loss is None else f"held-out loss {each.eval_loss:.4f}, "
-    return f"{over}/{len(found.items)} {each.name}: {loss}{item.steps - item.from_step:,} steps"
+    return f"{each.name}: {loss}{item.steps - item.from_step:,} steps"

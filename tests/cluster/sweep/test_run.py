@@ -28,7 +28,7 @@ cluster: {{max_failures: 0}}
 SWEEP = """
 name: story
 base: base.yaml
-ladder: {{parameters: [20e3, 40e3], tokens_per_parameter: [0.5, 1]}}
+ladder: {{parameters: [20e3, 40e3], tokens_per_parameter: [2, 4]}}
 shape: {{head_dim: 16, aspect_ratio: 16, ffn_multiple: 16}}
 rules: {{schedule: wsd_branches, lr: fixed, batch: fixed}}
 variants:
@@ -70,11 +70,14 @@ def story(tiny_data, tmp_path_factory) -> Story:
     sweep_dir = folder / "runs" / "story"
 
     first = start(folder, "run", "sweep.yaml")
+    while not (sweep_dir / "lock").exists() or not (sweep_dir / "lock").read_text():
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.05)
+    second = start(folder, "run", "sweep.yaml")
+    refused = second.communicate(timeout=120)[0]
     while not any(len(read_metrics(path)) > 5 for path in (sweep_dir / "trials").glob("dense-*")):
         assert first.poll() is None, first.communicate()[0]
         time.sleep(0.1)
-    second = start(folder, "run", "sweep.yaml")
-    refused = second.communicate(timeout=120)[0]
     first.send_signal(signal.SIGTERM)
     stopped = first.communicate(timeout=300)[0]
     events = read_events(sweep_dir)
@@ -149,7 +152,7 @@ def test_the_tracker_has_the_sweep_and_its_runs_below_it(story):
     assert {run.data.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.info.run_id}
     assert set(dense(story)) <= set(runs)
     assert (parent.info.status, parent.data.tags["finished"], parent.data.tags["failed"]) == ("FINISHED", "4", "4")
-    assert parent.data.params["ladder.tokens_per_parameter"] == "[0.5, 1.0]"
+    assert parent.data.params["ladder.tokens_per_parameter"] == "[2.0, 4.0]"
     assert {"sweep.yaml", "plan.json", "events.jsonl"} <= set(kept_files(parent))
     for name in dense(story):
         history = client.get_metric_history(runs[name].info.run_id, "loss")
