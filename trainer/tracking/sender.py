@@ -89,9 +89,11 @@ class Sender:
 
     def totals(self) -> dict[str, str]:
         """Tags at the end."""
-        seconds = total(goodput(self.run_dir))
+        attempts = goodput(self.run_dir)
+        seconds = total(attempts)
         books = {f"seconds.{name}": f"{value:.1f}" for name, value in seconds.items()}
-        return {"goodput": f"{productive(seconds):.4f}", **books}
+        each = {f"goodput.attempt-{one.number:02d}": f"{productive(one.seconds):.4f}" for one in attempts}
+        return {"goodput": f"{productive(seconds):.4f}", **each, **books}
 
     def plot(self) -> None:
         """Make the final pictures."""
