@@ -13,10 +13,10 @@ from .predict import Kind, log_losses, optimum
 from .solve import minimise
 from .table import Table
 
-PRIOR = 0.1
+PRIOR = 0.15
 """Scale of the drift expected beforehand, as a share of the frontier's slope d ln L / d ln C, or d ln N* / d ln C."""
-HOLDS = 2 / 3
-"""Prior probability that there is none."""
+HOLDS, UNTESTED = 0.85, 0.5
+"""Prior probability that there is none, and that where the budgets are too few to show a floor."""
 HELD_REFITS = 64
 
 
@@ -42,16 +42,17 @@ class Drift:
     held: tuple[Held, ...]
 
     @classmethod
-    def of(cls, held: Sequence[Held], slope: float) -> "Drift":
+    def of(cls, held: Sequence[Held], slope: float, holds: float = HOLDS) -> "Drift":
         """From errors on held-back budgets.
 
         Args:
             slope: of the frontier in ln C, what the prior's scale is a share of.
+            holds: prior probability that there is none.
         """
         relative = np.geomspace(0.02, 30, 50)
         # A half-t of 4 degrees of freedom, on a logarithmic grid.
         slab = relative * (1 + relative**2 / 4) ** -2.5
-        prior = np.concatenate([[HOLDS], (1 - HOLDS) * slab / slab.sum()])
+        prior = np.concatenate([[holds], (1 - holds) * slab / slab.sum()])
         grid = np.concatenate([[0.0], PRIOR * slope * relative])
         log_mass = np.log(prior)
         for origin in {each.origin for each in held}:
@@ -61,6 +62,11 @@ class Drift:
             log_mass += (-0.5 * np.log(variance) - 0.5 * error**2 / variance).mean(axis=1)
         mass = np.exp(log_mass - log_mass.max())
         return cls(grid, mass / mass.sum(), tuple(held))
+
+    @property
+    def std(self) -> float:
+        """Of the error, per unit of ln C."""
+        return float(np.sqrt(self.grid**2 @ self.mass))
 
     def record(self) -> dict[str, Any]:
         """For `--json`."""
@@ -83,6 +89,11 @@ class Window:
     """What deviations of the refits are to be multiplied with."""
     noise: float
     """Standard deviation of one run's ln L."""
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the residuals."""
+        return int(self.rows.sum()) - len(self.parameters)
 
 
 def fit_windows(

@@ -4,13 +4,15 @@ A law of few coefficients that is fitted to all runs of a sweep is never quite r
 distance from the data; its bootstrap knows nothing of that. Here, instead:
 1. The law is fitted where it is used: to the runs near the best of their budget, of the last few budgets.
 2. It is `Crossed`, which contains approach 3 but does not tie the frontier's slope to the curvature of the valleys.
-3. Refits weigh every run by an exponential variable (Bayesian bootstrap, Rubin 1981: no refit loses a budget), and
-   their spread is widened by sqrt(runs / (runs - coefficients)), as regression's degrees of freedom ask for.
+3. Refits weigh every run by an exponential variable (Bayesian bootstrap, Rubin 1981: no refit loses a budget), under
+   Huber's loss with a delta of 1.345 standard deviations of the noise; their spread is widened by
+   sqrt(runs / (runs - coefficients)) and Student's t, as regression's degrees of freedom ask for.
 4. The same is done with the last budgets held back (rolling origin). What the errors there show beyond the refits'
-   spread and a run's noise is drift: ln L leaves the law by tau times the distance in ln C, with a posterior of tau
-   that is integrated over. Most of its prior says that there is none. ln N* has a drift of its own.
-5. Where runs are so few or noisy that refits scatter more than a likely drift, approach 3 for all budgets counts as
-   much, if it fits about as well.
+   spread and a run's noise is drift: ln L leaves the law by tau times the distance in ln C (and in ln N, from the best
+   size), with a posterior of tau that is integrated over. Most of its prior says that there is none. ln N* has a drift
+   of its own.
+5. Where runs are so few or noisy that refits scatter more than the drift, approach 3 for all budgets counts as much, if
+   it fits about as well.
 """
 
 from dataclasses import dataclass
@@ -19,14 +21,17 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .crossed import Crossed
-from .drift import PRIOR, Drift, columns
+from .drift import Drift, columns
 from .forms import Approach3, Array, Form
 from .laws import NEAR, RECENT, Law, Sweep
 from .newton import HUBER_LOG, Objective
 from .predict import Kind, columns_at, kinds, log_losses, optimum
+from .refusal import Refusal
 from .solve import solve
 from .table import Table
 
+NOISY = 0.1
+"""Scatter of the refits, in slopes of the frontier, over which more runs and fewer coefficients are worth a bias."""
 ALIKE = 1.5
 """Residuals of approach 3 for all budgets over those of `Crossed` for the last few, up to which it may hold for all."""
 REFITS = 400
@@ -72,20 +77,31 @@ class Extrapolation:
         for law in self.laws:
             best, refits = (log_losses(law.form, p, x)[:, 0] for p in law.parameters)
             found.append((float(best[0]), refits, law.loss_drift))
-        return self._interval(found, float(x["c"][0]), level)
+        law, budget = self.laws[0], float(x["c"][0])
+        frontier = optimum(law.form, law.parameters[0], self.table, budget, self.kind)
+        return self._interval(found, budget, level, aside=float(np.log(n / frontier.n[0])))
 
     def record(self) -> dict[str, Any]:
         """What was done, for `--json`."""
         return {"last_budget": self.last, "laws": [law.record() for law in self.laws]}
 
-    def _interval(self, found: list[tuple[float, Array, Drift]], budget: float, level: float) -> Interval:
-        """From a logarithm, its refits and its drift by each law."""
+    def _interval(
+        self, found: list[tuple[float, Array, Drift]], budget: float, level: float, aside: float = 0.0
+    ) -> Interval:
+        """From a logarithm, its refits and its drift by each law.
+
+        Args:
+            aside: distance from the frontier in ln N.
+        """
         generator = np.random.default_rng(self.seed)
-        beyond = max(0.0, float(np.log(budget / self.last)))
+        beyond = np.hypot(max(0.0, np.log(budget / self.last)), aside)
         draws = []
         for (value, refits, drift), law in zip(found, self.laws, strict=True):
             count = DRAWS // len(found)
-            draw = value + generator.choice(refits - value, count) * law.window.spread
+            freedom = law.window.freedom
+            # Student's t: the runs' noise is known by their residuals only.
+            widen = law.window.spread * np.sqrt(freedom / generator.chisquare(freedom, count))
+            draw = value + generator.choice(refits - value, count) * widen
             tau = generator.choice(drift.grid, count, p=drift.mass)
             draws.append(draw + tau * beyond * generator.normal(size=count))
         low, high = np.percentile(np.concatenate(draws), [50 * (1 - level), 50 * (1 + level)])
@@ -117,13 +133,18 @@ def extrapolate(
         start = solve(form, columns(form, table), table.loss, objective).parameters
         laws = [sweep.law(form, start, np.ones(len(table), dtype=bool))]
     else:
-        near = sweep.above < NEAR
+        # Without valleys nothing tells which runs are far from the frontier, or how the last budgets alone behave.
+        near = (sweep.above < NEAR) | (not sweep.valleys)
         dense = {"n": table.n[near], "d": table.d[near]}
         crossed = Crossed(*(float(np.exp(np.log(each).mean())) for each in (table.n, table.d)))
         start = solve(Approach3(), dense, table.loss[near], objective).parameters
-        laws = [sweep.law(crossed, crossed.parameters(Approach3().coefficients(start)), near, RECENT)]
-        if laws[0].scatter > PRIOR * laws[0].slope:
+        crossed_start = crossed.parameters(Approach3().coefficients(start))
+        try:
+            laws = [sweep.law(crossed, crossed_start, near, RECENT if sweep.valleys else None)]
+        except Refusal:
+            laws = []
+        if not laws or not sweep.valleys or laws[0].scatter > max(NOISY * laws[0].slope, laws[0].loss_drift.std):
             plain = sweep.law(Approach3(), start, near)
-            if plain.window.noise < ALIKE * laws[0].window.noise:
+            if not laws or not sweep.valleys or plain.window.noise < ALIKE * laws[0].window.noise:
                 laws.append(plain)
     return Extrapolation(table, kind, tuple(laws), sweep.last, seed)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .drift import Drift, Window, deviation, fit_windows, held_loss, held_size
+from .drift import HOLDS, UNTESTED, Drift, Window, deviation, fit_windows, held_loss, held_size
 from .forms import Array, Form
 from .newton import Objective
 from .predict import Kind, Optimum, optimum
@@ -19,6 +19,29 @@ RECENT = 4
 """Budgets that a law is fitted to: the fewest that show a floor with one to spare."""
 ORIGINS, HORIZONS = 4, 3
 """Origins that are looked at, and budgets beyond each."""
+SPARE, LEAST_SPARE = 4, 2
+"""Runs more than coefficients: what earlier budgets are taken in for, and what a fit needs."""
+VALLEY, SHARED = 3, 0.75
+"""Runs that a budget's valley takes, and the share of runs in one that makes an isoFLOP design."""
+YOUNG = 2.3
+"""Errors of fits to fewer than RECENT budgets over their standard errors, as laws without drift show (2.1 to 2.5)."""
+
+
+def group(table: Table) -> tuple[NDArray[np.int64], bool]:
+    """The budget of each run, shape (rows,), and whether runs of other sizes share it, as in an isoFLOP design.
+
+    Budgets may be met loosely; where runs share none, as on a ladder of sizes, those within a factor of 2 count as one.
+    """
+    found = [budgets(table, tolerance) for tolerance in (0.1, 0.3, 0.6)]
+    shared = [np.mean([_is_valley(table, index == budget) for budget in index]) for index in found]
+    if max(shared) >= SHARED:
+        return found[int(np.argmax(shared))], True
+    octave = np.floor(np.log2(table.c / table.c.min()) + 1e-6)
+    return np.unique(octave, return_inverse=True)[1], False
+
+
+def _is_valley(table: Table, rows: NDArray[np.bool_]) -> bool:
+    return bool(rows.sum() >= VALLEY and table.c[rows].max() < 2 * table.c[rows].min())
 
 
 @dataclass(frozen=True)
@@ -31,7 +54,6 @@ class Law:
     """- d ln L / d ln C of the frontier at the largest budget."""
     loss_drift: Drift
     size_drift: Drift
-
     scatter: float
     """Standard deviation of the refits' ln L, one unit of ln C beyond the largest budget."""
 
@@ -60,7 +82,7 @@ class Sweep:
 
     def __init__(self, table: Table, kind: Kind, objective: Objective, refits: int, seed: int) -> None:
         self.table, self.kind, self.objective, self.refits, self.seed = table, kind, objective, refits, seed
-        self.index = budgets(table)
+        self.index, self.valleys = group(table)
         self.count = int(self.index.max()) + 1
         log_loss = np.log(table.loss)
         best = np.full(self.count, np.inf)
@@ -85,14 +107,14 @@ class Sweep:
         recent = recent or self.count
         masks = {}
         for origin in range(self.count, max(1, self.count - 1 - ORIGINS), -1):
-            rows = usable & (self.index < origin) & (self.index >= origin - recent)
-            if rows.sum() > form.size + 1 and len(np.unique(self.index[rows])) > 1:
+            first = max(0, origin - recent)
+            while first and (usable & (self.index < origin) & (self.index >= first)).sum() < form.size + SPARE:
+                first -= 1
+            rows = usable & (self.index < origin) & (self.index >= first)
+            if rows.sum() >= form.size + LEAST_SPARE and len(np.unique(self.index[rows])) > 1:
                 masks[origin] = rows
         if self.count not in masks:
             raise Refusal("few_rows", f"{form.name}: {usable.sum()} runs for {form.size} coefficients")
-        if self.count > RECENT:
-            # The errors of fewer budgets scatter more than their refits do: they tell of drift where nothing else does.
-            masks = {origin: rows for origin, rows in masks.items() if origin >= RECENT}
         generator = np.random.default_rng(self.seed)
         whole, *others = fit_windows(form, self.table, masks, start, self.objective, self.refits, generator)
         losses, sizes = [], []
@@ -100,15 +122,20 @@ class Sweep:
             for budget in range(window.origin, min(self.count, window.origin + HORIZONS)):
                 rows = self.index == budget
                 distance = float(self.centre[budget] - self.centre[window.origin - 1])
-                losses.append(held_loss(form, self.table, window, rows & (self.above < BEST), distance))
-                sizes.append(held_size(form, self.table, window, rows & (self.above < NEAR), distance, self.kind))
+                loss = held_loss(form, self.table, window, rows & (self.above < BEST), distance)
+                size = held_size(form, self.table, window, rows & (self.above < NEAR), distance, self.kind)
+                # Fits to few budgets tell of drift in full only where nothing else does.
+                doubt = YOUNG if window.origin < RECENT < self.count else 1.0
+                losses.append(loss._replace(std=doubt * loss.std))
+                sizes += [size._replace(std=doubt * size.std)] if size else []
         before, last = (self._optimum(form, whole.parameters[None], self.last * np.exp(-by)) for by in (0.1, 0.0))
         slope, size_slope = (
             abs(float(np.log(b[0] / a[0]))) / 0.1 for a, b in ((before.loss, last.loss), (before.n, last.n))
         )
         scatter = whole.spread * deviation(np.log(self._optimum(form, whole.samples, self.last * np.e).loss))
-        loss_drift = Drift.of(losses, slope)
-        return Law(form, whole, slope, loss_drift, Drift.of([each for each in sizes if each], size_slope), scatter)
+        holds = HOLDS if self.count >= RECENT else UNTESTED
+        drifts = Drift.of(losses, slope, holds), Drift.of(sizes, size_slope, holds)
+        return Law(form, whole, slope, *drifts, scatter)
 
     def _optimum(self, form: Form, parameters: Array, budget: float) -> Optimum:
         return optimum(form, parameters, self.table, budget, self.kind)
