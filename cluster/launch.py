@@ -3,12 +3,9 @@
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import traceback
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -21,7 +18,7 @@ from trainer.run import attempts, is_finished, prepare_run, read_config, request
 
 from .failures import Final
 from .machine import this_node
-from .session import Session, end_children, ray_session, session_folder
+from .session import RayThread, Session, end_children
 from .share import Node, Share, group_of, share, share_of_most
 
 FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
@@ -57,40 +54,20 @@ def launch(config: Config, fork: str | None = None) -> int:
     attempts_before = attempts(run_dir)
     job = _Job(config, run_dir, address, node)
     with Follower(run_dir, ProgressView(config.train.steps)), contextlib.ExitStack() as handlers:
-        job.start()
-        # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
-        for phase in (job.connected, job.ended):
-            handlers.enter_context(signals(lambda: _on_signal(job, attempts_before)))
-            while not phase.wait(1.0):
-                pass
+        job.follow(handlers, lambda: _on_signal(job, attempts_before))
     return _report(job, out, attempts_before)
 
 
-class _Job(threading.Thread):
-    """Ray's part of a run, off the main thread, which is left to signals and the progress line."""
+class _Job(RayThread):
+    """Ray's part of a run."""
 
     def __init__(self, config: Config, run_dir: Path, address: str | None, node: Node) -> None:
-        super().__init__(name="ray", daemon=True)
-        self.config, self.run_dir, self.address, self.node = config, run_dir, address, node
-        self.folder = session_folder()
+        super().__init__(address, node)
+        self.config, self.run_dir = config, run_dir
         self.status: str | None = None
-        self.error: BaseException | None = None
-        self.stopping = False
-        self.connected, self.ended = threading.Event(), threading.Event()
 
-    def run(self) -> None:
-        try:
-            with ray_session(self.address, self.node, self.folder) as session:
-                self.connected.set()
-                self.status = self._fit(session)
-        except BaseException as error:
-            self.error = error
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.connected.set()
-            self.ended.set()
-
-    def _fit(self, session: Session) -> str:
+    def work(self, session: Session) -> None:
+        self.connected.set()
         # Here, as they import Ray, which must find the environment that the session has set.
         from .gang import Gang
         from .supervise import Supervisor
@@ -98,7 +75,8 @@ class _Job(threading.Thread):
         each = share_of_most(self.config, lambda config: share(config, session.nodes))
         own = os.environ.get("OMP_NUM_THREADS") if self.config.cluster.cpus_per_worker is None else None
         with Gang(each, group_of(self.config), worker_environment(each, own)) as gang:
-            return Supervisor(self.run_dir, gang, joined=self.address is not None, folder=os.getcwd()).run()
+            supervisor = Supervisor(self.run_dir, gang, joined=self.address is not None, folder=os.getcwd())
+            self.status = supervisor.run()
 
 
 def worker_environment(each: Share, threads: str | None = None) -> dict[str, str]:
@@ -110,18 +88,6 @@ def worker_environment(each: Share, threads: str | None = None) -> dict[str, str
     forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py
     return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | forwarded
-
-
-@contextlib.contextmanager
-def signals(handle: Callable[[], None]) -> Iterator[None]:
-    """Call `handle` at SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: handle()) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _on_signal(job: _Job, attempts_before: int) -> None:

@@ -36,13 +36,7 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory, speed and cost of a run. Example: muster plan moe-8x7b --gpus 64 --search"""
-    if gpu not in KINDS:
-        raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"--gpus {gpus}: should be at least 1")
-    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour < math.inf:
-        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 or more")
-    device = cpu() if gpu == "cpu" else DEVICES[gpu]
+    device = asked_device(gpu, gpus, usd_per_gpu_hour)
     asked = load(config, overrides or ())
     devices = gpus or asked.parallel.world_size
     if do_search:
@@ -64,6 +58,17 @@ def plan(
         print(json.dumps(predicted.summary() | _cost(predicted, resolved, usd_per_gpu_hour), indent=1))
     else:
         _show(predicted, resolved, notes, usd_per_gpu_hour)
+
+
+def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> Device:
+    """The device of --gpu. Raises ConfigError where it, --gpus or --usd-per-gpu-hour makes no sense."""
+    if gpu not in KINDS:
+        raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
+    if gpus is not None and gpus < 1:
+        raise ConfigError(f"--gpus {gpus}: should be at least 1")
+    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour < math.inf:
+        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 or more")
+    return cpu() if gpu == "cpu" else DEVICES[gpu]
 
 
 def vocabulary(config: Config) -> int:

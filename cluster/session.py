@@ -4,9 +4,12 @@ import contextlib
 import logging
 import os
 import secrets
+import shutil
+import signal
 import socket
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,3 +136,63 @@ def end_children(before: frozenset[psutil.Process] | set[psutil.Process] = froze
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(left, timeout=5)
+
+
+class RayThread(threading.Thread):
+    """Ray's part of a command, off the main thread, which is left to signals and to what a person sees.
+
+    Args:
+        address: of the cluster to join; None: start a private one.
+        node: this machine, for a private one.
+    """
+
+    def __init__(self, address: str | None, node: Node) -> None:
+        super().__init__(name="ray", daemon=True)
+        self.address, self.node = address, node
+        self.folder = session_folder()
+        self.error: BaseException | None = None
+        self.stopping = False
+        self.connected, self.ended = threading.Event(), threading.Event()
+
+    def work(self, session: Session) -> None:
+        """What is done with Ray; sets `connected` when signals are to be handled anew."""
+        raise NotImplementedError
+
+    def run(self) -> None:
+        try:
+            with ray_session(self.address, self.node, self.folder) as session:
+                self.work(session)
+        except BaseException as error:
+            self.error = error
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.connected.set()
+            self.ended.set()
+
+    def follow(
+        self, handlers: contextlib.ExitStack, on_signal: Callable[[], None], look: Callable[[], None] = lambda: None
+    ) -> None:
+        """Start it and wait for its end, in the main thread.
+
+        Args:
+            handlers: keeps those of signals for as long as the caller wants them.
+            look: called each second.
+        """
+        self.start()
+        # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
+        for phase in (self.connected, self.ended):
+            handlers.enter_context(signals(on_signal))
+            while not phase.wait(1.0):
+                look()
+
+
+@contextlib.contextmanager
+def signals(handle: Callable[[], None]) -> Iterator[None]:
+    """Call `handle` at SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: handle()) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -37,12 +37,20 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     return from_dict(tree, where=str(name))
 
 
+Validated = TypeVar("Validated", bound=BaseModel)
+
+
 def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping. Raises ConfigError with the key, what was given and what would be right."""
+    return validated(Config, tree, where)
+
+
+def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Validated:
+    """A nested mapping as a model. Raises ConfigError with the key, what was given and what would be right."""
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, Config))) from None
+        raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, model))) from None
 
 
 def to_yaml(config: BaseModel) -> str:

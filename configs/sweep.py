@@ -9,7 +9,6 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
-    ValidationError,
     field_validator,
     model_validator,
 )
@@ -26,8 +25,7 @@ from .designs import (
     RandomDesign,
     listed,
 )
-from .explain import explain
-from .load import merge, override, preset_names, read_mapping
+from .load import merge, override, preset_names, read_mapping, validated
 from .run import folder_name
 from .variants import Variant
 
@@ -154,7 +152,7 @@ class SweepConfig(Section):
 
     @property
     def folder(self) -> Path:
-        return Path(self.root) / self.name
+        return Path(self.root).expanduser() / self.name
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -198,7 +196,4 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
 
 def sweep_from_dict(tree: Mapping[str, Any], where: str = "sweep") -> SweepConfig:
     """Validate a nested mapping. Raises ConfigError with the key, what was given and what would be right."""
-    try:
-        return SweepConfig.model_validate(tree)
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, SweepConfig))) from None
+    return validated(SweepConfig, tree, where)

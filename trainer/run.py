@@ -225,16 +225,28 @@ def take_stop(run_dir: Path) -> str | None:
 @contextmanager
 def run_lock(run_dir: Path, patience: float = 0.0) -> Iterator[None]:
     """Hold the run against a second trainer. Raises ConfigError if another process holds it for `patience` seconds."""
+    busy = f"run {run_dir.name} is being trained by {{}}: wait for it, stop it, or choose another run.name"
+    with hold(run_dir / LOCK, busy, patience):
+        yield
+
+
+@contextmanager
+def hold(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file that says who holds it.
+
+    Args:
+        busy: what a user is told where another process holds it for `patience` seconds; {} is that process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
     until = time.monotonic() + patience
-    with (run_dir / LOCK).open("a+") as file:
+    with path.open("a+") as file:
         while not (held := _try_lock(file)) and time.monotonic() < until:
             time.sleep(0.5)
         if not held:
             file.seek(0)
-            raise ConfigError(
-                f"run {run_dir.name} is being trained by {file.read() or 'another process'}: "
-                f"wait for it, stop it, or choose another run.name"
-            ) from None
+            raise ConfigError(busy.format(file.read() or "another process"))
         file.truncate(0)
         file.write(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
         file.flush()

@@ -9,12 +9,12 @@ import numpy as np
 from configs import Config, flatten, load
 from configs.sweep import SweepConfig
 from models.cost import parameters, training_flops_per_token
-from trainer.record import read_events, read_metrics, summary
+from trainer.record import read_events, read_metrics
 from trainer.tracking.sweep import TRIALS
 
 from .plan import plan
 from .sizes import conventions
-from .standing import Ledger, Standing, last_ends
+from .standing import Ledger, Standing, finished_losses, last_ends
 from .status import read_plan
 from .table import Table, usable
 from .trial import Plan
@@ -25,16 +25,12 @@ SMOOTHED = 0.05
 
 def known_plan(sweep: SweepConfig) -> Plan:
     """The plan of a sweep with the vocabulary and the losses that its runs found. Raises ConfigError if none ran."""
-    sweep_dir = sweep.folder.expanduser().resolve()
+    sweep_dir = sweep.folder.resolve()
     _, tree = read_plan(sweep_dir)
     losses = {
         name: float("nan") for name, end in last_ends(read_events(sweep_dir)).items() if end["status"] == "FAILED"
     }
-    for path in (sweep_dir / TRIALS).glob("*/config.yaml"):
-        run = summary(path.parent)
-        if run["status"] == "FINISHED" and run["eval_loss"] is not None:
-            losses[run["name"]] = run["eval_loss"]
-    return plan(sweep, tree["vocab_size"], losses)
+    return plan(sweep, tree["vocab_size"], losses | finished_losses(sweep_dir))
 
 
 class Row(NamedTuple):
@@ -64,7 +60,7 @@ def collect(planned: Plan) -> Table:
 
     Of trials that differ in their learning rate alone the best one stands for all: the rate was tuned.
     """
-    sweep_dir = planned.sweep.folder.expanduser().resolve()
+    sweep_dir = planned.sweep.folder.resolve()
     standings = Ledger(sweep_dir).standings({trial.name: trial.config.train.steps for trial in planned.trials})
     rows, excluded = [], []
     for name, standing in standings.items():
@@ -147,7 +143,7 @@ def loss_curves(planned: Plan, points: int = 40) -> Table:
     Args:
         points: evenly spaced in log FLOPs, from the first fifth of the shortest run to the end of the longest.
     """
-    sweep_dir = planned.sweep.folder.expanduser().resolve()
+    sweep_dir = planned.sweep.folder.resolve()
     table = collect(planned)
     if not len(table):
         return table

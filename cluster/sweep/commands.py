@@ -1,16 +1,14 @@
 """`muster sweep`: its sub-commands."""
 
 import json
-import math
 from typing import Annotated
 
 import typer
 
 from configs import Config, ConfigError
 from configs.sweep import SweepConfig, load_sweep
-from models.devices import DEVICES, cpu
 
-from ..plan import KINDS, vocabulary
+from ..plan import KINDS, asked_device, vocabulary
 from ..runs import Json
 from . import fit_commands, run_commands
 from .run_commands import File, Overrides
@@ -30,25 +28,21 @@ def plan_sweep(
     as_json: Json = False,
 ) -> None:
     """List a sweep's trials, what they cost, and what may be wrong. Example: muster sweep plan sweep.yaml --gpu cpu"""
-    if gpu not in KINDS:
-        raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"--gpus {gpus}: should be at least 1")
-    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour < math.inf:
-        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 or more")
+    device = asked_device(gpu, gpus, usd_per_gpu_hour)
     from .plan import plan
     from .show import costs, show, to_json
+    from .standing import finished_losses
 
     sweep = load_sweep(file, overrides or ())
     config = config_of(sweep)
-    planned = plan(sweep, vocabulary(config), finished_losses(sweep))
+    planned = plan(sweep, vocabulary(config), finished_losses(sweep.folder))
     planned = planned._replace(warnings=planned.warnings + _repeats(config, planned.trials))
     widest = max((trial.resolved.parallel.world_size for trial in planned.trials), default=1)
     if gpus is not None and gpus < widest:
         raise ConfigError(
             f"--gpus {gpus}: a trial takes {widest} devices by set.parallel: raise the one, lower the other"
         )
-    found = costs(planned, cpu() if gpu == "cpu" else DEVICES[gpu], gpus, usd_per_gpu_hour)
+    found = costs(planned, device, gpus, usd_per_gpu_hour)
     if as_json:
         print(json.dumps(to_json(planned, found), indent=1))
     else:
@@ -60,18 +54,6 @@ def config_of(sweep: SweepConfig) -> Config:
     from .arms import arms
 
     return arms(sweep)[0].config
-
-
-def finished_losses(sweep: SweepConfig) -> dict[str, float]:
-    """Held-out loss of each trial that has finished, by the trials' own records."""
-    from trainer.record import summary
-
-    found = {}
-    for folder in sorted((sweep.folder / "trials").glob("*/config.yaml")):
-        run = summary(folder.parent)
-        if run["status"] == "FINISHED" and run["eval_loss"] is not None:
-            found[run["name"]] = run["eval_loss"]
-    return found
 
 
 def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:

@@ -1,14 +1,11 @@
 """Train the trials of a sweep on the cluster, as many side by side as there is room for: `muster sweep run`."""
 
 import contextlib
-import fcntl
-import json
 import os
 import shutil
 import sys
-import threading
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +15,13 @@ from configs import ConfigError
 from configs.sweep import SweepConfig
 from trainer import revision
 from trainer.record import Record, read_events
-from trainer.run import attempts
+from trainer.run import attempts, hold
 from trainer.tracking import ShipperHandle, start_shipper
 from trainer.tracking.sweep import sweep_config
 
-from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record, signals
+from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record
 from ..machine import this_node
-from ..session import end_children, ray_session, session_folder
+from ..session import RayThread, Session, end_children
 from ..share import Node
 from .order import Order
 from .setting import Setting
@@ -70,12 +67,7 @@ def _run(setting: Setting, address: str | None, node: Node, out: Console) -> int
     record, shipper = _begin_record(setting)
     session = _Session(setting, record, address, node)
     with View(setting.sweep_dir, out) as view, contextlib.ExitStack() as handlers:
-        session.start()
-        # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
-        for phase in (session.connected, session.ended):
-            handlers.enter_context(signals(lambda: _on_signal(session)))
-            while not phase.wait(1.0):
-                view.update()
+        session.follow(handlers, lambda: _on_signal(session), view.update)
         view.update(last=True)
         code, message = _outcome(session)
         _end_record(session, code, message)
@@ -96,36 +88,21 @@ def _run(setting: Setting, address: str | None, node: Node, out: Console) -> int
     return code
 
 
-class _Session(threading.Thread):
-    """Ray's part, off the main thread, which is left to signals and the table."""
+class _Session(RayThread):
+    """Ray's part of a sweep."""
 
     def __init__(self, setting: Setting, record: Record, address: str | None, node: Node) -> None:
-        super().__init__(name="ray", daemon=True)
-        self.setting, self.record, self.address, self.node = setting, record, address, node
-        self.folder = session_folder()
+        super().__init__(address, node)
+        self.setting, self.record = setting, record
         self.order: Order | None = None
         self.trials: Any = None
-        self.error: BaseException | None = None
-        self.stopping = False
         self.code: int | None = None
         """Set when all that is left is to send the record."""
-        self.connected, self.ended = threading.Event(), threading.Event()
 
-    def run(self) -> None:
-        try:
-            with ray_session(self.address, self.node, self.folder) as session:
-                self._train(session.nodes)
-        except BaseException as error:
-            self.error = error
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.connected.set()
-            self.ended.set()
-
-    def _train(self, nodes: Sequence[Node]) -> None:
+    def work(self, session: Session) -> None:
         from ..trials import Trials  # imports Ray, which must find the environment that the session has set
 
-        setting = self.setting
+        setting, nodes = self.setting, session.nodes
         total = {"cpus": sum(node.cpus for node in nodes), "gpus": sum(node.gpus for node in nodes)}
         self.record.event("cluster", machines=len(nodes), **total)
         plan = setting.plan()
@@ -202,24 +179,11 @@ def _on_signal(session: _Session) -> None:
 @contextlib.contextmanager
 def _only_one(sweep_dir: Path) -> Iterator[None]:
     """Hold the sweep. Raises ConfigError if another process runs it, or its folder cannot be written."""
-    try:
-        sweep_dir.mkdir(parents=True, exist_ok=True)
-        file = (sweep_dir / "lock").open("a+")
-    except OSError as error:
-        raise ConfigError(f"{sweep_dir}: {error.strerror or error}; choose another root of the sweep") from None
-    with file:
+    busy = f"sweep {sweep_dir.name} is being run by {{}}: wait for it, stop it, or choose another name"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise ConfigError(
-                f"sweep {sweep_dir.name} is being run by {file.read() or 'another process'}: wait for it, stop it, or "
-                f"choose another name"
-            ) from None
-        file.truncate(0)
-        file.write(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
+            sweep_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(hold(sweep_dir / "lock", busy))
+        except OSError as error:
+            raise ConfigError(f"{sweep_dir}: {error.strerror or error}; choose another root of the sweep") from None
+        yield

@@ -31,7 +31,7 @@ def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = Fal
     from .show_status import render
     from .status import progress, to_json
 
-    found = progress(sweep.folder.expanduser().resolve())
+    found = progress(sweep.folder.resolve())
     if as_json:
         print(json.dumps(to_json(found), indent=1))
     else:
@@ -55,7 +55,7 @@ def score_sweep(
 
     from .score import SCORES, score, score_left_out, show, to_json
 
-    folder = sweep.folder.expanduser().resolve()
+    folder = sweep.folder.resolve()
     if max_budget is None:
         found = score(folder)
     else:

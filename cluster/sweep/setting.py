@@ -9,7 +9,7 @@ from configs.data import DataConfig
 from configs.sweep import SweepConfig, nested
 from configs.tracking import TrackingConfig
 from trainer.data.default import ensure_prepared, vocabulary_size
-from trainer.record import read_events, summary
+from trainer.record import read_events
 from trainer.run import attempts, read_config, resolve_config
 from trainer.tracking.sweep import SWEEP, TRIALS
 
@@ -20,7 +20,7 @@ from ..share import Node, group_of, share_of_most, share_of_trial
 from .arms import arms
 from .order import Job
 from .plan import plan
-from .standing import Ledger, diverged, last_ends
+from .standing import Ledger, diverged, finished_losses, last_ends
 from .trial import Plan, Trial
 
 UNWATCHED: dict[str, dict[str, Any]] = {
@@ -37,7 +37,7 @@ class Setting:
 
     def __init__(self, sweep: SweepConfig) -> None:
         self.sweep = sweep
-        self.sweep_dir = sweep.folder.expanduser().resolve()
+        self.sweep_dir = sweep.folder.resolve()
         self.base = arms(sweep)[0].config
         self.vocab_size = vocabulary(self.base)
         self._data: dict[DataConfig, DataConfig] = {}
@@ -68,11 +68,7 @@ class Setting:
 
     def plan_again(self, failed: Sequence[str]) -> Plan:
         """As `plan`, with the names of those that failed for good."""
-        losses = dict.fromkeys(failed, float("nan"))
-        for path in (self.sweep_dir / TRIALS).glob("*/config.yaml"):
-            run = summary(path.parent)
-            if run["status"] == "FINISHED" and run["eval_loss"] is not None:
-                losses[run["name"]] = run["eval_loss"]
+        losses = dict.fromkeys(failed, float("nan")) | finished_losses(self.sweep_dir)
         return plan(self.sweep, self.vocab_size, losses)
 
     def job(self, trial: Trial, nodes: Sequence[Node]) -> Job:

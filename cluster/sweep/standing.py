@@ -101,6 +101,14 @@ def diverged(events: Sequence[Mapping[str, Any]]) -> bool:
     return skipped["step"] == ended["step"] and str(ended["reason"]).startswith("TrainingStopped")
 
 
+def finished_losses(sweep_dir: Path) -> dict[str, float]:
+    """Held-out loss of each trial that has finished, nats per token, by the trials' own records."""
+    runs = [summary(path.parent) for path in sorted((sweep_dir / TRIALS).glob("*/config.yaml"))]
+    return {
+        run["name"]: run["eval_loss"] for run in runs if run["status"] == "FINISHED" and run["eval_loss"] is not None
+    }
+
+
 def last_ends(events: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The last `trial_ended` of each trial, by its name."""
     return {event["trial"]: event for event in events if event["event"] == "trial_ended"}
