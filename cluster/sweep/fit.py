@@ -1,4 +1,4 @@
-"""Fit scaling laws to a table of runs: `fit(read_table("runs.csv"))`. Needs numpy and scipy; neither Ray nor torch."""
+"""Fit scaling laws to a table of runs: `fit(read_table("runs.csv"))`. Needs numpy; neither Ray nor torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,15 +48,8 @@ class Fit:
     objective: Objective
     residual: float
     """Root mean square of ln L - ln loss."""
-    typical: float
-    """Median of |ln L - ln loss|, for as many coefficients as were fitted."""
     cross_validation: float | None = None
     """Root mean square of ln L - ln loss on held-back budgets, rolling origin; None: too few budgets."""
-
-    @property
-    def residual_noise(self) -> float:
-        """Standard deviation of one run's ln L about the form, by the median absolute residual."""
-        return 1.4826 * self.typical
 
     @property
     def undetermined(self) -> Refusal | None:
@@ -100,7 +93,6 @@ class Fits:
     approach2: Approach2 | None = None
     kinds: dict[str, "Fits"] = field(default_factory=dict)
     """Of a table with several kinds of models, each kind alone, by its experts."""
-    notes: tuple[str, ...] = field(default=())
 
     @property
     def best(self) -> Fit:
@@ -120,7 +112,7 @@ class Fits:
             "chosen": self.chosen,
             "refused": {name: {"kind": each.kind, "why": str(each)} for name, each in self.refused.items()},
             "excluded": [{"run": run, "why": why} for run, why in self.table.excluded],
-            "notes": [*self.table.notes, *self.notes],
+            "notes": list(self.table.notes),
             "kinds": {label: each.summary() for label, each in self.kinds.items()},
         } | found
 
@@ -189,12 +181,8 @@ def fit_form(
     objective: Objective = HUBER_LOG,
     bootstraps: int = BOOTSTRAPS,
     seed: int = 0,
-    validate: bool = True,
 ) -> Fit:
     """Fit one form.
-
-    Args:
-        validate: also on held-back budgets.
 
     Raises:
         Refusal: the table lacks a column or a spread that the form needs, or has fewer rows than it has coefficients.
@@ -217,11 +205,9 @@ def fit_form(
             low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
             intervals[name] = (float(low), float(high))
     residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
-    spare = np.sqrt(len(table) / (len(table) - form.size))
     return Fit(
         form, solution, form.coefficients(solution.parameters), intervals, samples, objective,
-        residual=float(np.sqrt((residual**2).mean())), typical=float(np.median(np.abs(residual)) * spare),
-        cross_validation=rolling_origin(form, table, objective) if validate else None,
+        residual=float(np.sqrt((residual**2).mean())), cross_validation=rolling_origin(form, table, objective),
     )  # fmt: skip
 
 

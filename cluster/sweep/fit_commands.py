@@ -83,13 +83,13 @@ def predict_sweep(
             raise ConfigError(f"{key} {value:g}: should be above 0")
     _, found = _table(file, table, columns, where, convention, max_budget)
     from .fit import check, named
-    from .forecast import at_budget, at_size
+    from .forecast import Forecast
 
     check(found)
-    law = named(form) if form else None
-    predictions = [at_budget(found, each, law) for each in budget or ()]
+    forecast = Forecast(found, named(form) if form else None)
+    predictions = [forecast.at_budget(each) for each in budget or ()]
     if n is not None and d is not None:
-        predictions.append(at_size(found, n, d, law))
+        predictions.append(forecast.at_size(n, d))
     if as_json:
         excluded = [{"run": run, "why": why} for run, why in found.excluded]
         print(json.dumps({"predictions": [each.summary() for each in predictions], "excluded": excluded}, indent=1))
@@ -114,12 +114,12 @@ def next_sweep(
     assert sweep
     from .collect import known_plan
     from .fit import check, named
-    from .forecast import at_budget
+    from .forecast import Forecast
     from .next import Best, next_trial, write
     from .score import PREDICTIONS, keep_prediction
 
     check(found)
-    predicted = at_budget(found, budget, named(form) if form else None)
+    predicted = Forecast(found, named(form) if form else None).at_budget(budget)
     experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
     granularity = predicted.shape.get("granularity")
     best = Best(
@@ -159,11 +159,12 @@ def plot_sweep(
             raise ConfigError("muster sweep plot --table FILE needs --out FOLDER")
         out = sweep.folder / "plots"
     from .fit import fit
-    from .forecast import at_budget
+    from .forecast import Forecast
     from .plots import Prediction, draw
 
     fits = fit(found, form)
-    predicted = [at_budget(found, each) for each in budget or ()]
+    forecast = Forecast(found)
+    predicted = [forecast.at_budget(each) for each in budget or ()]
     marks = [Prediction(each.budget, each.loss.value, each.loss.low, each.loss.high) for each in predicted]
     drawn = draw(fits, out, marks)
     for path in drawn:

@@ -49,7 +49,7 @@ def show_fits(fits: Fits) -> None:
     for why, runs in groups(fits.table.excluded).items():
         named = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
         console.print(f"left out: {named}: {why}", soft_wrap=True, markup=False)
-    for note in (*table.notes, *fits.notes):
+    for note in table.notes:
         console.print(f"note: {note}", soft_wrap=True, markup=False)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from .forms import Form
 from .intervals import Extrapolation, Interval, extrapolate
-from .predict import Kind, columns_at, kinds
+from .predict import columns_at, kinds
 from .table import Table
 
 LEVEL = 0.95
@@ -47,41 +47,50 @@ class Prediction:
         )
 
 
-def at_budget(table: Table, budget: float, form: Form | None = None, seed: int = 0) -> Prediction:
-    """The compute-optimal model of a budget and its loss; of several kinds of models, the best.
+class Forecast:
+    """Predictions from a table of runs. A law is fitted to each kind of models once, when it is first asked for.
 
     Args:
         form: None: `Crossed` near the largest budgets; or another, on all runs.
-
-    Raises:
-        Refusal: too few runs near the optimum of the largest budgets.
     """
-    laws = [_law(table, kind, form, seed) for kind in kinds(table)]
-    found = [law.at_budget(budget, LEVEL) for law in laws]
-    best = min(range(len(laws)), key=lambda each: found[each]["loss"].value)
-    return _prediction(table, laws[best], budget, **found[best])
 
+    def __init__(self, table: Table, form: Form | None = None, seed: int = 0) -> None:
+        self.table, self.form, self.seed = table, form, seed
+        self.kinds = kinds(table)
+        self._laws: dict[int, Extrapolation] = {}
 
-def at_size(
-    table: Table, n: float, d: float, form: Form | None = None, kind: Kind | None = None, seed: int = 0
-) -> Prediction:
-    """The loss of a model of n parameters after d tokens.
+    def at_budget(self, budget: float) -> Prediction:
+        """The compute-optimal model of a budget and its loss; of several kinds of models, the best.
 
-    Args:
-        kind: of model, where the table has several; None: the first.
+        Raises:
+            Refusal: too few runs near the optimum of the largest budgets.
+        """
+        laws = [self._law(index) for index in range(len(self.kinds))]
+        found = [law.at_budget(budget, LEVEL) for law in laws]
+        best = min(range(len(laws)), key=lambda each: found[each]["loss"].value)
+        return _prediction(self.table, laws[best], budget, **found[best])
 
-    Raises:
-        Refusal: too few runs near the optimum of the largest budgets.
-    """
-    law = _law(table, kind or kinds(table)[0], form, seed)
-    budget = float(columns_at(law.kind, law.table, np.log([n]), np.log([d]))["c"][0])
-    return _prediction(table, law, budget, law.at_size(n, d, LEVEL), Interval(n, n, n), Interval(d, d, d))
+    def at_size(self, n: float, d: float, shape: Mapping[str, float] | None = None) -> Prediction:
+        """The loss of a model of n parameters after d tokens.
 
+        Args:
+            shape: of one of the table's kinds of models; None: the first.
 
-def _law(table: Table, kind: Kind, form: Form | None, seed: int) -> Extrapolation:
-    """Of the runs of one kind alone: what a law of experts assumes of others does not touch it."""
-    table = table.take(kind.rows)
-    return extrapolate(table, form, kind._replace(rows=np.arange(len(table))), seed=seed)
+        Raises:
+            Refusal: too few runs near the optimum of the largest budgets.
+        """
+        law = self._law(0 if shape is None else [kind.shape for kind in self.kinds].index(dict(shape)))
+        budget = float(columns_at(law.kind, law.table, np.log([n]), np.log([d]))["c"][0])
+        return _prediction(self.table, law, budget, law.at_size(n, d, LEVEL), Interval(n, n, n), Interval(d, d, d))
+
+    def _law(self, index: int) -> Extrapolation:
+        """Of the runs of one kind alone: what a law of experts assumes of others does not touch it."""
+        if index not in self._laws:
+            kind = self.kinds[index]
+            table = self.table.take(kind.rows)
+            own = kind._replace(rows=np.arange(len(table)))
+            self._laws[index] = extrapolate(table, self.form, own, seed=self.seed)
+        return self._laws[index]
 
 
 def _prediction(

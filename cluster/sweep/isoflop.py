@@ -84,9 +84,7 @@ class Approach2:
         }  # fmt: skip
 
 
-def valley(
-    c: Array, n: Array, d: Array, loss: Array, weights: Array | None = None, window: float = WINDOWS[-1]
-) -> Valley:
+def valley(c: Array, n: Array, d: Array, loss: Array, window: float = WINDOWS[-1]) -> Valley:
     """The parabola of loss in ln n through the runs of one budget within a factor `window` of its best size.
 
     Raises:
@@ -100,11 +98,10 @@ def valley(
     near = np.abs(np.log(n) - centre) <= np.log(window) + 1e-9
     if len(np.unique(n[near])) < 3:
         near = np.isin(n, np.unique(n)[np.argsort(np.abs(np.log(np.unique(n)) - centre))[:3]])
-    weights = np.ones(near.sum()) if weights is None else weights[near]
     x, y = np.log(n[near]) - centre, loss[near]
     design = np.stack([np.ones_like(x), x, x**2], axis=1)
-    gram = np.linalg.pinv((design * weights[:, None]).T @ design)
-    beta = gram @ (design.T @ (weights * y))
+    gram = np.linalg.pinv(design.T @ design)
+    beta = gram @ (design.T @ y)
     if beta[2] <= 0:
         raise Refusal("concave", f"{where}: the loss is concave in ln N; more sizes or seeds would show its valley")
     low = -beta[1] / (2 * beta[2])
@@ -113,7 +110,7 @@ def valley(
         raise Refusal("edge", f"{where}: the lowest loss lies beyond the {end} size ({np.exp(centre):.3g})")
     spare = int(near.sum()) - 3
     residual = y - design @ beta
-    variance = float(weights @ residual**2) / spare if spare > 0 else np.nan
+    variance = float(residual @ residual) / spare if spare > 0 else np.nan
     # d low / d beta, by the delta method.
     slope = np.array([0.0, -1 / (2 * beta[2]), beta[1] / (2 * beta[2] ** 2)])
     std = float(np.sqrt(slope @ gram @ slope * variance))
@@ -139,18 +136,15 @@ def power_law(c: Array, y: Array, std: Array | None = None) -> PowerLaw:
     return PowerLaw(float(np.exp(beta[0])), float(beta[1]), float(np.sqrt(variance * gram[1, 1])))
 
 
-def approach2(table: Table, weights: Array | None = None) -> Approach2:
+def approach2(table: Table) -> Approach2:
     """Hoffmann et al.'s second approach: a parabola for each budget, power laws through their lowest points.
 
     Of the WINDOWS that leave out the fewest budgets, it takes the one whose ln N* scatter least about their power law.
 
-    Args:
-        weights: of the rows, such as how often each was drawn.
-
     Raises:
         Refusal: fewer than three budgets have a usable parabola.
     """
-    tried = [_valleys(table, weights, window) for window in WINDOWS]
+    tried = [_valleys(table, window) for window in WINDOWS]
     most = max(len(valleys) for valleys, _ in tried)
     full = [each for each in tried if len(each[0]) == most]
 
@@ -159,11 +153,10 @@ def approach2(table: Table, weights: Array | None = None) -> Approach2:
         return float(np.std(n - np.polyval(np.polyfit(c, n, 1), c)))
 
     valleys, refused = min(full, key=scatter) if most > 2 else full[-1]
-    index = budgets(table)
     if len(valleys) < 3:
         raise Refusal(
             "few_budgets",
-            f"approach 2: {len(valleys)} of {index.max() + 1} budgets have a valley in N, it needs 3"
+            f"approach 2: {len(valleys)} of {len(valleys) + len(refused)} budgets have a valley in N, it needs 3"
             + "".join(f"\n{refusal}" for refusal in refused[:2]),
         )
     c, n, d, loss = (np.array([getattr(each, key) for each in valleys]) for key in ("c", "n", "d", "loss"))
@@ -179,18 +172,13 @@ def approach2(table: Table, weights: Array | None = None) -> Approach2:
     return Approach2(tuple(valleys), tuple(refused), power_law(c, n, std), power_law(c, d, std), frontier)
 
 
-def _valleys(table: Table, weights: Array | None, window: float) -> tuple[list[Valley], list[Refusal]]:
+def _valleys(table: Table, window: float) -> tuple[list[Valley], list[Refusal]]:
     index = budgets(table)
     valleys, refused = [], []
     for budget in range(int(index.max()) + 1):
         rows = index == budget
-        if weights is not None:
-            rows &= weights > 0
-        if not rows.any():
-            continue
         try:
-            drawn = None if weights is None else weights[rows]
-            valleys.append(valley(table.c[rows], table.n[rows], table.d[rows], table.loss[rows], drawn, window))
+            valleys.append(valley(table.c[rows], table.n[rows], table.d[rows], table.loss[rows], window))
         except Refusal as refusal:
             refused.append(refusal)
     return valleys, refused

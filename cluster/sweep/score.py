@@ -120,8 +120,7 @@ def score_left_out(table: Table, max_budget: float, form: str | None = None) -> 
         ConfigError: nothing lies above, or what lies below cannot be fitted.
     """
     from .fit import check, named
-    from .forecast import at_budget, at_size
-    from .predict import kinds
+    from .forecast import Forecast
 
     above = table.c > 1.01 * max_budget
     if not above.any() or above.all():
@@ -131,13 +130,12 @@ def score_left_out(table: Table, max_budget: float, form: str | None = None) -> 
         )
     held, below = table.take(above), table.without(above, f"over --max-budget {max_budget:g}")
     check(below)
-    law = named(form) if form else None
-    known = {tuple(sorted(kind.shape.items())): kind for kind in kinds(below)}
-    found = []
+    forecast = Forecast(below, named(form) if form else None)
+    shapes, found = [kind.shape for kind in forecast.kinds], []
     for i in range(len(held)):
-        shape = {key: float(held.extra[key][i]) for key in next(iter(known.values())).shape}
-        if kind := known.get(tuple(sorted(shape.items()))):
-            each = at_size(below, float(held.n[i]), float(held.d[i]), law, kind)
+        shape = {key: float(held.extra[key][i]) for key in shapes[0]}
+        if shape in shapes:
+            each = forecast.at_size(float(held.n[i]), float(held.d[i]), shape)
             found.append(
                 Score(held.run[i], float(held.c[i]), *each.run_loss, each.form, float(held.loss[i]), "FINISHED")
             )
@@ -145,7 +143,7 @@ def score_left_out(table: Table, max_budget: float, form: str | None = None) -> 
     for level in range(int(index.max()) + 1):
         rows = np.flatnonzero(index == level)
         best = rows[held.loss[rows].argmin()]
-        each = at_budget(below, float(held.c[best]), law)
+        each = forecast.at_budget(float(held.c[best]))
         name = f"best of {plain(float(held.c[best]))}"
         found.append(Score(name, float(held.c[best]), *each.run_loss, each.form, float(held.loss[best]), "FINISHED"))
     return found

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from configs import ConfigError
 
-Array = NDArray[np.float64]
+from .forms import Array
+
 CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
 """Ways to count N: all parameters; those a token passes; these less embedding and head; these less the embedding."""
 REQUIRED = ("n", "d", "c", "loss")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from laws import HOFFMANN, isoflop
 
-from cluster.sweep.forecast import at_budget
+from cluster.sweep.forecast import Forecast
 from cluster.sweep.forms import Approach3
 from cluster.sweep.table import budgets, read_table
 
@@ -27,8 +27,9 @@ def test_real_tables():
         table = read_table(PORIAN, COLUMNS, dict(zip(SETS, values, strict=True)))
         index = budgets(table)
         below = table.take(index < index.max() - 1)
+        forecast = Forecast(below)
         for held in (index == index.max() - 1, index == index.max()):
-            loss = at_budget(below, float(table.c[held].mean())).loss
+            loss = forecast.at_budget(float(table.c[held].mean())).loss
             inside.append(loss.low <= table.loss[held].min() <= loss.high)
             widths.append((loss.high - loss.low) / loss.value)
     assert len(inside) == 30
@@ -47,7 +48,7 @@ def test_a_planted_law(noise):
     loss = float(np.exp(form.log_loss(form.parameters(HOFFMANN)[None], x))[0, 0])
     inside = []
     for seed in range(100):
-        found = at_budget(isoflop(form, HOFFMANN, (1e18, 1e21, 7), noise=noise, seed=seed), 1e22)
+        found = Forecast(isoflop(form, HOFFMANN, (1e18, 1e21, 7), noise=noise, seed=seed)).at_budget(1e22)
         inside.append((found.loss.low <= loss <= found.loss.high, found.n.low <= n <= found.n.high))
     covered = np.mean(inside, axis=0)
     assert (covered >= 0.9).all(), covered
