@@ -1,5 +1,6 @@
 """A figure as its marks, drawn twice: by matplotlib for paper, by plotly for a page that can be pointed at."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -83,12 +84,12 @@ def distinct(count: int) -> list[str]:
     return list(DISTINCT[:count]) if count <= len(DISTINCT) else sequence(count)
 
 
-def number(value: float, scale: Scale, power: str = "$10^{{{}}}$") -> str:
-    """A value as its axis writes it: 300M, 10^18, 2.5, +1%, 4x."""
+def number(value: float, scale: Scale) -> str:
+    """A value as its axis writes it: 300M, $10^{18}$, 2.5, +1%, 4x."""
     if scale == "flops":
         exponent = int(np.floor(np.log10(value) + 1e-9))
         factor = value / 10.0**exponent
-        return ("" if abs(factor - 1) < 1e-6 else f"{factor:.3g}×") + power.format(exponent)
+        return ("" if abs(factor - 1) < 1e-6 else f"{factor:.3g}×") + f"$10^{{{exponent}}}$"
     if scale == "count":
         unit, letter = next(
             ((u, a) for u, a in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u), (1, "")
@@ -239,6 +240,11 @@ def _page(pictures: Sequence[Picture]) -> Iterator[str]:
     yield "</body></html>\n"
 
 
+def _html(text: str) -> str:
+    """As plotly's labels take it: they know neither mathtext nor line ends."""
+    return re.sub(r"\$10\^\{(-?\d+)\}\$", r"10<sup>\1</sup>", text).replace("\n", "<br>")
+
+
 def _screen(picture: Picture) -> Any:
     from plotly.graph_objects import Figure as Screen
     from plotly.subplots import make_subplots
@@ -262,14 +268,17 @@ def _screen(picture: Picture) -> Any:
                 range=ends if linear else [float(np.log10(end)) for end in ends], ticks="outside",
                 exponentformat="B" if scale == "count" else "power", tickformat="+.1%" if linear else None,
             )  # fmt: skip
-    figure.update_layout(template="simple_white", height=460, legend_title_text=picture.legend)
+    figure.update_layout(
+        template="simple_white", height=400, margin={"t": 40, "b": 60}, legend_title_text=_html(picture.legend),
+    )  # fmt: skip
     return figure
 
 
 def _traces(mark: Mark, label: str) -> list[Any]:
     from plotly.graph_objects import Contour, Scatter
 
-    common = {"name": label or mark.label, "legendgroup": mark.label or None, "showlegend": bool(label)}
+    name = _html(mark.label)
+    common = {"name": name, "legendgroup": name or None, "showlegend": bool(label)}
     x, y = mark.x.tolist(), mark.y.tolist()
     if mark.low is not None and mark.high is not None and mark.kind == "band":
         ok = np.isfinite(mark.low) & np.isfinite(mark.high)

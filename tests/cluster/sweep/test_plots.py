@@ -46,6 +46,7 @@ def test_a_dense_sweep_has_every_picture_but_that_of_experts(tmp_path):
     page = written[-1].read_text()
     assert page.count("Plotly.newPlot") == 4
     assert "<script src=" not in page
+    assert "$10^{" not in page, "mathtext, which plotly would show as it is written"
 
 
 def test_a_moe_sweep_shows_what_experts_are_worth(tmp_path):
