@@ -53,8 +53,10 @@ def show_config(
         return
     if config is None:
         raise ConfigError(f"muster config needs a CONFIG: {', '.join(preset_names())}, or a YAML file")
+    from trainer.data.manifest import vocabulary  # numpy
+
     asked = load(config, overrides or ())
-    resolved, notes = resolve(asked, vocab_size=plan.vocabulary(asked))
+    resolved, notes = resolve(asked, vocab_size=vocabulary(asked.data))
     if as_json:
         print(resolved.model_dump_json(indent=1))
         return

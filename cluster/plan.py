@@ -36,6 +36,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory, speed and cost of a run. Example: muster plan moe-8x7b --gpus 64 --search"""
+    from trainer.data.manifest import vocabulary  # numpy
+
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
     asked = load(config, overrides or ())
     devices = gpus or asked.parallel.world_size
@@ -43,7 +45,7 @@ def plan(
         # Of the config's own topology only what does not depend on it is used.
         alone = {"dp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": 1}
         asked = asked.model_copy(update={"parallel": asked.parallel.model_copy(update=alone)})
-        resolved, _ = resolve(asked, vocab_size=vocabulary(asked))
+        resolved, _ = resolve(asked, vocab_size=vocabulary(asked.data))
         found = search(resolved, device, devices)
         if as_json:
             print(json.dumps(_search_json(found, usd_per_gpu_hour), indent=1))
@@ -52,7 +54,7 @@ def plan(
         return
     if gpus:
         asked = _spread(asked, gpus)
-    resolved, notes = resolve(asked, vocab_size=vocabulary(asked))
+    resolved, notes = resolve(asked, vocab_size=vocabulary(asked.data))
     predicted = predict(resolved, device)
     if as_json:
         print(json.dumps(predicted.summary() | _cost(predicted, resolved, usd_per_gpu_hour), indent=1))
@@ -69,16 +71,6 @@ def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> 
     if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour < math.inf:
         raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 or more")
     return cpu() if gpu == "cpu" else DEVICES[gpu]
-
-
-def vocabulary(config: Config) -> int:
-    """Size of the vocabulary that the data have, or will have once they are prepared."""
-    from trainer.data.manifest import read_manifests  # numpy
-
-    try:
-        return read_manifests(config.data)[0].tokenizer.vocab_size
-    except ConfigError:
-        return 257 if config.data.prepare.tokenizer == "bytes" else config.data.prepare.vocab_size
 
 
 def _spread(config: Config, devices: int) -> Config:

@@ -14,7 +14,6 @@ from configs import Config, ConfigError, load, preset_names, resolve, worker_cou
 from . import pack
 from .client import Cluster, api_url
 from .jobs import Address, accepted, follow, new_id
-from .plan import vocabulary
 from .queue import ACTIVE
 from .runs import Json
 from .share import group_of, share_of_gang, share_of_most
@@ -34,10 +33,12 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Send this folder and a run to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
+    from trainer.data.manifest import vocabulary  # numpy
+
     asked = load(config, overrides or ())
     here = Path.cwd()
     _check_root(asked)
-    asked, _ = resolve(asked, vocab_size=vocabulary(asked))
+    asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
     name = _config_in(here, config)
     cluster = Cluster(api_url(address, asked.cluster.address))
     counts, nodes = worker_counts(asked), cluster.nodes()

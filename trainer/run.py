@@ -17,7 +17,7 @@ from models.families import build
 
 from .checkpoint import committed, folder
 from .data.default import ensure_prepared, vocabulary_size
-from .data.manifest import sources_of
+from .data.manifest import sources_of, vocabulary
 from .plugins import load_plugins
 from .record import Record, read_events
 from .tracking import inputs_of
@@ -34,7 +34,7 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     """The config with every derived value filled in and every path absolute, and one line per derived value.
 
     Args:
-        prepare: make the default data where they are missing; otherwise their planned vocabulary size is assumed.
+        prepare: make the default data where they are missing; otherwise the vocabulary that they will have is assumed.
 
     Raises:
         ConfigError: the config cannot run.
@@ -51,7 +51,7 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
             raise ConfigError(f"train.init_from={source}: no such folder")
         source = str(Path(source).expanduser().resolve())
         config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": source})})
-    planned = config.model.vocab_size or config.data.prepare.vocab_size
+    planned = config.model.vocab_size or vocabulary(config.data)
     resolved, derived = resolve(config, vocab_size=planned)
     notes: list[str] = []
     if prepare:  # only now: a mistake in the config shows at once, not after minutes of preparation

@@ -8,7 +8,7 @@ import typer
 from configs import Config, ConfigError
 from configs.sweep import SweepConfig, load_sweep
 
-from ..plan import KINDS, asked_device, vocabulary
+from ..plan import KINDS, asked_device
 from ..runs import Json
 from . import fit_commands, run_commands
 from .run_commands import File, Overrides
@@ -29,13 +29,15 @@ def plan_sweep(
 ) -> None:
     """List a sweep's trials, what they cost, and what may be wrong. Example: muster sweep plan sweep.yaml --gpu cpu"""
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
+    from trainer.data.manifest import vocabulary
+
     from .plan import plan
     from .show import costs, show, to_json
     from .standing import finished_losses
 
     sweep = load_sweep(file, overrides or ())
     config = config_of(sweep)
-    planned = plan(sweep, vocabulary(config), finished_losses(sweep.folder))
+    planned = plan(sweep, vocabulary(config.data), finished_losses(sweep.folder))
     planned = planned._replace(warnings=planned.warnings + _repeats(config, planned.trials))
     widest = max((trial.resolved.parallel.world_size for trial in planned.trials), default=1)
     if gpus is not None and gpus < widest:

@@ -9,13 +9,13 @@ from configs.data import DataConfig
 from configs.sweep import SweepConfig, nested
 from configs.tracking import TrackingConfig
 from trainer.data.default import ensure_prepared, vocabulary_size
+from trainer.data.manifest import vocabulary
 from trainer.record import read_events
 from trainer.run import attempts, read_config, resolve_config
 from trainer.tracking.sweep import SWEEP, TRIALS
 
 from .. import queue
 from ..launch import worker_environment
-from ..plan import vocabulary
 from ..share import Node, group_of, share_of_most, share_of_trial
 from .arms import arms
 from .order import Job
@@ -39,7 +39,7 @@ class Setting:
         self.sweep = sweep
         self.sweep_dir = sweep.folder.resolve()
         self.base = arms(sweep)[0].config
-        self.vocab_size = vocabulary(self.base)
+        self.vocab_size = vocabulary(self.base.data)
         self._data: dict[DataConfig, DataConfig] = {}
         self._said = _dotted(nested(sweep.set)) | set(sweep.axes)
         for variant in sweep.variants.values():

@@ -10,7 +10,6 @@ from trainer.record import Record
 
 TINY = {
     "num_layers": 2, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "num_experts": 0, "intermediate_size": 64,
-    "vocab_size": 320,
 }  # fmt: skip
 
 

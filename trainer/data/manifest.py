@@ -159,6 +159,14 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     return manifests
 
 
+def vocabulary(data: DataConfig) -> int:
+    """Size of the vocabulary that the data have, or will have once they are prepared."""
+    try:
+        return read_manifests(data)[0].tokenizer.vocab_size
+    except ConfigError:
+        return 257 if data.prepare.tokenizer == "bytes" else data.prepare.vocab_size
+
+
 def fsync_folder(folder: Path) -> None:
     """Make renames and new files in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)

@@ -19,7 +19,6 @@ from trainer.run import prepare_run, read_config
 
 BASE = """
 train: {{global_batch: 4, seq_len: 32, precision: fp32, eval_sequences: 4}}
-model: {{vocab_size: 320}}
 optim: {{lr: 2.0e-3}}
 data: {{path: {data}}}
 checkpoint: {{background: false}}
