@@ -14,6 +14,7 @@ from configs.sweep import SweepConfig, load_sweep
 from ..runs import Json
 
 if TYPE_CHECKING:
+    from .plots import Prediction
     from .table import Table
 
 File = Annotated[str | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep; or --table.")]
@@ -152,7 +153,7 @@ def plot_sweep(
     form: FormName = None,
     max_budget: MaxBudget = None,
 ) -> None:
-    """Draw a fit as PNG and HTML. Example: muster sweep plot sweep.yaml"""
+    """Draw a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
     sweep, found = _table(file, table, columns, where, convention, max_budget)
     if out is None:
         if sweep is None:
@@ -165,12 +166,26 @@ def plot_sweep(
     fits = fit(found, form)
     forecast = Forecast(found)
     predicted = [forecast.at_budget(each) for each in budget or ()]
-    marks = [Prediction(each.budget, each.loss.value, each.loss.low, each.loss.high) for each in predicted]
+    marks = [Prediction(each.budget, *each.loss) for each in predicted]
+    if sweep is not None:
+        marks += predicted_runs(sweep.folder)
     drawn = draw(fits, out, marks)
     for path in drawn:
         print(path)
     if sweep is not None and out.resolve().is_relative_to(sweep.folder.resolve()):
         _send(sweep, drawn)
+
+
+def predicted_runs(sweep_dir: Path) -> "list[Prediction]":
+    """What `muster sweep next` said of runs before they began, and what came of those that have finished."""
+    from .plots import Prediction
+    from .score import PREDICTIONS, score
+
+    scores = score(sweep_dir) if (sweep_dir / PREDICTIONS).exists() else []
+    return [
+        Prediction(each.budget, each.predicted, each.low, each.high, each.loss if each.counts else None)
+        for each in scores if each.status != "AFTERWARDS"
+    ]  # fmt: skip
 
 
 def _table(

@@ -12,7 +12,7 @@ from trainer.record import read_events, read_metrics
 @pytest.mark.slow
 def test_every_run_is_trained_once(tmp_path, tiny_data):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        ended = process.submit(train_all, tmp_path, tiny_data).result(240)
+        ended = process.submit(train_all, tmp_path, tiny_data).result(900)  # 2 minutes at a load of 6 a core
     statuses = [(name, status) for name, status, _ in ended]
     assert sorted(statuses[:4]) == [("a", "FINISHED"), ("b", "FINISHED"), ("c", "FINISHED"), ("wrong", "FAILED")]
     assert sorted(statuses[4:]) == [("a", "FINISHED"), ("d", "FINISHED")]

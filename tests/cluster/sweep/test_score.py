@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from sweeps import tiny_sweep
 
+from cluster.sweep.fit_commands import predicted_runs
 from cluster.sweep.score import keep_prediction, score, score_left_out, to_json
 from cluster.sweep.setting import Setting
 from cluster.sweep.table import Table
@@ -57,6 +58,8 @@ def test_a_prediction_is_scored_once_its_run_has_finished(sweep, muster, tmp_pat
     assert found["bad"].error == pytest.approx(1 / 3)
     assert (found["open"].loss, found["open"].status) == (None, "NEW")
     assert found["good"].budget != 1e9  # what it spent
+    drawn = [(each.loss, each.low, each.high, each.found) for each in predicted_runs(sweep.folder)]
+    assert drawn == [(2.0, 1.9, 2.1, 2.05), (1.5, 1.4, 1.6, 2.0), (1.8, 1.8 - 0.1, 1.8 + 0.1, None)]
     told = to_json(list(found.values()))
     assert (told["finished"], told["inside"]) == (2, 1)
 
@@ -78,11 +81,13 @@ def test_a_prediction_made_afterwards_does_not_count(sweep):
     keep_prediction(sweep.folder, prediction(2.0), path, "run")
     [found] = score(sweep.folder)
     assert (found.status, found.counts) == ("AFTERWARDS", False)
+    assert predicted_runs(sweep.folder) == []
 
 
 def test_nothing_predicted_is_said(sweep):
     with pytest.raises(ConfigError, match="muster sweep next"):
         score(sweep.folder)
+    assert predicted_runs(sweep.folder) == []
 
 
 def law(n, d):
