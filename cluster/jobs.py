@@ -70,6 +70,10 @@ def status(
     print(f"{run}: {_state(job)}{reason}{where}, priority {job['priority']}, {_gang(job)}, run {job['run_dir']}")
     if (Path(job["run_dir"]) / "config.yaml").is_file():
         runs.status(job["run_dir"], root, as_json=False)
+    elif (Path(job["run_dir"]) / "plan.json").is_file():
+        from .sweep.show_status import show
+
+        show(Path(job["run_dir"]))
 
 
 def logs(
@@ -120,7 +124,7 @@ def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
     if old["state"] in ACTIVE:
         raise ConfigError(f"{job} is {old['state']}: stop it first")
     if old["state"] == FINISHED:
-        raise ConfigError(f"{job} is FINISHED: submit it with more train.steps to go on")
+        raise ConfigError(f"{job} is FINISHED: submit it with more to do, such as train.steps, to go on")
     new = new_id(old["name"])
     cluster.send(do="retry", id=job, new=new)
     accepted(cluster, new, as_json)

@@ -110,9 +110,12 @@ def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
     return each
 
 
-def share_of_trial(config: Config, nodes: Sequence[Node]) -> Share:
+def share_of_trial(config: Config, nodes: Sequence[Node], wait: bool = False) -> Share:
     """What each process of a sweep's trial reserves: as a job, but without GPUs one CPU, of which many small runs side
     by side make more than one run of many.
+
+    Args:
+        wait: see `share_of_gang`.
 
     Raises:
         ConfigError: it asks for more than the cluster has.
@@ -122,7 +125,7 @@ def share_of_trial(config: Config, nodes: Sequence[Node]) -> Share:
         alone = config.model_copy(update={"cluster": cluster.model_copy(update={"cpus_per_worker": 1.0})})
         with contextlib.suppress(ConfigError):  # more processes than CPUs: parts of one
             return share(alone, nodes)
-    return share_of_gang(config, nodes, wait=False)
+    return share_of_gang(config, nodes, wait)
 
 
 def _like(sizes: Sequence[float]) -> str:

@@ -1,11 +1,14 @@
-"""`muster submit`: a run is checked, planned against the cluster, packed with its folder and left to the queue."""
+"""`muster submit`: a run is checked, planned against the cluster, packed with its folder and left to the queue.
+
+`muster sweep submit` (sweep/submit.py) does the same with the functions below."""
 
 import json
 import os
 import shlex
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +21,10 @@ from .queue import ACTIVE
 from .runs import Json
 from .share import group_of, share_of_gang, share_of_most
 
+Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and end as it ends.")]
+Queue = Annotated[bool, typer.Option("--queue", help="Wait for machines to join where there are too few.")]
+Priority = Annotated[int, typer.Option(metavar="N", help="The higher goes first.")]
+
 
 def submit(
     config: Annotated[
@@ -27,9 +34,9 @@ def submit(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
     ] = None,
     address: Address = None,
-    wait: Annotated[bool, typer.Option("--wait", help="Show its output, and end as it ends.")] = False,
-    queue: Annotated[bool, typer.Option("--queue", help="Wait for machines to join where there are too few.")] = False,
-    priority: Annotated[int, typer.Option(metavar="N", help="The higher goes first.")] = 0,
+    wait: Wait = False,
+    queue: Queue = False,
+    priority: Priority = 0,
     as_json: Json = False,
 ) -> None:
     """Send this folder and a run to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
@@ -37,23 +44,17 @@ def submit(
 
     asked = load(config, overrides or ())
     here = Path.cwd()
-    _check_root(asked)
+    check_root("run.root", asked.run.root)
     asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
-    name = _config_in(here, config)
+    name = path_in(here, config)
     cluster = Cluster(api_url(address, asked.cluster.address))
     counts, nodes = worker_counts(asked), cluster.nodes()
     fewest = counts[-1]
     each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
     root = Path(asked.run.root)
-    for id, job in cluster.jobs().items():
-        if job["run_dir"] == str(root / asked.run.name) and job["state"] in ACTIVE:
-            raise ConfigError(f"run.name={asked.run.name} is {id} ({job['state']}): stop it, or name another")
-
     packed = pack.files(here, [root])
-    _check_sent(asked, here, packed, name)
-    pack.check_size(here, packed)
+    check_sent(needs(asked) | {"CONFIG": [name] if name not in preset_names() else []}, here, packed)
     kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
-    id = new_id(asked.run.name)
     job = {
         "name": asked.run.name,
         "run_dir": str(root / asked.run.name),
@@ -65,6 +66,24 @@ def submit(
         "group": group_of(asked),
         "priority": priority,
     }
+    send(cluster, here, packed, job, wait, as_json)
+
+
+def send(cluster: Cluster, here: Path, packed: list[Path], job: dict[str, Any], wait: bool, as_json: bool) -> None:
+    """Leave a job and the files that it needs to the queue, and say where to look.
+
+    Args:
+        job: see `pack.JOB`.
+        wait: show its output, and end as it ends.
+
+    Raises:
+        ConfigError: it is there already, or the files are too large.
+    """
+    for id, other in cluster.jobs().items():
+        if other["run_dir"] == job["run_dir"] and other["state"] in ACTIVE:
+            raise ConfigError(f"{job['name']} is {id} ({other['state']}): stop it, or choose another name")
+    pack.check_size(here, packed)
+    id = new_id(job["name"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.zip"
         pack.write_zip(path, here, packed, json.dumps({"do": "submit", "id": id, "job": job}))
@@ -74,36 +93,40 @@ def submit(
         follow(cluster, id)
 
 
-def _check_root(config: Config) -> None:
-    if not Path(config.run.root).is_absolute():
+def check_root(key: str, root: str) -> None:
+    """Raise ConfigError if what a job writes would lie where nobody finds it."""
+    if not Path(root).is_absolute():
         raise ConfigError(
-            f"run.root={config.run.root} would lie in a temporary folder of the job: name a folder that every machine "
-            f"of the cluster reaches, such as run.root=/shared/runs"
+            f"{key}={root} would lie in a temporary folder of the job: name a folder that every machine "
+            f"of the cluster reaches, such as {key}=/shared/runs"
         )
 
 
-def _config_in(here: Path, config: str) -> str:
-    """CONFIG as the job names it, from its copy of this folder."""
+def path_in(here: Path, config: str) -> str:
+    """A config as the job names it, from its copy of this folder. Raises ConfigError if it has none."""
     if not Path(config).suffix and config in preset_names():
         return config
     path = Path(config).resolve()
     if not path.is_relative_to(here):
-        raise ConfigError(f"CONFIG {config} is not below {here}, which is what the cluster gets: start from above it")
+        raise ConfigError(f"{config} is not below {here}, which is what the cluster gets: start from above it")
     return str(path.relative_to(here))
 
 
-def _check_sent(config: Config, here: Path, packed: list[Path], source: str) -> None:
-    """Raise ConfigError if .gitignore leaves at home what the run needs."""
+def needs(config: Config) -> dict[str, list[str]]:
+    """The files and folders that a run reads, by the key that names them."""
     data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
-    needs: dict[str, list[str | None]] = {
+    return {
         "data.path": [path for path in data if path != "stdlib"],
-        "train.init_from": [config.train.init_from],
+        "train.init_from": [config.train.init_from] if config.train.init_from else [],
         "plugins": [plugin for plugin in config.plugins if plugin.endswith(".py")],
-        "CONFIG": [source] if source not in preset_names() else [],
     }
-    for key, paths in needs.items():
+
+
+def check_sent(needed: Mapping[str, list[str]], here: Path, packed: list[Path]) -> None:
+    """Raise ConfigError if .gitignore leaves at home what is needed."""
+    for key, paths in needed.items():
         for path in paths:
-            if path is None or os.path.isabs(os.path.expanduser(path)):
+            if os.path.isabs(os.path.expanduser(path)):
                 continue
             inside = Path(os.path.normpath(path))
             if not any(file == inside or inside in file.parents for file in packed):

@@ -30,12 +30,19 @@ class Trials:
         environment: variables of the training processes, by what each of them reserves.
         joined: the cluster is one that was joined, whose machines come and go.
         folder: the user's working directory.
+        most: processes side by side; None: as many as there is room for.
     """
 
     def __init__(
-        self, source: Source, environment: Callable[[Share], dict[str, str]], joined: bool, folder: str
+        self,
+        source: Source,
+        environment: Callable[[Share], dict[str, str]],
+        joined: bool,
+        folder: str,
+        most: int | None = None,
     ) -> None:
         self._source, self._environment, self._joined, self._folder = source, environment, joined, folder
+        self._most = most
         self._ended: queues.SimpleQueue[Ended | BaseException] = queues.SimpleQueue()
         self._slots: list[_Slot] = []
         self._stopped = threading.Event()
@@ -94,6 +101,9 @@ class Trials:
         return True
 
     def _has_room(self, gang: queue.Gang) -> bool:
+        held = sum(slot.asked.workers for slot in self._slots)
+        if self._most is not None and held + gang.workers > self._most:
+            return False
         there = machines()
         total = [machine.total for machine in there]
         free = [_less(machine, self._slots) for machine in there]

@@ -78,7 +78,7 @@ def prepare_run(
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name` with this config.
         start: a checkpoint that the run begins from, at its step, where it has none of its own.
-        began: Unix seconds of this launch; None: of this process's.
+        began: Unix seconds of this launch; None: it is this process's, and so is what its job waited in the queue.
 
     Returns:
         The folder, whose config.yaml holds the resolved config.
@@ -92,9 +92,10 @@ def prepare_run(
     with _written(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
-    began = began or psutil.Process().create_time()  # for `trainer.goodput`
-    queued = {"submitted": float(os.environ[SUBMITTED])} if SUBMITTED in os.environ else {}
-    events: list[tuple[str, dict[str, Any]]] = [("resolved", {"derived": notes, "began": began} | queued)]
+    launched: dict[str, Any] = {"derived": notes, "began": began or psutil.Process().create_time()}  # trainer.goodput
+    if began is None and SUBMITTED in os.environ:
+        launched["submitted"] = float(os.environ[SUBMITTED])
+    events: list[tuple[str, dict[str, Any]]] = [("resolved", launched)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
         events.append(("init_from", {"differs": differs}))
     if fork:

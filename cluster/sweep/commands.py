@@ -11,7 +11,7 @@ from configs.sweep import SweepConfig, load_sweep
 from ..plan import KINDS, asked_device
 from ..runs import Json
 from . import fit_commands, run_commands
-from .run_commands import File, Overrides
+from .run_commands import File, Gpus, Overrides
 
 app = typer.Typer(help="Plan, run and fit scaling-law sweeps.", no_args_is_help=True)
 
@@ -23,7 +23,7 @@ def plan_sweep(
     gpu: Annotated[
         str, typer.Option("--gpu", "--device", metavar="KIND", help=f"Kind of device: {', '.join(KINDS)}.")
     ] = "h100",
-    gpus: Annotated[int | None, typer.Option(metavar="N", help="Devices that the trials run on side by side.")] = None,
+    gpus: Gpus = None,
     usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -39,11 +39,7 @@ def plan_sweep(
     config = config_of(sweep)
     planned = plan(sweep, vocabulary(config.data), finished_losses(sweep.folder))
     planned = planned._replace(warnings=planned.warnings + _repeats(config, planned.trials))
-    widest = max((trial.resolved.parallel.world_size for trial in planned.trials), default=1)
-    if gpus is not None and gpus < widest:
-        raise ConfigError(
-            f"--gpus {gpus}: a trial takes {widest} devices by set.parallel: raise the one, lower the other"
-        )
+    planned.check_gpus(gpus)
     found = costs(planned, device, gpus, usd_per_gpu_hour)
     if as_json:
         print(json.dumps(to_json(planned, found), indent=1))
@@ -71,6 +67,7 @@ def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:
 
 
 app.command("run")(run_commands.run_sweep)
+app.command("submit")(run_commands.submit_sweep)
 app.command("status")(run_commands.status_of_sweep)
 app.command("fit")(fit_commands.fit_sweep)
 app.command("predict")(fit_commands.predict_sweep)

@@ -1,28 +1,23 @@
-"""A figure as its marks, drawn twice: by matplotlib for paper, by plotly for a page that can be pointed at."""
+"""A figure as its marks, and how matplotlib draws it for paper; `page` draws the same for a screen."""
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from html import escape
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib import colormaps, rc_context
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
-from trainer.plots.draw import BLUE, GREEN, ORANGE, RED, STYLE
+from trainer.plots.draw import BLUE, GREEN, ORANGE, RED
 
 from .forms import Array
 
 Scale = Literal["loss", "count", "flops", "share", "factor"]
 """What an axis holds; "share" (percent around zero) is linear, the others are logarithmic."""
 DISTINCT = (BLUE, ORANGE, GREEN, RED, "#CC79A7", "#56B4E9")
-SHAPES = {"o": "circle", "D": "diamond", "x": "x"}
 HEIGHT, MARGIN = 3.4, 0.03
 
 
@@ -118,22 +113,7 @@ def ticks(low: float, high: float, scale: Scale, most: int = 6) -> list[float]:
     return [float(round(v, 12)) if abs(v) < 1e6 else float(v) for v in values if low <= v <= high]
 
 
-def save(pictures: Sequence[Picture], folder: Path, page: str) -> list[Path]:
-    """A PNG of each picture, and one HTML page of all that needs nothing else."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for picture in pictures:
-        with rc_context(STYLE):
-            figure = _paper(picture)
-            FigureCanvasAgg(figure)
-            written.append(folder / f"{picture.name}.png")
-            figure.savefig(written[-1])
-    written.append(folder / page)
-    written[-1].write_text("".join(_page(pictures)), encoding="utf-8")
-    return written
-
-
-def _limits(picture: Picture) -> list[tuple[tuple[float, float], tuple[float, float]]]:
+def ends_of(picture: Picture) -> list[tuple[tuple[float, float], tuple[float, float]]]:
     """Ends of x and y of each panel, with a margin: panels side by side share their y."""
     marks = [mark for panel in picture.panels for mark in panel.marks]
     first = picture.panels[0]
@@ -154,12 +134,13 @@ def _ends(values: Array, scale: Scale) -> tuple[float, float]:
     return ends if scale == "share" else (float(np.exp(ends[0])), float(np.exp(ends[1])))
 
 
-def _paper(picture: Picture) -> Figure:
+def paper(picture: Picture) -> Figure:
+    """Drawn by matplotlib."""
     count = len(picture.panels)
     figure = Figure(figsize=(1.6 + max(4.2, 2.7 * count), HEIGHT))
     shown: dict[str, Any] = {}
     every = figure.subplots(1, count, squeeze=False)[0]
-    for i, (panel, axes, limits) in enumerate(zip(picture.panels, every, _limits(picture), strict=True)):
+    for i, (panel, axes, limits) in enumerate(zip(picture.panels, every, ends_of(picture), strict=True)):
         axes.set(xscale=_scale(panel.x[1]), yscale=_scale(panel.y[1]), xlim=limits[0], ylim=limits[1])
         axes.set(xlabel=panel.x[0], ylabel="" if i else panel.y[0], title=panel.title)
         few = 6 if count == 1 else 4  # tick labels stand beside each other
@@ -228,78 +209,3 @@ def contour_levels(z: Array) -> list[float]:
     """About a dozen round levels, evenly spaced in the loss, from the lowest up to where most of the map lies."""
     low, high = np.nanmin(z), np.nanpercentile(z, 70)
     return [float(v) for v in MaxNLocator(12, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high) if low < v < high]
-
-
-def _page(pictures: Sequence[Picture]) -> Iterator[str]:
-    """HTML; plotly's own script is in it, so it opens without a network, also from an artifact store."""
-    yield "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Sweep</title></head>"
-    yield "<body style='font-family: sans-serif; max-width: 1200px; margin: auto'>"
-    for i, picture in enumerate(pictures):
-        yield f"<p>{escape(picture.caption)}</p>"
-        yield _screen(picture).to_html(full_html=False, include_plotlyjs=i == 0)
-    yield "</body></html>\n"
-
-
-def _html(text: str) -> str:
-    """As plotly's labels take it: they know neither mathtext nor line ends."""
-    return re.sub(r"\$10\^\{(-?\d+)\}\$", r"10<sup>\1</sup>", text).replace("\n", "<br>")
-
-
-def _screen(picture: Picture) -> Any:
-    from plotly.graph_objects import Figure as Screen
-    from plotly.subplots import make_subplots
-
-    figure: Screen = make_subplots(
-        rows=1, cols=len(picture.panels), subplot_titles=[p.title for p in picture.panels], shared_yaxes=True
-    )
-    seen: set[str] = set()
-    for column, (panel, limits) in enumerate(zip(picture.panels, _limits(picture), strict=True), 1):
-        for mark in panel.marks:
-            for trace in _traces(mark, mark.label if mark.label not in seen else ""):
-                figure.add_trace(trace, row=1, col=column)
-            seen.add(mark.label)
-        labels = panel.x, (panel.y[0] if column == 1 else "", panel.y[1])
-        for update, (label, scale), ends in zip(
-            (figure.update_xaxes, figure.update_yaxes), labels, limits, strict=True
-        ):
-            linear = scale == "share"
-            update(
-                type="linear" if linear else "log", nticks=7, title_text=label, row=1, col=column,
-                range=ends if linear else [float(np.log10(end)) for end in ends], ticks="outside",
-                exponentformat="B" if scale == "count" else "power", tickformat="+.1%" if linear else None,
-            )  # fmt: skip
-    figure.update_layout(
-        template="simple_white", height=400, margin={"t": 40, "b": 60}, legend_title_text=_html(picture.legend),
-    )  # fmt: skip
-    return figure
-
-
-def _traces(mark: Mark, label: str) -> list[Any]:
-    from plotly.graph_objects import Contour, Scatter
-
-    name = _html(mark.label)
-    common = {"name": name, "legendgroup": name or None, "showlegend": bool(label)}
-    x, y = mark.x.tolist(), mark.y.tolist()
-    if mark.low is not None and mark.high is not None and mark.kind == "band":
-        ok = np.isfinite(mark.low) & np.isfinite(mark.high)
-        x, low, high = mark.x[ok].tolist(), mark.low[ok].tolist(), mark.high[ok].tolist()
-        shade = f"rgba{(*(int(255 * part) for part in to_rgb(mark.colour)), 0.2)}"
-        return [Scatter(x=x + x[::-1], y=low + high[::-1], fill="toself", fillcolor=shade, line_width=0,
-                        mode="lines", hoverinfo="skip", **common)]  # fmt: skip
-    if mark.kind == "contour":
-        assert mark.z is not None
-        levels = contour_levels(mark.z)
-        size = levels[1] - levels[0] if len(levels) > 1 else 1.0
-        return [Contour(
-            x=x, y=y, z=mark.z.tolist(), colorscale="Viridis", showscale=False, line_width=1.2, name="loss",
-            contours={"coloring": "lines", "showlabels": True, "start": levels[0] if levels else 0.0,
-                      "end": levels[-1] if levels else 1.0, "size": size},
-        )]  # fmt: skip
-    if mark.kind == "line":
-        line = {"color": mark.colour, "dash": "dash" if mark.dash else "solid", "width": 2}
-        return [Scatter(x=x, y=y, mode="lines", line=line, **common)]
-    error = None
-    if mark.low is not None and mark.high is not None:
-        error = {"array": (mark.high - mark.y).tolist(), "arrayminus": (mark.y - mark.low).tolist()}
-    dots = {"color": mark.colour, "symbol": SHAPES[mark.marker], "size": 2 * mark.size}
-    return [Scatter(x=x, y=y, mode="markers", marker=dots, text=mark.text or None, error_y=error, **common)]

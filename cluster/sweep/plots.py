@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 from trainer.plots.draw import BLUE, GREY, RED, spread
 
 from .curves import Curve, compute, curve
-from .figures import Mark, Panel, Picture, Scale, distinct, number, save, sequence
+from .figures import Mark, Panel, Picture, Scale, distinct, number, sequence
 from .fit import Fits
 from .forms import Array
 from .isoflop import Valley, approach2, valley
+from .page import save
 from .predict import Kind, columns_at, kinds, log_losses
 from .refusal import Refusal
 from .table import Table, budgets

@@ -30,8 +30,11 @@ from .standing import OVER, Ledger
 from .status import books, progress, write_plan
 
 
-def run_sweep(sweep: SweepConfig) -> int:
+def run_sweep(sweep: SweepConfig, gpus: int | None = None) -> int:
     """Train until every trial is finished or has failed for good, or the user stops it.
+
+    Args:
+        gpus: devices to use at most; None: all that are free.
 
     Returns:
         The exit code: 0 all finished, 75 stopped (the same command goes on), 1 some failed.
@@ -40,7 +43,7 @@ def run_sweep(sweep: SweepConfig) -> int:
         ConfigError: found before any device is held.
     """
     setting = Setting(sweep)
-    setting.plan()  # a mistake shows before a minute's work for the default data
+    setting.plan().check_gpus(gpus)  # a mistake shows before a minute's work for the default data
     out = Console(highlight=False, soft_wrap=True)
     with _only_one(setting.sweep_dir):
         setting.prepare_data()
@@ -60,12 +63,12 @@ def run_sweep(sweep: SweepConfig) -> int:
             return FINISHED
         for warning in plan.warnings:
             out.print(f"warning: {warning}", markup=False)
-        return _run(setting, address, node, out)
+        return _run(setting, gpus, address, node, out)
 
 
-def _run(setting: Setting, address: str | None, node: Node, out: Console) -> int:
+def _run(setting: Setting, gpus: int | None, address: str | None, node: Node, out: Console) -> int:
     record, shipper = _begin_record(setting)
-    session = _Session(setting, record, address, node)
+    session = _Session(setting, gpus, record, address, node)
     with View(setting.sweep_dir, out) as view, contextlib.ExitStack() as handlers:
         session.follow(handlers, lambda: _on_signal(session), view.update)
         view.update(last=True)
@@ -91,9 +94,9 @@ def _run(setting: Setting, address: str | None, node: Node, out: Console) -> int
 class _Session(RayThread):
     """Ray's part of a sweep."""
 
-    def __init__(self, setting: Setting, record: Record, address: str | None, node: Node) -> None:
+    def __init__(self, setting: Setting, gpus: int | None, record: Record, address: str | None, node: Node) -> None:
         super().__init__(address, node)
-        self.setting, self.record = setting, record
+        self.setting, self.gpus, self.record = setting, gpus, record
         self.order: Order | None = None
         self.trials: Any = None
         self.code: int | None = None
@@ -103,13 +106,16 @@ class _Session(RayThread):
         from ..trials import Trials  # imports Ray, which must find the environment that the session has set
 
         setting, nodes = self.setting, session.nodes
-        total = {"cpus": sum(node.cpus for node in nodes), "gpus": sum(node.gpus for node in nodes)}
-        self.record.event("cluster", machines=len(nodes), **total)
         plan = setting.plan()
+        total = {"cpus": sum(node.cpus for node in nodes), "gpus": sum(node.gpus for node in nodes)}
+        if self.gpus is not None and plan.trials:  # the others' time is not the sweep's
+            each = setting.job(plan.trials[0], nodes).gang.each._asdict()
+            total = {kind: min(count, self.gpus * each[kind]) for kind, count in total.items()}
+        self.record.event("cluster", machines=len(nodes), **total)
         over = setting.over(plan.trials)
         self.order = Order(plan, over, lambda trial: setting.job(trial, nodes), setting.plan_again, self.record)
         joined = self.address is not None
-        self.trials = Trials(self.order, setting.environment, joined, folder=os.getcwd())
+        self.trials = Trials(self.order, setting.environment, joined, folder=os.getcwd(), most=self.gpus)
         self.connected.set()
         count = len(over)
         for ended in self.trials:

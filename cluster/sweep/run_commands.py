@@ -5,11 +5,12 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from configs.sweep import load_sweep
 
+from ..jobs import Address
 from ..runs import Json
+from ..submit import Priority, Queue, Wait
 
 File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
 Overrides = Annotated[
@@ -17,25 +18,45 @@ Overrides = Annotated[
 ]
 
 
-def run_sweep(file: File, overrides: Overrides = None) -> None:
-    """Train a sweep's trials, or go on with them. Example: muster sweep run sweep.yaml"""
+Gpus = Annotated[int | None, typer.Option(metavar="N", help="Devices that the trials run on side by side.")]
+
+
+def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> None:
+    """Train a sweep's trials, or go on with them. Example: muster sweep run sweep.yaml --gpus 8"""
     sweep = load_sweep(file, overrides or ())
     from .run import run_sweep
 
-    raise typer.Exit(run_sweep(sweep))
+    raise typer.Exit(run_sweep(sweep, gpus))
+
+
+def submit_sweep(
+    file: File,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    wait: Wait = False,
+    queue: Queue = False,
+    priority: Priority = 0,
+    as_json: Json = False,
+) -> None:
+    """Send this folder and a sweep to a cluster. Example: muster sweep submit sweep.yaml root=/shared/runs --gpus 8"""
+    sweep = load_sweep(file, overrides or ())
+    from .submit import submit
+
+    submit(sweep, file, overrides or [], gpus, address, wait, queue, priority, as_json)
 
 
 def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = False) -> None:
     """How far a sweep is, and where its devices' time went. Example: muster sweep status sweep.yaml"""
     sweep = load_sweep(file, overrides or ())
-    from .show_status import render
+    from .show_status import show
     from .status import progress, to_json
 
-    found = progress(sweep.folder.resolve())
+    folder = sweep.folder.resolve()
     if as_json:
-        print(json.dumps(to_json(found), indent=1))
+        print(json.dumps(to_json(progress(folder)), indent=1))
     else:
-        Console(highlight=False, soft_wrap=True).print(render(found))
+        show(folder)
 
 
 def score_sweep(

@@ -46,8 +46,7 @@ def costs(plan: Plan, device: Device, devices: int | None, price: float | None) 
         device_hours[trial.name] = hours[trial.name] * predicted.devices
         if not predicted.fits:
             large.append(f"{trial.name}: {predicted.memory.peak / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB")
-    widest = max((trial.resolved.parallel.world_size for trial in plan.trials), default=1)
-    devices = max(devices or widest, widest)
+    devices = max(devices or plan.widest, plan.widest)
     return Costs(device, devices, hours, device_hours, tuple(large), _wall(plan, hours, devices), price)
 
 

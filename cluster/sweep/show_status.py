@@ -17,6 +17,11 @@ QUIET_FOR = 30.0
 """Without a terminal, seconds between two lines while no trial ends."""
 
 
+def show(sweep_dir: Path) -> None:
+    """Print how a sweep stands. Raises ConfigError if it never ran."""
+    Console(highlight=False, soft_wrap=True).print(render(progress(sweep_dir)))
+
+
 def render(found: Progress) -> RenderableType:
     """The table of budgets and variants, the trials that run, and the whole."""
     return Group(groups(found), *running(found), *(Text(line) for line in failures(found)), Text(whole(found)))

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from configs import Config
+from configs import Config, ConfigError
 from configs.sweep import SweepConfig
 from models.cost import Parameters
 
@@ -47,3 +47,15 @@ class Plan(NamedTuple):
     warnings: tuple[str, ...]
     open: int
     """Trials of an Optuna search that the losses of those before will choose."""
+
+    @property
+    def widest(self) -> int:
+        """Processes, of one device each, of the trial that has most."""
+        return max((trial.resolved.parallel.world_size for trial in self.trials), default=1)
+
+    def check_gpus(self, gpus: int | None) -> None:
+        """Raise ConfigError if so many devices are too few for a trial."""
+        if gpus is not None and gpus < self.widest:
+            raise ConfigError(
+                f"--gpus {gpus}: a trial takes {self.widest} devices by set.parallel: raise the one, lower the other"
+            )

@@ -34,6 +34,13 @@ cluster: {{cpus_per_worker: 1}}
 tracking: {{enabled: false, export_model: false}}
 plugins: [tools/mine.py]
 """
+SWEEP = """
+name: swept
+root: {root}
+base: run.yaml
+grid: {{}}
+axes: {{optim.lr: [1.0e-3, 2.0e-3]}}
+"""
 pytestmark = pytest.mark.filterwarnings("ignore:ssl=None:DeprecationWarning")  # from inside Ray
 
 PLUGIN = "import os; open({out!r}, 'w').write(' '.join(sorted(os.listdir())))"
@@ -99,6 +106,7 @@ def cluster(tiny_data, tmp_path_factory) -> Iterator[Cluster]:
     (user / ".gitignore").write_text("secret.txt\n")
     (user / "secret.txt").write_text("not for the cluster")
     (user / "run.yaml").write_text(CONFIG.format(root=runs, data=tiny_data))
+    (user / "sweep.yaml").write_text(SWEEP.format(root=runs))
     port, token = free_port(), folder / "token"
     temporary = tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp")  # Ray's sockets want a short path
     options = (
@@ -289,6 +297,44 @@ def test_a_retried_job_goes_on_from_its_checkpoint(cluster, story):
     cluster.wait(lambda: cluster.steps("first") >= stopped["step"] + 5)
     assert [e["step"] for e in read_events(cluster.runs / "first") if e["event"] == "resumed"] == [stopped["step"]]
     cluster.muster("stop", again)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["root=runs"], "root=runs would lie in a temporary folder"),
+        (["--gpus", "1"], "a trial takes 2 devices"),
+        (["--gpus", "4"], "--gpus 4: the cluster has room for 3 processes of 1 CPUs"),
+        (["set.data.path=secret.txt"], "data.path=secret.txt is not sent"),
+        (["base=../outside.yaml"], "outside.yaml is not below"),
+    ],
+)
+def test_a_mistake_in_a_sweep_is_found_before_it_is_sent(cluster, arguments, words):
+    (cluster.user.parent / "outside.yaml").write_text("{}")
+    out = cluster.muster("sweep", "submit", "sweep.yaml", *arguments, code=2)
+    assert out.startswith("muster: ")
+    assert words in out
+    assert not (cluster.runs / "swept").exists()
+
+
+def test_a_sweep_is_a_job(cluster):
+    id = cluster.muster("sweep", "submit", "sweep.yaml", "--gpus", "2", "--priority", "3").splitlines()[0]
+    assert id in cluster.muster("sweep", "submit", "sweep.yaml", code=2)
+    cluster.wait(lambda: cluster.job(id)["state"] not in ("QUEUED", "RUNNING"))
+    job = cluster.job(id)
+    assert (job["state"], job["workers"], job["most"], job["run_dir"]) == (
+        "FINISHED",
+        2,
+        2,
+        str(cluster.runs / "swept"),
+    )
+    assert "2/2 trials finished" in cluster.muster("status", id)
+    for rate in ("0.001", "0.002"):
+        [launched] = [
+            e for e in read_events(cluster.runs / "swept" / "trials" / f"lr{rate}") if e["event"] == "resolved"
+        ]
+        assert "submitted" not in launched  # what the sweep waited is none of its trials' time
+        assert cluster.steps(f"swept/trials/lr{rate}") >= 20
 
 
 def test_nobody_prints_the_token(cluster, story):
