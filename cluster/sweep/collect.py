@@ -19,6 +19,8 @@ from .status import read_plan
 from .table import Table, usable
 from .trial import Plan
 
+SPACING = 1.25
+"""Ratio of the FLOPs of neighbouring points of loss curves: more than `budgets` takes for one."""
 SMOOTHED = 0.05
 """Share of a run's steps so far whose mean is its training loss at a point of its curve."""
 
@@ -134,20 +136,20 @@ def best_of_rates(rows: Sequence[Row]) -> tuple[list[Row], list[tuple[str, str]]
     return best, worse
 
 
-def loss_curves(planned: Plan, points: int = 40) -> Table:
+def loss_curves(planned: Plan, table: Table) -> Table:
     """Points of the finished trials' training losses at common FLOPs, for Hoffmann et al.'s approach 1.
 
     A point before a run's end was reached at a learning rate that had not come down yet, so these losses are higher
     than those of runs that end there (arXiv:2203.15556, section 3.1, trains several lengths of each size for that).
 
     Args:
-        points: evenly spaced in log FLOPs, from the first fifth of the shortest run to the end of the longest.
+        table: of `collect`.
     """
     sweep_dir = planned.sweep.folder.resolve()
-    table = collect(planned)
     if not len(table):
         return table
-    grid = np.geomspace(0.2 * table.c.min(), table.c.max(), points)
+    ends = 0.2 * table.c.min(), table.c.max()
+    grid = np.geomspace(*ends, 1 + round(np.log(ends[1] / ends[0]) / np.log(SPACING)))
     found: list[tuple[int, float, float]] = []
     for i, name in enumerate(table.run):
         steps = [record for record in read_metrics(sweep_dir / TRIALS / name) if record.get("loss") is not None]

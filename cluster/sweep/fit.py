@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from configs import ConfigError
 
 from .forms import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kaplan
-from .isoflop import Approach2, PowerLaw, approach1, approach2
+from .isoflop import Approach2, PowerLaw, approach2, best_approach1
 from .moe_forms import MOE_FORMS
 from .newton import HUBER_LOG, LEAST_SQUARES, Objective
 from .predict import kinds
@@ -90,6 +90,9 @@ class Fits:
     chosen: str
     """The form of the least error on held-back budgets."""
     approach1: tuple[PowerLaw, PowerLaw] | None = None
+    """Of N and D."""
+    approach1_of: str = ""
+    """What the best run of each budget was found by."""
     approach2: Approach2 | None = None
     kinds: dict[str, "Fits"] = field(default_factory=dict)
     """Of a table with several kinds of models, each kind alone, by its experts."""
@@ -102,7 +105,8 @@ class Fits:
         """For `--json`: every form's coefficients, how it was fitted, what was left out."""
         found: dict[str, Any] = {name: each.summary() for name, each in self.fits.items()}
         if self.approach1:
-            found["approach1"] = {"a": self.approach1[0].exponent, "b": self.approach1[1].exponent}
+            a, b = (law.exponent for law in self.approach1)
+            found["approach1"] = {"a": a, "b": b, "of": self.approach1_of}
         if self.approach2:
             found["approach2"] = self.approach2.summary()
         return {
@@ -123,12 +127,14 @@ def fit(
     objective: Objective = HUBER_LOG,
     bootstraps: int = BOOTSTRAPS,
     seed: int = 0,
+    curves: Table | None = None,
 ) -> Fits:
     """Fit every form that the table has the columns for, and choose one by its error on held-back budgets.
 
     Args:
         forms: names out of FORMS; None: all that fit.
         bootstraps: refits for the coefficients' intervals.
+        curves: points of the runs' loss curves at common FLOPs: approach 1, where the runs end at no common budgets.
 
     Raises:
         Refusal: mixed recipes, too few budgets, or no form could be fitted.
@@ -149,17 +155,21 @@ def fit(
     for kind in kinds(table) if len(_shapes(table)) > 1 and not forms else ():
         label = " ".join(f"{name}={value:g}" for name, value in kind.shape.items())
         try:
-            alone[label] = fit(table.take(kind.rows), None, objective, bootstraps, seed)
+            own = table.take(kind.rows)
+            points = None if curves is None else curves.take(np.isin(curves.run, own.run))
+            alone[label] = fit(own, None, objective, bootstraps, seed, points)
         except Refusal as refusal:
             refused[label] = refusal
     if not fits:
         raise next(iter(refused.values()), Refusal("columns", "no form has columns enough, of more than one value"))
-    found1 = found2 = None
-    dense = table if len(_shapes(table)) == 1 else None
-    if dense is not None:
+    found1, found2, of = None, None, ""
+    if len(_shapes(table)) == 1:
         try:
-            found1 = approach1(dense)
-            found2 = approach2(dense)
+            found1, of = best_approach1(table, curves)
+        except Refusal as refusal:
+            refused["approach1"] = refusal
+        try:
+            found2 = approach2(table)
         except Refusal as refusal:
             refused["approach2"] = refusal
     undetermined = {name: why for name, each in fits.items() if (why := each.undetermined)}
@@ -172,7 +182,7 @@ def fit(
     # Of forms whose errors are within a twentieth of the least, the one with the fewest coefficients.
     near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())] or list(sound)
     chosen = min(near, key=lambda name: fits[name].form.size)
-    return Fits(table, fits, refused | undetermined, chosen, found1, found2, alone)
+    return Fits(table, fits, refused | undetermined, chosen, found1, of, found2, alone)
 
 
 def fit_form(

@@ -1,4 +1,4 @@
-"""`muster sweep fit`, `predict`, `plot` and `next`: from a sweep's runs, or any table, to a law and the next config."""
+"""`muster sweep fit`, `predict`, `plot`, `next`, `score`: from a sweep's runs, or any table, to a law and a run."""
 
 import json
 import math
@@ -12,6 +12,7 @@ from configs import ConfigError
 from configs.sweep import SweepConfig, load_sweep
 
 from ..runs import Json
+from .run_commands import Overrides
 
 if TYPE_CHECKING:
     from .plots import Prediction
@@ -36,6 +37,7 @@ Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", hel
 
 def fit_sweep(
     file: File = None,
+    overrides: Overrides = None,
     table: TableFile = None,
     columns: Columns = "",
     where: Where = None,
@@ -47,12 +49,17 @@ def fit_sweep(
     as_json: Json = False,
 ) -> None:
     """Fit scaling laws. Example: muster sweep fit --table runs.csv --columns n=params,d=tokens,c=flops,loss=val"""
-    sweep, found = _table(file, table, columns, where, convention, max_budget)
+    sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     from .fit import OBJECTIVES, fit
 
     if objective not in OBJECTIVES:
         raise ConfigError(f"--objective {objective}: should be one of {', '.join(OBJECTIVES)}")
-    fits = fit(found, form, OBJECTIVES[objective], bootstraps)
+    curves = None
+    if sweep is not None and sweep.isoflop is None:
+        from .collect import known_plan, loss_curves
+
+        curves = loss_curves(known_plan(sweep), found)
+    fits = fit(found, form, OBJECTIVES[objective], bootstraps, curves=curves)
     if sweep is not None:
         _send(sweep, [_keep(sweep, "fit.json", json.dumps(fits.summary(), indent=1) + "\n")])
     if as_json:
@@ -65,6 +72,7 @@ def fit_sweep(
 
 def predict_sweep(
     file: File = None,
+    overrides: Overrides = None,
     budget: Budget = None,
     n: Annotated[float | None, typer.Option("--n", help="Parameters of a given model, with --d.")] = None,
     d: Annotated[float | None, typer.Option("--d", help="Training tokens of a given model, with --n.")] = None,
@@ -82,7 +90,7 @@ def predict_sweep(
     for key, value in [*(("--budget", each) for each in budget or ()), ("--n", n), ("--d", d)]:
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{key} {value:g}: should be above 0")
-    _, found = _table(file, table, columns, where, convention, max_budget)
+    _, found = _table(file, overrides, table, columns, where, convention, max_budget)
     from .fit import check, named
     from .forecast import Forecast
 
@@ -90,7 +98,7 @@ def predict_sweep(
     forecast = Forecast(found, named(form) if form else None)
     predictions = [forecast.at_budget(each) for each in budget or ()]
     if n is not None and d is not None:
-        predictions.append(forecast.at_size(n, d))
+        predictions += [forecast.at_size(n, d, kind.shape) for kind in forecast.kinds]
     if as_json:
         excluded = [{"run": run, "why": why} for run, why in found.excluded]
         print(json.dumps({"predictions": [each.summary() for each in predictions], "excluded": excluded}, indent=1))
@@ -102,6 +110,8 @@ def predict_sweep(
 
 def next_sweep(
     file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="The sweep.")],
+    overrides: Overrides = None,
+    *,
     budget: Annotated[float, typer.Option("--budget", metavar="C", help="Training FLOPs of the next run.")],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: in the sweep's folder.")
@@ -111,7 +121,7 @@ def next_sweep(
     max_budget: MaxBudget = None,
 ) -> None:
     """Write the config of the best run for a budget. Example: muster sweep next sweep.yaml --budget 1e20"""
-    sweep, found = _table(file, None, "", None, convention, max_budget)
+    sweep, found = _table(file, overrides, None, "", None, convention, max_budget)
     assert sweep
     from .collect import known_plan
     from .fit import check, named
@@ -142,6 +152,7 @@ def next_sweep(
 
 def plot_sweep(
     file: File = None,
+    overrides: Overrides = None,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Default: plots/ of the sweep.")
     ] = None,
@@ -154,7 +165,7 @@ def plot_sweep(
     max_budget: MaxBudget = None,
 ) -> None:
     """Draw a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
-    sweep, found = _table(file, table, columns, where, convention, max_budget)
+    sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     if out is None:
         if sweep is None:
             raise ConfigError("muster sweep plot --table FILE needs --out FOLDER")
@@ -176,6 +187,40 @@ def plot_sweep(
         _send(sweep, drawn)
 
 
+def score_sweep(
+    file: File = None,
+    overrides: Overrides = None,
+    max_budget: Annotated[
+        float | None, typer.Option(metavar="C", help="Fit the runs up to so many training FLOPs, score the others.")
+    ] = None,
+    table: TableFile = None,
+    columns: Columns = "",
+    where: Where = None,
+    convention: Convention = None,
+    form: PredictForm = None,
+    as_json: Json = False,
+) -> None:
+    """Put losses that came beside those that were predicted. Example: muster sweep score sweep.yaml"""
+    from .score import SCORES, score, score_left_out, show, to_json
+
+    if max_budget is None:
+        if table is not None or file is None:
+            raise ConfigError("name what to score: SWEEP.yaml, or with --max-budget C also --table FILE")
+        sweep: SweepConfig | None = load_sweep(file, overrides or ())
+        assert sweep
+        scores = score(sweep.folder.resolve())
+    else:
+        sweep, found = _table(file, overrides, table, columns, where, convention, None)
+        scores = score_left_out(found, max_budget, form)
+    told = json.dumps(to_json(scores), indent=1)
+    if sweep is not None:
+        _send(sweep, [_keep(sweep, SCORES, told + "\n")])
+    if as_json:
+        print(told)
+    else:
+        show(scores)
+
+
 def predicted_runs(sweep_dir: Path) -> "list[Prediction]":
     """What `muster sweep next` said of runs before they began, and what came of those that have finished."""
     from .plots import Prediction
@@ -189,9 +234,14 @@ def predicted_runs(sweep_dir: Path) -> "list[Prediction]":
 
 
 def _table(
-    file: str | None, table: Path | None, columns: str, where: list[str] | None, convention: str | None,
+    file: str | None,
+    overrides: list[str] | None,
+    table: Path | None,
+    columns: str,
+    where: list[str] | None,
+    convention: str | None,
     max_budget: float | None,
-) -> "tuple[SweepConfig | None, Table]":  # fmt: skip
+) -> "tuple[SweepConfig | None, Table]":
     """The sweep, if one is named, and its runs, or those of a file."""
     if (file is None) == (table is None):
         raise ConfigError("name one thing to fit: SWEEP.yaml, or a table with --table FILE")
@@ -208,7 +258,7 @@ def _table(
         from .collect import collect, known_plan
 
         assert file
-        sweep = load_sweep(file)
+        sweep = load_sweep(file, overrides or ())
         found = collect(known_plan(sweep)).counted_as(convention or "active")
         if not len(found):
             raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")

@@ -39,7 +39,8 @@ def show_fits(fits: Fits) -> None:
             soft_wrap=True,
         )
     if fits.approach1:
-        console.print(f"[bold]approach 1[/] (best run of each budget): N* ~ C^{fits.approach1[0].exponent:.4f}")
+        law, of = fits.approach1[0], fits.approach1_of
+        console.print(f"[bold]approach 1[/] (best run of each budget by {of}): N* ~ C^{law.exponent:.4f}")
     for label, alone in fits.kinds.items():
         console.rule(f"{label} alone", align="left", style="dim")
         show_fits(replace(alone, table=replace(alone.table, excluded=())))
@@ -67,13 +68,16 @@ def show_predictions(predictions: Sequence[Prediction]) -> None:
     console.print(
         f"by {predictions[0].form}, N counted as {predictions[0].convention}; 95% intervals in brackets", soft_wrap=True
     )
-    grid = Grid("FLOPs", "loss", "N", "D", "D / N", "model", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    grid = Grid(
+        "FLOPs", "loss", "of one run", "N", "D", "D / N", "model", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+    )
     for each in predictions:
         shape = " ".join(f"{key}={value:g}" for key, value in each.shape.items() if key != "active_ratio")
         ratio = f"{each.d.value / each.n.value:.3g}"
         grid.add_row(
-            f"{each.budget:.3g}", _range(each.loss, ".4f"), _range(each.n, ".3g"), _range(each.d, ".3g"), ratio, shape
-        )
+            f"{each.budget:.3g}", _range(each.loss, ".4f"), _ends(each.run_loss, ".4f"), _range(each.n, ".3g"),
+            _range(each.d, ".3g"), ratio, shape,
+        )  # fmt: skip
     console.print(grid)
     for warning in dict.fromkeys(warning for each in predictions for warning in each.warnings):
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)
@@ -82,4 +86,8 @@ def show_predictions(predictions: Sequence[Prediction]) -> None:
 def _range(estimate: Interval, digits: str) -> str:
     if estimate.low == estimate.high:
         return f"{estimate.value:{digits}}"
-    return f"{estimate.value:{digits}} \\[{estimate.low:{digits}}, {estimate.high:{digits}}]"
+    return f"{estimate.value:{digits}} {_ends(estimate, digits)}"
+
+
+def _ends(estimate: Interval, digits: str) -> str:
+    return f"\\[{estimate.low:{digits}}, {estimate.high:{digits}}]"

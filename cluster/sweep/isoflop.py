@@ -191,10 +191,32 @@ def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:
         table: finished runs, or points of loss curves with the FLOPs spent until there.
 
     Raises:
-        Refusal: fewer than three budgets.
+        Refusal: fewer than three budgets whose best size has smaller and larger ones beside it.
     """
     index = budgets(table)
-    if index.max() < 2:
-        raise Refusal("few_budgets", f"approach 1: {index.max() + 1} budgets, a power law needs 3")
-    best = [np.flatnonzero(index == b)[np.argmin(table.loss[index == b])] for b in range(int(index.max()) + 1)]
+    every = [np.flatnonzero(index == b) for b in range(int(index.max()) + 1)]
+    best = [
+        low for rows in every
+        if table.n[rows].min() < table.n[low := rows[table.loss[rows].argmin()]] < table.n[rows].max()
+    ]  # fmt: skip
+    if len(best) < 3:
+        raise Refusal(
+            "few_budgets",
+            f"approach 1: of {len(every)} budgets {len(best)} have their lowest loss between two sizes, a power law "
+            f"needs 3",
+        )
     return power_law(table.c[best], table.n[best]), power_law(table.c[best], table.d[best])
+
+
+def best_approach1(table: Table, curves: Table | None) -> tuple[tuple[PowerLaw, PowerLaw], str]:
+    """Approach 1 by final losses, which are lower than those of runs on their way; else by curves; and which it was.
+
+    Raises:
+        Refusal: as `approach1`.
+    """
+    try:
+        return approach1(table), "final losses"
+    except Refusal:
+        if curves is None or not len(curves):
+            raise
+        return approach1(curves), "loss curves"

@@ -1,7 +1,6 @@
-"""`muster sweep run`, `status` and `score`: train the trials, see how far they are, hold predictions to what came."""
+"""`muster sweep run`, `submit` and `status`: train the trials, here or as a job, and see how far they are."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
@@ -57,37 +56,3 @@ def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = Fal
         print(json.dumps(to_json(progress(folder)), indent=1))
     else:
         show(folder)
-
-
-def score_sweep(
-    file: File,
-    overrides: Overrides = None,
-    max_budget: Annotated[
-        float | None, typer.Option(metavar="C", help="Fit the trials up to so many training FLOPs, score the others.")
-    ] = None,
-    form: Annotated[
-        str | None, typer.Option("--form", metavar="FORM", help="Of all runs; default: crossed, near the largest.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Put losses that came beside those that were predicted. Example: muster sweep score sweep.yaml"""
-    sweep = load_sweep(file, overrides or ())
-    from trainer.tracking.sweep import log_to_parent
-
-    from .score import SCORES, score, score_left_out, show, to_json
-
-    folder = sweep.folder.resolve()
-    if max_budget is None:
-        found = score(folder)
-    else:
-        from .collect import collect, known_plan
-
-        found = score_left_out(collect(known_plan(sweep)), max_budget, form)
-    if folder.is_dir():
-        (folder / SCORES).write_text(json.dumps(to_json(found), indent=1) + "\n")
-        if missing := log_to_parent(folder, [folder / SCORES]):
-            print(missing, file=sys.stderr)
-    if as_json:
-        print(json.dumps(to_json(found), indent=1))
-    else:
-        show(found)

@@ -14,6 +14,7 @@ from cluster.sweep.setting import Setting
 from cluster.sweep.show_status import View, render, whole
 from cluster.sweep.standing import Ledger
 from cluster.sweep.status import books, progress, to_json, write_plan
+from cluster.sweep.table import budgets
 from configs import ConfigError
 from models.cost import training_flops_per_token
 from trainer.record import Record, read_events
@@ -97,13 +98,15 @@ def test_of_learning_rates_the_best_stands_for_all(tmp_path, tiny_data):
 
 def test_loss_curves_are_points_at_common_flops(setting, trials):
     trained(setting, trials[2], Record(setting.sweep_dir, 1), loss=2.2)
-    points = loss_curves(known_plan(setting.sweep), points=6)
+    planned = known_plan(setting.sweep)
+    points = loss_curves(planned, collect(planned))
     assert set(points.run) == {trials[0].name, trials[2].name}
     c = points.c[[run == trials[2].name for run in points.run]]
     loss = points.loss[[run == trials[2].name for run in points.run]]
     assert np.all(np.diff(c) > 0)
     assert np.all(np.diff(loss) <= 0)
     assert loss[-1] == 4.0
+    assert len(np.unique(budgets(points))) == len(np.unique(points.c))
 
 
 def test_standings_and_books(setting, trials, capsys):

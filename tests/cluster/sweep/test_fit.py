@@ -46,6 +46,33 @@ def test_approaches_1_and_2_find_the_exponent():
     assert found.approach2.d.exponent == pytest.approx(1 - expected, abs=0.02)
     assert found.approach1 is not None
     assert found.approach1[0].exponent == pytest.approx(expected, abs=0.08)
+    assert found.approach1_of == "final losses"
+
+
+def test_approach_1_of_a_ladder_is_by_loss_curves():
+    """Its runs end at no common budgets: one run at each says nothing of the best size."""
+    expected = HOFFMANN["beta"] / (HOFFMANN["alpha"] + HOFFMANN["beta"])
+    form = Approach3()
+
+    def table(n, d, runs):
+        loss = np.exp(form.log_loss(form.parameters(HOFFMANN)[None], {"n": n, "d": d})[0])
+        return Table(n, d, 6 * n * d, loss, run=tuple(runs))
+
+    sizes, multiples = np.geomspace(1e7, 1e9, 12), np.array([5.0, 20.0, 80.0])
+    n, d = np.repeat(sizes, 3), np.outer(sizes, multiples).ravel()
+    ladder = table(n, d, [f"{size:.3g} {i % 3}" for i, size in enumerate(n)])
+    c = np.geomspace(1e16, 1e20, 30)
+    rows, budget = (part.ravel() for part in np.meshgrid(np.arange(len(ladder)), c))
+    reached = budget <= ladder.c[rows]
+    rows, budget = rows[reached], budget[reached]
+    curves = table(ladder.n[rows], budget / (6 * ladder.n[rows]), [ladder.run[i] for i in rows])
+
+    alone = fit(ladder, ["approach3"], bootstraps=0)
+    assert alone.approach1 is None
+    assert "of 36 budgets 0 have" in str(alone.refused["approach1"])
+    found = fit(ladder, ["approach3"], bootstraps=0, curves=curves)
+    assert found.approach1_of == "loss curves"
+    assert found.approach1[0].exponent == pytest.approx(expected, abs=0.05)
 
 
 def test_the_optimum_is_the_closed_form():

@@ -58,6 +58,36 @@ def test_predict_at_a_budget_and_at_a_size(muster, table):
     assert given["budget"] == pytest.approx(1.2e20)
 
 
+def test_a_given_model_is_predicted_for_each_kind(muster, tmp_path):
+    dense = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
+    rows = [
+        f"{n},{d},{c},{loss * (1 if experts == 1 else 0.97)},{experts}"
+        for experts in (1, 8)
+        for n, d, c, loss in zip(dense.n, dense.d, dense.c, dense.loss, strict=True)
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(["n,d,c,loss,experts", *rows]) + "\n")
+    model = ("--n", "1e9", "--d", "2e10")
+    code, out, err = muster("sweep", "predict", "--table", str(path), *model, "--json")
+    assert (code, err) == (0, "")
+    losses = {each["shape"]["experts"]: each["loss"]["value"] for each in json.loads(out)["predictions"]}
+    assert losses[8] == pytest.approx(0.97 * losses[1], rel=2e-3)
+    _, shown, _ = muster("sweep", "predict", "--table", str(path), *model)
+    assert "of one run" in shown
+    assert "experts=8" in shown
+
+
+def test_a_table_is_scored_on_its_largest_budget(muster, table):
+    options = ("--table", str(table), "--columns", COLUMNS, "--max-budget", "5e19")
+    code, out, err = muster("sweep", "score", *options, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert (found["finished"], len(found["scores"])) == (8, 8)  # seven sizes, and the best of them
+    assert found["inside"] >= 7
+    assert found["mean_absolute_error"] < 0.01
+    assert "inside the interval" in muster("sweep", "score", *options)[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -69,6 +99,8 @@ def test_predict_at_a_budget_and_at_a_size(muster, table):
             ("fit", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1.1e18"),
             "at 1 budgets: a scaling law needs 3",
         ),
+        (("score", "--table", "{}"), "with --max-budget C also --table FILE"),
+        (("score", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1e21"), "some should lie on each side"),
         (("predict", "--table", "{}"), "needs --budget C"),
         (("predict", "--table", "{}", "--budget", "0"), "--budget 0: should be above 0"),
         (("plot", "--table", "{}", "--columns", COLUMNS), "needs --out FOLDER"),

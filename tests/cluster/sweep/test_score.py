@@ -64,13 +64,11 @@ def test_a_prediction_is_scored_once_its_run_has_finished(sweep, muster, tmp_pat
     assert (told["finished"], told["inside"]) == (2, 1)
 
     path = tmp_path / "sweep.yaml"
-    path.write_text(
-        f"{{name: tiny, root: {sweep.root}, base: {sweep.base}, grid: {{}}, axes: {{train.steps: [4, 8]}}}}"
-    )
-    code, out, err = muster("sweep", "score", str(path))
+    path.write_text(f"{{name: tiny, base: {sweep.base}, grid: {{}}, axes: {{train.steps: [4, 8]}}}}")
+    code, out, err = muster("sweep", "score", str(path), f"root={sweep.root}")
     assert (code, err) == (0, "")
     assert "1 of 2 inside the interval, mean absolute error 17.92%" in out
-    assert json.loads(muster("sweep", "score", str(path), "--json")[1]) == json.loads(
+    assert json.loads(muster("sweep", "score", str(path), f"root={sweep.root}", "--json")[1]) == json.loads(
         (sweep.folder / "score.json").read_text()
     )
 
