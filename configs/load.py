@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .base import ConfigError
+from .designs import DESIGNS
 from .explain import annotation_of, explain, is_text
 from .run import Config
 
@@ -117,6 +118,10 @@ def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to this file")
     tree = read_mapping(path)
+    if design := next((name for name in DESIGNS if name in tree), None):
+        raise ConfigError(
+            f"{path} is a sweep (it has {design}), not a run's config: `muster sweep run {path}` trains it"
+        )
     base = tree.pop("base", None)
     if base is None:
         return tree

@@ -26,7 +26,7 @@ from .designs import (
     listed,
 )
 from .load import merge, override, preset_names, read_mapping, validated
-from .run import folder_name
+from .run import Config, folder_name
 from .variants import Variant
 
 Count = Literal["total", "active", "without_embeddings", "with_head"]
@@ -187,6 +187,10 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     if not path.is_file():
         raise ConfigError(f"no sweep {str(path)!r}: it should be a YAML file with a design ({', '.join(DESIGNS)})")
     tree = read_mapping(path)
+    if tree.keys() & Config.model_fields.keys() and not tree.keys() & set(DESIGNS):
+        raise ConfigError(
+            f"{path} is a run's config, not a sweep: `muster train {path}` trains it; a sweep names it as its base"
+        )
     override(tree, overrides, SweepConfig, "isoflop.sizes=7")
     base = tree.get("base")
     if isinstance(base, str) and base not in preset_names() and (path.parent / base).is_file():

@@ -5,7 +5,7 @@ import os
 import shutil
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from .setting import Setting
 from .show_status import View, booked, failures
 from .standing import OVER, Ledger
 from .status import books, progress, write_plan
+from .trial import Plan
 
 
 def run_sweep(sweep: SweepConfig, gpus: int | None = None) -> int:
@@ -113,7 +114,7 @@ class _Session(RayThread):
             total = {kind: min(count, self.gpus * each[kind]) for kind, count in total.items()}
         self.record.event("cluster", machines=len(nodes), **total)
         over = setting.over(plan.trials)
-        self.order = Order(plan, over, lambda trial: setting.job(trial, nodes), setting.plan_again, self.record)
+        self.order = Order(plan, over, lambda trial: setting.job(trial, nodes), self._again, self.record)
         joined = self.address is not None
         self.trials = Trials(self.order, setting.environment, joined, folder=os.getcwd(), most=self.gpus)
         self.connected.set()
@@ -124,6 +125,11 @@ class _Session(RayThread):
                 close_record(ended.run_dir, "FAILED", ended.reason.splitlines()[0])
             count += ended.status != "KILLED"
             self.record.metrics({"step": count, "failed": len(self.order.failed())})
+
+    def _again(self, failed: Sequence[str]) -> Plan:
+        plan = self.setting.plan_again(failed)
+        plan.check_gpus(self.gpus)  # a draw may be wider than those before
+        return plan
 
 
 def _begin_record(setting: Setting) -> tuple[Record, ShipperHandle | None]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ConfigError
+from configs import ConfigError, load
 from configs.designs import Axis, IsoflopDesign, LadderDesign, OptunaDesign
 from configs.load import read_mapping
 from configs.sweep import HyperRules, ShapeRule, SweepConfig, load_sweep, nested, sweep_from_dict
@@ -114,6 +114,15 @@ def test_files_that_are_none(tmp_path):
     with pytest.raises(ConfigError, match=r"'sizes' is not key=value, such as isoflop\.sizes=7"):
         load_sweep(tmp_path / "s.yaml", ["sizes"])
     assert read_mapping(tmp_path / "s.yaml")["name"] == "s"
+
+
+def test_a_sweep_and_a_runs_config_are_not_taken_for_each_other(file):
+    with pytest.raises(ConfigError, match=r"sweep.yaml is a sweep \(it has isoflop\).*`muster sweep run"):
+        load(file)
+    run = file.with_name("run.yaml")
+    run.write_text("train: {steps: 3}")
+    with pytest.raises(ConfigError, match=r"run.yaml is a run's config, not a sweep: `muster train"):
+        load_sweep(run)
 
 
 def test_every_key_says_what_it_is():
