@@ -258,6 +258,8 @@ def test_stop_writes_a_checkpoint_first(cluster, story):
 def test_a_job_is_trained_to_its_end_by_what_was_sent(cluster, story):
     cluster.wait(lambda: cluster.job(story.urgent)["state"] != "RUNNING")
     assert cluster.job(story.urgent)["state"] == "FINISHED"
+    [launched] = [event for event in read_events(cluster.runs / "urgent") if event["event"] == "resolved"]
+    assert launched["submitted"] == cluster.job(story.urgent)["submitted"]  # what it waited is in its goodput
     assert "finished at step 20" in story.output
     assert "finished at step 20" in cluster.muster("logs", story.urgent)
     sent = (cluster.runs.parent / "plugin_saw").read_text().split()
