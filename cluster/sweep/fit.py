@@ -16,7 +16,7 @@ from .newton import HUBER_LOG, LEAST_SQUARES, Objective
 from .predict import kinds
 from .refusal import Refusal
 from .solve import Solution, refit, solve
-from .table import Table, budgets, read_table
+from .table import Table, budgets, read_table, resampled
 
 __all__ = [
     "FORMS", "HUBER_LOG", "LEAST_SQUARES", "OBJECTIVES", "Fit", "Fits", "Objective", "Refusal", "Table", "fit",
@@ -61,6 +61,10 @@ class Fit:
             "floor", f"{self.form.name}: {which} at the edge of what is allowed; the data do not determine it"
         )
 
+    def schwarz(self, rows: int) -> float:
+        """Schwarz' criterion (1978) of a fit to so many rows, up to a constant: the lower the better."""
+        return 2 * rows * float(np.log(self.residual)) + self.form.size * float(np.log(rows))
+
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
         solution = self.solution
@@ -88,7 +92,7 @@ class Fits:
     refused: dict[str, Refusal]
     """By form or approach, why it was not fitted, or cannot be relied on."""
     chosen: str
-    """The form of the least error on held-back budgets."""
+    """The form of the least error on held-back budgets; of too few budgets, by Schwarz' criterion."""
     approach1: tuple[PowerLaw, PowerLaw] | None = None
     """Of N and D."""
     approach1_of: str = ""
@@ -100,6 +104,11 @@ class Fits:
     @property
     def best(self) -> Fit:
         return self.fits[self.chosen]
+
+    @property
+    def reservation(self) -> str:
+        """What must be said wherever the chosen form is used; "" if nothing."""
+        return ", which the data do not determine" if self.chosen in self.refused else ""
 
     def summary(self) -> dict[str, Any]:
         """For `--json`: every form's coefficients, how it was fitted, what was left out."""
@@ -179,9 +188,11 @@ def fit(
             raise next(iter(undetermined.values()))
         sound = fits
     errors = {name: each.cross_validation for name, each in sound.items() if each.cross_validation is not None}
-    # Of forms whose errors are within a twentieth of the least, the one with the fewest coefficients.
-    near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())] or list(sound)
-    chosen = min(near, key=lambda name: fits[name].form.size)
+    if errors:  # of forms whose errors are within a twentieth of the least, the one with the fewest coefficients
+        near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())]
+        chosen = min(near, key=lambda name: fits[name].form.size)
+    else:
+        chosen = min(sound, key=lambda name: fits[name].schwarz(len(table)))
     return Fits(table, fits, refused | undetermined, chosen, found1, of, found2, alone)
 
 
@@ -207,7 +218,7 @@ def fit_form(
     samples = np.empty((0, form.size))
     intervals: dict[str, tuple[float, float]] = {}
     if bootstraps:
-        weights = draw(table, bootstraps, np.random.default_rng(seed))
+        weights = resampled(table, bootstraps, np.random.default_rng(seed))
         samples, converged = refit(form, x, table.loss, weights, solution.parameters, objective)
         samples = samples[converged]
         each = [form.coefficients(sample) for sample in samples]
@@ -239,13 +250,6 @@ def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -
         error = found.form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
         errors.append(float((error**2).mean()))
     return float(np.sqrt(np.mean(errors))) if len(errors) > 1 else None
-
-
-def draw(table: Table, count: int, generator: np.random.Generator) -> Array:
-    """How often each row was drawn, shape (count, rows): runs are drawn with replacement, with all their rows."""
-    _, run = np.unique(np.array(table.run), return_inverse=True)
-    runs = int(run.max()) + 1
-    return generator.multinomial(runs, np.full(runs, 1 / runs), size=count)[:, run].astype(float)
 
 
 def named(form: str) -> Form:

@@ -21,10 +21,10 @@ def show_fits(fits: Fits) -> None:
         soft_wrap=True,
     )
     for name, each in fits.fits.items():
-        mark = "  <- chosen" if name == fits.chosen else ""
+        mark = f"  <- chosen{fits.reservation}" if name == fits.chosen else ""
         held = "" if each.cross_validation is None else f", on held-back budgets {each.cross_validation:.2%}"
         state = "converged" if each.solution.converged else "not converged"
-        console.print(f"\n[bold]{name}[/] ({each.form.source}){mark}")
+        console.print(f"\n[bold]{name}[/] ({each.form.source}){mark}", soft_wrap=True)
         console.print(f"  {each.objective}, {state}; error {each.residual:.2%}{held}", soft_wrap=True)
         grid = Grid(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         for coefficient, value in each.coefficients.items():

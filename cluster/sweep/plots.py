@@ -196,9 +196,8 @@ def _frontier(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve], predic
         if reached:
             c, loss = np.array([p.c for p in reached]), np.array([float(p.found or 0) for p in reached])
             panel.marks.append(Mark("points", c, loss, "black", "reached", marker="x", size=5))
-    caption = (
-        f"Loss against training FLOPs: all runs, and the {_words(fits)} by {fits.chosen} with 95% of the bootstrap."
-    )
+    by = fits.chosen + fits.reservation
+    caption = f"Loss against training FLOPs: all runs, and the {_words(fits)} by {by}; bands: 95% of the bootstrap."
     return Picture("frontier", caption, [panel], f"lines: {_words(fits)},\nbands: 95%" if len(found) > 1 else "")
 
 
@@ -234,9 +233,8 @@ def _contours(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve]) -> Pic
                 Mark("line", c, np.array([law.at(float(b)) for b in c]), "black", "approach 2", dash=True)
             )
         panels.append(panel)
-    caption = (
-        f"Loss by {fits.chosen} over training FLOPs and size, in nats per token, and the best size at each budget."
-    )
+    by = fits.chosen + fits.reservation
+    caption = f"Loss by {by}, over training FLOPs and size, in nats per token, and the best size at each budget."
     return Picture("contours", caption, panels)
 
 
@@ -260,7 +258,7 @@ def _residuals(fits: Fits, found: Sequence[Kind]) -> Picture:
         ]  # fmt: skip
         panel.marks += [_runs(table, rows, values[rows], residual[rows], shade, label) for label, shade, rows in groups]
         panels.append(panel)
-    caption = f"Residuals of {fits.chosen}, whose root mean square is {best.residual:.2%}."
+    caption = f"Residuals of {fits.chosen}{fits.reservation}; their root mean square: {best.residual:.2%}."
     return Picture("residuals", caption, panels, "" if len(found) > 1 else "FLOPs")
 
 

@@ -104,6 +104,13 @@ def budgets(table: Table, tolerance: float = 0.1) -> NDArray[np.int64]:
     return index
 
 
+def resampled(table: Table, count: int, generator: np.random.Generator) -> Array:
+    """How often each row was drawn, shape (count, rows): runs are drawn with replacement, with all their rows."""
+    _, run = np.unique(np.array(table.run), return_inverse=True)
+    runs = int(run.max()) + 1
+    return generator.multinomial(runs, np.full(runs, 1 / runs), size=count)[:, run].astype(float)
+
+
 def read_table(
     path: str | Path, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
 ) -> Table:

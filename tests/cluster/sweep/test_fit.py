@@ -37,6 +37,15 @@ def test_kaplans_law_is_chosen_where_it_holds():
     assert fit(isoflop(Kaplan(), law, noise=0.0005), bootstraps=0).chosen == "kaplan"
 
 
+def test_of_too_few_budgets_to_hold_any_back_the_fit_decides():
+    """By Schwarz' criterion, not for its few coefficients."""
+    found = fit(isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 3), noise=0.0005), bootstraps=0)
+    assert {each.cross_validation for each in found.fits.values()} == {None}
+    assert found.chosen == "approach3"
+    assert found.best.form.size > min(each.form.size for each in found.fits.values())
+    assert found.reservation == ""
+
+
 def test_approaches_1_and_2_find_the_exponent():
     """a = beta / (alpha + beta) of the planted law."""
     found = fit(isoflop(Approach3(), HOFFMANN, sizes=15, noise=0.0005), ["approach3"], bootstraps=0)

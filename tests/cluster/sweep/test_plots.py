@@ -14,6 +14,7 @@ from cluster.sweep.forms import Approach3
 from cluster.sweep.moe_forms import ClarkPower, Ludziejewski
 from cluster.sweep.plots import Prediction, draw
 from cluster.sweep.predict import kinds
+from cluster.sweep.refusal import Refusal
 from cluster.sweep.table import Table
 
 DENSE = isoflop(Approach3(), HOFFMANN)
@@ -51,10 +52,12 @@ def test_a_dense_sweep_has_every_picture_but_that_of_experts(tmp_path):
 
 def test_a_moe_sweep_shows_what_experts_are_worth(tmp_path):
     table = moe()
-    fits = Fits(table, {"ludziejewski": fit_form(Ludziejewski(), table, bootstraps=20)}, {}, "ludziejewski")
+    doubt = {"ludziejewski": Refusal("floor", "a coefficient lies at an edge")}
+    fits = Fits(table, {"ludziejewski": fit_form(Ludziejewski(), table, bootstraps=20)}, doubt, "ludziejewski")
     assert [path.stem for path in draw(fits, tmp_path)] == [
         "isoflop", "frontier", "contours", "residuals", "efficiency", "sweep",
     ]  # fmt: skip
+    assert (tmp_path / "sweep.html").read_text().count("ludziejewski, which the data do not determine") == 3
 
 
 def test_runs_of_one_number_of_tokens_have_no_frontier_in_tokens_and_no_contours(tmp_path):
