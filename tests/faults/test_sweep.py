@@ -1,4 +1,4 @@
-"""A sweep on three real Ray nodes that loses a machine and then the head: every trial ends as in one left alone."""
+"""A sweep on three real Ray nodes that loses a machine, or the head: every trial ends as in one left alone."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,10 +51,24 @@ def trials(sweep_dir: Path) -> dict[str, Path]:
     return {path.name: path for path in sorted((sweep_dir / "trials").glob("*"))}
 
 
-def test_a_sweep_that_lost_a_machine_and_then_the_head(cluster):
-    id, clean = submit(cluster, "clean")
-    cluster.finish(id, clean)
-    id, swept = submit(cluster, "swept")
+@pytest.fixture(scope="module")
+def clean(cluster) -> Path:
+    id, sweep_dir = submit(cluster, "clean")
+    cluster.finish(id, sweep_dir)
+    return sweep_dir
+
+
+def check(swept: Path, clean: Path) -> None:
+    assert len(trials(swept)) == 5
+    assert set(trials(swept)) == set(trials(clean))
+    for name, path in trials(swept).items():
+        assert losses(path) == losses(trials(clean)[name])
+        assert losses(path)[-1][0] == 200
+        assert max(rolled_back(path), default=0) <= 1
+
+
+def test_a_killed_node(cluster, clean):
+    id, swept = submit(cluster, "node")
 
     def away() -> list[int]:
         """Nodes other than the head that train a trial which has begun."""
@@ -66,22 +80,26 @@ def test_a_sweep_that_lost_a_machine_and_then_the_head(cluster):
     cluster.do("kill", str(node))
     wait_for(lambda: any(steps_of(path)[0] > 1 for path in trials(swept).values()))
     cluster.do("start", str(node))
-    wait_for(lambda: any(summary(path)["status"] == "FINISHED" for path in trials(swept).values()))
-    finished = {name for name, path in trials(swept).items() if summary(path)["status"] == "FINISHED"}
+    cluster.finish(id, swept)
+    check(swept, clean)
+    assert any(steps_of(path)[0] > 1 for path in trials(swept).values())
+
+
+def test_a_killed_head_and_one_command(cluster, clean):
+    id, swept = submit(cluster, "head")
+
+    def over() -> set[str]:
+        return {name for name, path in trials(swept).items() if summary(path)["status"] == "FINISHED"}
+
+    wait_for(over)
     cluster.do("kill", str(HEAD))
+    finished = over()
     cluster.do("start", str(HEAD))
     assert cluster.job(id)["state"] == "LOST"
     again = cluster.muster("retry", id).splitlines()[0]
     cluster.finish(again, swept)
-
-    assert len(trials(swept)) == 5
-    assert set(trials(swept)) == set(trials(clean))
-    for name, path in trials(swept).items():
-        assert losses(path) == losses(trials(clean)[name])
-        assert losses(path)[-1][0] == 200
-        assert max(rolled_back(path), default=0) <= 1
+    check(swept, clean)
     starts = [e["trial"] for e in read_events(swept) if e["event"] == "trial_started" and e["attempt"] == 2]
     assert sorted(starts) == sorted(set(trials(swept)) - finished)
     assert "5/5 trials finished" in cluster.muster("status", again)
-    held = [event["cpus"] for event in read_events(swept) if event["event"] == "cluster"]
-    assert held == [4.0, 4.0]
+    assert [event["cpus"] for event in read_events(swept) if event["event"] == "cluster"] == [4.0, 4.0]
