@@ -68,7 +68,8 @@ def _screen(picture: Picture) -> Any:
         ):
             linear = scale == "share"
             update(
-                type="linear" if linear else "log", nticks=7, title_text=label, row=1, col=column,
+                type="linear" if linear else "log", nticks=7 if len(picture.panels) == 1 else 4, tickangle=0,
+                title_text=label, row=1, col=column,
                 range=ends if linear else [float(np.log10(end)) for end in ends], ticks="outside",
                 exponentformat="B" if scale == "count" else "power", tickformat="+.1%" if linear else None,
             )  # fmt: skip
