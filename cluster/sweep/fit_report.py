@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.table import Table as Grid
 
 from .fit import Fits
-from .forecast import Prediction
+from .forecast import Prediction, Rival
 from .intervals import Interval
 
 
@@ -72,15 +72,20 @@ def show_predictions(predictions: Sequence[Prediction]) -> None:
         "FLOPs", "loss", "of one run", "N", "D", "D / N", "model", box=None, pad_edge=False, padding=(0, 2, 0, 0)
     )
     for each in predictions:
-        shape = " ".join(f"{key}={value:g}" for key, value in each.shape.items() if key != "active_ratio")
-        ratio = f"{each.d.value / each.n.value:.3g}"
-        grid.add_row(
-            f"{each.budget:.3g}", _range(each.loss, ".4f"), _ends(each.run_loss, ".4f"), _range(each.n, ".3g"),
-            _range(each.d, ".3g"), ratio, shape,
-        )  # fmt: skip
+        grid.add_row(f"{each.budget:.3g}", _range(each.loss, ".4f"), _ends(each.run_loss, ".4f"), *_choice(each))
+        for rival in each.rivals:
+            grid.add_row("  or", _range(rival.loss, ".4f"), "", *_choice(rival))
     console.print(grid)
+    if any(each.rivals for each in predictions):
+        console.print("or: kinds of models that cannot be told from the best one", soft_wrap=True)
     for warning in dict.fromkeys(warning for each in predictions for warning in each.warnings):
         console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+
+
+def _choice(found: Prediction | Rival) -> tuple[str, str, str, str]:
+    """N, D, their ratio and the kind of model."""
+    shape = " ".join(f"{key}={value:g}" for key, value in found.shape.items() if key != "active_ratio")
+    return _range(found.n, ".3g"), _range(found.d, ".3g"), f"{found.d.value / found.n.value:.3g}", shape
 
 
 def _range(estimate: Interval, digits: str) -> str:

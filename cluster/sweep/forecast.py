@@ -1,8 +1,8 @@
 """Predictions with intervals: the loss at a budget or of a model, and the compute-optimal choices."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,6 +12,19 @@ from .predict import columns_at, kinds
 from .table import Table
 
 LEVEL = 0.95
+
+
+class Rival(NamedTuple):
+    """A kind of model that may be the best of a budget as well; see `Prediction`."""
+
+    shape: Mapping[str, float]
+    loss: Interval
+    n: Interval
+    d: Interval
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {key: getattr(self, key)._asdict() for key in ("loss", "n", "d")} | {"shape": dict(self.shape)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +49,9 @@ class Prediction:
     method: Mapping[str, Any]
     """How the interval was made."""
     warnings: tuple[str, ...] = ()
+    rivals: tuple[Rival, ...] = ()
+    """Kinds of models whose interval of the loss begins below the end of the best one's, by their loss: with `shape`,
+    the experts and top_k among which the best is at this level."""
 
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
@@ -44,6 +60,7 @@ class Prediction:
             asdict(self)
             | intervals
             | {"shape": dict(self.shape), "method": dict(self.method), "warnings": list(self.warnings)}
+            | {"rivals": [each.summary() for each in self.rivals]}
         )
 
 
@@ -67,8 +84,12 @@ class Forecast:
         """
         laws = [self._law(index) for index in range(len(self.kinds))]
         found = [law.at_budget(budget, LEVEL) for law in laws]
-        best = min(range(len(laws)), key=lambda each: found[each]["loss"].value)
-        return _prediction(self.table, laws[best], budget, **found[best])
+        best, *others = sorted(range(len(laws)), key=lambda each: found[each]["loss"].value)
+        rivals = [
+            Rival(laws[each].kind.shape, **found[each]) for each in others
+            if found[each]["loss"].low <= found[best]["loss"].high
+        ]  # fmt: skip
+        return replace(_prediction(self.table, laws[best], budget, **found[best]), rivals=tuple(rivals))
 
     def at_size(self, n: float, d: float, shape: Mapping[str, float] | None = None) -> Prediction:
         """The loss of a model of n parameters after d tokens.

@@ -77,6 +77,29 @@ def test_a_given_model_is_predicted_for_each_kind(muster, tmp_path):
     assert "experts=8" in shown
 
 
+@pytest.mark.parametrize(("better", "rivals"), [(0.9, []), (0.999, [1])])
+def test_kinds_that_cannot_be_told_apart_are_said(muster, tmp_path, better, rivals):
+    dense, moe = (isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002, seed=seed) for seed in (0, 1))
+    rows = [
+        f"{n},{d},{c},{loss * factor},{experts}"
+        for runs, experts, factor in ((dense, 1, 1.0), (moe, 8, better))
+        for n, d, c, loss in zip(runs.n, runs.d, runs.c, runs.loss, strict=True)
+    ]
+    path = tmp_path / "runs.csv"
+    path.write_text("\n".join(["n,d,c,loss,experts", *rows]) + "\n")
+    code, out, err = muster("sweep", "predict", "--table", str(path), "--budget", "3e20", "--json")
+    assert (code, err) == (0, "")
+    [found] = json.loads(out)["predictions"]
+    kinds = sorted([found["shape"]["experts"], *(each["shape"]["experts"] for each in found["rivals"])])
+    assert kinds == sorted([8, *rivals])
+    for each in found["rivals"]:
+        assert found["loss"]["value"] <= each["loss"]["value"]
+        assert each["loss"]["low"] <= found["loss"]["high"]
+        assert each["n"]["low"] < each["n"]["value"] < each["n"]["high"]
+    shown = muster("sweep", "predict", "--table", str(path), "--budget", "3e20")[1]
+    assert ("cannot be told from the best one" in shown) == bool(rivals)
+
+
 def test_a_table_is_scored_on_its_largest_budget(muster, table):
     options = ("--table", str(table), "--columns", COLUMNS, "--max-budget", "5e19")
     code, out, err = muster("sweep", "score", *options, "--json")
