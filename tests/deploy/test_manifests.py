@@ -14,6 +14,7 @@ from typer.main import get_command
 
 from cluster.cli import app
 from configs import load
+from configs.sweep import load_sweep
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
@@ -413,7 +414,9 @@ def test_images_have_the_pinned_versions():
 # The README.
 
 
-def test_readme_commands_are_musters():
+def test_readme_commands_are_musters(tmp_path):
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("isoflop: {budgets: [1e18]}")
     text = (DEPLOY / "README.md").read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
@@ -421,8 +424,10 @@ def test_readme_commands_are_musters():
     assert ours
     for line in ours:
         params = muster_command(line)
-        if "overrides" in params:
+        if "config" in params:
             load(params["config"], params["overrides"] or ())
+        elif "file" in params:
+            load_sweep(sweep, params["overrides"] or ())
     for line in lines:
         for path in re.findall(r"(?:-k|-f|--project-directory) (deploy/\S+)", line):
             assert (ROOT / path).exists(), line
