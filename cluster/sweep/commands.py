@@ -10,7 +10,7 @@ from configs.sweep import SweepConfig, load_sweep
 
 from ..plan import KINDS, asked_device
 from ..runs import Json
-from . import fit_commands, run_commands
+from . import fit_commands, run_commands, submit
 from .run_commands import File, Gpus, Overrides
 
 app = typer.Typer(help="Plan, run and fit scaling-law sweeps.", no_args_is_help=True)
@@ -67,7 +67,7 @@ def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:
 
 
 app.command("run")(run_commands.run_sweep)
-app.command("submit")(run_commands.submit_sweep)
+app.command("submit")(submit.submit_sweep)
 app.command("status")(run_commands.status_of_sweep)
 app.command("fit")(fit_commands.fit_sweep)
 app.command("predict")(fit_commands.predict_sweep)

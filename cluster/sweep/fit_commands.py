@@ -60,10 +60,11 @@ def fit_sweep(
 
         curves = loss_curves(known_plan(sweep), found)
     fits = fit(found, form, OBJECTIVES[objective], bootstraps, curves=curves)
+    told = json.dumps(fits.summary(), indent=1)
     if sweep is not None:
-        _send(sweep, [_keep(sweep, "fit.json", json.dumps(fits.summary(), indent=1) + "\n")])
+        _send(sweep, [_keep(sweep, "fit.json", told + "\n")])
     if as_json:
-        print(json.dumps(fits.summary(), indent=1))
+        print(told)
     else:
         from .fit_report import show_fits
 

@@ -1,4 +1,4 @@
-"""`muster sweep run`, `submit` and `status`: train the trials, here or as a job, and see how far they are."""
+"""`muster sweep run` and `status`: train the trials, and see how far they are."""
 
 import json
 from typing import Annotated
@@ -7,16 +7,12 @@ import typer
 
 from configs.sweep import load_sweep
 
-from ..jobs import Address
 from ..runs import Json
-from ..submit import Priority, Queue, Wait
 
 File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as isoflop.sizes=7.")
 ]
-
-
 Gpus = Annotated[int | None, typer.Option(metavar="N", help="Devices that the trials run on side by side.")]
 
 
@@ -26,23 +22,6 @@ def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> Non
     from .run import run_sweep
 
     raise typer.Exit(run_sweep(sweep, gpus))
-
-
-def submit_sweep(
-    file: File,
-    overrides: Overrides = None,
-    gpus: Gpus = None,
-    address: Address = None,
-    wait: Wait = False,
-    queue: Queue = False,
-    priority: Priority = 0,
-    as_json: Json = False,
-) -> None:
-    """Send this folder and a sweep to a cluster. Example: muster sweep submit sweep.yaml root=/shared/runs --gpus 8"""
-    sweep = load_sweep(file, overrides or ())
-    from .submit import submit
-
-    submit(sweep, file, overrides or [], gpus, address, wait, queue, priority, as_json)
 
 
 def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = False) -> None:

@@ -14,14 +14,13 @@ from trainer.record import read_events
 from trainer.run import attempts, read_config, resolve_config
 from trainer.tracking.sweep import SWEEP, TRIALS
 
-from .. import queue
 from ..launch import worker_environment
-from ..share import Node, group_of, share_of_most, share_of_trial
+from ..share import Node
 from .arms import arms
 from .order import Job
 from .plan import plan
 from .standing import Ledger, diverged, finished_losses, last_ends
-from .trial import Plan, Trial
+from .trial import Plan, Trial, gang_of
 
 UNWATCHED: dict[str, dict[str, Any]] = {
     "train": {"eval_every": 0, "sample_tokens": 0},
@@ -75,10 +74,10 @@ class Setting:
         """How a trial is trained on these machines. Raises ConfigError if they have no room for it."""
         config, _ = resolve_config(self.config(trial), prepare=False)
         try:
-            each = share_of_most(config, lambda config: share_of_trial(config, nodes))
+            gang = gang_of(config, nodes)
         except ConfigError as error:
             raise ConfigError(f"trial {trial.name}: {error}") from None
-        return Job(trial, self.config(trial), queue.Gang(config.parallel.world_size, each, group_of(config)))
+        return Job(trial, self.config(trial), gang)
 
     def config(self, trial: Trial) -> Config:
         """A trial's config with what is the same for all."""

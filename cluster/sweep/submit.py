@@ -4,43 +4,37 @@ import shlex
 from pathlib import Path
 
 from configs import ConfigError, preset_names
-from configs.sweep import SweepConfig
-from trainer.data.manifest import vocabulary
+from configs.sweep import load_sweep
 
 from .. import pack
 from ..client import Cluster, api_url
+from ..jobs import Address
 from ..queue import Gang, place
-from ..share import Node, Share, capacity, group_of, share_of_most, share_of_trial
-from ..submit import check_root, check_sent, needs, path_in, send
-from .arms import arms
-from .plan import plan
-from .standing import finished_losses
-from .trial import Plan
+from ..runs import Json
+from ..share import Share, capacity
+from ..submit import Priority, Queue, Wait, check_root, check_sent, needs, path_in, send
+from .run_commands import File, Gpus, Overrides
 
 
-def submit(
-    sweep: SweepConfig,
-    file: str,
-    overrides: list[str],
-    gpus: int | None,
-    address: str | None,
-    wait: bool,
-    queue: bool,
-    priority: int,
-    as_json: bool,
+def submit_sweep(
+    file: File,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    wait: Wait = False,
+    queue: Queue = False,
+    priority: Priority = 0,
+    as_json: Json = False,
 ) -> None:
-    """Send a sweep to a cluster.
+    """Send this folder and a sweep to a cluster. Example: muster sweep submit sweep.yaml root=/shared/runs --gpus 8"""
+    from trainer.data.manifest import vocabulary  # numpy, as have the next two
 
-    Args:
-        file: that it was read from, with these overrides.
-        gpus: devices that it starts with and never goes beyond; None: it starts with those of its widest trial, and
-            takes what is free.
-        queue: wait for machines to join where there are too few.
+    from .arms import arms
+    from .plan import plan
+    from .standing import finished_losses
+    from .trial import gang_of
 
-    Raises:
-        ConfigError: found before anything is sent.
-    """
-    here = Path.cwd()
+    sweep, here = load_sweep(file, overrides or ()), Path.cwd()
     check_root("root", sweep.root)
     name = path_in(here, file)
     every = arms(sweep)
@@ -48,7 +42,16 @@ def submit(
     planned.check_gpus(gpus)
     cluster = Cluster(api_url(address, every[0].config.cluster.address))
     nodes = cluster.nodes()
-    gang = _gang(planned, gpus, nodes, queue)
+    gangs = [gang_of(trial.resolved, nodes, wait=queue) for trial in planned.trials]
+    each = Share(max(gang.each.cpus for gang in gangs), max(gang.each.gpus for gang in gangs))
+    # It starts with all that it may have, or with what its widest trial needs, and then takes what is free.
+    gang = Gang(gpus or planned.widest, each, max(gang.group for gang in gangs))
+    room = int(sum(capacity(node, each) for node in nodes))
+    if not queue and place(gang, nodes, nodes) is None:
+        raise ConfigError(
+            f"--gpus {gpus}: the cluster has room for {room} processes of {each.cpus:g} CPUs and {each.gpus:g} GPUs: "
+            f"lower it, or wait for machines to join with --queue"
+        )
 
     packed = pack.files(here, [Path(sweep.root)])
     base = [] if sweep.base in preset_names() else [path_in(here, sweep.base)]
@@ -59,29 +62,12 @@ def submit(
     job = {
         "name": sweep.name,
         "run_dir": str(sweep.folder),
-        "command": shlex.join(["muster", "sweep", "run", name, *overrides, "set.cluster.address=null", *limit]),
+        "command": shlex.join(["muster", "sweep", "run", name, *(overrides or ()), "set.cluster.address=null", *limit]),
         "workers": gang.workers,
-        "most": gpus or max(gang.workers, int(sum(capacity(node, gang.each) for node in nodes))),
+        "most": gpus or max(gang.workers, room),
         "cpus": gang.each.cpus,
         "gpus": gang.each.gpus,
         "group": gang.group,
         "priority": priority,
     }
     send(cluster, here, packed, job, wait, as_json)
-
-
-def _gang(planned: Plan, gpus: int | None, nodes: list[Node], queue: bool) -> Gang:
-    """What must be free for the sweep to start. Raises ConfigError if the cluster has not so much."""
-    shares, groups = [], [1]
-    for config in {trial.name: trial.resolved for trial in planned.trials}.values():
-        shares.append(share_of_most(config, lambda config: share_of_trial(config, nodes, wait=queue)))
-        groups.append(group_of(config))
-    each = Share(max(one.cpus for one in shares), max(one.gpus for one in shares))
-    gang = Gang(gpus or planned.widest, each, max(groups))
-    if not queue and place(gang, nodes, nodes) is None:
-        room = int(sum(capacity(node, each) for node in nodes))
-        raise ConfigError(
-            f"--gpus {gpus}: the cluster has room for {room} processes of {each.cpus:g} CPUs and {each.gpus:g} GPUs: "
-            f"lower it, or wait for machines to join with --queue"
-        )
-    return gang

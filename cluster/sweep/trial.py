@@ -1,11 +1,14 @@
 """What a plan holds: the trials of a sweep."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from configs import Config, ConfigError
 from configs.sweep import SweepConfig
 from models.cost import Parameters
+
+from ..queue import Gang
+from ..share import Node, group_of, share_of_most, share_of_trial
 
 
 class Trial(NamedTuple):
@@ -36,6 +39,20 @@ class Trial(NamedTuple):
     def spent(self) -> float:
         """Training FLOPs that the trial itself takes: less than `flops` where it starts from another's checkpoint."""
         return self.flops * (1 - (self.from_step or 0) / self.config.train.steps)
+
+
+def gang_of(config: Config, nodes: Sequence[Node], wait: bool = False) -> Gang:
+    """What a trial needs all at once.
+
+    Args:
+        config: resolved.
+        wait: see `share_of_gang`.
+
+    Raises:
+        ConfigError: it asks for more than the machines have.
+    """
+    each = share_of_most(config, lambda config: share_of_trial(config, nodes, wait))
+    return Gang(config.parallel.world_size, each, group_of(config))
 
 
 class Plan(NamedTuple):

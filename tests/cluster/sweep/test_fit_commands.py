@@ -58,15 +58,21 @@ def test_predict_at_a_budget_and_at_a_size(muster, table):
     assert given["budget"] == pytest.approx(1.2e20)
 
 
+def with_experts(folder, dense, moe, factor):
+    """A table of two kinds of models; the losses of those with 8 experts are multiplied by the factor."""
+    rows = [
+        f"{n},{d},{c},{loss * times},{experts}"
+        for runs, experts, times in ((dense, 1, 1.0), (moe, 8, factor))
+        for n, d, c, loss in zip(runs.n, runs.d, runs.c, runs.loss, strict=True)
+    ]
+    path = folder / "runs.csv"
+    path.write_text("\n".join(["n,d,c,loss,experts", *rows]) + "\n")
+    return path
+
+
 def test_a_given_model_is_predicted_for_each_kind(muster, tmp_path):
     dense = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
-    rows = [
-        f"{n},{d},{c},{loss * (1 if experts == 1 else 0.97)},{experts}"
-        for experts in (1, 8)
-        for n, d, c, loss in zip(dense.n, dense.d, dense.c, dense.loss, strict=True)
-    ]
-    path = tmp_path / "runs.csv"
-    path.write_text("\n".join(["n,d,c,loss,experts", *rows]) + "\n")
+    path = with_experts(tmp_path, dense, dense, 0.97)
     model = ("--n", "1e9", "--d", "2e10")
     code, out, err = muster("sweep", "predict", "--table", str(path), *model, "--json")
     assert (code, err) == (0, "")
@@ -80,13 +86,7 @@ def test_a_given_model_is_predicted_for_each_kind(muster, tmp_path):
 @pytest.mark.parametrize(("better", "rivals"), [(0.9, []), (0.999, [1])])
 def test_kinds_that_cannot_be_told_apart_are_said(muster, tmp_path, better, rivals):
     dense, moe = (isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002, seed=seed) for seed in (0, 1))
-    rows = [
-        f"{n},{d},{c},{loss * factor},{experts}"
-        for runs, experts, factor in ((dense, 1, 1.0), (moe, 8, better))
-        for n, d, c, loss in zip(runs.n, runs.d, runs.c, runs.loss, strict=True)
-    ]
-    path = tmp_path / "runs.csv"
-    path.write_text("\n".join(["n,d,c,loss,experts", *rows]) + "\n")
+    path = with_experts(tmp_path, dense, moe, better)
     code, out, err = muster("sweep", "predict", "--table", str(path), "--budget", "3e20", "--json")
     assert (code, err) == (0, "")
     [found] = json.loads(out)["predictions"]
