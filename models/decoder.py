@@ -104,8 +104,18 @@ class Backbone(nn.Module):
         layer, every = self.layers[index], self.activation_checkpointing
         if every and (index + 1) % every == 0 and torch.is_grad_enabled():
             # Layers draw no random numbers. The reentrant kind would lose the gradient of the router's losses.
-            return checkpoint(layer, x_BTH, shared, keys, use_reentrant=False, preserve_rng_state=False)
+            return checkpoint(_again, layer, x_BTH, shared, keys, use_reentrant=False, preserve_rng_state=False)
         return layer(x_BTH, shared, keys, cache)
+
+
+def _again(layer: nn.Module, x_BTH: Tensor, shared: Shared, keys: Tensor | None) -> Tensor:
+    """Output of a layer whose router, computed again, is heard by nobody: it would keep what checkpointing gave up."""
+    try:
+        return layer(x_BTH, shared, keys)
+    finally:  # checkpointing ends a second run by an exception
+        chooser = getattr(layer, "chooser", None)
+        if chooser and not chooser.listening:
+            chooser.heard = None
 
 
 class Decoder(nn.Module):

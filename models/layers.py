@@ -60,9 +60,14 @@ def jitter(x: Tensor, keys: Tensor, width: float) -> Tensor:
     return x * (1 + width * uniform).to(x.dtype)
 
 
-def hashed(ids: Tensor, salt: int) -> Tensor:
+def salt(number: int) -> Tensor:
+    """What makes `hashed` another function: a tensor, as a compiler would compile again for each number."""
+    return torch.tensor(_wrap((number + 1) * _GOLDEN), device="cpu")
+
+
+def hashed(ids: Tensor, salt: Tensor) -> Tensor:
     """A non-negative int64 for each id."""
-    return _splitmix64(ids + _wrap((salt + 1) * _GOLDEN)) & (2**63 - 1)
+    return _splitmix64(ids + salt) & (2**63 - 1)
 
 
 def _noise(keys: Tensor, channels: int) -> Tensor:

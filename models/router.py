@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from configs import ModelConfig
 
 from .experts import Routing
-from .layers import hashed, jitter
+from .layers import hashed, jitter, salt
 
 
 class Router(nn.Linear):
@@ -117,8 +117,8 @@ class Chooser:
     Attributes:
         bias: [E] fp32, added to the scores for the choice only (DeepSeek-V3); None without `model.router_bias_rate`.
         global_load: [E] fp32, each expert's share of the assignments of the step before, over the global batch.
-        listening: whether the next call is to be heard.
-        heard: what was heard of the last call; see `models.balance.RouterTap`.
+        listening: whether the next call is to be heard, see `models.balance.RouterTap`; with gradients each one is.
+        heard: what was heard of the last call.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -129,6 +129,7 @@ class Chooser:
         self.global_load = even if config.aux_loss_over == "global_batch" else None
         self.listening = False
         self.heard: Heard | None = None
+        self._salt = salt(layer)
         self._tokens_BT: Tensor | None = None
         self._keys_BT: Tensor | None = None
         self._training = False
@@ -148,7 +149,7 @@ class Chooser:
         assert tokens_BT is not None
         logits_SE = scores_SE = None
         if config.router == "hash":
-            choice_Sk = hash_choice(tokens_BT.flatten(), config.num_experts, config.top_k, self.layer)
+            choice_Sk = hash_choice(tokens_BT.flatten(), config.num_experts, config.top_k, self._salt)
             weight_Sk = torch.full(choice_Sk.shape, 1 / config.top_k, device=x_SH.device)
         else:
             assert gate is not None
@@ -165,11 +166,10 @@ class Chooser:
         if config.capacity_factor and self._training:
             kept_Sk = within_capacity(choice_Sk, config.num_experts, config.capacity(len(choice_Sk)))
             weight_Sk = weight_Sk * kept_Sk
-        # Also where nobody listens: a layer that is computed again must save for backward what it saved at first.
-        if self.listening or torch.is_grad_enabled():
-            now = heard(config, len(tokens_BT), logits_SE, scores_SE, choice_Sk, kept_Sk)
-            if self.listening:
-                self.heard = now
+        # Also where nobody listens: a layer that is computed again must save for backward what it saved at first, of
+        # which a compiler leaves out what is kept nowhere.
+        if torch.is_grad_enabled() or self.listening:
+            self.heard = heard(config, len(tokens_BT), logits_SE, scores_SE, choice_Sk, kept_Sk)
         return Routing(choice_Sk, weight_Sk, kept_Sk)
 
     def _choice(self, scores_SE: Tensor) -> Tensor:
@@ -206,7 +206,7 @@ def within_capacity(choice_Sk: Tensor, num_experts: int, limit: int) -> Tensor:
     return torch.empty_like(expert_A, dtype=torch.bool).index_copy_(0, order_A, turn_A < limit).view_as(choice_Sk)
 
 
-def hash_choice(tokens_S: Tensor, num_experts: int, top_k: int, layer: int) -> Tensor:
-    """[S, k] int64: the expert that (token id, layer) hashes to and its neighbours (Hash Layers, arXiv:2106.04426)."""
-    first_S = hashed(tokens_S, layer) % num_experts
+def hash_choice(tokens_S: Tensor, num_experts: int, top_k: int, salt: Tensor) -> Tensor:
+    """[S, k] int64: the expert that (token id, salt) hashes to and its neighbours (Hash Layers, arXiv:2106.04426)."""
+    first_S = hashed(tokens_S, salt) % num_experts
     return (first_S[:, None] + torch.arange(top_k, device=tokens_S.device)) % num_experts

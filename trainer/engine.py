@@ -139,14 +139,20 @@ def work_in(module: nn.Module, dtype: torch.dtype) -> None:
     gets properties over its parameters, which is also how torch's parametrizations work. Routers keep theirs as they
     are: they compute in fp32.
     """
+    for layer in module.modules():
+        if layer._parameters and not isinstance(layer, Router):
+            names = tuple(name for name, p in layer._parameters.items() if p is not None)
+            layer.__class__ = _working_class(type(layer), names, dtype)  # type: ignore[arg-type]
+
+
+@functools.cache
+def _working_class(kind: type[nn.Module], names: tuple[str, ...], dtype: torch.dtype) -> type[nn.Module]:
+    """One class for all such layers: a compiler compiles again for each class it meets."""
 
     def cast(name: str) -> property:
         return property(lambda layer: layer._parameters[name].to(dtype))
 
-    for layer in module.modules():
-        if layer._parameters and not isinstance(layer, Router):
-            properties = {name: cast(name) for name, p in layer._parameters.items() if p is not None}
-            layer.__class__ = type(type(layer).__name__, (type(layer),), properties)
+    return type(kind.__name__, (kind,), {name: cast(name) for name in names})
 
 
 def build_engine(module: nn.Module, config: Config) -> Any:

@@ -4,7 +4,7 @@ import pytest
 import tiny_models as tiny
 import torch
 
-from models.layers import dropout_keys, jitter
+from models.layers import dropout_keys, jitter, salt
 from models.router import Chooser, Router, Routing, choosers, hash_choice, within_capacity
 
 
@@ -80,10 +80,10 @@ def test_capacity_takes_the_first_in_token_order():
 
 
 def test_hash_spreads_evenly_and_knows_no_gate():
-    choice = hash_choice(torch.arange(8000), 8, 2, layer=1)
+    choice = hash_choice(torch.arange(8000), 8, 2, salt(1))
     assert torch.bincount(choice[:, 0]).float().std() < 3 * 1000**0.5
     assert (choice[:, 0] != choice[:, 1]).all()
-    assert not torch.equal(choice, hash_choice(torch.arange(8000), 8, 2, layer=2))
+    assert not torch.equal(choice, hash_choice(torch.arange(8000), 8, 2, salt(2)))
     module = tiny.model(tiny.config(router="hash"))
     assert not [name for name, _ in module.named_parameters() if ".gate." in name]
     assert torch.isfinite(module(tiny.batch()).loss_sum)
