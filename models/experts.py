@@ -120,6 +120,8 @@ def sort_by_expert(choice_Sk: Tensor, num_experts: int, rooms_E: Tensor | None =
 
 def _combine(y_PH: Tensor, slot_Sk: Tensor, weight_Sk: Tensor | None = None) -> Tensor:
     """Sum of every token's slots; an embedding bag is the quickest gather and sum in one pass."""
+    if torch.compiler.is_compiling() and weight_Sk is None:
+        return y_PH[slot_Sk].sum(1)  # which is one pass then, along with what comes before and after
     return F.embedding_bag(slot_Sk, y_PH, mode="sum", per_sample_weights=weight_Sk)
 
 

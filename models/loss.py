@@ -3,6 +3,8 @@
 Shapes: S tokens, H hidden size, V vocabulary, C tokens of one chunk.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -47,7 +49,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for h, dh, target in zip(hidden.split(chunk), d_hidden.split(chunk), labels.split(chunk), strict=True):
             logits = torch.mm(h, weight.t(), out=logits_CV[: len(h)])
             for part, labels_R in zip(logits.split(rows), target.split(rows), strict=True):
-                losses.append(_loss_and_gradient(part, labels_R, with_grad))
+                losses.append((_in_two_passes() if part.is_cuda else _loss_and_gradient)(part, labels_R, with_grad))
             if with_grad:
                 torch.mm(logits, weight, out=dh)
                 part = logits.t() @ h
@@ -77,4 +79,21 @@ def _loss_and_gradient(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> 
         p.scatter_add_(1, index, p.new_full(index.shape, -1.0)).mul_(trained[:, None])
         if p is not logits_RV:
             logits_RV.copy_(p)
+    return loss
+
+
+@functools.cache
+def _in_two_passes() -> Callable[[Tensor, Tensor, bool], Tensor]:
+    """`_loss_and_gradient` for GPUs, where operation by operation it is ten passes over the logits in fp32."""
+    return torch.compile(_one_formula, dynamic=False)
+
+
+def _one_formula(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> Tensor:
+    trained, index = labels_R != IGNORE, labels_R.clamp(min=0)[:, None]
+    logits32 = logits_RV.float()
+    logsumexp_R1 = logits32.logsumexp(-1, keepdim=True)
+    loss = ((logsumexp_R1 - logits32.gather(1, index))[:, 0] * trained).sum()
+    if with_grad:
+        is_label = torch.arange(logits_RV.shape[1], device=logits_RV.device) == index
+        logits_RV.copy_(((logits32 - logsumexp_R1).exp() - is_label.float()) * trained[:, None])
     return loss
