@@ -1,6 +1,8 @@
 """First values of parameters, each a function of (seed, name, shape) only, whatever the device or its sharding."""
 
 import hashlib
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +21,16 @@ def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor
     return torch.empty(shape).normal_(0.0, std, generator=generator(name, seed))
 
 
-@torch.no_grad()
 def initialise(module: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter of `module` (which stands on a real device) with its `initial_value`."""
-    for name, parameter in module.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, std, seed))
+    """Fill every parameter of `module` (which stands on a real device) with its `initial_value`.
+
+    A generator fills a tensor on one core only: several parameters are filled at a time.
+    """
+
+    def fill(named: tuple[str, Tensor]) -> None:
+        name, parameter = named
+        with torch.no_grad():  # a thread's own
+            parameter.copy_(initial_value(name, parameter.shape, std, seed))
+
+    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+        list(pool.map(fill, module.named_parameters()))
