@@ -57,6 +57,9 @@ class TrainConfig(Section):
     """`selective`: every k-th layer is computed again: layer i (from 0) when (i + 1) % k == 0."""
     compile: bool = False
     """torch.compile each layer: slow start, faster steps; needs a C++ compiler on CPU."""
+    deterministic: bool = False
+    """On GPUs, kernels that give the same bits each time, so that a resumed run ends bit for bit as one left alone;
+    slower, attention above all. On CPUs that is so without it."""
     eval_every: NonNegativeInt = 0
     """Steps between evaluations on the held-out split; 0: only at the end."""
     eval_sequences: PositiveInt = 128

@@ -62,6 +62,8 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     stop = _catch_signals()
     load_plugins(config.plugins)
     ds.start_processes(config.cluster.timeout)
+    if config.train.deterministic:
+        ds.be_deterministic()
     config = with_workers(config, dist.get_world_size())
     chief = dist.get_rank() == 0
     dist.barrier()  # past which no process counts attempts (trainer.output)
