@@ -26,6 +26,7 @@ from deepspeed.pipe import PipelineModule as PipelineModule
 from deepspeed.sequence.layer import DistributedAttention as DistributedAttention  # for ulysses.py
 from deepspeed.utils import groups
 
+from . import flight
 from .optim import build_optimizer, parameter_groups
 from .parallel import engine_sections, expert_group_name, keep_routers, zero_section
 from .slots import norm_of_whole_gradient
@@ -36,7 +37,8 @@ logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
 # DeepSpeed would compile a helper for shared-memory collectives on CPU at the first start: a minute, a compiler, and a
 # lock that a killed process leaves behind for ever. gloo does the same work.
-deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+if os.environ["DS_ACCELERATOR"] == "cpu":
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 VERSION: str = deepspeed.__version__
 
@@ -78,6 +80,7 @@ def start_processes(timeout_s: float) -> None:
             torch.cuda.set_device(where)
         else:
             keep_freed_memory()
+        flight.switch_on()
         store = None
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
             # A lone process needs no port that another run on this machine could have taken.

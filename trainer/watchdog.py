@@ -17,6 +17,7 @@ from torch import distributed as dist
 
 from configs import Config
 
+from . import flight
 from .record import Record
 
 STACKS = "stacks"
@@ -71,21 +72,26 @@ class Stand(NamedTuple):
         return bool(self.frames) and any(part in self.frames[0] for part in WAITING)
 
 
-def suspects(stands: Mapping[int, Stand | None]) -> list[int]:
+def suspects(stands: Mapping[int, Stand | None], waited_for: Sequence[int] = (), stacks_tell: bool = True) -> list[int]:
     """The ranks that the others wait for, as far as it can be told; else empty.
 
     Those that could not even say where they stood (the process is stopped, or its interpreter held), else those that
-    are behind, else those that stand outside of a collective while others stand in one.
+    the flight recorders name, else those that are behind, else those that stand outside of a collective while others
+    stand in one.
 
     Args:
         stands: of every rank; None: it did not say.
+        waited_for: by the flight recorders.
+        stacks_tell: whether a rank that waits for others stands in a collective; on a GPU it stands anywhere.
     """
     said = {rank: stand for rank, stand in stands.items() if stand}
     if len(said) < len(stands):
         return sorted(stands.keys() - said.keys())
+    if waited_for:
+        return sorted(waited_for)
     order = {rank: (stand.step, PHASES.index(stand.phase)) for rank, stand in said.items()}
     behind = [rank for rank in order if order[rank] < max(order.values())]
-    outside = [rank for rank, stand in said.items() if not stand.waits]
+    outside = [rank for rank, stand in said.items() if not stand.waits] if stacks_tell else []
     return sorted(behind or (outside if len(outside) < len(said) else []))
 
 
@@ -115,6 +121,11 @@ def watchdog(run_dir: Path, attempt: int, config: Config) -> Iterator[Beat]:
 
 def stacks_of(run_dir: Path, attempt: int, rank: int) -> Path:
     return run_dir / STACKS / f"attempt-{attempt:02d}-rank-{rank:04d}.txt"
+
+
+def recorder_of(run_dir: Path, attempt: int, rank: int) -> Path:
+    """What a rank's flight recorder said, as JSON."""
+    return stacks_of(run_dir, attempt, rank).with_suffix(".json")
 
 
 def _remove_empty(run_dir: Path, attempt: int) -> None:
@@ -167,6 +178,7 @@ class _Watch:
             waited = time.monotonic() - since
             if waited > allowed or self._asked.exists():
                 self._save_stacks(step, phase, waited, allowed)
+                self._save_calls()
                 if waited > allowed and self._is_first():
                     self._tell(step, phase, waited, allowed)
                 else:
@@ -180,6 +192,19 @@ class _Watch:
         self._file.write(f"{json.dumps(head)}\n")
         faulthandler.dump_traceback(self._file)
 
+    def _save_calls(self) -> None:
+        # Should CUDA not answer, the interpreter is held; this timer ends the process all the same.
+        faulthandler.dump_traceback_later(2 * GRACE, file=self._file, exit=True)
+        path = recorder_of(self._run_dir, self._attempt, self._rank)
+        try:
+            said = json.dumps(flight.dump())
+        except (RuntimeError, ValueError, LookupError) as error:  # another torch's recorder
+            said = json.dumps({"error": repr(error)})
+        with contextlib.suppress(OSError):
+            path.with_suffix(".part").write_text(said)
+            path.with_suffix(".part").replace(path)
+        faulthandler.cancel_dump_traceback_later()
+
     def _is_first(self) -> bool:
         with contextlib.suppress(FileExistsError):
             os.close(os.open(self._asked, os.O_CREAT | os.O_EXCL))
@@ -189,12 +214,13 @@ class _Watch:
     def _tell(self, step: int, phase: str, waited: float, allowed: float) -> None:
         """Record the hang, when every rank has saved its stacks or had the time to."""
         paths = {rank: stacks_of(self._run_dir, self._attempt, rank) for rank in range(self._world)}
+        calls = {rank: recorder_of(self._run_dir, self._attempt, rank) for rank in paths}
         until = time.monotonic() + GRACE
-        while not all(_size(path) for path in paths.values()) and time.monotonic() < until:
+        while not all(map(_size, (*paths.values(), *calls.values()))) and time.monotonic() < until:
             time.sleep(0.1)
-        time.sleep(0.2)  # for the last of them to write the rest
         stands = {rank: read_stand(path) for rank, path in paths.items()}
-        named = suspects(stands)
+        waiting = flight.waited_for({rank: _read_calls(path) for rank, path in calls.items()})
+        named = suspects(stands, waiting.suspects, stacks_tell=dist.get_backend() == "gloo")
         saved = [str(path.relative_to(self._run_dir)) for path in paths.values() if _size(path)]
         details = {"step": step, "phase": phase, "seconds": waited, "bound": allowed, "suspects": named}
         reason = f"no progress for {waited:.3g} s in step {step} ({phase}), allowed are {allowed:.3g} s"
@@ -202,6 +228,8 @@ class _Watch:
             stand = stands[rank]
             where = f"stood in {stand.frames[0]}" if stand and stand.frames else "could not say where it stood"
             reason += f"; rank {rank} {where}"
+        if waiting.where:
+            reason += f"; others wait in {waiting.where}"
         Record(self._run_dir, self._attempt).event("hang", **details, reason=reason, stacks=saved)
 
 
@@ -209,6 +237,13 @@ def _size(path: Path) -> int:
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return 0
+
+
+def _read_calls(path: Path) -> flight.Dump | None:
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads(path.read_text())
+        return found if found and "entries" in found else None
+    return None
 
 
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')

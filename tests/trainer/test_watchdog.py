@@ -48,6 +48,13 @@ def test_the_rank_that_others_wait_for_is_named(stands, named):
     assert suspects(dict(enumerate(stands))) == named
 
 
+def test_the_flight_recorders_come_before_the_stacks():
+    outside = Stand(7, "step", ["/a/model.py:1 in forward"])
+    assert suspects({0: WAITS, 1: outside, 2: WAITS}, waited_for=[2]) == [2]
+    assert suspects({0: WAITS, 1: outside, 2: None}, waited_for=[1]) == [2], "it could not even say where it stood"
+    assert suspects({0: WAITS, 1: outside}, stacks_tell=False) == []
+
+
 def test_the_training_thread_is_found_among_the_stacks(tmp_path):
     head = {"rank": 0, "step": 7, "phase": "step", "thread": "0x00007f02"}
     (tmp_path / "s.txt").write_text(
@@ -87,6 +94,7 @@ def test_two_processes_one_of_which_stands_still(tmp_path, tiny_data):
     assert hang["stacks"] == ["stacks/attempt-01-rank-0000.txt", "stacks/attempt-01-rank-0001.txt"]
     assert "rank 1 stood in" in hang["reason"]
     assert "in stand_here" in hang["reason"]
+    assert "others wait in all_reduce" in hang["reason"]
     assert summary(run_dir)["reason"] == hang["reason"]
     stood = [read_stand(run_dir / name) for name in hang["stacks"]]
     assert [stand.waits for stand in stood] == [True, False]
