@@ -14,7 +14,6 @@ import ray
 
 ENVIRONMENT = {
     "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's; a fork has only the thread that forked
-    "PYTORCH_NVML_BASED_CUDA_CHECK": "1",  # counting GPUs starts no CUDA, which no fork could use
 }
 """What lets `trainer.warm` fork."""
 

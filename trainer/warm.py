@@ -22,6 +22,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from torch import distributed as dist
 
 from configs import ConfigError
@@ -40,7 +41,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
-    may_fork = _alone()
+    may_fork = _alone() and _forks_may_use_gpus()
     for line in iter(asked.readline, ""):
         job = json.loads(line)
         result, said = os.pipe()
@@ -67,6 +68,14 @@ def _alone(seconds: float = 3.0) -> bool:
             return False
         time.sleep(0.05)
     return tasks.is_dir()
+
+
+def _forks_may_use_gpus() -> bool:
+    """Whether nothing that was imported has started CUDA, which would be of no use to a fork; a fork is asked."""
+    pid = os.fork()
+    if not pid:
+        os._exit(torch.cuda._is_in_bad_fork())  # torch 2.11 to 2.13
+    return not os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def _die_with_parent() -> None:

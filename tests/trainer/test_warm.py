@@ -11,12 +11,14 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from support import tiny, train_in_process
 
 from cluster.worker import ENVIRONMENT
 from trainer import checkpoint
 from trainer.record import read_metrics
 from trainer.run import prepare_run
+from trainer.warm import _forks_may_use_gpus
 
 OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -121,6 +123,27 @@ def test_nothing_outlives_it(run, how):
     found.process.wait(30)
     psutil.wait_procs([attempt], timeout=10)
     assert not attempt.is_running() or attempt.status() == psutil.STATUS_ZOMBIE
+
+
+STARTS_NO_CUDA = """
+import torch
+def start(*_): raise AssertionError("CUDA was started")
+torch.cuda.is_available = lambda: True
+torch.cuda._lazy_init = torch._C._cuda_init = torch._C._cuda_getDeviceCount = start
+import trainer.loop
+assert trainer.loop.ds.deepspeed.accelerator.get_accelerator().device_name() == "cuda"
+"""
+
+
+def test_imports_start_no_cuda():
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    subprocess.run([sys.executable, "-c", STARTS_NO_CUDA], env=environment, check=True)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_no_fork_where_cuda_was_started(monkeypatch, started):
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: started)
+    assert _forks_may_use_gpus() is not started
 
 
 @pytest.mark.slow
