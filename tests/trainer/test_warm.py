@@ -129,7 +129,7 @@ STARTS_NO_CUDA = """
 import torch
 def start(*_): raise AssertionError("CUDA was started")
 torch.cuda.is_available = lambda: True
-torch.cuda._lazy_init = torch._C._cuda_init = torch._C._cuda_getDeviceCount = start
+torch.cuda._lazy_init = start
 import trainer.loop
 assert trainer.loop.ds.deepspeed.accelerator.get_accelerator().device_name() == "cuda"
 """
