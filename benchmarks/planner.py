@@ -176,7 +176,8 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
 
     engine.step = measured_step
     times: list[float] = []
-    tokens, highest = config.train.global_batch * config.train.seq_len, None
+    tokens = torch.tensor(config.train.global_batch * config.train.seq_len, dtype=torch.float64)
+    highest = None
     for number in range(2 * steps):
         if number == steps:
             highest = peak.bytes()

@@ -30,8 +30,17 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on another device."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
         moved: dict[str, Any] = {
-            name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items() if isinstance(t, Tensor)
+            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()
         }
         return replace(self, **moved)
+
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, which a GPU reads by itself."""
+        moved: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its attributes that are set, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}

@@ -34,6 +34,11 @@ def chunked_cross_entropy(hidden_SH: Tensor, weight_VH: Tensor, labels_S: Tensor
     return LossOutput(loss, (labels_S != IGNORE).sum())
 
 
+def nan_if_infinite(loss: Tensor) -> Tensor:
+    """An infinite loss can have finite gradients; made NaN, they are seen by the engine's check of the norm."""
+    return loss * (loss.detach() * 0 + 1)
+
+
 CPU_ROWS = 64
 """Rows of logits that are worked on at once on CPU: they stay in its cache."""
 

@@ -1,6 +1,5 @@
 """Stages of a decoder cut for a pipeline: each the plain model with what lies on other stages left out."""
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -14,7 +13,7 @@ from .balance import RouterStats, RouterTap
 from .batch import Batch
 from .decoder import Backbone, Decoder
 from .init import initialise
-from .loss import LossOutput, chunked_cross_entropy
+from .loss import LossOutput, chunked_cross_entropy, nan_if_infinite
 
 
 class Elsewhere(nn.Module):
@@ -64,18 +63,19 @@ class Stage(nn.Module):
         """Those of the whole model."""
         self._tap: RouterTap | None = None
         self._batches: deque[Batch] = deque()
-        self._loss_factor = self._balance_factor = 0.0
+        self._loss_factor: Tensor | float = 0.0
+        self._balance_factor = 0.0
         self.measured: list[Measured] = []
 
     @property
     def own_moe_layers(self) -> list[int]:
         return [i for i in self.moe_layers if i in self.layers]
 
-    def feed(self, batches: Iterable[Batch], loss_factor: float = 1.0, balance_factor: float = 1.0) -> None:
+    def feed(self, batches: Iterable[Batch], loss_factor: Tensor | float = 1.0, balance_factor: float = 1.0) -> None:
         """Hand over the micro-batches of the next forward passes, in their order.
 
         Args:
-            loss_factor: what the last stage's summed token loss is multiplied by.
+            loss_factor: what the last stage's summed token loss is multiplied by, a scalar.
             balance_factor: what an earlier stage's router losses are multiplied by. What the engine does to the loss
                 before it runs backward reaches earlier stages through the gradient of the hidden states only.
         """
@@ -109,14 +109,14 @@ class Stage(nn.Module):
         if out is None:
             return hidden_BTH if balance is None else _Inject.apply(hidden_BTH, balance * self._balance_factor)
         loss = out.loss_sum * self._loss_factor
-        return _nan_if_infinite(loss if balance is None else loss + balance)
+        return nan_if_infinite(loss if balance is None else loss + balance)
 
     def _balance(self, router: RouterStats) -> Tensor:
         """This stage's part of the weighted router losses, which are means over all MoE layers of the model."""
         share = len(router.load) / len(self.moe_layers)
         config = self.config
         losses = config.aux_loss_weight * router.aux_loss + config.z_loss_weight * router.z_loss
-        return _nan_if_infinite(losses * share)
+        return nan_if_infinite(losses * share)
 
     def set_activation_checkpointing(self, every: int) -> None:
         """As of the whole model, whose k-th layers are meant."""
@@ -149,11 +149,6 @@ class Stages(PlainNames, nn.ModuleList):
     def init_weights(self, seed: int) -> None:
         for stage in self:
             stage.init_weights(seed)
-
-
-def _nan_if_infinite(loss: Tensor) -> Tensor:
-    """An infinite loss can have finite gradients; made NaN, they are seen by the engine's check of the norm."""
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 def _without_gradient(measured: Measured) -> Measured:

@@ -1,20 +1,29 @@
-"""Once per step: move the run's state on, record what was odd, judge whether the run can go on."""
+"""Once per step, one step behind the device: move the run's state on, record it, judge whether the run can go on."""
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import distributed as dist
 
 from configs import Config
 
 from . import collapse
-from . import engine as ds
+from .cadence import Cadence
+from .clock import Took
 from .collapse import Change
 from .data.reader import Dataset
+from .forecast import Forecast
 from .guard import spike
+from .late import Late
+from .measure import step_metrics
 from .record import Record
+from .save import Saver
 from .state import TrainState
-from .step import StepOutcome
+from .step import StepOutcome, outcome
+from .straggler import Stragglers
 from .trainee import Trainee
 
 
@@ -22,14 +31,98 @@ class TrainingStopped(RuntimeError):
     """The run cannot usefully go on; the message says why, and a restart would end the same way."""
 
 
-def advance(state: TrainState, outcome: StepOutcome, tokens: int, trainee: Trainee) -> list[Change]:
-    """Count a step that was just taken. Returns what became of the experts in it."""
+@dataclass(frozen=True)
+class Launched:
+    """A step that the device may still be working on."""
+
+    values: Late
+    """What `step.outcome` reads."""
+    took: Callable[[], Took]
+    """To be asked when the values are there."""
+    rate: float
+    """Its learning rate."""
+    waited: float
+    """Seconds in which it had no data."""
+    writing: bool
+    """Whether a checkpoint was being written when it began."""
+    loss_scale: dict[str, Any] | None
+    """fp16's after it."""
+
+
+class Books:
+    """Reads what a step has measured when the next one is launched, so that the device never waits for the host.
+
+    Attributes:
+        asked_to_stop, checkpoint_every: of the last step read, or from before the first: the same in every process.
+    """
+
+    def __init__(
+        self,
+        trainee: Trainee,
+        state: TrainState,
+        record: Record | None,
+        stragglers: Stragglers,
+        forecast: Forecast,
+        cadence: Cadence | None,
+        saver: Saver,
+    ) -> None:
+        self._trainee, self._state, self._record, self._stragglers = trainee, state, record, stragglers
+        self._forecast, self._cadence, self._saver = forecast, cadence, saver
+        self._open: Launched | None = None
+        self.asked_to_stop, self.checkpoint_every = False, 0
+
+    @property
+    def step(self) -> int:
+        """The last step launched."""
+        return self._state.step + (self._open is not None)
+
+    def launched(self, step: Launched) -> None:
+        """A step is under way; read the one before it. Raises TrainingStopped as `judge`."""
+        before, self._open = self._open, step
+        if before:
+            self._read(before)
+
+    def settle(self) -> float | None:
+        """Read the last step too: the state is then that of the weights. Returns its deviations if it was a spike.
+
+        Raises:
+            TrainingStopped: as `judge`.
+        """
+        last, self._open = self._open, None
+        if last is None:
+            return None
+        deviations = self._read(last)
+        self._state.routers = self._trainee.routers()
+        return deviations
+
+    def _read(self, step: Launched) -> float | None:
+        config, state, record = self._trainee.config, self._state, self._record
+        result = outcome(step.values.tolist(), config)
+        self.asked_to_stop, self.checkpoint_every = result.asked_to_stop, result.checkpoint_every
+        took = step.took()
+        self._forecast.step_took(took.seconds)
+        if self._cadence:
+            self._cadence.step_took(took.seconds, step.writing, self._saver.took)
+        read_at = state.cursor
+        changes = advance(state, result, step.loss_scale, config) + self._stragglers.after_step(result.rank_time)
+        if record:
+            for change in changes:
+                record.event(change.event, step=state.step, **change.details)
+            if state.step % config.train.log_every == 0 or result.skipped:
+                metrics = step_metrics(
+                    config, state, result, step.rate, took.seconds, step.waited, self._trainee.device
+                )
+                record.metrics(metrics, at=took.ended)
+        return judge(state, result, read_at, config, record)
+
+
+def advance(state: TrainState, outcome: StepOutcome, loss_scale: dict[str, Any] | None, config: Config) -> list[Change]:
+    """Count a step. Returns what became of the experts in it."""
     state.step += 1
-    state.cursor += trainee.config.train.global_batch
-    state.tokens += tokens
+    state.cursor += config.train.global_batch
+    state.tokens += outcome.tokens
     state.skipped += outcome.skipped
-    state.routers = trainee.routers
-    state.loss_scale = ds.loss_scale_state(trainee.engine)
+    state.loss_scale = loss_scale
     # In fp16 a finite loss that overflows is the loss scale still being found, until it cannot go lower.
     scaling = state.loss_scale and math.isfinite(outcome.loss) and state.loss_scale["cur_scale"] > 1
     state.skipped_in_a_row = state.skipped_in_a_row + (not scaling) if outcome.skipped else 0

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs import Config
 from models.router import Router
@@ -105,19 +105,40 @@ class _Guarded:
     param_groups: list[dict[str, Any]]
     max_norm = 0.0
     overflow = False
-    _global_grad_norm = 0.0
+    """Stays so: DeepSpeed asks it with `if`, which would make the host wait; `found_inf` tells."""
+    _global_grad_norm: Tensor
+    _step_supports_amp_scaling = False
+    found_inf: Tensor | None = None
+    """1 where the norm is not finite. Optimizers that support torch.amp.GradScaler look here, on the device, whether to
+    leave weights and states alone."""
 
     @torch.no_grad()
     def step(self, closure=None):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
-        self._global_grad_norm = norm.item()
-        self.overflow = not torch.isfinite(norm).item()
-        if self.overflow:
-            return
-        if self.max_norm and self._global_grad_norm > self.max_norm:
+        self._global_grad_norm = norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+        self.not_finite = (~norm.isfinite()).float()
+        if self.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm, foreach=True)
+        if self._step_supports_amp_scaling:
+            self.found_inf = self.not_finite
+        elif self.not_finite.item():  # adagrad, rmsprop, adafactor: the host waits for the norm
+            return
         super().step(closure)  # type: ignore[misc]
+
+
+def norm_and_skipped(engine: Any) -> Tensor:
+    """Of the step just launched, on the device: gradient norm before clipping, and 1 where it was skipped, in float64.
+
+    With ZeRO DeepSpeed (0.19.8) has waited for the device in its own step, to know whether there is an overflow.
+    """
+    if isinstance(engine.optimizer, _Guarded):
+        values: tuple[Any, Any] = engine.optimizer._global_grad_norm, engine.optimizer.not_finite
+    else:
+        values = engine.get_global_grad_norm(), not engine.was_step_applied()
+    both = torch.empty(2, dtype=torch.float64, device=engine.device)
+    for place, value in zip(both, values, strict=True):
+        place.copy_(value) if torch.is_tensor(value) else place.fill_(value or 0.0)
+    return both
 
 
 def engine_config(config: Config) -> dict[str, Any]:
@@ -134,6 +155,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # it would make the host wait for the device twice a step
     }
     if train.precision == "bf16" and stage:
         result["bf16"] = {"enabled": True, "immediate_grad_update": True}

@@ -14,7 +14,7 @@ from . import checkpoint
 from .checkpoint import CheckpointError, Reader
 from .data.manifest import TOKENIZER, sources_of
 from .plugins import load_plugins
-from .routers import tell
+from .routers import on_device, tell
 from .run import read_config
 
 
@@ -50,7 +50,8 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
                 parameter.copy_(reader.weight(name))
     except CheckpointError as error:
         raise ConfigError(str(error)) from None
-    tell(choosers(module), reader.manifest["state"].get("routers", {}), config.model)
+    routers = on_device(reader.manifest["state"].get("routers", {}), torch.device("cpu"))
+    tell(choosers(module), routers, config.model)
     return module.eval(), config, candidate
 
 

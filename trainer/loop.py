@@ -4,7 +4,6 @@ import shutil
 import signal
 import sys
 import threading
-import time
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,9 +15,10 @@ from configs import Config, ConfigError, with_workers
 
 from . import engine as ds
 from . import revision
-from .bookkeeping import TrainingStopped, advance, judge, report_bad_pages
+from .bookkeeping import Books, Launched, TrainingStopped, report_bad_pages
 from .cadence import Cadence, is_due
 from .checkpoint import committed
+from .clock import own_time, stopwatch
 from .data.loader import Loader
 from .data.manifest import sources_of
 from .data.reader import Dataset
@@ -26,7 +26,7 @@ from .data.shards import DataError
 from .evaluation import evaluate
 from .export import export
 from .forecast import Forecast
-from .measure import step_metrics
+from .late import Late, sum_over_all
 from .plugins import load_plugins
 from .preflight import preflight
 from .profile import Profiler
@@ -37,7 +37,7 @@ from .save import Saver
 from .schedule import learning_rate
 from .state import TrainState
 from .step import micro_batches
-from .straggler import among_all, own_time
+from .straggler import among_all
 from .tracking import inputs_of, start_shipper
 from .trainee import build_trainee
 from .watchdog import Beat, watchdog
@@ -126,70 +126,65 @@ def _steps(
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
     accumulate, stragglers = engine.gradient_accumulation_steps(), among_all(config)
-    loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
-    cadence = None  # rank 0 chooses the steps between checkpoints, and tells the others at each step
+
+    def load() -> Loader:
+        return Loader(dataset, micro_batches(config, state.cursor, where.dp), config.data.prefetch, here)
+
+    def riders() -> tuple[float, float]:
+        """What every process must know to leave, and to write checkpoints, at the same step as the others."""
+        return stop.is_set() or stop_requested(run_dir), cadence.every if cadence else 0
+
+    loader = load()
+    cadence = None  # rank 0 chooses the steps between checkpoints, and tells the others with each step
     if record and config.checkpoint.every == "auto":
         cadence = Cadence(read_events(run_dir), dist.get_world_size(), record)
+    books = Books(trainee, state, record, stragglers, forecast, cadence, saver)
+    asked, every = sum_over_all(riders(), here).tolist()
+    books.asked_to_stop, books.checkpoint_every = asked > 0, int(every)
     saved, reported = state.step, 0
     try:
-        while state.step < train.steps:
-            step, start, waited = state.step + 1, time.perf_counter(), loader.waited
-            writing = saver.writing
+        while books.step < train.steps and not books.asked_to_stop:
+            step, stopped, waited, writing = books.step + 1, stopwatch(here), loader.waited, saver.writing
             own_time().begin()
             profiler.before(step)
             beat(step, "data")
-            whole = [next(loader) for _ in range(accumulate)]
-            batches = [trainee.part(batch).to(here) for batch in whole]
+            loaded = [next(loader) for _ in range(accumulate)]
+            batches = [trainee.part(each.batch) for each in loaded]
             waited = loader.waited - waited
             reported = report_bad_pages(dataset, reported, run_dir, attempt)
 
             beat(step, "step")
-            # Every process must know how much the others read, and leave at the same step as they.
-            trained = sum(int((batch.labels != -100).sum()) for batch in whole)
-            asked = stop.is_set() or stop_requested(run_dir)
-            told = torch.tensor([trained, asked, cadence.every if cadence else 0], device=here)
-            dist.all_reduce(told)
-            counted, asked_to_stop, chosen = told.tolist()
-            tokens = counted * config.parallel.dp // dist.get_world_size()  # the other ranks read the same
-            if asked_to_stop:
-                break
-
+            trained = sum_over_all([sum(each.labels for each in loaded)], here)[0]
+            tokens = trained * config.parallel.dp / dist.get_world_size()  # the other ranks read the same
             rate = learning_rate(step, train.steps, config.optim)
             ds.set_learning_rate(engine, rate)
-            outcome = trainee.step(batches, tokens)
-            forecast.step_took(time.perf_counter() - start)
-            if cadence:
-                cadence.step_took(time.perf_counter() - start, writing, saver.took)
+            values, took = trainee.step(batches, tokens, riders()), stopped()
+            books.launched(Launched(Late(values), took, rate, waited, writing, ds.loss_scale_state(engine)))
 
-            read_at = state.cursor
-            changes = advance(state, outcome, tokens, trainee) + stragglers.after_step(outcome.rank_time)
-            for change in changes:
-                if record:
-                    record.event(change.event, step=step, **change.details)
-            if record and (step % train.log_every == 0 or outcome.skipped):
-                seconds = time.perf_counter() - start
-                record.metrics(step_metrics(config, state, outcome, rate, seconds, waited, here))
-            deviations = judge(state, outcome, read_at, config, record)
-            if deviations and train.spike.action == "rollback":
+            if train.spike.action == "rollback" and books.settle():
                 beat(step, "rollback")
                 saver.wait()
                 roll_back(run_dir, engine, state, config, record)
                 trainee.remember(state.routers)
                 saved = state.step
                 loader.close()
-                loader = Loader(dataset, micro_batches(config, state.cursor, where.dp), depth=config.data.prefetch)
+                loader = load()
                 continue
-
-            profiler.after(step, record)
+            if profiler.ends(step):
+                books.settle()
+                profiler.after(step, record)
             last = step == train.steps
             if last or (train.eval_every and step % train.eval_every == 0):
+                books.settle()
                 evaluate(run_dir, trainee, held_out, step, record, beat)
-            if last or is_due(config.checkpoint.every, step, saved, chosen):
+            if last or is_due(config.checkpoint.every, step, saved, books.checkpoint_every):
+                books.settle()
                 beat(step, "checkpoint")
                 saver.save(engine, state, attempt)
                 saved = step
                 if cadence:
                     cadence.began_write(saver.took)
+        books.settle()
         beat(state.step, "end")
         killed = state.step < train.steps
         if killed:
@@ -197,6 +192,9 @@ def _steps(
                 record.event("signal", step=state.step, reason="a signal, or the file `stop` in the run's folder")
             if saved != state.step:
                 saver.save(engine, state, attempt)
+    except DataError:
+        books.settle()  # the steps before it are part of the record
+        raise
     finally:
         loader.close()
         saver.wait()

@@ -50,7 +50,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     builders: dict[str, Callable[[], torch.optim.Optimizer]] = {
         "adamw": lambda: torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True),
         "adam": lambda: torch.optim.Adam(groups, lr=lr, betas=betas, eps=eps, fused=True),
-        "sgd": lambda: torch.optim.SGD(
+        "sgd": lambda: SGD(
             groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov and config.momentum > 0, fused=True
         ),
         "adagrad": lambda: Adagrad(groups, lr=lr, eps=eps),
@@ -95,11 +95,28 @@ class Adagrad(torch.optim.Optimizer):
             )
 
 
+class SGD(torch.optim.SGD):
+    """torch's SGD with momentum that begins at zero.
+
+    torch.optim.SGD makes it of the first gradient, and leaves it uninitialised where the device skips that step.
+    """
+
+    def _init_group(self, group, params, grads, momentum_buffer_list):
+        if group["momentum"]:
+            for p in group["params"]:
+                if p.grad is not None and not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return super()._init_group(group, params, grads, momentum_buffer_list)
+
+
 class Lion(torch.optim.Optimizer):
     """Lion (Chen et al., arXiv 2302.06675, algorithm 2), with decoupled weight decay.
 
     torch has none, and DeepSpeed's is compiled at first use.
     """
+
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     def __init__(self, params: Iterable[Any], lr: float, betas: tuple[float, float], weight_decay: float = 0.0):
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
@@ -116,8 +133,17 @@ class Lion(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p)
                 average = state["exp_avg"]
                 update = average.lerp(p.grad, 1 - beta1).sign_()
-                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
-                average.lerp_(p.grad, 1 - beta2)
+                moved = p.mul(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+                _write(p, moved, self.found_inf)
+                _write(average, average.lerp(p.grad, 1 - beta2), self.found_inf)
+
+
+def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
+    """Overwrite a weight or a state, unless the device has found that the step is to be skipped."""
+    if found_inf is None:
+        target.copy_(value)
+    else:
+        torch.where(found_inf > 0, target, value, out=target)
 
 
 def newton_schulz(update: Tensor, steps: int = 5) -> Tensor:
@@ -145,6 +171,9 @@ class Muon(torch.optim.Optimizer):
     size of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), as torch's `adjust_lr_fn="match_rms_adamw"` does.
     """
 
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
+
     def __init__(self, params, lr: float, betas: tuple[float, float], eps: float, momentum: float, nesterov: bool):
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "momentum": momentum, "nesterov": nesterov,
@@ -158,29 +187,30 @@ class Muon(torch.optim.Optimizer):
             update = self._muon if group["use_muon"] else self._adamw
             for p in group["params"]:
                 if p.grad is not None:
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    update(p, group)
+                    decayed = p.mul(1 - group["lr"] * group["weight_decay"])
+                    _write(p, decayed + update(p, p.grad, group), self.found_inf)
 
-    def _muon(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _muon(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(p)
-        buffer = state["momentum_buffer"]
-        assert p.grad is not None
-        buffer.lerp_(p.grad, 1 - group["momentum"])
-        direction = p.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+        buffer = state["momentum_buffer"].lerp(gradient, 1 - group["momentum"])
+        _write(state["momentum_buffer"], buffer, self.found_inf)
+        direction = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
         scale = 0.2 * max(p.shape[-2:]) ** 0.5
-        p.add_(newton_schulz(direction).to(p.dtype), alpha=-group["lr"] * scale)
+        return newton_schulz(direction).to(p.dtype) * (-group["lr"] * scale)
 
-    def _adamw(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _adamw(self, p: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[p]
         if not state:
-            state["step"] = torch.zeros(())
+            state["step"] = torch.zeros((), device=p.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
         beta1, beta2 = group["betas"]
-        state["step"] += 1
-        state["exp_avg"].lerp_(p.grad, 1 - beta1)
-        state["exp_avg_sq"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-        step = state["step"].item()
-        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        p.addcdiv_(state["exp_avg"], denominator, value=-group["lr"] / (1 - beta1**step))
+        step = state["step"] + 1
+        average = state["exp_avg"].lerp(gradient, 1 - beta1)
+        square = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        for key, value in (("step", step), ("exp_avg", average), ("exp_avg_sq", square)):
+            _write(state[key], value, self.found_inf)
+        step = step.double()  # as a plain number would be
+        denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        return average * (-group["lr"] / (1 - beta1**step)) / denominator

@@ -20,8 +20,7 @@ from models.stages import PlainNames, Stage, Stages
 from .engine import DualPipeVModule, PipelineModule, deepspeed, engine_config, note_shapes
 from .optim import build_optimizer, parameter_groups
 from .parallel import expert_group_name, keep_routers, place
-from .step import StepOutcome, outcome
-from .straggler import sum_over_all
+from .step import NO_RIDERS, loss_factor, measured
 
 
 class OneStage(PlainNames, PipelineModule):
@@ -79,21 +78,23 @@ def stages_of(engine: Any) -> list[Stage]:
     return [part for part in engine.module.children() if isinstance(part, Stage)]
 
 
-def pipeline_step(engine: Any, batches: Sequence[Batch], tokens: int, config: Config) -> StepOutcome:
-    """Take one optimizer step, as `step.train_step` does.
+def pipeline_step(
+    engine: Any, batches: Sequence[Batch], tokens: Tensor, config: Config, riders: Sequence[float] = NO_RIDERS
+) -> Tensor:
+    """Launch one optimizer step, as `step.train_step` does.
 
     Args:
         batches: this data-parallel rank's micro-batches, the same on all its stages; at least as many as stages, where
             a rank holds two.
-        tokens: labels trained on in the whole global batch.
+        tokens, riders: as there.
     """
     stages, dp, accumulate = stages_of(engine), config.parallel.dp, len(batches)
+    # DeepSpeed divides the last stage's loss by the micro-batches of a process, and averages over data-parallel ranks.
+    factor = loss_factor(tokens, accumulate * dp)
     for stage in stages:
-        # DeepSpeed divides the last stage's loss by the micro-batches of a process, and averages over data-parallel
-        # ranks.
-        stage.feed(batches, loss_factor=accumulate * dp / max(tokens, 1), balance_factor=1 / accumulate)
+        stage.feed(batches, loss_factor=factor, balance_factor=1 / accumulate)
     engine.train_batch(_inputs(batches))
-    return outcome(engine, *_sum_over_stages(stages, accumulate * dp), tokens, config)
+    return measured(engine, _sums(stages, accumulate * dp), tokens, riders, config)
 
 
 def pipeline_loss(engine: Any, batches: Sequence[Batch]) -> LossOutput:
@@ -123,10 +124,8 @@ def _inputs(batches: Sequence[Batch]) -> Any:
     return iter([(batch.input_ids, batch.labels) for batch in batches])
 
 
-def _sum_over_stages(stages: Sequence[Stage], micro_batches: int) -> tuple[Tensor, list[float]]:
-    """[loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] of the step in float64, and each rank's own seconds.
-
-    The same on all processes.
+def _sums(stages: Sequence[Stage], micro_batches: int) -> Tensor:
+    """This process's part of [loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] of the step, in float64.
 
     Args:
         stages: this process's.
@@ -144,5 +143,6 @@ def _sum_over_stages(stages: Sequence[Stage], micro_batches: int) -> tuple[Tenso
                 share = len(own) / len(moe_layers) / micro_batches
                 sums[1] += router.aux_loss * share
                 sums[2] += router.z_loss * share
-                layers[own] += router.by_layer() / micro_batches
-    return sum_over_all(torch.cat([sums, layers.flatten()]))
+                for row, values in zip(own, router.by_layer() / micro_batches, strict=True):
+                    layers[row] += values
+    return torch.cat([sums, layers.flatten()])

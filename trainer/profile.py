@@ -27,9 +27,14 @@ class Profiler:
             self._profile = profile(activities=activities, profile_memory=True, record_shapes=True)
             self._profile.start()
 
+    def ends(self, step: int) -> bool:
+        """Whether a step is the last that is profiled."""
+        start, steps = self._config.start, self._config.steps
+        return self._profile is not None and start is not None and step >= start + steps - 1
+
     def after(self, step: int, record: Record | None) -> None:
         """Call at a step's end; after the last profiled one the files are written and named in the record."""
-        if self._profile is None or self._config.start is None or step < self._config.start + self._config.steps - 1:
+        if self._profile is None or not self.ends(step):
             return
         self._profile.stop()
         folder = self._run_dir / "profiles"

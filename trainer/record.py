@@ -34,14 +34,15 @@ class Record:
         self._waiting: dict[str, deque[bytes]] = {name: deque() for name in self._files}
         self._lock = threading.Lock()  # a checkpoint's thread records as well
 
-    def metrics(self, values: dict[str, Any]) -> None:
+    def metrics(self, values: dict[str, Any], at: float | None = None) -> None:
         """Append a step's record (or an evaluation's, which has `eval_loss`) with this attempt and the time.
 
         Args:
             values: `step` and plain, numpy or torch numbers, or (nested) lists of them. Non-finite ones become null.
+            at: when it was, if not now.
         """
         # step, attempt and time stand first, where `MetricsIndex` finds them without parsing the line.
-        head = {"step": int(values["step"]), "attempt": self.attempt, "time": time.time()}
+        head = {"step": int(values["step"]), "attempt": self.attempt, "time": time.time() if at is None else at}
         self._write(METRICS, head | {key: value for key, value in values.items() if key not in head})
 
     def event(self, name: str, **details: Any) -> None:

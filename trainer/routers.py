@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from configs import Config, ModelConfig
 from models.router import Chooser
-
-from .step import StepOutcome
 
 Routers = dict[str, list[list[float]]]
 """`bias` and `load`, each [MoE layers][experts], where the config asks for them."""
@@ -24,42 +23,43 @@ def fresh_routers(model: ModelConfig) -> Routers:
     return found
 
 
-def after_step(routers: Routers, outcome: StepOutcome, micro_batches: int, config: Config) -> Routers:
-    """What they remember after a step; of a skipped one nothing.
+def on_device(routers: Routers, here: torch.device) -> dict[str, Tensor]:
+    """The same as float64 tensors [MoE layers, experts]."""
+    return {key: torch.tensor(rows, dtype=torch.float64, device=here) for key, rows in routers.items()}
+
+
+def after_step(
+    routers: dict[str, Tensor], load: Tensor, skipped: Tensor, micro_batches: int, config: Config
+) -> dict[str, Tensor]:
+    """What they remember after a step; of a skipped one nothing. All of it stays on the device.
 
     A bias moves by `model.router_bias_rate` towards an even load (arXiv:2412.19437, section 2.1.2): b_e += rate *
     sign(mean load - load_e). Loads are compared as whole numbers of assignments, so that no rounding tips the sign.
 
     Args:
+        load: float64 [MoE layers, experts], each expert's share of the assignments over the whole global batch.
+        skipped: bool.
         micro_batches: of the global batch, filled ones included.
     """
-    if outcome.skipped or not routers:
-        return routers
     model, train = config.model, config.train
     found = dict(routers)
     if "load" in routers:
-        found["load"] = outcome.load
+        found["load"] = load
     if "bias" in routers and model.router_bias_rate:
         assert train.micro_batch
         assignments = micro_batches * train.micro_batch * train.seq_len * model.top_k
-        found["bias"] = [
-            [bias + model.router_bias_rate * _sign(assignments - round(load * assignments) * len(row))
-             for bias, load in zip(biases, row, strict=True)]
-            for biases, row in zip(routers["bias"], outcome.load, strict=True)
-        ]  # fmt: skip
-    return found
+        short = assignments - (load * assignments).round() * load.shape[1]
+        found["bias"] = routers["bias"] + model.router_bias_rate * short.sign()
+    return {key: torch.where(skipped, routers[key], value) for key, value in found.items()}
 
 
-def tell(choosers: Iterable[Chooser], routers: Routers, model: ModelConfig) -> None:
+def tell(choosers: Iterable[Chooser], routers: dict[str, Tensor], model: ModelConfig) -> None:
     """Hand each chooser, which may be some of the model's only, what it remembers."""
     order = [i for i in range(model.num_layers) if model.is_moe_layer(i)]
+    rows = {key: value.float() for key, value in routers.items()}
     for chooser in choosers:
         row = order.index(chooser.layer)
-        if "bias" in routers:
-            chooser.bias = torch.tensor(routers["bias"][row])
-        if "load" in routers:
-            chooser.global_load = torch.tensor(routers["load"][row])
-
-
-def _sign(value: int) -> int:
-    return (value > 0) - (value < 0)
+        if "bias" in rows:
+            chooser.bias = rows["bias"][row]
+        if "load" in rows:
+            chooser.global_load = rows["load"][row]

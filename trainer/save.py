@@ -85,7 +85,9 @@ def restore(engine: Any, reader: Reader) -> None:
         CheckpointError: a parameter of the model is missing or has another shape.
     """
     held = {id(slot.parameter): slot for slot in slots(engine)}
-    groups = {id(p): group for group in base_optimizer(engine).param_groups for p in group["params"]}
+    optimizer = base_optimizer(engine)
+    # They want the step count beside the parameter, the others on the CPU.
+    skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
     for piece in pieces(engine):
         if reader.shape(MASTER, piece.name) != piece.shape:
             raise CheckpointError(
@@ -104,14 +106,13 @@ def restore(engine: Any, reader: Reader) -> None:
                 if slot:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
         if slot:
-            fused = groups.get(id(slot.owner), {}).get("fused")
-            _restore_states(base_optimizer(engine).state[slot.owner], slot, reader, fused=bool(fused))
+            _restore_states(optimizer.state[slot.owner], slot, reader, slot.owner.device if skips_on_device else "cpu")
     if is_sharded(engine):
         engine.optimizer.invalidate_secondary_tensor()  # the whole copies that hpZ gathers from
 
 
-def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, *, fused: bool) -> None:
-    """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches."""
+def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: torch.device | str) -> None:
+    """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches; scalars where it wants them."""
     for key in reader.states:
         if key == MASTER or slot.name not in reader.manifest["shapes"][key]:
             continue
@@ -123,8 +124,7 @@ def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, *, fused:
         else:
             state[key] = reader.read(key, slot.name).view(shape).to(slot.owner.device)
     for key, value in reader.manifest["scalars"].items():
-        # torch's fused kernels want the step count beside the parameter, the others on the CPU.
-        state[key] = torch.tensor(value, device=slot.owner.device if fused else "cpu")
+        state[key] = torch.tensor(value, device=scalars)
 
 
 class Saver:

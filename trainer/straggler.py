@@ -1,8 +1,6 @@
 """Which rank is slow: each one's own time in a step, told to all of them, and who is behind its peers for long."""
 
-import functools
 import socket
-import time
 from collections.abc import Sequence
 from statistics import median, median_low
 from typing import Any
@@ -13,7 +11,9 @@ from torch import distributed as dist
 
 from configs import Config
 
+from .clock import own_time
 from .collapse import Change
+from .late import to_device
 from .resume import from_all
 
 WINDOW = 50
@@ -22,60 +22,24 @@ SLOW = 1.5
 """Of its peers' median own time, from which a rank is a straggler."""
 
 
-class OwnTime:
-    """This process's seconds in a step, less those in which it waits for others.
+def sum_with_riders(sums: Tensor, riders: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Add up float64 values over all processes.
 
-    A whole step lasts as long on every rank, as collectives make all wait for the slowest. All of them, and a
-    pipeline's sends and receives, wait in `Work.wait`, whoever calls them (ZeRO's gathers and reductions, the layers of
-    tensor, expert and sequence parallelism), so what is left is reading data and computing: this rank's part of the
-    model and of the optimizer, in every topology. With expert parallelism a rank of much-used experts computes more.
-
-    On a GPU `Work.wait` lets the device wait, not this thread, so it tells nothing there and is not recorded.
-    """
-
-    def __init__(self) -> None:
-        self._began, self._waited = time.perf_counter(), 0.0
-        wait = dist.Work.wait
-
-        @functools.wraps(wait)
-        def timed(work: Any, *arguments: Any, **keywords: Any) -> Any:
-            start = time.perf_counter()
-            try:
-                return wait(work, *arguments, **keywords)
-            finally:
-                self._waited += time.perf_counter() - start
-
-        dist.Work.wait = timed  # type: ignore[assignment]
-
-    def begin(self) -> None:
-        """A step begins."""
-        self._began, self._waited = time.perf_counter(), 0.0
-
-    def seconds(self) -> float:
-        return time.perf_counter() - self._began - self._waited
-
-
-@functools.cache
-def own_time() -> OwnTime:
-    """The one clock of this process."""
-    return OwnTime()
-
-
-def sum_over_all(sums: Tensor) -> tuple[Tensor, list[float]]:
-    """Add up a float64 vector over all processes.
+    Args:
+        sums: on the device.
+        riders: of the host.
 
     Returns:
-        the sum, and what rides along: the own seconds of each rank in this step; empty for a lone process, and on GPUs.
+        The sums; the riders' sums and what else rides along: the own seconds of each rank, nothing for a lone process.
+        On a GPU they are those of an earlier step, 0 as long as there is none.
     """
     world = dist.get_world_size()
-    if world == 1 or sums.is_cuda:
-        dist.all_reduce(sums)
-        return sums, []
-    own = torch.zeros(world, dtype=sums.dtype)
-    own[dist.get_rank()] = own_time().seconds()
-    told = torch.cat([sums, own])
+    own = [0.0] * (world if world > 1 else 0)
+    if own:
+        own[dist.get_rank()] = own_time().seconds()
+    told = torch.cat([sums, to_device([*riders, *own], sums.device)])
     dist.all_reduce(told)
-    return told[:-world], told[-world:].tolist()
+    return told[: len(sums)], told[len(sums) :]
 
 
 def slow_ranks(steps: Sequence[Sequence[float]], stage_of: Sequence[int]) -> dict[int, float]:
@@ -112,8 +76,8 @@ class Stragglers:
 
     def after_step(self, rank_time: list[float]) -> list[Change]:
         """Who became a straggler, or is none any more, by the last `WINDOW` steps; told once."""
-        if not rank_time:
-            return []
+        if not rank_time or not all(rank_time):
+            return []  # a lone process, or one that has not measured any step yet
         self._steps.append(rank_time)
         if len(self._steps) < WINDOW:
             return []

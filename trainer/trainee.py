@@ -1,7 +1,7 @@
 """What one process trains, built the same way for every topology, and the two things done with it: a step, a loss."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,8 +21,8 @@ from .evaluate import held_out_loss
 from .expert_tokens import ExpertTokens
 from .parallel import Place, place
 from .pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
-from .routers import Routers, after_step, fresh_routers, tell
-from .step import StepOutcome, train_step
+from .routers import Routers, after_step, fresh_routers, on_device, tell
+from .step import NO_RIDERS, router_load, train_step
 from .ulysses import mean_over, sequence_group, share_sequences, split
 from .warm_start import load_weights
 
@@ -38,31 +38,42 @@ class Trainee:
     where: Place
     choosers: list[Chooser]
     """Of the MoE layers that this process holds."""
-    routers: Routers
+    device: torch.device
+    _routers: dict[str, Tensor] = field(default_factory=dict)
     """Of the whole model."""
-
-    def __post_init__(self):
-        self.remember(self.routers)
 
     def remember(self, routers: Routers) -> None:
         """Put a checkpoint's router state in place of this one, as far as the config asks for it."""
         fresh = fresh_routers(self.config.model)
-        self.routers = {key: routers.get(key, value) for key, value in fresh.items()}
-        tell(self.choosers, self.routers, self.config.model)
+        self._tell(on_device({key: routers.get(key, value) for key, value in fresh.items()}, self.device))
+
+    def routers(self) -> Routers:
+        """The router state, after the last step launched: waits for the device."""
+        return {key: value.tolist() for key, value in self._routers.items()}
+
+    def _tell(self, routers: dict[str, Tensor]) -> None:
+        self._routers = routers
+        tell(self.choosers, routers, self.config.model)
 
     def part(self, batch: Batch) -> Batch:
         """What this process works on of a micro-batch of its data-parallel rank."""
         return split(batch, self.where.sp, self.config.parallel.sp)
 
-    def step(self, batches: Sequence[Batch], tokens: int) -> StepOutcome:
-        """Take one optimizer step over parts of micro-batches; `tokens` are trained on in the whole global batch."""
+    def step(self, batches: Sequence[Batch], tokens: Tensor, riders: Sequence[float] = NO_RIDERS) -> Tensor:
+        """Launch one optimizer step over parts of micro-batches. Returns what `step.outcome` reads, on the device.
+
+        Args:
+            tokens: trained on in the whole global batch, a float64 scalar on the device.
+            riders: of this process, as `step.NO_RIDERS`.
+        """
         if self.config.parallel.pp > 1:
-            outcome = pipeline_step(self.engine, batches, tokens, self.config)
+            values = pipeline_step(self.engine, batches, tokens, self.config, riders)
         else:
-            outcome = train_step(self.engine, self.tap, batches, tokens, self.config)
-        if self.routers:
-            self.remember(after_step(self.routers, outcome, len(batches) * self.config.parallel.dp, self.config))
-        return outcome
+            values = train_step(self.engine, self.tap, batches, tokens, self.config, riders)
+        if self._routers:
+            micro_batches = len(batches) * self.config.parallel.dp
+            self._tell(after_step(self._routers, *router_load(values, self.config), micro_batches, self.config))
+        return values
 
     def held_out_loss(
         self,
@@ -144,7 +155,10 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
             for layer in part.model.layers:
                 layer.compile(dynamic=False)
     if parallel.pp > 1:
-        return Trainee(config, build_pipeline(module, config), None, where, list(choosers(module)), routers)
-    engine = build_engine(module, config)
-    tap = RouterTap(engine.module, config.model, mean) if config.model.is_moe else None
-    return Trainee(config, engine, tap, where, list(choosers(module)), routers)
+        engine, tap = build_pipeline(module, config), None
+    else:
+        engine = build_engine(module, config)
+        tap = RouterTap(engine.module, config.model, mean) if config.model.is_moe else None
+    trainee = Trainee(config, engine, tap, where, list(choosers(module)), device)
+    trainee.remember(routers)
+    return trainee

@@ -36,8 +36,8 @@ GRACE = 15.0
 """Seconds that the ranks are given to save their stacks."""
 HELD = 5.0
 """Seconds past the bound after which C code that holds the interpreter is taken for what stands still."""
-WAITING = ("/torch/distributed/", "/deepspeed/", "/trainer/straggler.py")
-"""Where a rank stands that waits for others; the last wraps what waits."""
+WAITING = ("/torch/distributed/", "/deepspeed/", "/trainer/clock.py", "/torch/cuda/streams.py")
+"""Where a rank stands that waits for others; clock.py wraps what waits, and a host waits for its GPU in the last."""
 
 
 class Beat(Protocol):

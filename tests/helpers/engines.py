@@ -13,7 +13,7 @@ from trainer.fragments import whole as full_box
 from trainer.optim import build_optimizer, parameter_groups
 from trainer.save import restore, take_snapshot
 from trainer.schedule import learning_rate
-from trainer.step import micro_batches
+from trainer.step import micro_batches, outcome
 from trainer.trainee import build_trainee
 
 
@@ -39,6 +39,10 @@ def tokens_of(config: Config, step: int) -> int:
     return int((batch.labels != -100).sum())
 
 
+def tokens_on_device(config: Config, step: int) -> torch.Tensor:
+    return torch.tensor(tokens_of(config, step), dtype=torch.float64)
+
+
 class EngineRun:
     """An engine, in this process group, and the steps it takes."""
 
@@ -60,7 +64,7 @@ class EngineRun:
                 handle = self.engine.module.register_forward_hook(
                     lambda module, args, out: out._replace(loss_sum=out.loss_sum * torch.inf)
                 )
-            out = self.trainee.step(mine, tokens_of(config, step))
+            out = outcome(self.trainee.step(mine, tokens_on_device(config, step)).tolist(), config)
             if handle:
                 handle.remove()
             outcomes.append((out.loss, out.grad_norm, out.skipped))

@@ -1,7 +1,7 @@
 """Train a tiny model on the fixed batches of `engines`, cut into pipeline stages."""
 
 import torch
-from engines import batch_of, tokens_of
+from engines import batch_of, tokens_on_device
 from torch import distributed as dist
 
 from configs import Config
@@ -11,7 +11,7 @@ from trainer.parallel import place
 from trainer.pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
 from trainer.save import take_snapshot
 from trainer.schedule import learning_rate
-from trainer.step import StepOutcome, micro_batches
+from trainer.step import StepOutcome, micro_batches, outcome
 
 
 class PipelineRun:
@@ -33,7 +33,8 @@ class PipelineRun:
         for step in range(first, last + 1):
             mine = [batch_of(config, next(batches)) for _ in range(self.engine.gradient_accumulation_steps())]
             ds.set_learning_rate(self.engine, learning_rate(step, 20, config.optim))
-            outcomes.append(pipeline_step(self.engine, mine, tokens_of(config, step), config))
+            values = pipeline_step(self.engine, mine, tokens_on_device(config, step), config)
+            outcomes.append(outcome(values.tolist(), config))
         return outcomes
 
     def fragments(self) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from engines import batch_of as plain_batch
-from engines import tokens_of
+from engines import tokens_on_device
 from torch import distributed as dist
 
 from configs import Config
@@ -17,7 +17,7 @@ from trainer import engine as ds
 from trainer.parallel import place
 from trainer.save import take_snapshot
 from trainer.schedule import learning_rate
-from trainer.step import micro_batches, train_step
+from trainer.step import micro_batches, outcome, train_step
 from trainer.ulysses import mean_over, sequence_group, share_sequences, split
 
 PROMPTS = [[1, 2, 3], [4, 5]]
@@ -49,7 +49,8 @@ def train(config: Config, steps: int) -> dict[str, Any]:
         mine = [
             split(batch_of(config, next(batches)), here.sp, sp) for _ in range(engine.gradient_accumulation_steps())
         ]
-        outcomes.append(train_step(engine, tap, mine, tokens_of(config, step), seen))
+        values = train_step(engine, tap, mine, tokens_on_device(config, step), seen)
+        outcomes.append(outcome(values.tolist(), seen))
     engine.eval()
     with torch.no_grad():
         held_out = engine(split(batch_of(config, [1000, 1001]), here.sp, sp)).loss_sum

@@ -3,13 +3,13 @@
 import functools
 
 import pytest
+import torch
 from engines import all_losses, assemble, bare_losses
 from support import tiny
 from teams import in_team
 
 from configs import Config, resolve
-from trainer.routers import after_step, fresh_routers
-from trainer.step import StepOutcome
+from trainer.routers import after_step, fresh_routers, on_device
 
 STEPS = 12
 ROUTERS = {
@@ -80,18 +80,20 @@ def test_router_equals_one_process(topology):
             assert (whole[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, (case, name)
 
 
-def outcome(load: list[list[float]], skipped: bool = False) -> StepOutcome:
-    return StepOutcome(1.0, 1.0, 1.0, load, [0.0], [0.0], [0.0], 1.0, skipped, [])
-
-
 def test_bias_moves_towards_the_even_load():
     settings = config("deepseek", "sgd")
     model = settings.model.model_copy(update={"num_layers": 1, "num_experts": 4})
     settings = settings.model_copy(update={"model": model})
-    first = fresh_routers(model)
-    assert first == {"bias": [[0.0] * 4]}
-    moved = after_step(first, outcome([[0.25, 0.5, 0.0, 0.25 + 1e-9]]), 4, settings)
-    assert moved == {"bias": [[0.0, -0.02, 0.02, 0.0]]}, "a load that is even but for rounding must not move"
-    assert after_step(first, outcome([[0.25, 0.5, 0.0, 0.25]], skipped=True), 4, settings) == first
+    assert fresh_routers(model) == {"bias": [[0.0] * 4]}
+    first = on_device(fresh_routers(model), torch.device("cpu"))
+
+    def bias_after(before: dict, load: list[float], skipped: bool = False, settings: Config = settings) -> list:
+        values = torch.tensor([load], dtype=torch.float64)
+        return after_step(before, values, torch.tensor(skipped), 4, settings)["bias"].tolist()
+
+    moved = bias_after(first, [0.25, 0.5, 0.0, 0.25 + 1e-9])
+    assert moved == [[0.0, -0.02, 0.02, 0.0]], "a load that is even but for rounding must not move"
+    assert bias_after(first, [0.25, 0.5, 0.0, 0.25], skipped=True) == [[0.0] * 4]
+    assert bias_after(first, [torch.nan] * 4, skipped=True) == [[0.0] * 4]
     still = settings.model_copy(update={"model": model.model_copy(update={"router_bias_rate": 0.0})})
-    assert after_step(moved, outcome([[1.0, 0.0, 0.0, 0.0]]), 4, still) == moved
+    assert bias_after(on_device({"bias": moved}, torch.device("cpu")), [1.0, 0.0, 0.0, 0.0], settings=still) == moved

@@ -95,9 +95,10 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path, tiny_data, clean, functi
 
 
 def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, clean):
-    run_dir = make(tmp_path, tiny_data)
-    assert train_in_process(run_dir, kill_at_step, 5, signal.SIGTERM) == 75
-    assert checkpoint.committed(run_dir)[-1] == 5
+    """The signal travels with step 6, which is read when step 7 is under way."""
+    run_dir = make(tmp_path, tiny_data, checkpoint={"every": 4})
+    assert train_in_process(run_dir, kill_at_step, 6, signal.SIGTERM) == 75
+    assert checkpoint.committed(run_dir)[-1] == 7
     # The checkpoint of step 4, written in the background, may be done only after the signal.
     events = [e for e in read_events(run_dir) if e["event"] != "checkpoint" or e["step"] != 4]
     assert [e["event"] for e in events[-3:]] == ["checkpoint", "measured", "attempt_ended"]

@@ -1,13 +1,27 @@
-"""Read micro-batches ahead of the training thread."""
+"""Read micro-batches ahead of the training thread, and copy them to the device ahead of need."""
 
 import queue
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
 
 from models.batch import Batch
+from models.loss import IGNORE
 
 from .reader import Dataset
+
+
+class Loaded(NamedTuple):
+    """A micro-batch on the device."""
+
+    batch: Batch
+    labels: int
+    """How many of its labels are trained on."""
+    copied: torch.cuda.Event | None
+    """On a GPU, what the stream that uses it waits for."""
 
 
 class Loader:
@@ -20,27 +34,34 @@ class Loader:
         dataset: read by the thread alone until `close()`.
         batches: for each micro-batch the sequence indices (-1: padding), see `Dataset.batch`; may be endless.
         depth: batches held ready at most.
+        here: the device that they are copied to.
     """
 
-    def __init__(self, dataset: Dataset, batches: Iterable[Sequence[int]], depth: int):
+    def __init__(self, dataset: Dataset, batches: Iterable[Sequence[int]], depth: int, here: torch.device):
+        self._here = here
         self.waited = 0.0
         """Seconds that `next()` has waited for data so far."""
-        self._queue: queue.Queue[Batch | BaseException | None] = queue.Queue(depth)
+        self._queue: queue.Queue[Loaded | BaseException | None] = queue.Queue(depth)
         self._stop = threading.Event()
         self._done = False
         self._thread = threading.Thread(target=self._read, args=(dataset, batches), name="data-loader", daemon=True)
         self._thread.start()
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Loaded]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Loaded:
         if self._done:
             raise StopIteration
         start = time.perf_counter()
         item = self._queue.get()
         self.waited += time.perf_counter() - start
-        if isinstance(item, Batch):
+        if isinstance(item, Loaded):
+            if item.copied:
+                stream = torch.cuda.current_stream()
+                stream.wait_event(item.copied)
+                for tensor in item.batch.tensors().values():
+                    tensor.record_stream(stream)
             return item
         self._done = True
         if item is None:
@@ -61,14 +82,15 @@ class Loader:
 
     def _read(self, dataset: Dataset, batches: Iterable[Sequence[int]]) -> None:
         try:
+            stream = torch.cuda.Stream(self._here) if self._here.type == "cuda" else None
             for indices in batches:
-                if self._stop.is_set() or not self._put(dataset.batch(indices)):
+                if self._stop.is_set() or not self._put(_load(dataset.batch(indices), stream)):
                     return
             self._put(None)
         except BaseException as error:
             self._put(error)
 
-    def _put(self, item: Batch | BaseException | None) -> bool:
+    def _put(self, item: Loaded | BaseException | None) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)
@@ -76,3 +98,12 @@ class Loader:
             except queue.Full:
                 continue
         return False
+
+
+def _load(batch: Batch, stream: torch.cuda.Stream | None) -> Loaded:
+    """Begin to copy a batch, on a stream of its own, beside the computing."""
+    labels = int((batch.labels != IGNORE).sum())
+    if stream is None:
+        return Loaded(batch, labels, None)
+    with torch.cuda.stream(stream):
+        return Loaded(batch.pinned().to(stream.device, non_blocking=True), labels, stream.record_event())

@@ -5,12 +5,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from configs.data import DataConfig
 from trainer.data.loader import Loader
 from trainer.data.manifest import read_manifest
 from trainer.data.reader import Dataset
 from trainer.data.shards import DataError
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -20,8 +23,10 @@ def dataset(prepared: Path) -> Dataset:
 
 def test_batches_come_in_order(dataset: Dataset):
     plan = [[0, 1], [2, 3], [4, -1]]
-    with Loader(dataset, plan, depth=2) as loader:
-        batches = list(loader)
+    with Loader(dataset, plan, 2, CPU) as loader:
+        loaded = list(loader)
+    batches = [each.batch for each in loaded]
+    assert [each.labels for each in loaded] == [int((batch.labels != -100).sum()) for batch in batches]
     assert [batch.sequence_ids.tolist() for batch in batches] == plan
     assert (batches[1].input_ids == dataset.batch([2, 3]).input_ids).all()
     assert loader.waited > 0
@@ -39,10 +44,10 @@ def test_reads_ahead_within_bounds_and_closes_early(dataset: Dataset):
             reached[first].set()
             yield [first]
 
-    loader = Loader(dataset, plan(), depth=2)
+    loader = Loader(dataset, plan(), 2, CPU)
     assert reached[2].wait(30)
     assert asked == [0, 1, 2]  # two ready, one waiting for its place
-    assert next(loader).sequence_ids.tolist() == [0]
+    assert next(loader).batch.sequence_ids.tolist() == [0]
     assert reached[3].wait(30)
     loader.close()
     assert asked == [0, 1, 2, 3]
@@ -59,8 +64,8 @@ def test_errors_reach_the_consumer(prepared: Path, tmp_path: Path):
     first = dataset.batch([0])
     path.write_bytes(b"\0" * path.stat().st_size)
     far = next(i for i in range(len(dataset)) if dataset.locate(i)[3] != dataset.locate(0)[3])
-    with Loader(dataset, [[0], [far], [0]], depth=4) as loader:
-        assert (next(loader).input_ids == first.input_ids).all()
+    with Loader(dataset, [[0], [far], [0]], 4, CPU) as loader:
+        assert (next(loader).batch.input_ids == first.input_ids).all()
         with pytest.raises(DataError, match="row group"):
             next(loader)
         with pytest.raises(StopIteration):
