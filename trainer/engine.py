@@ -107,7 +107,7 @@ class _Guarded:
     overflow = False
     """Stays so: DeepSpeed asks it with `if`, which would make the host wait; `found_inf` tells."""
     _global_grad_norm: Tensor
-    _step_supports_amp_scaling = False
+    not_finite: Tensor
     found_inf: Tensor | None = None
     """1 where the norm is not finite. Optimizers that support torch.amp.GradScaler look here, on the device, whether to
     leave weights and states alone."""
@@ -119,7 +119,7 @@ class _Guarded:
         self.not_finite = (~norm.isfinite()).float()
         if self.max_norm:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.max_norm, norm, foreach=True)
-        if self._step_supports_amp_scaling:
+        if getattr(self, "_step_supports_amp_scaling", False):
             self.found_inf = self.not_finite
         elif self.not_finite.item():  # adagrad, rmsprop, adafactor: the host waits for the norm
             return
