@@ -70,10 +70,11 @@ class OwnTime:
 
     def __init__(self) -> None:
         self._began, self._waited = time.perf_counter(), 0.0
-        _wrap(dist.Work, "wait", self._wait)
+        _wrap(dist.Work, "wait", self.waiting)
 
     @contextlib.contextmanager
-    def _wait(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """This process waits for others."""
         start = time.perf_counter()
         try:
             yield
@@ -119,11 +120,11 @@ class DeviceOwnTime:
 
     def watch(self) -> None:
         """Mark what this process does from now on."""
-        _wrap(dist.Work, "wait", self._wait)
-        _wrap(torch.cuda.Stream, "wait_stream", self._wait)
+        _wrap(dist.Work, "wait", self.waiting)
+        _wrap(torch.cuda.Stream, "wait_stream", self.waiting)
         for name in COLLECTIVES:
             if hasattr(dist.ProcessGroup, name):
-                _wrap(dist.ProcessGroup, name, self._wait)
+                _wrap(dist.ProcessGroup, name, self.waiting)
 
     def begin(self) -> None:
         # What fails in a measurement must not fail the step: then this one is not measured.
@@ -145,7 +146,8 @@ class DeviceOwnTime:
         return self._seconds
 
     @contextlib.contextmanager
-    def _wait(self) -> Iterator[None]:
+    def waiting(self) -> Iterator[None]:
+        """The training stream, if it is the current one, waits for others."""
         pair = None
         with contextlib.suppress(Exception):
             if self._now and self._training():

@@ -126,6 +126,12 @@ class _Guarded:
         super().step(closure)  # type: ignore[misc]
 
 
+def guard(optimizer: Any, max_norm: float) -> None:
+    """Let an optimizer clip by the global norm (0: not), and skip a step whose norm is not finite."""
+    optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (_Guarded, type(optimizer)), {})
+    optimizer.max_norm = max_norm
+
+
 def norm_and_skipped(engine: Any) -> Tensor:
     """Of the step just launched, on the device: gradient norm before clipping, and 1 where it was skipped, in float64.
 
@@ -196,8 +202,7 @@ def build_engine(module: nn.Module, config: Config) -> Any:
     if config.parallel.zero_stage == 0:
         if config.train.precision == "bf16":
             work_in(module, torch.bfloat16)
-        optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (_Guarded, type(optimizer)), {})
-        optimizer.max_norm = config.train.grad_clip  # type: ignore[attr-defined]
+        guard(optimizer, config.train.grad_clip)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory of the machine four times
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=engine_config(config), dist_init_required=False

@@ -9,6 +9,7 @@ from torch import nn
 
 from configs.optim import OptimConfig
 from models.families import build
+from trainer.engine import guard
 from trainer.optim import Muon, build_optimizer, newton_schulz, parameter_groups
 
 STEPS = 5
@@ -228,3 +229,24 @@ def test_one_rate_for_all_groups_of_muon():
     optimizer.step()
     assert torch.equal(matrix, weights(4, 4))
     assert torch.equal(vector, weights(4))
+
+
+# Skipped steps at ZeRO-0
+
+
+@pytest.mark.parametrize("use_muon", [True, False])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad", "rmsprop", "adafactor", "lion", "muon"])
+def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(name, use_muon):
+    """The first one too, before there is any state."""
+    gradients = [weights(6, 8, seed=10 + i) for i in range(STEPS)]
+    spoiled = weights(6, 8)
+    spoiled[3, 5] = torch.inf
+    ends = []
+    for given in (gradients, [spoiled, *gradients[:2], spoiled * torch.nan, *gradients[2:], spoiled]):
+        parameter = nn.Parameter(weights(6, 8))
+        optimizer = built(parameter, use_muon, name=name, momentum=0.9)
+        guard(optimizer, 0.5)
+        train(parameter, optimizer, given)
+        ends.append({"weight": parameter.detach()} | optimizer.state[parameter])
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])

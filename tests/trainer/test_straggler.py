@@ -8,6 +8,7 @@ from ranks import run_ranks
 from support import tiny
 
 from configs import to_yaml
+from trainer.clock import DeviceOwnTime
 from trainer.record import read_events, read_metrics
 from trainer.straggler import WINDOW, Stragglers, slow_ranks
 from trainer.tracking.flat import scalars
@@ -39,6 +40,84 @@ def test_each_is_told_once_and_when_it_is_over():
 
 def test_trackers_are_shown_the_slowest_and_the_median():
     assert scalars({"step": 1, "rank_time": [1.0, 4.0, 2.0]}) == {"rank_time/max": 4.0, "rank_time/median": 2.0}
+
+
+class Device:
+    """A stream that has got so far, and its events: each takes the time that stands when it is recorded."""
+
+    def __init__(self) -> None:
+        self.now, self.done, self.made, self.training, self.broken = 0.0, 0.0, 0, True, False
+
+    def event(self) -> "Event":
+        self.made += 1
+        return Event(self)
+
+
+class Event:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def record(self) -> None:
+        if self.device.broken:
+            raise RuntimeError("CUDA error")
+        self.at = self.device.now
+
+    def query(self) -> bool:
+        return self.at <= self.device.done
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.query(), "not ready"
+        return end.at - self.at
+
+
+def step_on(device: Device, clock: DeviceOwnTime, computes: float, waits: float) -> float:
+    """Compute, wait for others twice, compute; in milliseconds. Returns what the clock tells."""
+    clock.begin()
+    device.now += computes / 2
+    for _ in range(2):
+        with clock.waiting():
+            device.now += waits / 2
+    device.now += computes / 2
+    return clock.seconds()
+
+
+def test_on_a_gpu_waits_are_left_out_and_told_when_the_device_is_there():
+    device = Device()
+    clock = DeviceOwnTime(device.event, lambda: device.training)
+    assert step_on(device, clock, 8, 2) == 0  # the device has done nothing of it yet
+    device.done = device.now
+    assert step_on(device, clock, 6, 100) == 0.008
+    assert step_on(device, clock, 7, 1) == 0.008  # it is behind
+    device.done = device.now
+    assert step_on(device, clock, 5, 1) == 0.007  # of the last that it is done with
+    device.training = False
+    device.done = device.now
+    assert step_on(device, clock, 3, 4) == 0.005
+    device.done = device.now
+    assert step_on(device, clock, 3, 4) == 0.007  # other streams' waits are not the training's
+    made = device.made
+    for _ in range(100):
+        device.done = device.now
+        step_on(device, clock, 3, 4)
+    assert device.made == made, "events are used again"
+
+
+def test_a_measurement_that_fails_does_not_fail_the_step():
+    device = Device()
+    clock = DeviceOwnTime(device.event, lambda: True)
+    step_on(device, clock, 8, 2)
+    device.done = device.now
+    device.broken = True
+    assert step_on(device, clock, 6, 2) == 0.008
+    device.broken = False
+    assert step_on(device, clock, 4, 2) == 0.008
+    device.done = device.now
+    assert step_on(device, clock, 4, 2) == 0.004
+
+
+def test_a_rank_that_has_measured_nothing_yet_is_compared_with_nobody():
+    stragglers = Stragglers([0, 0], ["a", "b"])
+    assert not any(stragglers.after_step([1.0, 0.0]) for _ in range(2 * WINDOW))
 
 
 @pytest.mark.parametrize("stage", [1, 3])
