@@ -92,9 +92,10 @@ class OwnTime:
 
 COLLECTIVES = (
     "allreduce", "allreduce_coalesced", "allgather", "_allgather_base", "allgather_coalesced",
-    "allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_tensor_coalesced",
-    "alltoall", "alltoall_base", "broadcast", "reduce", "gather", "scatter", "send", "recv", "barrier",
-    "_end_coalescing",
+    "allgather_into_tensor_coalesced", "all_gather_single", "all_gather_single_coalesced", "reduce_scatter",
+    "_reduce_scatter_base", "reduce_scatter_tensor_coalesced", "reduce_scatter_single",
+    "reduce_scatter_single_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "broadcast", "reduce",
+    "gather", "scatter", "send", "recv", "recv_anysource", "barrier", "_end_coalescing",
 )  # fmt: skip
 """Methods of torch's process groups (2.11 to 2.13) by which torch.distributed starts a collective. One that is not
 asynchronous runs on the stream that it was called on, and waits there for the other ranks."""
