@@ -133,7 +133,8 @@ def _states(config: Config, stage: int, cpu: bool) -> _States:
     work = _step_work(config, shares)
     if zero == 0:
         flat = 0.0 if alone else 4 * min(whole, REDUCE_BUCKET)
-        return _States(4 * whole, 4 * whole, kept, 0.0, 4 * whole * many, 4 * whole + flat, 0.0, work)
+        weights = (4 + 2 * bf16) * whole  # with the copies of trainer/precision.py
+        return _States(weights, 4 * whole, kept, 0.0, 4 * whole * many, 4 * whole + flat, 0.0, work)
     masters = 4 * share + kept
     padded, filled = float(sum(g.padded for g in own)), min(whole, REDUCE_BUCKET)
     if zero == 1 and bf16:  # gradients are flattened in fp32, then sent in bf16
@@ -178,10 +179,6 @@ def _of_stage(config: Config, stage: int, cpu: bool) -> Memory:
     every = config.train.recompute_every
     again = [bool(every) and (i + 1) % every == 0 for i in layers]
     kept = {i: tokens * hidden * e if redo else of_kind[k] for i, k, redo in zip(layers, kinds, again, strict=True)}
-    if parallel.zero_stage == 0 and config.train.precision == "bf16":
-        # Each layer's weights in bf16 are kept like activations, but where the layer is computed again.
-        weights = 2.0 * sum(t.numel for t in tensors(config, stage)) / len(layers)
-        kept = {i: size + weights * (not redo) for (i, size), redo in zip(kept.items(), again, strict=True)}
     passing = [sum(kept[i] for i in part) for part, _ in in_flight(config, stage)]
     activations = sum(size * count for size, (_, count) in zip(passing, in_flight(config, stage), strict=True))
     recomputed = max((of_kind[k] for k, redo in zip(kinds, again, strict=True) if redo), default=0.0)

@@ -215,8 +215,8 @@ def _elementwise(config: Config, cpu: bool) -> float:
 
 def _states(config: Config, held: Memory) -> float:
     """Bytes of states that one device reads and writes in a step: each state read and written once by the optimizer,
-    each gradient twice (norm, step), and what reductions copy. bf16 at ZeRO-0 casts weights and gradients."""
-    cast = 3 * held.weights if config.parallel.zero_stage == 0 and config.train.precision == "bf16" else 0.0
+    each gradient twice (norm, step), and what reductions copy. bf16 at ZeRO-0 adds its gradients to fp32 ones."""
+    cast = 2 * held.weights if config.parallel.zero_stage == 0 and config.train.precision == "bf16" else 0.0
     copied = 2 * min(held.buckets, 2 * held.weights) + cast
     return 2 * (held.weights + held.optimizer) + 3 * held.gradients + micro_batches(config) * copied
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from models.router import Router
 
 # Otherwise DeepSpeed warns at every import that it found no accelerator.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
@@ -29,6 +28,7 @@ from deepspeed.utils import groups
 from . import flight
 from .optim import build_optimizer, parameter_groups
 from .parallel import engine_sections, expert_group_name, keep_routers, zero_section
+from .precision import WorkingCopies
 from .slots import norm_of_whole_gradient
 
 # Its warnings repeat what the run's own record says (skipped steps, untested optimizers).
@@ -108,6 +108,8 @@ class _Guarded:
     """Stays so: DeepSpeed asks it with `if`, which would make the host wait; `found_inf` tells."""
     _global_grad_norm: Tensor
     not_finite: Tensor
+    copies: WorkingCopies | None = None
+    """Of the parameters, which follow them."""
     found_inf: Tensor | None = None
     """1 where the norm is not finite. Optimizers that support torch.amp.GradScaler look here, on the device, whether to
     leave weights and states alone."""
@@ -124,12 +126,14 @@ class _Guarded:
         elif self.not_finite.item():  # adagrad, rmsprop, adafactor: the host waits for the norm
             return
         super().step(closure)  # type: ignore[misc]
+        if self.copies:
+            self.copies.refresh()
 
 
-def guard(optimizer: Any, max_norm: float) -> None:
-    """Let an optimizer clip by the global norm (0: not), and skip a step whose norm is not finite."""
+def guard(optimizer: Any, max_norm: float, copies: WorkingCopies | None = None) -> None:
+    """Let an optimizer clip by the global norm (0: not), skip a step whose norm is not finite, and refresh copies."""
     optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (_Guarded, type(optimizer)), {})
-    optimizer.max_norm = max_norm
+    optimizer.max_norm, optimizer.copies = max_norm, copies
 
 
 def norm_and_skipped(engine: Any) -> Tensor:
@@ -171,38 +175,14 @@ def engine_config(config: Config) -> dict[str, Any]:
     return result | engine_sections(config)
 
 
-def work_in(module: nn.Module, dtype: torch.dtype) -> None:
-    """Let every layer use its parameters in `dtype` while they, their gradients and their names stay as they are.
-
-    As in FSDP's mixed precision, the cast is a part of the graph, so gradients accumulate in fp32. Each layer's class
-    gets properties over its parameters, which is also how torch's parametrizations work. Routers keep theirs as they
-    are: they compute in fp32.
-    """
-    for layer in module.modules():
-        if layer._parameters and not isinstance(layer, Router):
-            names = tuple(name for name, p in layer._parameters.items() if p is not None)
-            layer.__class__ = _working_class(type(layer), names, dtype)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _working_class(kind: type[nn.Module], names: tuple[str, ...], dtype: torch.dtype) -> type[nn.Module]:
-    """One class for all such layers: a compiler compiles again for each class it meets."""
-
-    def cast(name: str) -> property:
-        return property(lambda layer: layer._parameters[name].to(dtype))
-
-    return type(kind.__name__, (kind,), {name: cast(name) for name in names})
-
-
 def build_engine(module: nn.Module, config: Config) -> Any:
     """A DeepSpeed engine over a plain module, with the run's optimizer; the process group must exist."""
     experts = expert_group_name(config) if config.parallel.ep > 1 else None
     optimizer = build_optimizer(parameter_groups(module, config.optim, experts), config.optim)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if config.parallel.zero_stage == 0:
-        if config.train.precision == "bf16":
-            work_in(module, torch.bfloat16)
-        guard(optimizer, config.train.grad_clip)
+        copies = WorkingCopies(module, torch.bfloat16) if config.train.precision == "bf16" else None
+        guard(optimizer, config.train.grad_clip, copies)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory of the machine four times
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
@@ -226,6 +206,12 @@ def note_shapes(engine: Any, shapes: dict[str, tuple[int, ...]]) -> None:
     engine.tp_rank = groups.get_tensor_model_parallel_rank() if engine.autotp_size() > 1 else 0
     names = {p.group_name for p in engine.module.parameters() if hasattr(p, "group_name")}
     engine.ep_rank = max((groups._get_expert_parallel_rank(name) for name in names), default=0)
+
+
+def parameters_changed(engine: Any) -> None:
+    """To be called when parameters were written by anyone but the optimizer."""
+    if copies := getattr(engine.optimizer, "copies", None):
+        copies.refresh()
 
 
 def base_optimizer(engine: Any) -> torch.optim.Optimizer:

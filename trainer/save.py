@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from . import checkpoint
 from .checkpoint import MASTER, CheckpointError, Reader, Snapshot
-from .engine import base_optimizer, device
+from .engine import base_optimizer, device, parameters_changed
 from .fragments import fragment_key
 from .record import Record
 from .slots import Slot, is_replicated, is_sharded, pieces, slots
@@ -109,6 +109,7 @@ def restore(engine: Any, reader: Reader) -> None:
             _restore_states(optimizer.state[slot.owner], slot, reader, slot.owner.device if skips_on_device else "cpu")
     if is_sharded(engine):
         engine.optimizer.invalidate_secondary_tensor()  # the whole copies that hpZ gathers from
+    parameters_changed(engine)
 
 
 def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: torch.device | str) -> None:

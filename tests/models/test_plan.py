@@ -90,7 +90,7 @@ def test_flat_groups():
 STATES = {
     # bytes per parameter of weights, gradients, optimizer; two processes share
     ("fp32", 0): (4, 4, 8),
-    ("bf16", 0): (4, 4, 8),
+    ("bf16", 0): (4 + 2, 4, 8),
     ("bf16", 1): (2, 4, 12 / 2),
     ("bf16", 2): (2, 4 / 2, 12 / 2),
 }

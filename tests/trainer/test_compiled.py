@@ -16,7 +16,8 @@ from torch._dynamo.utils import counters
 
 from models import attention, experts
 from models.balance import RouterTap
-from trainer.engine import start_processes, work_in
+from trainer.engine import start_processes
+from trainer.precision import WorkingCopies
 
 LAYERS = 2
 
@@ -71,7 +72,7 @@ CASES = {
 def test_all_layers_share_one_graph(changes, recompute):
     config = tiny.config(num_layers=LAYERS, **changes)
     module = tiny.model(config).train()
-    work_in(module, torch.bfloat16)
+    WorkingCopies(module, torch.bfloat16)
     module.set_activation_checkpointing(recompute)
     tap = RouterTap(module, config) if config.is_moe else None
     for layer in module.model.layers:
