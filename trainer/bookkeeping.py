@@ -105,6 +105,7 @@ class Books:
             self._cadence.step_took(took.seconds, step.writing, self._saver.took)
         read_at = state.cursor
         changes = advance(state, result, step.loss_scale, config) + self._stragglers.after_step(result.rank_time)
+        changes += self._trainee.compilations.after_step()
         if record:
             for change in changes:
                 record.event(change.event, step=state.step, **change.details)

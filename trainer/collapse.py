@@ -17,7 +17,7 @@ Starved = list[list[int]]
 
 
 class Change(NamedTuple):
-    """Experts that collapsed, or that take tokens again."""
+    """What a step has to tell: of experts, that they collapsed or take tokens again."""
 
     event: str
     """`experts_collapsed` or `experts_recovered`."""

@@ -82,7 +82,7 @@ def look(path: Path) -> Lock:
     holder, unseen = _holder(path)
     if holder:
         return Lock(path, "held")
-    kind = _file_system(path)
+    kind = file_system(path)
     if kind not in LOCAL:
         why = f"other machines may write to its file system ({kind})"
     elif os.stat("/proc/self/ns/pid").st_ino != INIT_NAMESPACE and kind not in OF_A_CONTAINER:
@@ -124,7 +124,8 @@ def _inode(path: str | Path) -> tuple[int, int]:
     return found.st_dev, found.st_ino
 
 
-def _file_system(path: Path) -> str:
+def file_system(path: Path) -> str:
+    """Type of the file system that an absolute path lies on."""
     mounts = [part for part in psutil.disk_partitions(all=True) if path.is_relative_to(part.mountpoint)]
     return max(mounts, key=lambda part: len(part.mountpoint)).fstype if mounts else "unknown"
 

@@ -198,6 +198,8 @@ def _steps(
     finally:
         loader.close()
         saver.wait()
+        if record and trainee.compilations.any:
+            record.event("compiled", **trainee.compilations.summary())
     if not killed and (failed := from_chief(lambda: saver.failed)):
         raise TrainingStopped(f"the last checkpoint could not be written, start again to go on: {failed}")
     if record:

@@ -15,6 +15,7 @@ from models.families import build
 from models.loss import LossOutput
 from models.router import Chooser, choosers
 
+from .compiled import Compilations, keep_compiled
 from .data.reader import Dataset
 from .engine import build_engine
 from .evaluate import held_out_loss
@@ -41,6 +42,7 @@ class Trainee:
     device: torch.device
     _routers: dict[str, Tensor] = field(default_factory=dict)
     """Of the whole model."""
+    compilations: Compilations = field(default_factory=Compilations)
 
     def remember(self, routers: Routers) -> None:
         """Put a checkpoint's router state in place of this one, as far as the config asks for it."""
@@ -150,6 +152,8 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         group = sequence_group(config)
         share_sequences(module, group)
         mean = mean_over(group)
+    if config.train.compile or device.type == "cuda":  # there attention is compiled in any case
+        keep_compiled()
     if config.train.compile:
         for part in module if parallel.pp > 1 else [module]:
             for layer in part.model.layers:

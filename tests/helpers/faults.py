@@ -11,9 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from schedule import Kill
+from torch import distributed as dist
 
 from trainer import cadence, checkpoint, collapse, loop, straggler
+from trainer.flight import Dump, dump
 from trainer.tracking import start
 from trainer.trainee import Trainee
 
@@ -235,3 +238,20 @@ def small_files(size: int, first: int, last: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, most))
 
     _between(first, last, lambda: limit(size), lambda: limit(most))
+
+
+def stand_apart(dumped: Path) -> Dump | None:
+    """Two collectives of both processes; then a third, which rank 1 calls only after rank 0 has dumped."""
+    for _ in range(2):
+        dist.all_reduce(torch.ones(4))
+    if dist.get_rank() == 0:
+        work = dist.all_reduce(torch.ones(7), async_op=True)
+        found = dump()
+        dumped.touch()
+        work.wait()
+        return found
+    found = dump()
+    while not dumped.exists():
+        time.sleep(0.01)
+    dist.all_reduce(torch.ones(7))
+    return found

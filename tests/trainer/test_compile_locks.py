@@ -50,7 +50,7 @@ def left_behind(lock: Path) -> None:
 
 @pytest.fixture
 def root(tmp_path, monkeypatch):
-    if compile_locks._file_system(tmp_path) not in LOCAL:
+    if compile_locks.file_system(tmp_path) not in LOCAL:
         pytest.skip("the temporary folder is on a file system of several machines")
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     return tmp_path / "extensions"
@@ -106,7 +106,7 @@ def test_one_that_torch_itself_has_left(root):
 
 @pytest.mark.parametrize("where", ["nfs", "fuse.sshfs"])
 def test_what_another_machine_may_hold_is_left_while_it_may_compile_then_refused(root, monkeypatch, capsys, where):
-    monkeypatch.setattr(compile_locks, "_file_system", lambda path: where)
+    monkeypatch.setattr(compile_locks, "file_system", lambda path: where)
     lock = root / "cpu_adam" / "lock"
     left_behind(lock)
     assert mend_compile_locks() == []

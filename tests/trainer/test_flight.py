@@ -1,15 +1,12 @@
 """Who is waited for, by dumps of torch's flight recorder: as NCCL makes them, and real ones of two processes."""
 
 import json
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from torch import distributed as dist
+from faults import stand_apart
 
-from trainer.flight import Dump, dump, shortened, waited_for
+from trainer.flight import Dump, shortened, waited_for
 
 WORLD, LEFT, RIGHT = ("0", "default_pg"), ("5", "tp"), ("6", "tp")
 RANKS = {"0": [0, 1, 2, 3], "5": [0, 1], "6": [2, 3]}
@@ -104,23 +101,6 @@ def test_a_dump_is_short():
     calls = [entry(WORLD, n) for n in range(1, 500)] + [entry(WORLD, n, "scheduled") for n in range(500, 900)]
     numbers = [e["collective_seq_id"] for e in recorded(*calls)["entries"]]
     assert numbers == [*range(499, 520), 899]
-
-
-def stand_apart(dumped: Path) -> Dump | None:
-    """Two collectives of both processes; then a third, which rank 1 calls only after rank 0 has dumped."""
-    for _ in range(2):
-        dist.all_reduce(torch.ones(4))
-    if dist.get_rank() == 0:
-        work = dist.all_reduce(torch.ones(7), async_op=True)
-        found = dump()
-        dumped.touch()
-        work.wait()
-        return found
-    found = dump()
-    while not dumped.exists():
-        time.sleep(0.01)
-    dist.all_reduce(torch.ones(7))
-    return found
 
 
 def test_two_processes(pair, tmp_path):
