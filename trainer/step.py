@@ -39,11 +39,11 @@ class StepOutcome:
     """Whether the weights were left alone because the loss or a gradient was not finite."""
     rank_time: list[float]
     """Seconds of each rank in which it waited for no other; see `clock.OwnTime`. On GPUs of an earlier step."""
-    tokens: int = 0
+    tokens: int
     """Labels trained on in the whole global batch."""
-    asked_to_stop: bool = False
+    asked_to_stop: bool
     """Whether a process was asked to, by a signal or the file `stop`."""
-    checkpoint_every: int = 0
+    checkpoint_every: int
     """Steps between checkpoints, by rank 0's `Cadence`; 0 without one."""
 
 
@@ -156,6 +156,6 @@ def outcome(values: Sequence[float], config: Config) -> StepOutcome:
 
 
 def _head() -> int:
-    """Values before those of the layers."""
+    """Values before those of the layers: eight, and each rank's own time."""
     world = dist.get_world_size()
     return 8 + (world if world > 1 else 0)
