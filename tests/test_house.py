@@ -149,7 +149,8 @@ def distributions(files: list[Path]) -> set[str]:
     known = packages_distributions()
     ours = {
         *PACKAGES,
-        *(path.stem for folder in ("tests/helpers", "benchmarks") for path in (ROOT / folder).glob("*.py")),
+        "benchmarks",
+        *(path.stem for folder in ("tests/helpers", "benchmarks") for path in (ROOT / folder).iterdir()),
     }
     modules = {module for path in files for module in top_level(path)} - set(sys.stdlib_module_names) - ours
     candidates = [[plain(each) for each in known.get(module, [module])] for module in modules]

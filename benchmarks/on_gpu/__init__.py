@@ -1,0 +1,47 @@
+"""What `benchmarks/gpu.py` runs: parts, each of which yields its results as it finds them."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+"""One result: plain values by name. A check has `ok`; a part that compares has a row for each contestant."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Where a part runs.
+
+    Attributes:
+        device: "cuda", or "cpu" where no GPU is or a dry run was asked for.
+        dry: everything in miniature.
+        folder: of its own, for what it writes.
+        seconds: that it may take; a part that tries several sizes stops trying in time.
+    """
+
+    device: str
+    dry: bool
+    folder: Path
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """One thing to find out.
+
+    Attributes:
+        name: as `--only` names it; what stands before the dot is its section: `right`, `fast`, `layer`, `around`.
+        run: yields rows; raising loses none of those before.
+        seconds: that it takes on a GPU, about; it is ended at `PATIENCE` times that.
+        alone: times something, so nothing else may run on the device.
+    """
+
+    name: str
+    run: Callable[[Setting], Iterator[Row]]
+    seconds: float
+    alone: bool = True
+
+    @property
+    def section(self) -> str:
+        return self.name.split(".")[0]
