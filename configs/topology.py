@@ -132,6 +132,11 @@ RULES: dict[str, Rule] = {
         "the loss scale does not reach the router losses of earlier stages, so train.precision is bf16 or fp32",
         "runtime/pipe/engine.py runs earlier stages backward from the gradient of the hidden states alone",
     ),
+    "fp8 and split models": Rule(
+        lambda c: c.train.precision == "fp8" and max(c.parallel.tp, c.parallel.pp, c.parallel.sp) > 1,
+        "train.precision=fp8 goes with dp, ep and ZeRO only",
+        "module_inject/auto_tp.py replaces linear layers by its own, which know no fp8",
+    ),
     "dualpipev alone": Rule(
         lambda c: c.parallel.pp_schedule == "dualpipev" and c.parallel.pp == 1,
         "dualpipev is a schedule of pipelines and pp is 1",

@@ -47,8 +47,9 @@ class TrainConfig(Section):
     """Sequences per device and forward pass; None: global_batch / data-parallel degree."""
     seq_len: PositiveInt = 256
     """Tokens per sequence."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    """Of weights and activations in the forward and backward pass; master weights are fp32 always."""
+    precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
+    """Of weights and activations in the forward and backward pass; master weights are fp32 always. `fp8`: bf16, but
+    the linear maps of the layers (not of experts, routers and the head) multiply in fp8, scaled tensor by tensor."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest global gradient norm; 0: no clipping."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
@@ -82,6 +83,11 @@ class TrainConfig(Section):
     """How train.init_from, which is dense, fills a model with experts; None: it has the same experts."""
     log_every: PositiveInt = 1
     """Steps between metric records."""
+
+    @property
+    def kept_in(self) -> Literal["fp32", "bf16", "fp16"]:
+        """What weights and activations are held in: fp8 is a precision of products only."""
+        return "bf16" if self.precision == "fp8" else self.precision
 
     @property
     def recompute_every(self) -> int:

@@ -21,7 +21,7 @@ class Device:
 
     name: str
     flops: dict[str, float]
-    """Peak matmul FLOP/s for each `train.precision`."""
+    """Peak matmul FLOP/s for each `train.precision` but fp8."""
     memory: float
     """Bytes; infinite where a process shares the machine's."""
     bandwidth: float

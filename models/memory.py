@@ -125,7 +125,7 @@ class _States:
 def _states(config: Config, stage: int, cpu: bool) -> _States:
     """What DeepSpeed's engine holds at each ZeRO stage: see trainer/engine.py, and in DeepSpeed
     runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py (ZeRO-1 in bf16)."""
-    parallel, zero, bf16 = config.parallel, config.parallel.zero_stage, config.train.precision == "bf16"
+    parallel, zero, bf16 = config.parallel, config.parallel.zero_stage, config.train.kept_in == "bf16"
     e, own, many = activation_bytes(config), groups(config, stage), micro_batches(config) > 1
     whole, alone = float(sum(sum(group.sizes) for group in own)), parallel.dp * parallel.sp == 1
     shares = [(g.parts() if zero == 3 else g.padded // g.shards) if zero else sum(g.sizes) for g in own]

@@ -104,7 +104,7 @@ def predict(config: Config, device: Device) -> Plan:
     flops = training_flops_per_token(config.model, config.train.seq_len)
     held = memory(config, device.is_cpu)
     traffic = tuple(item for item in _traffic(config, device) if item.sent)
-    rate = device.flops[config.train.precision]
+    rate = device.flops[config.train.kept_in]  # of fp8 too: how much it gains depends on the shapes
     computed = tokens * (flops + _flops_again(config) + _flops_of_padding(config)) / devices
     compute = computed / (rate * device.attained) * _unevenness(config)
     # A batch that does not divide is filled up, and the filling is computed as well.
@@ -216,7 +216,7 @@ def _elementwise(config: Config, cpu: bool) -> float:
 def _states(config: Config, held: Memory) -> float:
     """Bytes of states that one device reads and writes in a step: each state read and written once by the optimizer,
     each gradient twice (norm, step), and what reductions copy. bf16 at ZeRO-0 adds its gradients to fp32 ones."""
-    cast = 2 * held.weights if config.parallel.zero_stage == 0 and config.train.precision == "bf16" else 0.0
+    cast = 2 * held.weights if config.parallel.zero_stage == 0 and config.train.kept_in == "bf16" else 0.0
     copied = 2 * min(held.buckets, 2 * held.weights) + cast
     return 2 * (held.weights + held.optimizer) + 3 * held.gradients + micro_batches(config) * copied
 

@@ -167,7 +167,7 @@ def engine_config(config: Config) -> dict[str, Any]:
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # it would make the host wait for the device twice a step
     }
-    if train.precision == "bf16" and stage:
+    if train.kept_in == "bf16" and stage:
         result["bf16"] = {"enabled": True, "immediate_grad_update": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     elif train.precision == "fp16":
@@ -181,7 +181,7 @@ def build_engine(module: nn.Module, config: Config) -> Any:
     optimizer = build_optimizer(parameter_groups(module, config.optim, experts), config.optim)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if config.parallel.zero_stage == 0:
-        copies = WorkingCopies(module, torch.bfloat16) if config.train.precision == "bf16" else None
+        copies = WorkingCopies(module, torch.bfloat16) if config.train.kept_in == "bf16" else None
         guard(optimizer, config.train.grad_clip, copies)
     with contextlib.redirect_stdout(io.StringIO()):  # its bf16 optimizer prints the memory of the machine four times
         engine, *_ = deepspeed.initialize(

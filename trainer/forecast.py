@@ -57,7 +57,7 @@ class Forecast:
 
     def __init__(self, config: Config, here: torch.device, measured: Callable[[], Sequence[Rates]]):
         self._memory = PeakMemory(here)
-        device = device_facts(here, config.train.precision, measured())
+        device = device_facts(here, config.train.kept_in, measured())
         self._plan = predict(config, device) if device else None
         self._seconds: list[float] = []
 

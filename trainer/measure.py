@@ -15,7 +15,11 @@ from .step import StepOutcome
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak matmul rate in FLOP/s of this device for `train.precision`, or None where it is not known (CPUs)."""
+    """Peak matmul rate in FLOP/s of this device, or None where it is not known (CPUs).
+
+    Args:
+        precision: what weights are held in: training in fp8 is held against bf16's peak.
+    """
     if device.type != "cuda":
         return None
     known = gpu_facts(device)
@@ -59,7 +63,7 @@ def step_metrics(
         "data_wait": waited,
         "step_time": seconds,
     }
-    if peak := peak_flops(here, config.train.precision):
+    if peak := peak_flops(here, config.train.kept_in):
         metrics["mfu"] = flops / peak
     if outcome.load:
         metrics |= {"aux_loss": outcome.aux_loss, "z_loss": outcome.z_loss, "expert_load": outcome.load}

@@ -1,13 +1,18 @@
-"""Copies of fp32 parameters in a lower precision, with which layers compute where ZeRO keeps none: bf16 at ZeRO-0."""
+"""Lower precision where DeepSpeed has none: bf16 copies of fp32 parameters at ZeRO-0, and products in fp8."""
 
 import functools
+import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from configs import Config, ConfigError
 from models.router import Router
+
+FP8 = 16
+"""Rows and columns of a product in fp8 are multiples of this."""
 
 
 class WorkingCopies:
@@ -65,3 +70,45 @@ def _working_class(kind: type[nn.Module], names: tuple[str, ...]) -> Any:
         return property(lambda layer: layer.working[name])
 
     return type(kind.__name__, (kind,), {name: working(name) for name in names})
+
+
+def check_precision(module: nn.Module, config: Config) -> None:
+    """Raise ConfigError if train.precision=fp8 and it cannot be had; `module` may be on the meta device."""
+    if config.train.precision != "fp8":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError("train.precision=fp8 needs torchao: pip install 'muster-train[gpu]', or set it to bf16")
+    linear = _linear(module)
+    if not linear:
+        raise ConfigError("train.precision=fp8: the model has no linear layer that it is for; set it to bf16")
+    for name, layer in linear.items():
+        if layer.in_features % FP8 or layer.out_features % FP8:
+            raise ConfigError(
+                f"train.precision=fp8 multiplies matrices whose sides are multiples of {FP8}, and {name} is "
+                f"{layer.out_features} x {layer.in_features}: change the sizes under model, or set it to bf16"
+            )
+
+
+def multiply_in_fp8(module: nn.Module) -> None:
+    """Let linear layers multiply in fp8, each tensor scaled by its own largest value (arXiv:2209.05433), by torchao.
+
+    Weights, their names, what goes in and what comes out stay as they are. Raises ConfigError on a GPU that has no fp8.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(
+            f"train.precision=fp8: {torch.cuda.get_device_name()} has no fp8, an H100 or newer has; set it to bf16"
+        )
+    from torchao.float8 import convert_to_float8_training  # an optional package
+
+    chosen = set(_linear(module))
+    convert_to_float8_training(module, module_filter_fn=lambda _, name: name in chosen)
+
+
+def _linear(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear maps inside the layers, but routers and those to a single number."""
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and not isinstance(part, Router) and part.out_features > 1
+        and ".layers." in f".{name}"
+    }  # fmt: skip

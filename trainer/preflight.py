@@ -49,7 +49,7 @@ def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rate
     began, here, me = time.perf_counter(), ds.device(), (socket.gethostname(), _address())
     machines = [tuple(each) for each in from_all(me)]
     mark = from_chief(lambda: _make_mark(run_dir))
-    rates = measure(here, config.train.precision)
+    rates = measure(here, config.train.kept_in)
     right = dist.get_world_size() == 1 or sums_are_right(here)
     link, wrong_from = exchange(machines, here)
     disk = _try_disk(run_dir) if machines.index(me) == dist.get_rank() else _Disk()

@@ -29,7 +29,7 @@ class Rates:
     """What one process measured, by the median of a few times.
 
     Attributes:
-        product, bf16: FLOP/s of a matrix product in train.precision, and in bf16.
+        product, bf16: FLOP/s of a matrix product in what weights are held in, and in bf16.
         copy: bytes/s of a copy, read and write counted.
         elementwise, launch: as of `models.devices.Device`.
         link: bytes/s that an all-reduce over all processes sends and receives; None: a lone process.
@@ -53,7 +53,7 @@ def measure(here: torch.device, precision: str) -> Rates:
     A collective: every process of the group calls it.
 
     Args:
-        precision: `train.precision`.
+        precision: what weights are held in.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     checked = _Product(here)
@@ -83,7 +83,7 @@ def device_facts(here: torch.device, precision: str, measured: Sequence[Rates]) 
     """The device as the planner knows it; None: a GPU that is not in its table.
 
     Args:
-        precision: `train.precision`.
+        precision: what weights are held in.
         measured: by every process; on CPU the slowest one's rates count.
     """
     if here.type == "cuda":

@@ -19,6 +19,7 @@ from .checkpoint import committed, folder
 from .data.default import ensure_prepared, vocabulary_size
 from .data.manifest import sources_of, vocabulary
 from .plugins import load_plugins
+from .precision import check_precision
 from .record import Record, read_events
 from .tracking import inputs_of
 from .warm_start import check_source
@@ -88,7 +89,8 @@ def prepare_run(
     """
     load_plugins(config.plugins)
     with torch.device("meta"):
-        build(resolve_config(config, prepare=False)[0].model)  # a model that cannot be built shows before anything else
+        planned = resolve_config(config, prepare=False)[0]
+        check_precision(build(planned.model), planned)  # what cannot be built shows before anything else
     with _written(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name

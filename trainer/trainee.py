@@ -22,6 +22,7 @@ from .evaluate import held_out_loss
 from .expert_tokens import ExpertTokens
 from .parallel import Place, place
 from .pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
+from .precision import multiply_in_fp8
 from .routers import Routers, after_step, fresh_routers, on_device, tell
 from .step import NO_RIDERS, router_load, train_step
 from .ulysses import mean_over, sequence_group, share_sequences, split
@@ -152,6 +153,8 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         group = sequence_group(config)
         share_sequences(module, group)
         mean = mean_over(group)
+    if config.train.precision == "fp8":
+        multiply_in_fp8(module)
     if config.train.compile or device.type == "cuda":  # there attention is compiled in any case
         keep_compiled()
     if config.train.compile:
