@@ -217,12 +217,13 @@ def surroundings() -> Row:
 
 
 def chosen(everything: Sequence[Part], only: Sequence[str] | None, without: Sequence[str]) -> list[Part]:
-    """Parts whose name is one of `only` or begins with one and a dot."""
+    """Parts whose name is one of `only` or begins with one and a dot, in the order of `only`."""
 
     def named(part: Part, names: Iterable[str]) -> bool:
         return any(part.name == name or part.name.startswith(f"{name}.") for name in names)
 
-    return [part for part in everything if (not only or named(part, only)) and not named(part, without)]
+    ordered = [part for name in only for part in everything if named(part, [name])] if only else everything
+    return [part for part in dict.fromkeys(ordered) if not named(part, without)]
 
 
 def lanes(checks: Sequence[Part], count: int) -> list[list[Part]]:

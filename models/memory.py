@@ -80,6 +80,11 @@ class Memory:
     moments: dict[str, float]
 
     @property
+    def allocated(self) -> float:
+        """What torch's allocator is asked for on a GPU; on a CPU, where nobody tells the one from the other, `peak`."""
+        return self.peak if self.trainer else self.peak - self.runtime
+
+    @property
     def states(self) -> float:
         return self.weights + self.gradients + self.optimizer
 

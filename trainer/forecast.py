@@ -80,7 +80,7 @@ class Forecast:
         }
         if self._plan:
             measured |= {
-                "predicted_peak_memory": self._plan.memory.peak,
+                "predicted_peak_memory": self._plan.memory.allocated,
                 "predicted_step_time": self._plan.step_time,
             }
         return measured

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from trainer import precision
+
 from . import Part, Row, Setting
 
 HEADS = {"num_heads": 16, "num_kv_heads": 8, "head_dim": 128}
@@ -444,8 +446,6 @@ def fp8(recipe: str) -> Callable[[Any], None]:
 
 def plain_sums(module: Any) -> None:
     """Gradients are added to fp32 ones by torch's own kernel for two types."""
-    from trainer import precision
-
     precision._add.cache_clear()
     precision._add = lambda: torch.Tensor.add_  # type: ignore[assignment]
 
@@ -463,7 +463,7 @@ SWITCHES: dict[str, Callable[[Any], None]] = {
     "recompute by op, budget 0.8": budget(0.8),
     "recompute by op, budget 0.6": budget(0.6),
     "plain sums": plain_sums,
-    "fp8 tensorwise": fp8("tensorwise"),
+    "fp8 tensorwise": precision.multiply_in_fp8,
     "fp8 rowwise": fp8("rowwise"),
     "Liger": lambda module: None,
 }
@@ -627,7 +627,7 @@ def profile(way: Way, rows: int) -> Callable[[Setting], Iterator[Row]]:
     return run
 
 
-def trainer(size: str, rows: int, accumulate: int, steps: int = 8, **train: Any) -> Callable[[Setting], Iterator[Row]]:
+def trainer(size: str, rows: int, accumulate: int, steps: int = 7, **train: Any) -> Callable[[Setting], Iterator[Row]]:
     """The whole trainer, `python -m trainer`, on tokens of Python's own sources: what its record says."""
 
     def run(setting: Setting) -> Iterator[Row]:
@@ -687,7 +687,8 @@ DENSE, BIG, MOE = Way(), Way(size="dense-3b"), Way(size="moe-1b")
 
 PARTS = [
     Part("fast.matmul", matmul, 4),
-    Part("fast.dense", race([(DENSE, 16), (Way(compiled=False), 16)], accumulate=4), 40),
+    Part("fast.dense", race([(DENSE, 16)], accumulate=4), 20),
+    Part("fast.eager.dense", race([(Way(compiled=False), 16)], accumulate=4), 15),
     Part("fast.moe", race([(MOE, 8)], accumulate=8), 30),
     Part("fast.big", race([(BIG, 8)], accumulate=4), 25),
     Part("fast.fp8", race([
@@ -696,6 +697,7 @@ PARTS = [
     Part("fast.loss_in_fp8", loss_in_fp8, 60, alone=False),
     Part("fast.trainer.moe", trainer("moe-1b", 8, 8), 50),
     Part("fast.trainer.dense", trainer("dense-3b", 8, 4), 40),
+    Part("fast.trainer.fp8", trainer("dense-3b", 8, 4, precision="fp8"), 45),
     Part("fast.transformers", race([
         (Way(by="transformers", compiled=False), 8), (Way(by="transformers"), 8),
         (Way(by="transformers", size="moe-1b", compiled=False), 4),

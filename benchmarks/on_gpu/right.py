@@ -438,9 +438,14 @@ def peak(setting: Setting, config: Config) -> Row:
     measured = watched.bytes()
     trained.close()
     assert measured is not None
+    del trained
+    gc.collect()
+    if setting.device == "cuda":  # what an engine before this one had left may have gone meanwhile
+        base = min(base, torch.cuda.memory_allocated())
     measured -= base
     row: Row = {
-        "predicted_gb": predicted.peak / 1e9, "measured_gb": measured / 1e9, "ratio": measured / predicted.peak,
+        "predicted_gb": predicted.allocated / 1e9, "measured_gb": measured / 1e9,
+        "ratio": measured / predicted.allocated,
         "parameters": parameters(config.model).total,
     }  # fmt: skip
     if setting.device == "cuda":  # a process on a CPU has more in its memory than tensors
