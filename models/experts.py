@@ -12,8 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
-_eager_grouped_mm = torch.compiler.disable(grouped_mm)
-"""For other types than bf16, the only one that the shape rule of torch 2.13's compiler knows."""
 
 
 class Routing(NamedTuple):
@@ -71,11 +69,10 @@ def grouped_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routin
         return t if dropped_P1 is None else t.masked_fill(dropped_P1, 0)
 
     x_PH = clean(_Scatter.apply(x_SH, places.token_P, places.slot_Sk))
-    product = grouped_mm if x_SH.dtype == torch.bfloat16 else _eager_grouped_mm
-    gate_PI, up_PI = clean(product(x_PH, gate_up_E2IH.transpose(1, 2), offs=ends_E)).chunk(2, dim=-1)
+    gate_PI, up_PI = clean(grouped_mm(x_PH, gate_up_E2IH.transpose(1, 2), offs=ends_E)).chunk(2, dim=-1)
     weight_P = routing.weight.flatten().index_select(0, places.assignment_P).to(x_SH.dtype)
     hidden_PI = clean(F.silu(gate_PI) * up_PI * weight_P[:, None])
-    y_PH = clean(product(hidden_PI, down_EHI.transpose(1, 2), offs=ends_E))
+    y_PH = clean(grouped_mm(hidden_PI, down_EHI.transpose(1, 2), offs=ends_E))
     return _Combine.apply(y_PH, places.token_P, places.slot_Sk)
 
 
@@ -120,8 +117,6 @@ def sort_by_expert(choice_Sk: Tensor, num_experts: int, rooms_E: Tensor | None =
 
 def _combine(y_PH: Tensor, slot_Sk: Tensor, weight_Sk: Tensor | None = None) -> Tensor:
     """Sum of every token's slots; an embedding bag is the quickest gather and sum in one pass."""
-    if torch.compiler.is_compiling() and weight_Sk is None:
-        return y_PH[slot_Sk].sum(1)  # which is one pass then, along with what comes before and after
     return F.embedding_bag(slot_Sk, y_PH, mode="sum", per_sample_weights=weight_Sk)
 
 
