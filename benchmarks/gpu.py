@@ -3,7 +3,7 @@
 Parts run most important first within `--minutes`, in processes of their own, so that one that fails or hangs costs
 only itself. Every result is one line of JSON in `--out` (results.jsonl) as soon as it is there; at the end they are
 printed as tables. Checks share the device, measurements have it alone. Needs torch and DeepSpeed; Ray, MLflow, pyarrow,
-transformers, torchao and Liger are used where they are installed.
+transformers, torchao and Liger (`pip install ".[gpu]"`) are used where they are installed.
 
 Run: `python benchmarks/gpu.py --minutes 8`; `--dry` does all of it in miniature on a CPU; `--only fast.dense layer`.
 """

@@ -142,11 +142,13 @@ def plain(requirement: str) -> str:
 
 DECLARED = {plain(requirement) for requirement in PROJECT["dependencies"]}
 FOR_DEVELOPERS = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]}
+FOR_GPUS = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["gpu"]}
+"""Compared with in benchmarks/gpu.py where they are installed; not pinned, as nothing of ours needs them."""
 
 
 def distributions(files: list[Path]) -> set[str]:
     """The distributions whose modules the files import; of several that share a module, the declared one."""
-    known = packages_distributions()
+    known = {"liger_kernel": ["liger-kernel"]} | packages_distributions()  # also where it is not installed
     ours = {
         *PACKAGES,
         "benchmarks",
@@ -163,8 +165,16 @@ def test_every_import_is_declared_and_every_dependency_imported():
 
 def test_tests_and_benchmarks_import_what_is_declared():
     files = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
-    assert distributions(files) - DECLARED - FOR_DEVELOPERS - BROUGHT_ALONG == set()
-    assert FOR_DEVELOPERS - NEVER_IMPORTED - distributions(files) == set()
+    assert distributions(files) - DECLARED - FOR_DEVELOPERS - FOR_GPUS - BROUGHT_ALONG == set()
+    assert (FOR_DEVELOPERS | FOR_GPUS) - NEVER_IMPORTED - distributions(files) == set()
+
+
+def test_nothing_installs_what_only_benchmarks_on_gpus_use():
+    """Neither along with something else, nor by the Makefile, an image or what deploys."""
+    assert FOR_GPUS.isdisjoint(DECLARED | FOR_DEVELOPERS)
+    installing = [ROOT / "Makefile", *(path for path in (ROOT / "deploy").rglob("*") if path.is_file())]
+    asks = re.compile(r"\[[\w, -]*\bgpu\b[\w, -]*\]|" + "|".join(FOR_GPUS))
+    assert [name(path) for path in installing if asks.search(path.read_text(errors="replace"))] == []
 
 
 def test_every_dependency_is_pinned_within_its_bounds():
