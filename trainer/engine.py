@@ -187,6 +187,7 @@ def build_engine(module: nn.Module, config: Config) -> Any:
         engine, *_ = deepspeed.initialize(
             model=module, optimizer=optimizer, config=engine_config(config), dist_init_required=False
         )
+    parameters_changed(engine)  # DeepSpeed has sent rank 0's to all
     note_shapes(engine, shapes)
     keep_routers(engine.module)
     if config.parallel.tp > 1:

@@ -19,8 +19,10 @@ class WorkingCopies:
     """Lets every layer of a module use copies of its parameters, which keep their names, places and fp32 gradients.
 
     The copies are made once a step, not in every forward pass, and a copy's gradient is added to its parameter's as
-    soon as it is there, so that no second set of gradients stands. Each layer's class gets properties over its
-    parameters, which is also how torch's parametrizations work. Routers keep theirs as they are: they compute in fp32.
+    soon as it is there, so that no second set of gradients stands. Micro-batches add up in fp32; what one pass uses
+    twice, tied embeddings, adds up its two gradients in the lower precision, as at ZeRO 1 to 3. Each layer's class gets
+    properties over its parameters, which is also how torch's parametrizations work. Routers keep theirs as they are:
+    they compute in fp32.
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:

@@ -2,6 +2,7 @@
 
 import torch
 from torch import distributed as dist
+from torch import nn
 
 from configs import Config
 from models.balance import RouterTap
@@ -72,6 +73,24 @@ class EngineRun:
 
     def fragments(self) -> dict[str, torch.Tensor]:
         return take_snapshot(self.engine).tensors
+
+
+def stale_copies(module: nn.Module) -> list[str]:
+    """Names of the parameters of which layers compute with a bf16 copy that is not the parameter as it is now."""
+    return [
+        f"{layer_name}.{name}"
+        for layer_name, layer in module.named_modules()
+        for name, copy in getattr(layer, "working", {}).items()
+        if not torch.equal(copy, layer._parameters[name].bfloat16())
+    ]
+
+
+def engine_over_another_start(config: Config) -> tuple[list[str], torch.Tensor]:
+    """(`stale_copies` of a new engine, a weight in it), where each process has filled the module in its own way."""
+    module = build(config.model)
+    module.init_weights(dist.get_rank())
+    engine = ds.build_engine(module, config)
+    return stale_copies(engine.module), engine.module.lm_head._parameters["weight"].detach().clone()
 
 
 def engine_losses(config: Config, steps: int, spoil: int | None = None) -> tuple[list, dict]:
