@@ -90,6 +90,8 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
+    from deepspeed.utils import groups
+
     from trainer.engine import start_processes
 
     start_processes(60)
@@ -99,6 +101,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send(("ok", function(*arguments)))
         except BaseException:
             pipe.send(("error", f"rank {rank}: {traceback.format_exc()}"))
+        groups.mpu = None  # else the next engine takes the ranks' places from the last pipeline
     torch.distributed.destroy_process_group()
 
 
