@@ -34,6 +34,8 @@ STEP = ("data", "step")
 ranks would give up a collective with this one anyway."""
 GRACE = 15.0
 """Seconds that the ranks are given to save their stacks."""
+UNKNOWN = (ValueError, LookupError, TypeError, AttributeError)
+"""Raised by what is read of another torch's flight recorder."""
 HELD = 5.0
 """Seconds past the bound after which C code that holds the interpreter is taken for what stands still."""
 WAITING = ("/torch/distributed/", "/deepspeed/", "/trainer/clock.py", "/torch/cuda/streams.py")
@@ -198,7 +200,7 @@ class _Watch:
         path = recorder_of(self._run_dir, self._attempt, self._rank)
         try:
             said = json.dumps(flight.dump())
-        except (RuntimeError, ValueError, LookupError) as error:  # another torch's recorder
+        except (RuntimeError, *UNKNOWN) as error:
             said = json.dumps({"error": repr(error)})
         with contextlib.suppress(OSError):
             path.with_suffix(".part").write_text(said)
@@ -219,7 +221,7 @@ class _Watch:
         while not all(map(_size, (*paths.values(), *calls.values()))) and time.monotonic() < until:
             time.sleep(0.1)
         stands = {rank: read_stand(path) for rank, path in paths.items()}
-        waiting = flight.waited_for({rank: _read_calls(path) for rank, path in calls.items()})
+        waiting = read_calls(calls)
         named = suspects(stands, waiting.suspects, stacks_tell=dist.get_backend() == "gloo")
         saved = [str(path.relative_to(self._run_dir)) for path in paths.values() if _size(path)]
         details = {"step": step, "phase": phase, "seconds": waited, "bound": allowed, "suspects": named}
@@ -239,11 +241,17 @@ def _size(path: Path) -> int:
     return 0
 
 
-def _read_calls(path: Path) -> flight.Dump | None:
-    with contextlib.suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        return found if found and "entries" in found else None
-    return None
+def read_calls(paths: Mapping[int, Path]) -> flight.Waiting:
+    """Who is waited for, by what the ranks' recorders have saved; nobody where that cannot be read."""
+    dumps: dict[int, flight.Dump | None] = dict.fromkeys(paths)
+    for rank, path in paths.items():
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_text())
+            dumps[rank] = found if found and "entries" in found else None
+    try:
+        return flight.waited_for(dumps)
+    except UNKNOWN:  # a hang must end also where its recorders are not understood
+        return flight.Waiting([], "")
 
 
 _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')

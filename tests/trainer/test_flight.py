@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from faults import stand_apart
 
-from trainer.flight import Dump, shortened, waited_for
+from trainer.flight import Dump, Waiting, shortened, waited_for
+from trainer.watchdog import read_calls
 
 WORLD, LEFT, RIGHT = ("0", "default_pg"), ("5", "tp"), ("6", "tp")
 RANKS = {"0": [0, 1, 2, 3], "5": [0, 1], "6": [2, 3]}
@@ -101,6 +102,20 @@ def test_a_dump_is_short():
     calls = [entry(WORLD, n) for n in range(1, 500)] + [entry(WORLD, n, "scheduled") for n in range(500, 900)]
     numbers = [e["collective_seq_id"] for e in recorded(*calls)["entries"]]
     assert numbers == [*range(499, 520), 899]
+
+
+@pytest.mark.parametrize(
+    "spoiled",
+    ["", "[]", '"text"', '{"entries": [{}]}', '{"entries": [null]}', '{"entries": 3, "whole": true}', '{"error": "x"}'],
+)
+def test_a_hang_ends_where_a_recorder_is_not_understood(tmp_path, spoiled):
+    """Another torch's, or one whose file the disk had no room for: of the other ranks what can be said is said."""
+    paths = {rank: tmp_path / f"{rank}.json" for rank in range(4)}
+    for rank, dump in enumerate([WAITS, WAITS, recorded(DONE)]):
+        paths[rank].write_text(json.dumps(dump))
+    assert read_calls(paths) == Waiting([2], "all_reduce 2 of group 0 (default_pg)")
+    paths[3].write_text(spoiled)
+    assert read_calls(paths) in (Waiting([], ""), Waiting([2], "all_reduce 2 of group 0 (default_pg)"))
 
 
 def test_two_processes(pair, tmp_path):
