@@ -37,11 +37,16 @@ def imports(path: Path) -> Iterator[str]:
     """Every module a file imports, inside functions too, by its whole name."""
     package = path.relative_to(ROOT).parts[:-1]
     for node in ast.walk(tree(path)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            above = package[: len(package) - node.level + 1] if node.level else ()
-            yield ".".join((*above, *filter(None, [node.module])))
+        yield from imported(node, package)
+
+
+def imported(node: ast.AST, package: tuple[str, ...] = ()) -> Iterator[str]:
+    """What one statement imports, in a file of a package."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        above = package[: len(package) - node.level + 1] if node.level else ()
+        yield ".".join((*above, *filter(None, [node.module])))
 
 
 def top_level(path: Path) -> set[str]:
@@ -143,7 +148,7 @@ def plain(requirement: str) -> str:
 DECLARED = {plain(requirement) for requirement in PROJECT["dependencies"]}
 FOR_DEVELOPERS = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]}
 FOR_GPUS = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["gpu"]}
-"""Compared with in benchmarks/gpu.py where they are installed; not pinned, as nothing of ours needs them."""
+"""Used where they are installed; not pinned, as no run needs them."""
 
 
 def distributions(files: list[Path]) -> set[str]:
@@ -160,7 +165,7 @@ def distributions(files: list[Path]) -> set[str]:
 
 
 def test_every_import_is_declared_and_every_dependency_imported():
-    assert distributions(FILES) == DECLARED
+    assert distributions(FILES) - FOR_GPUS == DECLARED
 
 
 def test_tests_and_benchmarks_import_what_is_declared():
@@ -169,9 +174,11 @@ def test_tests_and_benchmarks_import_what_is_declared():
     assert (FOR_DEVELOPERS | FOR_GPUS) - NEVER_IMPORTED - distributions(files) == set()
 
 
-def test_nothing_installs_what_only_benchmarks_on_gpus_use():
-    """Neither along with something else, nor by the Makefile, an image or what deploys."""
+def test_nothing_needs_what_is_for_gpus():
+    """It is imported by nobody as a module loads, and installed by no dependency, Makefile, image or deployment."""
     assert FOR_GPUS.isdisjoint(DECLARED | FOR_DEVELOPERS)
+    at_once = [module for path in FILES for node in tree(path).body for module in imported(node)]
+    assert FOR_GPUS.isdisjoint(plain(module.partition(".")[0]) for module in at_once)
     installing = [ROOT / "Makefile", *(path for path in (ROOT / "deploy").rglob("*") if path.is_file())]
     asks = re.compile(r"\[[\w, -]*\bgpu\b[\w, -]*\]|" + "|".join(FOR_GPUS))
     assert [name(path) for path in installing if asks.search(path.read_text(errors="replace"))] == []
