@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,12 +12,22 @@ from torch.nn import functional as F
 from . import Part, Row, Setting
 from .fast import peak, seconds_of
 
+# Liger reads it when it is imported; trying its fused experts' tile sizes would take minutes for each cell.
+os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
+
 HIDDEN, WIDTH = 2048, 1024
-CELLS = [(64, 8, 16384), (8, 2, 16384), (128, 8, 16384), (64, 8, 4096), (64, 8, 32768), (64, 1, 16384), (8, 1, 4096), (128, 2, 32768)]
+CELLS = [
+    (64, 8, 16384), (8, 2, 16384), (128, 8, 16384), (64, 8, 4096), (64, 8, 32768), (64, 1, 16384), (8, 1, 4096),
+    (128, 2, 32768),
+]  # fmt: skip
+"""Experts, top-k and tokens."""
 
 
 def contestants(cell: Any, setting: Setting, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Layers by name, each when it is asked for, as all of them together would fill the device."""
+    """Layers by name, each when it is asked for, as all of them together would fill the device.
+
+    The dense layer comes first, as all others are compared with it; Liger's, which compiles the longest, last.
+    """
     import moe_layer
 
     def layer(name: str) -> Any:
@@ -24,7 +35,8 @@ def contestants(cell: Any, setting: Setting, compiled: bool) -> Iterator[tuple[s
             made = moe_layer.layer_for(name, cell)
         made = made.to(torch.bfloat16)
         for key, p in made.named_parameters():
-            torch.nn.init.eye_(p) if key.endswith("gate.weight") and len(p) == cell.experts else torch.nn.init.normal_(p, std=0.02)
+            router = key.endswith("gate.weight") and len(p) == cell.experts
+            torch.nn.init.eye_(p) if router else torch.nn.init.normal_(p, std=0.02)
         return made
 
     x = moe_layer.inputs(cell, 0)[None].to(setting.device, torch.bfloat16).requires_grad_()
@@ -34,20 +46,20 @@ def contestants(cell: Any, setting: Setting, compiled: bool) -> Iterator[tuple[s
         wanted = [x, *made.parameters()]
         return lambda: torch.autograd.grad(made(x), wanted, dy)
 
+    yield "dense", both(layer("dense"))
     yield "muster", both(_with_tokens(layer("muster"), setting))
     if compiled:
         made = _with_tokens(layer("muster"), setting)
         made.compile(dynamic=False)
         yield "muster compiled", both(made)
-    yield "dense", both(layer("dense"))
     for kind in ("grouped_mm", "eager"):
         if kind == "grouped_mm" or cell.experts == 8:
             with contextlib.suppress(ImportError):
                 yield f"transformers {kind}", both(layer(f"transformers {kind}"))
+    yield "grouped products", grouped_products(cell, setting)
     if setting.device == "cuda":
         with contextlib.suppress(ImportError):
             yield "Liger fused", both(liger(layer("muster")))
-    yield "grouped products", grouped_products(cell, setting)
 
 
 def _with_tokens(layer: Any, setting: Setting) -> Any:
@@ -101,13 +113,7 @@ def cells(which: list[tuple[int, int, int]], compiled: bool) -> Callable[[Settin
             cell = moe_layer.Cell("bf16", tokens, experts, top_k, "even", hidden, width)
             flops = 3 * 2 * tokens * top_k * 3 * hidden * width
             dense = None
-            found: list[Row] = []
-            made = contestants(cell, setting, compiled)
-            while True:
-                try:
-                    name, call = next(made)
-                except StopIteration:
-                    break
+            for name, call in contestants(cell, setting, compiled):
                 row: Row = {"experts": experts, "top_k": top_k, "tokens": tokens, "by": name}
                 try:
                     took = seconds_of(call, setting, repeats=7)
@@ -118,9 +124,8 @@ def cells(which: list[tuple[int, int, int]], compiled: bool) -> Callable[[Settin
                     del call
                     gc.collect()
                 dense = took if name == "dense" else dense
-                found.append(row | {"ms": took * 1e3, "of_peak": flops / took / peak(setting)})
-            for row in found:
-                yield row | ({"of_dense": dense / (row["ms"] / 1e3)} if dense else {})
+                row |= {"ms": took * 1e3, "of_peak": flops / took / peak(setting)}
+                yield row | ({"of_dense": dense / took} if dense else {})
 
     return run
 
