@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import experts, moe
@@ -27,12 +28,17 @@ OPERATORS = (
 
 
 class Operators(TorchDispatchMode):
+    supports_higher_order_operators = True
+
     def __init__(self, found: Callable[[str], None]) -> None:
         super().__init__()
         self._found = found
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = function.overloadpacket.__name__, kwargs or {}
+        kwargs = kwargs or {}
+        if isinstance(function, HigherOrderOperator):  # FlexAttention, which waits for nothing
+            return function(*args, **kwargs)
+        name = function.overloadpacket.__name__
         masks = name in ("index", "index_put", "index_put_") and any(
             index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
         )
