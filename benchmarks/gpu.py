@@ -33,12 +33,16 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from on_gpu import Part, Row, Setting  # noqa: E402
 
 MODULES = ("right", "fast", "layer", "around")
-PATIENCE = 2.0
-"""A part is ended after this many times the seconds that it was expected to take."""
+PATIENCE, PATIENCE_ALONE = 2.0, 1.5
+"""A part is ended after so many times the seconds that it was expected to take; one that runs alone delays the rest."""
 LANES = 5
 """Processes that share the device for checks."""
 START = 60.0
 """Seconds that a process takes to import and to open the device."""
+
+
+def seconds_allowed(part: Part, dry: bool) -> float:
+    return part.seconds * (PATIENCE_ALONE if part.alone and not dry else PATIENCE)
 
 
 def parts() -> list[Part]:
@@ -99,7 +103,8 @@ class Lane:
         while process.poll() is None:
             time.sleep(0.1)
             now = time.monotonic()
-            allowed = state["grace"] + PATIENCE * queue[min(state["at"], len(queue) - 1)].seconds
+            part = queue[min(state["at"], len(queue) - 1)]
+            allowed = state["grace"] + seconds_allowed(part, self._arguments.dry)
             if now > self._until:
                 reason = "no time left"
             elif now - state["since"] > allowed:
@@ -159,7 +164,7 @@ def worker(names: Sequence[str], out: Path, dry: bool) -> None:
         folder = out / "work" / name
         shutil.rmtree(folder, ignore_errors=True)  # of an earlier run
         folder.mkdir(parents=True)
-        setting = Setting(device, dry, folder, PATIENCE * part.seconds * 0.8)
+        setting = Setting(device, dry, folder, 0.8 * seconds_allowed(part, dry))
         try:
             for row in part.run(setting):
                 print(json.dumps({"part": name} | row, default=_plain), file=told, flush=True)

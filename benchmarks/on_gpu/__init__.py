@@ -33,7 +33,7 @@ class Part:
     Attributes:
         name: as `--only` names it; what stands before the dot is its section: `right`, `fast`, `layer`, `around`.
         run: yields rows; raising loses none of those before.
-        seconds: that it takes on a GPU, about; it is ended at `PATIENCE` times that.
+        seconds: that it takes on a GPU, about; it is ended at `PATIENCE` (`PATIENCE_ALONE`) times that.
         alone: times something, so nothing else may run on the device.
     """
 
