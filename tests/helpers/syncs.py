@@ -30,6 +30,10 @@ OPERATORS = (
 class Operators(TorchDispatchMode):
     supports_higher_order_operators = True
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # or torch would run what is compiled, FlexAttention too, as it stands
+
     def __init__(self, found: Callable[[str], None]) -> None:
         super().__init__()
         self._found = found
