@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from . import Part, Row, Setting
-from .fast import peak, seconds_of
+from .rig import peak, seconds_of
 
 # Liger reads it when it is imported; trying its fused experts' tile sizes would take minutes for each cell.
 os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
