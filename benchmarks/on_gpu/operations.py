@@ -15,6 +15,7 @@ from configs import BlockSparse
 from models import attention as attention_module
 from models import experts as moe
 from models import flex
+from models import moe as moe_block
 from models.attention import places
 from models.pattern import Pattern
 from models.router import choosers
@@ -333,8 +334,8 @@ def compiled(setting: Setting) -> Iterator[Row]:
         (", no buffer reuse", torch._inductor.config.patch(allow_buffer_reuse=False, inplace_buffers=False)),
     ]
     for name, way in ways:
-        with as_on_gpu() if setting.device == "cpu" else nullcontext(), products_in_graph(), way:
-            row = attempt(f"moe, bf16, products in the graph{name}", partial(against_eager, setting, MOE, bf16, 0, 0))
+        with as_on_gpu() if setting.device == "cpu" else nullcontext(), experts_in_graph(), way:
+            row = attempt(f"moe, bf16, experts in the graph{name}", partial(against_eager, setting, MOE, bf16, 0, 0))
         yield reported(row)
 
 
@@ -345,28 +346,29 @@ def reported(row: Row) -> Row:
 
 
 @contextmanager
-def products_in_graph() -> Iterator[None]:
-    """Compiled layers take the grouped products into their graphs, of which torch 2.11 gave wrong gradients on an H200.
+def experts_in_graph() -> Iterator[None]:
+    """Compiled layers take experts into their graphs, of which torch 2.11 gave wrong gradients on an H200.
 
     Nothing compiled before is taken from a cache, whose key may lack what is changed along with this.
     """
-    kept, moe._outside = moe._outside, moe.grouped_mm
+    kept, moe_block.left_out = moe_block.left_out, lambda x: False
     try:
         with torch._inductor.config.patch(force_disable_caches=True):
             yield
     finally:
-        moe._outside = kept
+        moe_block.left_out = kept
 
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Without the hand-made kernels for CPUs, which no compiler sees."""
-    kept = moe._on_cpu, attention_module.LONGEST_KERNEL
+    """Without the hand-made kernels for CPUs, which no compiler sees, and with experts outside of compiled layers."""
+    kept = moe._on_cpu, attention_module.LONGEST_KERNEL, moe_block.left_out
     moe._on_cpu, attention_module.LONGEST_KERNEL = moe.grouped_experts, 0
+    moe_block.left_out = lambda x: True
     try:
         yield
     finally:
-        moe._on_cpu, attention_module.LONGEST_KERNEL = kept
+        moe._on_cpu, attention_module.LONGEST_KERNEL, moe_block.left_out = kept
 
 
 def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: int, recompute: int) -> Row:
@@ -416,7 +418,7 @@ def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: 
     row = within(error, allowed, loss_error=off, worst=worst, worst_in=name, equal_choices=equal, **more)
     row |= dynamo_counts()
     row["ok"] = row["ok"] and off <= (1e-3 if kind == "bf16" else 1e-4) and equal > (0.95 if kind == "bf16" else 0.99)
-    # Grouped products are left out of MoE layers' graphs, and break them.
+    # Experts are left out of MoE layers' graphs, and break them.
     if not config.model.is_moe:
         # On a GPU the loss is compiled by itself, and so is FlexAttention's mask.
         others = 1 + (documents > 0) if setting.device == "cuda" else 0
