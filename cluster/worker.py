@@ -13,7 +13,10 @@ import psutil
 import ray
 
 ENVIRONMENT = {
-    "JE_ARROW_MALLOC_CONF": "background_thread:false",  # pyarrow's; a fork has only the thread that forked
+    # A fork has only the thread that forked: no threads of pyarrow's allocator, nor of numpy's BLAS, which would start
+    # as many as OMP_NUM_THREADS says and which training does not use.
+    "JE_ARROW_MALLOC_CONF": "background_thread:false",
+    "OPENBLAS_NUM_THREADS": "1",
 }
 """What lets `trainer.warm` fork."""
 

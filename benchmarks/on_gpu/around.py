@@ -31,7 +31,7 @@ if importlib.util.find_spec("pyarrow") is None:
     PATHS.append(str(Path(__file__).parent / "stand_in"))
     sys.path.append(PATHS[-1])
 
-FORKS = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}
+FORKS = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1"}
 """What lets `trainer.warm` fork, as in `cluster.worker.ENVIRONMENT`, which needs Ray to be read."""
 OF_THIS_PROCESS = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR",

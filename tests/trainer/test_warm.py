@@ -140,6 +140,11 @@ def test_imports_start_no_cuda():
     subprocess.run([sys.executable, "-c", STARTS_NO_CUDA], env=environment, check=True)
 
 
+def test_imports_leave_one_thread_however_many_an_attempt_may_have():
+    check = "from trainer.warm import _alone; assert _alone()"
+    subprocess.run([sys.executable, "-c", check], env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "4"}, check=True)
+
+
 @pytest.mark.parametrize("started", [False, True])
 def test_no_fork_where_cuda_was_started(monkeypatch, started):
     monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: started)
