@@ -4,7 +4,7 @@ Vendors' peaks are dense (no sparsity) and for the SXM variants of an HGX/DGX ma
 one device in one direction. Nobody reaches a peak: `ATTAINED` and `BUS` say what share the planner counts on.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 ATTAINED = 0.6
 """Share of the peak matmul rate that the products of a step reach on a GPU. Assumed: the best fused attention is at
@@ -71,9 +71,20 @@ def _nvidia(
     )
 
 
+def _measured(device: Device, attained: float, bus: float, where: str) -> Device:
+    """With what was seen instead of what is assumed."""
+    return replace(device, attained=attained, bus=bus, sources=device.sources | {"attained": where, "bus": where})
+
+
 DEVICES: dict[str, Device] = {
     "h100": _nvidia("h100", 989, 67, 80, 3.35, 450, 50, "NVIDIA H100 data sheet, SXM"),
-    "h200": _nvidia("h200", 989, 67, 141, 4.8, 450, 50, "NVIDIA H200 data sheet, SXM"),
+    # 211 TFLOP of products and attention of a dense model in 339 ms; a copy at 4.24 of 4.8 TB/s.
+    "h200": _measured(
+        _nvidia("h200", 989, 67, 141, 4.8, 450, 50, "NVIDIA H200 data sheet, SXM"),
+        0.63,
+        0.88,
+        "measured 2026-11-26 on one H200: benchmarks/RESULTS.md",
+    ),
     "a100": _nvidia("a100", 312, 19.5, 80, 2.039, 300, 25, "NVIDIA A100 data sheet, 80GB SXM"),
     "b200": _nvidia("b200", 2250, 75, 180, 8.0, 900, 50, "NVIDIA DGX B200 data sheet, an eighth of the machine"),
 }
