@@ -33,6 +33,12 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 from on_gpu import Part, Row, Setting  # noqa: E402
 
 MODULES = ("right", "fast", "layer", "around")
+FIRST = (
+    "right.compiled", "around.resume", "right.model", "right.experts", "right.precision",
+    "fast.matmul", "fast.dense", "fast.moe", "fast.big", "layer.main", "fast.transformers", "fast.trainer.moe",
+    "fast.trainer.dense", "fast.profile.moe", "around.checkpoint", "around.start", "fast.bare", "fast.loss",
+)  # fmt: skip
+"""Parts before all others; those follow module by module."""
 PATIENCE, PATIENCE_ALONE = 2.0, 1.5
 """A part is ended after so many times the seconds that it was expected to take; one that runs alone delays the rest."""
 LANES = 5
@@ -48,8 +54,9 @@ def seconds_allowed(part: Part, dry: bool) -> float:
 def parts() -> list[Part]:
     """All parts, the most important first."""
     found = [part for name in MODULES for part in importlib.import_module(f"on_gpu.{name}").PARTS]
-    assert len({part.name for part in found}) == len(found)
-    return found
+    by_name = {part.name: part for part in found}
+    assert len(by_name) == len(found)
+    return list(dict.fromkeys([*(by_name[name] for name in FIRST), *found]))
 
 
 class Results:

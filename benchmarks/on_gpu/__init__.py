@@ -41,7 +41,3 @@ class Part:
     run: Callable[[Setting], Iterator[Row]]
     seconds: float
     alone: bool = True
-
-    @property
-    def section(self) -> str:
-        return self.name.split(".")[0]
