@@ -42,10 +42,10 @@ WRONG = {
     "muon; did you mean adamw?",
     "optim.name=Lion": 'optim.name="Lion": should be one of adamw, adam, sgd, adagrad, rmsprop, adafactor, lion, '
     "muon; did you mean lion?",
-    "train.precision=16": 'train.precision="16": should be one of fp32, bf16, fp16; did you mean fp16?',
+    "train.precision=16": 'train.precision="16": should be one of fp32, bf16, fp16, fp8; did you mean fp16?',
     "train.activation_checkpointing=some": 'train.activation_checkpointing="some": should be one of none, full, '
     "selective",
-    "train.precision=int8": 'train.precision="int8": should be one of fp32, bf16, fp16',
+    "train.precision=int8": 'train.precision="int8": should be one of fp32, bf16, fp16, fp8',
     "parallel.zero_stage=4": "parallel.zero_stage=4: should be one of 0, 1, 2, 3",
     # lists and sections
     "optim.betas=0.9": "optim.betas=0.9: should be a list, such as [a, b]",

@@ -50,5 +50,5 @@ def test_every_section_says_what_it_is():
 
 
 def test_choices_are_in_the_schema():
-    assert KEYS["train.precision"]["enum"] == ["fp32", "bf16", "fp16"]
+    assert KEYS["train.precision"]["enum"] == ["fp32", "bf16", "fp16", "fp8"]
     assert KEYS["train.steps"]["exclusiveMinimum"] == 0

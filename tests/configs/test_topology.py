@@ -23,6 +23,7 @@ BREAKS = {
     "pp and tied embeddings": ({"tie_embeddings": True}, {"pp": 2}),
     "pp and ep": ({"num_layers": 4, "first_dense_layers": 2}, {"pp": 2, "dp": 2, "ep": 2}),
     "pp and fp16": ({}, {"pp": 2}),
+    "fp8 and split models": ({}, {"tp": 2}),
     "dualpipev alone": ({}, {"pp_schedule": "dualpipev"}),
     "dualpipev and batch": ({"num_layers": 4}, {"pp": 2, "dp": 2, "pp_schedule": "dualpipev"}),
     "sp heads": ({}, {"sp": 8}),
@@ -41,7 +42,7 @@ def test_every_rule_is_tried():
 @pytest.mark.parametrize("name", RULES)
 def test_a_broken_rule_is_refused_with_a_way_out(name):
     model, parallel = BREAKS[name]
-    train = {"precision": "fp16"} if name == "pp and fp16" else {}
+    train = {"precision": {"pp and fp16": "fp16", "fp8 and split models": "fp8"}.get(name, "bf16")}
     with pytest.raises(ConfigError, match=r"^parallel\.\w+=.*Nearest that works: set parallel\.") as caught:
         resolve(tiny(model=model, train=train, parallel=parallel))
     assert "\n" not in str(caught.value)
