@@ -24,7 +24,8 @@ def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor
 def initialise(module: nn.Module, std: float, seed: int) -> None:
     """Fill every parameter of `module` (which stands on a real device) with its `initial_value`.
 
-    A generator fills a tensor on one core only: several parameters are filled at a time.
+    A generator fills a tensor on one core only. So for a GPU several parameters are filled at a time; on a CPU the C
+    library would keep what each thread has freed.
     """
 
     def fill(named: tuple[str, Tensor]) -> None:
@@ -32,5 +33,6 @@ def initialise(module: nn.Module, std: float, seed: int) -> None:
         with torch.no_grad():  # a thread's own
             parameter.copy_(initial_value(name, parameter.shape, std, seed))
 
+    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list(pool.map(fill, module.named_parameters()))
+        list((map if on_cpu else pool.map)(fill, module.named_parameters()))
