@@ -80,7 +80,7 @@ def check_precision(module: nn.Module, config: Config) -> None:
         return
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError("train.precision=fp8 needs torchao: pip install 'muster-train[gpu]', or set it to bf16")
-    linear = _linear(module)
+    linear = linear_maps(module)
     if not linear:
         raise ConfigError("train.precision=fp8: the model has no linear layer that it is for; set it to bf16")
     for name, layer in linear.items():
@@ -102,11 +102,11 @@ def multiply_in_fp8(module: nn.Module) -> None:
         )
     from torchao.float8 import convert_to_float8_training  # an optional package
 
-    chosen = set(_linear(module))
+    chosen = set(linear_maps(module))
     convert_to_float8_training(module, module_filter_fn=lambda _, name: name in chosen)
 
 
-def _linear(module: nn.Module) -> dict[str, nn.Linear]:
+def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
     """Linear maps inside the layers, but routers and those to a single number."""
     return {
         name: part

@@ -1,6 +1,7 @@
 """What training is timed with: sizes of models, ways to take a step, the clock, and races between ways."""
 
 import gc
+import math
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from trainer import precision
+from trainer.measure import peak_flops
 
 from . import Row, Setting
 
@@ -31,15 +33,11 @@ DRY_SIZES: dict[str, dict[str, Any]] = {
     "small": {**DRY, "intermediate_size": 128, "num_experts": 0},
     "moe-1b": {**DRY, "num_experts": 4, "top_k": 2, "expert_size": 64},
 }
-PEAK = {"h100": 989e12, "h200": 989e12, "a100": 312e12, "b200": 2250e12}
-"""Dense bf16, FLOP/s."""
 
 
 def peak(setting: Setting) -> float:
-    if setting.device != "cuda":
-        return 1e11
-    name = torch.cuda.get_device_name().lower()
-    return next((value for key, value in PEAK.items() if key in name), 989e12)
+    """Of bf16, FLOP/s, as the planner's table has it; not a number for a GPU that it lacks."""
+    return peak_flops(torch.device("cuda"), "bf16") or math.nan if setting.device == "cuda" else 1e11
 
 
 def seconds_of(work: Callable[[], object], setting: Setting, repeats: int = 10, warm_up: int = 3) -> float:
@@ -166,23 +164,20 @@ class Rig:
         if self.way.compiled:
             for layer in module.model.layers:
                 layer.compile(dynamic=False)
-        return module, (lambda m: RouterTap(m, self.config.model) if self.config.model.is_moe else None)
+        return module, RouterTap(module, self.config.model) if self.config.model.is_moe else None
 
     def _engine(self) -> Callable[[], Any]:
+        from throughput import objective
+
         from trainer import engine as ds
 
         ds.start_processes(600)
-        module, tap_of = self._model()
+        module, tap = self._model()
         self.engine = engine = ds.build_engine(module, self.config)
-        tap, tokens = tap_of(engine.module), self.rows * self.config.train.seq_len
 
         def step() -> Any:
             for _ in range(self.accumulate):
-                out = engine(self.next())
-                loss = out.loss_sum / tokens
-                if tap:
-                    router = tap.collect()
-                    loss = loss + 0.01 * router.aux_loss + 0.001 * router.z_loss
+                loss = objective(engine(self.next()), tap)
                 engine.backward(loss)
                 engine.step()
             return loss.detach()
@@ -190,18 +185,15 @@ class Rig:
         return step
 
     def _bare(self) -> Callable[[], Any]:
-        from throughput import optimizer_for
+        from throughput import objective, optimizer_for
 
-        module, tap_of = self._model()
+        module, tap = self._model()
         module = module.to(torch.bfloat16)
-        tap, update, tokens = tap_of(module), optimizer_for(module, True), self.rows * self.config.train.seq_len
+        update = optimizer_for(module, True)
 
         def step() -> Any:
             for _ in range(self.accumulate):
-                loss = module(self.next()).loss_sum / tokens / self.accumulate
-                if tap:
-                    router = tap.collect()
-                    loss = loss + 0.01 * router.aux_loss + 0.001 * router.z_loss
+                loss = objective(module(self.next()), tap) / self.accumulate
                 loss.backward()
             update()
             return loss.detach()
@@ -262,18 +254,13 @@ class Rig:
             torch.cuda.reset_peak_memory_stats()
 
 
-def fp8(recipe: str) -> Callable[[Any], None]:
-    def switch(module: Any) -> None:
-        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+def fp8_rowwise(module: Any) -> None:
+    """As `train.precision: fp8`, but each row and column is scaled by its own largest value."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-        def wanted(module: Any, name: str) -> bool:
-            return isinstance(module, torch.nn.Linear) and "gate." not in f"{name}.".replace("gate_proj", "")
-
-        for layer in module.model.layers:
-            config = Float8LinearConfig.from_recipe_name(recipe)
-            convert_to_float8_training(layer, config=config, module_filter_fn=wanted)
-
-    return switch
+    chosen = set(precision.linear_maps(module))
+    config = Float8LinearConfig.from_recipe_name("rowwise")
+    convert_to_float8_training(module, config=config, module_filter_fn=lambda _, name: name in chosen)
 
 
 def plain_sums(module: Any) -> None:
@@ -296,7 +283,7 @@ SWITCHES: dict[str, Callable[[Any], None]] = {
     "recompute by op, budget 0.6": budget(0.6),
     "plain sums": plain_sums,
     "fp8 tensorwise": precision.multiply_in_fp8,
-    "fp8 rowwise": fp8("rowwise"),
+    "fp8 rowwise": fp8_rowwise,
     "Liger": lambda module: None,
 }
 
