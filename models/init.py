@@ -33,6 +33,9 @@ def initialise(module: nn.Module, std: float, seed: int) -> None:
         with torch.no_grad():  # a thread's own
             parameter.copy_(initial_value(name, parameter.shape, std, seed))
 
-    on_cpu = all(parameter.device.type == "cpu" for parameter in module.parameters())
+    if all(parameter.device.type == "cpu" for parameter in module.parameters()):
+        for named in module.named_parameters():
+            fill(named)
+        return
     with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        list((map if on_cpu else pool.map)(fill, module.named_parameters()))
+        list(pool.map(fill, module.named_parameters()))
