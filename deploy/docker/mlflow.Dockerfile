@@ -13,7 +13,6 @@ RUN python -m venv /opt/mlflow \
 FROM ${PYTHON}
 RUN useradd --uid 1000 --create-home mlflow
 COPY --from=build /opt/mlflow /opt/mlflow
-COPY deploy/mlflow/make_bucket.py /srv/make_bucket.py
 ENV PATH=/opt/mlflow/bin:$PATH PYTHONUNBUFFERED=1 \
     MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false
 WORKDIR /home/mlflow

@@ -150,7 +150,7 @@ def test_overlay(overlay):
 
 
 def test_tracking_builds():
-    assert len(built(KUBERNETES / "tracking")) == 8
+    assert len(built(KUBERNETES / "tracking")) == 9
 
 
 # Ray.
@@ -264,16 +264,47 @@ def test_addresses_are_services():
 def test_policies_let_in_only_what_is_named():
     for name, count in (("ray", 2), ("mlflow", 1), ("mlflow-stores", 2)):
         spec = OBJECTS["NetworkPolicy", name]["spec"]
-        assert spec["policyTypes"] == ["Ingress"]
+        assert spec["policyTypes"] == ["Ingress", "Egress"]
         chosen = labelled(spec["podSelector"])
         assert len(chosen) == count
         for rule in spec["ingress"]:
             assert all("podSelector" in peer for peer in rule["from"])
+            for peer in rule["from"]:  # a pod of any namespace could carry the label
+                assert peer.get("namespaceSelector") != {}
             for port in rule.get("ports", []):
                 assert port["port"] in ports_of(chosen).values()
     among, outside = OBJECTS["NetworkPolicy", "ray"]["spec"]["ingress"]
     assert len(labelled(among["from"][0]["podSelector"])) == 2
     assert [port["port"] for port in outside["ports"]] == [8265]
+
+
+def test_policies_let_out_what_a_pod_calls_and_nothing_else():
+    """An address in a container's environment has a rule that leads to its pods, and each rule such an address."""
+    called = {"ray": {"mlflow"}, "mlflow": {"postgres", "minio"}, "mlflow-stores": set()}
+    for name, services in called.items():
+        spec = OBJECTS["NetworkPolicy", name]["spec"]
+        assert ("egress" in spec) is True
+        reached = set()
+        for rule in spec["egress"]:
+            if rule.get("ports") == [{"protocol": "UDP", "port": 53}, {"protocol": "TCP", "port": 53}]:
+                assert services
+                continue
+            (peer,) = rule["to"]
+            (component,) = {each["metadata"]["labels"]["app.kubernetes.io/component"] for each in labelled(
+                peer["podSelector"]
+            )}  # fmt: skip
+            if component == "ray" == name:
+                continue
+            (port,) = rule["ports"]
+            assert port["port"] == OBJECTS["Service", component]["spec"]["ports"][0]["port"]
+            reached.add(component)
+        texts = [
+            variable.get("value", "")
+            for container in containers(labelled(spec["podSelector"]))
+            for variable in container.get("env", [])
+        ]
+        named = {host for text in texts for host in re.findall(r"://(?:\w+@)?([a-z]+):\d+", text)}
+        assert reached == services == named
 
 
 # Secrets and rights.
@@ -296,6 +327,7 @@ def test_pods_have_no_rights():
     found = pods(list(OBJECTS.values()))
     assert len(found) == 5
     for pod in found:
+        assert pod["automountServiceAccountToken"] is False
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
         for container in containers([pod]):
@@ -321,12 +353,76 @@ def test_compose_asks_for_its_secrets_and_listens_on_loopback():
                 (variable,) = re.findall(r"^\$\{(\w+):\?set it in \.env\}$", value)
                 asked.add(variable)
         assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
-        assert "healthcheck" in service
+        assert "healthcheck" in service or name_of(service) == "store"  # which ends
     assert asked == example.keys()
     assert ".env" in (ROOT / ".gitignore").read_text().splitlines()
 
 
+def name_of(service: dict) -> str:
+    return next(name for name, each in COMPOSE["services"].items() if each is service)
+
+
+def test_compose_gives_no_rights():
+    for service in COMPOSE["services"].values():
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", service["user"])
+
+
 # MLflow.
+
+
+def store_commands() -> list[tuple[str, dict[str, Any]]]:
+    """What makes MLflow's bucket and user, and its environment, in Kubernetes and in compose."""
+    (pod,) = pods(OBJECTS["Deployment", "mlflow"])
+    (container,) = pod["initContainers"]
+    service = COMPOSE["services"]["store"]
+    assert container["command"][:2] == service["entrypoint"] == ["sh", "-ceu"]
+    return [
+        (container["command"][2], {each["name"]: each for each in container["env"]}),
+        (service["command"][0].replace("$$", "$"), service["environment"]),
+    ]
+
+
+def test_mlflow_has_keys_of_its_own():
+    """MinIO's root goes to MinIO and to what makes MLflow's user; both places do so by the same commands."""
+    (in_kubernetes, here), (in_compose, there) = store_commands()
+    assert in_kubernetes == in_compose
+    assert here.keys() == there.keys()
+    assert subprocess.run(["sh", "-n", "-c", in_kubernetes]).returncode == 0
+    assert set(re.findall(r"\$(\w+)", in_kubernetes)) | {"MC_CONFIG_DIR"} == here.keys()
+    for _, environment in mlflow_commands():
+        assert {"AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"} < environment.keys()
+        assert not any(name.startswith("MINIO_") for name in environment)
+    roots = [each for each in containers(list(OBJECTS.values())) if "muster-minio" in str(each)]
+    assert sorted(each["name"] for each in roots) == ["minio", "store"]
+    with_roots = [name for name, each in COMPOSE["services"].items() if "MINIO_ROOT_USER" in each["environment"]]
+    assert with_roots == ["store", "minio"]
+
+
+def test_the_commands_of_the_store_run_through_and_again(tmp_path):
+    """With a stand-in for `mc` that takes what it was told, as the real one refuses to attach a policy twice."""
+    (tmp_path / "mc").write_text(
+        '#!/bin/sh\necho "mc $*" >> "$LOG"\n'
+        'case "$*" in "alias set"*|"admin user add"*) while read line; do echo "in: $line" >> "$LOG"; done;;\n'
+        '"admin policy detach"*) rm "$LOG.attached" || exit 1;;\n'
+        '"admin policy attach"*) [ ! -e "$LOG.attached" ] || exit 1; touch "$LOG.attached";;\nesac\n'
+    )
+    (tmp_path / "mc").chmod(0o755)
+    keys = {"MINIO_ROOT_USER": "root", "MINIO_ROOT_PASSWORD": "root/pass word", "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "sec:ret"}  # fmt: skip
+    text, log = store_commands()[0][0], tmp_path / "log"
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "LOG": str(log), **keys}
+    for _ in range(2):
+        log.unlink(missing_ok=True)
+        subprocess.run(["sh", "-ceu", text], env=environment, check=True, timeout=60, stderr=subprocess.DEVNULL)
+        assert log.read_text().splitlines() == [
+            "mc alias set store http://minio:9000", "in: root", "in: root/pass word",
+            "mc mb --ignore-existing store/mlflow",
+            "mc admin policy create store mlflow /etc/muster/policy.json",
+            "mc admin user add store", "in: key", "in: sec:ret",
+            "mc admin policy detach store mlflow --user key", "mc admin policy attach store mlflow --user key",
+        ]  # fmt: skip
 
 
 def mlflow_commands() -> list[tuple[list[str], dict[str, str]]]:
@@ -335,10 +431,10 @@ def mlflow_commands() -> list[tuple[list[str], dict[str, str]]]:
     (container,) = pod["containers"]
     assert container["command"] == ["mlflow", "server"]
     service = COMPOSE["services"]["mlflow"]
-    words = shlex.split(service["command"][2])
+    assert service["command"][:2] == ["mlflow", "server"]
     return [
         (container["args"], {each["name"]: each.get("value", "") for each in container["env"]}),
-        (words[words.index("server") + 1 :], service["environment"]),
+        (service["command"][2:], service["environment"]),
     ]
 
 
@@ -352,6 +448,16 @@ def test_mlflow_knows_its_options(where):
     assert environment["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] == "false"
     assert environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
     assert environment["MLFLOW_BACKEND_STORE_URI"].startswith("postgresql+psycopg2://")
+
+
+def test_readmes_own_server_runs_nothing_for_others():
+    (block,) = [text for text in re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+                if "mlflow server" in text]  # fmt: skip
+    assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false" in block
+    assert "MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false" in block
+    words = shlex.split(block)
+    given = mlflow_server().make_context("server", words[words.index("server") + 1 :]).params
+    assert given["host"] in (None, "127.0.0.1")
 
 
 def test_mlflow_knows_its_variables():
@@ -377,7 +483,7 @@ def test_the_server_answers_to_the_name_that_runs_use():
 # Images.
 
 
-@pytest.mark.parametrize("file", ["Dockerfile", "mlflow.Dockerfile"])
+@pytest.mark.parametrize("file", ["Dockerfile", "mlflow.Dockerfile", "minio.Dockerfile"])
 def test_dockerfile(file):
     text = re.sub(r"\\\n", " ", (DEPLOY / "docker" / file).read_text())
     lines = [line.split() for line in text.splitlines() if line and not line.startswith("#")]
@@ -390,7 +496,7 @@ def test_dockerfile(file):
             list(stages.values())[-1].append(line)
     for stage in stages.values():
         base = stage[0][1].replace("${PYTHON}", arguments["PYTHON"])
-        assert base in stages or re.fullmatch(r"[a-z/]+:[\w.-]*\d[\w.-]*", base), base
+        assert base in stages or re.fullmatch(r"[a-z./]+:[\w.-]*\d[\w.-]*(@sha256:[0-9a-f]{64})?", base), base
     ends = [stages[name] for name in ("cpu", "cuda")] if file == "Dockerfile" else [stages["last"]]
     for stage in ends:
         assert [line[1] for line in stage if line[0] == "USER"] == ["1000:1000"]

@@ -1,5 +1,6 @@
 """MLflow's server as deploy/kubernetes starts it, on a real PostgreSQL and an S3 server, and a run that ships to it."""
 
+import json
 import os
 import shutil
 import socket
@@ -22,6 +23,20 @@ from trainer.record import read_metrics
 ROOT = Path(__file__).parents[2]
 PASSWORD = "p@ss/word:1"  # what a URI would have to quote
 S3_SERVER = "moto[s3]==5.2.5"  # on the flask that MLflow brings
+MAKE_BUCKET_AND_USER = """if True:
+    import boto3, json, os, sys
+    from urllib.request import Request, urlopen
+    here = dict(endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"], region_name="us-east-1",
+                aws_access_key_id="root", aws_secret_access_key="root")
+    boto3.client("s3", **here).create_bucket(Bucket="mlflow")
+    iam = boto3.client("iam", **here)
+    iam.create_user(UserName="mlflow")
+    iam.put_user_policy(UserName="mlflow", PolicyName="mlflow", PolicyDocument=open(sys.argv[1]).read())
+    key = iam.create_access_key(UserName="mlflow")["AccessKey"]
+    now_ask_everyone = Request(here["endpoint_url"] + "/moto-api/reset-auth", b"0", {"Content-Type": "text/plain"})
+    urlopen(now_ask_everyone).close()
+    print(json.dumps([key["AccessKeyId"], key["SecretAccessKey"]]))
+    """
 READ_FROM_STORE = """if True:
     import boto3, os, sys
     s3 = boto3.client("s3", endpoint_url=os.environ["MLFLOW_S3_ENDPOINT_URL"])
@@ -119,26 +134,27 @@ def server(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
     )
     documents = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "tracking" / "mlflow.yaml").read_text())
     (pod,) = [each["spec"]["template"]["spec"] for each in documents if each["kind"] == "Deployment"]
-    (container,), (bucket,) = pod["containers"], pod["initContainers"]
+    (container,) = pod["containers"]
     port, s3 = free_port(), f"http://127.0.0.1:{free_port()}"
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("MLFLOW_", "AWS_", "PG"))}
     with ExitStack() as stack:
         database = stack.enter_context(postgres())
         given = {
             "MLFLOW_BACKEND_STORE_URI": f"@127.0.0.1:{database}/mlflow", "PGPASSWORD": PASSWORD,
-            "MLFLOW_S3_ENDPOINT_URL": s3, "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-            "HOME": str(folder),
+            "MLFLOW_S3_ENDPOINT_URL": s3, "HOME": str(folder),
         }  # fmt: skip
         environment = plain | {"PYTHONPATH": clients}
         for variable in container["env"]:
             name, value = variable["name"], variable.get("value", "")
             environment[name] = value.partition("@")[0] * ("@" in value) + given.get(name, value)
         moto = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", s3.rpartition(":")[2]]
-        other = plain | {"PYTHONPATH": installed(folder / "s3", S3_SERVER)}
+        other = plain | {"PYTHONPATH": installed(folder / "s3", S3_SERVER), "INITIAL_NO_AUTH_ACTION_COUNT": "1000000"}
         stack.enter_context(started(moto, other, folder / "s3.log", f"{s3}/moto-api/"))
-        for _ in range(2):  # the second time it is there
-            make = [sys.executable, ROOT / "deploy" / "mlflow" / "make_bucket.py", *bucket["command"][2:]]
-            subprocess.run(make, env=environment, check=True, timeout=120)
+        # The user that the init container makes in MinIO, with the same policy.
+        make = [sys.executable, "-c", MAKE_BUCKET_AND_USER, ROOT / "deploy/kubernetes/tracking/policy.json"]
+        made = subprocess.run(make, env=environment, timeout=120, capture_output=True)
+        assert made.returncode == 0, made.stderr
+        environment |= dict(zip(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), json.loads(made.stdout), strict=True))
         changed = {"--host": "--host=127.0.0.1", "--port": f"--port={port}"}
         arguments = [changed.get(each.partition("=")[0], each) for each in container["args"]]
         command = [sys.executable, "-m", *container["command"], *arguments]
@@ -147,8 +163,10 @@ def server(tmp_path_factory) -> Iterator[tuple[str, dict[str, str]]]:
         yield f"http://127.0.0.1:{port}", environment
 
 
-def test_a_run_is_shown_whole(server, tiny_data, tmp_path):
+def test_a_run_is_shown_whole(server, tiny_data, tmp_path, monkeypatch):
     uri, environment_of_server = server
+    # As a client that cannot reach the store: the signed links, which moto does not know, end in an error.
+    monkeypatch.setenv("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     (tmp_path / "run.yaml").write_text(f"""
 run: {{name: shown, root: {tmp_path}}}
 model: {{num_layers: 2, hidden_size: 32, num_heads: 2, num_experts: 4, expert_size: 32}}
@@ -158,9 +176,11 @@ tracking: {{uri: "{uri}", experiment: deployed}}
 """)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=1", "--master-port", str(free_port())]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    # Every file counts as large: what the client would write to the store itself.
     done = subprocess.run(
         [*command, "-m", "trainer", "run.yaml"],
-        cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environment | {"PYTHONPATH": str(ROOT), "MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE": "1"},
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -181,6 +201,16 @@ tracking: {{uri: "{uri}", experiment: deployed}}
     stored = [sys.executable, "-c", READ_FROM_STORE, key]
     read = subprocess.run(stored, env=environment_of_server, capture_output=True, timeout=120)
     assert read.stdout == (tmp_path / "shown" / "config.yaml").read_bytes(), read.stderr
+
+
+def test_its_keys_open_its_bucket_alone(server):
+    _, environment = server
+    for code in ("create_bucket(Bucket='other')", "list_buckets()", "delete_bucket(Bucket='mlflow')"):
+        script = f"import boto3, os; boto3.client('s3', endpoint_url=os.environ['MLFLOW_S3_ENDPOINT_URL']).{code}"
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=120
+        )
+        assert "AccessDenied" in done.stderr, (code, done.stderr)
 
 
 def test_a_foreign_name_is_refused(server):
