@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -144,8 +145,9 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
     from models.families import build
     from models.plan import predict
     from trainer import engine as ds
+    from trainer.collectives import from_all
     from trainer.forecast import PeakMemory
-    from trainer.rates import device_facts, measure
+    from trainer.rates import Rates, device_facts, measure
     from trainer.step import train_step
 
     as_trainer = ds.keep_freed_memory
@@ -155,8 +157,7 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
     config = run_config(sections)
     ds.start_processes(600)
     precision = config.train.precision
-    measured = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(measured, measure(ds.device(), precision))
+    measured = [Rates(**each) for each in from_all(asdict(measure(ds.device(), precision)))]
     device = device_facts(ds.device(), precision, measured)
     assert device
     plan = predict(config, device)

@@ -104,6 +104,20 @@ def test_nothing_that_runs_code_from_a_file():
     ]
 
 
+UNPICKLES = re.compile(r"(all_gather|gather|scatter|broadcast|send|recv)_object(_list)?")
+"""torch's collectives that unpickle what another process sent; `trainer.collectives` sends JSON."""
+
+
+def test_no_object_collective():
+    found = []
+    for path in [*FILES, *sorted((ROOT / "benchmarks").rglob("*.py"))]:
+        for node in ast.walk(tree(path)):
+            named = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+            names = [alias.name for alias in node.names] if isinstance(node, ast.ImportFrom) else [named]
+            found += [f"{name(path)}: {each}" for each in names if UNPICKLES.fullmatch(each)]
+    assert found == []
+
+
 def test_files_are_short():
     lines = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}

@@ -17,12 +17,12 @@ from torch import distributed as dist
 
 from configs import ConfigError, load
 
+from .collectives import from_chief
 from .engine import start_processes
 from .loop import TrainingStopped, train
 from .output import output_kept
 from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
-from .resume import from_chief
 from .run import is_finished, prepare_run, read_config
 from .tracking import read_state
 
@@ -66,15 +66,16 @@ def main() -> int:
 def _prepare(config) -> Path:
     """Rank 0 makes the folder; a mistake it finds is every process's."""
 
-    def prepare() -> tuple[Path | None, str]:
+    def prepare() -> tuple[str | None, str]:
         try:
-            return prepare_run(config), ""
+            return str(prepare_run(config)), ""
         except ConfigError as error:
             return None, str(error)
 
-    run_dir, mistake = from_chief(prepare)
-    if run_dir is None:
+    made, mistake = from_chief(prepare)
+    if made is None:
         raise ConfigError(mistake)
+    run_dir = Path(made)
     require_folder(run_dir)
     return run_dir
 

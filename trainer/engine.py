@@ -25,7 +25,7 @@ from deepspeed.pipe import PipelineModule as PipelineModule
 from deepspeed.sequence.layer import DistributedAttention as DistributedAttention  # for ulysses.py
 from deepspeed.utils import groups
 
-from . import flight
+from . import collectives, flight
 from .optim import build_optimizer, parameter_groups
 from .parallel import engine_sections, expert_group_name, keep_routers, zero_section
 from .precision import WorkingCopies
@@ -71,7 +71,10 @@ def be_deterministic() -> None:
 
 
 def start_processes(timeout_s: float) -> None:
-    """Join the process group named by torchrun's environment variables (a lone process is its own group)."""
+    """Join the process group named by torchrun's environment variables (a lone process is its own group).
+
+    From here on torch's object collectives raise.
+    """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
     if not torch.distributed.is_initialized():
@@ -81,6 +84,7 @@ def start_processes(timeout_s: float) -> None:
         else:
             keep_freed_memory()
         flight.switch_on()
+        collectives.refuse_pickles()
         store = None
         if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
             # A lone process needs no port that another run on this machine could have taken.

@@ -13,6 +13,7 @@ from torch import nn
 from configs import Config
 from models.generate import generate
 
+from . import collectives
 from .data.reader import Dataset
 from .record import Record
 
@@ -56,10 +57,11 @@ def held_out_loss(
 
 def _as_the_first(tokens: list[int]) -> list[int]:
     """The first process's tokens: drawing different ones, processes would not end together, and wait for ever."""
-    told = [tokens]
-    if dist.is_initialized():
-        dist.broadcast_object_list(told, src=0)
-    return told[0]
+    if not dist.is_initialized():
+        return tokens
+    told = torch.tensor(tokens, device=collectives.here())
+    dist.broadcast(told, src=0)
+    return told.tolist()
 
 
 @contextmanager

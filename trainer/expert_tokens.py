@@ -19,6 +19,7 @@ from configs import Config
 from models.batch import Batch
 from models.loss import IGNORE
 
+from . import collectives
 from .parallel import Place
 
 LOOKED_AT = 1 << 14
@@ -52,7 +53,7 @@ class ExpertTokens:
 
     def __init__(self, config: Config, where: Place, layers: Sequence[int]):
         parallel = config.parallel
-        self._layers = list(layers)
+        self._layers, self._k = list(layers), config.model.top_k
         self._left = -(-LOOKED_AT // (parallel.dp * parallel.sp)) if where.tp == 0 else 0
         self._tokens: list[Tensor] = []
         self._choices: list[Tensor] = []
@@ -73,16 +74,30 @@ class ExpertTokens:
 
     def gather(self) -> list[Piece] | None:
         """What all processes took in, in the first; None in the others. Every process must call it."""
-        pieces: list[Piece] = []
         if self._tokens:
-            choices = torch.cat(self._choices, dim=1).cpu().numpy()
-            pieces = [(torch.cat(self._tokens).cpu().numpy(), dict(zip(self._layers, choices, strict=True)))]
+            token_N, choice_LNk = torch.cat(self._tokens), torch.cat(self._choices, dim=1)
+        else:
+            token_N, choice_LNk = torch.empty(0, dtype=torch.int32), torch.empty(0, 0, self._k, dtype=torch.int16)
+        mine = torch.cat([part.flatten().view(torch.uint8) for part in (token_N, choice_LNk)])
         if not dist.is_initialized():
-            return pieces
-        chief = dist.get_rank() == 0
-        everyone: list[Any] | None = [None] * dist.get_world_size() if chief else None
-        dist.gather_object(pieces, everyone, dst=0)
-        return None if everyone is None else [piece for part in everyone for piece in part]
+            return _pieces(mine, self._layers, self._k)
+        layers = collectives.from_all(self._layers)
+        everyone = collectives.to_chief(mine)
+        if everyone is None:
+            return None
+        return [piece for part, its in zip(everyone, layers, strict=True) for piece in _pieces(part, its, self._k)]
+
+
+def _pieces(sent: Tensor, layers: Sequence[int], k: int) -> list[Piece]:
+    """What one process took in, out of its bytes: tokens, then the experts of each layer; one piece, or none."""
+    bytes_B, a_token = sent.cpu().numpy(), 4 + 2 * k * len(layers)
+    tokens = len(bytes_B) // a_token
+    if len(bytes_B) != tokens * a_token:
+        raise RuntimeError(f"{len(bytes_B):,} bytes are no whole number of tokens with {len(layers)} MoE layers")
+    if not tokens:
+        return []
+    choice_LNk = bytes_B[4 * tokens :].view(np.int16).reshape(len(layers), tokens, k)
+    return [(bytes_B[: 4 * tokens].view(np.int32), dict(zip(layers, choice_LNk, strict=True)))]
 
 
 def top_tokens(tokens_N: np.ndarray, choice_Nk: np.ndarray, experts: int) -> list[list[Taken]]:

@@ -19,6 +19,7 @@ from .bookkeeping import Books, Launched, TrainingStopped, report_bad_pages
 from .cadence import Cadence, is_due
 from .checkpoint import committed
 from .clock import own_time, stopwatch
+from .collectives import from_chief
 from .data.loader import Loader
 from .data.manifest import sources_of
 from .data.reader import Dataset
@@ -31,7 +32,7 @@ from .plugins import load_plugins
 from .preflight import preflight
 from .profile import Profiler
 from .record import Record, read_events
-from .resume import from_chief, resume, roll_back
+from .resume import resume, roll_back
 from .run import attempts, read_config, run_lock, stop_requested
 from .save import Saver
 from .schedule import learning_rate

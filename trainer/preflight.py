@@ -10,22 +10,24 @@ import socket
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import torch
+from pydantic import TypeAdapter
 from torch import distributed as dist
 
 from configs import Config
 
 from . import engine as ds
+from .collectives import from_all, from_chief
 from .links import clock_offset, clock_readings, exchange, sums_are_right
 from .peers import BadMachine as BadMachine
 from .peers import Report, Verdict, judge, no_folder
 from .rates import Rates, measure
 from .record import FULL, Record
-from .resume import from_all, from_chief
 
 MARK = ".preflight-"
 """How the names of its files in the run's folder begin."""
@@ -35,6 +37,9 @@ LITTLE = 1 << 20
 """So few tell nothing of a disk's rate."""
 PATIENCE = 5.0
 """Seconds after which a file that another machine made has not come: network file systems remember what was not."""
+
+_TOLD = TypeAdapter(tuple[Report, Rates])
+"""What the processes tell one another."""
 
 
 def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rates]:
@@ -59,7 +64,7 @@ def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rate
         wrong_from, mark is None or _appears(run_dir / mark), disk.rate, disk.free, disk.error, disk.full,
         clock_offset(readings, from_chief(lambda: readings)), _free_memory(here), _versions(),
     )  # fmt: skip
-    told = from_all((report, rates))
+    told = [_TOLD.validate_python(each) for each in from_all([asdict(report), asdict(rates)])]
     reports, measured = [report for report, _ in told], [rates for _, rates in told]
     if record and mark:
         (run_dir / mark).unlink(missing_ok=True)

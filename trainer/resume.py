@@ -1,6 +1,5 @@
 """Find where a run stands and put its engine there; go back when the loss spikes."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +9,11 @@ from configs import Config, ConfigError
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Reader
+from .collectives import from_all, from_chief
 from .engine import restore_loss_scale
 from .record import Record, read_events
 from .save import restore
 from .state import TrainState
-
-
-def from_chief(value: Callable[[], Any]) -> Any:
-    """Rank 0's value, in every process."""
-    box = [value() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def from_all(mine: Any) -> list[Any]:
-    """What each process has, by rank, in every process."""
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def resume(run_dir: Path, engine: Any, state: TrainState, record: Record | None) -> None:

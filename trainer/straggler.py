@@ -13,8 +13,8 @@ from configs import Config
 
 from .clock import own_time
 from .collapse import Change
+from .collectives import from_all
 from .late import to_device
-from .resume import from_all
 
 WINDOW = 50
 """Steps over which ranks are compared: a hiccup is no straggler."""

@@ -1,0 +1,106 @@
+"""What processes of a group do in the tests of what others may send them: `in_team` runs these by name."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from trainer import collectives, loop
+from trainer.collectives import from_all, from_chief, to_chief
+
+
+class Payload:
+    """Its pickle, once loaded, makes a file."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mknod, (str(self.mark), 0o600)
+
+
+def sent_around(values: list[Any]) -> tuple[list[Any], list[list[Any]]]:
+    """What arrives of values that rank 0 has, and of values that all have."""
+    alone = [from_chief(lambda value=value: value if dist.get_rank() == 0 else "another's") for value in values]
+    return alone, [from_all([dist.get_rank(), value]) for value in values]
+
+
+def bytes_to_chief(sizes: list[int]) -> list[list[int]] | None:
+    """Each rank sends so many bytes, all of them its rank plus one."""
+    rank = dist.get_rank()
+    found = to_chief(torch.full((sizes[rank],), rank + 1, dtype=torch.uint8))
+    return found and [part.tolist() for part in found]
+
+
+def says(call: Any) -> str:
+    try:
+        return str(call())
+    except RuntimeError as error:
+        return str(error)
+
+
+def told_nonsense(kind: str) -> str:
+    """What `from_all` and `from_chief` say in a group whose rank 0 sends something else than they expect."""
+    if dist.get_rank():
+        return says((lambda: from_chief(dict)) if kind.startswith("chief") else lambda: from_all("mine"))
+    pickled = pickle.dumps(Payload(Path("/nowhere")))
+    lengths = {"pickle": len(pickled), "long": 1 << 40, "negative": -5}
+    length = torch.tensor([lengths[kind.split()[-1]]])
+    if kind.startswith("chief"):
+        dist.broadcast(length, src=0)
+    else:
+        dist.all_gather([torch.empty_like(length) for _ in range(dist.get_world_size())], length)
+    if kind.endswith("pickle"):
+        sent = torch.frombuffer(bytearray(pickled), dtype=torch.uint8)
+        if kind.startswith("chief"):
+            dist.broadcast(sent, src=0)
+        else:
+            dist.all_gather([torch.empty_like(sent) for _ in range(dist.get_world_size())], sent)
+    return ""
+
+
+def by_object_collectives(mark: Path) -> list[str]:
+    """What those say that receive a payload through each of torch's object collectives."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    payload = Payload(mark)
+
+    def receive(call: Any) -> str:
+        return says(call) if rank else str(says(call) and "")
+
+    found = [
+        says(lambda: dist.broadcast_object_list([payload if rank == 0 else None], src=0)),
+        says(lambda: dist.all_gather_object([None] * world, payload)),
+        says(lambda: dist.gather_object(payload, [None] * world if rank == 0 else None, dst=0)),
+        says(lambda: dist.scatter_object_list([None], [payload] * world if rank == 0 else None, src=0)),
+    ]
+    if rank == 0:
+        dist.send_object_list([payload], dst=1)
+    else:
+        found.append(says(lambda: dist.recv_object_list([None], src=0)))
+    return found
+
+
+def _shut(*_: Any, **__: Any) -> None:
+    raise AssertionError("something was unpickled")
+
+
+class Shut(pickle.Unpickler):
+    """Of which torch makes classes of its own."""
+
+    load = _shut
+
+
+def forbid_pickles() -> None:
+    """Let every reader of pickles raise in this process, and say where; our own guard is out of the way."""
+    collectives.refuse_pickles = lambda: None
+    collectives.c10d._tensor_to_object = collectives.c10d._unpickler = _shut
+    pickle.load = pickle.loads = pickle._load = pickle._loads = torch.load = _shut
+    pickle.Unpickler = pickle._Unpickler = Shut
+
+
+def train_without_pickles(run_dir: Path) -> str:
+    forbid_pickles()
+    return loop.train(run_dir)
