@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 import traceback
@@ -18,7 +17,7 @@ from trainer.run import attempts, is_finished, prepare_run, read_config, request
 
 from .failures import Final
 from .machine import this_node
-from .session import RayThread, Session, end_children
+from .session import RayThread, Session, clear_away, end_children
 from .share import Node, Share, group_of, share, share_of_most
 
 FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
@@ -99,7 +98,7 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
         return
     if job.address is None:
         end_children()
-        shutil.rmtree(job.folder, ignore_errors=True)
+    clear_away(job.folder)
     close_record(job.run_dir, "KILLED", "stopped at once by a signal")
     print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import tempfile
@@ -17,6 +16,7 @@ from typing import Any
 import psutil
 
 from configs import ConfigError
+from trainer.scratch import make_folder, remove_folder, sweep
 
 from .share import Node
 from .token import refuse_open, use_token
@@ -120,9 +120,15 @@ def _environment(folder: Path, private: bool) -> None:
 
 def session_folder() -> Path:
     """A new temporary folder that only this user can read, unlike the one Ray makes in it."""
-    folder = tempfile.gettempdir()
     # Ray's socket below it must have a path of at most 107 bytes.
-    return Path(tempfile.mkdtemp(prefix="muster-", dir=folder if len(folder) < 30 else "/tmp"))
+    return make_folder(None if len(tempfile.gettempdir()) < 30 else "/tmp")
+
+
+def clear_away(folder: Path) -> None:
+    """Remove a session's folder, and those of its workers, which have been killed."""
+    remove_folder(folder)
+    for place in {folder.parent, Path(tempfile.gettempdir())}:
+        sweep(place)
 
 
 def _children() -> set[psutil.Process]:
@@ -165,7 +171,7 @@ class RayThread(threading.Thread):
         except BaseException as error:
             self.error = error
         finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            clear_away(self.folder)
             self.connected.set()
             self.ended.set()
 

@@ -12,6 +12,11 @@ if sys.path and sys.path[0] in ("", os.getcwd()):
 
 from pathlib import Path
 
+from .orphans import end_with
+
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent is what started this; before anything that takes time
+    end_with(os.getppid())
+
 from rich.console import Console
 from torch import distributed as dist
 

@@ -15,6 +15,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from .collapse import Change
 from .compile_locks import LOCAL, file_system
+from .scratch import make_folder
 
 SETTLED = 10
 """Steps of an attempt after which a recompilation is an event of its own."""
@@ -49,7 +50,7 @@ def cache_folder() -> Path:
         # Over a network the many small files are slow, and locks are not to be trusted.
         if private and file_system(folder.resolve()) in LOCAL:
             return folder
-    return Path(tempfile.mkdtemp(prefix="muster-compile-"))
+    return make_folder()
 
 
 class Compilations:

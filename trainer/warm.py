@@ -10,13 +10,12 @@ trainer's own words), `broken` (with the `ranks` of machines that cannot train, 
 `traceback`) and `lost` (it left no word). When its standard input is closed it ends what it has started, and itself.
 """
 
-import contextlib
-import ctypes
 import json
 import os
 import select
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -28,15 +27,15 @@ from torch import distributed as dist
 from configs import ConfigError
 
 from .loop import TrainingStopped, train
+from .orphans import end_with
 from .output import output_kept
 from .preflight import BadMachine
-
-PR_SET_PDEATHSIG = 1
+from .scratch import remove_folders
 
 
 def main() -> None:
-    if len(sys.argv) == 3:  # one attempt, of a process that could not fork
-        _attempt(json.loads(sys.argv[1]), int(sys.argv[2]))
+    if len(sys.argv) == 2:  # one attempt, of a process that could not fork
+        _attempt(json.load(sys.stdin), int(sys.argv[1]))
     asked, told = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -45,15 +44,14 @@ def main() -> None:
     for line in iter(asked.readline, ""):
         job = json.loads(line)
         result, said = os.pipe()
-        pid = os.fork()
+        me, pid = os.getpid(), os.fork()
         if not pid:
+            end_with(me)
             if may_fork:
                 asked.close()
                 told.close()
-                _die_with_parent()
                 _attempt(job, said)
-            os.set_inheritable(said, True)
-            os.execv(sys.executable, [sys.executable, "-P", "-m", "trainer.warm", json.dumps(job), str(said)])
+            _become_attempt(line, said)
         os.close(said)
         print(json.dumps({"pid": pid}), file=told, flush=True)
         print(json.dumps(_wait_for(pid, result, asked.fileno())), file=told, flush=True)
@@ -78,9 +76,14 @@ def _forks_may_use_gpus() -> bool:
     return not os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def _die_with_parent() -> None:
-    with contextlib.suppress(OSError, AttributeError):  # Linux only; elsewhere closing the input is what ends it
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+def _become_attempt(line: str, said: int) -> NoReturn:
+    """Begin anew as one attempt. What it is told stands in a file without a name: any user can see a command line."""
+    with tempfile.TemporaryFile() as job:
+        job.write(line.encode())
+        job.seek(0)
+        os.dup2(job.fileno(), 0)
+    os.set_inheritable(said, True)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "trainer.warm", str(said)])
 
 
 def _wait_for(pid: int, result: int, asked: int) -> dict[str, Any]:
@@ -128,6 +131,7 @@ def _attempt(job: dict[str, Any], said: int) -> NoReturn:
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
+        remove_folders()
     finally:
         os._exit(code)
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from trainer.tracking.sweep import sweep_config
 
 from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record
 from ..machine import this_node
-from ..session import RayThread, Session, end_children
+from ..session import RayThread, Session, clear_away, end_children
 from ..share import Node
 from .order import Order
 from .setting import Setting
@@ -179,7 +178,7 @@ def _on_signal(session: _Session) -> None:
         return
     if session.address is None:
         end_children()
-        shutil.rmtree(session.folder, ignore_errors=True)
+    clear_away(session.folder)
     for run_dir in session.order.training() if session.order else ():
         close_record(run_dir, "KILLED", "stopped at once by a signal")
     session.record.event("attempt_ended", status="KILLED", reason="stopped at once by a signal", step=0)

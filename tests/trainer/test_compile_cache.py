@@ -21,7 +21,7 @@ def cache(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(compiled, "file_system", lambda path: "ext4")
     monkeypatch.setattr(compiled.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(compiled.tempfile, "mkdtemp", lambda prefix: str(tmp_path / f"{prefix}new"))
+    monkeypatch.setattr(compiled, "make_folder", lambda: tmp_path / "muster-new")
     return tmp_path / "cache" / "muster" / "compile"
 
 
@@ -48,7 +48,7 @@ def test_another_folder_where_it_is_not(cache, tmp_path, monkeypatch, why):
     other = tmp_path / f"muster-compile-{os.getuid()}"
     assert cache_folder() == other
     other.chmod(0o777)
-    assert cache_folder() == tmp_path / "muster-compile-new"
+    assert cache_folder() == tmp_path / "muster-new"
 
 
 def test_what_the_user_has_set_stays(cache, monkeypatch):

@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from ..orphans import end_with
 from .manifest import SPLITS, Split
 from .sources import Record, Refusal, cut
 from .tokenizer import open_tokenizer
@@ -122,8 +123,9 @@ class Encoder:
         return np.array(encoding.ids, self.spec.dtype)
 
 
-def serve(descriptor: int) -> None:
-    """Answer batches that come over an inherited pipe until the other side closes it."""
+def serve(descriptor: int, parent: int) -> None:
+    """Answer batches that come over an inherited pipe until the other side closes it, or is gone."""
+    end_with(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
     connection = Connection(descriptor)

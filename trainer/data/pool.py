@@ -65,7 +65,7 @@ class _Workers:
         for _ in range(count):
             ours, theirs = Pipe()
             descriptor = theirs.fileno()
-            code = f"from trainer.data.encode import serve; serve({descriptor})"
+            code = f"from trainer.data.encode import serve; serve({descriptor}, {os.getpid()})"
             command = [sys.executable, "-P", "-c", code]
             self.processes.append(subprocess.Popen(command, pass_fds=[descriptor], stdin=subprocess.DEVNULL))
             theirs.close()
