@@ -1,6 +1,7 @@
 """A gang of workers on a Ray cluster: reserved whole or not at all, kept through the attempts of a run."""
 
 import contextlib
+import secrets
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -224,13 +225,16 @@ class Gang:
                 meanwhile()
         finally:
             failures += self._end(running)
+            with contextlib.suppress(ray.exceptions.RayError):  # its machine is gone
+                ray.get(self.members[0].actor.close_store.remote(), timeout=ANSWERED)
         return ends, failures
 
     def _jobs(self, run_dir: Path, folder: str, patience: float) -> list[tuple[int, Member, dict[str, Any]]]:
         """What each rank is told: torchrun's environment variables, and the run."""
         nodes = list(dict.fromkeys(member.node for member in self.members))
         first: dict[str, Any] = ray.get(self.members[0].actor.facts.remote())
-        world = len(self.members)
+        store: str | None = ray.get(self.members[0].actor.open_store.remote()) if len(nodes) == 1 else None
+        world, secret = len(self.members), secrets.token_hex(32)
         jobs = []
         for rank, member in enumerate(self.members):
             beside = [other for other in self.members if other.node == member.node]
@@ -246,8 +250,8 @@ class Gang:
             if len(nodes) > 1 and member.interface:  # else gloo takes the one that the host's name leads to
                 variables["GLOO_SOCKET_IFNAME"] = member.interface
             environment = {key: str(value) for key, value in variables.items()}
-            job = {"run_dir": str(run_dir), "folder": folder, "environment": environment}
-            jobs.append((rank, member, job | {"patience": patience}))
+            job = {"run_dir": str(run_dir), "folder": folder, "environment": environment, "patience": patience}
+            jobs.append((rank, member, job | {"secret": secret, "store": store}))
         return jobs
 
     def _end(self, running: dict[Any, int]) -> list[Failure]:

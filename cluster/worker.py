@@ -7,10 +7,13 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
+
+from trainer.scratch import make_folder, remove_folder
 
 ENVIRONMENT = {
     # A fork has only the thread that forked: no threads of pyarrow's allocator, nor of numpy's BLAS, which would start
@@ -28,6 +31,7 @@ class Worker:
         self._environment = os.environ | ENVIRONMENT | environment
         self._pid: int | None = None
         self._ending = False
+        self._folder: Path | None = None
         self._warm = self._start()
 
     def _start(self) -> subprocess.Popen[str]:
@@ -54,6 +58,18 @@ class Worker:
             "gpus": context.get_accelerator_ids().get("GPU", []),
             "port": port,
         }
+
+    def open_store(self) -> str:
+        """A file, in a new folder of this user's alone, by which the processes of one attempt find each other."""
+        self.close_store()
+        self._folder = make_folder()
+        return str(self._folder / "store")
+
+    def close_store(self) -> None:
+        """Remove it."""
+        if self._folder:
+            remove_folder(self._folder)
+            self._folder = None
 
     def train(self, job: dict[str, Any]) -> dict[str, Any]:
         """Be one process of an attempt.

@@ -25,7 +25,7 @@ from deepspeed.pipe import PipelineModule as PipelineModule
 from deepspeed.sequence.layer import DistributedAttention as DistributedAttention  # for ulysses.py
 from deepspeed.utils import groups
 
-from . import collectives, flight
+from . import collectives, flight, rendezvous
 from .optim import build_optimizer, parameter_groups
 from .parallel import engine_sections, expert_group_name, keep_routers, zero_section
 from .precision import WorkingCopies
@@ -74,6 +74,9 @@ def start_processes(timeout_s: float) -> None:
     """Join the process group named by torchrun's environment variables (a lone process is its own group).
 
     From here on torch's object collectives raise.
+
+    Raises:
+        RuntimeError: what has joined as another rank does not know the attempt's secret (trainer.rendezvous).
     """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -85,17 +88,18 @@ def start_processes(timeout_s: float) -> None:
             keep_freed_memory()
         flight.switch_on()
         collectives.refuse_pickles()
-        store = None
-        if os.environ["WORLD_SIZE"] == "1" and "MASTER_PORT" not in os.environ:
-            # A lone process needs no port that another run on this machine could have taken.
-            store = torch.distributed.HashStore()
+        rendezvous.stay_here()
+        secret = rendezvous.take_secret()
+        store = rendezvous.open_store(secret, timeout_s)
         torch.distributed.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
             store=store,
             rank=int(os.environ["RANK"]) if store else -1,
-            world_size=1 if store else -1,
+            world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
             timeout=timedelta(seconds=timeout_s),
         )
+        if secret:
+            rendezvous.prove(secret)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 

@@ -4,7 +4,8 @@ Importing torch and DeepSpeed takes seconds, forking what has imported them mill
 attempt is a new process even so: nothing of one that failed can reach the next.
 
 It reads one JSON object a line: `run_dir`, `folder` (the user's working directory), `environment` (torchrun's
-variables) and `patience` (see `trainer.loop.train`). It answers each with two: `{"pid": ...}`, and how the attempt
+variables), `patience` (see `trainer.loop.train`), and `secret` and `store`, by which the processes of the attempt find
+each other (see `trainer.rendezvous`; may be left out). It answers each with two: `{"pid": ...}`, and how the attempt
 ended: `{"status": "FINISHED"}` or `KILLED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and `stopped` (the
 trainer's own words), `broken` (with the `ranks` of machines that cannot train, where it can be told), `error` (with a
 `traceback`) and `lost` (it left no word). When its standard input is closed it ends what it has started, and itself.
@@ -30,6 +31,7 @@ from .loop import TrainingStopped, train
 from .orphans import end_with
 from .output import output_kept
 from .preflight import BadMachine
+from .rendezvous import SECRET, STORE
 from .scratch import remove_folders
 
 
@@ -137,7 +139,8 @@ def _attempt(job: dict[str, Any], said: int) -> NoReturn:
 
 
 def _train(job: dict[str, Any]) -> dict[str, Any]:
-    os.environ |= job["environment"]
+    told = {SECRET: job.get("secret"), STORE: job.get("store")}
+    os.environ |= job["environment"] | {name: value for name, value in told.items() if value}
     folder, run_dir = job["folder"], Path(job["run_dir"])
     if os.path.isdir(folder):
         os.chdir(folder)

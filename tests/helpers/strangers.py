@@ -5,10 +5,11 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import distributed as dist
 
-from trainer import collectives, loop
+from trainer import collectives, loop, rendezvous
 from trainer.collectives import from_all, from_chief, to_chief
 
 
@@ -104,3 +105,28 @@ def forbid_pickles() -> None:
 def train_without_pickles(run_dir: Path) -> str:
     forbid_pickles()
     return loop.train(run_dir)
+
+
+def proves(secrets: list[str]) -> str:
+    """What each rank says when the group proves that it knows the secret, where each has its own."""
+    return says(lambda: rendezvous.prove(secrets[dist.get_rank()]))
+
+
+def start_alone(rank: int, environment: dict[str, str], pipe: Any) -> None:
+    """Be one process of a starting attempt, and say through a pipe what came of it.
+
+    It says the addresses of its listening ports, or why it did not start.
+    """
+    os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    torch.set_num_threads(1)
+    from trainer.engine import start_processes
+
+    try:
+        start_processes(60)
+        given = {rendezvous.STORE, rendezvous.SECRET} & os.environ.keys()
+        connections = psutil.Process().net_connections("inet")
+        listening = sorted({each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN})
+        pipe.send((from_all(rank), listening, sorted(given)))
+    except RuntimeError as error:
+        pipe.send(str(error))
+    pipe.recv()
