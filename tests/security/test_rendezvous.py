@@ -58,10 +58,8 @@ def folder() -> Iterator[Path]:
 @pytest.mark.parametrize("secret", ["", WORD])
 def test_on_one_machine_nothing_listens_but_on_loopback(folder, secret):
     """Whatever torch and DeepSpeed open for an attempt that was given a file."""
-    with starting([0, 1], **{STORE: str(folder / "store"), SECRET: secret, "MASTER_ADDR": "10.1.2.3"}) as (
-        first,
-        second,
-    ):
+    given = {STORE: str(folder / "store"), SECRET: secret, "MASTER_ADDR": "10.1.2.3", "LOCAL_WORLD_SIZE": "2"}
+    with starting([0, 1], **given) as (first, second):
         for pipe in (first, second):
             assert answer(pipe) == ([0, 1], ["127.0.0.1"], [])
 
