@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -73,11 +74,18 @@ def share_of_most(config: Config, divide: Callable[[Config], Share]) -> Share:
     Args:
         divide: for a fixed number of processes; raises ConfigError where there is no room for them.
     """
-    *more, fewest = worker_counts(config)
-    for workers in more:
-        with contextlib.suppress(ConfigError):
-            return divide(with_workers(config, workers))
-    return divide(with_workers(config, fewest))
+    counts = worker_counts(config)
+
+    def has_room(workers: int) -> bool:
+        try:
+            divide(with_workers(config, workers))
+        except ConfigError:
+            return False
+        return True
+
+    # Where some number of processes has room, so has every smaller one.
+    most = bisect_left(counts[:-1], True, key=has_room)
+    return divide(with_workers(config, counts[most]))
 
 
 def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:

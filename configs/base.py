@@ -1,8 +1,24 @@
 """The base class of every config section and the one error a user's mistake ends in."""
 
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from .parse import CONTROL
+
+Size = Annotated[int, Field(gt=0, le=2**24)]
+"""Of one dimension of a model: more than any has, and little enough to plan at once."""
+Length = Annotated[int, Field(gt=0, le=2**30)]
+"""Of a sequence, in tokens."""
+Degree = Annotated[int, Field(gt=0, le=2**20)]
+"""Processes that share something."""
+MOST = 2**63
+"""Whole numbers are below it, as they are in a tensor or a file."""
+MOST_FLOAT = 1e30
+"""Numbers with a fraction are at most that, so that products of a few of them are finite."""
+LONGEST_PATH, LONGEST_NAME = 4095, 255
+"""Bytes of a path, and of each name in it (Linux)."""
 
 
 class ConfigError(ValueError):
@@ -22,4 +38,35 @@ class Section(BaseModel):
         # Python counts True as 1, so that `train.steps=yes` would train one step.
         if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("true and false (in YAML also yes, no, on, off) are no value of this key")
+        if isinstance(value, bytes):  # pydantic would take them for text
+            raise ValueError("should be text")
         return value
+
+    @field_validator("*")
+    @classmethod
+    def _within_bounds(cls, value: Any) -> Any:
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, int) and not -MOST <= each < MOST:
+                raise ValueError("should be a whole number of at most 64 bits")
+            if isinstance(each, float) and abs(each) > MOST_FLOAT:
+                raise ValueError(f"should be at most {MOST_FLOAT:g}")
+        if isinstance(value, str) and CONTROL.search(value):
+            raise ValueError("has a control character, or half of a surrogate pair")
+        if isinstance(value, str) and len(value) > LONGEST_PATH:
+            raise ValueError(f"should have at most {LONGEST_PATH:,} characters")
+        return value
+
+
+def file_path(value: Any) -> Any:
+    """A path as it is, and what is no text. Raises ValueError if no file can have the path."""
+    if isinstance(value, str):
+        if CONTROL.search(value):
+            raise ValueError("a path has no control characters")
+        names = value.encode().split(b"/")
+        if len(value.encode()) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
+            raise ValueError(f"a path has at most {LONGEST_PATH:,} bytes, and each name in it {LONGEST_NAME}")
+        try:
+            Path(value).expanduser()
+        except RuntimeError:
+            raise ValueError(f"there is no user {value.partition('/')[0][1:]}") from None
+    return value

@@ -1,8 +1,13 @@
 """Where the processes of a run live: Ray and the share of a node each one gets."""
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 
 from .base import Section
+
+Workers = Annotated[int, Field(gt=0, le=2**14)]
+"""Each number of processes between fewest and most is considered."""
 
 
 class ClusterConfig(Section):
@@ -12,7 +17,7 @@ class ClusterConfig(Section):
     """CPUs that each worker process reserves and computes with; None: this machine's share."""
     gpus_per_worker: float | None = Field(None, ge=0)
     """None: 1 where the node has GPUs, else 0."""
-    workers: tuple[PositiveInt, PositiveInt] | None = None
+    workers: tuple[Workers, Workers] | None = None
     """Fewest and most processes (elastic): a run shrinks to what is left of the cluster and grows again, by its data
     parallelism, with the same global batch. None: always all of parallel.*"""
     max_failures: NonNegativeInt = 3

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, field_validator
 
-from .base import Section
+from .base import Length, Section, Size, file_path
 
 
 class Source(Section):
@@ -15,20 +15,24 @@ class Source(Section):
     weight: PositiveFloat = 1.0
     """Relative to the other sources' weights."""
 
+    _path = field_validator("path")(file_path)
+
 
 class PrepareConfig(Section):
     """How `data.path: stdlib` (or raw files given to `muster data prepare`) becomes token shards."""
 
     tokenizer: str = "bpe"
     """`bytes`, `bpe` (trained on the data) or the path of a tokenizer.json."""
-    vocab_size: PositiveInt = Field(default=4096, ge=257)
+    vocab_size: Size = Field(default=4096, ge=257)
     """Size of a trained BPE vocabulary."""
     held_out: float = Field(default=0.05, ge=0, lt=1)
     """Share of the documents that no training run sees."""
     seed: int = 0
     """Of the split by document."""
-    row_group_tokens: PositiveInt = 65536
+    row_group_tokens: Length = 65536
     """Tokens of one Parquet row group, the unit of reading and shuffling; at least train.seq_len."""
+
+    _path = field_validator("tokenizer")(file_path)
 
 
 class DataConfig(Section):
@@ -39,7 +43,9 @@ class DataConfig(Section):
     """Attention stays inside a document and positions restart at each."""
     on_bad_page: Literal["stop", "skip"] = "stop"
     """A page that fails its checksum stops the run, or its sequences weigh zero and are counted."""
-    prefetch: PositiveInt = 4
+    prefetch: int = Field(4, gt=0, le=2**16)
     """Micro-batches read ahead of the training thread."""
     prepare: PrepareConfig = PrepareConfig()
     """How raw text becomes token shards."""
+
+    _path = field_validator("path")(file_path)

@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from .parse import shortened
+
 WANTED = {
     "bool_parsing": "should be true or false",
     "bool_type": "should be true or false",
@@ -17,19 +19,26 @@ WANTED = {
     "float_type": "should be a number",
     "int_from_float": "should be a whole number",
     "int_parsing": "should be a whole number",
+    "int_parsing_size": "should be a whole number of at most 64 bits",
     "int_type": "should be a whole number",
     "string_type": "should be text (in quotes if it looks like a number)",
     "tuple_type": "should be a list, such as [a, b]",
 }
 
 
+JUDGED = 200
+"""Errors that are looked at: a list of thousands may have one for each item."""
+
+
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     """At most three lines, the most useful of what `error` says about a tree that is no `root`."""
     seen: dict[str, str] = {}
-    for item in _useful(error.errors(), root):
+    for item in _useful(error.errors()[:JUDGED], root):
         key, line = _line(item, root)
         seen.setdefault(key, line)
-    return list(seen.values())[:3]
+        if len(seen) == 3:
+            break
+    return list(seen.values())
 
 
 def annotation_of(location: Sequence[Any], root: Any) -> Any:
@@ -84,18 +93,18 @@ def _useful(items: Sequence[Any], root: type[BaseModel]) -> list[Any]:
 def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
     """(key, line) of one error."""
     location = _plain(item)
-    key = ".".join(map(str, location))
-    given = f"{key}={_shown(item['input'])}"
+    key = ".".join(shortened(str(part), 60) for part in location)
+    given = f"{key}={shown(item['input'])}"
     match item["type"]:
         case "extra_forbidden":
             near = _near(item, root, cutoff=0.85) or _elsewhere(str(location[-1]), root) or _near(item, root)
             known = f"known here: {', '.join(_names(location[:-1], root))}"
             return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
         case "missing" if isinstance(location[-1], int):
-            key = ".".join(map(str, location[:-1]))
-            return key, f"{key}={_shown(item['input'])}: value {location[-1] + 1} is missing"
+            key = key.rpartition(".")[0]
+            return key, f"{key}={shown(item['input'])}: value {location[-1] + 1} is missing"
         case "missing":
-            return key, f"{key} is missing in {_shown(item['input'])}"
+            return key, f"{key} is missing in {shown(item['input'])}"
         case "too_long":
             return key, f"{given}: should have {item['ctx']['max_length']} values"
         case "too_short":
@@ -121,9 +130,9 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
             return key, f"{given}: " + (wanted or item["msg"].removeprefix("Input ").lower())
 
 
-def _shown(value: Any, limit: int = 120) -> str:
-    text = json.dumps(value, default=str, ensure_ascii=False, skipkeys=True)
-    return text if len(text) <= limit else text[: limit - 3] + "..."
+def shown(value: Any, limit: int = 120) -> str:
+    """A value of a config as a message shows it."""
+    return shortened(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True), limit)
 
 
 def _words(location: Sequence[Any], root: type[BaseModel]) -> list[str]:

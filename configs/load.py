@@ -1,7 +1,6 @@
 """From a preset or YAML file and `key=value` overrides to a validated `Config`."""
 
 import difflib
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,10 +10,13 @@ from pydantic import BaseModel, ValidationError
 
 from .base import ConfigError
 from .designs import DESIGNS
-from .explain import annotation_of, explain, is_text
+from .explain import annotation_of, explain, is_text, shown
+from .parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
 from .run import Config
 
 PRESETS = Path(__file__).parent / "presets"
+MAX_BASES = 20
+"""Files that a config stands on, one the `base` of the next."""
 
 
 def preset_names() -> list[str]:
@@ -72,38 +74,11 @@ def flatten(config: BaseModel) -> dict[str, Any]:
     return dict(walk(config.model_dump(mode="json"), ""))
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, but 1e-3 is a number (YAML 1.2), and a key that stands twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: list[Any] = []
-        for key, _ in node.value:
-            if key.value in keys:
-                raise yaml.MarkedYAMLError(problem=f"the key {key.value} stands twice", problem_mark=key.start_mark)
-            keys.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
 class _Dumper(yaml.SafeDumper):
-    """Quotes a string that `_Loader` would read as a number."""
+    """Quotes a string that `parse_yaml` would read as a number."""
 
 
-for _kind in (_Loader, _Dumper):
-    _kind.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
-
-
-def _parse(text: str) -> Any:
-    """Read YAML. Raises ValueError with one line: what is wrong, and where."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ValueError(f"{error.problem}{where}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from None
+_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
 def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -111,12 +86,15 @@ def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     path = Path(name)
     if not path.suffix and str(name) in preset_names():
         path = PRESETS / f"{name}.yaml"
-    if not path.is_file():
+    if not is_file(path):
         near = difflib.get_close_matches(str(name), preset_names(), n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise ConfigError(f"no config {str(name)!r}: neither a file nor a preset ({', '.join(preset_names())}){hint}")
+        known = ", ".join(preset_names())
+        raise ConfigError(f"no config {shortened(repr(str(name)), 120)}: neither a file nor a preset ({known}){hint}")
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to this file")
+    if len(seen) == MAX_BASES:
+        raise ConfigError(f"{seen[0]} has over {MAX_BASES} files below it, each the `base` of the one before")
     tree = read_mapping(path)
     if design := next((name for name in DESIGNS if name in tree), None):
         raise ConfigError(
@@ -125,15 +103,17 @@ def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    beside = path.parent / str(base)
-    below = read_tree(beside if beside.is_file() else base, (*seen, path.resolve()))
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: base={shown(base)}: should be a preset's name or the path of a YAML file")
+    beside = path.parent / base
+    below = read_tree(beside if is_file(beside) else base, (*seen, path.resolve()))
     return merge(below, tree)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """The sections of a YAML file. Raises ConfigError."""
     try:
-        tree = _parse(path.read_text(encoding="utf-8")) or {}
+        tree = parse_yaml(read_text(path, MAX_BYTES)) or {}
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -155,17 +135,17 @@ def override(tree: dict[str, Any], overrides: Iterable[str], root: type[BaseMode
     """Set each `section.key=value` in a tree that is to be a `root`. Raises ConfigError."""
     for text in overrides:
         key, equals, value = text.partition("=")
-        if not equals or not all(key.split(".")):
-            raise ConfigError(f"{text!r} is not key=value, such as {example}")
+        if not equals or not all(key.split(".")) or key.count(".") > MAX_DEPTH:
+            raise ConfigError(f"{shortened(repr(text), 120)} is not key=value, such as {example}")
         _set(tree, key, value, root)
 
 
 def _set(tree: dict[str, Any], key: str, text: str, root: type[BaseModel]) -> None:
     *sections, last = key.split(".")
     try:
-        value = _parse(text)
+        value = parse_yaml(text)
     except ValueError as error:
-        raise ConfigError(f"{key}={text}: the value is not YAML: {error}") from None
+        raise ConfigError(f"{shortened(f'{key}={text}', 120)}: the value is not YAML: {error}") from None
     if is_text(annotation_of((*sections, last), root)) and not isinstance(value, str | list | dict | None):
         value = text  # run.name=2026-01-05 is a name, not a date
     for section in sections:

@@ -3,9 +3,11 @@
 import math
 from typing import Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from .base import Section
+from .base import Length, Section, Size
+
+MOST_LAYERS = 10_000
 
 
 class RopeScaling(Section):
@@ -15,7 +17,7 @@ class RopeScaling(Section):
     """All positions stretched alike, or by wavelength as in Llama 3.1 or YaRN."""
     factor: PositiveFloat = 1.0
     """How many times longer the positions get."""
-    original_max_positions: PositiveInt = 8192
+    original_max_positions: Length = 8192
     """llama3 and yarn: length that the unscaled positions were trained for."""
     low_freq_factor: PositiveFloat = 1.0
     """llama3: wavelengths over original_max_positions / low_freq_factor are divided by factor."""
@@ -30,13 +32,13 @@ class RopeScaling(Section):
 class BlockSparse(Section):
     """Attention to some blocks of earlier keys, counted from a document's start (arXiv:1904.10509, 2007.14062)."""
 
-    block: PositiveInt = 64
+    block: Size = 64
     """Tokens of a block."""
-    local_blocks: PositiveInt = 4
+    local_blocks: Size = 4
     """Blocks up to a query's own, itself included, that it sees."""
-    global_blocks: int = Field(1, ge=0)
+    global_blocks: int = Field(1, ge=0, le=2**24)
     """First blocks of the document, which every query sees."""
-    stride: int = Field(0, ge=0)
+    stride: int = Field(0, ge=0, le=2**24)
     """Every block this many, or a multiple of it, before the query's own is seen too; 0: none."""
 
 
@@ -45,25 +47,25 @@ class ModelConfig(Section):
 
     family: str = "decoder"
     """Entry of the family table (`models/families.py`) or one that a plugin registers."""
-    vocab_size: PositiveInt | None = None
+    vocab_size: Size | None = None
     """Rows of the embedding; None: the tokenizer's size, rounded up to a multiple of 64."""
-    num_layers: PositiveInt = 4
+    num_layers: int = Field(4, gt=0, le=MOST_LAYERS)
     """Transformer blocks."""
-    hidden_size: PositiveInt = 256
+    hidden_size: Size = 256
     """Width of the residual stream."""
-    num_heads: PositiveInt = 8
+    num_heads: Size = 8
     """Query heads."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Size | None = None
     """Key/value heads (grouped-query attention); None: num_heads."""
-    head_dim: PositiveInt | None = None
+    head_dim: Size | None = None
     """None: hidden_size / num_heads."""
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: Size | None = None
     """Width of a dense SwiGLU layer; None: 8/3 hidden_size rounded up to a multiple of 64."""
     rope_theta: PositiveFloat = 10000.0
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """None: positions as they are."""
-    max_positions: PositiveInt | None = None
+    max_positions: Length | None = None
     """Longest position; None: train.seq_len."""
     qk_norm: bool = True
     """RMSNorm on each head of q and k (Qwen3)."""
@@ -71,7 +73,7 @@ class ModelConfig(Section):
     """Of every RMSNorm."""
     tie_embeddings: bool = False
     """The head uses the embedding's weights."""
-    sliding_window: PositiveInt | None = None
+    sliding_window: Length | None = None
     """A query sees at most this many keys, itself included; None: all."""
     block_sparse: BlockSparse | None = None
     """A query sees some blocks of keys only; None: all."""
@@ -79,22 +81,22 @@ class ModelConfig(Section):
     """On the output of each attention and MLP block and on the embedding."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
-    loss_chunk: PositiveInt = 4096
+    loss_chunk: Size = 4096
     """Tokens whose logits stand in memory at once in the cross-entropy."""
 
-    num_experts: int = Field(0, ge=0)
+    num_experts: int = Field(0, ge=0, le=2**20)
     """Experts of a MoE layer; 0: dense."""
-    top_k: PositiveInt = 2
+    top_k: Size = 2
     """Experts per token."""
-    expert_size: PositiveInt | None = None
+    expert_size: Size | None = None
     """Width of one expert's SwiGLU; None: intermediate_size."""
-    shared_expert_size: int = Field(0, ge=0)
+    shared_expert_size: int = Field(0, ge=0, le=2**24)
     """Width of the SwiGLU every token passes beside its experts; 0: none."""
     shared_expert_gate: bool = False
     """The shared expert's output is weighted by a sigmoid of the token, as in Qwen2-MoE."""
-    moe_every: PositiveInt = 1
+    moe_every: Size = 1
     """Every k-th layer is MoE: layer i (from 0) when (i + 1) % moe_every == 0."""
-    first_dense_layers: int = Field(0, ge=0)
+    first_dense_layers: int = Field(0, ge=0, le=MOST_LAYERS)
     """Leading layers that stay dense."""
     router: Literal["softmax", "sigmoid", "hash"] = "softmax"
     """Scores of the experts: probabilities, independent sigmoids (DeepSeek-V3), or a hash of the token's id."""
@@ -102,9 +104,9 @@ class ModelConfig(Section):
     """Renormalise the chosen experts' scores to sum to 1."""
     router_scale: PositiveFloat = 1.0
     """What the chosen experts' weights are multiplied by (DeepSeek's routed_scaling_factor)."""
-    expert_groups: PositiveInt = 1
+    expert_groups: Size = 1
     """Group-limited routing: experts lie in this many groups, of which a token uses a few (DeepSeek-V2, V3)."""
-    top_groups: PositiveInt = 1
+    top_groups: Size = 1
     """Groups a token's experts come from: the best by their best score (softmax), or the sum of their best two."""
     router_jitter: float = Field(0.0, ge=0, lt=1)
     """In training the router's input is multiplied by uniform noise in [1 - jitter, 1 + jitter] (Switch)."""

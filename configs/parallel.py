@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from .base import Section
+from .base import Degree, Section
 
+MOST_PROCESSES = 2**20
+MOST_STAGES = 2**10
 REFUSED = {
     "cp": "context parallelism (ring attention) is not in DeepSpeed 0.19: set parallel.sp (Ulysses)",
     "dualpipe": "DualPipe, with all weights twice, is not in DeepSpeed 0.19: set parallel.pp_schedule=dualpipev",
@@ -18,21 +20,21 @@ REFUSED = {
 class ParallelConfig(Section):
     """World size is dp * tp * pp * sp; expert parallelism uses the ranks of dp, tp and sp again."""
 
-    dp: PositiveInt = 1
+    dp: Degree = 1
     """Data parallel: each rank reads its own micro-batches."""
-    tp: PositiveInt = 1
+    tp: Degree = 1
     """Tensor parallel: attention heads and widths are split (AutoTP)."""
-    pp: PositiveInt = 1
+    pp: int = Field(1, gt=0, le=MOST_STAGES)
     """Pipeline parallel: layers are split into stages."""
     pp_schedule: Literal["1f1b", "dualpipev"] = "1f1b"
     """`dualpipev`: each rank holds two of 2 * pp stages, in a V, so that it waits less; needs 2 * pp micro-batches."""
-    ep: PositiveInt = 1
+    ep: Degree = 1
     """Expert parallel: experts are split, tokens travel (AutoEP)."""
-    sp: PositiveInt = 1
+    sp: Degree = 1
     """Sequence parallel: each sequence is split, attention by heads (Ulysses)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """What the data-parallel ranks share out: 1 optimizer states, 2 gradients too, 3 weights too."""
-    hpz: PositiveInt = 1
+    hpz: Degree = 1
     """ZeRO-3: as many neighbouring ranks also share a whole copy of the weights, for gathers within a node (hpZ)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
     """What waits in CPU memory: optimizer states and their step (ZeRO 1 to 3); `parameters`: weights too (ZeRO-3)."""
@@ -44,6 +46,14 @@ class ParallelConfig(Section):
             for key in REFUSED.keys() & value.keys():
                 raise ValueError(REFUSED[key])
         return value
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.world_size > MOST_PROCESSES:
+            raise ValueError(
+                f"parallel.dp * tp * pp * sp asks for {self.world_size:,} processes: at most {MOST_PROCESSES:,}"
+            )
+        return self
 
     @property
     def world_size(self) -> int:

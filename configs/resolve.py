@@ -3,7 +3,7 @@
 from .base import ConfigError
 from .load import flatten
 from .run import Config
-from .topology import check_topology
+from .topology import check_topology, refusals
 
 
 def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:
@@ -136,14 +136,18 @@ def with_workers(config: Config, workers: int) -> Config:
 
 def worker_counts(config: Config) -> list[int]:
     """The numbers of processes that a resolved config can be trained with, the most first."""
-    counts = []
-    world = config.parallel.world_size
-    for workers in range(world, (config.cluster.workers or (world,))[0] - 1, -1):
-        try:
-            counts.append(with_workers(config, workers).parallel.world_size)
-        except ConfigError:
-            continue
-    return counts
+    parallel, world = config.parallel, config.parallel.world_size
+    others = world // parallel.dp
+
+    def can_run(workers: int) -> bool:
+        if workers % others:
+            return False
+        return not refusals(
+            config.model_copy(update={"parallel": parallel.model_copy(update={"dp": workers // others})})
+        )
+
+    fewest = (config.cluster.workers or (world,))[0]
+    return [world, *(workers for workers in range(world - 1, fewest - 1, -1) if can_run(workers))]
 
 
 MAY_CHANGE = (

@@ -4,7 +4,7 @@ import re
 
 from pydantic import Field, field_validator
 
-from .base import Section
+from .base import Section, file_path
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
@@ -14,11 +14,16 @@ from .parallel import ParallelConfig
 from .tracking import TrackingConfig
 from .train import TrainConfig
 
+LONGEST = 200
+"""Characters of a run's or a sweep's name: the names of files that are made from it are longer."""
+
 
 def folder_name(name: str) -> str:
     """The name, if it can be a folder's on every system. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
+    if len(name) > LONGEST:
+        raise ValueError(f"at most {LONGEST} characters, as it names a folder")
     return name
 
 
@@ -31,6 +36,7 @@ class RunConfig(Section):
     """Of the initial weights, the order of the data, and dropout."""
 
     _plain = field_validator("name")(folder_name)
+    _path = field_validator("root")(file_path)
 
 
 class Config(Section):
@@ -47,3 +53,8 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     plugins: tuple[str, ...] = Field(())
     """Python modules (`package.module`) or files (`path/to/file.py`) imported before the model is built."""
+
+    @field_validator("plugins")
+    @classmethod
+    def _paths(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(file_path, plugins))

@@ -1,8 +1,12 @@
 """Where a pipeline cuts the model: pure functions, so that a topology can be judged before any process starts."""
 
+from functools import lru_cache
+from itertools import accumulate
+
 from .parallel import ParallelConfig
 
 
+@lru_cache(maxsize=64)
 def stage_layers(num_layers: int, stages: int) -> list[range]:
     """The decoder layers of each stage.
 
@@ -17,8 +21,7 @@ def stage_layers(num_layers: int, stages: int) -> list[range]:
         sizes[stage] += 1
     sizes[0] -= 1
     sizes[-1] -= 1
-    ends = [sum(sizes[: stage + 1]) for stage in range(stages)]
-    return [range(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+    return [range(end - size, end) for size, end in zip(sizes, accumulate(sizes), strict=True)]
 
 
 def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
@@ -26,6 +29,7 @@ def stages_of_rank(parallel: ParallelConfig, rank: int) -> list[int]:
     return [rank] if parallel.stages == parallel.pp else [rank, parallel.stages - 1 - rank]
 
 
+@lru_cache(maxsize=64)
 def layers_of_ranks(num_layers: int, parallel: ParallelConfig) -> list[list[int]]:
     """The decoder layers that each of a pipeline's ranks holds."""
     cut = stage_layers(num_layers, parallel.stages)

@@ -7,10 +7,11 @@ equal to one process.
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import NamedTuple
 
 from .base import ConfigError
-from .parallel import ParallelConfig
+from .parallel import MOST_STAGES, ParallelConfig
 from .run import Config
 from .stages import layers_of_ranks
 
@@ -208,24 +209,33 @@ def check_topology(config: Config) -> None:
 
 
 def nearest_topology(config: Config) -> ParallelConfig | None:
-    """The topology of as many processes that changes the fewest keys, and those the least; None if there is none."""
-    asked = config.parallel
-    candidates = []
-    for parallel in topologies(asked.world_size, asked):
-        if not refusals(config.model_copy(update={"parallel": parallel})):
-            changed = [key for key in type(asked).model_fields if getattr(parallel, key) != getattr(asked, key)]
-            far = sum(abs(math.log2(getattr(parallel, key) / getattr(asked, key))) for key in changed if key in DEGREES)
-            candidates.append((len(changed), far, abs(parallel.zero_stage - asked.zero_stage), parallel))
-    return min(candidates, key=lambda candidate: candidate[:3])[3] if candidates else None
+    """The topology of as many processes that changes the fewest keys, and those the least.
+
+    None if there is none, or if none of the nearest JUDGED can run, or if there are over LISTED in all.
+    """
+    asked, keys = config.parallel, tuple(type(config.parallel).model_fields)
+
+    def far(parallel: ParallelConfig) -> tuple[int, float, int]:
+        changed = [key for key in keys if getattr(parallel, key) != getattr(asked, key)]
+        steps = sum(abs(math.log2(getattr(parallel, key) / getattr(asked, key))) for key in changed if key in DEGREES)
+        return len(changed), steps, abs(parallel.zero_stage - asked.zero_stage)
+
+    listed = list(itertools.islice(topologies(asked.world_size, asked), LISTED + 1))
+    if len(listed) > LISTED:
+        return None
+    near = sorted(listed, key=far)[:JUDGED]
+    return next((p for p in near if not refusals(config.model_copy(update={"parallel": p}))), None)
 
 
+LISTED, JUDGED = 100_000, 5_000
+"""Bounds that hold the search for the nearest topology to about a second: 4,096 processes have 24,000 topologies."""
 DEGREES = ("dp", "tp", "pp", "sp", "ep", "hpz")
 
 
 def topologies(world_size: int, like: ParallelConfig) -> Iterator[ParallelConfig]:
     """Every topology of `world_size` processes, those of `like`'s own offload and hpZ and without."""
     for tp, pp, sp in itertools.product(_divisors(world_size), repeat=3):
-        if world_size % (tp * pp * sp):
+        if world_size % (tp * pp * sp) or pp > MOST_STAGES:
             continue
         dp = world_size // (tp * pp * sp)
         schedules = ("1f1b", "dualpipev") if pp > 1 else ("1f1b",)
@@ -242,8 +252,10 @@ def topologies(world_size: int, like: ParallelConfig) -> Iterator[ParallelConfig
                     )  # fmt: skip
 
 
+@lru_cache(maxsize=4096)
 def _divisors(n: int) -> list[int]:
-    return [d for d in range(1, n + 1) if n % d == 0]
+    low = [d for d in range(1, math.isqrt(n) + 1) if n % d == 0]
+    return low + [n // d for d in reversed(low) if d * d != n]
 
 
 def _described(parallel: ParallelConfig) -> str:

@@ -2,9 +2,9 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
-from .base import Section
+from .base import Length, Section, file_path
 
 
 class SpikeConfig(Section):
@@ -45,7 +45,7 @@ class TrainConfig(Section):
     """Sequences per optimizer step, over all devices."""
     micro_batch: PositiveInt | None = None
     """Sequences per device and forward pass; None: global_batch / data-parallel degree."""
-    seq_len: PositiveInt = 256
+    seq_len: Length = 256
     """Tokens per sequence."""
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     """Of weights and activations in the forward and backward pass; master weights are fp32 always. `fp8`: bf16, but
@@ -83,6 +83,8 @@ class TrainConfig(Section):
     """How train.init_from, which is dense, fills a model with experts; None: it has the same experts."""
     log_every: PositiveInt = 1
     """Steps between metric records."""
+
+    _path = field_validator("init_from")(file_path)
 
     @property
     def kept_in(self) -> Literal["fp32", "bf16", "fp16"]:

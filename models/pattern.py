@@ -68,11 +68,25 @@ class Pattern:
         if self.sparse is None:
             window = min(self.window or length, length)
             return (window * (window + 1) / 2 + (length - window) * window) / length
-        total, size = 0, self.sparse.block
-        for block in range(-(-length // size)):
-            queries = min(size, length - block * size)
-            total += queries * (len(self._key_blocks(block)) - 1) * size + queries * (queries + 1) // 2
-        return total / length
+        size = self.sparse.block
+        whole, rest = divmod(length, size)
+        pairs = size * size * self._blocks_before(whole) + whole * (size * (size + 1) // 2)
+        of_last = self._blocks_before(whole + 1) - self._blocks_before(whole)
+        return (pairs + rest * of_last * size + rest * (rest + 1) // 2) / length
+
+    def _blocks_before(self, blocks: int) -> int:
+        """Earlier blocks that the queries of the first so many blocks see, summed over these blocks."""
+        assert self.sparse is not None
+        near, first, stride = self.sparse.local_blocks, self.sparse.global_blocks, self.sparse.stride
+        dense = min(blocks, near + first)  # blocks that see all before them
+        found = dense * (dense - 1) // 2 + (blocks - dense) * (near + first - 1)
+        if stride and blocks > dense:
+            # A block whose distance from the first ones is m, near <= m, sees those at a distance of a multiple of the
+            # stride in near to m: m // stride of them less the multiples below near.
+            last = blocks - 1 - first
+            found += _floors(last, stride) - _floors(near - 1, stride)
+            found -= (last - near + 1) * ((near - 1) // stride)
+        return found
 
     def _key_blocks(self, block: int) -> set[int]:
         """Blocks that the queries of a block see, its own among them."""
@@ -81,3 +95,9 @@ class Pattern:
         first = range(min(self.sparse.global_blocks, block + 1))
         far = range(block % self.sparse.stride, block, self.sparse.stride) if self.sparse.stride else ()
         return {*near, *first, *far}
+
+
+def _floors(last: int, stride: int) -> int:
+    """The sum of m // stride for m from 0 to `last`."""
+    whole, rest = divmod(last + 1, stride)
+    return stride * (whole * (whole - 1) // 2) + whole * rest

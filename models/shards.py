@@ -6,6 +6,7 @@ As trainer/parallel.py (what is split), trainer/optim.py (groups) and DeepSpeed'
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate
 
 from configs import Config, ModelConfig
@@ -136,6 +137,7 @@ class Group:
         return sum(math.ceil(size / self.shards) for size in self.sizes)
 
 
+@lru_cache(maxsize=16)
 def groups(config: Config, stage: int) -> list[Group]:
     """As trainer/optim.py makes them."""
     optim, parallel = config.optim, config.parallel

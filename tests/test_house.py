@@ -98,7 +98,7 @@ def test_nothing_that_runs_code_from_a_file():
         found += [f"{name(path)}: {call}" for call in calls if call.endswith((".exec_module", "import_module"))]
     # One loader of YAML, a SafeLoader; plugins.
     assert sorted(found) == [
-        "configs/load.py: yaml.load",
+        "configs/parse.py: yaml.load",
         "trainer/plugins.py: importlib.import_module",
         "trainer/plugins.py: spec.loader.exec_module",
     ]

@@ -62,6 +62,7 @@ def test_an_elastic_run_takes_the_most_that_there_is_room_for():
         return share_of_gang(config, [Node(3, 1), Node(3, 2)], wait=False)
 
     assert share_of_most(elastic, divide).gpus == 1
-    assert asked == [8, 7, 6, 5, 4, 3]
+    assert asked[-1] == 3
+    assert 2 not in asked
     with pytest.raises(ConfigError, match="asks for 2 GPUs; the cluster has 1"):
         share_of_most(elastic, lambda config: share_of_gang(config, [Node(8, 1)], wait=False))

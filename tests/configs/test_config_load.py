@@ -128,7 +128,6 @@ def test_reads_back_equal(tmp_path, overrides):
         ("base: nothing\n", r"no config 'nothing': neither a file nor a preset \(.*quickstart"),
         ("base: c.yaml\n", r"c\.yaml: `base` leads back to this file"),
         ("train:\n", r"c\.yaml: train=null: should be a section of keys: steps, global_batch, micro_batch, "),
-        ("run: {name: 2026-01-05}\n", r'run\.name="2026-01-05": should be text \(in quotes if'),
     ],
 )  # fmt: skip
 def test_unreadable_file(tmp_path, text, message):
@@ -140,7 +139,7 @@ def test_unreadable_file(tmp_path, text, message):
 
 def test_bytes_that_are_no_text(tmp_path):
     (tmp_path / "c.yaml").write_bytes(b"run: {name: \xff}")
-    with pytest.raises(ConfigError, match="cannot be read as YAML: 'utf-8' codec can't decode"):
+    with pytest.raises(ConfigError, match=r"cannot be read as YAML: it is not UTF-8 text \(byte 12 is 0xff\)"):
         load(tmp_path / "c.yaml")
 
 

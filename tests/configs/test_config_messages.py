@@ -65,7 +65,6 @@ WRONG = {
     "data.path=[a]": 'data.path.0="a": should be a section of keys: path, weight',
     "data.path=[{weight: 1}]": 'data.path.0.path is missing in {"weight": 1}',
     "data.path=[{path: a, weight: 0}]": "data.path.0.weight=0: should be greater than 0",
-    "optim={3: x}": "optim.3=3: keys should be strings",
     # what a section checks as a whole
     "run.name=a b": "run.name=\"a b\": letters, digits, '.', '_' and '-' only, as it names a folder",
     "run.name=../x": "run.name=\"../x\": letters, digits, '.', '_' and '-' only, as it names a folder",
@@ -88,6 +87,8 @@ NO_OVERRIDE = {
     "optim..lr=3": "'optim..lr=3' is not key=value, such as train.steps=100",
     "train.steps=[": "train.steps=[: the value is not YAML: expected the node content, but found '<stream end>' "
     "(line 1, column 2)",
+    "optim={3: x}": "optim={3: x}: the value is not YAML: the key 3 is read as int: put it in quotes (line 1, "
+    "column 2)",
     "optim={lr: 1, lr: 2}": "optim={lr: 1, lr: 2}: the value is not YAML: the key lr stands twice (line 1, column 9)",
 }
 

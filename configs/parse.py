@@ -1,0 +1,191 @@
+"""YAML and JSON that anyone may have written: plain values, within bounds, or ValueError with one line."""
+
+import json
+import re
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 512 * 1024
+"""Of a YAML file; the configs of a large sweep take some thousand bytes."""
+MAX_JSON_BYTES = 4 * 1024**2
+MAX_VALUES = 20_000
+"""Of YAML, each counted as often as aliases repeat it."""
+MAX_DEPTH = 64
+MAX_DIGITS = 100
+"""Characters of one number."""
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+"""What no name and no path contains."""
+
+
+def parse_yaml(text: str) -> Any:
+    """YAML as strings, numbers, booleans, None, lists, and dicts whose keys are strings, none of them shared.
+
+    YAML 1.1 as PyYAML reads it, but 1e-3 is a number (YAML 1.2), a date is a string, and a key that stands twice, a tag
+    and an alias to what it stands in are errors.
+
+    Raises:
+        ValueError: with one line: what is wrong, and where.
+    """
+    try:
+        return _unshared(yaml.load(text, Loader=_Loader))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark
+        where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{shortened(str(error.problem), 300)}{where}") from None
+    except yaml.YAMLError as error:
+        raise ValueError(shortened(" ".join(str(error).split()), 300)) from None
+
+
+def parse_json(text: str) -> Any:
+    """JSON (RFC 8259). Raises ValueError with one line, also where a key stands twice, and for NaN and Infinity."""
+    try:
+        return json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    except ValueError as error:
+        if "integer string conversion" in str(error):
+            raise ValueError("a whole number has thousands of digits") from None
+        raise
+
+
+def read_text(path: Path, most: int) -> str:
+    """A file's text. Raises OSError, and ValueError if it is no UTF-8 or has more bytes than `most`."""
+    with path.open("rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"it has over {most:,} bytes")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"it is not UTF-8 text (byte {error.start} is 0x{content[error.start]:02x})") from None
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; also False where no file can have that path."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, NUL
+        return False
+
+
+def shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+class _Loader(yaml.SafeLoader):
+    """Composes no more than the bounds allow, and constructs what it composed."""
+
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._depth = self._values = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event = self.peek_event()
+        tag = getattr(event, "tag", None)
+        if tag not in (None, "!", "tag:yaml.org,2002:str"):
+            raise _problem(f"the tag {shortened(tag, 60)!r} has no place here: leave it out", event.start_mark)
+        self._depth, self._values = self._depth + 1, self._values + 1
+        self._check(self._depth, self._values, event.start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def compose_document(self) -> yaml.Node | None:
+        node = super().compose_document()
+        if node is not None:
+            self._measure(node, 1, {}, [])
+        return node
+
+    def _measure(self, node: yaml.Node, depth: int, sizes: dict[int, tuple[int, int]], above: list[int]) -> None:
+        """Check a node with all below it and fill `sizes` with the values and levels it has after expansion.
+
+        Args:
+            depth: level it stands at.
+            sizes: {id of a node: its values and levels}, of the nodes seen before.
+            above: ids of the nodes that it stands in.
+        """
+        if id(node) in above:
+            raise _problem("an alias names what it stands in", node.start_mark)
+        if id(node) not in sizes:
+            above.append(id(node))
+            values, levels = 1, 0
+            for part in self._parts(node):
+                self._measure(part, depth + 1, sizes, above)
+                values, levels = values + sizes[id(part)][0], max(levels, sizes[id(part)][1])
+                self._check(depth + levels, values, node.start_mark)
+            sizes[id(node)] = values, levels + 1
+            above.pop()
+        self._check(depth + sizes[id(node)][1] - 1, sizes[id(node)][0], node.start_mark)
+
+    def _parts(self, node: yaml.Node) -> list[yaml.Node]:
+        """What a node holds. Raises YAMLError for what is wrong with the node itself."""
+        if isinstance(node, yaml.SequenceNode):
+            return list(node.value)
+        if isinstance(node, yaml.MappingNode):
+            seen: set[Hashable] = set()
+            for key, _ in node.value:
+                self._check_key(key)
+                if key.value in seen:
+                    raise _problem(f"the key {shortened(key.value, 60)} stands twice", key.start_mark)
+                seen.add(key.value)
+            return [part for pair in node.value for part in pair]
+        if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
+            raise _problem("a text contains NUL, or half of a surrogate pair", node.start_mark)
+        if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
+            raise _problem(f"a number has {len(node.value):,} characters", node.start_mark)
+        return []
+
+    def _check_key(self, key: yaml.Node) -> None:
+        if not isinstance(key, yaml.ScalarNode):
+            raise _problem("a key is a list or a mapping: it should be text", key.start_mark)
+        if key.tag not in _KEYS:
+            kind = key.tag.rpartition(":")[2]
+            raise _problem(
+                f"the key {shortened(key.value, 60) or '(none)'} is read as {kind}: put it in quotes", key.start_mark
+            )
+
+    def _check(self, depth: int, values: int, mark: Any) -> None:
+        if depth > MAX_DEPTH:
+            raise _problem(f"it is nested over {MAX_DEPTH} levels deep", mark)
+        if values > MAX_VALUES:
+            raise _problem(f"it has over {MAX_VALUES:,} values, counted as often as aliases repeat them", mark)
+
+
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_KEYS = ("tag:yaml.org,2002:str", "tag:yaml.org,2002:merge")
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith((":timestamp", ":value"))]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
+"""Numbers of YAML 1.2 that PyYAML takes for text."""
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
+
+
+def _problem(what: str, mark: Any) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=what, problem_mark=mark)
+
+
+def _unshared(value: Any) -> Any:
+    """The same without objects that stand in two places: who changes one must not change the other."""
+    if isinstance(value, dict):
+        return {key: _unshared(each) for key, each in value.items()}
+    return [_unshared(each) for each in value] if isinstance(value, list) else value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {shortened(twice, 60)!r} stands twice")
+    return found
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"{name} is no JSON number")
