@@ -21,6 +21,7 @@ WANTED = {
     "int_parsing": "should be a whole number",
     "int_parsing_size": "should be a whole number of at most 64 bits",
     "int_type": "should be a whole number",
+    "list_type": "should be a list",
     "string_type": "should be text (in quotes if it looks like a number)",
     "tuple_type": "should be a list, such as [a, b]",
 }
@@ -106,7 +107,8 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
         case "missing":
             return key, f"{key} is missing in {shown(item['input'])}"
         case "too_long":
-            return key, f"{given}: should have {item['ctx']['max_length']} values"
+            most = "at most " if item["ctx"]["field_type"] == "List" else ""
+            return key, f"{given}: should have {most}{item['ctx']['max_length']} values"
         case "too_short":
             least = item["ctx"]["min_length"]
             return key, f"{given}: should have at least {least} value{'s' if least > 1 else ''}"

@@ -8,6 +8,9 @@ from pydantic import Field, PositiveFloat, model_validator
 from .base import Length, Section, Size
 
 MOST_LAYERS = 10_000
+MOST_WIDTH = 2**24
+MOST_WEIGHTS = 2**50
+"""Of one matrix, the experts of a layer stacked: tensors of that size can be described."""
 
 
 class RopeScaling(Section):
@@ -27,6 +30,15 @@ class RopeScaling(Section):
     """yarn: dimensions with more turns than this over the original length stay."""
     beta_slow: PositiveFloat = 1.0
     """yarn: those with fewer are divided by factor."""
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.kind == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError(
+                f"high_freq_factor ({self.high_freq_factor:g}) should be above low_freq_factor "
+                f"({self.low_freq_factor:g})"
+            )
+        return self
 
 
 class BlockSparse(Section):
@@ -154,6 +166,14 @@ class ModelConfig(Section):
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}: rotary positions need an even one")
+        if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise ValueError(f"model.rope_theta is {self.rope_theta:g}: rope_scaling.kind=yarn needs one above 1")
+        if (width := self.num_heads * (self.head_dim or 1)) > MOST_WIDTH:
+            raise ValueError(f"model.num_heads * model.head_dim is {width:,}: at most {MOST_WIDTH:,}")
+        if (weights := self.num_experts * (self.expert_size or 1) * self.hidden_size) > MOST_WEIGHTS:
+            raise ValueError(
+                f"model.num_experts * model.expert_size * model.hidden_size is {weights:,}: at most {MOST_WEIGHTS:,}"
+            )
         if self.sliding_window and self.block_sparse:
             raise ValueError(
                 f"model.sliding_window ({self.sliding_window}) and model.block_sparse are two patterns of attention: "

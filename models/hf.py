@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import ConfigError, ModelConfig
+from configs.explain import shown
+from configs.parse import MAX_JSON_BYTES, is_file, parse_json, read_text, shortened
 
 from .families import FAMILIES, build
 from .hf_config import from_hf_config, to_hf_config
@@ -19,6 +21,10 @@ from .hf_names import BIAS, Architecture, bias_name, pieces
 from .router import choosers
 
 SHARD_BYTES = 5 * 10**9
+MAX_HEADER = 32 * 1024**2
+"""Bytes of a safetensors file's header: 200,000 tensors. The library itself reads three times as much."""
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of the tensors that are read, as safetensors names them; others are codes, which need scales."""
 END_OF_TEXT = "<|endoftext|>"
 
 
@@ -61,14 +67,18 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
         with a balancing bias have `router_bias_rate` 0, and the biases stand among the weights, see `bias_name`.
 
     Raises:
-        ConfigError: not such a folder, an unsupported variant, tensors that are missing or unknown.
+        ConfigError: not such a folder, an unsupported variant, tensors that are missing or unknown, or of other shapes
+            or types. No tensor has been read then.
     """
     folder = Path(folder)
+    path = folder / "config.json"
+    if not is_file(path):
+        raise ConfigError(f"{folder} is no Hugging Face model folder: it has no file config.json")
     try:
-        tree = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config, arch = from_hf_config(tree)
-    except (OSError, KeyError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{folder} is no Hugging Face model folder: {error!r}") from None
+        tree = parse_json(read_text(path, MAX_JSON_BYTES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    config, arch = from_hf_config(tree, str(path))
     return config, Weights(folder, config, arch)
 
 
@@ -78,44 +88,74 @@ class Weights(Mapping[str, Tensor]):
     def __init__(self, folder: Path, config: ModelConfig, arch: Architecture):
         self._files: dict[str, Any] = {}
         for path in sorted(folder.glob("*.safetensors")):
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(f"{path} is not safetensors: {error}") from None
-            self._files.update(dict.fromkeys(file.keys(), file))
+            file = _open(path)
+            names = file.keys()
+            if twice := next((name for name in names if name in self._files), None):
+                raise ConfigError(f"{folder}: tensor {shown(twice)} stands in two files, one of them {path.name}")
+            self._files.update(dict.fromkeys(names, file))
         if not self._files:
             raise ConfigError(f"{folder} has no *.safetensors file")
+        if len(self._files) < config.num_layers:
+            raise ConfigError(
+                f"{folder} has {len(self._files)} tensors, too few for the num_hidden_layers={config.num_layers} of "
+                "its config.json"
+            )
         with torch.device("meta"):
             module = build(config)
         self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
         if arch.bias:
             self._shapes.update({bias_name(c.layer): (config.num_experts,) for c in choosers(module)})
         self._arch = arch
+        self._folder = folder
         used = {"lm_head.weight"} if config.tie_embeddings else set()
-        for name in self._shapes:
+        for name, shape in self._shapes.items():
+            # Names of experts that the folder has not are not listed to the last one.
+            of_experts = ".mlp.experts." in name and not self._whole(name)
+            if len(used) + (shape[0] if of_experts else 0) > 4 * len(self._files) + len(self._shapes):
+                raise ConfigError(
+                    f"{folder} has {len(self._files)} tensors, too few for the experts of its config.json"
+                )
             used.update(self._parts(name))
         needed = used - {"lm_head.weight"} if config.tie_embeddings else used
         missing = sorted(needed - self._files.keys())
         unknown = sorted(name for name in self._files.keys() - used if not self._is_nothing(name))
         if missing or unknown:
             raise ConfigError(
-                f"{folder}: its tensors are not those of its config.json: {len(missing)} missing {missing[:3]}, "
-                f"{len(unknown)} unknown {unknown[:3]}"
+                f"{folder}: its tensors are not those of its config.json: {len(missing)} missing {shown(missing[:3])}, "
+                f"{len(unknown)} unknown {shown(unknown[:3])}"
             )
+        for name in self._shapes:
+            self._check(name)
 
     def __getitem__(self, name: str) -> Tensor:
         shape, parts = self._shapes[name], self._parts(name)
         out = None
         for theirs, index in parts.items():
-            tensor = self._files[theirs].get_tensor(theirs)
+            try:
+                tensor = self._files[theirs].get_tensor(theirs)
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{self._folder}: tensor {theirs} cannot be read: {error}") from None
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{self._folder}: tensor {theirs} has values that are not finite")
             out = torch.empty(shape, dtype=tensor.dtype) if out is None else out
-            if tensor.shape != out[index].shape:
-                raise ConfigError(
-                    f"tensor {theirs} is {list(tensor.shape)}, but config.json makes it {list(out[index].shape)}"
-                )
             out[index] = tensor
         assert out is not None
         return out
+
+    def _check(self, name: str) -> None:
+        """Compare the header of what makes up a parameter with what it is to be. Raises ConfigError."""
+        whole = torch.empty(self._shapes[name], device="meta")
+        for theirs, index in self._parts(name).items():
+            found = self._files[theirs].get_slice(theirs)
+            if found.get_dtype() not in FLOATS:
+                raise ConfigError(
+                    f"{self._folder}: tensor {theirs} is {found.get_dtype()}, which is none of {', '.join(FLOATS)}"
+                )
+            if found.get_shape() != list(whole[index].shape):
+                raise ConfigError(
+                    f"{self._folder}: tensor {theirs} is {shown(found.get_shape())}, but config.json makes it "
+                    f"{list(whole[index].shape)}"
+                )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._shapes)
@@ -128,11 +168,28 @@ class Weights(Mapping[str, Tensor]):
         return theirs.endswith("rotary_emb.inv_freq") or 0 in self._files[theirs].get_slice(theirs).get_shape()
 
     def _parts(self, name: str) -> dict[str, tuple]:
-        stacked = name.replace(".mlp.", f".{self._arch.moe_block}.") if ".mlp.experts." in name else name
-        for candidate in (name, stacked):
-            if candidate in self._files:
-                return {candidate: (...,)}
+        if stacked := self._whole(name):
+            return {stacked: (...,)}
         return dict(pieces(name, self._shapes[name], self._arch))
+
+    def _whole(self, name: str) -> str | None:
+        """Where the folder has a parameter as one tensor: its name there."""
+        stacked = name.replace(".mlp.", f".{self._arch.moe_block}.") if ".mlp.experts." in name else name
+        return next((candidate for candidate in (name, stacked) if candidate in self._files), None)
+
+
+def _open(path: Path) -> Any:
+    """A safetensors file whose header is right. Raises ConfigError."""
+    try:
+        if not path.is_file():
+            raise ConfigError(f"{path} is no file")
+        with path.open("rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > MAX_HEADER:
+            raise ConfigError(f"{path} is not safetensors: a header of {header:,} bytes, over {MAX_HEADER:,}")
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} is not safetensors: {shortened(str(error), 200)}") from None
 
 
 def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[str, Tensor]:

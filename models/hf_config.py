@@ -1,11 +1,14 @@
 """config.json of a Hugging Face folder from a decoder's config, and back (no torch)."""
 
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from configs import ConfigError, ModelConfig, RopeScaling
-from configs.explain import explain
+from configs import ConfigError, ModelConfig
+from configs.base import MOST_FLOAT, Length, Size
+from configs.explain import shown
+from configs.load import validated
+from configs.model import MOST_LAYERS
 
 from .hf_names import (
     ARCHITECTURES,
@@ -96,116 +99,213 @@ def to_hf_config(config: ModelConfig, arch: Architecture) -> dict[str, Any]:
     return tree
 
 
-def from_hf_config(tree: dict[str, Any]) -> tuple[ModelConfig, Architecture]:
+Positive = Annotated[float, Field(gt=0, le=MOST_FLOAT)]
+Count = Annotated[int, Field(ge=0, le=2**20)]
+
+
+class _Strict(BaseModel):
+    """JSON of the types that are asked for: no "3" for 3, no 1 for true. Keys that are not listed are not read."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class _Rope(_Strict):
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Positive | None = None
+    partial_rotary_factor: Positive | None = None
+    factor: Positive | None = None
+    original_max_position_embeddings: Length | None = None
+    low_freq_factor: Positive | None = None
+    high_freq_factor: Positive | None = None
+    beta_fast: Positive | None = None
+    beta_slow: Positive | None = None
+    truncate: bool | None = None
+    attention_factor: Any = None
+    mscale: Any = None
+    mscale_all_dim: Any = None
+
+
+class _HFConfig(_Strict):
+    """What is read of config.json, in the words of transformers; None: it says so, or says nothing."""
+
+    vocab_size: Size
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Annotated[int, Field(gt=0, le=MOST_LAYERS)]
+    num_attention_heads: Size
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    max_position_embeddings: Length = 2048
+    rms_norm_eps: Positive = 1e-6
+    initializer_range: Positive = 0.02
+    tie_word_embeddings: bool = False
+    use_qk_norm: bool = False
+
+    rope_theta: Positive = 1e4
+    rope_scaling: _Rope | None = None
+    rope_parameters: _Rope | None = None
+    partial_rotary_factor: Positive | None = None
+
+    sliding_window: Annotated[int, Field(ge=0, le=2**30)] | None = None
+    use_sliding_window: bool | None = None
+    max_window_layers: Annotated[int, Field(ge=0)] = 28
+    layer_types: Annotated[list[str], Field(max_length=MOST_LAYERS)] | None = None
+
+    num_experts: Count | None = None
+    num_local_experts: Count | None = None
+    n_routed_experts: Count | None = None
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Size | None = None
+    norm_topk_prob: bool = False
+    decoder_sparse_step: Size = 1
+    mlp_only_layers: Annotated[list[int], Field(max_length=MOST_LAYERS)] | None = None
+    shared_expert_intermediate_size: Annotated[int, Field(ge=0, le=2**24)] | None = None
+    n_shared_experts: Count | None = None
+    first_k_dense_replace: Count | None = None
+    n_group: Size | None = None
+    topk_group: Size | None = None
+    routed_scaling_factor: Positive = 1.0
+
+
+_UNSUPPORTED: tuple[tuple[str, Any], ...] = (
+    ("attention_bias", False),
+    ("qkv_bias", False),
+    ("mlp_bias", False),
+    ("hidden_act", "silu"),
+    ("num_nextn_predict_layers", 0),
+)
+"""Keys, and the one value that the decoder has."""
+
+
+def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, Architecture]:
     """The config of a decoder that computes what this config.json describes.
 
+    Args:
+        tree: of JSON.
+        where: the file's name, for messages.
+
     Raises:
-        ConfigError: another architecture, or a variant of one that the decoder family lacks.
+        ConfigError: another architecture, a variant of one that the decoder family lacks, or a value that is none.
     """
-    arch = ARCHITECTURES.get(tree.get("model_type", ""))
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} holds {shown(tree)}, not the keys of a model")
+    kind = tree.get("model_type")
+    arch = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if arch is None and tree.get("kv_lora_rank"):
         raise ConfigError(
-            f"config.json: model_type {tree['model_type']!r} has multi-head latent attention "
-            f"(kv_lora_rank={tree['kv_lora_rank']}), the decoder grouped-query attention; experts like those of "
+            f"{where}: model_type {shown(kind)} has multi-head latent attention "
+            f"(kv_lora_rank={shown(tree['kv_lora_rank'])}), the decoder grouped-query attention; experts like those of "
             "DeepSeek-V3 are read from glm4_moe and dots1"
         )
     if arch is None:
-        raise ConfigError(f"config.json: model_type {tree.get('model_type')!r} is none of {', '.join(ARCHITECTURES)}")
+        raise ConfigError(f"{where}: model_type {shown(kind)} is none of {', '.join(ARCHITECTURES)}")
     tree = {**arch.defaults, **tree}
-    for key, only in (
-        ("attention_bias", False),
-        ("qkv_bias", False),
-        ("mlp_bias", False),
-        ("hidden_act", "silu"),
-        ("num_nextn_predict_layers", 0),
-    ):
+    for key, only in _UNSUPPORTED:
         if tree.get(key, only) != only:
-            raise ConfigError(f"config.json: {key}={tree[key]!r} is not supported, only {only!r}")
-    heads = tree["num_attention_heads"]
-    positions = tree.get("max_position_embeddings", 2048)
+            raise ConfigError(f"{where}: {key}={shown(tree[key])} is not supported, only {shown(only)}")
+    given = validated(_HFConfig, tree, where)
+    try:
+        return validated(ModelConfig, _values(given, arch), where), arch
+    except _NotSupported as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+class _NotSupported(ValueError):
+    """What config.json says that the decoder lacks."""
+
+
+def _values(given: _HFConfig, arch: Architecture) -> dict[str, Any]:
+    """Keys of our model config."""
+    heads = given.num_attention_heads
     values: dict[str, Any] = {
-        "vocab_size": tree["vocab_size"],
-        "num_layers": tree["num_hidden_layers"],
-        "hidden_size": tree["hidden_size"],
+        "vocab_size": given.vocab_size,
+        "num_layers": given.num_hidden_layers,
+        "hidden_size": given.hidden_size,
         "num_heads": heads,
-        "num_kv_heads": tree.get("num_key_value_heads") or heads,
-        "head_dim": tree.get("head_dim") or tree["hidden_size"] // heads,
-        "intermediate_size": tree["intermediate_size"],
-        "max_positions": positions,
-        "qk_norm": arch in (QWEN3, QWEN3_MOE, DOTS1) or tree.get("use_qk_norm", False),
-        "norm_eps": tree.get("rms_norm_eps", 1e-6),
-        "tie_embeddings": tree.get("tie_word_embeddings", False),
-        "init_std": tree.get("initializer_range", 0.02),
-        "sliding_window": _window(tree, arch),
-        **_rope(tree, positions),
+        "num_kv_heads": given.num_key_value_heads or heads,
+        "head_dim": given.head_dim or given.hidden_size // heads,
+        "intermediate_size": given.intermediate_size,
+        "max_positions": given.max_position_embeddings,
+        "qk_norm": arch in (QWEN3, QWEN3_MOE, DOTS1) or given.use_qk_norm,
+        "norm_eps": given.rms_norm_eps,
+        "tie_embeddings": given.tie_word_embeddings,
+        "init_std": given.initializer_range,
+        "sliding_window": _window(given, arch),
+        **_rope(given),
     }
     if arch not in (LLAMA, QWEN3):
-        values["top_k"] = tree["num_experts_per_tok"]
-        values["expert_size"] = tree["intermediate_size"] if arch is MIXTRAL else tree["moe_intermediate_size"]
-        values["norm_topk_prob"] = tree.get("norm_topk_prob", False)
+        values["top_k"] = _needed(given, "num_experts_per_tok")
+        values["expert_size"] = given.intermediate_size if arch is MIXTRAL else _needed(given, "moe_intermediate_size")
+        values["norm_topk_prob"] = given.norm_topk_prob
     if arch in (MIXTRAL, QWEN3_MOE, QWEN2_MOE):
-        values["num_experts"] = tree.get("num_local_experts") or tree["num_experts"]
-        values.update(_moe_layers(tree))
+        values["num_experts"] = given.num_local_experts or _needed(given, "num_experts")
+        values.update(_moe_layers(given))
     if arch is QWEN2_MOE:
-        values["shared_expert_size"] = tree["shared_expert_intermediate_size"]
+        values["shared_expert_size"] = _needed(given, "shared_expert_intermediate_size")
         values["shared_expert_gate"] = True
     if arch in (GLM4_MOE, DOTS1):
-        values["num_experts"] = tree.get("n_routed_experts") or tree["num_local_experts"]
-        values["shared_expert_size"] = (tree.get("n_shared_experts") or 0) * tree["moe_intermediate_size"]
-        values["first_dense_layers"] = tree.get("first_k_dense_replace") or 0
-        values["expert_groups"] = tree.get("n_group") or 1
-        values["top_groups"] = tree.get("topk_group") or 1
-        values["router_scale"] = tree.get("routed_scaling_factor", 1.0)
+        values["num_experts"] = given.n_routed_experts or _needed(given, "num_local_experts")
+        values["shared_expert_size"] = (given.n_shared_experts or 0) * values["expert_size"]
+        values["first_dense_layers"] = given.first_k_dense_replace or 0
+        values["expert_groups"] = given.n_group or 1
+        values["top_groups"] = given.topk_group or 1
+        values["router_scale"] = given.routed_scaling_factor
         values["router"], values["router_bias_rate"] = "sigmoid", 0.0
-    try:
-        return ModelConfig(**values), arch
-    except ValidationError as error:
-        raise ConfigError("\n".join(f"config.json: {line}" for line in explain(error, ModelConfig))) from None
+    return values
 
 
-def _rope(tree: dict[str, Any], positions: int) -> dict[str, Any]:
+def _needed(given: _HFConfig, key: str) -> Any:
+    if (value := getattr(given, key)) is None:
+        raise _NotSupported(f"{key} is missing")
+    return value
+
+
+def _rope(given: _HFConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of 4."""
-    given = {**(tree.get("rope_scaling") or {}), **(tree.get("rope_parameters") or {})}
-    theta = given.get("rope_theta", tree.get("rope_theta", 1e4))
-    partial = given.get("partial_rotary_factor", tree.get("partial_rotary_factor"))
+    old, new = given.rope_scaling or _Rope(), given.rope_parameters or _Rope()
+    said = old.model_dump(exclude_none=True) | new.model_dump(exclude_none=True)
+    theta = said.get("rope_theta", given.rope_theta)
+    partial = said.get("partial_rotary_factor", given.partial_rotary_factor)
     if partial not in (None, 1.0):
-        raise ConfigError(f"config.json: partial_rotary_factor={partial} is not supported, only 1.0")
-    kind = given.get("rope_type", given.get("type", "default"))
+        raise _NotSupported(f"partial_rotary_factor={partial} is not supported, only 1.0")
+    kind = said.get("rope_type", said.get("type", "default"))
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in _ROPE_KEYS:
-        raise ConfigError(f"config.json: rope_type {kind!r} is none of default, {', '.join(_ROPE_KEYS)}")
-    extra = [k for k in ("attention_factor", "mscale", "mscale_all_dim") if given.get(k) is not None]
-    if extra or given.get("truncate") is False:
-        raise ConfigError(f"config.json: rope scaling {given} has parts that model.rope_scaling does not know")
-    given.setdefault("original_max_position_embeddings", positions)
-    values = {ours: given[theirs] for ours, theirs in _ROPE_KEYS[kind].items() if given.get(theirs) is not None}
-    return {"rope_theta": theta, "rope_scaling": RopeScaling(kind=kind, **values)}
+        raise _NotSupported(f"rope_type {shown(kind)} is none of default, {', '.join(_ROPE_KEYS)}")
+    extra = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if key in said]
+    if extra or said.get("truncate") is False:
+        raise _NotSupported(f"rope scaling {shown(said)} has parts that model.rope_scaling does not know")
+    said.setdefault("original_max_position_embeddings", given.max_position_embeddings)
+    for key in ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ())):
+        if key not in said:
+            raise _NotSupported(f"rope_type {kind!r} needs {key}, a number above 0")
+    values = {ours: said[theirs] for ours, theirs in _ROPE_KEYS[kind].items() if theirs in said}
+    return {"rope_theta": theta, "rope_scaling": {"kind": kind, **values}}
 
 
-def _window(tree: dict[str, Any], arch: Architecture) -> int | None:
-    window, layers = tree.get("sliding_window"), tree["num_hidden_layers"]
-    used = window if arch in (MIXTRAL, DOTS1) else tree.get("use_sliding_window", False)
+def _window(given: _HFConfig, arch: Architecture) -> int | None:
+    window, layers = given.sliding_window, given.num_hidden_layers
+    used = window if arch in (MIXTRAL, DOTS1) else given.use_sliding_window
     if arch in (LLAMA, GLM4_MOE) or not used:
         return None
     if arch in (QWEN3, QWEN2_MOE, DOTS1):
-        first = tree.get("max_window_layers", 28)
+        first = given.max_window_layers
         slides = [(i < first and i % 2 == 0) if arch is QWEN2_MOE else i >= first for i in range(layers)]
-        kinds = tree.get("layer_types") or ["sliding_attention" if slide else "full_attention" for slide in slides]
+        kinds = given.layer_types or ["sliding_attention" if slide else "full_attention" for slide in slides]
         if set(kinds[:layers]) == {"full_attention"}:
             return None
         if set(kinds[:layers]) != {"sliding_attention"}:
-            raise ConfigError("config.json: sliding window in some layers only; model.sliding_window is for all")
+            raise _NotSupported("sliding window in some layers only; model.sliding_window is for all")
     return window
 
 
-def _moe_layers(tree: dict[str, Any]) -> dict[str, int]:
-    layers, step, dense = (
-        tree["num_hidden_layers"],
-        tree.get("decoder_sparse_step", 1),
-        tree.get("mlp_only_layers") or [],
-    )
+def _moe_layers(given: _HFConfig) -> dict[str, int]:
+    layers, step, dense = given.num_hidden_layers, given.decoder_sparse_step, set(given.mlp_only_layers or [])
     first = next((i for i in range(layers) if i not in dense), layers)
     if any(first <= i < layers and (i + 1) % step == 0 for i in dense):
-        raise ConfigError(f"config.json: mlp_only_layers={dense} are not the first layers, as model.first_dense_layers")
+        raise _NotSupported(
+            f"mlp_only_layers={shown(sorted(dense))} are not the first layers, as model.first_dense_layers"
+        )
     return {"moe_every": step, "first_dense_layers": first}

@@ -241,7 +241,7 @@ def test_import_refuses_what_deepseek_style_models_have_beside_their_experts(tmp
     tree = json.loads((tmp_path / "config.json").read_text())
     tensors = load_file(tmp_path / "model.safetensors")
     for changes, message in (
-        (transformers.DeepseekV3Config().to_dict(), "'deepseek_v3' has multi-head latent attention .kv_lora_rank=512"),
+        (transformers.DeepseekV3Config().to_dict(), '"deepseek_v3" has multi-head latent attention .kv_lora_rank=512'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1"),
         ({"model_type": "qwen2_moe", "qkv_bias": True}, "qkv_bias"),
