@@ -1,5 +1,6 @@
 """`muster checkpoint`: which checkpoints a run has, what is in one, and whether every byte is as it was written."""
 
+import contextlib
 import json
 import math
 import time
@@ -63,16 +64,15 @@ def show(
     try:
         manifest = checkpoint.read_manifest(path)
     except checkpoint.CheckpointError as error:
-        print(error)
-        raise typer.Exit(1) from None
+        raise ConfigError(str(error)) from None
     found = {
         "run": run_dir.name,
-        **{key: manifest[key] for key in ("step", "time", "format", "state", "scalars", "files")},
-        "bytes": sum(entry["bytes"] for entry in manifest["files"].values()),
-        "topology": manifest["config"].get("parallel", {}),
+        **manifest.model_dump(mode="json", include={"step", "time", "format", "state", "scalars", "files"}),
+        "bytes": manifest.bytes,
+        "topology": manifest.topology,
         "states": {
             state: {"tensors": len(shapes), "elements": sum(map(math.prod, shapes.values())), "shapes": shapes}
-            for state, shapes in manifest["shapes"].items()
+            for state, shapes in manifest.shapes.items()
         },
     }
     if as_json:
@@ -128,18 +128,11 @@ def _row(run_dir: Path, step: int, *, digests: bool = False) -> dict[str, Any]:
 
     path = checkpoint.folder(run_dir, step)
     problems = checkpoint.verify(path, digests=digests)
-    try:
+    row: dict[str, Any] = {"step": step, "time": None, "bytes": 0, "files": 0}
+    with contextlib.suppress(checkpoint.CheckpointError):
         manifest = checkpoint.read_manifest(path)
-    except checkpoint.CheckpointError:
-        manifest = {"time": None, "files": {}}
-    size = sum(entry["bytes"] for entry in manifest["files"].values())
-    return {
-        "step": step,
-        "time": manifest["time"],
-        "bytes": size,
-        "files": len(manifest["files"]),
-        "problems": problems,
-    }
+        row |= {"time": manifest.time, "bytes": manifest.bytes, "files": len(manifest.files)}
+    return row | {"problems": problems}
 
 
 def _when(seconds: float | None) -> str:

@@ -11,38 +11,46 @@ Memory: a rank that writes holds a copy of its own share, a rank that reads hold
 shards are mapped, so that the kernel keeps of them what it has room for.
 """
 
+import hashlib
 import json
-import math
+import os
+import re
 import shutil
+import stat
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from . import fragments
-from .durable import digest, fsync, read_json, write_durably
+from .durable import digest, fsync, write_durably
 from .fragments import Box, Run
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    MASTER,
+    MOST_BYTES,
+    CheckpointError,
+    File,
+    Manifest,
+    Receipt,
+    cut,
+    open_file,
+    parse_manifest,
+    parse_receipt,
+    read_manifest,
+)
 from .state import TrainState
-
-FORMAT = 2
-READABLE = (1, 2)
-"""Format 1 knew no boxes."""
-MANIFEST = "manifest.json"
-MASTER = "weight"
-"""Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,13 @@ def folder(run_dir: Path, step: int) -> Path:
 def committed(run_dir: Path) -> list[int]:
     """Steps with a manifest, oldest first."""
     found = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
-    return sorted(int(path.parent.name.removeprefix("step-")) for path in found if path.parent.name[5:].isdigit())
+    return sorted(step for path in found if (step := step_of(path.parent)) is not None)
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder, by its name; None if `folder` names none so."""
+    named = re.fullmatch(r"step-(\d{8,15})", path.name, re.ASCII)
+    return int(named[1]) if named and path.name == f"step-{int(named[1]):08d}" else None
 
 
 def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
@@ -86,6 +100,8 @@ def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
             synced = pool.submit(fsync, shard)
             receipt["file"] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": digest(shard)}
             synced.result()
+        with shard.open("rb") as file:
+            _data_begins(shard, file)
         write_durably(path / f"receipt-{rank:05d}.json", receipt)
     except Exception as error:
         with suppress(OSError):
@@ -111,17 +127,18 @@ def _say_failed(path: Path, reason: str) -> None:
             path.touch()
 
 
-def commit(path: Path, world_size: int, token: str, state: TrainState, config: Mapping, timeout_s: float) -> dict:
+def commit(path: Path, world_size: int, token: str, state: TrainState, config: Mapping, timeout_s: float) -> Manifest:
     """Wait for every rank's receipt, then write the manifest: from here on the checkpoint exists. Rank 0 only.
 
     Raises:
         CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`, or the shards
             together lack a part of a tensor.
     """
-    receipts, errors, deadline = [], [], time.monotonic() + timeout_s
+    receipts: list[Receipt] = []
+    errors, deadline = [], time.monotonic() + timeout_s
     for rank in range(world_size):
         failed = path / _failure(rank, token)
-        while not ((receipt := read_json(path / f"receipt-{rank:05d}.json")) and receipt["token"] == token):
+        while not (receipt := _receipt(path / f"receipt-{rank:05d}.json", token)):
             if failed.exists():
                 errors.append(f"rank {rank} could not write its shard: {failed.read_text() or 'the disk is full'}")
                 break
@@ -133,46 +150,50 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
             receipts.append(receipt)
     if errors:  # only now that every rank has ended: the folder can be deleted
         raise CheckpointError(f"{path}: {'; '.join(errors)}")
-    shapes: dict[str, dict[str, list[int]]] = defaultdict(dict)
-    for receipt in receipts:
-        for key, names in receipt["shapes"].items():
-            shapes[key].update(names)
+    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     scalars: dict[str, float] = {}
     for receipt in receipts:
-        scalars.update(receipt["scalars"])
-    _check_whole(path, shapes, receipts)
-    manifest = {
+        for key, names in receipt.shapes.items():
+            shapes[key].update(names)
+        scalars.update(receipt.scalars)
+    tree = {
         "format": FORMAT,
         "step": state.step,
         "time": time.time(),
         "state": state.to_dict(),
         "shapes": shapes,
         "scalars": scalars,
-        "files": {receipt["file"]["name"]: receipt["file"] for receipt in receipts},
+        "files": {receipt.file.name: receipt.file.model_dump() for receipt in receipts},
         "config": dict(config),
     }
+    # Nothing is written that would not be read.
+    manifest = parse_manifest(json.dumps(tree).encode(), path / MANIFEST)
+    written = [(key, numel, r.file.name) for r in receipts for key, numel in r.fragments.items()]
+    try:
+        fragments.index(written, shapes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     fsync(path)
-    write_durably(path / MANIFEST, manifest)
+    write_durably(path / MANIFEST, tree)
     for rank in range(world_size):
         (path / f"receipt-{rank:05d}.json").unlink(missing_ok=True)
     return manifest
 
 
-def _check_whole(path: Path, shapes: Mapping[str, Mapping[str, list[int]]], receipts: list[dict[str, Any]]) -> None:
-    written = [(key, numel, "") for receipt in receipts for key, numel in receipt["fragments"].items()]
-    held = fragments.index(written, shapes)
-    for state, names in shapes.items():
-        for name, shape in names.items():
-            _, missing = fragments.share_out(fragments.whole(shape), [run.box for run in held[state, name]])
-            if count := sum(map(fragments.size, missing)):
-                raise CheckpointError(
-                    f"{path}: no rank wrote {count} of the {math.prod(shape)} elements of {state} {name}"
-                )
+def _receipt(path: Path, token: str) -> Receipt | None:
+    """A rank's receipt for this save; what is not one, as an earlier save may have left it, is none."""
+    try:
+        with open_file(path) as file:
+            receipt = parse_receipt(file.read(MOST_BYTES + 1), path)
+    except (OSError, CheckpointError):
+        return None
+    return receipt if receipt.token == token else None
 
 
 def remove(path: Path) -> None:
     """Delete a checkpoint; its manifest goes first, so that what is half deleted is no checkpoint."""
-    (path / MANIFEST).unlink(missing_ok=True)
+    with suppress(IsADirectoryError, NotADirectoryError):
+        (path / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(path, ignore_errors=True)
 
 
@@ -185,76 +206,170 @@ def prune(run_dir: Path, keep: int, keep_every: int | None) -> list[int]:
     return old
 
 
-def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder. Raises CheckpointError if there is none that can be read."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path / MANIFEST}: {error}") from None
-    if not isinstance(manifest, dict):
-        raise CheckpointError(f"{path / MANIFEST}: not a manifest")
-    if manifest.get("format") not in READABLE:
-        raise CheckpointError(f"{path}: format {manifest.get('format')}, this version reads {READABLE}")
-    for name in manifest["files"]:
-        if Path(name).name != name or name == "..":
-            raise CheckpointError(f"{path}: the manifest names a file outside its folder: {name}")
-    return manifest
-
-
 def verify(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> list[str]:
-    """What is wrong with a checkpoint's files: size and sha256 of each against the manifest; empty if nothing.
+    """What is wrong with a checkpoint; empty if nothing.
+
+    Its manifest, the size and header of every file and every fragment's place are checked, and of the files' content
+    that sha256 is the manifest's and every number finite: a run skips the steps that would make others.
 
     Args:
-        part, parts: check only every `parts`-th file, so that ranks share the reading.
-        digests: False to compare sizes alone, without reading the files.
+        part, parts: read only every `parts`-th file, so that ranks share the reading.
+        digests: False to leave the content alone.
     """
+    return examine(path, part, parts, digests=digests)[1]
+
+
+MOST_TOLD = 16
+"""Problems of one checkpoint that are told: a manifest may name 100,000 files that are missing."""
+
+
+def examine(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> "tuple[Reader | None, list[str]]":
+    """A reader of a checkpoint where nothing is wrong with it, and what is, as `verify`."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
+        return None, [str(error)]
+    sizes = {file.name: _wrong_size(path, file) for file in [*manifest.files.values()][part::parts]}
+    problems = [problem for problem in sizes.values() if problem]
+    reader = None
+    if not problems:
+        try:
+            reader = Reader(path, manifest)
+        except CheckpointError as error:
+            return None, [str(error)]
+    for name, problem in sizes.items():
+        if digests and not problem:
+            problems += _wrong_content(path / name, manifest.files[name].sha256, reader)
+    return None if problems else reader, problems[:MOST_TOLD]
+
+
+def _wrong_size(path: Path, file: File) -> str:
+    there = path / file.name
+    try:
+        found = there.lstat()
+    except OSError:
+        return f"{there} is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{there} is no file, or a link to one"
+    if found.st_size != file.bytes:
+        return f"{there} has {found.st_size} bytes, the manifest says {file.bytes}"
+    return ""
+
+
+def _wrong_content(path: Path, sha256: str, reader: "Reader | None") -> list[str]:
+    """What is wrong with the content of a file; without a reader, which knows its types, numbers are not looked at."""
+    try:
+        found, finite = _digest(path)
+    except (OSError, CheckpointError) as error:
         return [str(error)]
-    problems = []
-    for name, entry in list(manifest["files"].items())[part::parts]:
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{file} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{file} has {file.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        elif digests and digest(file) != entry["sha256"]:
-            problems.append(f"{file} does not have the manifest's sha256: its content changed after it was written")
-    return problems
+    if found != sha256:
+        return [f"{path} does not have the manifest's sha256: its content changed after it was written"]
+    if reader and not finite:
+        return [f"{path} holds numbers that are not finite{reader.not_finite(path.name)}"]
+    return []
+
+
+_CHUNK = 1 << 18
+"""Bytes that stay in the processor's cache between the two looks at them."""
+_ZEROS = np.zeros(_CHUNK // 4, np.float32)
+
+
+def _digest(path: Path) -> tuple[str, bool]:
+    """sha256 of a shard, and whether its numbers, if they are fp32, are all finite: read once for both."""
+    found, finite = hashlib.sha256(), True
+    buffer = bytearray(_CHUNK)
+    with open_file(path) as file, np.errstate(invalid="ignore"):
+        begins = _data_begins(path, file)
+        file.seek(0)
+        found.update(file.read(begins))
+        while size := file.readinto(buffer):  # type: ignore[attr-defined]
+            found.update(memoryview(buffer)[:size])
+            numbers = np.frombuffer(buffer, np.float32, size // 4)
+            # Infinity and NaN times zero are NaN.
+            finite = finite and bool(np.dot(numbers, _ZEROS[: numbers.size]) == 0)
+    return found.hexdigest(), finite
+
+
+def _data_begins(path: Path, file: BinaryIO) -> int:
+    """Where the numbers of a shard begin, after its header.
+
+    Raises:
+        CheckpointError: the header is longer than the file, or than would be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MOST_BYTES):
+        raise CheckpointError(f"{path} is not safetensors: its header of {length:,} bytes is longer than it can be")
+    return 8 + length
 
 
 class Reader:
     """Random access to a checkpoint's state by (state, parameter, box, range), whoever wrote it.
 
-    Nothing is verified here: call `verify` first.
+    Args:
+        manifest: the folder's, if it was read already.
+
+    Raises:
+        CheckpointError: the manifest, a file's size, type or header is not what it should be, or the fragments do not
+            hold every element of every tensor once. The content is not read: see `verify`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, manifest: Manifest | None = None):
         self.path = path
-        self.manifest = read_manifest(path)
+        self.manifest = manifest or read_manifest(path)
+        self._files = {}
+        for name, file in self.manifest.files.items():
+            if problem := _wrong_size(path, file):
+                raise CheckpointError(problem)
+            self._files[name] = _open(path / name)
         try:
-            self._files = {name: safe_open(path / name, framework="pt") for name in self.manifest["files"]}
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} has a file that is not safetensors: {error}") from None
-        written = (
-            (key, handle.get_slice(key).get_shape()[0], file)
-            for file, handle in self._files.items()
-            for key in handle.keys()  # noqa: SIM118 - a safetensors handle is no mapping
-        )
-        self._held = fragments.index(written, self.manifest["shapes"])
+            self._held = fragments.index(self._written(), self.manifest.shapes)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def _written(self) -> Iterator[tuple[str, int, str]]:
+        for name, file in self._files.items():
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                found = file.get_slice(key)
+                shape = found.get_shape()
+                if found.get_dtype() != "F32" or len(shape) != 1:
+                    raise ValueError(f"{name}: {cut(key)} is {found.get_dtype()} {shape}, not F32 in one dimension")
+                yield key, shape[0], name
+
+    def not_finite(self, name: str) -> str:
+        """The first tensor of a file that is not finite, for a message."""
+        for key in self._files[name].keys():  # noqa: SIM118
+            if not self._files[name].get_slice(key)[:].isfinite().all():
+                return f", such as those of {cut(key)}"
+        return ""
 
     @property
     def states(self) -> list[str]:
         """Names of the states: `weight` and the optimizer's own."""
-        return list(self.manifest["shapes"])
+        return list(self.manifest.shapes)
 
     def shape(self, key: str, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor. Raises CheckpointError if the checkpoint does not hold it."""
         try:
-            return tuple(self.manifest["shapes"][key][name])
+            return self.manifest.shapes[key][name]
         except KeyError:
             raise CheckpointError(f"{self.path} holds no {key} of {name}") from None
+
+    def misfit(self, wanted: Mapping[str, Sequence[int]], *, others: bool = False) -> str:
+        """Why the weights are not those of a model with parameters of these shapes; empty if they are.
+
+        Args:
+            others: it may have more parameters, and so may the checkpoint.
+        """
+        held = self.manifest.shapes[MASTER]
+        for name, shape in wanted.items():
+            if name not in held:
+                return f"{self.path} holds no {MASTER} of {name}"
+            if held[name] != tuple(shape):
+                return f"{self.path}: {name} is {list(held[name])}, the model's is {list(shape)}"
+        if not others and (unknown := [name for name in held if name not in wanted]):
+            return f"{self.path} has {len(unknown)} parameters that the model has not, such as {cut(unknown[0])}"
+        return ""
 
     def read(self, key: str, name: str, start: int = 0, numel: int | None = None, box: Box | None = None) -> Tensor:
         """Elements [start, start + numel) of the flattened `box` of a tensor, as a 1-D CPU tensor.
@@ -271,7 +386,7 @@ class Reader:
         stop = fragments.size(box) if numel is None else start + numel
         held = self._held[key, name]
         missing = max(0, stop - fragments.size(box))
-        out = torch.empty(stop - start, dtype=self._data(held[0]).dtype if held else None)
+        out = torch.empty(stop - start, dtype=torch.float32)
         for place, wanted in fragments.runs(box, start, stop - missing):
             target = out[place - start :][: fragments.size(wanted)].view(fragments.lengths(wanted))
             taken, left = fragments.share_out(wanted, [run.box for run in held])
@@ -291,3 +406,13 @@ class Reader:
     def weight(self, name: str) -> Tensor:
         """The whole fp32 weight in its shape."""
         return self.read(MASTER, name).view(self.shape(MASTER, name))
+
+
+def _open(path: Path) -> Any:
+    """A safetensors handle. Raises CheckpointError."""
+    try:
+        with open_file(path) as file:
+            _data_begins(path, file)
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError, MemoryError) as error:  # mapped, it wants as much address space
+        raise CheckpointError(f"{path} is not safetensors: {cut(str(error))}") from None

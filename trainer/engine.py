@@ -243,5 +243,7 @@ def loss_scale_state(engine: Any) -> dict[str, Any] | None:
 
 
 def restore_loss_scale(engine: Any, state: dict[str, Any] | None) -> None:
+    """Go on with a loss scale and what it counts; its settings are the config's."""
     if state is not None and engine.fp16_enabled():
-        vars(engine.optimizer.loss_scaler).update(state)
+        counts = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+        vars(engine.optimizer.loss_scaler).update({key: state[key] for key in counts if key in state})

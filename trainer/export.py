@@ -11,10 +11,9 @@ from models.hf import export_hf
 from models.router import choosers
 
 from . import checkpoint
-from .checkpoint import CheckpointError, Reader
 from .data.manifest import TOKENIZER, sources_of
 from .plugins import load_plugins
-from .routers import on_device, tell
+from .routers import on_device, tell, wrong_routers
 from .run import read_config
 
 
@@ -34,23 +33,23 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
     if not steps or (step is not None and step not in steps):
         have = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none yet"
         raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
-    problems: list[str] = []
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in build(config.model).named_parameters()}
+    refused: list[str] = []
     for candidate in wanted:
-        path = checkpoint.folder(run_dir, candidate)
-        if not (found := checkpoint.verify(path)):
+        reader, problems = checkpoint.examine(checkpoint.folder(run_dir, candidate))
+        if reader and (problem := reader.misfit(shapes) or wrong_routers(reader.manifest.state, config.model)):
+            problems = [problem]
+        if reader and not problems:
             break
-        problems += found
+        refused += problems
     else:
-        raise ConfigError(f"no checkpoint of {run_dir} can be used: {problems[0]}")
+        raise ConfigError(f"no checkpoint of {run_dir} can be used: {refused[0]}")
     module = build(config.model)
-    try:
-        reader = Reader(path)
-        with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(reader.weight(name))
-    except CheckpointError as error:
-        raise ConfigError(str(error)) from None
-    routers = on_device(reader.manifest["state"].get("routers", {}), torch.device("cpu"))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(reader.weight(name))
+    routers = on_device(reader.manifest.state.routers, torch.device("cpu"))
     tell(choosers(module), routers, config.model)
     return module.eval(), config, candidate
 

@@ -1,6 +1,8 @@
 """Fragments: flat stretches of slices ("boxes") of tensors, and who holds which element, whichever way it was cut."""
 
+import itertools
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,13 +103,19 @@ def fragment_key(state: str, name: str, start: int, box: Box, shape: Sequence[in
     return f"{state}/{name}@{start}{part}"
 
 
+_KEY = re.compile(r"([^/]+)/(.+)@(\d{1,16})(?:\[(\d{1,16}:\d{1,16}(?:,\d{1,16}:\d{1,16})*)\])?", re.ASCII | re.DOTALL)
+
+
 def parse_key(key: str) -> tuple[str, str, int, Box | None]:
-    """(state, parameter, start, box or None for the whole tensor) of a fragment's key."""
-    state, _, rest = key.partition("/")
-    name, _, rest = rest.rpartition("@")
-    start, _, part = rest.rstrip("]").partition("[")
-    sides = [side.split(":") for side in part.split(",")] if part else []
-    return state, name, int(start), tuple((int(low), int(high)) for low, high in sides) or None
+    """(state, parameter, start, box or None for the whole tensor) of a fragment's key. Raises ValueError."""
+    found = _KEY.fullmatch(key)
+    if not found:
+        raise ValueError(f"{key!a:.120} is no fragment's key")
+    state, name, start, part = found.groups()
+    if part is None:
+        return state, name, int(start), None
+    sides = [side.split(":") for side in part.split(",")]
+    return state, name, int(start), tuple((int(low), int(high)) for low, high in sides)
 
 
 @dataclass(frozen=True)
@@ -122,12 +130,49 @@ class Run:
 
 
 def index(
-    fragments: Iterable[tuple[str, int, str]], shapes: Mapping[str, Mapping[str, list[int]]]
+    fragments: Iterable[tuple[str, int, str]], shapes: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> dict[tuple[str, str], list[Run]]:
-    """(state, parameter) -> what is held of it, given (key, elements, file) of each fragment."""
-    held: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    """(state, parameter) -> what is held of it, given (key, elements, file) of each fragment.
+
+    Raises:
+        ValueError: a fragment is of no tensor in `shapes`, empty or not within its tensor; an element is held by none
+            or by two.
+    """
+    outer = {(state, name): whole(shape) for state, names in shapes.items() for name, shape in names.items()}
+    sizes = {tensor: size(box) for tensor, box in outer.items()}
+    held: dict[tuple[str, str], list[Run]] = {tensor: [] for tensor in outer}
     for key, numel, file in fragments:
-        state, name, start, box = parse_key(key)
-        box = box or whole(shapes[state][name])
-        held[state, name] += [Run(part, file, key, at - start) for at, part in runs(box, start, start + numel)]
+        state, name, start, part = parse_key(key)
+        tensor = state, name
+        if tensor not in held:
+            raise ValueError(f"{file}: {key!a:.120} is of no tensor that the manifest names")
+        box = outer[tensor] if part is None else part
+        if part and (len(part) != len(outer[tensor]) or intersection(part, outer[tensor]) != part):
+            raise ValueError(f"{file}: {key!a:.120} is not within a tensor of {list(shapes[state][name])}")
+        room = (size(part) if part else sizes[tensor]) - start
+        if not 0 < numel <= room:
+            raise ValueError(f"{file}: {key!a:.120} has {numel} elements, and its slice has room for {max(room, 0)}")
+        held[tensor] += [Run(stretch, file, key, at - start) for at, stretch in runs(box, start, start + numel)]
+    for (state, name), found in held.items():
+        if not covers([run.box for run in found], shapes[state][name]):
+            total, there = sizes[state, name], sum(size(run.box) for run in found)
+            what = f"hold {there} of its {total} elements" if there < total else "hold an element twice"
+            raise ValueError(f"the fragments of {state!a:.40} {name!a:.120} {what}")
     return held
+
+
+def covers(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
+    """Whether boxes within a tensor hold each of its elements once.
+
+    They do if the sum of their indicator functions is that of the tensor, and functions on a grid are equal if their
+    differences along all dimensions are. Those of a box are 1 or -1 at its corners and 0 elsewhere, so the corners of
+    neighbours cancel and the tensor's remain: no pairs need comparing.
+    """
+    signs = [(-1) ** index.bit_count() for index in range(2 ** len(shape))]
+    corners: dict[tuple[int, ...], int] = defaultdict(int)
+    for box in boxes:
+        for corner, sign in zip(itertools.product(*box), signs, strict=True):
+            corners[corner] += sign
+    for corner, sign in zip(itertools.product(*whole(shape)), signs, strict=True):
+        corners[corner] -= sign
+    return not any(corners.values())

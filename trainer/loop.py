@@ -121,7 +121,7 @@ def _steps(
         record.event("plan", **forecast.predicted())
     trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))
     engine, where = trainee.engine, trainee.where
-    resume(run_dir, engine, state, record)
+    resume(run_dir, engine, state, config.model, record)
     if state.step:
         trainee.remember(state.routers)
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)

@@ -64,6 +64,30 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     return builders[config.name]()
 
 
+def moments(optimizer: torch.optim.Optimizer) -> list[set[str]]:
+    """What the optimizer keeps of a parameter from step to step: the kinds of parameters, each with its states' names.
+
+    Of these it goes on; if a parameter has a state and not all of them, the next step fails.
+    """
+    momentum = {"momentum_buffer"} if optimizer.defaults.get("momentum") else set()
+    match optimizer:
+        case Muon():
+            return [{"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"}]
+        case Lion():
+            return [{"exp_avg"}]
+        case torch.optim.SGD():
+            return [momentum]
+        case torch.optim.RMSprop():
+            return [{"step", "square_avg"} | momentum]
+        case Adagrad():
+            return [{"step", "sum"}]
+        case torch.optim.Adafactor():
+            return [{"step", "row_var", "col_var"}, {"step", "variance"}]
+        case torch.optim.Adam():  # and AdamW
+            return [{"step", "exp_avg", "exp_avg_sq"}]
+    return [set()]
+
+
 class Adagrad(torch.optim.Optimizer):
     """torch's Adagrad with its state made at the first step.
 

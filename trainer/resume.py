@@ -1,76 +1,82 @@
 """Find where a run stands and put its engine there; go back when the loss spikes."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 from torch import distributed as dist
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, ModelConfig
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Reader
 from .collectives import from_all, from_chief
 from .engine import restore_loss_scale
+from .manifest import cut
 from .record import Record, read_events
-from .save import restore
+from .routers import wrong_routers
+from .save import misfit, restore
+from .slots import pieces
 from .state import TrainState
 
 
-def resume(run_dir: Path, engine: Any, state: TrainState, record: Record | None) -> None:
-    """Bring the engine and `state` to the newest checkpoint whose every byte is as it was written.
+def resume(run_dir: Path, engine: Any, state: TrainState, model: ModelConfig, record: Record | None) -> None:
+    """Bring the engine and `state` to the newest checkpoint in which nothing is wrong.
 
     The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
     and recorded; what was half written is deleted. A run without checkpoints starts from its initial weights, or from
     the checkpoint it was forked from.
 
     Raises:
-        ConfigError: there are checkpoints and none can be used, or they are another model's.
+        ConfigError: there are checkpoints and none can be used. Those that are whole but another model's stay.
     """
-    refused = []
-    path: Path | None = None
+    refused: list[tuple[Path, list[str]]] = []
+    fits = True
+    reader = None
     for step in reversed(from_chief(lambda: checkpoint.committed(run_dir))):
         candidate = checkpoint.folder(run_dir, step)
-        if problems := _check_together(candidate):
-            refused.append(problems[0])
-            _set_aside(candidate, step, problems, record)
-        else:
-            path = candidate
+        reader, problems = _check_together(candidate)
+        if reader and (problems := _misfits(reader, engine, model)):
+            reader, fits = None, False
+        if reader:
             break
+        refused.append((candidate, problems))
+    if refused and not reader and not fits:
+        raise ConfigError(f"checkpoint does not fit the model: {refused[0][1][0]}")
+    for path, problems in refused:
+        _set_aside(path, problems, record)
     if record:
         _sweep(run_dir)
-    if path is None and refused:
+    if refused and not reader:
         raise ConfigError(
-            f"no checkpoint of {run_dir} can be used: {refused[0]}.\n"
+            f"no checkpoint of {run_dir} can be used: {refused[0][1][0]}.\n"
             f"They are kept as {run_dir}/checkpoints/*.refused; the next start begins at step 0"
         )
     events = from_chief(lambda: read_events(run_dir))
-    if path is None:
-        forks = [event for event in events if event["event"] == "forked"]
-        path = Path(forks[-1]["checkpoint"]) if forks else None
-        if path and (problems := _check_together(path)):
+    forks = [event for event in events if event["event"] == "forked"]
+    if not reader and forks:
+        reader, problems = _check_together(Path(forks[-1]["checkpoint"]))
+        problems = problems if not reader else _misfits(reader, engine, model)
+        if problems:
             raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
-    if path is None:
+    if not reader:
         return
-    load(path, engine, state)
+    load(reader, engine, state)
     # A rollback moved the cursor on without a checkpoint of its own yet.
     backs = [event for event in events if event["event"] == "rollback" and event["to_step"] == state.step]
     if backs and events.index(backs[-1]) > _last_save(events, state.step):
         state.cursor, state.rollbacks = backs[-1]["cursor"], backs[-1]["rollbacks"]
     if record:
-        record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(path))
+        record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(reader.path))
 
 
-def load(path: Path, engine: Any, state: TrainState) -> None:
+def load(reader: Reader, engine: Any, state: TrainState) -> None:
     """Load a verified checkpoint. Raises ConfigError if its parameters are not the model's."""
     try:
-        reader = Reader(path)
         restore(engine, reader)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint does not fit the model: {error}") from None
-    try:
-        vars(state).update(vars(TrainState(**reader.manifest["state"])))
-    except TypeError as error:
-        raise ConfigError(f"{path} was written by another version of muster: {error}") from None
+    vars(state).update(vars(reader.manifest.state))
     restore_loss_scale(engine, state.loss_scale)
 
 
@@ -88,7 +94,10 @@ def roll_back(run_dir: Path, engine: Any, state: TrainState, config: Config, rec
             f"the loss spiked at step {spiked} and {why}: lower optim.lr, or raise train.spike.deviations "
             f"or train.spike.max_rollbacks"
         )
-    load(checkpoint.folder(run_dir, steps[-1]), engine, state)
+    try:
+        load(Reader(checkpoint.folder(run_dir, steps[-1])), engine, state)
+    except CheckpointError as error:
+        raise ConfigError(f"the loss spiked at step {spiked} and there is no going back: {error}") from None
     left_out = (state.cursor, cursor)
     state.cursor, state.rollbacks = cursor, rollbacks
     if record:
@@ -97,24 +106,46 @@ def roll_back(run_dir: Path, engine: Any, state: TrainState, config: Config, rec
         )
 
 
-def _check_together(path: Path) -> list[str]:
-    mine = checkpoint.verify(path, dist.get_rank(), dist.get_world_size())
-    return [problem for problems in from_all(mine) for problem in problems]
+def _check_together(path: Path) -> tuple[Reader | None, list[str]]:
+    """A reader, the same in every process or in none, and what each has found, once."""
+    reader, mine = checkpoint.examine(path, dist.get_rank(), dist.get_world_size())
+    problems = _union(mine)
+    return (None if problems else reader), problems
 
 
-def _set_aside(path: Path, step: int, problems: list[str], record: Record | None) -> None:
+def _misfits(reader: Reader, engine: Any, model: ModelConfig) -> list[str]:
+    """Why a checkpoint cannot be loaded into the model that the processes hold; empty if it can."""
+    mine = misfit(engine, reader) or wrong_routers(reader.manifest.state, model)
+    if problems := _union([mine] if mine else []):
+        return problems
+    own, held = {piece.name for piece in pieces(engine)}, reader.manifest.shapes[checkpoint.MASTER]
+    parts = from_all([] if own == held.keys() else sorted(own))
+    if not all(parts):
+        return []
+    # No process has them all: they are a pipeline's, or the checkpoint has more.
+    known = set(itertools.chain(*parts))
+    unknown = [name for name in held if name not in known]
+    more = f"{reader.path} has {len(unknown)} parameters that the model has not, such as"
+    return [f"{more} {cut(unknown[0])}"] if unknown else []
+
+
+def _union(mine: list[str]) -> list[str]:
+    return list(dict.fromkeys(problem for problems in from_all(mine) for problem in problems))
+
+
+def _set_aside(path: Path, problems: list[str], record: Record | None) -> None:
     if record:
         target = path.with_name(f"{path.name}.refused")
         checkpoint.remove(target)
         path.rename(target)
-        record.event("checkpoint_refused", step=step, problems=problems, kept_as=target.name)
+        record.event("checkpoint_refused", step=checkpoint.step_of(path), problems=problems, kept_as=target.name)
     dist.barrier()
 
 
 def _sweep(run_dir: Path) -> None:
     """Delete checkpoint folders that a killed attempt left without a manifest."""
     for path in (run_dir / "checkpoints").glob("step-*"):
-        if path.name[5:].isdigit() and not (path / checkpoint.MANIFEST).exists():
+        if checkpoint.step_of(path) is not None and not (path / checkpoint.MANIFEST).exists():
             checkpoint.remove(path)
 
 

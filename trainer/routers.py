@@ -1,12 +1,15 @@
 """What routers remember from step to step, the same in every process: balancing biases, and the last step's loads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from configs import Config, ModelConfig
 from models.router import Chooser
+
+from .manifest import cut
+from .state import TrainState
 
 Routers = dict[str, list[list[float]]]
 """`bias` and `load`, each [MoE layers][experts], where the config asks for them."""
@@ -21,6 +24,18 @@ def fresh_routers(model: ModelConfig) -> Routers:
     if layers and model.aux_loss_over == "global_batch":
         found["load"] = [[1 / experts] * experts for _ in range(layers)]
     return found
+
+
+def wrong_routers(state: TrainState, model: ModelConfig) -> str:
+    """What of a checkpoint's state is not of the model's MoE layers and experts; empty if all is."""
+    layers, experts = sum(map(model.is_moe_layer, range(model.num_layers))), model.num_experts
+    remembered: dict[str, Sequence[Sequence[float]]] = {**state.routers, "starved": state.starved}
+    for name, rows in remembered.items():
+        if name not in ("bias", "load", "starved"):
+            return f"state.routers has {cut(name)}, which no router remembers"
+        if rows and (len(rows) != layers or any(len(row) != experts for row in rows)):
+            return f"state: {name} is not of the model's {layers} MoE layers of {experts} experts"
+    return ""
 
 
 def on_device(routers: Routers, here: torch.device) -> dict[str, Tensor]:

@@ -15,6 +15,8 @@ from . import checkpoint
 from .checkpoint import MASTER, CheckpointError, Reader, Snapshot
 from .engine import base_optimizer, device, parameters_changed
 from .fragments import fragment_key
+from .manifest import STEP
+from .optim import moments
 from .record import Record
 from .slots import Slot, is_replicated, is_sharded, pieces, slots
 from .state import TrainState
@@ -41,7 +43,7 @@ def share(engine: Any) -> Snapshot:
         low, high = (slot.numel * rank // world, slot.numel * (rank + 1) // world) if whole else (0, slot.numel)
         views = {MASTER: slot.view(slot.owner)}
         for key, value in optimizer.state.get(slot.owner, {}).items():
-            if not torch.is_tensor(value) or value.numel() == 1 != slot.owner.numel():
+            if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
                 scalars[key] = float(value)
             elif value.numel() == slot.owner.numel():
                 views[key] = slot.view(value)
@@ -76,23 +78,39 @@ def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
     return replace(views, tensors=tensors)
 
 
+def misfit(engine: Any, reader: Reader) -> str:
+    """Why a checkpoint cannot be loaded into this process's engine: a parameter or a moment of it is missing or has
+    another shape. Empty if it can."""
+    shapes, scalars = reader.manifest.shapes, set(reader.manifest.scalars)
+    needed = moments(base_optimizer(engine))
+    for piece in pieces(engine):
+        if problem := reader.misfit({piece.name: piece.shape}, others=True):
+            return problem
+        own = {key for key in shapes if piece.name in shapes[key]} - {MASTER}
+        if own and not any(kind <= own | scalars for kind in needed):
+            names = " or ".join(", ".join(sorted(kind)) for kind in needed)
+            return (
+                f"{reader.path} holds {', '.join(sorted(own | scalars))} of {piece.name}, the optimizer goes on from "
+                f"{names}: set optim.name back, or begin from the weights alone with train.init_from"
+            )
+    return ""
+
+
 def restore(engine: Any, reader: Reader) -> None:
     """Put a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
 
     Each process reads what it holds: the slices that are its parameters, and its stretches of the states.
 
     Raises:
-        CheckpointError: a parameter of the model is missing or has another shape.
+        CheckpointError: as `misfit` says.
     """
+    if problem := misfit(engine, reader):
+        raise CheckpointError(problem)
     held = {id(slot.parameter): slot for slot in slots(engine)}
     optimizer = base_optimizer(engine)
     # They want the step count beside the parameter, the others on the CPU.
     skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
     for piece in pieces(engine):
-        if reader.shape(MASTER, piece.name) != piece.shape:
-            raise CheckpointError(
-                f"{reader.path}: {piece.name} is {reader.shape(MASTER, piece.name)}, the model's is {piece.shape}"
-            )
         slot = held.get(id(piece.parameter))
         with torch.no_grad():
             if is_sharded(engine):
@@ -115,7 +133,7 @@ def restore(engine: Any, reader: Reader) -> None:
 def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: torch.device | str) -> None:
     """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches; scalars where it wants them."""
     for key in reader.states:
-        if key == MASTER or slot.name not in reader.manifest["shapes"][key]:
+        if key == MASTER or slot.name not in reader.manifest.shapes[key]:
             continue
         shape = reader.shape(key, slot.name)
         if shape == slot.shape:
@@ -124,7 +142,7 @@ def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: 
             slot.view(state[key]).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
         else:
             state[key] = reader.read(key, slot.name).view(shape).to(slot.owner.device)
-    for key, value in reader.manifest["scalars"].items():
+    for key, value in reader.manifest.scalars.items():
         state[key] = torch.tensor(value, device=scalars)
 
 
@@ -209,7 +227,7 @@ class Saver:
                 stall = self.stalled if self._background else seconds
                 self.took = stall, seconds
                 if self._record:
-                    size = sum(entry["bytes"] for entry in manifest["files"].values())
+                    size = manifest.bytes
                     self._record.event(
                         "checkpoint", step=state.step, bytes=size, stall_s=stall, write_s=seconds, pruned=pruned
                     )

@@ -1,30 +1,41 @@
 """All progress of a run in one small value, saved with every checkpoint."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+"""What JSON's readers hold exactly."""
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 @dataclass
 class TrainState:
-    """What, beside weights and optimizer moments, the next step depends on."""
+    """What, beside weights and optimizer moments, the next step depends on.
 
-    step: int = 0
+    The types are checked where it comes out of a checkpoint (`trainer.manifest`), and not as a run goes on.
+    """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+
+    step: Count = 0
     """Optimizer steps taken, skipped ones included."""
-    cursor: int = 0
+    cursor: Count = 0
     """Training sequences consumed by the whole run; the next step reads from here."""
-    tokens: int = 0
+    tokens: Count = 0
     """Target tokens trained on."""
-    skipped: int = 0
+    skipped: Count = 0
     """Steps skipped for a non-finite loss or gradient."""
-    skipped_in_a_row: int = 0
-    rollbacks: int = 0
-    recent_losses: list[float] = field(default_factory=list)
+    skipped_in_a_row: Count = 0
+    rollbacks: Count = 0
+    recent_losses: list[Finite] = field(default_factory=list)
     """The window that loss spikes are judged by."""
-    loss_scale: dict[str, Any] | None = None
+    loss_scale: dict[str, bool | int | Finite] | None = None
     """fp16's dynamic loss scale."""
-    routers: dict[str, list[list[float]]] = field(default_factory=dict)
+    routers: dict[str, list[list[Annotated[float, Field(ge=-1e38, le=1e38)]]]] = field(default_factory=dict)
     """See `trainer.routers`."""
-    starved: list[list[int]] = field(default_factory=list)
+    starved: list[list[Count]] = field(default_factory=list)
     """See `trainer.collapse.Starved`."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config, ConfigError, ModelConfig
+from configs.load import validated
 from models.families import build
 from models.hf import import_hf
 from models.hf_names import bias_name
@@ -54,7 +55,7 @@ def check_source(config: Config) -> dict[str, list[Any]]:
     with torch.device("meta"):
         wanted = _shapes(build(config.model))
     source = _open(config, digests=False)
-    blocks = _fit(source.shapes, wanted, config)
+    blocks = _fit(source, wanted, config)
     if config.train.upcycle and not blocks:
         if config.model.is_moe:
             why = f"train.init_from={config.train.init_from} has its experts already: set train.upcycle=null"
@@ -87,7 +88,7 @@ def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float
         ConfigError: nothing of the three kinds is there, it is damaged, or its parameters are not the model's.
     """
     source, model, how = _open(config, digests=True), config.model, config.train.upcycle
-    blocks = _fit(source.shapes, _shapes(module), config)
+    blocks = _fit(source, _shapes(module), config)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             try:
@@ -107,18 +108,25 @@ def _shapes(module: nn.Module) -> Shapes:
     return {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
 
 
-def _fit(given: Shapes, wanted: Shapes, config: Config) -> dict[str | None, int]:
+def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int]:
     """{MoE block: width of the MLP in its place} for the blocks that are dense there. Raises ConfigError."""
-    source, experts = config.train.init_from, config.model.num_experts
+    given, source, experts = start.shapes, config.train.init_from, config.model.num_experts
     places = {block: f"{block}.gate_proj.weight" for block in map(block_of, wanted) if block}
-    blocks: dict[str | None, int] = {block: given[gate][0] for block, gate in places.items() if gate in given}
+    blocks: dict[str | None, int] = {
+        block: given[gate][0] for block, gate in places.items() if any(given.get(gate, ())[:1])
+    }
     if blocks and config.train.upcycle is None:
         raise ConfigError(
             f"train.init_from={source} is dense in {next(iter(blocks))}, where the model has {experts} experts: "
             "set train.upcycle={} to copy its MLPs into them, or model.num_experts=0"
         )
-    for name, shape in wanted.items():
-        if block_of(name) in blocks:
+    hidden = config.model.hidden_size
+    dense = {
+        f"{block}.{part}_proj.weight": (width, hidden) for block, width in blocks.items() for part in ("gate", "up")
+    }
+    dense |= {f"{block}.down_proj.weight": (hidden, width) for block, width in blocks.items()}
+    for name, shape in {**wanted, **dense}.items():
+        if name not in dense and block_of(name) in blocks:
             continue
         if name not in given:
             raise ConfigError(f"train.init_from={source} has no {name}: model.* is another architecture")
@@ -129,6 +137,10 @@ def _fit(given: Shapes, wanted: Shapes, config: Config) -> dict[str | None, int]
             )
     for width in blocks.values():
         granularity(width, config.model)
+    if any(len(bias) != experts for bias in start.bias.values()):
+        raise ConfigError(
+            f"train.init_from={source}: its routers' bias is not one number for each of {experts} experts"
+        )
     return blocks
 
 
@@ -140,22 +152,23 @@ def _open(config: Config, digests: bool) -> _Source:
     if (steps := checkpoint.committed(source)) and not (source / checkpoint.MANIFEST).is_file():
         source = checkpoint.folder(source, steps[-1])
     if (source / checkpoint.MANIFEST).is_file():
-        if problems := checkpoint.verify(source, digests=digests):
+        reader, problems = checkpoint.examine(source, digests=digests)
+        if not reader:
             raise ConfigError(f"train.init_from: {problems[0]}")
-        try:
-            return _checkpoint(source)
-        except CheckpointError as error:
-            raise ConfigError(f"train.init_from: {error}") from None
+        return _checkpoint(reader)
     raise ConfigError(
         f"train.init_from={source} is neither a run with checkpoints, nor a checkpoint, nor a Hugging Face folder"
     )
 
 
-def _checkpoint(source: Path) -> _Source:
-    reader = Reader(source)
-    shapes = reader.manifest["shapes"][checkpoint.MASTER]
-    bias = reader.manifest["state"].get("routers", {}).get("bias", [])
-    model = ModelConfig.model_validate(reader.manifest["config"]["model"])
+def _checkpoint(reader: Reader) -> _Source:
+    manifest = reader.manifest
+    shapes = manifest.shapes[checkpoint.MASTER]
+    tree, where = manifest.config.get("model"), f"train.init_from: {reader.path}: config.model"
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{where} is not there: it does not say what model its weights are of")
+    model = validated(ModelConfig, tree, where)
+    bias = manifest.state.routers.get("bias", [])
     return _Source(shapes, reader.weight, dict(zip(_moe_layers(shapes), bias, strict=False)), model)
 
 

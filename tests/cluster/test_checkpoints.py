@@ -69,7 +69,8 @@ def test_show_tells_state_topology_and_sizes(muster, run_dir):
     assert found["states"]["weight"]["shapes"] == {"a": [2, 5]}
     assert found["state"]["cursor"] == 16
     (checkpoint.folder(run_dir, 6) / "manifest.json").write_text("{")
-    assert muster("show", str(run_dir))[0] == 1
+    code, _, err = muster("show", str(run_dir))
+    assert (code, "manifest.json" in err) == (2, True)
 
 
 def test_verify_names_every_damaged_file(muster, run_dir):

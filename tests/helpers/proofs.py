@@ -43,7 +43,7 @@ def digest(run_dir: Path, step: int) -> str:
     """sha256 of the weights and optimizer states after a step."""
     reader, digest = Reader(checkpoint.folder(run_dir, step)), hashlib.sha256()
     for key in sorted(reader.states):
-        for name in sorted(reader.manifest["shapes"][key]):
+        for name in sorted(reader.manifest.shapes[key]):
             digest.update(f"{key}/{name}".encode())
             digest.update(reader.read(key, name).numpy().tobytes())
     return digest.hexdigest()

@@ -30,7 +30,7 @@ def config(stage: int, dp: int, precision: str = "fp32", optim: str = "adamw"):
 
 def states(path) -> dict[str, torch.Tensor]:
     reader = Reader(path)
-    return {f"{key}/{name}": reader.read(key, name) for key in reader.states for name in reader.manifest["shapes"][key]}
+    return {f"{key}/{name}": reader.read(key, name) for key in reader.states for name in reader.manifest.shapes[key]}
 
 
 def run(pair, dp, function, *arguments):
@@ -54,9 +54,9 @@ def test_any_stage_and_size_to_any_other(pair, tmp_path, saved, loaded, precisio
     went_on = run(pair, saved[1], save_and_continue, config(*saved, precision), path, 3, 6, "a")
     results = run(pair, loaded[1], load_and_continue, config(*loaded, precision), path, 3, 6)
     for rank, (fragments, _) in enumerate(results):
-        shapes = Reader(path).manifest["shapes"]
+        shapes = Reader(path).manifest.shapes
         checkpoint.write_shard(again, rank, "b", Snapshot(fragments, shapes, {}))
-    checkpoint.commit(again, loaded[1], "b", TrainState(step=3), {}, 10)
+    checkpoint.commit(again, loaded[1], "b", TrainState(step=4), {}, 10)
     first, second = states(path), states(again)
     assert first.keys() == second.keys()
     assert any("exp_avg_sq" in name for name in first)

@@ -14,6 +14,7 @@ from trainer import checkpoint
 from trainer.checkpoint import CheckpointError, Reader, Snapshot
 from trainer.fragments import (
     Box,
+    covers,
     difference,
     fragment_key,
     intersection,
@@ -117,13 +118,11 @@ def test_key_says_the_box_only_where_it_is_not_all():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(6))
 def test_written_one_way_read_another(tmp_path, shape, seed):
-    """Any partition into boxes and stretches over ranks, some held twice, gives back every stretch of every box."""
+    """Any partition into boxes and stretches over ranks gives back every stretch of every box."""
     draw = random.Random(seed)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(3)]
-    parts = partition(draw, whole(shape), seed)
-    again = [random_box(draw, whole(shape)) for _ in range(seed % 3)]
-    for box in [*parts, *(box for box in again if size(box))]:
+    for box in partition(draw, whole(shape), seed):
         flat = values[index_of(box)].reshape(-1)
         for low, high in stretches(draw, box, draw.randint(0, 3)):
             draw.choice(shards)[fragment_key("weight", "a", low, box, shape)] = flat[low:high].clone()
@@ -137,26 +136,49 @@ def test_written_one_way_read_another(tmp_path, shape, seed):
         assert torch.equal(read, values[index_of(box)].reshape(-1)[low:high])
 
 
-@pytest.mark.parametrize("twice", [False, True])
-def test_a_hole_is_never_filled_by_what_is_held_twice(tmp_path, twice):
-    """Rows 0 and 1 are held by two ranks and row 2 by none: the elements count up to the whole and are not."""
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([(0, 2)], "hold 8 of its 12 elements"),
+        ([(0, 2), (2, 3), (1, 2)], "hold an element twice"),
+        ([(0, 2), (1, 2)], "hold an element twice"),  # and row 2 is held by none: the elements count up to the whole
+        ([(0, 3), (0, 3)], "hold an element twice"),
+    ],
+)
+def test_each_element_is_held_once(tmp_path, rows, problem):
+    """Neither a writer leaves a hole or writes an element twice, nor does a reader take what was written so."""
     values = torch.randn(3, 4)
-    rows = [((0, 2), (0, 4)), ((1, 2), (0, 4))] if twice else [((0, 2), (0, 4))]
-    shards = [{fragment_key("weight", "a", 0, box, (3, 4)): values[index_of(box)].reshape(-1)} for box in rows]
-    with pytest.raises(CheckpointError, match="no rank wrote 4 of the 12 elements of weight a"):
-        write(tmp_path, shards, (3, 4))
+
+    def shard(low, high):
+        return {fragment_key("weight", "a", 0, ((low, high), (0, 4)), (3, 4)): values[low:high].reshape(-1).clone()}
+
+    with pytest.raises(CheckpointError, match=problem):
+        write(tmp_path, [shard(*part) for part in rows], (3, 4))
     assert checkpoint.committed(tmp_path) == []
-    last = {fragment_key("weight", "a", 0, ((2, 3), (0, 4)), (3, 4)): values[2].clone()}
-    reader = write(tmp_path, [*shards, last], (3, 4))
-    assert torch.equal(reader.weight("a"), values)
-    (tmp_path / f"rank-{len(shards):05d}.safetensors").unlink()
+    write(tmp_path, [shard(0, 2), shard(2, 3)], (3, 4))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    del manifest["files"][f"rank-{len(shards):05d}.safetensors"]
+    manifest["files"] = {}
+    for rank, part in enumerate(rows):
+        checkpoint.write_shard(tmp_path, rank, "again", Snapshot(shard(*part), {}, {}))
+        receipt = json.loads((tmp_path / f"receipt-{rank:05d}.json").read_text())
+        manifest["files"][receipt["file"]["name"]] = receipt["file"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    reader = Reader(tmp_path)
-    assert torch.equal(reader.read("weight", "a", box=((0, 2), (1, 3))), values[:2, 1:3].reshape(-1))
-    with pytest.raises(CheckpointError, match="not whole: 2 of 6 missing"):
-        reader.read("weight", "a", box=((0, 3), (1, 3)))
+    with pytest.raises(CheckpointError, match=problem):
+        Reader(tmp_path)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_boxes_cover_a_tensor_if_each_element_is_in_one(shape):
+    draw = random.Random(2)
+    for cuts in range(40):
+        boxes = partition(draw, whole(shape), cuts % 7)
+        assert covers(boxes, shape)
+        other = [random_box(draw, whole(shape)) for _ in range(draw.randint(1, 3))]
+        for changed in (boxes + other, other, boxes[1:], [*boxes[1:], *other]):
+            counts = torch.zeros(shape)
+            for box in changed:
+                counts[index_of(box)] += 1
+            assert covers(changed, shape) == bool((counts == 1).all())
 
 
 def test_checkpoints_of_the_first_format_are_still_read(tmp_path):
@@ -204,7 +226,7 @@ shapes = {"weight": {name: [rows, columns] for name in names}}
 share = {f"weight/{name}@0": torch.full((rows * columns,), float(i)) for i, name in enumerate(names)}
 with Peak() as writing:
     checkpoint.write_shard(path, 0, "t", Snapshot(share, shapes, {}))
-checkpoint.commit(path, 1, "t", TrainState(), {}, 5)
+checkpoint.commit(path, 1, "t", TrainState(step=1), {}, 5)
 held = sum(t.nbytes for t in share.values()) / 2**20
 del share
 with Peak() as reading:

@@ -47,7 +47,7 @@ def make(root, data):
 
 def final_state(run_dir):
     reader = Reader(checkpoint.folder(run_dir, STEPS))
-    return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest["shapes"][k]}
+    return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}
 
 
 def losses(run_dir):

@@ -46,10 +46,10 @@ def make(root, data, name="run", **sections):
 
 def final_state(run_dir):
     reader = Reader(checkpoint.folder(run_dir, STEPS))
-    routers = reader.manifest["state"]["routers"]
+    routers = reader.manifest.state.routers
     assert max(map(max, routers["bias"])) > 0
     return routers | {
-        (k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest["shapes"][k]
+        (k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]
     }
 
 

@@ -161,4 +161,4 @@ def test_a_checkpoint_goes_round_all_topologies(tmp_path, name):
 
 def read_states(path) -> dict[tuple[str, str], torch.Tensor]:
     reader = Reader(path)
-    return {(key, name): reader.read(key, name) for key, names in reader.manifest["shapes"].items() for name in names}
+    return {(key, name): reader.read(key, name) for key, names in reader.manifest.shapes.items() for name in names}

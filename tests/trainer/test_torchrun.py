@@ -150,4 +150,4 @@ def losses(run_dir: Path) -> list[tuple]:
 
 def final_state(run_dir: Path, step: int) -> dict[tuple[str, str], bytes]:
     reader = Reader(checkpoint.folder(run_dir, step))
-    return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest["shapes"][k]}
+    return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}

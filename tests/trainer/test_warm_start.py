@@ -177,7 +177,7 @@ def test_routers_begin_with_the_biases_of_the_source(trained, tiny_data):
 
 def biases(run_dir):
     manifest = checkpoint.read_manifest(checkpoint.folder(run_dir, checkpoint.committed(run_dir)[-1]))
-    return manifest["state"]["routers"]["bias"]
+    return manifest.state.routers["bias"]
 
 
 def test_routers_begin_with_the_biases_of_a_hugging_face_folder(tmp_path):
