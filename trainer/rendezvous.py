@@ -3,7 +3,7 @@
 torch's store answers whoever reaches it, and gloo and NCCL take whoever its addresses lead to. So what starts the
 processes of an attempt tells each of them a secret, MUSTER_SECRET, which each proves to all others to know. On one
 machine it names a file as well, MUSTER_STORE, in a folder that only this user can enter, and the store has no port.
-Without them (torchrun) the store is that of torch's environment variables.
+Without them the store is that of torch's environment variables, torchrun's; there the user may set a secret.
 """
 
 import hmac
@@ -37,11 +37,11 @@ def open_store(secret: str, timeout_s: float) -> dist.Store | None:
     if not secret:
         return None
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(
-        host, port, world, rank == 0, timeout, master_listen_fd=_listen(host, port) if rank == 0 else None
-    )
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
+    store = dist.TCPStore(host, port, world, serves, timeout, master_listen_fd=_listen(host, port) if serves else None)
     # The keys can be listed by who connects: this keeps out who does not look, and `prove` who does.
-    return dist.PrefixStore(hmac.digest(secret.encode(), b"store", "sha256").hex(), store)
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(hmac.digest(secret.encode(), attempt.encode(), "sha256").hex(), store)
 
 
 def prove(secret: str) -> None:

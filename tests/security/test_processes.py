@@ -85,11 +85,14 @@ def test_a_rank_in_the_rendezvous_ends_with_its_warm_process(tmp_path, tiny_data
 
 
 def test_ranks_end_with_torchruns_agent(tmp_path, tiny_data):
+    """They have a secret, which the user has set, and use the agent's store all the same."""
     config = tiny(run={"name": "run", "root": "runs"}, data={"path": str(tiny_data)}, train={"steps": 10**6})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
     command += ["--master-port", str(free_port()), "-m", "trainer", "c.yaml", "parallel.dp=2"]
-    with started(command, cwd=tmp_path, env=clean(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as agent:
+    with started(
+        command, cwd=tmp_path, env=clean(MUSTER_SECRET=WORD), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as agent:
         wait_until((tmp_path / "runs" / "run").exists)
         ranks = psutil.Process(agent.pid).children()
         agent.kill()
