@@ -1,5 +1,8 @@
 """Turn what was asked for into what will be used, in this one place, and say what was derived or changed."""
 
+from pathlib import Path
+from typing import Any
+
 from .base import ConfigError
 from .load import flatten
 from .run import Config
@@ -169,5 +172,21 @@ def differences(before: Config, after: Config) -> tuple[dict, dict]:
     """
     old, new = flatten(before), flatten(after)
     changed = {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
-    allowed = {key: pair for key, pair in changed.items() if key.startswith(MAY_CHANGE)}
+    allowed = {
+        key: pair
+        for key, pair in changed.items()
+        if key.startswith(MAY_CHANGE) or (key in ("plugins", "train.init_from") and _moved(*pair))
+    }
     return allowed, {key: pair for key, pair in changed.items() if key not in allowed}
+
+
+def _moved(before: Any, now: Any) -> bool:
+    """Whether paths are as before in the working directory, of which each job of a cluster has its own copy."""
+    old, new = ([value] if isinstance(value, str) else list(value or ()) for value in (before, now))
+    here = Path.cwd()
+
+    def same(one: str, other: str) -> bool:
+        inside = Path(other).relative_to(here).parts if Path(other).is_relative_to(here) else ()
+        return one == other or (bool(inside) and Path(one).parts[-len(inside) :] == inside)
+
+    return len(old) == len(new) and all(map(same, old, new))

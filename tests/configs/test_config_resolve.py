@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import ConfigError, differences, from_dict, load, resolve, with_workers, worker_counts
+from configs import Config, ConfigError, differences, from_dict, load, resolve, with_workers, worker_counts
 
 
 def made(**sections):
@@ -200,3 +200,27 @@ def test_an_elastic_run_has_any_number_of_processes_that_its_degrees_go_with():
 def test_elastic_mistakes(sections, words):
     with pytest.raises(ConfigError, match=words):
         resolve(made(**sections))
+
+
+def test_a_plugin_may_lie_in_another_copy_of_the_working_directory(tmp_path, monkeypatch):
+    """Each job of a cluster has one of its own."""
+    monkeypatch.chdir(tmp_path)
+
+    def with_plugin(*paths: str, start: str | None = None) -> Config:
+        return from_dict({"plugins": list(paths), "train": {"init_from": start}})
+
+    here = with_plugin(f"{tmp_path}/tools/mine.py", start=f"{tmp_path}/base")
+    before = with_plugin("/old/work/tools/mine.py", start="/old/work/base")
+    assert differences(before, here) == (
+        {
+            "plugins": (["/old/work/tools/mine.py"], [f"{tmp_path}/tools/mine.py"]),
+            "train.init_from": ("/old/work/base", f"{tmp_path}/base"),
+        },
+        {},
+    )
+    for other in (
+        with_plugin("/old/work/tools/other.py", start="/old/work/base"), with_plugin(start="/old/work/base"),
+        with_plugin("/old/mine.py", start="/old/base"), with_plugin("/old/tools/mine.py", "x", start="/old/base"),
+    ):  # fmt: skip
+        assert differences(other, here)[1].keys() == {"plugins"}
+    assert differences(here, before)[1].keys() == {"plugins", "train.init_from"}  # which is not below this one
