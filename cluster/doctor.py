@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 
 from . import machine
+from .private import open_to_others
 from .runs import RUNS, Json, Root
 from .session import check_reachable
 
@@ -74,6 +75,7 @@ def examine(root: Path, address: str | None) -> Iterator[Finding]:
         ("files", _open_files),
         ("disk", lambda: _disk(root)),
         ("ray", lambda: _ray(address)),
+        ("ray's folders", _ray_folders),
         ("tracking", lambda: _tracking(root)),
     ]
     for name, check in checks:
@@ -206,6 +208,22 @@ def _ray(address: str | None) -> Iterator[Finding]:
     except (OSError, ValueError) as error:
         mend = "start it with `ray start --head`, or leave cluster.address and RAY_ADDRESS out"
         yield Finding("ray cluster", "fail", f"{address} does not answer ({error})", mend)
+
+
+def _ray_folders() -> Iterator[Finding]:
+    """Of the sessions that run here, whoever started them; what lies in one that others can write is run."""
+    folders = {
+        Path(argument.partition("=")[2])
+        for process in psutil.process_iter(["name", "cmdline"])
+        if process.info["name"] == "raylet"
+        for argument in process.info["cmdline"] or ()
+        if argument.startswith("--session_dir=")
+    }
+    if exposed := sorted(folder for folder in folders if open_to_others(folder)):
+        found = f"other users can write into {', '.join(map(str, exposed))}, and so run code as Ray's"
+        yield Finding("ray's folders", "note", found, "start Ray with `muster cluster up` and `muster cluster join`")
+    else:
+        yield Finding("ray's folders", "ok", f"{len(folders)} sessions here, none that other users can write into")
 
 
 def _tracking(root: Path) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ import typer
 
 from configs import ConfigError
 
+from .private import ray_folder
 from .token import make_token, use_token
 
 RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -25,7 +26,7 @@ def up(
     """Be the head until Ctrl-C; other options go to `ray start`. Example: muster cluster up --port 6379"""
     token = make_token()
     print(f"token of this cluster: {token} (give every machine and every user of it a copy)", flush=True)
-    _ray_start("--head", f"--dashboard-host={dashboard_host}", *options.args)
+    _ray_start("--head", f"--dashboard-host={dashboard_host}", given=options.args)
 
 
 @app.command(context_settings=RAY_OPTIONS)
@@ -34,7 +35,7 @@ def join(
 ) -> None:
     """Give this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
     use_token(address)
-    _ray_start(f"--address={address}", *options.args)
+    _ray_start(f"--address={address}", given=options.args)
 
 
 @app.command(hidden=True)
@@ -45,11 +46,27 @@ def queue() -> None:
     serve()
 
 
-def _ray_start(*arguments: str) -> NoReturn:
-    if any(argument.startswith("--include-dashboard=f") for argument in arguments):
+def _ray_start(*arguments: str, given: list[str]) -> NoReturn:
+    options, folder = _without("--temp-dir", given)
+    if any(option.startswith("--include-dashboard=f") for option in options):
         raise ConfigError("--include-dashboard=false: the job API is part of the dashboard")
+    # Ray makes its folders writable by everyone, and runs what it unpacks there.
+    temporary = ray_folder(folder)
+    os.umask(0o077)
     # Jobs are started as `muster ...`: the one that belongs to this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    os.execv(sys.executable, [*command, *arguments])
+    os.execv(sys.executable, [*command, *arguments, f"--temp-dir={temporary}", *options])
+
+
+def _without(option: str, given: list[str]) -> tuple[list[str], str | None]:
+    """Arguments less an option, and the value that it has there."""
+    value, kept, rest = None, [], iter(given)
+    for argument in rest:
+        name, equals, text = argument.partition("=")
+        if name == option:
+            value = text if equals else next(rest, "")
+        else:
+            kept.append(argument)
+    return kept, value

@@ -6,6 +6,7 @@ import os
 import secrets
 import signal
 import socket
+import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import psutil
 from configs import ConfigError
 from trainer.scratch import make_folder, remove_folder, sweep
 
+from .private import closed, open_to_others, ray_parent
 from .share import Node
 from .token import refuse_open, use_token
 
@@ -74,6 +76,7 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
             )
         else:
             try:
+                find_own(address)
                 check_reachable(address)
                 ray.init(address=address, **quiet)
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
@@ -89,12 +92,26 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
             yield Session([node])
         else:
             joined: Any = ray._private.worker.global_worker.node
+            if open_to_others(session := Path(joined.get_session_dir_path())):
+                print(f"muster: {OPEN.format(session)}", file=sys.stderr, flush=True)
             # From another machine a dashboard on the head's loopback says nothing.
             with contextlib.suppress(OSError):
                 if dashboard := joined.address_info.get("webui_url"):
                     refuse_open(f"http://{dashboard}")
             alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
             yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive])
+
+
+OPEN = (
+    "other users of this machine can write into Ray's folder {}, and so run code as this one: start Ray there with "
+    "`muster cluster up` or `join`"
+)
+
+
+def find_own(address: str) -> None:
+    """Let `auto` find the cluster that `muster cluster up` started here, before one that others name in /tmp/ray."""
+    if address == "auto" and closed(ray_parent()):
+        os.environ.setdefault("RAY_TMPDIR", str(ray_parent()))
 
 
 def check_reachable(address: str) -> None:

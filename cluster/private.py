@@ -1,0 +1,92 @@
+"""Folders that no other user of this machine enters: the queue's, and Ray's, which opens what it makes to everyone."""
+
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from configs import ConfigError
+
+LONGEST = 43
+"""Characters of Ray's folder: those of the socket below it may be 107."""
+
+
+def private_folder(folder: Path, key: str) -> Path:
+    """A folder of this user's alone, made or closed to others.
+
+    Args:
+        key: what names another one, for the message.
+
+    Raises:
+        ConfigError: it is someone else's, a link, or lies where someone else could put another in its place.
+    """
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # What is opened stays what is looked at, whatever takes its name meanwhile.
+        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            if (owner := os.fstat(opened).st_uid) != os.geteuid():
+                raise ConfigError(f"{folder} belongs to user {owner}: {key} names another")
+            os.fchmod(opened, 0o700)
+        finally:
+            os.close(opened)
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be a folder of this user's alone ({error.strerror}): {key} names another"
+        ) from None
+    return folder
+
+
+def ray_parent() -> Path:
+    """Where the Ray of this user's clusters keeps its files, in a folder `ray`, if nothing else is said."""
+    folder = tempfile.gettempdir()
+    return Path(folder if len(folder) <= LONGEST - 24 else "/tmp") / f"muster-ray-{os.geteuid()}"
+
+
+def ray_folder(given: str | None) -> Path:
+    """Ray's folder for a machine of a cluster: one that Ray may open to everyone, as nobody else gets that far.
+
+    Args:
+        given: `--temp-dir`, which is taken as it is below a folder of this user's alone, and else becomes one.
+
+    Raises:
+        ConfigError: it is open to others, or its path is too long.
+    """
+    if given == "":
+        raise ConfigError("--temp-dir names no folder")
+    if given is None:
+        folder = private_folder(ray_parent(), "--temp-dir=FOLDER") / "ray"
+    else:
+        folder = Path(os.path.abspath(os.path.expanduser(given)))
+        if not any(closed(above) for above in folder.parents):
+            if folder.exists() and not closed(folder):
+                raise ConfigError(
+                    f"--temp-dir={given} is open to other users, who could run code as this one: name a folder that "
+                    f"is not there yet, or one of mode 0700"
+                )
+            folder = private_folder(folder, "--temp-dir=FOLDER") / "ray"
+    above = folder.parent.parent
+    if _writable_by_others(above) and not above.stat().st_mode & stat.S_ISVTX and not any(map(closed, above.parents)):
+        raise ConfigError(f"{above} lets other users rename what is in it: name a folder elsewhere with --temp-dir")
+    if len(os.fsencode(folder)) > LONGEST:
+        raise ConfigError(f"--temp-dir: {folder} has more than {LONGEST} characters, too many for Ray's sockets")
+    return folder
+
+
+def closed(folder: Path) -> bool:
+    """Whether this user alone enters a folder, or root."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid in (0, os.geteuid()) and not found.st_mode & 0o077
+
+
+def open_to_others(folder: Path) -> bool:
+    """Whether another user of this machine can change what lies in a folder."""
+    folder = folder.resolve()
+    return folder.is_dir() and _writable_by_others(folder) and not any(map(closed, (folder, *folder.parents)))
+
+
+def _writable_by_others(folder: Path) -> bool:
+    return bool(folder.stat().st_mode & 0o022)
