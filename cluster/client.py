@@ -12,9 +12,9 @@ from typing import Any
 from configs import ConfigError
 
 from .dispatch import MESSAGES, READY
-from .pack import write_zip
-from .queue import fold
-from .session import check_reachable
+from .pack import LIMIT, write_zip
+from .queue import fold, refusals
+from .session import check_reachable, find_own
 from .share import Node
 from .token import is_open, refuse_open, use_token
 
@@ -47,6 +47,8 @@ class Cluster:
         AuthenticationTokenLoader.instance().reset_cache()
         self.url = url
         self._queue: str | None = None
+        self._sent = ""
+        """Name of the last message."""
         try:
             self.jobs_api = JobSubmissionClient(url)
         except AuthenticationError:
@@ -76,9 +78,13 @@ class Cluster:
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """All jobs of the queue by id, oldest first. Starts the queue if it does not run."""
+        return fold(self._said())
+
+    def _said(self) -> list[str]:
+        """The lines that the queue has printed: its journal, and what it refused."""
         if self._queue is None or self.jobs_api.get_job_status(self._queue).is_terminal():
             self._queue = self._running_queue()
-        return fold(self.jobs_api.get_job_logs(self._queue).splitlines())
+        return str(self.jobs_api.get_job_logs(self._queue)).splitlines()
 
     def send(self, **message: Any) -> None:
         """Leave the queue a message without files."""
@@ -88,34 +94,55 @@ class Cluster:
             self.send_file(path)
 
     def send_file(self, path: Path) -> None:
-        """Leave the queue a message. Ray keeps it for ten minutes, the queue takes it within one."""
-        name = f"gcs://{MESSAGES}{time.time_ns()}-{os.getpid()}.zip"
-        self.jobs_api._upload_package(name, str(path), include_gitignore=False, is_file=True)
+        """Leave the queue a message. Ray keeps it for ten minutes, the queue takes it within one.
+
+        Raises:
+            ConfigError: it is larger than what the queue takes.
+        """
+        if (size := path.stat().st_size) > LIMIT:
+            raise ConfigError(f"what is to be sent has {size / 2**20:.1f} MiB and the limit is {LIMIT / 2**20:.0f} MiB")
+        self._sent = f"{MESSAGES}{time.time_ns()}-{os.getpid()}.zip"
+        self.jobs_api._upload_package(f"gcs://{self._sent}", str(path), include_gitignore=False, is_file=True)
 
     def wait_for(self, id: str, seen: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
-        """The job, once `seen(job)` is true. Raises RuntimeError if the queue does not answer."""
+        """The job that the last message was about, once `seen(job)` is true.
+
+        Raises:
+            ConfigError: the queue refused the message.
+            RuntimeError: the queue does not answer.
+        """
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
-            if (job := self.jobs().get(id)) and seen(job):
+            said = self._said()
+            if reason := refusals(said).get(self._sent):
+                raise ConfigError(f"the queue of {self.url} refused it: {reason}")
+            if (job := fold(said).get(id)) and seen(job):
                 return job
             time.sleep(0.3)
         raise self._no_answer()
 
     def _running_queue(self) -> str:
         """Id of the queue's own Ray job, started where none runs, once it has read its journal."""
-        number, id = 1, f"{QUEUE}1"
+        number, id, started, refused = 1, f"{QUEUE}1", False, ""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             status = self._status(id)
             if status is None:
                 self._start_queue(id)
+                started = True
             elif status.is_terminal():
+                if started:  # just now: perhaps the queue of a head before has yet to end
+                    said = str(self.jobs_api.get_job_logs(id)).splitlines()
+                    refused = next((line for line in reversed(said) if line.startswith("muster: ")), "")
+                    time.sleep(1)
                 number += 1
                 id = f"{QUEUE}{number}"
             elif READY in self.jobs_api.get_job_logs(id).splitlines():
                 return id
             else:
                 time.sleep(0.3)
+        if refused:
+            raise ConfigError(f"the queue of {self.url} does not start: {refused.removeprefix('muster: ')}")
         self._queue = id
         raise self._no_answer()
 
@@ -166,6 +193,7 @@ def api_url(address: str | None, from_config: str | None = None) -> str:
             if _answers(f"http://{given}"):
                 return f"http://{given}"
         use_token(given)
+        find_own(given)
         from ray.dashboard.utils import ray_address_to_api_server_url
 
         return str(ray_address_to_api_server_url(given))

@@ -132,7 +132,7 @@ def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
 
 def new_id(name: str) -> str:
     """Id of a new job of a run."""
-    return f"{PREFIX}{name}-{secrets.token_hex(3)}"
+    return f"{PREFIX}{name[:180]}-{secrets.token_hex(3)}"
 
 
 def accepted(cluster: Cluster, id: str, as_json: bool) -> None:

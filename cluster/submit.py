@@ -14,7 +14,7 @@ import typer
 
 from configs import Config, ConfigError, load, preset_names, resolve, worker_counts
 
-from . import pack
+from . import messages, pack
 from .client import Cluster, api_url
 from .jobs import Address, accepted, follow, new_id
 from .queue import ACTIVE
@@ -46,6 +46,10 @@ def submit(
     here = Path.cwd()
     check_root("run.root", asked.run.root)
     asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
+    if (most := worker_counts(asked)[0]) > messages.MOST_WORKERS:
+        raise ConfigError(
+            f"parallel.* asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower parallel.dp"
+        )
     name = path_in(here, config)
     cluster = Cluster(api_url(address, asked.cluster.address))
     counts, nodes = worker_counts(asked), cluster.nodes()
@@ -73,12 +77,16 @@ def send(cluster: Cluster, here: Path, packed: list[Path], job: dict[str, Any], 
     """Leave a job and the files that it needs to the queue, and say where to look.
 
     Args:
-        job: see `pack.JOB`.
+        job: see `messages.Job`.
         wait: show its output, and end as it ends.
 
     Raises:
-        ConfigError: it is there already, or the files are too large.
+        ConfigError: it is there already, the queue would refuse it, or the files are too large.
     """
+    try:
+        messages.check_job(job)
+    except messages.BadMessage as error:
+        raise ConfigError(f"no queue takes this job: {error}") from None
     for id, other in cluster.jobs().items():
         if other["run_dir"] == job["run_dir"] and other["state"] in ACTIVE:
             raise ConfigError(f"{job['name']} is {id} ({other['state']}): stop it, or choose another name")

@@ -9,6 +9,7 @@ from configs.sweep import load_sweep
 from .. import pack
 from ..client import Cluster, api_url
 from ..jobs import Address
+from ..messages import MOST_WORKERS
 from ..queue import Gang, place
 from ..runs import Json
 from ..share import Share, capacity
@@ -40,6 +41,12 @@ def submit_sweep(
     every = arms(sweep)
     planned = plan(sweep, vocabulary(every[0].config.data), finished_losses(sweep.folder))
     planned.check_gpus(gpus)
+    if (widest := max(gpus or 0, planned.widest)) > MOST_WORKERS:
+        raise ConfigError(
+            f"--gpus {widest}: a job has at most {MOST_WORKERS} processes"
+            if gpus
+            else f"a trial takes {widest} processes, and a job has at most {MOST_WORKERS}: lower parallel.dp"
+        )
     cluster = Cluster(api_url(address, every[0].config.cluster.address))
     nodes = cluster.nodes()
     gangs = [gang_of(trial.resolved, nodes, wait=queue) for trial in planned.trials]
@@ -64,7 +71,7 @@ def submit_sweep(
         "run_dir": str(sweep.folder),
         "command": shlex.join(["muster", "sweep", "run", name, *(overrides or ()), "set.cluster.address=null", *limit]),
         "workers": gang.workers,
-        "most": gpus or max(gang.workers, room),
+        "most": gpus or min(max(gang.workers, room), MOST_WORKERS),
         "cpus": gang.each.cpus,
         "gpus": gang.each.gpus,
         "group": gang.group,

@@ -1,29 +1,24 @@
 """`muster submit`, `jobs`, `logs`, `stop`, `retry` on one real Ray with three CPUs: gangs, priorities, tokens."""
 
-import contextlib
-import io
 import json
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import pytest
+from muster_cluster import ROOT, Cluster, started, status
 
-from cluster import cli
-from trainer.record import read_events, read_metrics
+from trainer.record import read_events
 
-ROOT = Path(__file__).parents[2]
 CONFIG = """
 run: {{root: {root}}}
 model: {{num_layers: 2, hidden_size: 32, num_heads: 2, num_experts: 4, expert_size: 32}}
@@ -46,55 +41,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:ssl=None:DeprecationWarning")  #
 PLUGIN = "import os; open({out!r}, 'w').write(' '.join(sorted(os.listdir())))"
 
 
-@dataclass
-class Cluster:
-    """A Ray that `muster cluster up` started, and a user's folder."""
-
-    url: str
-    user: Path
-    runs: Path
-    token: Path
-    head: subprocess.Popen
-    printed: list[str] = field(default_factory=list)
-
-    def muster(self, *arguments: str, code: int = 0) -> str:
-        """Run the command line in this process. Returns what it printed."""
-        out = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
-            patch.setattr(sys, "argv", ["muster", *arguments])
-            patch.setenv("RAY_API_SERVER_ADDRESS", self.url)
-            patch.setenv("RAY_AUTH_TOKEN_PATH", os.environ.get("TEST_TOKEN", str(self.token)))
-            patch.setenv("RAY_AUTH_MODE", "token")
-            patch.chdir(self.user)
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        self.printed.append(out.getvalue())
-        assert (end.value.code or 0) == code, out.getvalue()
-        return out.getvalue()
-
-    def submit(self, *arguments: str) -> str:
-        return self.muster("submit", "run.yaml", *arguments).splitlines()[0]
-
-    def job(self, id: str) -> dict:
-        return json.loads(self.muster("status", id, "--json"))
-
-    def wait(self, reached: Callable[[], object], seconds: float = 120) -> None:
-        end = time.monotonic() + seconds
-        while not reached():
-            assert time.monotonic() < end, self.muster("jobs")
-            assert self.head.poll() is None
-            time.sleep(0.3)
-
-    def steps(self, run: str) -> int:
-        return len(read_metrics(self.runs / run))
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 @pytest.fixture(scope="module")
 def cluster(tiny_data, tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("cluster")
@@ -107,43 +53,8 @@ def cluster(tiny_data, tmp_path_factory) -> Iterator[Cluster]:
     (user / "secret.txt").write_text("not for the cluster")
     (user / "run.yaml").write_text(CONFIG.format(root=runs, data=tiny_data))
     (user / "sweep.yaml").write_text(SWEEP.format(root=runs))
-    port, token = free_port(), folder / "token"
-    temporary = tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp")  # Ray's sockets want a short path
-    options = (
-        f"--port={free_port()} --dashboard-port={port} --dashboard-agent-listen-port={free_port()} --num-cpus=3 "
-        f"--num-gpus=0 --ray-client-server-port={free_port()} --node-ip-address=127.0.0.1 --temp-dir={temporary.name} "
-        f"--object-store-memory={100 * 2**20}"
-    )
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
-    environment |= {"RAY_AUTH_TOKEN_PATH": str(token), "MUSTER_QUEUE": str(folder / "queue"), "PYTHONPATH": str(ROOT)}
-    log = (folder / "head.log").open("w")
-    command = [sys.executable, "-P", "-m", "cluster.cli", "cluster", "up", *options.split()]
-    head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
-    found = Cluster(f"http://127.0.0.1:{port}", user, runs, token, head)
-    try:
-        found.wait(lambda: status(f"{found.url}/api/authentication_mode") == 200, 60)
+    with started(folder, user, runs) as found:
         yield found
-    finally:
-        # Not by SIGTERM: Ray then takes 20 s to drain the node.
-        started = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
-        for process in [head, *started]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        head.wait()
-        psutil.wait_procs(started, timeout=10)
-        log.close()
-        temporary.cleanup()
-
-
-def status(url: str, token: str | None = None) -> int | None:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=10) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
-    except OSError:
-        return None
 
 
 def test_the_job_api_answers_nobody_without_the_token(cluster):
@@ -222,12 +133,7 @@ def story(cluster) -> Story:
     second = cluster.submit("run.name=second")
     urgent = cluster.submit("run.name=urgent", "--priority", "5")
     cluster.wait(lambda: cluster.steps("first") >= 5)
-    [queue] = [
-        process
-        for process in psutil.Process(cluster.head.pid).children(recursive=True)
-        if process.cmdline()[-2:] == ["cluster", "queue"] and "muster" in process.cmdline()[-3]
-    ]
-    queue.send_signal(signal.SIGKILL)
+    cluster.queue_process().send_signal(signal.SIGKILL)
     time.sleep(1)
     waiting = {id: cluster.job(id) for id in (first, too_large, second, urgent)}
     cluster.muster("stop", first)

@@ -64,13 +64,14 @@ def test_the_tightest_machine_that_fits_is_taken():
 
 
 def test_the_journal_says_the_last_of_each_job():
-    lines = [
-        "noise",
-        '{"id": "a", "state": "QUEUED", "name": "x"}',
-        '{"id": "b", "st',
-        '{"id": "a", "state": "RUNNING"}',
-    ]
-    assert fold(lines) == {"a": {"id": "a", "state": "RUNNING", "name": "x"}}
+    first = {
+        "id": "job-a", "name": "a", "run_dir": "/runs/a", "command": "true", "workers": 1, "most": 1, "cpus": 1.0,
+        "gpus": 0, "group": 1, "priority": 0, "state": "QUEUED", "submitted": 1.0, "time": 1.0,
+    }  # fmt: skip
+    lines = ["noise", json.dumps(first), '{"id": "job-b", "st', '{"id": "job-a", "state": "RUNNING", "time": 2.0}']
+    refused: list[str] = []
+    assert fold(lines, refused.append) == {"job-a": first | {"state": "RUNNING", "time": 2.0}}
+    assert refused == [lines[0], lines[2]]
     assert fold(json.dumps(found) for found in fold(lines).values()) == fold(lines)
 
 
