@@ -1,0 +1,166 @@
+"""What a job runs is what was sent: packages are bounded before anyone inflates them, and checked before each start."""
+
+import hashlib
+import json
+from types import SimpleNamespace
+
+import pytest
+from hostile_messages import GOOD, submit, zipped
+
+from cluster import pack
+from cluster.messages import BadMessage
+from cluster.share import Node
+
+FAILING = zipped(submit("job-p", command="sh tool.sh"), {"work/tool.sh": b"echo as sent; exit 3\n"})
+
+
+@pytest.fixture
+def room(monkeypatch):
+    """A machine for the next job, and what Ray is given to run: by its name, what lies in Ray's store."""
+    from ray.experimental import internal_kv
+
+    store: dict[str, bytes] = {}
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", store.__setitem__)
+    monkeypatch.setattr("cluster.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))])
+    monkeypatch.setattr("cluster.dispatch._placed_drivers", lambda client: set())
+    return store
+
+
+class Client:
+    """A job API that starts everything, and knows of no job afterwards."""
+
+    def __init__(self) -> None:
+        self.started: list[dict] = []
+
+    def submit_job(self, **job) -> None:
+        self.started.append(job)
+
+    def get_job_info(self, id):
+        raise RuntimeError("404")
+
+
+def test_a_job_runs_its_own_copy_of_what_was_sent(queue, room):
+    client = Client()
+    queue.messages[b"gcs://1"] = GOOD
+    here = queue.make(client)
+    here.tick()
+    [job] = client.started
+    assert job["runtime_env"]["working_dir"] == "gcs://job-a.zip"
+    assert room == {"gcs://job-a.zip": GOOD}
+    assert here.jobs["job-a"]["sha256"] == hashlib.sha256(GOOD).hexdigest()
+    here.tick()
+    queue.messages[b"gcs://2"] = zipped({"do": "retry", "id": "job-a", "new": "job-b"})
+    here.tick()
+    assert room["gcs://job-b.zip"] == GOOD  # under a name of its own, never what an earlier job has left unpacked
+
+
+def swap(path):
+    path.write_bytes(zipped(submit(), {"work/sent.txt": b"swapped"}))
+
+
+def link(path):
+    swap(path.with_name("other.zip"))
+    path.unlink()
+    path.symlink_to("other.zip")
+
+
+def forget(path):
+    journal = path.with_name("journal.jsonl")
+    jobs = [json.loads(line) for line in journal.read_text().splitlines()]
+    journal.write_text("".join(json.dumps({k: v for k, v in job.items() if k != "sha256"}) + "\n" for job in jobs))
+
+
+CHANGES = {
+    "swapped": (swap, "another sha256"),
+    "cut": (lambda path: path.write_bytes(GOOD[:-1]), "another sha256"),
+    "gone": (lambda path: path.unlink(), "is kept no longer"),
+    "a link": (link, "is kept no longer"),
+    "no digest": (forget, "another sha256"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_package_is_not_started_after_a_restart(queue, room, monkeypatch, change):
+    queue.messages[b"gcs://1"] = GOOD
+    with monkeypatch.context() as patch:
+        patch.setattr("cluster.ray_nodes.machines", list)
+        queue.make().tick()
+    do, words = CHANGES[change]
+    do(queue.folder / "job-a.zip")
+    here = queue.make(client := Client())
+    here.tick()
+    assert here.jobs["job-a"]["state"] == "FAILED"
+    assert words in here.jobs["job-a"]["reason"]
+    assert (client.started, room) == ([], {})
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_package_is_not_retried(queue, room, capsys, change):
+    queue.messages[b"gcs://1"] = GOOD
+    here = queue.make(client := Client())
+    here.tick()
+    here.tick()
+    assert here.jobs["job-a"]["state"] == "LOST"
+    do, words = CHANGES[change]
+    do(queue.folder / "job-a.zip")
+    here = queue.make(client)
+    queue.messages[b"gcs://2"] = zipped({"do": "retry", "id": "job-a", "new": "job-b"})
+    here.tick()
+    assert list(here.jobs) == ["job-a"]
+    assert words in capsys.readouterr().out
+    assert len(client.started) == 1
+
+
+def test_a_package_is_never_written_through_a_link(queue, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "file"
+    other.write_text("kept")
+    (queue.folder / "job-a.zip").symlink_to(other)
+    (queue.folder / ".journal").symlink_to(other)
+    queue.messages[b"gcs://1"] = GOOD
+    queue.make().tick()
+    assert other.read_text() == "kept"
+    assert (queue.folder / "job-a.zip").read_bytes() == GOOD
+
+
+def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
+    """Both sides count alike."""
+    monkeypatch.setattr(pack, "LIMIT", 20_000)
+    (tmp_path / "zeros").write_bytes(bytes(19_000))
+    message = json.dumps(submit())
+
+    def packed() -> bytes:
+        pack.write_zip(target := tmp_path.parent / f"{tmp_path.name}.zip", tmp_path, pack.files(tmp_path), message)
+        return target.read_bytes()
+
+    assert pack.read_message(packed()) == submit()
+    (tmp_path / "zeros").write_bytes(bytes(20_001))
+    with pytest.raises(BadMessage, match=r"it unpacks to .* and the limit is 19.5 KiB"):
+        pack.read_message(packed())
+
+
+# A live one.
+
+
+def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
+    live_queue.send(FAILING, "package")
+    assert live_queue.ended("job-p") == "FAILED"
+    assert "as sent\n" in live.muster("logs", "job-p")
+    unpacked = list(live.folder.glob("ray/session_2*/runtime_resources/working_dir_files/*/work/tool.sh"))
+    assert unpacked
+    for path in unpacked:
+        path.write_text("echo swapped; exit 3\n")
+    again = live.muster("retry", "job-p").splitlines()[0]
+    assert live_queue.ended(again) == "FAILED"
+    output = live.muster("logs", again)
+    assert "as sent\n" in output
+    assert "swapped" not in output
+    swap(live.runs.parent / "queue" / "job-p.zip")
+    out = live.muster("retry", "job-p", code=2)
+    assert "refused it: the package of job-p is not what was sent (another sha256): submit it again" in out
+    assert len(out.splitlines()) == 1
+
+
+def test_the_queues_folder_is_its_owners(live):
+    folder = live.runs.parent / "queue"
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert {path.stat().st_mode & 0o077 for path in folder.iterdir()} == {0}
