@@ -6,6 +6,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 
 from .base import Section
 
+MOST_TRIALS = 10_000
+"""Of a sweep: each is a config that is checked, and listed, whenever the sweep is planned."""
+
 
 def listed(value: Any) -> Any:
     """A number as a list of one."""
@@ -17,7 +20,7 @@ class IsoflopDesign(Section):
 
     budgets: tuple[PositiveFloat, ...] = Field(min_length=1)
     """Training FLOPs of a trial."""
-    sizes: PositiveInt = 5
+    sizes: int = Field(5, gt=0, le=MOST_TRIALS)
     """Sizes at each budget, evenly spaced in log parameters."""
     spread: float = Field(3.0, gt=1)
     """A budget's largest size over its centre, and its centre over its smallest."""
@@ -50,7 +53,7 @@ class GridDesign(Section):
 class RandomDesign(GridDesign):
     """Draws from `axes`: Bergstra and Bengio, JMLR 13 (2012)."""
 
-    n: PositiveInt = 16
+    n: int = Field(16, gt=0, le=MOST_TRIALS)
     """Trials of each variant and seed."""
     seed: NonNegativeInt = 0
     """Of the draws; a larger n keeps the first ones."""

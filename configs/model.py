@@ -142,6 +142,12 @@ class ModelConfig(Section):
     def is_moe(self) -> bool:
         return self.num_experts > 0
 
+    @property
+    def num_moe_layers(self) -> int:
+        """How many layers `is_moe_layer` is true for."""
+        first = min(self.first_dense_layers, self.num_layers)
+        return self.num_layers // self.moe_every - first // self.moe_every if self.is_moe else 0
+
     def is_moe_layer(self, index: int) -> bool:
         """Whether layer `index` (from 0) holds experts."""
         return self.is_moe and index >= self.first_dense_layers and (index + 1) % self.moe_every == 0
@@ -179,7 +185,7 @@ class ModelConfig(Section):
                 f"model.sliding_window ({self.sliding_window}) and model.block_sparse are two patterns of attention: "
                 "set one of them to null"
             )
-        if self.is_moe and not any(self.is_moe_layer(i) for i in range(self.num_layers)):
+        if self.is_moe and not self.num_moe_layers:
             raise ValueError(
                 f"model.num_experts is {self.num_experts} but no layer is MoE: model.moe_every ({self.moe_every}) and "
                 f"model.first_dense_layers ({self.first_dense_layers}) leave none of {self.num_layers} layers"

@@ -1,5 +1,6 @@
 """What a sweep is: a set of runs planned together, and the rules their sizes, budgets and learning rates follow."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -13,9 +14,10 @@ from pydantic import (
     model_validator,
 )
 
-from .base import ConfigError, Section
+from .base import ConfigError, Section, Size, file_path
 from .designs import (
     DESIGNS,
+    MOST_TRIALS,
     Axis,
     Design,
     GridDesign,
@@ -26,6 +28,8 @@ from .designs import (
     listed,
 )
 from .load import merge, override, preset_names, read_mapping, validated
+from .model import MOST_LAYERS
+from .parse import MAX_DEPTH, is_file, shortened
 from .run import Config, folder_name
 from .variants import Variant
 
@@ -37,19 +41,19 @@ head; with_head: active less the embedding where the head has a matrix of its ow
 class ShapeRule(Section):
     """From a number of parameters to a shape: of the widths and depths that the rule allows, the nearest."""
 
-    head_dim: PositiveInt = 64
+    head_dim: Size = 64
     """model.hidden_size is a multiple of it, one head each."""
-    kv_group: PositiveInt = 1
+    kv_group: Size = 1
     """Query heads that share a key/value head."""
-    aspect_ratio: PositiveFloat = 64.0
+    aspect_ratio: float = Field(64.0, ge=1e-3, le=1e6)
     """model.hidden_size / model.num_layers (Kaplan et al., arXiv:2001.08361, fig. 5: a wide optimum)."""
     slack: float = Field(0.25, ge=0)
     """How far, as a share, the number of layers may be from that to come nearer to a size; one layer always."""
-    min_layers: PositiveInt = 2
+    min_layers: int = Field(2, gt=0, le=MOST_LAYERS)
     """Layers at least."""
-    ffn_ratio: PositiveFloat = 8 / 3
+    ffn_ratio: float = Field(8 / 3, gt=0, le=1000)
     """Width of a dense SwiGLU layer over model.hidden_size."""
-    ffn_multiple: PositiveInt = 64
+    ffn_multiple: Size = 64
     """That width is rounded up to a multiple of it."""
 
 
@@ -113,6 +117,7 @@ class SweepConfig(Section):
     """Each trial once for each (run.seed)."""
 
     _plain = field_validator("name")(folder_name)
+    _paths = field_validator("root", "base")(file_path)
     _lists = field_validator("seeds", mode="before")(listed)
 
     @field_validator("variants")
@@ -139,7 +144,25 @@ class SweepConfig(Section):
         for key, axis in self.axes.items():
             if axis.values is None and given[0] not in ("random", "optuna"):
                 raise ValueError(f"axes.{key} is a range and {given[0]} takes every value: list them, such as [1, 2]")
+        if (many := self._trials()) > MOST_TRIALS:
+            raise ValueError(
+                f"the sweep has {many:,} trials, by {given[0]} times variants, axes, rules.lr_scale and seeds: at most "
+                f"{MOST_TRIALS:,}"
+            )
         return self
+
+    def _trials(self) -> int:
+        design = self.design
+        if isinstance(design, IsoflopDesign):
+            many = len(design.budgets) * (len(design.parameters) if design.parameters else design.sizes)
+        elif isinstance(design, LadderDesign):
+            many = len(design.parameters) * len(design.tokens_per_parameter)
+        else:
+            many = design.n if isinstance(design, RandomDesign) else 1
+        if not isinstance(design, RandomDesign):
+            many *= math.prod(len(axis.values or ()) for axis in self.axes.values())
+        many *= sum(len(variant.choices()) for variant in self.variants.values()) or 1
+        return many * len(self.rules.lr_scale) * len(self.seeds)
 
     @property
     def design(self) -> Design:
@@ -164,13 +187,24 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """`{"optim.lr": 1, "train": {"steps": 2}}` as sections: `{"optim": {"lr": 1}, "train": {"steps": 2}}`."""
+def nested(keys: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """`{"optim.lr": 1, "train": {"steps": 2}}` as sections: `{"optim": {"lr": 1}, "train": {"steps": 2}}`.
+
+    Args:
+        depth: level that they stand at.
+
+    Raises:
+        ConfigError: they are nested too deep.
+    """
     tree: dict[str, Any] = {}
     for key, value in keys.items():
-        for part in reversed(str(key).split(".")):
-            value = {part: nested(value) if isinstance(value, Mapping) and value else value}
-        merge(tree, value)
+        parts = key.split(".")
+        if depth + len(parts) > MAX_DEPTH:
+            raise ConfigError(f"{shortened(key, 60)} is nested over {MAX_DEPTH} levels deep")
+        inner = nested(value, depth + len(parts)) if isinstance(value, Mapping) and value else value
+        for part in reversed(parts):
+            inner = {part: inner}
+        merge(tree, inner)
     return tree
 
 
@@ -184,8 +218,9 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
         ConfigError: no such file, not YAML, an unknown key, a value out of range.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ConfigError(f"no sweep {str(path)!r}: it should be a YAML file with a design ({', '.join(DESIGNS)})")
+    if not is_file(path):
+        name = shortened(repr(str(path)), 120)
+        raise ConfigError(f"no sweep {name}: it should be a YAML file with a design ({', '.join(DESIGNS)})")
     tree = read_mapping(path)
     if tree.keys() & Config.model_fields.keys() and not tree.keys() & set(DESIGNS):
         raise ConfigError(
@@ -193,7 +228,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
         )
     override(tree, overrides, SweepConfig, "isoflop.sizes=7")
     base = tree.get("base")
-    if isinstance(base, str) and base not in preset_names() and (path.parent / base).is_file():
+    if isinstance(base, str) and base not in preset_names() and is_file(path.parent / base):
         tree["base"] = str(path.parent / base)
     return sweep_from_dict(tree, where=str(path))
 

@@ -44,7 +44,7 @@ def _micro_batches(config: Config) -> int:
 
 
 def _has_dense_layer(config: Config) -> bool:
-    return any(not config.model.is_moe_layer(i) for i in range(config.model.num_layers))
+    return config.model.num_moe_layers < config.model.num_layers
 
 
 RULES: dict[str, Rule] = {

@@ -1,12 +1,13 @@
 """The architectures that a sweep compares: dense, or experts in the words of the literature."""
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from .base import Section
-from .designs import listed
+from .base import Section, Size
+from .designs import MOST_TRIALS, listed
 
 
 class Experts(NamedTuple):
@@ -22,15 +23,15 @@ class Experts(NamedTuple):
 class Variant(Section):
     """One architecture, sized anew at each budget; no key: dense. Of each list every combination is a variant."""
 
-    experts: tuple[PositiveInt, ...] = ()
+    experts: tuple[Size, ...] = ()
     """Experts at granularity 1, where each is as wide as the dense layer."""
-    top_k: tuple[PositiveInt, ...] = ()
+    top_k: tuple[Size, ...] = ()
     """Of those, how many a token passes; 1 where it is left out."""
-    granularity: tuple[PositiveInt, ...] = (1,)
+    granularity: tuple[Size, ...] = (1,)
     """G: each expert is cut into G, of which a token passes G as many: experts * G of them, top_k * G, width / G."""
     sparsity: tuple[float, ...] = ()
     """1 - active / total experts (Abnar et al., arXiv:2501.12370): instead of experts, or of top_k."""
-    shared: NonNegativeInt = 0
+    shared: int = Field(0, ge=0, le=2**20)
     """Experts that every token passes beside its own, at the width of the others."""
     set: dict[str, Any] = {}
     """Config keys of this variant, nested or dotted."""
@@ -39,6 +40,9 @@ class Variant(Section):
 
     @model_validator(mode="after")
     def _check(self):
+        lists = (self.experts, self.top_k, self.granularity, self.sparsity)
+        if (many := math.prod(len(values) or 1 for values in lists)) > MOST_TRIALS:
+            raise ValueError(f"the lists have {many:,} combinations: at most {MOST_TRIALS:,}")
         if any(not 0 <= value < 1 for value in self.sparsity):
             raise ValueError(f"sparsity {list(self.sparsity)} is 1 - active / total experts, from 0 to under 1")
         if self.experts and self.top_k and self.sparsity:

@@ -78,5 +78,5 @@ def loss_work(config: Config, cpu: bool) -> tuple[float, float]:
     table, several = (model.vocab_size or 0) * model.hidden_size, tokens > chunk
     logits = chunk * (model.vocab_size or 0) * (e if cpu or e == 4 else e + 4)
     kept = table * (4 if several else e) + 2 * tokens * model.hidden_size * e
-    routers = 3 * sum(map(model.is_moe_layer, range(model.num_layers))) * tokens * model.num_experts * 4
+    routers = 3 * model.num_moe_layers * tokens * model.num_experts * 4
     return float(logits + kept + routers + table * e * several), float(kept + routers + table * 4)

@@ -40,7 +40,7 @@ class Parameters:
 def parameters(config: ModelConfig) -> Parameters:
     """Count the parameters of a resolved model config."""
     hidden, heads, kv, head_dim = _shape(config)
-    moe = sum(config.is_moe_layer(i) for i in range(config.num_layers))
+    moe = config.num_moe_layers
     attention = config.num_layers * hidden * head_dim * (2 * heads + 2 * kv)
     norms = hidden * (2 * config.num_layers + 1) + 2 * head_dim * config.num_layers * config.qk_norm
     expert = 3 * hidden * (config.expert_size or 0)

@@ -179,8 +179,7 @@ def _flops_of_padding(config: Config) -> float:
         return 0.0
     tokens = tokens_per_device(config)
     empty = model.num_experts * model.capacity(tokens) / tokens - model.top_k
-    layers = sum(map(model.is_moe_layer, range(model.num_layers)))
-    return 3 * 2 * layers * empty * 3 * model.hidden_size * (model.expert_size or 0)
+    return 3 * 2 * model.num_moe_layers * empty * 3 * model.hidden_size * (model.expert_size or 0)
 
 
 def _optimizer_flops(config: Config) -> float:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from configs import Config, ConfigError, from_dict, resolve
 from configs.load import merge, read_tree
+from configs.parse import shortened
 from configs.sweep import SweepConfig, nested
 from configs.variants import Experts, Variant
 
@@ -73,7 +74,7 @@ def with_values(sweep: SweepConfig, arm: Arm, values: Mapping[str, Any]) -> Arm:
     for key, value in values.items():
         refuse_chosen(sweep, nested({key: value}), "axes")
         merge(tree, nested({key: copy.deepcopy(value)}))
-    where = "axes " + ", ".join(f"{key}={value}" for key, value in values.items())
+    where = shortened("axes " + ", ".join(f"{key}={value}" for key, value in values.items()), 200)
     config = from_dict(tree, where=where) if values else arm.config
     labels = [_label(sweep, key, value) for key, value in values.items()]
     name = "-".join(filter(None, [arm.name, *labels]))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from configs import ConfigError, ModelConfig
 from configs.designs import IsoflopDesign, LadderDesign, OptunaDesign, RandomDesign
+from configs.model import MOST_WIDTH
 from configs.sweep import SweepConfig
 from models.cost import training_flops_per_token
 
@@ -40,6 +41,10 @@ def sizer(sweep: SweepConfig, arm: Arm, vocab_size: int) -> Sizer:
         model = model.model_copy(update={"vocab_size": -(-vocab_size // 64) * 64})
     every = [experts for variant in sweep.variants.values() for experts in variant.choices().values()]
     multiple = math.lcm(*(experts.granularity for experts in [*every, arm.experts] if experts))
+    if multiple > MOST_WIDTH:
+        raise ConfigError(
+            f"variants: no width of at most {MOST_WIDTH:,} is a multiple of every granularity: leave some out"
+        )
     return Sizer(model, sweep.shape, arm.experts, multiple, sweep.count, arm.config.train.seq_len)
 
 

@@ -3,7 +3,7 @@
 import copy
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from configs import ConfigError, from_dict
@@ -42,8 +42,8 @@ def plan(sweep: SweepConfig, vocab_size: int, losses: Mapping[str, float] | None
         cells = [as_it_stands(sweep, arm, name, vocab_size) for name, arm in named]
     for chain, scale, seed in itertools.product(_chains(sweep, cells), sweep.rules.lr_scale, sweep.seeds):
         found += trials_of(sweep, chain, vocab_size, scale, seed)
-    names = [trial.name for trial in found]
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    names = Counter(trial.name for trial in found)
+    if twice := next((name for name, times in names.items() if times > 1), None):
         raise ConfigError(f"two trials would be named {twice}: a value or a size of the sweep stands twice")
     trials = tuple(found)
     return Plan(sweep, vocab_size, trials, tuple(doubts(sweep, trials, losses)), left)

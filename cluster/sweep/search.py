@@ -99,6 +99,8 @@ def _is_whole(key: str, axis: Axis) -> bool:
         return False
     if int not in kinds:
         raise ConfigError(f"axes.{key} is a range, and {key} is no number of a config: list its values")
+    if max(abs(axis.low or 0), abs(axis.high or 0)) > 2**53:
+        raise ConfigError(f"axes.{key}: {key} is a whole number: low and high should be under {2**53:,}")
     if axis.low != int(axis.low or 0) or axis.high != int(axis.high or 0):
         raise ConfigError(f"axes.{key}: {key} is a whole number: low ({axis.low:g}) and high ({axis.high:g}) should be")
     return True

@@ -5,12 +5,17 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from configs import ConfigError, ModelConfig
+from configs.model import MOST_LAYERS, MOST_WIDTH
 from configs.sweep import ShapeRule
 from configs.variants import Experts
 from models.cost import Parameters, parameters, training_flops_per_token
 
 TOLERANCE = 0.01
 """How far, as a share, a trial's FLOPs may be from its budget."""
+MOST_SHAPES = 20_000
+"""That are compared to find the one of a size: about a second's work. At the usual head sizes there are hundreds."""
+MOST_BATCHES = 100_000
+"""On either side of the batch that is wanted, that are tried to find one which spends the budget."""
 DEPTH_WEIGHT = 0.05
 """Of being off the aspect ratio against being off the size: decides between shapes that are about as near."""
 
@@ -93,13 +98,18 @@ class Sizer:
                 "shape.min_layers or the vocabulary, or ask for larger sizes"
             )
         middle = self._units_at(lambda keys: self.n(keys) >= target)
-        best, best_off = smallest, math.inf
+        best, best_off, seen = smallest, math.inf, 0
         for units in range(max(1, math.floor(0.85 * middle) - 1), math.ceil(1.15 * middle) + 2):
             hidden = units * self._unit
             ideal = self._depth(hidden)
             low = max(self._rule.min_layers, math.floor(ideal * (1 - self._rule.slack)))
-            for layers in range(min(low, max(self._rule.min_layers, ideal - 1)),
-                                max(ideal + 1, math.ceil(ideal * (1 + self._rule.slack))) + 1):  # fmt: skip
+            high = min(MOST_LAYERS, max(ideal + 1, math.ceil(ideal * (1 + self._rule.slack))))
+            for layers in range(min(low, max(self._rule.min_layers, ideal - 1)), high + 1):
+                if (seen := seen + 1) > MOST_SHAPES:
+                    raise ConfigError(
+                        f"over {MOST_SHAPES:,} shapes are near a size of {target:.3g} ({self._count} parameters): "
+                        f"raise shape.head_dim (now {self._rule.head_dim}), or lower shape.slack"
+                    )
                 keys = self.keys(hidden, layers)
                 off = abs(math.log(self.n(keys) / target)) + DEPTH_WEIGHT * abs(math.log(layers / ideal))
                 if off < best_off and (hidden, layers) not in taken:
@@ -128,13 +138,18 @@ class Sizer:
         return self.n(low) * (self.n(high) / self.n(low)) ** share
 
     def _depth(self, hidden: int) -> int:
-        return max(self._rule.min_layers, round(hidden / self._rule.aspect_ratio))
+        return min(MOST_LAYERS, max(self._rule.min_layers, round(hidden / self._rule.aspect_ratio)))
 
     def _units_at(self, reached: Any) -> int:
-        """The fewest units whose shape by the rule has reached something that grows with the size."""
+        """The fewest units whose shape by the rule has reached something that grows with the size.
+
+        Raises ConfigError if no model is that wide.
+        """
         high = 1
         while not reached(self.by_rule(high)):
             high *= 2
+            if high * self._unit > MOST_WIDTH:
+                raise ConfigError(f"it asks for a model.hidden_size of over {MOST_WIDTH:,}: ask for smaller sizes")
         low = high // 2
         while high - low > 1:
             middle = (low + high) // 2
@@ -167,7 +182,9 @@ def batch_and_steps(
         candidates = [int(wanted)]
     else:
         most = max(1, math.floor(min(4 * max(wanted, multiple), min(sequences) * (1 + TOLERANCE)) / multiple))
-        candidates = sorted((m * multiple for m in range(1, most + 1)), key=lambda b: abs(math.log(b / wanted)))
+        near = max(1, min(most, round(wanted / multiple)))
+        tried = range(max(1, near - MOST_BATCHES), min(most, near + MOST_BATCHES) + 1)
+        candidates = sorted((m * multiple for m in tried), key=lambda b: abs(math.log(b / wanted)))
     for batch in candidates:
         steps = [max(1, round(each / batch)) for each in sequences]
         if all(abs(n * batch / each - 1) <= TOLERANCE for n, each in zip(steps, sequences, strict=True)):

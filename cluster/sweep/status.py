@@ -5,9 +5,14 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from configs import ConfigError
+from configs.base import Size
+from configs.parse import parse_json, read_text
+from configs.run import folder_name
 from trainer.goodput import BOOKS
 from trainer.record import read_events, status_of
 
@@ -16,6 +21,8 @@ from .standing import Ledger, Standing
 from .trial import Plan
 
 PLAN = "plan.json"
+MAX_PLAN_BYTES = 16 * 1024**2
+"""Of the largest sweep that is allowed, with room."""
 
 
 class Item(NamedTuple):
@@ -36,6 +43,30 @@ class Item(NamedTuple):
     """By every convention."""
 
 
+class _Trial(BaseModel):
+    """`Item` in JSON."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    name: Annotated[str, AfterValidator(folder_name)]
+    variant: str
+    budget: float | None
+    flops: float
+    spent: float
+    tokens: int
+    steps: int
+    from_step: int
+    after: str | None
+    parameters: dict[str, int]
+
+
+class _Plan(BaseModel):
+    model_config = ConfigDict(strict=True)
+    vocab_size: Size
+    open: int
+    warnings: list[str]
+    trials: list[_Trial]
+
+
 def write_plan(sweep_dir: Path, plan: Plan) -> None:
     """Leave what is planned in the sweep's folder, as plan.json."""
     items = [
@@ -52,11 +83,14 @@ def write_plan(sweep_dir: Path, plan: Plan) -> None:
 
 
 def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:
-    """The trials of plan.json, and all of it. Raises ConfigError if the sweep never ran."""
+    """The trials of plan.json, and all of it. Raises ConfigError if the sweep never ran, or if it is damaged."""
+    path = sweep_dir / PLAN
     try:
-        tree = json.loads((sweep_dir / PLAN).read_text())
+        tree = _Plan.model_validate(parse_json(read_text(path, MAX_PLAN_BYTES))).model_dump()
     except FileNotFoundError:
         raise ConfigError(f"{sweep_dir} has no {PLAN}: nothing has run yet, `muster sweep run` begins") from None
+    except (OSError, ValueError):  # of pydantic as well
+        raise ConfigError(f"{path} is not what `muster sweep run` writes: run it again") from None
     return [Item(**item) for item in tree["trials"]], tree
 
 

@@ -1,5 +1,8 @@
 """What a fit reads: one row per finished run, with its size, tokens, FLOPs and loss."""
 
+import gzip
+import io
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -9,12 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs import ConfigError
+from configs.parse import is_file, shortened
 
 from .forms import Array
 
 CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
 """Ways to count N: all parameters; those a token passes; these less embedding and head; these less the embedding."""
 REQUIRED = ("n", "d", "c", "loss")
+MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2, 50_000, 1_000, 1_000
+"""Of a table that is read; a fit's bootstrap holds a thousand numbers for each row."""
 PROPERTIES = ("experts", "top_k", "granularity", "active_ratio", "unique")
 
 
@@ -133,11 +139,11 @@ def read_table(
         if ours not in known:
             raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(known)}")
         if theirs not in data:
-            raise ConfigError(f"--columns {ours}={theirs}: {path} has {', '.join(data)}")
+            raise ConfigError(f"--columns {ours}={theirs}: {path} has {shortened(', '.join(data), 300)}")
     keep = np.ones(len(next(iter(data.values()), [])), dtype=bool)
     for name, value in (where or {}).items():
         if name not in data:
-            raise ConfigError(f"--where {name}={value}: {path} has {', '.join(data)}")
+            raise ConfigError(f"--where {name}={value}: {path} has {shortened(', '.join(data), 300)}")
         keep &= np.array([any(_same(cell, each) for each in value.split(",")) for cell in data[name]], dtype=bool)
     if not keep.any():
         raise ConfigError(f"{path}: no row is left" + (f" where {dict(where)}" if where else ""))
@@ -149,7 +155,7 @@ def read_table(
         wanted = missing or ["d"]
         raise ConfigError(
             f"{path} has no column {' and '.join(wanted)}: name it, such as --columns "
-            f"{','.join(f'{name}=...' for name in wanted)}; the file has {', '.join(data)}"
+            f"{','.join(f'{name}=...' for name in wanted)}; the file has {shortened(', '.join(data), 300)}"
         )
     numbers = {name: _numbers(cells, name, path) for name, cells in found.items() if name not in ("run", "recipe")}
     if "c" not in numbers:
@@ -185,17 +191,55 @@ def usable(table: Table) -> Table:
 
 
 def _read(path: Path) -> dict[str, list[Any]]:
-    if not path.is_file():
-        raise ConfigError(f"--table {path}: no such file")
+    """The columns of numbers and short texts of a file."""
+    if not is_file(path):
+        raise ConfigError(f"--table {shortened(str(path), 200)}: no such file")
     import pyarrow as pa  # a laptop's `muster --help` does without it
-    import pyarrow.csv as csv
-    import pyarrow.parquet as parquet
 
     try:
-        found = parquet.read_table(path) if path.suffix == ".parquet" else csv.read_csv(path)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--table {path}: neither CSV nor Parquet: {str(error).splitlines()[0]}") from None
+        found = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        why = shortened(str(error).partition("\n")[0], 200)
+        raise ConfigError(f"--table {path}: neither CSV nor Parquet: {why}") from None
+    except ValueError as error:
+        raise ConfigError(f"--table {path}: {error}") from None
     return {name: found.column(name).to_pylist() for name in found.column_names}
+
+
+def _csv(path: Path) -> Any:
+    import pyarrow.csv as csv
+
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content = file.read(MAX_TABLE_BYTES + 1)
+    if len(content) > MAX_TABLE_BYTES:
+        raise ValueError(f"it has over {MAX_TABLE_BYTES:,} bytes")
+    if content.partition(b"\n")[0].count(b",") >= MAX_TABLE_COLUMNS:
+        raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
+    if content.count(b"\n") > MAX_TABLE_ROWS + 1:
+        raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
+    return csv.read_csv(io.BytesIO(content))
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    file = parquet.ParquetFile(path)
+    schema, meta = file.schema_arrow, file.metadata
+    if meta.num_rows > MAX_TABLE_ROWS:
+        raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
+    if len(schema) > MAX_TABLE_COLUMNS:
+        raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
+    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type)]
+    names = [field.name for field in schema if field.name in texts or pa.types.is_primitive(field.type)]
+    # Texts as numbers of a dictionary, as they are in the file: one long text may stand in every row.
+    file = parquet.ParquetFile(path, read_dictionary=texts)
+    found = file.read(columns=names)
+    for name in texts:
+        for chunk in found.column(name).chunks:
+            if any(len(text.as_py() or "") > LONGEST_TEXT for text in getattr(chunk, "dictionary", chunk)):
+                raise ValueError(f"column {name} holds texts of over {LONGEST_TEXT:,} characters")
+    return found
 
 
 def _same(cell: Any, value: str) -> bool:
@@ -211,4 +255,6 @@ def _numbers(cells: Sequence[Any], name: str, path: str | Path) -> Array:
     try:
         return np.array([np.nan if cell is None else float(cell) for cell in cells])
     except (TypeError, ValueError):
-        raise ConfigError(f"{path}: the column of {name} holds {cells[0]!r}, which is no number") from None
+        raise ConfigError(
+            f"{path}: the column of {name} holds {shortened(repr(cells[0]), 100)}, which is no number"
+        ) from None

@@ -1,0 +1,149 @@
+"""Whatever a sweep's file, its plan.json or a table holds, reading it ends soon: in trials, or in one message."""
+
+import gzip
+import json
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as parquet
+import pytest
+
+from cluster.sweep.plan import plan
+from cluster.sweep.status import PLAN, read_plan
+from cluster.sweep.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, read_table
+from configs import ConfigError
+from configs.sweep import load_sweep
+
+SECONDS = 20
+"""With room for a loaded machine; the longest takes a second."""
+HEAD = "base: quickstart\nset: {model.vocab_size: 4096}\n"
+ISOFLOP = HEAD + "isoflop: {budgets: [1e15], sizes: 3}\n"
+GRID = HEAD + "grid: {}\n"
+MANY = f"[{', '.join(map(str, range(1, 301)))}]"
+
+WRONG = {
+    "draws": (HEAD + "random: {n: 1000000000}\naxes: {optim.lr: {low: 1e-4, high: 1e-2}}\n", "random.n=1000000000"),
+    "sizes": (HEAD + "isoflop: {budgets: [1e15], sizes: 1000000000}\n", "isoflop.sizes=1000000000: should be less"),
+    "budgets": (HEAD + "isoflop: {budgets: [1e300]}\n", "isoflop.budgets=[1e+300]: should be at most 1e+30"),
+    "grid": (GRID + f"axes: {{optim.lr: {MANY}, train.seq_len: {MANY}}}\n", "the sweep has 90,000 trials"),
+    "seeds": (ISOFLOP + f"seeds: {MANY}\nrules: {{lr_scale: {MANY}}}\n", "the sweep has 270,000 trials"),
+    "variants": (
+        ISOFLOP + f"variants: {{m: {{experts: {MANY}, top_k: {MANY}, granularity: {MANY}}}}}\n",
+        "the lists have 27,000,000 combinations: at most 10,000",
+    ),
+    "granularity": (
+        ISOFLOP + "variants: {m: {experts: 8, granularity: [101, 103, 107, 109, 113, 127]}}\n",
+        "no width of at most 16,777,216 is a multiple of every granularity",
+    ),
+    "aspect": (ISOFLOP + "shape: {aspect_ratio: 1e-30}\n", "shape.aspect_ratio=1e-30: should be greater than"),
+    "shapes": (ISOFLOP + "shape: {aspect_ratio: 0.001, slack: 1e30, head_dim: 2}\n", "over 20,000 shapes are near"),
+    "no width": (
+        HEAD + "isoflop: {budgets: [1e15], tokens_per_parameter: 1e-300}\n",
+        "isoflop.budgets=1e15: it asks for a model.hidden_size of over 16,777,216",
+    ),
+    "no steps": (HEAD + "grid: {budget: 1e30}\naxes: {optim.lr: [1]}\n", "train.steps="),
+    "layers": (GRID + "axes: {model.num_layers: [1000000000]}\n", "model.num_layers=1000000000: should be less than"),
+    "whole range": (
+        HEAD + "random: {n: 3}\naxes: {train.steps: {low: 1, high: 1e30}}\n",
+        "axes.train.steps: train.steps is a whole number: low and high should be under",
+    ),
+    "deep key": (GRID + f"axes: {{? {'a.' * 5000}b : [1]}}\n", "is nested over 64 levels deep"),
+    "deep set": (
+        f"base: quickstart\nset: {{? {'a.' * 100}b : 1}}\n" + ISOFLOP.removeprefix(HEAD),
+        "is nested over 64 levels deep"),
+    "root": (ISOFLOP + f"root: {'r' * 300}\n", "a path has at most 4,095 bytes, and each name in it 255"),
+    "base": (f"base: {'b' * 5000}\n" + ISOFLOP.removeprefix(HEAD), "base="),
+    "name": (ISOFLOP + f"variants: {{{'v' * 300}: {{}}}}\n", "at most 200 characters"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_one_message_says_what_is_wrong_with_a_sweep(tmp_path, name):
+    text, told = WRONG[name]
+    (tmp_path / "sweep.yaml").write_text(text)
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        plan(load_sweep(tmp_path / "sweep.yaml"), 4096)
+    assert time.monotonic() - began < SECONDS
+    assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) <= 2
+    assert len(str(caught.value)) < 800
+
+
+def test_what_the_wrong_ones_are_made_of_is_planned(tmp_path):
+    for text in (ISOFLOP, GRID + "axes: {optim.lr: [1e-3, 2e-3]}\n"):
+        (tmp_path / "sweep.yaml").write_text(text)
+        assert plan(load_sweep(tmp_path / "sweep.yaml"), 4096).trials
+
+
+ITEM = {
+    "name": "a", "variant": "dense", "budget": None, "flops": 1e9, "spent": 1e9, "tokens": 10, "steps": 5,
+    "from_step": 0, "after": None, "parameters": {"total": 5},
+}  # fmt: skip
+TREE = {"vocab_size": 64, "open": 0, "warnings": [], "trials": [ITEM]}
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [[], None, {}, TREE | {"trials": 5}, TREE | {"trials": [5]}, TREE | {"trials": [{}]}, TREE | {"open": "x"},
+     TREE | {"trials": [ITEM | {"name": "../x"}]}, TREE | {"trials": [ITEM | {"more": 1}]}, TREE | {"vocab_size": None},
+     TREE | {"trials": [ITEM | {"steps": "5"}]}, TREE | {"trials": [ITEM | {"parameters": [1]}]}],
+    ids=range(12),
+)  # fmt: skip
+def test_a_plan_that_is_none(tmp_path, tree):
+    (tmp_path / PLAN).write_text(json.dumps(TREE))
+    assert read_plan(tmp_path)[0][0].name == "a"
+    (tmp_path / PLAN).write_text(json.dumps(tree))
+    with pytest.raises(ConfigError, match=r"plan\.json is not what `muster sweep run` writes"):
+        read_plan(tmp_path)
+
+
+def test_a_plan_that_is_no_json(tmp_path):
+    for text in ("[" * 100_000, "{", '{"vocab_size": ' + "9" * 5000 + "}"):
+        (tmp_path / PLAN).write_text(text)
+        with pytest.raises(ConfigError, match=r"plan\.json is not what `muster sweep run` writes"):
+            read_plan(tmp_path)
+
+
+def refused(path: Path) -> str:
+    began = time.monotonic()
+    with pytest.raises(ConfigError) as caught:
+        read_table(path)
+    assert time.monotonic() - began < SECONDS
+    assert len(str(caught.value).splitlines()) == 1
+    assert len(str(caught.value)) < 500
+    return str(caught.value)
+
+
+def test_tables_that_expand(tmp_path):
+    rows = "n,d,c,loss\n" + "1e8,2e9,1.2e18,3.4\n" * 4
+    for name, write in (("t.csv", Path.write_bytes), ("t.csv.gz", lambda p, b: p.write_bytes(gzip.compress(b)))):
+        path = tmp_path / name
+        write(path, rows.encode())
+        assert len(read_table(path)) == 4
+        write(path, rows.encode() + b"\n" * MAX_TABLE_BYTES)
+        assert f"over {MAX_TABLE_BYTES:,} bytes" in refused(path)
+        write(path, rows.encode() + b"1,1,1,1\n" * MAX_TABLE_ROWS)
+        assert f"over {MAX_TABLE_ROWS:,} rows" in refused(path)
+        write(path, b"a," * 1_000_000 + b"\n" + b"1," * 1_000_000 + b"\n")
+        assert "over 1,000 columns" in refused(path)
+        write(path, b"n,d,c,loss\n1,1,1\xff\n")
+        assert "t.csv" in refused(path)
+
+
+def test_parquet_tables_that_expand(tmp_path):
+    path = tmp_path / "t.parquet"
+    good = {"n": [1e8, 2e8], "d": [2e9, 2e9], "c": [1.2e18, 1e18], "loss": [3.4, 3.3]}
+    parquet.write_table(pa.table(good | {"run": ["a", "b"], "notes": [["x"], ["y"]]}), path)
+    assert read_table(path).run == ("a", "b")
+    word = pa.DictionaryArray.from_arrays(pa.array([0] * 10_000, pa.int32()), pa.array(["x" * 10_000_000]))
+    parquet.write_table(pa.table({key: [values[0]] * 10_000 for key, values in good.items()} | {"run": word}), path)
+    assert path.stat().st_size < 2_000_000  # 100 GB as text
+    assert "run" in refused(path)
+    parquet.write_table(pa.table({key: [values[0]] * (MAX_TABLE_ROWS + 1) for key, values in good.items()}), path)
+    assert f"over {MAX_TABLE_ROWS:,} rows" in refused(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "neither CSV nor Parquet" in refused(path)
+    parquet.write_table(pa.table(good | {"n": [["1"], ["2"]]}), path)
+    assert "n" in refused(path)
