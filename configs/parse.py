@@ -18,6 +18,7 @@ MAX_DIGITS = 100
 """Characters of one number."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no name and no path contains."""
+_NOT_SHOWN = re.compile(CONTROL.pattern + "|[\u2028\u2029]")
 
 
 def parse_yaml(text: str) -> Any:
@@ -74,7 +75,9 @@ def is_file(path: Path) -> bool:
 
 
 def shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 3] + "..."
+    """A text as a message shows it: on one line, at most that long, control characters as escapes."""
+    text = text if len(text) <= most else text[: most - 3] + "..."
+    return _NOT_SHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 class _Loader(yaml.SafeLoader):
