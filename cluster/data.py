@@ -25,14 +25,20 @@ def prepare(
     seed: Annotated[int, typer.Option(help="Of the split by document.")] = 0,
     text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; one per processor if not given.", min=1)] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Raise a bound on foreign files: expansion, memory (MiB) or seconds."),
+    ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at what is otherwise counted and left out.")] = False,
 ) -> None:
     """Turn text into token shards. Example: muster data prepare 'texts/**/*.jsonl.zst' --out data/texts"""
     from trainer.data.prepare import prepare, summary  # pyarrow and tokenizers
 
     asked = {"tokenizer": tokenizer, "vocab_size": vocab_size, "held_out": held_out, "seed": seed}
-    config = from_dict({"data": {"prepare": asked}}, where="muster data prepare").data.prepare
-    print(summary(prepare(inputs, out, config, text_key=text_key, workers=workers, strict=strict)))
+    limits = dict(each.partition("=")[::2] for each in limit or ())
+    data = from_dict({"data": {"prepare": asked, "limits": limits}}, where="muster data prepare").data
+    made = prepare(inputs, out, data.prepare, limits=data.limits, text_key=text_key, workers=workers, strict=strict)
+    print(summary(made))
 
 
 @app.command()
@@ -89,18 +95,18 @@ def show(
     run_dir = run_folder(run, root)
     config = read_config(run_dir)
     dataset = Dataset(config.data, config.train.seq_len, config.run.seed, split="train")
-    tokenizer = load_tokenizer(config.data)
     first, batch = _cursor(run_dir, config.train.global_batch, step), config.train.global_batch
     indices = range(first, first + min(sequences or batch, batch))
     rows: list[dict[str, Any]] = []
-    for index in indices:
-        place = dataset.locate(index)
-        row: dict[str, Any] = {"index": index, "file": str(place.file)}
-        row |= {"row_group": place.row_group, "window": place.window}
-        for name, value in dataset.sequence(index).items():
-            row[name] = None if value is None else value.tolist()
-        row["text"] = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
-        rows.append(row)
+    with load_tokenizer(config.data) as tokenizer:
+        for index in indices:
+            place = dataset.locate(index)
+            row: dict[str, Any] = {"index": index, "file": str(place.file)}
+            row |= {"row_group": place.row_group, "window": place.window}
+            for name, value in dataset.sequence(index).items():
+                row[name] = None if value is None else value.tolist()
+            row["text"] = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+            rows.append(row)
     if as_json:
         print(json.dumps({"run": run_dir.name, "step": step, "first_sequence": first, "sequences": rows}))
         return

@@ -30,10 +30,13 @@ def generate(
     from trainer.export import load_module
 
     module, config, _ = load_module(run_folder(run, root), step)
-    tokenizer, end = load_tokenizer(config.data), read_manifests(config.data)[0].tokenizer.eos_id
-    tokens = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
-    [added] = generate(module, [tokens], max_new_tokens=max_tokens, temperature=temperature, seed=seed, stop_token=end)
-    print(prompt + tokenizer.decode(added))
+    end = read_manifests(config.data)[0].tokenizer.eos_id
+    with load_tokenizer(config.data) as tokenizer:
+        tokens = tokenizer.encode(prompt, add_special_tokens=False) or [end]
+        [added] = generate(
+            module, [tokens], max_new_tokens=max_tokens, temperature=temperature, seed=seed, stop_token=end
+        )
+        print(prompt + tokenizer.decode(added))
 
 
 def evaluate(

@@ -35,6 +35,19 @@ class PrepareConfig(Section):
     _path = field_validator("tokenizer")(file_path)
 
 
+class LimitsConfig(Section):
+    """What reading other people's files may take; what takes more is refused, with its name. A few bytes can unpack to
+    billions, and no library that reads them sets a bound."""
+
+    expansion: int = Field(default=256, ge=1, le=10**6)
+    """Bytes that a byte of a compressed or Parquet file may unpack to, a record counting as 256 more; where that comes
+    to less, 16 MiB."""
+    memory: int = Field(default=128, ge=16, le=1 << 24)
+    """MiB of memory to read a Parquet file, a tokenizer.json or a block of prepared data; more where that is large."""
+    seconds: int = Field(default=1, ge=1, le=10**6)
+    """Processor time for the same; more where the file or the text is large."""
+
+
 class DataConfig(Section):
     path: str | tuple[Source, ...] = "stdlib"
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source of this machine's
@@ -47,5 +60,7 @@ class DataConfig(Section):
     """Micro-batches read ahead of the training thread."""
     prepare: PrepareConfig = PrepareConfig()
     """How raw text becomes token shards."""
+    limits: LimitsConfig = LimitsConfig()
+    """What reading other people's files may take."""
 
     _path = field_validator("path")(file_path)

@@ -158,7 +158,7 @@ MAY_CHANGE = (
     # The same numbers by other means:
     "train.activation_checkpointing", "train.checkpoint_every_layers",
     # What is only watched:
-    "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch",
+    "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch", "data.limits.",
 )  # fmt: skip
 """Keys that a run may change between attempts; any other difference makes it another run."""
 

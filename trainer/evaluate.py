@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 from torch import distributed as dist
 from torch import nn
 
@@ -15,6 +14,7 @@ from models.generate import generate
 
 from . import collectives
 from .data.reader import Dataset
+from .data.tokenizer import TokenizerProcess
 from .record import Record
 
 
@@ -74,14 +74,16 @@ def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
             record.event("not_written", file=path.name, reason=str(error))
 
 
-def write_samples(module: nn.Module, config: Config, tokenizer: Tokenizer, end: int, path: Path, write: bool) -> None:
+def write_samples(
+    module: nn.Module, config: Config, tokenizer: TokenizerProcess, end: int, path: Path, write: bool
+) -> None:
     """Continue each of train.sample_prompts and write the texts to `path`.
 
     `end` is the token between documents: an empty prompt starts from it and a text ends at it. Every process computes
     them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
     """
     prompts = config.train.sample_prompts
-    tokens = [tokenizer.encode(prompt).ids or [end] for prompt in prompts]
+    tokens = [tokenizer.encode(prompt) or [end] for prompt in prompts]
     texts = generate(
         module,
         tokens,

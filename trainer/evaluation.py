@@ -21,17 +21,17 @@ def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, reco
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     if seen and (pieces := seen.gather()):
-        found = table(pieces, config, load_tokenizer(config.data), step)
+        with load_tokenizer(config.data) as tokenizer:
+            found = table(pieces, config, tokenizer, step)
         path = samples / f"experts-step-{step:08d}"
         with if_there_is_room(record, path):
             write_table(found, path)
     # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
     if config.train.sample_tokens and config.parallel.pp == 1:
         sample = samples / f"step-{step:08d}.txt"
-        tokenizer, end = load_tokenizer(config.data), held_out.eos_id
         trainee.engine.eval()
-        with if_there_is_room(record, sample):
-            write_samples(trainee.engine.module, config, tokenizer, end, sample, write=record is not None)
+        with load_tokenizer(config.data) as tokenizer, if_there_is_room(record, sample):
+            write_samples(trainee.engine.module, config, tokenizer, held_out.eos_id, sample, write=record is not None)
         trainee.engine.train()
     if record:
         record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)

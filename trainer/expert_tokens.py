@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 from torch import Tensor
 from torch import distributed as dist
 
@@ -20,6 +19,7 @@ from models.batch import Batch
 from models.loss import IGNORE
 
 from . import collectives
+from .data.tokenizer import TokenizerProcess
 from .parallel import Place
 
 LOOKED_AT = 1 << 14
@@ -122,7 +122,7 @@ def top_tokens(tokens_N: np.ndarray, choice_Nk: np.ndarray, experts: int) -> lis
     ]
 
 
-def table(pieces: Sequence[Piece], config: Config, tokenizer: Tokenizer, step: int) -> dict[str, Any]:
+def table(pieces: Sequence[Piece], config: Config, tokenizer: TokenizerProcess, step: int) -> dict[str, Any]:
     """The table as it is written to JSON: for each MoE layer and expert its load, relative to an even one, and its
     tokens as [id, text, count, share]."""
     experts, layers, looked_at = config.model.num_experts, [], 0
@@ -141,7 +141,7 @@ def table(pieces: Sequence[Piece], config: Config, tokenizer: Tokenizer, step: i
     return {"step": step, "tokens": looked_at, "top_k": config.model.top_k, "layers": layers}
 
 
-def readable(tokenizer: Tokenizer, token: int) -> str:
+def readable(tokenizer: TokenizerProcess, token: int) -> str:
     """The text of a token as Python would write it; of a part of a character, or a special token, its name."""
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:

@@ -12,6 +12,7 @@ from models.router import choosers
 
 from . import checkpoint
 from .data.manifest import TOKENIZER, sources_of
+from .data.reader import load_tokenizer
 from .plugins import load_plugins
 from .routers import on_device, tell, wrong_routers
 from .run import read_config
@@ -58,10 +59,13 @@ def export(run_dir: Path, to: Path, step: int | None = None) -> int:
     """Write the model and tokenizer of a run as a Hugging Face folder. Returns the checkpoint's step.
 
     Raises:
-        ConfigError: as `load_module`; a model that no Hugging Face architecture describes; `to` is not empty.
+        ConfigError: as `load_module`; a model that no Hugging Face architecture describes; a tokenizer that
+            cannot be used; `to` is not empty.
     """
     if to.exists() and any(to.iterdir()):
         raise ConfigError(f"--to {to}: the folder is not empty")
     module, config, found = load_module(run_dir, step)
+    with load_tokenizer(config.data) as tokenizer:
+        tokenizer.trial()
     export_hf(module, config.model, to, tokenizer=Path(sources_of(config.data)[0].path) / TOKENIZER)
     return found

@@ -58,7 +58,7 @@ def copy(original, tmp_path):
 
 def use_run(root: Path) -> None:
     _module, config, _ = load_module(root / "run")
-    load_tokenizer(config.data)
+    load_tokenizer(config.data).close()
     Dataset(config.data, config.train.seq_len, 0, split="train").sequence(0)
 
 

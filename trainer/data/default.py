@@ -1,14 +1,17 @@
 """Make sure that the data a config names are prepared; `stdlib` is prepared at first use."""
 
+import contextlib
 import hashlib
+import os
 import platform
 from pathlib import Path
 
 from configs import Config, ConfigError
-from configs.data import DataConfig, PrepareConfig, Source
+from configs.data import DataConfig, LimitsConfig, PrepareConfig, Source
 
-from .manifest import FORMAT, MANIFEST, read_manifest, read_manifests, sources_of
+from .manifest import FORMAT, MANIFEST, Manifest, read_manifest, read_manifests, sources_of
 from .prepare import prepare, summary
+from .tokenizer import TokenizerProcess, tokenizer_file
 
 
 def ensure_prepared(
@@ -22,7 +25,8 @@ def ensure_prepared(
         `config.data` with prepared folders in `path`, and a line for each that was made or chosen.
 
     Raises:
-        ConfigError: a path that is not prepared data (with the command that makes it), or tokenizers that differ.
+        ConfigError: a path that is not prepared data (with the command that makes it), tokenizers that differ, or one
+            that is not as the manifest says or cannot be used.
     """
     notes: list[str] = []
     folders: list[Source] = []
@@ -38,17 +42,43 @@ def ensure_prepared(
                 ]
             else:
                 notes.append(f"data.path={folder}: this Python's standard library, prepared before")
-        elif folder.exists() and not (folder / MANIFEST).is_file():
+        elif os.path.exists(folder) and not os.path.isfile(folder / MANIFEST):
             raise ConfigError(
                 f"data.path={source.path} is not prepared data (no {MANIFEST}).\nIf it holds raw text: "
                 f"`muster data prepare {source.path} --out FOLDER`, then data.path=FOLDER"
             )
-        read_manifest(folder)
+        _check_tokenizer(folder, read_manifest(folder), config.data.limits)
         folders.append(source.model_copy(update={"path": str(folder)}))
     path = folders[0].path if isinstance(config.data.path, str) else tuple(folders)
     data = config.data.model_copy(update={"path": path})
     read_manifests(data)
     return data, notes
+
+
+def _check_tokenizer(folder: Path, manifest: Manifest, limits: LimitsConfig) -> None:
+    """Try the tokenizer of prepared data, which the run will use only at its first evaluation, once on this machine."""
+    info = manifest.tokenizer
+    digest = hashlib.sha256((file := tokenizer_file(folder)).read_bytes()).hexdigest()
+    if digest != info.sha256:
+        raise ConfigError(
+            f"{file} is not the tokenizer that {folder} was prepared with (sha256 {digest[:12]}…, the manifest has "
+            f"{info.sha256[:12]}…): restore it, or prepare the data again"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "muster" / "tokenizers"
+    tried = cache / hashlib.sha256(info.model_dump_json().encode()).hexdigest()
+    if tried.exists():
+        return
+    with TokenizerProcess(folder, limits) as tokenizer:
+        tokenizer.trial()
+        found = tokenizer.vocab_size, tokenizer.token_to_id(info.eos_token)
+    if found != (info.vocab_size, info.eos_id):
+        raise ConfigError(
+            f"{file} has {found[0]:,} tokens and {info.eos_token!r} as token {found[1]}, where {folder / MANIFEST} has "
+            f"{info.vocab_size:,} and {info.eos_id}: prepare the data again"
+        )
+    with contextlib.suppress(OSError):  # without it the next run tries again
+        cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        tried.touch()
 
 
 def stdlib_folder(root: str | Path, config: PrepareConfig) -> Path:

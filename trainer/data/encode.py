@@ -2,18 +2,23 @@
 
 import hashlib
 import json
-import os
-import signal
-from collections.abc import Iterator
+import mmap
+import re
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from multiprocessing.connection import Connection
 
 import numpy as np
 
-from ..orphans import end_with
+from .child import MIB, Bounds
 from .manifest import SPLITS, Split
 from .sources import Record, Refusal, cut
-from .tokenizer import open_tokenizer
+from .tokenizer_process import TokenizerError, library_errors, load
+
+JSON_VALUES = 1 << 22
+"""A JSON record with more is refused: each takes up to 100 bytes of memory."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -24,10 +29,15 @@ class EncodeSpec:
     """Path of tokenizer.json."""
     byte_level: bool
     eos_id: int
+    vocab_size: int
     dtype: str
     text_key: str
     held_out: float
     seed: int
+    memory: int
+    """Bytes that a process may take for the tokenizer, and for a MiB of text; more for more text."""
+    seconds: int
+    """Processor time likewise."""
 
 
 @dataclass
@@ -53,7 +63,7 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
             yield record
             continue
         try:
-            data = record.data if record.kind == "text" else _text_of(json.loads(record.data), text_key)
+            data = record.data if record.kind == "text" else _text_of(_parsed(record.data), text_key)
             if not data:
                 raise _Refused("empty document")
             data.decode("utf-8")
@@ -64,17 +74,27 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
             yield Refusal(record.path, record.where, "bad UTF-8", " ".join(str(error).split()))
         except (ValueError, RecursionError) as error:
             yield Refusal(record.path, record.where, "malformed JSON", " ".join(str(error).split())[:200])
+        except MemoryError:
+            yield Refusal(record.path, record.where, "takes too much memory", f"{len(record.data):,} bytes")
 
 
 class _Refused(Exception):
     pass
 
 
+def _parsed(data: bytes) -> object:
+    if len(data) > JSON_VALUES:  # a shorter one cannot have so many
+        bare = _STRING.sub(b"", data)
+        if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > JSON_VALUES:
+            raise _Refused("too many values", f"{values:,} in one JSON object")
+    return json.loads(data)
+
+
 def _text_of(value: object, text_key: str) -> bytes:
     if not isinstance(value, dict):
         raise _Refused("not a JSON object", f"a {type(value).__name__}")
     if text_key not in value:
-        raise _Refused("missing key", f"no {text_key!r} among {', '.join(map(str, value))}"[:200])
+        raise _Refused("missing key", f"no {text_key!r} among {', '.join(islice(value, 20))}"[:200])
     text = value[text_key]
     if not isinstance(text, str):
         raise _Refused("not text", f"{text_key!r} is {'null' if text is None else type(text).__name__}")
@@ -90,49 +110,89 @@ def split_of(document: bytes, held_out: float, seed: int) -> Split:
 class Encoder:
     def __init__(self, spec: EncodeSpec):
         self.spec = spec
-        self.tokenizer = open_tokenizer(spec.tokenizer)
+        self.tokenizer = load(spec.tokenizer)
 
-    def __call__(self, records: list[Record | Refusal]) -> EncodedBatch:
+    def __call__(
+        self, records: list[Record | Refusal], began: Callable[[int], None] = lambda index: None
+    ) -> EncodedBatch:
+        """Encode the records. `began` is told the number of each before it is looked at."""
         spec = self.spec
         parts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
         batch = EncodedBatch({split: Encoded(np.empty(0, spec.dtype)) for split in SPLITS})
         end = np.array([spec.eos_id], spec.dtype)
-        for document in documents(records, spec.text_key):
+        for index, record in enumerate(records):
+            began(index)
+            [document] = documents([record], spec.text_key)
             if isinstance(document, Refusal):
                 batch.refused.append(document)
+                continue
+            try:
+                encoded, characters = self.encode(document)
+            except TokenizerError as error:
+                batch.refused.append(Refusal(record.path, record.where, "cannot be tokenized", str(error)))
                 continue
             split = split_of(document, spec.held_out, spec.seed)
             into = batch.splits[split]
             into.documents += 1
             into.bytes += len(document)
-            for piece in cut(document):
-                into.characters += len(text := piece.decode("utf-8"))
-                parts[split].append(self.encode(text, piece))
-            parts[split].append(end)
+            into.characters += characters
+            parts[split] += [*encoded, end]
         for split, arrays in parts.items():
             if arrays:
                 batch.splits[split].tokens = np.concatenate(arrays)
         return batch
 
-    def encode(self, text: str, data: bytes) -> np.ndarray:
-        """Tokens of one text (`data`: the same as UTF-8) without an end of text."""
-        if self.spec.byte_level:  # what the tokenizer gives too, some hundred times faster
-            return np.frombuffer(data, np.uint8).astype(self.spec.dtype)
-        # The batch call with one text: no offsets are kept, and no threads are started beside the other workers.
-        encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-        return np.array(encoding.ids, self.spec.dtype)
+    def encode(self, document: bytes) -> tuple[list[np.ndarray], int]:
+        """Tokens of a document without an end of text, in pieces, and its characters."""
+        pieces, characters = [], 0
+        for piece in cut(document):
+            characters += len(text := piece.decode("utf-8"))
+            if self.spec.byte_level:  # what the tokenizer gives too, some hundred times faster
+                pieces.append(np.frombuffer(piece, np.uint8).astype(self.spec.dtype))
+                continue
+            # The batch call with one text: no offsets are kept, and no threads are started beside the other workers.
+            with library_errors():
+                encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
+                tokens = np.array(encoding.ids, np.uint32)
+            if len(tokens) and (largest := int(tokens.max())) >= self.spec.vocab_size:
+                raise TokenizerError(f"it gives token {largest:,}, which is not in its vocabulary")
+            pieces.append(tokens.astype(self.spec.dtype))
+        return pieces, characters
 
 
-def serve(descriptor: int, parent: int) -> None:
-    """Answer batches that come over an inherited pipe until the other side closes it, or is gone."""
-    end_with(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
-    connection = Connection(descriptor)
-    encoder = Encoder(connection.recv())
+def serve(descriptor: int, progress: int) -> None:
+    """Answer batches that come over an inherited pipe until the other side closes it.
+
+    Args:
+        progress: a file of 8 bytes that always holds the number of the record that is worked on, for who finds this
+            process dead.
+    """
+    connection, bounds = Connection(descriptor), Bounds()
+    spec: EncodeSpec = connection.recv()
+    at = memoryview(mmap.mmap(progress, 8)).cast("q")
+    bounds.memory(spec.memory)
+    bounds.seconds(spec.seconds + spec.memory / MIB / 32)  # which includes a part for the size of the tokenizer
+    encoder = Encoder(spec)
     while True:
+        at[0] = -1
+        bounds.memory(spec.memory + (1 << 30))
         try:
             records = connection.recv()
         except EOFError:
             return
-        connection.send(encoder(records))
+        size = sum(len(record.data) for record in records if isinstance(record, Record))
+        # JSON that is mostly characters of four bytes takes 10 times its size, tokens of a piece less.
+        bounds.memory(spec.memory + 16 * size)
+        bounds.seconds(spec.seconds + 30 * size / MIB)
+        batch = encoder(records, lambda index: at.__setitem__(0, index))
+        header = {split: [part.documents, part.bytes, part.characters] for split, part in batch.splits.items()}
+        connection.send_bytes(json.dumps([header, batch.refused]).encode())
+        for split in SPLITS:
+            connection.send_bytes(batch.splits[split].tokens.data)
+
+
+def receive(connection: Connection, dtype: str) -> EncodedBatch:
+    """What `serve` answers to a batch. Raises EOFError or OSError where it died."""
+    header, refused = json.loads(connection.recv_bytes())
+    splits = {split: Encoded(np.frombuffer(connection.recv_bytes(), dtype), *header[split]) for split in SPLITS}
+    return EncodedBatch(splits, [Refusal(*each) for each in refused])

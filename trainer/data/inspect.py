@@ -8,7 +8,7 @@ from configs.data import DataConfig
 
 from .manifest import SPLITS, TOKENIZER, read_manifest
 from .reader import Dataset
-from .tokenizer import open_tokenizer
+from .tokenizer import TokenizerProcess
 
 
 def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_len: int = 256) -> dict[str, Any]:
@@ -58,19 +58,19 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
         ]
     if examples:
         dataset = Dataset(DataConfig(path=str(folder)), seq_len, seed=0)
-        tokenizer = open_tokenizer(folder)
         found["examples"] = []
-        for index in range(min(examples, len(dataset))):
-            place, inputs = dataset.locate(index), dataset.sequence(index)["input_ids"]
-            assert inputs is not None
-            found["examples"].append(
-                {
-                    "text": tokenizer.decode(inputs.tolist(), skip_special_tokens=False),
-                    "file": place.file.name,
-                    "row_group": place.row_group,
-                    "window": place.window,
-                }
-            )
+        with TokenizerProcess(folder) as tokenizer:
+            for index in range(min(examples, len(dataset))):
+                place, inputs = dataset.locate(index), dataset.sequence(index)["input_ids"]
+                assert inputs is not None
+                found["examples"].append(
+                    {
+                        "text": tokenizer.decode(inputs.tolist(), skip_special_tokens=False),
+                        "file": place.file.name,
+                        "row_group": place.row_group,
+                        "window": place.window,
+                    }
+                )
     return found
 
 

@@ -5,42 +5,47 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from configs.data import PrepareConfig
+from configs.data import LimitsConfig, PrepareConfig
 
 from .encode import documents, split_of
 from .manifest import TOKENIZER, TokenizerInfo
-from .sources import Input, Refusal, read
-from .tokenizer import byte_tokenizer, end_of_text, open_tokenizer, tokenizer_file, train_bpe, vocab_size
+from .sources import Input, Reader, Refusal
+from .tokenizer import TokenizerProcess, byte_tokenizer, end_of_text, tokenizer_file, train_bpe
 
 
-def make_tokenizer(files: list[Input], folder: Path, config: PrepareConfig, text_key: str) -> TokenizerInfo:
+def make_tokenizer(
+    files: list[Input], folder: Path, config: PrepareConfig, reader: Reader, limits: LimitsConfig
+) -> TokenizerInfo:
     """Put the tokenizer.json that `config.tokenizer` asks for into `folder`.
 
     Raises:
-        ConfigError: an existing tokenizer that cannot be read or has no end of text.
+        ConfigError: an existing tokenizer that cannot be read, takes more than the limits or has no end of text.
     """
-    path = origin = folder / TOKENIZER
-    if config.tokenizer == "bytes":
-        tokenizer = byte_tokenizer()
-        tokenizer.save(str(path))
-    elif config.tokenizer == "bpe":
-        tokenizer = train_bpe(_sample(files, config, text_key), config.vocab_size)
-        tokenizer.save(str(path))
+    path = folder / TOKENIZER
+    if config.tokenizer in ("bytes", "bpe"):
+        own = byte_tokenizer()
+        if config.tokenizer == "bpe":
+            own = train_bpe(_sample(files, config, reader), config.vocab_size)
+        own.save(str(path))
+        eos_token, eos_id = end_of_text(own.token_to_id, path)
+        size = max(own.get_vocab(with_added_tokens=True).values()) + 1
     else:
         origin = tokenizer_file(config.tokenizer)
-        tokenizer = open_tokenizer(origin)
+        with TokenizerProcess(origin, limits) as tokenizer:
+            tokenizer.trial()
+            eos_token, eos_id = end_of_text(tokenizer.token_to_id, origin)
+        size = tokenizer.vocab_size
         shutil.copyfile(origin, path)
-    eos_token, eos_id = end_of_text(tokenizer, origin)
     return TokenizerInfo(
         kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        vocab_size=vocab_size(tokenizer),
+        vocab_size=size,
         eos_id=eos_id,
         eos_token=eos_token,
     )
 
 
-def _sample(files: list[Input], config: PrepareConfig, text_key: str) -> Iterator[str]:
+def _sample(files: list[Input], config: PrepareConfig, reader: Reader) -> Iterator[str]:
     """Training documents for the tokenizer: files in an order drawn by hash, from each its share of the cap (at least
     1 MiB, so that of many small files some are taken whole). The cap is 16 MiB, or 2 KiB per token of the vocabulary
     where that is more."""
@@ -50,8 +55,8 @@ def _sample(files: list[Input], config: PrepareConfig, text_key: str) -> Iterato
     taken = 0
     for index in order:
         budget = min(max(1 << 20, cap * files[index].bytes // total), cap - taken)
-        for _, item in read(files[index], text_key):
-            for document in documents([item], text_key):
+        for _, item in reader.read(files[index]):
+            for document in documents([item], reader.text_key):
                 if isinstance(document, Refusal) or split_of(document, config.held_out, config.seed) != "train":
                     continue
                 document = document[: 1 << 20]

@@ -1,13 +1,12 @@
 """The manifest of a prepared folder: what its shards hold, what they were made from and what was refused."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Final, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from configs import ConfigError
 from configs.data import DataConfig, PrepareConfig, Source
@@ -18,11 +17,18 @@ SPLITS: tuple[Split, ...] = ("train", "held_out")
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 REFUSED = "refused.jsonl"
-FORMAT = 1
+FORMAT: Final = 1
+MANIFEST_BYTES = 64 << 20
+"""Those of 10 trillion tokens have 40 MB."""
+MAX_VOCABULARY = 1 << 24
+"""What counts tokens, and the embedding, have a row for each; the largest vocabularies in use have a million."""
+
+Count = Annotated[int, Field(ge=0, lt=1 << 63)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Shard(_Record):
@@ -31,17 +37,17 @@ class Shard(_Record):
 
     file: str
     split: Split
-    row_groups: int
-    rows: int
-    tokens: int
-    bytes: int
+    row_groups: Count
+    rows: Count
+    tokens: Count
+    bytes: Count
     """Size of the file."""
-    sha256: str
+    sha256: Digest
 
     @field_validator("file")
     @classmethod
     def _beside(cls, file: str) -> str:
-        if Path(file).name != file or file == "..":
+        if not file or Path(file).name != file or file == ".." or "\0" in file:
             raise ValueError(f"it names a file outside its folder: {file}")
         return file
 
@@ -49,40 +55,62 @@ class Shard(_Record):
 class SplitStats(_Record):
     """What one split holds, before tokenization (documents, UTF-8 bytes, characters) and after."""
 
-    documents: int
-    bytes: int
-    characters: int
-    tokens: int
+    documents: Count
+    bytes: Count
+    characters: Count
+    tokens: Count
     """One end-of-text token per document included."""
-    entropy: float
+    entropy: float = Field(ge=0)
     """Unigram entropy of the tokens in nats per token: the loss of the best model without context."""
 
 
 class TokenizerInfo(_Record):
     kind: str
-    sha256: str
+    sha256: Digest
     """Of tokenizer.json."""
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=MAX_VOCABULARY)
     """Largest token id + 1."""
-    eos_id: int
+    eos_id: Count
     eos_token: str
 
 
 class Manifest(_Record):
-    format: int = FORMAT
+    format: Literal[1] = FORMAT
     fingerprint: str
     """Of the input files (path, size, modification time) and the settings; equal: nothing to prepare again."""
     inputs: list[str]
-    input_files: int
-    input_bytes: int
+    input_files: Count
+    input_bytes: Count
     text_key: str
     prepare: PrepareConfig
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "uint32"]
     splits: dict[Split, SplitStats]
     shards: list[Shard]
-    refused: dict[str, int]
+    refused: dict[str, Count]
     """Documents or files left out, counted by reason; refused.jsonl names each."""
+
+    @model_validator(mode="after")
+    def _is_of_one_piece(self) -> Self:
+        """What is said twice is said alike, so that what reads the data can go by either."""
+        size, group = self.tokenizer.vocab_size, self.prepare.row_group_tokens
+        if self.tokenizer.eos_id >= size:
+            raise ValueError(f"eos_id {self.tokenizer.eos_id} is outside the vocabulary of {size}")
+        if size > 1 << 16 and self.dtype == "uint16":
+            raise ValueError(f"a vocabulary of {size} does not fit {self.dtype}")
+        if len({shard.file for shard in self.shards}) < len(self.shards):
+            raise ValueError("two shards are one file")
+        for split in SPLITS:
+            shards, told = self.of(split), self.splits.get(split)
+            if told is None or told.tokens != sum(shard.tokens for shard in shards):
+                raise ValueError(f"the shards of {split} do not add up to its tokens")
+            for shard in shards:
+                whole = shard.rows == shard.row_groups * group
+                if shard is shards[-1]:
+                    whole = (shard.row_groups - 1) * group < shard.rows <= shard.row_groups * group
+                if shard.tokens != shard.rows or not shard.row_groups or not whole:
+                    raise ValueError(f"{shard.file} has {shard.rows} rows in {shard.row_groups} groups of {group}")
+        return self
 
     def of(self, split: Split) -> list[Shard]:
         return [shard for shard in self.shards if shard.split == split]
@@ -117,22 +145,30 @@ def read_manifest(folder: str | Path) -> Manifest:
         ConfigError: no folder, no manifest (not prepared, or the preparation was cut short), or not one of ours.
     """
     path = Path(folder) / MANIFEST
-    if not path.is_file():
-        what = "is not there" if not Path(folder).exists() else f"has no {MANIFEST}, so it is not prepared data"
-        raise ConfigError(
-            f"data.path={folder}: {what}.\nMake it with `muster data prepare INPUT... --out FOLDER` and set "
-            "data.path=FOLDER (or data.path=stdlib)"
-        )
     try:
-        tree = json.loads(path.read_text(encoding="utf-8"))
-        if tree.get("format") != FORMAT:
-            raise ConfigError(f"{path} has format {tree.get('format')}, this version reads {FORMAT}: prepare it again")
-        return Manifest.model_validate(tree)
-    except (ValidationError, ValueError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"{path} is damaged ({reason}): remove the folder and prepare it again") from None
+        if not os.path.isfile(path):
+            what = "is not there" if not os.path.exists(folder) else f"has no {MANIFEST}, so it is not prepared data"
+            raise ConfigError(
+                f"data.path={folder}: {what}.\nMake it with `muster data prepare INPUT... --out FOLDER` and set "
+                "data.path=FOLDER (or data.path=stdlib)"
+            )
+        with open(path, "rb") as file:
+            data = file.read(MANIFEST_BYTES + 1)
+        if len(data) > MANIFEST_BYTES:
+            raise ValueError(f"it has more than {MANIFEST_BYTES:,} bytes")
+        return Manifest.model_validate_json(data)
+    except ConfigError:
+        raise
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        if first["loc"] == ("format",):
+            found = str(first["input"])[:20]
+            raise ConfigError(f"{path} has format {found}, this version reads {FORMAT}: prepare it again") from None
+        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except (OSError, ValueError) as error:
+        reason = str(error)
+    reason = " ".join(reason.split())[:200].removeprefix(": ")
+    raise ConfigError(f"{path} is damaged ({reason}): remove the folder and prepare it again")
 
 
 def sources_of(data: DataConfig) -> tuple[Source, ...]:

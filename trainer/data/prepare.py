@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from configs import ConfigError
-from configs.data import PrepareConfig
+from configs.data import LimitsConfig, PrepareConfig
 
 from .encode import EncodeSpec
 from .make_tokenizer import make_tokenizer
@@ -27,10 +27,11 @@ from .manifest import (
     write_manifest,
 )
 from .meter import Meter
+from .parquet import RECORD_WEIGHT
 from .pool import Records, default_workers, encode_all
 from .shard_writer import SplitWriter
-from .sources import Input, Record, find_inputs, read
-from .tokenizer import tokenizer_file
+from .sources import Input, Reader, Record, Refusal, find_inputs
+from .tokenizer import tokenizer_file, tokenizer_memory
 
 BATCH_BYTES = 1 << 20
 """Raw bytes that a worker encodes at once."""
@@ -41,6 +42,7 @@ def prepare(
     out: str | Path,
     config: PrepareConfig | None = None,
     *,
+    limits: LimitsConfig | None = None,
     text_key: str = "text",
     workers: int | None = None,
     strict: bool = False,
@@ -56,6 +58,7 @@ def prepare(
         inputs: files, folders, glob patterns or `stdlib`, see `sources.find_inputs`.
         out: folder to make; must not exist, be empty, or hold an earlier preparation of the same inputs.
         config: tokenizer, held-out share, seed.
+        limits: what a file or a record may take; what takes more is refused.
         text_key: key of a JSONL object or column of a Parquet file that holds the text.
         workers: processes that tokenize; None: one per processor.
         strict: make the first refused file or document an error instead of counting it.
@@ -64,12 +67,12 @@ def prepare(
     Raises:
         ConfigError: nothing to read, nothing usable, a bad tokenizer, an `out` that is taken, or (strict) a refusal.
     """
-    config = config or PrepareConfig()
+    config, limits = config or PrepareConfig(), limits or LimitsConfig()
     out = Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with _locked(out):
         files = find_inputs(inputs)
-        fingerprint = _fingerprint(files, config, text_key)
+        fingerprint = _fingerprint(files, config, limits, text_key)
         if (out / MANIFEST).exists():
             return _unchanged(out, read_manifest(out), fingerprint, config, text_key, progress)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -78,7 +81,7 @@ def prepare(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir()
         try:
-            manifest = _build(files, part, config, text_key, workers or default_workers(), strict, progress)
+            manifest = _build(files, part, config, limits, text_key, workers or default_workers(), strict, progress)
             names = [os.fsencode(str(given)).decode("utf-8", errors="replace") for given in inputs]
             manifest = manifest.model_copy(update={"fingerprint": fingerprint, "inputs": names})
             write_manifest(part, manifest)
@@ -91,35 +94,50 @@ def prepare(
 
 
 def _build(
-    files: list[Input], part: Path, config: PrepareConfig, text_key: str, workers: int, strict: bool, progress: bool
+    files: list[Input],
+    part: Path,
+    config: PrepareConfig,
+    limits: LimitsConfig,
+    text_key: str,
+    workers: int,
+    strict: bool,
+    progress: bool,
 ) -> Manifest:
     """Write everything but the manifest into `part`; its `inputs` and `fingerprint` are left to the caller."""
     total = sum(file.bytes for file in files)
     reasons: Counter[str] = Counter()
+    first: Refusal | None = None
     with ExitStack() as stack:
         meter = stack.enter_context(Meter(total, progress))
         meter.describe("make the tokenizer")
-        info = make_tokenizer(files, part, config, text_key)
+        reader = stack.enter_context(Reader(text_key, limits))
+        info = make_tokenizer(files, part, config, reader, limits)
         dtype: Literal["uint16", "uint32"] = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
         spec = EncodeSpec(
             tokenizer=str(part / TOKENIZER),
             byte_level=config.tokenizer == "bytes",
             eos_id=info.eos_id,
+            vocab_size=info.vocab_size,
             dtype=dtype,
             text_key=text_key,
             held_out=config.held_out,
             seed=config.seed,
+            memory=tokenizer_memory(limits, (part / TOKENIZER).stat().st_size),
+            seconds=limits.seconds,
         )
         writers = {split: SplitWriter(part, split, dtype, config.row_group_tokens, info.vocab_size) for split in SPLITS}
         meter.describe("tokenize")
         refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
-        batches = encode_all(_batches(files, text_key, meter), spec, workers)
+        # One worker is no gain, so with a tokenizer of our own making, which is as safe as this process, there is none.
+        workers = 0 if workers <= 1 and info.kind != "file" else workers
+        batches = encode_all(_batches(files, reader, meter), spec, workers)
         stack.callback(batches.close)  # at an error too, before the tokenizer is removed under the workers
         for batch in batches:
             for refusal in batch.refused:
                 if strict:
                     raise ConfigError(f"--strict: {refusal}")
                 reasons[refusal.reason] += 1
+                first = first or refusal
                 refused.write(json.dumps(refusal._asdict(), ensure_ascii=False) + "\n")
             for split, encoded in batch.splits.items():
                 writers[split].add(encoded)
@@ -130,7 +148,8 @@ def _build(
     splits = {split: writers[split].stats() for split in SPLITS}
     if not splits["train"].documents:
         named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        raise ConfigError(f"no usable training document in {len(files)} files ({named or 'all are held out'})")
+        because = f"{named}).\nThe first: {first}" if first else "all are held out)"
+        raise ConfigError(f"no usable training document in {len(files)} files ({because}")
     return Manifest(
         fingerprint="",
         inputs=[],
@@ -146,14 +165,14 @@ def _build(
     )
 
 
-def _batches(files: list[Input], text_key: str, meter: Meter) -> Iterator[Records]:
+def _batches(files: list[Input], reader: Reader, meter: Meter) -> Iterator[Records]:
     batch: Records = []
     size = done = 0
     for file in files:
-        for position, item in read(file, text_key):
+        for position, item in reader.read(file):
             batch.append(item)
             # A refusal weighs something too, so that a file of nothing else is reported as it is read.
-            size += len(item.data) if isinstance(item, Record) else 256
+            size += RECORD_WEIGHT + (len(item.data) if isinstance(item, Record) else 0)
             if size >= BATCH_BYTES:
                 meter.update(done + position)
                 yield batch
@@ -164,11 +183,13 @@ def _batches(files: list[Input], text_key: str, meter: Meter) -> Iterator[Record
         yield batch
 
 
-def _fingerprint(files: list[Input], config: PrepareConfig, text_key: str) -> str:
+def _fingerprint(files: list[Input], config: PrepareConfig, limits: LimitsConfig, text_key: str) -> str:
     digest = hashlib.sha256()
     for file in files:
         digest.update(repr((os.path.abspath(file.path), *file[1:])).encode("utf-8", "surrogateescape"))
     digest.update(_settings(config, text_key).encode())
+    if limits != LimitsConfig():  # other limits may refuse other files
+        digest.update(limits.model_dump_json().encode())
     return digest.hexdigest()
 
 
@@ -192,7 +213,7 @@ def _unchanged(
         changed.append(f"text_key {manifest.text_key!r} -> {text_key!r}")
     raise ConfigError(
         f"--out {out} is prepared already, from other inputs or settings "
-        f"({', '.join(changed) or 'files were added, removed or modified since'}).\n"
+        f"({', '.join(changed) or 'files were added, removed or modified since, or the limits changed'}).\n"
         "Name another folder, or remove it if no run uses it"
     )
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from configs import ConfigError
 from configs.data import DataConfig
@@ -18,7 +17,7 @@ from models.batch import Batch
 from .manifest import TOKENIZER, Split, read_manifests, sources_of
 from .order import BLOCK, EpochOrder, Interleave, Permutation, mix
 from .shards import DataError, Shards
-from .tokenizer import open_tokenizer
+from .tokenizer import TokenizerProcess
 
 IGNORE = -100
 """Label that is not trained on."""
@@ -75,7 +74,7 @@ class Dataset:
                     f"Prepare it again with data.prepare.row_group_tokens={1 << (4 * seq_len - 1).bit_length()} or "
                     "lower train.seq_len"
                 )
-            shards = Shards(source.path, manifest, split, cached_groups=BLOCK + BLOCK // 8)
+            shards = Shards(source.path, manifest, split, BLOCK + BLOCK // 8, config.limits)
             windows, last = self._windows(tokens), self._windows(shards.last_tokens)
             groups = shards.groups if last else shards.groups - 1  # one token alone has no label
             if groups < 1:
@@ -186,6 +185,6 @@ class Dataset:
         return f"data.path={path} holds less than two training tokens: prepare more text"
 
 
-def load_tokenizer(data: DataConfig) -> Tokenizer:
-    """The tokenizer that all sources share."""
-    return open_tokenizer(Path(sources_of(data)[0].path) / TOKENIZER)
+def load_tokenizer(data: DataConfig) -> TokenizerProcess:
+    """The tokenizer that all sources share, in a process of its own. Raises ConfigError as TokenizerProcess."""
+    return TokenizerProcess(Path(sources_of(data)[0].path) / TOKENIZER, data.limits)

@@ -5,17 +5,25 @@ from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import ConfigError
+from configs.data import LimitsConfig
 
+from .child import MIB
 from .manifest import Manifest, Shard, Split
+from .pages import pages
 from .shard_writer import COLUMN, schema
 
 OPEN_FILES = 16
+EXPANSION = 16
+"""Decoded bytes for each byte on disk, above which memory is bounded: tokens of real text take 2 to 6."""
+GROUP_FOOTER = 1 << 10
+"""Bytes that a row group takes in a footer, at most; ours take some 100."""
 
 
 class DataError(RuntimeError):
@@ -49,13 +57,15 @@ class Shards:
         manifest: its manifest.
         split: which split.
         cached_groups: decoded row groups that are kept, least recently used first to go.
+        limits: what they may take.
 
     Raises:
-        ConfigError: a shard that is missing, or whose size, row groups or rows are not the manifest's.
+        ConfigError: a shard that is missing, or whose size, row groups or rows are not the manifest's; row groups that
+            take more memory than the limits and their size on disk allow.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, split: Split, cached_groups: int):
-        self.folder, self.manifest = Path(folder), manifest
+    def __init__(self, folder: str | Path, manifest: Manifest, split: Split, cached_groups: int, limits: LimitsConfig):
+        self.folder, self.manifest, self.limits = Path(folder), manifest, limits
         self.shards = manifest.of(split)
         self.group_tokens = manifest.prepare.row_group_tokens
         self._schema = schema(manifest.dtype)
@@ -64,7 +74,7 @@ class Shards:
         self.last_tokens = sum(shard.rows for shard in self.shards) - max(self.groups - 1, 0) * self.group_tokens
         self._decoded: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached_groups = cached_groups
-        self._open: OrderedDict[int, pq.ParquetFile] = OrderedDict()
+        self._open: OrderedDict[int, tuple[Any, pq.ParquetFile]] = OrderedDict()
         self._check()
 
     def locate(self, group: int) -> tuple[Path, int]:
@@ -84,9 +94,10 @@ class Shards:
             return self._decoded[group]
         path, local = self.locate(group)
         try:
-            file = self._file(bisect_right(self._ends, group))
+            source, file = self._file(bisect_right(self._ends, group))
+            self._check_size(source, file, local)
             tokens = file.read_row_group(local, [COLUMN], use_threads=False)[COLUMN].to_numpy()
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, pa.ArrowException) as error:
             # What the operating system reports has a number; what Parquet finds wrong has none.
             damaged = getattr(error, "errno", None) is None
             raise DataError(path, local, " ".join(str(error).split())[:200], damaged) from error
@@ -102,18 +113,39 @@ class Shards:
             self._decoded.popitem(last=False)
         return tokens
 
-    def _file(self, shard: int) -> pq.ParquetFile:
+    @staticmethod
+    def _check_size(source: Any, file: pq.ParquetFile, group: int) -> None:
+        """Raise ValueError where a row group would unpack to more than its tokens, which stand in it as 32-bit integers
+        (and perhaps once more, in a dictionary)."""
+        metadata = file.metadata.row_group(group)
+        chunk = metadata.column(0)
+        starts = [at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at]
+        unpacked = sum(page.unpacked for page in pages(source.read_at, min(starts), chunk.total_compressed_size))
+        if max(unpacked, chunk.total_uncompressed_size) > 8 * metadata.num_rows + (1 << 16):
+            raise ValueError(f"its {metadata.num_rows:,} tokens unpack to {unpacked:,} bytes")
+
+    def _file(self, shard: int) -> tuple[Any, pq.ParquetFile]:
         # Ranged reads, not a memory map: a file cut short under a map kills the process with SIGBUS.
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            path = self.folder / self.shards[shard].file
-            self._open[shard] = pq.ParquetFile(path, page_checksum_verification=True, pre_buffer=False)
+            source = pa.OSFile(str(self.folder / self.shards[shard].file))
+            self._open[shard] = source, pq.ParquetFile(source, page_checksum_verification=True, pre_buffer=False)
             if len(self._open) > OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
+                source, file = self._open.popitem(last=False)[1]
+                file.close()
+                source.close()
         return self._open[shard]
 
     def _check(self) -> None:
+        at_once = min(sum(shard.rows for shard in self.shards), self._cached_groups * self.group_tokens)
+        size = at_once * np.dtype(self.manifest.dtype).itemsize
+        if size > max(self.limits.memory * MIB, EXPANSION * sum(shard.bytes for shard in self.shards)):
+            raise ConfigError(
+                f"data.path={self.folder}: reading it takes {size / MIB:,.0f} MiB, for row groups of "
+                f"{self.group_tokens:,} tokens that hardly take any on disk.\nIf it is yours, prepare it again with "
+                f"smaller data.prepare.row_group_tokens, or set data.limits.memory={-(-size // MIB)}"
+            )
         last = len(self.shards) - 1
         with ThreadPoolExecutor(16) as pool:
             problems = list(pool.map(lambda item: self._problem(item[1], item[0] == last), enumerate(self.shards)))
@@ -133,9 +165,14 @@ class Shards:
         if size != shard.bytes:
             return f"{path} has {size:,} bytes where the manifest has {shard.bytes:,}"
         try:
+            with open(path, "rb") as end:
+                end.seek(max(size - 8, 0))
+                footer = int.from_bytes(end.read(4), "little")
+            if footer > GROUP_FOOTER * (shard.row_groups + 16):
+                return f"{path} has a footer of {footer:,} bytes for {shard.row_groups} row groups"
             with pq.ParquetFile(path) as file:
                 metadata, found = file.metadata, file.schema_arrow
-        except (OSError, pa.ArrowException) as error:
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             return f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}"
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if sum(rows) != shard.rows:

@@ -1,14 +1,23 @@
 """Tokenizers as Hugging Face tokenizer.json: byte level, BPE trained on the data, or an existing one."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from configs import ConfigError
+from configs.data import LimitsConfig
+
+from .child import MIB, Child, ChildDied
+from .tokenizer_process import plain
 
 END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_BYTES = 256 << 20
+"""The largest tokenizer.json in use have 35 MB."""
+SETTINGS_BYTES = 4 << 20
+"""Of a tokenizer_config.json; those with the longest chat templates have some 0.1 MB."""
 
 # Qwen2's split (Hugging Face tokenization_qwen2.py): unlike GPT-2's it keeps a line end with what follows
 # punctuation and indentation in one piece, which source code is full of, and writes numbers digit by digit.
@@ -16,6 +25,9 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+_TRIAL = "def f(x):\n    return 'für 数据 🙂', 3.14" + "a" * 64 + " " * 64 + "\n" * 8 + "!0" * 32
+"""Words, and runs that patterns with nested repetitions search for ever."""
 
 _KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|im_end|>")
 
@@ -27,7 +39,7 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return _plain(tokenizer)
+    return plain(tokenizer)
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
@@ -48,71 +60,132 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _plain(tokenizer)
+    return plain(tokenizer)
 
 
-def open_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json, or the one in a folder (prepared data, a Hugging Face model).
+class TokenizerProcess:
+    """A tokenizer.json in a child process of its own: reading it and using it may hang, take any memory or panic.
 
-    Special tokens that stand in a text are encoded as the characters they are, so a text cannot end a document.
+    Special tokens that stand in a text are encoded as the characters they are, so a text cannot end a document. Use it
+    as a context manager or call `close()`. Every method raises ConfigError where the tokenizer fails.
+
+    Args:
+        path: a tokenizer.json, or a folder with one (prepared data, a Hugging Face model).
+        limits: what it may take; for each MiB of the file 32 MiB and a second more.
 
     Raises:
-        ConfigError: no such file, or not a tokenizer.
+        ConfigError: no such file, not a tokenizer, or one that takes more.
     """
-    file = tokenizer_file(path)
-    try:
-        return _plain(Tokenizer.from_file(str(file)))
-    except Exception as error:  # the library raises bare Exception
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"tokenizer {file} cannot be read ({reason}): give a Hugging Face tokenizer.json") from None
+
+    def __init__(self, path: str | Path, limits: LimitsConfig | None = None):
+        limits = limits or LimitsConfig()
+        self.file = tokenizer_file(path)
+        self._limits = limits
+        self._child = Child("tokenizer_process")
+        size = self.file.stat().st_size
+        bounds = {"memory": tokenizer_memory(limits, size), "seconds": limits.seconds + size / MIB}
+        try:
+            tokens, self.vocab_size = self._ask("load", str(self.file), **bounds)
+            # What counts tokens, and the embedding, have a row for every id.
+            if self.vocab_size > 4 * tokens + 1024:
+                raise ConfigError(
+                    f"tokenizer {self.file}: its {tokens:,} tokens have ids up to {self.vocab_size - 1:,}; "
+                    "number them from 0 without large holes"
+                )
+        except BaseException:
+            self.close()
+            raise
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return self._ask("encode", text, add_special_tokens)
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._ask("decode", list(tokens), skip_special_tokens)
+
+    def trial(self) -> None:
+        """Encode and decode a little, which shows what is wrong with most."""
+        self.decode(self.encode(_TRIAL))
+
+    def token_to_id(self, token: str) -> int | None:
+        return self._ask("token_to_id", token)
+
+    def id_to_token(self, token: int) -> str | None:
+        return self._ask("id_to_token", token)
+
+    def close(self) -> None:
+        self._child.close()
+
+    def __enter__(self) -> "TokenizerProcess":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _ask(self, do: str, *arguments: Any, **bounds: Any) -> Any:
+        bounds = bounds or {"seconds": self._limits.seconds}
+        try:
+            answer = self._child.ask({"do": do, "arguments": arguments} | bounds)
+        except ChildDied as error:
+            answer = {"error": str(error)}
+        if "error" in answer:
+            raise ConfigError(
+                f"tokenizer {self.file} cannot be used ({answer['error']}): give a Hugging Face tokenizer.json.\n"
+                f"If it is one, raise data.limits.memory ({self._limits.memory}) or data.limits.seconds "
+                f"({self._limits.seconds}); `muster data prepare` has --limit"
+            )
+        return answer["is"]
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json that `path` names. Raises ConfigError when there is none."""
+    """The tokenizer.json that `path` names. Raises ConfigError when there is none, or it is too large for any."""
     file = Path(path)
-    if file.is_dir():
-        file = file / "tokenizer.json"
-    if not file.is_file():
-        raise ConfigError(f"tokenizer {str(path)!r}: not `bytes`, `bpe` or an existing tokenizer.json")
+    try:
+        if file.is_dir():
+            file = file / "tokenizer.json"
+        if not file.is_file():
+            raise ConfigError(f"tokenizer {str(path)!r}: not `bytes`, `bpe` or an existing tokenizer.json")
+        if (size := file.stat().st_size) > TOKENIZER_BYTES:
+            raise ConfigError(f"tokenizer {file}: {size:,} bytes are more than any has ({TOKENIZER_BYTES:,})")
+    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"tokenizer {str(path)!r}: {error}") from None
     return file
 
 
-def vocab_size(tokenizer: Tokenizer) -> int:
-    """Largest token id + 1 (ids may have holes, so the count of tokens is not enough)."""
-    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+def tokenizer_memory(limits: LimitsConfig, size: int) -> int:
+    """Bytes that a process may take for a tokenizer.json of `size` bytes. A BPE of 256,000 tokens took 16 a byte."""
+    return limits.memory * MIB + 32 * size
 
 
-def end_of_text(tokenizer: Tokenizer, path: str | Path) -> tuple[str, int]:
+def end_of_text(token_to_id: Callable[[str], int | None], path: str | Path) -> tuple[str, int]:
     """The token that ends a document and its id: `eos_token` of the tokenizer_config.json beside the file where
     there is one, else the first of the usual names.
 
     Raises:
-        ConfigError: the tokenizer has none of them.
+        ConfigError: the tokenizer has none of them, or the tokenizer_config.json cannot be read.
     """
     beside = tokenizer_file(path).with_name("tokenizer_config.json")
     names: tuple[str, ...] = _KNOWN_ENDS
     if beside.is_file():
         try:
-            named = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-        except (ValueError, AttributeError):
-            named = None
+            if (size := beside.stat().st_size) > SETTINGS_BYTES:
+                raise ValueError(f"{size:,} bytes are more than any has ({SETTINGS_BYTES:,})")
+            named = json.loads(beside.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(f"{beside} cannot be read ({reason}): mend it, or remove it") from None
+        named = named.get("eos_token") if isinstance(named, dict) else None
         named = named.get("content") if isinstance(named, dict) else named
         names = (named, *names) if isinstance(named, str) else names
     for name in names:
-        token = tokenizer.token_to_id(name)
+        token = token_to_id(name)
         if token is not None:
             return name, token
     raise ConfigError(
         f"tokenizer {path} has no end-of-text token: add {END_OF_TEXT} to it as a special token "
         "(or name its own as eos_token in a tokenizer_config.json beside it)"
     )
-
-
-def _plain(tokenizer: Tokenizer) -> Tokenizer:
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True
-    return tokenizer
 
 
 def _byte_characters() -> list[str]:

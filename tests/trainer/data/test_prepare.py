@@ -25,7 +25,8 @@ from trainer.data.encode import split_of
 from trainer.data.manifest import MANIFEST, REFUSED, SPLITS, TOKENIZER, Manifest, Split, read_manifest
 from trainer.data.prepare import prepare, summary
 from trainer.data.sources import cut, find_inputs
-from trainer.data.tokenizer import byte_tokenizer, open_tokenizer
+from trainer.data.tokenizer import byte_tokenizer
+from trainer.data.tokenizer_process import load
 
 
 def tokens_of(folder: Path, split: Split) -> np.ndarray:
@@ -39,7 +40,7 @@ def tokens_of(folder: Path, split: Split) -> np.ndarray:
 
 def documents_of(folder: Path, split: Split) -> list[str]:
     """Decoded documents of a split, in order."""
-    tokenizer, eos = open_tokenizer(folder), read_manifest(folder).tokenizer.eos_id
+    tokenizer, eos = load(folder / TOKENIZER), read_manifest(folder).tokenizer.eos_id
     tokens = tokens_of(folder, split)
     ends = np.flatnonzero(tokens == eos)
     starts = [0, *(ends[:-1] + 1)]
@@ -63,7 +64,7 @@ def go(inputs, out: Path, config: PrepareConfig = SMALL, **options) -> Manifest:
 def test_every_document_comes_back(raw: Path, texts: dict[str, str], tmp_path: Path, tokenizer: str):
     config = SMALL.model_copy(update={"tokenizer": tokenizer, "vocab_size": 400})
     manifest = go([raw], tmp_path / "out", config)
-    encoder = open_tokenizer(tmp_path / "out")
+    encoder = load(tmp_path / "out" / TOKENIZER)
     for split in SPLITS:
         expected = [text for text in texts.values() if split_of(text.encode(), 0.2, 0) == split]
         assert documents_of(tmp_path / "out", split) == expected

@@ -118,11 +118,11 @@ def test_batch_stacks_sequences_and_pads(prepared: Path):
 
 def test_held_out_is_disjoint_fixed_and_ends(prepared: Path, texts: dict[str, str]):
     config = DataConfig(path=str(prepared))
-    tokenizer = load_tokenizer(config)
     found: dict[str, set[str]] = {}
     for split in ("train", "held_out"):
         dataset = Dataset(config, 1000, seed=0, split=split)
-        words = [tokenizer.decode(dataset.sequence(i)["input_ids"].tolist()) for i in range(len(dataset))]
+        with load_tokenizer(config) as tokenizer:
+            words = [tokenizer.decode(dataset.sequence(i)["input_ids"].tolist()) for i in range(len(dataset))]
         found[split] = {name for name, text in texts.items() if any(text[:40] in window for window in words)}
     assert found["held_out"]
     assert not found["train"] & found["held_out"]

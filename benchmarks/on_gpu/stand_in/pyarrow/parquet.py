@@ -1,5 +1,6 @@
 """Files of one column, kept as numpy arrays: one for each row group."""
 
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,9 +31,13 @@ class ParquetFile:
         name, kind = self._arrays["schema"].tolist()
         self._name, self.schema_arrow = name, Schema([name], [kind])
 
-    @property
+    @cached_property
     def metadata(self) -> SimpleNamespace:
-        groups = [SimpleNamespace(num_rows=len(self._arrays[f"group{i}"])) for i in range(len(self._arrays.files) - 1)]
+        column = SimpleNamespace(
+            dictionary_page_offset=None, data_page_offset=4, total_compressed_size=0, total_uncompressed_size=0
+        )
+        arrays = [self._arrays[f"group{i}"] for i in range(len(self._arrays.files) - 1)]
+        groups = [SimpleNamespace(num_rows=len(array), column=lambda i: column) for array in arrays]
         return SimpleNamespace(num_row_groups=len(groups), row_group=groups.__getitem__)
 
     def read_row_group(self, group: int, columns: list[str], use_threads: bool) -> dict[str, SimpleNamespace]:

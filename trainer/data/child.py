@@ -1,0 +1,127 @@
+"""A child process with bounds on memory and processor time, for what no library bounds: reading other people's files.
+
+What a child answers is JSON and bytes, never a pickle: it may be in the hands of the file that it reads.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+MIB = 1 << 20
+_ENVIRONMENT = {
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own reserves address space far ahead, which the bound counts
+    "TOKENIZERS_PARALLELISM": "false",
+    "RUST_BACKTRACE": "0",
+}
+
+
+class ChildDied(Exception):
+    """A child ended before it answered; the text says why."""
+
+
+class Child:
+    """A process that runs `trainer.data.MODULE.serve(descriptor, ...)` over its end of a pipe, which ends it too.
+
+    Args:
+        module: where its `serve` stands.
+        descriptors: more files for it to inherit, given to `serve` after the pipe.
+    """
+
+    # A program of its own rather than multiprocessing's, which would import the caller's __main__ (and with it torch
+    # and DeepSpeed) again. What a library prints as it panics is not for the user, who gets one message.
+    def __init__(self, module: str, descriptors: Sequence[int] = ()):
+        ours, theirs = Pipe()
+        with theirs:
+            given = [theirs.fileno(), *descriptors]
+            code = (
+                f"from trainer.orphans import end_with; end_with({os.getpid()})\n"
+                f"from trainer.data.{module} import serve; serve({', '.join(map(str, given))})"
+            )
+            self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", code],
+                pass_fds=given,
+                stdin=subprocess.DEVNULL,
+                stderr=self._errors,
+                env=os.environ | _ENVIRONMENT,
+            )
+        self.connection: Connection = ours
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """Send a request and wait for its answer. Raises ChildDied."""
+        try:
+            self.connection.send_bytes(json.dumps(request).encode())
+            return json.loads(self.connection.recv_bytes())
+        except (EOFError, OSError):
+            raise self.died() from None
+
+    def died(self) -> ChildDied:
+        """Why it ended, once the pipe has told that it did."""
+        self.connection.close()
+        self._process.kill()  # nothing to one that is dead; one that only closed its pipe is not waited for
+        code = self._process.wait()
+        if code == -signal.SIGXCPU:
+            return ChildDied("takes too long")
+        if code in (-signal.SIGABRT, -signal.SIGKILL):
+            return ChildDied(f"takes too much memory, or crashes its library ({signal.Signals(-code).name})")
+        if code < 0:
+            return ChildDied(f"crashes its library ({signal.Signals(-code).name})")
+        self._errors.seek(0)
+        last = self._errors.read()[-500:].decode(errors="replace").strip().rpartition("\n")[2]
+        return ChildDied(f"ended its process (exit code {code}{last and ': '}{last})")
+
+    def close(self) -> None:
+        """End the process, whatever it is doing."""
+        self.connection.close()
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+    def __enter__(self) -> "Child":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class Bounds:
+    """In a child: what it may take from here on, beyond what it took when this was made (its imports).
+
+    Linux alone tells and enforces the memory of a process; elsewhere only the time is bounded.
+    """
+
+    def __init__(self) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        self._before = _address_space()
+
+    def memory(self, size: int) -> None:
+        """Let it hold `size` bytes. What asks for more raises MemoryError, or aborts."""
+        if self._before:
+            _lower(resource.RLIMIT_AS, self._before + size)
+
+    def seconds(self, seconds: float) -> None:
+        """Let it compute for so long (a second more at most), then be killed."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
+
+
+def _lower(what: int, soft: int) -> None:
+    hard = resource.getrlimit(what)[1]
+    resource.setrlimit(what, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def _address_space() -> int:
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[0]) * resource.getpagesize()
+    except OSError:
+        return 0

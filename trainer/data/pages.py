@@ -1,0 +1,86 @@
+"""Read the headers of a column's Parquet pages: how large each will be unpacked, which pyarrow does not tell.
+
+https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift (PageHeader), in Thrift's compact
+protocol.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+HEADER_BYTES = 1 << 14
+"""More than any header has; they can hold statistics."""
+
+
+class Page(NamedTuple):
+    unpacked: int
+    """Bytes."""
+    packed: int
+
+
+def pages(read_at: Callable[[int, int], bytes], start: int, size: int) -> list[Page]:
+    """The pages of a column chunk.
+
+    Args:
+        read_at: gives up to n bytes of the file from an offset: `read_at(n, offset)`.
+        start: offset of the first page, a dictionary's if there is one.
+        size: bytes of the chunk.
+
+    Raises:
+        ValueError: what stands there is not pages.
+    """
+    found, end = [], start + size
+    while start < end:
+        header = _Header(read_at(min(HEADER_BYTES, end - start), start))
+        values = header.struct()
+        page = Page(values.get(2, -1), values.get(3, -1))
+        if page.unpacked < 0 or page.packed < 0:
+            raise ValueError("a page without a size")
+        found.append(page)
+        start += header.at + page.packed
+    return found
+
+
+class _Header:
+    def __init__(self, data: bytes):
+        self.data, self.at = data, 0
+
+    def struct(self, depth: int = 0) -> dict[int, int]:
+        """The integers of a struct by the number of their field; everything else is passed over."""
+        values, number = {}, 0
+        while byte := self._byte():
+            step, kind = byte >> 4, byte & 15
+            number = number + step if step else self._integer()
+            if kind in (4, 5, 6):
+                values[number] = self._integer()
+            elif kind == 3:
+                self._byte()
+            elif kind == 7:
+                self.at += 8
+            elif kind == 8:
+                self.at += self._varint()
+            elif kind == 12 and depth < 4:
+                self.struct(depth + 1)
+            elif kind not in (1, 2):  # a boolean is its own value; a page's header has no lists or maps
+                raise ValueError(f"a field of kind {kind} in a page's header")
+        return values
+
+    def _byte(self) -> int:
+        if self.at >= len(self.data):
+            raise ValueError("a page's header is cut off")
+        self.at += 1
+        return self.data[self.at - 1]
+
+    def _varint(self) -> int:
+        value = shift = 0
+        while True:
+            byte = self._byte()
+            value |= (byte & 127) << shift
+            shift += 7
+            if byte < 128:
+                return value
+            if shift > 63:
+                raise ValueError("a number in a page's header is too long")
+
+    def _integer(self) -> int:
+        value = self._varint()
+        return value >> 1 ^ -(value & 1)
