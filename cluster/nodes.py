@@ -56,6 +56,7 @@ def _ray_start(*arguments: str, given: list[str]) -> NoReturn:
     # Jobs are started as `muster ...`: the one that belongs to this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["PYTHONSAFEPATH"] = "1"  # Ray runs `python -m`, which would import what lies in this folder
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
     os.execv(sys.executable, [*command, *arguments, f"--temp-dir={temporary}", *options])
 

@@ -1,5 +1,6 @@
 """What a run is: validated configuration without torch, ray or deepspeed."""
 
+from . import search_path as search_path  # first, before any library is imported
 from .base import ConfigError, Section
 from .load import flatten, from_dict, load, preset_names, to_yaml
 from .model import BlockSparse, ModelConfig, RopeScaling

@@ -4,12 +4,6 @@ import os
 import sys
 import time
 from contextlib import nullcontext
-
-# `python -m` puts the working directory first, where a user's own folder `models/` or `configs/` would win over ours;
-# an editable install's finder comes after every folder, even the last, so ours is named before it.
-if sys.path and sys.path[0] in ("", os.getcwd()):
-    sys.path += [os.path.dirname(os.path.dirname(os.path.abspath(__file__))), sys.path.pop(0)]
-
 from pathlib import Path
 
 from .orphans import end_with

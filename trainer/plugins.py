@@ -17,6 +17,8 @@ from .compile_locks import mend_compile_locks
 def load_plugins(plugins: Sequence[str]) -> None:
     """Import each plugin: `package.module`, or the path of a Python file.
 
+    Only with plugins is the working directory searched for modules, after everything that is installed.
+
     It is the first of a run that may compile something, so locks that a killed compilation left are removed before.
 
     Raises:

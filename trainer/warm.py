@@ -144,8 +144,6 @@ def _train(job: dict[str, Any]) -> dict[str, Any]:
     folder, run_dir = job["folder"], Path(job["run_dir"])
     if os.path.isdir(folder):
         os.chdir(folder)
-    # Last: ours are loaded, and a user's folder named like one of them cannot take its place.
-    sys.path.append(folder)  # plugins named as modules
     with output_kept(run_dir):
         return {"status": train(run_dir, job["patience"])}
 

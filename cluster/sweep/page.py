@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 
-from trainer.plots.draw import STYLE
+from trainer.plots.draw import own_style
 
 from .figures import Mark, Picture, contour_levels, ends_of, paper
 
@@ -24,7 +23,7 @@ def save(pictures: Sequence[Picture], folder: Path, page: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for picture in pictures:
-        with rc_context(STYLE):
+        with own_style():
             figure = paper(picture)
             FigureCanvasAgg(figure)
             written.append(folder / f"{picture.name}.png")

@@ -67,6 +67,6 @@ def _main(rank: int, count: int, port: int, folder: Path, arguments: list[str], 
     )
     sys.argv = ["trainer", *arguments]
     before(*given)
-    from trainer.__main__ import main  # moves the working directory on sys.path, so in this process alone
+    from trainer.__main__ import main
 
     raise SystemExit(main())

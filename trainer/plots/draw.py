@@ -1,9 +1,11 @@
 """What the pictures of a run share: their style, and how a column of the record becomes a line on an axis."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -24,6 +26,13 @@ STYLE: Any = {
     "legend.fontsize": 8,
 }
 Records = Sequence[dict[str, Any]]
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """STYLE over matplotlib's defaults: a `matplotlibrc` in the working directory may set what runs LaTeX."""
+    with style.context(["default", STYLE]):
+        yield
 
 
 def legend(axes: Axes) -> None:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -19,11 +18,11 @@ from .draw import (
     GREY,
     ORANGE,
     RED,
-    STYLE,
     Records,
     column,
     legend,
     log_scale,
+    own_style,
     robust_limits,
     smooth,
     spread,
@@ -56,7 +55,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
     folder.mkdir(exist_ok=True)
     marks = _marks(index.lines, events)
     written = []
-    with rc_context(STYLE):
+    with own_style():
         for name, figure in (
             ("loss", _loss(train, evaluations, events)),
             ("optimizer", _optimizer(train)),
