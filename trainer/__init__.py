@@ -1,5 +1,6 @@
 """How one run is trained: DeepSpeed's engine, data, checkpoints and the record. Knows no Ray."""
 
+import contextlib
 import os
 import sys
 
@@ -16,3 +17,15 @@ import configs  # noqa: F401  before torch, see configs.search_path
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 # Counting GPUs by NVML starts no CUDA, which a fork of the counting process could not use (trainer.warm).
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
+COMPILED = os.path.join(
+    os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "muster", "compile", "inductor"
+)
+"""What torch's compiler keeps; `trainer.compiled` sees whether it may stay there."""
+# Its import makes a folder, by itself one in the folder for temporary files, where it stays.
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
+    with contextlib.suppress(OSError):  # no home, or one that is full or only to be read: torch's own place
+        os.makedirs(os.path.dirname(os.path.dirname(os.path.dirname(COMPILED))), exist_ok=True)
+        for _folder in (os.path.dirname(os.path.dirname(COMPILED)), os.path.dirname(COMPILED), COMPILED):
+            os.makedirs(_folder, mode=0o700, exist_ok=True)
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = COMPILED

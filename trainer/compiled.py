@@ -13,6 +13,7 @@ from typing import Any
 import torch._dynamo.utils as dynamo
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+from . import COMPILED
 from .collapse import Change
 from .compile_locks import LOCAL, file_system
 from .scratch import make_folder
@@ -30,7 +31,8 @@ def keep_compiled() -> None:
     """
     dynamo.set_compilation_metrics_limit(METRICS)
     folder = cache_folder()
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") == default_cache_dir():  # set by torch itself as it is imported
+    # Set by torch as it is imported, or before that by us.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (default_cache_dir(), COMPILED):
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))

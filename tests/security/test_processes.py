@@ -214,3 +214,12 @@ def test_a_second_users_folder_is_left_alone_and_leads_nowhere(tmp_path):
     sweep(tmp_path)
     assert not folder.exists()
     assert (precious / "file").exists()
+
+
+def test_imports_leave_nothing_in_the_folder_for_temporary_files(tmp_path):
+    environment = clean(TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path.parent / "cache"))
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    subprocess.run([sys.executable, "-P", "-c", "import trainer.warm, cluster.launch"], env=environment, check=True)
+    assert list(tmp_path.iterdir()) == []
+    made = [tmp_path.parent / "cache" / "muster", tmp_path.parent / "cache" / "muster" / "compile"]
+    assert [path.stat().st_mode & 0o777 for path in made] == [0o700, 0o700]
