@@ -142,7 +142,7 @@ def _explain(job: _Job) -> tuple[int, str]:
 def _traceback(run_dir: Path, lines: int = 12) -> str:
     """The last lines of the last worker's traceback."""
     ends = [event for event in read_events(run_dir) if event["event"] in ("worker_lost", "worker_failed")]
-    return "".join(f"\n  {line}" for line in ends[-1]["traceback"].splitlines()[-lines:]) if ends else ""
+    return "".join(f"\n  {line}" for line in ends[-1].get("traceback", "").splitlines()[-lines:]) if ends else ""
 
 
 def close_record(run_dir: Path, status: str, reason: str) -> None:

@@ -53,8 +53,14 @@ class Step(NamedTuple):
     waited: float
 
 
+_NUMBER = rb"(\d{1,15}(?:\.\d+)?(?:e[+-]\d{1,2})?)"
 _LINE = re.compile(
-    rb'\{"step": (\d+), "attempt": (\d+), "time": ([0-9.e+]+).*"data_wait": ([0-9.e+-]+), "step_time": ([0-9.e+-]+)'
+    rb'\{"step": (\d{1,15}), "attempt": (\d{1,15}), "time": '
+    + _NUMBER
+    + rb'.*"data_wait": '
+    + _NUMBER
+    + rb', "step_time": '
+    + _NUMBER
 )
 
 
@@ -107,7 +113,7 @@ def _book_attempt(
     for time, mark in sorted(marks, key=lambda pair: pair[0]):
         span, at = max(time - at, 0.0), max(time, at)
         if not isinstance(mark, Step):
-            took = min(mark["seconds"], span)
+            took = min(mark.get("seconds", 0.0), span)
             seconds["evaluation"] += took
             seconds["other" if step_before is not None else "startup"] += span - took
             continue

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from .events import wrong_event, wrong_metrics
 from .record import EVENTS, METRICS
 
 SMOOTHING = 0.1
@@ -136,8 +138,8 @@ class Follower:
     def __init__(self, run_dir: str | Path, view: ProgressView, interval: float = 0.5) -> None:
         self.view, self.interval = view, interval
         self._tails = [
-            (_Tail(Path(run_dir) / EVENTS), view.event),
-            (_Tail(Path(run_dir) / METRICS), view.metrics),
+            (_Tail(Path(run_dir) / EVENTS, wrong_event), view.event),
+            (_Tail(Path(run_dir) / METRICS, wrong_metrics), view.metrics),
         ]
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="progress", daemon=True)
@@ -168,10 +170,10 @@ class Follower:
 
 
 class _Tail:
-    """The records appended to a file after this was made."""
+    """The records appended to a file after this was made, without those that are `wrong`."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, wrong: Callable[[dict[str, Any]], str]) -> None:
+        self.path, self.wrong = path, wrong
         self.offset = path.stat().st_size if path.exists() else 0
 
     def read(self) -> list[dict[str, Any]]:
@@ -189,9 +191,9 @@ class _Tail:
         for line in whole.splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # torn by a kill
-            if isinstance(record, dict):
+            if isinstance(record, dict) and not self.wrong(record):
                 records.append(record)
         return records
 

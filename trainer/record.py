@@ -11,9 +11,11 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .events import wrong_event, wrong_metrics
 from .plain_json import dump
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
@@ -107,7 +109,7 @@ class Line(NamedTuple):
     end: int
 
 
-_HEAD = re.compile(rb'\{"step": (\d+), "attempt": (\d+), "time": ([0-9.e+]+)')
+_HEAD = re.compile(rb'\{"step": (\d{1,15}), "attempt": (\d{1,15}), "time": (\d{1,15}(?:\.\d+)?(?:e\+\d{1,2})?)')
 
 
 class MetricsIndex:
@@ -168,7 +170,8 @@ class MetricsIndex:
         with open(self.path, "rb") as file:
             for line in lines:
                 file.seek(line.start)
-                if (record := _parse(file.read(line.end - line.start))) is not None:
+                record = _parse(file.read(line.end - line.start))
+                if record is not None and not wrong_metrics(record):
                     yield record
 
 
@@ -181,13 +184,30 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every event, oldest first; a torn line is left out, no file is no events."""
+    """Every event, oldest first; a torn line is left out, and so, with a word, is one of other types than ours."""
+    path = Path(run_dir) / EVENTS
     try:
-        data = (Path(run_dir) / EVENTS).read_bytes()
+        data = path.read_bytes()
     except FileNotFoundError:
         return []
-    events = (_parse(line) for line in data.splitlines())
-    return [event for event in events if event is not None and "event" in event]
+    events, left_out = [], ""
+    for number, line in enumerate(data.split(b"\n"), 1):
+        event = _parse(line)
+        if event is None:
+            continue
+        if wrong := wrong_event(event):
+            left_out = left_out or f"{path}: line {number}, if no others, is left out: {wrong}"
+        else:
+            events.append(event)
+    if left_out:
+        _say_once(left_out)
+    return events
+
+
+@cache
+def _say_once(words: str) -> None:
+    """The record is read again and again."""
+    print(words, file=sys.stderr, flush=True)
 
 
 def summary(run_dir: str | Path) -> dict[str, Any]:
@@ -228,7 +248,7 @@ def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
             return event["status"], event.get("reason")
         if event["event"] == "hang" and event["attempt"] == last["attempt"]:
             return "FAILED", event["reason"]
-    if last.get("host") == socket.gethostname() and not _alive(last["pid"]):
+    if last.get("host") == socket.gethostname() and not _alive(last.get("pid", 0)):
         return "FAILED", "the process is gone without a word (killed, or out of memory)"
     return "RUNNING", None
 
@@ -272,6 +292,8 @@ def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                     is_evaluation = b'"eval_loss"' in line
                     if (evaluation if is_evaluation else train) or (record := _parse(line)) is None:
                         continue
+                    if wrong_metrics(record):
+                        continue
                     if is_evaluation:
                         evaluation = record
                     else:
@@ -288,6 +310,6 @@ def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def _parse(line: bytes) -> dict[str, Any] | None:
     try:
         record = json.loads(line)
-    except ValueError:  # torn, or not UTF-8
+    except (ValueError, RecursionError):  # torn, not UTF-8, or nested without end
         return None
     return record if isinstance(record, dict) else None

@@ -64,6 +64,7 @@ def resume(run_dir: Path, engine: Any, state: TrainState, model: ModelConfig, re
     load(reader, engine, state)
     # A rollback moved the cursor on without a checkpoint of its own yet.
     backs = [event for event in events if event["event"] == "rollback" and event["to_step"] == state.step]
+    backs = [event for event in backs if {"cursor", "rollbacks"} <= event.keys()]
     if backs and events.index(backs[-1]) > _last_save(events, state.step):
         state.cursor, state.rollbacks = backs[-1]["cursor"], backs[-1]["rollbacks"]
     if record:

@@ -15,7 +15,7 @@ import torch
 from configs import Config, ConfigError, differences, from_dict, load, resolve, to_yaml
 from models.families import build
 
-from .checkpoint import committed, folder
+from .checkpoint import committed, folder, verify
 from .data.default import ensure_prepared, vocabulary_size
 from .data.manifest import sources_of, vocabulary
 from .plugins import load_plugins
@@ -105,6 +105,8 @@ def prepare_run(
         if not steps:
             raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
         start = folder(run_dir, steps[-1])
+        if problems := verify(start, digests=False):  # its content is read by the run's processes, each a share
+            raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={resolved.run.name}: {problems[0]}")
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
         resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
         run_dir = run_dir.with_name(fork)
@@ -180,7 +182,7 @@ def _inputs(config: Config) -> list[dict[str, Any]]:
 def _data_digests(run_dir: Path) -> list[str]:
     """What the run's attempts read so far, as their record says; empty before the first."""
     started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
-    return [entry["digest"] for entry in started[-1].get("inputs", [])] if started else []
+    return [entry.get("digest", "") for entry in started[-1].get("inputs", [])] if started else []
 
 
 def read_config(run_dir: Path) -> Config:
@@ -199,7 +201,7 @@ def is_finished(run_dir: Path) -> bool:
     """Whether the run has reached the train.steps of its config."""
     config = read_config(run_dir)
     ends = [event for event in read_events(run_dir) if event["event"] == "attempt_ended"]
-    return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1]["step"] >= config.train.steps
+    return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1].get("step", 0) >= config.train.steps
 
 
 def request_stop(run_dir: Path, reason: str = "") -> None:

@@ -77,7 +77,13 @@ def score(sweep_dir: Path) -> list[Score]:
         ) from None
     found: dict[str, Score] = {}
     for line in lines:
-        each = _score_of(json.loads(line))
+        try:
+            each = _score_of(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = ascii(" ".join(str(error).split()))[:200]
+            raise ConfigError(f"{sweep_dir / PREDICTIONS} has a line that is no prediction: {reason}") from None
         if each.status != "AFTERWARDS" or each.run not in found:
             found[each.run] = each
     return list(found.values())
@@ -95,10 +101,11 @@ def _score_of(record: Mapping[str, Any]) -> Score:
         loss = run["eval_loss"]
         if (run_dir / "config.yaml").is_file():
             budget = _flops(load(run_dir / "config.yaml"))
-        if record.get("time", 0.0) > started[0]:
+        if float(record.get("time", 0.0)) > started[0]:
             status = "AFTERWARDS"
     predicted = record["run_loss"]
-    return Score(str(record["run"]), budget, predicted["value"], predicted["low"], predicted["high"],
+    value, low, high = (float(predicted[key]) for key in ("value", "low", "high"))
+    return Score(str(record["run"]), budget, value, low, high,
                  str(record["form"]), loss, status)  # fmt: skip
 
 

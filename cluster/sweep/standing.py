@@ -80,15 +80,21 @@ def standing(run_dir: Path, steps: int, end: Mapping[str, Any] | None, training:
     state: State = "stopped" if found["attempts"] else "waiting"
     reason = found["reason"] or ""
     ended = next((event for event in reversed(events) if event["event"] == "attempt_ended"), {"step": 0})
-    if found["status"] == "FINISHED" and ended["step"] >= steps:
+    if found["status"] == "FINISHED" and ended.get("step", 0) >= steps:
         state = "finished"
     elif training:
         state = "running"
     elif end and end["status"] == "FAILED":
-        state, reason = "diverged" if diverged(events) else "failed", end["reason"]
+        state, reason = "diverged" if diverged(events) else "failed", end.get("reason", "")
     updated = found["updated"] or 0.0
     return Standing(
-        run_dir.name, state, max(found["step"], ended["step"]), found["loss"], found["eval_loss"], reason, updated
+        run_dir.name,
+        state,
+        max(found["step"], ended.get("step", 0)),
+        found["loss"],
+        found["eval_loss"],
+        reason,
+        updated,
     )
 
 
@@ -98,7 +104,7 @@ def diverged(events: Sequence[Mapping[str, Any]]) -> bool:
     skipped = next((event for event in reversed(events) if event["event"] == "skipped_step"), None)
     if not ended or not skipped or ended["status"] != "FAILED":
         return False
-    return skipped["step"] == ended["step"] and str(ended["reason"]).startswith("TrainingStopped")
+    return skipped["step"] == ended.get("step") and str(ended.get("reason")).startswith("TrainingStopped")
 
 
 def finished_losses(sweep_dir: Path) -> dict[str, float]:

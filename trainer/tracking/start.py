@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +104,30 @@ def read_state(run_dir: str | Path) -> dict[str, Any]:
     """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error,
     and files: time of change and size of each that was sent."""
     try:
-        return json.loads((Path(run_dir) / STATE).read_text())
-    except (FileNotFoundError, ValueError):
+        state = json.loads((Path(run_dir) / STATE).read_text())
+    except (OSError, ValueError, RecursionError):
         return {}
+    # What is of other types than ours counts for nothing: all is asked of the tracker anew.
+    known = state.items() if isinstance(state, dict) else ()
+    return {key: value for key, value in known if key not in _STATE or _STATE[key](value)}
+
+
+def _times(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(each, list) and len(each) == 2 for each in value.values())
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= 2**53
+
+
+_STATE: dict[str, Callable[[Any], bool]] = {
+    "uri": lambda value: isinstance(value, str),
+    "run_id": lambda value: isinstance(value, str),
+    "error": lambda value: value is None or isinstance(value, str),
+    "offset": _count,
+    "missing": _count,
+    "files": _times,
+}
 
 
 def write_state(run_dir: Path, state: dict[str, Any]) -> None:
