@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: train test test-all check install clean
+.PHONY: train test test-all check install install-hashed clean
 
 train: $(INSTALLED)  ## install, then run the main job: a small MoE model learns Python
 	$(BIN)/muster train quickstart
@@ -25,6 +25,12 @@ $(INSTALLED): pyproject.toml deploy/constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e ".[dev]"
 	touch $(INSTALLED)
+
+install-hashed:  ## what a user needs, each file of PyPI's held to its SHA-256; without the developers' tools
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes -r deploy/hashes/muster.txt
+	$(BIN)/pip install --disable-pip-version-check --no-deps -e .
+	$(BIN)/pip check
 
 clean:
 	rm -rf .venv runs

@@ -5,10 +5,11 @@
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS build
-COPY deploy/constraints.txt deploy/mlflow/requirements.txt /src/
+COPY deploy/hashes/mlflow.txt /src/
 WORKDIR /src
 RUN python -m venv /opt/mlflow \
-    && /opt/mlflow/bin/pip install --no-cache-dir --disable-pip-version-check -c constraints.txt -r requirements.txt
+    && /opt/mlflow/bin/pip install --no-cache-dir --disable-pip-version-check \
+        --no-deps --require-hashes -r mlflow.txt
 
 FROM ${PYTHON}
 RUN useradd --uid 1000 --create-home mlflow

@@ -506,7 +506,10 @@ def test_dockerfile(file):
         if line[0] == "COPY" and not line[1].startswith("--from="):
             assert all((ROOT / source).exists() for source in line[1:-1]), line
         if line[0] == "RUN" and "install" in line and "pip" in " ".join(line):
-            assert "-c constraints.txt" in " ".join(line)
+            # Held to digests, or what has none of PyPI's: torch for CPUs, and muster itself.
+            for command in " ".join(line).replace("--disable-pip-version-check", "").split(" pip install ")[1:]:
+                assert re.search(r"--require-hashes -r|-c constraints\.txt .*(torch|\.)( |$)", command), command
+                assert "--no-deps" in command
         assert line[0] not in ("ENV", "ARG") or not SECRET.search(" ".join(line)), line
 
 
