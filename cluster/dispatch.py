@@ -18,11 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from configs import ConfigError
+from configs import ConfigError, private_folder
 
 from .messages import BadMessage, Job, clip
 from .pack import TOP, read_message
-from .private import private_folder
 from .queue import (
     ACTIVE,
     CANCELLED,

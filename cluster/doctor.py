@@ -21,8 +21,10 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from configs import mask
+
 from . import machine
-from .private import open_to_others
+from .ray_folder import open_to_others
 from .runs import RUNS, Json, Root
 from .session import check_reachable
 
@@ -80,9 +82,10 @@ def examine(root: Path, address: str | None) -> Iterator[Finding]:
     ]
     for name, check in checks:
         try:
-            yield from check()
+            for finding in check():
+                yield finding._replace(found=mask(finding.found), mend=mask(finding.mend))
         except Exception as error:
-            yield Finding(name, "fail", f"{type(error).__name__}: {error}")
+            yield Finding(name, "fail", mask(f"{type(error).__name__}: {error}"))
 
 
 def _python() -> Iterator[Finding]:

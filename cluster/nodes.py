@@ -9,7 +9,7 @@ import typer
 
 from configs import ConfigError
 
-from .private import ray_folder
+from .ray_folder import ray_folder
 from .token import make_token, use_token
 
 RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}

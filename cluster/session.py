@@ -19,7 +19,7 @@ import psutil
 from configs import ConfigError
 from trainer.scratch import make_folder, remove_folder, sweep
 
-from .private import closed, open_to_others, ray_parent
+from .ray_folder import closed, open_to_others, ray_parent
 from .share import Node
 from .token import refuse_open, use_token
 

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import ray
 
+from configs import private_files
 from trainer.scratch import make_folder, remove_folder
 
 ENVIRONMENT = {
@@ -28,6 +29,7 @@ class Worker:
     """Lives as long as the gang, through all attempts of a run; Ray runs its methods side by side."""
 
     def __init__(self, environment: dict[str, str]) -> None:
+        private_files()
         self._environment = os.environ | ENVIRONMENT | environment
         self._pid: int | None = None
         self._ending = False

@@ -2,12 +2,15 @@
 
 from . import search_path as search_path  # first, before any library is imported
 from .base import ConfigError, Section
+from .credentials import MASK, mask, mask_all
 from .load import flatten, from_dict, load, preset_names, to_yaml
 from .model import BlockSparse, ModelConfig, RopeScaling
+from .private import private_files, private_folder
 from .resolve import differences, resolve, with_workers, worker_counts
 from .run import Config
 
 __all__ = [
+    "MASK",
     "BlockSparse",
     "Config",
     "ConfigError",
@@ -18,7 +21,11 @@ __all__ = [
     "flatten",
     "from_dict",
     "load",
+    "mask",
+    "mask_all",
     "preset_names",
+    "private_files",
+    "private_folder",
     "resolve",
     "to_yaml",
     "with_workers",

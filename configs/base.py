@@ -1,10 +1,20 @@
 """The base class of every config section and the one error a user's mistake ends in."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+)
 
+from .credentials import mask_all
 from .parse import CONTROL
 
 Size = Annotated[int, Field(gt=0, le=2**24)]
@@ -55,6 +65,14 @@ class Section(BaseModel):
         if isinstance(value, str) and len(value) > LONGEST_PATH:
             raise ValueError(f"should have at most {LONGEST_PATH:,} characters")
         return value
+
+    @field_serializer("*", mode="wrap", when_used="json")
+    def _without_passwords(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
+        # Whatever is written or shown of a config passes here; who needs the password has the object.
+        return mask_all(serialize(value))
+
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        return [(name, mask_all(value)) for name, value in super().__repr_args__()]
 
 
 def file_path(value: Any) -> Any:

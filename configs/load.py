@@ -58,7 +58,12 @@ def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Va
 
 def to_yaml(config: BaseModel) -> str:
     """The config as YAML that `load` reads back to an equal object."""
-    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(tree: Mapping[str, Any]) -> str:
+    """A tree as YAML that reads back to the same values."""
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def export_hf(
     if to_architecture is None:
         raise ConfigError(f"model.family={config.family} has no Hugging Face architecture")
     arch = to_architecture(config)
-    to.mkdir(parents=True, exist_ok=True)
+    to.mkdir(mode=0o700, parents=True, exist_ok=True)
     tree = to_hf_config(config, arch)
     tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
     if tokenizer is not None:

@@ -31,9 +31,13 @@ def muster(monkeypatch, capsys):
     """Run the command line in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
+        umask = os.umask(0)
         monkeypatch.setattr(sys, "argv", ["muster", *arguments])
-        with pytest.raises(SystemExit) as end:
-            cli.main()
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            os.umask(umask)
         out, err = capsys.readouterr()
         return end.value.code or 0, out, err
 

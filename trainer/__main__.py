@@ -14,7 +14,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent is what started this
 from rich.console import Console
 from torch import distributed as dist
 
-from configs import ConfigError, load
+from configs import ConfigError, load, mask, private_files
 
 from .collectives import from_chief
 from .engine import start_processes
@@ -31,6 +31,7 @@ RESUMABLE = 75
 
 def main() -> int:
     """Returns the exit code: 0 finished, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
+    private_files()
     try:
         if len(sys.argv) < 2:
             raise ConfigError("usage: torchrun -m trainer CONFIG [key=value ...]")
@@ -81,7 +82,7 @@ def _prepare(config) -> Path:
 
 def _say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":
-        print(text, file=sys.stderr)
+        print(mask(text), file=sys.stderr)
 
 
 if __name__ == "__main__":

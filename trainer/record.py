@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from configs import mask_all
+
 from .events import wrong_event, wrong_metrics
 from .plain_json import dump
 
@@ -30,7 +32,7 @@ class Record:
 
     def __init__(self, run_dir: str | Path, attempt: int) -> None:
         self.run_dir = Path(run_dir)
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self.run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.attempt = attempt
         self._files = {name: _open_append(self.run_dir / name) for name in (METRICS, EVENTS)}
         self._waiting: dict[str, deque[bytes]] = {name: deque() for name in self._files}
@@ -52,7 +54,7 @@ class Record:
         head: dict[str, Any] = {"time": time.time(), "attempt": self.attempt, "event": name}
         if name == "attempt_started":
             head |= {"pid": os.getpid(), "host": socket.gethostname()}
-        self._write(EVENTS, head | details)
+        self._write(EVENTS, head | mask_all(details))
 
     def close(self) -> None:
         """Write what is still kept, and say on stderr what is lost if the disk is still full."""
@@ -91,7 +93,7 @@ class Record:
 
 
 def _open_append(path: Path) -> int:
-    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     size = os.fstat(file).st_size
     if size and os.pread(file, 1, size - 1) != b"\n":
         os.write(file, b"\n")  # the last writer was killed within a line: start on a fresh one

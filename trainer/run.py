@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .data.manifest import sources_of, vocabulary
 from .plugins import load_plugins
 from .precision import check_precision
 from .record import Record, read_events
-from .tracking import inputs_of
+from .tracking import NoPassword, hand_down_password, inputs_of, tracking_uri
 from .warm_start import check_source
 
 CONFIG = "config.yaml"
@@ -87,6 +88,7 @@ def prepare_run(
     Raises:
         ConfigError: the config cannot run, or differs from the existing run's in what the run is.
     """
+    hand_down_password(config)
     load_plugins(config.plugins)
     with torch.device("meta"):
         planned = resolve_config(config, prepare=False)[0]
@@ -97,6 +99,11 @@ def prepare_run(
     launched: dict[str, Any] = {"derived": notes, "began": began or psutil.Process().create_time()}  # trainer.goodput
     if began is None and SUBMITTED in os.environ:
         launched["submitted"] = float(os.environ[SUBMITTED])
+    if resolved.tracking.enabled and not resolved.tracking.parent:
+        try:
+            tracking_uri(run_dir, resolved)
+        except NoPassword as error:
+            print(f"muster: {error}; without it nothing is sent while the run trains", file=sys.stderr)
     events: list[tuple[str, dict[str, Any]]] = [("resolved", launched)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
         events.append(("init_from", {"differs": differs}))
@@ -124,7 +131,7 @@ def prepare_run(
     if start and events and not committed(run_dir):
         events.append(("forked", {"checkpoint": str(start)}))
     with _written(run_dir):
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)
         temporary = run_dir / f".{CONFIG}"
         try:

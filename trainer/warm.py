@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 import torch
 from torch import distributed as dist
 
-from configs import ConfigError
+from configs import ConfigError, private_files
 
 from .loop import TrainingStopped, train
 from .orphans import end_with
@@ -36,6 +36,7 @@ from .scratch import remove_folders
 
 
 def main() -> None:
+    private_files()
     if len(sys.argv) == 2:  # one attempt, of a process that could not fork
         _attempt(json.load(sys.stdin), int(sys.argv[1]))
     asked, told = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")

@@ -209,7 +209,7 @@ class _Watch:
 
     def _is_first(self) -> bool:
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(self._asked, os.O_CREAT | os.O_EXCL))
+            os.close(os.open(self._asked, os.O_CREAT | os.O_EXCL, 0o600))
             return True
         return False
 

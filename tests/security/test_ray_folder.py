@@ -11,7 +11,7 @@ from second_user import NOBODY, as_second_user, let_in, needs_second_user
 
 from cluster import private
 from cluster.doctor import _ray_folders
-from cluster.private import LONGEST, open_to_others, private_folder, ray_folder, ray_parent
+from cluster.ray_folder import LONGEST, open_to_others, private_folder, ray_folder, ray_parent
 from configs import ConfigError
 
 TRY_ALL = """

@@ -79,7 +79,7 @@ def prepare(
             raise ConfigError(f"--out {out}: exists and is not prepared data; name a new folder")
         part = out.with_name(f".{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        part.mkdir(mode=0o700)
         try:
             manifest = _build(files, part, config, limits, text_key, workers or default_workers(), strict, progress)
             names = [os.fsencode(str(given)).decode("utf-8", errors="replace") for given in inputs]

@@ -1,15 +1,25 @@
 """Shows a run's record in a tracker (MLflow). A process of its own reads the record, so training never waits for it."""
 
-from .start import ShipperHandle, inputs_of, read_state, start_shipper, tracking_uri
+from .start import (
+    NoPassword,
+    ShipperHandle,
+    hand_down_password,
+    inputs_of,
+    read_state,
+    start_shipper,
+    tracking_uri,
+)
 from .tracker import Input, Point, RunInfo, Sent, Tracker
 
 __all__ = [
     "Input",
+    "NoPassword",
     "Point",
     "RunInfo",
     "Sent",
     "ShipperHandle",
     "Tracker",
+    "hand_down_password",
     "inputs_of",
     "read_state",
     "start_shipper",

@@ -5,7 +5,10 @@ import contextlib
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
+
+from configs import ConfigError, mask, private_files
 
 from .shipper import ship
 from .start import GRACE
@@ -16,6 +19,7 @@ NICE = 5
 
 
 def main() -> int:
+    private_files()
     parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--once", action="store_true", help="send what is missing and leave")
@@ -25,11 +29,15 @@ def main() -> int:
     parser.add_argument("--sweep", action="store_true", help="the folder is a sweep's: its runs are sent as well")
     args = parser.parse_args()
     send = ship_sweep if args.sweep else ship
-    if args.once:
-        done = send(args.run_dir, grace=args.grace)
-    else:
-        _stand_back()
-        done = send(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False, grace=args.grace)
+    try:
+        if args.once:
+            done = send(args.run_dir, grace=args.grace)
+        else:
+            _stand_back()
+            done = send(args.run_dir, attempt=args.attempt, parent=args.parent_pid, once=False, grace=args.grace)
+    except Exception as error:
+        print(error if isinstance(error, ConfigError) else mask(traceback.format_exc()), file=sys.stderr)
+        return 1
     if done.missing:
         print(done.missing, file=sys.stderr)
     return 1 if done.missing else 0

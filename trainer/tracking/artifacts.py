@@ -1,5 +1,7 @@
 """The files of a run that its tracker gets: each once, and again when it has changed."""
 
+import os
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -44,5 +46,14 @@ class Artifacts:
     def _files(self, names: tuple[str, ...]) -> Iterator[Path]:
         for name in names:
             top = self.run_dir / name
-            if name not in self._without:
-                yield from [top] if top.is_file() else sorted(path for path in top.rglob("*") if path.is_file())
+            if name not in self._without and not top.is_symlink():
+                # No link is followed: what one leads to is no part of the run.
+                below = (Path(folder) / each for folder, _, files in os.walk(top) for each in files)
+                yield from [top] if top.is_file() else sorted(path for path in below if _is_regular(path))
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:  # just removed
+        return False

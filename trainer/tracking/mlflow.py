@@ -174,7 +174,7 @@ def _schema_lock(uri: str) -> Iterator[None]:
     if not uri.startswith("sqlite:///"):
         yield
         return
-    path = Path(uri.removeprefix("sqlite:///") + ".lock")
+    path = Path(uri.removeprefix("sqlite:///").partition("?")[0] + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

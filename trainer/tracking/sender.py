@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs import Config, flatten
+from configs import Config, flatten, mask
 
 from ..goodput import goodput, productive, total
 from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
@@ -50,7 +50,9 @@ class Sender:
     """
 
     def __init__(self, run_dir: Path, config: Config, uri: str, tracker: Tracker, once: bool) -> None:
-        self.run_dir, self.config, self.uri, self.tracker, self.once = run_dir, config, uri, tracker, once
+        self.run_dir, self.config, self.tracker, self.once = run_dir, config, tracker, once
+        self.uri = mask(uri)
+        """As it is written and shown."""
         self.hold = config.train.spike.action == "rollback" and not once
         self.events: list[dict[str, Any]] = []
         self._events_size = -1
@@ -208,4 +210,4 @@ class Sender:
 
 
 def words(problem: Exception) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:300]}"
+    return f"{type(problem).__name__}: {mask(' '.join(str(problem).split()))[:300]}"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import Config, ConfigError, load
+from configs import Config, ConfigError, load, mask
 
 from ..record import MetricsIndex
 from .sender import Sender, open_tracker, words
@@ -59,7 +59,7 @@ def ship(
     uri = tracking_uri(run_dir, config)
     with only_one(run_dir, PATIENCE if once else None) as free:
         if not free:
-            return Shipped(0, 0, f"another process is sending {run_dir.name} to {uri}")
+            return Shipped(0, 0, f"another process is sending {run_dir.name} to {mask(uri)}")
         shipper = Shipper(run_dir, config, uri, open_tracker(run_dir, config, uri), attempt, parent, once, grace)
         missing = shipper.run()
         return Shipped(shipper.records, shipper.files, missing)

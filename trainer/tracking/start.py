@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs import Config, ConfigError
+from configs import MASK, Config, ConfigError, mask, mask_all
 
 from ..record import FULL, read_events
 from .tracker import Input
@@ -17,6 +18,10 @@ from .tracker import Input
 STATE, LOG = "tracking.json", "tracking.log"
 GRACE = 60.0
 """Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
+
+
+class NoPassword(ConfigError):
+    """The password of the tracker is nowhere to be found."""
 
 
 class ShipperHandle:
@@ -42,7 +47,7 @@ class ShipperHandle:
         return f"tracking: {error}; `muster sync {self._run_dir}` sends the rest"
 
 
-def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -> ShipperHandle:
+def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -> ShipperHandle | None:
     """Start sending a run's record to the tracker in a process of its own, of low priority.
 
     Call on rank 0 after `attempt_started` is recorded. The process ends by itself after `attempt_ended`, or when this
@@ -51,11 +56,19 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
     Args:
         sweep: the folder is a sweep's, whose runs are sent as well (`trainer.tracking.sweep`).
 
+    Returns:
+        None: the tracker's password is not here. Training goes on, and a later sync sends all.
+
     Raises:
         ConfigError: `tracking.uri` is nothing that MLflow takes.
     """
     run_dir = Path(run_dir)
-    tracking_uri(run_dir, config)
+    try:
+        tracking_uri(run_dir, config)
+    except NoPassword as error:
+        write_state(run_dir, read_state(run_dir) | {"error": str(error)})
+        print(f"tracking: {error}", file=sys.stderr, flush=True)
+        return None
     attempt = max((event["attempt"] for event in read_events(run_dir)), default=1)
     # -P: a `trainer` folder of the user's in the working directory must not win over this package.
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
@@ -71,17 +84,39 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
 def tracking_uri(run_dir: str | Path, config: Config) -> str:
     """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the runs; of a sweep's runs, beside the sweep.
 
+    It has the password that config.yaml has not: see `hand_down_password`.
+
     Raises:
+        NoPassword: it is masked, and MLFLOW_TRACKING_URI is not the same with its password.
         ConfigError: a folder, which MLflow 3 refuses.
     """
     root = Path(config.tracking.parent or run_dir).resolve().parent
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root / 'mlflow.db'}"
+    variable = os.environ.get("MLFLOW_TRACKING_URI")
+    uri = config.tracking.uri or variable or f"sqlite:///{root / 'mlflow.db'}"
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
-            f"tracking.uri={uri}: MLflow 3 does not record into a folder; give http(s)://server or "
+            f"tracking.uri={mask(uri)}: MLflow 3 does not record into a folder; give http(s)://server or "
             f"sqlite:////absolute/path.db, or leave it out for {root / 'mlflow.db'}"
         )
-    return uri
+    if MASK not in uri:
+        return uri
+    if variable and mask(variable) == uri:
+        return variable
+    bare = re.sub(r"^(https?://)[^/]*@", r"\1", uri)
+    if MASK not in bare and (os.environ.get("MLFLOW_TRACKING_PASSWORD") or os.environ.get("MLFLOW_TRACKING_TOKEN")):
+        return bare  # MLflow sends what the variables say
+    raise NoPassword(f"tracking.uri={uri}: a run's files keep no password; set MLFLOW_TRACKING_URI to the whole URI")
+
+
+def hand_down_password(config: Config) -> None:
+    """Let the processes that this one starts have the tracker's password: files and command lines get it masked.
+
+    Args:
+        config: as the user wrote it.
+    """
+    uri = config.tracking.uri
+    if uri and mask(uri) != uri:
+        os.environ["MLFLOW_TRACKING_URI"] = uri
 
 
 def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
@@ -109,7 +144,8 @@ def read_state(run_dir: str | Path) -> dict[str, Any]:
         return {}
     # What is of other types than ours counts for nothing: all is asked of the tracker anew.
     known = state.items() if isinstance(state, dict) else ()
-    return {key: value for key, value in known if key not in _STATE or _STATE[key](value)}
+    # Older runs have the password of tracking.uri in it.
+    return dict(mask_all({key: value for key, value in known if key not in _STATE or _STATE[key](value)}))
 
 
 def _times(value: Any) -> bool:

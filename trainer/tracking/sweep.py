@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from configs import Config, ConfigError, flatten, load
+from configs import Config, ConfigError, flatten, load, mask
 from configs.sweep import load_sweep
 from configs.tracking import TrackingConfig
 
@@ -44,7 +44,7 @@ def ship_sweep(
     uri = tracking_uri(sweep_dir, config)
     with only_one(sweep_dir, PATIENCE if once else None) as free:
         if not free:
-            return Shipped(0, 0, f"another process is sending {sweep_dir.name} to {uri}")
+            return Shipped(0, 0, f"another process is sending {sweep_dir.name} to {mask(uri)}")
         shipper = SweepShipper(
             sweep_dir, config, uri, open_tracker(sweep_dir, config, uri), attempt, parent, once, grace
         )
@@ -81,8 +81,9 @@ def log_to_parent(sweep_dir: Path, files: Sequence[Path] = (), wait: float = 30.
 class SweepShipper(Shipper):
     """Sends the sweep first, as its runs name it, and then each run whose record has grown."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
+    def __init__(self, sweep_dir: Path, config: Config, uri: str, *arguments: Any) -> None:
+        super().__init__(sweep_dir, config, uri, *arguments)
+        self._whole_uri = uri
         self.senders: dict[Path, Sender] = {}
 
     def names(self, ended: bool) -> tuple[str, ...]:
@@ -110,8 +111,8 @@ class SweepShipper(Shipper):
     def _send_run(self, run_dir: Path, last: bool) -> None:
         if (sender := self.senders.get(run_dir)) is None:
             config = load(run_dir / "config.yaml")
-            tracker = open_tracker(run_dir, config, self.uri)
-            sender = self.senders[run_dir] = Sender(run_dir, config, self.uri, tracker, self.once)
+            tracker = open_tracker(run_dir, config, self._whole_uri)
+            sender = self.senders[run_dir] = Sender(run_dir, config, self._whole_uri, tracker, self.once)
         sender.read_events()
         status, _ = status_of(sender.events)
         if status == "NEW":

@@ -1,40 +1,14 @@
-"""Folders that no other user of this machine enters: the queue's, and Ray's, which opens what it makes to everyone."""
+"""Ray's folder, where no other user of this machine enters: Ray itself opens what it makes in it to everyone."""
 
 import os
 import stat
 import tempfile
 from pathlib import Path
 
-from configs import ConfigError
+from configs import ConfigError, private_folder
 
 LONGEST = 43
 """Characters of Ray's folder: those of the socket below it may be 107."""
-
-
-def private_folder(folder: Path, key: str) -> Path:
-    """A folder of this user's alone, made or closed to others.
-
-    Args:
-        key: what names another one, for the message.
-
-    Raises:
-        ConfigError: it is someone else's, a link, or lies where someone else could put another in its place.
-    """
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # What is opened stays what is looked at, whatever takes its name meanwhile.
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        try:
-            if (owner := os.fstat(opened).st_uid) != os.geteuid():
-                raise ConfigError(f"{folder} belongs to user {owner}: {key} names another")
-            os.fchmod(opened, 0o700)
-        finally:
-            os.close(opened)
-    except OSError as error:
-        raise ConfigError(
-            f"{folder} cannot be a folder of this user's alone ({error.strerror}): {key} names another"
-        ) from None
-    return folder
 
 
 def ray_parent() -> Path:
