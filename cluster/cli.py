@@ -4,12 +4,13 @@ Commands import what they need in their bodies: torch, Ray and MLflow take secon
 """
 
 import json
+import os
 import sys
 from typing import Annotated
 
 import typer
 
-from configs import Config, ConfigError, load, preset_names, resolve, to_yaml
+from configs import Config, ConfigError, load, mask, preset_names, private_files, resolve, to_yaml
 from models.cost import parameters, training_flops_per_token
 
 from . import checkpoints, data, doctor, jobs, nodes, plan, runs, submit, trained
@@ -23,6 +24,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+ARGUMENTS = "MUSTER_ARGUMENTS"
+"""Variable with the command line's arguments where they hold passwords."""
 Source = typer.Argument(metavar="CONFIG", help=f"A preset ({', '.join(preset_names())}) or a YAML file.")
 Overrides = typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
 
@@ -37,7 +40,7 @@ def train(
     asked = load(config, overrides or ())
     from .launch import launch
 
-    raise typer.Exit(launch(asked, fork=fork))
+    raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))
 
 
 @app.command("config")
@@ -91,13 +94,32 @@ app.command("doctor")(doctor.doctor)
 
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
+    private_files()
+    _hide_passwords()
     try:
         app()
     except ConfigError as error:
-        print(f"muster: {error}", file=sys.stderr)
+        print(f"muster: {mask(str(error))}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _hide_passwords() -> None:
+    """Take passwords off the command line, which every user of the machine can read: start anew with them in the
+    environment, which nobody else can."""
+    if given := os.environ.pop(ARGUMENTS, None):
+        sys.argv[1:] = json.loads(given)
+        return
+    hidden = [_masked(argument) for argument in sys.argv[1:]]
+    if hidden != sys.argv[1:] and sys.orig_argv[-len(hidden) :] == sys.argv[1:]:
+        os.environ[ARGUMENTS] = json.dumps(sys.argv[1:])
+        os.execv(sys.executable, [*sys.orig_argv[: -len(hidden)], *hidden])
+
+
+def _masked(argument: str) -> str:
+    key, sign, value = argument.partition("=")
+    return mask(argument) if "://" in key else key + sign + mask(value)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from configs import ConfigError
+from configs import ConfigError, mask
 
 from .dispatch import MESSAGES, READY
 from .pack import LIMIT, write_zip
 from .queue import fold, refusals
-from .session import check_reachable, find_own
+from .session import check_reachable, found_by_ray
 from .share import Node
-from .token import is_open, refuse_open, use_token
+from .token import Address, in_environment, is_open, refuse_open, remember, use_token
 
 QUEUE = "muster-queue-"
 PATIENCE = 90.0
@@ -30,12 +30,13 @@ class Cluster:
         ConfigError: nothing answers, it is open to everyone, or it refuses the token.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, address: Address) -> None:
+        url = address.where
         try:
             refuse_open(url)
         except OSError as error:
             raise _silent(url, error) from None
-        use_token(url)
+        use_token(address)
         # Ray takes half a second to import, and looks at the environment when it is.
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
         from ray.exceptions import AuthenticationError
@@ -56,6 +57,7 @@ class Cluster:
                 f"the cluster at {url} refuses the token: copy the one of its head to here, or name its file in "
                 f"RAY_AUTH_TOKEN_PATH"
             ) from None
+        remember(url)
 
     def nodes(self) -> list[Node]:
         """What each machine has."""
@@ -166,41 +168,42 @@ class Cluster:
 
     def _no_answer(self) -> RuntimeError:
         tail = self.jobs_api.get_job_logs(self._queue)[-2000:] if self._queue else ""
-        return RuntimeError(f"the queue of {self.url} did not answer in {PATIENCE:.0f} s\n{tail}")
+        return RuntimeError(f"the queue of {mask(self.url)} did not answer in {PATIENCE:.0f} s\n{tail}")
 
 
-def api_url(address: str | None, from_config: str | None = None) -> str:
+def api_url(address: str | None, from_config: Address | None = None) -> Address:
     """The job API of the cluster that is named: an http address, Ray's host:port, or `auto`.
 
     Args:
         address: as on the command line; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, `from_config`.
 
     Raises:
-        ConfigError: none is named, or nothing answers there.
+        ConfigError: none is named, nothing answers there, or the token is not for it.
     """
-    environment = (os.environ.get("RAY_API_SERVER_ADDRESS"), os.environ.get("RAY_ADDRESS"))
-    given = next(filter(None, (address, *environment, from_config)), None)
+    named = Address(address, "command") if address else in_environment("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    given = named or from_config
     if given is None:
         raise ConfigError(
             "no cluster is named: --address http://HOST:8265, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or cluster.address; "
             "`muster cluster up` starts one"
         )
-    if given.startswith(("http://", "https://")):
-        return given.rstrip("/")
+    if given.where.startswith(("http://", "https://")):
+        return given._replace(where=given.where.rstrip("/"))
+    given = found_by_ray(given)
     try:
-        if given != "auto":
-            check_reachable(given)
-            if _answers(f"http://{given}"):
-                return f"http://{given}"
+        check_reachable(given.where)
+        if _answers(f"http://{given.where}"):
+            return given._replace(where=f"http://{given.where}")
         use_token(given)
-        find_own(given)
         from ray.dashboard.utils import ray_address_to_api_server_url
 
-        return str(ray_address_to_api_server_url(given))
+        url = str(ray_address_to_api_server_url(given.where))
+        remember(given.where)
+        return Address(url, "environment")  # the head's word; its loopback may be somebody else's on this machine
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        raise _silent(given, error) from None
+        raise _silent(given.where, error) from None
 
 
 def _answers(url: str) -> bool:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from configs import ConfigError
+from configs import ConfigError, mask
 
 from . import runs
 from .client import Cluster, api_url
@@ -34,7 +34,7 @@ def jobs(address: Address = None, as_json: Json = False) -> None:
         print(json.dumps(list(found.values()), indent=1))
         return
     if not found:
-        print(f"no jobs at {cluster.url}")
+        print(f"no jobs at {mask(cluster.url)}")
         return
     table = Table("job", "state", box=None, pad_edge=False)
     for column in ("priority", "processes", "submitted"):
@@ -139,10 +139,10 @@ def accepted(cluster: Cluster, id: str, as_json: bool) -> None:
     """Wait until the queue has a job on its disk, and say where to look."""
     job = cluster.wait_for(id, lambda _: True)
     if as_json:
-        print(json.dumps(job | {"address": cluster.url}, indent=1))
+        print(json.dumps(job | {"address": mask(cluster.url)}, indent=1))
         return
     print(f"{id}\nrun {job['run_dir']}, {_gang(job)}, priority {job['priority']}")
-    print(f"muster logs {id} --follow; muster status {id}; muster stop {id}; dashboard {cluster.url}")
+    print(f"muster logs {id} --follow; muster status {id}; muster stop {id}; dashboard {mask(cluster.url)}")
 
 
 def _known(jobs: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:

@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, mask
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
@@ -19,17 +20,21 @@ from .failures import Final
 from .machine import this_node
 from .session import RayThread, Session, clear_away, end_children
 from .share import Node, Share, group_of, share, share_of_most
+from .token import Address, in_config, in_environment
 
 FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
 """Exit codes; 75 (EX_TEMPFAIL): stopped, and the same command goes on."""
+TRACKER = tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
+"""Variables that say where the record goes, and let it in there."""
 
 
-def launch(config: Config, fork: str | None = None) -> int:
+def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = ()) -> int:
     """Train a run through Ray until it is finished, stopped or has failed.
 
     Args:
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name`.
+        overrides: what of it the user gave on the command line.
 
     Returns:
         The exit code.
@@ -37,7 +42,7 @@ def launch(config: Config, fork: str | None = None) -> int:
     Raises:
         ConfigError: found before any device is held.
     """
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = in_config(config.cluster.address, overrides) or in_environment("RAY_ADDRESS")
     node = this_node()
     if address is None:
         asked, _ = resolve_config(config, prepare=False)
@@ -60,7 +65,7 @@ def launch(config: Config, fork: str | None = None) -> int:
 class _Job(RayThread):
     """Ray's part of a run."""
 
-    def __init__(self, config: Config, run_dir: Path, address: str | None, node: Node) -> None:
+    def __init__(self, config: Config, run_dir: Path, address: Address | None, node: Node) -> None:
         super().__init__(address, node)
         self.config, self.run_dir = config, run_dir
         self.status: str | None = None
@@ -84,7 +89,7 @@ def worker_environment(each: Share, threads: str | None = None) -> dict[str, str
     Args:
         threads: of each process; None: as many as it reserves CPUs.
     """
-    forwarded = {key: os.environ[key] for key in ("MLFLOW_TRACKING_URI",) if key in os.environ}
+    forwarded = {key: os.environ[key] for key in TRACKER if key in os.environ}
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py
     return {"OMP_NUM_THREADS": threads or str(each.threads), "GOMP_SPINCOUNT": spin} | forwarded
 
@@ -117,7 +122,7 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         out.print(f"stopped after step {step}: the same command goes on", markup=False)
         return STOPPED
     code, message = _explain(job)
-    print(f"muster: {message}", file=sys.stderr)
+    print(f"muster: {mask(message)}", file=sys.stderr)
     if code == FAILURE and (logs := job.run_dir / LOGS).exists():
         print(f"Output of the workers: {logs}", file=sys.stderr)
     if attempts(job.run_dir) > attempts_before:

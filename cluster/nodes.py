@@ -10,7 +10,7 @@ import typer
 from configs import ConfigError
 
 from .ray_folder import ray_folder
-from .token import make_token, use_token
+from .token import Address, make_token, own_addresses, remember, use_token
 
 RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
 LOOPBACK = "127.0.0.1"
@@ -25,6 +25,9 @@ def up(
 ) -> None:
     """Be the head until Ctrl-C; other options go to `ray start`. Example: muster cluster up --port 6379"""
     token = make_token()
+    ports = [_option(options.args, "--port", "6379"), _option(options.args, "--dashboard-port", "8265")]
+    gcs, api = (own_addresses(port, _option(options.args, "--node-ip-address")) for port in ports)
+    remember(*gcs, *api, *(f"http://{address}" for address in api))
     print(f"token of this cluster: {token} (give every machine and every user of it a copy)", flush=True)
     _ray_start("--head", f"--dashboard-host={dashboard_host}", given=options.args)
 
@@ -34,7 +37,8 @@ def join(
     options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")]
 ) -> None:
     """Give this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
-    use_token(address)
+    use_token(Address(address, "command"))
+    remember(address)
     _ray_start(f"--address={address}", given=options.args)
 
 
@@ -44,6 +48,14 @@ def queue() -> None:
     from .dispatch import serve
 
     serve()
+
+
+def _option(arguments: list[str], name: str, default: str | None = None) -> str | None:
+    """The value of one of `ray start`'s options."""
+    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
+        if argument == name or argument.startswith(f"{name}="):
+            return following if argument == name else argument.partition("=")[2]
+    return default
 
 
 def _ray_start(*arguments: str, given: list[str]) -> NoReturn:

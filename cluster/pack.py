@@ -5,8 +5,9 @@ import logging
 import os
 import stat
 import struct
+import sys
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -16,6 +17,8 @@ from trainer import revision
 
 from .messages import BadMessage as BadMessage
 from .messages import clip, parse
+from .secret_files import holds_token, is_secret
+from .token import known_tokens
 
 MESSAGE = "message.json"
 TOP = "work"
@@ -23,35 +26,118 @@ TOP = "work"
 lies one folder down."""
 LIMIT = 100 * 2**20
 """Bytes. Ray keeps the zip in the memory of the head, and refuses 512 MiB."""
-LEFT_OUT = [".git", ".venv", "venv", "__pycache__"]
+LEFT_OUT = [".git", ".hg", ".svn", ".venv", "venv", "__pycache__"]
+MOST_FILES, SHOWN = 10_000, 20
+SECRETS = "secrets: --with FILE sends one"
+LINKS = "links that lead out of this folder, into themselves, or to what is not sent"
+SPECIAL = "no regular files"
 
-MOST_FILES = 10_000
 _LONGEST_MESSAGE = 2**17
 _MOST_DIRECTORY = 4 * 2**20
 """Bytes of a zip's central directory: what reads it makes an object of every 46."""
 
 
-def files(folder: Path, without: Sequence[Path] = ()) -> list[Path]:
+def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = ()) -> list[Path]:
     """The files below a folder that .gitignore and .rayignore, in any folder, do not name; relative, sorted.
+
+    A link to a file or a folder among them stands for what it leads to. Left out, and named on stderr, are secrets,
+    links that lead elsewhere or into themselves, and what is no regular file.
 
     Args:
         without: folders below it that are left out too.
-    """
-    from ray._private.runtime_env.packaging import _dir_travel, _get_excludes  # what Ray packs by itself
+        insisted: files below it that are sent even so.
 
+    Raises:
+        ConfigError: a file cannot be read or sent, there are too many, or one of `insisted` is not there.
+    """
     folder = folder.resolve()
-    found: list[Path] = []
     names = [f"/{path.relative_to(folder)}" for path in without if path.is_relative_to(folder) and path != folder]
+    try:
+        tree = _tree(folder, names)
+        found, left = _followed(folder, tree, [token.encode() for token in known_tokens()])
+    except (OSError, UnicodeDecodeError) as error:
+        where = _shown(getattr(error, "filename", None) or "a .gitignore or .rayignore")
+        raise ConfigError(f"{where} cannot be read ({error}): name it in .gitignore or .rayignore") from None
+    for name in insisted:
+        path = Path(os.path.relpath(Path(name).absolute(), folder))
+        real = Path(os.path.realpath(folder / path))
+        if not (".." not in path.parts and real.is_relative_to(folder) and real.is_file()):
+            raise ConfigError(f"--with {name} is no file below {folder}, which is what the cluster gets")
+        found.add(path)
+    _tell({why: [path for path in paths if path not in found] for why, paths in left.items()})
+    for path in found:
+        if "\\" in str(path) or any(0xD800 <= ord(letter) <= 0xDFFF for letter in str(path)):
+            raise ConfigError(f"{_shown(path)} has a name that cannot be sent: rename it, or name it in .gitignore")
+    return sorted(found)
+
+
+def _tree(folder: Path, names: list[str]) -> dict[Path, list[os.DirEntry[str]]]:
+    """What the ignore files leave of each folder, links not followed."""
+    from ray._private.runtime_env import packaging  # what Ray packs by itself
+
     quiet = logging.getLogger("muster.pack")
     quiet.setLevel(logging.ERROR)
-    _dir_travel(
-        folder,
-        [_get_excludes(folder, [*LEFT_OUT, *names])],
-        lambda path: found.append(path.relative_to(folder)) if path.is_file() else None,
-        include_gitignore=True,
-        logger=quiet,
-    )
-    return sorted(found)
+    found: dict[Path, list[os.DirEntry[str]]] = {}
+    todo = [(folder, [packaging._get_excludes(folder, [*LEFT_OUT, *names])])]
+    while todo:
+        here, above = todo.pop()
+        excludes = above + packaging.get_excludes_from_ignore_files(here, include_gitignore=True, logger=quiet)
+        with os.scandir(here) as entries:
+            found[here] = [entry for entry in entries if not any(excluded(here / entry.name) for excluded in excludes)]
+        todo += [(here / each.name, excludes) for each in found[here] if each.is_dir(follow_symlinks=False)]
+    return found
+
+
+def _followed(
+    folder: Path, tree: Mapping[Path, list[os.DirEntry[str]]], tokens: list[bytes]
+) -> tuple[set[Path], dict[str, list[Path]]]:
+    """The files to send by the names that links give them, and by reason what is left out; all relative."""
+    regular = {here / each.name for here in tree for each in tree[here] if each.is_file(follow_symlinks=False)}
+    secret = {file for file in regular if is_secret(file.relative_to(folder)) or holds_token(file, tokens)}
+    found: set[Path] = set()
+    left: dict[str, list[Path]] = {SECRETS: [], LINKS: [], SPECIAL: []}
+    todo: list[tuple[Path, Path, frozenset[Path]]] = [(folder, Path(), frozenset())]
+    visits = 0
+    while todo:
+        here, name, above = todo.pop()
+        above |= {here}
+        visits += 1
+        for entry in tree[here]:
+            path, real, link = name / entry.name, here / entry.name, entry.is_symlink()
+            if link:
+                real = Path(os.path.realpath(real))
+            if real in tree:
+                if real in above:
+                    left[LINKS].append(path)
+                else:
+                    todo.append((real, path, above))
+            elif real in secret or (link and real in regular and is_secret(path)):
+                left[SECRETS].append(path)
+            elif real in regular:
+                found.add(path)
+            else:
+                left[LINKS if link else SPECIAL].append(path)
+        if visits + len(found) > MOST_FILES:
+            raise ConfigError(
+                f"{folder} has more than {MOST_FILES:,} files to send, counted through its links: name what no job "
+                f"needs in .gitignore or .rayignore"
+            )
+    return found, left
+
+
+def _tell(left: Mapping[str, list[Path]]) -> None:
+    """Say on stderr what is not sent."""
+    parts = []
+    for why, paths in left.items():
+        if paths:
+            shown, more = ", ".join(_shown(path) for path in sorted(paths)[:SHOWN]), len(paths) - SHOWN
+            parts.append(f"{shown}{f' and {more} more' if more > 0 else ''} ({why})")
+    if parts:
+        print(f"muster: not sent: {'; '.join(parts)}", file=sys.stderr)
+
+
+def _shown(path: object) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))
 
 
 def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None:
@@ -66,18 +152,47 @@ def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None
         )
 
 
-def write_zip(target: Path, folder: Path, packed: Iterable[Path], message: str) -> None:
-    """Write `message.json`, and the files below TOP, with the git commit that they were packed at."""
+def write_zip(
+    target: Path, folder: Path, packed: Iterable[Path], message: str, more: Mapping[str, str] | None = None
+) -> None:
+    """Write `message.json`, and the files below TOP, with the git commit that they were packed at.
+
+    Args:
+        more: text of further files below TOP, by name.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(MESSAGE, message)
-        archive.writestr(f"{TOP}/", "")  # there even if the folder is empty
+        top = zipfile.ZipInfo(f"{TOP}/")  # there even if the folder is empty
+        top.external_attr = (stat.S_IFDIR | 0o700) << 16 | 0x10
+        archive.writestr(top, "")
         if (packed := list(packed)) and (commit := revision.of(folder)):
             archive.writestr(f"{TOP}/{revision.SENT}", json.dumps(commit))
+        for name, text in (more or {}).items():
+            archive.writestr(f"{TOP}/{name}", text)
         for path in packed:
+            content, executable = _read(folder, path)
             # Zip knows no time before 1980, which some filesystems and build tools give.
             entry = zipfile.ZipInfo.from_file(folder / path, f"{TOP}/{path.as_posix()}", strict_timestamps=False)
             entry.compress_type = zipfile.ZIP_DEFLATED
-            archive.writestr(entry, (folder / path).read_bytes())
+            entry.external_attr = (stat.S_IFREG | (0o700 if executable else 0o600)) << 16
+            archive.writestr(entry, content)
+
+
+def _read(folder: Path, path: Path) -> tuple[bytes, bool]:
+    """A file's content, and whether its owner may execute it. Raises ConfigError if it is not what it was."""
+    real = Path(os.path.realpath(folder / path))
+    try:
+        # Whatever has taken its place since: a pipe would be waited for.
+        with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) or not real.is_relative_to(folder.resolve()):
+                raise ConfigError(f"{_shown(path)} was changed while it was packed: try again")
+            return file.read(), bool(mode & stat.S_IXUSR)
+    except OSError as error:
+        raise ConfigError(f"{_shown(path)} cannot be read ({error.strerror}): name it in .gitignore") from None
 
 
 def read_message(content: bytes) -> dict[str, Any]:

@@ -16,12 +16,12 @@ from typing import Any
 
 import psutil
 
-from configs import ConfigError
+from configs import ConfigError, mask
 from trainer.scratch import make_folder, remove_folder, sweep
 
 from .ray_folder import closed, open_to_others, ray_parent
 from .share import Node
-from .token import refuse_open, use_token
+from .token import Address, refuse_open, remember, use_token
 
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing large goes through Ray's object store; its default is a third of the memory."""
@@ -36,7 +36,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Session]:
+def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[Session]:
     """Connect to Ray while the block runs.
 
     No process of a private Ray outlives the block. They are tied to the calling thread, so that they end even when this
@@ -52,6 +52,7 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
     """
     with contextlib.ExitStack() as stack:
         if address is not None:
+            address = found_by_ray(address)
             use_token(address)
         _environment(folder, private=address is None)
         import ray  # reads the environment set above
@@ -76,16 +77,16 @@ def ray_session(address: str | None, node: Node, folder: Path) -> Iterator[Sessi
             )
         else:
             try:
-                find_own(address)
-                check_reachable(address)
-                ray.init(address=address, **quiet)
+                check_reachable(address.where)
+                ray.init(address=address.where, **quiet)
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
                 reason = " ".join(str(error).split())[:300]
                 raise ConfigError(
-                    f"cluster.address={address}: no Ray cluster answers there ({reason}).\n"
+                    f"cluster.address={mask(address.where)}: no Ray cluster answers there ({reason}).\n"
                     f"Start one with `ray start --head`, name its token file in RAY_AUTH_TOKEN_PATH, or unset "
                     f"cluster.address and RAY_ADDRESS"
                 ) from None
+            remember(address.where)
         stack.callback(ray.shutdown)
         os.chdir(here)
         if address is None:
@@ -108,10 +109,22 @@ OPEN = (
 )
 
 
-def find_own(address: str) -> None:
-    """Let `auto` find the cluster that `muster cluster up` started here, before one that others name in /tmp/ray."""
-    if address == "auto" and closed(ray_parent()):
+def found_by_ray(address: Address) -> Address:
+    """The address that `auto` leads to, by Ray's search among all processes of this machine; any other as it is.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if address.where != "auto":
+        return address
+    if closed(ray_parent()):  # where `muster cluster up` starts one: before those that others name in /tmp/ray
         os.environ.setdefault("RAY_TMPDIR", str(ray_parent()))
+    from ray._private.services import canonicalize_bootstrap_address_or_die
+
+    try:
+        return Address(canonicalize_bootstrap_address_or_die("auto"), "found")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cluster.address=auto: no Ray runs on this machine ({error})") from None
 
 
 def check_reachable(address: str) -> None:
@@ -169,7 +182,7 @@ class RayThread(threading.Thread):
         node: this machine, for a private one.
     """
 
-    def __init__(self, address: str | None, node: Node) -> None:
+    def __init__(self, address: Address | None, node: Node) -> None:
         super().__init__(name="ray", daemon=True)
         self.address, self.node = address, node
         self.folder = session_folder()

@@ -6,13 +6,15 @@ import json
 import os
 import shlex
 import tempfile
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
+from pydantic import BaseModel
 
-from configs import Config, ConfigError, load, preset_names, resolve, worker_counts
+from configs import Config, ConfigError, load, mask, preset_names, resolve, worker_counts
+from configs.load import dump_yaml, override, read_mapping
 
 from . import messages, pack
 from .client import Cluster, api_url
@@ -20,9 +22,16 @@ from .jobs import Address, accepted, follow, new_id
 from .queue import ACTIVE
 from .runs import Json
 from .share import group_of, share_of_gang, share_of_most
+from .token import in_config
+
+HIDDEN = ".muster-job.yaml"
+"""File of a job that holds what its command may not show."""
 
 Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and end as it ends.")]
 Queue = Annotated[bool, typer.Option("--queue", help="Wait for machines to join where there are too few.")]
+With = Annotated[
+    list[str] | None, typer.Option("--with", metavar="FILE", help="Send this one even if it is a secret or ignored.")
+]
 Priority = Annotated[int, typer.Option(metavar="N", help="The higher goes first.")]
 
 
@@ -37,6 +46,7 @@ def submit(
     wait: Wait = False,
     queue: Queue = False,
     priority: Priority = 0,
+    insisted: With = None,
     as_json: Json = False,
 ) -> None:
     """Send this folder and a run to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
@@ -51,18 +61,19 @@ def submit(
             f"parallel.* asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower parallel.dp"
         )
     name = path_in(here, config)
-    cluster = Cluster(api_url(address, asked.cluster.address))
+    cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))
     counts, nodes = worker_counts(asked), cluster.nodes()
     fewest = counts[-1]
     each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
     root = Path(asked.run.root)
-    packed = pack.files(here, [root])
+    packed = pack.files(here, [root], insisted or ())
     check_sent(needs(asked) | {"CONFIG": [name] if name not in preset_names() else []}, here, packed)
+    called, said, files = without_passwords(name, overrides or (), Config)
     kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
     job = {
         "name": asked.run.name,
         "run_dir": str(root / asked.run.name),
-        "command": shlex.join(["muster", "train", name, *(overrides or ()), *kept]),
+        "command": shlex.join(["muster", "train", called, *said, *kept]),
         "workers": fewest,  # it starts when so many fit, with as many more as there is room for
         "most": counts[0],
         "cpus": each.cpus,
@@ -70,14 +81,23 @@ def submit(
         "group": group_of(asked),
         "priority": priority,
     }
-    send(cluster, here, packed, job, wait, as_json)
+    send(cluster, here, packed, job, wait, as_json, files)
 
 
-def send(cluster: Cluster, here: Path, packed: list[Path], job: dict[str, Any], wait: bool, as_json: bool) -> None:
+def send(
+    cluster: Cluster,
+    here: Path,
+    packed: list[Path],
+    job: dict[str, Any],
+    wait: bool,
+    as_json: bool,
+    more: Mapping[str, str],
+) -> None:
     """Leave a job and the files that it needs to the queue, and say where to look.
 
     Args:
         job: see `messages.Job`.
+        more: text of files that are sent besides, by name.
         wait: show its output, and end as it ends.
 
     Raises:
@@ -94,7 +114,7 @@ def send(cluster: Cluster, here: Path, packed: list[Path], job: dict[str, Any], 
     id = new_id(job["name"])
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "job.zip"
-        pack.write_zip(path, here, packed, json.dumps({"do": "submit", "id": id, "job": job}))
+        pack.write_zip(path, here, packed, json.dumps({"do": "submit", "id": id, "job": job}), more)
         cluster.send_file(path)
     accepted(cluster, id, as_json)
     if wait:
@@ -120,6 +140,28 @@ def path_in(here: Path, config: str) -> str:
     return str(path.relative_to(here))
 
 
+def without_passwords(
+    name: str, overrides: Sequence[str], root: type[BaseModel]
+) -> tuple[str, list[str], dict[str, str]]:
+    """What a job's command says instead of overrides that hold a password, as everyone sees commands.
+
+    Args:
+        name: of the config or sweep, as the job knows it.
+        root: which of them it is.
+
+    Returns:
+        (name, overrides, text of a file by its name): the file is over the named one, and has what is not to be seen.
+    """
+    by_key = {text.partition("=")[0]: text for text in overrides}
+    hidden = [text for text in by_key.values() if mask(value := text.partition("=")[2]) != value]
+    if not hidden:
+        return name, list(overrides), {}
+    file = str(PurePosixPath(name).with_name(HIDDEN))
+    tree: dict[str, Any] = {"base": PurePosixPath(name).name} if root is Config else read_mapping(Path(name))
+    override(tree, hidden, root, "train.steps=100")
+    return file, [text for text in by_key.values() if text not in hidden], {file: dump_yaml(tree)}
+
+
 def needs(config: Config) -> dict[str, list[str]]:
     """The files and folders that a run reads, by the key that names them."""
     data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
@@ -139,6 +181,7 @@ def check_sent(needed: Mapping[str, list[str]], here: Path, packed: list[Path]) 
             inside = Path(os.path.normpath(path))
             if not any(file == inside or inside in file.parents for file in packed):
                 raise ConfigError(
-                    f"{key}={path} is not sent: it is not in {here}, or .gitignore names it. Give the absolute path of "
-                    f"a place that the cluster reaches, or take it out of .gitignore"
+                    f"{key}={path} is not sent: it is not in {here}, .gitignore names it, or it is a secret. Give the "
+                    f"absolute path of a place that the cluster reaches, take it out of .gitignore, or name it: "
+                    f"--with FILE"
                 )

@@ -10,18 +10,19 @@ from typing import Any
 
 from rich.console import Console
 
-from configs import ConfigError
+from configs import ConfigError, mask
 from configs.sweep import SweepConfig
 from trainer import revision
 from trainer.record import Record, read_events
 from trainer.run import attempts, hold
-from trainer.tracking import ShipperHandle, start_shipper
+from trainer.tracking import ShipperHandle, hand_down_password, start_shipper
 from trainer.tracking.sweep import sweep_config
 
 from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record
 from ..machine import this_node
 from ..session import RayThread, Session, clear_away, end_children
 from ..share import Node
+from ..token import Address, in_config, in_environment
 from .order import Order
 from .setting import Setting
 from .show_status import View, booked, failures
@@ -30,11 +31,12 @@ from .status import books, progress, write_plan
 from .trial import Plan
 
 
-def run_sweep(sweep: SweepConfig, gpus: int | None = None) -> int:
+def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[str] = ()) -> int:
     """Train until every trial is finished or has failed for good, or the user stops it.
 
     Args:
         gpus: devices to use at most; None: all that are free.
+        overrides: what of the sweep the user gave on the command line.
 
     Returns:
         The exit code: 0 all finished, 75 stopped (the same command goes on), 1 some failed.
@@ -49,7 +51,7 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None) -> int:
         setting.prepare_data()
         plan = setting.plan()
         setting.refuse_changed(plan.trials)
-        address = setting.base.cluster.address or os.environ.get("RAY_ADDRESS")
+        address = in_config(setting.base.cluster.address, overrides) or in_environment("RAY_ADDRESS")
         node = this_node()
         if address is None:
             for trial in plan.trials:
@@ -66,7 +68,7 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None) -> int:
         return _run(setting, gpus, address, node, out)
 
 
-def _run(setting: Setting, gpus: int | None, address: str | None, node: Node, out: Console) -> int:
+def _run(setting: Setting, gpus: int | None, address: Address | None, node: Node, out: Console) -> int:
     record, shipper = _begin_record(setting)
     session = _Session(setting, gpus, record, address, node)
     with View(setting.sweep_dir, out) as view, contextlib.ExitStack() as handlers:
@@ -83,7 +85,7 @@ def _run(setting: Setting, gpus: int | None, address: str | None, node: Node, ou
     out.print(booked(found.books), markup=False)
     done, count = found.count("finished"), len(found.items)
     if code in (FAILURE, MISTAKE) and session.error:
-        print(f"muster: {message}", file=sys.stderr)
+        print(f"muster: {mask(message)}", file=sys.stderr)
     elif code == STOPPED:
         out.print(f"stopped with {done} of {count} trials finished: the same command goes on")
     else:
@@ -94,7 +96,7 @@ def _run(setting: Setting, gpus: int | None, address: str | None, node: Node, ou
 class _Session(RayThread):
     """Ray's part of a sweep."""
 
-    def __init__(self, setting: Setting, gpus: int | None, record: Record, address: str | None, node: Node) -> None:
+    def __init__(self, setting: Setting, gpus: int | None, record: Record, address: Address | None, node: Node) -> None:
         super().__init__(address, node)
         self.setting, self.gpus, self.record = setting, gpus, record
         self.order: Order | None = None
@@ -133,6 +135,7 @@ class _Session(RayThread):
 
 def _begin_record(setting: Setting) -> tuple[Record, ShipperHandle | None]:
     sweep_dir = setting.sweep_dir
+    hand_down_password(setting.base)
     before = [event["attempt"] for event in read_events(sweep_dir)]
     record = Record(sweep_dir, max(before, default=0) + 1)
     tracking = setting.tracking.model_copy(update={"parent": None})
@@ -193,7 +196,7 @@ def _only_one(sweep_dir: Path) -> Iterator[None]:
     busy = f"sweep {sweep_dir.name} is being run by {{}}: wait for it, stop it, or choose another name"
     with contextlib.ExitStack() as stack:
         try:
-            sweep_dir.mkdir(parents=True, exist_ok=True)
+            sweep_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(hold(sweep_dir / "lock", busy))
         except OSError as error:
             raise ConfigError(f"{sweep_dir}: {error.strerror or error}; choose another root of the sweep") from None

@@ -21,7 +21,7 @@ def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> Non
     sweep = load_sweep(file, overrides or ())
     from .run import run_sweep
 
-    raise typer.Exit(run_sweep(sweep, gpus))
+    raise typer.Exit(run_sweep(sweep, gpus, overrides or ()))
 
 
 def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = False) -> None:

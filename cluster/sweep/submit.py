@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 
 from configs import ConfigError, preset_names
-from configs.sweep import load_sweep
+from configs.sweep import SweepConfig, load_sweep
 
 from .. import pack
 from ..client import Cluster, api_url
@@ -13,7 +13,8 @@ from ..messages import MOST_WORKERS
 from ..queue import Gang, place
 from ..runs import Json
 from ..share import Share, capacity
-from ..submit import Priority, Queue, Wait, check_root, check_sent, needs, path_in, send
+from ..submit import Priority, Queue, Wait, With, check_root, check_sent, needs, path_in, send, without_passwords
+from ..token import in_config
 from .run_commands import File, Gpus, Overrides
 
 
@@ -25,6 +26,7 @@ def submit_sweep(
     wait: Wait = False,
     queue: Queue = False,
     priority: Priority = 0,
+    insisted: With = None,
     as_json: Json = False,
 ) -> None:
     """Send this folder and a sweep to a cluster. Example: muster sweep submit sweep.yaml root=/shared/runs --gpus 8"""
@@ -47,7 +49,7 @@ def submit_sweep(
             if gpus
             else f"a trial takes {widest} processes, and a job has at most {MOST_WORKERS}: lower parallel.dp"
         )
-    cluster = Cluster(api_url(address, every[0].config.cluster.address))
+    cluster = Cluster(api_url(address, in_config(every[0].config.cluster.address, overrides or ())))
     nodes = cluster.nodes()
     gangs = [gang_of(trial.resolved, nodes, wait=queue) for trial in planned.trials]
     each = Share(max(gang.each.cpus for gang in gangs), max(gang.each.gpus for gang in gangs))
@@ -60,16 +62,17 @@ def submit_sweep(
             f"lower it, or wait for machines to join with --queue"
         )
 
-    packed = pack.files(here, [Path(sweep.root)])
+    packed = pack.files(here, [Path(sweep.root)], insisted or ())
     base = [] if sweep.base in preset_names() else [path_in(here, sweep.base)]
     check_sent({"SWEEP.yaml": [name], "base": base}, here, packed)
     for arm in every:
         check_sent(needs(arm.config), here, packed)
+    called, said, files = without_passwords(name, overrides or (), SweepConfig)
     limit = [f"--gpus={gpus}"] if gpus else []
     job = {
         "name": sweep.name,
         "run_dir": str(sweep.folder),
-        "command": shlex.join(["muster", "sweep", "run", name, *(overrides or ()), "set.cluster.address=null", *limit]),
+        "command": shlex.join(["muster", "sweep", "run", called, *said, "set.cluster.address=null", *limit]),
         "workers": gang.workers,
         "most": gpus or min(max(gang.workers, room), MOST_WORKERS),
         "cpus": gang.each.cpus,
@@ -77,4 +80,4 @@ def submit_sweep(
         "group": gang.group,
         "priority": priority,
     }
-    send(cluster, here, packed, job, wait, as_json)
+    send(cluster, here, packed, job, wait, as_json, files)

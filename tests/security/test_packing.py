@@ -1,0 +1,211 @@
+"""What `muster submit` never takes along: secrets, what links lead to elsewhere, what is no file. And it ends."""
+
+import os
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster import pack
+from cluster.secret_files import is_secret
+from configs import ConfigError
+from trainer.tracking.artifacts import Artifacts
+
+SECRETS = (
+    ".env", ".env.local", "deploy/prod.env", ".netrc", ".git-credentials", ".ssh/id_ed25519", ".ssh/config",
+    ".aws/credentials", ".kube/config", ".docker/config.json", ".pypirc", ".npmrc", ".config/gcloud/credentials.db",
+    ".azure/accessTokens.json", ".huggingface/token", ".cache/huggingface/token", "tls/server.pem", "tls/server.key",
+    "id_rsa", "id_rsa.bak", "keys/store.p12", "wandb/settings", ".muster/queue/x.zip", ".ray/auth_token", ".ENV",
+    ".env~", "..env.swp", "kaggle.json", ".streamlit/secrets.toml", ".pgpass", "service-account-prod.json",
+)  # fmt: skip
+PLAIN = (
+    ".env.example", "moe.yaml", "models/secrets.py", "id_rsa.pub", ".docker/Dockerfile", "keys.csv", "environment.yml",
+    "tokens/tokenizer.json", ".gitignore", "docs/credentials.md", "model.safetensors", "monkey.txt",
+)  # fmt: skip
+
+
+def fill(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"# content of {name}")
+    return folder
+
+
+def packed(folder: Path, *insisted: str) -> set[str]:
+    return {path.as_posix() for path in pack.files(folder, insisted=insisted)}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "user").mkdir()
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "elsewhere"))
+    monkeypatch.chdir(tmp_path / "user")
+    return tmp_path / "user"
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_a_secret_stays_at_home_and_is_named(folder, capsys, name):
+    fill(folder, name, "moe.yaml")
+    assert packed(folder) == {"moe.yaml"}
+    told = capsys.readouterr().err
+    assert f" {name} (secrets: --with FILE sends one)" in told
+    assert len(told.splitlines()) == 1
+
+
+def test_what_is_no_secret_is_sent_without_a_word(folder, capsys):
+    assert packed(fill(folder, *PLAIN)) == set(PLAIN)
+    assert capsys.readouterr().err == ""
+
+
+def test_who_insists_gets_it(folder, capsys):
+    fill(folder, ".env", ".netrc", "big.bin", ".gitignore")
+    (folder / ".gitignore").write_text("*.bin\n")
+    assert packed(folder, ".env", "big.bin") == {".env", ".gitignore", "big.bin"}
+    assert ".env" not in capsys.readouterr().err
+    for wrong in ("missing", "../user2", "/etc/passwd", "."):
+        with pytest.raises(ConfigError, match="--with"):
+            packed(folder, wrong)
+
+
+def test_the_token_stays_at_home_wherever_it_is(folder, monkeypatch):
+    token = "f" * 64
+    fill(folder, "moe.yaml", "sub/my-cluster", "notes.sh")
+    (folder / "sub" / "my-cluster").write_text(token + "\n")
+    (folder / "notes.sh").write_text(f"export RAY_AUTH_TOKEN={token}\n")
+    assert "notes.sh" in packed(folder)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(folder / "sub" / "my-cluster"))
+    assert packed(folder) == {"moe.yaml"}
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", token)
+    assert packed(folder) == {"moe.yaml"}
+
+
+def test_links_that_lead_out_are_named_and_not_followed(folder, capsys):
+    fill(folder, "moe.yaml", "data/ignored", ".git/config", ".gitignore", ".env")
+    (folder / ".gitignore").write_text("/data/\n")
+    fill(folder.parent, "outside/secret", "user2/x")
+    for name, target in {
+        "out": "../outside", "file": "../outside/secret", "abs": "/etc/passwd", "near": "../user2/x",
+        "git": ".git/config", "ignored": "data/ignored", "plain": ".env",
+        "nowhere": "missing", "loop": "loop", "twice": "out",
+    }.items():  # fmt: skip
+        (folder / name).symlink_to(target)
+    assert packed(folder) == {"moe.yaml", ".gitignore"}
+    told = capsys.readouterr().err
+    for name in ("out", "file", "abs", "near", "git", "ignored", "plain", "nowhere", "loop", "twice"):
+        assert f" {name}" in told
+
+
+def test_links_inside_are_files_in_the_jobs_copy(folder, tmp_path):
+    fill(folder, "models/v3/weights", "models/v3/config.yaml", "tools/run.sh")
+    (folder / "models" / "latest").symlink_to("v3")
+    (folder / "current").symlink_to(folder / "models" / "latest")
+    (folder / "go").symlink_to("tools/run.sh")
+    (folder / "tools" / "run.sh").chmod(0o775)
+    pack.write_zip(tmp_path / "job.zip", folder, pack.files(folder), "{}")
+    from ray._private.runtime_env.packaging import unzip_package
+
+    before = os.umask(0o077)
+    try:
+        unzip_package(str(tmp_path / "job.zip"), str(tmp_path / "there"), False, False)
+    finally:
+        os.umask(before)
+    work = tmp_path / "there" / "work"
+    for name in ("models/v3/weights", "models/latest/weights", "current/weights"):
+        assert (work / name).read_text() == "# content of models/v3/weights"
+    assert not [path for path in work.rglob("*") if path.is_symlink()]
+    modes = {path.relative_to(work).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in work.rglob("*")}
+    assert (modes["tools/run.sh"], modes["go"], modes["current/weights"], modes["models"]) == (
+        0o700,
+        0o700,
+        0o600,
+        0o700,
+    )
+    assert not [name for name, mode in modes.items() if mode & 0o077]
+    with zipfile.ZipFile(tmp_path / "job.zip") as archive:
+        assert not [entry.filename for entry in archive.infolist() if entry.external_attr >> 16 & 0o077]
+
+
+HOSTILE = """
+import os, sys
+from pathlib import Path
+from cluster import pack
+from configs import ConfigError
+folder = Path(sys.argv[1])
+os.symlink(".", folder / "self")
+os.symlink("..", folder / "a" / "up")
+os.symlink(folder, folder / "a" / "absolute")
+os.mkfifo(folder / "pipe")
+os.mkfifo(folder / ".rayignore")
+print(sorted(map(str, pack.files(folder))))
+for i in range(40):
+    (folder / f"d{i}").mkdir()
+    for name in ("x", "y"):
+        os.symlink(f"../d{i + 1}", folder / f"d{i}" / name)
+(folder / "d40").mkdir()
+try:
+    pack.files(folder)
+except ConfigError as error:
+    print("refused:", "files to send, counted through its links" in str(error))
+"""
+
+
+def test_packing_ends_whatever_the_links_and_pipes(folder):
+    fill(folder, "moe.yaml", "a/b")
+    command = [sys.executable, "-c", HOSTILE, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.stdout.splitlines() == ["['a/b', 'moe.yaml']", "refused: True"], done.stderr
+    assert "pipe" in done.stderr
+
+
+def test_what_became_a_pipe_or_a_link_meanwhile_is_not_read(folder, tmp_path):
+    fill(folder, "moe.yaml", "a")
+    fill(folder.parent, "secret")
+    found = pack.files(folder)
+    for change in (lambda path: os.mkfifo(path), lambda path: os.symlink("../secret", path)):
+        (folder / "a").unlink()
+        change(folder / "a")
+        with pytest.raises(ConfigError, match="a was changed"):
+            pack.write_zip(tmp_path / "job.zip", folder, found, "{}")
+
+
+@pytest.mark.parametrize("name", [b"bad\xff", b"back\\slash"])
+def test_a_name_that_no_zip_takes_is_one_message(folder, name):
+    (folder / os.fsdecode(name)).touch()
+    with pytest.raises(ConfigError, match="has a name that cannot be sent"):
+        pack.files(folder)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@given(
+    name=st.sampled_from(sorted(SECRETS)),
+    below=st.lists(st.text("abcXYZ-_.0", min_size=1, max_size=8).filter(lambda text: text.strip(".")), max_size=3),
+    upper=st.booleans(),
+    ending=st.sampled_from(["", "~", ".bak", ".orig", ".old"]),
+)
+def test_a_secret_is_one_in_any_folder_case_and_copy(name, below, upper, ending):
+    path = "/".join((*below, name + ending))
+    assert is_secret(Path(path.upper() if upper else path))
+
+
+def test_mlflow_gets_no_file_that_a_link_leads_to(tmp_path):
+    run_dir = fill(tmp_path / "run", "config.yaml", "samples/a.txt")
+    fill(tmp_path, "home/key")
+    (run_dir / "samples" / "link.txt").symlink_to(tmp_path / "home" / "key")
+    (run_dir / "samples" / "folder").symlink_to(tmp_path / "home")
+    (run_dir / "plots").symlink_to(tmp_path / "home")
+    (run_dir / "metrics.jsonl").symlink_to(tmp_path / "home" / "key")
+    os.mkfifo(run_dir / "samples" / "pipe")
+    sent = []
+
+    class Tracker:
+        def artifact(self, path, folder):
+            sent.append(f"{folder}/{path.name}")
+
+    Artifacts(run_dir, Tracker(), (), lambda: None).send(("config.yaml", "samples", "plots", "metrics.jsonl"))
+    assert sent == ["/config.yaml", "samples/a.txt"]

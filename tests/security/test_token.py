@@ -1,0 +1,280 @@
+"""A cluster's token goes to its cluster and to nobody else, whatever address a file names."""
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+from second_user import _BECOME_NOBODY, NOBODY, needs_second_user
+
+from cluster import token
+from cluster.client import Cluster, api_url
+from cluster.token import Address
+from configs import ConfigError
+
+ROOT = Path(__file__).parents[2]
+TOKEN = "5ec7e7" * 10
+CONFIG = """
+run: {{root: {root}}}
+model: {{num_layers: 1, hidden_size: 32, num_heads: 2, num_experts: 0, vocab_size: 320}}
+data: {{path: {data}}}
+cluster: {{address: "{address}"}}
+"""
+SWEEP = "{{name: s, root: {root}, base: run.yaml, grid: {{}}, axes: {{optim.lr: [1.0e-3]}}}}"
+
+
+class Spy:
+    """Listens on a port, as a job API that asks for a token or as anything else; keeps every byte that it is sent."""
+
+    def __init__(self, redirect: str | None = None) -> None:
+        self.seen: list[bytes] = []
+        spy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self):
+                spy.seen.append(self.requestline.encode() + bytes(self.headers))
+                if redirect and "authentication_mode" not in self.path:
+                    self.send_response(307)
+                    self.send_header("Location", redirect + self.path)
+                    self.end_headers()
+                    return
+                self.send_response(200)
+                self.end_headers()
+                answers = {"authentication_mode": "token", "version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
+                self.wfile.write(json.dumps(answers).encode())
+
+            do_POST = do_PUT = do_GET
+
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    @property
+    def got_token(self) -> bool:
+        return any(TOKEN.encode() in request for request in self.seen)
+
+
+class Raw:
+    """A TCP port that keeps what comes, as a head that speaks gRPC would."""
+
+    def __init__(self) -> None:
+        self.seen = b""
+        self.server = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self.server.getsockname()[1]}"
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = self.server.accept()
+                threading.Thread(target=self._keep, args=[connection], daemon=True).start()
+
+    def _keep(self, connection: socket.socket) -> None:
+        # An HTTP/2 server's first words, so that a gRPC client goes on to send its headers.
+        with contextlib.suppress(OSError), connection:
+            connection.sendall(b"\0\0\0\4\0\0\0\0\0")
+            connection.settimeout(5)
+            while more := connection.recv(1 << 16):
+                self.seen += more
+
+
+@pytest.fixture
+def mine(tmp_path, monkeypatch) -> Path:
+    """The user's token, with nothing beside it."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    (tmp_path / "token").write_text(TOKEN)
+    (tmp_path / "token").chmod(0o600)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "token"
+
+
+def write(folder: Path, address: str, data: Path) -> None:
+    (folder / "run.yaml").write_text(CONFIG.format(root=folder / "runs", data=data, address=address))
+    (folder / "sweep.yaml").write_text(SWEEP.format(root=folder / "runs"))
+
+
+def command(*arguments: str, timeout: float = 90) -> subprocess.CompletedProcess[str]:
+    whole = [sys.executable, "-P", "-m", "cluster.cli", *arguments]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(whole, env=environment, text=True, capture_output=True, timeout=timeout)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["submit", "run.yaml"], ["train", "run.yaml"], ["sweep", "submit", "sweep.yaml"]], ids=" ".join
+)
+def test_an_address_of_a_file_gets_no_token(mine, tmp_path, tiny_data, arguments):
+    spy, raw = Spy(), Raw()
+    for address in (raw.address,) if arguments[0] == "train" else (spy.url, raw.address):
+        write(tmp_path, address, tiny_data)
+        done = command(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert f"cluster.address={address} on the command line" in done.stderr or "no job API" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert len(done.stderr.splitlines()) <= 3
+    assert not spy.got_token
+    assert TOKEN.encode() not in raw.seen
+    assert not mine.with_name("token.clusters").exists()
+
+
+def test_the_users_own_word_is_enough_and_is_remembered(mine, tmp_path):
+    spy = Spy()
+    with pytest.raises(ConfigError, match="from a file"):
+        Cluster(api_url(None, Address(spy.url, "file")))
+    assert not spy.got_token
+    assert spy.seen  # only asked whether it is open
+    Cluster(api_url(spy.url + "/"))
+    assert spy.got_token
+    Cluster(api_url(None, Address(spy.url, "file")))
+    assert mine.with_name("token.clusters").stat().st_mode & 0o777 == 0o600
+    assert TOKEN not in mine.with_name("token.clusters").read_text()
+    mine.write_text("a" * 60)  # of another cluster
+    with pytest.raises(ConfigError, match="from a file"):
+        Cluster(api_url(None, Address(spy.url, "file")))
+
+
+@pytest.mark.parametrize("variable", ["RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"])
+def test_a_variable_is_the_users_word(mine, monkeypatch, variable):
+    spy = Spy()
+    monkeypatch.setenv(variable, spy.url)
+    Cluster(api_url(None, Address("http://127.0.0.1:1", "file")))
+    assert spy.got_token
+
+
+@pytest.mark.parametrize(
+    ("overrides", "by"),
+    [
+        ([], "file"), (["optim.lr=1"], "file"), (["run.name=cluster.address=x"], "file"),
+        (["cluster.timeout=5"], "file"), (["cluster.address=h:1"], "command"),
+        (["set.cluster.address=h:1"], "command"), (["cluster={address: h}"], "command"),
+    ],
+)  # fmt: skip
+def test_an_override_is_the_users_word(overrides, by):
+    assert token.in_config("h:1", overrides) == Address("h:1", by)
+
+
+def test_a_redirect_does_not_take_the_token_along(mine):
+    other = Spy()
+    spy = Spy(redirect=other.url)
+    with contextlib.suppress(Exception):
+        Cluster(api_url(spy.url))
+    assert spy.got_token
+    assert other.seen
+    assert not other.got_token
+
+
+def test_asking_whether_it_is_open_shows_nothing(mine):
+    spy = Spy()
+    assert not token.is_open(spy.url)
+    token.refuse_open(spy.url)
+    assert spy.seen
+    assert not spy.got_token
+
+
+LISTEN = """
+import socket, sys, time
+server = socket.create_server((sys.argv[1], 0))
+print(server.getsockname()[1], flush=True)
+time.sleep(60)
+"""
+
+
+@needs_second_user
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_another_users_port_on_this_machine_gets_no_token(mine, host):
+    """The tunnel is down, and somebody else listens where it was."""
+    begin = [sys.executable, "-c", _BECOME_NOBODY, LISTEN, "socket,time", host]
+    with subprocess.Popen(begin, stdout=subprocess.PIPE, text=True) as theirs:
+        try:
+            port = int(theirs.stdout.readline())
+            for name in ("127.0.0.1", "localhost", "0.0.0.0", *(own_ip() if host == "0.0.0.0" else ())):
+                where = f"http://{name}:{port}"
+                token.remember(where)
+                for by in ("file", "environment", "found"):
+                    with pytest.raises(ConfigError, match=f"user {NOBODY} of this machine"):
+                        token.use_token(Address(where, by))
+                token.use_token(Address(where, "command"))
+        finally:
+            theirs.kill()
+
+
+def own_ip() -> list[str]:
+    found = [each.address for entries in psutil.net_if_addrs().values() for each in entries]
+    return [address for address in found if address.count(".") == 3 and not address.startswith("127.")][:1]
+
+
+def test_what_ray_finds_by_itself_must_be_ours(mine):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        token.use_token(Address(f"127.0.0.1:{server.getsockname()[1]}", "found"))
+    with pytest.raises(ConfigError, match="from a file"):
+        token.use_token(Address("192.0.2.1:6379", "found"))
+
+
+def test_a_head_knows_its_own_addresses(mine, monkeypatch):
+    from cluster import nodes
+
+    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
+    for argument in ("--port=7001", "--dashboard-port"):
+        monkeypatch.setattr(sys, "argv", ["muster", "up", argument, "7002"][: 4 if "=" not in argument else 3])
+        with pytest.raises(SystemExit):
+            nodes.app()
+    for where in ("127.0.0.1:7001", "http://127.0.0.1:8265", "http://localhost:7002", "127.0.0.1:6379"):
+        token.use_token(Address(where, "file"))
+    with pytest.raises(ConfigError):
+        token.use_token(Address("127.0.0.1:7003", "file"))
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["http://127.0.0.1:8265\\@evil.example", "http://127.0.0.1:8265#@evil", "http://a b", "ftp://h:1", "h:9999999", ""],
+)
+def test_what_programs_read_differently_is_no_address(mine, where):
+    with pytest.raises(ConfigError, match="no address of a cluster"):
+        token.use_token(Address(where, "command"))
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        "http://127.0.0.1:8265@evil.example", "http://head.example:8266", "https://head.example:8265",
+        "http://head.example.evil:8265", "http://head.example:8265/other", "head.example:8265", "http://head.example",
+    ],
+)  # fmt: skip
+def test_one_known_address_does_not_stand_for_another(mine, strange):
+    token.remember("http://head.example:8265", "http://127.0.0.1:8265")
+    token.use_token(Address("http://HEAD.example:8265/", "file"))
+    with pytest.raises(ConfigError, match="from a file"):
+        token.use_token(Address(strange, "file"))
+
+
+def test_a_place_that_cannot_be_written_only_forgets(mine, monkeypatch):
+    (mine.with_name("token.clusters")).mkdir()
+    token.remember("h:1")
+    token.use_token(Address("h:1", "command"))
+    began = time.monotonic()
+    with pytest.raises(ConfigError):
+        token.use_token(Address("h:1", "file"))
+    assert time.monotonic() - began < 30
+
+
+def test_an_old_token_is_found_where_it_was(tmp_path, monkeypatch):
+    for name in ("RAY_AUTH_TOKEN_PATH", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    token.use_token(Address("h:1", "environment"))
+    monkeypatch.delenv("RAY_AUTH_MODE")
