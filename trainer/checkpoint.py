@@ -50,6 +50,7 @@ from .manifest import (
     parse_receipt,
     read_manifest,
 )
+from .own_files import write_text
 from .state import TrainState
 
 
@@ -120,7 +121,7 @@ def _say_failed(path: Path, reason: str) -> None:
     whole = path.with_name(f".{path.name}")
     with suppress(OSError):
         try:
-            whole.write_text(reason)
+            write_text(whole, reason)
             whole.replace(path)
         except OSError:
             whole.unlink(missing_ok=True)

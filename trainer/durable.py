@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .own_files import no_link
+
 
 def digest(path: Path) -> str:
     with path.open("rb") as file:
@@ -15,7 +17,7 @@ def digest(path: Path) -> str:
 def write_durably(path: Path, value: Any) -> None:
     """Write JSON so that after a crash the file is either the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w") as file:
+    with open(temporary, "w", opener=no_link) as file:
         json.dump(value, file)
         file.flush()
         os.fsync(file.fileno())

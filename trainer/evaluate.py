@@ -15,6 +15,7 @@ from models.generate import generate
 from . import collectives
 from .data.reader import Dataset
 from .data.tokenizer import TokenizerProcess
+from .own_files import write_text
 from .record import Record
 
 
@@ -96,4 +97,4 @@ def write_samples(
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
         blocks = [prompt + tokenizer.decode(text) for prompt, text in zip(prompts, texts, strict=True)]
-        path.write_text(("\n" + "-" * 80 + "\n").join(blocks) + "\n", encoding="utf-8")
+        write_text(path, ("\n" + "-" * 80 + "\n").join(blocks) + "\n")

@@ -20,6 +20,7 @@ from models.loss import IGNORE
 
 from . import collectives
 from .data.tokenizer import TokenizerProcess
+from .own_files import write_text
 from .parallel import Place
 
 LOOKED_AT = 1 << 14
@@ -152,7 +153,7 @@ def readable(tokenizer: TokenizerProcess, token: int) -> str:
 def write_table(found: dict[str, Any], path: Path) -> None:
     """Write `table` to `path`.json, and for people to `path`.md; remove those of steps long before, beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".json").write_text(json.dumps(found, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
+    write_text(path.with_suffix(".json"), json.dumps(found, ensure_ascii=False, separators=(",", ":")))
     lines = [
         f"# Tokens each expert takes, step {found['step']}",
         "",
@@ -166,7 +167,7 @@ def write_table(found: dict[str, Any], path: Path) -> None:
         for expert, row in enumerate(layer["experts"]):
             told = ", ".join(f"{_code(text)} {count} {share:.0%}" for _, text, count, share in row["tokens"])
             lines.append(f"- expert {expert}, {row['load']:.2f}x: {told or 'none'}")
-    path.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
     for suffix in (".json", ".md"):
         # Steps have eight digits: in the order of their names. Later ones are of before a rollback, and written again.
         tables = sorted(old for old in path.parent.glob(f"experts-step-*{suffix}") if old.stem <= path.stem)

@@ -31,7 +31,7 @@ def output_kept(run_dir: Path) -> Iterator[None]:
     path = run_dir / LOGS / f"attempt-{attempt:02d}-rank-{int(os.environ.get('RANK', '0')):04d}.log"
     path.parent.mkdir(exist_ok=True)
     before = {number: os.dup(number) for number in (1, 2)}
-    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    log = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     _point({1: log, 2: log})
     os.close(log)
     for stream in (sys.stdout, sys.stderr):

@@ -24,6 +24,7 @@ from configs import Config
 from . import engine as ds
 from .collectives import from_all, from_chief
 from .links import clock_offset, clock_readings, exchange, sums_are_right
+from .own_files import no_link
 from .peers import BadMachine as BadMachine
 from .peers import Report, Verdict, judge, no_folder
 from .rates import Rates, measure
@@ -199,7 +200,7 @@ def _try_disk(run_dir: Path) -> _Disk:
         free = shutil.disk_usage(run_dir).free
         data = os.urandom(min(WRITTEN, free // 4))
         start = time.perf_counter()
-        with path.open("wb", buffering=0) as file:
+        with open(path, "wb", buffering=0, opener=no_link) as file:
             if file.write(data or b"0") < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())

@@ -8,6 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 from configs.train import ProfileConfig
 
 from .evaluate import if_there_is_room
+from .own_files import write_text
 from .record import Record
 
 
@@ -45,7 +46,7 @@ class Profiler:
             folder.mkdir(exist_ok=True)
             self._profile.export_chrome_trace(str(trace))
             order = "self_cuda_memory_usage" if torch.cuda.is_available() else "self_cpu_memory_usage"
-            table.write_text(self._profile.key_averages().table(sort_by=order, row_limit=60))
+            write_text(table, self._profile.key_averages().table(sort_by=order, row_limit=60))
             if torch.cuda.is_available():
                 torch.cuda.memory._dump_snapshot(str(snapshot))
             written = [str(path.relative_to(self._run_dir)) for path in (trace, table, snapshot) if path.exists()]

@@ -19,6 +19,7 @@ from models.families import build
 from .checkpoint import committed, folder, verify
 from .data.default import ensure_prepared, vocabulary_size
 from .data.manifest import sources_of, vocabulary
+from .own_files import no_link, replace_text, require_own, write_text
 from .plugins import load_plugins
 from .precision import check_precision
 from .record import Record, read_events
@@ -86,7 +87,7 @@ def prepare_run(
         The folder, whose config.yaml holds the resolved config.
 
     Raises:
-        ConfigError: the config cannot run, or differs from the existing run's in what the run is.
+        ConfigError: the config cannot run, or differs from the existing run's in what the run is; as `require_own`.
     """
     hand_down_password(config)
     load_plugins(config.plugins)
@@ -96,6 +97,7 @@ def prepare_run(
     with _written(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
+    require_own(run_dir)
     launched: dict[str, Any] = {"derived": notes, "began": began or psutil.Process().create_time()}  # trainer.goodput
     if began is None and SUBMITTED in os.environ:
         launched["submitted"] = float(os.environ[SUBMITTED])
@@ -117,6 +119,7 @@ def prepare_run(
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
         resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
         run_dir = run_dir.with_name(fork)
+        require_own(run_dir)
         if (run_dir / CONFIG).exists():
             raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
     elif (run_dir / CONFIG).exists():
@@ -133,12 +136,7 @@ def prepare_run(
     with _written(run_dir):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)
-        temporary = run_dir / f".{CONFIG}"
-        try:
-            temporary.write_text(to_yaml(resolved), encoding="utf-8")
-            os.replace(temporary, run_dir / CONFIG)
-        finally:
-            temporary.unlink(missing_ok=True)
+        replace_text(run_dir / CONFIG, to_yaml(resolved))
         record = Record(run_dir, attempts(run_dir))
         for name, details in events:
             record.event(name, **details)
@@ -217,7 +215,7 @@ def request_stop(run_dir: Path, reason: str = "") -> None:
     Args:
         reason: of whoever will start it again; empty: the user's.
     """
-    (run_dir / STOP).write_text(reason)
+    write_text(run_dir / STOP, reason)
 
 
 def stop_requested(run_dir: Path) -> bool:
@@ -253,7 +251,7 @@ def hold(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
         ConfigError: another process holds it.
     """
     until = time.monotonic() + patience
-    with path.open("a+") as file:
+    with open(path, "a+", opener=no_link) as file:
         while not (held := _try_lock(file)) and time.monotonic() < until:
             time.sleep(0.5)
         if not held:

@@ -18,6 +18,7 @@ from torch import distributed as dist
 from configs import Config
 
 from . import flight
+from .own_files import no_link, write_text
 from .record import Record
 
 STACKS = "stacks"
@@ -110,7 +111,7 @@ def watchdog(run_dir: Path, attempt: int, config: Config) -> Iterator[Beat]:
     if dist.get_rank() == 0:
         _remove_empty(run_dir, attempt)
     path = stacks_of(run_dir, attempt, dist.get_rank())
-    with open(path, "w", buffering=1, encoding="utf-8") as file:
+    with open(path, "w", buffering=1, encoding="utf-8", opener=no_link) as file:
         watch = _Watch(run_dir, attempt, config, file)
         try:
             yield watch.beat
@@ -203,7 +204,7 @@ class _Watch:
         except (RuntimeError, *UNKNOWN) as error:
             said = json.dumps({"error": repr(error)})
         with contextlib.suppress(OSError):
-            path.with_suffix(".part").write_text(said)
+            write_text(path.with_suffix(".part"), said)
             path.with_suffix(".part").replace(path)
         faulthandler.cancel_dump_traceback_later()
 

@@ -10,6 +10,8 @@ import typer
 
 from configs import ConfigError
 from configs.sweep import SweepConfig, load_sweep
+from trainer.own_files import require_own, write_text
+from trainer.tracking.sweep import TRIALS
 
 from ..runs import Json
 from .run_commands import Overrides
@@ -139,6 +141,7 @@ def next_sweep(
         None if granularity is None or experts == 1 else round(granularity),
     )  # fmt: skip
     trial, notes = next_trial(sweep, best, known_plan(sweep).vocab_size, budget)
+    _require_own(sweep)
     path = out or sweep.folder / f"{trial.config.run.name}.yaml"
     write(trial, path, notes)
     keep_prediction(sweep.folder, predicted.summary(), path, trial.config.run.name)
@@ -170,6 +173,7 @@ def plot_sweep(
     if out is None:
         if sweep is None:
             raise ConfigError("muster sweep plot --table FILE needs --out FOLDER")
+        _require_own(sweep)
         out = sweep.folder / "plots"
     from .fit import fit
     from .forecast import Forecast
@@ -286,8 +290,13 @@ def _send(sweep: SweepConfig, files: list[Path]) -> None:
         print(missing, file=sys.stderr)
 
 
+def _require_own(sweep: SweepConfig) -> None:
+    require_own(sweep.folder, without=(TRIALS,))
+
+
 def _keep(sweep: SweepConfig, name: str, text: str) -> Path:
+    _require_own(sweep)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     path = sweep.folder / name
-    path.write_text(text)
+    write_text(path, text)
     return path

@@ -13,10 +13,11 @@ from rich.console import Console
 from configs import ConfigError, mask
 from configs.sweep import SweepConfig
 from trainer import revision
+from trainer.own_files import require_own
 from trainer.record import Record, read_events
 from trainer.run import attempts, hold
 from trainer.tracking import ShipperHandle, hand_down_password, start_shipper
-from trainer.tracking.sweep import sweep_config
+from trainer.tracking.sweep import TRIALS, sweep_config
 
 from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record
 from ..machine import this_node
@@ -44,6 +45,7 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[s
     Raises:
         ConfigError: found before any device is held.
     """
+    require_own(sweep.folder, without=(TRIALS,))  # each of which is looked at when it is trained
     setting = Setting(sweep)
     setting.plan().check_gpus(gpus)  # a mistake shows before a minute's work for the default data
     out = Console(highlight=False, soft_wrap=True)

@@ -12,6 +12,7 @@ from rich.table import Table as Rows
 
 from configs import Config, ConfigError, load
 from models.cost import training_flops_per_token
+from trainer.own_files import no_link
 from trainer.record import read_events, summary
 
 from .cells import plain
@@ -58,7 +59,7 @@ def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path
         config: of the run.
     """
     line = {"time": time.time(), "run": run, "config": str(config.resolve()), **prediction}
-    with (sweep_dir / PREDICTIONS).open("a", encoding="utf-8") as file:
+    with open(sweep_dir / PREDICTIONS, "a", encoding="utf-8", opener=no_link) as file:
         file.write(json.dumps(line) + "\n")
 
 

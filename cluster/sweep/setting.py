@@ -1,6 +1,5 @@
 """What a sweep's trials are given beside their plan: prepared data, tracking, what is not watched, devices."""
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from configs.sweep import SweepConfig, nested
 from configs.tracking import TrackingConfig
 from trainer.data.default import ensure_prepared, vocabulary_size
 from trainer.data.manifest import vocabulary
+from trainer.own_files import replace_text
 from trainer.record import read_events
 from trainer.run import attempts, read_config, resolve_config
 from trainer.tracking.sweep import SWEEP, TRIALS
@@ -132,9 +132,7 @@ class Setting:
 
     def write_sweep(self) -> None:
         """Leave what the sweep is in its folder."""
-        temporary = self.sweep_dir / f".{SWEEP}"
-        temporary.write_text(to_yaml(self.sweep), encoding="utf-8")
-        os.replace(temporary, self.sweep_dir / SWEEP)
+        replace_text(self.sweep_dir / SWEEP, to_yaml(self.sweep))
 
 
 def _dotted(tree: Mapping[str, Any], prefix: str = "") -> set[str]:

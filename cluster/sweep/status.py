@@ -1,7 +1,6 @@
 """How far a sweep is, and where the time of its devices went, from the records alone: `muster sweep status`."""
 
 import json
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from configs.base import Size
 from configs.parse import parse_json, read_text
 from configs.run import folder_name
 from trainer.goodput import BOOKS
+from trainer.own_files import replace_text
 from trainer.record import read_events, status_of
 
 from .sizes import conventions
@@ -77,9 +77,7 @@ def write_plan(sweep_dir: Path, plan: Plan) -> None:
         for trial in plan.trials
     ]  # fmt: skip
     tree = {"vocab_size": plan.vocab_size, "open": plan.open, "warnings": list(plan.warnings), "trials": items}
-    temporary = sweep_dir / f".{PLAN}"
-    temporary.write_text(json.dumps(tree, indent=1))
-    os.replace(temporary, sweep_dir / PLAN)
+    replace_text(sweep_dir / PLAN, json.dumps(tree, indent=1))
 
 
 def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:

@@ -44,6 +44,9 @@ class Artifacts:
             self._sent()
 
     def _files(self, names: tuple[str, ...]) -> Iterator[Path]:
+        return (path for path in self._below(names) if not path.is_symlink())
+
+    def _below(self, names: tuple[str, ...]) -> Iterator[Path]:
         for name in names:
             top = self.run_dir / name
             if name not in self._without and not top.is_symlink():

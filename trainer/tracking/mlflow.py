@@ -33,6 +33,7 @@ from mlflow.tracking import MlflowClient  # noqa: E402
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID  # noqa: E402
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
 
+from ..own_files import no_link  # noqa: E402
 from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
 
 KEY_TAG = "muster.key"
@@ -176,6 +177,6 @@ def _schema_lock(uri: str) -> Iterator[None]:
         return
     path = Path(uri.removeprefix("sqlite:///").partition("?")[0] + ".lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
+    with open(path, "a", opener=no_link) as file:  # a name from a config: a file that is there keeps what it has
         fcntl.flock(file, fcntl.LOCK_EX)
         yield

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from configs import Config, ConfigError, load, mask
 
+from ..own_files import no_link, require_own
 from ..record import MetricsIndex
 from .sender import Sender, open_tracker, words
 from .start import GRACE, tracking_uri
@@ -50,11 +51,12 @@ def ship(
         grace: seconds without success, once nothing more is recorded, after which to give up.
 
     Raises:
-        ConfigError: not a run, or `tracking.uri` is nothing that MLflow takes.
+        ConfigError: not a run, or `tracking.uri` is nothing that MLflow takes; as `require_own`.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
         raise ConfigError(f"{run_dir} is not a run's folder: it has no config.yaml")
+    require_own(run_dir)
     config = load(run_dir / "config.yaml")
     uri = tracking_uri(run_dir, config)
     with only_one(run_dir, PATIENCE if once else None) as free:
@@ -140,7 +142,7 @@ class Shipper(Sender):
 def only_one(run_dir: Path, patience: float | None) -> Iterator[bool]:
     """Hold the run's tracking lock, waiting for at most `patience` seconds (None: for ever)."""
     begin = time.monotonic()
-    with (run_dir / "tracking.lock").open("a") as file:
+    with open(run_dir / "tracking.lock", "a", opener=no_link) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -12,6 +12,7 @@ from typing import Any
 
 from configs import MASK, Config, ConfigError, mask, mask_all
 
+from ..own_files import no_link, replace_text
 from ..record import FULL, read_events
 from .tracker import Input
 
@@ -74,7 +75,7 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
     command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid()), "--grace", str(GRACE)]
     command += ["--sweep"] if sweep else []
-    with (run_dir / LOG).open("ab") as log:
+    with open(run_dir / LOG, "ab", opener=no_link) as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
         )
@@ -168,16 +169,12 @@ _STATE: dict[str, Callable[[Any], bool]] = {
 
 def write_state(run_dir: Path, state: dict[str, Any]) -> None:
     """A disk that is full keeps the state before: what was sent since then is asked of the tracker, not sent again."""
-    temporary = run_dir / f".{STATE}.tmp"
     try:
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, run_dir / STATE)
+        replace_text(run_dir / STATE, json.dumps(state))
     except OSError as error:
         if error.errno not in FULL:
             raise
         print(f"{run_dir / STATE}: {error.strerror}", file=sys.stderr, flush=True)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _sha256(data: bytes) -> str:

@@ -10,6 +10,7 @@ from configs import Config, ConfigError, flatten, load, mask
 from configs.sweep import load_sweep
 from configs.tracking import TrackingConfig
 
+from ..own_files import require_own
 from ..record import EVENTS, METRICS, read_events, status_of
 from .sender import Sender, open_tracker, words
 from .shipper import PATIENCE, Shipped, Shipper, only_one
@@ -40,6 +41,7 @@ def ship_sweep(
     sweep_dir: Path, *, attempt: int | None = None, parent: int | None = None, once: bool = True, grace: float = GRACE
 ) -> Shipped:
     """Send what the tracker has not of a sweep and its runs; all else as `trainer.tracking.shipper.ship`."""
+    require_own(sweep_dir)
     config = sweep_config(sweep_dir)
     uri = tracking_uri(sweep_dir, config)
     with only_one(sweep_dir, PATIENCE if once else None) as free:

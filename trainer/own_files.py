@@ -1,0 +1,90 @@
+"""The folder of a run or a sweep holds its owner's files alone: nothing is written through a link to somewhere else."""
+
+import os
+import stat
+import tempfile
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from configs import ConfigError
+
+
+def require_own(folder: Path, without: Collection[str] = ()) -> None:
+    """Look at every file below a folder, which need not exist; call before anything is written there.
+
+    What is above it is the user's: `run.root` may lead over links to another disk.
+
+    Args:
+        without: names in the folder whose files are not looked at.
+
+    Raises:
+        ConfigError: one is a link, a pipe or a device, or belongs to another user.
+    """
+    mine = os.geteuid()
+    for path, found in _below(folder, without):
+        if stat.S_ISLNK(found.st_mode):
+            what = f"is a link to {os.readlink(path)}"
+        elif not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
+            what = "is neither a file nor a folder"
+        elif found.st_uid != mine and found.st_uid != (mine := _owner_of_new(folder)):
+            what = f"belongs to user {found.st_uid}, not to you ({mine})"
+        else:
+            continue
+        raise ConfigError(
+            f"{path} {what}: nothing is written to a folder that may lead elsewhere.\n"
+            f"Remove it if it is yours, or choose another name or root of the run or sweep"
+        )
+
+
+def _below(folder: Path, without: Collection[str]) -> Iterator[tuple[str, os.stat_result]]:
+    """The folder and all below it, each with what `lstat` says; a folder before what is in it."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return  # it is not there, or cannot be: whoever writes to it says why
+    yield str(folder), found
+    folders = [str(folder)]
+    while folders:
+        above = folders.pop()
+        try:
+            entries = list(os.scandir(above))
+        except OSError:
+            continue  # another process has just removed it
+        for entry in entries:
+            try:
+                found = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            yield entry.path, found
+            if stat.S_ISDIR(found.st_mode) and not (above == str(folder) and entry.name in without):
+                folders.append(entry.path)
+
+
+def _owner_of_new(folder: Path) -> int:
+    """Whom a file of ours belongs to there: a network file system may know this user by another number."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_uid
+    except OSError:
+        return os.geteuid()
+
+
+def no_link(path: str, flags: int) -> int:
+    """`open(..., opener=no_link)` opens what is named itself, or raises OSError (ELOOP)."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, or write it anew, but not through a link."""
+    with open(path, "w", encoding="utf-8", opener=no_link) as file:
+        file.write(text)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file so that whoever reads it finds the old text or the new one, whole."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        write_text(temporary, text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
