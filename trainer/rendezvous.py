@@ -76,15 +76,15 @@ def _listen(host: str, port: int) -> int | None:
 
     torch itself would listen on all of them.
     """
-    family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    with socket.socket(family, kind, protocol) as found:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             found.bind(where)
-        except OSError:
-            return None
-        found.listen(4096)
-        return found.detach()
+            found.listen(4096)
+            return found.detach()
+    except OSError:
+        return None
 
 
 def _word(secret: str, rank: int, nonces: list[str]) -> str:

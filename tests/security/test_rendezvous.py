@@ -177,4 +177,5 @@ def test_a_port_that_is_taken_or_elsewhere_is_left_to_torch():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         assert _listen(*taken.getsockname()) is None
-    assert _listen("192.0.2.1", 1234) is None  # a documentation address, of no machine
+    assert _listen("240.0.0.1", 1234) is None  # reserved, of no machine
+    assert _listen("nowhere.invalid", 1234) is None
