@@ -83,6 +83,17 @@ def test_limits_are_raised_by_keys(tmp_path):
         go([tmp_path / "zeros.parquet"], tmp_path / "out")
 
 
+@pytest.mark.parametrize("ending", ["txt", "jsonl", "jsonl.gz"])
+def test_a_sparse_file(tmp_path, ending):
+    with open(tmp_path / f"sparse.{ending}", "wb") as file:
+        file.truncate(1 << 40)
+        if os.lseek(file.fileno(), 0, os.SEEK_HOLE) >= 1 << 40:
+            pytest.skip("this file system does not tell of holes")
+    (tmp_path / "good.txt").write_text("good")
+    go([tmp_path], tmp_path / "out")
+    assert refusals(tmp_path / "out")[f"sparse.{ending}"] in ("unpacks to too much", "damaged compressed file")
+
+
 def test_strict_makes_a_bomb_an_error(tmp_path):
     text_bombs(tmp_path)
     with pytest.raises(ConfigError, match=r"--strict: .*blank\.jsonl\.zst.*unpacks to too much"):

@@ -221,7 +221,8 @@ class Reader:
 
     def budget(self, file: Input) -> int:
         """Bytes that a file may unpack to."""
-        return max(FREE_BYTES, self.limits.expansion * file.bytes)
+        stored = _stored(file) if file.bytes > FREE_BYTES else file.bytes
+        return max(FREE_BYTES, self.limits.expansion * stored)
 
     def _text(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
         with self._open(file) as (stream, tell, _):
@@ -273,12 +274,22 @@ class Reader:
         # pyarrow's streams read concatenated gzip members and zstd frames, and raise on a truncated one.
         with ExitStack() as stack:
             raw = stack.enter_context(pa.OSFile(file.path))
-            if not file.compression:
+            budget, unpacked = self.budget(file), raw
+            if file.compression:
+                unpacked = stack.enter_context(pa.CompressedInputStream(raw, file.compression))
+            elif file.bytes <= budget:
                 yield io.BufferedReader(raw, 1 << 18), raw.tell, lambda size: None
                 return
-            unpacked = stack.enter_context(pa.CompressedInputStream(raw, file.compression))
-            counted = _Counted(unpacked, self.budget(file))
+            counted = _Counted(unpacked, budget)
             yield io.BufferedReader(counted, 1 << 18), raw.tell, counted.count
+
+
+def _stored(file: Input) -> int:
+    """Bytes of a file that are on the disk: a sparse one of a terabyte takes none."""
+    with open(file.path, "rb") as opened:
+        if not hasattr(os, "SEEK_HOLE") or os.lseek(opened.fileno(), 0, os.SEEK_HOLE) >= file.bytes:
+            return file.bytes  # without holes, or its file system does not tell
+        return os.fstat(opened.fileno()).st_blocks * 512
 
 
 class _Expands(Exception):
