@@ -1,5 +1,7 @@
 """Train a tiny model on fixed random batches: with the engine, in any number of processes, or by a bare loop."""
 
+from pathlib import Path
+
 import torch
 from torch import distributed as dist
 from torch import nn
@@ -192,3 +194,34 @@ def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]
         commit(target, dist.get_world_size(), "again", TrainState(step=step), {}, 60)
     dist.barrier()
     return run.steps(step + 1, last)
+
+
+def write_run(config: Config, run_dir: Path) -> None:
+    """Leave a run's checkpoints of steps 1 and 2."""
+    from trainer.checkpoint import commit, folder, write_shard
+    from trainer.state import TrainState
+
+    run = EngineRun(config)
+    for step in (1, 2):
+        run.steps(step, step)
+        write_shard(folder(run_dir, step), dist.get_rank(), "t", take_snapshot(run.engine))
+        if dist.get_rank() == 0:
+            state = TrainState(step, config.train.global_batch * step)
+            commit(folder(run_dir, step), dist.get_world_size(), "t", state, config.model_dump(mode="json"), 60)
+        dist.barrier()
+
+
+def resume_each(config: Config, run_dirs: list[Path]) -> list[int]:
+    """Resume runs, one after the other, in one engine. Returns the step that each goes on from."""
+    from trainer.record import Record
+    from trainer.resume import resume
+    from trainer.state import TrainState
+
+    run, steps = EngineRun(config), []
+    for run_dir in run_dirs:
+        state, record = TrainState(), Record(run_dir, 1) if dist.get_rank() == 0 else None
+        resume(run_dir, run.engine, state, config.model, record)
+        if record:
+            record.close()
+        steps.append(state.step)
+    return steps

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from engines import EngineRun
+from engines import EngineRun, resume_each, write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import resolved
@@ -572,6 +572,35 @@ def test_what_means_the_same_is_read_as_the_same(original, run_dir, engine, conf
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert resumed(run_dir, engine, config) == 2
+
+
+@pytest.mark.parametrize("parallel", [{"dp": 2, "zero_stage": 3}, {"pp": 2, "zero_stage": 1}])
+def test_processes_that_share_the_check_go_on_from_one_checkpoint(pair, tmp_path, parallel):
+    """Also where only one of them has read what is wrong, or none has all of the model's names."""
+    config = resolved(
+        model=MODEL | {"num_layers": 2, "router_bias_rate": None}, parallel=parallel,
+        train={"micro_batch": 1, "global_batch": 4, "precision": "fp32"},
+    )  # fmt: skip
+    pair(write_run, config, tmp_path / "run")
+    second = "rank-00001.safetensors"
+
+    def last_number(path: Path) -> None:
+        (path / second).write_bytes((path / second).read_bytes()[:-4] + b"\xff\xff\xff\x7f")
+        seal(path)
+
+    changes: dict[str, Change] = {
+        "whole": lambda path: None,
+        "not finite": last_number,
+        "gone": lambda path: (path / second).unlink(),
+        "cut": content(lambda data: data[:-4]),
+        "more": MISFITS["a parameter more"][0],
+        "state": manifest("state", "starved", to=[[0]]),
+    }
+    run_dirs = [shutil.copytree(tmp_path / "run", tmp_path / name) for name in changes]
+    for run_dir, change in zip(run_dirs, changes.values(), strict=True):
+        change(checkpoint.folder(run_dir, 2))
+    assert pair(resume_each, config, run_dirs) == [[2, 1, 1, 1, 1, 1]] * 2
+    assert [checkpoint.committed(run_dir) for run_dir in run_dirs] == [[1, 2], *[[1]] * 5]
 
 
 def test_a_step_that_is_not_finite_leaves_no_checkpoint_that_is_refused(run_dir, engine, config):
