@@ -212,7 +212,6 @@ def fit_form(
     if len(table) < form.size + 1:
         raise Refusal("few_rows", f"{form.name}: {len(table)} runs for {form.size} coefficients")
     solution = solve(form, x, table.loss, objective)
-    form = solution.form
     if not solution.converged:
         raise Refusal("convergence", f"{form.name}: no optimum was reached (scaled gradient {solution.gradient:.1g})")
     samples = np.empty((0, form.size))
@@ -247,7 +246,7 @@ def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -
         some = {key: values[before] for key, values in x.items()}
         found = solve(form, some, table.loss[before], objective)
         there = {key: values[held] for key, values in x.items()}
-        error = found.form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
+        error = form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
         errors.append(float((error**2).mean()))
     return float(np.sqrt(np.mean(errors))) if len(errors) > 1 else None
 

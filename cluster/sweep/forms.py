@@ -1,6 +1,7 @@
 """Functional forms of scaling laws: what a fit may assume of the loss as a function of size, tokens and FLOPs."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,6 +9,8 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 Columns = Mapping[str, Array]
 """Columns of a table by name (n, d, c, experts, ...), each of shape (rows,)."""
+D_REF = 1e9
+"""Tokens at which gamma states what depends on D."""
 
 
 class Form:
@@ -56,10 +59,6 @@ class Form:
     def power_gradient(self, gamma: Array) -> Array:
         """d power / d gamma, shape (B, G)."""
         return np.zeros_like(gamma)
-
-    def tuned(self, parameters: Array) -> "Form":
-        """The form with constants that depend on its coefficients set by these; most have none."""
-        return self
 
     def log_loss(self, parameters: Array, x: Columns) -> Array:
         """ln L, shape (B, rows), for parameters of shape (B, J + G)."""
@@ -181,30 +180,42 @@ class DataConstrained(Form):
     D' = U_D + U_D R_D (1 - exp(-(D / U_D - 1) / R_D)), with U_D the unique tokens; N' likewise from U_N, the compute-
     optimal N for U_D tokens, U_N = G (G U_D)^(beta / alpha) with G = (alpha A / (beta B))^(1 / (alpha + beta)).
 
-    Args:
-        log_g: ln G, which depends on the coefficients: `tuned` gives the form with theirs.
+    As A, B and G are tied, both terms are A times something: gamma holds ln U_N at D_REF unique tokens, which gives G,
+    and that gives B.
     """
 
     name = "data_constrained"
     source = "Muennighoff et al., arXiv:2305.16264, eq. 5 to 7"
     needs = ("n", "d", "unique")
-    linear = ("E", "A", "B")
-    nonlinear = ("alpha", "beta", "R_D", "R_N")
-    bounds = ((0.05, 1.2), (0.05, 1.2), (0.5, 100.0), (0.5, 100.0))
-
-    def __init__(self, log_g: float = 0.0) -> None:
-        self.log_g = log_g
+    linear = ("E", "A")
+    nonlinear = ("alpha", "beta", "R_D", "R_N", "U_N")
+    bounds = ((0.05, 1.2), (0.05, 1.2), (0.5, 100.0), (0.5, 100.0), (np.log(1e4), np.log(1e12)))
 
     def log_terms(self, gamma: Array, x: Columns) -> Array:
-        alpha, beta, r_d, r_n = (gamma[:, i : i + 1] for i in range(4))
+        alpha, beta, r_d, r_n, size = (gamma[:, i : i + 1] for i in range(5))
         n, d = x["n"][None], x["d"][None]
         u_d = np.minimum(x["unique"][None], d)
-        u_n = np.minimum(n, np.exp(self.log_g + (self.log_g + np.log(u_d)) * beta / alpha))
+        u_n = np.minimum(n, np.exp(size + np.log(u_d / D_REF) * beta / alpha))
         d_worth = u_d * (1 - r_d * np.expm1(-(d / u_d - 1) / r_d))
         n_worth = u_n * (1 - r_n * np.expm1(-(n / u_n - 1) / r_n))
-        zero = np.zeros_like(d_worth)
-        return np.stack([zero, -alpha * np.log(n_worth), -beta * np.log(d_worth)], axis=1)
+        of_n = -alpha * np.log(n_worth)
+        of_d = _log_b_over_a(alpha, beta, size) - beta * np.log(d_worth)
+        return np.stack([np.zeros_like(of_d), np.logaddexp(of_n, of_d)], axis=1)
 
-    def tuned(self, parameters: Array) -> "DataConstrained":
-        _, a, b, alpha, beta = parameters[:5]
-        return DataConstrained((np.log(alpha / beta) + a - b) / (alpha + beta))
+    def coefficients(self, parameters: Array) -> dict[str, float]:
+        found = super().coefficients(parameters)
+        ratio = np.exp(_log_b_over_a(found["alpha"], found["beta"], found.pop("U_N")))
+        e, a = found.pop("E"), found.pop("A")
+        return {"E": e, "A": a, "B": a * float(ratio)} | found
+
+    def parameters(self, coefficients: Mapping[str, float]) -> Array:
+        a, b, alpha, beta = (coefficients[name] for name in ("A", "B", "alpha", "beta"))
+        log_g = np.log(alpha * a / (beta * b)) / (alpha + beta)
+        size = log_g + (log_g + np.log(D_REF)) * beta / alpha
+        return super().parameters({**coefficients, "U_N": size})
+
+
+def _log_b_over_a(alpha: Any, beta: Any, size: Any) -> Any:
+    """ln B / A of the law whose compute-optimal N for D_REF tokens is exp(size)."""
+    log_g = (size - np.log(D_REF) * beta / alpha) / (1 + beta / alpha)
+    return np.log(alpha / beta) - (alpha + beta) * log_g

@@ -13,10 +13,10 @@ from typing import ClassVar
 
 import numpy as np
 
-from .forms import Array, Columns, Form, Monomials
+from .forms import D_REF, Array, Columns, Form, Monomials
 
-N_REF, D_REF = 1e8, 1e9
-"""Where gamma states the exponents that depend on N and on D."""
+N_REF = 1e8
+"""Where gamma states the exponents that depend on N."""
 
 
 def saturated(experts: Array, start: Array | float, most: Array | float) -> Array:

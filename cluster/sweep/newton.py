@@ -72,7 +72,9 @@ class Descent:
             diagonal = np.einsum("bpp->bp", hessian)
             diagonal += ridge[:, None] * np.abs(diagonal) + 1e-14
             step = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
-            trial = self._within(p + np.clip(step, -2.0, 2.0), p[:, : self.terms] - state[-1] + FLOOR)
+            # A term that its exponents took below the floor stays: lifting it would turn every step down.
+            least = p[:, : self.terms] + np.minimum(FLOOR - state[-1], 0.0)
+            trial = self._within(p + np.clip(step, -2.0, 2.0), least)
             tried = self._state(trial, active)
             better = tried[0] < state[0]
             p = np.where(better[:, None], trial, p)

@@ -92,13 +92,19 @@ def test_planted_coefficients_are_found(form):
     truth, x, near = PLANTED[form.name]
     loss = losses(form)
     found = solve(form, x, loss * np.exp(0.002 * np.random.default_rng(0).normal(size=len(loss))))
-    # Abnar's e and c trade places along a valley so flat that a descent may not end there; its losses are right.
-    assert found.converged or form.name == "abnar"
+    assert found.converged
     assert found.at_bound == ()
     coefficients = form.coefficients(found.parameters)
     assert {name: abs(coefficients[name] - truth[name]) < near[name] for name in near} == dict.fromkeys(near, True)
     error = form.log_loss(found.parameters[None], x)[0] - np.log(loss)
     assert np.sqrt(np.mean(error**2)) < 0.001
+
+
+def test_a_flat_valley_is_descended_to_its_end():
+    """Abnar's e and c trade places almost freely, under noise of a percent for many hundreds of steps."""
+    loss = losses(Abnar())
+    loss = loss * np.exp(0.01 * np.random.default_rng(0).normal(size=len(loss)))
+    assert solve(Abnar(), PLANTED["abnar"][1], loss).converged
 
 
 @every_form

@@ -6,6 +6,7 @@ from laws import HOFFMANN, isoflop
 from scipy.optimize import least_squares, minimize
 
 from cluster.sweep.forms import Approach3, DataConstrained, Gadre, Kaplan
+from cluster.sweep.moe_forms import Ludziejewski
 from cluster.sweep.newton import HUBER_LOG, LEAST_SQUARES, Objective
 from cluster.sweep.solve import at_bound, minimise, refit, solve
 
@@ -106,14 +107,47 @@ def test_gradients_are_the_differences(name):
 def test_repeated_tokens():
     form = DataConstrained()
     law = {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.35, "beta": 0.35, "R_D": 15.4, "R_N": 5.3}
-    planted = form.tuned(form.parameters(law))
-    table = isoflop(planted, law, noise=0.0005, unique=(2e8, 1e9, 1e12), sizes=12)
+    table = isoflop(form, law, noise=0.0005, unique=(2e8, 1e9, 1e12), sizes=12)
     found = solve(form, table.columns, table.loss)
-    ours = found.form.coefficients(found.parameters)
+    ours = form.coefficients(found.parameters)
     assert ours["R_D"] == pytest.approx(15.4, rel=0.25)
     assert ours["alpha"] == pytest.approx(0.35, abs=0.02)
     # One repetition is worth nearly what new tokens are, forty next to nothing (the paper's section 5).
     x = {"n": np.full(2, 1e8), "d": np.array([2e9, 4e10]), "unique": np.full(2, 1e9)}
     fresh = x | {"unique": x["d"]}
-    loss, best = (np.exp(found.form.log_loss(found.parameters[None], each)[0]) for each in (x, fresh))
+    loss, best = (np.exp(form.log_loss(found.parameters[None], each)[0]) for each in (x, fresh))
     assert loss[0] - best[0] < 0.2 * (loss[1] - best[1])
+
+
+def test_the_tie_between_terms_of_repeated_data_holds():
+    """U_N is the compute-optimal N for U_D tokens by the fit's own coefficients (the paper's section 3.2)."""
+    form = DataConstrained()
+    law = {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.4, "beta": 0.3, "R_D": 15.4, "R_N": 5.3}
+    p = form.parameters(law)
+    assert form.coefficients(p) == pytest.approx(law)
+    g = (0.4 * 521 / (0.3 * 1488)) ** (1 / 0.7)
+    unique = 5e8
+    size = g * (g * unique) ** (0.3 / 0.4)
+    n, d = 3 * size, 8 * unique
+    x = {"n": np.array([n]), "d": np.array([d]), "unique": np.array([unique])}
+    n_worth, d_worth = size * (1 + 5.3 * (1 - np.exp(-2 / 5.3))), unique * (1 + 15.4 * (1 - np.exp(-7 / 15.4)))
+    expected = 1.87 + 521 / n_worth**0.4 + 1488 / d_worth**0.3
+    assert np.exp(form.log_loss(p[None], x)[0, 0]) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_law_that_is_not_quite_right_is_fitted_to_its_optimum():
+    """Smooth misfit of a percent, as real losses have: nearly L1 there, and the floor wants to leave the form."""
+    form = Ludziejewski()
+    n, d, experts = (
+        part.ravel()
+        for part in np.meshgrid(np.geomspace(1.5e7, 1.3e9, 6), np.geomspace(2.6e10, 1.3e11, 5), 2.0 ** np.arange(10))
+    )
+    worth = 1 / (1 / (experts - 1 + 1 / (1 / 2.1 - 1 / 260.0)) + 1 / 260.0)
+    log_loss = np.log(10**1.1 * n**-0.083 * worth ** (-0.108 + 0.0038 * np.log(n / 1e8))) + 0.3 * (d / 1e9) ** -0.3
+    log_loss = log_loss + 0.003 * np.sin(experts) + 0.001 * np.random.default_rng(0).normal(size=len(n))
+    x = {"n": n, "d": d, "experts": experts}
+    found = solve(form, x, np.exp(log_loss))
+    assert found.converged
+    starts = found.parameters + np.random.default_rng(1).normal(0, 0.02, (6, form.size))
+    _, values, _ = minimise(form, x, np.exp(log_loss), np.ones((6, len(n))), starts, HUBER_LOG, 2000)
+    assert found.value <= values.min() * (1 + 1e-6)
