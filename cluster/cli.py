@@ -12,6 +12,7 @@ import typer
 
 from configs import Config, ConfigError, load, mask, preset_names, private_files, resolve, to_yaml
 from models.cost import parameters, training_flops_per_token
+from trainer.terminal import guard
 
 from . import checkpoints, data, doctor, jobs, nodes, plan, runs, submit, trained
 from .runs import Json
@@ -95,6 +96,7 @@ app.command("doctor")(doctor.doctor)
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
     private_files()
+    guard()
     _hide_passwords()
     try:
         app()

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from configs import ConfigError, from_dict
+from trainer.terminal import Console
 
 from .runs import RUNS, Json, Root, Run, run_folder
 
@@ -110,7 +110,7 @@ def show(
     if as_json:
         print(json.dumps({"run": run_dir.name, "step": step, "first_sequence": first, "sequences": rows}))
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     for row in rows:
         trained = sum(label != -100 for label in row["labels"])
         head = f"sequence {row['index']}  {Path(row['file']).name} row group {row['row_group']} window {row['window']}"

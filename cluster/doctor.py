@@ -18,10 +18,10 @@ from typing import Annotated, Literal, NamedTuple
 
 import psutil
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from configs import mask
+from trainer.terminal import Console
 
 from . import machine
 from .ray_folder import open_to_others
@@ -54,7 +54,7 @@ def doctor(
     if as_json:
         print(json.dumps({"ok": not failed, "findings": [finding._asdict() for finding in findings]}, indent=1))
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = Console(soft_wrap=True)
         for finding in findings:
             console.print(Text(f"{finding.state:<5}", style=STYLES[finding.state]), end="")
             console.print(Text(f"{finding.name:<14}{finding.found}"))

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from configs import ConfigError, mask
+from trainer.terminal import Console
 
 from . import runs
 from .client import Cluster, api_url
@@ -43,7 +43,7 @@ def jobs(address: Address = None, as_json: Json = False) -> None:
     for id, job in found.items():
         numbers = (str(job["priority"]), _gang(job), ago(job["submitted"]))
         table.add_row(id, _state(job), *numbers, str(job["name"]))
-    console = Console(highlight=False, markup=False)
+    console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
 
 

@@ -8,13 +8,12 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from configs import Config, ConfigError, mask
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
 from trainer.run import attempts, is_finished, prepare_run, read_config, request_stop, resolve_config, run_lock
+from trainer.terminal import Console
 
 from .failures import Final
 from .machine import this_node
@@ -49,11 +48,11 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
         share_of_most(asked, lambda config: share(config, [node]))  # before a minute's work for the default data
     run_dir = prepare_run(config, fork=fork)
     config = read_config(run_dir)
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(soft_wrap=True)
     if is_finished(run_dir):
         out.print(f"run {config.run.name} is finished ({config.train.steps} steps): raise train.steps to go on")
         return FINISHED
-    out.print(f"run {config.run.name} in {run_dir}", markup=False)
+    out.print(f"run {config.run.name} in {run_dir}")
 
     attempts_before = attempts(run_dir)
     job = _Job(config, run_dir, address, node)
@@ -116,10 +115,10 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         last = summary(job.run_dir)
         loss = "" if last["eval_loss"] is None else f", held-out loss {last['eval_loss']:.4f}"
         if job.status == "FINISHED":
-            out.print(f"finished at step {last['step']}{loss}: {job.run_dir}", markup=False)
+            out.print(f"finished at step {last['step']}{loss}: {job.run_dir}")
             return FINISHED
         step = read_events(job.run_dir)[-1].get("step", last["step"])  # its metrics may be recorded less often
-        out.print(f"stopped after step {step}: the same command goes on", markup=False)
+        out.print(f"stopped after step {step}: the same command goes on")
         return STOPPED
     code, message = _explain(job)
     print(f"muster: {mask(message)}", file=sys.stderr)

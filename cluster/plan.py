@@ -5,8 +5,8 @@ import math
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from configs import Config, ConfigError, load, preset_names, resolve
 from models.devices import DEVICES, HEADROOM, Device, cpu
@@ -14,6 +14,7 @@ from models.plan import Plan, predict
 from models.search import Choice, Found, search
 from models.shards import micro_batches
 from trainer.cadence import expected
+from trainer.terminal import Console
 
 from .runs import Json
 
@@ -98,15 +99,16 @@ def _cost(predicted: Plan, config: Config, price: float | None) -> dict[str, flo
 
 
 def _show(predicted: Plan, config: Config, notes: list[str], price: float | None) -> None:
-    console, device, counts = Console(highlight=False, soft_wrap=True), predicted.device, predicted.parameters
+    console, device, counts = Console(soft_wrap=True), predicted.device, predicted.parameters
     memory, train, parallel = predicted.memory, config.train, config.parallel
     degrees = ", ".join(f"{key} {getattr(parallel, key)}" for key in ("dp", "tp", "pp", "ep", "sp", "hpz")
                         if getattr(parallel, key) > 1)  # fmt: skip
     if parallel.pp_schedule != "1f1b":
         degrees += f" {parallel.pp_schedule}"
     offload = "" if parallel.offload == "none" else f", offload {parallel.offload}"
-    console.print(f"[bold]{config.run.name} on {predicted.devices} x {device.name}[/]: "
-                  f"{degrees or 'one process'}, ZeRO-{parallel.zero_stage}{offload}, {train.precision}")  # fmt: skip
+    what = f"{config.run.name} on {predicted.devices} x {device.name}"
+    how = f"{degrees or 'one process'}, ZeRO-{parallel.zero_stage}{offload}, {train.precision}"
+    console.print(Text.assemble((what, "bold"), f": {how}"))
     for note in notes:
         console.print(f"  {note}", style="dim")
     console.print(f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active per token, "
@@ -129,12 +131,11 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
         if size:
             table.add_row(name, _gb(size))
     moment = max(memory.moments, key=memory.moments.__getitem__)
-    table.add_row(f"[bold]peak, at the {moment}[/]", f"[bold]{_gb(memory.peak)}[/]")
+    table.add_row(f"peak, at the {moment}", _gb(memory.peak), style="bold")
     if math.isfinite(device.memory):
-        verdict = (
-            "[green]fits[/]" if predicted.fits else f"[red]does not fit[/] in {1 - HEADROOM:.0%} of it: see --search"
-        )
-        table.add_row(f"of the device, {verdict}", _gb(device.memory))
+        verdict = Text("fits", "green") if predicted.fits else Text("does not fit", "red")
+        more = "" if predicted.fits else f" in {1 - HEADROOM:.0%} of it: see --search"
+        table.add_row(Text.assemble("of the device, ", verdict, more), _gb(device.memory))
     if memory.host:
         table.add_row("in the host's memory, of each process", _gb(memory.host))
     console.print(table)
@@ -159,7 +160,7 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
         table.add_row(item.kind + behind, _seconds(item.seconds), f"{_gb(item.sent)} GB")
     if predicted.bubble:
         table.add_row("pipeline bubble", f"{predicted.bubble:.0%}")
-    table.add_row("[bold]step[/]", f"[bold]{_seconds(predicted.step_time)}[/]")
+    table.add_row("step", _seconds(predicted.step_time), style="bold")
     console.print(table)
     cost = _cost(predicted, config, price)
     console.print(f"\nMFU {predicted.mfu:.0%}, {_count(predicted.tokens_per_second)} tokens/s, "
@@ -176,10 +177,10 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
 
 
 def _show_search(found: Found, config: Config, device: Device, devices: int, price: float | None) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(soft_wrap=True)
     fitting = len(found.choices)
-    console.print(f"[bold]{config.run.name} on {devices} x {device.name}[/]: {fitting} topologies fit"
-                  f"{', the quickest first' if fitting else ''}")  # fmt: skip
+    told = f": {fitting} topologies fit{', the quickest first' if fitting else ''}"
+    console.print(Text.assemble((f"{config.run.name} on {devices} x {device.name}", "bold"), told))
     if found.choices:
         columns = ("dp", "tp", "pp", "ep", "sp", "zero", "micro", "redo", "GB", "step", "MFU", "tokens/day")
         table = Table(*columns, box=None, pad_edge=False)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from configs import ConfigError
+from trainer.terminal import Console
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under --root, or the path of its folder.")]
 Root = Annotated[Path, typer.Option(help="Folder of all runs (run.root).")]
@@ -62,7 +62,7 @@ def runs(root: Root = RUNS, as_json: Json = False) -> None:
             str(run["attempts"]),
             ago(run["updated"]),
         )
-    console = Console(highlight=False)
+    console = Console()
     # A pipe has no width of its own; cut names would not be found by what reads it.
     console.print(table, soft_wrap=not console.is_terminal)
 
@@ -100,7 +100,7 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     for attempt in attempts:
         table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in BOOKS))
     table.add_row("share", *(f"{whole[name] / max(sum(whole.values()), 1e-9):.1%}" for name in BOOKS))
-    console = Console(highlight=False)
+    console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
     print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(sum(whole.values()))}")
 

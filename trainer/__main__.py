@@ -11,7 +11,6 @@ from .orphans import end_with
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent is what started this; before anything that takes time
     end_with(os.getppid())
 
-from rich.console import Console
 from torch import distributed as dist
 
 from configs import ConfigError, load, mask, private_files
@@ -23,6 +22,7 @@ from .output import output_kept
 from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
 from .run import is_finished, prepare_run, read_config
+from .terminal import Console, guard
 from .tracking import read_state
 
 RESUMABLE = 75
@@ -32,6 +32,7 @@ RESUMABLE = 75
 def main() -> int:
     """Returns the exit code: 0 finished, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
     private_files()
+    guard()
     try:
         if len(sys.argv) < 2:
             raise ConfigError("usage: torchrun -m trainer CONFIG [key=value ...]")
@@ -42,7 +43,7 @@ def main() -> int:
             _say(f"{run_dir} is finished")
             return 0
         chief = dist.get_rank() == 0
-        terminal = Console(highlight=False, file=os.fdopen(os.dup(1), "w", buffering=1))
+        terminal = Console(file=os.fdopen(os.dup(1), "w", buffering=1))
         view = ProgressView(read_config(run_dir).train.steps, console=terminal)
         with Follower(run_dir, view) if chief else nullcontext(), output_kept(run_dir):
             status = train(run_dir)

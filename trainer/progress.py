@@ -7,12 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from .events import wrong_event, wrong_metrics
 from .record import EVENTS, METRICS
+from .terminal import Console
 
 SMOOTHING = 0.1
 """Weight of the newest step in the shown rates."""
@@ -35,14 +35,14 @@ class ProgressView:
         self, total_steps: int, tty: bool | None = None, console: Console | None = None, quiet_for: float = 10.0
     ) -> None:
         self.total_steps, self.quiet_for = total_steps, quiet_for
-        self.console = console or Console(highlight=False)
+        self.console = console or Console()
         self._last_line = float("-inf")
         self._seconds: float | None = None
         self._rate: float | None = None
         self._live: Progress | None = None
         self._processes = 1
         if self.console.is_terminal if tty is None else tty:
-            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}"))
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=self.console, auto_refresh=False)
             self._task = self._live.add_task("starting", total=total_steps)
 
@@ -128,8 +128,7 @@ class ProgressView:
         return "  ".join(parts)
 
     def _print(self, line: str) -> None:
-        # A Text is neither read as markup (paths and errors hold brackets) nor wrapped at a pipe's 80 columns.
-        self.console.print(Text(line), soft_wrap=True)
+        self.console.print(Text(line), soft_wrap=True)  # a pipe is not 80 columns wide
 
 
 class Follower:

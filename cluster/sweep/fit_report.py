@@ -3,8 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rich.console import Console
 from rich.table import Table as Grid
+from rich.text import Text
+
+from trainer.terminal import Console
 
 from .fit import Fits
 from .forecast import Prediction, Rival
@@ -13,7 +15,7 @@ from .intervals import Interval
 
 def show_fits(fits: Fits) -> None:
     """Every form with its coefficients and errors, the one chosen, and what was left out."""
-    console = Console(highlight=False)
+    console = Console()
     table = fits.table
     console.print(
         f"{len(table)} runs at {len(fits.summary()['budgets'])} budgets, {table.c.min():.3g} to {table.c.max():.3g} "
@@ -24,7 +26,7 @@ def show_fits(fits: Fits) -> None:
         mark = f"  <- chosen{fits.reservation}" if name == fits.chosen else ""
         held = "" if each.cross_validation is None else f", on held-back budgets {each.cross_validation:.2%}"
         state = "converged" if each.solution.converged else "not converged"
-        console.print(f"\n[bold]{name}[/] ({each.form.source}){mark}", soft_wrap=True)
+        console.print(Text.assemble("\n", (name, "bold"), f" ({each.form.source}){mark}"), soft_wrap=True)
         console.print(f"  {each.objective}, {state}; error {each.residual:.2%}{held}", soft_wrap=True)
         grid = Grid(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
         for coefficient, value in each.coefficients.items():
@@ -34,24 +36,28 @@ def show_fits(fits: Fits) -> None:
     if fits.approach2:
         n, d = fits.approach2.n, fits.approach2.d
         console.print(
-            f"\n[bold]approach 2[/] (parabolas of {len(fits.approach2.valleys)} budgets): N* ~ C^{n.exponent:.4f} "
-            f"(± {n.std:.4f}), D* ~ C^{d.exponent:.4f}",
+            Text.assemble(
+                ("\napproach 2", "bold"),
+                f" (parabolas of {len(fits.approach2.valleys)} budgets): N* ~ C^{n.exponent:.4f} "
+                f"(± {n.std:.4f}), D* ~ C^{d.exponent:.4f}",
+            ),
             soft_wrap=True,
         )
     if fits.approach1:
         law, of = fits.approach1[0], fits.approach1_of
-        console.print(f"[bold]approach 1[/] (best run of each budget by {of}): N* ~ C^{law.exponent:.4f}")
+        told = f" (best run of each budget by {of}): N* ~ C^{law.exponent:.4f}"
+        console.print(Text.assemble(("approach 1", "bold"), told))
     for label, alone in fits.kinds.items():
         console.rule(f"{label} alone", align="left", style="dim")
         show_fits(replace(alone, table=replace(alone.table, excluded=())))
     refused = [*fits.refused.values(), *(fits.approach2.refused if fits.approach2 else ())]
     for refusal in refused:
-        console.print(f"refused ({refusal.kind}): {refusal}", soft_wrap=True, markup=False)
+        console.print(f"refused ({refusal.kind}): {refusal}", soft_wrap=True)
     for why, runs in groups(fits.table.excluded).items():
         named = ", ".join(runs[:3]) + (f" and {len(runs) - 3} more" if len(runs) > 3 else "")
-        console.print(f"left out: {named}: {why}", soft_wrap=True, markup=False)
+        console.print(f"left out: {named}: {why}", soft_wrap=True)
     for note in table.notes:
-        console.print(f"note: {note}", soft_wrap=True, markup=False)
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def groups(excluded: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
@@ -64,7 +70,7 @@ def groups(excluded: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 def show_predictions(predictions: Sequence[Prediction]) -> None:
     """A line for each budget or model."""
-    console = Console(highlight=False)
+    console = Console()
     console.print(
         f"by {predictions[0].form}, N counted as {predictions[0].convention}; 95% intervals in brackets", soft_wrap=True
     )
@@ -79,7 +85,7 @@ def show_predictions(predictions: Sequence[Prediction]) -> None:
     if any(each.rivals for each in predictions):
         console.print("or: kinds of models that cannot be told from the best one", soft_wrap=True)
     for warning in dict.fromkeys(warning for each in predictions for warning in each.warnings):
-        console.print(f"warning: {warning}", soft_wrap=True, markup=False)
+        console.print(f"warning: {warning}", soft_wrap=True)
 
 
 def _choice(found: Prediction | Rival) -> tuple[str, str, str, str]:
@@ -95,4 +101,4 @@ def _range(estimate: Interval, digits: str) -> str:
 
 
 def _ends(estimate: Interval, digits: str) -> str:
-    return f"\\[{estimate.low:{digits}}, {estimate.high:{digits}}]"
+    return f"[{estimate.low:{digits}}, {estimate.high:{digits}}]"

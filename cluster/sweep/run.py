@@ -8,14 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from configs import ConfigError, mask
 from configs.sweep import SweepConfig
 from trainer import revision
 from trainer.own_files import require_own
 from trainer.record import Record, read_events
 from trainer.run import attempts, hold
+from trainer.terminal import Console
 from trainer.tracking import ShipperHandle, hand_down_password, start_shipper
 from trainer.tracking.sweep import TRIALS, sweep_config
 
@@ -48,7 +47,7 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[s
     require_own(sweep.folder, without=(TRIALS,))  # each of which is looked at when it is trained
     setting = Setting(sweep)
     setting.plan().check_gpus(gpus)  # a mistake shows before a minute's work for the default data
-    out = Console(highlight=False, soft_wrap=True)
+    out = Console(soft_wrap=True)
     with _only_one(setting.sweep_dir):
         setting.prepare_data()
         plan = setting.plan()
@@ -61,12 +60,12 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[s
         setting.write_sweep()
         write_plan(setting.sweep_dir, plan)
         found = progress(setting.sweep_dir)
-        out.print(f"sweep {sweep.name} in {setting.sweep_dir}: {len(plan.trials)} trials", markup=False)
+        out.print(f"sweep {sweep.name} in {setting.sweep_dir}: {len(plan.trials)} trials")
         if not found.open and found.count("finished") == len(plan.trials):
             out.print("all are finished")
             return FINISHED
         for warning in plan.warnings:
-            out.print(f"warning: {warning}", markup=False)
+            out.print(f"warning: {warning}")
         return _run(setting, gpus, address, node, out)
 
 
@@ -83,15 +82,15 @@ def _run(setting: Setting, gpus: int | None, address: Address | None, node: Node
             print(missing, file=sys.stderr)
     found = progress(setting.sweep_dir)
     for line in failures(found):
-        out.print(line, markup=False)
-    out.print(booked(found.books), markup=False)
+        out.print(line)
+    out.print(booked(found.books))
     done, count = found.count("finished"), len(found.items)
     if code in (FAILURE, MISTAKE) and session.error:
         print(f"muster: {mask(message)}", file=sys.stderr)
     elif code == STOPPED:
         out.print(f"stopped with {done} of {count} trials finished: the same command goes on")
     else:
-        out.print(f"{done} of {count} trials finished: {setting.sweep_dir}", markup=False)
+        out.print(f"{done} of {count} trials finished: {setting.sweep_dir}")
     return code
 
 

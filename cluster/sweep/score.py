@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table as Rows
 
 from configs import Config, ConfigError, load
 from models.cost import training_flops_per_token
 from trainer.own_files import no_link
 from trainer.record import read_events, summary
+from trainer.terminal import Console
 
 from .cells import plain
 from .table import Table, budgets
@@ -180,7 +180,7 @@ def show(found: list[Score]) -> None:
         inside += " (predicted afterwards)" if each.status == "AFTERWARDS" else ""
         interval = f"{each.low:.4f} to {each.high:.4f}"
         table.add_row(each.run, plain(each.budget), f"{each.predicted:.4f}", interval, came, error, inside)
-    console = Console(highlight=False)
+    console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
     summary = to_json(found)
     if summary["finished"]:

@@ -4,11 +4,12 @@ import heapq
 from collections import defaultdict
 from typing import Any, NamedTuple
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from models.devices import HEADROOM, Device
 from models.plan import predict
+from trainer.terminal import Console
 
 from .cells import count, plain
 from .sizes import conventions
@@ -103,10 +104,10 @@ def off(trial: Trial) -> float | None:
 
 def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
     """Print the table of trials, the totals and the warnings."""
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or Console(soft_wrap=True)
     sweep, trials = plan.sweep, plan.trials
-    console.print(f"[bold]{sweep.name}[/]: {len(trials)} trials on {found.devices} x {found.device.name}, N counted as "
-                  f"{sweep.count}")  # fmt: skip
+    told = f": {len(trials)} trials on {found.devices} x {found.device.name}, N counted as {sweep.count}"
+    console.print(Text.assemble((sweep.name, "bold"), told))
     table = Table("trial", box=None, pad_edge=False)
     for column in ("N", "total", "shape", "D", "D/N", "steps", "batch", "lr", "FLOPs", "off by", "hours"):
         table.add_column(column, justify="right")
@@ -127,7 +128,7 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
         )  # fmt: skip
     width = console.measure(table, options=console.options.update(width=1000)).maximum
     # Nothing is cut off: a terminal that is narrower wraps.
-    Console(width=max(width, console.width), highlight=False, file=console.file).print(table)
+    Console(width=max(width, console.width), file=console.file).print(table)
     flops = sum(trial.spent for trial in trials)
     priced = "" if found.price is None else f", {found.total * found.price:,.2f} USD"
     console.print(f"\n{len(trials)} trials, {plain(flops)} FLOPs, {found.total:,.3g} device-hours{priced}; on "
@@ -137,7 +138,7 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
         console.print(f"{plan.open} more trials will be chosen by the losses of these: about {plan.open * mean:,.3g} "
                       "device-hours more")  # fmt: skip
     for line in (*plan.warnings, *_too_large(found)):
-        console.print(f"[yellow]warning:[/] {line}")
+        console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
 
 
 def _too_large(found: Costs) -> list[str]:

@@ -3,10 +3,12 @@
 import time
 from pathlib import Path
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
+
+from trainer.terminal import Console
 
 from ..runs import ago
 from .cells import plain
@@ -19,7 +21,7 @@ QUIET_FOR = 30.0
 
 def show(sweep_dir: Path) -> None:
     """Print how a sweep stands. Raises ConfigError if it never ran."""
-    Console(highlight=False, soft_wrap=True).print(render(progress(sweep_dir)))
+    Console(soft_wrap=True).print(render(progress(sweep_dir)))
 
 
 def render(found: Progress) -> RenderableType:

@@ -2,8 +2,9 @@
 
 import time
 
-from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+from ..terminal import Console
 
 LINE_SECONDS = 10.0
 
@@ -18,7 +19,7 @@ class Meter:
         self._lines = enabled and not console.is_terminal
         self._start = self._last = time.monotonic()
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             DownloadColumn(),
             TransferSpeedColumn(),
@@ -56,4 +57,4 @@ class Meter:
     @staticmethod
     def say(line: str) -> None:
         """One line to stderr."""
-        Console(stderr=True, highlight=False, soft_wrap=True).print(line, markup=False)
+        Console(stderr=True, soft_wrap=True).print(line)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from configs import ConfigError, mask, private_files
 
+from ..terminal import guard
 from .shipper import ship
 from .start import GRACE
 from .sweep import ship_sweep
@@ -20,6 +21,7 @@ NICE = 5
 
 def main() -> int:
     private_files()
+    guard()
     parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--once", action="store_true", help="send what is missing and leave")
