@@ -245,6 +245,13 @@ def test_a_sweep_is_a_job(cluster):
         assert cluster.steps(f"swept/trials/lr{rate}") >= 20
 
 
+def test_what_was_sent_and_trained_is_its_owners_alone(cluster, story):
+    queue, runs = cluster.runs.parent / "queue", cluster.runs
+    assert list(queue.glob("*.zip"))
+    wide = [path for folder in (queue, runs) for path in (folder, *folder.rglob("*")) if path.lstat().st_mode & 0o077]
+    assert [path for path in wide if not path.is_symlink()] == []
+
+
 def test_nobody_prints_the_token(cluster, story):
     token = cluster.token.read_text()
     written = [path for folder in ("queue", "runs", "head.log") for path in below(cluster.runs.parent / folder)]

@@ -46,8 +46,12 @@ class Cluster:
             patch.setenv("RAY_AUTH_TOKEN_PATH", os.environ.get("TEST_TOKEN", str(self.token)))
             patch.setenv("RAY_AUTH_MODE", "token")
             patch.chdir(self.user)
-            with pytest.raises(SystemExit) as end:
-                cli.main()
+            umask = os.umask(0)
+            try:
+                with pytest.raises(SystemExit) as end:
+                    cli.main()
+            finally:
+                os.umask(umask)
         self.printed.append(out.getvalue())
         assert (end.value.code or 0) == code, out.getvalue()
         return out.getvalue()
@@ -58,7 +62,7 @@ class Cluster:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("RAY_AUTH_TOKEN_PATH", str(self.token))
             patch.setenv("RAY_AUTH_MODE", "token")
-            yield client.Cluster(self.url)
+            yield client.Cluster(client.api_url(self.url))
 
     def submit(self, *arguments: str) -> str:
         return self.muster("submit", "run.yaml", *arguments).splitlines()[0]
@@ -111,7 +115,7 @@ def started(folder: Path, user: Path, runs: Path) -> Iterator[Cluster]:
     environment |= {"RAY_AUTH_TOKEN_PATH": str(token), "MUSTER_QUEUE": str(folder / "queue"), "PYTHONPATH": str(ROOT)}
     log = (folder / "head.log").open("w")
     command = [sys.executable, "-P", "-m", "cluster.cli", "cluster", "up", *options.split()]
-    head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
+    head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, umask=0)
     found = Cluster(f"http://127.0.0.1:{port}", user, runs, token, head, Path(temporary.name))
     try:
         found.wait(lambda: status(f"{found.url}/api/authentication_mode") == 200, 60)
