@@ -3,6 +3,7 @@
 Commands import what they need in their bodies: torch, Ray and MLflow take seconds, and `muster --help` must not.
 """
 
+import errno
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from typing import Annotated
 import typer
 
 from configs import Config, ConfigError, load, mask, preset_names, private_files, resolve, to_yaml
+from configs.parse import shortened
 from models.cost import parameters, training_flops_per_token
 from trainer.terminal import guard
 
@@ -102,6 +104,11 @@ def main() -> None:
         app()
     except ConfigError as error:
         print(f"muster: {mask(str(error))}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:  # a path that was typed, or a name: no file can have it
+            raise
+        print(f"muster: {shortened(str(error.filename), 100)}: {error.strerror}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,7 +8,10 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from configs import Config, ConfigError, mask
+from trainer.forecast import refuse_too_large
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
@@ -16,7 +19,7 @@ from trainer.run import attempts, is_finished, prepare_run, read_config, request
 from trainer.terminal import Console
 
 from .failures import Final
-from .machine import this_node
+from .machine import memory_bytes, this_node
 from .session import RayThread, Session, clear_away, end_children
 from .share import Node, Share, group_of, share, share_of_most
 from .token import Address, in_config, in_environment
@@ -46,6 +49,8 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
     if address is None:
         asked, _ = resolve_config(config, prepare=False)
         share_of_most(asked, lambda config: share(config, [node]))  # before a minute's work for the default data
+        if not node.gpus:
+            refuse_too_large(asked, torch.device("cpu"), memory_bytes())
     run_dir = prepare_run(config, fork=fork)
     config = read_config(run_dir)
     out = Console(soft_wrap=True)

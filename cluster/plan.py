@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import Config, ConfigError, load, preset_names, resolve
+from configs.parallel import MOST_PROCESSES
 from models.devices import DEVICES, HEADROOM, Device, cpu
 from models.plan import Plan, predict
 from models.search import Choice, Found, search
@@ -19,6 +20,8 @@ from trainer.terminal import Console
 from .runs import Json
 
 KINDS = (*DEVICES, "cpu")
+DEAREST = 1_000_000
+"""USD for an hour of one device."""
 SHOWN = 10
 """Topologies that a search lists."""
 
@@ -67,10 +70,10 @@ def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> 
     """The device of --gpu. Raises ConfigError where it, --gpus or --usd-per-gpu-hour makes no sense."""
     if gpu not in KINDS:
         raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
-    if gpus is not None and gpus < 1:
-        raise ConfigError(f"--gpus {gpus}: should be at least 1")
-    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour < math.inf:
-        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 or more")
+    if gpus is not None and not 1 <= gpus <= MOST_PROCESSES:
+        raise ConfigError(f"--gpus {gpus}: should be 1 to {MOST_PROCESSES:,}")
+    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour <= DEAREST:
+        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 to {DEAREST:,}")
     return cpu() if gpu == "cpu" else DEVICES[gpu]
 
 

@@ -11,6 +11,7 @@ import typer
 from rich.table import Table
 
 from configs import ConfigError
+from configs.parse import is_file, shortened
 from trainer.terminal import Console
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under --root, or the path of its folder.")]
@@ -25,12 +26,12 @@ SHOWN = 240
 def run_folder(run: str, root: Path) -> Path:
     """The folder of a run given by name or path. Raises ConfigError, with the names there are."""
     for folder in (root / run, Path(run)):
-        if (folder / "config.yaml").is_file():
+        if is_file(folder / "config.yaml"):
             return folder.resolve()
     names = [folder.name for folder in run_folders(root)]
     near = difflib.get_close_matches(run, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:8]) or 'none'}"
-    raise ConfigError(f"no run {run!r} in {root}: {hint}; --root names another folder of runs")
+    raise ConfigError(f"no run {shortened(repr(run), 100)} in {root}: {hint}; --root names another folder of runs")
 
 
 def run_folders(root: Path) -> list[Path]:
@@ -114,7 +115,7 @@ def sync(
     from trainer.tracking.shipper import ship  # MLflow takes seconds to import
     from trainer.tracking.sweep import SWEEP, ship_sweep
 
-    sweeps = [folder for folder in (root / run, Path(run)) if (folder / SWEEP).is_file()]
+    sweeps = [folder for folder in (root / run, Path(run)) if is_file(folder / SWEEP)]
     run_dir = sweeps[0].resolve() if sweeps else run_folder(run, root)
     done = ship_sweep(run_dir, grace=wait) if sweeps else ship(run_dir, grace=wait)
     if done.records or done.files:

@@ -3,9 +3,10 @@
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
-from configs import Config
-from configs.topology import RULES, topologies
+from configs import Config, ConfigError
+from configs.topology import LISTED, RULES, topologies
 
 from .devices import Device
 from .plan import Plan, predict
@@ -48,7 +49,15 @@ class Found:
 
 
 def search(config: Config, device: Device, devices: int) -> Found:
-    """Judge all topologies of `devices` devices; offload and hpZ stay as `config` has them."""
+    """Judge all topologies of `devices` devices; offload and hpZ stay as `config` has them.
+
+    Raises ConfigError if there are over LISTED.
+    """
+    if any(True for _ in islice(topologies(devices, config.parallel), LISTED, None)):
+        raise ConfigError(
+            f"{devices} devices have over {LISTED:,} topologies, too many to compare: search with fewer devices, such "
+            f"as {1 << (devices.bit_length() - 1)}"
+        )
     choices: list[Choice] = []
     refused: Counter[str] = Counter()
     too_large, least = 0, None

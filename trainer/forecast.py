@@ -6,13 +6,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from configs import Config
+from configs import Config, ConfigError
+from models.memory import memory
 from models.plan import predict
 
 from .rates import Rates, device_facts
 
+SPARE = 2
+"""Times the memory there is that a prediction of the rest, which may be off, is let go on with."""
 WARM_UP = 2
 """Steps that are left out of the median."""
 
@@ -45,6 +49,33 @@ def _peak_resident() -> int | None:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
     return None
+
+
+def refuse_too_large(config: Config, here: torch.device, there: int | None = None) -> None:
+    """Before anything is allocated, see whether one process can hold its part of the model at all.
+
+    Args:
+        config: resolved.
+        there: bytes that it may use; None: all memory of the device, or of the machine.
+
+    Raises:
+        ConfigError: its weights, gradients and optimizer states alone need more, or all that training holds needs more
+            than twice as much.
+    """
+    if config.model.family != "decoder":  # which the formulas are of
+        return
+    cpu = here.type == "cpu"
+    if there is None:
+        there = psutil.virtual_memory().total if cpu else torch.cuda.get_device_properties(here).total_memory
+    held = memory(config, cpu)
+    if held.states > there or held.needed > SPARE * there:
+        what = "this machine" if cpu else torch.cuda.get_device_name(here)
+        raise ConfigError(
+            f"one process needs {held.needed / 1e9:,.1f} GB, {held.states / 1e9:,.1f} GB of them for weights, "
+            f"gradients and optimizer states, and {what} has {there / 1e9:,.1f} GB:\n"
+            "lower model.* or train.micro_batch, or raise parallel.* or parallel.zero_stage; `muster plan` says what "
+            "takes the memory"
+        )
 
 
 class Forecast:

@@ -26,7 +26,7 @@ from .data.reader import Dataset
 from .data.shards import DataError
 from .evaluation import evaluate
 from .export import export
-from .forecast import Forecast
+from .forecast import Forecast, refuse_too_large
 from .late import Late, sum_over_all
 from .plugins import load_plugins
 from .preflight import preflight
@@ -113,6 +113,7 @@ def _steps(
 ) -> str:
     """The training loop; `state` follows it. Returns FINISHED or KILLED."""
     train, here = config.train, ds.device()
+    refuse_too_large(config, here)
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
     held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
     # Before the model takes memory.

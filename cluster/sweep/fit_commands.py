@@ -1,7 +1,6 @@
 """`muster sweep fit`, `predict`, `plot`, `next`, `score`: from a sweep's runs, or any table, to a law and a run."""
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from configs import ConfigError
+from configs.base import MOST_FLOAT
 from configs.sweep import SweepConfig, load_sweep
 from trainer.own_files import require_own, write_text
 from trainer.tracking.sweep import TRIALS
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from .plots import Prediction
     from .table import Table
 
+MOST_BOOTSTRAPS, MOST_DRAWN = 100_000, 50_000_000
+"""Refits, and refits times rows: a number of 8 bytes each."""
 File = Annotated[str | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep; or --table.")]
 TableFile = Annotated[Path | None, typer.Option("--table", metavar="FILE", help="CSV or Parquet, a run in each row.")]
 Columns = Annotated[str, typer.Option(metavar="n=...,d=...,c=...,loss=...", help="Our names of the table's columns.")]
@@ -51,7 +53,14 @@ def fit_sweep(
     as_json: Json = False,
 ) -> None:
     """Fit scaling laws. Example: muster sweep fit --table runs.csv --columns n=params,d=tokens,c=flops,loss=val"""
+    if not 0 <= bootstraps <= MOST_BOOTSTRAPS:
+        raise ConfigError(f"--bootstraps {bootstraps}: should be 0 to {MOST_BOOTSTRAPS:,}")
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
+    if bootstraps * len(found) > MOST_DRAWN:
+        raise ConfigError(
+            f"--bootstraps {bootstraps} of {len(found):,} rows are over {MOST_DRAWN:,}: lower it, or leave rows out "
+            "with --where"
+        )
     from .fit import OBJECTIVES, fit
 
     if objective not in OBJECTIVES:
@@ -90,9 +99,7 @@ def predict_sweep(
     """Predict loss and best size at a budget, with intervals. Example: muster sweep predict sweep.yaml --budget 1e20"""
     if not budget and (n is None or d is None):
         raise ConfigError("muster sweep predict needs --budget C (training FLOPs), or --n and --d of a model")
-    for key, value in [*(("--budget", each) for each in budget or ()), ("--n", n), ("--d", d)]:
-        if value is not None and not 0 < value < math.inf:
-            raise ConfigError(f"{key} {value:g}: should be above 0")
+    _positive(budget=budget, n=n, d=d)
     _, found = _table(file, overrides, table, columns, where, convention, max_budget)
     from .fit import check, named
     from .forecast import Forecast
@@ -124,6 +131,7 @@ def next_sweep(
     max_budget: MaxBudget = None,
 ) -> None:
     """Write the config of the best run for a budget. Example: muster sweep next sweep.yaml --budget 1e20"""
+    _positive(budget=[budget])
     sweep, found = _table(file, overrides, None, "", None, convention, max_budget)
     assert sweep
     from .collect import known_plan
@@ -169,6 +177,7 @@ def plot_sweep(
     max_budget: MaxBudget = None,
 ) -> None:
     """Draw a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
+    _positive(budget=budget)
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     if out is None:
         if sweep is None:
@@ -248,6 +257,7 @@ def _table(
     max_budget: float | None,
 ) -> "tuple[SweepConfig | None, Table]":
     """The sweep, if one is named, and its runs, or those of a file."""
+    _positive(max_budget=max_budget)
     if (file is None) == (table is None):
         raise ConfigError("name one thing to fit: SWEEP.yaml, or a table with --table FILE")
     from .table import read_table
@@ -270,6 +280,14 @@ def _table(
     if max_budget is not None:
         found = found.without(found.c > 1.01 * max_budget, f"over --max-budget {max_budget:g}")
     return sweep, found
+
+
+def _positive(**options: float | list[float] | None) -> None:
+    """Raise ConfigError if an option that counts something is no number above 0."""
+    for name, value in options.items():
+        for each in value if isinstance(value, list) else [] if value is None else [value]:
+            if not 0 < each <= MOST_FLOAT:
+                raise ConfigError(f"--{name.replace('_', '-')} {each:g}: should be above 0, at most {MOST_FLOAT:g}")
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:

@@ -52,8 +52,8 @@ def test_search(capsys, monkeypatch):
 
 REFUSED = {
     "device": (["quickstart", "--gpu", "h300"], "--gpu h300: should be one of h100, h200, a100, b200, cpu"),
-    "no devices": (["quickstart", "--gpus", "0"], "--gpus 0: should be at least 1"),
-    "price": (["quickstart", "--usd-per-gpu-hour", "-1"], "should be a price, 0 or more"),
+    "no devices": (["quickstart", "--gpus", "0"], "--gpus 0: should be 1 to 1,048,576"),
+    "price": (["quickstart", "--usd-per-gpu-hour", "-1"], "should be a price, 0 to 1,000,000"),
     "does not divide": (["dense-7b", "parallel.tp=4", "--gpus", "6"], "--gpus 6 is not a multiple of parallel.tp"),
     "batch": (["moe-8x7b", "--gpus", "2048"], "is over train.global_batch (1024)"),
     "key": (["quickstart", "model.layers=3"], "did you mean num_layers?"),

@@ -9,11 +9,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from cluster.cli import main
+from cluster.launch import launch
 from configs import ConfigError, load, resolve
 from configs.parse import MAX_BYTES, MAX_VALUES, parse_json, parse_yaml
 from models.devices import DEVICES, cpu
+from models.memory import memory
 from models.plan import predict
+from trainer.forecast import refuse_too_large
 
 ROOT = Path(__file__).parents[2]
 SECONDS, BYTES = 10, 500 * 2**20
@@ -221,9 +226,10 @@ LARGEST = {
     "stages": ["model.num_layers=10000", "parallel.pp=1024", "train.global_batch=100000"],
     "processes": ["parallel.dp=1048576", "train.global_batch=1048576", "parallel.zero_stage=2"],
     "everything": [
-        *(f"model.{key}=16777216" for key in ("hidden_size", "num_heads", "head_dim", "expert_size", "vocab_size")),
-        "model.intermediate_size=16777216", "model.num_layers=10000", "model.num_experts=1048576",
-        "model.top_k=1048576", "train.seq_len=1073741824", "train.steps=9000000000000000000",
+        *(f"model.{key}=16777216" for key in ("hidden_size", "intermediate_size", "vocab_size")),
+        "model.num_heads=4096", "model.head_dim=4096", "model.num_layers=10000", "model.num_experts=1024",
+        "model.expert_size=65536",
+        "model.top_k=1024", "train.seq_len=1073741824", "train.steps=9000000000000000000",
         "train.global_batch=9000000000000000000", "model.capacity_factor=1e30", "model.pad_to_capacity=true",
     ],
     "blocks": ["train.seq_len=1073741824", "model.block_sparse={block: 1, stride: 3, local_blocks: 7}"],
@@ -254,5 +260,66 @@ def test_a_command_on_a_bomb_ends_in_one_message(tmp_path, command):
     assert "counted as often as aliases repeat them" in message(muster(command, "c.yaml", cwd=tmp_path))
 
 
-def test_names_that_are_too_long_for_a_file(tmp_path):
-    assert "neither a file nor a preset" in message(muster("config", "n" * 5000, cwd=tmp_path))
+NUMBERS = {
+    "plan quickstart --gpus 99999999999999999999": "--gpus 99999999999999999999: should be 1 to 1,048,576",
+    "plan quickstart --gpus -1": "--gpus -1: should be 1 to",
+    "plan quickstart --usd-per-gpu-hour nan": "should be a price, 0 to 1,000,000",
+    "plan quickstart --usd-per-gpu-hour 1e308": "should be a price, 0 to 1,000,000",
+    "plan quickstart --gpus 720720 --search train.global_batch=720720": "too many to compare: search with fewer",
+    "sweep fit --table t.csv --bootstraps 1000000000": "--bootstraps 1000000000: should be 0 to 100,000",
+    "sweep fit --table t.csv --bootstraps -1": "--bootstraps -1: should be 0 to 100,000",
+    "sweep fit --table t.csv --max-budget nan": "--max-budget nan: should be above 0, at most 1e+30",
+    "sweep predict --table t.csv --budget 1e300": "--budget 1e+300: should be above 0, at most 1e+30",
+    "sweep predict --table t.csv --n -1 --d 1": "--n -1: should be above 0",
+    f"config {'n' * 5000}": "neither a file nor a preset",
+    f"status {'n' * 5000}": "no run 'nnn",
+    f"status {'n' * 300} --root {'r' * 300}": "File name too long",
+    f"sweep fit --table {'n' * 5000}": "no such file",
+    f"data inspect {'n' * 5000}": "File name too long",
+}
+
+
+@pytest.mark.parametrize("command", NUMBERS, ids=lambda command: command[:40])
+def test_what_is_typed_is_bounded_too(monkeypatch, capsys, command):
+    monkeypatch.setattr(sys, "argv", ["muster", *command.split()])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("muster: ")
+    assert NUMBERS[command] in told
+    assert len(told) < 600
+
+
+TOO_LARGE = {
+    "layers": ["model.num_layers=10000", "model.hidden_size=4096", "model.head_dim=128"],
+    "vocabulary": ["model.vocab_size=16777216", "model.hidden_size=16777216", "model.head_dim=2"],
+    "experts": ["model.num_experts=1048576", "model.expert_size=16384"],
+    "length": ["train.seq_len=1073741824", "model.vocab_size=4096"],
+    "batch": ["train.global_batch=1000000000", "train.micro_batch=1000000000"],
+}
+
+
+@pytest.mark.parametrize("name", TOO_LARGE)
+def test_training_what_no_machine_holds_is_refused_before_anything_is_made(tmp_path, name):
+    config = load("quickstart", [*TOO_LARGE[name], f"run.root={tmp_path}"])
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ConfigError) as caught:
+        launch(config)
+    assert "one process needs" in str(caught.value)
+    assert "lower model.* or train.micro_batch" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 2
+    assert list(tmp_path.iterdir()) == []
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500 * 1024  # KiB
+
+
+def test_training_needs_memory_of_its_device():
+    config, _ = resolve(load("quickstart"), vocab_size=4096)
+    here = torch.device("cpu")
+    held = memory(config, cpu=True)
+    refuse_too_large(config, here, there=int(held.needed))
+    refuse_too_large(config, here)
+    with pytest.raises(ConfigError, match="one process needs"):
+        refuse_too_large(config, here, there=int(held.states) - 1)
+    with pytest.raises(ConfigError, match="one process needs"):
+        refuse_too_large(config, here, there=int(held.needed / 2) - 1)
