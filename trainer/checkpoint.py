@@ -195,6 +195,8 @@ def remove(path: Path) -> None:
     """Delete a checkpoint; its manifest goes first, so that what is half deleted is no checkpoint."""
     with suppress(IsADirectoryError, NotADirectoryError):
         (path / MANIFEST).unlink(missing_ok=True)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
     shutil.rmtree(path, ignore_errors=True)
 
 

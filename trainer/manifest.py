@@ -153,8 +153,8 @@ def read_manifest(path: Path) -> Manifest:
     try:
         with open_file(file) as opened:
             data = opened.read(MOST_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{file}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL
+        raise CheckpointError(f"{cut(str(file), 300)}: {getattr(error, 'strerror', None) or error}") from None
     manifest = parse_manifest(data, file)
     named = re.fullmatch(r"step-(\d{1,15})", path.name, re.ASCII)
     if named and int(named[1]) != manifest.step:
@@ -235,7 +235,7 @@ def _reason(error: ValidationError) -> str:
     return f"{cut(where)}: {what}{given}" if where else what
 
 
-def cut(value: Any) -> str:
+def cut(value: Any, longest: int = 80) -> str:
     """For a message: on one line, of printable characters, not long."""
     text = ascii(value) if not isinstance(value, str) else ascii(value)[1:-1]
-    return text if len(text) <= 80 else f"{text[:80]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."

@@ -625,6 +625,22 @@ def test_folders_of_other_names_are_no_checkpoints(run_dir):
     assert checkpoint.committed(run_dir) == [1, 2]
 
 
+@pytest.mark.parametrize("make", [lambda path: path.touch(), lambda path: path.symlink_to("/"), Path.mkdir])
+def test_what_stands_where_a_refused_one_goes_makes_room(run_dir, engine, config, make):
+    make(run_dir / "checkpoints" / "step-00000002.refused")
+    (checkpoint.folder(run_dir, 2) / "manifest.json").write_text("{")
+    assert resumed(run_dir, engine, config) == 1
+    assert (run_dir / "checkpoints" / "step-00000002.refused" / SHARD).is_file()
+
+
+@pytest.mark.parametrize("origin", ["", "\0", "/nowhere", "\x1b]0;x\x07", "x" * 10_000, "/dev/stdin"])
+def test_a_fork_from_what_is_no_checkpoint_is_refused(run_dir, engine, config, origin):
+    shutil.rmtree(run_dir / "checkpoints")
+    Record(run_dir, 0).event("forked", checkpoint=origin)
+    with pytest.raises(ConfigError, match=r"the checkpoint this run was forked from cannot be used"):
+        resumed(run_dir, engine, config)
+
+
 @pytest.mark.parametrize("change", [text("null"), manifest("state", "cursor", to=-1), numbers(WEIGHT, float("nan"))])
 def test_commands_say_it_in_one_message(muster, run_dir, tmp_path, change):
     path = checkpoint.folder(run_dir, 2)
@@ -735,19 +751,19 @@ BIG: dict[str, Change] = {
     "manifest of lists": text("[" + "[]," * 5_000_000 + "[]]"),
     "manifest of mappings": text("[" + '{"a":1},' * 1_800_000 + "{}]"),
     "manifest of numbers": text("[" + "1234," * 3_000_000 + "0]"),
-    "manifest of scalars": manifest("scalars", to={f"{i}": 0.5 for i in range(500_000)}),
-    "manifest of 10^5 files": manifest(
-        "files", to=lambda files: {f"{i}": files[SHARD] | {"name": f"{i}"} for i in range(100_000)}
+    "manifest of scalars": manifest("scalars", to={f"{i}": 0.5 for i in range(200_000)}),
+    "manifest of 50,000 files": manifest(
+        "files", to=lambda files: {f"{i}": files[SHARD] | {"name": f"{i}"} for i in range(50_000)}
     ),
     "manifest of states": manifest(
-        "shapes", to=lambda shapes: shapes | {f"{i}": {f"{j}": [2] for j in range(300)} for i in range(1000)}
+        "shapes", to=lambda shapes: shapes | {f"{i}": {f"{j}": [2] for j in range(300)} for i in range(400)}
     ),
     "shapes of 10^108": manifest("shapes", to={"weight": {f"{i}": [2**53] * 6 for i in range(50_000)}}),
     "header of 2^60": content(lambda data: struct.pack("<Q", 1 << 60) + data[8:]),
     "header of 20 MB": content(lambda data: struct.pack("<Q", 20 << 20) + bytes(20 << 20)),
-    "header of empty fragments": content(lambda data: safetensors(many(120_000, "[0]", 0))),
+    "header of empty fragments": content(lambda data: safetensors(many(60_000, "[0]", 0))),
     "header of metadata": content(
-        lambda data: safetensors(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(1_000_000)) + b"}}")
+        lambda data: safetensors(b'{"__metadata__":{' + b",".join(b'"%d":""' % i for i in range(600_000)) + b"}}")
     ),
     "header of spaces": content(lambda data: safetensors(b"{}" + b" " * (15 << 20))),
     "file of 1 TB": sparse,
