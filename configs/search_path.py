@@ -8,9 +8,11 @@ import sys
 
 
 def _leave_out_the_working_directory() -> None:
-    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    named = [folder for folder in given if folder]
-    if not named or named == given:  # Python itself takes no notice of one that is empty as a whole
+    given = os.environ.get("PYTHONPATH")
+    if not given:  # Python takes no notice of one that is empty as a whole
+        return
+    named = [folder for folder in given.split(os.pathsep) if folder]
+    if os.pathsep.join(named) == given:
         return
     os.environ["PYTHONPATH"] = os.pathsep.join(named)
     here = os.getcwd()

@@ -86,8 +86,13 @@ def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, ind
 
 
 def _git(folder: Path, environment: dict[str, str], *arguments: str) -> str | None:
-    """What git says, None if it does not. It takes no lock, and is no file that stands in the folder."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    """What git says, None if it does not. It takes no lock, and is no file that stands in the folder.
+
+    Args:
+        environment: variables of a repository of ours; where there are none, the user's own configuration counts.
+    """
+    dropped = "GIT_" if environment else "GIT_(?!CONFIG)"
+    kept = {key: value for key, value in os.environ.items() if not re.match(dropped, key)}
     path = os.pathsep.join(filter(os.path.isabs, kept.get("PATH", os.defpath).split(os.pathsep)))
     if not (git := shutil.which("git", path=path)):
         return None

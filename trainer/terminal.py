@@ -43,7 +43,7 @@ def guard() -> None:
     """Let everything that this process writes to stdout and stderr go through a `Stream`; once, as it begins."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
-        if not isinstance(stream, Stream):
+        if stream is not None and not isinstance(stream, Stream):
             if reconfigure := getattr(stream, "reconfigure", None):
                 reconfigure(errors="backslashreplace")  # a name that cannot be encoded is no reason to fail
             setattr(sys, name, Stream(stream))

@@ -157,6 +157,21 @@ def test_the_environment_names_no_other_repository(repository, tmp_path, monkeyp
     assert revision.of(repository) == head(repository, changed=False)
 
 
+@needs_second_user
+def test_the_users_own_configuration_says_whom_to_trust(repository, trap, monkeypatch):
+    said = head(repository, changed=False)
+    (repository / ".gitattributes").write_text("* filter=evil\n")
+    git(repository, "config", "filter.evil.clean", str(trap))
+    for path in (repository, *repository.rglob("*")):
+        os.chown(path, 65534, 65534)
+    touch(repository / "moe.yaml")
+    assert revision.of(repository) == {}
+    for key, value in {"COUNT": "1", "KEY_0": "safe.directory", "VALUE_0": "*"}.items():
+        monkeypatch.setenv(f"GIT_CONFIG_{key}", value)
+    assert revision.of(repository) == said
+    assert not ran(trap)
+
+
 def test_a_folder_that_looks_like_a_bare_repository(repository, tmp_path):
     git(tmp_path, "clone", "-q", "--bare", str(repository), "bare")
     assert revision.of(tmp_path / "bare") == {}

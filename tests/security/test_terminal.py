@@ -214,6 +214,12 @@ def test_what_becomes_a_file_is_kept_as_it_is(tmp_path):
     assert (tmp_path / "log").read_bytes().decode() == EVIL + "\n"
 
 
+def test_nobody_listens(tmp_path):
+    code = "from trainer.terminal import guard; guard(); print('words')"
+    command = ["sh", "-c", f'exec "{sys.executable}" -P -c "{code}" >&- 2>&-']
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path).returncode == 0
+
+
 def test_torchrun_tells_a_mistake(tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     code, sent = on_a_terminal(["-m", "trainer", "quickstart", f"optim.{EVIL}=1"], tmp_path, **environment)
