@@ -56,9 +56,10 @@ def submit(
     here = Path.cwd()
     check_root("run.root", asked.run.root)
     asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
-    if (most := worker_counts(asked)[0]) > messages.MOST_WORKERS:
+    if (most := asked.parallel.world_size) > messages.MOST_WORKERS:
+        key = "cluster.workers" if asked.cluster.workers else "parallel.dp"
         raise ConfigError(
-            f"parallel.* asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower parallel.dp"
+            f"the run asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower {key}"
         )
     name = path_in(here, config)
     cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))

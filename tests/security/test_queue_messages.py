@@ -22,6 +22,8 @@ from cluster.messages import MOST_WORKERS, BadMessage
 from cluster.pack import read_message
 from cluster.queue import Gang, Waiting, fold, gang_of, place, refusals, startable
 from cluster.share import Node, Share
+from cluster.submit import send
+from configs import ConfigError
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 
@@ -295,8 +297,6 @@ def test_a_live_queue_starts_again_from_a_damaged_journal(live, live_queue):
 
 
 def test_who_sends_what_is_refused_is_told(live):
-    from configs import ConfigError
-
     with live.client() as cluster:
         cluster.jobs()
         cluster.send(do="retry", id="job-none", new="job-new")
@@ -304,10 +304,17 @@ def test_who_sends_what_is_refused_is_told(live):
             cluster.wait_for("job-new", lambda _: True)
 
 
-def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(live, tiny_data):
-    (live.user / "run.yaml").write_text(f"run: {{root: {live.runs}}}\ndata: {{path: {tiny_data}}}\n")
-    asked = ("parallel.dp=100000000000", "train.global_batch=100000000000", "--queue")
-    out = live.muster("submit", "run.yaml", *asked, code=2)
-    assert out == (
-        "muster: parallel.* asks for 100000000000 processes, and a job has at most 100000: lower parallel.dp\n"
-    )
+@pytest.mark.parametrize(("key", "value"), [("parallel.dp", "100000000000"), ("cluster.workers", "[2, 100000000000]")])
+def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(muster, tmp_path, tiny_data, key, value):
+    (tmp_path / "run.yaml").write_text(f"run: {{root: {tmp_path}}}\ndata: {{path: {tiny_data}}}\n")
+    asked = (f"{key}={value}", "train.global_batch=100000000000", "--queue")
+    code, _, err = muster("submit", str(tmp_path / "run.yaml"), *asked)
+    assert code == 2
+    most = "and a job has at most 100000"
+    assert err == f"muster: the run asks for 100000000000 processes, {most}: lower {key}\n"
+
+
+def test_a_job_that_the_queue_would_refuse_is_not_sent(tmp_path):
+    job = JOB | {"priority": 10**30}
+    with pytest.raises(ConfigError, match=r"no queue takes this job: its priority is 1000"):
+        send(SimpleNamespace(), tmp_path, [], job, wait=False, as_json=False)
