@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -47,16 +48,19 @@ class Story:
     events_when_stopped: list[dict]
     continued: Command
     repeated: Command
+    temporary: list[str]
+    """What is left in the folder for temporary files."""
 
 
 class Launch:
     """A `muster train` that runs."""
 
-    def __init__(self, folder: Path, run_dir: Path) -> None:
+    def __init__(self, folder: Path, run_dir: Path, temporary: str) -> None:
         self.run_dir, self.seen = run_dir, set()
         self.before = len(read_metrics(run_dir))
         command = [sys.executable, "-P", "-m", "cluster.cli", "train", "story.yaml"]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+        environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "TORCHINDUCTOR_"))}
+        environment["TMPDIR"] = temporary
         self.process = subprocess.Popen(
             command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         )
@@ -87,19 +91,25 @@ def story(tiny_data, tmp_path_factory) -> Story:
     (folder / "users_own.py").write_text("open('plugin_was_here', 'w').close(); print('a word of the plugin')")
     run_dir = folder / "runs" / "story"
 
-    first = Launch(folder, run_dir)
+    with tempfile.TemporaryDirectory(prefix="ml-", dir="/tmp") as temporary:  # Ray's sockets want a short path
+        return tell(folder, run_dir, temporary)
+
+
+def tell(folder: Path, run_dir: Path, temporary: str) -> Story:
+    first = Launch(folder, run_dir, temporary)
     first.wait_for_steps(5)
     first.process.send_signal(signal.SIGTERM)
     stopped = first.end()
     events = read_events(run_dir)
 
-    second = Launch(folder, run_dir)
+    second = Launch(folder, run_dir, temporary)
     second.wait_for_steps(1)
     second.watch()
     os.kill([event for event in read_events(run_dir) if event["event"] == "attempt_started"][-1]["pid"], signal.SIGKILL)
     continued = second.end()
 
-    return Story(run_dir, stopped, events, continued, Launch(folder, run_dir).end())
+    repeated = Launch(folder, run_dir, temporary).end()
+    return Story(run_dir, stopped, events, continued, repeated, os.listdir(temporary))
 
 
 def test_a_signal_stops_it_with_a_checkpoint_and_exit_code_75(story):
@@ -154,7 +164,7 @@ def test_the_users_folders_do_not_shadow_ours_and_plugins_are_found(story):
 
 
 def test_nothing_is_left_behind(story):
-    assert story.stopped.left_over == story.continued.left_over == []
+    assert story.stopped.left_over == story.continued.left_over == story.temporary == []
     assert not {path.name for path in story.run_dir.iterdir()} & {".ray", "stacks"}
 
 
