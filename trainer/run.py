@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ import psutil
 import torch
 
 from configs import Config, ConfigError, differences, from_dict, load, resolve, to_yaml
+from configs.parse import shortened
 from models.families import build
 
 from .checkpoint import committed, folder, verify
@@ -89,6 +91,7 @@ def prepare_run(
     Raises:
         ConfigError: the config cannot run, or differs from the existing run's in what the run is; as `require_own`.
     """
+    submitted = _seconds(os.environ[SUBMITTED]) if began is None and SUBMITTED in os.environ else None
     hand_down_password(config)
     load_plugins(config.plugins)
     with torch.device("meta"):
@@ -99,8 +102,8 @@ def prepare_run(
     run_dir = Path(resolved.run.root) / resolved.run.name
     require_own(run_dir)
     launched: dict[str, Any] = {"derived": notes, "began": began or psutil.Process().create_time()}  # trainer.goodput
-    if began is None and SUBMITTED in os.environ:
-        launched["submitted"] = float(os.environ[SUBMITTED])
+    if submitted is not None:
+        launched["submitted"] = submitted
     if resolved.tracking.enabled and not resolved.tracking.parent:
         try:
             tracking_uri(run_dir, resolved)
@@ -142,6 +145,16 @@ def prepare_run(
             record.event(name, **details)
         record.close()
     return run_dir
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ConfigError(f"{SUBMITTED}={shortened(text, 60)}: should be Unix seconds")
+    return seconds
 
 
 @contextmanager

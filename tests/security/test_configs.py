@@ -19,6 +19,7 @@ from models.devices import DEVICES, cpu
 from models.memory import memory
 from models.plan import predict
 from trainer.forecast import refuse_too_large
+from trainer.run import prepare_run
 
 ROOT = Path(__file__).parents[2]
 SECONDS, BYTES = 10, 500 * 2**20
@@ -323,3 +324,12 @@ def test_training_needs_memory_of_its_device():
         refuse_too_large(config, here, there=int(held.states) - 1)
     with pytest.raises(ConfigError, match="one process needs"):
         refuse_too_large(config, here, there=int(held.needed / 2) - 1)
+
+
+@pytest.mark.parametrize("text", ["", "soon", "nan", "inf", "1" * 5000])
+def test_a_variable_of_ours_that_is_no_time(tmp_path, monkeypatch, text):
+    monkeypatch.setenv("MUSTER_SUBMITTED", text)
+    with pytest.raises(ConfigError, match="should be Unix seconds") as caught:
+        prepare_run(load("quickstart", [f"run.root={tmp_path}"]))
+    assert len(str(caught.value)) < 120
+    assert list(tmp_path.iterdir()) == []
