@@ -29,7 +29,8 @@ Where = Annotated[
     list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only rows with this value, or one of several (a,b).")
 ]
 Convention = Annotated[
-    str | None, typer.Option(help="How N is counted: total, active, without_embeddings, with_head (default active).")
+    str | None,
+    typer.Option(help="How N is counted: total, active, without_embeddings, with_head; default: the sweep's count."),
 ]
 FormName = Annotated[list[str] | None, typer.Option("--form", metavar="FORM", help="Only this form; repeatable.")]
 PredictForm = Annotated[
@@ -274,7 +275,7 @@ def _table(
 
         assert file
         sweep = load_sweep(file, overrides or ())
-        found = collect(known_plan(sweep)).counted_as(convention or "active")
+        found = collect(known_plan(sweep)).counted_as(convention or sweep.count)
         if not len(found):
             raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")
     if max_budget is not None:

@@ -9,13 +9,15 @@ from sweeps import begun, tiny_sweep, trained
 from cluster.share import Node
 from cluster.sweep import run as run_module
 from cluster.sweep.collect import collect, known_plan, loss_curves
+from cluster.sweep.fit_commands import _table as runs_of
 from cluster.sweep.order import Order
 from cluster.sweep.setting import Setting
 from cluster.sweep.show_status import View, render, whole
+from cluster.sweep.sizes import conventions
 from cluster.sweep.standing import Ledger
 from cluster.sweep.status import books, progress, to_json, write_plan
 from cluster.sweep.table import budgets
-from configs import ConfigError
+from configs import ConfigError, to_yaml
 from models.cost import training_flops_per_token
 from trainer.record import Record, read_events
 
@@ -70,6 +72,16 @@ def test_experts_are_columns(setting, trials):
         "experts": 8.0, "top_k": 2.0, "active_ratio": 0.25, "granularity": 2.0,
     }  # fmt: skip
     assert table.counts["total"][row] > table.counts["active"][row] > table.counts["without_embeddings"][row]
+
+
+@pytest.mark.parametrize("count", ["total", "without_embeddings"])
+def test_every_command_counts_parameters_as_the_sweep_says(setting, trials, tmp_path, count):
+    path = tmp_path / "sweep.yaml"
+    path.write_text(to_yaml(setting.sweep.model_copy(update={"count": count})))
+    _, table = runs_of(str(path), [], None, "", None, None, None)
+    assert (table.convention, table.n.tolist()) == (count, [conventions(trials[0].counts)[count]])
+    _, table = runs_of(str(path), [], None, "", None, "with_head", None)
+    assert (table.convention, table.n.tolist()) == ("with_head", [conventions(trials[0].counts)["with_head"]])
 
 
 def test_data_that_repeat_have_a_column_of_their_own(setting, trials):
