@@ -1,6 +1,5 @@
 """`muster sweep`: its sub-commands."""
 
-import json
 from typing import Annotated
 
 import typer
@@ -42,7 +41,7 @@ def plan_sweep(
     planned.check_gpus(gpus)
     found = costs(planned, device, gpus, usd_per_gpu_hour)
     if as_json:
-        print(json.dumps(to_json(planned, found), indent=1))
+        print(run_commands.strict_json(to_json(planned, found)))
     else:
         show(planned, found)
 

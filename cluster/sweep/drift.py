@@ -164,7 +164,9 @@ def held_loss(form: Form, table: Table, window: Window, rows: NDArray[np.bool_],
 def held_size(
     form: Form, table: Table, window: Window, rows: NDArray[np.bool_], distance: float, kind: Kind
 ) -> Held | None:
-    """By the parabola of ln L in ln N; None: it has no lowest point among the sizes."""
+    """By the parabola of ln L in ln N; None: it has no lowest point among the sizes, or is one of unlike data."""
+    if "unique" in form.needs:
+        return None
     log_n = np.log(table.n[rows])
     if len(np.unique(log_n)) < 4:
         return None

@@ -13,8 +13,8 @@ from .forms import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kapl
 from .isoflop import Approach2, PowerLaw, approach2, best_approach1
 from .moe_forms import MOE_FORMS
 from .newton import HUBER_LOG, LEAST_SQUARES, Objective
-from .predict import kinds
-from .refusal import Refusal
+from .predict import kinds, repeats
+from .refusal import Refusal, edge, refused
 from .solve import Solution, refit, solve
 from .table import Table, budgets, read_table, resampled
 
@@ -54,12 +54,7 @@ class Fit:
     @property
     def undetermined(self) -> Refusal | None:
         """Why its coefficients are not to be relied on, if so."""
-        if not self.solution.at_bound:
-            return None
-        which = " and ".join(self.solution.at_bound)
-        return Refusal(
-            "floor", f"{self.form.name}: {which} at the edge of what is allowed; the data do not determine it"
-        )
+        return edge(self.form, self.solution.at_bound)
 
     def schwarz(self, rows: int) -> float:
         """Schwarz' criterion (1978) of a fit to so many rows, up to a constant: the lower the better."""
@@ -91,8 +86,9 @@ class Fits:
     fits: dict[str, Fit]
     refused: dict[str, Refusal]
     """By form or approach, why it was not fitted, or cannot be relied on."""
-    chosen: str
-    """The form of the least error on held-back budgets; of too few budgets, by Schwarz' criterion."""
+    chosen: str | None
+    """Of the forms that are not refused, that of the least error on held-back budgets; of too few budgets, by Schwarz'
+    criterion. None: all are refused."""
     approach1: tuple[PowerLaw, PowerLaw] | None = None
     """Of N and D."""
     approach1_of: str = ""
@@ -103,12 +99,16 @@ class Fits:
 
     @property
     def best(self) -> Fit:
+        """The chosen form. Raises Refusal, `reason`, where there is none."""
+        if self.chosen is None:
+            raise self.reason
         return self.fits[self.chosen]
 
     @property
-    def reservation(self) -> str:
-        """What must be said wherever the chosen form is used; "" if nothing."""
-        return ", which the data do not determine" if self.chosen in self.refused else ""
+    def reason(self) -> Refusal:
+        """Why no form is chosen, where none is: that of each."""
+        forms = {name: why for name, why in self.refused.items() if name not in ("approach1", "approach2")}
+        return refused(forms, "no form can be relied on")
 
     def summary(self) -> dict[str, Any]:
         """For `--json`: every form's coefficients, how it was fitted, what was left out."""
@@ -145,21 +145,26 @@ def fit(
         bootstraps: refits for the coefficients' intervals.
         curves: points of the runs' loss curves at common FLOPs: approach 1, where the runs end at no common budgets.
 
+    Returns:
+        Also where every form is refused: then with the reasons, and approaches 1 and 2.
+
     Raises:
-        Refusal: mixed recipes, too few budgets, or no form could be fitted.
+        Refusal: mixed recipes or too few budgets.
         ConfigError: no such form.
     """
     check(table)
     for name in forms or ():
         named(name)
     fits: dict[str, Fit] = {}
-    refused: dict[str, Refusal] = {}
+    left_out: dict[str, Refusal] = {}
     for name in forms or FORMS:
         try:
             fits[name] = fit_form(FORMS[name], table, objective, bootstraps, seed)
+            if undetermined := fits[name].undetermined:
+                left_out[name] = undetermined
         except Refusal as refusal:
             if forms or refusal.kind != "columns":
-                refused[name] = refusal
+                left_out[name] = refusal
     alone = {}
     for kind in kinds(table) if len(_shapes(table)) > 1 and not forms else ():
         label = " ".join(f"{name}={value:g}" for name, value in kind.shape.items())
@@ -168,32 +173,28 @@ def fit(
             points = None if curves is None else curves.take(np.isin(curves.run, own.run))
             alone[label] = fit(own, None, objective, bootstraps, seed, points)
         except Refusal as refusal:
-            refused[label] = refusal
-    if not fits:
-        raise next(iter(refused.values()), Refusal("columns", "no form has columns enough, of more than one value"))
+            left_out[label] = refusal
+    if not fits and not left_out:
+        left_out["forms"] = Refusal("columns", "no form has columns enough, of more than one value")
     found1, found2, of = None, None, ""
     if len(_shapes(table)) == 1:
         try:
             found1, of = best_approach1(table, curves)
         except Refusal as refusal:
-            refused["approach1"] = refusal
+            left_out["approach1"] = refusal
         try:
             found2 = approach2(table)
         except Refusal as refusal:
-            refused["approach2"] = refusal
-    undetermined = {name: why for name, each in fits.items() if (why := each.undetermined)}
-    sound = {name: each for name, each in fits.items() if name not in undetermined}
-    if not sound:
-        if not alone:
-            raise next(iter(undetermined.values()))
-        sound = fits
+            left_out["approach2"] = refusal
+    sound = {name: each for name, each in fits.items() if name not in left_out}
     errors = {name: each.cross_validation for name, each in sound.items() if each.cross_validation is not None}
+    chosen = None
     if errors:  # of forms whose errors are within a twentieth of the least, the one with the fewest coefficients
         near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())]
         chosen = min(near, key=lambda name: fits[name].form.size)
-    else:
+    elif sound:
         chosen = min(sound, key=lambda name: fits[name].schwarz(len(table)))
-    return Fits(table, fits, refused | undetermined, chosen, found1, of, found2, alone)
+    return Fits(table, fits, left_out, chosen, found1, of, found2, alone)
 
 
 def fit_form(
@@ -208,12 +209,7 @@ def fit_form(
     Raises:
         Refusal: the table lacks a column or a spread that the form needs, or has fewer rows than it has coefficients.
     """
-    x = _columns(form, table)
-    if len(table) < form.size + 1:
-        raise Refusal("few_rows", f"{form.name}: {len(table)} runs for {form.size} coefficients")
-    solution = solve(form, x, table.loss, objective)
-    if not solution.converged:
-        raise Refusal("convergence", f"{form.name}: no optimum was reached (scaled gradient {solution.gradient:.1g})")
+    x, solution = solved(form, table, objective)
     samples = np.empty((0, form.size))
     intervals: dict[str, tuple[float, float]] = {}
     if bootstraps:
@@ -222,13 +218,28 @@ def fit_form(
         samples = samples[converged]
         each = [form.coefficients(sample) for sample in samples]
         for name in each[0] if each else ():
-            low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
+            with np.errstate(invalid="ignore"):  # of samples beyond any number, as at the edge of an exponent
+                low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
             intervals[name] = (float(low), float(high))
     residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
     return Fit(
         form, solution, form.coefficients(solution.parameters), intervals, samples, objective,
         residual=float(np.sqrt((residual**2).mean())), cross_validation=rolling_origin(form, table, objective),
     )  # fmt: skip
+
+
+def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[Columns, Solution]:
+    """The columns that a form needs, and its optimum. Raises Refusal as `fit_form`."""
+    x = _columns(form, table)
+    if len(table) < form.size + 1:
+        raise Refusal("few_rows", f"{form.name}: {len(table)} runs for {form.size} coefficients")
+    solution = solve(form, x, table.loss, objective)
+    if not solution.converged:
+        # Where a term has left the form, its exponent means nothing and no search for it ends.
+        raise edge(form, solution.at_bound) or Refusal(
+            "convergence", f"{form.name}: no optimum was reached (scaled gradient {solution.gradient:.1g})"
+        )
+    return x, solution
 
 
 def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -> float | None:
@@ -247,7 +258,7 @@ def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -
         found = solve(form, some, table.loss[before], objective)
         there = {key: values[held] for key, values in x.items()}
         error = form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
-        errors.append(float((error**2).mean()))
+        errors.append(float(np.nan_to_num((error**2).mean(), nan=np.inf)))
     return float(np.sqrt(np.mean(errors))) if len(errors) > 1 else None
 
 
@@ -290,7 +301,9 @@ def _columns(form: Form, table: Table) -> Columns:
     level = [name for name in form.needs if len(np.unique(known[name])) < 2]
     if level:
         raise Refusal("columns", f"{form.name} needs more than one value of {' and '.join(level)}")
-    if "unique" in form.needs and not (known["d"] > 1.01 * known["unique"]).any():
+    if "unique" in form.needs and not (known["unique"] > 0).all():
+        raise Refusal("columns", f"{form.name} needs unique above 0 in every row")
+    if "unique" in form.needs and not repeats(table).any():
         raise Refusal("columns", f"{form.name} needs runs that repeat tokens (d above unique)")
     if "experts" not in form.needs and len(_shapes(table)) > 1 and "active_ratio" not in form.needs:
         raise Refusal(

@@ -1,6 +1,6 @@
 """`muster sweep fit`, `predict`, `plot`, `next`, `score`: from a sweep's runs, or any table, to a law and a run."""
 
-import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +14,7 @@ from trainer.own_files import require_own, write_text
 from trainer.tracking.sweep import TRIALS
 
 from ..runs import Json
-from .run_commands import Overrides
+from .run_commands import Overrides, strict_json
 
 if TYPE_CHECKING:
     from .plots import Prediction
@@ -37,6 +37,10 @@ PredictForm = Annotated[
     str | None, typer.Option("--form", metavar="FORM", help="Of all runs; default: crossed, near the largest budgets.")
 ]
 MaxBudget = Annotated[float | None, typer.Option(metavar="C", help="Leave out runs of more training FLOPs.")]
+Unique = Annotated[
+    float | None,
+    typer.Option(metavar="U", help="Tokens there are; more are repeated. Default: a sweep's own data, else endless."),
+]
 Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", help="Training FLOPs; repeatable.")]
 
 
@@ -72,7 +76,9 @@ def fit_sweep(
 
         curves = loss_curves(known_plan(sweep), found)
     fits = fit(found, form, OBJECTIVES[objective], bootstraps, curves=curves)
-    told = json.dumps(fits.summary(), indent=1)
+    if form and fits.chosen is None:
+        raise fits.reason
+    told = strict_json(fits.summary())
     if sweep is not None:
         _send(sweep, [_keep(sweep, "fit.json", told + "\n")])
     if as_json:
@@ -94,25 +100,26 @@ def predict_sweep(
     where: Where = None,
     convention: Convention = None,
     form: PredictForm = None,
+    unique: Unique = None,
     max_budget: MaxBudget = None,
     as_json: Json = False,
 ) -> None:
     """Predict loss and best size at a budget, with intervals. Example: muster sweep predict sweep.yaml --budget 1e20"""
     if not budget and (n is None or d is None):
         raise ConfigError("muster sweep predict needs --budget C (training FLOPs), or --n and --d of a model")
-    _positive(budget=budget, n=n, d=d)
-    _, found = _table(file, overrides, table, columns, where, convention, max_budget)
+    _positive(budget=budget, n=n, d=d, unique=unique)
+    sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     from .fit import check, named
     from .forecast import Forecast
 
     check(found)
-    forecast = Forecast(found, named(form) if form else None)
+    forecast = Forecast(found, named(form) if form else None, unique=unique or _unique(sweep, found))
     predictions = [forecast.at_budget(each) for each in budget or ()]
     if n is not None and d is not None:
         predictions += [forecast.at_size(n, d, kind.shape) for kind in forecast.kinds]
     if as_json:
         excluded = [{"run": run, "why": why} for run, why in found.excluded]
-        print(json.dumps({"predictions": [each.summary() for each in predictions], "excluded": excluded}, indent=1))
+        print(strict_json({"predictions": [each.summary() for each in predictions], "excluded": excluded}))
     else:
         from .fit_report import show_predictions
 
@@ -129,6 +136,7 @@ def next_sweep(
     ] = None,
     convention: Convention = None,
     form: PredictForm = None,
+    unique: Unique = None,
     max_budget: MaxBudget = None,
 ) -> None:
     """Write the config of the best run for a budget. Example: muster sweep next sweep.yaml --budget 1e20"""
@@ -142,7 +150,8 @@ def next_sweep(
     from .score import PREDICTIONS, keep_prediction
 
     check(found)
-    predicted = Forecast(found, named(form) if form else None).at_budget(budget)
+    unique = unique or _unique(sweep, found)
+    predicted = Forecast(found, named(form) if form else None, unique=unique).at_budget(budget)
     experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
     granularity = predicted.shape.get("granularity")
     best = Best(
@@ -175,6 +184,7 @@ def plot_sweep(
     where: Where = None,
     convention: Convention = None,
     form: FormName = None,
+    unique: Unique = None,
     max_budget: MaxBudget = None,
 ) -> None:
     """Draw a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
@@ -185,14 +195,25 @@ def plot_sweep(
             raise ConfigError("muster sweep plot --table FILE needs --out FOLDER")
         _require_own(sweep)
         out = sweep.folder / "plots"
-    from .fit import fit
+    from .fit import Fits, Refusal, fit
     from .forecast import Forecast
     from .plots import Prediction, draw
 
-    fits = fit(found, form)
-    forecast = Forecast(found)
-    predicted = [forecast.at_budget(each) for each in budget or ()]
-    marks = [Prediction(each.budget, *each.loss) for each in predicted]
+    try:
+        fits = fit(found, form)
+    except Refusal as refusal:  # the runs can be looked at all the same
+        print(f"no law is drawn: {refusal}", file=sys.stderr)
+        fits = Fits(found, {}, {}, None)
+    else:
+        if fits.chosen is None:
+            print(f"no law is drawn: {fits.reason}", file=sys.stderr)
+    marks = []
+    if budget:
+        try:
+            forecast = Forecast(found, unique=unique or _unique(sweep, found))
+            marks += [Prediction(each, *forecast.at_budget(each).loss) for each in budget]
+        except Refusal as refusal:
+            print(f"no prediction is drawn: {refusal}", file=sys.stderr)
     if sweep is not None:
         marks += predicted_runs(sweep.folder)
     drawn = draw(fits, out, marks)
@@ -218,6 +239,7 @@ def score_sweep(
     """Put losses that came beside those that were predicted. Example: muster sweep score sweep.yaml"""
     from .score import SCORES, score, score_left_out, show, to_json
 
+    left_out: list[tuple[str, str]] = []
     if max_budget is None:
         if table is not None or file is None:
             raise ConfigError("name what to score: SWEEP.yaml, or with --max-budget C also --table FILE")
@@ -226,14 +248,14 @@ def score_sweep(
         scores = score(sweep.folder.resolve())
     else:
         sweep, found = _table(file, overrides, table, columns, where, convention, None)
-        scores = score_left_out(found, max_budget, form)
-    told = json.dumps(to_json(scores), indent=1)
+        scores, left_out = score_left_out(found, max_budget, form)
+    told = strict_json(to_json(scores) | {"excluded": [{"run": run, "why": why} for run, why in left_out]})
     if sweep is not None:
         _send(sweep, [_keep(sweep, SCORES, told + "\n")])
     if as_json:
         print(told)
     else:
-        show(scores)
+        show(scores, left_out)
 
 
 def predicted_runs(sweep_dir: Path) -> "list[Prediction]":
@@ -289,6 +311,14 @@ def _positive(**options: float | list[float] | None) -> None:
         for each in value if isinstance(value, list) else [] if value is None else [value]:
             if not 0 < each <= MOST_FLOAT:
                 raise ConfigError(f"--{name.replace('_', '-')} {each:g}: should be above 0, at most {MOST_FLOAT:g}")
+
+
+def _unique(sweep: SweepConfig | None, table: "Table") -> float:
+    """Tokens that a sweep's next run has to read: its runs' own data, where some read them more than once."""
+    from .predict import repeats
+
+    again = repeats(table)
+    return float(table.extra["unique"][again].max()) if sweep is not None and again.any() else math.inf
 
 
 def _pairs(option: str, texts: list[str]) -> dict[str, str]:

@@ -23,7 +23,7 @@ def show_fits(fits: Fits) -> None:
         soft_wrap=True,
     )
     for name, each in fits.fits.items():
-        mark = f"  <- chosen{fits.reservation}" if name == fits.chosen else ""
+        mark = "  <- chosen" if name == fits.chosen else "  (refused)" if name in fits.refused else ""
         held = "" if each.cross_validation is None else f", on held-back budgets {each.cross_validation:.2%}"
         state = "converged" if each.solution.converged else "not converged"
         console.print(Text.assemble("\n", (name, "bold"), f" ({each.form.source}){mark}"), soft_wrap=True)
@@ -47,6 +47,8 @@ def show_fits(fits: Fits) -> None:
         law, of = fits.approach1[0], fits.approach1_of
         told = f" (best run of each budget by {of}): N* ~ C^{law.exponent:.4f}"
         console.print(Text.assemble(("approach 1", "bold"), told))
+    if fits.chosen is None and not fits.kinds:
+        console.print("\nno form is chosen: each is refused, for the reason below", soft_wrap=True)
     for label, alone in fits.kinds.items():
         console.rule(f"{label} alone", align="left", style="dim")
         show_fits(replace(alone, table=replace(alone.table, excluded=())))

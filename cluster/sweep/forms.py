@@ -145,8 +145,9 @@ class Kaplan(Monomials):
     def coefficients(self, parameters: Array) -> dict[str, float]:
         found = super().coefficients(parameters)
         alpha_n = found["ratio"] * found["alpha_D"]
-        return {"N_c": found["A"] ** (1 / found["ratio"]), "D_c": found["B"], "alpha_N": alpha_n,
-                "alpha_D": found["alpha_D"]}  # fmt: skip
+        with np.errstate(over="ignore"):  # at the edge of its exponents N_c is beyond any number
+            n_c = float(np.exp(parameters[0] / found["ratio"]))
+        return {"N_c": n_c, "D_c": found["B"], "alpha_N": alpha_n, "alpha_D": found["alpha_D"]}
 
     def parameters(self, coefficients: Mapping[str, float]) -> Array:
         ratio = coefficients["alpha_N"] / coefficients["alpha_D"]

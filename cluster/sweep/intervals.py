@@ -57,6 +57,8 @@ class Extrapolation:
     last: float
     """FLOPs of the largest budget."""
     seed: int
+    notes: tuple[str, ...] = ()
+    """What was left out of it, and why."""
 
     def at_budget(self, budget: float, level: float = 0.95) -> dict[str, Interval]:
         """Loss, n and d of the compute-optimal model of a budget, in FLOPs."""

@@ -6,11 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .drift import HOLDS, UNTESTED, Drift, Window, deviation, fit_windows, held_loss, held_size
+from .drift import HOLDS, UNTESTED, Drift, Window, columns, deviation, fit_windows, held_loss, held_size
 from .forms import Array, Form
 from .newton import Objective
 from .predict import Kind, Optimum, optimum
 from .refusal import Refusal
+from .solve import at_bound
 from .table import Table, budgets
 
 NEAR, BEST = 0.1, 0.05
@@ -56,6 +57,8 @@ class Law:
     size_drift: Drift
     scatter: float
     """Standard deviation of the refits' ln L, one unit of ln C beyond the largest budget."""
+    at_bound: tuple[str, ...]
+    """Coefficients at the edge of what is allowed, which the runs do not determine."""
 
     @property
     def parameters(self) -> tuple[Array, Array]:
@@ -135,7 +138,8 @@ class Sweep:
         scatter = whole.spread * deviation(np.log(self._optimum(form, whole.samples, self.last * np.e).loss))
         holds = HOLDS if self.count >= RECENT else UNTESTED
         drifts = Drift.of(losses, slope, holds), Drift.of(sizes, size_slope, holds)
-        return Law(form, whole, slope, *drifts, scatter)
+        edge = at_bound(form, columns(form, self.table, whole.rows), whole.parameters)
+        return Law(form, whole, slope, *drifts, scatter, edge)
 
     def _optimum(self, form: Form, parameters: Array, budget: float) -> Optimum:
         return optimum(form, parameters, self.table, budget, self.kind)

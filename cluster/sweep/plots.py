@@ -54,10 +54,15 @@ def draw(fits: Fits, folder: Path, predictions: Sequence[Prediction] = ()) -> li
 
     Returns:
         The files: isoflop.png, frontier.png, contours.png, residuals.png and, of a table with dense and MoE models,
-        efficiency.png, each where the table has what it shows; and sweep.html, all of them to be pointed at.
+        efficiency.png, each where the table has what it shows; and sweep.html, all of them to be pointed at. Where no
+        form can be relied on, only isoflop.png and frontier.png, without lines of a form.
     """
-    table, best = fits.table, fits.best
+    table = fits.table
     found = kinds(table)
+    if fits.chosen is None:
+        runs = (_isoflop(table, found), _frontier(fits, found, (), predictions))
+        return save([picture for picture in runs if picture is not None], Path(folder), PAGE)
+    best = fits.best
     furthest = max([float(table.c.max()), *(each.c for each in predictions)]) * BEYOND
     c = np.concatenate(
         [np.geomspace(table.c.min(), table.c.max(), POINTS), np.geomspace(table.c.max(), furthest, 9)[1:]]
@@ -181,14 +186,14 @@ def _frontier(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve], predic
     for kind, colour in zip(found, colours, strict=True):
         label = name(kind) if len(found) > 1 else "runs"
         panel.marks.append(_runs(table, kind.rows, table.c[kind.rows], table.loss[kind.rows], colour, label, 2.6))
-    for each, colour in zip(curves, colours, strict=True):
+    for each, colour in zip(curves, colours, strict=bool(curves)):
         shade = colour if len(found) > 1 else BLUE
         label = "" if len(found) > 1 else f"{_words(fits)}, 95%"
         panel.marks += _banded(each.c, each.loss, each.loss_samples, shade, label)
-        if fits.approach2 and len(found) == 1:
-            lows = fits.approach2.valleys
-            c, loss = np.array([v.c for v in lows]), np.array([v.loss for v in lows])
-            panel.marks.append(Mark("points", c, loss, "black", "lowest point\nof a parabola", marker="D", size=4))
+    if fits.approach2 and len(found) == 1:
+        lows = fits.approach2.valleys
+        c, loss = np.array([v.c for v in lows]), np.array([v.loss for v in lows])
+        panel.marks.append(Mark("points", c, loss, "black", "lowest point\nof a parabola", marker="D", size=4))
     if predictions:
         c, loss, low, high = (np.array([getattr(p, key) for p in predictions]) for key in ("c", "loss", "low", "high"))
         panel.marks.append(Mark("points", c, loss, RED, "predicted, 95%", low=low, high=high, size=4))
@@ -196,8 +201,10 @@ def _frontier(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve], predic
         if reached:
             c, loss = np.array([p.c for p in reached]), np.array([float(p.found or 0) for p in reached])
             panel.marks.append(Mark("points", c, loss, "black", "reached", marker="x", size=5))
-    by = fits.chosen + fits.reservation
-    caption = f"Loss against training FLOPs: all runs, and the {_words(fits)} by {by}; bands: 95% of the bootstrap."
+    if not curves:
+        return Picture("frontier", "Loss against training FLOPs: all runs. No form can be relied on.", [panel])
+    words = f"{_words(fits)} by {fits.chosen}"
+    caption = f"Loss against training FLOPs: all runs, and the {words}; bands: 95% of the bootstrap."
     return Picture("frontier", caption, [panel], f"lines: {_words(fits)},\nbands: 95%" if len(found) > 1 else "")
 
 
@@ -233,7 +240,7 @@ def _contours(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve]) -> Pic
                 Mark("line", c, np.array([law.at(float(b)) for b in c]), "black", "approach 2", dash=True)
             )
         panels.append(panel)
-    by = fits.chosen + fits.reservation
+    by = fits.chosen
     caption = f"Loss by {by}, over training FLOPs and size, in nats per token, and the best size at each budget."
     return Picture("contours", caption, panels)
 
@@ -258,7 +265,7 @@ def _residuals(fits: Fits, found: Sequence[Kind]) -> Picture:
         ]  # fmt: skip
         panel.marks += [_runs(table, rows, values[rows], residual[rows], shade, label) for label, shade, rows in groups]
         panels.append(panel)
-    caption = f"Residuals of {fits.chosen}{fits.reservation}; their root mean square: {best.residual:.2%}."
+    caption = f"Residuals of {fits.chosen}; their root mean square: {best.residual:.2%}."
     return Picture("residuals", caption, panels, "" if len(found) > 1 else "FLOPs")
 
 

@@ -25,6 +25,8 @@ class Kind(NamedTuple):
     shape: dict[str, float]
     cost: NDArray[np.float64]
     rows: NDArray[np.int64]
+    unique: float = np.inf
+    """Tokens that there are to read; a model of more tokens reads them again."""
 
     def log_tokens(self, log_n: Array, budget: float) -> Array:
         """ln D that spends a budget at sizes N."""
@@ -56,13 +58,19 @@ def kinds(table: Table) -> list[Kind]:
     return found
 
 
+def repeats(table: Table) -> NDArray[np.bool_]:
+    """Which runs read some of their tokens more than once, shape (rows,)."""
+    unique = table.extra.get("unique")
+    return np.zeros(len(table), dtype=bool) if unique is None else table.d > 1.01 * unique
+
+
 def columns_at(kind: Kind, table: Table, log_n: Array, log_d: Array) -> dict[str, Array]:
     """Columns of hypothetical models of a kind, each of shape (points,)."""
     n, d = np.exp(log_n), np.exp(log_d)
     c = np.exp(log_n + log_d + np.polyval(kind.cost, log_n))
     others = {name: np.full_like(n, value) for name, value in kind.shape.items()}
     if "unique" in table.extra:
-        others["unique"] = np.full_like(n, table.extra["unique"].max())
+        others["unique"] = np.minimum(d, kind.unique)
     return {"n": n, "d": d, "c": c} | others
 
 

@@ -1,7 +1,7 @@
 """`muster sweep run` and `status`: train the trials, and see how far they are."""
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -32,6 +32,13 @@ def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = Fal
 
     folder = sweep.folder.resolve()
     if as_json:
-        print(json.dumps(to_json(progress(folder)), indent=1))
+        print(strict_json(to_json(progress(folder))))
     else:
         show(folder)
+
+
+def strict_json(tree: dict[str, Any]) -> str:
+    """Indented JSON that every reader takes: what is not a finite number is null."""
+    from trainer.plain_json import dump
+
+    return json.dumps(json.loads(dump(tree)), indent=1)

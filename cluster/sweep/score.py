@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,12 @@ from rich.table import Table as Rows
 from configs import Config, ConfigError, load
 from models.cost import training_flops_per_token
 from trainer.own_files import no_link
+from trainer.plain_json import dump
 from trainer.record import read_events, summary
 from trainer.terminal import Console
 
 from .cells import plain
+from .refusal import Refusal
 from .table import Table, budgets
 
 PREDICTIONS, SCORES = "predictions.jsonl", "score.json"
@@ -60,7 +62,7 @@ def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path
     """
     line = {"time": time.time(), "run": run, "config": str(config.resolve()), **prediction}
     with open(sweep_dir / PREDICTIONS, "a", encoding="utf-8", opener=no_link) as file:
-        file.write(json.dumps(line) + "\n")
+        file.write(dump(line) + "\n")
 
 
 def score(sweep_dir: Path) -> list[Score]:
@@ -121,8 +123,13 @@ def _flops(config: Config) -> float:
     return training_flops_per_token(config.model, train.seq_len) * train.steps * train.global_batch * train.seq_len
 
 
-def score_left_out(table: Table, max_budget: float, form: str | None = None) -> list[Score]:
+def score_left_out(
+    table: Table, max_budget: float, form: str | None = None
+) -> tuple[list[Score], list[tuple[str, str]]]:
     """Hold a fit of the budgets up to `max_budget` to the runs above it: each run, and the best of each budget.
+
+    Returns:
+        The scores; and (run, why) of what cannot be predicted.
 
     Raises:
         ConfigError: nothing lies above, or what lies below cannot be fitted.
@@ -139,22 +146,37 @@ def score_left_out(table: Table, max_budget: float, form: str | None = None) -> 
     held, below = table.take(above), table.without(above, f"over --max-budget {max_budget:g}")
     check(below)
     forecast = Forecast(below, named(form) if form else None)
-    shapes, found = [kind.shape for kind in forecast.kinds], []
+    shapes = [kind.shape for kind in forecast.kinds]
+    found: list[Score] = []
+    left_out: list[tuple[str, str]] = []
+    unique = held.extra.get("unique", np.full(len(held), np.inf))
+
+    def add(name: str, row: int, shape: dict[str, float] | None) -> None:
+        c, u, loss = float(held.c[row]), float(unique[row]), float(held.loss[row])
+        try:
+            if shape is None:
+                each = forecast.at_budget(c, u)
+            else:
+                each = forecast.at_size(float(held.n[row]), float(held.d[row]), shape, u)
+        except Refusal as refusal:
+            if refusal.kind != "repeats":  # of the law as a whole
+                raise
+            left_out.append((name, str(refusal)))
+        else:
+            found.append(Score(name, c, *each.run_loss, each.form, loss, "FINISHED"))
+
     for i in range(len(held)):
         shape = {key: float(held.extra[key][i]) for key in shapes[0]}
         if shape in shapes:
-            each = forecast.at_size(float(held.n[i]), float(held.d[i]), shape)
-            found.append(
-                Score(held.run[i], float(held.c[i]), *each.run_loss, each.form, float(held.loss[i]), "FINISHED")
-            )
+            add(held.run[i], i, shape)
+        else:
+            left_out.append((held.run[i], "the smaller budgets have no model of its kind"))
     index = budgets(held)
     for level in range(int(index.max()) + 1):
         rows = np.flatnonzero(index == level)
-        best = rows[held.loss[rows].argmin()]
-        each = forecast.at_budget(float(held.c[best]))
-        name = f"best of {plain(float(held.c[best]))}"
-        found.append(Score(name, float(held.c[best]), *each.run_loss, each.form, float(held.loss[best]), "FINISHED"))
-    return found
+        best = int(rows[held.loss[rows].argmin()])
+        add(f"best of {plain(float(held.c[best]))}", best, None)
+    return found, left_out
 
 
 def to_json(found: list[Score]) -> dict[str, Any]:
@@ -168,8 +190,8 @@ def to_json(found: list[Score]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def show(found: list[Score]) -> None:
-    """Print a row for each prediction."""
+def show(found: list[Score], left_out: Sequence[tuple[str, str]] = ()) -> None:
+    """Print a row for each prediction, and why runs have none."""
     table = Rows("run", box=None, pad_edge=False)
     for column in ("FLOPs", "predicted", "interval", "came", "error", "inside"):
         table.add_column(column, justify="right")
@@ -186,3 +208,5 @@ def show(found: list[Score]) -> None:
     if summary["finished"]:
         print(f"{summary['inside']} of {summary['finished']} inside the interval, mean absolute error "
               f"{summary['mean_absolute_error']:.2%}")  # fmt: skip
+    for run, why in left_out:
+        print(f"left out: {run}: {why}")

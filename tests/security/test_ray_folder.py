@@ -3,13 +3,13 @@
 import contextlib
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 from second_user import NOBODY, as_second_user, let_in, needs_second_user
 
-from cluster import private
 from cluster.doctor import _ray_folders
 from cluster.ray_folder import LONGEST, open_to_others, private_folder, ray_folder, ray_parent
 from configs import ConfigError
@@ -57,7 +57,7 @@ def common(monkeypatch):
     folder = Path("/tmp") / f"mc-{os.getpid()}"
     folder.mkdir()
     folder.chmod(0o1777)
-    monkeypatch.setattr(private.tempfile, "gettempdir", lambda: str(folder))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(folder))
     yield folder
     shutil.rmtree(folder)
 

@@ -43,7 +43,7 @@ def test_of_too_few_budgets_to_hold_any_back_the_fit_decides():
     assert {each.cross_validation for each in found.fits.values()} == {None}
     assert found.chosen == "approach3"
     assert found.best.form.size > min(each.form.size for each in found.fits.values())
-    assert found.reservation == ""
+    assert found.refused == {}
 
 
 def test_approaches_1_and_2_find_the_exponent():
@@ -111,12 +111,24 @@ def test_mixed_recipes():
 
 
 def test_few_rows():
-    assert refusal(TABLE.take(np.array([0, 8, 16, 30])), forms=["approach3"]).kind == "few_rows"
+    found = fit(TABLE.take(np.array([0, 8, 16, 30])), forms=["approach3"])
+    assert (found.chosen, found.reason.kind) == (None, "few_rows")
 
 
 def test_a_form_without_its_columns():
-    found = refusal(TABLE, forms=["abnar"])
+    found = fit(TABLE, forms=["abnar"]).reason
     assert (found.kind, str(found)) == ("columns", "abnar needs the column active_ratio")
+
+
+def test_where_every_form_is_refused_each_has_its_reason_and_approach_2_stays():
+    """Losses that rise with the budget, with the valleys of the planted law."""
+    found = fit(replace(TABLE, loss=TABLE.loss * (TABLE.c / TABLE.c[0]) ** 0.1), bootstraps=20)
+    assert found.chosen is None
+    assert found.refused.keys() >= {"approach3", "kaplan", "overtraining"}
+    assert found.approach2 is not None
+    assert found.summary()["chosen"] is None
+    with pytest.raises(Refusal, match=r"(?s)no form can be relied on:.*approach3: .*kaplan: .*overtraining: "):
+        _ = found.best
 
 
 def test_no_such_form():
@@ -127,7 +139,7 @@ def test_no_such_form():
 def test_a_floor_at_nothing_is_refused():
     """Losses that fall faster than any power law with a floor; the form without one stays."""
     table = replace(TABLE, loss=TABLE.loss * np.exp(-0.02 * np.log(TABLE.c / TABLE.c[0]) ** 2))
-    assert refusal(table, forms=["approach3"], bootstraps=0).kind == "floor"
+    assert fit(table, ["approach3"], bootstraps=0).reason.kind == "floor"
     found = fit(table, ["approach3", "kaplan"], bootstraps=0)
     assert found.refused["approach3"].kind == "floor"
     assert "E at the edge" in str(found.refused["approach3"])

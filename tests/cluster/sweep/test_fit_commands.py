@@ -1,12 +1,13 @@
 """`muster sweep fit` and `predict` on a table: every coefficient as JSON, mistakes in one message."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from laws import HOFFMANN, isoflop
 
-from cluster.sweep.forms import Approach3
+from cluster.sweep.forms import Approach3, DataConstrained
 
 COLUMNS = "n=params,d=tokens,c=flops,loss=val"
 
@@ -109,6 +110,112 @@ def test_a_table_is_scored_on_its_largest_budget(muster, table):
     assert found["inside"] >= 7
     assert found["mean_absolute_error"] < 0.01
     assert "inside the interval" in muster("sweep", "score", *options)[1]
+
+
+def write(path, runs, *names):
+    """A table as CSV, with some of its further columns."""
+    columns = [runs.n, runs.d, runs.c, runs.loss, *(runs.extra[name] for name in names)]
+    lines = [",".join(f"{value:.10g}" for value in row) for row in zip(*columns, strict=True)]
+    path.write_text("\n".join([",".join(["n", "d", "c", "loss", *names]), *lines]) + "\n")
+    return str(path)
+
+
+def test_where_every_form_is_refused_fit_lists_plot_draws_and_predict_refuses(muster, tmp_path):
+    runs = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
+    path = write(tmp_path / "runs.csv", replace(runs, loss=runs.loss * (runs.c / runs.c[0]) ** 0.1))
+    code, out, err = muster("sweep", "fit", "--table", path, "--bootstraps", "20")
+    assert (code, err) == (0, "")
+    for each in ("refused (floor): approach3: ", "refused (floor): kaplan: ", "refused (floor): overtraining: "):
+        assert each in out
+    assert "approach 2 (parabolas of 5 budgets)" in out
+    assert "no form is chosen" in out
+    for command in (("predict", "--budget", "1e21"), ("predict", "--budget", "1e21", "--form", "approach3")):
+        code, out, err = muster("sweep", *command, "--table", path)
+        assert (code, out) == (2, "")
+        assert "the data do not determine it" in err
+    code, out, err = muster("sweep", "plot", "--table", path, "--out", str(tmp_path / "plots"), "--budget", "1e21")
+    assert code == 0
+    assert [line.rpartition("/")[2] for line in out.split()] == ["isoflop.png", "frontier.png", "sweep.html"]
+    assert "no law is drawn: no form can be relied on" in err
+    assert "no prediction is drawn" in err
+
+
+def test_too_few_budgets_are_drawn(muster, tmp_path):
+    path = write(tmp_path / "runs.csv", isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e19, 2)))
+    code, out, err = muster("sweep", "plot", "--table", path, "--out", str(tmp_path / "plots"))
+    assert (code, "frontier.png" in out) == (0, True)
+    assert "no law is drawn: 14 runs at 2 budgets: a scaling law needs 3" in err
+
+
+def test_json_is_strict(muster, tmp_path):
+    """Three sizes leave a parabola without an error: null, and no NaN that only Python reads."""
+    path = write(tmp_path / "runs.csv", isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), sizes=3))
+    code, out, _ = muster("sweep", "fit", "--table", path, "--bootstraps", "20", "--json")
+    assert code == 0
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(out, parse_constant=refuse)
+    assert [each["std"] for each in found["approach2"]["valleys"]] == [None] * len(found["approach2"]["valleys"])
+
+
+REPEATED = {"E": 1.87, "A": 521.0, "B": 1488.0, "alpha": 0.35, "beta": 0.35, "R_D": 15.4, "R_N": 5.3}
+
+
+def optimum_of(budget, unique):
+    n = np.geomspace(1e8, 1e12, 20000)
+    d = budget / (6 * n)
+    x = {"n": n, "d": d, "unique": np.minimum(d, unique)}
+    form = DataConstrained()
+    losses = np.exp(form.log_loss(form.parameters(REPEATED)[None], x)[0])
+    return n[losses.argmin()], losses.min()
+
+
+@pytest.fixture(scope="module")
+def repeated(tmp_path_factory):
+    """Every model on three numbers of unique tokens."""
+    runs = isoflop(DataConstrained(), REPEATED, budgets=(1e18, 1e20, 5), noise=0.002, sizes=15, unique=(2e8, 1e9, 1e12))
+    return write(tmp_path_factory.mktemp("repeated") / "runs.csv", runs, "unique")
+
+
+@pytest.mark.parametrize("unique", [None, 1e9])
+def test_repeated_data_are_predicted_by_their_own_law(muster, repeated, unique):
+    given = () if unique is None else ("--unique", f"{unique:g}")
+    code, out, err = muster("sweep", "predict", "--table", repeated, "--budget", "1e21", *given, "--json")
+    assert (code, err) == (0, "")
+    [found] = json.loads(out)["predictions"]
+    n, loss = optimum_of(1e21, unique or np.inf)
+    assert (found["form"], found["unique"]) == ("data_constrained", unique)
+    assert found["loss"]["value"] == pytest.approx(loss, rel=0.01)
+    assert found["n"]["low"] < n < found["n"]["high"]
+    assert found["n"]["high"] < 2 * found["n"]["low"]
+    assert any("--unique" in each for each in found["warnings"]) == (unique is None)
+
+
+def test_repeated_data_are_scored_as_each_run_had_them(muster, repeated):
+    code, out, err = muster("sweep", "score", "--table", repeated, "--max-budget", "5e19", "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    assert found["finished"] == 16
+    assert found["inside"] >= 14
+    assert found["mean_absolute_error"] < 0.005
+
+
+def test_without_runs_that_repeat_nothing_says_what_repeating_is_worth(muster, table):
+    options = ("--columns", COLUMNS, "--budget", "1e21")
+    code, _, err = muster("sweep", "predict", "--table", str(table), *options, "--unique", "1e9")
+    assert code == 2
+    assert "tokens and there are 1e+09: what repeated ones are worth cannot be told" in err
+    assert muster("sweep", "predict", "--table", str(table), *options, "--unique", "1e12")[0] == 0
+
+
+def test_a_law_of_several_kinds_of_models_does_not_predict_one(muster, tmp_path):
+    dense = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
+    path = with_experts(tmp_path, dense, dense, 0.97)
+    code, _, err = muster("sweep", "predict", "--table", str(path), "--budget", "1e21", "--form", "ludziejewski")
+    assert code == 2
+    assert "--form ludziejewski is a law of several kinds of models at once" in err
 
 
 @pytest.mark.parametrize(

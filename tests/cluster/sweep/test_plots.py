@@ -52,12 +52,20 @@ def test_a_dense_sweep_has_every_picture_but_that_of_experts(tmp_path):
 
 def test_a_moe_sweep_shows_what_experts_are_worth(tmp_path):
     table = moe()
-    doubt = {"ludziejewski": Refusal("floor", "a coefficient lies at an edge")}
-    fits = Fits(table, {"ludziejewski": fit_form(Ludziejewski(), table, bootstraps=20)}, doubt, "ludziejewski")
+    fits = Fits(table, {"ludziejewski": fit_form(Ludziejewski(), table, bootstraps=20)}, {}, "ludziejewski")
     assert [path.stem for path in draw(fits, tmp_path)] == [
         "isoflop", "frontier", "contours", "residuals", "efficiency", "sweep",
     ]  # fmt: skip
-    assert (tmp_path / "sweep.html").read_text().count("ludziejewski, which the data do not determine") == 3
+
+
+@pytest.mark.parametrize("table", [DENSE, DENSE.take(np.arange(2)), moe()], ids=["dense", "two runs", "experts"])
+def test_without_a_form_to_rely_on_the_runs_are_drawn_all_the_same(tmp_path, table):
+    doubt = {"approach3": Refusal("floor", "a coefficient lies at an edge")}
+    written = [path.stem for path in draw(Fits(table, {}, doubt, None), tmp_path, [Prediction(1e22, 2.1, 2.0, 2.2)])]
+    assert written == [*(["isoflop"] if len(table) > 2 else []), "frontier", "sweep"]
+    page = (tmp_path / "sweep.html").read_text()
+    assert page.count("Plotly.newPlot") == len(written) - 1
+    assert "No form can be relied on" in page
 
 
 def test_runs_of_one_number_of_tokens_have_no_frontier_in_tokens_and_no_contours(tmp_path):

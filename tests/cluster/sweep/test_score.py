@@ -102,7 +102,8 @@ def simulated():
 
 
 def test_budgets_above_are_held_to_a_fit_of_those_below():
-    found = score_left_out(simulated(), 1e17)
+    found, left_out = score_left_out(simulated(), 1e17)
+    assert left_out == []
     assert len(found) == 6  # five runs, and the best of the budget
     assert all(abs(each.error) < 0.02 for each in found)
     assert to_json(found)["inside"] >= 5
