@@ -4,8 +4,7 @@ https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thr
 protocol.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 HEADER_BYTES = 1 << 14
 """More than any header has; they can hold statistics."""
@@ -17,11 +16,11 @@ class Page(NamedTuple):
     packed: int
 
 
-def pages(read_at: Callable[[int, int], bytes], start: int, size: int) -> list[Page]:
+def pages(file: Any, start: int, size: int) -> list[Page]:
     """The pages of a column chunk.
 
     Args:
-        read_at: gives up to n bytes of the file from an offset: `read_at(n, offset)`.
+        file: a pyarrow.NativeFile.
         start: offset of the first page, a dictionary's if there is one.
         size: bytes of the chunk.
 
@@ -30,7 +29,7 @@ def pages(read_at: Callable[[int, int], bytes], start: int, size: int) -> list[P
     """
     found, end = [], start + size
     while start < end:
-        header = _Header(read_at(min(HEADER_BYTES, end - start), start))
+        header = _Header(file.read_at(min(HEADER_BYTES, end - start), start))
         values = header.struct()
         page = Page(values.get(2, -1), values.get(3, -1))
         if page.unpacked < 0 or page.packed < 0:

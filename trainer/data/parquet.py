@@ -169,7 +169,7 @@ class _Reader:
                 unpacked += chunk.total_uncompressed_size
                 if chunk.has_dictionary_page:
                     start = chunk.dictionary_page_offset
-                    found = pages(source.read_at, start, chunk.data_page_offset - start)
+                    found = pages(source, start, chunk.data_page_offset - start)
                     dictionary = max([dictionary, *(page.unpacked for page in found)])
             if rows < 0 or unpacked < 0:
                 raise _Damaged("damaged Parquet file", f"row group {group} has {rows} rows in {unpacked} bytes")

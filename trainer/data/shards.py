@@ -120,7 +120,7 @@ class Shards:
         metadata = file.metadata.row_group(group)
         chunk = metadata.column(0)
         starts = [at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at]
-        unpacked = sum(page.unpacked for page in pages(source.read_at, min(starts), chunk.total_compressed_size))
+        unpacked = sum(page.unpacked for page in pages(source, min(starts), chunk.total_compressed_size))
         if max(unpacked, chunk.total_uncompressed_size) > 8 * metadata.num_rows + (1 << 16):
             raise ValueError(f"its {metadata.num_rows:,} tokens unpack to {unpacked:,} bytes")
 
@@ -167,8 +167,8 @@ class Shards:
         try:
             with open(path, "rb") as end:
                 end.seek(max(size - 8, 0))
-                footer = int.from_bytes(end.read(4), "little")
-            if footer > GROUP_FOOTER * (shard.row_groups + 16):
+                footer, magic = int.from_bytes(end.read(4), "little"), end.read(4)
+            if magic == b"PAR1" and footer > GROUP_FOOTER * (shard.row_groups + 16):
                 return f"{path} has a footer of {footer:,} bytes for {shard.row_groups} row groups"
             with pq.ParquetFile(path) as file:
                 metadata, found = file.metadata, file.schema_arrow
