@@ -157,14 +157,14 @@ def fit(
         named(name)
     fits: dict[str, Fit] = {}
     left_out: dict[str, Refusal] = {}
+    unasked: dict[str, Refusal] = {}  # what the table has no columns for
     for name in forms or FORMS:
         try:
             fits[name] = fit_form(FORMS[name], table, objective, bootstraps, seed)
             if undetermined := fits[name].undetermined:
                 left_out[name] = undetermined
         except Refusal as refusal:
-            if forms or refusal.kind != "columns":
-                left_out[name] = refusal
+            (left_out if forms or refusal.kind != "columns" else unasked)[name] = refusal
     alone = {}
     for kind in kinds(table) if len(_shapes(table)) > 1 and not forms else ():
         label = " ".join(f"{name}={value:g}" for name, value in kind.shape.items())
@@ -174,8 +174,8 @@ def fit(
             alone[label] = fit(own, None, objective, bootstraps, seed, points)
         except Refusal as refusal:
             left_out[label] = refusal
-    if not fits and not left_out:
-        left_out["forms"] = Refusal("columns", "no form has columns enough, of more than one value")
+    if not fits:
+        left_out |= unasked
     found1, found2, of = None, None, ""
     if len(_shapes(table)) == 1:
         try:
@@ -298,7 +298,8 @@ def _columns(form: Form, table: Table) -> Columns:
     missing = [name for name in form.needs if name not in known or not np.isfinite(known[name]).all()]
     if missing:
         raise Refusal("columns", f"{form.name} needs the column {' and '.join(missing)}")
-    level = [name for name in form.needs if len(np.unique(known[name])) < 2]
+    # One corpus for all runs tells by the tokens read what repeating it is worth.
+    level = [name for name in form.needs if name != "unique" and len(np.unique(known[name])) < 2]
     if level:
         raise Refusal("columns", f"{form.name} needs more than one value of {' and '.join(level)}")
     if "unique" in form.needs and not (known["unique"] > 0).all():

@@ -165,7 +165,10 @@ def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapol
     sound = tuple(law for law in found.laws if whys[law.form.name] is None)
     if not sound:
         why = refused({name: why for name, why in whys.items() if why}, "no law can be relied on")
-        raise Refusal(why.kind, f"{why}\n`muster sweep fit` says which forms the runs determine: name one with --form")
+        raise Refusal(
+            why.kind,
+            f"{why}\n`muster sweep fit` lists every form: one that it does not refuse can be named with --form",
+        )
     return replace(found, laws=sound)
 
 

@@ -120,6 +120,13 @@ def test_a_form_without_its_columns():
     assert (found.kind, str(found)) == ("columns", "abnar needs the column active_ratio")
 
 
+def test_a_table_without_the_spread_for_any_form_says_what_each_needs():
+    found = fit(replace(TABLE, n=np.full(len(TABLE), 1e8)), bootstraps=0)
+    assert found.chosen is None
+    assert str(found.refused["approach3"]) == "approach3 needs more than one value of n"
+    assert str(found.refused["abnar"]) == "abnar needs the column active_ratio"
+
+
 def test_where_every_form_is_refused_each_has_its_reason_and_approach_2_stays():
     """Losses that rise with the budget, with the valleys of the planted law."""
     found = fit(replace(TABLE, loss=TABLE.loss * (TABLE.c / TABLE.c[0]) ** 0.1), bootstraps=20)

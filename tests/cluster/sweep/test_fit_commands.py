@@ -193,6 +193,33 @@ def test_repeated_data_are_predicted_by_their_own_law(muster, repeated, unique):
     assert any("--unique" in each for each in found["warnings"]) == (unique is None)
 
 
+def test_one_corpus_for_all_runs_is_repeated_data_too(muster, tmp_path):
+    runs = isoflop(DataConstrained(), REPEATED, budgets=(1e18, 1e20, 5), noise=0.002, sizes=9, unique=(2e9,))
+    path = write(tmp_path / "runs.csv", runs, "unique")
+    code, out, err = muster("sweep", "predict", "--table", path, "--budget", "1e21", "--unique", "2e9", "--json")
+    assert (code, err) == (0, "")
+    [found] = json.loads(out)["predictions"]
+    n, loss = optimum_of(1e21, 2e9)
+    assert found["form"] == "data_constrained"
+    assert found["loss"]["low"] < loss < found["loss"]["high"] < 1.1 * found["loss"]["low"]
+    assert found["n"]["low"] < n < found["n"]["high"]
+
+
+def test_runs_that_repeat_too_little_to_tell_are_left_out_and_said(muster, tmp_path):
+    """And what would repeat tokens is refused, rather than predicted as if they were new."""
+    runs = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
+    unique = np.where(np.arange(len(runs)) == 3, runs.d / 1.5, runs.d)
+    path = write(tmp_path / "runs.csv", replace(runs, extra={"unique": unique}), "unique")
+    code, out, err = muster("sweep", "predict", "--table", path, "--budget", "1e21", "--json")
+    assert (code, err) == (0, "")
+    [found] = json.loads(out)["predictions"]
+    assert "data_constrained" not in found["form"]
+    assert "1 of 35 runs repeat tokens and are left out: data_constrained" in found["warnings"][0]
+    code, _, err = muster("sweep", "predict", "--table", path, "--budget", "1e21", "--unique", "1e9")
+    assert code == 2
+    assert "what repeated ones are worth cannot be told, as 1 of 35 runs repeat" in err
+
+
 def test_repeated_data_are_scored_as_each_run_had_them(muster, repeated):
     code, out, err = muster("sweep", "score", "--table", repeated, "--max-budget", "5e19", "--json")
     assert (code, err) == (0, "")
