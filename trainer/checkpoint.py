@@ -201,12 +201,18 @@ def remove(path: Path) -> None:
 
 
 def prune(run_dir: Path, keep: int, keep_every: int | None) -> list[int]:
-    """Delete all but the newest `keep` and the multiples of `keep_every`; returns the deleted steps."""
-    steps = committed(run_dir)
-    old = [step for step in steps[:-keep] if not (keep_every and step % keep_every == 0)]
-    for step in old:
-        remove(folder(run_dir, step))
-    return old
+    """Delete all but the newest `keep` and the multiples of `keep_every`; returns the deleted steps.
+
+    What cannot be deleted stays, to be tried again after the next save: the one just written is good all the same.
+    """
+    deleted = []
+    for step in committed(run_dir)[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
+        with suppress(OSError):
+            remove(folder(run_dir, step))
+            deleted.append(step)
+    return deleted
 
 
 def verify(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> list[str]:

@@ -238,7 +238,7 @@ def stop_requested(run_dir: Path) -> bool:
 def take_stop(run_dir: Path) -> str | None:
     """The reason of a stop that was asked for, which is then forgotten; None: nobody did."""
     try:
-        reason = (run_dir / STOP).read_text()
+        reason = (run_dir / STOP).read_text(errors="replace")
     except FileNotFoundError:
         return None
     (run_dir / STOP).unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """Checkpoints: written by one topology, read by another, bit for bit; damage is refused."""
 
+import errno
 import threading
 import time
 
@@ -170,6 +171,24 @@ def test_old_checkpoints_are_deleted_but_the_kept_ones(tmp_path):
         write(tmp_path, step)
     assert checkpoint.prune(tmp_path, keep=2, keep_every=4) == [2, 6]
     assert checkpoint.committed(tmp_path) == [4, 8, 10]
+
+
+def test_what_cannot_be_deleted_costs_no_checkpoint(tmp_path, monkeypatch):
+    for step in (2, 4, 6, 8):
+        checkpoint.folder(tmp_path, step).mkdir(parents=True)
+        (checkpoint.folder(tmp_path, step) / checkpoint.MANIFEST).write_text("{}")
+    remove = checkpoint.remove
+
+    def busy(path):
+        if path.name.endswith("2"):
+            raise OSError(errno.EBUSY, "busy", str(path))
+        remove(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove", busy)
+        assert checkpoint.prune(tmp_path, keep=2, keep_every=None) == [4]
+    assert checkpoint.committed(tmp_path) == [2, 6, 8]
+    assert checkpoint.prune(tmp_path, keep=2, keep_every=None) == [2]
 
 
 def test_a_rank_that_cannot_write_is_named(tmp_path):
