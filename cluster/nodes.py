@@ -52,10 +52,7 @@ def queue() -> None:
 
 def _option(arguments: list[str], name: str, default: str | None = None) -> str | None:
     """The value of one of `ray start`'s options."""
-    for argument, following in zip(arguments, [*arguments[1:], None], strict=True):
-        if argument == name or argument.startswith(f"{name}="):
-            return following if argument == name else argument.partition("=")[2]
-    return default
+    return _without(name, arguments)[1] or default
 
 
 def _ray_start(*arguments: str, given: list[str]) -> NoReturn:

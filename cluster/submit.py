@@ -57,9 +57,8 @@ def submit(
     check_root("run.root", asked.run.root)
     asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
     if (most := asked.parallel.world_size) > messages.MOST_WORKERS:
-        key = "cluster.workers" if asked.cluster.workers else "parallel.dp"
         raise ConfigError(
-            f"the run asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower {key}"
+            f"the run asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower parallel.dp"
         )
     name = path_in(here, config)
     cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))

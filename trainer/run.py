@@ -117,12 +117,13 @@ def prepare_run(
         if not steps:
             raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
         start = folder(run_dir, steps[-1])
-        if problems := verify(start, digests=False):  # its content is read by the run's processes, each a share
-            raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={resolved.run.name}: {problems[0]}")
+        source = resolved.run.name
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
         resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
         run_dir = run_dir.with_name(fork)
         require_own(run_dir)
+        if problems := verify(start, digests=False):  # its content is read by the run's processes, each a share
+            raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={source}: {problems[0]}")
         if (run_dir / CONFIG).exists():
             raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
     elif (run_dir / CONFIG).exists():

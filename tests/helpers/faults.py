@@ -240,17 +240,28 @@ def small_files(size: int, first: int, last: int) -> None:
     _between(first, last, lambda: limit(size), lambda: limit(most))
 
 
+def _dump_with(unfinished: int) -> Dump | None:
+    """A dump once all calls but so many have been marked as finished, which gloo does a moment after it says so."""
+    until = time.monotonic() + 20
+    while True:
+        found = dump()
+        if found and sum(not entry["retired"] for entry in found["entries"]) == unfinished:
+            return found
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def stand_apart(dumped: Path) -> Dump | None:
     """Two collectives of both processes; then a third, which rank 1 calls only after rank 0 has dumped."""
     for _ in range(2):
         dist.all_reduce(torch.ones(4))
     if dist.get_rank() == 0:
         work = dist.all_reduce(torch.ones(7), async_op=True)
-        found = dump()
+        found = _dump_with(unfinished=1)
         dumped.touch()
         work.wait()
         return found
-    found = dump()
+    found = _dump_with(unfinished=0)
     while not dumped.exists():
         time.sleep(0.01)
     dist.all_reduce(torch.ones(7))

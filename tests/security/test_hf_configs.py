@@ -113,14 +113,14 @@ def test_what_the_wrong_ones_are_made_of_is_read(kind):
 
 @pytest.mark.parametrize(("kind", "changes", "told"), WRONG, ids=lambda x: None if isinstance(x, str) else str(x)[:50])
 def test_a_wrong_value_is_named_with_its_key(kind, changes, told):
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         from_hf_config(kind | changes, "folder/config.json")
     assert told in str(caught.value)
     lines = str(caught.value).splitlines()
     assert len(lines) <= 3
     assert all(line.startswith("folder/config.json") and len(line) < 500 for line in lines)
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         import_hf(folder)
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 700
     return str(caught.value)

@@ -56,7 +56,7 @@ def child(folder: Path, *command: str) -> str:
 def written(tmp_path_factory) -> Path:
     """A folder that others may enter, and in it what the commands of ours have written."""
     folder = let_in(tmp_path_factory.mktemp("private"))
-    for name in ("home", "texts", "runs", "data"):
+    for name in ("home", "home/.cache", "texts", "runs", "data"):
         (folder / name).mkdir(mode=0o755)
     for number in range(24):
         lines = [f"def f{number}_{i}(x):\n    return x * {i * number % 97} + {i}\n" for i in range(24)]
@@ -76,7 +76,11 @@ GIVEN = ("texts", "one.yaml", "sweep.yaml")
 
 def found(written: Path) -> list[Path]:
     ours = [path for path in written.rglob("*") if path.relative_to(written).parts[0] not in GIVEN]
-    return [path for path in ours if path not in (written / "home", written / "runs", written / "data")]
+    return [
+        path
+        for path in ours
+        if path not in (written / "home", written / "home/.cache", written / "runs", written / "data")
+    ]
 
 
 def test_everything_is_its_owners_alone(written):
@@ -103,16 +107,16 @@ def test_another_user_reads_nothing(written):
 def test_a_folder_of_secrets_that_was_open_is_shut(tmp_path):
     (tmp_path / "queue").mkdir(mode=0o755)
     (tmp_path / "queue").chmod(0o777)
-    assert stat.S_IMODE(private_folder(tmp_path / "queue").stat().st_mode) == 0o700
-    assert stat.S_IMODE(private_folder(tmp_path / "new").stat().st_mode) == 0o700
+    assert stat.S_IMODE(private_folder(tmp_path / "queue", "MUSTER_QUEUE").stat().st_mode) == 0o700
+    assert stat.S_IMODE(private_folder(tmp_path / "new", "MUSTER_QUEUE").stat().st_mode) == 0o700
 
 
 @needs_second_user
 def test_a_folder_of_secrets_is_not_another_users(tmp_path):
-    code = "import os, sys; from configs import private_folder; private_folder(__import__('pathlib').Path(sys.argv[1]))"
+    code = "import pathlib, sys, configs; configs.private_folder(pathlib.Path(sys.argv[1]), 'MUSTER_QUEUE')"
     let_in(tmp_path).chmod(0o755)
     (tmp_path / "queue").mkdir(mode=0o755)
     assert "ConfigError" in as_second_user(code, tmp_path / "queue", imports=["configs", "pathlib"]).stderr
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="only you can enter"):
-        private_folder(tmp_path / "file" / "queue")
+    with pytest.raises(ConfigError, match=r"this user's alone .*MUSTER_QUEUE names another"):
+        private_folder(tmp_path / "file" / "queue", "MUSTER_QUEUE")

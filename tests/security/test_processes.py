@@ -102,9 +102,9 @@ def test_ranks_end_with_torchruns_agent(tmp_path, tiny_data):
 ENCODES = """
 import time
 from trainer.data import encode, pool
-spec = encode.EncodeSpec("", True, 0, "uint16", "text", 0.0, 0)
+spec = encode.EncodeSpec("", True, 0, 257, "uint16", "text", 0.0, 0, 1 << 28, 10)
 workers = pool._Workers(2, spec)
-print(*(process.pid for process in workers.processes), flush=True)
+print(*(worker._process.pid for worker in workers.idle), flush=True)
 time.sleep(600)
 """
 

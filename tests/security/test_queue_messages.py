@@ -33,11 +33,11 @@ from hostile_messages import GOOD, HOSTILE
 from cluster.pack import BadMessage, read_message
 took = {}
 for name, make in HOSTILE.items():
-    content, begun = make(), time.perf_counter()
+    content, begun = make(), time.process_time()
     try:
         read_message(content)
     except BadMessage:
-        took[name] = time.perf_counter() - begun
+        took[name] = time.process_time() - begun
 print(json.dumps({"took": took, "mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
 """
 
@@ -164,10 +164,10 @@ def test_any_line_of_the_journal_leaves_proper_jobs(changes, chance: random.Rand
 def test_many_workers_on_many_machines_are_placed_in_no_time():
     nodes = [Node(96.0 + index % 5, 8.0) for index in range(1000)]
     waiting = [Waiting(f"job-{index}", Gang(MOST_WORKERS - index, Share(1, 1), 8), 0, 0) for index in range(1000)]
-    begun = time.perf_counter()
+    begun = time.process_time()
     assert startable(waiting, [], nodes, nodes) == []
     assert startable([Waiting("job-a", Gang(90_000, Share(1, 0), 8), 0, 0)], [], nodes, nodes) == ["job-a"]
-    assert time.perf_counter() - begun < 2
+    assert time.process_time() - begun < 2
 
 
 # The queue's process, without Ray.
@@ -304,17 +304,22 @@ def test_who_sends_what_is_refused_is_told(live):
             cluster.wait_for("job-new", lambda _: True)
 
 
-@pytest.mark.parametrize(("key", "value"), [("parallel.dp", "100000000000"), ("cluster.workers", "[2, 100000000000]")])
-def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(muster, tmp_path, tiny_data, key, value):
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ("parallel.dp=1000000", "the run asks for 1000000 processes, and a job has at most 100000: lower parallel.dp"),
+        ("parallel.dp=100000000000", "parallel.dp=100000000000: should be less than or equal to 1048576"),
+        ("cluster.workers=[2, 100000000000]", "cluster.workers.1=100000000000: should be less than or equal to 16384"),
+    ],
+)
+def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(muster, tmp_path, tiny_data, asked, why):
     (tmp_path / "run.yaml").write_text(f"run: {{root: {tmp_path}}}\ndata: {{path: {tiny_data}}}\n")
-    asked = (f"{key}={value}", "train.global_batch=100000000000", "--queue")
-    code, _, err = muster("submit", str(tmp_path / "run.yaml"), *asked)
-    assert code == 2
-    most = "and a job has at most 100000"
-    assert err == f"muster: the run asks for 100000000000 processes, {most}: lower {key}\n"
+    code, _, err = muster("submit", str(tmp_path / "run.yaml"), asked, "train.global_batch=1000000", "--queue")
+    assert (code, err.count("\n")) == (2, 1)
+    assert err.endswith(f"{why}\n")
 
 
 def test_a_job_that_the_queue_would_refuse_is_not_sent(tmp_path):
     job = JOB | {"priority": 10**30}
     with pytest.raises(ConfigError, match=r"no queue takes this job: its priority is 1000"):
-        send(SimpleNamespace(), tmp_path, [], job, wait=False, as_json=False)
+        send(SimpleNamespace(), tmp_path, [], job, wait=False, as_json=False, more={})

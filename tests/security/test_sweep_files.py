@@ -62,10 +62,10 @@ WRONG = {
 def test_one_message_says_what_is_wrong_with_a_sweep(tmp_path, name):
     text, told = WRONG[name]
     (tmp_path / "sweep.yaml").write_text(text)
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         plan(load_sweep(tmp_path / "sweep.yaml"), 4096)
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert told in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     assert len(str(caught.value)) < 800
@@ -107,10 +107,10 @@ def test_a_plan_that_is_no_json(tmp_path):
 
 
 def refused(path: Path) -> str:
-    began = time.monotonic()
+    began = time.process_time()
     with pytest.raises(ConfigError) as caught:
         read_table(path)
-    assert time.monotonic() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 500
     return str(caught.value)

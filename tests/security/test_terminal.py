@@ -77,7 +77,7 @@ def run(tmp_path):
 
 PLAN = {
     "vocab_size": 1, "open": 0, "warnings": [EVIL],
-    "trials": [{"name": EVIL, "variant": "[red]" + EVIL, "budget": 1.0, "flops": 1.0, "spent": 1.0, "tokens": 1,
+    "trials": [{"name": "a", "variant": "[red]" + EVIL, "budget": 1.0, "flops": 1.0, "spent": 1.0, "tokens": 1,
                 "steps": 1, "from_step": 0, "after": None, "parameters": {}}],
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from configs import ConfigError
 from configs.data import DataConfig, PrepareConfig, Source
+from configs.parse import shortened
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -149,8 +150,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         if not os.path.isfile(path):
             what = "is not there" if not os.path.exists(folder) else f"has no {MANIFEST}, so it is not prepared data"
             raise ConfigError(
-                f"data.path={folder}: {what}.\nMake it with `muster data prepare INPUT... --out FOLDER` and set "
-                "data.path=FOLDER (or data.path=stdlib)"
+                f"data.path={shortened(str(folder), 200)}: {what}.\n"
+                "Make it with `muster data prepare INPUT... --out FOLDER`, then set data.path=FOLDER (or to stdlib)"
             )
         with open(path, "rb") as file:
             data = file.read(MANIFEST_BYTES + 1)

@@ -82,9 +82,9 @@ REFUSED = {
     "file": (["missing.yaml"], "no sweep 'missing.yaml'"),
     "key": (["sweep.yaml", "isoflop.budget=1"], "unknown key isoflop.budget: did you mean budgets?"),
     "device": (["sweep.yaml", "--gpu", "h300"], "--gpu h300: should be one of h100"),
-    "devices": (["sweep.yaml", "--gpus", "0"], "--gpus 0: should be at least 1"),
+    "devices": (["sweep.yaml", "--gpus", "0"], "--gpus 0: should be 1 to 1,048,576"),
     "too few": (["sweep.yaml", "--gpus", "1", "set.parallel.dp=2"], "--gpus 1: a trial takes 2 devices"),
-    "price": (["sweep.yaml", "--usd-per-gpu-hour", "-1"], "should be a price, 0 or more"),
+    "price": (["sweep.yaml", "--usd-per-gpu-hour", "-1"], "should be a price, 0 to 1,000,000"),
     "budget": (["sweep.yaml", "isoflop.budgets=[1e9]"], "isoflop.budgets=1e9: a budget of 1e+09 FLOPs is too small"),
     "base": (["sweep.yaml", "base=quikstart"], "did you mean quickstart?"),
 }
