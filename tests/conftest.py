@@ -13,6 +13,15 @@ from support import Pair, prepare_tiny
 from cluster import cli
 
 
+@pytest.fixture(autouse=True)
+def same_umask():
+    """Every command sets the umask of its process, which is the tests' own where it runs in theirs."""
+    umask = os.umask(0o022)
+    os.umask(umask)
+    yield
+    os.umask(umask)
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory):
     """A folder of a few prepared text files, byte-level tokens."""
@@ -31,13 +40,10 @@ def muster(monkeypatch, capsys):
     """Run the command line in this process: (exit code, stdout, stderr)."""
 
     def run(*arguments: str) -> tuple[int, str, str]:
-        umask = os.umask(0)
+        os.umask(0)
         monkeypatch.setattr(sys, "argv", ["muster", *arguments])
-        try:
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        finally:
-            os.umask(umask)
+        with pytest.raises(SystemExit) as end:
+            cli.main()
         out, err = capsys.readouterr()
         return end.value.code or 0, out, err
 

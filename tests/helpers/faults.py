@@ -240,12 +240,16 @@ def small_files(size: int, first: int, last: int) -> None:
     _between(first, last, lambda: limit(size), lambda: limit(most))
 
 
-def _dump_with(unfinished: int) -> Dump | None:
-    """A dump once all calls but so many have been marked as finished, which gloo does a moment after it says so."""
+def _dump_with(unfinished: list[int]) -> Dump | None:
+    """A dump once the unfinished calls in it are those of tensors of these lengths.
+
+    gloo records a call, and that it has finished, a moment after the caller goes on.
+    """
     until = time.monotonic() + 20
     while True:
         found = dump()
-        if found and sum(not entry["retired"] for entry in found["entries"]) == unfinished:
+        open_calls = [entry for entry in found["entries"] if not entry["retired"]] if found else []
+        if found and [entry["input_sizes"] for entry in open_calls] == [[[length]] for length in unfinished]:
             return found
         assert time.monotonic() < until
         time.sleep(0.01)
@@ -257,11 +261,11 @@ def stand_apart(dumped: Path) -> Dump | None:
         dist.all_reduce(torch.ones(4))
     if dist.get_rank() == 0:
         work = dist.all_reduce(torch.ones(7), async_op=True)
-        found = _dump_with(unfinished=1)
+        found = _dump_with(unfinished=[7])
         dumped.touch()
         work.wait()
         return found
-    found = _dump_with(unfinished=0)
+    found = _dump_with(unfinished=[])
     while not dumped.exists():
         time.sleep(0.01)
     dist.all_reduce(torch.ones(7))
