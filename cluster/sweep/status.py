@@ -25,10 +25,11 @@ MAX_PLAN_BYTES = 16 * 1024**2
 """Of the largest sweep that is allowed, with room."""
 
 
-class Item(NamedTuple):
+class Item(BaseModel):
     """What plan.json says of a trial."""
 
-    name: str
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    name: Annotated[str, AfterValidator(folder_name)]
     variant: str
     budget: float | None
     flops: float
@@ -43,37 +44,22 @@ class Item(NamedTuple):
     """By every convention."""
 
 
-class _Trial(BaseModel):
-    """`Item` in JSON."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-    name: Annotated[str, AfterValidator(folder_name)]
-    variant: str
-    budget: float | None
-    flops: float
-    spent: float
-    tokens: int
-    steps: int
-    from_step: int
-    after: str | None
-    parameters: dict[str, int]
-
-
 class _Plan(BaseModel):
     model_config = ConfigDict(strict=True)
     vocab_size: Size
     open: int
     warnings: list[str]
-    trials: list[_Trial]
+    trials: list[Item]
 
 
 def write_plan(sweep_dir: Path, plan: Plan) -> None:
     """Leave what is planned in the sweep's folder, as plan.json."""
     items = [
         Item(
-            trial.name, trial.variant, trial.budget, trial.flops, trial.spent, trial.tokens, trial.config.train.steps,
-            trial.from_step or 0, trial.after, conventions(trial.counts),
-        )._asdict()
+            name=trial.name, variant=trial.variant, budget=trial.budget, flops=trial.flops, spent=trial.spent,
+            tokens=trial.tokens, steps=trial.config.train.steps, from_step=trial.from_step or 0, after=trial.after,
+            parameters=conventions(trial.counts),
+        ).model_dump()
         for trial in plan.trials
     ]  # fmt: skip
     tree = {"vocab_size": plan.vocab_size, "open": plan.open, "warnings": list(plan.warnings), "trials": items}
@@ -84,12 +70,12 @@ def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:
     """The trials of plan.json, and all of it. Raises ConfigError if the sweep never ran, or if it is damaged."""
     path = sweep_dir / PLAN
     try:
-        tree = _Plan.model_validate(parse_json(read_text(path, MAX_PLAN_BYTES))).model_dump()
+        plan = _Plan.model_validate(parse_json(read_text(path, MAX_PLAN_BYTES)))
     except FileNotFoundError:
         raise ConfigError(f"{sweep_dir} has no {PLAN}: nothing has run yet, `muster sweep run` begins") from None
     except (OSError, ValueError):  # of pydantic as well
         raise ConfigError(f"{path} is not what `muster sweep run` writes: run it again") from None
-    return [Item(**item) for item in tree["trials"]], tree
+    return plan.trials, plan.model_dump()
 
 
 class Books(NamedTuple):
@@ -188,7 +174,7 @@ def _share_done(item: Item, standing: Standing) -> float:
 
 def to_json(found: Progress) -> dict[str, Any]:
     """Plain values: FLOPs, seconds, nats per token."""
-    rows = [item._asdict() | found.standings[item.name]._asdict() for item in found.items]
+    rows = [item.model_dump() | found.standings[item.name]._asdict() for item in found.items]
     states = ("waiting", "running", "stopped", "finished", "diverged", "failed")
     return {
         "name": found.name, "status": found.status, "counts": {state: found.count(state) for state in states},
