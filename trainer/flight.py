@@ -63,7 +63,11 @@ def _call(entry: Dump) -> tuple[str, bool, int]:
 
 def _finished(entry: Dump) -> bool:
     # gloo's calls are retired and never `completed`; one of NCCL that is retired all the same ran out of time.
-    return entry["state"] == "completed" or (entry["retired"] and entry["profiling_name"].startswith("gloo:"))
+    return entry["state"] == "completed" or (entry["retired"] and _by_gloo(entry))
+
+
+def _by_gloo(entry: Dump) -> bool:
+    return bool(entry["profiling_name"].startswith("gloo:"))
 
 
 class Waiting(NamedTuple):
@@ -140,8 +144,9 @@ def _groups(dump: Dump) -> dict[str, _Group]:
             calls.setdefault(entry["process_group"][0], []).append(entry)
     found = {}
     for name, entries in calls.items():
-        # By an id that is this process's own; it goes on to count what the recorder has forgotten.
-        status = dump["pg_status"].get(str(entries[0]["pg_id"]), {})
+        # By an id that is this process's own; it goes on to count what the recorder has forgotten. Gloo's counts
+        # transfers too, of which the recorder has no entry and each rank has its own number.
+        status = {} if _by_gloo(entries[0]) else dump["pg_status"].get(str(entries[0]["pg_id"]), {})
         numbers = [entry["collective_seq_id"] for entry in entries]
         done = [entry["collective_seq_id"] for entry in entries if _finished(entry)]
         enqueued = max([int(status.get("last_enqueued_collective", 0)), *numbers])

@@ -255,6 +255,12 @@ def _dump_with(unfinished: list[int]) -> Dump | None:
         time.sleep(0.01)
 
 
+def transfers(count: int) -> None:
+    """From rank 0 to rank 1, as between the stages of a pipeline."""
+    for _ in range(count):
+        (dist.send if dist.get_rank() == 0 else dist.recv)(torch.ones(4), 1 - dist.get_rank())
+
+
 def stand_apart(dumped: Path) -> Dump | None:
     """Two collectives of both processes; then a third, which rank 1 calls only after rank 0 has dumped."""
     for _ in range(2):

@@ -4,8 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from faults import stand_apart
-from support import Pair
+from faults import stand_apart, transfers
 
 from trainer.flight import Dump, Waiting, shortened, waited_for
 from trainer.watchdog import read_calls
@@ -119,9 +118,10 @@ def test_a_hang_ends_where_a_recorder_is_not_understood(tmp_path, spoiled):
     assert read_calls(paths) in (Waiting([], ""), Waiting([2], "all_reduce 2 of group 0 (default_pg)"))
 
 
-def test_two_processes(tmp_path):
-    with Pair() as pair:  # of its own: the recorder of processes that many tests share has forgotten and counts on
-        found = waited_for(dict(enumerate(pair(stand_apart, tmp_path / "dumped"))))
+def test_two_processes(pair, tmp_path):
+    """After transfers too, which gloo counts and the recorder does not."""
+    pair(transfers, 3)
+    found = waited_for(dict(enumerate(pair(stand_apart, tmp_path / "dumped"))))
     assert found.suspects == [1]
     assert found.where.startswith("all_reduce ")
     assert found.where.endswith(" of group 0 (default_pg)")
