@@ -21,7 +21,7 @@ from configs.load import dump_yaml
 from configs.sweep import SweepConfig, load_sweep
 from trainer.record import Record, read_events
 from trainer.run import prepare_run, read_config
-from trainer.tracking import NoPassword, read_state, tracking_uri
+from trainer.tracking import NoCredentials, read_state, tracking_uri
 from trainer.tracking.shipper import ship
 
 ROOT = Path(__file__).parents[2]
@@ -115,7 +115,7 @@ def test_a_runs_files_have_no_password_and_its_shipper_has(run_dir, tmp_path):
 
 def test_a_run_whose_password_is_not_here_trains_and_says_so(run_dir, monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    with pytest.raises(NoPassword, match="MLFLOW_TRACKING_URI to the whole URI"):
+    with pytest.raises(NoCredentials, match="MLFLOW_TRACKING_URI to the whole URI"):
         tracking_uri(run_dir, read_config(run_dir))
     said = train(run_dir / "config.yaml")
     assert said.count("muster: tracking.uri=") == 1
@@ -128,14 +128,42 @@ def test_a_run_whose_password_is_not_here_trains_and_says_so(run_dir, monkeypatc
 def test_the_password_comes_from_where_mlflow_looks_for_it(run_dir, monkeypatch):
     config = read_config(run_dir)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://shipper:other@elsewhere")
-    with pytest.raises(NoPassword):
+    with pytest.raises(NoCredentials):
         tracking_uri(run_dir, config)
     config = config.model_copy(update={"tracking": config.tracking.model_copy(update={"uri": "http://u:***@h:5000/x"})})
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:right@h:5000/x")
     assert tracking_uri(run_dir, config) == "http://u:right@h:5000/x"
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:5000")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "right")
     assert tracking_uri(run_dir, config) == "http://h:5000/x"
+
+
+@pytest.mark.parametrize(
+    "own", [None, "http://mine:5000", "https://h:5000", "http://h", "http://h:5000@mine", "sqlite:///h"]
+)
+@pytest.mark.parametrize("kept", ["MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH", "file"])
+def test_credentials_go_to_no_server_that_only_a_file_names(monkeypatch, tmp_path, own, kept):
+    """MLflow shows them to any server, by whoever it was named."""
+
+    def uri_of(uri: str) -> str:
+        return tracking_uri(tmp_path, tiny(tracking={"uri": uri}))
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert uri_of("http://u@h:5000/x") == "http://u@h:5000/x"
+    if kept == "file":
+        (tmp_path / ".mlflow").mkdir()
+        (tmp_path / ".mlflow" / "credentials").write_text("[mlflow]\nmlflow_tracking_password = S3cr3t\n")
+    else:
+        monkeypatch.setenv(kept, "S3cr3t")
+    if own:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", own)
+    for theirs in ("http://u@h:5000/x", "HTTP://h:5000", "http://h:port", "http://[h:5000", "http://h:999999"):
+        with pytest.raises(NoCredentials, match="comes from a file"):
+            uri_of(theirs)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://h:5000")
+    assert uri_of("http://u@h:5000/x") == "http://u@h:5000/x"
+    assert uri_of("sqlite:///a.db") == "sqlite:///a.db"
 
 
 def test_what_tracking_json_had_before_is_masked(tmp_path):

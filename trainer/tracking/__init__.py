@@ -1,7 +1,7 @@
 """Shows a run's record in a tracker (MLflow). A process of its own reads the record, so training never waits for it."""
 
 from .start import (
-    NoPassword,
+    NoCredentials,
     ShipperHandle,
     hand_down_password,
     inputs_of,
@@ -13,7 +13,7 @@ from .tracker import Input, Point, RunInfo, Sent, Tracker
 
 __all__ = [
     "Input",
-    "NoPassword",
+    "NoCredentials",
     "Point",
     "RunInfo",
     "Sent",

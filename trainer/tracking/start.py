@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from configs import MASK, Config, ConfigError, mask, mask_all
 
@@ -21,8 +22,12 @@ GRACE = 60.0
 """Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
 
 
-class NoPassword(ConfigError):
-    """The password of the tracker is nowhere to be found."""
+_CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH")
+"""What MLflow shows to any server."""
+
+
+class NoCredentials(ConfigError):
+    """The password of the tracker is nowhere to be found, or those at hand are not for it."""
 
 
 class ShipperHandle:
@@ -58,7 +63,7 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
         sweep: the folder is a sweep's, whose runs are sent as well (`trainer.tracking.sweep`).
 
     Returns:
-        None: the tracker's password is not here. Training goes on, and a later sync sends all.
+        None: there are no credentials for the tracker. Training goes on, and a later sync sends all.
 
     Raises:
         ConfigError: `tracking.uri` is nothing that MLflow takes.
@@ -66,7 +71,7 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
     run_dir = Path(run_dir)
     try:
         tracking_uri(run_dir, config)
-    except NoPassword as error:
+    except NoCredentials as error:
         write_state(run_dir, read_state(run_dir) | {"error": str(error)})
         print(f"tracking: {error}", file=sys.stderr, flush=True)
         return None
@@ -88,7 +93,8 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
     It has the password that config.yaml has not: see `hand_down_password`.
 
     Raises:
-        NoPassword: it is masked, and MLFLOW_TRACKING_URI is not the same with its password.
+        NoCredentials: it is masked, and MLFLOW_TRACKING_URI is not the same with its password; or a file names the
+            server, and MLflow would show it credentials that are kept for another.
         ConfigError: a folder, which MLflow 3 refuses.
     """
     root = Path(config.tracking.parent or run_dir).resolve().parent
@@ -99,6 +105,7 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
             f"tracking.uri={mask(uri)}: MLflow 3 does not record into a folder; give http(s)://server or "
             f"sqlite:////absolute/path.db, or leave it out for {root / 'mlflow.db'}"
         )
+    _refuse_strange(uri, variable)
     if MASK not in uri:
         return uri
     if variable and mask(variable) == uri:
@@ -106,7 +113,28 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
     bare = re.sub(r"^(https?://)[^/]*@", r"\1", uri)
     if MASK not in bare and (os.environ.get("MLFLOW_TRACKING_PASSWORD") or os.environ.get("MLFLOW_TRACKING_TOKEN")):
         return bare  # MLflow sends what the variables say
-    raise NoPassword(f"tracking.uri={uri}: a run's files keep no password; set MLFLOW_TRACKING_URI to the whole URI")
+    raise NoCredentials(f"tracking.uri={uri}: a run's files keep no password; set MLFLOW_TRACKING_URI to the whole URI")
+
+
+def _refuse_strange(uri: str, variable: str | None) -> None:
+    """Raise NoCredentials if whoever wrote a file would be shown what MLflow shows to any server."""
+    kept = [name for name in _CREDENTIALS if os.environ.get(name)]
+    kept += ["~/.mlflow/credentials"] if Path("~/.mlflow/credentials").expanduser().exists() else []
+    if kept and _server(uri) and _server(uri) != _server(variable or ""):
+        raise NoCredentials(
+            f"tracking.uri={mask(uri)} comes from a file, and MLflow would send {kept[0]} there. If it is your server, "
+            f"set MLFLOW_TRACKING_URI to it as well"
+        )
+
+
+def _server(uri: str) -> tuple[str, str, int | None] | None:
+    """Scheme, host and port of a web server's URI; None: it is none."""
+    try:
+        found = urlsplit(uri)
+        usual = {"http": 80, "https": 443}.get(found.scheme)
+        return (found.scheme, found.hostname or "", found.port or usual) if usual else None
+    except ValueError:  # of a host or port: it equals no other
+        return "", uri, None
 
 
 def hand_down_password(config: Config) -> None:
