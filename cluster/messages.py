@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic import model_validator as check_all
 
+from configs.parse import shortened
 from configs.run import folder_name
 
 MOST_WORKERS = 100_000
@@ -152,7 +153,5 @@ def reason(error: ValidationError) -> str:
 
 
 def clip(text: object, length: int = 300) -> str:
-    """In one line, of printable characters, cut."""
-    line = " ".join(str(text)[: 4 * length].split())
-    line = "".join(character if character.isprintable() else repr(character)[1:-1] for character in line)
-    return line if len(line) <= length else line[: length - 3] + "..."
+    """As `shortened`, with each run of white space as one blank."""
+    return shortened(" ".join(str(text)[: 4 * length].split()), length)

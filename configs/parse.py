@@ -18,7 +18,7 @@ MAX_DIGITS = 100
 """Characters of one number."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 """What no name and no path contains."""
-_NOT_SHOWN = re.compile(CONTROL.pattern + "|[\u2028\u2029]")
+_NOT_SHOWN = re.compile(CONTROL.pattern + "|[\u2028-\u202e\u2066-\u2069]")
 
 
 def parse_yaml(text: str) -> Any:
@@ -40,7 +40,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(shortened(" ".join(str(error).split()), 300)) from None
 
 
-def parse_json(text: str) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """JSON (RFC 8259). Raises ValueError with one line, also where a key stands twice, and for NaN and Infinity."""
     try:
         return json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
@@ -74,10 +74,11 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def shortened(text: str, most: int) -> str:
-    """A text as a message shows it: on one line, at most that long, control characters as escapes."""
+def shortened(value: object, most: int = 80) -> str:
+    """A value's text as a message shows it: on one line, at most that long, control characters as escapes."""
+    text = str(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
-    return _NOT_SHOWN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+    return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 class _Loader(yaml.SafeLoader):

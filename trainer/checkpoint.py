@@ -32,6 +32,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs.parse import shortened
+
 from . import fragments
 from .durable import digest, fsync, write_durably
 from .fragments import Box, Run
@@ -44,7 +46,6 @@ from .manifest import (
     File,
     Manifest,
     Receipt,
-    cut,
     open_file,
     parse_manifest,
     parse_receipt,
@@ -342,14 +343,16 @@ class Reader:
                 found = file.get_slice(key)
                 shape = found.get_shape()
                 if found.get_dtype() != "F32" or len(shape) != 1:
-                    raise ValueError(f"{name}: {cut(key)} is {found.get_dtype()} {shape}, not F32 in one dimension")
+                    raise ValueError(
+                        f"{name}: {shortened(key)} is {found.get_dtype()} {shape}, not one-dimensional F32"
+                    )
                 yield key, shape[0], name
 
     def not_finite(self, name: str) -> str:
         """The first tensor of a file that is not finite, for a message."""
         for key in self._files[name].keys():  # noqa: SIM118
             if not self._files[name].get_slice(key)[:].isfinite().all():
-                return f", such as those of {cut(key)}"
+                return f", such as those of {shortened(key)}"
         return ""
 
     @property
@@ -377,7 +380,7 @@ class Reader:
             if held[name] != tuple(shape):
                 return f"{self.path}: {name} is {list(held[name])}, the model's is {list(shape)}"
         if not others and (unknown := [name for name in held if name not in wanted]):
-            return f"{self.path} has {len(unknown)} parameters that the model has not, such as {cut(unknown[0])}"
+            return f"{self.path} has {len(unknown)} parameters that the model has not, such as {shortened(unknown[0])}"
         return ""
 
     def read(self, key: str, name: str, start: int = 0, numel: int | None = None, box: Box | None = None) -> Tensor:
@@ -424,4 +427,4 @@ def _open(path: Path) -> Any:
             _data_begins(path, file)
         return safe_open(path, framework="pt")
     except (OSError, SafetensorError, MemoryError) as error:  # mapped, it wants as much address space
-        raise CheckpointError(f"{path} is not safetensors: {cut(str(error))}") from None
+        raise CheckpointError(f"{path} is not safetensors: {shortened(str(error))}") from None

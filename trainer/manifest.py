@@ -1,6 +1,5 @@
 """The manifest of a checkpoint, checked as it is read: types, ranges, and what of it must agree with what."""
 
-import json
 import os
 import re
 import stat
@@ -8,6 +7,8 @@ from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from configs.parse import parse_json, shortened
 
 from .state import Count, Finite, TrainState
 
@@ -44,9 +45,9 @@ class _Checked(BaseModel):
 
 def _beside(name: str) -> str:
     if Path(name).name != name or name == "..":
-        raise ValueError(f"it names a file outside its folder: {cut(name)}")
+        raise ValueError(f"it names a file outside its folder: {shortened(name)}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", name):
-        raise ValueError(f"it is no plain name of a file: {cut(name)}")
+        raise ValueError(f"it is no plain name of a file: {shortened(name)}")
     return name
 
 
@@ -104,14 +105,16 @@ class Manifest(_Checked):
         if self.state.step != self.step:
             raise ValueError(f"step is {self.step}, state.step is {self.state.step}")
         if wrong := [name for name, file in self.files.items() if file.name != name]:
-            raise ValueError(f"files: {cut(wrong[0])} is named {cut(self.files[wrong[0]].name)}")
+            raise ValueError(f"files: {shortened(wrong[0])} is named {shortened(self.files[wrong[0]].name)}")
         if not self.shapes.get(MASTER):
             raise ValueError(f"shapes: there is no {MASTER}")
         scale = self.state.loss_scale
         if scale is not None and not scale.get("cur_scale", 0) > 0:
-            raise ValueError(f"state.loss_scale: cur_scale is {cut(scale.get('cur_scale'))}, not a number above 0")
+            raise ValueError(
+                f"state.loss_scale: cur_scale is {shortened(scale.get('cur_scale'))}, not a number above 0"
+            )
         if both := self.shapes.keys() & self.scalars.keys() - {STEP}:
-            raise ValueError(f"scalars: {cut(min(both))} is among shapes too")
+            raise ValueError(f"scalars: {shortened(min(both))} is among shapes too")
         if self.scalars.get(STEP, 0) < 0:
             raise ValueError(f"scalars: {STEP} is {self.scalars[STEP]}")
         _check_moments(self.shapes)
@@ -127,24 +130,24 @@ def _check_moments(shapes: Shapes) -> None:
             continue
         for name, shape in tensors.items():
             if name not in weights:
-                raise ValueError(f"shapes: {cut(key)} of {cut(name)}, which has no {MASTER}")
+                raise ValueError(f"shapes: {shortened(key)} of {shortened(name)}, which has no {MASTER}")
             whole = weights[name]
             of_rows, of_columns = (*whole[:-1], 1), (*whole[:-2], 1, *whole[-1:])  # Adafactor's
             right = {"row_var": of_rows, "col_var": of_columns}.get(key, whole) if len(whole) > 1 else whole
             if shape != right:
-                raise ValueError(f"shapes: {cut(key)} of {cut(name)} is {list(shape)}, not {list(right)}")
+                raise ValueError(f"shapes: {shortened(key)} of {shortened(name)} is {list(shape)}, not {list(right)}")
             moments[name].append(key)
     # An optimizer keeps one set of moments for every parameter, or one for each kind of them (Muon, Adafactor).
     kinds: dict[tuple[str, ...], int] = {}
     kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items()}
     if len(kinds) > 1 and (bare := kinds.get(())) is not None:
         name = next(name for name in kind if kind[name] == bare)
-        raise ValueError(f"shapes: {cut(name)} has no moments, and others have")
+        raise ValueError(f"shapes: {shortened(name)} has no moments, and others have")
     for key, tensors in shapes.items():
         first = next((kind[name] for name in tensors if name in kind), None)
         for name in tensors:
             if key not in (MASTER, STEP) and kind[name] != first:
-                raise ValueError(f"shapes: {cut(name)} lacks a moment that others with {cut(key)} have")
+                raise ValueError(f"shapes: {shortened(name)} lacks a moment that others with {shortened(key)} have")
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -154,7 +157,7 @@ def read_manifest(path: Path) -> Manifest:
         with open_file(file) as opened:
             data = opened.read(MOST_BYTES + 1)
     except (OSError, ValueError) as error:  # the latter for a path with a NUL
-        raise CheckpointError(f"{cut(str(file), 300)}: {getattr(error, 'strerror', None) or error}") from None
+        raise CheckpointError(f"{shortened(str(file), 300)}: {getattr(error, 'strerror', None) or error}") from None
     manifest = parse_manifest(data, file)
     named = re.fullmatch(r"step-(\d{1,15})", path.name, re.ASCII)
     if named and int(named[1]) != manifest.step:
@@ -167,11 +170,11 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
     try:
         tree = _parse(data)
     except ValueError as error:
-        raise CheckpointError(f"{file}: {cut(str(error))}") from None
+        raise CheckpointError(f"{file}: {shortened(str(error))}") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file}: not a manifest")
     if tree.get("format") not in READABLE or isinstance(tree["format"], bool):
-        raise CheckpointError(f"{file}: format {cut(tree.get('format'))}, this version reads {READABLE}")
+        raise CheckpointError(f"{file}: format {shortened(tree.get('format'))}, this version reads {READABLE}")
     try:
         manifest = Manifest.model_validate_json(data)
     except ValidationError as error:
@@ -189,32 +192,16 @@ def parse_receipt(data: bytes, file: Path) -> Receipt:
     except ValidationError as error:
         raise CheckpointError(f"{file}: {_reason(error)}") from None
     except ValueError as error:
-        raise CheckpointError(f"{file}: {cut(str(error))}") from None
+        raise CheckpointError(f"{file}: {shortened(str(error))}") from None
 
 
 def _parse(data: bytes) -> Any:
-    """JSON as the standard has it. Raises ValueError."""
+    """`parse_json`, within bounds. Raises ValueError."""
     if len(data) > MOST_BYTES:
         raise ValueError(f"it is longer than {MOST_BYTES:,} bytes")
     if data.count(b"[") + data.count(b"{") > MOST_NESTED:
         raise ValueError(f"it holds more than {MOST_NESTED:,} lists and mappings")
-    try:
-        return json.loads(data, object_pairs_hook=_once, parse_constant=_no_number)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {cut(key)} stands twice")
-        found[key] = value
-    return found
-
-
-def _no_number(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+    return parse_json(data)
 
 
 def open_file(path: Path) -> BinaryIO:
@@ -231,11 +218,5 @@ def _reason(error: ValidationError) -> str:
     first = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in first["loc"])
     what = first["msg"].removeprefix("Value error, ").replace("Input should be", "should be")
-    given = f", not {cut(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
-    return f"{cut(where)}: {what}{given}" if where else what
-
-
-def cut(value: Any, longest: int = 80) -> str:
-    """For a message: on one line, of printable characters, not long."""
-    text = ascii(value) if not isinstance(value, str) else ascii(value)[1:-1]
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    given = f", not {shortened(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
+    return f"{shortened(where)}: {what}{given}" if where else what

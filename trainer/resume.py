@@ -7,12 +7,12 @@ from typing import Any
 from torch import distributed as dist
 
 from configs import Config, ConfigError, ModelConfig
+from configs.parse import shortened
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Reader
 from .collectives import from_all, from_chief
 from .engine import restore_loss_scale
-from .manifest import cut
 from .record import Record, read_events
 from .routers import wrong_routers
 from .save import misfit, restore
@@ -127,7 +127,7 @@ def _misfits(reader: Reader, engine: Any, model: ModelConfig) -> list[str]:
     known = set(itertools.chain(*parts))
     unknown = [name for name in held if name not in known]
     more = f"{reader.path} has {len(unknown)} parameters that the model has not, such as"
-    return [f"{more} {cut(unknown[0])}"] if unknown else []
+    return [f"{more} {shortened(unknown[0])}"] if unknown else []
 
 
 def _union(mine: list[str]) -> list[str]:

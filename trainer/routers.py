@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from configs import Config, ModelConfig
+from configs.parse import shortened
 from models.router import Chooser
 
-from .manifest import cut
 from .state import TrainState
 
 Routers = dict[str, list[list[float]]]
@@ -32,7 +32,7 @@ def wrong_routers(state: TrainState, model: ModelConfig) -> str:
     remembered: dict[str, Sequence[Sequence[float]]] = {**state.routers, "starved": state.starved}
     for name, rows in remembered.items():
         if name not in ("bias", "load", "starved"):
-            return f"state.routers has {cut(name)}, which no router remembers"
+            return f"state.routers has {shortened(name)}, which no router remembers"
         if rows and (len(rows) != layers or any(len(row) != experts for row in rows)):
             return f"state: {name} is not of the model's {layers} MoE layers of {experts} experts"
     return ""
