@@ -7,22 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from configs import ConfigError, ModelConfig
 from configs.explain import shown
-from configs.parse import MAX_JSON_BYTES, is_file, parse_json, read_text, shortened
+from configs.parse import MAX_JSON_BYTES, is_file, parse_json, read_text
 
 from .families import FAMILIES, build
 from .hf_config import from_hf_config, to_hf_config
+from .hf_files import open_tensors
 from .hf_names import BIAS, Architecture, bias_name, pieces
 from .router import choosers
 
 SHARD_BYTES = 5 * 10**9
-MAX_HEADER = 32 * 1024**2
-"""Bytes of a safetensors file's header: 200,000 tensors. The library itself reads three times as much."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of the tensors that are read, as safetensors names them; others are codes, which need scales."""
 END_OF_TEXT = "<|endoftext|>"
@@ -86,15 +85,7 @@ class Weights(Mapping[str, Tensor]):
     """The tensors of a Hugging Face folder under our names, experts there stacked or one by one; lazy."""
 
     def __init__(self, folder: Path, config: ModelConfig, arch: Architecture):
-        self._files: dict[str, Any] = {}
-        for path in sorted(folder.glob("*.safetensors")):
-            file = _open(path)
-            names = file.keys()
-            if twice := next((name for name in names if name in self._files), None):
-                raise ConfigError(f"{folder}: tensor {shown(twice)} stands in two files, one of them {path.name}")
-            self._files.update(dict.fromkeys(names, file))
-        if not self._files:
-            raise ConfigError(f"{folder} has no *.safetensors file")
+        self._files = open_tensors(folder)
         if len(self._files) < config.num_layers:
             raise ConfigError(
                 f"{folder} has {len(self._files)} tensors, too few for the num_hidden_layers={config.num_layers} of "
@@ -176,20 +167,6 @@ class Weights(Mapping[str, Tensor]):
         """Where the folder has a parameter as one tensor: its name there."""
         stacked = name.replace(".mlp.", f".{self._arch.moe_block}.") if ".mlp.experts." in name else name
         return next((candidate for candidate in (name, stacked) if candidate in self._files), None)
-
-
-def _open(path: Path) -> Any:
-    """A safetensors file whose header is right. Raises ConfigError."""
-    try:
-        if not path.is_file():
-            raise ConfigError(f"{path} is no file")
-        with path.open("rb") as file:
-            header = int.from_bytes(file.read(8), "little")
-        if header > MAX_HEADER:
-            raise ConfigError(f"{path} is not safetensors: a header of {header:,} bytes, over {MAX_HEADER:,}")
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} is not safetensors: {shortened(str(error), 200)}") from None
 
 
 def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[str, Tensor]:

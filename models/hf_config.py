@@ -174,6 +174,7 @@ _UNSUPPORTED: tuple[tuple[str, Any], ...] = (
     ("mlp_bias", False),
     ("hidden_act", "silu"),
     ("num_nextn_predict_layers", 0),
+    ("transformers_weights", None),
 )
 """Keys, and the one value that the decoder has."""
 

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import ConfigError
-from models.hf import MAX_HEADER, export_hf, import_hf
+from models.hf import export_hf, import_hf
 from models.hf_config import from_hf_config
+from models.hf_files import MAX_HEADER, MAX_INDEX
 
 SECONDS = 10
 """With room for a loaded machine; most take milliseconds."""
@@ -59,6 +60,7 @@ WRONG = [
     (LLAMA, {"rms_norm_eps": 0}, "rms_norm_eps=0: should be greater than 0"),
     (LLAMA, {"tie_word_embeddings": "false"}, 'tie_word_embeddings="false": should be true or false'),
     (LLAMA, {"attention_bias": [True]}, "attention_bias=[true] is not supported, only false"),
+    (LLAMA, {"transformers_weights": "a.safetensors"}, 'transformers_weights="a.safetensors" is not supported'),
     (LLAMA, {"hidden_act": None}, 'hidden_act=null is not supported, only "silu"'),
     (LLAMA, {"rope_theta": []}, "rope_theta=[]: should be a number"),
     (LLAMA, {"rope_theta": -1.0}, "rope_theta=-1.0: should be greater than 0"),
@@ -248,15 +250,26 @@ def test_tensors_of_other_types_and_values(folder):
 
 def test_only_files_of_the_folder_are_read_whatever_its_index_says(folder, tmp_path_factory):
     path, other = folder / "model.safetensors", tmp_path_factory.mktemp("other")
+    tensors = header(path).keys() - {"__metadata__"}
     os.rename(path, other / "model.safetensors")
-    names = dict.fromkeys(header(other / "model.safetensors"), str(other / "model.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    index = folder / "model.safetensors.index.json"
+    for name in (
+        str(other / "model.safetensors"), f"../{other.name}/model.safetensors", "./model.safetensors", "..", "", "a\\b",
+        "model.bin", None, 1, ["model.safetensors"], {"a": 1},
+    ):  # fmt: skip
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+        assert "should be the plain name of a *.safetensors file beside it" in refusal(folder)
+    for name in ("model.safetensors", "x" * 5000 + ".safetensors", "\0.safetensors", "\x1b[31m.safetensors"):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
+        assert "which is no file beside it" in refusal(folder)
+    for text in ("[]", "null", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": "model.safetensors"}'):
+        index.write_text(text)
+        assert "weight_map should be a section of tensors" in refusal(folder)
+    for text in ("", "[" * 100_000, '{"weight_map": {"a": "a", "a": "b"}}', '{"a": "' + "x" * MAX_INDEX + '"}'):
+        index.write_text(text)
+        assert "model.safetensors.index.json cannot be read as JSON" in refusal(folder)
+    index.unlink()
     assert "has no *.safetensors file" in refusal(folder)
-    os.link(other / "model.safetensors", path)
-    (folder / "copy.safetensors").write_bytes(path.read_bytes())
-    assert "stands in two files" in refusal(folder)
-    (folder / "copy.safetensors").unlink()
-    path.unlink()
     path.mkdir()
     assert "is no file" in refusal(folder)
     path.rmdir()
