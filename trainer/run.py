@@ -15,6 +15,7 @@ import psutil
 import torch
 
 from configs import Config, ConfigError, differences, from_dict, load, resolve, to_yaml
+from configs.explain import shown
 from configs.parse import shortened
 from models.families import build
 
@@ -112,6 +113,12 @@ def prepare_run(
     events: list[tuple[str, dict[str, Any]]] = [("resolved", launched)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
         events.append(("init_from", {"differs": differs}))
+        changed_keys = ", ".join(f"{key} {shown(there)} -> {shown(here)}" for key, (there, here) in differs.items())
+        print(
+            f"muster: warning: the weights of train.init_from={resolved.train.init_from} compute something else here: "
+            f"{changed_keys} (there -> here). Set model.* as there unless this is on purpose, as for longer contexts",
+            file=sys.stderr,
+        )
     if fork:
         steps = committed(run_dir)
         if not steps:

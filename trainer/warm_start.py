@@ -1,5 +1,6 @@
 """Begin a run from the weights of another: a run, one of its checkpoints, or a Hugging Face folder."""
 
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,19 +36,25 @@ class _Source:
     model: ModelConfig
 
 
-SAME_SHAPES = (
-    "num_heads", "rope_theta", "rope_scaling", "norm_eps", "sliding_window", "block_sparse", "top_k", "router",
-    "norm_topk_prob", "router_scale", "expert_groups", "top_groups",
-)  # fmt: skip
-"""Keys of model.* that change what the weights compute and no weight's shape."""
+SHOWN_BY_NAMES_AND_SHAPES = {
+    "vocab_size", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm",
+    "tie_embeddings", "num_experts", "expert_size", "shared_expert_size", "shared_expert_gate", "moe_every",
+    "first_dense_layers",
+}  # fmt: skip
+OF_TRAINING = {
+    "dropout", "init_std", "loss_chunk", "router_jitter", "router_bias_rate", "aux_loss_over", "aux_loss_weight",
+    "z_loss_weight", "capacity_factor", "pad_to_capacity",
+}  # fmt: skip
+OF_EXPERTS = {"top_k", "router", "norm_topk_prob", "router_scale", "expert_groups", "top_groups"}
+"""Keys of model.*: those of the first two sets change no output of the same weights; all others do, and no shape."""
 
 
 def check_source(config: Config) -> dict[str, list[Any]]:
     """See whether `train.init_from` fits the whole model; names and shapes are all that is read.
 
     Returns:
-        {key: [there, here]} of what is the weights' own but for their shapes, and not the same in the model: a start
-        may mean that (longer positions, more experts a token), and the user should see it.
+        {key: [there, here]} of what makes another function of the same weights, and no name or shape shows: a start
+        may mean that (longer positions, more experts a token), and the user should see it. Values are of JSON.
 
     Raises:
         ConfigError: as `load_weights`; it has more than the model has; `train.upcycle` finds nothing to do.
@@ -67,10 +74,19 @@ def check_source(config: Config) -> dict[str, list[Any]]:
             f"train.init_from={config.train.init_from} has {len(unused)} parameters that the model has not, such as "
             f"{unused[0]}: set model.* to its architecture"
         )
-    there, here = source.model, config.model
-    keys = [key for key in SAME_SHAPES if there.is_moe or not key.startswith(("top_", "router", "norm_topk", "expert"))]
-    different = {key: [getattr(there, key), getattr(here, key)] for key in keys}
-    return {f"model.{key}": pair for key, pair in different.items() if pair[0] != pair[1]}
+    return {f"model.{key}": pair for key, pair in _differences(source, config.model).items()}
+
+
+def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
+    there, here = source.model.model_dump(mode="json"), model.model_dump(mode="json")
+    keys = there.keys() - SHOWN_BY_NAMES_AND_SHAPES - OF_TRAINING - {"max_positions"}
+    keys -= set() if source.model.is_moe and model.is_moe else OF_EXPERTS
+    found = {key: [there[key], here[key]] for key in there if key in keys and there[key] != here[key]}
+    if (here["max_positions"] or 0) > (there["max_positions"] or math.inf):
+        found["max_positions"] = [there["max_positions"], here["max_positions"]]
+    if model.router_bias_rate is None and any(map(any, source.bias.values())):
+        found["router_bias_rate"] = [there["router_bias_rate"], None]
+    return found
 
 
 def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float]]]:

@@ -1,20 +1,22 @@
 """train.init_from: weights, and only weights, of a run, a checkpoint or a Hugging Face folder, copied or upcycled."""
 
+import json
+
 import pytest
 import torch
 from engines import batch_of
 from support import TINY_MODEL, resolved, tiny, train_in_process
 
-from configs import Config, ConfigError
-from models.families import build
+from configs import Config, ConfigError, ModelConfig
+from models.families import FAMILIES, build
 from models.hf import export_hf
 from models.router import choosers
 from models.stages import Stage
 from trainer import checkpoint
 from trainer.export import export, load_module
-from trainer.record import read_metrics
+from trainer.record import read_events, read_metrics
 from trainer.run import prepare_run
-from trainer.warm_start import check_source, load_weights
+from trainer.warm_start import OF_TRAINING, SHOWN_BY_NAMES_AND_SHAPES, check_source, load_weights
 
 
 def settings(root, data, name, model=None, **train):
@@ -73,6 +75,52 @@ def test_what_no_shape_shows_is_told(trained):
     assert check_source(warm(trained)) == {}
     other = check_source(warm(trained, {"rope_theta": 5e5, "router": "sigmoid"}))
     assert other == {"model.rope_theta": [1e4, 5e5], "model.router": ["softmax", "sigmoid"]}
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_every_key_that_makes_another_function_is_told(trained, kind):
+    """All keys of the model, so that one which is added later is told or named among those that need not be."""
+    source = trained if kind == "run" else trained.parent / "hf"
+    others = {
+        "rope_theta": 5e5, "rope_scaling": {"kind": "linear", "factor": 4.0}, "max_positions": 64, "norm_eps": 1e-5,
+        "sliding_window": 16, "block_sparse": {"block": 8}, "top_k": 3, "router": "sigmoid", "norm_topk_prob": False,
+        "router_scale": 2.0, "expert_groups": 2, "top_groups": 2, "family": "other",
+    }  # fmt: skip
+    # As many heads of another size: the norms of q and k, which this model has, have other shapes.
+    assert others.keys() | {"num_heads"} == set(ModelConfig.model_fields) - SHOWN_BY_NAMES_AND_SHAPES - OF_TRAINING
+    for key, value in others.items():
+        more = {"expert_groups": 2} if key == "top_groups" else {}
+        config = warm(source, {key: value} | more if key != "family" else {})
+        if key == "family":
+            FAMILIES["other"] = FAMILIES["decoder"]
+            config = config.model_copy(update={"model": config.model.model_copy(update={"family": "other"})})
+        try:
+            found = check_source(config)
+        finally:
+            FAMILIES.pop("other", None)
+        assert found.keys() == {f"model.{each}" for each in (key, *more)}
+        json.dumps(found)
+    # Of training alone, or fewer positions: the same function of the same weights.
+    assert check_source(warm(source, {"dropout": 0.1, "aux_loss_weight": 0.0, "max_positions": 32})) == {}
+
+
+def test_longer_contexts_are_begun_and_said(trained, tiny_data, capsys):
+    for name, model in (
+        ("yarn", {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 32}}),
+        ("sparse", {"block_sparse": {"block": 16, "local_blocks": 2}}),
+        ("theta", {"rope_theta": 5e5}),
+    ):
+        key = f"model.{next(iter(model))}"
+        run_dir = prepare_run(settings(trained.parent, tiny_data, name, model, init_from=str(trained), seq_len=128))
+        told = capsys.readouterr().err
+        assert "muster: warning: the weights of train.init_from=" in told
+        assert f"{key} " in told
+        assert "model.max_positions 32 -> 128" in told
+        [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
+        assert event["differs"].keys() == {key, "model.max_positions"}
+    assert train_in_process(trained.parent / "yarn") == 0
+    prepare_run(settings(trained.parent, tiny_data, "same", init_from=str(trained)))
+    assert "warning" not in capsys.readouterr().err
 
 
 EXPERTS = {"num_experts": 4, "top_k": 4, "expert_size": 128}
@@ -192,3 +240,5 @@ def test_routers_begin_with_the_biases_of_a_hugging_face_folder(tmp_path):
     config = warm(tmp_path, shape)
     check_source(config)
     assert load_weights(build(config.model), config) == {"bias": [chooser.bias.tolist()]}
+    lost = warm(tmp_path, shape | {"router_bias_rate": None})
+    assert check_source(lost) == {"model.router_bias_rate": [0.0, None]}
