@@ -18,8 +18,8 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "llama3", "yarn"] = "linear"
     """All positions stretched alike, or by wavelength as in Llama 3.1 or YaRN."""
-    factor: PositiveFloat = 1.0
-    """How many times longer the positions get."""
+    factor: PositiveFloat
+    """How many times longer the positions get; it has no default."""
     original_max_positions: Length = 8192
     """llama3 and yarn: length that the unscaled positions were trained for."""
     low_freq_factor: PositiveFloat = 1.0
@@ -81,6 +81,8 @@ class ModelConfig(Section):
     """Longest position; None: train.seq_len."""
     qk_norm: bool = True
     """RMSNorm on each head of q and k (Qwen3)."""
+    qkv_bias: bool = False
+    """The projections to q, k and v add a bias (Qwen2)."""
     norm_eps: PositiveFloat = 1e-6
     """Of every RMSNorm."""
     tie_embeddings: bool = False

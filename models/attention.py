@@ -124,9 +124,9 @@ class Attention(nn.Module):
         super().__init__()
         heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
         self.head_dim = config.head_dim or config.hidden_size // heads
-        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=False)
+        self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.qkv_bias)
         self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
         self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None

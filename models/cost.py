@@ -30,6 +30,7 @@ class Parameters:
     dense: int
     """Dense SwiGLU layers, shared experts and their gates."""
     norms: int
+    """Weights of norms, and the biases of q, k and v: vectors, which no matrix product is of."""
 
     @property
     def without_embeddings(self) -> int:
@@ -43,6 +44,7 @@ def parameters(config: ModelConfig) -> Parameters:
     moe = config.num_moe_layers
     attention = config.num_layers * hidden * head_dim * (2 * heads + 2 * kv)
     norms = hidden * (2 * config.num_layers + 1) + 2 * head_dim * config.num_layers * config.qk_norm
+    norms += config.num_layers * head_dim * (heads + 2 * kv) * config.qkv_bias
     expert = 3 * hidden * (config.expert_size or 0)
     experts, router = moe * config.num_experts * expert, moe * config.num_experts * hidden * (config.router != "hash")
     dense = 3 * hidden * ((config.num_layers - moe) * (config.intermediate_size or 0) + moe * config.shared_expert_size)

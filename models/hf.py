@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,9 @@ from configs.explain import shown
 from configs.parse import MAX_JSON_BYTES, is_file, parse_json, read_text
 
 from .families import FAMILIES, build
-from .hf_config import from_hf_config, to_hf_config
+from .hf_config import YARN_SINCE, from_hf_config, to_hf_config
 from .hf_files import open_tensors
-from .hf_names import BIAS, Architecture, bias_name, pieces
+from .hf_names import BIAS, GLM4_MOE, Architecture, bias_name, pieces
 from .router import choosers
 
 SHARD_BYTES = 5 * 10**9
@@ -51,6 +52,12 @@ def export_hf(
     arch = to_architecture(config)
     to.mkdir(mode=0o700, parents=True, exist_ok=True)
     tree = to_hf_config(config, arch)
+    if config.rope_scaling and config.rope_scaling.kind == "yarn":
+        print(
+            f"muster: {to} has YaRN positions, which transformers reads as they were trained from {YARN_SINCE} on; "
+            "older versions compute others",
+            file=sys.stderr,
+        )
     tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
     if tokenizer is not None:
         _copy_tokenizer(tokenizer, to, tree)
@@ -59,7 +66,10 @@ def export_hf(
 
 
 def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
-    """Read a Hugging Face folder (Llama, Qwen3, Qwen3-MoE, Qwen2-MoE, Mixtral, GLM-4.5, dots1).
+    """Read a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Qwen2-MoE, Mixtral, GLM-4.5, dots1).
+
+    Layers for the prediction of more tokens (GLM-4.5), which come after the model's own, are left out, as transformers
+    does.
 
     Returns:
         The model's resolved config, and its weights under our names, each read from disk when it is looked up. Routers
@@ -78,13 +88,15 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
     config, arch = from_hf_config(tree, str(path))
-    return config, Weights(folder, config, arch)
+    beyond = tree.get("num_nextn_predict_layers") or 0 if arch is GLM4_MOE else 0
+    return config, Weights(folder, config, arch, beyond)
 
 
 class Weights(Mapping[str, Tensor]):
     """The tensors of a Hugging Face folder under our names, experts there stacked or one by one; lazy."""
 
-    def __init__(self, folder: Path, config: ModelConfig, arch: Architecture):
+    def __init__(self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0):
+        self._beyond = tuple(f"model.layers.{config.num_layers + index}." for index in range(beyond))
         self._files = open_tensors(folder)
         if len(self._files) < config.num_layers:
             raise ConfigError(
@@ -155,8 +167,11 @@ class Weights(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def _is_nothing(self, theirs: str) -> bool:
-        """Whether a tensor can be left aside: computed from config.json, or empty, as a shared expert of width 0."""
-        return theirs.endswith("rotary_emb.inv_freq") or 0 in self._files[theirs].get_slice(theirs).get_shape()
+        """Whether a tensor can be left aside: of a layer beyond the model's, computed from config.json, or empty, as a
+        shared expert of width 0."""
+        if theirs.startswith(self._beyond) or theirs.endswith("rotary_emb.inv_freq"):
+            return True
+        return 0 in self._files[theirs].get_slice(theirs).get_shape()
 
     def _parts(self, name: str) -> dict[str, tuple]:
         if stacked := self._whole(name):

@@ -12,10 +12,13 @@ from configs.model import MOST_LAYERS
 
 from .hf_names import (
     ARCHITECTURES,
+    DENSE,
     DOTS1,
     GLM4_MOE,
     LLAMA,
+    MISTRAL,
     MIXTRAL,
+    QWEN2,
     QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
@@ -38,6 +41,11 @@ _ROPE_KEYS = {
         "original_max_positions": "original_max_position_embeddings",
     },
 }
+
+
+YARN_SINCE = "4.57.0"
+"""Older versions of transformers compute YaRN otherwise: by the ratio of max_position_embeddings to
+original_max_position_embeddings in place of the factor, and before that by the former as the original length."""
 
 
 def to_hf_config(config: ModelConfig, arch: Architecture) -> dict[str, Any]:
@@ -65,9 +73,11 @@ def to_hf_config(config: ModelConfig, arch: Architecture) -> dict[str, Any]:
         keys = _ROPE_KEYS[config.rope_scaling.kind]
         scaling = {theirs: getattr(config.rope_scaling, ours) for ours, theirs in keys.items()}
         tree["rope_scaling"] = {"rope_type": config.rope_scaling.kind, **scaling}
+        if config.rope_scaling.kind == "yarn":
+            tree["transformers_version"] = YARN_SINCE
     if arch not in (LLAMA, GLM4_MOE):
         tree["sliding_window"] = config.sliding_window
-    if arch in (QWEN3, QWEN3_MOE, QWEN2_MOE, DOTS1):
+    if arch in (QWEN3, QWEN3_MOE, QWEN2, QWEN2_MOE, DOTS1):
         tree["use_sliding_window"] = config.sliding_window is not None
         tree["max_window_layers"] = 0 if config.sliding_window else config.num_layers
     if config.is_moe:
@@ -82,7 +92,7 @@ def to_hf_config(config: ModelConfig, arch: Architecture) -> dict[str, Any]:
         tree["decoder_sparse_step"] = config.moe_every
         tree["mlp_only_layers"] = list(range(config.first_dense_layers))
     if arch is QWEN2_MOE:
-        tree["qkv_bias"] = False
+        tree["qkv_bias"] = config.qkv_bias
         tree["shared_expert_intermediate_size"] = config.shared_expert_size
     if arch in (GLM4_MOE, DOTS1):
         assert config.expert_size
@@ -124,6 +134,8 @@ class _Rope(_Strict):
     attention_factor: Any = None
     mscale: Any = None
     mscale_all_dim: Any = None
+    full_attention: Any = None
+    sliding_attention: Any = None
 
 
 class _HFConfig(_Strict):
@@ -141,6 +153,8 @@ class _HFConfig(_Strict):
     initializer_range: Positive = 0.02
     tie_word_embeddings: bool = False
     use_qk_norm: bool = False
+    qkv_bias: bool = False
+    num_nextn_predict_layers: Count | None = None
 
     rope_theta: Positive = 1e4
     rope_scaling: _Rope | None = None
@@ -168,15 +182,13 @@ class _HFConfig(_Strict):
     routed_scaling_factor: Positive = 1.0
 
 
-_UNSUPPORTED: tuple[tuple[str, Any], ...] = (
-    ("attention_bias", False),
-    ("qkv_bias", False),
-    ("mlp_bias", False),
-    ("hidden_act", "silu"),
-    ("num_nextn_predict_layers", 0),
-    ("transformers_weights", None),
+_UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
+    ("attention_bias", False, " (biases of q, k and v without one of o are read from qwen2 and qwen2_moe)"),
+    ("mlp_bias", False, ""),
+    ("hidden_act", "silu", ""),
+    ("transformers_weights", None, ""),
 )
-"""Keys, and the one value that the decoder has."""
+"""Keys, the one value that the decoder has, and what can be read instead."""
 
 
 def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, Architecture]:
@@ -202,9 +214,9 @@ def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, 
     if arch is None:
         raise ConfigError(f"{where}: model_type {shown(kind)} is none of {', '.join(ARCHITECTURES)}")
     tree = {**arch.defaults, **tree}
-    for key, only in _UNSUPPORTED:
+    for key, only, instead in _UNSUPPORTED:
         if tree.get(key, only) != only:
-            raise ConfigError(f"{where}: {key}={shown(tree[key])} is not supported, only {shown(only)}")
+            raise ConfigError(f"{where}: {key}={shown(tree[key])} is not supported, only {shown(only)}{instead}")
     given = validated(_HFConfig, tree, where)
     try:
         return validated(ModelConfig, _values(given, arch), where), arch
@@ -229,13 +241,14 @@ def _values(given: _HFConfig, arch: Architecture) -> dict[str, Any]:
         "intermediate_size": given.intermediate_size,
         "max_positions": given.max_position_embeddings,
         "qk_norm": arch in (QWEN3, QWEN3_MOE, DOTS1) or given.use_qk_norm,
+        "qkv_bias": given.qkv_bias,
         "norm_eps": given.rms_norm_eps,
         "tie_embeddings": given.tie_word_embeddings,
         "init_std": given.initializer_range,
         "sliding_window": _window(given, arch),
         **_rope(given),
     }
-    if arch not in (LLAMA, QWEN3):
+    if arch not in DENSE:
         values["top_k"] = _needed(given, "num_experts_per_tok")
         values["expert_size"] = given.intermediate_size if arch is MIXTRAL else _needed(given, "moe_intermediate_size")
         values["norm_topk_prob"] = given.norm_topk_prob
@@ -264,13 +277,22 @@ def _needed(given: _HFConfig, key: str) -> Any:
 
 def _rope(given: _HFConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of 4."""
-    old, new = given.rope_scaling or _Rope(), given.rope_parameters or _Rope()
-    said = old.model_dump(exclude_none=True) | new.model_dump(exclude_none=True)
+    old, new = ((rope or _Rope()).model_dump(exclude_none=True) for rope in (given.rope_scaling, given.rope_parameters))
+    if old and new and old != new:
+        raise _NotSupported(
+            f"rope_scaling={shown(old)} and rope_parameters={shown(new)} differ: keep one, with rope_theta in it"
+        )
+    said = old or new
+    if own := [kind for kind in ("full_attention", "sliding_attention") if kind in said]:
+        raise _NotSupported(f"rope parameters of their own for {' and '.join(own)} are not supported")
     theta = said.get("rope_theta", given.rope_theta)
     partial = said.get("partial_rotary_factor", given.partial_rotary_factor)
     if partial not in (None, 1.0):
         raise _NotSupported(f"partial_rotary_factor={partial} is not supported, only 1.0")
-    kind = said.get("rope_type", said.get("type", "default"))
+    kind = said.get("rope_type", said.get("type"))
+    if kind is None and said.keys() - {"rope_theta", "partial_rotary_factor"}:
+        raise _NotSupported(f"rope scaling {shown(said)} lacks rope_type: default, {' or '.join(_ROPE_KEYS)}")
+    kind = kind or "default"
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in _ROPE_KEYS:
@@ -288,10 +310,10 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
 
 def _window(given: _HFConfig, arch: Architecture) -> int | None:
     window, layers = given.sliding_window, given.num_hidden_layers
-    used = window if arch in (MIXTRAL, DOTS1) else given.use_sliding_window
+    used = window if arch in (MISTRAL, MIXTRAL, DOTS1) else given.use_sliding_window
     if arch in (LLAMA, GLM4_MOE) or not used:
         return None
-    if arch in (QWEN3, QWEN2_MOE, DOTS1):
+    if arch in (QWEN2, QWEN3, QWEN2_MOE, DOTS1):
         first = given.max_window_layers
         slides = [(i < first and i % 2 == 0) if arch is QWEN2_MOE else i >= first for i in range(layers)]
         kinds = given.layer_types or ["sliding_attention" if slide else "full_attention" for slide in slides]

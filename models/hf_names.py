@@ -28,17 +28,24 @@ class Architecture:
 
 
 LLAMA = Architecture("LlamaForCausalLM", "llama")
-QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3")
-QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", "qwen3_moe")
+_QWEN = {"sliding_window": 4096, "max_position_embeddings": 32768}
+MISTRAL = Architecture(
+    "MistralForCausalLM", "mistral", defaults={"sliding_window": 4096, "max_position_embeddings": 131072}
+)
+QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", defaults={**_QWEN, "qkv_bias": True})
+QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", defaults=_QWEN)
+QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", "qwen3_moe", defaults=_QWEN)
 QWEN2_MOE = Architecture(
-    "Qwen2MoeForCausalLM", "qwen2_moe", defaults={"qkv_bias": True, "shared_expert_intermediate_size": 5632}
+    "Qwen2MoeForCausalLM",
+    "qwen2_moe",
+    defaults={**_QWEN, "qkv_bias": True, "shared_expert_intermediate_size": 5632},
 )
 MIXTRAL = Architecture(
     "MixtralForCausalLM",
     "mixtral",
     "block_sparse_moe",
     ("w1", "w3", "w2"),
-    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True},
+    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True, "max_position_embeddings": 131072},
 )
 # The experts of DeepSeek-V3 under an attention that the decoder has.
 GLM4_MOE = Architecture(
@@ -48,6 +55,7 @@ GLM4_MOE = Architecture(
     bias=True,
     defaults={
         "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 131072,
         "partial_rotary_factor": 0.5,
         "norm_topk_prob": True,
         "n_shared_experts": 1,
@@ -61,7 +69,8 @@ DOTS1 = Architecture(
     bias=True,
     defaults={"sliding_window": 4096, "max_window_layers": 62},
 )
-ARCHITECTURES = {a.model_type: a for a in (LLAMA, QWEN3, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GLM4_MOE, DOTS1)}
+DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3)
+ARCHITECTURES = {a.model_type: a for a in (*DENSE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GLM4_MOE, DOTS1)}
 
 
 def architecture(config: ModelConfig) -> Architecture:
@@ -74,15 +83,16 @@ def architecture(config: ModelConfig) -> Architecture:
         raise _no_export(
             "model.block_sparse", "set it to null; architectures there have full attention or a sliding window"
         )
+    if config.qkv_bias and (config.qk_norm or (config.is_moe and not config.shared_expert_gate)):
+        raise _no_export(
+            f"model.qkv_bias=true with model.qk_norm={str(config.qk_norm).lower()} "
+            f"model.num_experts={config.num_experts}",
+            "Qwen2 (dense) and Qwen2-MoE (shared_expert_gate=true) have that bias, and no qk_norm",
+        )
     if not config.is_moe:
-        if config.qk_norm:
-            return QWEN3
-        if config.sliding_window:
-            raise _no_export(
-                "a dense model with model.sliding_window and model.qk_norm=false",
-                "set sliding_window to null (Llama) or qk_norm to true (Qwen3)",
-            )
-        return LLAMA
+        if config.qk_norm or config.qkv_bias:
+            return QWEN3 if config.qk_norm else QWEN2
+        return MISTRAL if config.sliding_window else LLAMA
     if config.router == "hash":
         raise _no_export("model.router=hash", "set it to softmax or sigmoid")
     return _of_sigmoid(config) if config.router == "sigmoid" else _of_softmax(config)

@@ -15,7 +15,9 @@ def generator(name: str, seed: int) -> torch.Generator:
 
 
 def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """fp32 CPU tensor: ones for a vector (the weight of a norm), else normal(0, std)."""
+    """fp32 CPU tensor: zeros for a bias, ones for another vector (the weight of a norm), else normal(0, std)."""
+    if name.endswith(".bias"):
+        return torch.zeros(shape)
     if len(shape) == 1:
         return torch.ones(shape)
     return torch.empty(shape).normal_(0.0, std, generator=generator(name, seed))

@@ -79,8 +79,10 @@ def tensors(config: Config, stage: int = 0) -> Iterator[Tensor]:
         yield table
     for index in layers:
         yield Tensor(hidden, matrix=False)
-        for columns in (heads, kv, kv, heads):
+        for columns, bias in ((heads, model.qkv_bias), (kv, model.qkv_bias), (kv, model.qkv_bias), (heads, False)):
             yield Tensor(hidden * columns * size // tp)
+            if bias:
+                yield Tensor(columns * size // tp, matrix=False)
         if model.qk_norm:
             yield from [Tensor(size, matrix=False)] * 2
         yield Tensor(hidden, matrix=False)

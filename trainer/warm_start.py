@@ -37,7 +37,7 @@ class _Source:
 
 
 SHOWN_BY_NAMES_AND_SHAPES = {
-    "vocab_size", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm",
+    "vocab_size", "num_layers", "hidden_size", "num_kv_heads", "head_dim", "intermediate_size", "qk_norm", "qkv_bias",
     "tie_embeddings", "num_experts", "expert_size", "shared_expert_size", "shared_expert_gate", "moe_every",
     "first_dense_layers",
 }  # fmt: skip

@@ -76,7 +76,7 @@ def test_empty_file_is_the_default(tmp_path):
         ("train.sample_prompts=[a b, 'c=d']", "train.sample_prompts", ["a b", "c=d"]),
         ("plugins=[mine.py]", "plugins", ["mine.py"]),
         ("model.rope_scaling={kind: yarn, factor: 4}", "model.rope_scaling.factor", 4.0),
-        ("model.rope_scaling.kind=llama3", "model.rope_scaling.kind", "llama3"),
+        ("model.rope_scaling.factor=8", "model.rope_scaling.factor", 8.0),
         ("run.name=2026-01-05", "run.name", "2026-01-05"),
         ("run.name=007", "run.name", "007"),
         ("run.name=1e3", "run.name", "1e3"),

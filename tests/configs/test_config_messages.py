@@ -12,7 +12,7 @@ WRONG = {
     "train.lr=1e-3": "unknown key train.lr: did you mean optim.lr?",
     "train.spike.windw=9": "unknown key train.spike.windw: did you mean window?",
     "data.prepare.tokeniser=x": "unknown key data.prepare.tokeniser: did you mean tokenizer?",
-    "model.rope_scaling.kin=yarn": "unknown key model.rope_scaling.kin: did you mean kind?",
+    "model.rope_scaling={kin: yarn, factor: 2}": "unknown key model.rope_scaling.kin: did you mean kind?",
     "data.path=[{pth: a}]": "unknown key data.path.0.pth: did you mean path?",
     "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean weight?",
     "xyz=1": "unknown key xyz: known here: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
@@ -58,6 +58,8 @@ WRONG = {
     "train=3": "train=3: should be a section of keys: steps, global_batch, micro_batch, seq_len, ...",
     "model.rope_scaling=yarn": 'model.rope_scaling="yarn": should be a section of keys: kind, factor, '
     "original_max_positions, low_freq_factor, ...",
+    "model.rope_scaling.kind=yarn": 'model.rope_scaling.factor is missing in {"kind": "yarn"}',
+    "model.rope_scaling={kind: linear, factor: null}": "model.rope_scaling.factor=null: should be a number",
     "train.compile=7": "train.compile=7: should be true or false",
     # text or a list
     "data.path=null": "data.path=null: should be text or a list",

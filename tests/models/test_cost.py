@@ -15,6 +15,7 @@ CONFIGS = {
     "tied": {"tie_embeddings": True, "num_kv_heads": 4},
     "every second, shared": {"num_layers": 5, "moe_every": 2, "first_dense_layers": 2, "shared_expert_size": 24},
     "no qk-norm": {"qk_norm": False, "top_k": 1},
+    "biases": {"qk_norm": False, "qkv_bias": True},
 }
 
 
@@ -28,8 +29,8 @@ def test_parameters(changes):
     assert counts.total == sum(sizes.values())
     assert counts.experts == part(".experts.")
     assert counts.router == part("mlp.gate.weight")
-    assert counts.norms == part("norm")
-    assert counts.attention == part("q_proj", "k_proj", "v_proj", "o_proj")
+    assert counts.norms == part("norm", ".bias")
+    assert counts.attention == part(*(f"{name}_proj.weight" for name in ("self_attn.q", "k", "v", "o")))
     assert counts.without_embeddings == counts.total - part("embed_tokens", "lm_head")
     unused = counts.experts * (config.num_experts - config.top_k) // config.num_experts if config.is_moe else 0
     assert counts.active == counts.total - unused

@@ -110,13 +110,14 @@ def test_checkpointing_changes_nothing(num_experts):
 
 
 def test_first_weights_depend_on_seed_and_name_only():
-    config = tiny.config(shared_expert_size=8)
+    config = tiny.config(shared_expert_size=8, qkv_bias=True)
     one, two, other = tiny.model(config), tiny.model(config), tiny.model(config, seed=1)
     with torch.device("meta"):
         assert all(p.is_meta for p in build(config).parameters())
     for (name, a), (_, b), (_, c) in zip(*(m.named_parameters() for m in (one, two, other)), strict=True):
         assert torch.equal(a, b), name
         assert a.ndim == 1 or not torch.equal(a, c), name
+    assert not one.model.layers[0].self_attn.k_proj.bias.any()
     std = one.model.layers[0].mlp.experts.gate_up_proj.std()
     assert abs(float(std.detach()) - 0.2) < 0.02
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from configs import BlockSparse, ConfigError, RopeScaling
 from models.families import build
 from models.hf import export_hf, import_hf
+from models.hf_config import from_hf_config
 from models.hf_names import bias_name
 from models.router import choosers
 
@@ -37,6 +38,18 @@ CASES = {
     "llama tied llama3": (
         "LlamaForCausalLM", {"num_experts": 0, "qk_norm": False, "tie_embeddings": True, "rope_scaling": LLAMA3},
     ),
+    "mistral": ("MistralForCausalLM", {"num_experts": 0, "qk_norm": False, "sliding_window": 7, "head_dim": 16}),
+    "mistral tied yarn": (
+        "MistralForCausalLM",
+        {"num_experts": 0, "qk_norm": False, "sliding_window": 7, "tie_embeddings": True, "rope_scaling": YARN},
+    ),
+    "qwen2": ("Qwen2ForCausalLM", {"num_experts": 0, "qk_norm": False, "qkv_bias": True}),
+    "qwen2 tied window": (
+        "Qwen2ForCausalLM",
+        {"num_experts": 0, "qk_norm": False, "qkv_bias": True, "tie_embeddings": True, "sliding_window": 7,
+         "rope_scaling": YARN},
+    ),
+    "qwen2-moe bias": ("Qwen2MoeForCausalLM", {**QWEN2, "qkv_bias": True}),
     "llama linear": ("LlamaForCausalLM", {"num_experts": 0, "qk_norm": False, "rope_scaling": LINEAR}),
     "mixtral": ("MixtralForCausalLM", {"qk_norm": False, "rope_theta": 5e4}),
     "mixtral window": ("MixtralForCausalLM", {"qk_norm": False, "sliding_window": 7, "norm_eps": 1e-4}),
@@ -66,8 +79,12 @@ def theirs(folder):
 
 
 def biased(config):
-    """A model whose balancing biases, if it has any, are large enough to change choices."""
+    """A model whose biases, if it has any, are large enough to show: of q, k and v, and those that balance experts."""
     module = tiny.model(config)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if name.endswith("_proj.bias"):
+            parameter.data.normal_(0.0, 0.5, generator=generator)
     for chooser in choosers(module):
         if chooser.bias is not None:
             generator = torch.Generator().manual_seed(chooser.layer)
@@ -205,7 +222,8 @@ def test_stacked_experts_are_read_too(tmp_path):
         ({"router": "sigmoid", "shared_expert_size": 16, "shared_expert_gate": True}, "shared_expert_gate=true"),
         ({"router": "sigmoid", "sliding_window": 5, "qk_norm": False}, "sliding_window=5 model.qk_norm=false"),
         ({"router": "sigmoid", "num_experts": 1, "top_k": 1}, "num_experts=1"),
-        ({"num_experts": 0, "qk_norm": False, "sliding_window": 5}, "sliding_window"),
+        ({"num_experts": 0, "qkv_bias": True}, "qkv_bias=true with model.qk_norm=true"),
+        ({"qk_norm": False, "qkv_bias": True}, "qkv_bias=true with model.qk_norm=false model.num_experts=4"),
         ({"block_sparse": BlockSparse()}, "block_sparse"),
     ],
 )
@@ -221,8 +239,8 @@ def test_import_refuses(tmp_path):
     export_hf(tiny.model(config), config, tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
-        ({"model_type": "gpt2"}, "gpt2"),
-        ({"attention_bias": True}, "attention_bias"),
+        ({"model_type": "gpt2"}, "gpt2.* is none of llama, mistral, qwen2, qwen3"),
+        ({"attention_bias": True}, "attention_bias=true is not supported.*read from qwen2"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 1}, "unknown"),
         ({"mlp_only_layers": [1]}, "mlp_only_layers"),
@@ -243,8 +261,6 @@ def test_import_refuses_what_deepseek_style_models_have_beside_their_experts(tmp
     for changes, message in (
         (transformers.DeepseekV3Config().to_dict(), '"deepseek_v3" has multi-head latent attention .kv_lora_rank=512'),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
-        ({"num_nextn_predict_layers": 1}, "num_nextn_predict_layers=1"),
-        ({"model_type": "qwen2_moe", "qkv_bias": True}, "qkv_bias"),
         ({"first_k_dense_replace": 0}, "missing"),
         ({"n_shared_experts": 0}, "6 unknown"),
         ({"n_group": 3}, "expert_groups=3"),
@@ -260,3 +276,56 @@ def test_import_refuses_what_deepseek_style_models_have_beside_their_experts(tmp
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"1 missing .*layers\.1\.mlp\.gate\.e_score_correction_bias"):
         import_hf(tmp_path)
+
+
+def test_layers_for_the_prediction_of_more_tokens_are_left_out(tmp_path):
+    """As transformers leaves them out, for the layer that GLM-4.5 has: its key alone is no reason to refuse."""
+    config, batch = tiny.config(**DEEPSEEK), tiny.batch()
+    module = biased(config)
+    export_hf(module, config, tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(tree))
+    tensors = load_file(tmp_path / "model.safetensors")
+    more = {"model.layers.3.eh_proj.weight": torch.zeros(2), "model.layers.3.shared_head.norm.weight": torch.zeros(2)}
+    for beyond in ({}, more):
+        save_file(tensors | beyond, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        found, weights = import_hf(tmp_path)
+        again = build(found)
+        load(again, weights)
+        with torch.no_grad():
+            assert torch.equal(again.logits(batch), module.logits(batch))
+    save_file(tensors | {"model.layers.4.eh_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"1 unknown .*layers\.4\.eh_proj"):
+        import_hf(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe"])
+def test_keys_that_config_json_lacks_mean_what_transformers_takes(tmp_path, kind):
+    """The window of a model that slides, the base of its positions and the eps of its norms have defaults there."""
+    sizes = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 8, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "use_sliding_window": True,
+        "max_window_layers": 2 if kind == "Qwen2Moe" else 0, "layer_types": None,
+    }  # fmt: skip
+    theirs = getattr(transformers, f"{kind}Config")
+    tree = {"model_type": theirs.model_type, **sizes}
+    if kind == "Qwen2Moe":
+        tree |= {"num_hidden_layers": 1}
+    expected = theirs(**tree)
+    found, _ = from_hf_config(tree)
+    assert found.sliding_window == expected.sliding_window
+    assert found.norm_eps == expected.rms_norm_eps
+    assert found.rope_theta == expected.rope_parameters["rope_theta"]
+    assert found.max_positions == expected.max_position_embeddings
+    assert found.tie_embeddings == expected.tie_word_embeddings
+
+
+def test_a_yarn_export_names_the_versions_that_read_it(tmp_path, capsys):
+    config = tiny.config(num_experts=0, rope_scaling=YARN)
+    export_hf(tiny.model(config), config, tmp_path / "yarn")
+    assert "has YaRN positions, which transformers reads as they were trained from 4.57" in capsys.readouterr().err
+    assert json.loads((tmp_path / "yarn" / "config.json").read_text())["transformers_version"] == "4.57.0"
+    config = tiny.config(num_experts=0, rope_scaling=LINEAR)
+    export_hf(tiny.model(config), config, tmp_path / "linear")
+    assert capsys.readouterr().err == ""

@@ -48,7 +48,7 @@ MODELS = {
         "shared_expert_gate": True,
         "num_layers": 5, "num_experts": 4, "moe_every": 2, "first_dense_layers": 2, "shared_expert_size": 24,
     },
-    "tied, no qk-norm": {"tie_embeddings": True, "qk_norm": False},
+    "tied, no qk-norm, biases": {"tie_embeddings": True, "qk_norm": False, "qkv_bias": True},
 }  # fmt: skip
 
 

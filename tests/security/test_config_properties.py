@@ -168,7 +168,7 @@ MOE = LLAMA | {
     "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1,
     "routed_scaling_factor": 1.0, "partial_rotary_factor": 1.0, "num_local_experts": 4, "use_qk_norm": True,
 }  # fmt: skip
-KINDS = ("llama", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "dots1")
+KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "qwen2_moe", "mixtral", "glm4_moe", "dots1")
 ropes = st.fixed_dictionaries(
     {"rope_type": st.sampled_from(["linear", "llama3", "yarn", "default"]) | scalars},
     optional=dict.fromkeys(("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow",

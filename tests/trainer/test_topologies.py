@@ -12,7 +12,7 @@ from configs import Config, resolve
 from trainer.checkpoint import Reader
 
 STEPS = 20
-MODELS = {"dense": {"num_experts": 0}, "moe": {"num_experts": 4, "shared_expert_size": 32}}
+MODELS = {"dense": {"num_experts": 0, "qkv_bias": True}, "moe": {"num_experts": 4, "shared_expert_size": 32}}
 OPTIMIZERS = {
     "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
     "adamw": {"name": "adamw", "lr": 1e-3, "eps": 1e-6},
