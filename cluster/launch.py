@@ -15,7 +15,16 @@ from trainer.forecast import refuse_too_large
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
-from trainer.run import attempts, is_finished, prepare_run, read_config, request_stop, resolve_config, run_lock
+from trainer.run import (
+    attempts,
+    followed,
+    is_finished,
+    prepare_run,
+    read_config,
+    request_stop,
+    resolve_config,
+    run_lock,
+)
 from trainer.terminal import Console
 
 from .failures import Final
@@ -52,12 +61,15 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
         if not node.gpus:
             refuse_too_large(asked, torch.device("cpu"), memory_bytes())
     run_dir = prepare_run(config, fork=fork)
+    notes = followed(run_dir, config)
     config = read_config(run_dir)
     out = Console(soft_wrap=True)
     if is_finished(run_dir):
         out.print(f"run {config.run.name} is finished ({config.train.steps} steps): raise train.steps to go on")
         return FINISHED
     out.print(f"run {config.run.name} in {run_dir}")
+    for note in notes:
+        out.print(note)
 
     attempts_before = attempts(run_dir)
     job = _Job(config, run_dir, address, node)

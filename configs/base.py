@@ -17,7 +17,8 @@ from pydantic import (
 from .credentials import mask_all
 from .parse import CONTROL
 
-Size = Annotated[int, Field(gt=0, le=2**24)]
+LARGEST = 2**24
+Size = Annotated[int, Field(gt=0, le=LARGEST)]
 """Of one dimension of a model: more than any has, and little enough to plan at once."""
 Length = Annotated[int, Field(gt=0, le=2**30)]
 """Of a sequence, in tokens."""

@@ -1,5 +1,6 @@
 """From a preset or YAML file and `key=value` overrides to a validated `Config`."""
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from .base import ConfigError
 from .designs import DESIGNS
 from .explain import annotation_of, explain, is_text, shown
+from .follow import dotted, follow
 from .parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
 from .run import Config
 
@@ -35,9 +37,14 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value out of range.
     """
-    tree = read_tree(name)
-    override(tree, overrides, Config, "train.steps=100")
-    return from_dict(tree, where=str(name))
+    overrides = tuple(overrides)
+    layers = _layers(name)
+    tree, preset = _merged(layers), _merged(each for each in layers if _is_preset(each))
+    own = _merged(each for each in layers if not _is_preset(each))
+    for keys in (tree, own):
+        override(keys, overrides, Config, "train.steps=100")
+    defaults = follow(tree, preset, dotted(own))
+    return from_dict(tree, where=str(name)).with_defaults(defaults)
 
 
 Validated = TypeVar("Validated", bound=BaseModel)
@@ -86,8 +93,28 @@ class _Dumper(yaml.SafeDumper):
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
-def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+Layer = tuple[Path, dict[str, Any]]
+"""A file, and the keys that it sets."""
+
+
+def read_tree(name: str | Path) -> dict[str, Any]:
     """The keys of a preset or YAML file over those of its `base`, not validated yet. Raises ConfigError."""
+    return _merged(_layers(name))
+
+
+def _merged(layers: Iterable[Layer]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for _, keys in layers:
+        merge(tree, copy.deepcopy(keys))
+    return tree
+
+
+def _is_preset(layer: Layer) -> bool:
+    return layer[0].parent == PRESETS
+
+
+def _layers(name: str | Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
+    """A preset or YAML file, after its `base`. Raises ConfigError."""
     path = Path(name)
     if not path.suffix and str(name) in preset_names():
         path = PRESETS / f"{name}.yaml"
@@ -107,12 +134,11 @@ def read_tree(name: str | Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         )
     base = tree.pop("base", None)
     if base is None:
-        return tree
+        return [(path, tree)]
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base={shown(base)}: should be a preset's name or the path of a YAML file")
     beside = path.parent / base
-    below = read_tree(beside if is_file(beside) else base, (*seen, path.resolve()))
-    return merge(below, tree)
+    return [*_layers(beside if is_file(beside) else base, (*seen, path.resolve())), (path, tree)]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -162,15 +162,19 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.num_experts and self.top_k > self.num_experts:
-            raise ValueError(f"model.top_k is {self.top_k} but model.num_experts is {self.num_experts}: lower top_k")
+            raise ValueError(
+                f"model.top_k is {self.top_k} but model.num_experts is {self.num_experts}: "
+                f"set model.top_k={self.num_experts} or lower"
+            )
         if self.num_kv_heads and self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"model.num_heads ({self.num_heads}) is not a multiple of model.num_kv_heads ({self.num_kv_heads})"
+                f"model.num_heads ({self.num_heads}) is not a multiple of model.num_kv_heads ({self.num_kv_heads}): "
+                f"set model.num_kv_heads={math.gcd(self.num_heads, self.num_kv_heads)}"
             )
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(
                 f"model.hidden_size ({self.hidden_size}) is not a multiple of model.num_heads ({self.num_heads}): "
-                "set model.head_dim"
+                f"set model.head_dim={max(self.hidden_size // self.num_heads // 2 * 2, 2)}"
             )
         if self.head_dim is not None and self.head_dim % 2:
             raise ValueError(f"model.head_dim is {self.head_dim}: rotary positions need an even one")

@@ -22,7 +22,9 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     Raises:
         ConfigError: sections that do not go together.
     """
-    notes: list[str] = []
+    values = flatten(config)
+    derived = ("train.micro_batch", "parallel.dp")  # below, with notes of their own
+    notes = [f"{key}={values[key]}: {why}" for key, why in config.defaults.items() if why and key not in derived]
     model, train, parallel, cluster = config.model, config.train, config.parallel, config.cluster
 
     def derive(section: str, key: str, value: object, why: str) -> object:
@@ -35,10 +37,13 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             raise ConfigError("model.vocab_size is not set and no prepared data name a tokenizer: set model.vocab_size")
         rounded = -(-vocab_size // 64) * 64
         changes["vocab_size"] = derive("model", "vocab_size", rounded, f"tokenizer's {vocab_size}, a multiple of 64")
+    elif vocab_size is not None and vocab_size > model.vocab_size and "model.vocab_size" in config.defaults:
+        why = f"the preset's {model.vocab_size} are fewer than the tokenizer's {vocab_size}"
+        changes["vocab_size"] = derive("model", "vocab_size", -(-vocab_size // 64) * 64, why)
     elif vocab_size is not None and vocab_size > model.vocab_size:
         raise ConfigError(
             f"model.vocab_size is {model.vocab_size} but the tokenizer of data.path has {vocab_size} tokens: "
-            f"raise model.vocab_size"
+            f"set model.vocab_size={-(-vocab_size // 64) * 64}"
         )
     if model.num_kv_heads is None:
         changes["num_kv_heads"] = derive("model", "num_kv_heads", model.num_heads, "model.num_heads")
@@ -104,14 +109,24 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         notes.append("checkpoint.every=auto: set as the run goes on, by what a checkpoint costs and how often it fails")
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")
-    if config.optim.warmup > train.steps:
-        raise ConfigError(f"optim.warmup ({config.optim.warmup}) is longer than train.steps ({train.steps})")
+    warmup, decay = config.optim.warmup, config.optim.decay_steps
+    if warmup > train.steps:
+        raise ConfigError(
+            f"optim.warmup ({warmup}) is longer than train.steps ({train.steps}): "
+            f"set optim.warmup={train.steps // 10}, or train.steps={10 * warmup}"
+        )
+    if config.optim.schedule == "wsd" and decay and warmup + decay > train.steps:
+        raise ConfigError(
+            f"optim.warmup ({warmup}) and optim.decay_steps ({decay}) are longer than train.steps ({train.steps}): "
+            f"set optim.decay_steps={max((train.steps - warmup) // 5, 1)}, or train.steps={warmup + decay}"
+        )
     if train.profile.start and (last := train.profile.start + train.profile.steps - 1) > train.steps:
         raise ConfigError(
             f"train.profile asks for steps {train.profile.start} to {last} but the run ends at step {train.steps}: "
-            "lower train.profile.start or train.profile.steps"
+            f"lower train.profile.start or train.profile.steps, or set train.steps={last}"
         )
-    return config.model_copy(update={"model": model, "train": train, "parallel": parallel}), notes
+    resolved = config.model_copy(update={"model": model, "train": train, "parallel": parallel})
+    return resolved.with_defaults({}), notes
 
 
 def with_workers(config: Config, workers: int) -> Config:

@@ -2,7 +2,7 @@
 
 import re
 
-from pydantic import Field, field_validator
+from pydantic import Field, PrivateAttr, field_validator
 
 from .base import Section, file_path
 from .checkpoint import CheckpointConfig
@@ -53,6 +53,23 @@ class Config(Section):
     cluster: ClusterConfig = ClusterConfig()
     plugins: tuple[str, ...] = Field(())
     """Python modules (`package.module`) or files (`path/to/file.py`) imported before the model is built."""
+
+    _defaults: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """The keys that a preset chose and the user did not, and why where it is another value than the preset's."""
+        return self._defaults
+
+    def __eq__(self, other: object) -> bool:
+        """By the values alone, whoever chose them."""
+        return isinstance(other, Config) and super().__eq__(other.with_defaults(self._defaults))
+
+    def with_defaults(self, defaults: dict[str, str]) -> "Config":
+        """The same config, of which these keys are a preset's choice."""
+        config = self.model_copy()
+        config._defaults = defaults
+        return config
 
     @field_validator("plugins")
     @classmethod

@@ -100,7 +100,8 @@ class TrainConfig(Section):
     def _check(self):
         if self.micro_batch and self.micro_batch > self.global_batch:
             raise ValueError(
-                f"train.micro_batch ({self.micro_batch}) is larger than train.global_batch ({self.global_batch})"
+                f"train.micro_batch ({self.micro_batch}) is larger than train.global_batch ({self.global_batch}): "
+                f"set train.micro_batch={self.global_batch}"
             )
         if self.upcycle and not self.init_from:
             raise ValueError("train.upcycle needs train.init_from, the dense model whose MLPs become experts")

@@ -21,7 +21,7 @@ from .loop import TrainingStopped, train
 from .output import output_kept
 from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
-from .run import is_finished, prepare_run, read_config
+from .run import followed, is_finished, prepare_run, read_config
 from .terminal import Console, guard
 from .tracking import read_state
 
@@ -42,6 +42,8 @@ def main() -> int:
         if is_finished(run_dir):
             _say(f"{run_dir} is finished")
             return 0
+        for note in followed(run_dir, config):
+            _say(note)
         chief = dist.get_rank() == 0
         terminal = Console(file=os.fdopen(os.dup(1), "w", buffering=1))
         view = ProgressView(read_config(run_dir).train.steps, console=terminal)

@@ -95,6 +95,7 @@ def prepare_run(
     submitted = _seconds(os.environ[SUBMITTED]) if began is None and SUBMITTED in os.environ else None
     hand_down_password(config)
     load_plugins(config.plugins)
+    config = _as_it_began(config)
     with torch.device("meta"):
         planned = resolve_config(config, prepare=False)[0]
         check_precision(build(planned.model), planned)  # what cannot be built shows before anything else
@@ -153,6 +154,39 @@ def prepare_run(
             record.event(name, **details)
         record.close()
     return run_dir
+
+
+def followed(run_dir: Path, config: Config) -> list[str]:
+    """What became of a preset's values that did not go with the user's, a line each.
+
+    Args:
+        config: as the user wrote it; `prepare_run` has made the run of it.
+    """
+    resolved = [event for event in read_events(run_dir) if event["event"] == "resolved"]
+    return [note for note in resolved[-1]["derived"] if note.partition("=")[0] in config.defaults] if resolved else []
+
+
+def _as_it_began(config: Config) -> Config:
+    """With the warmup of the run that exists, where the user asks for none: a preset's follows train.steps, which a run
+    may change, and its own may not.
+
+    Raises:
+        ConfigError: the run cannot have so few steps.
+    """
+    run_dir = Path(config.run.root).expanduser() / config.run.name
+    if "optim.warmup" not in config.defaults or not (run_dir / CONFIG).is_file() or not attempts(run_dir):
+        return config
+    warmup = read_config(run_dir).optim.warmup
+    if warmup > config.train.steps:
+        raise ConfigError(
+            f"run {config.run.name} exists with optim.warmup={warmup}, longer than train.steps ({config.train.steps}): "
+            f"for a new run set run.name"
+        )
+    why = "as the run began with" if warmup != config.optim.warmup else ""
+    defaults = config.defaults | {"optim.warmup": why}
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup": warmup})}).with_defaults(
+        defaults
+    )
 
 
 def _seconds(text: str) -> float:

@@ -47,7 +47,7 @@ def test_file_over_base_over_base(tmp_path):
     (tmp_path / "yours.yaml").write_text("base: mine.yaml\ntrain:\n  steps: 8\n")
     quick, yours = load("quickstart"), load(tmp_path / "yours.yaml")
     changed = {key: value for key, value in flatten(yours).items() if flatten(quick)[key] != value}
-    assert changed == {"run.name": "mine", "train.steps": 8, "train.seq_len": 64}
+    assert changed == {"run.name": "mine", "train.steps": 8, "train.seq_len": 64, "optim.warmup": 0}
 
 
 def test_lists_of_a_file_replace_those_of_its_base(tmp_path):

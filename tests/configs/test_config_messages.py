@@ -70,10 +70,10 @@ WRONG = {
     # what a section checks as a whole
     "run.name=a b": "run.name=\"a b\": letters, digits, '.', '_' and '-' only, as it names a folder",
     "run.name=../x": "run.name=\"../x\": letters, digits, '.', '_' and '-' only, as it names a folder",
-    "train.micro_batch=100": "train.micro_batch (100) is larger than train.global_batch (8)",
-    "model.top_k=9": "model.top_k is 9 but model.num_experts is 8: lower top_k",
-    "model.num_kv_heads=5": "model.num_heads (6) is not a multiple of model.num_kv_heads (5)",
-    "model.hidden_size=100": "model.hidden_size (100) is not a multiple of model.num_heads (6): set model.head_dim",
+    "train.micro_batch=100": "train.micro_batch (100) is larger than train.global_batch (8): set train.micro_batch=8",
+    "model.top_k=9": "model.top_k is 9 but model.num_experts is 8: set model.top_k=8 or lower",
+    "model.num_kv_heads=5": "model.num_heads (6) is not a multiple of model.num_kv_heads (5): set model.num_kv_heads=1",
+    "model.num_heads=5": "model.hidden_size (192) is not a multiple of model.num_heads (5): set model.head_dim=38",
     "model.block_sparse.local_blocks=0": "model.block_sparse.local_blocks=0: should be greater than 0",
     "model.block_sparse.blocks=8": "unknown key model.block_sparse.blocks: did you mean block?",
     "model={sliding_window: 4, block_sparse: {}}": "model.sliding_window (4) and model.block_sparse are two patterns "

@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import Config, ConfigError, differences, from_dict, load, resolve, with_workers, worker_counts
+from configs import Config, ConfigError, differences, flatten, from_dict, load, resolve, with_workers, worker_counts
 
 
 def made(**sections):
@@ -89,7 +89,15 @@ REFUSED = {
         made(optim={"schedule": "exponential", "min_lr_ratio": 0.0}),
         r"optim\.schedule=exponential never reaches 0: set optim\.min_lr_ratio above 0",
     ),
-    "long warmup": (made(optim={"warmup": 1001}), r"optim\.warmup \(1001\) is longer than train\.steps \(1000\)"),
+    "long warmup": (
+        made(optim={"warmup": 1001}),
+        r"optim\.warmup \(1001\) is longer than train\.steps \(1000\): set optim\.warmup=100, or train\.steps=10010",
+    ),
+    "long decay": (
+        made(optim={"warmup": 300, "schedule": "wsd", "decay_steps": 701}),
+        r"optim\.warmup \(300\) and optim\.decay_steps \(701\) are longer than train\.steps \(1000\): "
+        r"set optim\.decay_steps=140, or train\.steps=1001",
+    ),
 }
 
 
@@ -101,7 +109,10 @@ def test_refused(config, message):
 
 
 def test_tokenizer_larger_than_the_embedding():
-    with pytest.raises(ConfigError, match=r"model\.vocab_size is 320 but the tokenizer of data\.path has 321 tokens"):
+    with pytest.raises(
+        ConfigError,
+        match=r"is 320 but the tokenizer of data\.path has 321 tokens: set model\.vocab_size=384",
+    ):
         resolve(made(), vocab_size=321)
     assert resolve(made(), vocab_size=320)[0].model.vocab_size == 320
 
@@ -109,7 +120,64 @@ def test_tokenizer_larger_than_the_embedding():
 def test_edge_of_what_is_allowed():
     resolve(made(train={"global_batch": 4}, parallel={"dp": 4}))
     resolve(made(optim={"warmup": 1000}))
+    resolve(made(optim={"warmup": 300, "schedule": "wsd", "decay_steps": 700}))
+    resolve(made(optim={"decay_steps": 2000}))  # of no use to a cosine
     resolve(made(model={"max_positions": 256}))
+
+
+@pytest.mark.parametrize(
+    ("preset", "override", "followed"),
+    [
+        ("quickstart", "train.steps=10", {"optim.warmup": 1}),
+        ("quickstart", "train.steps=1e1", {"optim.warmup": 1}),
+        ("quickstart", "train.steps='10'", {"optim.warmup": 1}),
+        ("quickstart", "train.steps=1", {"optim.warmup": 0}),
+        ("quickstart", "train.steps=399", {"optim.warmup": 39}),
+        ("quickstart", "train.steps=400", {}),
+        ("quickstart", "train.steps=1000", {}),
+        ("dense-7b", "train.steps=100", {"optim.warmup": 10}),
+        ("dense-small", "train.steps=100", {"optim.warmup": 10}),
+        ("quickstart", "model.hidden_size=256", {"model.num_heads": 8}),  # heads of 32, as in the preset
+        ("moe-1b-a300m", "model.hidden_size=100", {"model.num_heads": 2, "model.num_kv_heads": 2}),
+        ("quickstart", "model.num_heads=3", {"model.num_kv_heads": 1}),
+        ("quickstart", "model.num_heads=8", {}),
+        ("moe-1b-a300m", "model.num_experts=4", {"model.top_k": 4}),
+        ("moe-1b-a300m", "train.global_batch=16", {"train.micro_batch": 2}),
+        ("moe-1b-a300m", "cluster.workers=[2,4]", {"parallel.dp": 4}),
+    ],
+)
+def test_what_a_preset_chose_follows_the_key_that_is_changed(preset, override, followed):
+    key = override.partition("=")[0]
+    before, _ = resolve(load(preset), vocab_size=4096)
+    after, notes = resolve(load(preset, [override]), vocab_size=4096)
+    old, new = flatten(before), flatten(after)
+    changed = {each: new[each] for each in old if old[each] != new[each] and each != key}
+    given = {each: value for each, value in changed.items() if flatten(load(preset))[each] is not None}
+    assert given == followed
+    told = {note.partition(":")[0] for note in notes}
+    assert {f"{each}={value}" for each, value in followed.items()} <= told
+    assert resolve(after) == (after, []), "nothing follows twice"
+
+
+def test_a_users_own_value_never_follows(tmp_path):
+    """Not the one that is given beside the change, nor one of the user's file."""
+    with pytest.raises(ConfigError, match=r"set optim\.warmup=1, or train\.steps=500"):
+        resolve(load("quickstart", ["train.steps=10", "optim.warmup=50"]), vocab_size=4096)
+    (tmp_path / "mine.yaml").write_text("base: quickstart\ntrain: {steps: 500}\noptim: {warmup: 60}\n")
+    with pytest.raises(ConfigError, match=r"optim\.warmup \(60\) is longer than train\.steps \(10\)"):
+        resolve(load(tmp_path / "mine.yaml", ["train.steps=10"]), vocab_size=4096)
+    (tmp_path / "ours.yaml").write_text("base: quickstart\ntrain: {steps: 20}\n")
+    assert resolve(load(tmp_path / "ours.yaml"), vocab_size=4096)[0].optim.warmup == 2
+    with pytest.raises(ConfigError, match=r"model\.top_k is 2 but model\.num_experts is 1: set model\.top_k=1"):
+        load("quickstart", ["model.num_experts=1", "model.top_k=2"])
+
+
+def test_a_presets_vocabulary_grows_with_the_tokenizer():
+    resolved, notes = resolve(load("moe-8x7b"), vocab_size=50_000)
+    assert resolved.model.vocab_size == 50_048
+    assert notes[0] == "model.vocab_size=50048: the preset's 32000 are fewer than the tokenizer's 50000"
+    with pytest.raises(ConfigError, match=r"set model\.vocab_size=50048"):
+        resolve(load("moe-8x7b", ["model.vocab_size=32000"]), vocab_size=50_000)
 
 
 ALLOWED = {

@@ -10,11 +10,11 @@ from faults import kill_at_step, kill_in, poison, raise_loss, trained
 from support import tiny, train_in_process
 from teams import in_team
 
-from configs import ConfigError
+from configs import ConfigError, load
 from trainer import checkpoint
 from trainer.checkpoint import Reader
-from trainer.record import read_events, read_metrics
-from trainer.run import prepare_run
+from trainer.record import Record, read_events, read_metrics
+from trainer.run import prepare_run, read_config
 
 STEPS = 8
 PHASES = [
@@ -68,6 +68,24 @@ def clean(tmp_path_factory, tiny_data):
 def assert_same(run_dir, clean):
     assert losses(run_dir) == losses(clean)
     assert final_state(run_dir) == final_state(clean)
+
+
+def test_a_presets_warmup_stays_that_of_the_run(tmp_path, tiny_data):
+    """It follows train.steps, which a run may change, and its own may not."""
+    tiny_model = [f"run.root={tmp_path}", f"data.path={tiny_data}", "model.hidden_size=32", "tracking.enabled=false"]
+
+    def asked(*overrides):
+        return load("quickstart", [*tiny_model, *overrides])
+
+    run_dir = prepare_run(asked("train.steps=10"))
+    assert read_config(run_dir).optim.warmup == 1
+    assert read_config(prepare_run(asked("train.steps=30"))).optim.warmup == 3, "it has not begun"
+    Record(run_dir, 1).event("attempt_started", inputs=[])
+    assert read_config(prepare_run(asked())).optim.warmup == 3
+    with pytest.raises(ConfigError, match=r"optim\.warmup was 3 and is now 50"):
+        prepare_run(asked("optim.warmup=50"))
+    with pytest.raises(ConfigError, match=r"exists with optim\.warmup=3, longer than train\.steps \(2\)"):
+        prepare_run(asked("train.steps=2"))
 
 
 def test_record_of_a_clean_run(clean):
