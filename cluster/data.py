@@ -17,13 +17,13 @@ app = typer.Typer(help="Prepare and look at training data.", no_args_is_help=Tru
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="Text, JSONL or Parquet: files, folders, globs, .gz, .zst.")],
+    inputs: Annotated[list[str], typer.Argument(help="Text, JSON, CSV, Parquet: files, folders, globs; packed too.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
     tokenizer: Annotated[str, typer.Option(help="bytes, bpe (trained on the data) or a tokenizer.json.")] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
     held_out: Annotated[float, typer.Option(help="Share of the documents that training does not see.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the split by document.")] = 0,
-    text_key: Annotated[str, typer.Option(help="Key or column that holds the text.")] = "text",
+    text_key: Annotated[str, typer.Option(help="Key or column of the text, or meta.text.")] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; one per processor if not given.", min=1)] = None,
     limit: Annotated[
         list[str] | None,

@@ -109,7 +109,7 @@ def test_a_dictionary_that_names_one_text_a_million_times_is_read_one_by_one(tmp
 
 
 def test_many_values_in_one_json_object(tmp_path, monkeypatch):
-    monkeypatch.setattr(encode, "JSON_VALUES", 1000)
+    monkeypatch.setattr(encode, "RECORD_VALUES", 1000)
     texts = [{"text": "[,{" * 1000}, {"text": "good", "extra": [[]] * 2000}, {"text": 'quo"te\\' * 900}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in texts))
     made = go([tmp_path / "x.jsonl"], tmp_path / "out")

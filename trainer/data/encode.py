@@ -6,18 +6,17 @@ import mmap
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing.connection import Connection
 
 import numpy as np
 
 from .child import MIB, Bounds
+from .formats import RECORD_VALUES, text_in
 from .manifest import SPLITS, Split
 from .sources import Record, Refusal, cut
 from .tokenizer_process import TokenizerError, library_errors, load
+from .unpack import Damaged
 
-JSON_VALUES = 1 << 22
-"""A JSON record with more is refused: each takes up to 100 bytes of memory."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
@@ -63,12 +62,12 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
             yield record
             continue
         try:
-            data = record.data if record.kind == "text" else _text_of(_parsed(record.data), text_key)
+            data = record.data if record.kind == "text" else text_in(_parsed(record.data), text_key).encode("utf-8")
             if not data:
-                raise _Refused("empty document")
+                raise Damaged("empty document", "")
             data.decode("utf-8")
             yield data
-        except _Refused as error:
+        except Damaged as error:
             yield Refusal(record.path, record.where, *error.args)
         except UnicodeError as error:
             yield Refusal(record.path, record.where, "bad UTF-8", " ".join(str(error).split()))
@@ -78,27 +77,12 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
             yield Refusal(record.path, record.where, "takes too much memory", f"{len(record.data):,} bytes")
 
 
-class _Refused(Exception):
-    pass
-
-
 def _parsed(data: bytes) -> object:
-    if len(data) > JSON_VALUES:  # a shorter one cannot have so many
+    if len(data) > RECORD_VALUES:  # a shorter one cannot have so many
         bare = _STRING.sub(b"", data)
-        if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > JSON_VALUES:
-            raise _Refused("too many values", f"{values:,} in one JSON object")
+        if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > RECORD_VALUES:
+            raise Damaged("too many values", f"{values:,} in one JSON object")
     return json.loads(data)
-
-
-def _text_of(value: object, text_key: str) -> bytes:
-    if not isinstance(value, dict):
-        raise _Refused("not a JSON object", f"a {type(value).__name__}")
-    if text_key not in value:
-        raise _Refused("missing key", f"no {text_key!r} among {', '.join(islice(value, 20))}"[:200])
-    text = value[text_key]
-    if not isinstance(text, str):
-        raise _Refused("not text", f"{text_key!r} is {'null' if text is None else type(text).__name__}")
-    return text.encode("utf-8")
 
 
 def split_of(document: bytes, held_out: float, seed: int) -> Split:

@@ -1,41 +1,51 @@
 """Find raw inputs (text, JSONL, Parquet, compressed, folders, globs, the standard library) and stream their records."""
 
 import glob
-import io
 import os
+import re
 import stat
 import sysconfig
-from collections.abc import Callable, Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import pyarrow as pa
+from typing import Literal, NamedTuple
 
 from configs import ConfigError
 from configs.data import LimitsConfig
 
 from .child import MIB
+from .formats import RECORD_BYTES, csv_rows, first_object, foreign, json_values, text_in
 from .parquet import EXPANDS, RAISE, RECORD_WEIGHT, ParquetProcess
+from .unpack import ENDINGS, ERRORS, MAGIC, Compression, Damaged, Expands, Opened, budget_of, opened, reason_of
 
 DOCUMENT_BYTES = 1 << 18
 """A longer document is cut, at a line end where it has one, into documents of at most this many UTF-8 bytes."""
-RECORD_BYTES = 1 << 26
-"""A longer JSONL line or Parquet value is refused: it has to stand in memory as a whole."""
 
 FREE_BYTES = 1 << 24
 """What any file may unpack to, however small."""
 
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
-_KINDS: dict[str, Literal["jsonl", "parquet"]] = {".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}
+Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "special", "beside"]
+_KINDS: dict[str, Kind] = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".jl": "jsonl",
+    ".json": "json", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
+}  # fmt: skip
+_RECORDS = frozenset(_KINDS.values())
+_BESIDE = re.compile(
+    r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|datasheet|(md5|sha256)sums?)\b.*", re.I
+)
+"""Names of text files that stand beside a data set without being of it."""
+_CARD = re.compile(
+    rb"^(dataset_info|configs|task_categories|task_ids|size_categories|pretty_name|annotations_creators):", re.M
+)
+"""Keys at the head of a data set's README.md on Hugging Face (https://huggingface.co/docs/hub/datasets-cards)."""
 _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
 
 
 class Input(NamedTuple):
     path: str
-    kind: Literal["text", "jsonl", "parquet", "special"]
-    """special: a folder that cannot be read, or neither a file nor a folder."""
-    compression: Literal["gzip", "zstd"] | None
+    kind: Kind
+    """special: a folder that cannot be read, or neither a file nor a folder. beside: stands beside data and is none."""
+    compression: Compression | None
     bytes: int
     mtime_ns: int
 
@@ -70,18 +80,24 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     Args:
         inputs: files, folders, glob patterns, or `stdlib` (the .py files of this Python's standard library).
             In folders, names that start with a dot and `__pycache__` are passed over. A file's ending tells its
-            kind: .jsonl/.ndjson, .parquet, anything else is text; .gz and .zst may follow.
+            kind: .jsonl, .json, .csv, .tsv, .parquet, anything else is text, unless it begins with what only another
+            kind does; .gz, .zst, .bz2 and .xz may follow. Of a folder with a data set, README, LICENSE and the like
+            are `beside`, unless they are given by name.
 
     Raises:
         ConfigError: an input that matches nothing.
     """
     found: dict[str, Input] = {}
     for given in inputs:
-        paths = _expand(str(given))
-        if not paths:
+        files = [_describe(path) for path in _expand(str(given))]
+        if not files:
             raise ConfigError(f"input {str(given)!r}: no file, folder or glob pattern matches anything")
-        for path in paths:
-            found.setdefault(os.path.realpath(path), _describe(path))
+        if str(given) != "stdlib" and (len(files) > 1 or files[0].path != str(given)):
+            files = _without_what_is_beside(str(given), files)
+        for file in files:
+            path = os.path.realpath(file.path)
+            if path not in found or found[path].kind == "beside":
+                found[path] = file
     if not found:
         raise ConfigError("no input: name files, folders or glob patterns, or `stdlib`")
     return list(found.values())
@@ -163,9 +179,34 @@ def _tree(root: str, left_out: Container[str] = (), follow: bool = False) -> Ite
         yield folder, [name for path, name in zip(paths, names, strict=True) if path not in folders]
 
 
+def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
+    """The files with those as `beside` that only describe the others: README, LICENSE and the like where there is no
+    other text, and of a data set from Hugging Face all text but .txt."""
+    if not any(file.kind in _RECORDS for file in files):
+        return files
+    text = [file for file in files if file.kind == "text"]
+    if _is_dataset(given):
+        beside = {file.path for file in text if not re.search(r"\.txt(\.\w+)?$", file.path, re.I)}
+    elif all(_BESIDE.fullmatch(os.path.basename(file.path)) for file in text):
+        beside = {file.path for file in text}
+    else:
+        return files
+    return [file._replace(kind="beside") if file.path in beside else file for file in files]
+
+
+def _is_dataset(folder: str) -> bool:
+    try:
+        with open(os.path.join(folder, "README.md"), "rb") as file:
+            head = file.read(1 << 16)
+    except OSError:
+        return False
+    front, end, _ = head.removeprefix(b"---").partition(b"\n---")
+    return head.startswith(b"---") and bool(end) and bool(_CARD.search(front))
+
+
 def _describe(path: str) -> Input:
     stem, ending = os.path.splitext(path.lower())
-    compression = _COMPRESSION.get(ending)
+    compression = ENDINGS.get(ending)
     if compression:
         ending = os.path.splitext(stem)[1]
     try:
@@ -174,14 +215,14 @@ def _describe(path: str) -> Input:
         return Input(path, "text", None, 0, 0)
     if not stat.S_ISREG(status.st_mode):  # a pipe or a device: reading it may never end
         return Input(path, "special", None, 0, status.st_mtime_ns)
-    return Input(path, _KINDS.get(ending, "text"), compression, status.st_size, status.st_mtime_ns)  # type: ignore[arg-type]
+    return Input(path, _KINDS.get(ending, "text"), compression, status.st_size, status.st_mtime_ns)
 
 
 class Reader:
     """Reads the records of one file after the other. Use it as a context manager or call `close()`.
 
     Args:
-        text_key: column of a Parquet file that holds the text.
+        text_key: key or column that holds the text.
         limits: what a file may unpack to and take.
     """
 
@@ -211,50 +252,104 @@ class Reader:
         if file.bytes == 0 and os.path.exists(file.path):
             yield 0, Refusal(file.path, "", "empty file")
             return
+        if file.kind == "beside":
+            yield file.bytes, Refusal(file.path, "", "not data", "it describes other files; give it by name to read it")
+            return
         progress = [""]
         try:
-            yield from {"text": self._text, "jsonl": self._jsonl, "parquet": self._parquet}[file.kind](file, progress)
-        except _Expands as error:
-            yield file.bytes, Refusal(file.path, progress[0], EXPANDS, str(error))
-        except (OSError, pa.ArrowException) as error:
-            yield file.bytes, Refusal(file.path, progress[0], _reason(error), " ".join(str(error).split())[:200])
+            yield from self._records(_by_content(file), progress)
+        except Expands as error:
+            yield file.bytes, Refusal(file.path, progress[0], EXPANDS, f"{error}{RAISE} expansion=N)")
+        except (*ERRORS, Damaged) as error:
+            yield file.bytes, Refusal(file.path, progress[0], *reason_of(error))
 
     def budget(self, file: Input) -> int:
         """Bytes that a file may unpack to."""
-        stored = _stored(file) if file.bytes > FREE_BYTES else file.bytes
-        return max(FREE_BYTES, self.limits.expansion * stored)
+        return budget_of(file.bytes, file.path, self.limits.expansion, FREE_BYTES)
 
-    def _text(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
-        with self._open(file) as (stream, tell, _):
-            carry, start = b"", 0
-            while True:
-                progress[0] = f"after byte {start}" if start else ""
-                buffer = carry + stream.read(DOCUMENT_BYTES - len(carry))
-                if not buffer:
-                    break
-                size = _cut(buffer) if len(buffer) == DOCUMENT_BYTES else len(buffer)
-                where = f"bytes {start}-{start + size}" if start or size < len(buffer) else ""
-                yield tell(), Record(file.path, where, "text", buffer[:size])
-                carry, start = buffer[size:], start + size
-            if start == 0:
-                yield file.bytes, Refusal(file.path, "", "empty file")
+    def _records(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
+        if file.kind == "parquet":
+            yield from self._parquet(file, progress)
+            return
+        with self._open(file) as unpacked:
+            head = unpacked.stream.peek(1)
+            if not head and not unpacked.damaged():
+                raise Damaged("empty file", "")
+            if what := foreign(head[:512]):
+                raise Damaged("not text", what)
+            if file.kind == "text" and self._is_jsonl(head):
+                kind: Kind = "jsonl"
+            elif file.kind == "json" and first_object(head) is not None:
+                kind = "jsonl"
+            else:
+                kind = file.kind
+            read = {"jsonl": self._jsonl, "json": self._json, "csv": self._csv, "tsv": self._csv}.get(kind, self._text)
+            yield from read(file, unpacked, progress)
 
-    def _jsonl(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
-        with self._open(file) as (stream, tell, count):
-            number = 0
-            while line := stream.readline(RECORD_BYTES):
-                number += 1
-                count(RECORD_WEIGHT)
-                progress[0] = f"after line {number}"
-                where = f"line {number}"
-                if len(line) == RECORD_BYTES and not line.endswith(b"\n"):
-                    while (rest := stream.readline(RECORD_BYTES)) and not rest.endswith(b"\n"):
-                        pass
-                    yield tell(), Refusal(file.path, where, "record too long", f"over {RECORD_BYTES} bytes")
-                elif line.strip():
-                    yield tell(), Record(file.path, where, "json", line)
-            if number == 0:
-                yield file.bytes, Refusal(file.path, "", "empty file")
+    def _is_jsonl(self, head: bytes) -> bool:
+        """Whether a file whose name does not tell its kind holds texts in JSON lines."""
+        try:
+            return bool(text_in(first_object(head), self.text_key))
+        except (Damaged, RecursionError):
+            return False
+
+    def _text(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
+        carry, start = b"", 0
+        while True:
+            buffer = carry + unpacked.stream.read(DOCUMENT_BYTES - len(carry))
+            if not buffer:
+                break
+            ends = len(buffer) < DOCUMENT_BYTES
+            size = _cut(buffer) if not ends or unpacked.damaged() else len(buffer)
+            where = f"bytes {start}-{start + size}" if start or size < len(buffer) else ""
+            if size:
+                yield unpacked.tell(), Record(file.path, where, "text", buffer[:size])
+            carry, start = buffer[size:], start + size
+            progress[0] = f"after byte {start}" if start else ""
+            if ends:
+                break
+
+    def _jsonl(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
+        number, stream = 0, unpacked.stream
+        while line := stream.readline(RECORD_BYTES):
+            if not line.endswith(b"\n") and unpacked.damaged():
+                break  # cut off
+            number += 1
+            unpacked.count(RECORD_WEIGHT)
+            progress[0] = f"after line {number}"
+            where = f"line {number}"
+            if len(line) == RECORD_BYTES and not line.endswith(b"\n"):
+                while (rest := stream.readline(RECORD_BYTES)) and not rest.endswith(b"\n"):
+                    pass
+                yield unpacked.tell(), Refusal(file.path, where, "record too long", f"over {RECORD_BYTES} bytes")
+            elif line.strip():
+                yield unpacked.tell(), Record(file.path, where, "json", line)
+
+    def _json(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
+        number = 0
+        try:
+            for number, value in enumerate(json_values(unpacked.stream, unpacked.count), 1):
+                unpacked.count(RECORD_WEIGHT)
+                progress[0] = f"after value {number}"
+                yield unpacked.tell(), Record(file.path, f"value {number}", "json", value)
+        except Damaged:
+            if not unpacked.damaged():  # which is why, and is told
+                raise
+        if number == 0 and not unpacked.damaged():
+            raise Damaged("empty file", "")
+
+    def _csv(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
+        number = 0
+        rows = csv_rows(unpacked.stream, self.text_key, file.kind == "tsv", unpacked.damaged)
+        for number, row in enumerate(rows, 1):
+            unpacked.count(RECORD_WEIGHT)
+            progress[0], where = f"after row {number}", f"row {number}"
+            if isinstance(row, bytes):
+                yield unpacked.tell(), Record(file.path, where, "text", row)
+            elif not unpacked.damaged():
+                yield unpacked.tell(), Refusal(file.path, where, *row.args)
+        if number == 0 and not unpacked.damaged():
+            raise Damaged("empty file", "")
 
     def _parquet(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
         if file.compression:
@@ -269,51 +364,20 @@ class Reader:
                 yield int(file.bytes * row.done), Record(file.path, row.where, "text", row.data)
 
     @contextmanager
-    def _open(self, file: Input) -> Iterator[tuple[io.BufferedReader, Callable[[], int], Callable[[int], None]]]:
-        """The unpacked stream, the position in the file, and what counts towards its budget beside the bytes."""
-        # pyarrow's streams read concatenated gzip members and zstd frames, and raise on a truncated one.
-        with ExitStack() as stack:
-            raw = stack.enter_context(pa.OSFile(file.path))
-            budget, unpacked = self.budget(file), raw
-            if file.compression:
-                unpacked = stack.enter_context(pa.CompressedInputStream(raw, file.compression))
-            elif file.bytes <= budget:
-                yield io.BufferedReader(raw, 1 << 18), raw.tell, lambda size: None
-                return
-            counted = _Counted(unpacked, budget)
-            yield io.BufferedReader(counted, 1 << 18), raw.tell, counted.count
+    def _open(self, file: Input) -> Iterator[Opened]:
+        budget = self.budget(file)
+        with opened(file.path, file.compression, budget if file.compression or file.bytes > budget else None) as found:
+            yield found
 
 
-def _stored(file: Input) -> int:
-    """Bytes of a file that are on the disk: a sparse one of a terabyte takes none."""
-    with open(file.path, "rb") as opened:
-        if not hasattr(os, "SEEK_HOLE") or os.lseek(opened.fileno(), 0, os.SEEK_HOLE) >= file.bytes:
-            return file.bytes  # without holes, or its file system does not tell
-        return os.fstat(opened.fileno()).st_blocks * 512
-
-
-class _Expands(Exception):
-    pass
-
-
-class _Counted(io.RawIOBase):
-    """A stream that ends in `_Expands` when more than a budget was read."""
-
-    def __init__(self, stream: Any, budget: int):
-        self._stream, self._budget, self._left = stream, budget, budget
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        size = self._stream.readinto(buffer)
-        self.count(size)
-        return size
-
-    def count(self, size: int) -> None:
-        self._left -= size
-        if self._left < 0:
-            raise _Expands(f"over {self._budget:,} bytes{RAISE} expansion=N)")
+def _by_content(file: Input) -> Input:
+    """The file as what it begins with, where that is certain."""
+    with open(file.path, "rb") as opened_file:
+        head = opened_file.read(16)
+    if not file.compression:
+        compression = next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
+        file = file._replace(compression=compression)
+    return file._replace(kind="parquet") if head.startswith(b"PAR1") and not file.compression else file
 
 
 def cut(data: bytes) -> Iterator[bytes]:
@@ -335,14 +399,3 @@ def _cut(buffer: bytes) -> int:
         if buffer[size] & 0xC0 != 0x80:  # the first byte of a character
             return size
     return len(buffer)  # not UTF-8: decoding says so
-
-
-def _reason(error: Exception) -> str:
-    text = str(error)
-    if "Truncated compressed stream" in text:
-        return "truncated compressed file"
-    if any(word in text for word in ("inflate failed", "ZSTD decompress", "decompress")):
-        return "damaged compressed file"
-    if any(word in text for word in ("Parquet", "parquet", "CRC", "page", "Thrift", "thrift")):
-        return "damaged Parquet file"
-    return "unreadable file"

@@ -1,0 +1,239 @@
+"""Cut files of JSON and CSV into records, and say what a file is by what it begins with."""
+
+import csv
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from .unpack import Damaged
+
+RECORD_BYTES = 1 << 26
+"""A longer JSON value, line or Parquet value is refused: it has to stand in memory as a whole."""
+RECORD_VALUES = 1 << 22
+"""A JSON value or CSV row with more is refused: each takes up to 100 bytes of memory."""
+
+_BOM = b"\xef\xbb\xbf"
+_TOKEN = re.compile(rb'"(?:[^"\\]*+(?:\\.[^"\\]*+)*+")?+|[\[\]{},]', re.DOTALL)
+"""A whole string, the beginning of one that is cut off, or what gives JSON its shape."""
+_NESTED = 1000
+"""json.loads ends at about as deep a nesting."""
+
+_FOREIGN = {
+    b"ARROW1\0\0": "an Arrow file",
+    b"\xff\xff\xff\xff": "an Arrow stream",
+    b"PK\x03\x04": "a ZIP archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"Obj\x01": "an Avro file",
+    b"%PDF-": "a PDF file",
+    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
+}
+
+
+def foreign(head: bytes) -> str:
+    """What a file is that is neither text nor anything that is read here, by its first 512 bytes; empty: not known."""
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    return next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), "")
+
+
+def first_object(head: bytes) -> dict | None:
+    """The JSON object that the first line of what a file begins with is; None where it is none, or not whole."""
+    line = head.removeprefix(_BOM).lstrip().partition(b"\n")[0].rstrip()
+    if not line.startswith(b"{") or not line.endswith(b"}"):
+        return None
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def text_in(value: object, key: str) -> str:
+    """The text of a JSON value: that of a key, or of a key within keys (`meta.text`). A list of texts is one text, each
+    on a line of its own.
+
+    Raises:
+        Damaged: there is none.
+    """
+    if not isinstance(value, dict):
+        raise Damaged("not a JSON object", f"a {type(value).__name__}")
+    found = value[key] if key in value else _within(value, key)
+    if isinstance(found, str):
+        return found
+    texts: list[str] = []
+    _collect(found, key, texts)
+    return "\n".join(texts)
+
+
+def _collect(found: object, key: str, texts: list[str]) -> None:
+    if isinstance(found, str):
+        texts.append(found)
+    elif isinstance(found, list) and found:
+        for each in found:
+            if each is not None:
+                _collect(each, key, texts)
+    elif isinstance(found, dict) and found:
+        keys = ", ".join(f"{key}.{each}" for each in islice(found, 5))
+        raise Damaged("not text", f"{key!r} is an object: choose one of {keys}"[:200])
+    else:
+        raise Damaged("not text", f"{key!r} is {'null' if found is None else type(found).__name__}")
+
+
+def _within(value: object, key: str) -> object:
+    if isinstance(value, list):
+        return [_within(each, key) for each in value]
+    if not isinstance(value, dict):
+        raise Damaged("not a JSON object", f"a {type(value).__name__}")
+    if key in value:
+        return value[key]
+    for dot in re.finditer(r"\.", key):
+        if key[: dot.start()] in value:
+            return _within(value[key[: dot.start()]], key[dot.end() :])
+    raise Damaged("missing key", f"no {key!r} among {', '.join(islice(value, 20))}"[:200])
+
+
+def json_values(stream: io.BufferedReader, count: Callable[[int], None]) -> Iterator[bytes]:
+    """Every value of a stream of JSON: the elements of arrays, and objects that follow one another.
+
+    Strings and brackets are all that is looked at; a value can still be malformed.
+
+    Args:
+        count: is told of what takes time to look at.
+
+    Raises:
+        Damaged: what stands between the values is not JSON, or a value does not end.
+    """
+    data, at, start, depth, array, elements = b"", 0, 0, 0, False, 0
+    while more := stream.read(max(1 << 18, len(data) - start)):
+        if not data and not depth:
+            more = more.removeprefix(_BOM)
+        data, at, start = data[start:] + more, at - start, 0
+        tokens = 0
+        for match in _TOKEN.finditer(data, at):
+            first, end = data[match.start()], match.end()
+            if first == 0x22 and end == match.start() + 1:
+                break  # a string that is cut off: seen again with what follows
+            at, tokens = end, tokens + 1
+            if depth == 0 and (data[start : match.start()].strip() or first not in b"[{"):
+                raise Damaged("malformed JSON", "not an object or array: " + _shown(data[start:]))
+            if first in b"[{":
+                depth += 1
+                if depth > _NESTED:
+                    raise Damaged("malformed JSON", f"nested more than {_NESTED:,} deep")
+                if depth == 1:
+                    array, elements = first == 0x5B, 0
+                    start = end if array else match.start()
+            elif first in b"]}":
+                depth -= 1
+                if depth == 0:
+                    value = data[start : match.start()] if array else data[start:end]
+                    if not array or elements or value.strip():
+                        yield value
+                    start = end
+            elif first == 0x2C and depth == 1 and array:
+                elements += 1
+                yield data[start : match.start()]
+                start = end
+        count(16 * tokens)
+        if len(data) - start > RECORD_BYTES:
+            raise Damaged("record too long", f"over {RECORD_BYTES} bytes")
+    if rest := data[start:].strip():
+        raise Damaged("malformed JSON", f"its end is missing: {_shown(rest)}" if depth else f"not JSON: {_shown(rest)}")
+    if depth:
+        raise Damaged("malformed JSON", "the end of the array is missing")
+
+
+def csv_rows(
+    stream: io.BufferedReader, text_key: str, tab: bool, damaged: Callable[[], bool] = lambda: False
+) -> Iterator[bytes | Damaged]:
+    """The text of every row of a CSV or TSV file with a header, or why there is none.
+
+    Args:
+        tab: columns are separated by tabs; otherwise by commas, or by what gives the header a column `text_key`.
+        damaged: whether the stream was cut off where it ended.
+
+    Raises:
+        Damaged: no column, or two, of that name; a row that is too long.
+    """
+    first = stream.peek(1).removeprefix(_BOM).partition(b"\n")[0].decode("utf-8", "surrogateescape")
+    delimiters = "\t" if tab else ",;\t|"
+    delimiter = next((each for each in delimiters if text_key in _split(first, each)), delimiters[0])
+    lines = _Lines(stream, damaged)
+    rows = csv.reader(lines, strict=True, delimiter=delimiter)
+    header = _next_row(rows, lines)
+    if header is None:
+        return
+    if isinstance(header, Damaged):
+        raise header
+    if (named := header.count(text_key)) != 1:
+        if named:
+            raise Damaged("ambiguous column", f"{named} columns are named {text_key!r}")
+        raise Damaged("missing column", f"no {text_key!r} among {', '.join(header[:20])}"[:200])
+    column = header.index(text_key)
+    while (row := _next_row(rows, lines)) is not None:
+        if isinstance(row, Damaged):
+            yield row
+        elif len(row) != len(header):
+            if row:  # not a blank line
+                yield Damaged("malformed CSV", f"{len(row)} values in a row of {len(header)} columns")
+        else:
+            yield row[column].encode("utf-8", "surrogateescape")
+
+
+def _split(line: str, delimiter: str) -> list[str]:
+    try:
+        return next(csv.reader([line], delimiter=delimiter), [])
+    except csv.Error:
+        return []
+
+
+class _Lines:
+    """The lines of a file for a csv.reader, with a bound on those that it takes for one row."""
+
+    def __init__(self, stream: io.BufferedReader, damaged: Callable[[], bool]):
+        self._stream, self._damaged = stream, damaged
+        self._size = self._values = 0
+        self._first = True
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        line = self._stream.readline(RECORD_BYTES)
+        if not line or (not line.endswith(b"\n") and self._damaged()):
+            raise StopIteration
+        if self._first:
+            line, self._first = line.removeprefix(_BOM), False
+        self._size += len(line)
+        self._values += sum(map(line.count, (b",", b";", b"\t", b"|")))
+        if self._size >= RECORD_BYTES or self._values > RECORD_VALUES:
+            what = f"over {RECORD_BYTES} bytes" if self._size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
+            raise Damaged("record too long", f"{what}; is the end of a quoted text missing?")
+        # Bytes that are not UTF-8 come out again as they were, to be refused by the row.
+        return line.decode("utf-8", "surrogateescape")
+
+    def next_row(self) -> None:
+        self._size = self._values = 0
+
+
+def _next_row(rows: Iterator[list[str]], lines: _Lines) -> list[str] | Damaged | None:
+    """None at the end."""
+    lines.next_row()
+    before = csv.field_size_limit(RECORD_BYTES)
+    try:
+        return next(rows, None)
+    except csv.Error as error:
+        return Damaged("malformed CSV", str(error))
+    finally:
+        csv.field_size_limit(before)
+
+
+def _shown(data: bytes) -> str:
+    return data[:60].strip().decode("utf-8", "replace")[:40]

@@ -1,0 +1,197 @@
+"""Open a file of text, compressed or not, as a stream that is counted and gives all that stands before damage."""
+
+import bz2
+import io
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pyarrow as pa
+
+Compression = Literal["gzip", "zstd", "bz2", "xz"]
+ENDINGS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+MAGIC: dict[bytes, Compression] = {
+    b"\x1f\x8b\x08": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh91AY&SY": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+}
+"""What a file begins with, whatever its name."""
+
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
+    "bz2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
+ERRORS = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_BUFFER = 1 << 18
+_WINDOW = 1 << 27
+"""The largest window of a zstd frame that pyarrow's decoder takes, as that of the zstd command does by itself."""
+
+
+class Expands(Exception):
+    """More than its budget came out of a file."""
+
+
+class Damaged(Exception):
+    """The arguments are a reason, one of few phrases, and a detail."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    stream: io.BufferedReader
+    """What is in the file, unpacked. Ends where the file ends, or is damaged."""
+    tell: Callable[[], int]
+    """Position in the file."""
+    count: Callable[[int], None]
+    """Counts something beside the bytes towards the budget. Raises Expands."""
+    damaged: Callable[[], bool]
+    """Whether the stream ended because of damage."""
+
+
+@contextmanager
+def opened(path: str, compression: Compression | None, budget: int | None) -> Iterator[Opened]:
+    """Open a file. What is wrong with it is raised at the end of the block, once all that can be read has been.
+
+    Args:
+        budget: bytes that it may unpack to; None: any number.
+
+    Raises:
+        Expands: in the block, as soon as more came out.
+        Damaged: a zstd window that is too large.
+        OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException: see `reason_of`.
+    """
+    with ExitStack() as stack:
+        raw = stack.enter_context(pa.OSFile(path))
+        if budget is None and not compression:
+            yield Opened(io.BufferedReader(raw, _BUFFER), raw.tell, lambda size: None, lambda: False)
+            return
+        counted = _Counted(budget)
+        if compression == "zstd":
+            _check_window(path)
+            counted.stream = stack.enter_context(pa.CompressedInputStream(raw, "zstd"))
+        elif compression:
+            counted.stream = _Members(raw, _DECOMPRESSORS[compression], counted.count)
+        else:
+            counted.stream = raw
+        yield Opened(io.BufferedReader(counted, _BUFFER), raw.tell, counted.count, lambda: counted.error is not None)
+        if counted.error:
+            raise counted.error
+
+
+def reason_of(error: Exception) -> tuple[str, str]:
+    """What reading raised, as one of few phrases, and its own words."""
+    if isinstance(error, Damaged):
+        return error.args
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, MemoryError):
+        return "takes too much memory", text
+    if isinstance(error, EOFError) or "Truncated compressed stream" in text:
+        return "truncated compressed file", text
+    # What the operating system reports has a number; what a decompressor finds wrong has none.
+    if getattr(error, "errno", None) is None:
+        return "damaged compressed file", text
+    return "unreadable file", text
+
+
+class _Counted(io.RawIOBase):
+    """A stream that raises `Expands` when more than a budget was read, and ends at any other error, which it keeps:
+    what stands between it and its reader would be lost with what an error interrupts."""
+
+    def __init__(self, budget: int | None):
+        self.stream: Any = None
+        self.error: Exception | None = None
+        self._budget, self._left = budget, budget or 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if self.error:
+            return 0
+        try:
+            size = self.stream.readinto(buffer)
+        except ERRORS as error:
+            self.error = error
+            return 0
+        self.count(size)
+        return size
+
+    def count(self, size: int) -> None:
+        if self._budget is not None:
+            self._left -= size
+            if self._left < 0:
+                raise Expands(f"over {self._budget:,} bytes")
+
+
+class _Members(io.RawIOBase):
+    """Unpacks the members (gzip) or streams (bz2, xz) of a file one after the other, and passes over zeros that pad it
+    to a block of a tape or a disk."""
+
+    def __init__(self, raw: Any, make: Callable[[], Any], count: Callable[[int], None]):
+        self._raw, self._make, self._count = raw, make, count
+        self._member: Any = None
+        self._first = True
+        self._packed = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            if self._member is None and not self._next():
+                return 0
+            piece = self._member.decompress(self._packed, len(buffer))
+            self._packed = getattr(self._member, "unconsumed_tail", b"")  # bz2 and lzma keep it themselves
+            if self._member.eof:
+                self._packed = self._member.unused_data
+                self._member = None
+            if piece:
+                buffer[: len(piece)] = piece
+                return len(piece)
+            if self._member and not self._fill():
+                raise EOFError("it ends inside its compressed data")
+
+    def _next(self) -> bool:
+        """Begin with the next member, if there is one."""
+        while self._packed or self._fill():
+            if not self._first:
+                padding = len(self._packed) - len(packed := self._packed.lstrip(b"\0"))
+                self._count(padding)  # a sparse file has terabytes of it
+                self._packed = packed
+            if self._packed:
+                self._member, self._first = self._make(), False
+                return True
+        return False
+
+    def _fill(self) -> bool:
+        self._packed = self._raw.read(1 << 16)
+        return bool(self._packed)
+
+
+def _check_window(path: str) -> None:
+    with open(path, "rb") as file:
+        header = file.read(6)
+    if header[:4] == b"\x28\xb5\x2f\xfd" and len(header) == 6 and not header[4] & 0x20:  # not of a single segment
+        # RFC 8878, 3.1.1.1.2: the window descriptor, an exponent and eighths.
+        base = 1 << (10 + (header[5] >> 3))
+        window = base + (base >> 3) * (header[5] & 7)
+        if window > _WINDOW:
+            raise Damaged("zstd window too large", f"{window >> 20:,} MiB")
+
+
+def budget_of(size: int, path: str, expansion: int, free: int) -> int:
+    """Bytes that a file may unpack to: `expansion` for each that is on the disk (a sparse file of a terabyte takes
+    none there), and at least `free`."""
+    return max(free, expansion * (_stored(size, path) if size > free else size))
+
+
+def _stored(size: int, path: str) -> int:
+    with open(path, "rb") as file:
+        if not hasattr(os, "SEEK_HOLE") or os.lseek(file.fileno(), 0, os.SEEK_HOLE) >= size:
+            return size  # without holes, or its file system does not tell
+        return os.fstat(file.fileno()).st_blocks * 512
