@@ -95,6 +95,11 @@ app.command("sync")(runs.sync)
 app.command("doctor")(doctor.doctor)
 
 
+NOT_OURS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.EINVAL,
+            errno.EFBIG)  # fmt: skip
+"""Why a file cannot be used that a path leads to which was typed, or that lies in a folder of somebody else's."""
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 done, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
     private_files()
@@ -106,7 +111,7 @@ def main() -> None:
         print(f"muster: {mask(str(error))}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:  # a path that was typed, or a name: no file can have it
+        if error.errno not in NOT_OURS or not error.filename:
             raise
         print(f"muster: {shortened(str(error.filename), 100)}: {error.strerror}", file=sys.stderr)
         sys.exit(2)

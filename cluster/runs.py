@@ -42,7 +42,13 @@ def runs(root: Root = RUNS, as_json: Json = False) -> None:
     """List the runs: status, step, losses, tokens. Example: muster runs --root runs"""
     from trainer.record import summary
 
-    found = sorted((summary(folder) for folder in run_folders(root)), key=lambda run: run["updated"] or 0)
+    found = []
+    for folder in run_folders(root):
+        try:
+            found.append(summary(folder))
+        except OSError as error:
+            print(f"muster: {error.filename or folder}: {error.strerror}", file=sys.stderr)
+    found.sort(key=lambda run: run["updated"] or 0)
     if as_json:
         print(json.dumps(found, indent=1))
         return

@@ -46,12 +46,11 @@ from .manifest import (
     File,
     Manifest,
     Receipt,
-    open_file,
     parse_manifest,
     parse_receipt,
     read_manifest,
 )
-from .own_files import write_text
+from .own_files import open_file, write_text
 from .state import TrainState
 
 

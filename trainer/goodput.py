@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .own_files import open_file, read_lines
 from .record import METRICS, read_events
 
 BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "queue", "down", "other")
@@ -68,8 +69,8 @@ def read_steps(path: Path) -> Iterator[Step]:
     """The training records of metrics.jsonl in the order of the file, without parsing the rest of a line."""
     if not path.exists():
         return
-    with open(path, "rb") as file:
-        for line in file:
+    with open_file(path) as file:
+        for line in read_lines(file):
             if found := _LINE.match(line):
                 step, attempt, time, waited, seconds = found.groups()
                 yield Step(int(step), int(attempt), float(time), float(seconds), float(waited))

@@ -1,15 +1,14 @@
 """The manifest of a checkpoint, checked as it is read: types, ranges, and what of it must agree with what."""
 
-import os
 import re
-import stat
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from configs.parse import parse_json, shortened
 
+from .own_files import open_file
 from .state import Count, Finite, TrainState
 
 FORMAT = 2
@@ -202,15 +201,6 @@ def _parse(data: bytes) -> Any:
     if data.count(b"[") + data.count(b"{") > MOST_NESTED:
         raise ValueError(f"it holds more than {MOST_NESTED:,} lists and mappings")
     return parse_json(data)
-
-
-def open_file(path: Path) -> BinaryIO:
-    """Open a plain file for reading. Raises OSError for anything else, and for a link: neither waits nor leads away."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(None, "not a file")
-    return os.fdopen(descriptor, "rb")
 
 
 def _reason(error: ValidationError) -> str:

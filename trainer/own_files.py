@@ -1,12 +1,18 @@
-"""The folder of a run or a sweep holds its owner's files alone: nothing is written through a link to somewhere else."""
+"""Files of a run or sweep: its owner's, written through no link, and read within bounds."""
 
+import errno
 import os
 import stat
 import tempfile
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from configs import ConfigError
+
+LONGEST_LINE = 16 << 20
+"""Bytes of a line of a record; one of a step with a thousand experts in each of a hundred layers has some 2 MB."""
 
 
 def require_own(folder: Path, without: Collection[str] = ()) -> None:
@@ -67,6 +73,29 @@ def _owner_of_new(folder: Path) -> int:
             return os.fstat(file.fileno()).st_uid
     except OSError:
         return os.geteuid()
+
+
+def open_file(path: Path) -> BinaryIO:
+    """Open a plain file for reading. Raises OSError for anything else, and for a link: neither waits nor leads away."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, most: int) -> bytes:
+    """What stands in a plain file. Raises OSError, also where it has more bytes than `most`."""
+    with open_file(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"over {most:,} bytes", str(path))
+    return content
+
+
+def read_lines(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, each with its end; one of more than LONGEST_LINE in pieces of as many bytes."""
+    return iter(partial(file.readline, LONGEST_LINE), b"")
 
 
 def no_link(path: str, flags: int) -> int:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from .events import wrong_event, wrong_metrics
+from .own_files import open_file
 from .record import EVENTS, METRICS
 from .terminal import Console
 
@@ -179,7 +180,7 @@ class _Tail:
         try:
             if self.path.stat().st_size == self.offset:
                 return []
-            with self.path.open("rb") as file:
+            with open_file(self.path) as file:
                 file.seek(self.offset)
                 data = file.read()
         except FileNotFoundError:

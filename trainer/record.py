@@ -18,9 +18,12 @@ from typing import Any, NamedTuple
 from configs import mask_all
 
 from .events import wrong_event, wrong_metrics
+from .own_files import LONGEST_LINE, open_file, read_bytes, read_lines
 from .plain_json import dump
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+MOST_EVENTS = 64 << 20
+"""Bytes of events.jsonl that are read: some 200,000 events, and a run of a million steps has a few thousand."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -132,10 +135,10 @@ class MetricsIndex:
     def update(self) -> None:
         """Take in the whole lines appended since the last call. No file yet: nothing."""
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path) as file:
                 file.seek(self.offset)
-                for data in file:
-                    if not data.endswith(b"\n"):
+                for data in read_lines(file):
+                    if not data.endswith(b"\n") and len(data) < LONGEST_LINE:
                         break  # still being written, or torn
                     self._add(data)
                     self.offset += len(data)
@@ -165,12 +168,12 @@ class MetricsIndex:
                 to_step, before = event["to_step"], (event["attempt"], event["time"])
                 self.lines = [old for old in self.lines if old.step <= to_step or (old.attempt, old.time) > before]
 
-    def read(self, lines: Sequence[Line]) -> Iterator[dict[str, Any]]:
+    def read(self, chosen: Sequence[Line]) -> Iterator[dict[str, Any]]:
         """The records of these lines, in their order."""
-        if not lines:
+        if not chosen:
             return
-        with open(self.path, "rb") as file:
-            for line in lines:
+        with open_file(self.path) as file:
+            for line in chosen:
                 file.seek(line.start)
                 record = _parse(file.read(line.end - line.start))
                 if record is not None and not wrong_metrics(record):
@@ -186,10 +189,14 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every event, oldest first; a torn line is left out, and so, with a word, is one of other types than ours."""
+    """Every event, oldest first; a torn line is left out, and so, with a word, is one of other types than ours.
+
+    Raises:
+        OSError: it is no plain file, or has more bytes than any run writes.
+    """
     path = Path(run_dir) / EVENTS
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, MOST_EVENTS)
     except FileNotFoundError:
         return []
     events, left_out = [], ""
@@ -198,7 +205,7 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
         if event is None:
             continue
         if wrong := wrong_event(event):
-            left_out = left_out or f"{path}: line {number}, if no others, is left out: {wrong}"
+            left_out = left_out or f"{path}: line {number} is left out, and perhaps more: {wrong}"
         else:
             events.append(event)
     if left_out:
@@ -282,7 +289,7 @@ def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Last training and last evaluation record, read from the end; at most 16 MB for an evaluation that is far back."""
     train: dict[str, Any] = {}
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             size = file.seek(0, os.SEEK_END)
             block = 1 << 16
             while True:

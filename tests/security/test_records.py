@@ -1,21 +1,26 @@
 """What a run reads beside its checkpoints when it goes on: of other types than ours, it is left out or refused."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import tracemalloc
 from pathlib import Path
 
 import pytest
 from support import tiny, train_in_process
 
+from cluster.runs import runs as listed
 from cluster.sweep.score import PREDICTIONS, score
 from cluster.sweep.status import PLAN, read_plan
 from configs import ConfigError
 from trainer.cadence import Cadence
 from trainer.checkpoint import CheckpointError, Snapshot, commit, folder, write_shard
 from trainer.events import FIELDS, NEEDED
-from trainer.goodput import goodput
+from trainer.goodput import goodput, read_steps
 from trainer.notable import notable
-from trainer.record import Record, read_events, read_metrics, summary
+from trainer.record import MetricsIndex, Record, read_events, read_metrics, summary
 from trainer.run import attempts, is_finished, prepare_run
 from trainer.state import TrainState
 from trainer.tracking import read_state
@@ -137,6 +142,43 @@ def test_a_run_goes_on_whatever_its_record_says(run_dir, tiny_data):
     assert train_in_process(run_dir) == 0
     resumed = [event for event in read_events(run_dir) if event["event"] == "resumed"]
     assert [(event["step"], event["cursor"]) for event in resumed] == [(2, 8)]
+
+
+def zeros(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(400 << 20)
+
+
+KINDS = {
+    "a pipe": os.mkfifo,
+    "a link": lambda path: path.symlink_to("/dev/zero"),
+    "a folder": Path.mkdir,
+    "zeros without end": zeros,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "tracking.json"])
+def test_what_is_no_record_is_neither_waited_for_nor_taken_into_memory(run_dir, capsys, name, kind):
+    (run_dir / name).unlink(missing_ok=True)
+    KINDS[kind](run_dir / name)
+    signal.alarm(60)  # a pipe that is opened ends it
+    tracemalloc.start()
+    try:
+        assert read_state(run_dir) == {}
+        with pytest.raises(OSError, match=name) if name == "events.jsonl" else contextlib.nullcontext():
+            read_events(run_dir)
+        unread = name == "metrics.jsonl" and kind != "zeros without end"
+        with pytest.raises(OSError, match=name) if unread else contextlib.nullcontext():
+            list(read_steps(run_dir / "metrics.jsonl"))
+            MetricsIndex(run_dir).update()
+        listed(root=run_dir.parent)  # the others are shown
+        assert tracemalloc.get_traced_memory()[1] < 300e6
+    finally:
+        tracemalloc.stop()
+        signal.alarm(0)
+    said = capsys.readouterr()
+    assert (f"{run_dir / name}: " in said.err) == (unread or name == "events.jsonl")
 
 
 @pytest.mark.parametrize(

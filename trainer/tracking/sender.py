@@ -16,6 +16,7 @@ from typing import Any
 from configs import Config, flatten, mask
 
 from ..goodput import goodput, productive, total
+from ..own_files import open_file, read_lines
 from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
 from .artifacts import FINAL, LIVE, Artifacts
 from .flat import notable_tags, scalars, tags
@@ -36,8 +37,8 @@ def open_tracker(run_dir: Path, config: Config, uri: str) -> Tracker:
 def key_of(run_dir: Path) -> str | None:
     """What identifies a run, or a sweep, for ever: its name and how its record begins; None: nothing has begun."""
     try:
-        with (run_dir / EVENTS).open("rb") as file:
-            return hashlib.sha256(run_dir.resolve().name.encode() + file.readline()).hexdigest()[:32]
+        with open_file(run_dir / EVENTS) as file:
+            return hashlib.sha256(run_dir.resolve().name.encode() + next(read_lines(file), b"")).hexdigest()[:32]
     except FileNotFoundError:
         return None
 

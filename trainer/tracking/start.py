@@ -13,11 +13,13 @@ from urllib.parse import urlsplit
 
 from configs import MASK, Config, ConfigError, mask, mask_all
 
-from ..own_files import no_link, replace_text
+from ..own_files import no_link, read_bytes, replace_text
 from ..record import FULL, read_events
 from .tracker import Input
 
 STATE, LOG = "tracking.json", "tracking.log"
+MOST_STATE = 16 << 20
+"""Bytes of the state: of each file that was sent it has some hundred."""
 GRACE = 60.0
 """Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
 
@@ -168,7 +170,7 @@ def read_state(run_dir: str | Path) -> dict[str, Any]:
     """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error,
     and files: time of change and size of each that was sent."""
     try:
-        state = json.loads((Path(run_dir) / STATE).read_text())
+        state = json.loads(read_bytes(Path(run_dir) / STATE, MOST_STATE))
     except (OSError, ValueError, RecursionError):
         return {}
     # What is of other types than ours counts for nothing: all is asked of the tracker anew.
