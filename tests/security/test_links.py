@@ -1,6 +1,8 @@
 """What a run or a sweep writes stays in its folder: links in it, and folders of others, are refused before."""
 
+import contextlib
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +18,10 @@ from trainer.own_files import require_own
 from trainer.record import Record
 from trainer.run import hold, prepare_run, request_stop
 from trainer.tracking.artifacts import Artifacts
-from trainer.tracking.mlflow import _schema_lock
+from trainer.tracking.mlflow import MlflowTracker, _schema_lock
 from trainer.tracking.shipper import only_one
 from trainer.tracking.start import start_shipper, write_state
+from trainer.tracking.tracker import RunInfo
 
 WORDS = "what the owner wrote\n"
 FILES = [
@@ -219,6 +222,36 @@ def test_a_database_of_a_config_empties_no_file(tmp_path):
     with _schema_lock(f"sqlite:///{tmp_path / 'poetry'}"):
         pass
     assert (tmp_path / "poetry.lock").read_text() == WORDS
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory) -> str:
+    """A tracker of somebody else's, which comes beside a run."""
+    uri = f"sqlite:///{tmp_path_factory.mktemp('theirs') / 'mlflow.db'}"
+    MlflowTracker(uri, "muster").open(RunInfo("theirs", "a", None, 0.0))
+    return uri
+
+
+@pytest.mark.parametrize("place", ["", "{id}", "{id}/../artifacts", "link/{id}/artifacts", "{id}/artifacts"])
+def test_a_database_says_where_files_go_but_not_over_others(tmp_path, victim, database, place):
+    """By its runs' artifact_uri, as MLflow's client believes it."""
+    tracker = MlflowTracker(database, "muster", tmp_path / "artifacts")
+    run_id = tracker.open(RunInfo("one", place, None, 0.0)).run_id
+    (victim / "link").mkdir()
+    (victim / "link" / run_id).symlink_to(victim)
+    (victim / "artifacts").mkdir()
+    (victim / run_id).mkdir()
+    (victim / run_id / "artifacts").symlink_to(victim)
+    with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as opened:
+        theirs = victim.as_uri() + "/" + place.format(id=run_id)
+        opened.execute("UPDATE runs SET artifact_uri = ? WHERE run_uuid = ?", (theirs, run_id))
+        opened.commit()
+    (tmp_path / "profile").write_text("a stranger's")
+    before = below(victim)
+    with pytest.raises(ConfigError, match="no folder that MLflow makes for a run"):
+        tracker.artifact(tmp_path / "profile", "")
+    assert below(victim) == before
+    assert (victim / "profile").read_text() == WORDS
 
 
 SWEEP = """

@@ -30,14 +30,33 @@ for _name, _value in {
 from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric, Param, RunTag, ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
+from mlflow.utils.file_utils import local_file_uri_to_path  # noqa: E402
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID  # noqa: E402
+from mlflow.utils.uri import is_local_uri  # noqa: E402
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
 
-from ..own_files import no_link  # noqa: E402
+from configs import ConfigError  # noqa: E402
+
+from ..own_files import no_link, require_own  # noqa: E402
 from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
 
 KEY_TAG = "muster.key"
 REASON_TAG = "reason"
+
+
+def refuse_elsewhere(place: Path, run_id: str) -> None:
+    """Refuse a folder for a run's files that is not laid out as MLflow's are: whoever made the database, or runs the
+    server, says where they go, and what is there would be overwritten.
+
+    Raises:
+        ConfigError: it is not PLACE/RUN_ID/artifacts, or leads elsewhere over a link.
+    """
+    experiment = place.parent.parent
+    if not re.fullmatch(r"[0-9a-f]{32}", run_id) or place.resolve() != experiment.resolve() / run_id / "artifacts":
+        raise ConfigError(
+            f"the tracker wants this run's files in {place}, which is no folder that MLflow makes for a run"
+        )
+    require_own(place)
 
 
 class MlflowTracker:
@@ -57,6 +76,7 @@ class MlflowTracker:
             logging.getLogger(name).setLevel(logging.ERROR)
         self._uri, self._experiment_name, self._artifact_root = uri, experiment, artifact_root
         self._run_id = ""
+        self._place_is_checked = False
 
     def open(self, run: RunInfo) -> Sent:
         with _schema_lock(self._uri):
@@ -125,6 +145,11 @@ class MlflowTracker:
         self._client.log_batch(self._run_id, metrics=batch)
 
     def artifact(self, path: Path, folder: str) -> None:
+        if not self._place_is_checked:
+            place = self._client.get_run(self._run_id).info.artifact_uri
+            if is_local_uri(place):
+                refuse_elsewhere(Path(local_file_uri_to_path(place)), self._run_id)
+            self._place_is_checked = True
         self._client.log_artifact(self._run_id, str(path), folder or None)
 
     def finish(self, status: str, time: float, reason: str | None) -> None:
