@@ -12,6 +12,7 @@ shards are mapped, so that the kernel keeps of them what it has room for.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -275,7 +276,7 @@ def _wrong_content(path: Path, sha256: str, reader: "Reader | None") -> list[str
         return [f"{path} does not have the manifest's sha256: its content changed after it was written"]
     if reader and not finite:
         return [f"{path} holds numbers that are not finite{reader.not_finite(path.name)}"]
-    return []
+    return [f"{path} holds numbers below 0 in {key}" for key in reader.below_zero(path.name)] if reader else []
 
 
 _CHUNK = 1 << 18
@@ -310,6 +311,10 @@ def _data_begins(path: Path, file: BinaryIO) -> int:
     if size < 8 or length > min(size - 8, MOST_BYTES):
         raise CheckpointError(f"{path} is not safetensors: its header of {length:,} bytes is longer than it can be")
     return 8 + length
+
+
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var")
+"""States of optimizers that are sums or means of squares."""
 
 
 class Reader:
@@ -353,6 +358,12 @@ class Reader:
             if not self._files[name].get_slice(key)[:].isfinite().all():
                 return f", such as those of {shortened(key)}"
         return ""
+
+    def below_zero(self, name: str) -> list[str]:
+        """The first tensor of a file with numbers below 0 where there are none, as an optimizer takes their root."""
+        squares = (key for key in self._files[name].keys() if key.partition("/")[0] in SQUARES)  # noqa: SIM118
+        wrong = (key for key in squares if self._files[name].get_slice(key)[:].min() < 0)
+        return [shortened(key) for key in itertools.islice(wrong, 1)]
 
     @property
     def states(self) -> list[str]:
