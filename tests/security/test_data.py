@@ -20,6 +20,7 @@ from configs.data import DataConfig, LimitsConfig, PrepareConfig
 from trainer.data import encode, sources
 from trainer.data.default import ensure_prepared
 from trainer.data.encode import Encoded
+from trainer.data.inspect import inspect
 from trainer.data.manifest import MANIFEST, Manifest, Split, SplitStats, read_manifest, write_manifest
 from trainer.data.parquet import ParquetProcess
 from trainer.data.prepare import prepare
@@ -472,3 +473,13 @@ def test_the_start_of_a_run_says_it_in_one_message(copy):
     change(copy, dtype="int8")
     with pytest.raises(ConfigError, match="damaged"):
         ensure_prepared(from_dict({"data": {"path": str(copy)}}))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "train-00000.parquet"])
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero"), lambda path: None])
+def test_what_is_no_file_is_not_read_to_its_end(prepared, tmp_path, name, make):
+    folder = shutil.copytree(prepared, tmp_path / "copy")
+    path = next(folder.rglob(name))
+    path.unlink()
+    make(path)
+    assert inspect(folder, verify=True)["problems"] == [f"{path} is missing, or is not a file"]

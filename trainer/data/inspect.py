@@ -75,6 +75,8 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
 
 
 def _problem(path: Path, sha256: str) -> str | None:
+    if not path.is_file():
+        return f"{path} is missing, or is not a file"  # a pipe or a device has no end
     try:
         with open(path, "rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
