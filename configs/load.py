@@ -13,6 +13,8 @@ from .base import ConfigError
 from .designs import DESIGNS
 from .explain import annotation_of, explain, is_text, shown
 from .follow import dotted, follow
+from .model_from import KEY as FROM
+from .model_from import take_model
 from .parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
 from .run import Config
 
@@ -43,6 +45,8 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     own = _merged(each for each in layers if not _is_preset(each))
     for keys in (tree, own):
         override(keys, overrides, Config, "train.steps=100")
+    # A model that is taken from a folder is the user's choice, down to every key.
+    tree, own = take_model(tree, str(name)), take_model(own, str(name))
     defaults = follow(tree, preset, dotted(own))
     return from_dict(tree, where=str(name)).with_defaults(defaults)
 
@@ -52,7 +56,7 @@ Validated = TypeVar("Validated", bound=BaseModel)
 
 def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping. Raises ConfigError with the key, what was given and what would be right."""
-    return validated(Config, tree, where)
+    return validated(Config, take_model(dict(tree), where), where)
 
 
 def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Validated:
@@ -153,9 +157,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the keys of `above` over those of `below`, section by section; changes and returns `below`."""
+    """Put the keys of `above` over those of `below`, section by section; changes and returns `below`.
+
+    A `model` that is taken `from` a folder takes the place of the one below.
+    """
     for key, value in above.items():
-        if isinstance(value, dict) and isinstance(below.get(key), dict):
+        if key == "model" and isinstance(value, dict) and FROM in value:
+            below[key] = value
+        elif isinstance(value, dict) and isinstance(below.get(key), dict):
             below[key] = merge(below[key], value)
         else:
             below[key] = value
@@ -164,7 +173,8 @@ def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def override(tree: dict[str, Any], overrides: Iterable[str], root: type[BaseModel], example: str) -> None:
     """Set each `section.key=value` in a tree that is to be a `root`. Raises ConfigError."""
-    for text in overrides:
+    # What takes the place of a section first: the others stand beside it.
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0] != f"model.{FROM}"):
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")) or key.count(".") > MAX_DEPTH:
             raise ConfigError(f"{shortened(repr(text), 120)} is not key=value, such as {example}")
@@ -173,6 +183,8 @@ def override(tree: dict[str, Any], overrides: Iterable[str], root: type[BaseMode
 
 def _set(tree: dict[str, Any], key: str, text: str, root: type[BaseModel]) -> None:
     *sections, last = key.split(".")
+    if key == f"model.{FROM}":
+        tree["model"] = {}
     try:
         value = parse_yaml(text)
     except ValueError as error:

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from configs import ConfigError, ModelConfig
 from configs.explain import shown
-from configs.parse import MAX_JSON_BYTES, is_file, parse_json, read_text
 
 from .families import FAMILIES, build
-from .hf_config import YARN_SINCE, from_hf_config, to_hf_config
+from .hf_config import CONFIG, YARN_SINCE, from_hf_config, read_hf_config, to_hf_config
 from .hf_files import open_tensors
 from .hf_names import BIAS, GLM4_MOE, Architecture, bias_name, pieces
 from .router import choosers
@@ -80,14 +79,8 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
             or types. No tensor has been read then.
     """
     folder = Path(folder)
-    path = folder / "config.json"
-    if not is_file(path):
-        raise ConfigError(f"{folder} is no Hugging Face model folder: it has no file config.json")
-    try:
-        tree = parse_json(read_text(path, MAX_JSON_BYTES))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    config, arch = from_hf_config(tree, str(path))
+    tree = read_hf_config(folder)
+    config, arch = from_hf_config(tree, str(folder / CONFIG))
     beyond = tree.get("num_nextn_predict_layers") or 0 if arch is GLM4_MOE else 0
     return config, Weights(folder, config, arch, beyond)
 

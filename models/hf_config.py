@@ -1,14 +1,17 @@
 """config.json of a Hugging Face folder from a decoder's config, and back (no torch)."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from configs import ConfigError, ModelConfig
+from configs import Config, ConfigError, ModelConfig
 from configs.base import MOST_FLOAT, Length, Size
 from configs.explain import shown
-from configs.load import validated
+from configs.load import read_mapping, validated
 from configs.model import MOST_LAYERS
+from configs.model_from import READERS
+from configs.parse import MAX_JSON_BYTES, is_file, parse_json, read_text
 
 from .hf_names import (
     ARCHITECTURES,
@@ -26,6 +29,7 @@ from .hf_names import (
     dense_layers,
 )
 
+CONFIG, RUN_CONFIG = "config.json", "config.yaml"
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -189,6 +193,32 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("transformers_weights", None, ""),
 )
 """Keys, the one value that the decoder has, and what can be read instead."""
+
+
+def read_hf_config(folder: Path) -> Any:
+    """What stands in the config.json of a folder, not validated. Raises ConfigError."""
+    path = folder / CONFIG
+    if not is_file(path):
+        raise ConfigError(
+            f"{folder} is no Hugging Face model folder: it has no file {CONFIG}; read are those of "
+            f"{', '.join(ARCHITECTURES)}"
+        )
+    try:
+        return parse_json(read_text(path, MAX_JSON_BYTES))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+
+
+def model_keys(folder: Path) -> dict[str, Any]:
+    """Keys of model.* for the model in a folder: a run of ours, or Hugging Face's. Raises ConfigError."""
+    if is_file(folder / RUN_CONFIG):
+        model = validated(Config, read_mapping(folder / RUN_CONFIG), str(folder / RUN_CONFIG)).model
+    else:
+        model, _ = from_hf_config(read_hf_config(folder), str(folder / CONFIG))
+    return model.model_dump(mode="json")
+
+
+READERS[:] = [model_keys]
 
 
 def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, Architecture]:

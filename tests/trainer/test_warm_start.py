@@ -7,7 +7,7 @@ import torch
 from engines import batch_of
 from support import TINY_MODEL, resolved, tiny, train_in_process
 
-from configs import Config, ConfigError, ModelConfig
+from configs import Config, ConfigError, ModelConfig, from_dict
 from models.families import FAMILIES, build
 from models.hf import export_hf
 from models.router import choosers
@@ -15,7 +15,7 @@ from models.stages import Stage
 from trainer import checkpoint
 from trainer.export import export, load_module
 from trainer.record import read_events, read_metrics
-from trainer.run import prepare_run
+from trainer.run import prepare_run, read_config
 from trainer.warm_start import OF_TRAINING, SHOWN_BY_NAMES_AND_SHAPES, check_source, load_weights
 
 
@@ -59,6 +59,22 @@ def test_a_run_begins_with_them_and_resumes_without(trained, tiny_data):
     [second] = [m["eval_loss"] for m in read_metrics(run_dir) if "eval_loss" in m]
     assert second == pytest.approx(first, rel=1e-5)
     assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2]
+
+
+def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
+    [first] = [m["eval_loss"] for m in read_metrics(trained) if "eval_loss" in m]
+    for name, folder in (("as-hf", trained.parent / "hf"), ("as-run", trained)):
+        config = settings(trained.parent, tiny_data, name, init_from=str(folder))
+        tree = config.model_dump() | {"model": {"from": str(folder), "dropout": 0.25}}
+        run_dir = prepare_run(from_dict(tree))
+        assert not [event for event in read_events(run_dir) if event["event"] == "init_from"]
+        found = read_config(run_dir).model
+        assert found == read_config(trained).model.model_copy(
+            update={"dropout": 0.25, "intermediate_size": found.intermediate_size}
+        )
+    assert train_in_process(trained.parent / "as-hf") == 0
+    [second] = [m["eval_loss"] for m in read_metrics(trained.parent / "as-hf") if "eval_loss" in m]
+    assert second == pytest.approx(first, rel=1e-5)
 
 
 def test_mistakes_name_the_key(trained, tiny_data):

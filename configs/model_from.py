@@ -1,0 +1,45 @@
+"""`model: {from: FOLDER}`: what a model in a folder is made of, under the keys that the config gives beside it."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from .base import ConfigError, file_path
+from .explain import shown
+from .parse import is_file
+
+KEY = "from"
+TOKENIZER = "tokenizer.json"
+READERS: list[Callable[[Path], dict[str, Any]]] = []
+"""Gives the keys of the model in a folder, or raises ConfigError: one function, of `models`, which imports this."""
+
+
+def take_model(tree: dict[str, Any], where: str) -> dict[str, Any]:
+    """The tree with the model's keys in the place of `model.from`, and the folder's tokenizer for `data.path: stdlib`.
+
+    Raises:
+        ConfigError: no such folder, or a model that is not read.
+    """
+    model = tree.get("model")
+    if not isinstance(model, Mapping) or KEY not in model:
+        return tree
+    own = {key: value for key, value in model.items() if key != KEY}
+    if (source := model[KEY]) is None:
+        return {**tree, "model": own}
+    if not isinstance(source, str) or not source:
+        raise ConfigError(f"{where}: model.from={shown(source)}: should be the folder of a model")
+    try:
+        folder = Path(file_path(source)).expanduser().absolute()
+    except ValueError as error:
+        raise ConfigError(f"{where}: model.from={shown(source)}: {error}") from None
+    (read,) = READERS
+    try:
+        taken = {**tree, "model": {**read(folder), **own}}
+    except ConfigError as error:
+        raise ConfigError(f"model.from={shown(source)}: {error}") from None
+    data = tree.get("data") or {}
+    prepared = isinstance(data, Mapping) and data.get("path", "stdlib") != "stdlib"
+    prepare = data.get("prepare") or {} if isinstance(data, Mapping) else None
+    if prepared or not isinstance(prepare, Mapping) or not is_file(folder / TOKENIZER):
+        return taken
+    return {**taken, "data": {**data, "prepare": {"tokenizer": str(folder / TOKENIZER), **prepare}}}
