@@ -54,7 +54,8 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     if source := config.train.init_from:
         if not Path(source).expanduser().is_dir():
-            raise ConfigError(f"train.init_from={source}: no such folder")
+            what = "a file: name its folder" if Path(source).expanduser().is_file() else "no such folder"
+            raise ConfigError(f"train.init_from={source}: {what}")
         source = str(Path(source).expanduser().resolve())
         config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": source})})
     planned = config.model.vocab_size or vocabulary(config.data)
@@ -117,7 +118,7 @@ def prepare_run(
         changed_keys = ", ".join(f"{key} {shown(there)} -> {shown(here)}" for key, (there, here) in differs.items())
         print(
             f"muster: warning: the weights of train.init_from={resolved.train.init_from} compute something else here: "
-            f"{changed_keys} (there -> here). Set model.* as there unless this is on purpose, as for longer contexts",
+            f"{changed_keys} (there -> here). Set it as there unless this is on purpose, as for longer contexts",
             file=sys.stderr,
         )
     if fork:

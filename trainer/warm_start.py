@@ -1,5 +1,7 @@
 """Begin a run from the weights of another: a run, one of its checkpoints, or a Hugging Face folder."""
 
+import contextlib
+import hashlib
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,13 +14,16 @@ from torch import Tensor, nn
 
 from configs import Config, ConfigError, ModelConfig
 from configs.load import validated
+from configs.parse import is_file
 from models.families import build
 from models.hf import import_hf
-from models.hf_names import bias_name
+from models.hf_names import ARCHITECTURES, bias_name
 from models.upcycle import block_of, granularity, upcycle
 
 from . import checkpoint
 from .checkpoint import CheckpointError, Reader
+from .data.manifest import TOKENIZER, read_manifests
+from .data.tokenizer import tokenizer_file
 
 Shapes = Mapping[str, Sequence[int]]
 """Of parameters by name."""
@@ -74,7 +79,8 @@ def check_source(config: Config) -> dict[str, list[Any]]:
             f"train.init_from={config.train.init_from} has {len(unused)} parameters that the model has not, such as "
             f"{unused[0]}: set model.* to its architecture"
         )
-    return {f"model.{key}": pair for key, pair in _differences(source, config.model).items()}
+    different = {f"model.{key}": pair for key, pair in _differences(source, config.model).items()}
+    return different | _other_tokenizer(config)
 
 
 def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
@@ -87,6 +93,17 @@ def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
     if model.router_bias_rate is None and any(map(any, source.bias.values())):
         found["router_bias_rate"] = [there["router_bias_rate"], None]
     return found
+
+
+def _other_tokenizer(config: Config) -> dict[str, list[Any]]:
+    """The digests of the tokenizer.json beside the weights and of that of the data, where there are both and differ."""
+    assert config.train.init_from
+    file = Path(config.train.init_from).expanduser() / TOKENIZER
+    with contextlib.suppress(ConfigError):  # data that are not prepared
+        here = read_manifests(config.data)[0].tokenizer.sha256
+        if is_file(file) and (there := hashlib.sha256(tokenizer_file(file).read_bytes()).hexdigest()) != here:
+            return {"tokenizer": [f"sha256 {digest[:12]}" for digest in (there, here)]}
+    return {}
 
 
 def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float]]]:
@@ -173,7 +190,8 @@ def _open(config: Config, digests: bool) -> _Source:
             raise ConfigError(f"train.init_from: {problems[0]}")
         return _checkpoint(reader)
     raise ConfigError(
-        f"train.init_from={source} is neither a run with checkpoints, nor a checkpoint, nor a Hugging Face folder"
+        f"train.init_from={source} is neither a run with checkpoints, nor a checkpoint, nor a Hugging Face folder "
+        f"(config.json and *.safetensors of {', '.join(ARCHITECTURES)})"
     )
 
 

@@ -1,6 +1,7 @@
 """train.init_from: weights, and only weights, of a run, a checkpoint or a Hugging Face folder, copied or upcycled."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -80,7 +81,9 @@ def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
 def test_mistakes_name_the_key(trained, tiny_data):
     with pytest.raises(ConfigError, match=r"train\.init_from=.*no such folder"):
         prepare_run(settings(trained.parent, tiny_data, "third", init_from="nowhere"))
-    with pytest.raises(ConfigError, match="neither a run with checkpoints"):
+    with pytest.raises(ConfigError, match=r"train\.init_from=.*a file: name its folder"):
+        prepare_run(settings(trained.parent, tiny_data, "third", init_from=str(trained / "config.yaml")))
+    with pytest.raises(ConfigError, match=r"neither a run with checkpoints.*of llama, mistral, qwen2, "):
         load_weights(torch.nn.Linear(1, 1), warm(trained.parent))
     wider = warm(trained, {"hidden_size": 64})
     with pytest.raises(ConfigError, match=r"is \[320, 32\], the model's is \[320, 64\]"):
@@ -135,8 +138,19 @@ def test_longer_contexts_are_begun_and_said(trained, tiny_data, capsys):
         [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
         assert event["differs"].keys() == {key, "model.max_positions"}
     assert train_in_process(trained.parent / "yarn") == 0
-    prepare_run(settings(trained.parent, tiny_data, "same", init_from=str(trained)))
-    assert "warning" not in capsys.readouterr().err
+    for source in (trained, trained.parent / "hf"):
+        prepare_run(settings(trained.parent, tiny_data, f"same-{source.name}", init_from=str(source)))
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_weights_of_another_tokenizer_are_told(trained, tiny_data, tmp_path, capsys):
+    source = tmp_path / "hf"
+    shutil.copytree(trained.parent / "hf", source)
+    (source / "tokenizer.json").write_text("{}")
+    run_dir = prepare_run(settings(tmp_path, tiny_data, "other", init_from=str(source)))
+    assert "compute something else here: tokenizer " in capsys.readouterr().err
+    [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
+    assert event["differs"].keys() == {"tokenizer"}
 
 
 EXPERTS = {"num_experts": 4, "top_k": 4, "expert_size": 128}
