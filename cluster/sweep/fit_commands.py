@@ -113,7 +113,7 @@ def predict_sweep(
     from .forecast import Forecast
 
     check(found)
-    forecast = Forecast(found, named(form) if form else None, unique=unique or _unique(sweep, found))
+    forecast = Forecast(found, named(form) if form else None, unique=unique or tokens_to_read(sweep, found))
     predictions = [forecast.at_budget(each) for each in budget or ()]
     if n is not None and d is not None:
         predictions += [forecast.at_size(n, d, kind.shape) for kind in forecast.kinds]
@@ -150,7 +150,7 @@ def next_sweep(
     from .score import PREDICTIONS, keep_prediction
 
     check(found)
-    unique = unique or _unique(sweep, found)
+    unique = unique or tokens_to_read(sweep, found)
     predicted = Forecast(found, named(form) if form else None, unique=unique).at_budget(budget)
     experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
     granularity = predicted.shape.get("granularity")
@@ -210,7 +210,7 @@ def plot_sweep(
     marks = []
     if budget:
         try:
-            forecast = Forecast(found, unique=unique or _unique(sweep, found))
+            forecast = Forecast(found, unique=unique or tokens_to_read(sweep, found))
             marks += [Prediction(each, *forecast.at_budget(each).loss) for each in budget]
         except Refusal as refusal:
             print(f"no prediction is drawn: {refusal}", file=sys.stderr)
@@ -313,7 +313,7 @@ def _positive(**options: float | list[float] | None) -> None:
                 raise ConfigError(f"--{name.replace('_', '-')} {each:g}: should be above 0, at most {MOST_FLOAT:g}")
 
 
-def _unique(sweep: SweepConfig | None, table: "Table") -> float:
+def tokens_to_read(sweep: SweepConfig | None, table: "Table") -> float:
     """Tokens that a sweep's next run has to read: its runs' own data, where some read them more than once."""
     from .predict import repeats
 

@@ -132,7 +132,16 @@ def read_table(
     Raises:
         ConfigError: no such file or column, or a column that holds no numbers.
     """
-    data = _read(Path(path))
+    return table_of_columns(_read(Path(path)), path, columns, where)
+
+
+def table_of_columns(
+    data: Mapping[str, list[Any]],
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+) -> Table:
+    """As `read_table`, of columns that have been read from `path`, or come from elsewhere, which it then names."""
     known = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
     columns = dict(columns or {})
     for ours, theirs in columns.items():

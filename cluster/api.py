@@ -1,0 +1,223 @@
+"""For scripts and notebooks: train a run, read runs as data frames, fit scaling laws and predict by them."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import pandas as pd
+
+from configs import ConfigError, flatten, load, private_files
+from configs.sweep import load_sweep
+from trainer.progress import Follower, ProgressView
+from trainer.record import read_metrics, summary
+
+from .runs import RUNS, run_folder, run_folders
+from .sweep.collect import collect, known_plan, loss_curves
+from .sweep.fit import Fits, check, named
+from .sweep.fit import fit as fit_table
+from .sweep.fit_commands import tokens_to_read
+from .sweep.forecast import Forecast, Prediction
+from .sweep.table import Table, read_table, table_of_columns
+
+__all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
+
+MISTAKE, STOPPED = 2, 75
+"""Exit codes of `muster train`."""
+Source: TypeAlias = str | Path | pd.DataFrame
+"""A sweep's YAML file, a CSV or Parquet file with a run in each row, or a data frame of the same."""
+
+
+def train(
+    config: str | Path,
+    overrides: Mapping[str, Any] | Sequence[str] = (),
+    *,
+    on_metrics: Callable[[dict[str, Any]], object] | None = None,
+    fork: str | None = None,
+) -> Path:
+    """Train a run, or go on with it, by `muster train` in a process of its own, whose output is printed.
+
+    Args:
+        config: a preset's name or a YAML file.
+        overrides: {"train.steps": 100}, or ["train.steps=100"].
+        on_metrics: called with each record as it is written, on a thread of its own: those of steps have `loss`, those
+            of evaluations `eval_loss`. A step that is done again comes again. If it raises, the run stops after its
+            step, with a checkpoint, and the error is raised here.
+        fork: name of a new run that starts from the last checkpoint of `run.name`.
+
+    Returns:
+        The run's folder; also where it was stopped, and the same call goes on.
+
+    Raises:
+        ConfigError: a mistake in what was asked.
+        RuntimeError: the run failed.
+    """
+    private_files()
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+    asked = load(config, overrides)
+    run_dir = Path(asked.run.root).expanduser().resolve() / (fork or asked.run.name)
+    told = _Told(run_dir, on_metrics)
+    command = [sys.executable, "-P", "-m", "cluster.cli", "train", *(["--fork", fork] if fork else [])]
+    with Follower(run_dir, told):
+        code, message = _run([*command, "--", str(config), *overrides])
+    if told.error:
+        raise told.error
+    if code not in (0, STOPPED):
+        raise ConfigError(message) if code == MISTAKE else RuntimeError(message)
+    return run_dir
+
+
+def _run(command: Sequence[str]) -> tuple[int, str]:
+    """The exit code of a command, and its last message; an interrupt is the command's, which gets it too."""
+    message: list[str] = []
+    interrupt = None
+    # One of its own for each run: a process that has been part of one Ray cannot start another.
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        assert process.stdout
+        while True:
+            try:
+                for line in process.stdout:
+                    print(line, end="", flush=True)
+                    message = [*([] if line.startswith("muster: ") else message), line][-20:]
+                break
+            except KeyboardInterrupt as error:
+                interrupt = error
+    if interrupt:
+        raise interrupt
+    return process.returncode, "".join(message).strip().removeprefix("muster: ")
+
+
+class _Told(ProgressView):
+    """Hands the metrics of a run to a function, until it raises."""
+
+    def __init__(self, run_dir: Path, function: Callable[[dict[str, Any]], object] | None) -> None:
+        super().__init__(0, tty=False)
+        self.run_dir, self.function = run_dir, function
+        self.error: Exception | None = None
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        if self.function is None or self.error:
+            return
+        try:
+            self.function(record)
+        except Exception as error:
+            from trainer.run import request_stop  # torch
+
+            self.error = error
+            request_stop(self.run_dir)
+
+    def event(self, record: dict[str, Any]) -> None:
+        pass
+
+
+def runs(root: str | Path = RUNS, keys: Sequence[str] = ()) -> pd.DataFrame:
+    """The runs in a folder, a row each, by their names: what `trainer.record.summary` says of them.
+
+    Args:
+        keys: of their configs, such as `optim.lr`, each a column.
+
+    Raises:
+        ConfigError: a run's config cannot be read, or a key that none has.
+    """
+    found = []
+    for folder in run_folders(Path(root)):
+        values = flatten(load(folder / "config.yaml")) if keys else {}
+        found.append(summary(folder) | {key: values.get(key) for key in keys})
+        if unknown := [key for key in keys if key not in values]:
+            raise ConfigError(f"{folder}: its config has no key {unknown[0]}")
+    columns = ["name", "status", "reason", "step", "loss", "eval_loss", "tokens", "attempts", "wall_time", "updated"]
+    frame = pd.DataFrame(found, columns=[*columns, *keys]).set_index("name")
+    frame["updated"] = pd.to_datetime(frame["updated"], unit="s", utc=True)
+    return frame
+
+
+def metrics(run: str | Path, root: str | Path = RUNS) -> pd.DataFrame:
+    """The record of a run as it counts, a row for each step, with what an evaluation after it found.
+
+    metrics.jsonl keeps steps that were done again after a restart or a rollback: here only their last lines are.
+
+    Args:
+        run: a name under `root`, or a folder.
+
+    Raises:
+        ConfigError: there is no such run.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for record in read_metrics(run_folder(str(run), Path(root))):
+        row = steps.setdefault(record["step"], {})
+        row |= {key: value for key, value in record.items() if key not in row}
+    return pd.DataFrame(list(steps.values()), columns=None if steps else ["step", "loss"]).set_index("step")
+
+
+def fit(source: Source, *, forms: Sequence[str] | None = None, seed: int = 0, **which: Any) -> Fits:
+    """Fit every scaling law that the runs determine, as `muster sweep fit` does.
+
+    Args:
+        forms: names of laws; None: all.
+        which: columns, where and max_budget, see `predict`.
+
+    Returns:
+        `best.coefficients`, `best.intervals`; `refused`: why the others are not to be relied on.
+
+    Raises:
+        ConfigError: no such file, column or law. Its subclass Refusal: no law can be fitted to these runs.
+    """
+    table, curves, _ = _open(source, **which)
+    return fit_table(table, forms, seed=seed, curves=curves)
+
+
+def predict(
+    source: Source, budget: float, *, form: str | None = None, unique: float | None = None, **which: Any
+) -> Prediction:
+    """The loss and the best size at a budget of training FLOPs, as `muster sweep predict` does.
+
+    Args:
+        form: name of a law; None: as the runs allow.
+        unique: tokens that there are to read; None: a sweep's own data, else endless.
+        which: `columns`, our names (n, d, c, loss, ...) to those of the file; `where`, columns to the value that rows
+            must have; `max_budget`, FLOPs of the largest run that counts.
+
+    Returns:
+        `loss`, `run_loss`, `n` and `d`, each with `value`, `low` and `high`.
+
+    Raises:
+        ConfigError: as `fit`, or a budget that is no number above 0.
+    """
+    if not 0 < budget < float("inf"):
+        raise ConfigError(f"budget={budget}: should be training FLOPs, above 0")
+    table, _, there_are = _open(source, **which)
+    check(table)
+    return Forecast(table, named(form) if form else None, unique=unique or there_are).at_budget(budget)
+
+
+def _open(
+    source: Source,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+    max_budget: float | None = None,
+) -> tuple[Table, Table | None, float]:
+    """The runs, points of their loss curves where the design needs them, and the tokens that there are to read."""
+    sweep = curves = None
+    if isinstance(source, pd.DataFrame):
+        cells = {str(name): [None if pd.isna(cell) else cell for cell in source[name]] for name in source}
+        table = table_of_columns(cells, "the data frame", columns, where)
+    elif Path(source).suffix in (".yaml", ".yml"):
+        if columns or where:
+            raise ConfigError(f"{source} is a sweep: columns and where are for tables of runs")
+        sweep = load_sweep(source)
+        planned = known_plan(sweep)
+        table = collect(planned).counted_as(sweep.count)
+        if not len(table):
+            raise ConfigError(f"{source}: no trial has finished yet; `muster sweep run {source}` trains them")
+    else:
+        table = read_table(source, columns, where)
+    if max_budget is not None:
+        table = table.without(table.c > 1.01 * max_budget, f"over max_budget {max_budget:g}")
+    if sweep is not None and sweep.isoflop is None:
+        curves = loss_curves(planned, table)
+    return table, curves, tokens_to_read(sweep, table)

@@ -1,0 +1,137 @@
+"""What README shows for scripts and notebooks: it runs, and gives what the commands give."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from laws import HOFFMANN, isoflop
+from support import tiny, train_in_process
+
+from cluster import api
+from cluster.sweep.forms import Approach3
+from configs import ConfigError
+from trainer.record import Record
+from trainer.run import prepare_run
+
+README = Path(__file__).parents[2] / "README.md"
+COLUMNS = {"n": "params", "d": "tokens", "c": "flops", "loss": "val"}
+
+
+@pytest.fixture(scope="module")
+def frame():
+    runs = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
+    return pd.DataFrame({"params": runs.n, "tokens": runs.d, "flops": runs.c, "val": runs.loss})
+
+
+def run_script(folder, code):
+    """What a script printed."""
+    (folder / "script.py").write_text(code)
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=folder, env=environment, capture_output=True, text=True, timeout=500
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()
+
+
+def test_what_readme_shows_runs(tmp_path, tiny_data, frame):
+    [code] = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert len(code.splitlines()) <= 25
+    shutil.copytree(tiny_data, tmp_path / "data" / "tokens")
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    lines = run_script(tmp_path, code)
+    shown = [line.split() for line in lines if re.fullmatch(r"\d+ \S+ \S+", line)]
+    # Each step once, and the evaluation after the last.
+    assert [line[0] for line in shown] == ["1", "2", "3", "4", "4"]
+    found = api.metrics("api", tmp_path / "runs")
+    assert list(found.index) == [1, 2, 3, 4]
+    assert found["loss"][3] == float(shown[2][1])
+    assert found["eval_loss"][4] == float(shown[4][2])
+    [run] = api.runs(tmp_path / "runs", keys=["optim.lr"]).itertuples()
+    assert (run.Index, run.status, run.step) == ("api", "FINISHED", 4)
+    assert any(line.startswith("Interval(value=") for line in lines)
+
+
+STOPPING = """
+from cluster.api import train
+
+def stop(record):
+    raise KeyError("enough")
+
+asked = {"run.name": "api", "train.steps": 500, "data.path": "data/tokens"}
+try:
+    train("quickstart", asked, on_metrics=stop)
+except KeyError as error:
+    print("stopped", error)
+for wrong in ({"optim.lr": 1}, {"plugins": ["nothing"], "run.name": "other"}):
+    try:
+        train("quickstart", asked | wrong)
+    except ValueError as error:
+        print("refused", str(error).replace("\\n", " "))
+"""
+
+
+@pytest.mark.slow
+def test_a_callback_that_raises_stops_the_run_with_a_checkpoint(tmp_path, tiny_data):
+    shutil.copytree(tiny_data, tmp_path / "data" / "tokens")
+    lines = run_script(tmp_path, STOPPING)
+    assert "stopped 'enough'" in lines
+    refused = [line for line in lines if line.startswith("refused")]
+    assert "run api exists with another config: optim.lr was 0.002 and is now 1.0" in refused[0]
+    assert "nothing" in refused[1]
+    assert 1 <= max(api.metrics("api", tmp_path / "runs").index) < 500
+    assert list((tmp_path / "runs" / "api" / "checkpoints").glob("step-*/manifest.json"))
+
+
+def test_steps_that_were_done_again_count_once(tmp_path, tiny_data):
+    run_dir = prepare_run(
+        tiny(run={"root": str(tmp_path), "name": "again"}, data={"path": str(tiny_data)}, train={"steps": 3})
+    )
+    assert train_in_process(run_dir) == 0
+    before = api.metrics("again", tmp_path)
+    assert list(before.index) == [1, 2, 3]
+    assert before["eval_loss"].notna().tolist() == [False, False, True]
+    record = Record(run_dir, 2)
+    record.metrics({"step": 2, "loss": 1.25})
+    record.close()
+    after = api.metrics(run_dir)
+    assert list(after.index) == [1, 2]
+    assert after["loss"].tolist() == [before["loss"][1], 1.25]
+    assert len((run_dir / "metrics.jsonl").read_text().splitlines()) == 5
+    found = api.runs(tmp_path, keys=["model.num_layers"])
+    assert found.loc["again", ["step", "model.num_layers"]].tolist() == [2, 2]
+    with pytest.raises(ConfigError, match=r"has no key optim\.rate"):
+        api.runs(tmp_path, keys=["optim.rate"])
+    with pytest.raises(ConfigError, match=r"no run 'agin'.*did you mean again"):
+        api.metrics("agin", tmp_path)
+    assert api.runs(tmp_path / "nothing").empty
+
+
+def test_a_frame_and_a_file_are_fitted_and_predicted_alike(tmp_path, frame):
+    frame.to_parquet(tmp_path / "runs.parquet")
+    kinds = [api.fit(source, columns=COLUMNS) for source in (frame, tmp_path / "runs.parquet")]
+    assert kinds[0].best.coefficients == kinds[1].best.coefficients
+    low, high = kinds[0].best.intervals["alpha"]
+    assert low < HOFFMANN["alpha"] < high
+    renamed = frame.rename(columns={theirs: ours for ours, theirs in COLUMNS.items()})
+    found = api.predict(renamed, 1e21, max_budget=5e19)
+    assert 6 * found.n.value * found.d.value == pytest.approx(1e21, rel=1e-6)
+    assert found.loss.low < found.loss.value < found.loss.high
+    with pytest.raises(ConfigError, match="the data frame has no column n"):
+        api.fit(frame)
+    with pytest.raises(ConfigError, match="budget=-1"):
+        api.predict(renamed, -1)
+    with pytest.raises(ConfigError, match="a scaling law needs 3"):
+        api.fit(renamed, max_budget=1e18)
+
+
+def test_mistakes_are_raised(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown key optim\.rate"):
+        api.train("quickstart", {"optim.rate": 1})
+    with pytest.raises(ConfigError, match=r"model.from=.*no Hugging Face model folder"):
+        api.train("quickstart", {"model.from": str(tmp_path)})
