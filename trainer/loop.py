@@ -115,7 +115,9 @@ def _steps(
     train, here = config.train, ds.device()
     refuse_too_large(config, here)
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
-    held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
+    held_out = None
+    if any(manifest.splits["held_out"].tokens > 1 for manifest in dataset.manifests):
+        held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
     # Before the model takes memory.
     forecast = Forecast(config, here, lambda: preflight(run_dir, config, record))
     if record:
@@ -176,7 +178,7 @@ def _steps(
                 books.settle()
                 profiler.after(step, record)
             last = step == train.steps
-            if last or (train.eval_every and step % train.eval_every == 0):
+            if held_out and (last or (train.eval_every and step % train.eval_every == 0)):
                 books.settle()
                 evaluate(run_dir, trainee, held_out, step, record, beat)
             if last or is_due(config.checkpoint.every, step, saved, books.checkpoint_every):

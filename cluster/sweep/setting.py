@@ -8,7 +8,7 @@ from configs.data import DataConfig
 from configs.sweep import SweepConfig, nested
 from configs.tracking import TrackingConfig
 from trainer.data.default import ensure_prepared, vocabulary_size
-from trainer.data.manifest import vocabulary
+from trainer.data.manifest import sources_of, vocabulary, without_held_out
 from trainer.own_files import replace_text
 from trainer.record import read_events
 from trainer.run import attempts, read_config, resolve_config
@@ -53,7 +53,13 @@ class Setting:
 
     def prepare_data(self) -> None:
         """Make the default data where they are missing; the sweep's other runs use the same."""
-        self.vocab_size = vocabulary_size(self._prepared(self.base))
+        data = self._prepared(self.base)
+        if len(nothing := without_held_out(data)) == len(sources_of(data)):
+            raise ConfigError(
+                f"data.path={nothing[0]} has no held-out documents, whose loss a sweep compares: prepare it with a "
+                "larger data.prepare.held_out or more text"
+            )
+        self.vocab_size = vocabulary_size(data)
 
     def _prepared(self, config: Config) -> DataConfig:
         if config.data not in self._data:

@@ -11,8 +11,10 @@ from support import tiny, train_in_process
 from teams import in_team
 
 from configs import ConfigError, load
+from configs.data import PrepareConfig
 from trainer import checkpoint
 from trainer.checkpoint import Reader
+from trainer.data.prepare import prepare
 from trainer.record import Record, read_events, read_metrics
 from trainer.run import prepare_run, read_config
 
@@ -102,6 +104,17 @@ def test_record_of_a_clean_run(clean):
     assert events[-1]["event"] == "attempt_ended"
     assert events[-1]["status"] == "FINISHED"
     assert sorted(p.name for p in (clean / "samples").glob("*.txt")) == ["step-00000004.txt", "step-00000008.txt"]
+
+
+def test_a_run_without_held_out_documents_has_no_evaluation(tmp_path):
+    (tmp_path / "x.txt").write_text("a few words " * 20)
+    prepare([tmp_path / "x.txt"], tmp_path / "data", PrepareConfig(tokenizer="bytes", held_out=0.0), progress=False)
+    run_dir = make(tmp_path, tmp_path / "data")
+    assert train_in_process(run_dir) == 0
+    assert [m["step"] for m in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+    [launched] = [event for event in read_events(run_dir) if event["event"] == "resolved"]
+    assert any("no evaluation" in note for note in launched["derived"])
+    assert read_events(run_dir)[-1]["status"] == "FINISHED"
 
 
 @pytest.mark.parametrize(("function", "call", "when"), PHASES)

@@ -9,8 +9,10 @@ from pathlib import Path
 from configs import Config, ConfigError
 from configs.data import DataConfig, LimitsConfig, PrepareConfig, Source
 
-from .manifest import FORMAT, MANIFEST, Manifest, read_manifest, read_manifests, sources_of
+from .manifest import FORMAT, MANIFEST, Manifest, read_manifest, read_manifests, sources_of, without_held_out
+from .meter import Meter
 from .prepare import prepare, summary
+from .reader import Dataset
 from .tokenizer import TokenizerProcess, tokenizer_file
 
 
@@ -26,7 +28,7 @@ def ensure_prepared(
 
     Raises:
         ConfigError: a path that is not prepared data (with the command that makes it), tokenizers that differ, or one
-            that is not as the manifest says or cannot be used.
+            that is not as the manifest says or cannot be used; as `Dataset`.
     """
     notes: list[str] = []
     folders: list[Source] = []
@@ -51,7 +53,15 @@ def ensure_prepared(
         folders.append(source.model_copy(update={"path": str(folder)}))
     path = folders[0].path if isinstance(config.data.path, str) else tuple(folders)
     data = config.data.model_copy(update={"path": path})
-    read_manifests(data)
+    Dataset(data, config.train.seq_len, config.run.seed)  # what is wrong with it shows here, not in the run's processes
+    nothing = without_held_out(data)
+    if len(nothing) < len(folders):
+        Dataset(data, config.train.seq_len, config.run.seed, split="held_out")
+    if nothing:
+        what = "the run has no evaluation" if len(nothing) == len(folders) else "the evaluation is of the other data"
+        notes.append(f"data.path={', '.join(nothing)}: nothing is held out, so {what}")
+        if progress:
+            Meter.say(f"muster: {notes[-1]}")
     return data, notes
 
 

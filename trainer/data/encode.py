@@ -1,6 +1,5 @@
 """Turn a batch of raw records into tokens of the two splits; `serve` is a worker process of `pool`."""
 
-import hashlib
 import json
 import mmap
 import re
@@ -14,6 +13,7 @@ from .child import MIB, Bounds
 from .formats import RECORD_VALUES, text_in
 from .manifest import SPLITS, Split
 from .sources import Record, Refusal, cut
+from .splitting import Splitting
 from .tokenizer_process import TokenizerError, library_errors, load
 from .unpack import Damaged
 
@@ -31,8 +31,7 @@ class EncodeSpec:
     vocab_size: int
     dtype: str
     text_key: str
-    held_out: float
-    seed: int
+    splitting: Splitting
     memory: int
     """Bytes that a process may take for the tokenizer, and for a MiB of text; more for more text."""
     seconds: int
@@ -85,12 +84,6 @@ def _parsed(data: bytes) -> object:
     return json.loads(data)
 
 
-def split_of(document: bytes, held_out: float, seed: int) -> Split:
-    """The split of a document: a hash of (seed, its text), so equal documents never stand on both sides."""
-    digest = hashlib.blake2b(document, digest_size=8, key=str(seed).encode()).digest()
-    return "held_out" if int.from_bytes(digest, "big") < held_out * 2**64 else "train"
-
-
 class Encoder:
     def __init__(self, spec: EncodeSpec):
         self.spec = spec
@@ -110,17 +103,17 @@ class Encoder:
             if isinstance(document, Refusal):
                 batch.refused.append(document)
                 continue
-            try:
-                encoded, characters = self.encode(document)
-            except TokenizerError as error:
-                batch.refused.append(Refusal(record.path, record.where, "cannot be tokenized", str(error)))
-                continue
-            split = split_of(document, spec.held_out, spec.seed)
-            into = batch.splits[split]
-            into.documents += 1
-            into.bytes += len(document)
-            into.characters += characters
-            parts[split] += [*encoded, end]
+            for split, part in spec.splitting(document):
+                try:
+                    encoded, characters = self.encode(part)
+                except TokenizerError as error:
+                    batch.refused.append(Refusal(record.path, record.where, "cannot be tokenized", str(error)))
+                    continue
+                into = batch.splits[split]
+                into.documents += 1
+                into.bytes += len(part)
+                into.characters += characters
+                parts[split] += [*encoded, end]
         for split, arrays in parts.items():
             if arrays:
                 batch.splits[split].tokens = np.concatenate(arrays)

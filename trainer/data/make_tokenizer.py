@@ -7,14 +7,20 @@ from pathlib import Path
 
 from configs.data import LimitsConfig, PrepareConfig
 
-from .encode import documents, split_of
+from .encode import documents
 from .manifest import TOKENIZER, TokenizerInfo
 from .sources import Input, Reader, Refusal
+from .splitting import Splitting
 from .tokenizer import TokenizerProcess, byte_tokenizer, end_of_text, tokenizer_file, train_bpe
 
 
 def make_tokenizer(
-    files: list[Input], folder: Path, config: PrepareConfig, reader: Reader, limits: LimitsConfig
+    files: list[Input],
+    folder: Path,
+    config: PrepareConfig,
+    splitting: Splitting,
+    reader: Reader,
+    limits: LimitsConfig,
 ) -> TokenizerInfo:
     """Put the tokenizer.json that `config.tokenizer` asks for into `folder`.
 
@@ -25,7 +31,7 @@ def make_tokenizer(
     if config.tokenizer in ("bytes", "bpe"):
         own = byte_tokenizer()
         if config.tokenizer == "bpe":
-            own = train_bpe(_sample(files, config, reader), config.vocab_size)
+            own = train_bpe(_sample(files, config, splitting, reader), config.vocab_size)
         own.save(str(path))
         eos_token, eos_id = end_of_text(own.token_to_id, path)
         size = max(own.get_vocab(with_added_tokens=True).values()) + 1
@@ -45,7 +51,7 @@ def make_tokenizer(
     )
 
 
-def _sample(files: list[Input], config: PrepareConfig, reader: Reader) -> Iterator[str]:
+def _sample(files: list[Input], config: PrepareConfig, splitting: Splitting, reader: Reader) -> Iterator[str]:
     """Training documents for the tokenizer: files in an order drawn by hash, from each its share of the cap (at least
     1 MiB, so that of many small files some are taken whole). The cap is 16 MiB, or 2 KiB per token of the vocabulary
     where that is more."""
@@ -57,12 +63,14 @@ def _sample(files: list[Input], config: PrepareConfig, reader: Reader) -> Iterat
         budget = min(max(1 << 20, cap * files[index].bytes // total), cap - taken)
         for _, item in reader.read(files[index]):
             for document in documents([item], reader.text_key):
-                if isinstance(document, Refusal) or split_of(document, config.held_out, config.seed) != "train":
+                if isinstance(document, Refusal):
                     continue
-                document = document[: 1 << 20]
-                yield document.decode("utf-8", errors="ignore")
-                budget -= len(document)
-                taken += len(document)
+                for split, part in splitting(document):
+                    if split == "train":
+                        part = part[: 1 << 20]
+                        yield part.decode("utf-8", errors="ignore")
+                        budget -= len(part)
+                        taken += len(part)
             if budget <= 0:
                 break
         if taken >= cap:

@@ -196,6 +196,12 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     return manifests
 
 
+def without_held_out(data: DataConfig) -> list[str]:
+    """The sources that have no held-out sequence, which takes two tokens. Raises ConfigError as `read_manifests`."""
+    pairs = zip(sources_of(data), read_manifests(data), strict=True)
+    return [source.path for source, manifest in pairs if manifest.splits["held_out"].tokens < 2]
+
+
 def vocabulary(data: DataConfig) -> int:
     """Size of the vocabulary that the data have, or will have once they are prepared."""
     try:

@@ -8,13 +8,14 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from configs import ConfigError
 from configs.data import LimitsConfig, PrepareConfig
 
-from .encode import EncodeSpec
+from .encode import EncodeSpec, documents
 from .make_tokenizer import make_tokenizer
 from .manifest import (
     MANIFEST,
@@ -31,6 +32,7 @@ from .parquet import RECORD_WEIGHT
 from .pool import Records, default_workers, encode_all
 from .shard_writer import SplitWriter
 from .sources import Input, Reader, Record, Refusal, find_inputs
+from .splitting import Splitting, split_of_few
 from .tokenizer import tokenizer_file, tokenizer_memory
 
 BATCH_BYTES = 1 << 20
@@ -81,7 +83,17 @@ def prepare(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(mode=0o700)
         try:
-            manifest = _build(files, part, config, limits, text_key, workers or default_workers(), strict, progress)
+            build = partial(
+                _build, files, part, config, limits, text_key, workers or default_workers(), strict, progress
+            )
+            manifest = build(Splitting(config.held_out, config.seed))
+            if config.held_out and not all(manifest.splits[split].documents for split in SPLITS):
+                splitting = split_of_few(_documents(files, limits, text_key), config.held_out, config.seed)
+                if progress:
+                    Meter.say(str(splitting))
+                shutil.rmtree(part)
+                part.mkdir(mode=0o700)
+                manifest = build(splitting)
             names = [os.fsencode(str(given)).decode("utf-8", errors="replace") for given in inputs]
             manifest = manifest.model_copy(update={"fingerprint": fingerprint, "inputs": names})
             write_manifest(part, manifest)
@@ -102,6 +114,7 @@ def _build(
     workers: int,
     strict: bool,
     progress: bool,
+    splitting: Splitting,
 ) -> Manifest:
     """Write everything but the manifest into `part`; its `inputs` and `fingerprint` are left to the caller."""
     total = sum(file.bytes for file in files)
@@ -111,7 +124,7 @@ def _build(
         meter = stack.enter_context(Meter(total, progress))
         meter.describe("make the tokenizer")
         reader = stack.enter_context(Reader(text_key, limits))
-        info = make_tokenizer(files, part, config, reader, limits)
+        info = make_tokenizer(files, part, config, splitting, reader, limits)
         dtype: Literal["uint16", "uint32"] = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
         spec = EncodeSpec(
             tokenizer=str(part / TOKENIZER),
@@ -120,8 +133,7 @@ def _build(
             vocab_size=info.vocab_size,
             dtype=dtype,
             text_key=text_key,
-            held_out=config.held_out,
-            seed=config.seed,
+            splitting=splitting,
             memory=tokenizer_memory(limits, (part / TOKENIZER).stat().st_size),
             seconds=limits.seconds,
         )
@@ -146,10 +158,11 @@ def _build(
         os.fsync(refused.fileno())
     shards = [shard for split in SPLITS for shard in writers[split].close()]
     splits = {split: writers[split].stats() for split in SPLITS}
-    if not splits["train"].documents:
-        named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items())
-        because = f"{named}).\nThe first: {first}" if first else "all are held out)"
-        raise ConfigError(f"no usable training document in {len(files)} files ({because}")
+    if not any(split.documents for split in splits.values()):
+        named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "they are blank"
+        raise ConfigError(
+            f"no usable document in {len(files)} files ({named})" + (f".\nThe first: {first}" if first else "")
+        )
     return Manifest(
         fingerprint="",
         inputs=[],
@@ -163,6 +176,13 @@ def _build(
         shards=shards,
         refused=dict(sorted(reasons.items())),
     )
+
+
+def _documents(files: list[Input], limits: LimitsConfig, text_key: str) -> Iterator[bytes]:
+    with Reader(text_key, limits) as reader:
+        for file in files:
+            for _, item in reader.read(file):
+                yield from (each for each in documents([item], text_key) if isinstance(each, bytes))
 
 
 def _batches(files: list[Input], reader: Reader, meter: Meter) -> Iterator[Records]:
@@ -245,10 +265,8 @@ def summary(manifest: Manifest) -> str:
             f"{split}: {stats.documents:,} documents, {stats.tokens:,} tokens ({ratio:.2f} bytes each), "
             f"unigram entropy {stats.entropy:.3f} nats, {len(manifest.of(split))} shards"
         )
-    if not manifest.splits["held_out"].documents and manifest.prepare.held_out:
-        lines.append(
-            f"no document fell into the held-out split ({manifest.prepare.held_out:g} of them): raise held_out"
-        )
+    if not manifest.splits["held_out"].documents:
+        lines.append("nothing is held out: a run on these data alone has no evaluation")
     if manifest.refused:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.refused.items())
         lines.append(f"left out: {reasons} (each is named in {REFUSED})")

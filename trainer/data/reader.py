@@ -42,7 +42,7 @@ class Dataset:
 
     The training split goes on epoch after epoch, each in another order (`order`), and mixes the sources by weight.
     The held-out split has one fixed order, whatever the seed: all windows of all sources spread evenly, so that the
-    first N are a fair sample. It ends at `len()`.
+    first N are a fair sample. It ends at `len()`. A source that has none is passed over.
 
     Not for several threads at once: give each its own.
 
@@ -65,7 +65,8 @@ class Dataset:
         self.bad_pages: list[tuple[str, int]] = []
         """(file, row group) of each bad page met so far under `data.on_bad_page: skip`."""
         self.shards: list[Shards] = []
-        self.orders: list[EpochOrder] = []
+        self.orders: list[EpochOrder | None] = []
+        """None where a source has no held-out sequence."""
         for number, (source, manifest) in enumerate(zip(self.sources, self.manifests, strict=True)):
             tokens = manifest.prepare.row_group_tokens
             if seq_len > tokens:
@@ -77,11 +78,18 @@ class Dataset:
             shards = Shards(source.path, manifest, split, BLOCK + BLOCK // 8, config.limits)
             windows, last = self._windows(tokens), self._windows(shards.last_tokens)
             groups = shards.groups if last else shards.groups - 1  # one token alone has no label
-            if groups < 1:
-                raise ConfigError(self._nothing(source.path))
+            if groups < 1 and split == "train":
+                raise ConfigError(f"data.path={source.path} holds less than two training tokens: prepare more text")
             self.shards.append(shards)
-            self.orders.append(EpochOrder(groups, windows, last or windows, mix(seed, number)))
-        self._ends = list(accumulate(order.size for order in self.orders))
+            order = EpochOrder(groups, windows, last or windows, mix(seed, number)) if groups > 0 else None
+            self.orders.append(order)
+        self._ends = list(accumulate(order.size if order else 0 for order in self.orders))
+        if not self._ends[-1]:
+            paths = ", ".join(source.path for source in self.sources)
+            raise ConfigError(
+                f"data.path={paths} has no held-out documents: prepare it with a larger data.prepare.held_out or more "
+                "text"
+            )
         self._interleave = Interleave([source.weight for source in self.sources], mix(seed, "mixture"))
         self._fixed = Permutation(self._ends[-1], mix("held out"))
 
@@ -168,21 +176,20 @@ class Dataset:
             raise IndexError(f"sequence {index}: counted from 0")
         if self.split == "train":
             source, index = self._interleave(index)
-            return source, *self.orders[source](index)
+            order = self.orders[source]
+            assert order
+            return source, *order(index)
         if index >= len(self):
             raise IndexError(f"sequence {index} of a held-out split of {len(self)} sequences")
         spread = self._fixed(index)
         source = bisect_right(self._ends, spread)
         spread -= self._ends[source - 1] if source else 0
-        return source, 0, *divmod(spread, self.orders[source].windows)
+        order = self.orders[source]
+        assert order
+        return source, 0, *divmod(spread, order.windows)
 
     def _windows(self, tokens: int) -> int:
         return -(-(tokens - 1) // self.seq_len) if tokens > 1 else 0
-
-    def _nothing(self, path: str) -> str:
-        if self.split == "held_out":
-            return f"data.path={path} has no held-out documents: prepare it with a larger data.prepare.held_out"
-        return f"data.path={path} holds less than two training tokens: prepare more text"
 
 
 def load_tokenizer(data: DataConfig) -> TokenizerProcess:

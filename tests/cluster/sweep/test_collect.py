@@ -18,7 +18,9 @@ from cluster.sweep.standing import Ledger
 from cluster.sweep.status import books, progress, to_json, write_plan
 from cluster.sweep.table import budgets
 from configs import ConfigError, to_yaml
+from configs.data import PrepareConfig
 from models.cost import training_flops_per_token
+from trainer.data.prepare import prepare
 from trainer.record import Record, read_events
 
 GRID = {
@@ -238,3 +240,10 @@ def test_optuna_does_not_try_again_what_its_draws_rest_on(tmp_path, tiny_data):
     task = order.next()
     assert task.make().name == more.trials[2].name
     assert [e["trial"] for e in read_events(setting.sweep_dir) if e["event"] == "trial_started"][-1].endswith("002")
+
+
+def test_data_without_held_out_documents_are_refused_before_a_trial(tmp_path):
+    (tmp_path / "x.txt").write_text("a few words " * 20)
+    prepare([tmp_path / "x.txt"], tmp_path / "data", PrepareConfig(tokenizer="bytes", held_out=0.0), progress=False)
+    with pytest.raises(ConfigError, match="no held-out documents, whose loss a sweep compares"):
+        Setting(tiny_sweep(tmp_path / "s", tmp_path / "data", **GRID)).prepare_data()

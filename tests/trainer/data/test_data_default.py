@@ -1,5 +1,6 @@
 """What `data.path` stands for: prepared at first use, once, or an error that says what to do."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +10,11 @@ import pytest
 from configs import Config, ConfigError
 from configs.data import DataConfig, PrepareConfig, Source
 from configs.run import RunConfig
+from configs.train import TrainConfig
 from trainer.data.default import ensure_prepared, stdlib_folder, vocabulary_size
 from trainer.data.manifest import read_manifest
+from trainer.data.prepare import prepare
+from trainer.data.reader import Dataset
 
 BYTES = PrepareConfig(tokenizer="bytes")
 
@@ -53,3 +57,29 @@ def test_what_is_not_prepared_is_an_error_with_the_command(tmp_path: Path, raw: 
     for path in (str(tmp_path / "nowhere"), str(raw), str(raw / "000.txt")):
         with pytest.raises(ConfigError, match="muster data prepare"):
             ensure_prepared(config_of(tmp_path, path=path))
+
+
+def test_data_without_held_out_documents_are_a_note(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "x.txt").write_text("a few words " * 200)
+    for name, share in {"none": 0.0, "some": 0.05}.items():
+        prepare([tmp_path / "x.txt"], tmp_path / name, BYTES.model_copy(update={"held_out": share}), progress=False)
+    [note] = ensure_prepared(config_of(tmp_path, path=str(tmp_path / "none")))[1]
+    assert str(tmp_path / "none") in note
+    assert "no evaluation" in note
+    assert note in capsys.readouterr().err.replace("\n", "")
+    mixed = (Source(path=str(tmp_path / "none")), Source(path=str(tmp_path / "some")))
+    [note] = ensure_prepared(config_of(tmp_path, path=mixed))[1]
+    assert "the evaluation is of the other data" in note
+    data = DataConfig(path=mixed)
+    held_out = Dataset(data, 16, 0, "held_out")
+    assert {held_out.locate(index).source for index in range(len(held_out))} == {1}
+    assert len(held_out) == len(Dataset(DataConfig(path=mixed[1].path), 16, 0, "held_out"))
+
+
+def test_data_that_a_run_cannot_read_are_refused_before_it(tmp_path: Path, prepared: Path):
+    with pytest.raises(ConfigError, match="row_group_tokens"):
+        ensure_prepared(Config(data=DataConfig(path=str(prepared)), train=TrainConfig(seq_len=2000)))
+    copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
+    (copy / read_manifest(copy).of("held_out")[0].file).unlink()
+    with pytest.raises(ConfigError, match="is missing"):
+        ensure_prepared(config_of(tmp_path, path=str(copy)))

@@ -21,10 +21,10 @@ from data_inputs import SMALL, make_text
 from configs import ConfigError
 from configs.data import PrepareConfig
 from trainer.data import sources
-from trainer.data.encode import split_of
 from trainer.data.manifest import MANIFEST, REFUSED, SPLITS, TOKENIZER, Manifest, Split, read_manifest
 from trainer.data.prepare import prepare, summary
 from trainer.data.sources import cut, find_inputs
+from trainer.data.splitting import Splitting
 from trainer.data.tokenizer import byte_tokenizer
 from trainer.data.tokenizer_process import load
 
@@ -66,7 +66,7 @@ def test_every_document_comes_back(raw: Path, texts: dict[str, str], tmp_path: P
     manifest = go([raw], tmp_path / "out", config)
     encoder = load(tmp_path / "out" / TOKENIZER)
     for split in SPLITS:
-        expected = [text for text in texts.values() if split_of(text.encode(), 0.2, 0) == split]
+        expected = [text for text in texts.values() if Splitting(0.2, 0)(text.encode())[0][0] == split]
         assert documents_of(tmp_path / "out", split) == expected
         ids = [token for text in expected for token in (*encoder.encode(text).ids, manifest.tokenizer.eos_id)]
         tokens = tokens_of(tmp_path / "out", split)
@@ -131,7 +131,7 @@ def test_all_kinds_of_input_give_the_same_documents(texts: dict[str, str], raw: 
     nested.mkdir(parents=True)
     for name, text in texts.items():
         (nested / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    expected = [text for text in texts.values() if split_of(text.encode(), 0.2, 0) == "train"]
+    expected = [text for text in texts.values() if Splitting(0.2, 0)(text.encode())[0][0] == "train"]
     for given in ["a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e.parquet", "f", "f/**/*.gz"]:
         manifest = go([str(tmp_path / given)], out := tmp_path / "out" / given.replace("/", "-"), text_key="body")
         assert documents_of(out, "train") == expected, given

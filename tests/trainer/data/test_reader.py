@@ -151,8 +151,10 @@ def test_mixture(prepared: Path, tmp_path: Path):
     for index in range(50):
         text = set(dataset.sequence(index)["input_ids"].tolist()) - {EOS}
         assert (text == {ord("z")}) == (sources[index] == 1)
-    with pytest.raises(ConfigError, match="held-out"):
-        Dataset(mixed, 50, 0, "held_out")
+    held_out = Dataset(mixed, 50, seed=0, split="held_out")
+    assert {held_out.locate(index).source for index in range(len(held_out))} == {0}
+    with pytest.raises(ConfigError, match="no held-out documents"):
+        Dataset(DataConfig(path=str(tmp_path / "z")), 50, seed=0, split="held_out")
 
 
 def test_sources_must_share_a_tokenizer(prepared: Path, raw: Path, tmp_path: Path):
