@@ -3,13 +3,16 @@
 import json
 import math
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from configs import ConfigError
 
 from .runs import RUNS, Json, Root, Run, run_folder
+
+if TYPE_CHECKING:
+    from trainer.evaluate import SourceLoss  # torch
 
 Step = Annotated[int | None, typer.Option(help="Checkpoint of this step; the newest if not given.", min=0)]
 
@@ -47,45 +50,59 @@ def evaluate(
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Loss of a trained model on the held-out split. Example: muster eval quickstart --json"""
+    """Loss of a trained model on the held-out split, by source of a mixture. Example: muster eval quickstart --json"""
     import torch
 
     from trainer.data.manifest import TOKENIZER, read_manifests, sources_of
     from trainer.data.reader import Dataset
-    from trainer.evaluate import held_out_loss
+    from trainer.evaluate import held_out_loss_by_source, together
     from trainer.export import load_module
 
     run_dir = run_folder(run, root)
     module, config, found = load_module(run_dir, step)
     source = config.data.model_copy(update={"path": str(data)}) if data else config.data
-    own, other = read_manifests(config.data)[0], read_manifests(source)[0]
-    if own.tokenizer.sha256 != other.tokenizer.sha256:
+    own, other = read_manifests(config.data)[0].tokenizer, read_manifests(source)[0].tokenizer
+    if (own.sha256, own.eos_id) != (other.sha256, other.eos_id):
         raise ConfigError(
-            f"--data {data} has another tokenizer than run {run_dir.name}: prepare it with the run's own,\n"
-            f"`muster data prepare ... --tokenizer {Path(sources_of(config.data)[0].path) / TOKENIZER}`"
+            f"--data {data} has another tokenizer or end of text than run {run_dir.name}: prepare it with the run's\n"
+            f"own, `muster data prepare ... --tokenizer {Path(sources_of(config.data)[0].path) / TOKENIZER}`"
         )
     dataset = Dataset(source, config.train.seq_len, config.run.seed, split="held_out")
     count = min(sequences or len(dataset), len(dataset))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    loss, tokens = held_out_loss(module.to(device), dataset, count, min(8, count), device)
-    split = dataset.manifests[0].splits["held_out"]
+    sources = held_out_loss_by_source(module.to(device), dataset, count, 8, device)
+    whole = together(sources.values())
     result = {
         "run": run_dir.name,
         "step": found,
         "data": [item.path for item in dataset.sources],
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": loss / math.log(2) * split.tokens / split.bytes,
-        "unigram_entropy": split.entropy,
-        "sequences": count,
-        "tokens": tokens,
+        **_told(whole),
+        "sources": [{"data": path} | _told(each) for path, each in sources.items()],
     }
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    print(
-        f"held-out loss {loss:.4f} nats per token over {tokens:,} tokens (perplexity {result['perplexity']:.2f}, "
-        f"{result['bits_per_byte']:.3f} bits per byte; unigram entropy {split.entropy:.4f})"
+    for path, each in sources.items() if len(dataset.sources) > 1 else ():
+        print(f"{path}: {_line(each)}")
+    print(f"held-out loss {_line(whole)}")
+
+
+def _told(part: "SourceLoss") -> dict[str, Any]:
+    return {
+        "loss": part.loss,
+        "perplexity": math.exp(min(part.loss, 700.0)),
+        "bits_per_byte": part.bits_per_byte,
+        "unigram_entropy": part.unigram_entropy,
+        "sequences": part.sequences,
+        "tokens": part.tokens,
+    }
+
+
+def _line(part: "SourceLoss") -> str:
+    told = _told(part)
+    return (
+        f"{part.loss:.4f} nats per token over {part.tokens:,} tokens (perplexity {told['perplexity']:.2f}, "
+        f"{part.bits_per_byte:.3f} bits per byte; unigram entropy {part.unigram_entropy:.4f})"
     )
 
 

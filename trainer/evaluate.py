@@ -1,15 +1,16 @@
 """Loss on the held-out split, and text samples, from a plain module or from an engine."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
-from configs import Config
+from configs import Config, ConfigError
 from models.generate import generate
 
 from . import collectives
@@ -23,13 +24,13 @@ from .record import Record
 def held_out_loss(
     forward: Callable[..., Any],
     dataset: Dataset,
-    sequences: int,
+    indices: Sequence[int],
     micro_batch: int,
     here: torch.device,
     share: tuple[int, int] = (0, 1),
     at_once: int = 1,
 ) -> tuple[float, int]:
-    """Mean loss in nats per token over the first `sequences` of a held-out split, added up over all processes.
+    """Mean loss in nats per token over sequences of a held-out split, added up over all processes.
 
     Every process runs equally many forward passes (ZeRO-3 gathers weights in step); a batch is filled with sequences
     of weight zero.
@@ -42,18 +43,72 @@ def held_out_loss(
     Returns:
         (loss, tokens it is the mean of).
     """
-    sequences = min(sequences, len(dataset))
+    sequences = len(indices)
     index, shares = share
     sums = torch.zeros(2, dtype=torch.float64, device=here)
     stride = micro_batch * shares
     for first in range(index * micro_batch, sequences + index * micro_batch, stride * at_once):
         starts = range(first, first + stride * at_once, stride)
-        mine = [[i if i < sequences else -1 for i in range(start, start + micro_batch)] for start in starts]
-        out = forward(*(dataset.batch(indices).to(here) for indices in mine))
+        mine = [[indices[i] if i < sequences else -1 for i in range(s, s + micro_batch)] for s in starts]
+        out = forward(*(dataset.batch(each).to(here) for each in mine))
         sums += torch.stack([out.loss_sum.double(), out.tokens.double()])
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item(), int(sums[1])
+
+
+class SourceLoss(NamedTuple):
+    """What a model loses on one source of held-out data, or on all of them by their tokens."""
+
+    loss: float
+    """In nats per token."""
+    tokens: int
+    """That it is the mean of."""
+    sequences: int
+    bytes: float
+    """Of text that these tokens stand for, by the source's own ratio."""
+    unigram_entropy: float
+    """In nats per token: what a model without context would reach that knows which source it reads."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+
+def held_out_loss_by_source(
+    forward: Callable[..., Any], dataset: Dataset, sequences: int, micro_batch: int, here: torch.device
+) -> dict[str, SourceLoss]:
+    """The loss over the first `sequences` of a held-out split, for each of its sources that has a token among them.
+
+    Raises:
+        ConfigError: none has.
+    """
+    indices: dict[int, list[int]] = {}
+    for index in range(sequences):
+        indices.setdefault(dataset.locate(index).source, []).append(index)
+    found = {}
+    for source, own in sorted(indices.items()):
+        split = dataset.manifests[source].splits["held_out"]
+        loss, tokens = held_out_loss(forward, dataset, own, min(micro_batch, len(own)), here)
+        if tokens:
+            size = tokens * split.bytes / split.tokens
+            found[dataset.sources[source].path] = SourceLoss(loss, tokens, len(own), size, split.entropy)
+    if not found:
+        raise ConfigError("there is no held-out token to predict: prepare more text, or evaluate more sequences")
+    return found
+
+
+def together(sources: Iterable[SourceLoss]) -> SourceLoss:
+    """All sources as one, each counting by its tokens."""
+    sources = list(sources)
+    tokens = sum(each.tokens for each in sources)
+    return SourceLoss(
+        sum(each.loss * each.tokens for each in sources) / tokens,
+        tokens,
+        sum(each.sequences for each in sources),
+        sum(each.bytes for each in sources),
+        sum(each.unigram_entropy * each.tokens for each in sources) / tokens,
+    )
 
 
 def _as_the_first(tokens: list[int]) -> list[int]:

@@ -104,10 +104,10 @@ class Trainee:
             return loss
 
         self.engine.eval()
+        first = range(min(train.eval_sequences, len(dataset)))
         loss, tokens = held_out_loss(
-            forward, dataset, train.eval_sequences, train.micro_batch, device, (self.where.dp, parallel.dp),
-            at_once=parallel.stages,
-        )  # fmt: skip
+            forward, dataset, first, train.micro_batch, device, (self.where.dp, parallel.dp), at_once=parallel.stages
+        )
         self.engine.train()
         if self.tap:
             self.tap.collect()

@@ -102,7 +102,8 @@ def test_ranks_end_with_torchruns_agent(tmp_path, tiny_data):
 ENCODES = """
 import time
 from trainer.data import encode, pool
-spec = encode.EncodeSpec("", True, 0, 257, "uint16", "text", 0.0, 0, 1 << 28, 10)
+from trainer.data.splitting import Splitting
+spec = encode.EncodeSpec("", True, 0, 257, "uint16", "text", Splitting(0.0, 0), 1 << 28, 10)
 workers = pool._Workers(2, spec)
 print(*(worker._process.pid for worker in workers.idle), flush=True)
 time.sleep(600)

@@ -18,6 +18,7 @@ from trainer.data.manifest import MANIFEST, TOKENIZER, read_manifest
 from trainer.data.pool import encode_all
 from trainer.data.prepare import prepare
 from trainer.data.sources import Record
+from trainer.data.splitting import Splitting
 from trainer.data.tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
 
 DOUBLED = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40
@@ -218,7 +219,7 @@ def refusal(folder: Path) -> str:
 
 def spec_of(path: Path, **parts) -> EncodeSpec:
     given = {"byte_level": False, "eos_id": 256, "vocab_size": 257, "dtype": "uint16", "text_key": "text"}
-    given |= {"held_out": 0.0, "seed": 0, "memory": 128 * MIB, "seconds": 1}
+    given |= {"splitting": Splitting(0.0, 0), "memory": 128 * MIB, "seconds": 1}
     return EncodeSpec(tokenizer=str(path), **given | parts)
 
 

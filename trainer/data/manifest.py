@@ -181,16 +181,20 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     """The manifest of every source of a mixture.
 
     Raises:
-        ConfigError: a source is not prepared, or two sources have different tokenizers.
+        ConfigError: a source is not prepared, or two sources have different tokenizers, or ends of text.
     """
     sources = sources_of(data)
     if not sources:
         raise ConfigError("data.path is an empty list: name at least one prepared folder")
     manifests = [read_manifest(source.path) for source in sources]
     for source, manifest in zip(sources, manifests, strict=True):
-        if manifest.tokenizer.sha256 != manifests[0].tokenizer.sha256:
+        first, other = manifests[0].tokenizer, manifest.tokenizer
+        if (first.sha256, first.eos_id) != (other.sha256, other.eos_id):
+            what = "tokenizers"
+            if first.sha256 == other.sha256:
+                what = f"ends of text ({first.eos_token} and {other.eos_token})"
             raise ConfigError(
-                f"data.path: {sources[0].path} and {source.path} have different tokenizers.\nPrepare both with one: "
+                f"data.path: {sources[0].path} and {source.path} have different {what}.\nPrepare both with one: "
                 f"`muster data prepare INPUT... --tokenizer {Path(sources[0].path) / TOKENIZER}`"
             )
     return manifests

@@ -17,6 +17,7 @@ from trainer.data.manifest import MANIFEST, read_manifest
 from trainer.data.prepare import prepare
 from trainer.data.reader import Dataset, load_tokenizer
 from trainer.data.shards import DataError
+from trainer.data.tokenizer import byte_tokenizer
 
 EOS = 256
 
@@ -279,3 +280,17 @@ def test_edges_of_row_groups(tmp_path: Path, characters: int):
     groups = [1000] * (total // 1000) + [total % 1000] * (total % 1000 > 0)
     labels = sum((dataset.sequence(i)["labels"] != -100).sum() for i in range(len(dataset)))
     assert labels == sum(size - 1 for size in groups)
+
+
+def test_sources_must_end_their_documents_alike(raw: Path, tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    for name, end in {"a": "<|endoftext|>", "b": "</s>"}.items():
+        (tmp_path / name).mkdir()
+        tokenizer.save(str(tmp_path / name / "tokenizer.json"))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        config = SMALL.model_copy(update={"tokenizer": str(tmp_path / name)})
+        prepare([raw], tmp_path / f"out-{name}", config, workers=1, progress=False)
+    path = tuple(Source(path=str(tmp_path / f"out-{name}")) for name in "ab")
+    with pytest.raises(ConfigError, match=r"different ends of text \(<\|endoftext\|> and </s>\)"):
+        Dataset(DataConfig(path=path), 50, seed=0)
