@@ -14,10 +14,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .child import MIB, Bounds, Child, ChildDied
+from .columns import Column, find_column, texts
 from .pages import pages
+from .unpack import Damaged
 
 RECORD_WEIGHT = 256
 """Bytes that a record counts beside its text, so that billions of empty ones are no small file."""
+ITEM_WEIGHT = 32
+"""Likewise of what stands in a list."""
 EXPANDS = "unpacks to too much"
 RAISE = " (`muster data prepare` has --limit"
 ANSWER_BYTES, ANSWER_ROWS = 1 << 20, 4096
@@ -41,16 +45,17 @@ class ParquetProcess:
         self._child: Child | None = None
         self._asked = False
 
-    def rows(self, path: str, column: str, budget: int, record_bytes: int, memory: int, seconds: int) -> Iterator[Row]:
+    def rows(self, path: str, key: str, budget: int, record_bytes: int, memory: int, seconds: int) -> Iterator[Row]:
         """Every value of a column of text. Whatever is wrong with the file is a last row with its reason.
 
         Args:
+            key: name of the column, or of a field within it, see `columns.find_column`.
             budget: bytes that it may unpack to, see RECORD_WEIGHT.
             record_bytes: a longer value is refused.
             memory: bytes that reading it may take, and three times its largest part.
             seconds: processor time to get on with it, and a second for each 64 MiB of its largest part.
         """
-        request: list[Any] | None = [path, column, budget, record_bytes, memory, seconds]
+        request: list[Any] | None = [path, key, budget, record_bytes, memory, seconds]
         where = ""
         while True:
             try:
@@ -113,15 +118,9 @@ def serve(descriptor: int) -> None:
         connection.send_bytes(values)
 
 
-class _Damaged(Exception):
-    """The arguments are a reason and a detail."""
-
-
 class _Reader:
-    def __init__(
-        self, bounds: Bounds, path: str, column: str, budget: int, record_bytes: int, memory: int, seconds: int
-    ):
-        self.path, self.column, self.budget, self.record_bytes = path, column, budget, record_bytes
+    def __init__(self, bounds: Bounds, path: str, key: str, budget: int, record_bytes: int, memory: int, seconds: int):
+        self.path, self.key, self.budget, self.record_bytes = path, key, budget, record_bytes
         self.bounds, self.memory, self.seconds = bounds, memory, seconds
         self.row, self.largest = 0, 0
         self.rows = self._guarded()
@@ -145,10 +144,12 @@ class _Reader:
             with pa.OSFile(self.path) as source:
                 options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
                 with pq.ParquetFile(source, **options) as file:
-                    yield from self._values(file, self._batch_rows(file, source))
+                    leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]
+                    column = find_column(file.schema_arrow, leaves, self.key)
+                    yield from self._values(file, column, self._batch_rows(file, column, source))
             if self.row == 0:
                 yield Row("", None, "empty file")
-        except _Damaged as error:
+        except Damaged as error:
             yield Row(self._reached(), None, *error.args)
         except MemoryError as error:
             yield Row(self._reached(), None, "takes too much memory", f"{_short(error)}{RAISE} memory=MIB)")
@@ -159,23 +160,24 @@ class _Reader:
     def _reached(self) -> str:
         return f"after row {self.row}" if self.row else ""
 
-    def _batch_rows(self, file: pq.ParquetFile, source: Any) -> list[int]:
+    def _batch_rows(self, file: pq.ParquetFile, column: Column, source: Any) -> list[int]:
         """For each row group, how many rows to unpack at once. Refuses what the footer shows to be too much."""
         metadata, total, counts = file.metadata, 0, []
-        columns = [i for i in range(metadata.num_columns) if metadata.schema.column(i).path == self.column]
+        leaves = [i for i in range(metadata.num_columns) if column.holds(metadata.schema.column(i).path)]
         for group in range(metadata.num_row_groups):
-            rows, unpacked, dictionary = metadata.row_group(group).num_rows, 0, 0
-            for chunk in map(metadata.row_group(group).column, columns):
+            rows, unpacked, dictionary, items = metadata.row_group(group).num_rows, 0, 0, 0
+            for chunk in map(metadata.row_group(group).column, leaves):
                 unpacked += chunk.total_uncompressed_size
+                items += max(chunk.num_values - rows, 0)
                 if chunk.has_dictionary_page:
                     start = chunk.dictionary_page_offset
                     found = pages(source, start, chunk.data_page_offset - start)
                     dictionary = max([dictionary, *(page.unpacked for page in found)])
             if rows < 0 or unpacked < 0:
-                raise _Damaged("damaged Parquet file", f"row group {group} has {rows} rows in {unpacked} bytes")
-            total += unpacked + rows * RECORD_WEIGHT
+                raise Damaged("damaged Parquet file", f"row group {group} has {rows} rows in {unpacked} bytes")
+            total += unpacked + rows * RECORD_WEIGHT + items * ITEM_WEIGHT
             if total > self.budget or dictionary > self.budget:
-                raise _Damaged(EXPANDS, f"its footer tells of {max(total, dictionary):,} bytes{RAISE} expansion=N)")
+                raise Damaged(EXPANDS, f"its footer tells of {max(total, dictionary):,} bytes{RAISE} expansion=N)")
             self.largest = max(self.largest, unpacked)
             average = unpacked // max(rows, 1)
             counts.append(max(1, min(BATCH_ROWS, 4 * MIB // max(average, 1), 16 * MIB // max(dictionary, 1))))
@@ -183,31 +185,20 @@ class _Reader:
         self.bounds.seconds(self.seconds + self.largest / (64 * MIB))
         return counts
 
-    def _values(self, file: pq.ParquetFile, batch_rows: list[int]) -> Iterator[Row]:
-        names = file.schema_arrow.names
-        if self.column not in names:
-            raise _Damaged("missing column", f"no {self.column!r} among {', '.join(names[:20])}"[:200])
-        kind = file.schema_arrow.field(self.column).type
-        if pa.types.is_dictionary(kind):
-            kind = kind.value_type
-        if kind not in (pa.string(), pa.large_string(), pa.binary(), pa.large_binary()):
-            raise _Damaged("not text", f"column {self.column!r} is {kind}"[:200])
+    def _values(self, file: pq.ParquetFile, column: Column, batch_rows: list[int]) -> Iterator[Row]:
         size, all_rows = 0, max(file.metadata.num_rows, 1)
         # Neighbours that are read alike are read together: a file can have a row group for every row.
         edges = [i for i in range(len(batch_rows)) if not i or batch_rows[i] != batch_rows[i - 1]]
         for first, end in pairwise([*edges, len(batch_rows)]):
-            options = {"row_groups": list(range(first, end)), "columns": [self.column], "use_threads": False}
+            options = {"row_groups": list(range(first, end)), "columns": [column.path], "use_threads": False}
             for batch in file.iter_batches(batch_rows[first], **options):
-                column = batch.column(0)
-                if pa.types.is_dictionary(column.type):
-                    column = column.dictionary_decode()
-                # As bytes: pyarrow would raise at the first value that is not UTF-8 and lose the rest.
-                for value in column.cast(pa.large_binary()).to_pylist():
+                # Beside it there may be others whose names begin with its name and a dot.
+                for value in texts(batch.column(batch.schema.names.index(column.name)), column.within):
                     self.row += 1
                     size += RECORD_WEIGHT + len(value or b"")
                     if size > self.budget:
                         self.row -= 1
-                        raise _Damaged(EXPANDS, f"over {self.budget:,} bytes{RAISE} expansion=N)")
+                        raise Damaged(EXPANDS, f"over {self.budget:,} bytes{RAISE} expansion=N)")
                     where, done = f"row {self.row}", self.row / all_rows
                     if value is None:
                         yield Row(where, None, "not text", "null", done)

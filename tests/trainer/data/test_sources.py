@@ -112,6 +112,21 @@ def test_what_holds_no_text_is_refused_by_name(tmp_path: Path, name: str):
     assert {(file, why) for file, _, why in refused} == {(name, reason)}
 
 
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x"])
+def test_a_key_within_a_key_and_lists_of_texts(tmp_path: Path, name: str):
+    rows = [
+        {"meta": {"text": "one"}}, {"meta.text": "two"}, {"meta": [{"text": "three"}, {"text": "four"}]},
+        {"meta": {"text": ["five", None, "six"]}}, {"meta": {"text": {"en": "no"}}}, {"meta": {}}, {"meta": 7},
+        {"meta": {"text": None}},
+    ]  # fmt: skip
+    (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts, refused = read(tmp_path / name, text_key="meta.text")
+    assert texts == ["one", "two", "three\nfour", "five\nsix"]
+    assert [(where, why) for _, where, why in refused] == [
+        ("line 5", "not text"), ("line 6", "missing key"), ("line 7", "not a JSON object"), ("line 8", "not text")
+    ]  # fmt: skip
+
+
 def test_json_that_no_name_promises_stays_text(tmp_path: Path):
     """A notebook, or an object without the key, may be code that is to be learned."""
     for name, text in {"a.ipynb": '{\n "cells": []\n}', "b.txt": '{"name": "x"}\n', "c.c": "{ int x; }\n"}.items():
