@@ -27,19 +27,17 @@ def generate(
     root: Root = RUNS,
 ) -> None:
     """Continue a text with a trained model. Example: muster generate quickstart --prompt 'def '"""
-    from models.generate import generate  # torch
-    from trainer.data.manifest import read_manifests
-    from trainer.data.reader import load_tokenizer
+    from trainer.data.tokenizer import TokenizerProcess  # torch
+    from trainer.evaluate import continue_texts
     from trainer.export import load_module
+    from trainer.kept_tokenizer import tokenizer_of
 
-    module, config, _ = load_module(run_folder(run, root), step)
-    end = read_manifests(config.data)[0].tokenizer.eos_id
-    with load_tokenizer(config.data) as tokenizer:
-        tokens = tokenizer.encode(prompt, add_special_tokens=False) or [end]
-        [added] = generate(
-            module, [tokens], max_new_tokens=max_tokens, temperature=temperature, seed=seed, stop_token=end
-        )
-        print(prompt + tokenizer.decode(added))
+    run_dir = run_folder(run, root)
+    module, config, _ = load_module(run_dir, step)
+    folder, info = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer:
+        how: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        print(*continue_texts(module, tokenizer, info.eos_id, [prompt], **how))
 
 
 def evaluate(
@@ -53,19 +51,20 @@ def evaluate(
     """Loss of a trained model on the held-out split, by source of a mixture. Example: muster eval quickstart --json"""
     import torch
 
-    from trainer.data.manifest import TOKENIZER, read_manifests, sources_of
+    from trainer.data.manifest import TOKENIZER, read_manifests
     from trainer.data.reader import Dataset
     from trainer.evaluate import held_out_loss_by_source, together
     from trainer.export import load_module
+    from trainer.kept_tokenizer import tokenizer_of
 
     run_dir = run_folder(run, root)
     module, config, found = load_module(run_dir, step)
     source = config.data.model_copy(update={"path": str(data)}) if data else config.data
-    own, other = read_manifests(config.data)[0].tokenizer, read_manifests(source)[0].tokenizer
-    if (own.sha256, own.eos_id) != (other.sha256, other.eos_id):
+    folder, info = tokenizer_of(run_dir, config.data)
+    if not info.is_as(read_manifests(source)[0].tokenizer):
         raise ConfigError(
-            f"--data {data} has another tokenizer or end of text than run {run_dir.name}: prepare it with the run's\n"
-            f"own, `muster data prepare ... --tokenizer {Path(sources_of(config.data)[0].path) / TOKENIZER}`"
+            f"--data {data} has another tokenizer than run {run_dir.name}: prepare it with the run's own,\n"
+            f"`muster data prepare ... --tokenizer {folder / TOKENIZER}`"
         )
     dataset = Dataset(source, config.train.seq_len, config.run.seed, split="held_out")
     count = min(sequences or len(dataset), len(dataset))

@@ -1,7 +1,6 @@
 """Hugging Face folders: write a trained model as one that `transformers` loads, read one as a warm start."""
 
 import json
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -24,22 +23,21 @@ from .router import choosers
 SHARD_BYTES = 5 * 10**9
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of the tensors that are read, as safetensors names them; others are codes, which need scales."""
-END_OF_TEXT = "<|endoftext|>"
 
 
 def export_hf(
     module: nn.Module,
     config: ModelConfig,
     to: Path,
-    tokenizer: Path | None = None,
+    special_tokens: Mapping[str, int | None] | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write config.json, model*.safetensors (one shard's size of memory at a time) and the tokenizer's files.
+    """Write config.json, generation_config.json and model*.safetensors (one shard's size of memory at a time).
 
     Args:
         config: resolved.
-        tokenizer: a `tokenizer.json`.
+        special_tokens: {"bos_token_id", "eos_token_id", "pad_token_id": id, or None for none}; None: said of none.
         dtype: of the tensors written, but for balancing biases, which stay fp32; None: as they are.
 
     Raises:
@@ -58,8 +56,10 @@ def export_hf(
             file=sys.stderr,
         )
     tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
-    if tokenizer is not None:
-        _copy_tokenizer(tokenizer, to, tree)
+    if special_tokens is not None:
+        # None is written too: transformers' own defaults are ids of Llama's tokenizer.
+        tree |= special_tokens
+        _write_json(to / "generation_config.json", dict(special_tokens))
     _write_json(to / "config.json", tree)
     _write_tensors(to, _tensors(_state(module, config, arch), arch, dtype), shard_bytes)
 
@@ -225,19 +225,6 @@ def _write_tensors(to: Path, tensors: Iterator[tuple[str, int, Callable[[], Tens
         where.update(dict.fromkeys(shard, file))
     if len(shards) > 1:
         _write_json(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
-
-
-def _copy_tokenizer(tokenizer: Path, to: Path, tree: dict[str, Any]) -> None:
-    """Copy tokenizer.json, tell transformers how to load it, and name the end of text in config.json."""
-    shutil.copyfile(tokenizer, to / "tokenizer.json")
-    added = json.loads(tokenizer.read_text(encoding="utf-8")).get("added_tokens") or []
-    settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    settings["model_max_length"] = tree["max_position_embeddings"]
-    for token in added:
-        if token["content"] == END_OF_TEXT:
-            settings["eos_token"] = settings["bos_token"] = END_OF_TEXT
-            tree["eos_token_id"] = tree["bos_token_id"] = token["id"]
-    _write_json(to / "tokenizer_config.json", settings)
 
 
 def _write_json(path: Path, tree: dict[str, Any]) -> None:

@@ -130,26 +130,37 @@ def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
             record.event("not_written", file=path.name, reason=str(error))
 
 
+def continue_texts(
+    module: nn.Module, tokenizer: TokenizerProcess, end: int, prompts: Sequence[str], **how: Any
+) -> list[str]:
+    """Each prompt with what the model adds to it.
+
+    Args:
+        end: the token between documents: an empty prompt starts from it and a text ends at it.
+        how: of `models.generate.generate`.
+    """
+    tokens = [tokenizer.encode(prompt) or [end] for prompt in prompts]
+    added = generate(module, tokens, stop_token=end, **how)
+    return [tokenizer.continued(*each) for each in zip(prompts, tokens, added, strict=True)]
+
+
 def write_samples(
     module: nn.Module, config: Config, tokenizer: TokenizerProcess, end: int, path: Path, write: bool
 ) -> None:
     """Continue each of train.sample_prompts and write the texts to `path`.
 
-    `end` is the token between documents: an empty prompt starts from it and a text ends at it. Every process computes
-    them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
+    Every process computes them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
     """
-    prompts = config.train.sample_prompts
-    tokens = [tokenizer.encode(prompt) or [end] for prompt in prompts]
-    texts = generate(
+    texts = continue_texts(
         module,
-        tokens,
+        tokenizer,
+        end,
+        config.train.sample_prompts,
         max_new_tokens=config.train.sample_tokens,
         temperature=config.train.sample_temperature,
         seed=config.run.seed,
-        stop_token=end,
         agree=_as_the_first,
     )
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
-        blocks = [prompt + tokenizer.decode(text) for prompt, text in zip(prompts, texts, strict=True)]
-        write_text(path, ("\n" + "-" * 80 + "\n").join(blocks) + "\n")
+        write_text(path, ("\n" + "-" * 80 + "\n").join(texts) + "\n")

@@ -4,9 +4,11 @@ import time
 from pathlib import Path
 
 from . import engine as ds
-from .data.reader import Dataset, load_tokenizer
+from .data.reader import Dataset
+from .data.tokenizer import TokenizerProcess
 from .evaluate import if_there_is_room, write_samples
 from .expert_tokens import ExpertTokens, table, write_table
+from .kept_tokenizer import tokenizer_of
 from .record import Record
 from .trainee import Trainee
 from .watchdog import Beat
@@ -21,7 +23,7 @@ def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, reco
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     if seen and (pieces := seen.gather()):
-        with load_tokenizer(config.data) as tokenizer:
+        with TokenizerProcess(tokenizer_of(run_dir, config.data)[0], config.data.limits) as tokenizer:
             found = table(pieces, config, tokenizer, step)
         path = samples / f"experts-step-{step:08d}"
         with if_there_is_room(record, path):
@@ -30,8 +32,9 @@ def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, reco
     if config.train.sample_tokens and config.parallel.pp == 1:
         sample = samples / f"step-{step:08d}.txt"
         trainee.engine.eval()
-        with load_tokenizer(config.data) as tokenizer, if_there_is_room(record, sample):
-            write_samples(trainee.engine.module, config, tokenizer, held_out.eos_id, sample, write=record is not None)
+        folder, info = tokenizer_of(run_dir, config.data)
+        with TokenizerProcess(folder, config.data.limits) as tokenizer, if_there_is_room(record, sample):
+            write_samples(trainee.engine.module, config, tokenizer, info.eos_id, sample, write=record is not None)
         trainee.engine.train()
     if record:
         record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)

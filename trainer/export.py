@@ -11,8 +11,10 @@ from models.hf import export_hf
 from models.router import choosers
 
 from . import checkpoint
-from .data.manifest import TOKENIZER, sources_of
-from .data.reader import load_tokenizer
+from .data.tokenizer import TokenizerProcess
+from .hf_tokenizer import hf_tokenizer
+from .kept_tokenizer import tokenizer_of
+from .own_files import replace_bytes
 from .plugins import load_plugins
 from .routers import on_device, tell, wrong_routers
 from .run import read_config
@@ -65,7 +67,12 @@ def export(run_dir: Path, to: Path, step: int | None = None) -> int:
     if to.exists() and any(to.iterdir()):
         raise ConfigError(f"--to {to}: the folder is not empty")
     module, config, found = load_module(run_dir, step)
-    with load_tokenizer(config.data) as tokenizer:
+    folder, info = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer:
         tokenizer.trial()
-    export_hf(module, config.model, to, tokenizer=Path(sources_of(config.data)[0].path) / TOKENIZER)
+        files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, config.model.max_positions)
+    export_hf(module, config.model, to, special_tokens)
+    for name, content in files.items():
+        (to / name).parent.mkdir(mode=0o700, exist_ok=True)
+        replace_bytes(to / name, content)
     return found

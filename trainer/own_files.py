@@ -111,9 +111,15 @@ def write_text(path: Path, text: str) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a file so that whoever reads it finds the old text or the new one, whole."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, content: bytes) -> None:
+    """As `replace_text`."""
     temporary = path.with_name(f".{path.name}.new")
     try:
-        write_text(temporary, text)
+        with open(temporary, "wb", opener=no_link) as file:
+            file.write(content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

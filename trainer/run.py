@@ -22,6 +22,7 @@ from models.families import build
 from .checkpoint import committed, folder, verify
 from .data.default import ensure_prepared, vocabulary_size
 from .data.manifest import sources_of, vocabulary
+from .kept_tokenizer import keep_tokenizer
 from .own_files import no_link, replace_text, require_own, write_text
 from .plugins import load_plugins
 from .precision import check_precision
@@ -149,6 +150,7 @@ def prepare_run(
     with _written(run_dir):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)
+        keep_tokenizer(run_dir, resolved.data)
         replace_text(run_dir / CONFIG, to_yaml(resolved))
         record = Record(run_dir, attempts(run_dir))
         for name, details in events:

@@ -13,7 +13,8 @@ from .manifest import FORMAT, MANIFEST, Manifest, read_manifest, read_manifests,
 from .meter import Meter
 from .prepare import prepare, summary
 from .reader import Dataset
-from .tokenizer import TokenizerProcess, tokenizer_file
+from .tokenizer import TokenizerProcess
+from .tokenizer_files import tokenizer_file
 
 
 def ensure_prepared(

@@ -14,7 +14,7 @@ from .formats import RECORD_VALUES, text_in
 from .manifest import SPLITS, Split
 from .sources import Record, Refusal, cut
 from .splitting import Splitting
-from .tokenizer_process import TokenizerError, library_errors, load
+from .tokenizer_process import TokenizerError, encode, library_errors, load
 from .unpack import Damaged
 
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
@@ -127,10 +127,8 @@ class Encoder:
             if self.spec.byte_level:  # what the tokenizer gives too, some hundred times faster
                 pieces.append(np.frombuffer(piece, np.uint8).astype(self.spec.dtype))
                 continue
-            # The batch call with one text: no offsets are kept, and no threads are started beside the other workers.
             with library_errors():
-                encoding = self.tokenizer.encode_batch_fast([text], add_special_tokens=False)[0]
-                tokens = np.array(encoding.ids, np.uint32)
+                tokens = np.array(encode(self.tokenizer, text), np.uint32)
             if len(tokens) and (largest := int(tokens.max())) >= self.spec.vocab_size:
                 raise TokenizerError(f"it gives token {largest:,}, which is not in its vocabulary")
             pieces.append(tokens.astype(self.spec.dtype))

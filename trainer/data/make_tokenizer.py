@@ -1,7 +1,6 @@
 """Make the tokenizer of a preparation: byte level, trained on a sample of the inputs, or an existing file."""
 
 import hashlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,8 @@ from .encode import documents
 from .manifest import TOKENIZER, TokenizerInfo
 from .sources import Input, Reader, Refusal
 from .splitting import Splitting
-from .tokenizer import TokenizerProcess, byte_tokenizer, end_of_text, tokenizer_file, train_bpe
+from .tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
+from .tokenizer_files import copy_tokenizer, end_of_text, tokenizer_file
 
 
 def make_tokenizer(
@@ -22,7 +22,7 @@ def make_tokenizer(
     reader: Reader,
     limits: LimitsConfig,
 ) -> TokenizerInfo:
-    """Put the tokenizer.json that `config.tokenizer` asks for into `folder`.
+    """Put the tokenizer.json that `config.tokenizer` asks for into `folder`, with what belongs to it.
 
     Raises:
         ConfigError: an existing tokenizer that cannot be read, takes more than the limits or has no end of text.
@@ -41,7 +41,7 @@ def make_tokenizer(
             tokenizer.trial()
             eos_token, eos_id = end_of_text(tokenizer.token_to_id, origin)
         size = tokenizer.vocab_size
-        shutil.copyfile(origin, path)
+        copy_tokenizer(origin, folder)
     return TokenizerInfo(
         kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -74,6 +74,10 @@ class TokenizerInfo(_Record):
     eos_id: Count
     eos_token: str
 
+    def is_as(self, other: "TokenizerInfo") -> bool:
+        """Whether what is prepared with either can stand beside the other's."""
+        return (self.sha256, self.eos_id) == (other.sha256, other.eos_id)
+
 
 class Manifest(_Record):
     format: Literal[1] = FORMAT
@@ -181,18 +185,16 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     """The manifest of every source of a mixture.
 
     Raises:
-        ConfigError: a source is not prepared, or two sources have different tokenizers, or ends of text.
+        ConfigError: a source is not prepared, or two sources have different tokenizers or ends of text.
     """
     sources = sources_of(data)
     if not sources:
         raise ConfigError("data.path is an empty list: name at least one prepared folder")
     manifests = [read_manifest(source.path) for source in sources]
     for source, manifest in zip(sources, manifests, strict=True):
-        first, other = manifests[0].tokenizer, manifest.tokenizer
-        if (first.sha256, first.eos_id) != (other.sha256, other.eos_id):
-            what = "tokenizers"
-            if first.sha256 == other.sha256:
-                what = f"ends of text ({first.eos_token} and {other.eos_token})"
+        one, other = manifests[0].tokenizer, manifest.tokenizer
+        if not one.is_as(other):
+            what = "tokenizers" if one.sha256 != other.sha256 else f"ends of text ({one.eos_token}, {other.eos_token})"
             raise ConfigError(
                 f"data.path: {sources[0].path} and {source.path} have different {what}.\nPrepare both with one: "
                 f"`muster data prepare INPUT... --tokenizer {Path(sources[0].path) / TOKENIZER}`"

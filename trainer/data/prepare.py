@@ -33,7 +33,8 @@ from .pool import Records, default_workers, encode_all
 from .shard_writer import SplitWriter
 from .sources import Input, Reader, Record, Refusal, find_inputs
 from .splitting import Splitting, split_of_few
-from .tokenizer import tokenizer_file, tokenizer_memory
+from .tokenizer import tokenizer_memory
+from .tokenizer_files import beside, tokenizer_file
 
 BATCH_BYTES = 1 << 20
 """Raw bytes that a worker encodes at once."""
@@ -216,7 +217,10 @@ def _fingerprint(files: list[Input], config: PrepareConfig, limits: LimitsConfig
 def _settings(config: PrepareConfig, text_key: str) -> str:
     tree = config.model_dump(mode="json")
     if config.tokenizer not in ("bytes", "bpe"):
-        tree["tokenizer"] = hashlib.sha256(tokenizer_file(config.tokenizer).read_bytes()).hexdigest()
+        file = tokenizer_file(config.tokenizer)
+        tree["tokenizer"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        # They name the end of text, and stay with the data.
+        tree |= {name: hashlib.sha256(content).hexdigest() for name, content in beside(file).items()}
     return json.dumps([text_key, tree], sort_keys=True)
 
 
@@ -231,9 +235,9 @@ def _unchanged(
     changed = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
     if manifest.text_key != text_key:
         changed.append(f"text_key {manifest.text_key!r} -> {text_key!r}")
+    unseen = "files, or the tokenizer, were added, removed or modified since, or the limits changed"
     raise ConfigError(
-        f"--out {out} is prepared already, from other inputs or settings "
-        f"({', '.join(changed) or 'files were added, removed or modified since, or the limits changed'}).\n"
+        f"--out {out} is prepared already, from other inputs or settings ({', '.join(changed) or unseen}).\n"
         "Name another folder, or remove it if no run uses it"
     )
 

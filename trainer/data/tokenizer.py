@@ -1,7 +1,6 @@
 """Tokenizers as Hugging Face tokenizer.json: byte level, BPE trained on the data, or an existing one."""
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,8 @@ from configs import ConfigError
 from configs.data import LimitsConfig
 
 from .child import MIB, Child, ChildDied
+from .tokenizer_files import END_OF_TEXT, tokenizer_file
 from .tokenizer_process import plain
-
-END_OF_TEXT = "<|endoftext|>"
-TOKENIZER_BYTES = 256 << 20
-"""The largest tokenizer.json in use have 35 MB."""
-SETTINGS_BYTES = 4 << 20
-"""Of a tokenizer_config.json; those with the longest chat templates have some 0.1 MB."""
 
 # Qwen2's split (Hugging Face tokenization_qwen2.py): unlike GPT-2's it keeps a line end with what follows
 # punctuation and indentation in one piece, which source code is full of, and writes numbers digit by digit.
@@ -28,8 +22,6 @@ _SPLIT = (
 
 _TRIAL = "def f(x):\n    return 'für 数据 🙂', 3.14" + "a" * 64 + " " * 64 + "\n" * 8 + "!0" * 32
 """Words, and runs that patterns with nested repetitions search for ever."""
-
-_KNOWN_ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|im_end|>")
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -96,11 +88,20 @@ class TokenizerProcess:
             self.close()
             raise
 
-    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return self._ask("encode", text, add_special_tokens)
+    def encode(self, text: str) -> list[int]:
+        """Tokens of a text as prepared data have them: no special tokens around them."""
+        return self._ask("encode", text)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._ask("decode", list(tokens), skip_special_tokens)
+
+    def continued(self, prompt: str, tokens: Sequence[int], added: Sequence[int]) -> str:
+        """A prompt and the tokens that a model added to its own, as one text.
+
+        They are decoded together: SentencePiece's decoders drop the blank that a text begins with.
+        """
+        before, whole = self.decode(tokens), self.decode([*tokens, *added])
+        return prompt + whole[len(before) :] if whole.startswith(before) else whole
 
     def trial(self) -> None:
         """Encode and decode a little, which shows what is wrong with most."""
@@ -136,56 +137,9 @@ class TokenizerProcess:
         return answer["is"]
 
 
-def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json that `path` names. Raises ConfigError when there is none, or it is too large for any."""
-    file = Path(path)
-    try:
-        if file.is_dir():
-            file = file / "tokenizer.json"
-        if not file.is_file():
-            raise ConfigError(f"tokenizer {str(path)!r}: not `bytes`, `bpe` or an existing tokenizer.json")
-        if (size := file.stat().st_size) > TOKENIZER_BYTES:
-            raise ConfigError(f"tokenizer {file}: {size:,} bytes are more than any has ({TOKENIZER_BYTES:,})")
-    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"tokenizer {str(path)!r}: {error}") from None
-    return file
-
-
 def tokenizer_memory(limits: LimitsConfig, size: int) -> int:
     """Bytes that a process may take for a tokenizer.json of `size` bytes. A BPE of 256,000 tokens took 16 a byte."""
     return limits.memory * MIB + 32 * size
-
-
-def end_of_text(token_to_id: Callable[[str], int | None], path: str | Path) -> tuple[str, int]:
-    """The token that ends a document and its id: `eos_token` of the tokenizer_config.json beside the file where
-    there is one, else the first of the usual names.
-
-    Raises:
-        ConfigError: the tokenizer has none of them, or the tokenizer_config.json cannot be read.
-    """
-    beside = tokenizer_file(path).with_name("tokenizer_config.json")
-    names: tuple[str, ...] = _KNOWN_ENDS
-    if beside.is_file():
-        try:
-            if (size := beside.stat().st_size) > SETTINGS_BYTES:
-                raise ValueError(f"{size:,} bytes are more than any has ({SETTINGS_BYTES:,})")
-            named = json.loads(beside.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{beside} cannot be read ({reason}): mend it, or remove it") from None
-        named = named.get("eos_token") if isinstance(named, dict) else None
-        named = named.get("content") if isinstance(named, dict) else named
-        names = (named, *names) if isinstance(named, str) else names
-    for name in names:
-        token = token_to_id(name)
-        if token is not None:
-            return name, token
-    raise ConfigError(
-        f"tokenizer {path} has no end-of-text token: add {END_OF_TEXT} to it as a special token "
-        "(or name its own as eos_token in a tokenizer_config.json beside it)"
-    )
 
 
 def _byte_characters() -> list[str]:

@@ -47,6 +47,14 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text as they stand in prepared data, in prompts and in samples: without special tokens around them.
+
+    The batch call with one text keeps no offsets, and starts no threads beside other processes.
+    """
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
 def serve(descriptor: int) -> None:
     """Answer the requests that come over an inherited pipe until the other side closes it."""
     connection, bounds = Connection(descriptor), Bounds()
@@ -77,9 +85,9 @@ def serve(descriptor: int) -> None:
         connection.send_bytes(reply)
 
 
-def _call(tokenizer: Tokenizer, do: str, value: Any, special_tokens: bool = False) -> Any:
+def _call(tokenizer: Tokenizer, do: str, value: Any, skip_special_tokens: bool = False) -> Any:
     if do == "encode":
-        return tokenizer.encode(value, add_special_tokens=special_tokens).ids
+        return encode(tokenizer, value)
     if do == "decode":
-        return tokenizer.decode(value, skip_special_tokens=special_tokens)
+        return tokenizer.decode(value, skip_special_tokens=skip_special_tokens)
     return getattr(tokenizer, do)(value)
