@@ -73,6 +73,8 @@ def _print_inspection(found: dict[str, Any]) -> None:
         )
     for reason, count in found["refused"].items():
         print(f"left out: {count:,} {reason}")
+    for doubt in found["doubts"]:
+        print(doubt)
     for example in found.get("examples", []):
         print(f"--- {example['file']}, row group {example['row_group']}, window {example['window']}")
         print(example["text"])

@@ -4,7 +4,7 @@ import json
 import mmap
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -14,9 +14,12 @@ from .formats import RECORD_VALUES, text_in
 from .manifest import SPLITS, Split
 from .sources import Record, Refusal, cut
 from .splitting import Splitting
-from .tokenizer_process import TokenizerError, encode, library_errors, load
+from .tokenizer_process import TokenizerError, encode, encode_on, library_errors, load, lost, puts_blanks
 from .unpack import Damaged
 
+LOOKED_AT = 32
+"""Documents of a batch that are decoded again, to see what the tokenizer loses: of a MiB, 2% at most."""
+LOOKED_AT_BYTES = 512
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
@@ -36,6 +39,9 @@ class EncodeSpec:
     """Bytes that a process may take for the tokenizer, and for a MiB of text; more for more text."""
     seconds: int
     """Processor time likewise."""
+    foreign: bool = False
+    """An existing tokenizer, which may lose text, or give the end of text for its name in a text."""
+    eos_token: str = ""
 
 
 @dataclass
@@ -49,9 +55,25 @@ class Encoded:
 
 
 @dataclass
+class Losses:
+    """How often the tokens of a text do not give it back, among the beginnings of documents that were looked at."""
+
+    looked_at: int = 0
+    lossy: int = 0
+    example: list[str] = field(default_factory=list)
+    """File, text, and what its tokens give."""
+
+    def add(self, other: "Losses") -> None:
+        self.looked_at += other.looked_at
+        self.lossy += other.lossy
+        self.example = self.example or other.example
+
+
+@dataclass
 class EncodedBatch:
     splits: dict[Split, Encoded]
     refused: list[Refusal] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
 
 
 def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes | Refusal]:
@@ -88,6 +110,8 @@ class Encoder:
     def __init__(self, spec: EncodeSpec):
         self.spec = spec
         self.tokenizer = load(spec.tokenizer)
+        with library_errors():
+            self._puts_blanks = spec.foreign and puts_blanks(self.tokenizer)
 
     def __call__(
         self, records: list[Record | Refusal], began: Callable[[int], None] = lambda index: None
@@ -103,6 +127,8 @@ class Encoder:
             if isinstance(document, Refusal):
                 batch.refused.append(document)
                 continue
+            if spec.foreign and batch.losses.looked_at < LOOKED_AT:
+                self._look(document, record.path, batch.losses)
             for split, part in spec.splitting(document):
                 try:
                     encoded, characters = self.encode(part)
@@ -121,18 +147,47 @@ class Encoder:
 
     def encode(self, document: bytes) -> tuple[list[np.ndarray], int]:
         """Tokens of a document without an end of text, in pieces, and its characters."""
-        pieces, characters = [], 0
+        pieces, characters, before = [], 0, ""
         for piece in cut(document):
             characters += len(text := piece.decode("utf-8"))
             if self.spec.byte_level:  # what the tokenizer gives too, some hundred times faster
                 pieces.append(np.frombuffer(piece, np.uint8).astype(self.spec.dtype))
                 continue
             with library_errors():
-                tokens = np.array(encode(self.tokenizer, text), np.uint32)
+                tokens = np.array(self._encode([text], before), np.uint32)
+                if self.spec.foreign and (tokens == self.spec.eos_id).any():
+                    tokens = np.array(self._encode(cut_inside(text, self.spec.eos_token), before), np.uint32)
+                    if (tokens == self.spec.eos_id).any():
+                        raise TokenizerError("it gives the end of text for a part of it")
+            before = text
             if len(tokens) and (largest := int(tokens.max())) >= self.spec.vocab_size:
                 raise TokenizerError(f"it gives token {largest:,}, which is not in its vocabulary")
             pieces.append(tokens.astype(self.spec.dtype))
         return pieces, characters
+
+    def _encode(self, texts: list[str], before: str) -> list[int]:
+        """Tokens of texts that together go on from `before`."""
+        tokens: list[int] = []
+        for text in texts:
+            goes_on = before and self._puts_blanks
+            tokens += encode_on(self.tokenizer, text, before) if goes_on else encode(self.tokenizer, text)
+            before = text
+        return tokens
+
+    def _look(self, document: bytes, path: str, losses: Losses) -> None:
+        try:
+            with library_errors():
+                found = lost(self.tokenizer, document[:LOOKED_AT_BYTES].decode("utf-8", errors="ignore"))
+        except TokenizerError:
+            return  # encoded it was; that a part cannot be decoded again is for who decodes to say
+        losses.add(Losses(1, 1, [path, *found]) if found else Losses(1))
+
+
+def cut_inside(text: str, name: str) -> list[str]:
+    """A text cut after the first character of each `name` in it, so that no part has the name in it."""
+    parts = text.split(name)
+    last = len(parts) - 1
+    return [name[1:] * (i > 0) + part + name[:1] * (i < last) for i, part in enumerate(parts)]
 
 
 def serve(descriptor: int, progress: int) -> None:
@@ -161,13 +216,13 @@ def serve(descriptor: int, progress: int) -> None:
         bounds.seconds(spec.seconds + 30 * size / MIB)
         batch = encoder(records, lambda index: at.__setitem__(0, index))
         header = {split: [part.documents, part.bytes, part.characters] for split, part in batch.splits.items()}
-        connection.send_bytes(json.dumps([header, batch.refused]).encode())
+        connection.send_bytes(json.dumps([header, batch.refused, asdict(batch.losses)]).encode())
         for split in SPLITS:
             connection.send_bytes(batch.splits[split].tokens.data)
 
 
 def receive(connection: Connection, dtype: str) -> EncodedBatch:
     """What `serve` answers to a batch. Raises EOFError or OSError where it died."""
-    header, refused = json.loads(connection.recv_bytes())
+    header, refused, losses = json.loads(connection.recv_bytes())
     splits = {split: Encoded(np.frombuffer(connection.recv_bytes(), dtype), *header[split]) for split in SPLITS}
-    return EncodedBatch(splits, [Refusal(*each) for each in refused])
+    return EncodedBatch(splits, [Refusal(*each) for each in refused], Losses(**losses))

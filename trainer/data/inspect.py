@@ -23,8 +23,8 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
     Returns:
         Plain values: `folder`, `sha256`, `inputs`, `input_files`, `input_bytes`, `tokenizer`, `splits` (documents,
         bytes, characters, tokens, entropy in nats per token, bytes_per_token, shards, row_groups, file_bytes),
-        `refused`; with verify `problems` (one line per file that is not as it was prepared, empty when all is well);
-        with examples `examples` (text, file, row group, window).
+        `refused`, `doubts`; with verify `problems` (one line per file that is not as it was prepared, empty when all is
+        well); with examples `examples` (text, file, row group, window).
 
     Raises:
         ConfigError: not prepared data; with examples also shards that do not match the manifest.
@@ -50,6 +50,7 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
         "prepare": manifest.prepare.model_dump(mode="json"),
         "splits": splits,
         "refused": manifest.refused,
+        "doubts": manifest.doubts,
     }
     if verify:
         expected = {TOKENIZER: manifest.tokenizer.sha256} | {shard.file: shard.sha256 for shard in manifest.shards}

@@ -13,6 +13,9 @@ from .splitting import Splitting
 from .tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
 from .tokenizer_files import copy_tokenizer, end_of_text, tokenizer_file
 
+_PROBES = ("Hello World", "café Größe", "one  two\n\n\tthree\n")
+"""What uncased tokenizers, those without accents and those that split at blanks do not give back."""
+
 
 def make_tokenizer(
     files: list[Input],
@@ -21,13 +24,16 @@ def make_tokenizer(
     splitting: Splitting,
     reader: Reader,
     limits: LimitsConfig,
-) -> TokenizerInfo:
+) -> tuple[TokenizerInfo, list[str]]:
     """Put the tokenizer.json that `config.tokenizer` asks for into `folder`, with what belongs to it.
+
+    Returns:
+        What a manifest says of it, and what it does to texts that a user should know.
 
     Raises:
         ConfigError: an existing tokenizer that cannot be read, takes more than the limits or has no end of text.
     """
-    path = folder / TOKENIZER
+    path, doubts = folder / TOKENIZER, []
     if config.tokenizer in ("bytes", "bpe"):
         own = byte_tokenizer()
         if config.tokenizer == "bpe":
@@ -40,15 +46,23 @@ def make_tokenizer(
         with TokenizerProcess(origin, limits) as tokenizer:
             tokenizer.trial()
             eos_token, eos_id = end_of_text(tokenizer.token_to_id, origin)
+            if losses := [pair for probe in _PROBES if (pair := tokenizer.lost(probe))]:
+                doubts.append(changed(*losses[0]))
         size = tokenizer.vocab_size
         copy_tokenizer(origin, folder)
-    return TokenizerInfo(
+    info = TokenizerInfo(
         kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
         vocab_size=size,
         eos_id=eos_id,
         eos_token=eos_token,
     )
+    return info, doubts
+
+
+def changed(text: str, back: str) -> str:
+    """What a user is told of a tokenizer that loses text."""
+    return f"the tokenizer changes text: {text!r} becomes {back!r}"
 
 
 def _sample(files: list[Input], config: PrepareConfig, splitting: Splitting, reader: Reader) -> Iterator[str]:

@@ -94,6 +94,8 @@ class Manifest(_Record):
     shards: list[Shard]
     refused: dict[str, Count]
     """Documents or files left out, counted by reason; refused.jsonl names each."""
+    doubts: list[str] = []
+    """What the tokenizer does to texts that a user should know, with an example."""
 
     @model_validator(mode="after")
     def _is_of_one_piece(self) -> Self:
@@ -194,7 +196,9 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     for source, manifest in zip(sources, manifests, strict=True):
         one, other = manifests[0].tokenizer, manifest.tokenizer
         if not one.is_as(other):
-            what = "tokenizers" if one.sha256 != other.sha256 else f"ends of text ({one.eos_token}, {other.eos_token})"
+            what = (
+                "tokenizers" if one.sha256 != other.sha256 else f"ends of text ({one.eos_token} and {other.eos_token})"
+            )
             raise ConfigError(
                 f"data.path: {sources[0].path} and {source.path} have different {what}.\nPrepare both with one: "
                 f"`muster data prepare INPUT... --tokenizer {Path(sources[0].path) / TOKENIZER}`"

@@ -15,8 +15,8 @@ from typing import Literal
 from configs import ConfigError
 from configs.data import LimitsConfig, PrepareConfig
 
-from .encode import EncodeSpec, documents
-from .make_tokenizer import make_tokenizer
+from .encode import EncodeSpec, Losses, documents
+from .make_tokenizer import changed, make_tokenizer
 from .manifest import (
     MANIFEST,
     REFUSED,
@@ -125,19 +125,22 @@ def _build(
         meter = stack.enter_context(Meter(total, progress))
         meter.describe("make the tokenizer")
         reader = stack.enter_context(Reader(text_key, limits))
-        info = make_tokenizer(files, part, config, splitting, reader, limits)
+        info, doubts = make_tokenizer(files, part, config, splitting, reader, limits)
         dtype: Literal["uint16", "uint32"] = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
         spec = EncodeSpec(
             tokenizer=str(part / TOKENIZER),
             byte_level=config.tokenizer == "bytes",
             eos_id=info.eos_id,
+            eos_token=info.eos_token,
             vocab_size=info.vocab_size,
             dtype=dtype,
             text_key=text_key,
             splitting=splitting,
             memory=tokenizer_memory(limits, (part / TOKENIZER).stat().st_size),
             seconds=limits.seconds,
+            foreign=info.kind == "file",
         )
+        losses = Losses()
         writers = {split: SplitWriter(part, split, dtype, config.row_group_tokens, info.vocab_size) for split in SPLITS}
         meter.describe("tokenize")
         refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
@@ -146,6 +149,7 @@ def _build(
         batches = encode_all(_batches(files, reader, meter), spec, workers)
         stack.callback(batches.close)  # at an error too, before the tokenizer is removed under the workers
         for batch in batches:
+            losses.add(batch.losses)
             for refusal in batch.refused:
                 if strict:
                     raise ConfigError(f"--strict: {refusal}")
@@ -164,6 +168,12 @@ def _build(
         raise ConfigError(
             f"no usable document in {len(files)} files ({named})" + (f".\nThe first: {first}" if first else "")
         )
+    if losses.lossy:
+        file, *pair = losses.example
+        name = os.fsencode(file).decode("utf-8", errors="replace")
+        doubts.append(
+            f"{changed(*pair)} in {name}; so are {losses.lossy:,} of {losses.looked_at:,} documents that were looked at"
+        )
     return Manifest(
         fingerprint="",
         inputs=[],
@@ -176,6 +186,7 @@ def _build(
         splits=splits,
         shards=shards,
         refused=dict(sorted(reasons.items())),
+        doubts=doubts,
     )
 
 
@@ -274,4 +285,5 @@ def summary(manifest: Manifest) -> str:
     if manifest.refused:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.refused.items())
         lines.append(f"left out: {reasons} (each is named in {REFUSED})")
+    lines += manifest.doubts
     return "\n".join(lines)

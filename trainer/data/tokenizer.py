@@ -103,6 +103,11 @@ class TokenizerProcess:
         before, whole = self.decode(tokens), self.decode([*tokens, *added])
         return prompt + whole[len(before) :] if whole.startswith(before) else whole
 
+    def lost(self, text: str) -> tuple[str, str] | None:
+        """The first part of a text that its tokens do not give back, and what they give; None: they give back all."""
+        found = self._ask("lost", text)
+        return found and (found[0], found[1])
+
     def trial(self) -> None:
         """Encode and decode a little, which shows what is wrong with most."""
         self.decode(self.encode(_TRIAL))

@@ -16,6 +16,8 @@ from .child import MIB, Bounds
 
 ANSWER_BYTES = 16 * MIB
 """An answer may be longer only where its request was."""
+SHOWN = 24
+"""Characters of a text that was lost."""
 
 
 class TokenizerError(ValueError):
@@ -55,6 +57,40 @@ def encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
+def encode_on(tokenizer: Tokenizer, text: str, before: str) -> list[int]:
+    """Tokens of a text that goes on from `before`: without the blank that some tokenizers put before every text.
+
+    It is encoded behind a character whose tokens stay as they are with the text behind it, if there is such a one.
+    """
+    for first in (before[-1:], "\n", "0", "."):
+        head = encode(tokenizer, first)
+        tokens = encode(tokenizer, first + text)
+        if head and tokens[: len(head)] == head:
+            return tokens[len(head) :]
+    return encode(tokenizer, text)
+
+
+def puts_blanks(tokenizer: Tokenizer) -> bool:
+    """Whether two encoded texts, one after the other, are not those texts one after the other."""
+    return tokenizer.decode(encode(tokenizer, "a") + encode(tokenizer, "b")) != tokenizer.decode(
+        encode(tokenizer, "ab")
+    )
+
+
+def lost(tokenizer: Tokenizer, text: str) -> tuple[str, str] | None:
+    """The first part of a text that its tokens do not give back, and what they give; None: they give back all.
+
+    A blank more or less at its beginning counts for nothing, as many tokenizers have it so.
+    """
+    back = tokenizer.decode(encode(tokenizer, text), skip_special_tokens=False).removeprefix(" ")
+    text = text.removeprefix(" ")
+    if back == text:
+        return None
+    same = next((i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other), len(back))
+    first = max(same - SHOWN // 2, 0)
+    return text[first : first + SHOWN], back[first : first + SHOWN]
+
+
 def serve(descriptor: int) -> None:
     """Answer the requests that come over an inherited pipe until the other side closes it."""
     connection, bounds = Connection(descriptor), Bounds()
@@ -90,4 +126,6 @@ def _call(tokenizer: Tokenizer, do: str, value: Any, skip_special_tokens: bool =
         return encode(tokenizer, value)
     if do == "decode":
         return tokenizer.decode(value, skip_special_tokens=skip_special_tokens)
+    if do == "lost":
+        return lost(tokenizer, value)
     return getattr(tokenizer, do)(value)
