@@ -19,7 +19,10 @@ app = typer.Typer(help="Prepare and look at training data.", no_args_is_help=Tru
 def prepare(
     inputs: Annotated[list[str], typer.Argument(help="Text, JSON, CSV, Parquet: files, folders, globs; packed too.")],
     out: Annotated[Path, typer.Option(help="Folder to make.")],
-    tokenizer: Annotated[str, typer.Option(help="bytes, bpe (trained on the data) or a tokenizer.json.")] = "bpe",
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bytes, bpe (trained on the data), or an existing one: file, folder or Hugging Face name."),
+    ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
     held_out: Annotated[float, typer.Option(help="Share of the documents that training does not see.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Of the split by document.")] = 0,

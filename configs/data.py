@@ -22,7 +22,8 @@ class PrepareConfig(Section):
     """How `data.path: stdlib` (or raw files given to `muster data prepare`) becomes token shards."""
 
     tokenizer: str = "bpe"
-    """`bytes`, `bpe` (trained on the data) or the path of a tokenizer.json."""
+    """`bytes`, `bpe` (trained on the data), or an existing one: a tokenizer.json, a folder with one, or the name of a
+    model in this machine's Hugging Face cache."""
     vocab_size: Size = Field(default=4096, ge=257)
     """Size of a trained BPE vocabulary."""
     held_out: float = Field(default=0.05, ge=0, lt=1)

@@ -8,11 +8,9 @@ from configs import ConfigError
 from configs.data import DataConfig
 
 from .data.manifest import TOKENIZER, TokenizerInfo, read_manifests, sources_of
-from .data.tokenizer_files import INFO, copy_tokenizer, read_info, tokenizer_file
+from .data.tokenizer_files import FOLDER, INFO, copy_tokenizer, read_info, tokenizer_file
 from .durable import digest
 from .own_files import replace_text
-
-FOLDER = "tokenizer"
 
 
 def keep_tokenizer(run_dir: Path, data: DataConfig) -> None:

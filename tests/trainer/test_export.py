@@ -14,9 +14,10 @@ from models.hf_names import ARCHITECTURES
 from trainer.data.manifest import read_manifest
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import TokenizerProcess
+from trainer.data.tokenizer_files import FOLDER
 from trainer.export import export
 from trainer.hf_tokenizer import hf_tokenizer
-from trainer.kept_tokenizer import FOLDER, tokenizer_of
+from trainer.kept_tokenizer import tokenizer_of
 from trainer.run import prepare_run, read_config
 
 WORDS = ["red", "green", "blue", "Über", "fox", "dog"]
@@ -124,6 +125,14 @@ def test_the_commands_need_no_data(run, muster):
     code, out, err = muster("eval", str(run_dir), "--data", str(run_dir.parent / "elsewhere"), "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["loss"] > 0
+
+
+def test_a_run_is_a_tokenizer_for_more_data(run, tmp_path):
+    _, run_dir = run
+    (tmp_path / "more.txt").write_text("red green .\n" * 10)
+    made = PrepareConfig(tokenizer=str(run_dir), held_out=0.0)
+    info = prepare([tmp_path / "more.txt"], tmp_path / "more", made, workers=1, progress=False).tokenizer
+    assert info.is_as(read_manifest(run_dir.parent / "elsewhere").tokenizer)
 
 
 def test_a_run_of_before_has_its_datas_tokenizer(run, tmp_path):

@@ -1,13 +1,15 @@
 """The files of a tokenizer: found by path or name, read within bounds; and which token ends a document."""
 
+import contextlib
 import hashlib
+import os
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from configs import ConfigError
-from configs.parse import parse_json, read_text
+from configs.parse import parse_json, read_text, shortened
 
 from ..own_files import replace_bytes
 from .manifest import MANIFEST, TOKENIZER, TokenizerInfo, read_manifest
@@ -24,8 +26,13 @@ TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 """A folder of named ones, as transformers 5 writes it."""
 MOST_TEMPLATES = 32
+FOLDER = "tokenizer"
+"""Of a run: its copy."""
 INFO = "info.json"
 """In the copy that a run keeps: what the manifest of its data says of the tokenizer."""
+
+_SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+"""Files of tokenizers that only libraries of their own read."""
 
 _KNOWN_ENDS = (
     END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|eos|>", "[EOS]", "<EOS>", "<|eot_id|>",
@@ -34,20 +41,52 @@ _KNOWN_ENDS = (
 
 
 def tokenizer_file(path: str | Path) -> Path:
-    """The tokenizer.json that `path` names. Raises ConfigError when there is none, or it is too large for any."""
-    file = Path(path)
+    """The tokenizer.json that `path` names: the file, a folder with one (prepared data, a run, a Hugging Face model),
+    or a model in this machine's cache of the Hugging Face Hub. Nothing is fetched.
+
+    Raises:
+        ConfigError: there is none, or it is too large for any.
+    """
     try:
+        file = Path(path).expanduser()
         if file.is_dir():
-            file = file / TOKENIZER
-        if not file.is_file():
-            raise ConfigError(f"tokenizer {str(path)!r}: not `bytes`, `bpe` or an existing tokenizer.json")
+            file = _in_folder(file)
+        elif not file.is_file():
+            file = _in_cache(str(path))
         if (size := file.stat().st_size) > TOKENIZER_BYTES:
             raise ConfigError(f"tokenizer {file}: {size:,} bytes are more than any has ({TOKENIZER_BYTES:,})")
-    except (OSError, ValueError) as error:  # a name that is too long, or has a NUL
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has a NUL, or ~ of nobody
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"tokenizer {str(path)!r}: {error}") from None
     return file
+
+
+def _in_folder(folder: Path) -> Path:
+    for file in (folder / TOKENIZER, folder / FOLDER / TOKENIZER):
+        if file.is_file():
+            return file
+    if slow := [name for name in _SLOW if (folder / name).is_file()]:
+        raise ConfigError(
+            f"tokenizer {folder}: it has {' and '.join(slow)}, but no existing {TOKENIZER}, which is what is read.\n"
+            "transformers writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
+        )
+    raise ConfigError(f"tokenizer {folder}: a folder without an existing {TOKENIZER}")
+
+
+def _in_cache(name: str) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache  # 0.2 s
+
+    fetch = ""
+    with contextlib.suppress(ValueError):  # no name of the Hub
+        found = try_to_load_from_cache(name, TOKENIZER)
+        if isinstance(found, str) and os.path.isfile(found):
+            return Path(found)
+        fetch = f".\nNothing is fetched; if it is on the Hub: `hf download {name} {TOKENIZER} {SETTINGS}`"
+    raise ConfigError(
+        f"tokenizer {shortened(repr(name), 200)}: not `bytes`, `bpe` or an existing {TOKENIZER}, a folder with one or "
+        f"the name of one in this machine's Hugging Face cache ({constants.HF_HUB_CACHE}){fetch}"
+    )
 
 
 def beside(file: Path) -> dict[str, bytes]:

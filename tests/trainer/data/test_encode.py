@@ -14,6 +14,7 @@ from trainer.data.encode import Encoder, EncodeSpec, cut_inside
 from trainer.data.inspect import inspect
 from trainer.data.prepare import prepare, summary
 from trainer.data.sources import Record
+from trainer.data.splitting import Splitting
 from trainer.data.tokenizer_process import encode, load
 
 TEXTS = ["some words of a text, in English </s>\n", "def f(x):\n    return x\n", "Über größe, ein café\n"] * 20
@@ -25,7 +26,7 @@ def encoder(folder) -> Encoder:
     end = odd.ENDS[folder.name]
     spec = EncodeSpec(
         tokenizer=str(folder / "tokenizer.json"), byte_level=False, eos_id=tokenizer.token_to_id(end), eos_token=end,
-        vocab_size=1000, dtype="uint16", text_key="text", held_out=0.0, seed=0, memory=1 << 27, seconds=1, foreign=True,
+        vocab_size=1000, dtype="uint16", text_key="text", splitting=Splitting(0.0, 0), memory=1 << 27, seconds=1, foreign=True,
     )  # fmt: skip
     return Encoder(spec)
 

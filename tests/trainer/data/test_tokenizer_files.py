@@ -73,7 +73,7 @@ def test_sources_with_different_ends_are_not_mixed(tmp_path, raw):
     settle(made, eos_token="<|endoftext|>")
     go(raw, "b", made)
     both = DataConfig(path=(Source(path=str(tmp_path / "a")), Source(path=str(tmp_path / "b"))))
-    with pytest.raises(ConfigError, match=r"different ends of text \(<\|im_end\|>, <\|endoftext\|>\)") as refused:
+    with pytest.raises(ConfigError, match=r"different ends of text \(<\|im_end\|> and <\|endoftext\|>\)") as refused:
         read_manifests(both)
     command = str(refused.value).splitlines()[1]
     go(raw, "c", command.rpartition("--tokenizer ")[2].strip("`"))
@@ -135,3 +135,66 @@ def test_the_first_blank(process):
     prompt = process.encode("some")
     assert tokens[: len(prompt)] == prompt
     assert process.continued("some", prompt, tokens[len(prompt) :]) == "some words"
+
+
+@pytest.fixture
+def cached(tmp_path, monkeypatch):
+    """A Hugging Face cache with the tokenizer of `lab/small`, as its library lays it out, and no network."""
+
+    def no_network(*_):
+        raise AssertionError("the network was asked")
+
+    made = odd.chat(tmp_path / "chat", TEXTS)
+    repository = tmp_path / "hub" / "models--lab--small"
+    snapshot = repository / "snapshots" / ("0" * 40)
+    for folder in (snapshot, repository / "blobs", repository / "refs"):
+        folder.mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0" * 40)
+    for number, file in enumerate(sorted(made.iterdir())):
+        file.rename(repository / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("socket.socket.connect", no_network)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_tokenizer_by_its_name_in_the_cache(cached, raw, muster):
+    code, _, err = muster("data", "prepare", str(raw), "--out", "a", "--tokenizer", "lab/small", "--workers", "1")
+    assert (code, err) == (0, "")
+    assert read_manifest(cached / "a").tokenizer.eos_token == "<|im_end|>"
+    assert (cached / "a" / "chat_template.jinja").read_text() == odd.TEMPLATE
+    assert not any(path.is_symlink() for path in (cached / "a").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("lab/large", ["'lab/large'", "Nothing is fetched", "hf download lab/large tokenizer.json"]),
+        ("../hub", ["folder without an existing tokenizer.json"]),
+        ("no/such/file.json", ["not `bytes`, `bpe` or an existing tokenizer.json"]),
+        ("https://huggingface.co/lab/small", ["not `bytes`, `bpe` or an existing tokenizer.json"]),
+        ("~nobody-here/x", ["no user"]),
+        ("slow", ["it has tokenizer.model and vocab.json, but no existing tokenizer.json", "save_pretrained"]),
+        ("empty", ["folder without an existing tokenizer.json"]),
+    ],
+)
+def test_what_names_no_tokenizer(cached, raw, muster, given, words):
+    for path in ("slow/tokenizer.model", "slow/vocab.json", "empty/README.md", "../hub/x"):
+        (cached / path).parent.mkdir(exist_ok=True)
+        (cached / path).touch()
+    code, _, err = muster("data", "prepare", str(raw), "--out", "a", "--tokenizer", given)
+    assert (code, len(err.splitlines()) <= 3) == (2, True), err
+    assert all(word in err for word in words), err
+    assert not (cached / "a").exists()
+
+
+def test_what_lies_here_comes_before_the_cache(cached, raw):
+    odd.llama(cached / "lab" / "small", TEXTS)
+    assert go(raw, "a", "lab/small").eos_token == "</s>"
+
+
+def test_a_folder_in_the_users_home(tmp_path, raw, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    odd.llama(tmp_path / "mine", TEXTS)
+    assert go(raw, "a", "~/mine").eos_token == "</s>"
