@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from configs import ConfigError
+from configs import ConfigError, counted
 
 from .runs import RUNS, Json, Root, Run, run_folder
 
@@ -42,7 +42,7 @@ def list_checkpoints(run: Run, root: Root = RUNS, as_json: Json = False) -> None
     for row in rows:
         notes = [f"damaged: {problem}" for problem in row["problems"][:1]]
         notes += ["newest resumable"] if row["step"] == found["newest_resumable"] else []
-        size = f"{row['bytes']:>15,} bytes in {row['files']} files"
+        size = f"{row['bytes']:>15,} bytes in {counted(row['files'], 'file')}"
         print(f"step {row['step']:>8,}  {_when(row['time']):19}  {size}  {''.join(notes)}".rstrip())
     for what in ("set_aside", "unfinished"):
         if found[what]:
@@ -80,13 +80,13 @@ def show(
         return
     degrees = " ".join(f"{key}={value}" for key, value in found["topology"].items() if value is not None)
     print(f"{found['run']} step {found['step']:,}, written {_when(found['time'])}, format {found['format']}")
-    print(f"written by {len(found['files'])} processes: {degrees or 'topology not recorded'}")
+    print(f"written by {counted(len(found['files']), 'process')}: {degrees or 'topology not recorded'}")
     for key, value in found["state"].items():
         if key == "recent_losses":
-            value = f"{len(value)} values"
+            value = counted(len(value), "value")
         print(f"{key}: {value:,}" if isinstance(value, int) else f"{key}: {value}")
     for state, held in found["states"].items():
-        print(f"{state}: {held['elements']:,} elements in {held['tensors']} tensors")
+        print(f"{state}: {counted(held['elements'], 'element')} in {counted(held['tensors'], 'tensor')}")
     for key, value in found["scalars"].items():
         print(f"{key}: {value:g}")
     for name, entry in found["files"].items():
@@ -105,7 +105,10 @@ def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False
     for row in () if as_json else rows:
         path = checkpoint.folder(run_dir, row["step"])
         if not row["problems"]:
-            print(f"{path.name}: {row['files']} files, {row['bytes']:,} bytes, every digest is the manifest's")
+            print(
+                f"{path.name}: {counted(row['files'], 'file')}, {counted(row['bytes'], 'byte')}, every digest "
+                f"is the manifest's"
+            )
         for problem in row["problems"]:
             print(f"{path.name}: damaged: {problem}")
     if any(row["problems"] for row in rows):

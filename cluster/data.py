@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from configs import ConfigError, from_dict
+from configs import ConfigError, counted, from_dict
 from trainer.terminal import Console
 
 from .runs import RUNS, Json, Root, Run, run_folder
@@ -66,13 +66,14 @@ def inspect(
 
 def _print_inspection(found: dict[str, Any]) -> None:
     tokens = found["tokenizer"]
-    print(f"{found['folder']}: {found['input_files']:,} files, {found['input_bytes']:,} bytes")
+    print(f"{found['folder']}: {counted(found['input_files'], 'file')}, {counted(found['input_bytes'], 'byte')}")
     print(f"inputs: {', '.join(found['inputs'])}")
     print(f"tokenizer: {tokens['kind']}, {tokens['vocab_size']:,} tokens")
     for name, split in found["splits"].items():
         print(
-            f"{name}: {split['documents']:,} documents, {split['tokens']:,} tokens in {split['shards']} shards and "
-            f"{split['row_groups']} row groups, unigram entropy {split['entropy']:.3f} nats"
+            f"{name}: {counted(split['documents'], 'document')}, {counted(split['tokens'], 'token')} in "
+            f"{counted(split['shards'], 'shard')} and "
+            f"{counted(split['row_groups'], 'row group')}, unigram entropy {split['entropy']:.3f} nats"
         )
     for reason, count in found["refused"].items():
         print(f"left out: {count:,} {reason}")

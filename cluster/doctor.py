@@ -20,7 +20,7 @@ import psutil
 import typer
 from rich.text import Text
 
-from configs import mask
+from configs import counted, mask
 from trainer.terminal import Console
 
 from . import machine
@@ -245,7 +245,7 @@ def _tracking(root: Path) -> Iterator[Finding]:
             return
         with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
             count = store.execute("select count(*) from runs").fetchone()[0]
-        yield Finding("mlflow", "ok", f"{path}, {count} runs")
+        yield Finding("mlflow", "ok", f"{path}, {counted(count, 'run')}")
     else:
         mend = "set it to http(s)://server or sqlite:////path.db"
         yield Finding("mlflow", "fail", f"MLFLOW_TRACKING_URI={uri} is nothing that MLflow 3 records into", mend)

@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from configs import Config, ConfigError, load, preset_names, resolve
+from configs import Config, ConfigError, counted, load, preset_names, resolve
 from configs.parallel import MOST_PROCESSES
 from models.devices import DEVICES, HEADROOM, Device, cpu
 from models.plan import Plan, predict
@@ -116,8 +116,9 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
         console.print(f"  {note}", style="dim")
     console.print(f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active per token, "
                   f"{predicted.flops_per_token / 1e9:,.3g} GFLOPs a token in training")  # fmt: skip
-    console.print(f"{predicted.tokens_per_step:,} tokens a step: {micro_batches(config)} micro-batches of "
-                  f"{train.micro_batch} x {train.seq_len} on each of {parallel.dp} data-parallel ranks\n")  # fmt: skip
+    console.print(f"{predicted.tokens_per_step:,} tokens a step: {counted(micro_batches(config), 'micro-batch')} of "
+                  f"{train.micro_batch} x {train.seq_len} on each of "
+                  f"{counted(parallel.dp, 'data-parallel rank')}\n")  # fmt: skip
 
     table = Table("memory of a device", box=None, pad_edge=False)
     table.add_column("GB", justify="right")
@@ -169,7 +170,7 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     console.print(f"\nMFU {predicted.mfu:.0%}, {_count(predicted.tokens_per_second)} tokens/s, "
                   f"{_count(predicted.tokens_per_day)} tokens a day")  # fmt: skip
     priced = f", {cost['usd']:,.0f} USD" if "usd" in cost else ""
-    console.print(f"{train.steps:,} steps, {_count(train.steps * predicted.tokens_per_step)} tokens: "
+    console.print(f"{counted(train.steps, 'step')}, {_count(train.steps * predicted.tokens_per_step)} tokens: "
                   f"{_duration(cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
     if config.checkpoint.every == "auto":
         console.print(expected(predicted.devices, predicted.step_time))

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from configs import Config, ConfigError, with_workers, worker_counts
+from configs import Config, ConfigError, counted, with_workers, worker_counts
 
 
 class Node(NamedTuple):
@@ -47,7 +47,8 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
         gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
     if gpus and (room := _room(nodes, Share(0.0, gpus))) < world:
         raise ConfigError(
-            f"parallel.* asks for {world} processes with {gpus:g} GPU each, and {_sizes(nodes)} have room for {room}:\n"
+            f"parallel.* asks for {counted(world, 'process')} with {gpus:g} GPU each, and {_sizes(nodes)} have "
+            f"room for {room}:\n"
             f"lower parallel.dp, set cluster.gpus_per_worker, or join more machines with cluster.address"
         )
     if cluster.cpus_per_worker is not None:
@@ -56,7 +57,7 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
             raise ConfigError(f"cluster.cpus_per_worker={cpus:g}: above 1 it must be whole, such as {int(cpus)}")
         if (room := _room(nodes, Share(cpus, gpus))) < world:
             raise ConfigError(
-                f"parallel.* asks for {world} processes with cluster.cpus_per_worker={cpus:g} each, and "
+                f"parallel.* asks for {counted(world, 'process')} with cluster.cpus_per_worker={cpus:g} each, and "
                 f"{_sizes(nodes)} have room for {room}:\nlower one of them, or leave cluster.cpus_per_worker out"
             )
         return Share(cpus, gpus)
@@ -65,7 +66,9 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
     for cpus in (*whole, *(math.floor(100 / part) / 100 for part in range(2, 101))):
         if _room(nodes, Share(cpus, gpus)) >= world:
             return Share(float(cpus), gpus)
-    raise ConfigError(f"parallel.* asks for {world} processes, far too many for {_sizes(nodes)}: lower parallel.dp")
+    raise ConfigError(
+        f"parallel.* asks for {counted(world, 'process')}, far too many for {_sizes(nodes)}: lower parallel.dp"
+    )
 
 
 def share_of_most(config: Config, divide: Callable[[Config], Share]) -> Share:
@@ -106,7 +109,7 @@ def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
     try:
         for kind, count in asked.items():
             if count > sum(has[kind]):
-                raise ConfigError(f"asks for {count:g} {kind}s; the cluster has {_like(has[kind])}")
+                raise ConfigError(f"asks for {counted(count, kind)}; the cluster has {_like(has[kind])}")
         each = share(config, nodes)
     except ConfigError as error:
         if wait:
@@ -139,7 +142,7 @@ def share_of_trial(config: Config, nodes: Sequence[Node], wait: bool = False) ->
 def _like(sizes: Sequence[float]) -> str:
     """8 (2 nodes x 4)"""
     groups = sorted(Counter(sizes).items(), reverse=True)
-    nodes = [f"{count} node{'s' * (count > 1)} x {size:g}" for size, count in groups]
+    nodes = [f"{counted(count, 'node')} x {size:g}" for size, count in groups]
     return f"{sum(sizes):g} ({', '.join(nodes) or 'no node'})"
 
 
@@ -159,4 +162,4 @@ def _room(nodes: Sequence[Node], each: Share) -> int:
 def _sizes(nodes: Sequence[Node]) -> str:
     cpus, gpus = sum(node.cpus for node in nodes), sum(node.gpus for node in nodes)
     where = "this machine's" if len(nodes) == 1 else f"the cluster's {len(nodes)} machines'"
-    return f"{where} {cpus:g} CPUs and {gpus:g} GPUs"
+    return f"{where} {counted(cpus, 'CPU')} and {counted(gpus, 'GPU')}"

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import BaseModel
 
-from configs import Config, ConfigError, load, mask, preset_names, resolve, worker_counts
+from configs import Config, ConfigError, counted, load, mask, preset_names, resolve, worker_counts
 from configs.load import dump_yaml, override, read_mapping
 
 from . import messages, pack
@@ -58,7 +58,8 @@ def submit(
     asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
     if (most := asked.parallel.world_size) > messages.MOST_WORKERS:
         raise ConfigError(
-            f"the run asks for {most} processes, and a job has at most {messages.MOST_WORKERS}: lower parallel.dp"
+            f"the run asks for {counted(most, 'process')}, and a job has at most {messages.MOST_WORKERS}: lower "
+            f"parallel.dp"
         )
     name = path_in(here, config)
     cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))

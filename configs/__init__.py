@@ -8,6 +8,7 @@ from .model import BlockSparse, ModelConfig, RopeScaling
 from .private import private_files, private_folder
 from .resolve import differences, resolve, with_workers, worker_counts
 from .run import Config
+from .words import counted
 
 __all__ = [
     "MASK",
@@ -17,6 +18,7 @@ __all__ = [
     "ModelConfig",
     "RopeScaling",
     "Section",
+    "counted",
     "differences",
     "flatten",
     "from_dict",

@@ -7,6 +7,7 @@ from .base import ConfigError
 from .load import flatten
 from .run import Config
 from .topology import check_topology, refusals
+from .words import counted
 
 
 def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:
@@ -141,7 +142,8 @@ def with_workers(config: Config, workers: int) -> Config:
     fewest, most = config.cluster.workers or (config.parallel.world_size,) * 2
     if workers % others or not fewest <= workers <= most:
         raise ConfigError(
-            f"{workers} processes were started but parallel.dp * tp * pp * sp asks for {config.parallel.world_size}: "
+            f"{counted(workers, 'process', 'was/were')} started but parallel.dp * tp * pp * sp asks for "
+            f"{config.parallel.world_size}: "
             f"start as many, change it, or allow it with cluster.workers=[fewest, most]"
         )
     changes = {

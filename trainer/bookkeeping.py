@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from configs import Config
+from configs import Config, counted
 
 from . import collapse
 from .cadence import Cadence
@@ -147,7 +147,8 @@ def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config,
             )
         if state.skipped_in_a_row >= limit:
             raise TrainingStopped(
-                f"{limit} steps in a row had a non-finite loss or gradient, the last at step {state.step} (sequences "
+                f"{counted(limit, 'step')} in a row had a non-finite loss or gradient, the last at step "
+                f"{state.step} (sequences "
                 f"from {read_at}); the weights before them are in the last checkpoint: lower optim.lr, or look at the "
                 f"data with `muster data show`"
             )

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Any, NamedTuple
 
+from configs import counted
+
 from .record import Record
 
 PRIOR = 419 / (54 * 86_400 * 16_384)
@@ -206,6 +208,6 @@ def expected(devices: int, step: float) -> str:
     mtbf = 1 / (PRIOR * devices)
     choice = choose(1.0, 0.0, step, mtbf)
     return (
-        f"checkpoint.every=auto: of {devices:,} devices one fails in {mtbf / 3600:,.3g} h by Llama 3's rate; "
-        f"where a checkpoint costs 1 s, that makes one in {choice.every:,} steps"
+        f"checkpoint.every=auto: of {counted(devices, 'device')} one fails in {mtbf / 3600:,.3g} h by Llama 3's rate; "
+        f"where a checkpoint costs 1 s, that makes one in {counted(choice.every, 'step')}"
     )

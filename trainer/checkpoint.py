@@ -33,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from configs import counted
 from configs.parse import shortened
 
 from . import fragments
@@ -390,7 +391,8 @@ class Reader:
             if held[name] != tuple(shape):
                 return f"{self.path}: {name} is {list(held[name])}, the model's is {list(shape)}"
         if not others and (unknown := [name for name in held if name not in wanted]):
-            return f"{self.path} has {len(unknown)} parameters that the model has not, such as {shortened(unknown[0])}"
+            more = counted(len(unknown), "parameter")
+            return f"{self.path} has {more} that the model has not, such as {shortened(unknown[0])}"
         return ""
 
     def read(self, key: str, name: str, start: int = 0, numel: int | None = None, box: Box | None = None) -> Tensor:

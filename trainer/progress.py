@@ -10,6 +10,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
+from configs import counted
+
 from .events import wrong_event, wrong_metrics
 from .own_files import open_file
 from .record import EVENTS, METRICS
@@ -91,7 +93,7 @@ class ProgressView:
             self._print(f"step {record['step']}  checkpoint, {record.get('bytes', 0) / 1e6:,.1f} MB")
         elif name == "cadence":
             self._print(
-                f"a checkpoint every {record['every']} steps ({record['interval_s']:.3g} s): one costs "
+                f"a checkpoint every {counted(record['every'], 'step')} ({record['interval_s']:.3g} s): one costs "
                 f"{record['cost_s']:.2g} s, and a failure is expected in {record['mtbf_s'] / 3600:,.3g} h"
             )
         elif name == "measured":
@@ -107,7 +109,9 @@ class ProgressView:
             more = f" and {len(which) - 8} more" if len(which) > 8 else ""
             self._print(f"step {record['step']}  {name.replace('_', ' ')} (layer/expert): {', '.join(which[:8])}{more}")
         elif name == "hang":
-            self._print(f"hang  {record['reason']}; stacks of {len(record['stacks'])} ranks in the run's folder")
+            self._print(
+                f"hang  {record['reason']}; stacks of {counted(len(record['stacks']), 'rank')} in the run's folder"
+            )
         elif name == "preflight":
             for line in record["slow"]:
                 self._print(f"preflight  {line}")

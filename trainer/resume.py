@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import distributed as dist
 
-from configs import Config, ConfigError, ModelConfig
+from configs import Config, ConfigError, ModelConfig, counted
 from configs.parse import shortened
 
 from . import checkpoint
@@ -126,7 +126,7 @@ def _misfits(reader: Reader, engine: Any, model: ModelConfig) -> list[str]:
     # No process has them all: they are a pipeline's, or the checkpoint has more.
     known = set(itertools.chain(*parts))
     unknown = [name for name in held if name not in known]
-    more = f"{reader.path} has {len(unknown)} parameters that the model has not, such as"
+    more = f"{reader.path} has {counted(len(unknown), 'parameter')} that the model has not, such as"
     return [f"{more} {shortened(unknown[0])}"] if unknown else []
 
 

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 
+from configs import counted
 from configs.sweep import SweepConfig
 
 from .cells import count, plain
@@ -86,7 +87,8 @@ def repeated(trials: Iterable[Trial], unique: int) -> list[str]:
     many = [f"{trial.name}: {trial.tokens / unique:.1f} times" for trial in trials if trial.tokens > EPOCHS * unique]
     if not many:
         return []
-    return [f"{len(many)} trials read the {unique:,} training tokens over {EPOCHS:g} times ({_some(many)}): their loss "
+    return [f"{counted(len(many), 'trial', 'reads/read')} the {unique:,} training tokens over {EPOCHS:g} times "
+            f"({_some(many)}): their loss "
             "is of repeated data; prepare more, or lower the budgets"]  # fmt: skip
 
 
@@ -181,13 +183,15 @@ def _batches(trials: Iterable[Trial]) -> list[str]:
         tokens, best = train.global_batch * train.seq_len, step_law_batch(trial.tokens)
         if tokens > LARGE_BATCH * best:
             large.append(f"{trial.name}: {tokens:,} tokens a step, Step Law {best:,.0f}")
-    return [f"{len(large)} trials have a batch that is large for their tokens ({_some(large)}): lower "
+    return [f"{counted(len(large), 'trial', 'has/have')} a batch that is large for their tokens "
+            f"({_some(large)}): lower "
             "train.global_batch, train.micro_batch or parallel.dp"] if large else []  # fmt: skip
 
 
 def _steps(trials: Iterable[Trial]) -> list[str]:
     few = [f"{trial.name}: {trial.config.train.steps}" for trial in trials if trial.config.train.steps < FEW_STEPS]
-    return [f"{len(few)} trials have fewer than {FEW_STEPS} steps ({_some(few)}): raise the budget or lower the "
+    return [f"{counted(len(few), 'trial', 'has/have')} fewer than {FEW_STEPS} steps ({_some(few)}): raise the "
+            f"budget or lower the "
             "batch"] if few else []  # fmt: skip
 
 

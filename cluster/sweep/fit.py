@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs import ConfigError
+from configs import ConfigError, counted
 
 from .forms import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kaplan
 from .isoflop import Approach2, PowerLaw, approach2, best_approach1
@@ -232,7 +232,7 @@ def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[
     """The columns that a form needs, and its optimum. Raises Refusal as `fit_form`."""
     x = _columns(form, table)
     if len(table) < form.size + 1:
-        raise Refusal("few_rows", f"{form.name}: {len(table)} runs for {form.size} coefficients")
+        raise Refusal("few_rows", f"{form.name}: {counted(len(table), 'run')} for {counted(form.size, 'coefficient')}")
     solution = solve(form, x, table.loss, objective)
     if not solution.converged:
         # Where a term has left the form, its exponent means nothing and no search for it ends.
@@ -279,7 +279,10 @@ def check(table: Table) -> None:
             f"one with --where recipe=...",
         )
     if (count := len(_groups(table))) < LEAST_BUDGETS:
-        raise Refusal("few_budgets", f"{len(table)} runs at {count} budgets: a scaling law needs {LEAST_BUDGETS}")
+        raise Refusal(
+            "few_budgets",
+            f"{counted(len(table), 'run')} at {counted(count, 'budget')}: a scaling law needs {LEAST_BUDGETS}",
+        )
 
 
 def _groups(table: Table) -> list[NDArray[np.int64]]:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from rich.table import Table as Grid
 from rich.text import Text
 
+from configs import counted
 from trainer.terminal import Console
 
 from .fit import Fits
@@ -18,7 +19,8 @@ def show_fits(fits: Fits) -> None:
     console = Console()
     table = fits.table
     console.print(
-        f"{len(table)} runs at {len(fits.summary()['budgets'])} budgets, {table.c.min():.3g} to {table.c.max():.3g} "
+        f"{counted(len(table), 'run')} at {counted(len(fits.summary()['budgets']), 'budget')}, "
+        f"{table.c.min():.3g} to {table.c.max():.3g} "
         f"FLOPs; N counted as {table.convention}",
         soft_wrap=True,
     )

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from configs import counted
+
 from .drift import HOLDS, UNTESTED, Drift, Window, columns, deviation, fit_windows, held_loss, held_size
 from .forms import Array, Form
 from .newton import Objective
@@ -117,7 +119,9 @@ class Sweep:
             if rows.sum() >= form.size + LEAST_SPARE and len(np.unique(self.index[rows])) > 1:
                 masks[origin] = rows
         if self.count not in masks:
-            raise Refusal("few_rows", f"{form.name}: {usable.sum()} runs for {form.size} coefficients")
+            raise Refusal(
+                "few_rows", f"{form.name}: {counted(int(usable.sum()), 'run')} for {counted(form.size, 'coefficient')}"
+            )
         generator = np.random.default_rng(self.seed)
         whole, *others = fit_windows(form, self.table, masks, start, self.objective, self.refits, generator)
         losses, sizes = [], []

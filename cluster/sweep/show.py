@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 from rich.text import Text
 
+from configs import counted
 from models.devices import HEADROOM, Device
 from models.plan import predict
 from trainer.terminal import Console
@@ -106,7 +107,7 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
     """Print the table of trials, the totals and the warnings."""
     console = console or Console(soft_wrap=True)
     sweep, trials = plan.sweep, plan.trials
-    told = f": {len(trials)} trials on {found.devices} x {found.device.name}, N counted as {sweep.count}"
+    told = f": {counted(len(trials), 'trial')} on {found.devices} x {found.device.name}, N counted as {sweep.count}"
     console.print(Text.assemble((sweep.name, "bold"), told))
     table = Table("trial", box=None, pad_edge=False)
     for column in ("N", "total", "shape", "D", "D/N", "steps", "batch", "lr", "FLOPs", "off by", "hours"):
@@ -131,11 +132,13 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
     Console(width=max(width, console.width), file=console.file).print(table)
     flops = sum(trial.spent for trial in trials)
     priced = "" if found.price is None else f", {found.total * found.price:,.2f} USD"
-    console.print(f"\n{len(trials)} trials, {plain(flops)} FLOPs, {found.total:,.3g} device-hours{priced}; on "
+    console.print(f"\n{counted(len(trials), 'trial')}, {plain(flops)} FLOPs, {found.total:,.3g} "
+                  f"device-hours{priced}; on "
                   f"{found.devices} side by side {found.wall:,.3g} hours")  # fmt: skip
     if plan.open:
         mean = found.total / max(1, len(trials))
-        console.print(f"{plan.open} more trials will be chosen by the losses of these: about {plan.open * mean:,.3g} "
+        console.print(f"{counted(plan.open, 'more trial')} will be chosen by the losses of these: about "
+                      f"{plan.open * mean:,.3g} "
                       "device-hours more")  # fmt: skip
     for line in (*plan.warnings, *_too_large(found)):
         console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
@@ -143,7 +146,8 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
 
 def _too_large(found: Costs) -> list[str]:
     few = "; ".join(found.too_large[:3])
-    return [f"{len(found.too_large)} trials do not fit in {1 - HEADROOM:.0%} of a device's memory ({few}): lower "
+    return [f"{counted(len(found.too_large), 'trial', 'does/do')} not fit in {1 - HEADROOM:.0%} of a device's "
+            f"memory ({few}): lower "
             "train.micro_batch or split them by parallel.*"] if found.too_large else []  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import shlex
 from pathlib import Path
 
-from configs import ConfigError, preset_names
+from configs import ConfigError, counted, preset_names
 from configs.sweep import SweepConfig, load_sweep
 
 from .. import pack
@@ -47,7 +47,7 @@ def submit_sweep(
         raise ConfigError(
             f"--gpus {widest}: a job has at most {MOST_WORKERS} processes"
             if gpus
-            else f"a trial takes {widest} processes, and a job has at most {MOST_WORKERS}: lower parallel.dp"
+            else f"a trial takes {counted(widest, 'process')}, and a job has at most {MOST_WORKERS}: lower parallel.dp"
         )
     cluster = Cluster(api_url(address, in_config(every[0].config.cluster.address, overrides or ())))
     nodes = cluster.nodes()
@@ -58,7 +58,8 @@ def submit_sweep(
     room = int(sum(capacity(node, each) for node in nodes))
     if not queue and place(gang, nodes, nodes) is None:
         raise ConfigError(
-            f"--gpus {gpus}: the cluster has room for {room} processes of {each.cpus:g} CPUs and {each.gpus:g} GPUs: "
+            f"--gpus {gpus}: the cluster has room for {counted(room, 'process')} of {counted(each.cpus, 'CPU')} "
+            f"and {counted(each.gpus, 'GPU')}: "
             f"lower it, or wait for machines to join with --queue"
         )
 

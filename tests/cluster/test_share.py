@@ -42,7 +42,7 @@ def test_given_shares():
         (asked(1, cpus_per_worker=1.5), ["cluster.cpus_per_worker=1.5", "whole"]),
         (asked(2, gpus_per_worker=1), ["2 processes", "1 GPU each", "room for 1", "parallel.dp"]),
         (asked(2), ["2 processes", "1 GPU each", "room for 1"]),
-        (asked(9000, gpus_per_worker=0), ["9000 processes", "parallel.dp"]),
+        (asked(9000, gpus_per_worker=0), ["9,000 processes", "parallel.dp"]),
     ],
 )
 def test_too_much_is_a_config_error_with_numbers(config, words):

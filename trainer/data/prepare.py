@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from configs import ConfigError
+from configs import ConfigError, counted
 from configs.data import LimitsConfig, PrepareConfig
 
 from .encode import EncodeSpec, Losses, documents
@@ -166,7 +166,8 @@ def _build(
     if not any(split.documents for split in splits.values()):
         named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "they are blank"
         raise ConfigError(
-            f"no usable document in {len(files)} files ({named})" + (f".\nThe first: {first}" if first else "")
+            f"no usable document in {counted(len(files), 'file')} ({named})"
+            + (f".\nThe first: {first}" if first else "")
         )
     if losses.lossy:
         file, *pair = losses.example
@@ -271,14 +272,16 @@ def _locked(out: Path) -> Iterator[None]:
 def summary(manifest: Manifest) -> str:
     """What was prepared and what was left out, for a person to read."""
     lines = [
-        f"{manifest.input_files:,} files, {manifest.input_bytes:,} bytes; tokenizer {manifest.tokenizer.kind}, "
+        f"{counted(manifest.input_files, 'file')}, {counted(manifest.input_bytes, 'byte')}; tokenizer "
+        f"{manifest.tokenizer.kind}, "
         f"{manifest.tokenizer.vocab_size:,} tokens"
     ]
     for split, stats in manifest.splits.items():
         ratio = stats.bytes / max(stats.tokens, 1)
         lines.append(
-            f"{split}: {stats.documents:,} documents, {stats.tokens:,} tokens ({ratio:.2f} bytes each), "
-            f"unigram entropy {stats.entropy:.3f} nats, {len(manifest.of(split))} shards"
+            f"{split}: {counted(stats.documents, 'document')}, {counted(stats.tokens, 'token')} ({ratio:.2f} "
+            f"bytes each), "
+            f"unigram entropy {stats.entropy:.3f} nats, {counted(len(manifest.of(split)), 'shard')}"
         )
     if not manifest.splits["held_out"].documents:
         lines.append("nothing is held out: a run on these data alone has no evaluation")

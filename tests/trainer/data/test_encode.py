@@ -26,7 +26,8 @@ def encoder(folder) -> Encoder:
     end = odd.ENDS[folder.name]
     spec = EncodeSpec(
         tokenizer=str(folder / "tokenizer.json"), byte_level=False, eos_id=tokenizer.token_to_id(end), eos_token=end,
-        vocab_size=1000, dtype="uint16", text_key="text", splitting=Splitting(0.0, 0), memory=1 << 27, seconds=1, foreign=True,
+        vocab_size=1000, dtype="uint16", text_key="text", splitting=Splitting(0.0, 0), memory=1 << 27, seconds=1,
+        foreign=True,
     )  # fmt: skip
     return Encoder(spec)
 
