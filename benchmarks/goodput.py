@@ -99,7 +99,7 @@ def keep(settings: list[str]) -> int:
             if outcome.get("kind") != "lost":
                 warm.stdin.close()
                 print(outcome)
-                return STOPPED if outcome.get("status") == "KILLED" else 1
+                return STOPPED if outcome.get("status") == "STOPPED" else 1
 
 
 class Killer:

@@ -7,23 +7,23 @@ import errno
 import json
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
-from configs import Config, ConfigError, load, mask, preset_names, private_files, resolve, to_yaml
+from configs import Config, ConfigError, counted, load, mask, preset_names, private_files, resolve, to_yaml
 from configs.parse import shortened
 from models.cost import parameters, training_flops_per_token
 from trainer.terminal import guard
 
-from . import checkpoints, data, doctor, jobs, nodes, plan, runs, submit, trained
+from . import checkpoints, data, doctor, jobs, keep, nodes, plan, runs, submit, trained
 from .runs import Json
 from .sweep import commands as sweep
 
 app = typer.Typer(
-    help="Train Mixture-of-Experts Transformers: Ray schedules, DeepSpeed trains, MLflow records.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -31,6 +31,21 @@ ARGUMENTS = "MUSTER_ARGUMENTS"
 """Variable with the command line's arguments where they hold passwords."""
 Source = typer.Argument(metavar="CONFIG", help=f"A preset ({', '.join(preset_names())}) or a YAML file.")
 Overrides = typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"muster {version('muster-train')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def muster(
+    shown: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Train Mixture-of-Experts Transformers: Ray schedules, DeepSpeed trains, MLflow records."""
 
 
 @app.command()
@@ -74,7 +89,7 @@ def show_config(
     tokens = train.steps * train.global_batch * train.seq_len
     print(
         f"# cost: {counts.total:,} parameters, {counts.active:,} active per token\n"
-        f"#   {flops:.4g} training FLOPs per token, {tokens:.4g} tokens in {train.steps} steps, "
+        f"#   {flops:.4g} training FLOPs per token, {tokens:.4g} tokens in {counted(train.steps, 'step')}, "
         f"{flops * tokens:.4g} FLOPs in all"
     )
 
@@ -89,7 +104,11 @@ app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoint")
 app.add_typer(nodes.app, name="cluster")
 app.add_typer(sweep.app, name="sweep")
-app.command("runs")(runs.runs)
+kept = typer.Typer(invoke_without_command=True, callback=runs.runs, rich_markup_mode=None)
+kept.command("rm")(keep.remove)
+kept.command("note")(keep.note)
+kept.command("tag")(keep.tag)
+app.add_typer(kept, name="runs")
 app.command("status")(jobs.status)
 app.command("sync")(runs.sync)
 app.command("doctor")(doctor.doctor)

@@ -18,9 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from configs import ConfigError, private_folder
+from configs import ConfigError, counted, private_folder
 
 from .messages import BadMessage, Job, clip
+from .outlook import last_words
 from .pack import TOP, read_message
 from .queue import (
     ACTIVE,
@@ -49,6 +50,8 @@ MOST_BUNDLES = 100_000
 """Processes that the autoscaler is asked to find room for."""
 LONGEST_LINE = 2**17
 """Of the journal: more than the longest that is written."""
+LAST_OUTPUT = 1 << 16
+"""Characters of a driver's output that are searched for why it failed."""
 STOP_WAIT = 3600
 """Seconds that Ray gives a job between SIGTERM and SIGKILL: time for a checkpoint, where its default is 3."""
 
@@ -107,7 +110,9 @@ class _Queue:
         with path.open("rb") as file:
             jobs = fold(_lines(file), skip)
         for first, count in bad.items():
-            print(f"skipped {count} lines of {path} that say nothing of a job, the first: {first}", flush=True)
+            print(
+                f"skipped {counted(count, 'line')} of {path} that say nothing of a job, the first: {first}", flush=True
+            )
         active = [id for id, job in jobs.items() if job["state"] in ACTIVE]
         for id in active[MOST_ACTIVE:]:
             jobs[id] |= {"state": FAILED, "reason": f"more than {MOST_ACTIVE} jobs wait or run"}
@@ -274,9 +279,21 @@ class _Queue:
             state = FINISHED if code == 0 else STOPPED if stopped else FAILED
             reason = None
             if state == FAILED:
-                reason = f"exit code {code}" if code is not None else clip(info.message or "")
+                reason = self._why_failed(id, code, info.message or "")
             self._note(id, state=state, exit_code=code, reason=reason)
         return info.driver_info.id if info.driver_info else None
+
+    def _why_failed(self, id: str, code: int | None, message: str) -> str:
+        """In the words of its driver, if it had any; Ray's message ends with the last few lines of its output."""
+        if code is None:
+            return clip(message)
+        if code < 0 or code > 128:  # of a shell
+            return f"its driver was killed by signal {-code if code < 0 else code - 128}"
+        output = message.partition("\n")[2]
+        if "muster: " not in output:  # it stands before a traceback
+            with contextlib.suppress(Exception):  # that it failed is more important than why
+                output = str(self.client.get_job_logs(id))[-LAST_OUTPUT:]
+        return last_words(output) or f"exit code {code}"
 
     def _stop(self, id: str, now: bool) -> None:
         state = self.jobs[id]["state"]

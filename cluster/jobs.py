@@ -9,91 +9,144 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from configs import ConfigError, mask
+from configs.parse import shortened
+from trainer.notable import cut
+from trainer.output import LOGS
+from trainer.record import read_events, status_of
 from trainer.terminal import Console
 
 from . import runs
 from .client import Cluster, api_url
+from .listing import show
+from .outlook import Outlook, gang_words, in_line, most, outlook
 from .queue import ACTIVE, FINISHED, QUEUED, RUNNING, STOPPED
-from .runs import RUNS, Json, Root, ago
+from .runs import RUNS, SHOWN, Json, Root, ago, complete_run, duration
 
 PREFIX = "job-"
 """Of every job's id, which tells it from a run's name."""
 
-Job = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job, as `muster jobs` lists it.")]
+Job = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id of a job, as `muster jobs` lists it; or its run's name: the newest.")
+]
+RunOrJob = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN or JOB", help="Name, MLflow id or folder of a run, or id of a job.", autocompletion=complete_run
+    ),
+]
+WATCH_EVERY = 3.0
+"""Seconds between two looks."""
+RESTARTS = 15.0
+"""Seconds in which a run that failed may have begun again."""
 Address = Annotated[str | None, typer.Option(metavar="URL", help="Job API of the cluster, such as http://HOST:8265.")]
 
 
-def jobs(address: Address = None, as_json: Json = False) -> None:
-    """List the jobs of a cluster. Example: muster jobs --address http://127.0.0.1:8265"""
+def jobs(
+    address: Address = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show them again every few seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the jobs of a cluster, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8265"""
     cluster = Cluster(api_url(address))
-    found = cluster.jobs()
-    if as_json:
-        print(json.dumps(list(found.values()), indent=1))
-        return
-    if not found:
-        print(f"no jobs at {mask(cluster.url)}")
-        return
-    table = Table("job", "state", box=None, pad_edge=False)
-    for column in ("priority", "processes", "submitted"):
-        table.add_column(column, justify="right")
-    table.add_column("run")
-    for id, job in found.items():
-        numbers = (str(job["priority"]), _gang(job), ago(job["submitted"]))
-        table.add_row(id, _state(job), *numbers, str(job["name"]))
     console = Console()
-    console.print(table, soft_wrap=not console.is_terminal)
+    before: list[list[str]] = []
+    while True:
+        found = cluster.jobs()
+        seen = outlook(found, cluster.nodes, lambda id: _output(cluster, id))
+        rows = [_row(id, job, seen[id]) for id, job in found.items()]
+        if as_json:
+            print(json.dumps([job | {"outlook": seen[id]._asdict()} for id, job in found.items()], indent=1))
+        elif watch and console.is_terminal:
+            console.clear()
+            console.print(f"{mask(cluster.url)}  {time.strftime('%H:%M:%S')}  (Ctrl-C ends this list, no job)")
+        if not as_json and (rows != before or console.is_terminal or not watch):
+            _print_jobs(console, rows, cluster.url)
+        if not watch:
+            return
+        before = rows
+        time.sleep(WATCH_EVERY)
+
+
+def _print_jobs(console: Console, rows: list[list[str]], url: str) -> None:
+    if rows:
+        show(console, ("job", "state", "step", "eta", "priority", "processes", "submitted", "run", "why"), rows)
+    else:
+        console.print(f"no jobs at {mask(url)}")
+
+
+def _row(id: str, job: dict[str, Any], seen: Outlook) -> list[str]:
+    return [
+        id, _state(job), _step(seen), "" if seen.eta is None else duration(seen.eta), str(job["priority"]),
+        gang_words(job), ago(job["submitted"]), str(job["name"]), cut(seen.why, SHOWN),
+    ]  # fmt: skip
+
+
+def _step(seen: Outlook) -> str:
+    return "" if seen.step is None else f"{seen.step:,}/{seen.steps or 0:,}"
 
 
 def status(
-    run: Annotated[str, typer.Argument(metavar="RUN or JOB", help="Name or folder of a run, or id of a job.")],
+    run: RunOrJob,
     root: Root = RUNS,
     address: Address = None,
     as_json: Json = False,
 ) -> None:
     """How a run or a job stands, and where a run's time went. Example: muster status quickstart"""
-    if not run.startswith(PREFIX) or (root / run).is_dir() or Path(run).is_dir():
+    named = _local_or_cluster(run, root, address)
+    if isinstance(named, Path):
         runs.status(run, root, as_json)
         return
-    found = Cluster(api_url(address)).jobs()
+    cluster, found = named, named.jobs()
     job = _known(found, run)
-    place = (-job["priority"], job["submitted"])
-    waiting = [other for other in found.values() if other["state"] == job["state"] == QUEUED]
-    ahead = sum((-other["priority"], other["submitted"]) < place for other in waiting)
+    waiting = in_line(found)
+    ahead = waiting.index(job["id"]) if job["id"] in waiting else 0
+    own = found if job["state"] == QUEUED else {job["id"]: job}
+    seen = outlook(own, cluster.nodes, lambda id: _output(cluster, id))[job["id"]]
     if as_json:
-        print(json.dumps(job | {"ahead": ahead}, indent=1))
+        print(json.dumps(job | {"ahead": ahead, "outlook": seen._asdict()}, indent=1))
         return
-    reason = f" ({job['reason']})" if job.get("reason") else ""
-    where = f", {ahead} before it" if job["state"] == QUEUED else ""
-    print(f"{run}: {_state(job)}{reason}{where}, priority {job['priority']}, {_gang(job)}, run {job['run_dir']}")
+    why = f" ({seen.why})" if seen.why else ""
+    far = f", step {_step(seen)}" if seen.step is not None else ""
+    far += f", eta {duration(seen.eta)}" if seen.eta is not None else ""
+    print(f"{job['id']}: {_state(job)}{why}{far}, priority {job['priority']}, {gang_words(job)}, run {job['run_dir']}")
     if (Path(job["run_dir"]) / "config.yaml").is_file():
         runs.status(job["run_dir"], root, as_json=False)
     elif (Path(job["run_dir"]) / "plan.json").is_file():
-        from .sweep.show_status import show
+        from .sweep.show_status import show as show_sweep
 
-        show(Path(job["run_dir"]))
+        show_sweep(Path(job["run_dir"]))
 
 
 def logs(
-    job: Job,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    run: RunOrJob,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until it ends.")] = False,
     rank: Annotated[int | None, typer.Option(metavar="R", help="Output of one process, from the run's folder.")] = None,
+    root: Root = RUNS,
     address: Address = None,
 ) -> None:
-    """Print a job's output. Example: muster logs job-moe-3f9a1c --follow"""
-    cluster = Cluster(api_url(address))
+    """Print the output of a run's newest attempt (of rank 0), or of a job. Example: muster logs quickstart --follow"""
+    named = _local_or_cluster(run, root, address)
+    if isinstance(named, Path):
+        for text in _rank_output(named, rank or 0, follow, lambda: _has_ended(named)):
+            print(text, end="", flush=True)
+        return
+    cluster = named
+    job = _known(cluster.jobs(), run)
+    id = job["id"]
     if rank is not None:
-        for text in _rank_output(cluster, job, rank, follow):
+        if not 0 <= rank < most(job):
+            raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {most(job) - 1}")
+        ended = lambda: _known(cluster.jobs(), id)["state"] not in ACTIVE  # noqa: E731
+        for text in _rank_output(Path(job["run_dir"]), rank, follow, ended):
             print(text, end="", flush=True)
         return
     if follow:
-        _show_output(cluster, job)
+        _show_output(cluster, id)
         return
-    state = _known(cluster.jobs(), job)["state"]
-    if (output := _output(cluster, job)) is None:
-        print(f"{job} has no output on this cluster: it is {state}")
+    if (output := _output(cluster, id)) is None:
+        print(f"{id} has no output on this cluster: it is {job['state']}")
     else:
         print(output, end="")
 
@@ -105,7 +158,8 @@ def stop(
 ) -> None:
     """Stop a job, after a checkpoint. Example: muster stop job-moe-3f9a1c"""
     cluster = Cluster(api_url(address))
-    state = _known(cluster.jobs(), job)["state"]
+    known = _known(cluster.jobs(), job)
+    job, state = known["id"], known["state"]
     if state not in ACTIVE:
         print(f"{job} is {state} already")
         return
@@ -121,6 +175,7 @@ def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
     """Submit an ended job once more; its run goes on from its last checkpoint. Example: muster retry job-moe-3f9a1c"""
     cluster = Cluster(api_url(address))
     old = _known(cluster.jobs(), job)
+    job = old["id"]
     if old["state"] in ACTIVE:
         raise ConfigError(f"{job} is {old['state']}: stop it first")
     if old["state"] == FINISHED:
@@ -141,30 +196,41 @@ def accepted(cluster: Cluster, id: str, as_json: bool) -> None:
     if as_json:
         print(json.dumps(job | {"address": mask(cluster.url)}, indent=1))
         return
-    print(f"{id}\nrun {job['run_dir']}, {_gang(job)}, priority {job['priority']}")
+    print(f"{id}\nrun {job['run_dir']}, {gang_words(job)}, priority {job['priority']}")
     print(f"muster logs {id} --follow; muster status {id}; muster stop {id}; dashboard {mask(cluster.url)}")
 
 
-def _known(jobs: dict[str, dict[str, Any]], id: str) -> dict[str, Any]:
-    if id not in jobs:
-        last = ", ".join(list(jobs)[-5:]) or "none"
-        raise ConfigError(f"no job {id!r} on this cluster; the last are: {last}")
-    return jobs[id]
+def _local_or_cluster(run: str, root: Path, address: str | None) -> Path | Cluster:
+    """The folder of a run that is here, else the cluster whose job is meant. Raises ConfigError: there is neither."""
+    if folder := runs.find_run(run, root):
+        return folder
+    try:
+        return Cluster(api_url(address))
+    except ConfigError as error:
+        if run.startswith(PREFIX):
+            raise
+        raise ConfigError(f"{runs.no_run(run, root)}\nIs it a cluster's? {error}") from None
+
+
+def _known(jobs: dict[str, dict[str, Any]], named: str) -> dict[str, Any]:
+    """The job of this id, else the newest whose run has this name; Raises ConfigError, with the jobs there are."""
+    if named in jobs:
+        return jobs[named]
+    if own := [job for job in jobs.values() if job["name"] == named]:
+        return max(own, key=lambda job: (job["state"] in ACTIVE, job["submitted"]))
+    last = ", ".join(list(jobs)[-5:]) or "none"
+    raise ConfigError(f"no job or run {shortened(repr(named), 100)} on this cluster; its last jobs are: {last}")
+
+
+def _has_ended(run_dir: Path) -> bool:
+    events = read_events(run_dir)
+    status, _ = status_of(events)
+    lately = bool(events) and time.time() - events[-1]["time"] < RESTARTS
+    return status not in ("RUNNING", "NEW") and not (status == "FAILED" and lately)
 
 
 def _state(job: dict[str, Any]) -> str:
     return "STOPPING" if job["state"] == RUNNING and "stopping" in job else str(job["state"])
-
-
-def _gang(job: dict[str, Any]) -> str:
-    gpus = f", {job['gpus']:g} GPU" if job["gpus"] else ""
-    elastic = f" to {_most(job)}" if _most(job) > job["workers"] else ""
-    return f"{job['workers']}{elastic} x ({job['cpus']:g} CPU{gpus})"
-
-
-def _most(job: dict[str, Any]) -> int:
-    """Processes that a job may have; journals of before did not tell."""
-    return int(job.get("most", job["workers"]))
 
 
 def _output(cluster: Cluster, id: str) -> str | None:
@@ -212,15 +278,12 @@ def _until(cluster: Cluster, id: str, reached: Callable[[dict[str, Any]], bool])
     return job
 
 
-def _rank_output(cluster: Cluster, id: str, rank: int, follow: bool) -> Iterator[str]:
+def _rank_output(run_dir: Path, rank: int, follow: bool, has_ended: Callable[[], bool]) -> Iterator[str]:
     """What one process of the newest attempt wrote into the run's folder, piece by piece."""
-    job = _known(cluster.jobs(), id)
-    if not 0 <= rank < _most(job):
-        raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {_most(job) - 1}")
-    folder, done = Path(job["run_dir"]) / "logs", 0
+    folder, done = run_dir / LOGS, 0
     shown: Path | None = None
     while True:
-        ended = _known(cluster.jobs(), id)["state"] not in ACTIVE
+        ended = has_ended()
         written = folder.glob(f"attempt-*-rank-{rank:04d}*")
         newest = max(written, key=lambda path: int(path.name.split("-")[1]), default=None)
         if newest is not None:
@@ -234,7 +297,8 @@ def _rank_output(cluster: Cluster, id: str, rank: int, follow: bool) -> Iterator
             break
         time.sleep(0.5)
     if shown is None:
+        ranks = sorted({int(path.stem[-4:]) for path in folder.glob("attempt-*-rank-????.log")})
+        there = f"; there are ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
         raise ConfigError(
-            f"no output of rank {rank} in {folder}: processes write it there, and this machine must reach the folder; "
-            f"without --rank it is what the job's driver wrote"
+            f"no output of rank {rank} in {folder}{there}. Processes write it there, and this machine must reach it"
         )

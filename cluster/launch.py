@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from configs import Config, ConfigError, mask
+from configs import Config, ConfigError, counted, mask
 from trainer.forecast import refuse_too_large
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
@@ -65,7 +65,9 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
     config = read_config(run_dir)
     out = Console(soft_wrap=True)
     if is_finished(run_dir):
-        out.print(f"run {config.run.name} is finished ({config.train.steps} steps): raise train.steps to go on")
+        out.print(
+            f"run {config.run.name} is finished ({counted(config.train.steps, 'step')}): raise train.steps to go on"
+        )
         return FINISHED
     out.print(f"run {config.run.name} in {run_dir}")
     for note in notes:
@@ -120,7 +122,7 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
     if job.address is None:
         end_children()
     clear_away(job.folder)
-    close_record(job.run_dir, "KILLED", "stopped at once by a signal")
+    close_record(job.run_dir, "STOPPED", "stopped at once by a signal")
     print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -10,11 +11,25 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from configs import ConfigError
+from configs import ConfigError, counted
 from configs.parse import is_file, shortened
 from trainer.terminal import Console
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run under --root, or the path of its folder.")]
+from .listing import show
+
+
+def complete_run(context: typer.Context, incomplete: str) -> list[str]:
+    """Names of runs for the shell."""
+    found = run_folders(Path(context.params.get("root") or RUNS))
+    return [folder.name for folder in found if folder.name.startswith(incomplete)]
+
+
+Run = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN", help="Name of a run under --root, or the path of its folder.", autocompletion=complete_run
+    ),
+]
 Root = Annotated[Path, typer.Option(help="Folder of all runs (run.root).")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -23,29 +38,51 @@ SHOWN = 240
 """Characters of a reason that `muster status` shows; events.jsonl has the whole."""
 
 
-def run_folder(run: str, root: Path) -> Path:
-    """The folder of a run given by name or path. Raises ConfigError, with the names there are."""
+def find_run(run: str, root: Path) -> Path | None:
+    """The folder of a run given by name, path or MLflow id (8 of its digits will do); None: there is none."""
     for folder in (root / run, Path(run)):
         if is_file(folder / "config.yaml"):
             return folder.resolve()
+    if re.fullmatch("[0-9a-f]{8,32}", run):
+        from trainer.tracking import read_state
+
+        own = [folder for folder in run_folders(root) if str(read_state(folder).get("run_id", "")).startswith(run)]
+        return own[0].resolve() if len(own) == 1 else None
+    return None
+
+
+def run_folder(run: str, root: Path) -> Path:
+    """As `find_run`. Raises ConfigError, with the names there are."""
+    if folder := find_run(run, root):
+        return folder
+    raise ConfigError(no_run(run, root))
+
+
+def no_run(run: str, root: Path) -> str:
+    """What to say of a run that is not there."""
     names = [folder.name for folder in run_folders(root)]
     near = difflib.get_close_matches(run, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:8]) or 'none'}"
-    raise ConfigError(f"no run {shortened(repr(run), 100)} in {root}: {hint}; --root names another folder of runs")
+    return f"no run {shortened(repr(run), 100)} in {root}: {hint}; --root names another folder of runs"
 
 
 def run_folders(root: Path) -> list[Path]:
     return sorted(path.parent for path in root.glob("*/config.yaml"))
 
 
-def runs(root: Root = RUNS, as_json: Json = False) -> None:
-    """List the runs: status, step, losses, tokens. Example: muster runs --root runs"""
+def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> None:
+    """List the runs: status, step, losses, tokens; delete them, note or tag them. Example: muster runs --root runs"""
+    if context.invoked_subcommand:
+        context.default_map = {context.invoked_subcommand: {"root": str(root)}}
+        return
+    from trainer.notes import read_notes
     from trainer.record import summary
 
     found = []
     for folder in run_folders(root):
         try:
-            found.append(summary(folder))
+            notes = read_notes(folder)
+            found.append(summary(folder) | {"note": notes.note, "tags": dict(notes.tags)})
         except OSError as error:
             print(f"muster: {error.filename or folder}: {error.strerror}", file=sys.stderr)
     found.sort(key=lambda run: run["updated"] or 0)
@@ -55,28 +92,26 @@ def runs(root: Root = RUNS, as_json: Json = False) -> None:
     if not found:
         print(f"no runs in {root}")
         return
-    table = Table("name", "status", box=None, pad_edge=False)
-    for column in ("step", "loss", "eval loss", "tokens", "attempts", "updated"):
-        table.add_column(column, justify="right")
-    for run in found:
-        table.add_row(
-            run["name"],
-            run["status"],
-            f"{run['step']:,}",
-            _number(run["loss"]),
-            _number(run["eval_loss"]),
-            f"{run['tokens']:,}",
-            str(run["attempts"]),
-            ago(run["updated"]),
-        )
-    console = Console()
-    # A pipe has no width of its own; cut names would not be found by what reads it.
-    console.print(table, soft_wrap=not console.is_terminal)
+    columns = ("name", "status", "step", "loss", "eval loss", "tokens", "attempts", "updated", "note")
+    rows = [
+        [
+            run["name"], run["status"], f"{run['step']:,}", _number(run["loss"]), _number(run["eval_loss"]),
+            f"{run['tokens']:,}", str(run["attempts"]), ago(run["updated"]), _noted(run),
+        ]
+        for run in found
+    ]  # fmt: skip
+    show(Console(), columns, rows)
+
+
+def _noted(run: dict[str, Any]) -> str:
+    from trainer.notable import cut
+
+    return cut(" ".join([*(f"{key}={value}" for key, value in run["tags"].items()), run["note"]]), SHOWN)
 
 
 def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     """How a run stands and where its time went, attempt by attempt. Example: muster status quickstart"""
-    from trainer.goodput import BOOKS, goodput, productive, total
+    from trainer.goodput import BOOKS, goodput, productive, total, unpaused
     from trainer.notable import cut, notable
     from trainer.record import read_events, summary
     from trainer.tracking import read_state
@@ -106,10 +141,11 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
         table.add_column(name.replace("_", " "), justify="right")
     for attempt in attempts:
         table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in BOOKS))
-    table.add_row("share", *(f"{whole[name] / max(sum(whole.values()), 1e-9):.1%}" for name in BOOKS))
+    meant = max(unpaused(whole), 1e-9)
+    table.add_row("share", *("" if name == "paused" else f"{whole[name] / meant:.1%}" for name in BOOKS))
     console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
-    print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(sum(whole.values()))}")
+    print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(meant)}")
 
 
 def sync(
@@ -125,16 +161,12 @@ def sync(
     run_dir = sweeps[0].resolve() if sweeps else run_folder(run, root)
     done = ship_sweep(run_dir, grace=wait) if sweeps else ship(run_dir, grace=wait)
     if done.records or done.files:
-        print(f"{run_dir.name}: sent {_count(done.records, 'record')} and {_count(done.files, 'file')}")
+        print(f"{run_dir.name}: sent {counted(done.records, 'record')} and {counted(done.files, 'file')}")
     if done.missing:
         print(f"muster: {done.missing}\n`muster sync {run}` again sends the rest", file=sys.stderr)
         raise typer.Exit(1)
     if not (done.records or done.files):
         print(f"{run_dir.name}: nothing is missing")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _number(value: Any) -> str:
@@ -145,6 +177,15 @@ def _seconds(value: float) -> str:
     if value == 0:
         return "-"
     return f"{value:.1f} s" if value < 600 else f"{value / 60:.0f} min" if value < 36000 else f"{value / 3600:.1f} h"
+
+
+def duration(seconds: float) -> str:
+    """`1:02:03`, `2:03`, or days."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours >= 48:
+        return f"{hours / 24:.1f} d"
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def ago(then: float | None) -> str:

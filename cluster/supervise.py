@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from configs import worker_counts
+from configs import counted, worker_counts
 from trainer.record import Record, read_events, summary
 from trainer.run import attempts, read_config, request_stop, stop_requested, take_stop
 
@@ -43,7 +43,7 @@ class Supervisor:
         self._size = 0
 
     def run(self) -> str:
-        """Returns FINISHED, or KILLED after a stop that the user asked for.
+        """Returns FINISHED, or STOPPED after a stop that the user asked for.
 
         Raises:
             Final: it must not be started again.
@@ -59,14 +59,14 @@ class Supervisor:
                 judge(self._run_dir, failures, cpu=not self._gang.each.gpus)
                 if broken and not self._has_room(self._counts[-1], self._left_out):
                     raise Final("failure", f"{failures[0].reason}; without it the cluster is too small for the run")
-            elif "KILLED" not in ends:
+            elif "STOPPED" not in ends:
                 return "FINISHED"
             elif (reason := take_stop(self._run_dir)) == "" or not (reason or self._joined):
-                return "KILLED"
+                return "STOPPED"
             else:  # our own request, or a signal at a process of a machine that is taken back
                 reason = reason or "a process was asked to end, and nobody asked the run to"
                 self._note("policy", action="retry", reason=reason)
-        return "KILLED"
+        return "STOPPED"
 
     def _gather(self) -> bool:
         """Have as many workers as there is room for, and the run can use; wait for room. False: the user stopped it."""
@@ -81,8 +81,13 @@ class Supervisor:
             if all_or_fewer and not told and time.monotonic() - began > SHRINK_AFTER:
                 told = True
                 each = self._gang.each
-                room = " + ".join(f"{m.free.cpus:g} CPUs {m.free.gpus:g} GPUs" for m in machines() if m.id not in avoid)
-                needs = f"{self._counts[-1]} processes of {each.cpus:g} CPUs and {each.gpus:g} GPUs"
+                room = " + ".join(
+                    f"{counted(m.free.cpus, 'CPU')} {counted(m.free.gpus, 'GPU')}"
+                    for m in machines()
+                    if m.id not in avoid
+                )
+                needs = f"{counted(self._counts[-1], 'process')} of {counted(each.cpus, 'CPU')}"
+                needs += f" and {counted(each.gpus, 'GPU')}"
                 self._note("waiting", reason=f"for room on the cluster: needs {needs}, free are {room or 'none'}")
             time.sleep(0.5)
         return False
@@ -101,7 +106,9 @@ class Supervisor:
         if len(self._counts) > 1 and workers != self._size:
             self._size = workers
             most, fewest, on = self._counts[0], self._counts[-1], len({member.node for member in self._gang.members})
-            reason = f"{workers} processes on {on} machines; cluster.workers allows {fewest} to {most}"
+            reason = (
+                f"{counted(workers, 'process')} on {counted(on, 'machine')}; cluster.workers allows {fewest} to {most}"
+            )
             self._note("policy", action="resize", reason=reason)
 
     def _look(self) -> None:

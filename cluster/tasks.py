@@ -16,7 +16,7 @@ class Task(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a run ended: FINISHED, KILLED (it can go on), or FAILED, in the words of `cluster.failures.Final`."""
+    """How a run ended: FINISHED, STOPPED (it can go on), or FAILED, in the words of `cluster.failures.Final`."""
 
     run_dir: Path
     status: str

@@ -1,15 +1,28 @@
 """Commands over a trained run: `muster generate`, `muster eval`, `muster export`."""
 
+import contextlib
 import json
 import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs import ConfigError
+from configs import ConfigError, counted
+from configs.parse import shortened
+from trainer.terminal import Console
 
-from .runs import RUNS, Json, Root, Run, run_folder
+from .runs import RUNS, Json, Root, Run, duration, run_folder
+
+BATCH = 8
+"""Sequences that are evaluated at once."""
+LINE_SECONDS = 10.0
 
 if TYPE_CHECKING:
     from trainer.evaluate import SourceLoss  # torch
@@ -69,7 +82,9 @@ def evaluate(
     dataset = Dataset(source, config.train.seq_len, config.run.seed, split="held_out")
     count = min(sequences or len(dataset), len(dataset))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sources = held_out_loss_by_source(module.to(device), dataset, count, 8, device)
+    by_source = Counter(dataset.locate(index).source for index in range(count))
+    with _counting(module.to(device), sum(math.ceil(own / BATCH) for own in by_source.values())) as forward:
+        sources = held_out_loss_by_source(forward, dataset, count, BATCH, device)
     whole = together(sources.values())
     result = {
         "run": run_dir.name,
@@ -105,14 +120,80 @@ def _line(part: "SourceLoss") -> str:
     )
 
 
+@contextlib.contextmanager
+def _counting(forward: Callable[..., Any], batches: int) -> Iterator[Callable[..., Any]]:
+    """The function, whose calls are counted on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
+    console = Console(stderr=True, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task, done, began = bar.add_task("batches evaluated", total=batches), 0, time.monotonic()
+    told = began
+
+    def counted_forward(*given: Any) -> Any:
+        nonlocal done, told
+        out = forward(*given)
+        done += 1
+        bar.update(task, completed=done)
+        now = time.monotonic()
+        if not console.is_terminal and now - told >= LINE_SECONDS and done < batches:
+            told = now
+            console.print(
+                f"{done:,} of {batches:,} batches evaluated, eta {duration((now - began) / done * (batches - done))}"
+            )
+        return out
+
+    with bar:
+        yield counted_forward
+
+
+FORMATS = ("hf",)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="Folder to make.")],
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to make.")] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="hf: as Hugging Face's transformers loads it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Of the weights: {', '.join(DTYPES)}.")] = DTYPES[0],
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of a file of weights at most, such as 500MB or 2GiB.")
+    ] = "5GB",
     step: Step = None,
     root: Root = RUNS,
 ) -> None:
-    """Write a trained model as a Hugging Face folder. Example: muster export quickstart --to exported"""
-    from trainer.export import export  # torch
+    """Write a trained model as a Hugging Face folder. Example: muster export quickstart --out exported"""
+    if out is None and to is not None:
+        print(f"muster: --to FOLDER is the old spelling and still works: write --out {to}", file=sys.stderr)
+        out, to = Path(to), None
+    if out is None:
+        raise ConfigError("no folder is named: --out FOLDER, such as --out exported")
+    if to is not None and to not in FORMATS:
+        raise ConfigError(f"--to {to}: names a format, of which there is {', '.join(FORMATS)}; --out names the folder")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: should be one of {', '.join(DTYPES)}")
+    shard_bytes = _bytes("--max-shard-size", max_shard_size)
+    run_dir = run_folder(run, root)
+    import torch
 
-    found = export(run_folder(run, root), to, step)
-    print(f"checkpoint of step {found} exported to {to}")
+    from trainer.export import export
+
+    found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes)
+    files = [path for path in out.iterdir() if path.suffix == ".safetensors"]
+    size = sum(path.stat().st_size for path in files)
+    print(
+        f"checkpoint of step {found} exported to {out}: {dtype}, {size / 1e6:,.1f} MB in {counted(len(files), 'file')}"
+    )
+
+
+def _bytes(option: str, text: str) -> int:
+    """`500MB`, `2GiB` or a plain number, as bytes. Raises ConfigError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    size = 0.0
+    if found:
+        number, prefix, binary = found.groups()
+        size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    if size < 1:
+        raise ConfigError(f"{option} {shortened(text, 40)}: should be a size, such as 500MB, 5GB or 2GiB")
+    return int(size)

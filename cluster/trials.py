@@ -152,7 +152,7 @@ class _Slot:
             if is_finished(run_dir):
                 return Ended(run_dir, "FINISHED")
             if trials._stopped.is_set():
-                return Ended(run_dir, "KILLED")
+                return Ended(run_dir, "STOPPED")
             return Ended(run_dir, Supervisor(run_dir, self.gang, trials._joined, trials._folder).run())
         except ConfigError as error:
             return Ended(run_dir, "FAILED", str(error), "mistake")

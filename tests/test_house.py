@@ -250,7 +250,7 @@ def test_readme_command(line):
         return
     assert program == "muster"
     command = get_command(app)
-    while hasattr(command, "commands"):
+    while hasattr(command, "commands") and (arguments or not command.invoke_without_command):
         assert arguments[0] in command.commands
         command = command.commands[arguments.pop(0)]
     given = command.make_context(command.name, list(arguments)).params

@@ -1,5 +1,6 @@
 """A plain module from a run's checkpoint, for evaluation, generation and the Hugging Face folder."""
 
+import math
 from pathlib import Path
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from configs import Config, ConfigError
 from models.families import build
-from models.hf import export_hf
+from models.hf import SHARD_BYTES, export_hf
 from models.router import choosers
 
 from . import checkpoint
@@ -57,21 +58,33 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
     return module.eval(), config, candidate
 
 
-def export(run_dir: Path, to: Path, step: int | None = None) -> int:
+def export(
+    run_dir: Path,
+    to: Path,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
     """Write the model and tokenizer of a run as a Hugging Face folder. Returns the checkpoint's step.
+
+    Args:
+        dtype, shard_bytes: as of `models.hf.export_hf`.
 
     Raises:
         ConfigError: as `load_module`; a model that no Hugging Face architecture describes; a tokenizer that
             cannot be used; `to` is not empty.
     """
-    if to.exists() and any(to.iterdir()):
-        raise ConfigError(f"--to {to}: the folder is not empty")
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--out {to}: {'the folder is not empty' if to.is_dir() else 'there is a file of that name'}")
     module, config, found = load_module(run_dir, step)
     folder, info = tokenizer_of(run_dir, config.data)
     with TokenizerProcess(folder, config.data.limits) as tokenizer:
         tokenizer.trial()
         files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, config.model.max_positions)
-    export_hf(module, config.model, to, special_tokens)
+    largest = torch.finfo(dtype).max if dtype else math.inf
+    if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
+        raise ConfigError(f"{large} has values over {largest:.6g}, which {dtype} cannot hold: write another type")
+    export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
     for name, content in files.items():
         (to / name).parent.mkdir(mode=0o700, exist_ok=True)
         replace_bytes(to / name, content)

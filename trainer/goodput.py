@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 from .own_files import open_file, read_lines
 from .record import METRICS, read_events
 
-BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "queue", "down", "other")
+BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "queue", "paused", "down", "other")
 """step: forward, backward, optimizer of steps that count. data_wait: without data in such steps. checkpoint: the
 training thread waited for a snapshot. evaluation. startup: from the launch, or from the failure that it follows, to the
 first step. lost: steps that were done again, and what an attempt that died did after its last one. queue: it was
-submitted and had no room on the cluster. down: nobody had launched or submitted it. other: between steps, and after
-the last one."""
+submitted and had no room on the cluster. paused: it had been stopped on purpose, or had finished, until it was
+launched again; that is no loss, and in no share. down: the same after a failure. other: between steps, and after the
+last one."""
 
 
 @dataclass
@@ -26,7 +27,7 @@ class Attempt:
     """Unix seconds, of its launch or of the failure before it."""
     ended: float
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BOOKS, 0.0))
-    """`down` is the time before it."""
+    """`paused` or `down` is the time before it."""
 
 
 def goodput(run_dir: Path) -> list[Attempt]:
@@ -41,7 +42,12 @@ def total(attempts: Sequence[Attempt]) -> dict[str, float]:
 
 def productive(seconds: dict[str, float]) -> float:
     """Share of the time that went into steps that count (goodput as in arXiv:2407.21783, section 3.3.4)."""
-    return seconds["step"] / max(sum(seconds.values()), 1e-9)
+    return seconds["step"] / max(unpaused(seconds), 1e-9)
+
+
+def unpaused(seconds: dict[str, float]) -> float:
+    """Seconds in which the run was meant to train."""
+    return sum(value for name, value in seconds.items() if name != "paused")
 
 
 class Step(NamedTuple):
@@ -79,7 +85,7 @@ def read_steps(path: Path) -> Iterator[Step]:
 def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attempt]:
     """As `goodput`, of a record that was read."""
     attempts: list[Attempt] = []
-    lost = _superseded(steps)
+    lost, ended = _superseded(steps), ""
     launches = {e.get("began", e["time"]): e.get("submitted") for e in events if e["event"] == "resolved"}
     for start in (event for event in events if event["event"] == "attempt_started"):
         number = start["attempt"]
@@ -93,10 +99,12 @@ def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attemp
         attempt = Attempt(number, began, closed[0] if closed else last)
         submitted = launches.get(launched) if launched == began else None
         queued = began if submitted is None else min(submitted, began)
-        attempt.seconds["down"] = max(queued - before, 0.0) if before is not None else 0.0
+        if before is not None:
+            attempt.seconds["paused" if ended in ("STOPPED", "FINISHED") else "down"] = max(queued - before, 0.0)
         attempt.seconds["queue"] = began - max(queued, queued if before is None else before)
         died = not any(event["event"] == "attempt_ended" for event in own)
         _book_attempt(attempt, own, mine, lost, died)
+        ended = next((event.get("status", "") for event in own if event["event"] == "attempt_ended"), "")
         waits = [e["time"] for e in events if e["event"] == "waiting" and began <= e["time"] <= start["time"]]
         waited = start["time"] - waits[0] if waits else 0.0
         attempt.seconds["queue"] += waited

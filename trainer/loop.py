@@ -52,7 +52,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
         patience: seconds to wait for another process that trains the run, such as one whose machine is cut off.
 
     Returns:
-        `FINISHED`, or `KILLED` after a signal or a stop request: a checkpoint is written and the run can go on.
+        `FINISHED`, or `STOPPED` after a signal or a stop request: a checkpoint is written and the run can go on.
 
     Raises:
         TrainingStopped: train.max_nonfinite_steps steps were skipped in a row, or a page of the data is damaged.
@@ -111,7 +111,7 @@ def _steps(
     stop: threading.Event,
     beat: Beat,
 ) -> str:
-    """The training loop; `state` follows it. Returns FINISHED or KILLED."""
+    """The training loop; `state` follows it. Returns FINISHED or STOPPED."""
     train, here = config.train, ds.device()
     refuse_too_large(config, here)
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
@@ -208,7 +208,7 @@ def _steps(
         raise TrainingStopped(f"the last checkpoint could not be written, start again to go on: {failed}")
     if record:
         record.event("measured", **forecast.measured())
-    return "KILLED" if killed else "FINISHED"
+    return "STOPPED" if killed else "FINISHED"
 
 
 def _export(run_dir: Path, record: Record) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import mask_all
+from configs import counted, mask_all
 
 from .events import wrong_event, wrong_metrics
 from .own_files import LONGEST_LINE, open_file, read_bytes, read_lines
@@ -24,6 +24,8 @@ from .plain_json import dump
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 MOST_EVENTS = 64 << 20
 """Bytes of events.jsonl that are read: some 200,000 events, and a run of a million steps has a few thousand."""
+RECENT = 100
+"""Records that tell how fast a run is."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -53,9 +55,9 @@ class Record:
         self._write(METRICS, head | {key: value for key, value in values.items() if key not in head})
 
     def event(self, name: str, **details: Any) -> None:
-        """Append an event. `attempt_started` is given `pid` and `host`, so that others can see whether it lives."""
+        """Append an event. `attempt_started` and `resolved` get `pid` and `host`: others see whether it lives."""
         head: dict[str, Any] = {"time": time.time(), "attempt": self.attempt, "event": name}
-        if name == "attempt_started":
+        if name in ("attempt_started", "resolved"):
             head |= {"pid": os.getpid(), "host": socket.gethostname()}
         self._write(EVENTS, head | mask_all(details))
 
@@ -66,7 +68,9 @@ class Record:
                 self._flush(name)
             if waiting:
                 print(
-                    f"{self.run_dir / name}: the disk is full; its last {len(waiting)} lines are lost:", file=sys.stderr
+                    f"{self.run_dir / name}: the disk is full; its last "
+                    f"{counted(len(waiting), 'line', 'is/are')} lost:",
+                    file=sys.stderr,
                 )
                 sys.stderr.write(b"".join(waiting).decode())
         for file in self._files.values():
@@ -207,6 +211,8 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
         if wrong := wrong_event(event):
             left_out = left_out or f"{path}: line {number} is left out, and perhaps more: {wrong}"
         else:
+            if event.get("status") == "KILLED":  # as older records say it
+                event["status"] = "STOPPED"
             events.append(event)
     if left_out:
         _say_once(left_out)
@@ -223,7 +229,7 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     """A run in one row, from the events and the tail of the metrics: cheap however long the run.
 
     Returns:
-        `name`; `status` (RUNNING, FINISHED, FAILED, KILLED, or NEW where nothing started) and its `reason`; `step`,
+        `name`; `status` (RUNNING, FINISHED, FAILED, STOPPED, or NEW where nothing started) and its `reason`; `step`,
         `loss`, `tokens` of the last training record and `eval_loss` of the last evaluation (nats per token; None where
         there is none); `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix seconds, or None.
     """
@@ -246,6 +252,19 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     }
 
 
+def pace(run_dir: str | Path) -> float | None:
+    """Seconds from one step to the next of late, with all that comes between; None: too little is recorded."""
+    try:
+        with open(Path(run_dir) / METRICS, "rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 20)))
+            heads = [head for line in file.read().split(b"\n") if (head := _HEAD.match(line))]
+    except FileNotFoundError:
+        return None
+    own = [head for head in heads[-RECENT:] if head[2] == heads[-1][2]]
+    steps = int(own[-1][1]) - int(own[0][1]) if own else 0
+    return (float(own[-1][3]) - float(own[0][3])) / steps if steps > 0 else None
+
+
 def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
     """Status of a run and its reason, by its last attempt; one whose process is gone without a word has FAILED."""
     started = [event for event in events if event["event"] == "attempt_started"]
@@ -260,6 +279,23 @@ def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
     if last.get("host") == socket.gethostname() and not _alive(last.get("pid", 0)):
         return "FAILED", "the process is gone without a word (killed, or out of memory)"
     return "RUNNING", None
+
+
+def in_use(events: Sequence[dict[str, Any]]) -> str:
+    """Which process trains a run or is about to, as far as can be seen from here; empty if none."""
+    started = [event for event in events if event["event"] == "attempt_started"]
+    launched = [event for event in events if event["event"] == "resolved" and "pid" in event]
+    if started and status_of(events)[0] == "RUNNING":
+        return _process(started[-1])
+    over = not events or events[-1]["event"] == "attempt_ended" or events[-1].get("action") == "stop"
+    if over or not launched:
+        return ""
+    here = launched[-1].get("host") == socket.gethostname()
+    return "" if here and not _alive(launched[-1]["pid"]) else _process(launched[-1])
+
+
+def _process(event: dict[str, Any]) -> str:
+    return f"process {event.get('pid')} on {event.get('host')}"
 
 
 def _alive(pid: int) -> bool:

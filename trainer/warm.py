@@ -6,7 +6,7 @@ attempt is a new process even so: nothing of one that failed can reach the next.
 It reads one JSON object a line: `run_dir`, `folder` (the user's working directory), `environment` (torchrun's
 variables), `patience` (see `trainer.loop.train`), and `secret` and `store`, by which the processes of the attempt find
 each other (see `trainer.rendezvous`; may be left out). It answers each with two: `{"pid": ...}`, and how the attempt
-ended: `{"status": "FINISHED"}` or `KILLED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and `stopped` (the
+ended: `{"status": "FINISHED"}` or `STOPPED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and `stopped` (the
 trainer's own words), `broken` (with the `ranks` of machines that cannot train, where it can be told), `error` (with a
 `traceback`) and `lost` (it left no word). When its standard input is closed it ends what it has started, and itself.
 """

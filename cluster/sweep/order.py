@@ -78,7 +78,7 @@ class Order:
     def ended(self, end: Ended) -> None:
         """Take note of how a trial ended."""
         name = self._training.pop(end.run_dir)
-        if end.status == "KILLED":
+        if end.status == "STOPPED":
             self.stopped.append(name)
         else:
             self._over[name] = "" if end.status == "FINISHED" else end.reason

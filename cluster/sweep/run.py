@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from configs import ConfigError, mask
+from configs import ConfigError, counted, mask
 from configs.sweep import SweepConfig
 from trainer import revision
 from trainer.own_files import require_own
@@ -60,7 +60,7 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[s
         setting.write_sweep()
         write_plan(setting.sweep_dir, plan)
         found = progress(setting.sweep_dir)
-        out.print(f"sweep {sweep.name} in {setting.sweep_dir}: {len(plan.trials)} trials")
+        out.print(f"sweep {sweep.name} in {setting.sweep_dir}: {counted(len(plan.trials), 'trial')}")
         if not found.open and found.count("finished") == len(plan.trials):
             out.print("all are finished")
             return FINISHED
@@ -88,9 +88,9 @@ def _run(setting: Setting, gpus: int | None, address: Address | None, node: Node
     if code in (FAILURE, MISTAKE) and session.error:
         print(f"muster: {mask(message)}", file=sys.stderr)
     elif code == STOPPED:
-        out.print(f"stopped with {done} of {count} trials finished: the same command goes on")
+        out.print(f"stopped with {done} of {counted(count, 'trial')} finished: the same command goes on")
     else:
-        out.print(f"{done} of {count} trials finished: {setting.sweep_dir}")
+        out.print(f"{done} of {counted(count, 'trial')} finished: {setting.sweep_dir}")
     return code
 
 
@@ -125,7 +125,7 @@ class _Session(RayThread):
             self.order.ended(ended)
             if ended.status == "FAILED" and attempts(ended.run_dir):
                 close_record(ended.run_dir, "FAILED", ended.reason.splitlines()[0])
-            count += ended.status != "KILLED"
+            count += ended.status != "STOPPED"
             self.record.metrics({"step": count, "failed": len(self.order.failed())})
 
     def _again(self, failed: Sequence[str]) -> Plan:
@@ -153,7 +153,7 @@ def _end_record(session: _Session, code: int, reason: str) -> None:
     totals: dict[str, Any] = {state: found.count(state) for state in (*OVER, "stopped", "waiting")}
     totals |= {"trials": len(found.items), "in_steps": f"{kept.in_steps:.4f}", "device_seconds": f"{kept.total:.0f}"}
     # Trials that failed for good are the sweep's result, too: its counts tell.
-    status = "KILLED" if code == STOPPED else "FAILED" if session.error else "FINISHED"
+    status = "STOPPED" if code == STOPPED else "FAILED" if session.error else "FINISHED"
     session.record.event("attempt_ended", status=status, reason=reason.splitlines()[0], step=0, totals=totals)
     session.record.close()
 
@@ -168,7 +168,9 @@ def _outcome(session: _Session) -> tuple[int, str]:
     if session.stopping or session.order.stopped:
         return STOPPED, "stopped by request"
     failed = session.order.failed()
-    return (FAILURE, f"{len(failed)} trials failed for good") if failed else (FINISHED, "all trials finished")
+    return (
+        (FAILURE, f"{counted(len(failed), 'trial')} failed for good") if failed else (FINISHED, "all trials finished")
+    )
 
 
 def _on_signal(session: _Session) -> None:
@@ -184,8 +186,8 @@ def _on_signal(session: _Session) -> None:
         end_children()
     clear_away(session.folder)
     for run_dir in session.order.training() if session.order else ():
-        close_record(run_dir, "KILLED", "stopped at once by a signal")
-    session.record.event("attempt_ended", status="KILLED", reason="stopped at once by a signal", step=0)
+        close_record(run_dir, "STOPPED", "stopped at once by a signal")
+    session.record.event("attempt_ended", status="STOPPED", reason="stopped at once by a signal", step=0)
     print("muster: stopped at once; the same command goes on from the last checkpoints", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted

@@ -8,9 +8,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from configs import counted
 from trainer.terminal import Console
 
-from ..runs import ago
+from ..runs import ago, duration
 from .cells import plain
 from .standing import OVER, Ledger, Standing
 from .status import Books, Item, Progress, progress
@@ -72,7 +73,7 @@ def failures(found: Progress) -> list[str]:
 def whole(found: Progress) -> str:
     """One line: how many are done, how long it will take, and where the devices' time went."""
     done, count = found.count("finished"), len(found.items)
-    parts = [f"{found.name}: {found.status}, {done}/{count} trials finished"]
+    parts = [f"{found.name}: {found.status}, {done}/{counted(count, 'trial')} finished"]
     if failed := found.count("failed", "diverged"):
         parts.append(f"{failed} failed")
     if found.open:
@@ -89,12 +90,6 @@ def booked(books: Books) -> str:
     parts = sorted(((seconds, name) for name, seconds in books.seconds.items() if name != "step"), reverse=True)
     rest = ", ".join(f"{name.replace('_', ' ')} {seconds / books.total:.0%}" for seconds, name in parts[:4] if seconds)
     return f"{books.in_steps:.0%} of {books.total:,.0f} {books.device}-seconds in steps ({rest})"
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _some(count: int) -> str:
@@ -149,4 +144,4 @@ def line(item: Item, each: Standing) -> str:
     if each.state != "finished":
         return f"{each.name} {each.state}: {' '.join(each.reason.split())[:300]}"
     loss = "" if each.eval_loss is None else f"held-out loss {each.eval_loss:.4f}, "
-    return f"{each.name}: {loss}{item.steps - item.from_step:,} steps"
+    return f"{each.name}: {loss}{counted(item.steps - item.from_step, 'step')}"

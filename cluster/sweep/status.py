@@ -107,7 +107,7 @@ def books(ledger: Ledger) -> Books:
         for book, value in own.items():
             seconds[book] += value * devices
         last = max(last, ended)
-    del seconds["down"]  # between two sessions
+    del seconds["down"], seconds["paused"]  # between two sessions
     capacity = sum(span * devices for span, devices in _sessions(events, kind, last))
     seconds["idle"] = max(capacity - sum(seconds.values()), 0.0)
     return Books("GPU" if gpus else "CPU core", capacity, seconds)
@@ -136,7 +136,7 @@ class Progress(NamedTuple):
 
     name: str
     status: str
-    """RUNNING, FINISHED, FAILED (its process is gone) or KILLED."""
+    """RUNNING, FINISHED, FAILED (its process is gone) or STOPPED."""
     items: list[Item]
     standings: dict[str, Standing]
     open: int

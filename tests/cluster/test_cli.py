@@ -1,14 +1,19 @@
 """The `muster` command: help, configs, and mistakes that end in one message and exit code 2."""
 
 import json
+import os
 import subprocess
 import sys
+from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import yaml
 
 from configs import from_dict, load, preset_names
 from trainer.record import Record
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_help_and_config_import_nothing_heavy():
@@ -83,13 +88,21 @@ def test_schema_describes_every_section(muster):
         (["config", "quickstart", "train.steps=[1"], ["train.steps", "YAML"]),
         (["config", "quickstart", "parallel.tp=3"], ["parallel.tp=3", "num_heads", "Nearest that works"]),
         (["train", "quickstart", "optim.lr=0"], ["optim.lr"]),
-        (["train", "quickstart", "parallel.dp=9000", "train.global_batch=9000"], ["9000 processes", "parallel.dp"]),
+        (["train", "quickstart", "parallel.dp=9000", "train.global_batch=9000"], ["9,000 processes", "parallel.dp"]),
         (["train", "quickstart", "cluster.cpus_per_worker=5000"], ["cluster.cpus_per_worker=5000"]),
         (["train", "quickstart", "data.path=nowhere"], ["data.path=", "nowhere", "muster data prepare"]),
         (["train", "quickstart", "run.name=../up"], ["run.name", "../up"]),
         (["generate", "missing", "--prompt", "a"], ["missing", "--root"]),
         (["eval", "missing"], ["missing", "--root"]),
-        (["export", "missing", "--to", "x"], ["missing", "--root"]),
+        (["export", "missing", "--out", "x"], ["missing", "--root"]),
+        (["export", "missing"], ["--out"]),
+        (["export", "missing", "--out", "x", "--to", "gguf"], ["--to gguf", "hf"]),
+        (["export", "missing", "--out", "x", "--dtype", "int8"], ["--dtype int8", "bfloat16"]),
+        (["export", "missing", "--out", "x", "--max-shard-size", "big"], ["--max-shard-size big", "2GiB"]),
+        (["export", "missing", "--out", "x", "--max-shard-size", "0"], ["--max-shard-size 0"]),
+        (["runs", "rm", "missing", "--yes"], ["missing", "--root"]),
+        (["runs", "note", "missing", "x"], ["missing", "--root"]),
+        (["runs", "tag", "missing", "a=b"], ["missing", "--root"]),
         (["sync", "missing"], ["missing", "--root"]),
         (["submit", "quickstart"], ["run.root=runs", "every machine"]),
         (["submit", "quickstart", "run.root=/tmp/r", "--address", "http://127.0.0.1:1"], ["127.0.0.1:1", "--address"]),
@@ -127,12 +140,41 @@ def test_runs_lists_what_is_there(muster, tmp_path):
         record = Record(tmp_path / name, 1)
         record.event("attempt_started")
         record.metrics({"step": 7, "loss": loss, "tokens": 1234})
-    record.event("attempt_ended", status="KILLED", reason="signal", step=7)
+    record.event("attempt_ended", status="STOPPED", reason="signal", step=7)
     code, out, _ = muster("runs", "--root", str(tmp_path))
     assert code == 0
-    assert [line.split()[:3] for line in out.splitlines()[1:]] == [["first", "RUNNING", "7"], ["second", "KILLED", "7"]]
+    assert [line.split()[:3] for line in out.splitlines()[1:]] == [
+        ["first", "RUNNING", "7"],
+        ["second", "STOPPED", "7"],
+    ]
     _, out, _ = muster("runs", "--root", str(tmp_path), "--json")
     assert [(run["name"], run["loss"]) for run in json.loads(out)] == [("first", 2.5), ("second", None)]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["-h"], ["runs", "-h"], ["runs", "rm", "-h"], ["sweep", "fit", "-h"]]
+)
+def test_version_and_short_help(muster, arguments):
+    code, out, err = muster(*arguments)
+    assert (code, err) == (0, "")
+    assert out == f"muster {version('muster-train')}\n" if arguments == ["--version"] else out.startswith("Usage: ")
+
+
+def test_the_shell_completes_commands_and_runs(tmp_path):
+    for name in ("aa-one", "aa-two", "other"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "config.yaml").touch()
+    for words, found in (("muster che", {"checkpoint"}), ("muster status aa", {"aa-one", "aa-two"})):
+        environment = os.environ | {"_MUSTER_COMPLETE": "complete_bash", "COMP_WORDS": words, "PYTHONPATH": str(ROOT)}
+        environment["COMP_CWORD"] = str(words.count(" "))
+        command = [
+            sys.executable,
+            "-P",
+            "-c",
+            "import sys; sys.argv[0] = 'muster'; from cluster.cli import main; main()",
+        ]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+        assert set(done.stdout.split()) == found, done.stderr
 
 
 def test_doctor_tells_what_is_here(muster, tmp_path, monkeypatch):

@@ -146,6 +146,14 @@ def test_gangs_wait_whole_and_in_order(cluster, story):
     states = [job["state"] for job in story.waiting.values()]
     assert states == ["RUNNING", "QUEUED", "QUEUED", "QUEUED"]
     assert [job["ahead"] for job in story.waiting.values()] == [0, 0, 2, 1]
+    seen = [job["outlook"] for job in story.waiting.values()]
+    assert seen[0]["step"] >= 5
+    assert (seen[0]["steps"], seen[0]["eta"] > 1) == (100000, True)
+    assert [each["why"] for each in seen[1:]] == [
+        "no room even on an empty cluster: 8 x (1 CPU); waits for machines to join",
+        f"1 before it: {story.urgent}",
+        f"waits for room for 2 x (1 CPU) beside {story.first}",
+    ]
     first, second, urgent = (cluster.job(id) for id in (story.first, story.second, story.urgent))
     assert second["state"] == "CANCELLED"
     assert "started" not in second
@@ -157,7 +165,7 @@ def test_stop_writes_a_checkpoint_first(cluster, story):
     assert cluster.job(story.first)["state"] == "STOPPED"
     events = read_events(cluster.runs / "first")
     [end] = [event for event in events if event["event"] == "attempt_ended"]
-    assert end["status"] == "KILLED"
+    assert end["status"] == "STOPPED"
     assert [event["step"] for event in events if event["event"] == "checkpoint"][-1] == end["step"]
 
 
@@ -198,6 +206,17 @@ def test_jobs_are_listed_and_one_is_retried(cluster, story):
     assert "no job" in cluster.muster("status", "job-none", code=2)
 
 
+def test_a_job_that_failed_says_why_in_its_own_words(cluster):
+    id = cluster.submit("run.name=failing", "train.init_from=/nowhere/at/all")
+    cluster.wait(lambda: cluster.job(id)["state"] not in ("QUEUED", "RUNNING"))
+    job = cluster.job(id)
+    assert (job["state"], job["exit_code"]) == ("FAILED", 2)
+    assert job["reason"] == "train.init_from=/nowhere/at/all: no such folder"
+    [line] = [line for line in cluster.muster("jobs").splitlines() if line.startswith(id)]
+    assert line.endswith("failing  train.init_from=/nowhere/at/all: no such folder")
+    assert "no such folder" in cluster.muster("logs", "failing")  # by its run's name
+
+
 @pytest.mark.slow
 def test_a_retried_job_goes_on_from_its_checkpoint(cluster, story):
     again = cluster.muster("retry", story.first).splitlines()[0]
@@ -212,7 +231,7 @@ def test_a_retried_job_goes_on_from_its_checkpoint(cluster, story):
     [
         (["root=runs"], "root=runs would lie in a temporary folder"),
         (["--gpus", "1"], "a trial takes 2 devices"),
-        (["--gpus", "4"], "--gpus 4: the cluster has room for 3 processes of 1 CPUs"),
+        (["--gpus", "4"], "--gpus 4: the cluster has room for 3 processes of 1 CPU and"),
         (["set.data.path=secret.txt"], "data.path=secret.txt is not sent"),
         (["base=../outside.yaml"], "outside.yaml is not below"),
     ],

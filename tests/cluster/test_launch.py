@@ -115,7 +115,7 @@ def tell(folder: Path, run_dir: Path, temporary: str) -> Story:
 def test_a_signal_stops_it_with_a_checkpoint_and_exit_code_75(story):
     assert story.stopped.code == 75, story.stopped
     [end] = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
-    assert end["status"] == "KILLED"
+    assert end["status"] == "STOPPED"
     saved = [event["step"] for event in story.events_when_stopped if event["event"] == "checkpoint"]
     assert saved[-1] == end["step"] < STEPS
     assert "the same command goes on" in story.stopped.out

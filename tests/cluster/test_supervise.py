@@ -60,7 +60,7 @@ class Told:
         story = self.attempts.pop(0)
         if callable(story):
             story(meanwhile)
-            return ["KILLED"], []
+            return ["STOPPED"], []
         return ([], [story]) if isinstance(story, Failure) else ([story], [])
 
 
@@ -115,7 +115,7 @@ def test_a_failure_too_many_ends_it(tmp_path, cluster):
 @pytest.mark.parametrize("joined", [True, False])
 def test_the_users_stop_ends_it(tmp_path, cluster, joined):
     supervisor, gang = supervised(tmp_path, [1], [lambda look: request_stop(tmp_path), "FINISHED"], joined)
-    assert supervisor.run() == "KILLED"
+    assert supervisor.run() == "STOPPED"
     assert not stop_requested(tmp_path)
     assert len(gang.sizes) == 1
 
@@ -123,14 +123,14 @@ def test_the_users_stop_ends_it(tmp_path, cluster, joined):
 def test_a_stop_while_it_waits_for_room_ends_it(tmp_path, cluster):
     supervisor, gang = supervised(tmp_path, [1, 0], [GONE])
     gang.gather = lambda workers, avoid: bool(request_stop(tmp_path))  # type: ignore[method-assign]
-    assert supervisor.run() == "KILLED"
+    assert supervisor.run() == "STOPPED"
     [waiting] = [event for event in read_events(tmp_path) if event["event"] == "waiting"]
-    assert "needs 1 processes of 1 CPUs" in waiting["reason"]
+    assert "needs 1 process of 1 CPU and" in waiting["reason"]
 
 
 def test_a_signal_at_a_process_ends_it_on_a_machine_of_ones_own_only(tmp_path, cluster):
     supervisor, _ = supervised(tmp_path, [1], [lambda look: None, "FINISHED"], joined=False)
-    assert supervisor.run() == "KILLED"
+    assert supervisor.run() == "STOPPED"
     supervisor, _ = supervised(tmp_path, [1], [lambda look: None, "FINISHED"], joined=True)
     assert supervisor.run() == "FINISHED"
     assert policies(tmp_path) == [("retry", "a process was asked to end, and nobody asked the run to")]
@@ -149,7 +149,7 @@ def test_an_elastic_run_shrinks_and_grows(tmp_path, cluster):
     assert supervisor.run() == "FINISHED"
     assert gang.sizes == [4, 2, 4]
     sizes = [reason.partition(";")[0] for action, reason in policies(tmp_path) if action == "resize"]
-    assert sizes == [f"{n} processes on 1 machines" for n in (4, 2, 4)]
+    assert sizes == [f"{n} processes on 1 machine" for n in (4, 2, 4)]
     assert ("retry", "there is room for 4 processes, 2 train: growing") in policies(tmp_path)
 
 

@@ -55,7 +55,7 @@ def test_a_tracker_that_is_down_is_named_and_served_later(muster, make_run, tmp_
     uri = f"http://127.0.0.1:{free_port()}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     run_dir, record = make_run("run", 9)
-    record.event("attempt_ended", status="KILLED", reason="stopped by request", step=9)
+    record.event("attempt_ended", status="STOPPED", reason="stopped by request", step=9)
     root = ("--root", str(tmp_path))
     code, out, err = muster("sync", "run", *root, "--wait", "0.1")
     assert (code, out) == (1, "")

@@ -62,7 +62,7 @@ def test_what_a_record_tells_of_failures():
         event(215, 4, "attempt_ended", status="FAILED"),
         event(216, 4, "worker_failed", kind="error"),  # the user's own
         event(220, 5, "attempt_started", world_size=2),
-        event(230, 5, "attempt_ended", status="KILLED"),  # on request
+        event(230, 5, "attempt_ended", status="STOPPED"),  # on request
         event(240, 6, "attempt_started", world_size=2),
     ]
     assert past(events, 6) == Past(3, 4 * 100 + 4 * 31 + 2 * 40 + 2 * 6 + 2 * 10)
@@ -108,7 +108,7 @@ def test_due():
 
 def stopped_after(seconds: float) -> list[dict]:
     """Of a run that took no harm for so long."""
-    return [event(0, 1, "attempt_started", world_size=1), event(seconds, 1, "attempt_ended", status="KILLED")]
+    return [event(0, 1, "attempt_started", world_size=1), event(seconds, 1, "attempt_ended", status="STOPPED")]
 
 
 def cadences(folder):

@@ -119,7 +119,7 @@ def test_what_never_found_room_is_said_at_the_end(disk, capsys):
     record.event("attempt_ended", status="FINISHED")
     record.close()
     err = capsys.readouterr().err
-    assert "the disk is full; its last 1 lines are lost" in err
+    assert "the disk is full; its last 1 line is lost" in err
     assert '"event": "attempt_ended"' in err
 
 

@@ -18,7 +18,7 @@ def test_a_life_written_out():
         event(45, 1, "worker_lost"),
         event(50, 2, "attempt_started"),
         event(73, 2, "evaluation", seconds=3.0),
-        event(80, 2, "attempt_ended", status="KILLED"),
+        event(80, 2, "attempt_ended", status="STOPPED"),
         event(110, 2, "resolved", began=100),
         event(112, 3, "attempt_started"),
         event(130, 3, "attempt_ended", status="FINISHED"),
@@ -31,17 +31,32 @@ def test_a_life_written_out():
     first, second, third = book(events, steps)
     assert first.seconds == {
         "step": 15, "data_wait": 3, "startup": 12, "lost": 9 + 5, "other": 0.5, "checkpoint": 0.5, "evaluation": 0,
-        "down": 0, "queue": 0,
+        "down": 0, "paused": 0, "queue": 0,
     }  # fmt: skip
     assert second.seconds == {
         "step": 10, "data_wait": 0, "startup": 70 - 45 - 10, "lost": 0, "other": 7, "checkpoint": 0, "evaluation": 3,
-        "down": 0, "queue": 0,
+        "down": 0, "paused": 0, "queue": 0,
     }  # fmt: skip
-    assert third.seconds["down"] == 20
+    assert (third.seconds["down"], third.seconds["paused"]) == (0, 20)
     assert third.seconds["startup"] == 20
     whole = total([first, second, third])
     assert sum(whole.values()) == pytest.approx(130)
-    assert productive(whole) == pytest.approx((15 + 10 + 4) / 130)
+    assert productive(whole) == pytest.approx((15 + 10 + 4) / (130 - 20))
+
+
+@pytest.mark.parametrize(
+    ("status", "book_of_the_gap"), [("STOPPED", "paused"), ("FINISHED", "paused"), ("FAILED", "down"), ("", "down")]
+)
+def test_only_what_nobody_wanted_is_down_time(status, book_of_the_gap):
+    events = [
+        event(0, 0, "resolved", began=0), event(1, 1, "attempt_started"),
+        event(9, 1, "attempt_ended", status=status) if status else event(9, 1, "worker_lost"),
+        event(110, 1, "resolved", began=109), event(111, 2, "attempt_started"), event(120, 2, "attempt_ended"),
+    ]  # fmt: skip
+    first, second = book(events, [Step(1, 1, 8, 5, 0), Step(2, 2, 119, 5, 0)])
+    assert second.seconds[book_of_the_gap] == 100
+    seconds = total([first, second])
+    assert productive(seconds) == pytest.approx(10 / (20 if book_of_the_gap == "paused" else 120))
 
 
 def test_time_in_the_queue_and_for_room():
@@ -52,7 +67,7 @@ def test_time_in_the_queue_and_for_room():
         event(40, 1, "worker_lost"),
         event(45, 1, "waiting"),
         event(60, 2, "attempt_started"),
-        event(80, 2, "attempt_ended", status="KILLED"),
+        event(80, 2, "attempt_ended", status="STOPPED"),
         event(131, 2, "resolved", began=130, submitted=100),
         event(132, 3, "attempt_started"),
         event(140, 3, "attempt_ended"),
@@ -60,7 +75,7 @@ def test_time_in_the_queue_and_for_room():
     first, second, third = book(events, [Step(1, 1, 30, 5, 0), Step(2, 2, 70, 5, 0), Step(3, 3, 138, 5, 0)])
     assert [attempt.seconds["queue"] for attempt in (first, second, third)] == [10, 15, 30]
     assert second.seconds["startup"] == 70 - 5 - 40 - 15
-    assert third.seconds["down"] == 20
+    assert (third.seconds["down"], third.seconds["paused"]) == (0, 20)
     assert sum(total([first, second, third]).values()) == pytest.approx(140)
 
 

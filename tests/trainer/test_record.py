@@ -151,7 +151,7 @@ def test_summary(tmp_path, clock):
     first.metrics({"step": 1, "loss": 3.0, "tokens": 10, "expert_load": [[0.1] * 64] * 300})
     first.metrics({"step": 1, "eval_loss": 3.5})
     first.metrics({"step": 2, "loss": 2.0, "tokens": 20, "expert_load": [[0.1] * 64] * 300})
-    first.event("attempt_ended", status="KILLED", reason="SIGTERM", step=2)  # 1003 to 1007
+    first.event("attempt_ended", status="STOPPED", reason="SIGTERM", step=2)  # 1003 to 1007
     first.event("config_changed")
     Record(tmp_path, 2).event("attempt_started")
     second = Record(tmp_path, 2)

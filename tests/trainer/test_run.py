@@ -135,7 +135,7 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, cl
     events = [e for e in read_events(run_dir) if e["event"] != "checkpoint" or e["step"] != 4]
     assert [e["event"] for e in events[-3:]] == ["checkpoint", "measured", "attempt_ended"]
     assert events[-4]["event"] == "signal"
-    assert events[-1]["status"] == "KILLED"
+    assert events[-1]["status"] == "STOPPED"
     assert train_in_process(run_dir) == 0
     assert_same(run_dir, clean)
 
@@ -146,17 +146,17 @@ def test_stop_file_stops_the_run_too(tmp_path, tiny_data):
     (run_dir / "stop").touch()
     assert train_in_process(run_dir) == 75
     end = read_events(run_dir)[-1]
-    assert (end["status"], end["step"]) == ("KILLED", 0)
+    assert (end["status"], end["step"]) == ("STOPPED", 0)
     assert read_metrics(run_dir) == []
 
 
 def test_all_processes_leave_at_the_same_step(tmp_path, tiny_data):
     """A signal that one of them hears in step 3, after which a checkpoint is due, and an evaluation after step 4."""
     run_dir = make(tmp_path, tiny_data, parallel={"dp": 2}, checkpoint={"every": 3})
-    assert in_team(2, trained, run_dir, kill_at_step, (1,), 3, signal.SIGTERM) == ["KILLED", "KILLED"]
+    assert in_team(2, trained, run_dir, kill_at_step, (1,), 3, signal.SIGTERM) == ["STOPPED", "STOPPED"]
     assert checkpoint.committed(run_dir) == [3]
     alone = make(tmp_path, tiny_data, "later", parallel={"dp": 2}, checkpoint={"every": 0})
-    assert in_team(2, trained, alone, kill_at_step, (1,), 3, signal.SIGTERM) == ["KILLED", "KILLED"]
+    assert in_team(2, trained, alone, kill_at_step, (1,), 3, signal.SIGTERM) == ["STOPPED", "STOPPED"]
     assert checkpoint.committed(alone) == [4]
     assert [(m["step"], "eval_loss" in m) for m in read_metrics(alone)][-2:] == [(4, False), (4, True)]
 

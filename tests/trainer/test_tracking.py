@@ -248,7 +248,7 @@ def test_a_server_that_stays_down_is_named_and_served_later(root, server, monkey
     run_dir, _ = make_run(root, "down", tracking={"uri": server.uri})
     record = started(run_dir, 1)
     take_steps(record, range(1, 10))
-    end(record, "KILLED")
+    end(record, "STOPPED")
     server.fault = lambda path: "before"
     message = ship(run_dir, attempt=1, once=False, grace=0.2).missing
     assert "9 records" in message
@@ -256,7 +256,8 @@ def test_a_server_that_stays_down_is_named_and_served_later(root, server, monkey
     assert read_state(run_dir)["error"] == message
     server.fault = lambda path: None
     assert ship(run_dir).missing is None
-    assert assert_all_shown(root, run_dir).info.status == "KILLED"
+    run = assert_all_shown(root, run_dir)
+    assert (run.info.status, run.data.tags["muster.status"]) == ("KILLED", "STOPPED")
     assert read_state(run_dir)["error"] is None
 
 

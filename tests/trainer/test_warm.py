@@ -104,7 +104,7 @@ def test_it_says_how_an_attempt_ended(warm, run, tmp_path):
     pid = warm.start(long)
     wait_for_steps(long, 2)
     os.kill(pid, signal.SIGTERM)
-    assert warm.answer() == {"status": "KILLED"}
+    assert warm.answer() == {"status": "STOPPED"}
     pid = warm.start(long)
     os.kill(pid, signal.SIGKILL)
     assert warm.answer() == {"kind": "lost", "reason": "the process is gone (signal SIGKILL)"}

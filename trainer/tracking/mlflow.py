@@ -41,7 +41,7 @@ from ..own_files import no_link, require_own  # noqa: E402
 from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
 
 KEY_TAG = "muster.key"
-REASON_TAG = "reason"
+REASON_TAG, STATUS_TAG = "reason", "muster.status"
 
 
 def refuse_elsewhere(place: Path, run_id: str) -> None:
@@ -84,7 +84,12 @@ class MlflowTracker:
             experiment = self._experiment()
         run_id = self._known(run.run_id) or self._find(experiment, run.key)
         if run_id is None:
-            tags = {KEY_TAG: run.key, "mlflow.source.name": "muster", "mlflow.source.type": "JOB"}
+            tags = {
+                KEY_TAG: run.key,
+                STATUS_TAG: "RUNNING",
+                "mlflow.source.name": "muster",
+                "mlflow.source.type": "JOB",
+            }
             with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
                 tags["mlflow.user"] = getpass.getuser()
             created = self._client.create_run(
@@ -96,6 +101,7 @@ class MlflowTracker:
         self._run_id = run_id
         self._show_under(experiment, run.parent)
         self._client.update_run(run_id, status="RUNNING")
+        self._client.set_tag(run_id, STATUS_TAG, "RUNNING")
         if REASON_TAG in self._client.get_run(run_id).data.tags:
             self._client.delete_tag(run_id, REASON_TAG)
         # `attempt` and `eval_tokens` are never null, as a loss that is not finite is.
@@ -153,9 +159,10 @@ class MlflowTracker:
         self._client.log_artifact(self._run_id, str(path), folder or None)
 
     def finish(self, status: str, time: float, reason: str | None) -> None:
-        if reason:
-            self._client.set_tag(self._run_id, REASON_TAG, reason)
-        self._client.set_terminated(self._run_id, status, int(time * 1000))
+        tags = [RunTag(STATUS_TAG, status), *([RunTag(REASON_TAG, reason)] if reason else [])]
+        self._client.log_batch(self._run_id, tags=tags)
+        # MLflow has no word of its own for a run that was stopped on purpose.
+        self._client.set_terminated(self._run_id, "KILLED" if status == "STOPPED" else status, int(time * 1000))
 
     def _experiment(self) -> Experiment:
         found = self._client.get_experiment_by_name(self._experiment_name)

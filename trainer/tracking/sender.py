@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from configs import Config, flatten, mask
+from configs import Config, counted, flatten, mask
 
 from ..goodput import goodput, productive, total
 from ..own_files import open_file, read_lines
@@ -191,7 +191,8 @@ class Sender:
         lines = self.index.lines if self.index else []
         if not lines:
             return None
-        return f"{len(lines)} records after the last checkpoint are held back, as the run may go on from there"
+        held = counted(len(lines), "record", "is/are")
+        return f"after the last checkpoint {held} held back, as the run may go on from there"
 
     def note_error(self, error: str, **more: Any) -> dict[str, Any]:
         """Write it beside what is known of the tracker. Returns all of it."""

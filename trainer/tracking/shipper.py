@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from configs import Config, ConfigError, load, mask
+from configs import Config, ConfigError, counted, load, mask
 
 from ..own_files import no_link, require_own
 from ..record import MetricsIndex
@@ -132,8 +132,9 @@ class Shipper(Sender):
     def _give_up(self, problem: Exception) -> str:
         left = MetricsIndex(self.run_dir, self.note_error(words(problem)).get("offset", 0))
         left.update()
-        end = " and the end of the run" if self._ended() else ""
-        message = f"{len(left.lines)} records{end} are not sent to {self.uri}: {words(problem)}"
+        count = len(left.lines)
+        end = " and the end of the run are" if self._ended() else " is" if count == 1 else " are"
+        message = f"{counted(count, 'record')}{end} not sent to {self.uri}: {words(problem)}"
         self.note_error(message, missing=len(left.lines))
         return message
 

@@ -62,4 +62,4 @@ class Tracker(Protocol):
         """Keep a file under a folder of the run (empty: its top); a file of the same name is replaced."""
 
     def finish(self, status: str, time: float, reason: str | None) -> None:
-        """End the run as FINISHED, FAILED or KILLED."""
+        """End the run as FINISHED, FAILED or STOPPED."""

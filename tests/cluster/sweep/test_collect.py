@@ -132,7 +132,7 @@ def test_standings_and_books(setting, trials, capsys):
     record = Record(setting.sweep_dir, 1)
     record.event("trial_started", trial=fourth.name, workers=1, cpus=1.0, gpus=0.0)
     assert progress(setting.sweep_dir).standings[fourth.name].state == "running"
-    record.event("attempt_ended", status="KILLED", reason="", step=0)
+    record.event("attempt_ended", status="STOPPED", reason="", step=0)
     assert progress(setting.sweep_dir).standings[fourth.name].state == "waiting"
 
     kept = books(Ledger(setting.sweep_dir))

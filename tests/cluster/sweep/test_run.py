@@ -95,7 +95,7 @@ def test_it_stops_goes_on_and_is_run_once_at_a_time(story):
     assert "sweep story is being run by" in refused
     assert "4 of 8 trials finished" in ended
     assert "Traceback" not in stopped
-    killed = [e for e in story.events_when_stopped if e["event"] == "trial_ended" and e["status"] == "KILLED"]
+    killed = [e for e in story.events_when_stopped if e["event"] == "trial_ended" and e["status"] == "STOPPED"]
     assert killed
     for name in {event["trial"] for event in killed}:
         run_dir = story.run(name)
