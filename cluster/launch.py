@@ -26,6 +26,7 @@ from trainer.run import (
     run_lock,
 )
 from trainer.terminal import Console
+from trainer.tracking import send_apart, unsent
 
 from .failures import Final
 from .machine import memory_bytes, this_node
@@ -123,6 +124,8 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
         end_children()
     clear_away(job.folder)
     close_record(job.run_dir, "STOPPED", "stopped at once by a signal")
+    if _is_tracked(job.config) and attempts(job.run_dir) > attempts_before:
+        send_apart(job.run_dir)  # what would have sent it was killed
     print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
@@ -135,19 +138,33 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         loss = "" if last["eval_loss"] is None else f", held-out loss {last['eval_loss']:.4f}"
         if job.status == "FINISHED":
             out.print(f"finished at step {last['step']}{loss}: {job.run_dir}")
-            return FINISHED
-        step = read_events(job.run_dir)[-1].get("step", last["step"])  # its metrics may be recorded less often
-        out.print(f"stopped after step {step}: the same command goes on")
-        return STOPPED
+        else:
+            ends = [event for event in read_events(job.run_dir) if event["event"] == "attempt_ended"]
+            step = ends[-1].get("step", last["step"]) if ends else last["step"]  # metrics may be recorded less often
+            out.print(f"stopped after step {step}: the same command goes on")
+        _say_unsent(job)
+        return FINISHED if job.status == "FINISHED" else STOPPED
     code, message = _explain(job)
     print(f"muster: {mask(message)}", file=sys.stderr)
     if code == FAILURE and (logs := job.run_dir / LOGS).exists():
         print(f"Output of the workers: {logs}", file=sys.stderr)
     if attempts(job.run_dir) > attempts_before:
         close_record(job.run_dir, "FAILED", message.splitlines()[0])
-        if job.config.tracking.enabled:
-            _send_record(job.run_dir)
+        if _is_tracked(job.config):
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                send_apart(job.run_dir).wait(timeout=90)  # what a killed worker could not
+            _say_unsent(job)
     return code
+
+
+def _is_tracked(config: Config) -> bool:
+    """Whether its record is sent for itself, and not with a sweep's."""
+    return config.tracking.enabled and not config.tracking.parent
+
+
+def _say_unsent(job: _Job) -> None:
+    if _is_tracked(job.config) and (missing := unsent(job.run_dir)):
+        print(mask(missing), file=sys.stderr)
 
 
 def _explain(job: _Job) -> tuple[int, str]:
@@ -179,10 +196,3 @@ def close_record(run_dir: Path, status: str, reason: str) -> None:
             Record(run_dir, started[-1]["attempt"]).event(
                 "attempt_ended", status=status, reason=reason, step=summary(run_dir)["step"]
             )
-
-
-def _send_record(run_dir: Path) -> None:
-    """Send the tracker what a killed worker could not; a failure stays visible there too."""
-    command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir), "--once"]
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        subprocess.run(command, timeout=90, check=False, stdin=subprocess.DEVNULL)

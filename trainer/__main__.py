@@ -23,7 +23,7 @@ from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
 from .run import followed, is_finished, prepare_run, read_config
 from .terminal import Console, guard
-from .tracking import read_state
+from .tracking import unsent
 
 RESUMABLE = 75
 """Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)."""
@@ -49,8 +49,9 @@ def main() -> int:
         view = ProgressView(read_config(run_dir).train.steps, console=terminal)
         with Follower(run_dir, view) if chief else nullcontext(), output_kept(run_dir):
             status = train(run_dir)
-        if missing := read_state(run_dir).get("error"):
-            _say(f"tracking: {missing}")
+        tracking = read_config(run_dir).tracking
+        if tracking.enabled and not tracking.parent and (missing := unsent(run_dir)):
+            _say(missing)
         _say(f"{run_dir}: {status}")
         return 0 if status == "FINISHED" else RESUMABLE
     except ConfigError as error:

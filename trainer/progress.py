@@ -112,6 +112,8 @@ class ProgressView:
             self._print(
                 f"hang  {record['reason']}; stacks of {counted(len(record['stacks']), 'rank')} in the run's folder"
             )
+        elif name in ("tracker_failed", "tracker_recovered"):
+            self._print(f"tracking  {record.get('reason')}")
         elif name == "preflight":
             for line in record["slow"]:
                 self._print(f"preflight  {line}")

@@ -27,7 +27,7 @@ from .own_files import no_link, replace_text, require_own, write_text
 from .plugins import load_plugins
 from .precision import check_precision
 from .record import Record, read_events
-from .tracking import NoCredentials, hand_down_password, inputs_of, tracking_uri
+from .tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
 from .warm_start import check_source
 
 CONFIG = "config.yaml"
@@ -112,7 +112,7 @@ def prepare_run(
         try:
             tracking_uri(run_dir, resolved)
         except NoCredentials as error:
-            print(f"muster: {error}; without it nothing is sent while the run trains", file=sys.stderr)
+            print(f"muster: {error}. Until then nothing is sent; {later(run_dir)}", file=sys.stderr)
     events: list[tuple[str, dict[str, Any]]] = [("resolved", launched)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
         events.append(("init_from", {"differs": differs}))

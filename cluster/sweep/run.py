@@ -15,7 +15,7 @@ from trainer.own_files import require_own
 from trainer.record import Record, read_events
 from trainer.run import attempts, hold
 from trainer.terminal import Console
-from trainer.tracking import ShipperHandle, hand_down_password, start_shipper
+from trainer.tracking import ShipperHandle, hand_down_password, send_apart, start_shipper
 from trainer.tracking.sweep import TRIALS, sweep_config
 
 from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record
@@ -188,6 +188,8 @@ def _on_signal(session: _Session) -> None:
     for run_dir in session.order.training() if session.order else ():
         close_record(run_dir, "STOPPED", "stopped at once by a signal")
     session.record.event("attempt_ended", status="STOPPED", reason="stopped at once by a signal", step=0)
+    if session.setting.tracking.enabled:
+        send_apart(session.setting.sweep_dir, sweep=True)  # what would have sent it was killed
     print("muster: stopped at once; the same command goes on from the last checkpoints", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted

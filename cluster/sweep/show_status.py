@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import counted
+from trainer.record import read_events
 from trainer.terminal import Console
 
 from ..runs import ago, duration
@@ -103,7 +104,7 @@ class View:
         self._ledger, self._console = Ledger(sweep_dir), console
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._told = {name for name, each in self._read().standings.items() if each.state in OVER}
-        self._last = time.monotonic()
+        self._last, self._began, self._tracker = time.monotonic(), time.time(), ""
 
     def __enter__(self) -> "View":
         if self._live:
@@ -117,6 +118,11 @@ class View:
     def update(self, last: bool = False) -> None:
         """Read the records and show what is new."""
         found = self._read()
+        told = [e["reason"] for e in read_events(self._ledger.sweep_dir) if e["event"] == "tracker_failed"
+                and e["time"] > self._began and "reason" in e]  # fmt: skip
+        if told and told[-1] != self._tracker:
+            self._tracker = told[-1]
+            self._say(f"tracking  {told[-1]}")
         if self._live:
             self._live.update(render(found), refresh=True)
             return

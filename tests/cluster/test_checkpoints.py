@@ -62,7 +62,7 @@ def test_show_tells_state_topology_and_sizes(muster, run_dir):
     assert code == 0
     for line in (
         "written by 2 processes: dp=2 zero_stage=1", "cursor: 48", "tokens: 6,000", "step: 6", "loss_scale: None",
-        "weight: 10 elements in 1 tensor", "exp_avg: 10 elements in 1 tensors",
+        "weight: 10 elements in 1 tensor", "exp_avg: 10 elements in 1 tensor",
     ):  # fmt: skip
         assert line in out.splitlines()
     found = json.loads(muster("show", str(run_dir), "--step", "2", "--json")[1])

@@ -309,7 +309,10 @@ def test_who_sends_what_is_refused_is_told(live):
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        ("parallel.dp=1000000", "the run asks for 1000000 processes, and a job has at most 100000: lower parallel.dp"),
+        (
+            "parallel.dp=1000000",
+            "the run asks for 1,000,000 processes, and a job has at most 100000: lower parallel.dp",
+        ),
         ("parallel.dp=100000000000", "parallel.dp=100000000000: should be less than or equal to 1048576"),
         ("cluster.workers=[2, 100000000000]", "cluster.workers.1=100000000000: should be less than or equal to 16384"),
     ],

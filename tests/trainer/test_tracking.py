@@ -13,8 +13,8 @@ import pytest
 from tracker import assert_all_shown, faulty_server, kept_files, recorded, shown
 
 from configs import ConfigError, from_dict, to_yaml
-from trainer.record import Record
-from trainer.tracking import Input, inputs_of, read_state, shipper, start_shipper, tracking_uri
+from trainer.record import Record, read_events
+from trainer.tracking import Input, inputs_of, read_state, shipper, start_shipper, tracking_uri, unsent
 from trainer.tracking.flat import scalars
 from trainer.tracking.mlflow import MlflowClient
 from trainer.tracking.shipper import ship
@@ -259,6 +259,58 @@ def test_a_server_that_stays_down_is_named_and_served_later(root, server, monkey
     run = assert_all_shown(root, run_dir)
     assert (run.info.status, run.data.tags["muster.status"]) == ("KILLED", "STOPPED")
     assert read_state(run_dir)["error"] is None
+
+
+def test_a_tracker_that_fails_is_said_in_the_record_while_training_goes_on(root, server, monkeypatch):
+    monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)
+    run_dir, _ = make_run(root, "said", tracking={"uri": server.uri, "interval": 0.05})
+    record = started(run_dir, 1)
+    take_steps(record, [1])
+    server.fault = lambda path: "before"
+    with ThreadPoolExecutor(1) as pool:
+        live = pool.submit(ship, run_dir, attempt=1, once=False)
+        wait_for(lambda: told(run_dir, "tracker_failed"))
+        [event] = told(run_dir, "tracker_failed")
+        assert event["reason"].startswith(f"cannot send to {server.uri}: ")
+        assert f"`muster sync {run_dir}` sends what is missing" in event["reason"]
+        assert unsent(run_dir).endswith(f"; `muster sync {run_dir}` sends what is missing")
+        server.fault = lambda path: None
+        wait_for(lambda: told(run_dir, "tracker_recovered"))
+        end(record)
+        assert live.result(60).missing is None
+    assert len(told(run_dir, "tracker_failed")) == 1
+    assert unsent(run_dir) is None
+    assert_all_shown(root, run_dir)
+
+
+def told(run_dir, name):
+    return [event for event in read_events(run_dir) if event["event"] == name]
+
+
+def test_what_is_not_sent_is_known_without_an_error(root):
+    run_dir, _ = make_run(root, "unsent")
+    record = started(run_dir, 1)
+    assert unsent(run_dir) is None
+    take_steps(record, [1])
+    assert "not all of the record is sent" in unsent(run_dir)
+    assert ship(run_dir).missing is None
+    assert unsent(run_dir) is None
+
+
+def test_a_run_that_was_killed_on_purpose_has_not_failed(root, monkeypatch):
+    """Who killed it says so a moment after its process is gone."""
+    monkeypatch.setattr(shipper, "LAST_WORD", 60.0)  # the machine may be busy
+    monkeypatch.setattr(shipper.signal, "signal", lambda *_: None)  # a thread may not
+    run_dir, _ = make_run(root, "purpose", tracking={"interval": 0.05})
+    record = started(run_dir, 1)
+    take_steps(record, [1])
+    with ThreadPoolExecutor(1) as pool:
+        live = pool.submit(ship, run_dir, attempt=1, parent=-1, once=False)
+        wait_for(lambda: read_state(run_dir).get("offset"))
+        end(record, "STOPPED")
+        assert live.result(60).missing is None
+    run, _ = shown(root, run_dir)
+    assert (run.info.status, run.data.tags["muster.status"]) == ("KILLED", "STOPPED")
 
 
 def test_two_runs_start_a_store_at_once_and_outlive_signals(tmp_path):

@@ -5,9 +5,12 @@ from .start import (
     ShipperHandle,
     hand_down_password,
     inputs_of,
+    later,
     read_state,
+    send_apart,
     start_shipper,
     tracking_uri,
+    unsent,
 )
 from .tracker import Input, Point, RunInfo, Sent, Tracker
 
@@ -21,7 +24,10 @@ __all__ = [
     "Tracker",
     "hand_down_password",
     "inputs_of",
+    "later",
     "read_state",
+    "send_apart",
     "start_shipper",
     "tracking_uri",
+    "unsent",
 ]

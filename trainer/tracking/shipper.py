@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from configs import Config, ConfigError, counted, load, mask
 
 from ..own_files import no_link, require_own
-from ..record import MetricsIndex
+from ..record import MetricsIndex, Record
 from .sender import Sender, open_tracker, words
-from .start import GRACE, tracking_uri
+from .start import GRACE, later, tracking_uri
 from .tracker import Tracker
 
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 30.0
+LAST_WORD = 3.0
+"""Seconds in which whoever killed a training process may say that it was on purpose."""
 PATIENCE = 5.0
 """Seconds a sync by hand waits for another shipper of the run to end."""
 
@@ -83,6 +85,8 @@ class Shipper(Sender):
     ) -> None:
         super().__init__(run_dir, config, uri, tracker, once)
         self.attempt, self.parent, self.grace = attempt, parent, grace
+        self._told: set[str] = set()
+        self._gone_at: float | None = None
 
     def run(self) -> str | None:
         """Send until the attempt has ended and everything is sent, or nothing got through for `grace` seconds."""
@@ -102,6 +106,7 @@ class Shipper(Sender):
                 self.send_all(ended)
                 if failing:
                     print(f"sending to {self.uri} again", file=sys.stderr, flush=True)
+                    self._tell("tracker_recovered", f"sending to {self.uri} again, what was missing too")
                 if ended or self.once:
                     return self.held()
                 failing = False
@@ -109,15 +114,28 @@ class Shipper(Sender):
                 if not failing:
                     self.note_error(told := f"cannot send to {self.uri}: {words(problem)}")
                     print(told, file=sys.stderr, flush=True)
+                    self._tell("tracker_failed", f"{told}. Training goes on; {later(self.run_dir)} later")
                 backoff = min(2 * backoff, MAX_BACKOFF) if failing and self.progress < begin else FIRST_BACKOFF
                 failing, self.index = True, None
                 if (ended or self.once) and time.monotonic() - self.progress > self.grace:
                     return self._give_up(problem)
             self._wait(backoff if failing else self.config.tracking.interval, wake=not ended)
 
+    def _tell(self, event: str, reason: str) -> None:
+        """Say it once, where whoever watches the run sees it, while there is somebody to watch."""
+        if self.once or self._ended() or event in self._told:
+            return
+        self._told.add(event)
+        record = Record(self.run_dir, self.attempt or 1)
+        record.event(event, reason=reason)
+        record.close()
+
     def _ended(self) -> dict[str, Any] | None:
         gone = self.parent is not None and os.getppid() != self.parent  # before the last events are read
-        return self.ended(self.attempt, gone)
+        if gone and self._gone_at is None:
+            self._gone_at = time.monotonic()
+        # Who stopped it says so in the record, a moment after it is gone.
+        return self.ended(self.attempt, gone and time.monotonic() - (self._gone_at or 0.0) > LAST_WORD)
 
     def _superseded(self) -> bool:
         own = self.attempt

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,14 @@ from urllib.parse import urlsplit
 from configs import MASK, Config, ConfigError, mask, mask_all
 
 from ..own_files import no_link, read_bytes, replace_text
-from ..record import FULL, read_events
+from ..record import FULL, METRICS, read_events
 from .tracker import Input
 
 STATE, LOG = "tracking.json", "tracking.log"
 MOST_STATE = 16 << 20
 """Bytes of the state: of each file that was sent it has some hundred."""
+LAST_CHANCE = 10.0
+"""Seconds in which a tracker that fails as a run ends may come back."""
 GRACE = 60.0
 """Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
 
@@ -45,10 +48,13 @@ class ShipperHandle:
         Returns:
             None if the tracker has everything, otherwise one line that says what is missing and what to do.
         """
-        try:
-            code = self.process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            return f"tracking: still sending after {timeout:.0f} s; `muster sync {self._run_dir}` sends what is missing"
+        began = time.monotonic()
+        while (code := self.process.poll()) is None and (waited := time.monotonic() - began) < timeout:
+            if waited > LAST_CHANCE and str(read_state(self._run_dir).get("error")).startswith("cannot send"):
+                break  # the end of a run need not wait for a tracker that does not answer
+            time.sleep(0.05)
+        if code is None:
+            return f"tracking: still sending after {waited:.0f} s; {later(self._run_dir)}"
         if code == 0:
             return None
         error = read_state(self._run_dir).get("error") or f"the shipper ended with code {code}, see {LOG}"
@@ -75,7 +81,7 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
         tracking_uri(run_dir, config)
     except NoCredentials as error:
         write_state(run_dir, read_state(run_dir) | {"error": str(error)})
-        print(f"tracking: {error}", file=sys.stderr, flush=True)
+        print(f"tracking: {error}. Until then nothing is sent; {later(run_dir)}", file=sys.stderr, flush=True)
         return None
     attempt = max((event["attempt"] for event in read_events(run_dir)), default=1)
     # -P: a `trainer` folder of the user's in the working directory must not win over this package.
@@ -87,6 +93,13 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, close_fds=True
         )
     return ShipperHandle(run_dir, process)
+
+
+def send_apart(run_dir: str | Path, *, sweep: bool = False) -> subprocess.Popen:
+    """Send what is missing in a process that outlives this one; it says nothing, see `unsent`."""
+    command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir), "--once", *(["--sweep"] if sweep else [])]
+    nowhere = subprocess.DEVNULL
+    return subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def tracking_uri(run_dir: str | Path, config: Config) -> str:
@@ -177,6 +190,21 @@ def read_state(run_dir: str | Path) -> dict[str, Any]:
     known = state.items() if isinstance(state, dict) else ()
     # Older runs have the password of tracking.uri in it.
     return dict(mask_all({key: value for key, value in known if key not in _STATE or _STATE[key](value)}))
+
+
+def unsent(run_dir: str | Path) -> str | None:
+    """What the tracker lacks at the end of a run, and the command that sends it; None: it has everything."""
+    run_dir = Path(run_dir)
+    state, lines = read_state(run_dir), run_dir / METRICS
+    missing = state.get("error")
+    if not missing and lines.exists() and state.get("offset", 0) < lines.stat().st_size:
+        missing = "not all of the record is sent yet"
+    return f"tracking: {missing}; {later(run_dir)}" if missing else None
+
+
+def later(run_dir: str | Path) -> str:
+    """The command that sends what is missing."""
+    return f"`muster sync {run_dir}` sends what is missing"
 
 
 def _times(value: Any) -> bool:
