@@ -16,9 +16,9 @@ MAX_BYTES = 1 << 18
 MAX_NOTE = 5000
 """Characters."""
 MAX_VALUE = 1000
-MAX_TAGS = 100
+MAX_TAGS = 50
 RESERVED = re.compile(
-    r"(mlflow|muster|changed|versions|seconds|goodput)([.-].*|$)"
+    r"(mlflow|muster|changed|versions)([.].*|$)"
     r"|attempt|reason|status|step|world_size|device|host|pid|git_.*"
 )
 """Tags that the tracker gets from the record."""

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from configs import Config, ConfigError, differences, from_dict, load, resolve, to_yaml
+from configs import Config, ConfigError, differences, from_dict, load, mask, resolve, to_yaml
 from configs.explain import shown
 from configs.parse import shortened
 from models.families import build
@@ -33,6 +34,7 @@ from .warm_start import check_source
 CONFIG = "config.yaml"
 STOP = "stop"
 LOCK = "lock"
+LONGEST_COMMAND = 2000
 SUBMITTED = "MUSTER_SUBMITTED"
 """Variable that tells a run when its job was submitted, in Unix seconds."""
 
@@ -108,6 +110,8 @@ def prepare_run(
     launched: dict[str, Any] = {"derived": notes, "began": began or psutil.Process().create_time()}  # trainer.goodput
     if submitted is not None:
         launched["submitted"] = submitted
+    if command := _command():
+        launched["command"] = command
     if resolved.tracking.enabled and not resolved.tracking.parent:
         try:
             tracking_uri(run_dir, resolved)
@@ -190,6 +194,14 @@ def _as_it_began(config: Config) -> Config:
     return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup": warmup})}).with_defaults(
         defaults
     )
+
+
+def _command() -> str:
+    """What a person typed to launch this, without passwords; empty where it was no command of ours."""
+    program = Path(sys.argv[0])
+    names = {"muster": "muster", "cluster/cli.py": "muster", "trainer/__main__.py": "torchrun -m trainer"}
+    name = names.get(program.name) or names.get(f"{program.parent.name}/{program.name}")
+    return " ".join([name, *(shlex.quote(mask(word)) for word in sys.argv[1:])])[:LONGEST_COMMAND] if name else ""
 
 
 def _seconds(text: str) -> float:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from trainer.record import read_metrics
+from configs import from_dict, to_yaml
+from trainer.record import Record, read_metrics
 from trainer.tracking.mlflow import MlflowClient
 
 
@@ -101,3 +102,31 @@ def kept_files(run: Any) -> dict[str, Path]:
     """The artifacts of an MLflow run whose store is a folder, by their names."""
     folder = Path(run.info.artifact_uri.removeprefix("file://"))
     return {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+
+
+def make_run(root, name, **sections):
+    run_dir = Path(root) / name
+    run_dir.mkdir(parents=True)
+    config = from_dict({"run": {"name": name}, "tracking": {"interval": 0.1}} | sections)
+    (run_dir / "config.yaml").write_text(to_yaml(config))
+    Record(run_dir, 0).event("resolved")
+    return run_dir, config
+
+
+def started(run_dir, attempt, **details):
+    record = Record(run_dir, attempt)
+    record.event("attempt_started", world_size=2, versions={"torch": "2.13"}, **details)
+    return record
+
+
+def take_steps(record, steps, loss=lambda step: 1.0 / step):
+    for step in steps:
+        routers = {"expert_load": [[0.5, 0.25, 0.25]] * 2, "expert_maxvio": [0.5, 0.5], "router_entropy": [1.0, 0.5]}
+        record.metrics({"step": step, "loss": loss(step), "tokens": 8 * step} | routers)
+        if step % 10 == 0:
+            record.metrics({"step": step, "eval_loss": loss(step), "eval_tokens": 4})
+            record.event("checkpoint", step=step)
+
+
+def end(record, status="FINISHED", step=0):
+    record.event("attempt_ended", status=status, reason="said so", step=step)

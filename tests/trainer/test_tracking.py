@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tracker import assert_all_shown, faulty_server, kept_files, recorded, shown
+from tracker import assert_all_shown, end, faulty_server, kept_files, make_run, recorded, shown, started, take_steps
 
 from configs import ConfigError, from_dict, to_yaml
-from trainer.record import Record, read_events
+from trainer.record import read_events
 from trainer.tracking import Input, inputs_of, read_state, shipper, start_shipper, tracking_uri, unsent
 from trainer.tracking.flat import scalars
 from trainer.tracking.mlflow import MlflowClient
@@ -32,34 +32,6 @@ def _alone(monkeypatch):
     monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)  # tests/trainer/test_plots.py
 
 
-def make_run(root, name, **sections):
-    run_dir = Path(root) / name
-    run_dir.mkdir(parents=True)
-    config = from_dict({"run": {"name": name}, "tracking": {"interval": 0.1}} | sections)
-    (run_dir / "config.yaml").write_text(to_yaml(config))
-    Record(run_dir, 0).event("resolved")
-    return run_dir, config
-
-
-def started(run_dir, attempt, **details):
-    record = Record(run_dir, attempt)
-    record.event("attempt_started", world_size=2, versions={"torch": "2.13"}, **details)
-    return record
-
-
-def take_steps(record, steps, loss=lambda step: 1.0 / step):
-    for step in steps:
-        routers = {"expert_load": [[0.5, 0.25, 0.25]] * 2, "expert_maxvio": [0.5, 0.5], "router_entropy": [1.0, 0.5]}
-        record.metrics({"step": step, "loss": loss(step), "tokens": 8 * step} | routers)
-        if step % 10 == 0:
-            record.metrics({"step": step, "eval_loss": loss(step), "eval_tokens": 4})
-            record.event("checkpoint", step=step)
-
-
-def end(record, status="FINISHED", step=0):
-    record.event("attempt_ended", status=status, reason="said so", step=step)
-
-
 def test_the_whole_record_is_shown(root):
     run_dir, config = make_run(root, "whole")
     inputs = [Input("text", "training", "/data/text", "ab" * 32, {"tokens": 5})._asdict()]
@@ -73,8 +45,7 @@ def test_the_whole_record_is_shown(root):
 
     run, points = shown(root, run_dir)
     assert points == recorded(run_dir)[:-1]  # a loss that is not a number is a gap
-    assert shown(root, run_dir, "expert_load/layer_01/expert_00")[1][4][2] == 0.5
-    assert shown(root, run_dir, "router_entropy/worst")[1][4][2] == 0.5
+    assert shown(root, run_dir, "router_entropy_worst")[1][4][2] == 0.5
     assert shown(root, run_dir, "tokens")[1] == recorded(run_dir, "tokens")
     assert (run.info.status, run.data.tags["reason"]) == ("FINISHED", "said so")
     assert (run.data.tags["world_size"], run.data.tags["versions.torch"]) == ("2", "2.13")
@@ -379,17 +350,13 @@ def test_uri(tmp_path, monkeypatch):
 
 def test_scalars():
     few = scalars({"step": 3, "time": 1.0, "loss": None, "skipped": True, "expert_load": [[0.5, None]]})
-    assert few == {"skipped": 1.0, "expert_load/layer_00/expert_00": 0.5}
-    many = scalars({"step": 3, "expert_load": [[0.1, 0.9] * 200] * 2, "expert_maxvio": [1.0, None]})
-    assert set(many) == {f"expert_load/layer_0{i}/{name}" for i in (0, 1) for name in ("max", "min")} | {
-        f"expert_maxvio/{name}" for name in ("layer_00", "mean", "worst")
-    }
+    assert few == {"skipped": 1.0}
     routers = scalars({"step": 3, "router_entropy": [1.0, 0.5], "dropped": [0.0, 0.25], "expert_dead": [None, None]})
     assert routers == {
-        "router_entropy/layer_00": 1.0, "router_entropy/layer_01": 0.5, "router_entropy/mean": 0.75,
-        "router_entropy/worst": 0.5, "dropped/layer_00": 0.0, "dropped/layer_01": 0.25, "dropped/mean": 0.125,
-        "dropped/worst": 0.25,
+        "router_entropy_mean": 0.75, "router_entropy_worst": 0.5, "router_dropped_mean": 0.125,
+        "router_dropped_worst": 0.25,
     }  # fmt: skip
+    assert scalars({"step": 3, "rank_time": [1.0, 2.0, 6.0]}) == {"time_rank_max": 6.0, "time_rank_median": 2.0}
 
 
 def test_inputs_of(tmp_path):

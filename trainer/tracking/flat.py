@@ -7,8 +7,20 @@ from typing import Any
 
 from ..notable import notable
 
-EXPERT_METRICS = 512
-"""Expert loads of a step shown one by one; above, the largest and smallest of each layer."""
+NAMES = {
+    "attempt": "run_attempt",
+    "aux_loss": "router_aux_loss",
+    "z_loss": "router_z_loss",
+    "data_wait": "time_data_wait",
+    "step_time": "time_step",
+    "rank_time": "time_rank",
+    "eval_tokens": "tokens_evaluated",
+    "expert_maxvio": "router_maxvio",
+    "expert_dead": "router_dead_experts",
+    "dropped": "router_dropped",
+}
+"""What the tracker calls them. MLflow's page sorts charts by name, and puts those with a / in their names before all
+others: so nothing but `system/` has one, and the losses come first."""
 ROUTER_METRICS = {
     "expert_maxvio": max,
     "expert_dead": max,
@@ -20,30 +32,22 @@ ROUTER_METRICS = {
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """The metrics of a record: every number, and lists under numbered names.
+    """The metrics of a record: its numbers, under the names of `NAMES`.
 
-    `expert_load/layer_00/expert_03`; of each of `ROUTER_METRICS` `expert_maxvio/layer_00` and so on for every MoE
-    layer, `expert_maxvio/mean` and `expert_maxvio/worst`, which compare runs of different depths. Of `rank_time`, which
-    may be of a thousand ranks, the largest and the median.
+    Of each of `ROUTER_METRICS` the mean and the worst over the MoE layers, which compare runs of different depths; of
+    `rank_time`, which may be of a thousand ranks, the largest and the median. The loads of single experts are left to
+    the pictures in `plots/`: hundreds of charts would hide the others.
     """
     found: dict[str, float] = {}
     for key, value in record.items():
+        name = NAMES.get(key, key)
         if isinstance(value, (int, float)) and key not in ("step", "time"):
-            found[key] = float(value)
+            found[name] = float(value)
         elif key in ROUTER_METRICS:
-            layers = {f"layer_{i:02d}": float(item) for i, item in enumerate(value) if item is not None}
-            if layers:
-                layers |= {"mean": fmean(layers.values()), "worst": ROUTER_METRICS[key](layers.values())}
-            found |= {f"{key}/{name}": item for name, item in layers.items()}
+            layers = [float(item) for item in value if item is not None]
+            found |= {f"{name}_mean": fmean(layers), f"{name}_worst": ROUTER_METRICS[key](layers)} if layers else {}
         elif key == "rank_time":
-            found |= {f"{key}/max": max(value), f"{key}/median": median(value)}
-        elif key == "expert_load":
-            few = sum(map(len, value)) <= EXPERT_METRICS
-            for i, layer in enumerate(value):
-                shares = {f"expert_{e:02d}": share for e, share in enumerate(layer) if share is not None}
-                if not few and shares:
-                    shares = {"max": max(shares.values()), "min": min(shares.values())}
-                found |= {f"expert_load/layer_{i:02d}/{name}": share for name, share in shares.items()}
+            found |= {f"{name}_max": max(value), f"{name}_median": median(value)}
     return found
 
 

@@ -31,17 +31,21 @@ from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, Metric,
 from mlflow.exceptions import MlflowException  # noqa: E402
 from mlflow.tracking import MlflowClient  # noqa: E402
 from mlflow.utils.file_utils import local_file_uri_to_path  # noqa: E402
-from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID  # noqa: E402
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NOTE  # noqa: E402
 from mlflow.utils.uri import is_local_uri  # noqa: E402
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
 
 from configs import ConfigError  # noqa: E402
 
 from ..own_files import no_link, require_own  # noqa: E402
+from .description import MARK  # noqa: E402
+from .flat import NAMES  # noqa: E402
 from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
 
 KEY_TAG = "muster.key"
 REASON_TAG, STATUS_TAG = "reason", "muster.status"
+KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""As MLflow 3.17's page writes and reads it."""
 
 
 def refuse_elsewhere(place: Path, run_id: str) -> None:
@@ -104,9 +108,12 @@ class MlflowTracker:
         self._client.set_tag(run_id, STATUS_TAG, "RUNNING")
         if REASON_TAG in self._client.get_run(run_id).data.tags:
             self._client.delete_tag(run_id, REASON_TAG)
-        # `attempt` and `eval_tokens` are never null, as a loss that is not finite is.
-        evaluation = max(self._last_step("eval_tokens"), self._last_step("eval_loss"))
-        return Sent(run_id, self._last_step("attempt"), evaluation)
+        # The attempt and the evaluated tokens are never null, as a loss that is not finite is. Runs that began under
+        # an older version have them by their names in the record.
+        step, evaluation = (
+            max(self._last_step(NAMES[key]), self._last_step(key)) for key in ("attempt", "eval_tokens")
+        )
+        return Sent(run_id, step, max(evaluation, self._last_step("eval_loss")))
 
     def _show_under(self, experiment: Experiment, parent: str | None) -> None:
         if parent and (found := self._find(experiment, parent)):
@@ -114,13 +121,19 @@ class MlflowTracker:
 
     def describe(self, params: Mapping[str, Any], tags: Mapping[str, str], inputs: Sequence[Input]) -> None:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
-        known = self._client.get_run(self._run_id).data.params
+        data = self._client.get_run(self._run_id).data
+        known, tagged = data.params, data.tags
+        if MARK not in tagged.get(MLFLOW_RUN_NOTE, MARK):  # a person has written another on MLflow's page
+            tags = {key: text for key, text in tags.items() if key != MLFLOW_RUN_NOTE}
+        for key in tags:
+            if not tags[key] and key in tagged:
+                self._client.delete_tag(self._run_id, key)
         texts = {key: text[:MAX_PARAM_VAL_LENGTH] for key, text in texts.items()}
         changed = {f"changed.{key}": text for key, text in texts.items() if known.get(key, text) != text}
         self._client.log_batch(
             self._run_id,
             params=[Param(key, text) for key, text in texts.items() if key not in known],
-            tags=[RunTag(key, text) for key, text in (changed | dict(tags)).items()],
+            tags=[RunTag(key, text) for key, text in (changed | dict(tags)).items() if text],
         )
         datasets = [
             DatasetInput(
@@ -159,8 +172,9 @@ class MlflowTracker:
         self._client.log_artifact(self._run_id, str(path), folder or None)
 
     def finish(self, status: str, time: float, reason: str | None) -> None:
-        tags = [RunTag(STATUS_TAG, status), *([RunTag(REASON_TAG, reason)] if reason else [])]
-        self._client.log_batch(self._run_id, tags=tags)
+        for key, text in ((STATUS_TAG, status), (REASON_TAG, reason)):
+            if text:
+                self._client.set_tag(self._run_id, key, text)
         # MLflow has no word of its own for a run that was stopped on purpose.
         self._client.set_terminated(self._run_id, "KILLED" if status == "STOPPED" else status, int(time * 1000))
 
@@ -175,6 +189,8 @@ class MlflowTracker:
             raise RuntimeError(
                 f"MLflow experiment {self._experiment_name!r} was deleted: restore it or set tracking.experiment"
             )
+        if KIND_TAG not in found.tags:  # else its page is for traces of chats until somebody says otherwise
+            self._client.set_experiment_tag(found.experiment_id, KIND_TAG, TRAINING)
         return found
 
     def _known(self, run_id: str | None) -> str | None:

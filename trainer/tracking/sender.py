@@ -16,13 +16,16 @@ from typing import Any
 from configs import Config, counted, flatten, mask
 
 from ..goodput import goodput, productive, total
+from ..notes import read_notes
 from ..own_files import open_file, read_lines
-from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of
+from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of, summary
 from .artifacts import FINAL, LIVE, Artifacts
+from .description import PICTURE, description
 from .flat import notable_tags, scalars, tags
 from .start import read_state, write_state
 from .tracker import Input, Point, RunInfo, Tracker
 
+MLFLOW_NOTE = "mlflow.note.content"
 GONE = "the training process ended without a word (killed, or out of memory)"
 
 
@@ -73,15 +76,33 @@ class Sender:
     def send_all(self, ended: dict[str, Any] | None) -> None:
         """Send what is there; after the end, `ended`, that too."""
         self._connect()
-        if (noted := notable_tags(self.events)) != self._noted:
-            self.tracker.describe({}, noted, [])
-            self._noted = noted
         self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
+        self._describe()
         self._artifacts.send(self.names(ended is not None))
         if ended:
-            self.tracker.describe({}, self.totals(), [])
-            self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
+            self._end(ended)
         self._save()
+
+    def _describe(self) -> None:
+        """What a person should know of it, and what a person says of it, as tags, as far as it is new."""
+        notes = read_notes(self.run_dir)
+        old = self._state.get("tags", [])
+        tags = notable_tags(self.events) | dict.fromkeys(old, "") | dict(notes.tags) | self.tags(notes.note)
+        if tags != self._noted:
+            self.tracker.describe({}, tags, [])
+            self._noted = tags
+            self._state["tags"] = list(notes.tags)
+
+    def tags(self, note: str) -> dict[str, str]:
+        """How far it is, and its description."""
+        drawn = (self.run_dir / PICTURE).exists()
+        text = description(self.config, self.events, note, self._state["run_id"], drawn)
+        return {"step": f"{max(self._sent[False], 0)}/{self.config.train.steps}", MLFLOW_NOTE: text}
+
+    def _end(self, ended: dict[str, Any]) -> None:
+        if numbers := self.totals():
+            self.tracker.log([Point(max(self._sent[False], 0), ended["time"], numbers)])
+        self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
 
     def names(self, ended: bool) -> tuple[str, ...]:
         """Files and folders that are sent."""
@@ -90,13 +111,11 @@ class Sender:
     def params(self) -> dict[str, Any]:
         return flatten(self.config)
 
-    def totals(self) -> dict[str, str]:
-        """Tags at the end."""
-        attempts = goodput(self.run_dir)
-        seconds = total(attempts)
-        books = {f"seconds.{name}": f"{value:.1f}" for name, value in seconds.items()}
-        each = {f"goodput.attempt-{one.number:02d}": f"{productive(one.seconds):.4f}" for one in attempts}
-        return {"goodput": f"{productive(seconds):.4f}", **each, **books}
+    def totals(self) -> dict[str, float]:
+        """Metrics at the end: the share of the time that went into steps that count, and where it all went."""
+        seconds = total(goodput(self.run_dir))
+        books = {f"run_seconds_{name}": round(value, 3) for name, value in seconds.items()}
+        return {"run_goodput": round(productive(seconds), 6), **books}
 
     def plot(self) -> None:
         """Make the final pictures."""
@@ -118,7 +137,8 @@ class Sender:
         key, above = key_of(self.run_dir), self.config.tracking.parent
         assert key
         started = [event for event in self.events if event["event"] == "attempt_started"]
-        begin = (started or self.events)[0]["time"]
+        first = self.events[0]
+        begin = min(first.get("began", first["time"]), first["time"])  # of the launch
         sent = self.tracker.open(
             RunInfo(
                 self.run_dir.resolve().name, key, known.get("run_id"), begin, key_of(Path(above)) if above else None
@@ -130,6 +150,7 @@ class Sender:
         self._sent, self._noted = {False: sent.step, True: sent.evaluation}, {}
         self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
         same = known.get("run_id") == sent.run_id
+        self._state["tags"] = known.get("tags", []) if same else []
         self._artifacts.held = known.get("files", {}) if same else {}
         self.index = MetricsIndex(self.run_dir, known.get("offset", 0) if same else 0)
         self._save()
@@ -177,7 +198,10 @@ class Sender:
         for event in reversed(self.events):
             if event["event"] == "attempt_ended" and event["attempt"] == attempt:
                 return event
-        return {"status": "FAILED", "time": time.time(), "reason": reason or GONE} if gone else None
+        if not gone:
+            return None
+        seen = summary(self.run_dir)["updated"]  # the last sign of life: it may be sent days later
+        return {"status": "FAILED", "time": seen or time.time(), "reason": reason or GONE}
 
     def read_events(self) -> None:
         try:

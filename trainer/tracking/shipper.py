@@ -16,6 +16,7 @@ from ..own_files import no_link, require_own
 from ..record import MetricsIndex, Record
 from .sender import Sender, open_tracker, words
 from .start import GRACE, later, tracking_uri
+from .system import SystemMetrics
 from .tracker import Tracker
 
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 30.0
@@ -86,6 +87,7 @@ class Shipper(Sender):
         super().__init__(run_dir, config, uri, tracker, once)
         self.attempt, self.parent, self.grace = attempt, parent, grace
         self._told: set[str] = set()
+        self._system: SystemMetrics | None = None
         self._gone_at: float | None = None
 
     def run(self) -> str | None:
@@ -129,6 +131,15 @@ class Shipper(Sender):
         record = Record(self.run_dir, self.attempt or 1)
         record.event(event, reason=reason)
         record.close()
+
+    def send_all(self, ended: dict[str, Any] | None) -> None:
+        if not self.once:
+            self._connect()
+            if self._system is None:
+                self._system = SystemMetrics(self.events[0]["time"])
+            self._system.sample(time.time(), last=ended is not None)
+            self._system.send(self.tracker.log)
+        super().send_all(ended)
 
     def _ended(self) -> dict[str, Any] | None:
         gone = self.parent is not None and os.getppid() != self.parent  # before the last events are read

@@ -222,6 +222,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "offset": _count,
     "missing": _count,
     "files": _times,
+    "tags": lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
 }
 
 

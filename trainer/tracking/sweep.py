@@ -95,7 +95,10 @@ class SweepShipper(Shipper):
     def params(self) -> dict[str, Any]:
         return flatten(load_sweep(self.run_dir / SWEEP))
 
-    def totals(self) -> dict[str, str]:
+    def totals(self) -> dict[str, float]:
+        return {}
+
+    def tags(self, note: str) -> dict[str, str]:
         ends = [event for event in self.events if event["event"] == "attempt_ended"]
         return {key: str(value) for key, value in ends[-1].get("totals", {}).items()} if ends else {}
 

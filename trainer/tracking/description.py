@@ -1,0 +1,48 @@
+"""The description of a run in its tracker: what a person noted, the command, its size, a picture of its loss."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+from urllib.parse import quote
+
+from configs import Config, counted, mask
+from models.cost import parameters
+
+MARK = "Written by muster; a text of yours in its place stays."
+"""Ends a description that may be replaced by a newer one."""
+PICTURE = "plots/loss.png"
+
+
+def description(
+    config: Config, events: Sequence[Mapping[str, Any]], note: str = "", run_id: str = "", picture: bool = False
+) -> str:
+    """Markdown.
+
+    Args:
+        config: resolved.
+        note: what a person says of the run.
+        picture: the run `run_id` of the tracker has one.
+    """
+    commands = [event["command"] for event in events if event["event"] == "resolved" and "command" in event]
+    lines = [note] if note else []
+    lines += [f"`{mask(str(commands[-1])).replace('`', '')}`"] if commands else []
+    lines.append(size(config))
+    if picture:
+        # As MLflow's pages name the artifacts of a run.
+        lines.append(f"![loss](get-artifact?path={quote(PICTURE, safe='')}&run_uuid={run_id})")
+    return "\n\n".join([*lines, f"<sub>{MARK}</sub>"])
+
+
+def size(config: Config) -> str:
+    """One sentence: parameters, tokens, processes."""
+    train, parts = config.train, []
+    if config.model.vocab_size:
+        many = parameters(config.model)
+        active = "" if many.active == many.total else f" ({many.active:,} active per token)"
+        parts.append(f"{counted(many.total, 'parameter')}{active}")
+    tokens = train.steps * train.global_batch * train.seq_len
+    parts.append(
+        f"{counted(train.steps, 'step')} of {counted(train.global_batch, 'sequence')} of "
+        f"{counted(train.seq_len, 'token')}: {counted(tokens, 'token')}"
+    )
+    parts.append(f"{counted(config.parallel.world_size, 'process')}, {train.precision}")
+    return "; ".join(parts)
