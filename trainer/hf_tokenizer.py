@@ -13,8 +13,15 @@ from .data.tokenizer_files import SETTINGS, SPECIAL, TOKENIZER_BYTES, beside, co
 
 _SPECIAL_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
-_KEPT = ("chat_template", "clean_up_tokenization_spaces", "padding_side", "truncation_side")
-"""Other settings are those of a class of tokenizers, which would build another one than tokenizer.json describes."""
+_SIDES = ("left", "right")
+_KEPT: dict[str, Callable[[Any], bool]] = {
+    "chat_template": lambda value: isinstance(value, str) or _are_named(value),
+    "clean_up_tokenization_spaces": lambda value: isinstance(value, bool),
+    "padding_side": lambda value: value in _SIDES,
+    "truncation_side": lambda value: value in _SIDES,
+}
+"""Settings that stay, if transformers takes them. Others are those of a class of tokenizers, which would build another
+one than tokenizer.json describes."""
 
 
 def hf_tokenizer(
@@ -59,7 +66,7 @@ def hf_tokenizer(
         "eos_token": info.eos_token,
         **special,
         **{name: value for name, value in more.items() if value},
-        **{name: given[name] for name in _KEPT if name in given},
+        **{name: given[name] for name, fits in _KEPT.items() if name in given and fits(given[name])},
     }
     if isinstance(tree.get("pre_tokenizer"), dict) and "add_prefix_space" in tree["pre_tokenizer"]:
         written["add_prefix_space"] = tree["pre_tokenizer"]["add_prefix_space"]  # else transformers 4 sets it to false
@@ -95,6 +102,14 @@ def _adds_nothing(processor: Any) -> Any:
         return {**processor, "processors": kept} if kept else None
     adds = processor.get("type") != "ByteLevel" and processor.get("special_tokens") != {}
     return None if adds else processor
+
+
+def _are_named(templates: Any) -> bool:
+    """Whether they are chat templates as transformers 4 wrote several: a list of {"name", "template"}."""
+    if not isinstance(templates, list):
+        return False
+    pairs = [(each.get("name"), each.get("template")) if isinstance(each, dict) else (None,) for each in templates]
+    return all(isinstance(part, str) for pair in pairs for part in pair)
 
 
 def _among(tokens: Any, known: Callable[[Any], bool]) -> Any:

@@ -50,8 +50,10 @@ def tokenizer_of(run_dir: Path, data: DataConfig) -> tuple[Path, TokenizerInfo]:
     try:
         return Path(sources_of(data)[0].path), read_manifests(data)[0].tokenizer
     except ConfigError as error:
+        why = str(error).splitlines()[0]
         raise ConfigError(
-            f"{run_dir} keeps no tokenizer, as runs of older versions, and its data cannot be read: {error}"
+            f"{run_dir} keeps no tokenizer, as runs of older versions, and its data cannot be read: {why}\n"
+            "Put them back where they were; once it is started again it keeps its tokenizer"
         ) from None
 
 

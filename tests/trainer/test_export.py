@@ -2,10 +2,15 @@
 
 import json
 import shutil
+import tempfile
+from pathlib import Path
 
 import odd_tokenizers as odd
 import pytest
 import transformers
+from hypothesis import given
+from hypothesis import settings as settings_
+from hypothesis import strategies as st
 from support import tiny, train_in_process
 
 from configs import ConfigError
@@ -15,6 +20,7 @@ from trainer.data.manifest import read_manifest
 from trainer.data.prepare import prepare
 from trainer.data.tokenizer import TokenizerProcess
 from trainer.data.tokenizer_files import FOLDER
+from trainer.data.tokenizer_process import encode, load
 from trainer.export import export
 from trainer.hf_tokenizer import hf_tokenizer
 from trainer.kept_tokenizer import tokenizer_of
@@ -183,3 +189,36 @@ def test_an_exported_tokenizer_encodes_as_the_data_were(tmp_path, kind):
         assert [tokenizer(text).input_ids for text in ASKED] == expected, model_type
         assert tokenizer.eos_token_id == info.eos_id
         assert tokenizer.bos_token is None
+
+
+NAMES = [
+    "eos_token", "bos_token", "pad_token", "mask_token", "additional_special_tokens", "extra_special_tokens",
+    "chat_template", "padding_side", "truncation_side", "clean_up_tokenization_spaces", "tokenizer_class", "auto_map",
+    "add_bos_token", "added_tokens_decoder", "model_max_length", "add_prefix_space", "vocab_file", "backend",
+]  # fmt: skip
+TOKEN = st.sampled_from(["</s>", "<s>", "<unk>", "<new>", {"content": "<s>", "lstrip": True}, {"content": 3}])
+ODD = st.one_of(st.sampled_from([None, [], {}, 0, -1, True, "", "right", "{{ x }}", "LlamaTokenizer"]), TOKEN)
+VALUES = st.one_of(ODD, st.lists(TOKEN, max_size=2), st.dictionaries(st.sampled_from(["image_token", "7"]), TOKEN))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return data(tmp_path_factory.mktemp("plain"), "llama")
+
+
+@settings_(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(given_=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5))
+def test_whatever_the_settings_say_it_encodes_as_the_data_were(plain, given_):
+    info, expected = read_manifest(plain).tokenizer, load(plain / "tokenizer.json")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(plain / "tokenizer.json", folder)
+        (folder / "tokenizer_config.json").write_text(json.dumps(given_))
+        files, ids = hf_tokenizer(folder, info, expected.token_to_id, 64)
+        for file, content in files.items():
+            (folder / file).write_bytes(content)
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama", **ids}))
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (tokenizer.eos_token_id, tokenizer.bos_token) == (info.eos_id, None)
+    assert (tokenizer.pad_token_id, len(tokenizer)) == (ids["pad_token_id"], info.vocab_size)
+    assert [tokenizer(text).input_ids for text in ASKED] == [encode(expected, text) for text in ASKED]

@@ -110,8 +110,7 @@ class Encoder:
     def __init__(self, spec: EncodeSpec):
         self.spec = spec
         self.tokenizer = load(spec.tokenizer)
-        with library_errors():
-            self._puts_blanks = spec.foreign and puts_blanks(self.tokenizer)
+        self._puts_blanks = spec.foreign and puts_blanks(self.tokenizer)
 
     def __call__(
         self, records: list[Record | Refusal], began: Callable[[int], None] = lambda index: None

@@ -74,6 +74,12 @@ class TokenizerInfo(_Record):
     eos_id: Count
     eos_token: str
 
+    @model_validator(mode="after")
+    def _has_its_end(self) -> Self:
+        if self.eos_id >= self.vocab_size:
+            raise ValueError(f"eos_id {self.eos_id} is outside the vocabulary of {self.vocab_size}")
+        return self
+
     def is_as(self, other: "TokenizerInfo") -> bool:
         """Whether what is prepared with either can stand beside the other's."""
         return (self.sha256, self.eos_id) == (other.sha256, other.eos_id)
@@ -101,8 +107,6 @@ class Manifest(_Record):
     def _is_of_one_piece(self) -> Self:
         """What is said twice is said alike, so that what reads the data can go by either."""
         size, group = self.tokenizer.vocab_size, self.prepare.row_group_tokens
-        if self.tokenizer.eos_id >= size:
-            raise ValueError(f"eos_id {self.tokenizer.eos_id} is outside the vocabulary of {size}")
         if size > 1 << 16 and self.dtype == "uint16":
             raise ValueError(f"a vocabulary of {size} does not fit {self.dtype}")
         if len({shard.file for shard in self.shards}) < len(self.shards):
