@@ -226,7 +226,9 @@ def _ray_folders() -> Iterator[Finding]:
         found = f"other users can write into {', '.join(map(str, exposed))}, and so run code as Ray's"
         yield Finding("ray's folders", "note", found, "start Ray with `muster cluster up` and `muster cluster join`")
     else:
-        yield Finding("ray's folders", "ok", f"{len(folders)} sessions here, none that other users can write into")
+        yield Finding(
+            "ray's folders", "ok", f"{counted(len(folders), 'session')} here, none that other users can write into"
+        )
 
 
 def _tracking(root: Path) -> Iterator[Finding]:

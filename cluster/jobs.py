@@ -51,22 +51,33 @@ def jobs(
     """List the jobs of a cluster, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8265"""
     cluster = Cluster(api_url(address))
     console = Console()
-    before: list[list[str]] = []
+    before: list[list[str]] | None = None
     while True:
-        found = cluster.jobs()
-        seen = outlook(found, cluster.nodes, lambda id: _output(cluster, id))
-        rows = [_row(id, job, seen[id]) for id, job in found.items()]
-        if as_json:
-            print(json.dumps([job | {"outlook": seen[id]._asdict()} for id, job in found.items()], indent=1))
-        elif watch and console.is_terminal:
-            console.clear()
-            console.print(f"{mask(cluster.url)}  {time.strftime('%H:%M:%S')}  (Ctrl-C ends this list, no job)")
-        if not as_json and (rows != before or console.is_terminal or not watch):
-            _print_jobs(console, rows, cluster.url)
+        try:
+            rows = _look(cluster, as_json)
+        except (OSError, RuntimeError) as error:
+            if not watch:
+                raise
+            console.print(f"{mask(cluster.url)} does not answer: {cut(mask(str(error)), SHOWN)}", soft_wrap=True)
+        else:
+            if watch and console.is_terminal and not as_json:
+                console.clear()
+                console.print(f"{mask(cluster.url)}  {time.strftime('%H:%M:%S')}  (Ctrl-C ends this list, no job)")
+            if not as_json and (rows != before or console.is_terminal):
+                _print_jobs(console, rows, cluster.url)
+            before = rows
         if not watch:
             return
-        before = rows
         time.sleep(WATCH_EVERY)
+
+
+def _look(cluster: Cluster, as_json: bool) -> list[list[str]]:
+    """The rows of the list; as JSON they are printed."""
+    found = cluster.jobs()
+    seen = outlook(found, cluster.nodes, lambda id: _output(cluster, id))
+    if as_json:
+        print(json.dumps([job | {"outlook": seen[id]._asdict()} for id, job in found.items()], indent=1), flush=True)
+    return [_row(id, job, seen[id]) for id, job in found.items()]
 
 
 def _print_jobs(console: Console, rows: list[list[str]], url: str) -> None:

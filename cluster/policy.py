@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
-from configs import Config, ConfigError, resolve
+from configs import Config, ConfigError, counted, resolve
 from models.memory import memory
 
 from .failures import Failure
@@ -87,7 +87,7 @@ def decide(past: Sequence[Past], limit: int) -> Decision:
         hung += failure.kind == "hang"
     since = f"since the checkpoint of step {now.saved}" if now.saved else "before the first checkpoint"
     hangs = f" ({hung} of them hung)" if hung else ""
-    count = f"{stuck} infrastructure failure{'s' if stuck > 1 else ''}{hangs} {since}, cluster.max_failures is {limit}"
+    count = f"{counted(stuck, 'infrastructure failure')}{hangs} {since}, cluster.max_failures is {limit}"
     return Decision("stop" if stuck > limit else "retry", count)
 
 

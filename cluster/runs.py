@@ -136,13 +136,13 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
         print(f"tracking: {cut(behind, SHOWN)}; {later}")
     if not attempts:
         return
+    meant, spent = max(unpaused(whole), 1e-9), [name for name in BOOKS if whole[name]]
     table = Table("attempt", box=None, pad_edge=False)
-    for name in BOOKS:
+    for name in spent:
         table.add_column(name.replace("_", " "), justify="right")
     for attempt in attempts:
-        table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in BOOKS))
-    meant = max(unpaused(whole), 1e-9)
-    table.add_row("share", *("" if name == "paused" else f"{whole[name] / meant:.1%}" for name in BOOKS))
+        table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in spent))
+    table.add_row("share", *("" if name == "paused" else f"{whole[name] / meant:.1%}" for name in spent))
     console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
     print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(meant)}")

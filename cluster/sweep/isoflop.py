@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from configs import counted
+
 from .forms import Array, Columns, Monomials
 from .newton import Objective
 from .refusal import Refusal
@@ -93,7 +95,7 @@ def valley(c: Array, n: Array, d: Array, loss: Array, window: float = WINDOWS[-1
     budget = float(np.exp(np.mean(np.log(c))))
     where = f"budget {budget:.3g}"
     if len(np.unique(n)) < 3:
-        raise Refusal("few_sizes", f"{where}: {len(np.unique(n))} sizes, a parabola needs 3")
+        raise Refusal("few_sizes", f"{where}: {counted(len(np.unique(n)), 'size')}, a parabola needs 3")
     centre = np.log(n[np.argmin(loss)])
     near = np.abs(np.log(n) - centre) <= np.log(window) + 1e-9
     if len(np.unique(n[near])) < 3:

@@ -148,7 +148,25 @@ def test_logs_of_a_run_by_name_and_by_its_id(muster, tmp_path, monkeypatch):
     assert "did you mean one?" in err
 
 
-def test_a_stand_in_is_not_asked_for_what_it_has_not():
-    """Machines are looked at only where a job waits."""
-    cluster = SimpleNamespace()
-    assert outlook({"job-a": JOB}, lambda: cluster.nodes(), lambda id: cluster.output(id))["job-a"].why == ""
+def test_watch_shows_what_is_new_and_outlives_a_silent_cluster(capsys, monkeypatch):
+    looks = [{"job-a": JOB}, {"job-a": JOB}, OSError("refused"), {"job-a": JOB | {"state": "FAILED", "reason": "why"}}]
+
+    def look():
+        if not looks:
+            raise KeyboardInterrupt
+        found = looks.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(jobs, "api_url", lambda address: address)
+    monkeypatch.setattr(jobs, "Cluster", lambda address: SimpleNamespace(url="http://head", jobs=look, nodes=list))
+    monkeypatch.setattr(jobs, "WATCH_EVERY", 0.0)
+    monkeypatch.setattr(jobs, "ago", lambda then: "1 h ago")
+    with pytest.raises(KeyboardInterrupt):
+        jobs.jobs("http://head", watch=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["job", "state"], ["job-a", "FINISHED"], ["http://head", "does"], ["job", "state"], ["job-a", "FAILED"],
+    ]  # fmt: skip
+    assert lines[-1].endswith("  a  why")
