@@ -6,6 +6,7 @@ Commands import what they need in their bodies: torch, Ray and MLflow take secon
 import errno
 import json
 import os
+import signal
 import sys
 from importlib.metadata import version
 from typing import Annotated
@@ -19,6 +20,7 @@ from trainer.terminal import guard
 
 from . import checkpoints, data, doctor, jobs, keep, nodes, plan, runs, submit, trained
 from .runs import Json
+from .session import signals, stop_early
 from .sweep import commands as sweep
 
 app = typer.Typer(
@@ -56,9 +58,10 @@ def train(
 ) -> None:
     """Train a run, or go on with it. Example: muster train quickstart train.steps=600"""
     asked = load(config, overrides or ())
-    from .launch import launch
+    with signals(stop_early):
+        from .launch import launch
 
-    raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))
+        raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))
 
 
 @app.command("config")
@@ -125,6 +128,8 @@ def main() -> None:
     guard()
     _hide_passwords()
     try:
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was while all this was imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         app()
     except ConfigError as error:
         print(f"muster: {mask(str(error))}", file=sys.stderr)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from configs import Config, ConfigError, counted, mask
+from trainer.checkpoint import committed
 from trainer.forecast import refuse_too_large
 from trainer.output import LOGS
 from trainer.progress import Follower, ProgressView
@@ -30,12 +31,12 @@ from trainer.tracking import send_apart, unsent
 
 from .failures import Final
 from .machine import memory_bytes, this_node
-from .session import RayThread, Session, clear_away, end_children
+from .session import STOPPED, RayThread, Session, clear_away, end_children
 from .share import Node, Share, group_of, share, share_of_most
 from .token import Address, in_config, in_environment
 
-FINISHED, FAILURE, MISTAKE, STOPPED = 0, 1, 2, 75
-"""Exit codes; 75 (EX_TEMPFAIL): stopped, and the same command goes on."""
+FINISHED, FAILURE, MISTAKE = 0, 1, 2
+"""Exit codes, beside STOPPED."""
 TRACKER = tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 """Variables that say where the record goes, and let it in there."""
 
@@ -126,9 +127,14 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
     close_record(job.run_dir, "STOPPED", "stopped at once by a signal")
     if _is_tracked(job.config) and attempts(job.run_dir) > attempts_before:
         send_apart(job.run_dir)  # what would have sent it was killed
-    print("muster: stopped at once; the same command goes on from the last checkpoint", file=sys.stderr)
+    print(f"muster: stopped at once; {_goes_on(job.run_dir)}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
+
+
+def _goes_on(run_dir: Path) -> str:
+    steps = committed(run_dir)
+    return f"the same command goes on from step {steps[-1]}" if steps else "the same command starts again"
 
 
 def _report(job: _Job, out: Console, attempts_before: int) -> int:
@@ -141,7 +147,7 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         else:
             ends = [event for event in read_events(job.run_dir) if event["event"] == "attempt_ended"]
             step = ends[-1].get("step", last["step"]) if ends else last["step"]  # metrics may be recorded less often
-            out.print(f"stopped after step {step}: the same command goes on")
+            out.print(f"stopped after step {step}: {_goes_on(job.run_dir)}")
         _say_unsent(job)
         return FINISHED if job.status == "FINISHED" else STOPPED
     code, message = _explain(job)

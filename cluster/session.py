@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,10 @@ from .ray_folder import closed, open_to_others, ray_parent
 from .share import Node
 from .token import Address, refuse_open, remember, use_token
 
+STOPPED = 75
+"""Exit code (EX_TEMPFAIL): stopped, and the same command goes on."""
+SAME_SIGNAL = 0.5
+"""Seconds in which a further signal is the same wish: `timeout` and others send one to a process and to its group."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing large goes through Ray's object store; its default is a third of the memory."""
 
@@ -65,16 +70,19 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
         os.chdir(folder)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
+            from .one_machine import lean
+
             stack.callback(end_children, _children())
-            ray.init(
-                address="local",
-                num_cpus=int(node.cpus),
-                num_gpus=int(node.gpus),
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE_BYTES,
-                _temp_dir=str(folder / "ray"),
-                **quiet,
-            )
+            with lean():
+                ray.init(
+                    address="local",
+                    num_cpus=int(node.cpus),
+                    num_gpus=int(node.gpus),
+                    include_dashboard=False,
+                    object_store_memory=OBJECT_STORE_BYTES,
+                    _temp_dir=str(folder / "ray"),
+                    **quiet,
+                )
         else:
             try:
                 check_reachable(address.where)
@@ -161,6 +169,13 @@ def clear_away(folder: Path) -> None:
         sweep(place)
 
 
+def stop_early() -> None:
+    """End a command that nothing is lost of: what it has started too, and without a traceback."""
+    end_children()
+    print("muster: stopped; the same command takes it up again", file=sys.stderr, flush=True)
+    os._exit(STOPPED)
+
+
 def _children() -> set[psutil.Process]:
     return set(psutil.Process().children(recursive=True))
 
@@ -225,8 +240,16 @@ class RayThread(threading.Thread):
 @contextlib.contextmanager
 def signals(handle: Callable[[], None]) -> Iterator[None]:
     """Call `handle` at SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
+    last = float("-inf")
+
+    def once(*_: object) -> None:
+        nonlocal last
+        before, last = last, time.monotonic()
+        if last - before > SAME_SIGNAL:
+            handle()
+
     numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: handle()) for number in numbers}
+    before = {number: signal.signal(number, once) for number in numbers}
     try:
         yield
     finally:

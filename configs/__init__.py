@@ -1,5 +1,6 @@
 """What a run is: validated configuration without torch, ray or deepspeed."""
 
+from . import interrupt as interrupt  # before anything that takes time
 from . import search_path as search_path  # first, before any library is imported
 from .base import ConfigError, Section
 from .credentials import MASK, mask, mask_all

@@ -234,9 +234,11 @@ def _surroundings() -> dict:
 
 
 def _catch_signals() -> threading.Event:
-    """SIGTERM and Ctrl-C ask for a checkpoint and a clean end; only the main thread of a process may hear them."""
+    """SIGTERM, SIGHUP and Ctrl-C ask for a checkpoint and a clean end, but for one that is ignored (nohup); only the
+    main thread of a process may hear them."""
     asked = threading.Event()
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: asked.set())
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda *_: asked.set())
     return asked

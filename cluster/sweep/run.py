@@ -18,9 +18,9 @@ from trainer.terminal import Console
 from trainer.tracking import ShipperHandle, hand_down_password, send_apart, start_shipper
 from trainer.tracking.sweep import TRIALS, sweep_config
 
-from ..launch import FAILURE, FINISHED, MISTAKE, STOPPED, close_record
+from ..launch import FAILURE, FINISHED, MISTAKE, close_record
 from ..machine import this_node
-from ..session import RayThread, Session, clear_away, end_children
+from ..session import STOPPED, RayThread, Session, clear_away, end_children
 from ..share import Node
 from ..token import Address, in_config, in_environment
 from .order import Order
@@ -185,12 +185,14 @@ def _on_signal(session: _Session) -> None:
     if session.address is None:
         end_children()
     clear_away(session.folder)
-    for run_dir in session.order.training() if session.order else ():
+    runs = list(session.order.training()) if session.order else []
+    for run_dir in runs:
         close_record(run_dir, "STOPPED", "stopped at once by a signal")
     session.record.event("attempt_ended", status="STOPPED", reason="stopped at once by a signal", step=0)
     if session.setting.tracking.enabled:
         send_apart(session.setting.sweep_dir, sweep=True)  # what would have sent it was killed
-    print("muster: stopped at once; the same command goes on from the last checkpoints", file=sys.stderr)
+    goes_on = "goes on from the last checkpoints" if any(map(attempts, runs)) else "starts again"
+    print(f"muster: stopped at once; the same command {goes_on}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
 

@@ -8,6 +8,7 @@ import typer
 from configs.sweep import load_sweep
 
 from ..runs import Json
+from ..session import signals, stop_early
 
 File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
 Overrides = Annotated[
@@ -19,9 +20,10 @@ Gpus = Annotated[int | None, typer.Option(metavar="N", help="Devices that the tr
 def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> None:
     """Train a sweep's trials, or go on with them. Example: muster sweep run sweep.yaml --gpus 8"""
     sweep = load_sweep(file, overrides or ())
-    from .run import run_sweep
+    with signals(stop_early):
+        from .run import run_sweep
 
-    raise typer.Exit(run_sweep(sweep, gpus, overrides or ()))
+        raise typer.Exit(run_sweep(sweep, gpus, overrides or ()))
 
 
 def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = False) -> None:

@@ -44,6 +44,7 @@ class Command:
 @dataclass
 class Story:
     run_dir: Path
+    too_early: Command
     stopped: Command
     events_when_stopped: list[dict]
     continued: Command
@@ -62,8 +63,9 @@ class Launch:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "TORCHINDUCTOR_"))}
         environment["TMPDIR"] = temporary
         self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            command, cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
 
     def wait_for_steps(self, count: int) -> None:
         """Return when so many more steps are recorded."""
@@ -71,6 +73,12 @@ class Launch:
             assert self.process.poll() is None, self.process.communicate()
             self.watch()
             time.sleep(0.1)
+
+    def signal_group(self) -> None:
+        """As `timeout` and schedulers do it: to the command and to all processes of its group, itself included."""
+        self.watch()
+        self.process.send_signal(signal.SIGTERM)
+        os.killpg(self.process.pid, signal.SIGTERM)
 
     def watch(self) -> None:
         self.seen |= set(psutil.Process(self.process.pid).children(recursive=True))
@@ -96,9 +104,16 @@ def story(tiny_data, tmp_path_factory) -> Story:
 
 
 def tell(folder: Path, run_dir: Path, temporary: str) -> Story:
+    early = Launch(folder, run_dir, temporary)
+    while not list(Path(temporary).glob("muster-*/ray/session_*/logs/gcs_server.out")):
+        time.sleep(0.05)
+        assert early.process.poll() is None, early.process.communicate()
+    early.signal_group()
+    too_early = early.end()
+
     first = Launch(folder, run_dir, temporary)
     first.wait_for_steps(5)
-    first.process.send_signal(signal.SIGTERM)
+    first.signal_group()
     stopped = first.end()
     events = read_events(run_dir)
 
@@ -109,16 +124,24 @@ def tell(folder: Path, run_dir: Path, temporary: str) -> Story:
     continued = second.end()
 
     repeated = Launch(folder, run_dir, temporary).end()
-    return Story(run_dir, stopped, events, continued, repeated, os.listdir(temporary))
+    return Story(run_dir, too_early, stopped, events, continued, repeated, os.listdir(temporary))
+
+
+def test_a_signal_while_ray_starts_ends_it_at_once(story):
+    assert story.too_early.code == 75, story.too_early
+    assert story.too_early.err == "muster: stopped at once; the same command begins it again\n"
+    assert not story.too_early.left_over
+    assert [event["attempt"] for event in story.events_when_stopped if event["event"] == "attempt_ended"] == [1]
 
 
 def test_a_signal_stops_it_with_a_checkpoint_and_exit_code_75(story):
+    """Its processes of Ray get none, and live until the checkpoint is written."""
     assert story.stopped.code == 75, story.stopped
     [end] = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
     assert end["status"] == "STOPPED"
     saved = [event["step"] for event in story.events_when_stopped if event["event"] == "checkpoint"]
     assert saved[-1] == end["step"] < STEPS
-    assert "the same command goes on" in story.stopped.out
+    assert f"the same command goes on from step {saved[-1]}" in story.stopped.out
     assert "Traceback" not in story.stopped.err
 
 

@@ -126,10 +126,11 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path, tiny_data, clean, functi
     assert checkpoint.committed(run_dir) == [6, 8]
 
 
-def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, clean):
-    """The signal travels with step 6, which is read when step 7 is under way."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, clean, number):
+    """It travels with step 6, which is read when step 7 is under way."""
     run_dir = make(tmp_path, tiny_data, checkpoint={"every": 4})
-    assert train_in_process(run_dir, kill_at_step, 6, signal.SIGTERM) == 75
+    assert train_in_process(run_dir, kill_at_step, 6, number) == 75
     assert checkpoint.committed(run_dir)[-1] == 7
     # The checkpoint of step 4, written in the background, may be done only after the signal.
     events = [e for e in read_events(run_dir) if e["event"] != "checkpoint" or e["step"] != 4]
@@ -138,6 +139,17 @@ def test_sigterm_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, cl
     assert events[-1]["status"] == "STOPPED"
     assert train_in_process(run_dir) == 0
     assert_same(run_dir, clean)
+
+
+def hang_up_ignored(step):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
+    kill_at_step(step, signal.SIGHUP)
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path, tiny_data):
+    run_dir = make(tmp_path, tiny_data)
+    assert train_in_process(run_dir, hang_up_ignored, 2) == 0
+    assert read_events(run_dir)[-1]["status"] == "FINISHED"
 
 
 def test_stop_file_stops_the_run_too(tmp_path, tiny_data):

@@ -1,0 +1,12 @@
+"""Ctrl-C while a command is being imported ends it as it ends any other program, without Python's traceback.
+
+Imported first, for that; in a command of ours only, as a library leaves signals alone.
+"""
+
+import os
+import signal
+import sys
+
+_command = sys.argv[:1] == ["-m"] or os.path.basename(sys.argv[0]) == "muster"
+if _command and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
