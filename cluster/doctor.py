@@ -22,6 +22,7 @@ from rich.text import Text
 
 from configs import counted, mask
 from trainer.terminal import Console
+from trainer.tracking.start import SQLITE, sqlite_path, sqlite_uri
 
 from . import machine
 from .ray_folder import open_to_others
@@ -232,7 +233,7 @@ def _ray_folders() -> Iterator[Finding]:
 
 
 def _tracking(root: Path) -> Iterator[Finding]:
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{root.resolve() / 'mlflow.db'}"
+    uri = os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(root.resolve() / "mlflow.db")
     if uri.startswith(("http://", "https://")):
         try:
             with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=3):
@@ -240,12 +241,12 @@ def _tracking(root: Path) -> Iterator[Finding]:
         except (urllib.error.URLError, OSError) as error:
             mend = "training goes on without it and `muster sync RUN` sends the record later"
             yield Finding("mlflow", "note", f"{uri} does not answer ({error})", mend)
-    elif uri.startswith("sqlite:///"):
-        path = Path(uri.removeprefix("sqlite:///"))
+    elif uri.startswith(SQLITE):
+        path = sqlite_path(uri)
         if not path.exists():
             yield Finding("mlflow", "ok", f"{path} is made by the first run")
             return
-        with contextlib.closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True)) as store:
+        with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as store:
             count = store.execute("select count(*) from runs").fetchone()[0]
         yield Finding("mlflow", "ok", f"{path}, {counted(count, 'run')}")
     else:

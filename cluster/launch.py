@@ -14,6 +14,7 @@ from configs import Config, ConfigError, counted, mask
 from trainer.checkpoint import committed
 from trainer.forecast import refuse_too_large
 from trainer.output import LOGS
+from trainer.precision import check_device
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
 from trainer.run import (
@@ -61,6 +62,7 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
         asked, _ = resolve_config(config, prepare=False)
         share_of_most(asked, lambda config: share(config, [node]))  # before a minute's work for the default data
         if not node.gpus:
+            check_device(asked, torch.device("cpu"))
             refuse_too_large(asked, torch.device("cpu"), memory_bytes())
     run_dir = prepare_run(config, fork=fork)
     notes = followed(run_dir, config)

@@ -1,6 +1,8 @@
 """`muster cluster`: a machine of a cluster that asks for a token, in the foreground, by Ray's own `ray start`."""
 
+import errno
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -10,6 +12,7 @@ import typer
 from configs import ConfigError
 
 from .ray_folder import ray_folder
+from .session import check_reachable
 from .token import Address, make_token, own_addresses, remember, use_token
 
 RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -24,8 +27,10 @@ def up(
     dashboard_host: Annotated[str, typer.Option(help="Where the dashboard and the job API listen.")] = LOOPBACK,
 ) -> None:
     """Be the head until Ctrl-C; other options go to `ray start`. Example: muster cluster up --port 6379"""
-    token = make_token()
     ports = [_option(options.args, "--port", "6379"), _option(options.args, "--dashboard-port", "8265")]
+    token = make_token()
+    _refuse_taken("--port", ports[0], "")
+    _refuse_taken("--dashboard-port", ports[1], dashboard_host)
     gcs, api = (own_addresses(port, _option(options.args, "--node-ip-address")) for port in ports)
     remember(*gcs, *api, *(f"http://{address}" for address in api))
     print(f"token of this cluster: {token} (give every machine and every user of it a copy)", flush=True)
@@ -37,6 +42,10 @@ def join(
     options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")]
 ) -> None:
     """Give this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
+    try:
+        check_reachable(address)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{address}: no head of a cluster answers there ({error}); HOST:PORT is its --port") from None
     use_token(Address(address, "command"))
     remember(address)
     _ray_start(f"--address={address}", given=options.args)
@@ -53,6 +62,24 @@ def queue() -> None:
 def _option(arguments: list[str], name: str, default: str | None = None) -> str | None:
     """The value of one of `ray start`'s options."""
     return _without(name, arguments)[1] or default
+
+
+def _refuse_taken(option: str, port: str | None, host: str) -> None:
+    """Raise ConfigError if another process listens where Ray is to listen, which it would say in a traceback."""
+    if not port or not port.isdigit() or not 0 < int(port) < 2**16:
+        return  # any that is free, or for `ray start` to refuse
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return
+            why = os.strerror(error.errno).lower()
+            raise ConfigError(
+                f"{option} {port} is taken ({why}), perhaps by a cluster that is up already: stop what listens there, "
+                f"or take another port: `muster cluster up {option} {int(port) + 1}`"
+            ) from None
 
 
 def _ray_start(*arguments: str, given: list[str]) -> NoReturn:

@@ -16,9 +16,10 @@ from torch import distributed as dist
 from configs import ConfigError, load, mask, private_files
 
 from .collectives import from_chief
-from .engine import start_processes
+from .engine import device, start_processes
 from .loop import TrainingStopped, train
 from .output import output_kept
+from .precision import check_device
 from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
 from .run import followed, is_finished, prepare_run, read_config
@@ -38,6 +39,7 @@ def main() -> int:
             raise ConfigError("usage: torchrun -m trainer CONFIG [key=value ...]")
         config = load(sys.argv[1], sys.argv[2:])
         start_processes(config.cluster.timeout)
+        check_device(config, device())
         run_dir = _prepare(config)
         if is_finished(run_dir):
             _say(f"{run_dir} is finished")

@@ -29,6 +29,7 @@ from .export import export
 from .forecast import Forecast, refuse_too_large
 from .late import Late, sum_over_all
 from .plugins import load_plugins
+from .precision import check_device
 from .preflight import preflight
 from .profile import Profiler
 from .record import Record, read_events
@@ -113,6 +114,7 @@ def _steps(
 ) -> str:
     """The training loop; `state` follows it. Returns FINISHED or STOPPED."""
     train, here = config.train, ds.device()
+    check_device(config, here)
     refuse_too_large(config, here)
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
     held_out = None

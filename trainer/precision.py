@@ -91,6 +91,12 @@ def check_precision(module: nn.Module, config: Config) -> None:
             )
 
 
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if a device does not train in train.precision."""
+    if config.train.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU, and this run is on CPUs: set it to bf16 or fp32")
+
+
 def multiply_in_fp8(module: nn.Module) -> None:
     """Let linear layers multiply in fp8, each tensor scaled by its own largest value (arXiv:2209.05433), by torchao.
 

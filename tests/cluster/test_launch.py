@@ -129,7 +129,7 @@ def tell(folder: Path, run_dir: Path, temporary: str) -> Story:
 
 def test_a_signal_while_ray_starts_ends_it_at_once(story):
     assert story.too_early.code == 75, story.too_early
-    assert story.too_early.err == "muster: stopped at once; the same command begins it again\n"
+    assert story.too_early.err == "muster: stopped at once; the same command starts again\n"
     assert not story.too_early.left_over
     assert [event["attempt"] for event in story.events_when_stopped if event["event"] == "attempt_ended"] == [1]
 

@@ -44,6 +44,12 @@ def kill_at_step(step: int, number: int) -> None:
     _at_step(step, lambda: os.kill(os.getpid(), number))
 
 
+def hang_up_under_nohup(step: int) -> None:
+    """Let this process ignore SIGHUP, as nohup starts a program, and send it one when it begins the given step."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    kill_at_step(step, signal.SIGHUP)
+
+
 def _at_step(step: int, do: Callable[[], None]) -> None:
     original = loop.learning_rate
 

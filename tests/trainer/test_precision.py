@@ -7,13 +7,13 @@ from engines import EngineRun, bare_losses, batch_of, engine_losses, engine_over
 from support import resolved
 from torch import nn
 
-from configs import Config
+from configs import Config, ConfigError
 from models.balance import RouterTap
 from models.families import build
 from models.router import Router
 from trainer.checkpoint import Reader, folder
 from trainer.engine import guard, start_processes
-from trainer.precision import WorkingCopies
+from trainer.precision import WorkingCopies, check_device
 from trainer.resume import roll_back
 from trainer.save import Saver, restore
 from trainer.state import TrainState
@@ -222,3 +222,11 @@ def test_copies_are_of_what_rank_0_sent(pair):
     (stale, weight), (others_stale, others_weight) = pair(engine_over_another_start, config(dp=2))
     assert torch.equal(weight, others_weight)
     assert stale == others_stale == []
+
+
+def test_fp16_is_refused_on_a_cpu_before_a_model_is_built():
+    config = resolved(train={"precision": "fp16"})
+    with pytest.raises(ConfigError, match=r"train\.precision=fp16 needs a GPU.*set it to bf16 or fp32"):
+        check_device(config, torch.device("cpu"))
+    check_device(config, torch.device("cuda"))
+    check_device(resolved(train={"precision": "bf16"}), torch.device("cpu"))

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from faults import kill_at_step, kill_in, poison, raise_loss, trained
+from faults import hang_up_under_nohup, kill_at_step, kill_in, poison, raise_loss, trained
 from support import tiny, train_in_process
 from teams import in_team
 
@@ -141,14 +141,9 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, c
     assert_same(run_dir, clean)
 
 
-def hang_up_ignored(step):
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup starts a program
-    kill_at_step(step, signal.SIGHUP)
-
-
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path, tiny_data):
     run_dir = make(tmp_path, tiny_data)
-    assert train_in_process(run_dir, hang_up_ignored, 2) == 0
+    assert train_in_process(run_dir, hang_up_under_nohup, 2) == 0
     assert read_events(run_dir)[-1]["status"] == "FINISHED"
 
 

@@ -14,10 +14,20 @@ from tracker import assert_all_shown, end, faulty_server, kept_files, make_run, 
 
 from configs import ConfigError, from_dict, to_yaml
 from trainer.record import read_events
-from trainer.tracking import Input, inputs_of, read_state, shipper, start_shipper, tracking_uri, unsent
+from trainer.tracking import (
+    Input,
+    RunInfo,
+    inputs_of,
+    read_state,
+    shipper,
+    start_shipper,
+    tracking_uri,
+    unsent,
+)
 from trainer.tracking.flat import scalars
-from trainer.tracking.mlflow import MlflowClient
+from trainer.tracking.mlflow import MlflowClient, MlflowTracker
 from trainer.tracking.shipper import ship
+from trainer.tracking.start import sqlite_path, sqlite_uri
 
 
 @pytest.fixture(scope="module")
@@ -346,6 +356,27 @@ def test_uri(tmp_path, monkeypatch):
             tracking_uri(tmp_path / "run", from_dict({"tracking": {"uri": uri}}))
     with pytest.raises(ConfigError, match="not a run"):
         ship(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", "50%", "a%20b", "a?b", "a#b", "a?b=c&d#%41", "ü;'"])
+def test_a_folders_name_is_none_of_a_uri(name):
+    path = Path("/runs", name, "mlflow.db")
+    uri = sqlite_uri(path)
+    assert sqlite_path(uri) == path
+    assert not {"?", "#"} & set(uri)
+
+
+def test_the_record_of_a_folder_with_an_odd_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "a b?c=d#e%20f"
+    run_dir, config = make_run(folder, "odd")
+    tracker = MlflowTracker(tracking_uri(run_dir, config), "x", folder / "mlartifacts")
+    tracker.open(RunInfo(name="odd", key="k", run_id=None, started=time.time()))
+    (tmp_path / "text").write_text("kept")
+    tracker.artifact(tmp_path / "text", "")
+    assert (folder / "mlflow.db").stat().st_size
+    assert [path.read_text() for path in folder.glob("mlartifacts/**/text")] == ["kept"]
+    assert {path.name for path in tmp_path.iterdir()} == {folder.name, "text"}, "nothing lies elsewhere"
 
 
 def test_scalars():

@@ -40,6 +40,7 @@ from configs import ConfigError  # noqa: E402
 from ..own_files import no_link, require_own  # noqa: E402
 from .description import MARK  # noqa: E402
 from .flat import NAMES  # noqa: E402
+from .start import SQLITE, sqlite_path  # noqa: E402
 from .tracker import Input, Point, RunInfo, Sent  # noqa: E402
 
 KEY_TAG = "muster.key"
@@ -220,10 +221,10 @@ def _metric_name(key: str) -> str:
 @contextlib.contextmanager
 def _schema_lock(uri: str) -> Iterator[None]:
     """Two runs that make the tables of one SQLite file at once would each fail on the other's."""
-    if not uri.startswith("sqlite:///"):
+    if not uri.startswith(SQLITE):
         yield
         return
-    path = Path(uri.removeprefix("sqlite:///").partition("?")[0] + ".lock")
+    path = Path(f"{sqlite_path(uri)}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a", opener=no_link) as file:  # a name from a config: a file that is there keeps what it has
         fcntl.flock(file, fcntl.LOCK_EX)

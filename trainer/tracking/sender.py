@@ -34,7 +34,7 @@ def open_tracker(run_dir: Path, config: Config, uri: str) -> Tracker:
     from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
 
     beside = Path(config.tracking.parent or run_dir).resolve().parent
-    return MlflowTracker(uri, config.tracking.experiment, beside / "mlartifacts" if uri.startswith("sqlite:") else None)
+    return MlflowTracker(uri, config.tracking.experiment, beside / "mlartifacts" if uri.startswith("sqlite") else None)
 
 
 def key_of(run_dir: Path) -> str | None:

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 from configs import MASK, Config, ConfigError, mask, mask_all
 
@@ -114,7 +114,7 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
     """
     root = Path(config.tracking.parent or run_dir).resolve().parent
     variable = os.environ.get("MLFLOW_TRACKING_URI")
-    uri = config.tracking.uri or variable or f"sqlite:///{root / 'mlflow.db'}"
+    uri = config.tracking.uri or variable or sqlite_uri(root / "mlflow.db")
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
             f"tracking.uri={mask(uri)}: MLflow 3 does not record into a folder; give http(s)://server or "
@@ -150,6 +150,22 @@ def _server(uri: str) -> tuple[str, str, int | None] | None:
         return (found.scheme, found.hostname or "", found.port or usual) if usual else None
     except ValueError:  # of a host or port: it equals no other
         return "", uri, None
+
+
+SQLITE = ("sqlite:///", "sqlite+pysqlite:///")
+"""How the URI of a database file begins."""
+
+
+def sqlite_uri(path: Path) -> str:
+    """Where MLflow finds a database file. A path that means something in a URI is escaped, as SQLAlchemy reads it; the
+    driver is named with it, as MLflow would make the folder of the path without the escapes undone."""
+    escaped = re.search("[?#%]", str(path))
+    return f"{SQLITE[1]}{quote(str(path))}" if escaped else f"{SQLITE[0]}{path}"
+
+
+def sqlite_path(uri: str) -> Path:
+    """The file that a URI of SQLite names."""
+    return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
 
 
 def hand_down_password(config: Config) -> None:
