@@ -20,9 +20,9 @@ Step = Annotated[int | None, typer.Option(help="The checkpoint of this step alon
 @app.command("list")
 def list_checkpoints(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     """List the checkpoints of a run, sizes checked. Example: muster checkpoint list quickstart"""
+    run_dir = run_folder(run, root)
     from trainer import checkpoint  # torch
 
-    run_dir = run_folder(run, root)
     rows = [_row(run_dir, step) for step in checkpoint.committed(run_dir)]
     usable = [row["step"] for row in rows if not row["problems"]]
     names = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
@@ -57,10 +57,11 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Say what a checkpoint holds. Example: muster checkpoint show quickstart --step 400"""
+    run_dir = run_folder(run, root)
+    newest = steps_of(run_dir, step)[-1]
     from trainer import checkpoint  # torch
 
-    run_dir = run_folder(run, root)
-    path = checkpoint.folder(run_dir, _steps(run_dir, step)[-1])
+    path = checkpoint.folder(run_dir, newest)
     try:
         manifest = checkpoint.read_manifest(path)
     except checkpoint.CheckpointError as error:
@@ -96,10 +97,11 @@ def show(
 @app.command()
 def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False) -> None:
     """Compute every digest anew; exit code 1 if one differs. Example: muster checkpoint verify quickstart"""
+    run_dir = run_folder(run, root)
+    steps = steps_of(run_dir, step)
     from trainer import checkpoint  # torch
 
-    run_dir = run_folder(run, root)
-    rows = [_row(run_dir, each, digests=True) for each in _steps(run_dir, step)]
+    rows = [_row(run_dir, each, digests=True) for each in steps]
     if as_json:
         print(json.dumps({"run": run_dir.name, "checkpoints": rows}, indent=1))
     for row in () if as_json else rows:
@@ -115,9 +117,9 @@ def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False
         raise typer.Exit(1)
 
 
-def _steps(run_dir: Path, step: int | None) -> list[int]:
+def steps_of(run_dir: Path, step: int | None) -> list[int]:
     """The run's checkpoints, or that of `step` alone. Raises ConfigError if there is none."""
-    from trainer.checkpoint import committed
+    from trainer.manifest import committed  # no torch
 
     steps = committed(run_dir)
     if not steps or (step is not None and step not in steps):

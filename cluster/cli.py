@@ -59,6 +59,9 @@ def train(
     """Train a run, or go on with it. Example: muster train quickstart train.steps=600"""
     asked = load(config, overrides or ())
     with signals(stop_early):
+        from trainer.resolved import refuse_early
+
+        refuse_early(asked)
         from .launch import launch
 
         raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))

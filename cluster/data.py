@@ -52,7 +52,10 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Say what a prepared folder holds. Example: muster data inspect data/texts --verify"""
-    from trainer.data.inspect import inspect  # pyarrow
+    from trainer.data.manifest import read_manifest
+
+    read_manifest(folder)  # a mistake shows before torch is imported
+    from trainer.data.inspect import inspect
 
     found = inspect(folder, verify=verify, examples=examples)
     problems = found.get("problems", [])
@@ -95,10 +98,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print the very batch that a step trains on. Example: muster data show quickstart --step 40"""
+    run_dir = run_folder(run, root)
     from trainer.data.reader import Dataset, load_tokenizer  # torch
     from trainer.run import read_config
 
-    run_dir = run_folder(run, root)
     config = read_config(run_dir)
     dataset = Dataset(config.data, config.train.seq_len, config.run.seed, split="train")
     first, batch = _cursor(run_dir, config.train.global_batch, step), config.train.global_batch

@@ -11,12 +11,13 @@ from pathlib import Path
 import torch
 
 from configs import Config, ConfigError, counted, mask
-from trainer.checkpoint import committed
 from trainer.forecast import refuse_too_large
+from trainer.manifest import committed
 from trainer.output import LOGS
 from trainer.precision import check_device
 from trainer.progress import Follower, ProgressView
 from trainer.record import Record, read_events, summary
+from trainer.resolved import resolve_config
 from trainer.run import (
     attempts,
     followed,
@@ -24,7 +25,6 @@ from trainer.run import (
     prepare_run,
     read_config,
     request_stop,
-    resolve_config,
     run_lock,
 )
 from trainer.terminal import Console

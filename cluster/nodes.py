@@ -42,11 +42,11 @@ def join(
     options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")]
 ) -> None:
     """Give this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
+    use_token(Address(address, "command"))
     try:
         check_reachable(address)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{address}: no head of a cluster answers there ({error}); HOST:PORT is its --port") from None
-    use_token(Address(address, "command"))
     remember(address)
     _ray_start(f"--address={address}", given=options.args)
 

@@ -18,6 +18,7 @@ from configs import ConfigError, counted
 from configs.parse import shortened
 from trainer.terminal import Console
 
+from .checkpoints import steps_of
 from .runs import RUNS, Json, Root, Run, duration, run_folder
 
 BATCH = 8
@@ -40,12 +41,13 @@ def generate(
     root: Root = RUNS,
 ) -> None:
     """Continue a text with a trained model. Example: muster generate quickstart --prompt 'def '"""
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
     from trainer.data.tokenizer import TokenizerProcess  # torch
     from trainer.evaluate import continue_texts
     from trainer.export import load_module
     from trainer.kept_tokenizer import tokenizer_of
 
-    run_dir = run_folder(run, root)
     module, config, _ = load_module(run_dir, step)
     folder, info = tokenizer_of(run_dir, config.data)
     with TokenizerProcess(folder, config.data.limits) as tokenizer:
@@ -62,6 +64,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Loss of a trained model on the held-out split, by source of a mixture. Example: muster eval quickstart --json"""
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
     import torch
 
     from trainer.data.manifest import TOKENIZER, read_manifests
@@ -70,7 +74,6 @@ def evaluate(
     from trainer.export import load_module
     from trainer.kept_tokenizer import tokenizer_of
 
-    run_dir = run_folder(run, root)
     module, config, found = load_module(run_dir, step)
     source = config.data.model_copy(update={"path": str(data)}) if data else config.data
     folder, info = tokenizer_of(run_dir, config.data)
@@ -175,6 +178,7 @@ def export(
         raise ConfigError(f"--dtype {dtype}: should be one of {', '.join(DTYPES)}")
     shard_bytes = _bytes("--max-shard-size", max_shard_size)
     run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
     import torch
 
     from trainer.export import export

@@ -18,6 +18,7 @@ from .norm import HeadNorm
 from .pattern import Pattern
 from .rope import rotate
 from .tiled_attention import TiledAttention
+from .uncompiled import uncompiled
 
 LONGEST_MASK = 512
 """On CPU a mask of [B, 1, T, T] is quicker up to this T; above it a loop over documents is."""
@@ -154,7 +155,7 @@ def attend(q_BTND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) 
     return _sdpa(q_BTND, k_BSKD, v_BSKD, visible.mask)
 
 
-@torch.compiler.disable
+@uncompiled
 def _attend_long(q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, long: Long) -> Tensor:
     if long.lengths is None:
         return _attend_document(q_BTND, k_BTKD, v_BTKD, long.pattern)
@@ -180,6 +181,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return y.transpose(1, 2)
 
 
-@torch.compiler.disable
+@uncompiled
 def _on_cpu(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return CpuAttention.apply(q, k, v, mask)

@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, H hidden size, V vocabulary.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from .norm import RMSNorm
 from .pattern import Pattern
 from .rope import rope_tables
 from .router import Chooser
+from .uncompiled import leave_uncompiled
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,10 @@ class DecoderLayer(nn.Module):
         self.chooser = Chooser(config, index) if config.is_moe_layer(index) else None
         self.mlp = MoE(config, config.expert_size or dense, self.chooser) if self.chooser else SwiGLU(hidden, dense)
         self.rate = config.dropout
+
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        leave_uncompiled()
+        super().compile(*arguments, **options)
 
     def forward(self, x_BTH: Tensor, shared: Shared, keys: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         attended = self.self_attn(self.input_layernorm(x_BTH), shared.cos, shared.sin, shared.visible, cache)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .uncompiled import uncompiled
+
 grouped_mm = getattr(F, "grouped_mm", None) or torch._grouped_mm
 
 
@@ -144,7 +146,7 @@ class _Combine(torch.autograd.Function):
         return dout.index_select(0, *ctx.saved_tensors), None, None
 
 
-@torch.compiler.disable
+@uncompiled
 def _on_cpu(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tensor:
     return _CpuExperts.apply(x, gate_up, down, _with_dropped(routing, gate_up.shape[0]), routing.weight)
 

@@ -12,6 +12,7 @@ from configs import ModelConfig
 from .experts import Routing, apply_experts, apply_padded
 from .layers import SwiGLU
 from .router import Chooser, Router
+from .uncompiled import uncompiled
 
 
 class Experts(nn.Module):
@@ -69,6 +70,6 @@ def left_out(x: Tensor) -> bool:
     return x.is_cuda
 
 
-@torch.compiler.disable
+@uncompiled
 def _uncompiled(experts: MoE, x_BTH: Tensor) -> Tensor:
     return experts.mixed(x_BTH)

@@ -15,7 +15,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import stat
 import time
@@ -52,6 +51,9 @@ from .manifest import (
     parse_receipt,
     read_manifest,
 )
+from .manifest import committed as committed
+from .manifest import folder as folder
+from .manifest import step_of as step_of
 from .own_files import open_file, write_text
 from .state import TrainState
 
@@ -66,22 +68,6 @@ class Snapshot:
     """state -> parameter -> shape of the whole tensor (all processes agree)."""
     scalars: dict[str, float]
     """The optimizer's scalar states, such as Adam's step, equal for every parameter."""
-
-
-def folder(run_dir: Path, step: int) -> Path:
-    return run_dir / "checkpoints" / f"step-{step:08d}"
-
-
-def committed(run_dir: Path) -> list[int]:
-    """Steps with a manifest, oldest first."""
-    found = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
-    return sorted(step for path in found if (step := step_of(path.parent)) is not None)
-
-
-def step_of(path: Path) -> int | None:
-    """The step of a checkpoint's folder, by its name; None if `folder` names none so."""
-    named = re.fullmatch(r"step-(\d{8,15})", path.name, re.ASCII)
-    return int(named[1]) if named and path.name == f"step-{int(named[1]):08d}" else None
 
 
 def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:

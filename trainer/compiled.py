@@ -1,17 +1,16 @@
 """What torch.compile leaves for the next attempt, and what it did in this one.
 
-The private names of torch's compiler are used here only, as seen in torch 2.11 and 2.13.
+The private names of torch's compiler are used here only, as seen in torch 2.11 and 2.13. It takes a second to import:
+a process that compiles nothing does without it.
 """
 
 import os
 import stat
+import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
-
-import torch._dynamo.utils as dynamo
-from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
 from . import COMPILED
 from .collapse import Change
@@ -29,13 +28,20 @@ def keep_compiled() -> None:
 
     torch's own place is under /tmp by the user's name, where anybody may have made the folder before.
     """
-    dynamo.set_compilation_metrics_limit(METRICS)
+    from torch._dynamo.utils import set_compilation_metrics_limit
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    set_compilation_metrics_limit(METRICS)
     folder = cache_folder()
     # Set by torch as it is imported, or before that by us.
     if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (default_cache_dir(), COMPILED):
         del os.environ["TORCHINDUCTOR_CACHE_DIR"]
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def load_compiler() -> None:
+    """Import it now, for the forks of this process."""
 
 
 def cache_folder() -> Path:
@@ -60,7 +66,8 @@ class Compilations:
 
     def __init__(self) -> None:
         self._before = _counts()
-        dynamo.clear_compilation_metrics()
+        if dynamo := _dynamo():
+            dynamo.clear_compilation_metrics()
         self._steps, self._recompilations, self._seconds = 0, 0, 0.0
 
     def after_step(self) -> list[Change]:
@@ -83,7 +90,8 @@ class Compilations:
 
     def _look(self) -> list[str]:
         """Why something was compiled again, for each time since the last look."""
-        found = dynamo.get_compilation_metrics()
+        dynamo = _dynamo()
+        found = dynamo.get_compilation_metrics() if dynamo else []
         if found:
             dynamo.clear_compilation_metrics()
         reasons = [str(metrics.recompile_reason) for metrics in found if metrics.recompile_reason]
@@ -92,7 +100,14 @@ class Compilations:
         return reasons
 
 
+def _dynamo() -> Any:
+    """The compiler's part that counts; None where nothing has imported it."""
+    return sys.modules.get("torch._dynamo.utils")
+
+
 def _counts() -> Counter[str]:
+    if not (dynamo := _dynamo()):
+        return Counter(graphs=0, graph_breaks=0, cache_hits=0, cache_misses=0)
     inductor, counters = dynamo.counters["inductor"], dynamo.counters
     return Counter(
         graphs=counters["stats"]["unique_graphs"],

@@ -34,6 +34,22 @@ Shapes = Annotated[dict[str, dict[str, Shape]], Field(max_length=16)]
 Scalars = Annotated[dict[str, Finite], Field(max_length=16)]
 
 
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def committed(run_dir: Path) -> list[int]:
+    """Steps with a manifest, oldest first."""
+    found = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return sorted(step for path in found if (step := step_of(path.parent)) is not None)
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder, by its name; None if `folder` names none so."""
+    named = re.fullmatch(r"step-(\d{8,15})", path.name, re.ASCII)
+    return int(named[1]) if named and path.name == f"step-{int(named[1]):08d}" else None
+
+
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
 

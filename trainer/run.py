@@ -15,19 +15,19 @@ from typing import Any, TextIO
 import psutil
 import torch
 
-from configs import Config, ConfigError, differences, from_dict, load, mask, resolve, to_yaml
+from configs import Config, ConfigError, differences, from_dict, load, mask, to_yaml
 from configs.explain import shown
 from configs.parse import shortened
 from models.families import build
 
 from .checkpoint import committed, folder, verify
-from .data.default import ensure_prepared, vocabulary_size
-from .data.manifest import sources_of, vocabulary
+from .data.manifest import sources_of
 from .kept_tokenizer import keep_tokenizer
 from .own_files import no_link, replace_text, require_own, write_text
 from .plugins import load_plugins
 from .precision import check_precision
 from .record import Record, read_events
+from .resolved import resolve_config
 from .tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
 from .warm_start import check_source
 
@@ -37,46 +37,6 @@ LOCK = "lock"
 LONGEST_COMMAND = 2000
 SUBMITTED = "MUSTER_SUBMITTED"
 """Variable that tells a run when its job was submitted, in Unix seconds."""
-
-
-def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, list[str]]:
-    """The config with every derived value filled in and every path absolute, and one line per derived value.
-
-    Args:
-        prepare: make the default data where they are missing; otherwise the vocabulary that they will have is assumed.
-
-    Raises:
-        ConfigError: the config cannot run.
-    """
-    run = config.run.model_copy(update={"root": str(Path(config.run.root).expanduser().resolve())})
-    config = config.model_copy(update={"run": run, "plugins": tuple(_absolute(p) for p in config.plugins)})
-    if isinstance(config.data.path, str):
-        path: Any = _absolute_data(config.data.path)
-    else:
-        path = tuple(each.model_copy(update={"path": _absolute_data(each.path)}) for each in config.data.path)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
-    if source := config.train.init_from:
-        if not Path(source).expanduser().is_dir():
-            what = "a file: name its folder" if Path(source).expanduser().is_file() else "no such folder"
-            raise ConfigError(f"train.init_from={source}: {what}")
-        source = str(Path(source).expanduser().resolve())
-        config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": source})})
-    planned = config.model.vocab_size or vocabulary(config.data)
-    resolved, derived = resolve(config, vocab_size=planned)
-    notes: list[str] = []
-    if prepare:  # only now: a mistake in the config shows at once, not after minutes of preparation
-        data, notes = ensure_prepared(config)
-        config = config.model_copy(update={"data": data})
-        resolved, derived = resolve(config, vocab_size=vocabulary_size(data))
-    return resolved, notes + derived
-
-
-def _absolute_data(path: str) -> str:
-    return path if path == "stdlib" else str(Path(path).expanduser().resolve())
-
-
-def _absolute(plugin: str) -> str:
-    return str(Path(plugin).resolve()) if plugin.endswith(".py") else plugin
 
 
 def prepare_run(

@@ -14,6 +14,7 @@ from models.batch import Batch
 from models.families import build
 from models.loss import LossOutput
 from models.router import Chooser, choosers
+from models.uncompiled import leave_uncompiled
 
 from .compiled import Compilations, keep_compiled
 from .data.reader import Dataset
@@ -158,6 +159,7 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
     if config.train.compile or device.type == "cuda":  # there attention is compiled in any case
         keep_compiled()
     if config.train.compile:
+        leave_uncompiled()
         for part in module if parallel.pp > 1 else [module]:
             for layer in part.model.layers:
                 layer.compile(dynamic=False)

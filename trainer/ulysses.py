@@ -41,8 +41,10 @@ def share_sequences(module: nn.Module, group: dist.ProcessGroup) -> None:
             f"parallel.sp={group.size()} needs a model.family with models.attention.Attention, where tokens can be "
             "exchanged for heads: set parallel.sp=1"
         )
+    # Compiled, DeepSpeed's autograd function would give a gradient of zero.
+    exchange = torch.compiler.disable(_exchange)
     for layer in layers:
-        layer.attend = partial(_exchange, group, layer.attend)
+        layer.attend = partial(exchange, group, layer.attend)
 
 
 def split(batch: Batch, part: int, parts: int) -> Batch:
@@ -82,8 +84,6 @@ class _Mean(torch.autograd.Function):
         return None, gradient
 
 
-# Compiled, DeepSpeed's autograd function would give a gradient of zero.
-@torch.compiler.disable
 def _exchange(
     group: dist.ProcessGroup,
     attend: Callable[[Tensor, Tensor, Tensor, Visibility], Tensor],

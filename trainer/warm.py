@@ -27,6 +27,7 @@ from torch import distributed as dist
 
 from configs import ConfigError, private_files
 
+from .compiled import load_compiler
 from .loop import TrainingStopped, train
 from .orphans import end_with
 from .output import output_kept
@@ -43,6 +44,8 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
+    if torch.cuda.is_available():  # where attention is compiled in any case
+        load_compiler()
     may_fork = _alone() and _forks_may_use_gpus()
     for line in iter(asked.readline, ""):
         job = json.loads(line)

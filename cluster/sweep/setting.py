@@ -11,7 +11,8 @@ from trainer.data.default import ensure_prepared, vocabulary_size
 from trainer.data.manifest import sources_of, vocabulary, without_held_out
 from trainer.own_files import replace_text
 from trainer.record import read_events
-from trainer.run import attempts, read_config, resolve_config
+from trainer.resolved import resolve_config
+from trainer.run import attempts, read_config
 from trainer.tracking.sweep import SWEEP, TRIALS
 
 from ..launch import worker_environment

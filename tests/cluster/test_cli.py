@@ -26,6 +26,39 @@ def test_help_and_config_import_nothing_heavy():
     subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
 
 
+MISTAKES = [
+    "generate nosuch --prompt x", "generate empty --prompt x", "eval nosuch", "eval empty --step 3",
+    "export nosuch --to x",
+    "checkpoint list nosuch",
+    "checkpoint show empty", "checkpoint verify empty", "data inspect nosuch",
+    "data show nosuch --step 1", "train quickstart optim.warmup=11 train.steps=10",
+    "train quickstart data.path=nosuch", "train quickstart train.init_from=nosuch", "train quickstart parallel.ep=3",
+]  # fmt: skip
+
+
+def test_mistakes_that_need_no_torch_wait_for_none(tmp_path):
+    """One process for all of them: what one imported, the next would have."""
+    (tmp_path / "runs" / "empty").mkdir(parents=True)
+    (tmp_path / "runs" / "empty" / "config.yaml").write_text("run: {name: empty}")
+    script = (
+        "import sys; from cluster import cli\n"
+        f"for command in {MISTAKES}:\n"
+        "    sys.argv = ['muster', *command.split()]\n"
+        "    try: cli.main()\n"
+        "    except SystemExit as end: assert end.code == 2, command\n"
+        "    heavy = {'torch', 'ray', 'mlflow', 'deepspeed'} & set(sys.modules); assert not heavy, (command, heavy)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert len(done.stderr.splitlines()) <= 2 * len(MISTAKES)
+    assert done.stderr.count("muster: ") == len(MISTAKES)
+
+
+def test_training_imports_no_compiler():
+    """torch's takes a second, and most runs on CPUs compile nothing."""
+    script = "import sys, trainer.loop; assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_help_names_every_command(muster):
     code, out, _ = muster("--help")
     assert code == 0
