@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from configs import ConfigError, mask
+from configs.parse import shortened
 
 from .dispatch import MESSAGES, READY
 from .pack import LIMIT, write_zip
 from .queue import fold, refusals
 from .session import check_reachable, found_by_ray
 from .share import Node
-from .token import Address, in_environment, is_open, refuse_open, remember, use_token
+from .token import Address, in_environment, is_open, refuse_open, remember, use_token, within
 
 QUEUE = "muster-queue-"
+CONNECTING = 30.0
+"""Seconds that Ray's client may take to find out whom it talks to."""
 PATIENCE = 90.0
 """Seconds a queue may take to start and answer."""
 
@@ -32,11 +35,11 @@ class Cluster:
 
     def __init__(self, address: Address) -> None:
         url = address.where
+        use_token(address)
         try:
             refuse_open(url)
         except OSError as error:
             raise _silent(url, error) from None
-        use_token(address)
         # Ray takes half a second to import, and looks at the environment when it is.
         from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
         from ray.exceptions import AuthenticationError
@@ -51,32 +54,37 @@ class Cluster:
         self._sent = ""
         """Name of the last message."""
         try:
-            self.jobs_api = JobSubmissionClient(url)
+            self.jobs_api = within(CONNECTING, lambda: JobSubmissionClient(url))
         except AuthenticationError:
             raise ConfigError(
-                f"the cluster at {url} refuses the token: copy the one of its head to here, or name its file in "
+                f"the cluster at {mask(url)} refuses the token: copy the one of its head to here, or name its file in "
                 f"RAY_AUTH_TOKEN_PATH"
             ) from None
-        remember(url)
+        except Exception as error:  # some ten kinds, whatever else listens there
+            raise _silent(url, error) from None
+        remember(url, url.removeprefix("http://"))
 
     def nodes(self) -> list[Node]:
-        """What each machine has."""
+        """What each machine has. Raises ConfigError if what answers does not say."""
         from ray.util.state import list_nodes
 
-        for _ in range(20):  # a new head knows none for a moment
-            # Ray counts dead machines too, and takes those left out for an answer cut short.
-            found = list_nodes(
-                address=self.url,
-                detail=True,
-                filters=[("state", "=", "ALIVE")],
-                limit=10_000,
-                raise_on_missing_output=False,
-            )
-            if found:
-                break
-            time.sleep(0.5)
-        sizes = [node.resources_total or {} for node in found]
-        return [Node(size.get("CPU", 0.0), size.get("GPU", 0.0)) for size in sizes]
+        try:
+            for _ in range(20):  # a new head knows none for a moment
+                # Ray counts dead machines too, and takes those left out for an answer cut short.
+                found = list_nodes(
+                    address=self.url,
+                    detail=True,
+                    filters=[("state", "=", "ALIVE")],
+                    limit=10_000,
+                    raise_on_missing_output=False,
+                )
+                if found:
+                    break
+                time.sleep(0.5)
+            sizes = [node.resources_total or {} for node in found]
+            return [Node(float(size.get("CPU", 0)), float(size.get("GPU", 0))) for size in sizes]
+        except Exception as error:  # Ray checks nothing of what it is told
+            raise _silent(self.url, error) from None
 
     def jobs(self) -> dict[str, dict[str, Any]]:
         """All jobs of the queue by id, oldest first. Starts the queue if it does not run."""
@@ -84,9 +92,14 @@ class Cluster:
 
     def _said(self) -> list[str]:
         """The lines that the queue has printed: its journal, and what it refused."""
-        if self._queue is None or self.jobs_api.get_job_status(self._queue).is_terminal():
-            self._queue = self._running_queue()
-        return str(self.jobs_api.get_job_logs(self._queue)).splitlines()
+        try:
+            if self._queue is None or self.jobs_api.get_job_status(self._queue).is_terminal():
+                self._queue = self._running_queue()
+            return str(self.jobs_api.get_job_logs(self._queue)).splitlines()
+        except ConfigError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError) as error:  # what answers is no job API, or no more
+            raise _silent(self.url, error) from None
 
     def send(self, **message: Any) -> None:
         """Leave the queue a message without files."""
@@ -190,19 +203,17 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
     if given.where.startswith(("http://", "https://")):
         return given._replace(where=given.where.rstrip("/"))
     given = found_by_ray(given)
+    use_token(given)
     try:
         check_reachable(given.where)
         if _answers(f"http://{given.where}"):
             return given._replace(where=f"http://{given.where}")
-        use_token(given)
         from ray.dashboard.utils import ray_address_to_api_server_url
 
         url = str(ray_address_to_api_server_url(given.where))
         remember(given.where)
         return Address(url, "environment")  # the head's word; its loopback may be somebody else's on this machine
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # of gRPC and Ray, whatever listens there
         raise _silent(given.where, error) from None
 
 
@@ -215,5 +226,5 @@ def _answers(url: str) -> bool:
 
 
 def _silent(where: str, error: Exception) -> ConfigError:
-    reason = " ".join(str(error).split())[:200]
-    return ConfigError(f"no job API of Ray answers at {where} ({reason}): --address names it, http://HOST:8265")
+    reason = shortened(" ".join(str(error)[:1000].split()) or type(error).__name__, 200)
+    return ConfigError(f"no job API of Ray answers at {mask(where)} ({reason}): --address names it, http://HOST:8265")

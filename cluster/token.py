@@ -10,27 +10,37 @@ it as SSH keeps known hosts; one that a file names gets it only if it stands the
 import contextlib
 import hashlib
 import ipaddress
-import json
 import os
 import re
 import secrets
 import socket
+import sys
+import threading
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from http.client import HTTPException
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import psutil
 
-from configs import ConfigError, mask
+from configs import Config, ConfigError, mask
+from configs.load import override
+from configs.parse import parse_json
+from configs.sweep import nested
 
 ADDRESS = re.compile(
     r"(?:(https?)://(?:[^@/?#\s\\]*@)?)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(/[^\s\\@?#]*)?"
 )
 LISTENING = "0A"
 """State of a socket in /proc/net/tcp."""
+PATIENCE = 10.0
+"""Seconds in which a cluster has to say whether it asks for a token."""
+LONGEST_ANSWER = 2**16
+"""Bytes of that."""
+
+Result = TypeVar("Result")
 
 
 class Address(NamedTuple):
@@ -43,9 +53,15 @@ class Address(NamedTuple):
 
 
 def in_config(where: str | None, overrides: Sequence[str] = ()) -> Address | None:
-    """`cluster.address` as a config or a sweep has it; the user's own word where one of the overrides sets it."""
-    said = any(re.match(r"(set\.)?cluster(\.address)?=|set=", text) for text in overrides)
-    return Address(where, "command" if said else "file") if where else None
+    """`cluster.address` as a config or a sweep has it; the user's own word where the overrides say this very one."""
+    if not where:
+        return None
+    said: dict[str, Any] = {}
+    override(said, overrides, Config, "cluster.address=HOST:6379")
+    of_trials = said.get("set")
+    trees = [said, nested(of_trials) if isinstance(of_trials, dict) else {}]
+    named = [tree["cluster"].get("address") for tree in trees if isinstance(tree.get("cluster"), dict)]
+    return Address(where, "command" if where in named else "file")
 
 
 def in_environment(*names: str) -> Address | None:
@@ -68,15 +84,23 @@ def known_tokens() -> list[str]:
 
 
 def make_token() -> Path:
-    """The token's file, made where there is none, readable by its owner alone; what starts here will ask for it."""
+    """The token's file, made where there is none, readable by its owner alone; what starts here will ask for it.
+
+    Raises:
+        ConfigError: tokens are switched off, or the file has none or cannot be made or read.
+    """
     _refuse_open_mode()
     path = token_file()
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
             file.write(secrets.token_hex(32))
     except FileExistsError:
-        path.chmod(0o600)
+        _check_file(path)
+    except OSError as error:
+        raise ConfigError(
+            f"the token's file {path} cannot be made ({error.strerror}): RAY_AUTH_TOKEN_PATH names it"
+        ) from None
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
     return path
 
@@ -85,16 +109,32 @@ def use_token(address: Address) -> None:
     """Show the token to a cluster; Ray does not look for one by itself when it joins by address.
 
     Raises:
-        ConfigError: there is none, it is switched off, or it was not made for this address.
+        ConfigError: there is none, it is switched off, other users can read it, or it was not made for this address.
     """
     _refuse_open_mode()
-    if not os.environ.get("RAY_AUTH_TOKEN") and not token_file().is_file():
-        raise ConfigError(
-            f"no token for the cluster at {mask(address.where)}: copy the one of its head (`muster cluster up` made "
-            f"it) to {token_file()}, or name its file in RAY_AUTH_TOKEN_PATH"
-        )
+    if not os.environ.get("RAY_AUTH_TOKEN"):
+        if not os.path.lexists(token_file()):
+            raise ConfigError(
+                f"no token for the cluster at {mask(address.where)}: copy the one of its head (`muster cluster up` "
+                f"made it) to {token_file()}, or name its file in RAY_AUTH_TOKEN_PATH"
+            )
+        _check_file(token_file())
     _refuse_strange(address)
     os.environ["RAY_AUTH_MODE"] = "token"
+
+
+def _check_file(path: Path) -> None:
+    """Close a token's file to other users. Raises ConfigError if that cannot be done, or there is no token in it."""
+    try:
+        found = path.stat()
+        if found.st_uid == os.geteuid() and found.st_mode & 0o077:
+            path.chmod(0o600)
+            print(f"muster: the token's file {path} was open to other users: now it is not", file=sys.stderr)
+        empty = not path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"the token's file {path} must be text that its owner alone reads: {error}") from None
+    if empty:
+        raise ConfigError(f"the token's file {path} is empty: remove it, and copy the one of the cluster's head there")
 
 
 def remember(*addresses: str) -> None:
@@ -120,7 +160,7 @@ def _refuse_strange(address: Address) -> None:
         raise ConfigError(
             f"{where} is an address from a file, and your token ({token_file()}) is not known to be for it: whoever "
             f"wrote the file would get it.\nIf it is your cluster, name it yourself once: --address {where}, or "
-            f"cluster.address={where} on the command line"
+            f"cluster.address={where} on the command line (for a sweep set.cluster.address={where})"
         )
 
 
@@ -208,15 +248,44 @@ def is_open(url: str) -> bool:
     Raises:
         OSError: no such API answers there.
     """
+
+    def ask() -> bytes:
+        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=PATIENCE) as answer:
+            return bytes(answer.read(LONGEST_ANSWER))
+
     try:
-        with urllib.request.urlopen(f"{url}/api/authentication_mode", timeout=10) as answer:
-            return str(json.load(answer)["authentication_mode"]) != "token"
+        mode = parse_json(within(PATIENCE, ask))["authentication_mode"]
     except urllib.error.HTTPError as error:
         if error.code == 404:  # before Ray 2.60 nobody was asked for anything
             return True
         raise
-    except (HTTPException, ValueError, KeyError) as error:
-        raise ConnectionError(str(error)) from error
+    except (HTTPException, ValueError, KeyError, TypeError) as error:
+        raise ConnectionError(f"it does not say whether it asks for a token: {error}") from error
+    if not isinstance(mode, str):
+        raise ConnectionError("it does not say whether it asks for a token")
+    return mode != "token"
+
+
+def within(seconds: float, call: Callable[[], Result]) -> Result:
+    """What a call returns or raises. Raises TimeoutError if it takes longer: a socket's own limit is for each read, and
+    who sends a byte now and then never reaches it."""
+    found: list[Result] = []
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            found.append(call())
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if raised:
+        raise raised[0]
+    if not found:
+        raise TimeoutError(f"no answer in {seconds:.0f} s")
+    return found[0]
 
 
 def refuse_open(url: str) -> None:

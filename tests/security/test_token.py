@@ -13,9 +13,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+import typer
 from second_user import _BECOME_NOBODY, NOBODY, needs_second_user
 
-from cluster import token
+from cluster import nodes, token
 from cluster.client import Cluster, api_url
 from cluster.token import Address
 from configs import ConfigError
@@ -114,7 +115,9 @@ def command(*arguments: str, timeout: float = 90) -> subprocess.CompletedProcess
 
 
 @pytest.mark.parametrize(
-    "arguments", [["submit", "run.yaml"], ["train", "run.yaml"], ["sweep", "submit", "sweep.yaml"]], ids=" ".join
+    "arguments",
+    [["submit", "run.yaml"], ["train", "run.yaml"], ["sweep", "submit", "sweep.yaml", "set.cluster={max_failures: 2}"]],
+    ids=" ".join,
 )
 def test_an_address_of_a_file_gets_no_token(mine, tmp_path, tiny_data, arguments):
     spy, raw = Spy(), Raw()
@@ -122,11 +125,11 @@ def test_an_address_of_a_file_gets_no_token(mine, tmp_path, tiny_data, arguments
         write(tmp_path, address, tiny_data)
         done = command(*arguments)
         assert done.returncode == 2, done.stderr
-        assert f"cluster.address={address} on the command line" in done.stderr or "no job API" in done.stderr
+        assert f"cluster.address={address} on the command line" in done.stderr
         assert "Traceback" not in done.stderr
         assert len(done.stderr.splitlines()) <= 3
-    assert not spy.got_token
-    assert TOKEN.encode() not in raw.seen
+    assert spy.seen == []
+    assert raw.seen == b""
     assert not mine.with_name("token.clusters").exists()
 
 
@@ -134,8 +137,7 @@ def test_the_users_own_word_is_enough_and_is_remembered(mine, tmp_path):
     spy = Spy()
     with pytest.raises(ConfigError, match="from a file"):
         Cluster(api_url(None, Address(spy.url, "file")))
-    assert not spy.got_token
-    assert spy.seen  # only asked whether it is open
+    assert spy.seen == []
     Cluster(api_url(spy.url + "/"))
     assert spy.got_token
     Cluster(api_url(None, Address(spy.url, "file")))
@@ -158,8 +160,14 @@ def test_a_variable_is_the_users_word(mine, monkeypatch, variable):
     ("overrides", "by"),
     [
         ([], "file"), (["optim.lr=1"], "file"), (["run.name=cluster.address=x"], "file"),
-        (["cluster.timeout=5"], "file"), (["cluster.address=h:1"], "command"),
-        (["set.cluster.address=h:1"], "command"), (["cluster={address: h}"], "command"),
+        (["cluster.timeout=5"], "file"), (["cluster={max_failures: 2}"], "file"), (["set={train.steps: 3}"], "file"),
+        (["set.cluster={max_failures: 2}"], "file"), (["set={cluster: {max_failures: 2}}"], "file"),
+        (["set=1", "cluster=h:1", "cluster.address.x=h:1"], "file"), (["variants.a.cluster.address=h:1"], "file"),
+        (["cluster.address=other:1"], "file"), (["cluster.address=h:1", "cluster.address=other:1"], "file"),
+        (["base=h:1"], "file"), (["set.base=h:1"], "file"), (["cluster={address: 'h:2'}"], "file"),
+        (["cluster.address=h:1"], "command"), (["set.cluster.address=h:1"], "command"),
+        (["cluster={address: 'h:1'}"], "command"), (["set={cluster.address: 'h:1'}"], "command"),
+        (["set={cluster: {address: 'h:1'}}"], "command"), (["set.cluster={address: 'h:1', timeout: 5}"], "command"),
     ],
 )  # fmt: skip
 def test_an_override_is_the_users_word(overrides, by):
@@ -182,6 +190,99 @@ def test_asking_whether_it_is_open_shows_nothing(mine):
     token.refuse_open(spy.url)
     assert spy.seen
     assert not spy.got_token
+
+
+VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "x"}
+FIRST = b'{"authentication_mode": "token"}'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"", b"[]", b"7", b"null", b"[" * 60_000, b"{}", b"<html>", b"\xff\xfe", b'{"authentication_mode": ["token"]}',
+        b'{"authentication_mode": NaN}', b'{"a": ' + b"9" * 5000 + b"}",
+    ],
+    ids=lambda answer: repr(answer[:30]),
+)  # fmt: skip
+def test_what_is_no_cluster_is_one_message(mine, answer):
+    with strange(lambda path: (200, answer)) as url, pytest.raises(ConfigError) as refused:
+        Cluster(api_url(url))
+    assert f"no job API of Ray answers at {url} (" in str(refused.value)
+    assert len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("code", "answer"),
+    [(200, b"<html>"), (500, b"x"), (200, b"[]"), (200, b"{}"), (404, b""), (302, b""), (200, b'{"ray_version": 7}')],
+)
+def test_what_is_one_only_at_first_is_one_message(mine, code, answer):
+    def answers(path):
+        return (200, FIRST) if "authentication_mode" in path else (code, answer)
+
+    with strange(answers) as url, pytest.raises(ConfigError, match="no job API of Ray answers at"):
+        Cluster(api_url(url))
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"result": True, "data": {"result": {"result": "x"}}}, [], "<html>", {"result": False}]
+)
+def test_nonsense_after_a_good_start_is_one_message(mine, answer):
+    def answers(path):
+        said = json.loads(FIRST) if "authentication_mode" in path else VERSION if "version" in path else answer
+        return 200, json.dumps(said).encode()
+
+    with strange(answers) as url:
+        cluster = Cluster(api_url(url))
+        for ask in (cluster.nodes, cluster.jobs):
+            with pytest.raises(ConfigError, match="no job API of Ray answers at"):
+                ask()
+
+
+def test_an_answer_without_an_end_is_not_waited_for(mine, monkeypatch):
+    monkeypatch.setattr(token, "PATIENCE", 1.0)
+    sent = 0
+
+    def endless(pause):
+        nonlocal sent
+        for _ in range(10_000):
+            yield b" " * (1 if pause else 2**16)
+            sent += 0 if pause else 2**16
+            time.sleep(pause)
+
+    for pause in (0.0, 0.2):
+        with strange(lambda path, pause=pause: (200, endless(pause))) as url:
+            began = time.monotonic()
+            with pytest.raises(ConfigError, match="no job API"):
+                Cluster(api_url(url))
+            assert time.monotonic() - began < 30
+    assert sent < 100 * 2**20
+
+
+@contextlib.contextmanager
+def strange(answers):
+    """A server that answers each path with a status and bytes, or pieces of them; its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            code, content = answers(self.path)
+            with contextlib.suppress(OSError):
+                self.send_response(code)
+                self.end_headers()
+                for piece in [content] if isinstance(content, bytes) else content:
+                    self.wfile.write(piece)
+                    self.wfile.flush()
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        server.block_on_close = False
 
 
 LISTEN = """
@@ -224,8 +325,6 @@ def test_what_ray_finds_by_itself_must_be_ours(mine):
 
 
 def test_a_head_knows_its_own_addresses(mine, monkeypatch):
-    from cluster import nodes
-
     monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
     for argument in ("--port=7001", "--dashboard-port"):
         monkeypatch.setattr(sys, "argv", ["muster", "up", argument, "7002"][: 4 if "=" not in argument else 3])
@@ -278,3 +377,40 @@ def test_an_old_token_is_found_where_it_was(tmp_path, monkeypatch):
     (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
     token.use_token(Address("h:1", "environment"))
     monkeypatch.delenv("RAY_AUTH_MODE")
+
+
+def test_a_token_that_others_could_read_is_closed_to_them(mine, capsys):
+    for use in (lambda: token.use_token(Address("h:1", "command")), token.make_token):
+        mine.chmod(0o644)
+        use()
+        assert mine.stat().st_mode & 0o777 == 0o600
+        assert f"{mine} was open to other users" in capsys.readouterr().err
+        use()
+        assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("content", [b"", b" \n", b"\xff", None])
+def test_a_file_without_a_token_is_one_message(mine, content):
+    mine.unlink()
+    mine.mkdir() if content is None else mine.write_bytes(content)
+    for use in (lambda: token.use_token(Address("h:1", "command")), token.make_token):
+        with pytest.raises(ConfigError, match=f"the token's file {mine} "):
+            use()
+
+
+@pytest.mark.parametrize("address", ["http://10.0.0.1:8265", "ray://h:1", "h", "u:p@h:1", "", "auto", "h:x"])
+def test_only_a_head_can_be_joined(mine, monkeypatch, address):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("Ray was started"))
+    with pytest.raises(ConfigError, match="is not HOST:PORT of a head, such as"):
+        typer.main.get_command(nodes.app)(["join", address], standalone_mode=False)
+    assert not mine.with_name("token.clusters").exists()
+
+
+@pytest.mark.parametrize("options", [["--include-dashboard=0"], ["--include-dashboard", "False"], ["--temp-dir="]])
+def test_options_are_judged_before_a_token_is_made(mine, monkeypatch, capsys, options):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("Ray was started"))
+    mine.unlink()
+    with pytest.raises(ConfigError, match=options[0].partition("=")[0]):
+        typer.main.get_command(nodes.app)(["up", *options], standalone_mode=False)
+    assert not mine.exists()
+    assert "token" not in capsys.readouterr().out
