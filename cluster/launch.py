@@ -12,6 +12,7 @@ import torch
 
 from configs import Config, ConfigError, counted, mask
 from trainer.forecast import refuse_too_large
+from trainer.header import header
 from trainer.manifest import committed
 from trainer.output import LOGS
 from trainer.precision import check_device
@@ -73,9 +74,9 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
             f"run {config.run.name} is finished ({counted(config.train.steps, 'step')}): raise train.steps to go on"
         )
         return FINISHED
-    out.print(f"run {config.run.name} in {run_dir}")
-    for note in notes:
-        out.print(note)
+    out.print(f"run {config.run.name}")
+    for line in [*notes, *header(run_dir, config)]:
+        out.print(f"  {line}")
 
     attempts_before = attempts(run_dir)
     job = _Job(config, run_dir, address, node)

@@ -17,6 +17,7 @@ from configs import ConfigError, load, mask, private_files
 
 from .collectives import from_chief
 from .engine import device, start_processes
+from .header import header
 from .loop import TrainingStopped, train
 from .output import output_kept
 from .precision import check_device
@@ -44,8 +45,8 @@ def main() -> int:
         if is_finished(run_dir):
             _say(f"{run_dir} is finished")
             return 0
-        for note in followed(run_dir, config):
-            _say(note)
+        for line in [*followed(run_dir, config), *header(run_dir, read_config(run_dir))]:
+            _say(line)
         chief = dist.get_rank() == 0
         terminal = Console(file=os.fdopen(os.dup(1), "w", buffering=1))
         view = ProgressView(read_config(run_dir).train.steps, console=terminal)

@@ -1,11 +1,13 @@
 """Show a run to a person while it trains: one live line on a terminal, a line now and then elsewhere."""
 
 import json
+import math
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeGuard
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
@@ -19,8 +21,8 @@ from .terminal import Console
 
 SMOOTHING = 0.1
 """Weight of the newest step in the shown rates."""
-
-
+SPINNER = "|/-\\"
+"""Drawn one after the other until the first step."""
 MEASURED = (("peak memory", "peak_memory", 1e9, "GB"), ("a step", "step_time", 1, "s"))
 """What the event `measured` tells beside its prediction: label, key, unit, symbol."""
 
@@ -44,12 +46,14 @@ class ProgressView:
         self._rate: float | None = None
         self._live: Progress | None = None
         self._processes = 1
+        self._began = time.monotonic()
         if self.console.is_terminal if tty is None else tty:
             columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
             self._live = Progress(*columns, console=self.console, auto_refresh=False)
             self._task = self._live.add_task("starting", total=total_steps)
 
     def start(self) -> None:
+        self._began = time.monotonic()
         if self._live:
             self._live.start()
 
@@ -60,6 +64,13 @@ class ProgressView:
     def refresh(self) -> None:
         """Draw the live line; the records of many steps may come between two drawings."""
         if self._live:
+            self._live.refresh()
+
+    def waiting(self) -> None:
+        """Before the first step, show on a terminal that time passes."""
+        if self._live and self._seconds is None:
+            seconds = time.monotonic() - self._began
+            self._live.update(self._task, description=f"{SPINNER[int(2 * seconds) % 4]} starting, {seconds:.0f} s")
             self._live.refresh()
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -117,8 +128,21 @@ class ProgressView:
         elif name == "preflight":
             for line in record["slow"]:
                 self._print(f"preflight  {line}")
-        elif name not in ("plan", "evaluation", "resolved", "failure"):
+        elif name == "plan":
+            if planned := self._planned(record):
+                self._print(f"planned: {planned}")
+        elif name not in ("evaluation", "resolved", "failure"):
             self._print(f"{name.replace('_', ' ')}  {_details(record)}")
+
+    def _planned(self, record: dict[str, Any]) -> str:
+        memory, seconds = record.get("memory"), record.get("step_time")
+        peak = memory.get("peak") if isinstance(memory, dict) else None
+        parts = [f"{peak / 1e9:.3g} GB a process"] if isinstance(peak, int | float) else []
+        if isinstance(seconds, int | float):
+            parts.append(
+                f"{seconds:.2g} s a step, {_duration(seconds * self.total_steps)} for all {self.total_steps:,}"
+            )
+        return ", ".join(parts)
 
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"loss {_number(record['loss'], '.4f')}"]
@@ -128,6 +152,10 @@ class ProgressView:
             parts.append(f"MFU {record['mfu']:.1%}")
         elif record.get("tflops") is not None:
             parts.append(f"{record['tflops'] * self._processes:.3g} TFLOP/s")
+        if record.get("grad_norm") is not None:
+            parts.append(f"grad {record['grad_norm']:.3g}")
+        if record.get("memory_gb"):
+            parts.append(f"{record['memory_gb']:.3g} GB")
         if self._seconds:
             parts.append(f"eta {_duration(self._seconds * (self.total_steps - record['step']))}")
         if record.get("skipped"):
@@ -166,6 +194,7 @@ class Follower:
     def _follow(self) -> None:
         while not self._done.wait(self.interval):
             self._read()
+            self.view.waiting()
 
     def _read(self) -> None:
         found = [(record, show) for tail, show in self._tails for record in tail.read()]
@@ -212,6 +241,10 @@ def _smooth(before: float | None, now: float | None) -> float | None:
 
 def _number(value: float | None, form: str) -> str:
     return "not finite" if value is None else format(value, form)
+
+
+def _is_number(value: Any) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _duration(seconds: float) -> str:
