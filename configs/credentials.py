@@ -6,32 +6,33 @@ from typing import Any
 from urllib.parse import unquote_plus
 
 MASK = "***"
-_URI = (
-    re.compile(r"(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^\s/?#:\[\]]*)(?P<password>:.*)?@"),
-    re.compile(r"(?P<before>[?&;#])(?P<name>[\w.%+~-]+)=(?P<value>[^&#]+)"),
+_IS_URI = re.compile(r"[A-Za-z][\w+.-]*://")
+_URI, _AMONG_WORDS = (
+    (re.compile(r"[^\n]+"), re.compile(r"(?P<before>[?&;#])(?P<name>[\w.%+~-]+)=(?P<value>[^&#]+)")),
+    (
+        re.compile(r"""[^\s"'<>]+"""),
+        re.compile(r"""(?P<before>[?&;#])(?P<name>[\w.%+~-]+)=(?P<value>[^\s&;#"'<>]+)"""),
+    ),
 )
-"""user:password@ before a host, and the parameters, of a text that is one URI. A password may hold what belongs quoted:
-the last @ ends it, as SQLAlchemy reads it."""
-_AMONG_WORDS = (
-    re.compile(r"""(?P<scheme>[A-Za-z][\w+.-]*://)(?P<user>[^\s/?#"'<>:\[\]]*)(?P<password>:[^\s"'<>]*)?@"""),
-    re.compile(r"""(?P<before>[?&;#])(?P<name>[\w.%+~-]+)=(?P<value>[^\s&;#"'<>]+)"""),
-)
-"""The same in a text that has URIs in it."""
+"""What user:password@ and a parameter may extend over: in a text that is one URI, and in one that has URIs in it."""
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]*$")
+_LONGEST_SCHEME = 32
+_USER = re.compile(r"[^\s/?#:\[\]]*")
 _PORT = re.compile(r":\d{1,5}[/?#\s]")
 _SECRET = re.compile(
     r"pass(word|wd|phrase|code)?$|pwd$|password|secret|token|credential|signature|^sig$|^auth$|api_?key|access_?key"
     r"|account_?key|private_?key|^key$|odbc_connect|jwt|bearer"
 )
-_ONLY_USER = ("http://", "https://", "git+https://", "git+http://")
+_ONLY_USER = ("http", "https", "git+https", "git+http")
 """Where a user without a password is a token."""
 
 
 def mask(text: str) -> str:
-    """A text with the passwords, tokens and keys of every URI in it replaced by `***`."""
+    """A text with the passwords, tokens and keys of every URI in it replaced by `***`, in time linear in its length."""
     if "://" not in text:
         return text
-    user, parameter = _URI if re.match(r"[A-Za-z][\w+.-]*://", text) else _AMONG_WORDS
-    return parameter.sub(_masked_parameter, user.sub(_masked_user, text))
+    piece, parameter = _URI if _IS_URI.match(text) else _AMONG_WORDS
+    return parameter.sub(_masked_parameter, piece.sub(lambda found: _masked_users(found[0]), text))
 
 
 def mask_all(value: Any) -> Any:
@@ -43,12 +44,25 @@ def mask_all(value: Any) -> Any:
     return [mask_all(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _masked_user(found: re.Match[str]) -> str:
-    scheme, user, password = found["scheme"], found["user"], found["password"]
-    web = scheme.lower() in _ONLY_USER
-    if password and not ((web or "@" in user) and _PORT.match(password)):  # else a port, and an @ further on
-        return f"{scheme}{user}:{MASK}@"
-    return f"{scheme}{MASK}@" if web and user and not password else found[0]
+def _masked_users(text: str) -> str:
+    """The same of each user:password@ before a host. A password may hold what belongs quoted: the last @ of the text
+    ends it, as SQLAlchemy reads it. Not by one regular expression, which would search for that @ from every letter."""
+    kept, done, last = [], 0, text.rfind("@")
+    mark = text.find("://")
+    while 0 <= mark < last:
+        scheme = _SCHEME.search(text, max(done, mark - _LONGEST_SCHEME), mark)
+        start = mark + len("://")
+        end = _USER.match(text, start).end()  # type: ignore[union-attr]  # matches everywhere
+        user, web = text[start:end], scheme is not None and scheme[0].lower() in _ONLY_USER
+        if scheme and text[end : end + 1] == ":" and end < last:
+            if not ((web or "@" in user) and _PORT.match(text, end)):  # else a port, and an @ further on
+                kept.append(f"{text[done:end]}:{MASK}@")
+                done = last + 1
+        elif web and (token := user.rpartition("@")[0]):
+            kept.append(f"{text[done:start]}{MASK}@")
+            done = start + len(token) + 1
+        mark = text.find("://", max(done, start))
+    return "".join((*kept, text[done:]))
 
 
 def _masked_parameter(found: re.Match[str]) -> str:

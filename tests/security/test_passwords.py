@@ -43,6 +43,9 @@ URI = f"http://shipper:{PASSWORD}@127.0.0.1:1/path?access_token={PASSWORD}"
         ("http://:SECRET@[::1]:80", "http://:***@[::1]:80"),
         ("https://h/x?sig=SECRET#access_token=SECRET", "https://h/x?sig=***#access_token=***"),
         ("s3://key:SECRET@bucket/x", "s3://key:***@bucket/x"),
+        ("http://h:5000/?next=https://u:SECRET@x", "http://h:5000/?next=https://u:***@x"),
+        ("a" * 99 + "://u:SECRET@h", "a" * 99 + "://u:***@h"),
+        ("1http://u:SECRET@h +http://SECRET@h", "1http://u:***@h +http://***@h"),
         ("at http://u:SECRET@h, then 'mysql://u:SECRET@h'", "at http://u:***@h, then 'mysql://u:***@h'"),
         *((plain, plain) for plain in (
             "sqlite:////tmp/me@home/mlflow.db", "http://127.0.0.1:5000", "http://h:5000/#/runs?mail=a@b", "data/a:b@c",
@@ -64,6 +67,21 @@ def test_no_password_gets_through(scheme, user, inside):
     assert "S3cr3t" not in mask(f"{scheme}://{user}:S3cr3t{inside}@host:5432/db")
     once = mask(f"{scheme}://{user}:S3cr3t{inside}@host:5432/db?token=S3cr3t")
     assert mask(once) == once
+
+
+@pytest.mark.parametrize("begin", ["", "http://", " http://", "http://u:p@h?"])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "a", "a.", "a://", "a://b:c", "a://b:c@", "://", "a:", "@", "http://a@", "http://a:1/", "http://u:1/@ ", "?a",
+        "?a=", "&password=", "pass", "%41", "é", "a+", "'", " a://b", "\n", "a://\n", "a://[",
+    ],
+)  # fmt: skip
+def test_masking_takes_linear_time(begin, unit):
+    text = begin + unit * (300_000 // len(unit)) + ":1"
+    began = time.monotonic()
+    mask(text)
+    assert time.monotonic() - began < 2
 
 
 def written(folder: Path) -> list[Path]:
