@@ -1,7 +1,6 @@
 """The user's folder as one zip that a cluster can unpack: what .gitignore leaves out stays at home."""
 
 import json
-import logging
 import os
 import stat
 import struct
@@ -15,6 +14,7 @@ from typing import Any
 from configs import ConfigError
 from trainer import revision
 
+from .ignore import ignored_by, ignored_by_files
 from .messages import BadMessage as BadMessage
 from .messages import clip, parse
 from .secret_files import holds_token, is_secret
@@ -30,7 +30,7 @@ LEFT_OUT = [".git", ".hg", ".svn", ".venv", "venv", "__pycache__"]
 MOST_FILES, SHOWN = 10_000, 20
 SECRETS = "secrets: --with FILE sends one"
 LINKS = "links that lead out of this folder, into themselves, or to what is not sent"
-SPECIAL = "no regular files"
+SPECIAL = "not regular files"
 
 _LONGEST_MESSAGE = 2**17
 _MOST_DIRECTORY = 4 * 2**20
@@ -62,7 +62,7 @@ def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = 
         path = Path(os.path.relpath(Path(name).absolute(), folder))
         real = Path(os.path.realpath(folder / path))
         if not (".." not in path.parts and real.is_relative_to(folder) and real.is_file()):
-            raise ConfigError(f"--with {name} is no file below {folder}, which is what the cluster gets")
+            raise ConfigError(f"--with {name} is not a file below {folder}, which is what the cluster gets")
         found.add(path)
     _tell({why: [path for path in paths if path not in found] for why, paths in left.items()})
     for path in found:
@@ -73,18 +73,14 @@ def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = 
 
 def _tree(folder: Path, names: list[str]) -> dict[Path, list[os.DirEntry[str]]]:
     """What the ignore files leave of each folder, links not followed."""
-    from ray._private.runtime_env import packaging  # what Ray packs by itself
-
-    quiet = logging.getLogger("muster.pack")
-    quiet.setLevel(logging.ERROR)
     found: dict[Path, list[os.DirEntry[str]]] = {}
-    todo = [(folder, [packaging._get_excludes(folder, [*LEFT_OUT, *names])])]
+    todo = [(folder, [ignored_by(folder, [*LEFT_OUT, *names])])]
     while todo:
         here, above = todo.pop()
-        excludes = above + packaging.get_excludes_from_ignore_files(here, include_gitignore=True, logger=quiet)
+        rules = above + ignored_by_files(here)
         with os.scandir(here) as entries:
-            found[here] = [entry for entry in entries if not any(excluded(here / entry.name) for excluded in excludes)]
-        todo += [(here / each.name, excludes) for each in found[here] if each.is_dir(follow_symlinks=False)]
+            found[here] = [entry for entry in entries if not any(ignored(here / entry.name) for ignored in rules)]
+        todo += [(here / each.name, rules) for each in found[here] if each.is_dir(follow_symlinks=False)]
     return found
 
 
@@ -231,10 +227,10 @@ def _check_end(content: bytes) -> None:
     """Raise BadMessage unless a zip's last bytes are those of a plain one: no comment, no zip64, a directory of at most
     _MOST_DIRECTORY bytes. All that reads it then reads the same."""
     if len(content) < 22:
-        raise BadMessage("it is no zip")
+        raise BadMessage("it is not a zip")
     mark, disk, start_disk, here, count, size, offset, comment = struct.unpack("<4s4H2LH", content[-22:])
     if mark != b"PK\x05\x06" or comment:
-        raise BadMessage("it is no zip, is cut, or ends in a comment")
+        raise BadMessage("it is not a zip, is cut, or ends in a comment")
     if count > MOST_FILES or size > _MOST_DIRECTORY:
         raise BadMessage(f"it has {count} files, with names of {_size(size)}, and the limit is {MOST_FILES}")
     if disk or start_disk or here != count or offset + size != len(content) - 22 or content[-42:-38] == b"PK\x06\x07":

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import pack
+from cluster.ignore import ignored_by
 from cluster.secret_files import is_secret
 from configs import ConfigError
 from trainer.tracking.artifacts import Artifacts
@@ -161,6 +162,57 @@ def test_packing_ends_whatever_the_links_and_pipes(folder):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.stdout.splitlines() == ["['a/b', 'moe.yaml']", "refused: True"], done.stderr
     assert "pipe" in done.stderr
+
+
+PATTERNS = """
+import sys
+from pathlib import Path
+from cluster import pack
+folder = Path(sys.argv[1])
+for name in ("a" * 40, "a" * 250, "a/" * 60 + "a", "ba" * 100, "[" * 200):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("x")
+(folder / ".gitignore").write_text("\\n".join([
+    "a*" * 13 + "b", "*a" * 6 + "b", "**/a/" * 8 + "b", "a/**/" * 8 + "b", "?*" * 20 + "b", "[ab]*" * 20 + "c",
+    "*[!b]" * 9 + "b", "***a" * 9 + "b", "*?" * 50 + "b",
+    r"*\\[" * 20 + "b", "**/*a*a*a*a/**/*a*a*a*a/b", "**/" * 200 + "b",
+]))
+print(len(pack.files(folder)))
+"""
+
+
+def test_no_pattern_makes_packing_long(folder):
+    command = [sys.executable, "-c", PATTERNS, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.stdout == "6\n", done.stderr
+
+
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
+@given(
+    pattern=st.lists(
+        st.sampled_from(["*", "a", "b", "?", "/", "**", "/**/", "[ab]", "\\*", "[]a]", "[^]a]", "x.", "[a"])
+    ),
+    path=st.lists(st.sampled_from(["a", "b", "x.", "*", "]", "^", "/", "aa"]), min_size=1),
+)
+def test_patterns_mean_what_they_do_to_ray(pattern, path):
+    from ray._private.runtime_env.packaging import _get_excludes
+
+    name = "/".join(part for part in "".join(path).split("/") if part) or "a"
+    rays = _get_excludes(Path("/folder"), ["".join(pattern)])(Path("/folder") / name)
+    assert ignored_by(Path("/folder"), ["".join(pattern)])(Path("/folder") / name) == bool(rays)
+
+
+def test_the_last_pattern_of_a_file_holds(folder):
+    fill(folder, "a.bin", "keep.bin", "sub/keep.bin")
+    (folder / ".gitignore").write_text("# all\n*.bin\n!keep.bin\n\n/sub/keep.bin\n")
+    assert packed(folder) == {".gitignore", "keep.bin"}
+
+
+@pytest.mark.parametrize("content", [b"[z-a]\n", b"a\n" * 40_000, b"\xff", b"\x00[9-0]"])
+def test_a_bad_ignore_file_is_one_message(folder, content):
+    (folder / ".gitignore").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"\.gitignore cannot be read: "):
+        packed(folder)
 
 
 def test_what_became_a_pipe_or_a_link_meanwhile_is_not_read(folder, tmp_path):
