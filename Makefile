@@ -26,11 +26,12 @@ $(INSTALLED): pyproject.toml deploy/constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c deploy/constraints.txt -e ".[dev]"
 	touch $(INSTALLED)
 
-install-hashed:  ## what a user needs, each file of PyPI's held to its SHA-256; without the developers' tools
+install-hashed:  ## what a user needs, each file of PyPI's held to its SHA-256; without the developers' tools (`make clean install`)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check --no-deps --require-hashes -r deploy/hashes/muster.txt
 	$(BIN)/pip install --disable-pip-version-check --no-deps -e .
 	$(BIN)/pip check
+	touch $(INSTALLED)
 
 clean:
 	rm -rf .venv runs

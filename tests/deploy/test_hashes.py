@@ -1,6 +1,8 @@
 """deploy/hashes pins what constraints.txt pins, all that is needed, each with digests, and names no index."""
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -64,3 +66,22 @@ def test_all_that_is_needed_is_there():
 def test_nothing_for_developers_is_in_the_images():
     tools = {"pytest", "ruff", "mypy", "hypothesis", "transformers", "torchao"}
     assert all(tools.isdisjoint(hashed(name)) for name in FILES)
+
+
+def test_after_a_hashed_install_make_train_installs_nothing(tmp_path):
+    """With a Python that only says what it was asked for."""
+    for name in ("Makefile", "pyproject.toml"):
+        shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "deploy").mkdir()
+    shutil.copy(ROOT / "deploy" / "constraints.txt", tmp_path / "deploy")
+    programs = tmp_path / ".venv" / "bin"
+    programs.mkdir(parents=True)
+    for program in (tmp_path / "python", programs / "pip", programs / "muster"):
+        program.write_text(f"#!/bin/sh\necho {program.name} $*\n")
+        program.chmod(0o700)
+    asked = [
+        subprocess.run(["make", "-s", f"PYTHON={tmp_path}/python", goal], cwd=tmp_path, capture_output=True, text=True)
+        for goal in ("install-hashed", "train")
+    ]
+    assert "--require-hashes" in asked[0].stdout
+    assert asked[1].stdout.splitlines() == ["muster train quickstart"]

@@ -108,7 +108,7 @@ def test_everything_is_found():
     assert {overlay.name for overlay in OVERLAYS} == {"cpu", "gpu", "job-cpu", "job-gpu"}
     kinds = [kind for kind, _ in OBJECTS]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        "RayCluster": 1, "RayJob": 1, "PersistentVolumeClaim": 1, "NetworkPolicy": 3, "Service": 3, "Deployment": 1,
+        "RayCluster": 1, "RayJob": 1, "PersistentVolumeClaim": 1, "NetworkPolicy": 4, "Service": 3, "Deployment": 1,
         "StatefulSet": 2,
     }  # fmt: skip
 
@@ -334,6 +334,39 @@ def test_pods_have_no_rights():
             assert container["securityContext"]["allowPrivilegeEscalation"] is False
             assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
             assert container["resources"].keys() == {"requests", "limits"}
+
+
+TOKEN_FOLDER = "/var/run/secrets/kubernetes.io/serviceaccount"
+"""Where Ray's autoscaler looks for its token."""
+
+
+def test_the_autoscaler_alone_has_a_token_and_a_way_to_the_api_server():
+    from ray.autoscaler._private.kuberay import node_provider
+
+    assert Path(node_provider.IN_CLUSTER_TOKEN_PATH) == Path(TOKEN_FOLDER) / "token"
+    for overlay in OVERLAYS:
+        objects = built(overlay)
+        (found,) = [each for each in objects if each["kind"] in ("RayJob", "RayCluster")]
+        cluster = found["spec"].get("rayClusterSpec", found["spec"])
+        pod = cluster["headGroupSpec"]["template"]["spec"]
+        tokens = [each["name"] for each in pod["volumes"] if "serviceAccountToken" in str(each)]
+        policies = [each["spec"] for each in objects if each["metadata"]["name"] == "ray-autoscaler"]
+        scaler = cluster.get("autoscalerOptions")
+        if not cluster.get("enableInTreeAutoscaling"):
+            assert (tokens, policies, scaler) == ([], [], None)
+            assert cluster["workerGroupSpecs"][0]["replicas"] > 0
+            continue
+        (mount,) = scaler["volumeMounts"]
+        assert [mount["name"]] == tokens
+        assert (mount["mountPath"], mount["readOnly"]) == (TOKEN_FOLDER, True)
+        assert not {each["name"] for used in containers(cluster) for each in used["volumeMounts"]} & set(tokens)
+        assert scaler["securityContext"] == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        (volume,) = [each for each in pod["volumes"] if each["name"] in tokens]
+        paths = [item["path"] for source in volume["projected"]["sources"] for item in walk(source) if "path" in item]
+        assert sorted(paths) == ["ca.crt", "namespace", "token"]
+        (policy,) = policies
+        assert policy["podSelector"]["matchLabels"]["ray.io/node-type"] == "head"
+        assert {each["port"] for rule in policy["egress"] for each in rule["ports"]} == {443, 6443}
 
 
 COMPOSE = yaml.safe_load((DEPLOY / "compose" / "compose.yaml").read_text())

@@ -22,6 +22,7 @@ else:
 """
 PYTHON = """#!{python}
 import sys
+assert sys.flags.safe_path, "modules of the working directory would run"
 if sys.argv[1] == "-c":
     print("127.0.0.1 lo")
 else:  # how many machines the cluster has
