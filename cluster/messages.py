@@ -3,9 +3,10 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic import model_validator as check_all
 
+from configs.base import Typed
 from configs.parse import shortened
 from configs.run import folder_name
 
@@ -49,11 +50,7 @@ Part = Annotated[float, Field(ge=0, le=100_000), AfterValidator(_part)]
 Time = Annotated[float, Field(ge=0, le=1e11)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class Job(_Strict):
+class Job(Typed):
     """What a sender says of a job."""
 
     name: Annotated[str, StringConstraints(max_length=255), AfterValidator(folder_name)]
@@ -96,19 +93,19 @@ class Known(Job):
     reason: Annotated[str, StringConstraints(max_length=4096)] | None = None
 
 
-class Submit(_Strict):
+class Submit(Typed):
     do: Literal["submit"]
     id: Id
     job: Job
 
 
-class Retry(_Strict):
+class Retry(Typed):
     do: Literal["retry"]
     id: Id
     new: Id
 
 
-class Stop(_Strict):
+class Stop(Typed):
     do: Literal["stop"]
     id: Id
     now: bool

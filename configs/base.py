@@ -6,16 +6,18 @@ from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     ValidationInfo,
     field_serializer,
     field_validator,
+    model_validator,
 )
 
 from .credentials import mask_all
-from .parse import CONTROL
+from .parse import CONTROL, shortened
 
 LARGEST = 2**24
 Size = Annotated[int, Field(gt=0, le=LARGEST)]
@@ -74,6 +76,32 @@ class Section(BaseModel):
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         return [(name, mask_all(value)) for name, value in super().__repr_args__()]
+
+
+class Typed(BaseModel):
+    """What is read from JSON of ours, which anyone may have written since: of these very types, and nothing else."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_unknown_keys(cls, value: Any) -> Any:
+        # pydantic would keep an error of 1 KB for each of a million.
+        if isinstance(value, dict) and (unknown := value.keys() - cls.model_fields.keys()):
+            raise ValueError(f"there is no key {shortened(min(unknown), 60)!r}")
+        return value
+
+
+def at_most(count: int) -> BeforeValidator:
+    """For `Annotated`: a list or mapping of no more entries, which is known before any of them is looked at. pydantic
+    checks every entry of a mapping first, and keeps an error of 1 KB for each; in a list `FailFast` stops it."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > count:
+            raise ValueError(f"it has {len(value):,} entries, more than {count:,}")
+        return value
+
+    return BeforeValidator(check)
 
 
 def file_path(value: Any) -> Any:

@@ -42,6 +42,25 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
     return list(seen.values())
 
 
+def first_reason(error: ValidationError) -> str:
+    """The first thing that is wrong with a `Typed` value, in one line."""
+    first = error.errors(include_url=False)[0]
+    where = shortened(".".join(map(str, first["loc"])))
+    start = f"{where}: " if where else ""
+    match first["type"]:
+        case "missing":
+            return f"{where} is missing"
+        case "value_error":
+            return start + str(first["ctx"]["error"])
+        case "model_type" | "dataclass_type" | "dict_type":
+            what = "should be keys and their values"
+        case "list_type" | "tuple_type":
+            what = "should be a list"
+        case _:
+            what = first["msg"].replace("Input should be", "should be")
+    return f"{start}{what}, not {shortened(first['input']) or repr('')}"
+
+
 def annotation_of(location: Sequence[Any], root: Any) -> Any:
     """The type annotated at a place such as ("train", "steps"); None where there is no such key."""
     found = root

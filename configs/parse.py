@@ -11,6 +11,8 @@ import yaml
 MAX_BYTES = 512 * 1024
 """Of a YAML file; the configs of a large sweep take some thousand bytes."""
 MAX_JSON_BYTES = 4 * 1024**2
+MAX_JSON_VALUES = 1 << 20
+"""Of JSON, a list or mapping being one and those in it more: each takes some hundred bytes of memory."""
 MAX_VALUES = 20_000
 """Of YAML, each counted as often as aliases repeat it."""
 MAX_DEPTH = 64
@@ -41,9 +43,11 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """JSON (RFC 8259). Raises ValueError with one line, also where a key stands twice, and for NaN and Infinity."""
+    """JSON (RFC 8259). Raises ValueError with one line, also for over MAX_JSON_VALUES values, where a key stands twice,
+    and for NaN and Infinity."""
+    check_values(text, MAX_JSON_VALUES)
     try:
-        return json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
+        tree = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} (line {error.lineno}, column {error.colno})") from None
     except RecursionError:
@@ -52,6 +56,23 @@ def parse_json(text: str | bytes) -> Any:
         if "integer string conversion" in str(error):
             raise ValueError("a whole number has thousands of digits") from None
         raise
+    level, depth = [tree], 0
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError("it is nested too deep")
+        level = [below for each in level for below in (each.values() if isinstance(each, dict) else each)]
+    return tree
+
+
+def check_values(text: str | bytes, most: int) -> None:
+    """Raise ValueError for a JSON text that may hold over `most` values, without parsing it.
+
+    Each value but the first begins its list or mapping, or follows a comma; commas and brackets within texts count too.
+    """
+    signs = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
+    if sum(map(text.count, signs)) > most:  # type: ignore[arg-type]
+        raise ValueError(f"it has over {most:,} values, counted by its commas and brackets")
 
 
 def read_text(path: Path, most: int) -> str:

@@ -394,7 +394,7 @@ class Reader:
         shape = self.shape(key, name)
         box = fragments.whole(shape) if box is None else box
         stop = fragments.size(box) if numel is None else start + numel
-        held = self._held[key, name]
+        held = [run for fragment in self._held[key, name] for run in fragment.runs()]
         missing = max(0, stop - fragments.size(box))
         out = torch.empty(stop - start, dtype=torch.float32)
         for place, wanted in fragments.runs(box, start, stop - missing):

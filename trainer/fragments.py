@@ -5,10 +5,14 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 Box = tuple[tuple[int, int], ...]
 """A slice of a tensor: [begin, end) in each dimension."""
+MOST_CORNERS = 1 << 21
+"""Of the slices that a checkpoint is cut into, 2 ** dimensions each, which `covers` compares. Processes that share a
+slice's elements count once: where a thousand split 256 experts of 60 layers, there are a million; a dense model over 8
+tensor-parallel processes has a hundred thousand."""
 
 
 def whole(shape: Sequence[int]) -> Box:
@@ -118,8 +122,22 @@ def parse_key(key: str) -> tuple[str, str, int, Box | None]:
     return state, name, int(start), tuple((int(low), int(high)) for low, high in sides)
 
 
-@dataclass(frozen=True)
-class Run:
+class Fragment(NamedTuple):
+    """Elements [start, start + numel) of a flattened box, as a file holds them under a key."""
+
+    box: Box
+    start: int
+    numel: int
+    file: str
+    key: str
+
+    def runs(self) -> "Iterator[Run]":
+        """The boxes that it is made of."""
+        for at, stretch in runs(self.box, self.start, self.start + self.numel):
+            yield Run(stretch, self.file, self.key, at - self.start)
+
+
+class Run(NamedTuple):
     """A box whose elements lie one after the other in a fragment."""
 
     box: Box
@@ -131,16 +149,16 @@ class Run:
 
 def index(
     fragments: Iterable[tuple[str, int, str]], shapes: Mapping[str, Mapping[str, Sequence[int]]]
-) -> dict[tuple[str, str], list[Run]]:
+) -> dict[tuple[str, str], list[Fragment]]:
     """(state, parameter) -> what is held of it, given (key, elements, file) of each fragment.
 
     Raises:
         ValueError: a fragment is of no tensor in `shapes`, empty or not within its tensor; an element is held by none
-            or by two.
+            or by two; the tensors are cut into more slices than `MOST_CORNERS` allows.
     """
     outer = {(state, name): whole(shape) for state, names in shapes.items() for name, shape in names.items()}
     sizes = {tensor: size(box) for tensor, box in outer.items()}
-    held: dict[tuple[str, str], list[Run]] = {tensor: [] for tensor in outer}
+    held: dict[tuple[str, str], list[Fragment]] = {tensor: [] for tensor in outer}
     for key, numel, file in fragments:
         state, name, start, part = parse_key(key)
         tensor = state, name
@@ -152,13 +170,31 @@ def index(
         room = (size(part) if part else sizes[tensor]) - start
         if not 0 < numel <= room:
             raise ValueError(f"{file}: {key!a:.120} has {numel} elements, and its slice has room for {max(room, 0)}")
-        held[tensor] += [Run(stretch, file, key, at - start) for at, stretch in runs(box, start, start + numel)]
+        held[tensor].append(Fragment(box, start, numel, file, key))
+    corners = 0
     for (state, name), found in held.items():
-        if not covers([run.box for run in found], shapes[state][name]):
-            total, there = sizes[state, name], sum(size(run.box) for run in found)
+        dimensions = len(shapes[state][name])
+        room = (MOST_CORNERS - corners) >> dimensions
+        boxes = list(itertools.islice((box for one in _joined(found) for _, box in runs(*one)), room + 1))
+        corners += len(boxes) << dimensions
+        if len(boxes) > room:
+            raise ValueError(f"its tensors are cut into slices of over {MOST_CORNERS:,} corners, 2 ** dimensions each")
+        if not covers(boxes, shapes[state][name]):
+            total, there = sizes[state, name], sum(fragment.numel for fragment in found)
             what = f"hold {there} of its {total} elements" if there < total else "hold an element twice"
             raise ValueError(f"the fragments of {state!a:.40} {name!a:.120} {what}")
     return held
+
+
+def _joined(found: Iterable[Fragment]) -> list[tuple[Box, int, int]]:
+    """The stretches (box, start, stop) of fragments, those of one box that follow each other as one."""
+    stretches: list[tuple[Box, int, int]] = []
+    for box, start, numel, *_ in sorted(found):
+        stop = start + numel
+        if stretches and stretches[-1][0] == box and stretches[-1][2] == start:
+            start = stretches.pop()[1]
+        stretches.append((box, start, stop))
+    return stretches
 
 
 def covers(boxes: Iterable[Box], shape: Sequence[int]) -> bool:

@@ -1,13 +1,18 @@
 """All progress of a run in one small value, saved with every checkpoint."""
 
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, FailFast, Field, StrictBool, StrictInt
 
-Count = Annotated[int, Field(ge=0, le=2**53)]
+from configs.base import at_most
+
+Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]
 """What JSON's readers hold exactly."""
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
+
+Number = TypeVar("Number")
+Rows = Annotated[list[Annotated[list[Number], FailFast()]], FailFast()]
 
 
 @dataclass
@@ -17,7 +22,8 @@ class TrainState:
     The types are checked where it comes out of a checkpoint (`trainer.manifest`), and not as a run goes on.
     """
 
-    __pydantic_config__ = ConfigDict(strict=True, extra="forbid")
+    # Not `strict`, which would take nothing but an instance: its numbers are.
+    __pydantic_config__ = ConfigDict(extra="forbid")
 
     step: Count = 0
     """Optimizer steps taken, skipped ones included."""
@@ -29,13 +35,15 @@ class TrainState:
     """Steps skipped for a non-finite loss or gradient."""
     skipped_in_a_row: Count = 0
     rollbacks: Count = 0
-    recent_losses: list[Finite] = field(default_factory=list)
+    recent_losses: Annotated[list[Finite], FailFast()] = field(default_factory=list)
     """The window that loss spikes are judged by."""
-    loss_scale: dict[str, bool | int | Finite] | None = None
+    loss_scale: Annotated[dict[str, StrictBool | StrictInt | Finite], at_most(64)] | None = None
     """fp16's dynamic loss scale."""
-    routers: dict[str, list[list[Annotated[float, Field(ge=-1e38, le=1e38)]]]] = field(default_factory=dict)
+    routers: Annotated[dict[str, Rows[Annotated[float, Field(ge=-1e38, le=1e38, strict=True)]]], at_most(64)] = field(
+        default_factory=dict
+    )
     """See `trainer.routers`."""
-    starved: list[list[Count]] = field(default_factory=list)
+    starved: Rows[Count] = field(default_factory=list)
     """See `trainer.collapse.Starved`."""
 
     def to_dict(self) -> dict[str, Any]:

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, FailFast, ValidationError
 
 from configs import ConfigError
-from configs.base import Size
-from configs.parse import parse_json, read_text
+from configs.base import Size, Typed, at_most
+from configs.explain import first_reason
+from configs.parse import parse_json, read_text, shortened
 from configs.run import folder_name
 from trainer.goodput import BOOKS
 from trainer.own_files import replace_text
@@ -25,10 +26,9 @@ MAX_PLAN_BYTES = 16 * 1024**2
 """Of the largest sweep that is allowed, with room."""
 
 
-class Item(BaseModel):
+class Item(Typed):
     """What plan.json says of a trial."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
     name: Annotated[str, AfterValidator(folder_name)]
     variant: str
     budget: float | None
@@ -40,16 +40,15 @@ class Item(BaseModel):
     steps: int
     from_step: int
     after: str | None
-    parameters: dict[str, int]
+    parameters: Annotated[dict[str, int], at_most(64)]
     """By every convention."""
 
 
-class _Plan(BaseModel):
-    model_config = ConfigDict(strict=True)
+class _Plan(Typed):
     vocab_size: Size
     open: int
-    warnings: list[str]
-    trials: list[Item]
+    warnings: Annotated[list[str], FailFast()]
+    trials: Annotated[list[Item], FailFast()]
 
 
 def write_plan(sweep_dir: Path, plan: Plan) -> None:
@@ -73,8 +72,11 @@ def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:
         plan = _Plan.model_validate(parse_json(read_text(path, MAX_PLAN_BYTES)))
     except FileNotFoundError:
         raise ConfigError(f"{sweep_dir} has no {PLAN}: nothing has run yet, `muster sweep run` begins") from None
-    except (OSError, ValueError):  # of pydantic as well
-        raise ConfigError(f"{path} is not what `muster sweep run` writes: run it again") from None
+    except (OSError, ValueError) as error:
+        why = first_reason(error) if isinstance(error, ValidationError) else str(error)
+        raise ConfigError(
+            f"{path} is not what `muster sweep run` writes: run it again ({shortened(why, 200)})"
+        ) from None
     return plan.trials, plan.model_dump()
 
 

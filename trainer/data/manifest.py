@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Annotated, Final, Literal, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
 from configs import ConfigError
+from configs.base import Typed, at_most
 from configs.data import DataConfig, PrepareConfig, Source
-from configs.parse import shortened
+from configs.explain import first_reason
+from configs.parse import check_values, shortened
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -21,6 +23,9 @@ REFUSED = "refused.jsonl"
 FORMAT: Final = 1
 MANIFEST_BYTES = 64 << 20
 """Those of 10 trillion tokens have 40 MB."""
+MANIFEST_VALUES = 1 << 21
+"""As many as its bytes have room for where they are shards."""
+MOST_REASONS = 1000
 MAX_VOCABULARY = 1 << 24
 """What counts tokens, and the embedding, have a row for each; the largest vocabularies in use have a million."""
 
@@ -28,11 +33,7 @@ Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
-
-
-class Shard(_Record):
+class Shard(Typed):
     """One Parquet file: a column `tokens`, one row per token. Every row group of a split but its very last holds
     `Manifest.prepare.row_group_tokens` rows."""
 
@@ -53,7 +54,7 @@ class Shard(_Record):
         return file
 
 
-class SplitStats(_Record):
+class SplitStats(Typed):
     """What one split holds, before tokenization (documents, UTF-8 bytes, characters) and after."""
 
     documents: Count
@@ -65,7 +66,7 @@ class SplitStats(_Record):
     """Unigram entropy of the tokens in nats per token: the loss of the best model without context."""
 
 
-class TokenizerInfo(_Record):
+class TokenizerInfo(Typed):
     kind: str
     sha256: Digest
     """Of tokenizer.json."""
@@ -85,20 +86,20 @@ class TokenizerInfo(_Record):
         return (self.sha256, self.eos_id) == (other.sha256, other.eos_id)
 
 
-class Manifest(_Record):
+class Manifest(Typed):
     format: Literal[1] = FORMAT
     fingerprint: str
     """Of the input files (path, size, modification time) and the settings; equal: nothing to prepare again."""
-    inputs: list[str]
+    inputs: Annotated[list[str], FailFast()]
     input_files: Count
     input_bytes: Count
     text_key: str
     prepare: PrepareConfig
     tokenizer: TokenizerInfo
     dtype: Literal["uint16", "uint32"]
-    splits: dict[Split, SplitStats]
-    shards: list[Shard]
-    refused: dict[str, Count]
+    splits: Annotated[dict[Split, SplitStats], at_most(len(SPLITS))]
+    shards: Annotated[list[Shard], FailFast()]
+    refused: Annotated[dict[str, Count], at_most(MOST_REASONS)]
     """Documents or files left out, counted by reason; refused.jsonl names each."""
     doubts: list[str] = []
     """What the tokenizer does to texts that a user should know, with an example."""
@@ -167,6 +168,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             data = file.read(MANIFEST_BYTES + 1)
         if len(data) > MANIFEST_BYTES:
             raise ValueError(f"it has more than {MANIFEST_BYTES:,} bytes")
+        check_values(data, MANIFEST_VALUES)
         return Manifest.model_validate_json(data)
     except ConfigError:
         raise
@@ -175,7 +177,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if first["loc"] == ("format",):
             found = str(first["input"])[:20]
             raise ConfigError(f"{path} has format {found}, this version reads {FORMAT}: prepare it again") from None
-        reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        reason = first_reason(error)
     except (OSError, ValueError) as error:
         reason = str(error)
     reason = " ".join(reason.split())[:200].removeprefix(": ")
