@@ -31,7 +31,7 @@ from .meter import Meter
 from .parquet import RECORD_WEIGHT
 from .pool import Records, default_workers, encode_all
 from .shard_writer import SplitWriter
-from .sources import Input, Reader, Record, Refusal, find_inputs
+from .sources import Input, Reader, Record, Refusal, find_inputs, linked_folders
 from .splitting import Splitting, split_of_few
 from .tokenizer import tokenizer_memory
 from .tokenizer_files import beside, tokenizer_file
@@ -80,6 +80,9 @@ def prepare(
             return _unchanged(out, read_manifest(out), fingerprint, config, text_key, progress)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise ConfigError(f"--out {out}: exists and is not prepared data; name a new folder")
+        if progress and (links := linked_folders(files, inputs)):
+            more = f" and {len(links) - 5} more" if len(links) > 5 else ""
+            Meter.say(f"links to folders that are followed: {', '.join(links[:5])}{more}")
         part = out.with_name(f".{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(mode=0o700)

@@ -5,6 +5,7 @@ import os
 import re
 import stat
 import sysconfig
+from collections import deque
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -79,7 +80,8 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
 
     Args:
         inputs: files, folders, glob patterns, or `stdlib` (the .py files of this Python's standard library).
-            In folders, names that start with a dot and `__pycache__` are passed over. A file's ending tells its
+            In folders, names that start with a dot and `__pycache__` are passed over, and links to folders followed, to
+            each folder once. A file's ending tells its
             kind: .jsonl, .json, .csv, .tsv, .parquet, anything else is text, unless it begins with what only another
             kind does; .gz, .zst, .bz2 and .xz may follow. Of a folder with a data set, README, LICENSE and the like
             are `beside`, unless they are given by name.
@@ -103,10 +105,26 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     return list(found.values())
 
 
+def linked_folders(files: Sequence[Input], inputs: Sequence[str | Path]) -> list[str]:
+    """The links to folders, below the inputs, through which files were found: `link -> folder`."""
+    found: dict[str, str] = {}
+    seen = set()
+    for each in map(str, inputs):
+        root = os.path.dirname(each[: match.start()]) if (match := re.search(r"[*?\[]", each)) else each.rstrip(os.sep)
+        seen |= {root, os.path.normpath(root)}
+    for folder in {os.path.dirname(file.path) for file in files}:
+        while folder and folder not in seen:
+            seen.add(folder)
+            if os.path.islink(folder):
+                found[folder] = os.path.realpath(folder)
+            folder = os.path.dirname(folder)
+    return [f"{link} -> {folder}" for link, folder in sorted(found.items())]
+
+
 def _expand(given: str) -> list[str]:
     if given == "stdlib":
         root = sysconfig.get_paths()["stdlib"]
-        return [path for path in _walk(root, _STDLIB_LEFT_OUT) if path.endswith(".py")]
+        return [path for path in _walk(root, _STDLIB_LEFT_OUT, follow=False) if path.endswith(".py")]
     if os.path.isdir(given):
         return list(_walk(given))
     if os.path.lexists(given):
@@ -127,11 +145,13 @@ def _matches(pattern: str) -> list[str]:
         return glob.glob(pattern)
     found = []
     for root in _matches(before) if glob.has_magic(before) else [before]:
-        for folder, names in _tree(root, follow=True):
-            if after:
+        for folder, names in _tree(root):
+            if names is None:
+                found += [folder] if os.path.isdir(folder) and not os.path.islink(folder) else []  # refused by name
+            elif after:
                 found += _matches(os.path.join(glob.escape(folder), after))
             else:
-                found += [os.path.join(folder, name) for name in names or ()]
+                found += [os.path.join(folder, name) for name in names]
     return found
 
 
@@ -143,40 +163,51 @@ def _at_stars(pattern: str) -> tuple[str, bool, str]:
     return os.sep.join(parts[:at]) + os.sep * (parts[0] == "" and at == 1), True, os.sep.join(parts[at + 1 :])
 
 
-def _walk(root: str, left_out: Container[str] = ("__pycache__",)) -> Iterator[str]:
-    for folder, names in _tree(root, left_out):
+def _walk(root: str, left_out: Container[str] = ("__pycache__",), follow: bool = True) -> Iterator[str]:
+    for folder, names in _tree(root, left_out, follow):
         if names is None:
             yield folder  # to be refused by name
         else:
             yield from (os.path.join(folder, name) for name in names)
 
 
-def _tree(root: str, left_out: Container[str] = (), follow: bool = False) -> Iterator[tuple[str, list[str] | None]]:
+def _tree(root: str, left_out: Container[str] = (), follow: bool = True) -> Iterator[tuple[str, list[str] | None]]:
     """Every folder from `root` down, each once, with the sorted names of what is in it and no folder; None where it
     cannot be read. Names that start with a dot are passed over.
 
-    Unlike os.walk's its depth has no limit, and links to folders that are followed may lead in circles.
+    Links to folders are followed once all else has been seen: they may lead in circles, or to what has another name in
+    the tree. One that leads to what the tree is in stands for far more than it, and counts as one that cannot be read.
+    Unlike os.walk's its depth has no limit.
     """
-    waiting, seen = [root], set()
-    while waiting:
-        folder = waiting.pop()
+    waiting, linked, seen = [root], deque[str](), set()
+    above = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
+    while waiting or linked:
+        folder = waiting.pop() if waiting else linked.popleft()
         try:
-            status = os.stat(folder or os.curdir)
-            if (status.st_dev, status.st_ino) in seen:
+            identity = _identity(folder or os.curdir)
+            if identity in seen:
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            names = sorted(name for name in os.listdir(folder or os.curdir) if not name.startswith("."))
+            seen.add(identity)
+            names = None
+            if identity not in above:
+                names = sorted(name for name in os.listdir(folder or os.curdir) if not name.startswith("."))
         except OSError:
+            names = None
+        if names is None:
             yield folder, None
             continue
         paths = [os.path.join(folder, name) for name in names]
         folders = {path for path in paths if os.path.isdir(path)}
-        waiting += [
-            path
-            for path, name in zip(paths[::-1], names[::-1], strict=True)
-            if path in folders and name not in left_out and (follow or not os.path.islink(path))
-        ]
+        below = [path for path, name in zip(paths, names, strict=True) if path in folders and name not in left_out]
+        links = [path for path in below if os.path.islink(path)]
+        waiting += [path for path in below[::-1] if path not in links]
+        linked += links if follow else []
         yield folder, [name for path, name in zip(paths, names, strict=True) if path not in folders]
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
@@ -247,6 +278,8 @@ class Reader:
         """
         if file.kind == "special":
             what = "a folder that cannot be read" if os.path.isdir(file.path) else "neither a file nor a folder"
+            if os.path.islink(file.path) and os.path.isdir(file.path):
+                what = "a link to a folder that cannot be read, or that holds the input itself"
             yield 0, Refusal(file.path, "", "unreadable file", what)
             return
         if file.bytes == 0 and os.path.exists(file.path):

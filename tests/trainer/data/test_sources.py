@@ -258,6 +258,47 @@ def test_brackets_without_end_are_refused_soon():
             list(json_values(io.BytesIO(data), lambda size: None))
 
 
+# Folders.
+
+
+def test_linked_folders_are_read_once_after_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    root, elsewhere = tmp_path / "in", tmp_path / "elsewhere"
+    for path in (root / "z" / "z.txt", root / "a.txt", elsewhere / "deep" / "b.txt", elsewhere / "c.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{path.stem} is a text of its own")
+    (elsewhere / "deep" / "around").symlink_to(elsewhere)
+    (elsewhere / "deep" / "back").symlink_to(root)
+    (root / "again").symlink_to("z")
+    (root / "linked").symlink_to(elsewhere)
+    (root / "linked2").symlink_to(elsewhere / "deep")
+    (root / "file.txt").symlink_to(elsewhere / "c.txt")
+    found = [os.path.relpath(file.path, root) for file in find_inputs([root])]
+    assert found == ["a.txt", "file.txt", "z/z.txt", "linked/deep/b.txt"]
+    texts, refused = read(root)
+    assert len(texts) == 4
+    assert refused == []
+    for given_ in (f"{root}/**", f"{root}/**/*.txt", f"{root}/*"):
+        assert sorted(read(given_)[0]) == sorted(texts), given_
+    config = PrepareConfig(tokenizer="bytes")
+    prepare([root], tmp_path / "out", config, workers=1)
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"{root}/linked -> {elsewhere}" in said
+    assert "again" not in said, "through it nothing was found"
+    prepare([root / "linked"], tmp_path / "out2", config, workers=1)
+    assert f"{root}/linked -> " not in capsys.readouterr().err.replace("\n", ""), "it was asked for"
+
+
+def test_a_link_to_what_holds_the_input_is_refused_by_name(tmp_path: Path):
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "in" / "a.txt").write_text("a")
+    (tmp_path / "other.txt").write_text("not of the input")
+    (tmp_path / "in" / "sub" / "up").symlink_to("../..")
+    (tmp_path / "in" / "all").symlink_to("/")
+    texts, refused = read(tmp_path / "in")
+    assert texts == ["a"]
+    assert sorted(refused) == [("all", "", "unreadable file"), ("up", "", "unreadable file")]
+
+
 # A folder with a data set.
 
 CARD = "---\nlicense: odc-by\ntask_categories:\n- text-generation\n---\n# A data set\n"
