@@ -4,6 +4,9 @@ import bz2
 import io
 import lzma
 import os
+import shutil
+import subprocess
+import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -71,14 +74,18 @@ def opened(path: str, compression: Compression | None, budget: int | None) -> It
             yield Opened(io.BufferedReader(raw, _BUFFER), raw.tell, lambda size: None, lambda: False)
             return
         counted = _Counted(budget)
-        if compression == "zstd":
-            _check_window(path)
+        tell = raw.tell
+        if compression == "zstd" and (window := _window(path)) > _WINDOW:
+            counted.stream = stack.enter_context(_zstd(path, window))
+            tell = counted.stream.tell
+        elif compression == "zstd":
             counted.stream = stack.enter_context(pa.CompressedInputStream(raw, "zstd"))
+            counted.at_once = 1 << 12  # what it has unpacked in a call is lost with the call
         elif compression:
             counted.stream = _Members(raw, _DECOMPRESSORS[compression], counted.count)
         else:
             counted.stream = raw
-        yield Opened(io.BufferedReader(counted, _BUFFER), raw.tell, counted.count, lambda: counted.error is not None)
+        yield Opened(io.BufferedReader(counted, _BUFFER), tell, counted.count, lambda: counted.error is not None)
         if counted.error:
             raise counted.error
 
@@ -90,6 +97,8 @@ def reason_of(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())[:200]
     if isinstance(error, MemoryError):
         return "takes too much memory", text
+    if "requires too much memory" in text:
+        return "zstd window too large", text
     if isinstance(error, EOFError) or "Truncated compressed stream" in text:
         return "truncated compressed file", text
     # What the operating system reports has a number; what a decompressor finds wrong has none.
@@ -104,6 +113,7 @@ class _Counted(io.RawIOBase):
 
     def __init__(self, budget: int | None):
         self.stream: Any = None
+        self.at_once = _BUFFER
         self.error: Exception | None = None
         self._budget, self._left = budget, budget or 0
 
@@ -114,7 +124,7 @@ class _Counted(io.RawIOBase):
         if self.error:
             return 0
         try:
-            size = self.stream.readinto(buffer)
+            size = self.stream.readinto(memoryview(buffer)[: self.at_once])
         except ERRORS as error:
             self.error = error
             return 0
@@ -173,15 +183,61 @@ class _Members(io.RawIOBase):
         return bool(self._packed)
 
 
-def _check_window(path: str) -> None:
+def _window(path: str) -> int:
+    """Bytes that the first frame of a zstd file looks back at most; 0: it does not tell."""
     with open(path, "rb") as file:
-        header = file.read(6)
-    if header[:4] == b"\x28\xb5\x2f\xfd" and len(header) == 6 and not header[4] & 0x20:  # not of a single segment
-        # RFC 8878, 3.1.1.1.2: the window descriptor, an exponent and eighths.
-        base = 1 << (10 + (header[5] >> 3))
-        window = base + (base >> 3) * (header[5] & 7)
-        if window > _WINDOW:
-            raise Damaged("zstd window too large", f"{window >> 20:,} MiB")
+        for _ in range(16):
+            header = file.read(8)
+            if len(header) < 8 or header[1:4] != b"\x2a\x4d\x18" or header[0] & 0xF0 != 0x50:
+                break
+            file.seek(int.from_bytes(header[4:], "little"), os.SEEK_CUR)  # a skippable frame
+    if len(header) < 8 or header[:4] != b"\x28\xb5\x2f\xfd" or header[4] & 0x20:  # a single segment
+        return 0
+    # RFC 8878, 3.1.1.1.2: the window descriptor, an exponent and eighths.
+    base = 1 << (10 + (header[5] >> 3))
+    return base + (base >> 3) * (header[5] & 7)
+
+
+def _zstd(path: str, window: int) -> "_ZstdCommand":
+    command = shutil.which("zstd")
+    if window > 1 << 31 or not command:
+        way = "it is no window of `zstd --ultra --long=31`" if command else "install the zstd command to have it read"
+        raise Damaged("zstd window too large", f"{window >> 20:,} MiB; {way}")
+    return _ZstdCommand(command, path)
+
+
+class _ZstdCommand(io.RawIOBase):
+    """Unpacks by the zstd command: pyarrow's decoder cannot be told to take a larger window."""
+
+    def __init__(self, command: str, path: str):
+        self._file, self._errors = open(path, "rb"), tempfile.TemporaryFile()  # noqa: SIM115
+        options = [command, "-dcq", "--long=31", "--no-progress"]
+        self._process = subprocess.Popen(
+            options, stdin=self._file, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0
+        )
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
+
+    def readinto(self, buffer: Any) -> int:
+        size = self._process.stdout.readinto(buffer)  # type: ignore[union-attr]
+        if not size and self._process.wait():
+            self._errors.seek(0)
+            said = (
+                " ".join(self._errors.read(500).decode(errors="replace").split()).removeprefix("/*stdin*\\ :").strip()
+            )
+            raise EOFError(said) if "end" in said else OSError(said)
+        return size
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for each in (self._process.stdout, self._file, self._errors):
+            each.close()  # type: ignore[union-attr]
+        super().close()
 
 
 def budget_of(size: int, path: str, expansion: int, free: int) -> int:

@@ -8,6 +8,7 @@ import json
 import lzma
 import os
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,9 @@ def test_json_that_no_name_promises_stays_text(tmp_path: Path):
         assert read(tmp_path / name) == ([text], [])
 
 
+PACKS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstandard.compress}
+
+
 def test_what_stands_before_damage_is_read(tmp_path: Path):
     rows = [{"text": f"text {number} {random.Random(number).random()}"} for number in range(5000)]
     texts = [row["text"] for row in rows]
@@ -179,6 +183,49 @@ def test_gzip_that_is_padded_or_has_members_loses_nothing(tmp_path: Path):
             return
     texts, [(_, _, reason)] = read(tmp_path / "sparse.jsonl.gz")
     assert (texts, reason) == (TEXTS, "unpacks to too much")
+
+
+def long_window(data: bytes) -> bytes:
+    """As `zstd --ultra --long=31` packs what it is piped."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.skipif(not shutil.which("zstd"), reason="needs the zstd command")
+def test_zstd_with_a_long_window(tmp_path: Path):
+    packed = long_window(LINES)
+    skippable = b"\x5a\x2a\x4d\x18" + (8).to_bytes(4, "little") + b"12345678"
+    for data in (packed, skippable + packed, packed + zstandard.compress(LINES) + skippable):
+        (tmp_path / "x.jsonl.zst").write_bytes(data)
+        texts, refused = read(tmp_path / "x.jsonl.zst")
+        assert texts == TEXTS * (len(texts) // 5)
+        assert len(texts) == (10 if data.startswith(packed) and data != packed else 5)
+        assert refused == []
+    many = long_window(b"".join(json.dumps({"text": os.urandom(500).hex()}).encode() + b"\n" for _ in range(2000)))
+    (tmp_path / "cut.jsonl.zst").write_bytes(many[: len(many) // 2])
+    texts, [(_, where, reason)] = read(tmp_path / "cut.jsonl.zst")
+    assert 500 < len(texts) < 1500
+    assert (where, reason) == (f"after line {len(texts)}", "truncated compressed file")
+    (tmp_path / "bad.jsonl.zst").write_bytes(many[: len(many) // 2] + b"\xff" * (len(many) // 2))
+    assert read(tmp_path / "bad.jsonl.zst")[1][-1][2] == "damaged compressed file"
+    (tmp_path / "second.jsonl.zst").write_bytes(zstandard.compress(LINES * 200) + packed)
+    texts, [(_, where, reason)] = read(tmp_path / "second.jsonl.zst")
+    assert 900 < len(texts) <= 1000
+    assert (where, reason) == (f"after line {len(texts)}", "zstd window too large")
+
+
+def test_zstd_with_a_long_window_without_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "x.jsonl.zst").write_bytes(long_window(LINES))
+    assert read(tmp_path / "x.jsonl.zst") == ([], [("x.jsonl.zst", "", "zstd window too large")])
+
+
+def test_a_small_file_of_a_long_window_is_held_to_its_budget(tmp_path: Path):
+    (tmp_path / "x.jsonl.zst").write_bytes(long_window(b'{"text": "' + b"a" * (48 << 20)))
+    texts, [(_, _, reason)] = read(tmp_path / "x.jsonl.zst")
+    assert texts == []
+    assert reason in ("unpacks to too much", "zstd window too large")
 
 
 def test_a_row_that_is_not_as_the_header_is_refused_and_the_rest_read(tmp_path: Path):
