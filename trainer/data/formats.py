@@ -151,45 +151,63 @@ def json_values(stream: io.BufferedReader, count: Callable[[int], None]) -> Iter
 
 
 def csv_rows(
-    stream: io.BufferedReader, text_key: str, tab: bool, damaged: Callable[[], bool] = lambda: False
+    stream: io.BufferedReader,
+    text_key: str,
+    tab: bool,
+    count: Callable[[int], None],
+    damaged: Callable[[], bool] = lambda: False,
 ) -> Iterator[bytes | Damaged]:
     """The text of every row of a CSV or TSV file with a header, or why there is none.
 
     Args:
         tab: columns are separated by tabs; otherwise by commas, or by what gives the header a column `text_key`.
+        count: is told of what takes time to look at.
         damaged: whether the stream was cut off where it ended.
 
     Raises:
         Damaged: no column, or two, of that name; a row that is too long.
     """
-    first = stream.peek(1).removeprefix(_BOM).partition(b"\n")[0].decode("utf-8", "surrogateescape")
+    first = stream.peek(1).removeprefix(_BOM).lstrip().partition(b"\n")[0].decode("utf-8", "surrogateescape")
     delimiters = "\t" if tab else ",;\t|"
     delimiter = next((each for each in delimiters if text_key in _split(first, each)), delimiters[0])
-    lines = _Lines(stream, damaged)
+    lines = _Lines(stream, delimiter, count, damaged)
     rows = csv.reader(lines, strict=True, delimiter=delimiter)
-    header = _next_row(rows, lines)
-    if header is None:
-        return
-    if isinstance(header, Damaged):
-        raise header
-    if (named := header.count(text_key)) != 1:
-        if named:
-            raise Damaged("ambiguous column", f"{named} columns are named {text_key!r}")
+    columns = 0
+    while True:
+        try:
+            for row in rows:
+                lines.size = lines.values = 0
+                if not row:  # a blank line
+                    continue
+                if not columns:
+                    columns, column = len(row), _text_column(row, text_key)
+                elif len(row) != columns:
+                    yield Damaged("malformed CSV", f"{len(row)} values in a row of {columns} columns")
+                else:
+                    yield row[column].encode("utf-8", "surrogateescape")
+            return
+        except csv.Error as error:
+            lines.size = lines.values = 0
+            if not columns:
+                raise Damaged("malformed CSV", str(error)) from None
+            yield Damaged("malformed CSV", str(error))
+
+
+csv.field_size_limit(RECORD_BYTES)  # what bounds a row is _Lines
+
+
+def _text_column(header: list[str], text_key: str) -> int:
+    header = [name.strip() for name in header]
+    if (named := header.count(text_key)) > 1:
+        raise Damaged("ambiguous column", f"{named} columns are named {text_key!r}")
+    if not named:
         raise Damaged("missing column", f"no {text_key!r} among {', '.join(header[:20])}"[:200])
-    column = header.index(text_key)
-    while (row := _next_row(rows, lines)) is not None:
-        if isinstance(row, Damaged):
-            yield row
-        elif len(row) != len(header):
-            if row:  # not a blank line
-                yield Damaged("malformed CSV", f"{len(row)} values in a row of {len(header)} columns")
-        else:
-            yield row[column].encode("utf-8", "surrogateescape")
+    return header.index(text_key)
 
 
 def _split(line: str, delimiter: str) -> list[str]:
     try:
-        return next(csv.reader([line], delimiter=delimiter), [])
+        return [name.strip() for name in next(csv.reader([line], delimiter=delimiter), [])]
     except csv.Error:
         return []
 
@@ -197,10 +215,13 @@ def _split(line: str, delimiter: str) -> list[str]:
 class _Lines:
     """The lines of a file for a csv.reader, with a bound on those that it takes for one row."""
 
-    def __init__(self, stream: io.BufferedReader, damaged: Callable[[], bool]):
-        self._stream, self._damaged = stream, damaged
-        self._size = self._values = 0
+    def __init__(
+        self, stream: io.BufferedReader, delimiter: str, count: Callable[[int], None], damaged: Callable[[], bool]
+    ):
+        self._stream, self._delimiter, self._count, self._damaged = stream, delimiter.encode(), count, damaged
         self._first = True
+        self.size = self.values = 0
+        """Bytes and values since the last row."""
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -211,28 +232,14 @@ class _Lines:
             raise StopIteration
         if self._first:
             line, self._first = line.removeprefix(_BOM), False
-        self._size += len(line)
-        self._values += sum(map(line.count, (b",", b";", b"\t", b"|")))
-        if self._size >= RECORD_BYTES or self._values > RECORD_VALUES:
-            what = f"over {RECORD_BYTES} bytes" if self._size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
+        self._count(64)
+        self.size += len(line)
+        self.values += line.count(self._delimiter)
+        if self.size >= RECORD_BYTES or self.values > RECORD_VALUES:
+            what = f"over {RECORD_BYTES} bytes" if self.size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
             raise Damaged("record too long", f"{what}; is the end of a quoted text missing?")
         # Bytes that are not UTF-8 come out again as they were, to be refused by the row.
         return line.decode("utf-8", "surrogateescape")
-
-    def next_row(self) -> None:
-        self._size = self._values = 0
-
-
-def _next_row(rows: Iterator[list[str]], lines: _Lines) -> list[str] | Damaged | None:
-    """None at the end."""
-    lines.next_row()
-    before = csv.field_size_limit(RECORD_BYTES)
-    try:
-        return next(rows, None)
-    except csv.Error as error:
-        return Damaged("malformed CSV", str(error))
-    finally:
-        csv.field_size_limit(before)
 
 
 def _shown(data: bytes) -> str:

@@ -373,7 +373,7 @@ class Reader:
 
     def _csv(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
         number = 0
-        rows = csv_rows(unpacked.stream, self.text_key, file.kind == "tsv", unpacked.damaged)
+        rows = csv_rows(unpacked.stream, self.text_key, file.kind == "tsv", unpacked.count, unpacked.damaged)
         for number, row in enumerate(rows, 1):
             unpacked.count(RECORD_WEIGHT)
             progress[0], where = f"after row {number}", f"row {number}"

@@ -58,7 +58,7 @@ def split_of_few(documents: Iterable[bytes], share: float, seed: int) -> Splitti
         if len(sizes) == ENOUGH_DOCUMENTS:
             break
     total = sizes.total()
-    least = max(MIN_TAIL, share * total / 4)
+    least = max(MIN_TAIL, share * total / 16)
     fair = {part: [number for number, size in sizes.items() if least <= size <= part * total] for part in (0.25, 0.5)}
     if longest >= 4 * MIN_TAIL and not fair[0.25]:
         return Splitting(0.0, seed, tail=share)

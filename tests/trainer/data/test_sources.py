@@ -9,6 +9,7 @@ import lzma
 import os
 import random
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,7 @@ KINDS = {
     "a.csv": as_csv(ROWS),
     "a.csv.bz2": bz2.compress(as_csv(ROWS, lineterminator="\n")),
     "mark.csv": b"\xef\xbb\xbf" + as_csv(ROWS, quoting=csv.QUOTE_ALL),
+    "spaces.csv": b"\n id, text \n" + as_csv(ROWS).partition(b"\n")[2],
     "semicolons.csv": as_csv(ROWS, delimiter=";", quoting=csv.QUOTE_ALL),
     "a.tsv": as_csv(ROWS, delimiter="\t"),
     "part-00000": LINES,
@@ -292,11 +294,20 @@ def assert_refusal(reason: str, detail: str) -> None:
 @quick
 @given(st.binary(max_size=60) | st.text('[]{},:" \\a\n', max_size=60).map(str.encode))
 def test_any_bytes_are_values_or_one_refusal(data):
-    for cut in (json_values, lambda stream, count: csv_rows(stream, "a", tab=False)):
+    for cut in (json_values, lambda stream, count: csv_rows(stream, "a", False, count)):
         try:
             list(cut(Dribble(data), lambda size: None))
         except Damaged as error:
             assert_refusal(*error.args)
+
+
+@pytest.mark.parametrize("line", [b"\n", b'"\n', b"a\n", b',"\n'])
+def test_a_small_file_of_many_lines_of_csv_is_held_to_its_budget(tmp_path: Path, line: bytes):
+    (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b'text\n"' + line * ((48 << 20) // len(line))))
+    started = time.process_time()
+    _, refused = read(tmp_path / "x.csv.gz")
+    assert refused[-1][2] == "unpacks to too much"
+    assert time.process_time() - started < 5
 
 
 def test_brackets_without_end_are_refused_soon():
