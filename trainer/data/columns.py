@@ -8,10 +8,6 @@ import pyarrow.compute as pc
 
 from .unpack import Damaged
 
-_TEXT = (
-    pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view()
-)  # fmt: skip
-
 
 class Column(NamedTuple):
     name: str
@@ -88,7 +84,8 @@ def _require_text(kind: pa.DataType, key: str) -> None:
     if pa.types.is_struct(inner):
         fields = ", ".join(f"{key}.{inner.field(i).name}" for i in range(min(inner.num_fields, 5)))
         raise Damaged("not text", f"column {key!r} is a struct: choose one of {fields}"[:200])
-    if inner not in _TEXT and not pa.types.is_fixed_size_binary(inner):
+    text = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
+    if inner not in text and not pa.types.is_fixed_size_binary(inner):
         raise Damaged("not text", f"column {key!r} is {kind}"[:200])
 
 
