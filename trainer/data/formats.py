@@ -31,6 +31,8 @@ _FOREIGN = {
     b"\x93NUMPY": "a NumPy array",
     b"Obj\x01": "an Avro file",
     b"%PDF-": "a PDF file",
+    b"WARC/1.": "a WARC file",
+    b"\x7fELF": "a program",
     b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
     b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
 }
@@ -53,6 +55,16 @@ def first_object(head: bytes) -> dict | None:
     except (ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
+
+
+def first_value(head: bytes) -> object:
+    """The first value in JSON that is not in lines; None where there is none, or it is not whole."""
+    if not head.removeprefix(_BOM).lstrip().startswith((b"{", b"[")):
+        return None
+    try:
+        return json.loads(next(json_values(io.BytesIO(head), lambda size: None), b"null"))
+    except (Damaged, ValueError, RecursionError):
+        return None
 
 
 def text_in(value: object, key: str) -> str:
@@ -99,7 +111,7 @@ def _within(value: object, key: str) -> object:
     raise Damaged("missing key", f"no {key!r} among {', '.join(islice(value, 20))}"[:200])
 
 
-def json_values(stream: io.BufferedReader, count: Callable[[int], None]) -> Iterator[bytes]:
+def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iterator[bytes]:
     """Every value of a stream of JSON: the elements of arrays, and objects that follow one another.
 
     Strings and brackets are all that is looked at; a value can still be malformed.

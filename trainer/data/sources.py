@@ -15,7 +15,7 @@ from configs import ConfigError
 from configs.data import LimitsConfig
 
 from .child import MIB
-from .formats import RECORD_BYTES, csv_rows, first_object, foreign, json_values, text_in
+from .formats import RECORD_BYTES, csv_rows, first_object, first_value, foreign, json_values, text_in
 from .parquet import EXPANDS, RAISE, RECORD_WEIGHT, ParquetProcess
 from .unpack import ENDINGS, ERRORS, MAGIC, Compression, Damaged, Expands, Opened, budget_of, opened, reason_of
 
@@ -310,21 +310,22 @@ class Reader:
                 raise Damaged("empty file", "")
             if what := foreign(head[:512]):
                 raise Damaged("not text", what)
-            if file.kind == "text" and self._is_jsonl(head):
-                kind: Kind = "jsonl"
-            elif file.kind == "json" and first_object(head) is not None:
-                kind = "jsonl"
-            else:
-                kind = file.kind
+            kind = self._kind(file.kind, head) if file.kind in ("text", "jsonl", "json") else file.kind
             read = {"jsonl": self._jsonl, "json": self._json, "csv": self._csv, "tsv": self._csv}.get(kind, self._text)
             yield from read(file, unpacked, progress)
 
-    def _is_jsonl(self, head: bytes) -> bool:
-        """Whether a file whose name does not tell its kind holds texts in JSON lines."""
+    def _kind(self, kind: Kind, head: bytes) -> Kind:
+        """What a file is by what it begins with: JSON lines, other JSON, else what its name says."""
+        value: object = first_object(head)
+        lines = value is not None
+        if not lines:
+            value = first_value(head)
         try:
-            return bool(text_in(first_object(head), self.text_key))
+            if kind != "json":  # of another name it may be a text all the same
+                text_in(value, self.text_key)
         except (Damaged, RecursionError):
-            return False
+            return kind
+        return "jsonl" if lines else "json"
 
     def _text(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
         carry, start = b"", 0

@@ -72,6 +72,10 @@ KINDS = {
     "lines.txt.gz": gzip.compress(LINES),
     "not-said.jsonl": gzip.compress(LINES),
     "a.jl": LINES,
+    "array.txt": ARRAY,
+    "pretty": PRETTY,
+    "array.jsonl": PRETTY,
+    "objects.jsonl": b"\n".join(json.dumps(row, indent=2).encode() for row in ROWS),
 }
 
 
@@ -101,6 +105,7 @@ FOREIGN = {
     "x.zip": (b"PK\x03\x04" + b"text " * 100, "not text"),
     "x.tar.gz": (gzip.compress(b"a.txt".ljust(257, b"\0") + b"ustar\0" + b"text " * 100), "not text"),
     "data-00000-of-00001.arrow": (b"\xff\xff\xff\xff\x10\0\0\0" + b"text " * 100, "not text"),
+    "crawl.warc.gz": (gzip.compress(b"WARC/1.0\r\nWARC-Type: response\r\n"), "not text"),
     "wide.txt": ("wide words".encode("utf-16"), "not text"),
     "wide.jsonl": (LINES.decode().encode("utf-16"), "not text"),
 }
