@@ -14,7 +14,7 @@ import typer
 from pydantic import BaseModel
 
 from configs import Config, ConfigError, counted, load, mask, preset_names, resolve, worker_counts
-from configs.load import dump_yaml, override, read_mapping
+from configs.load import dump_yaml, model_source, override, read_mapping
 
 from . import messages, pack
 from .client import Cluster, api_url
@@ -68,8 +68,10 @@ def submit(
     each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
     root = Path(asked.run.root)
     packed = pack.files(here, [root], insisted or ())
-    check_sent(needs(asked) | {"CONFIG": [name] if name not in preset_names() else []}, here, packed)
-    called, said, files = without_passwords(name, overrides or (), Config)
+    taken = model_source(config, overrides or ())
+    files = {"CONFIG": [] if name in preset_names() else [name], "model.from": [taken] if taken else []}
+    check_sent(needs(asked) | files, here, packed)
+    called, said, more = without_passwords(name, overrides or (), Config)
     kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
     job = {
         "name": asked.run.name,
@@ -82,7 +84,7 @@ def submit(
         "group": group_of(asked),
         "priority": priority,
     }
-    send(cluster, here, packed, job, wait, as_json, files)
+    send(cluster, here, packed, job, wait, as_json, more)
 
 
 def send(

@@ -51,6 +51,14 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     return from_dict(tree, where=str(name)).with_defaults(defaults)
 
 
+def model_source(name: str | Path, overrides: Iterable[str] = ()) -> str | None:
+    """The folder that the model of a config is taken from, `model.from`; None: it is written out. As `load`."""
+    tree = read_tree(name)
+    override(tree, overrides, Config, "train.steps=100")
+    model = tree.get("model")
+    return model.get(FROM) if isinstance(model, dict) else None
+
+
 Validated = TypeVar("Validated", bound=BaseModel)
 
 

@@ -164,6 +164,7 @@ class _HFConfig(_Strict):
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
     partial_rotary_factor: Positive | None = None
+    original_max_position_embeddings: Length | None = None
 
     sliding_window: Annotated[int, Field(ge=0, le=2**30)] | None = None
     use_sliding_window: bool | None = None
@@ -330,6 +331,8 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
     extra = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if key in said]
     if extra or said.get("truncate") is False:
         raise _NotSupported(f"rope scaling {shown(said)} has parts that model.rope_scaling does not know")
+    if given.original_max_position_embeddings:  # there it wins over that of the scaling
+        said["original_max_position_embeddings"] = given.original_max_position_embeddings
     said.setdefault("original_max_position_embeddings", given.max_position_embeddings)
     for key in ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ())):
         if key not in said:

@@ -316,6 +316,18 @@ def test_keys_that_config_json_lacks_mean_what_transformers_takes(tmp_path, kind
     assert found.tie_embeddings == expected.tie_word_embeddings
 
 
+def test_the_original_length_may_stand_beside_the_scaling(tmp_path):
+    config, batch = tiny.config(num_experts=0, rope_scaling=YARN), tiny.batch()
+    module = tiny.model(config)
+    export_hf(module, config, tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    tree["rope_scaling"]["original_max_position_embeddings"] = 32
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"original_max_position_embeddings": 16}))
+    assert import_hf(tmp_path)[0].rope_scaling == YARN
+    with torch.no_grad():
+        assert (theirs(tmp_path)(batch.input_ids).logits - module.logits(batch)).abs().max() < 1e-5
+
+
 def test_a_yarn_export_names_the_versions_that_read_it(tmp_path, capsys):
     config = tiny.config(num_experts=0, rope_scaling=YARN)
     export_hf(tiny.model(config), config, tmp_path / "yarn")

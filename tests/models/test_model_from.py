@@ -6,6 +6,7 @@ import pytest
 import tiny_models as tiny
 
 from configs import ConfigError, from_dict, load, to_yaml
+from configs.load import model_source
 from models.hf import export_hf
 
 
@@ -39,6 +40,14 @@ def test_it_takes_the_place_of_what_lies_below_and_not_of_what_stands_beside(fol
     assert not [key for key in load("moe-8x7b", [f"model.from={folder}"]).defaults if key.startswith("model.")]
     # Taken back, what is left are the defaults.
     assert load(tmp_path / "mine.yaml", ["model.from=null"]).model.qkv_bias is False
+
+
+def test_what_a_job_needs_on_the_cluster_is_the_folder(folder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("base: quickstart\nmodel: {from: models/hf, dropout: 0.1}\n")
+    assert model_source(tmp_path / "mine.yaml") == "models/hf"
+    assert model_source(tmp_path / "mine.yaml", ["model.from=other", "train.steps=1"]) == "other"
+    assert model_source(tmp_path / "mine.yaml", ["model.from=null"]) is None
+    assert model_source("quickstart", ["model.dropout=0.1"]) is None
 
 
 def test_a_run_of_ours_is_read_as_well(folder, tmp_path):
