@@ -56,7 +56,7 @@ def train(
     """
     private_files()
     if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     asked = load(config, overrides)
     run_dir = Path(asked.run.root).expanduser().resolve() / (fork or asked.run.name)
     told = _Told(run_dir, on_metrics)

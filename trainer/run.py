@@ -29,7 +29,7 @@ from .precision import check_precision
 from .record import Record, read_events
 from .resolved import resolve_config
 from .tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
-from .warm_start import check_source
+from .warm_start import check_source, other_function
 
 CONFIG = "config.yaml"
 STOP = "stop"
@@ -80,12 +80,7 @@ def prepare_run(
     events: list[tuple[str, dict[str, Any]]] = [("resolved", launched)]
     if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
         events.append(("init_from", {"differs": differs}))
-        changed_keys = ", ".join(f"{key} {shown(there)} -> {shown(here)}" for key, (there, here) in differs.items())
-        print(
-            f"muster: warning: the weights of train.init_from={resolved.train.init_from} compute something else here: "
-            f"{changed_keys} (there -> here). Set it as there unless this is on purpose, as for longer contexts",
-            file=sys.stderr,
-        )
+        _warn_of(differs, f"train.init_from={resolved.train.init_from}")
     if fork:
         steps = committed(run_dir)
         if not steps:
@@ -100,6 +95,8 @@ def prepare_run(
             raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={source}: {problems[0]}")
         if (run_dir / CONFIG).exists():
             raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
+        if differs := other_function(start, resolved.model):
+            _warn_of(differs, f"run.name={source}")
     elif (run_dir / CONFIG).exists():
         with run_lock(run_dir):  # refuses a run that is being trained
             pass
@@ -162,6 +159,16 @@ def _command() -> str:
     names = {"muster": "muster", "cluster/cli.py": "muster", "trainer/__main__.py": "torchrun -m trainer"}
     name = names.get(program.name) or names.get(f"{program.parent.name}/{program.name}")
     return " ".join([name, *(shlex.quote(mask(word)) for word in sys.argv[1:])])[:LONGEST_COMMAND] if name else ""
+
+
+def _warn_of(differs: dict[str, list[Any]], source: str) -> None:
+    """Say which keys make another function of the weights that a run begins with."""
+    keys = ", ".join(f"{key} {shown(there)} -> {shown(here)}" for key, (there, here) in differs.items())
+    print(
+        f"muster: warning: the weights of {source} compute something else here: {keys} (there -> here). "
+        "Set it as there unless this is on purpose, as for longer contexts",
+        file=sys.stderr,
+    )
 
 
 def _seconds(text: str) -> float:

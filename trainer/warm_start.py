@@ -79,8 +79,15 @@ def check_source(config: Config) -> dict[str, list[Any]]:
             f"train.init_from={config.train.init_from} has {len(unused)} parameters that the model has not, such as "
             f"{unused[0]}: set model.* to its architecture"
         )
-    different = {f"model.{key}": pair for key, pair in _differences(source, config.model).items()}
-    return different | _other_tokenizer(config)
+    return _differences(source, config.model) | _other_tokenizer(config)
+
+
+def other_function(checkpoint_dir: Path, model: ModelConfig) -> dict[str, list[Any]]:
+    """What `check_source` returns of keys of model.*, for a checkpoint whose weights fit; of none if unreadable."""
+    reader, _ = checkpoint.examine(checkpoint_dir, digests=False)
+    with contextlib.suppress(ConfigError):  # it does not say what model it is of
+        return _differences(_checkpoint(reader), model) if reader else {}
+    return {}
 
 
 def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
@@ -92,7 +99,7 @@ def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
         found["max_positions"] = [there["max_positions"], here["max_positions"]]
     if model.router_bias_rate is None and any(map(any, source.bias.values())):
         found["router_bias_rate"] = [there["router_bias_rate"], None]
-    return found
+    return {f"model.{key}": pair for key, pair in found.items()}
 
 
 def _other_tokenizer(config: Config) -> dict[str, list[Any]]:

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from configs import from_dict, load, preset_names
+from trainer.data.tokenizer import byte_tokenizer
 from trainer.record import Record
 
 ROOT = Path(__file__).parents[2]
@@ -97,9 +98,14 @@ def test_config_of_every_preset_reads_back_as_itself(muster, tmp_path, preset):
     assert json.loads(again)["run"]["name"] == "other"
 
 
-def test_config_plans_the_vocabulary(muster):
+def test_config_plans_the_vocabulary(muster, tmp_path):
     _, out, _ = muster("config", "quickstart", "data.prepare.tokenizer=bytes", "--json")
     assert json.loads(out)["model"]["vocab_size"] == 320
+    byte_tokenizer().save(str(tmp_path / "tokenizer.json"))
+    _, out, _ = muster("config", "quickstart", f"data.prepare.tokenizer={tmp_path}", "--json")
+    assert json.loads(out)["model"]["vocab_size"] == 320
+    code, _, err = muster("config", "quickstart", f"data.prepare.tokenizer={tmp_path}/none.json")
+    assert (code, "an existing tokenizer.json" in err) == (2, True)
 
 
 def test_schema_describes_every_section(muster):

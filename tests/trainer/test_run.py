@@ -202,13 +202,16 @@ def test_allowed_changes_are_an_event_and_the_run_goes_further(tmp_path, tiny_da
     assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2, 3, 4, 5, 6]
 
 
-def test_fork_starts_from_the_last_checkpoint(tmp_path, tiny_data):
+def test_fork_starts_from_the_last_checkpoint(tmp_path, tiny_data, capsys):
     run_dir = make(tmp_path, tiny_data, train={"steps": 4})
     assert train_in_process(run_dir) == 0
     from configs import load
 
     config = load(run_dir / "config.yaml", ["optim.lr=1e-4", "train.steps=6"])
     forked = prepare_run(config, fork="other")
+    assert "warning" not in capsys.readouterr().err
+    prepare_run(load(run_dir / "config.yaml", ["model.rope_theta=5e5", "train.steps=6"]), fork="longer")
+    assert "the weights of run.name=run compute something else here: model.rope_theta" in capsys.readouterr().err
     assert train_in_process(forked) == 0
     assert [m["step"] for m in read_metrics(forked) if "loss" in m] == [5, 6]
     assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2, 3, 4]

@@ -219,11 +219,20 @@ def without_held_out(data: DataConfig) -> list[str]:
 
 
 def vocabulary(data: DataConfig) -> int:
-    """Size of the vocabulary that the data have, or will have once they are prepared."""
+    """Size of the vocabulary that the data have, or will have once they are prepared.
+
+    Raises:
+        ConfigError: they will have that of a tokenizer that cannot be used.
+    """
     try:
         return read_manifests(data)[0].tokenizer.vocab_size
     except ConfigError:
-        return 257 if data.prepare.tokenizer == "bytes" else data.prepare.vocab_size
+        if data.prepare.tokenizer in ("bytes", "bpe"):
+            return 257 if data.prepare.tokenizer == "bytes" else data.prepare.vocab_size
+    from .tokenizer import TokenizerProcess  # what reads manifests does mostly without
+
+    with TokenizerProcess(data.prepare.tokenizer, data.limits) as tokenizer:
+        return tokenizer.vocab_size
 
 
 def fsync_folder(folder: Path) -> None:
