@@ -64,7 +64,7 @@ Validated = TypeVar("Validated", bound=BaseModel)
 
 def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping. Raises ConfigError with the key, what was given and what would be right."""
-    return validated(Config, take_model(dict(tree), where), where)
+    return validated(Config, take_model(tree, where), where)
 
 
 def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Validated:

@@ -14,13 +14,15 @@ READERS: list[Callable[[Path], dict[str, Any]]] = []
 """Gives the keys of the model in a folder, or raises ConfigError: one function, of `models`, which imports this."""
 
 
-def take_model(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def take_model(tree: Any, where: str) -> Any:
     """The tree with the model's keys in the place of `model.from`, and the folder's tokenizer for `data.path: stdlib`.
+
+    What is no tree of a config is given back, for its validation to explain.
 
     Raises:
         ConfigError: no such folder, or a model that is not read.
     """
-    model = tree.get("model")
+    model = tree.get("model") if isinstance(tree, Mapping) else None
     if not isinstance(model, Mapping) or KEY not in model:
         return tree
     own = {key: value for key, value in model.items() if key != KEY}
@@ -37,9 +39,8 @@ def take_model(tree: dict[str, Any], where: str) -> dict[str, Any]:
         taken = {**tree, "model": {**read(folder), **own}}
     except ConfigError as error:
         raise ConfigError(f"model.from={shown(source)}: {error}") from None
-    data = tree.get("data") or {}
-    prepared = isinstance(data, Mapping) and data.get("path", "stdlib") != "stdlib"
-    prepare = data.get("prepare") or {} if isinstance(data, Mapping) else None
-    if prepared or not isinstance(prepare, Mapping) or not is_file(folder / TOKENIZER):
+    data = tree.get("data", {})
+    prepare = data.get("prepare", {}) if isinstance(data, Mapping) else None
+    if not isinstance(prepare, Mapping) or data.get("path", "stdlib") != "stdlib" or not is_file(folder / TOKENIZER):
         return taken
     return {**taken, "data": {**data, "prepare": {"tokenizer": str(folder / TOKENIZER), **prepare}}}

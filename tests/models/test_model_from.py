@@ -91,6 +91,21 @@ def test_mistakes(source, told):
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize(
+    "tree", [None, 0, "0", [], [["model", {}]], {"model": None}, {"model": "from"}, {"model": ["from"]}]
+)
+def test_what_is_no_config_is_explained_as_such(tree):
+    with pytest.raises(ConfigError, match="config: "):
+        from_dict(tree)
+
+
+@pytest.mark.parametrize("data", [None, [], "stdlib", {"prepare": None}, {"prepare": "bpe"}])
+def test_a_section_of_data_that_is_none_is_explained_as_such(folder, data):
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match="config: data"):
+        from_dict({"model": {"from": str(folder)}, "data": data})
+
+
 def test_a_model_that_is_not_read_is_named_with_those_that_are(folder):
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"model_type": "gpt2"}))
