@@ -1,6 +1,7 @@
 """For scripts and notebooks: train a run, read runs as data frames, fit scaling laws and predict by them."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -9,11 +10,12 @@ from typing import Any, TypeAlias
 
 import pandas as pd
 
-from configs import ConfigError, flatten, load, private_files
+from configs import ConfigError, flatten, load
 from configs.sweep import load_sweep
 from trainer.progress import Follower, ProgressView
 from trainer.record import read_metrics, summary
 
+from .cli import ARGUMENTS
 from .runs import RUNS, run_folder, run_folders
 from .sweep.collect import collect, known_plan, loss_curves
 from .sweep.fit import Fits, check, named
@@ -54,15 +56,13 @@ def train(
         ConfigError: a mistake in what was asked.
         RuntimeError: the run failed.
     """
-    private_files()
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     asked = load(config, overrides)
     run_dir = Path(asked.run.root).expanduser().resolve() / (fork or asked.run.name)
     told = _Told(run_dir, on_metrics)
-    command = [sys.executable, "-P", "-m", "cluster.cli", "train", *(["--fork", fork] if fork else [])]
     with Follower(run_dir, told):
-        code, message = _run([*command, "--", str(config), *overrides])
+        code, message = _muster("train", *(["--fork", fork] if fork else []), "--", str(config), *overrides)
     if told.error:
         raise told.error
     if code not in (0, STOPPED):
@@ -70,13 +70,19 @@ def train(
     return run_dir
 
 
-def _run(command: Sequence[str]) -> tuple[int, str]:
-    """The exit code of a command, and its last message; an interrupt is the command's, which gets it too."""
+def _muster(*arguments: str) -> tuple[int, str]:
+    """The exit code of a `muster` command, and its last message; an interrupt is the command's, which gets it too."""
     message: list[str] = []
     interrupt = None
     # One of its own for each run: a process that has been part of one Ray cannot start another.
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        [sys.executable, "-P", "-m", "cluster.cli"],
+        env={**os.environ, ARGUMENTS: json.dumps(arguments)},  # which may hold passwords
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     ) as process:
         assert process.stdout
         while True:

@@ -11,10 +11,13 @@ import pandas as pd
 import pytest
 from laws import HOFFMANN, isoflop
 from support import tiny, train_in_process
+from sweeps import begun, tiny_sweep, trained
 
 from cluster import api
 from cluster.sweep.forms import Approach3
-from configs import ConfigError
+from cluster.sweep.setting import Setting
+from cluster.sweep.status import write_plan
+from configs import ConfigError, to_yaml
 from trainer.record import Record
 from trainer.run import prepare_run
 
@@ -128,6 +131,26 @@ def test_a_frame_and_a_file_are_fitted_and_predicted_alike(tmp_path, frame):
         api.predict(renamed, -1)
     with pytest.raises(ConfigError, match="a scaling law needs 3"):
         api.fit(renamed, max_budget=1e18)
+
+
+def test_a_sweep_is_read_by_its_file(tmp_path, tiny_data):
+    sweep = tiny_sweep(tmp_path, tiny_data, grid={}, axes={"train.steps": [4, 8, 16], "optim.lr": [1e-3]})
+    setting = Setting(sweep)
+    planned, record = setting.plan(), begun(sweep)
+    write_plan(setting.sweep_dir, planned)
+    (tmp_path / "sweep.yaml").write_text(to_yaml(sweep))
+    with pytest.raises(ConfigError, match="no trial has finished yet"):
+        api.fit(tmp_path / "sweep.yaml")
+    for number, trial in enumerate(planned.trials):
+        trained(setting, trial, record, loss=5.0 - number)
+    with pytest.raises(ConfigError, match="a sweep: columns and where are for tables"):
+        api.fit(tmp_path / "sweep.yaml", columns=COLUMNS)
+    fits = api.fit(tmp_path / "sweep.yaml")
+    assert sorted(fits.table.loss) == [3.0, 4.0, 5.0]
+    assert fits.chosen is None  # three runs of one size tell no law
+    with pytest.raises(ConfigError):
+        api.predict(tmp_path / "sweep.yaml", 1e12)
+    assert sorted(api.runs(sweep.folder / "trials").eval_loss) == [3.0, 4.0, 5.0]
 
 
 def test_mistakes_are_raised(tmp_path):
