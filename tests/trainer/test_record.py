@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer import record as record_module
-from trainer.record import MetricsIndex, Record, read_events, read_metrics, summary
+from trainer.record import MetricsIndex, Record, pace, read_events, read_metrics, summary
 
 
 @pytest.fixture
@@ -182,3 +182,26 @@ def test_lines_of_writers_at_once_do_not_mix(tmp_path):
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in (1, 2)]
     assert [writer.wait() for writer in writers] == [0, 0]
     assert len(read_events(tmp_path)) == 600
+
+
+def test_older_records_called_a_run_that_was_stopped_killed(tmp_path):
+    record = Record(tmp_path, 1)
+    record.event("attempt_started")
+    record.event("attempt_ended", status="KILLED", reason="stopped by request", step=3)
+    assert summary(tmp_path)["status"] == "STOPPED"
+    assert read_events(tmp_path)[-1]["status"] == "STOPPED"
+
+
+def test_how_fast_a_run_is_of_late(tmp_path):
+    assert pace(tmp_path) is None
+    record = Record(tmp_path, 1)
+    record.metrics({"step": 1, "loss": 1.0}, at=0.0)
+    assert pace(tmp_path) is None
+    for step in range(2, 300):
+        record.metrics({"step": step, "loss": 1.0}, at=1000.0 + 2.0 * step)
+    assert pace(tmp_path) == pytest.approx(2.0)
+    record = Record(tmp_path, 2)
+    record.metrics({"step": 250, "loss": 1.0}, at=9000.0)
+    assert pace(tmp_path) is None  # of this attempt nothing is known yet
+    record.metrics({"step": 260, "loss": 1.0}, at=9005.0)  # train.log_every=10
+    assert pace(tmp_path) == pytest.approx(0.5)

@@ -191,7 +191,8 @@ class MlflowTracker:
                 f"MLflow experiment {self._experiment_name!r} was deleted: restore it or set tracking.experiment"
             )
         if KIND_TAG not in found.tags:  # else its page is for traces of chats until somebody says otherwise
-            self._client.set_experiment_tag(found.experiment_id, KIND_TAG, TRAINING)
+            with contextlib.suppress(MlflowException):  # not everybody may change an experiment
+                self._client.set_experiment_tag(found.experiment_id, KIND_TAG, TRAINING)
         return found
 
     def _known(self, run_id: str | None) -> str | None:

@@ -134,10 +134,10 @@ class Shipper(Sender):
 
     def send_all(self, ended: dict[str, Any] | None) -> None:
         if not self.once:
-            self._connect()
             if self._system is None:
                 self._system = SystemMetrics(self.events[0]["time"])
-            self._system.sample(time.time(), last=ended is not None)
+            self._system.sample(time.time(), last=ended is not None)  # also while the tracker does not answer
+            self._connect()
             self._system.send(self.tracker.log)
         super().send_all(ended)
 
