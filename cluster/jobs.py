@@ -14,7 +14,7 @@ from configs import ConfigError, mask
 from configs.parse import shortened
 from trainer.notable import cut
 from trainer.output import LOGS
-from trainer.record import read_events, status_of
+from trainer.record import in_use, read_events, status_of
 from trainer.terminal import Console
 
 from . import runs
@@ -236,8 +236,10 @@ def _known(jobs: dict[str, dict[str, Any]], named: str) -> dict[str, Any]:
 def _has_ended(run_dir: Path) -> bool:
     events = read_events(run_dir)
     status, _ = status_of(events)
+    if status == "NEW":
+        return not in_use(events)
     lately = bool(events) and time.time() - events[-1]["time"] < RESTARTS
-    return status not in ("RUNNING", "NEW") and not (status == "FAILED" and lately)
+    return status != "RUNNING" and not (status == "FAILED" and lately)
 
 
 def _state(job: dict[str, Any]) -> str:

@@ -170,3 +170,17 @@ def test_watch_shows_what_is_new_and_outlives_a_silent_cluster(capsys, monkeypat
         ["job", "state"], ["job-a", "FINISHED"], ["http://head", "does"], ["job", "state"], ["job-a", "FAILED"],
     ]  # fmt: skip
     assert lines[-1].endswith("  a  why")
+
+
+def test_a_run_is_followed_while_it_may_go_on(tmp_path, monkeypatch):
+    assert jobs._has_ended(tmp_path)  # nobody has launched it
+    record = Record(tmp_path, 0)
+    record.event("resolved")
+    assert not jobs._has_ended(tmp_path)
+    record = Record(tmp_path, 1)
+    record.event("attempt_started")
+    assert not jobs._has_ended(tmp_path)
+    record.event("attempt_ended", status="FAILED", step=1)
+    assert not jobs._has_ended(tmp_path)  # it may be started again
+    monkeypatch.setattr(jobs, "RESTARTS", 0.0)
+    assert jobs._has_ended(tmp_path)
