@@ -228,7 +228,7 @@ COMMANDS = [
     line
     for block in blocks("bash")
     for line in block.replace("\\\n", " ").splitlines()
-    if line.strip() and not line.lstrip().startswith("#")
+    if line.strip() and not re.match(r"\s*(#|umask 077\b|export [A-Z_]+=)", line)
 ]
 
 
