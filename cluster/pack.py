@@ -17,7 +17,7 @@ from trainer import revision
 from .ignore import ignored_by, ignored_by_files
 from .messages import BadMessage as BadMessage
 from .messages import clip, parse
-from .secret_files import holds_token, is_secret
+from .secret_files import holds_secret, is_secret
 from .token import known_tokens
 
 MESSAGE = "message.json"
@@ -89,7 +89,7 @@ def _followed(
 ) -> tuple[set[Path], dict[str, list[Path]]]:
     """The files to send by the names that links give them, and by reason what is left out; all relative."""
     regular = {here / each.name for here in tree for each in tree[here] if each.is_file(follow_symlinks=False)}
-    secret = {file for file in regular if is_secret(file.relative_to(folder)) or holds_token(file, tokens)}
+    secret = {file for file in regular if is_secret(file.relative_to(folder)) or holds_secret(file, tokens)}
     found: set[Path] = set()
     left: dict[str, list[Path]] = {SECRETS: [], LINKS: [], SPECIAL: []}
     todo: list[tuple[Path, Path, frozenset[Path]]] = [(folder, Path(), frozenset())]

@@ -22,11 +22,21 @@ SECRETS = (
     ".aws/credentials", ".kube/config", ".docker/config.json", ".pypirc", ".npmrc", ".config/gcloud/credentials.db",
     ".azure/accessTokens.json", ".huggingface/token", ".cache/huggingface/token", "tls/server.pem", "tls/server.key",
     "id_rsa", "id_rsa.bak", "keys/store.p12", "wandb/settings", ".muster/queue/x.zip", ".ray/auth_token", ".ENV",
+    "token", "hf_token", "notes/.token", "my.token", ".secret", "secret", "secrets", "password.txt", "passwords.txt",
+    "api_key", "openai-api-key.txt", ".hf_token", ".openai_api_key", ".credentials", "aws_credentials", ".env/nested/x",
+    "new_user_credentials.csv", "accessKeys.csv", "rootkey.csv", "credentials (1).json", "my-service-account.json",
+    ".kaggle.json", "auth.json", "pgpass.conf", ".mylogin.cnf", "rclone.conf", "prod.tfvars", ".terraformrc",
+    "kube.config", "admin.kubeconfig", "admin.conf", "krb5.keytab", "secring.gpg", "htpasswd", ".vault_pass",
+    ".m2/settings.xml", ".mc/config.json", ".bash_history", "ssh_host_ed25519_key", "deploy_key", ".env.md", "#.env#",
+    "id_rsa (copy)", "copy of .env", "x.pem.1", "server.key.gpg", "key.pem.gz", ".netrc (2)", ".env ",
     ".env~", "..env.swp", "kaggle.json", ".streamlit/secrets.toml", ".pgpass", "service-account-prod.json",
 )  # fmt: skip
 PLAIN = (
     ".env.example", "moe.yaml", "models/secrets.py", "id_rsa.pub", ".docker/Dockerfile", "keys.csv", "environment.yml",
     "tokens/tokenizer.json", ".gitignore", "docs/credentials.md", "model.safetensors", "monkey.txt",
+    "tokens.py", "secrets/__init__.py", "tokenizer_config.json", "special_tokens_map.json", "tokens.csv", "tokens.json",
+    "train_history.json", "loss_history", "password_test.go", "secretary.txt", "token_counts.csv", "settings.xml",
+    "weights.1", "report (1).pdf", "auth.py", "max_tokens.txt", "docs/api_key.html", ".env.template",
 )  # fmt: skip
 
 
@@ -61,6 +71,50 @@ def test_a_secret_stays_at_home_and_is_named(folder, capsys, name):
 def test_what_is_no_secret_is_sent_without_a_word(folder, capsys):
     assert packed(fill(folder, *PLAIN)) == set(PLAIN)
     assert capsys.readouterr().err == ""
+
+
+KEY = "-----BEGIN {}PRIVATE KEY-----{}b3BlbnNzaC1rZXktdjEAAAAABG5vbmUAAAAEbm9uZQAAAA"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        KEY.format("", "\n"), KEY.format("OPENSSH ", "\r\n"), "# mine\n" + KEY.format("RSA ", "\n"),
+        '{"private_key": "' + KEY.format("", "\\n") + '"}', "id = AKIA" + "Q7" * 8, "token: hf_" + "aB" * 17,
+        "ghp_" + "a1" * 18, "OPENAI=sk-proj-" + "aB-_" * 20, "x" * 60_000 + " hf_" + "aB" * 17 + "\n" + "y" * 10**6,
+    ],
+    ids=lambda content: content[:24],
+)  # fmt: skip
+@pytest.mark.parametrize("name", ["github", "id_rsa.py", "notes.md", "key.pem.txt"])
+def test_a_secret_is_known_by_its_content(folder, capsys, name, content):
+    fill(folder, name, "moe.yaml")
+    (folder / name).write_text(content)
+    assert packed(folder) == {"moe.yaml"}
+    assert f" {name} (secrets: --with FILE sends one)" in capsys.readouterr().err
+    assert packed(folder, name) == {"moe.yaml", name}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "-----BEGIN PUBLIC KEY-----\nMIIBIjANBgkqhkiG9w0BAQ", "if b'PRIVATE KEY-----' in content:", "hf_transfer", "hf_"
+        + "a" * 20, "AKIA", "the sk-learn way", "task-" + "a" * 60, "sk-" + "a" * 20, "hf_" + "a" * 60,
+        "xAKIA" + "Q" * 16,
+    ],
+)  # fmt: skip
+def test_what_only_looks_like_a_secret_is_sent(folder, content):
+    fill(folder, "notes")
+    (folder / "notes").write_text(content)
+    assert packed(folder) == {"notes"}
+
+
+def test_nothing_of_this_repository_is_taken_for_a_secret(capsys):
+    root = Path(__file__).parents[2]
+    listed = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("not a clone")
+    tracked = {name for name in listed.stdout.split("\0") if name and (root / name).exists()}
+    assert tracked - {path.as_posix() for path in pack.files(root)} == set()
 
 
 def test_who_insists_gets_it(folder, capsys):
