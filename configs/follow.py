@@ -35,7 +35,7 @@ def follow(tree: dict[str, Any], preset: Mapping[str, Any], given: Iterable[str]
             continue
         section, _, last = key.partition(".")
         tree[section][last] = new
-        defaults[key] = f"{why} {changed}={cause}, with which the preset's {value} does not go"
+        defaults[key] = f"{why} {changed}={cause} (the preset's {value} does not fit)"
     return defaults
 
 

@@ -275,9 +275,9 @@ def _locked(out: Path) -> Iterator[None]:
 def summary(manifest: Manifest) -> str:
     """What was prepared and what was left out, for a person to read."""
     lines = [
-        f"{counted(manifest.input_files, 'file')}, {counted(manifest.input_bytes, 'byte')}; tokenizer "
-        f"{manifest.tokenizer.kind}, "
-        f"{manifest.tokenizer.vocab_size:,} tokens"
+        f"{counted(manifest.input_files, 'file')}, {counted(manifest.input_bytes, 'byte')}; "
+        f"tokenizer {manifest.tokenizer.kind}, {counted(manifest.tokenizer.vocab_size, 'token')}, "
+        f"{manifest.tokenizer.eos_token!r} ends a document"
     ]
     for split, stats in manifest.splits.items():
         ratio = stats.bytes / max(stats.tokens, 1)

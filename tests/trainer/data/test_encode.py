@@ -106,6 +106,7 @@ def test_a_tokenizer_that_loses_text_is_told_of(tmp_path, muster):
     assert general == "the tokenizer changes text: 'Hello World' becomes 'hello world'"
     assert "'Ein Café und noch mehr' becomes 'ein cafe und noch mehr'" in here
     assert "raw.jsonl; so are 1 of 31 documents" in here
+    assert summary(manifest).splitlines()[0].endswith("'[SEP]' ends a document")
     assert summary(manifest).splitlines()[-2:] == [general, here]
     assert inspect(tmp_path / "data")["doubts"] == manifest.doubts
     code, out, _ = muster("data", "inspect", str(tmp_path / "data"))
