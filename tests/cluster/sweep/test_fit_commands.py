@@ -254,7 +254,7 @@ def test_a_law_of_several_kinds_of_models_does_not_predict_one(muster, tmp_path)
         (("fit", "--table", "{}", "--columns", COLUMNS, "--form", "hofman"), "--form hofman: no such form"),
         (
             ("fit", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1.1e18"),
-            "at 1 budgets: a scaling law needs 3",
+            "at 1 budget: a scaling law needs 3",
         ),
         (("score", "--table", "{}"), "with --max-budget C also --table FILE"),
         (("score", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1e21"), "some should lie on each side"),
