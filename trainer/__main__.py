@@ -45,11 +45,12 @@ def main() -> int:
         if is_finished(run_dir):
             _say(f"{run_dir} is finished")
             return 0
-        for line in [*followed(run_dir, config), *header(run_dir, read_config(run_dir))]:
-            _say(line)
         chief = dist.get_rank() == 0
         terminal = Console(file=os.fdopen(os.dup(1), "w", buffering=1))
-        view = ProgressView(read_config(run_dir).train.steps, console=terminal)
+        resolved = read_config(run_dir)
+        for line in [*followed(run_dir, config), *header(run_dir, resolved)] if chief else []:
+            terminal.print(line, soft_wrap=True)
+        view = ProgressView(resolved.train.steps, console=terminal)
         with Follower(run_dir, view) if chief else nullcontext(), output_kept(run_dir):
             status = train(run_dir)
         tracking = read_config(run_dir).tracking

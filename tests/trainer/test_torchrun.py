@@ -97,7 +97,7 @@ MISTAKES = {
     ),
     "found by rank 0": (
         ["quickstart", "optim.warmup=301", "train.steps=300", "parallel.dp=2"],
-        "muster: optim.warmup (301) is longer than train.steps (300)",
+        "muster: optim.warmup (301) is longer than train.steps (300): set optim.warmup=30, or train.steps=3010",
     ),
     "other number of processes": (
         ["config.yaml", "parallel.dp=1"],
