@@ -23,6 +23,7 @@ from .output import output_kept
 from .precision import check_device
 from .preflight import BadMachine, require_folder
 from .progress import Follower, ProgressView
+from .rendezvous import Incomplete
 from .run import followed, is_finished, prepare_run, read_config
 from .terminal import Console, guard
 from .tracking import unsent
@@ -38,6 +39,7 @@ def main() -> int:
     try:
         if len(sys.argv) < 2:
             raise ConfigError("usage: torchrun -m trainer CONFIG [key=value ...]")
+        _refuse_passwords(sys.argv[1:])
         config = load(sys.argv[1], sys.argv[2:])
         start_processes(config.cluster.timeout)
         check_device(config, device())
@@ -63,12 +65,24 @@ def main() -> int:
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # torchrun ends every process with the first: let rank 0 say its message
         return 2
-    except (TrainingStopped, BadMachine) as stopped:
+    except (TrainingStopped, BadMachine, Incomplete) as stopped:
         _say(f"muster: {stopped}")
         return 1
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _refuse_passwords(arguments: list[str]) -> None:
+    """Raise ConfigError for a password on the command line: torchrun's own, and those of all ranks, would show it to
+    every user of the machine."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if mask(value) != value or mask(argument) != argument:
+            raise ConfigError(
+                f"{key if mask(key) == key else 'an argument'} holds a password, and every user of this machine can "
+                f"read command lines: leave it out, and set MLFLOW_TRACKING_URI to the whole URI"
+            )
 
 
 def _prepare(config) -> Path:

@@ -76,7 +76,8 @@ def start_processes(timeout_s: float) -> None:
     From here on torch's object collectives raise.
 
     Raises:
-        RuntimeError: what has joined as another rank does not know the attempt's secret (trainer.rendezvous).
+        RuntimeError: not all have come within the time, or what has joined as another rank does not know the attempt's
+            secret (trainer.rendezvous).
     """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(key, value)
@@ -90,14 +91,15 @@ def start_processes(timeout_s: float) -> None:
         collectives.refuse_pickles()
         rendezvous.stay_here()
         secret = rendezvous.take_secret()
-        store = rendezvous.open_store(secret, timeout_s)
-        torch.distributed.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo",
-            store=store,
-            rank=int(os.environ["RANK"]) if store else -1,
-            world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
-            timeout=timedelta(seconds=timeout_s),
-        )
+        with rendezvous.all_expected(timeout_s):
+            store = rendezvous.open_store(secret, timeout_s)
+            torch.distributed.init_process_group(
+                "nccl" if where.type == "cuda" else "gloo",
+                store=store,
+                rank=int(os.environ["RANK"]) if store else -1,
+                world_size=int(os.environ["WORLD_SIZE"]) if store else -1,
+                timeout=timedelta(seconds=timeout_s),
+            )
         if secret:
             rendezvous.prove(secret)
     deepspeed.init_distributed(dist_init_required=False, verbose=False)

@@ -6,10 +6,12 @@ machine it names a file as well, MUSTER_STORE, in a folder that only this user c
 Without them the store is that of torch's environment variables, torchrun's; there the user may set a secret.
 """
 
+import contextlib
 import hmac
 import os
 import secrets
 import socket
+from collections.abc import Iterator
 from datetime import timedelta
 
 import psutil
@@ -19,6 +21,24 @@ from .collectives import from_all
 
 STORE, SECRET = "MUSTER_STORE", "MUSTER_SECRET"
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+class Incomplete(RuntimeError):
+    """Not every process of the run has come in time."""
+
+
+@contextlib.contextmanager
+def all_expected(timeout_s: float) -> Iterator[None]:
+    """Raise Incomplete where torch's store has waited in vain for the others."""
+    try:
+        yield
+    except dist.DistStoreError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise Incomplete(
+            f"not all {os.environ['WORLD_SIZE']} processes of the run came within cluster.timeout={timeout_s:g} s: see "
+            f"that each was started and reaches {os.environ['MASTER_ADDR']}, and that {SECRET} is the same for all, or "
+            f"set for none\n({reason})"
+        ) from error
 
 
 def take_secret() -> str:

@@ -122,7 +122,7 @@ def start_alone(rank: int, environment: dict[str, str], pipe: Any) -> None:
     from trainer.engine import start_processes
 
     try:
-        start_processes(60)
+        start_processes(float(os.environ.get("TEST_PATIENCE", "60")))
         given = {rendezvous.STORE, rendezvous.SECRET} & os.environ.keys()
         connections = psutil.Process().net_connections("inet")
         listening = sorted({each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN})

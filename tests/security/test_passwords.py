@@ -265,3 +265,24 @@ def test_a_jobs_command_has_no_password_and_the_job_has_it(tmp_path, monkeypatch
     with zipfile.ZipFile(tmp_path / "job.zip") as archive:
         assert PASSWORD in archive.read(f"work/{called}").decode()
         assert archive.getinfo(f"work/{called}").external_attr >> 16 & 0o077 == 0
+
+
+def test_without_muster_a_password_on_the_command_line_is_refused(tmp_path):
+    whole = [sys.executable, "-P", "-m", "trainer", "quickstart", f"run.root={tmp_path}", f"tracking.uri={URI}"]
+    done = subprocess.run(whole, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=90)
+    assert done.returncode == 2
+    assert "tracking.uri holds a password" in done.stderr
+    assert "set MLFLOW_TRACKING_URI" in done.stderr
+    assert PASSWORD not in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("argument", [f"tracking={{uri: '{URI}'}}", URI, f"{URI}=1"])
+def test_wherever_it_stands_in_an_argument(argument):
+    from trainer.__main__ import _refuse_passwords
+
+    with pytest.raises(ConfigError, match="holds a password") as refused:
+        _refuse_passwords(["quickstart", argument])
+    assert PASSWORD not in str(refused.value)
+    _refuse_passwords(["quickstart", "tracking.uri=http://127.0.0.1:5000", "run.name=a@b"])

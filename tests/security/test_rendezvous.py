@@ -70,6 +70,18 @@ def test_between_machines_the_store_listens_at_one_address_only():
         assert answer(first) == answer(second) == ([0, 1], ["127.0.0.1"], [])
 
 
+@pytest.mark.parametrize("other", ["other", "", None])
+def test_processes_that_do_not_meet_say_why(other):
+    """Another secret, none, or no other process at all."""
+    given = {SECRET: WORD, "MASTER_PORT": str(free_port()), "TEST_PATIENCE": "4"}
+    ranks = [1] if other is not None else []
+    with starting([0], **given) as first, starting(ranks, **given | {SECRET: other or ""}) as second:
+        for pipe in [*first, *second]:
+            said = answer(pipe)
+            assert "not all 2 processes of the run came within cluster.timeout=4 s" in said
+            assert f"{SECRET} is the same for all" in said
+
+
 def test_a_lone_process_listens_nowhere():
     with starting([0], WORLD_SIZE="1", MASTER_PORT=str(free_port())) as [pipe]:
         rank, listening, _ = answer(pipe)
