@@ -3,7 +3,6 @@
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from configs import ConfigError, mask
 from configs.parse import shortened
+from trainer.scratch import temporary_folder
 
 from .dispatch import MESSAGES, READY
 from .pack import LIMIT, write_zip
@@ -103,9 +103,9 @@ class Cluster:
 
     def send(self, **message: Any) -> None:
         """Leave the queue a message without files."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "message.zip"
-            write_zip(path, Path(folder), [], json.dumps(message))
+        with temporary_folder() as folder:
+            path = folder / "message.zip"
+            write_zip(path, folder, [], json.dumps(message))
             self.send_file(path)
 
     def send_file(self, path: Path) -> None:
@@ -204,6 +204,8 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
         return given._replace(where=given.where.rstrip("/"))
     given = found_by_ray(given)
     use_token(given)
+    if ":" not in (where := given.where):
+        raise ConfigError(f"{where} has no port: --address http://{where}:8265, or {where}:6379 (the head's)")
     try:
         check_reachable(given.where)
         if _answers(f"http://{given.where}"):

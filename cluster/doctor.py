@@ -210,7 +210,7 @@ def _ray(address: str | None) -> Iterator[Finding]:
         check_reachable(address)
         yield Finding("ray cluster", "ok", f"{address} answers")
     except (OSError, ValueError) as error:
-        mend = "start it with `ray start --head`, or leave cluster.address and RAY_ADDRESS out"
+        mend = "start it with `muster cluster up`, or leave cluster.address and RAY_ADDRESS out"
         yield Finding("ray cluster", "fail", f"{address} does not answer ({error})", mend)
 
 

@@ -230,7 +230,7 @@ def _known(jobs: dict[str, dict[str, Any]], named: str) -> dict[str, Any]:
     if own := [job for job in jobs.values() if job["name"] == named]:
         return max(own, key=lambda job: (job["state"] in ACTIVE, job["submitted"]))
     last = ", ".join(list(jobs)[-5:]) or "none"
-    raise ConfigError(f"no job or run {shortened(repr(named), 100)} on this cluster; its last jobs are: {last}")
+    raise ConfigError(f"no job or run {shortened(repr(named), 100)} on this cluster; the most recent are: {last}")
 
 
 def _has_ended(run_dir: Path) -> bool:

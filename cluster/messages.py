@@ -21,7 +21,7 @@ class BadMessage(ValueError):
 def _job_id(id: str) -> str:
     # Names a file and a folder, is part of a URL, and is no id of the queue's own Ray jobs.
     if not re.fullmatch(r"job-[A-Za-z0-9._-]{1,196}", id):
-        raise ValueError("it is no name of a job, such as job-moe-3f9a1c")
+        raise ValueError("it is not a name of a job, such as job-moe-3f9a1c")
     return id
 
 
@@ -34,7 +34,7 @@ def _printable(text: str) -> str:
 
 def _absolute(path: str) -> str:
     if not path.startswith("/"):
-        raise ValueError("it is no absolute path")
+        raise ValueError("it is not an absolute path")
     return path
 
 

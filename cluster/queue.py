@@ -128,7 +128,7 @@ def refusals(lines: Iterable[str]) -> dict[str, str]:
     found = {}
     for line in lines:
         if line.startswith('{"refused": '):
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
                 said = json.loads(line)
                 found[str(said["refused"])] = str(said["reason"])
     return found

@@ -27,7 +27,7 @@ def ray_folder(given: str | None) -> Path:
         ConfigError: it is open to others, or its path is too long.
     """
     if given == "":
-        raise ConfigError("--temp-dir names no folder")
+        raise ConfigError("--temp-dir is empty: name a folder")
     if given is None:
         folder = private_folder(ray_parent(), "--temp-dir=FOLDER") / "ray"
     else:

@@ -91,7 +91,7 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
                 reason = " ".join(str(error).split())[:300]
                 raise ConfigError(
                     f"cluster.address={mask(address.where)}: no Ray cluster answers there ({reason}).\n"
-                    f"Start one with `ray start --head`, name its token file in RAY_AUTH_TOKEN_PATH, or unset "
+                    f"Start one with `muster cluster up`, name its token file in RAY_AUTH_TOKEN_PATH, or unset "
                     f"cluster.address and RAY_ADDRESS"
                 ) from None
             remember(address.where)

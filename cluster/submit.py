@@ -5,7 +5,6 @@
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
@@ -15,6 +14,7 @@ from pydantic import BaseModel
 
 from configs import Config, ConfigError, counted, load, mask, preset_names, resolve, worker_counts
 from configs.load import dump_yaml, model_source, override, read_mapping
+from trainer.scratch import temporary_folder
 
 from . import messages, pack
 from .client import Cluster, api_url
@@ -30,7 +30,7 @@ HIDDEN = ".muster-job.yaml"
 Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and end as it ends.")]
 Queue = Annotated[bool, typer.Option("--queue", help="Wait for machines to join where there are too few.")]
 With = Annotated[
-    list[str] | None, typer.Option("--with", metavar="FILE", help="Send this one even if it is a secret or ignored.")
+    list[str] | None, typer.Option("--with", metavar="FILE", help="Send FILE even if it is a secret or ignored.")
 ]
 Priority = Annotated[int, typer.Option(metavar="N", help="The higher goes first.")]
 
@@ -115,8 +115,8 @@ def send(
             raise ConfigError(f"{job['name']} is {id} ({other['state']}): stop it, or choose another name")
     pack.check_size(here, packed)
     id = new_id(job["name"])
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "job.zip"
+    with temporary_folder() as folder:
+        path = folder / "job.zip"
         pack.write_zip(path, here, packed, json.dumps({"do": "submit", "id": id, "job": job}), more)
         cluster.send_file(path)
     accepted(cluster, id, as_json)

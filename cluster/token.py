@@ -186,7 +186,7 @@ def _parts(where: str) -> tuple[str, str, int, str]:
     """Scheme, host, port and path. Raises ConfigError if it is no address, or one that programs read differently."""
     found = ADDRESS.fullmatch(where)
     if not found:
-        raise ConfigError(f"{mask(where)!r} is no address of a cluster: http://HOST:8265, or HOST:6379")
+        raise ConfigError(f"{mask(where)!r} is not an address of a cluster: http://HOST:8265, or HOST:6379")
     scheme, host, port, path = (part or "" for part in found.groups())
     usual = {"https": "443", "http": "80"}.get(scheme, "0")
     return f"{scheme}://" if scheme else "", host.lower(), int(port or usual), path.rstrip("/")

@@ -5,9 +5,10 @@ import os
 import re
 import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from .scratch import temporary_folder
 
 SENT = ".muster-commit.json"
 """In a folder that was packed for a cluster, which has no .git: what `of` said where it was packed."""
@@ -63,8 +64,7 @@ def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, ind
     """Ask a repository that has the folder's objects, index and files, and a configuration of ours."""
     lines = (_git(folder, {}, "config", "--get-regexp", r"^core\.") or "").splitlines()
     kept = [f"{found[1]} = {found[2]}\n" for line in lines if (found := KEPT.fullmatch(line))]
-    with tempfile.TemporaryDirectory(prefix="muster-git-") as own:
-        there = Path(own)
+    with temporary_folder() as there:
         (there / "refs").mkdir()
         (there / "HEAD").write_text(f"{commit}\n")
         (there / "config").write_text(
@@ -73,7 +73,7 @@ def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, ind
         for shared in Path(index).parent.glob("sharedindex.*"):  # the larger part of an index that is split
             (there / shared.name).symlink_to(shared)
         environment = {
-            "GIT_DIR": own,
+            "GIT_DIR": str(there),
             "GIT_WORK_TREE": top,
             "GIT_OBJECT_DIRECTORY": objects,
             "GIT_INDEX_FILE": index,

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX, LOCK = "muster-", "lock"
@@ -36,6 +37,16 @@ def make_folder(within: str | None = None) -> Path:
     os.rename(path / f".{LOCK}", path / LOCK)  # held by the time that another process can find it
     _held[path] = lock, os.getpid()
     return path
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of `make_folder` while the block runs."""
+    path = make_folder()
+    try:
+        yield path
+    finally:
+        remove_folder(path)
 
 
 def remove_folder(path: Path) -> None:

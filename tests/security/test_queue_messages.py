@@ -328,3 +328,9 @@ def test_a_job_that_the_queue_would_refuse_is_not_sent(tmp_path):
     job = JOB | {"priority": 10**30}
     with pytest.raises(ConfigError, match=r"no queue takes this job: its priority is 1000"):
         send(SimpleNamespace(), tmp_path, [], job, wait=False, as_json=False, more={})
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000, "{}", '"a", "reason": ' + "[" * 100_000, "NaN"])
+def test_a_refusal_that_cannot_be_read_is_none(value):
+    good = '{"refused": "b", "reason": "x"}'
+    assert refusals([f'{{"refused": {value}', good]) == {"b": "x"}

@@ -80,7 +80,7 @@ def test_rays_folder_lies_in_one_of_the_owners(common):
         (lambda c: (c / "x").touch(), "x", "is open to other users"),
         (lambda c: None, "x" * LONGEST, f"more than {LONGEST} characters"),
         (lambda c: c.chmod(0o777), "x", "lets other users rename"),
-        (lambda c: None, "", "names no folder"),
+        (lambda c: None, "", "is empty: name a folder"),
         (lambda c: (c / f"muster-ray-{os.geteuid()}").symlink_to("/tmp"), None, "--temp-dir=FOLDER names another"),
     ],
 )

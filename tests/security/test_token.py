@@ -341,7 +341,7 @@ def test_a_head_knows_its_own_addresses(mine, monkeypatch):
     ["http://127.0.0.1:8265\\@evil.example", "http://127.0.0.1:8265#@evil", "http://a b", "ftp://h:1", "h:9999999", ""],
 )
 def test_what_programs_read_differently_is_no_address(mine, where):
-    with pytest.raises(ConfigError, match="no address of a cluster"):
+    with pytest.raises(ConfigError, match="not an address of a cluster"):
         token.use_token(Address(where, "command"))
 
 
@@ -377,6 +377,11 @@ def test_an_old_token_is_found_where_it_was(tmp_path, monkeypatch):
     (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
     token.use_token(Address("h:1", "environment"))
     monkeypatch.delenv("RAY_AUTH_MODE")
+
+
+def test_an_address_without_a_port_is_told_which(mine):
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1 has no port: --address http://10\.0\.0\.1:8265, or "):
+        api_url("10.0.0.1")
 
 
 def test_a_token_that_others_could_read_is_closed_to_them(mine, capsys):
