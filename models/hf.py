@@ -86,7 +86,7 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder under our names, experts there stacked or one by one; lazy."""
+    """The tensors of a Hugging Face folder under our names, in fp32, experts there stacked or one by one; lazy."""
 
     def __init__(self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0):
         self._beyond = tuple(f"model.layers.{config.num_layers + index}." for index in range(beyond))
@@ -125,15 +125,16 @@ class Weights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         shape, parts = self._shapes[name], self._parts(name)
-        out = None
+        out = None if len(parts) == 1 else torch.empty(shape)
         for theirs, index in parts.items():
             try:
-                tensor = self._files[theirs].get_tensor(theirs)
+                tensor = self._files[theirs].get_tensor(theirs).float()  # in which 1e300 of F64 is infinite
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{self._folder}: tensor {theirs} cannot be read: {error}") from None
             if not tensor.isfinite().all():
                 raise ConfigError(f"{self._folder}: tensor {theirs} has values that are not finite")
-            out = torch.empty(shape, dtype=tensor.dtype) if out is None else out
+            if out is None:
+                return tensor.view(shape)
             out[index] = tensor
         assert out is not None
         return out

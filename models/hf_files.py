@@ -14,7 +14,9 @@ INDEX = "model.safetensors.index.json"
 MAX_INDEX = 16 * 1024**2
 """Bytes of an index: 160,000 tensors."""
 MAX_HEADER = 32 * 1024**2
-"""Bytes of a safetensors file's header: 200,000 tensors. The library itself reads three times as much."""
+"""Bytes of the safetensors files' headers together. The library itself reads three times as much of each."""
+MAX_TENSORS = 200_000
+"""Those of a trillion parameters in single experts are 100,000 and have headers of 15 MB."""
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
@@ -43,19 +45,18 @@ def open_tensors(folder: Path) -> dict[str, Any]:
             f"{folder} has {len(found)} *.safetensors files, such as {shown([path.name for path in found[:3]])}, but "
             f"neither {WEIGHTS} nor {INDEX}, which would say which of them hold the model"
         )
-    file = _open(found[0])
+    [file] = _open_all(found)
     return dict.fromkeys(file.keys(), file)
 
 
 def _indexed(folder: Path, where: dict[str, str]) -> dict[str, Any]:
     """The tensors that the index names, each in the file that it names. Raises ConfigError."""
-    files: dict[str, tuple[Any, set[str]]] = {}
+    names = list(dict.fromkeys(where.values()))
+    if missing := next((name for name in names if not is_file(folder / name)), None):
+        raise ConfigError(f"{folder / INDEX} names {shown(missing)}, which is no file beside it")
+    opened = _open_all([folder / name for name in names])
+    files = {name: (file, set(file.keys())) for name, file in zip(names, opened, strict=True)}
     for tensor, name in where.items():
-        if name not in files:
-            if not is_file(folder / name):
-                raise ConfigError(f"{folder / INDEX} names {shown(name)}, which is no file beside it")
-            file = _open(folder / name)
-            files[name] = file, set(file.keys())
         if tensor not in files[name][1]:
             raise ConfigError(f"{folder / INDEX} says that tensor {shown(tensor)} is in {shown(name)}, but it is not")
     return {tensor: files[name][0] for tensor, name in where.items()}
@@ -79,8 +80,26 @@ def _weight_map(index: Path) -> dict[str, str]:
     return where
 
 
-def _open(path: Path) -> Any:
-    """A safetensors file whose header is right. Raises ConfigError."""
+def _open_all(paths: list[Path]) -> list[Any]:
+    """Safetensors files whose headers are right. Raises ConfigError."""
+    opened, tensors = [], 0
+    if (headers := sum(map(_header, paths))) > MAX_HEADER:
+        raise ConfigError(
+            f"{paths[0].parent}: the headers of its safetensors files have {headers:,} bytes, over {MAX_HEADER:,}"
+        )
+    for path in paths:
+        try:
+            opened.append(safe_open(path, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{path} is not safetensors: {shortened(str(error), 200)}") from None
+        tensors += len(opened[-1].keys())
+        if tensors > MAX_TENSORS:
+            raise ConfigError(f"{path.parent}: its safetensors files hold over {MAX_TENSORS:,} tensors")
+    return opened
+
+
+def _header(path: Path) -> int:
+    """Bytes of a safetensors file's header. Raises ConfigError."""
     try:
         if not is_file(path):
             raise ConfigError(f"{path} is no file")
@@ -88,6 +107,6 @@ def _open(path: Path) -> Any:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:
             raise ConfigError(f"{path} is not safetensors: a header of {header:,} bytes, over {MAX_HEADER:,}")
-        return safe_open(path, framework="pt")
-    except (OSError, SafetensorError) as error:
+        return header
+    except OSError as error:
         raise ConfigError(f"{path} is not safetensors: {shortened(str(error), 200)}") from None

@@ -164,7 +164,8 @@ def test_the_bias_changes_choices_and_stays_fp32(tmp_path):
         assert (module.logits(batch) - logits).abs().max() > 0.1
     _, weights = import_hf(tmp_path / "half")
     assert all(torch.equal(weights[bias_name(1 + i)], bias) for i, bias in enumerate(before))
-    assert weights["model.layers.1.mlp.shared_expert.up_proj.weight"].dtype == torch.bfloat16
+    written = load_file(tmp_path / "half" / "model.safetensors")
+    assert written["model.layers.1.mlp.shared_experts.up_proj.weight"].dtype == torch.bfloat16
 
 
 def test_a_router_without_bias_is_one_whose_bias_is_zero(tmp_path):

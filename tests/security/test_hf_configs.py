@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from configs import ConfigError
 from models.hf import export_hf, import_hf
 from models.hf_config import from_hf_config
-from models.hf_files import MAX_HEADER, MAX_INDEX
+from models.hf_files import MAX_HEADER, MAX_INDEX, MAX_TENSORS
 
 SECONDS = 10
 """With room for a loaded machine; most take milliseconds."""
@@ -289,3 +289,42 @@ def test_only_files_of_the_folder_are_read_whatever_its_index_says(folder, tmp_p
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
     assert "is no Hugging Face model folder" in refusal(folder)
+
+
+def test_a_number_that_fp32_does_not_hold_is_refused(folder):
+    """Also where it is one of the parts that a stack is made of, whatever the type of its first one."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    stacked = next(name for name in tensors if ".experts.1." in name)
+    for name in ("model.layers.0.self_attn.q_proj.weight", stacked):
+        wide = tensors[name].double()
+        wide[0, 0] = 1e300
+        save_file(tensors | {name: wide}, path)
+        _, weights = import_hf(folder)
+        with pytest.raises(ConfigError, match=f"tensor {name} has values that are not finite"):
+            dict(weights)
+        mixed = tensors[name].double() * (1 + 2**-12)  # which fp16 and bf16 would round away
+        save_file({other: tensor.bfloat16() for other, tensor in tensors.items()} | {name: mixed}, path)
+        _, weights = import_hf(folder)
+        found = [row for tensor in dict(weights).values() for row in tensor.reshape(-1, tensor.shape[-1])]
+        assert any(torch.equal(row, mixed[0].float()) for row in found if row.shape == mixed[0].shape)
+
+
+def test_headers_are_bounded_together(folder):
+    """Each may be within the bound, and their tensors may be empty."""
+    empty = {f"e{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS)}
+    path = folder / "model.safetensors"
+    good, tree = path.read_bytes(), header(path)
+    write(path, tree | empty)
+    assert f"its safetensors files hold over {MAX_TENSORS:,} tensors" in refusal(folder)
+    path.write_bytes(good)
+    names = list(tree.keys() - {"__metadata__"})
+    content = b"{}" + b" " * (MAX_HEADER // 2)
+    for shard in ("a", "b", "c"):
+        (folder / f"{shard}.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    index = {name: f"{'abc'[i % 3]}.safetensors" for i, name in enumerate(names)}
+    index[names[0]] = path.name
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    assert f"the headers of its safetensors files have {len(content) * 3 + int.from_bytes(good[:8], 'little'):,}" in (
+        refusal(folder)
+    )
