@@ -125,8 +125,8 @@ def _is_preset(layer: Layer) -> bool:
     return layer[0].parent == PRESETS
 
 
-def _layers(name: str | Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
-    """A preset or YAML file, after its `base`. Raises ConfigError."""
+def _layers(name: str | Path, seen: tuple[Path, ...] = (), read: int = 0) -> list[Layer]:
+    """A preset or YAML file, after its `base`; `read`: bytes of those above it. Raises ConfigError."""
     path = Path(name)
     if not path.suffix and str(name) in preset_names():
         path = PRESETS / f"{name}.yaml"
@@ -139,6 +139,12 @@ def _layers(name: str | Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
         raise ConfigError(f"{path}: `base` leads back to this file")
     if len(seen) == MAX_BASES:
         raise ConfigError(f"{seen[0]} has over {MAX_BASES} files below it, each the `base` of the one before")
+    read += path.stat().st_size
+    if seen and read > MAX_BYTES:
+        raise ConfigError(
+            f"{seen[0]} and {len(seen)} files below it, each the `base` of the one before, have over {MAX_BYTES:,} "
+            "bytes together"
+        )
     tree = read_mapping(path)
     if design := next((name for name in DESIGNS if name in tree), None):
         raise ConfigError(
@@ -150,7 +156,7 @@ def _layers(name: str | Path, seen: tuple[Path, ...] = ()) -> list[Layer]:
     if not isinstance(base, str):
         raise ConfigError(f"{path}: base={shown(base)}: should be a preset's name or the path of a YAML file")
     beside = path.parent / base
-    return [*_layers(beside if is_file(beside) else base, (*seen, path.resolve())), (path, tree)]
+    return [*_layers(beside if is_file(beside) else base, (*seen, path.resolve()), read), (path, tree)]
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
