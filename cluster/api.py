@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import pandas as pd
+import pyarrow as pa
 
 from configs import ConfigError, flatten, load
+from configs.parse import shortened
 from configs.sweep import load_sweep
 from trainer.progress import Follower, ProgressView
 from trainer.record import read_metrics, summary
@@ -201,6 +203,16 @@ def predict(
     return Forecast(table, named(form) if form else None, unique=unique or there_are).at_budget(budget)
 
 
+def _arrow(frame: pd.DataFrame) -> pa.Table:
+    """A data frame as a table of Arrow. Raises ConfigError for a column of mixed types, or two of one name."""
+    if twice := [name for name, again in zip(frame.columns, frame.columns.duplicated(), strict=True) if again]:
+        raise ConfigError(f"the data frame has two columns named {twice[0]}")
+    try:
+        return pa.Table.from_pandas(frame.rename(columns=str), preserve_index=False)
+    except pa.ArrowException as error:
+        raise ConfigError(f"the data frame: {shortened(' '.join(str(error).split()), 200)}") from None
+
+
 def _open(
     source: Source,
     columns: Mapping[str, str] | None = None,
@@ -210,8 +222,7 @@ def _open(
     """The runs, points of their loss curves where the design needs them, and the tokens that there are to read."""
     sweep = curves = None
     if isinstance(source, pd.DataFrame):
-        cells = {str(name): [None if pd.isna(cell) else cell for cell in source[name]] for name in source}
-        table = table_of_columns(cells, "the data frame", columns, where)
+        table = table_of_columns(_arrow(source), "the data frame", columns, where)
     elif Path(source).suffix in (".yaml", ".yml"):
         if columns or where:
             raise ConfigError(f"{source} is a sweep: columns and where are for tables of runs")

@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +23,11 @@ CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
 REQUIRED = ("n", "d", "c", "loss")
 MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2, 50_000, 1_000, 1_000
 """Of a table that is read; a fit's bootstrap holds a thousand numbers for each row."""
+MAX_TABLE_CELLS = 2_000_000
+MAX_UNPACKED = 8 * MAX_TABLE_CELLS + MAX_TABLE_BYTES
+"""Bytes that the pages of a Parquet file may unpack to: as many numbers, and as much text as in a CSV file."""
+LONGEST_LINE = 1024**2
+"""Bytes: a thousand columns of LONGEST_TEXT."""
 PROPERTIES = ("experts", "top_k", "granularity", "active_ratio", "unique")
 
 
@@ -136,12 +143,13 @@ def read_table(
 
 
 def table_of_columns(
-    data: Mapping[str, list[Any]],
+    table: Any,
     path: str | Path,
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, str] | None = None,
 ) -> Table:
-    """As `read_table`, of columns that have been read from `path`, or come from elsewhere, which it then names."""
+    """As `read_table`, of a table of Arrow that was read from `path`, or comes from elsewhere, which it then names."""
+    data = table.column_names
     known = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
     columns = dict(columns or {})
     for ours, theirs in columns.items():
@@ -149,15 +157,18 @@ def table_of_columns(
             raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(known)}")
         if theirs not in data:
             raise ConfigError(f"--columns {ours}={theirs}: {path} has {shortened(', '.join(data), 300)}")
-    keep = np.ones(len(next(iter(data.values()), [])), dtype=bool)
+    keep = np.ones(table.num_rows, dtype=bool)
     for name, value in (where or {}).items():
         if name not in data:
             raise ConfigError(f"--where {name}={value}: {path} has {shortened(', '.join(data), 300)}")
-        keep &= np.array([any(_same(cell, each) for each in value.split(",")) for cell in data[name]], dtype=bool)
+        keep &= np.array(
+            [any(_same(cell, each) for each in value.split(",")) for cell in table.column(name).to_pylist()], dtype=bool
+        )
     if not keep.any():
         raise ConfigError(f"{path}: no row is left" + (f" where {dict(where)}" if where else ""))
-    data = {key: [cell for cell, kept in zip(cells, keep, strict=True) if kept] for key, cells in data.items()}
-    found = {name: data[columns.get(name, name)] for name in known if columns.get(name, name) in data}
+    kept = table.filter(keep)
+    taken = {name: columns.get(name, name) for name in known}
+    found = {ours: kept.column(theirs).to_pylist() for ours, theirs in taken.items() if theirs in data}
     notes = []
     missing = [name for name in ("n", "loss") if name not in found]
     if missing or ("c" not in found and "d" not in found):
@@ -174,7 +185,7 @@ def table_of_columns(
         numbers["d"] = numbers["c"] / (6 * numbers["n"])
         notes.append("d is c / (6 n), as the table has no column of tokens")
     rows = len(numbers["n"])
-    table = Table(
+    runs = Table(
         n=numbers["n"],
         d=numbers["d"],
         c=numbers["c"],
@@ -185,7 +196,7 @@ def table_of_columns(
         recipe=tuple(str(cell) for cell in found.get("recipe", [""] * rows)),
         notes=tuple(notes),
     )
-    return usable(table)
+    return usable(runs)
 
 
 def usable(table: Table) -> Table:
@@ -199,20 +210,33 @@ def usable(table: Table) -> Table:
     return table.without(wrong, why)
 
 
-def _read(path: Path) -> dict[str, list[Any]]:
-    """The columns of numbers and short texts of a file."""
+def _read(path: Path) -> Any:
+    """A file as a table of Arrow, of numbers and short texts."""
     if not is_file(path):
         raise ConfigError(f"--table {shortened(str(path), 200)}: no such file")
     import pyarrow as pa  # a laptop's `muster --help` does without it
 
     try:
-        found = _parquet(path) if path.suffix == ".parquet" else _csv(path)
+        return _parquet(path) if path.suffix == ".parquet" else _csv(path)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         why = shortened(str(error).partition("\n")[0], 200)
+        if "straddling" in why:
+            why = f"a line is longer than {LONGEST_LINE:,} bytes"
         raise ConfigError(f"--table {path}: neither CSV nor Parquet: {why}") from None
     except ValueError as error:
         raise ConfigError(f"--table {path}: {error}") from None
-    return {name: found.column(name).to_pylist() for name in found.column_names}
+
+
+def _check_size(names: Sequence[str], rows: int) -> None:
+    """Raises ValueError: a table has two columns of one name, or more rows, columns or cells than is read."""
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
+        raise ValueError(f"two columns are named {shortened(twice)}")
+    if rows > MAX_TABLE_ROWS:
+        raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
+    if len(names) > MAX_TABLE_COLUMNS:
+        raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
+    if rows * len(names) > MAX_TABLE_CELLS:
+        raise ValueError(f"it has {rows:,} rows of {len(names):,} columns, over {MAX_TABLE_CELLS:,} cells")
 
 
 def _csv(path: Path) -> Any:
@@ -222,33 +246,53 @@ def _csv(path: Path) -> Any:
         content = file.read(MAX_TABLE_BYTES + 1)
     if len(content) > MAX_TABLE_BYTES:
         raise ValueError(f"it has over {MAX_TABLE_BYTES:,} bytes")
-    if content.partition(b"\n")[0].count(b",") >= MAX_TABLE_COLUMNS:
+    if re.split(rb"[\r\n]", content, maxsplit=1)[0].count(b",") >= MAX_TABLE_COLUMNS:
         raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
-    if content.count(b"\n") > MAX_TABLE_ROWS + 1:
+    # A line ends in \n, \r or both.
+    if max(content.count(b"\n"), content.count(b"\r")) > MAX_TABLE_ROWS + 1:
         raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
-    return csv.read_csv(io.BytesIO(content))
+    if content.count(b",") > MAX_TABLE_CELLS:
+        raise ValueError(f"it has over {MAX_TABLE_CELLS:,} cells")
+    found = csv.read_csv(io.BytesIO(content), csv.ReadOptions(block_size=LONGEST_LINE))
+    _check_size(found.column_names, found.num_rows)
+    return found
 
 
 def _parquet(path: Path) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
-    file = parquet.ParquetFile(path)
-    schema, meta = file.schema_arrow, file.metadata
-    if meta.num_rows > MAX_TABLE_ROWS:
-        raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
-    if len(schema) > MAX_TABLE_COLUMNS:
-        raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
-    texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type)]
-    names = [field.name for field in schema if field.name in texts or pa.types.is_primitive(field.type)]
-    # Texts as numbers of a dictionary, as they are in the file: one long text may stand in every row.
-    file = parquet.ParquetFile(path, read_dictionary=texts)
-    found = file.read(columns=names)
+    with pa.OSFile(str(path)) as source:
+        file = parquet.ParquetFile(source)
+        schema = file.schema_arrow
+        _check_size(schema.names, file.metadata.num_rows)
+        texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type)]
+        names = [field.name for field in schema if field.name in texts or pa.types.is_primitive(field.type)]
+        _check_unpacked(file.metadata, source, names)
+        # Texts as numbers of a dictionary, as they are in the file: one long text may stand in every row.
+        found = parquet.ParquetFile(source, read_dictionary=texts).read(columns=names)
     for name in texts:
         for chunk in found.column(name).chunks:
             if any(len(text.as_py() or "") > LONGEST_TEXT for text in getattr(chunk, "dictionary", chunk)):
                 raise ValueError(f"column {name} holds texts of over {LONGEST_TEXT:,} characters")
+    _check_size(found.column_names, found.num_rows)
     return found
+
+
+def _check_unpacked(metadata: Any, source: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where pages unpack to more than is read, whatever the footer tells of them."""
+    from trainer.data.pages import pages
+
+    unpacked = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(metadata.num_columns)):
+            if chunk.path_in_schema not in names:
+                continue
+            start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+            found = pages(source, start, chunk.total_compressed_size)
+            unpacked += max(chunk.total_uncompressed_size, sum(page.unpacked for page in found))
+            if unpacked > MAX_UNPACKED:
+                raise ValueError(f"its pages unpack to over {MAX_UNPACKED:,} bytes")
 
 
 def _same(cell: Any, value: str) -> bool:

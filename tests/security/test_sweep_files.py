@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
@@ -11,7 +14,7 @@ import pytest
 
 from cluster.sweep.plan import plan
 from cluster.sweep.status import PLAN, read_plan
-from cluster.sweep.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, read_table
+from cluster.sweep.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, _check_unpacked, read_table
 from configs import ConfigError
 from configs.sweep import load_sweep
 
@@ -147,3 +150,90 @@ def test_parquet_tables_that_expand(tmp_path):
     assert "neither CSV nor Parquet" in refused(path)
     parquet.write_table(pa.table(good | {"n": [["1"], ["2"]]}), path)
     assert "n" in refused(path)
+
+
+READ = """
+import resource, sys, time
+import pyarrow.csv, pyarrow.parquet
+import trainer.data.pages
+from pathlib import Path
+from cluster.sweep.table import read_table
+
+with open("/proc/self/statm") as file:
+    before = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (before + 500 * 2**20,) * 2)
+for path in sys.argv[1:]:
+    began = time.process_time()
+    try:
+        print(len(read_table(path)), "rows", end="")
+    except ValueError as error:
+        print(str(error).replace("\\n", " "), end="")
+    print(f"\\t{time.process_time() - began:.2f}")
+"""
+"""In a process that may hold 500 MB more than its imports."""
+
+
+def test_tables_take_neither_long_nor_much_memory(tmp_path):
+    numbers = {name: [1.0] * 3 for name in ("n", "d", "loss")}
+    tables = {
+        "text.parquet": numbers | {"run": ["a" * (1 << 27), "b", "c"]},
+        "wide.parquet": {key: [1.5] * 20_000 for key in ("n", "d", "loss", *(f"x{i}" for i in range(200)))},
+        "twice.parquet": numbers,
+    }
+    for name, columns in tables.items():
+        table = pa.table(columns)
+        if name.startswith("twice"):
+            table = table.append_column("n", table.column("n"))
+        parquet.write_table(table, tmp_path / name, compression="zstd")
+    head = b"n,d,loss"
+    texts = {
+        "cr.csv": head + b"\n" + b"1,2,3\r" * 2_700_000,
+        "all cr.csv": head + b"\r" + b"1,2,3\r" * 100_000,
+        "wide.csv": b",".join([head, *(b"x%d" % i for i in range(990))]) + (b"\n1,2,3" + b",ab" * 990) * 4_000,
+        "twice.csv": b"n,d,loss,n\n1,2,3,4\n",
+        "line.csv": head + b",run\n1,2,3," + b"a" * 3_000_000 + b"\n",
+        "good.csv": head + b"\r\n1,2,3\r\n",
+    }
+    for name, content in texts.items():
+        (tmp_path / name).write_bytes(content)
+    told = {
+        "text.parquet": "its pages unpack to over", "wide.parquet": "20,000 rows of 203 columns, over 2,000,000 cells",
+        "twice.parquet": "two columns are named n", "cr.csv": "it has over 50,000 rows",
+        "all cr.csv": "it has over 50,000 rows", "wide.csv": "it has over 2,000,000 cells",
+        "twice.csv": "two columns are named n", "line.csv": "a line is longer than 1,048,576 bytes",
+        "good.csv": "1 rows",
+    }  # fmt: skip
+    paths = [str(tmp_path / name) for name in told]
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for (name, why), line in zip(told.items(), done.stdout.splitlines(), strict=True):
+        said, _, seconds = line.partition("\t")
+        assert why in said, name
+        assert float(seconds) < SECONDS / 2
+
+
+def test_a_footer_that_lies_of_a_tables_pages(tmp_path, monkeypatch):
+    """What the headers of its pages say counts, with statistics in them as well."""
+    path = tmp_path / "t.parquet"
+    columns = {"n": [1e8, 2e8], "d": [2e9, 2e9], "loss": [3.4, 3.3], "run": ["a" * 900, "b" * 900]}
+    parquet.write_table(pa.table(columns), path, write_page_index=False, use_dictionary=False)
+    assert len(read_table(path)) == 2
+    monkeypatch.setattr("cluster.sweep.table.MAX_UNPACKED", 1500)
+    footer = parquet.ParquetFile(path).metadata
+    chunks = [footer.row_group(0).column(i) for i in range(4)]
+
+    class Lies:
+        """Of each column chunk: nothing is in it."""
+
+        num_row_groups, num_columns = 1, 4
+
+        def row_group(self, _):
+            return self
+
+        def column(self, i):
+            names = ("path_in_schema", "has_dictionary_page", "dictionary_page_offset", "data_page_offset")
+            known = {key: getattr(chunks[i], key) for key in (*names, "total_compressed_size")}
+            return SimpleNamespace(**known, total_uncompressed_size=0)
+
+    with pa.OSFile(str(path)) as source, pytest.raises(ValueError, match="its pages unpack to over 1,500 bytes"):
+        _check_unpacked(Lies(), source, list(columns))

@@ -56,7 +56,8 @@ class _Header:
             elif kind == 7:
                 self.at += 8
             elif kind == 8:
-                self.at += self._varint()
+                length = self._varint()
+                self.at += length
             elif kind == 12 and depth < 4:
                 self.struct(depth + 1)
             elif kind not in (1, 2):  # a boolean is its own value; a page's header has no lists or maps
