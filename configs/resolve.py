@@ -23,7 +23,7 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     Raises:
         ConfigError: sections that do not go together.
     """
-    values = flatten(config)
+    values = flatten(config) if config.defaults else {}
     derived = ("train.micro_batch", "parallel.dp")  # below, with notes of their own
     notes = [f"{key}={values[key]}: {why}" for key, why in config.defaults.items() if why and key not in derived]
     model, train, parallel, cluster = config.model, config.train, config.parallel, config.cluster

@@ -7,7 +7,7 @@ from configs import Config, ConfigError, to_yaml
 from configs.sweep import Count, SweepConfig
 from configs.variants import Experts
 
-from .arms import Arm, arms
+from .arms import Arm, arms, base_width
 from .cells import cell_of, plain, sizer
 from .plan import trials_of
 from .sizes import conventions
@@ -75,7 +75,7 @@ def next_trial(
     spent = tokens * found.flops(keys)
     cell = cell_of(arm, f"{sweep.name}-next-{plain(spent)}", keys, found, spent)
     alone = sweep.model_copy(update={"seeds": sweep.seeds[:1]})
-    trial = trials_of(alone, [cell], vocab_size, seed=sweep.seeds[0])[0]
+    trial = trials_of(alone, [cell], vocab_size, base_width(alone), seed=sweep.seeds[0])[0]
     run = trial.config.run.model_copy(update={"root": sweep.root})
     trial = trial._replace(config=trial.config.model_copy(update={"run": run}))
     notes = []

@@ -40,8 +40,9 @@ def plan(sweep: SweepConfig, vocab_size: int, losses: Mapping[str, float] | None
     else:
         named, left = drawn(sweep, losses)
         cells = [as_it_stands(sweep, arm, name, vocab_size) for name, arm in named]
+    width = base_width(sweep)
     for chain, scale, seed in itertools.product(_chains(sweep, cells), sweep.rules.lr_scale, sweep.seeds):
-        found += trials_of(sweep, chain, vocab_size, scale, seed)
+        found += trials_of(sweep, chain, vocab_size, width, scale, seed)
     names = Counter(trial.name for trial in found)
     if twice := next((name for name, times in names.items() if times > 1), None):
         raise ConfigError(f"two trials would be named {twice}: a value or a size of the sweep stands twice")
@@ -64,9 +65,15 @@ def _chains(sweep: SweepConfig, cells: Sequence[Cell]) -> list[list[Cell]]:
     return [sorted(chain, key=lambda cell: cell.sequences) for chain in chains.values()]
 
 
-def trials_of(sweep: SweepConfig, chain: list[Cell], vocab_size: int, scale: float = 1.0, seed: int = 0) -> list[Trial]:
+def trials_of(
+    sweep: SweepConfig, chain: list[Cell], vocab_size: int, width: int, scale: float = 1.0, seed: int = 0
+) -> list[Trial]:
     """The trials of one chain, in their order; its batch, learning rate and warmup are the same for all, by the
-    geometric mean of their tokens."""
+    geometric mean of their tokens.
+
+    Args:
+        width: see `base_width`.
+    """
     rules, first = Rules.of(sweep), chain[0]
     config, counts = first.arm.config, parameters(first.model)
     train = config.train
@@ -80,7 +87,7 @@ def trials_of(sweep: SweepConfig, chain: list[Cell], vocab_size: int, scale: flo
         raise ConfigError(_no_steps(chain, wanted, fixed, multiple))
     batch, steps = found
     sized = config.model_copy(update={"model": first.model})
-    lr = rounded(scale * learning_rate(rules.lr, sweep.rules, sized, base_width(sweep), n, tokens))
+    lr = rounded(scale * learning_rate(rules.lr, sweep.rules, sized, width, n, tokens))
     trials: list[Trial] = []
     after: tuple[str, int] | None = None
     for i, (cell, each) in enumerate(zip(chain, steps, strict=True)):

@@ -16,6 +16,7 @@ from cluster.sweep.plan import plan
 from cluster.sweep.status import PLAN, read_plan
 from cluster.sweep.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, _check_unpacked, read_table
 from configs import ConfigError
+from configs.parse import parse_yaml
 from configs.sweep import load_sweep
 
 SECONDS = 20
@@ -237,3 +238,19 @@ def test_a_footer_that_lies_of_a_tables_pages(tmp_path, monkeypatch):
 
     with pa.OSFile(str(path)) as source, pytest.raises(ValueError, match="its pages unpack to over 1,500 bytes"):
         _check_unpacked(Lies(), source, list(columns))
+
+
+def test_a_sweep_reads_its_base_as_often_for_many_trials_as_for_few(tmp_path, monkeypatch):
+    """A thousand lines of YAML for each of ten thousand trials would take minutes."""
+    counts = []
+    module = sys.modules["configs.load"]  # `configs.load` is the function
+    monkeypatch.setattr(module, "parse_yaml", lambda text: counts.append(text) or parse_yaml(text))
+    reads = []
+    for many in (3, 30):
+        (tmp_path / "sweep.yaml").write_text(
+            HEAD + f"random: {{n: {many}}}\naxes: {{optim.lr: {{low: 1e-4, high: 1e-2}}}}\n"
+        )
+        counts.clear()
+        assert len(plan(load_sweep(tmp_path / "sweep.yaml"), 4096).trials) == many
+        reads.append(len(counts))
+    assert reads[0] == reads[1] > 0
