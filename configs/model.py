@@ -18,7 +18,7 @@ class RopeScaling(Section):
 
     kind: Literal["linear", "llama3", "yarn"] = "linear"
     """All positions stretched alike, or by wavelength as in Llama 3.1 or YaRN."""
-    factor: PositiveFloat
+    factor: float = Field(ge=1)
     """How many times longer the positions get; it has no default."""
     original_max_positions: Length = 8192
     """llama3 and yarn: length that the unscaled positions were trained for."""
@@ -73,7 +73,7 @@ class ModelConfig(Section):
     """None: hidden_size / num_heads."""
     intermediate_size: Size | None = None
     """Width of a dense SwiGLU layer; None: 8/3 hidden_size rounded up to a multiple of 64."""
-    rope_theta: PositiveFloat = 10000.0
+    rope_theta: float = Field(10000.0, ge=1)
     """Base of the rotary frequencies."""
     rope_scaling: RopeScaling | None = None
     """None: positions as they are."""

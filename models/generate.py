@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from configs import ConfigError
+
 from .attention import Cache
 from .batch import Batch
 from .decoder import Decoder
@@ -37,6 +39,9 @@ def generate(
 
     Returns:
         The new tokens of each prompt, without the stop token.
+
+    Raises:
+        ConfigError: the model's logits are not finite.
     """
     assert all(prompts), "a prompt has at least one token"
     device = next(module.parameters()).device
@@ -52,6 +57,12 @@ def generate(
     for _ in range(max_new_tokens):
         with _uncompiled(module):
             logits_BV = _next_logits(module, ids, padding, cache).float().cpu()
+        if not logits_BV.amax(-1).isfinite().all():
+            module.train(was_training)
+            raise ConfigError(
+                f"the model's logits are not finite after {ids.shape[1]} tokens: nothing can be drawn from them; its "
+                "weights are too large, or a key of model.* such as rope_theta or norm_eps is"
+            )
         drawn = [_sample(row, g, temperature, top_k, top_p) for row, g in zip(logits_BV, generators, strict=True)]
         tokens = agree(drawn)
         for row in tuple(open_rows):

@@ -114,6 +114,7 @@ def to_hf_config(config: ModelConfig, arch: Architecture) -> dict[str, Any]:
 
 
 Positive = Annotated[float, Field(gt=0, le=MOST_FLOAT)]
+AtLeastOne = Annotated[float, Field(ge=1, le=MOST_FLOAT)]
 Count = Annotated[int, Field(ge=0, le=2**20)]
 
 
@@ -126,9 +127,9 @@ class _Strict(BaseModel):
 class _Rope(_Strict):
     rope_type: str | None = None
     type: str | None = None
-    rope_theta: Positive | None = None
+    rope_theta: AtLeastOne | None = None
     partial_rotary_factor: Positive | None = None
-    factor: Positive | None = None
+    factor: AtLeastOne | None = None
     original_max_position_embeddings: Length | None = None
     low_freq_factor: Positive | None = None
     high_freq_factor: Positive | None = None
@@ -160,7 +161,7 @@ class _HFConfig(_Strict):
     qkv_bias: bool = False
     num_nextn_predict_layers: Count | None = None
 
-    rope_theta: Positive = 1e4
+    rope_theta: AtLeastOne = 1e4
     rope_scaling: _Rope | None = None
     rope_parameters: _Rope | None = None
     partial_rotary_factor: Positive | None = None

@@ -151,16 +151,19 @@ def write_samples(
 
     Every process computes them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
     """
-    texts = continue_texts(
-        module,
-        tokenizer,
-        end,
-        config.train.sample_prompts,
-        max_new_tokens=config.train.sample_tokens,
-        temperature=config.train.sample_temperature,
-        seed=config.run.seed,
-        agree=_as_the_first,
-    )
+    try:
+        texts = continue_texts(
+            module,
+            tokenizer,
+            end,
+            config.train.sample_prompts,
+            max_new_tokens=config.train.sample_tokens,
+            temperature=config.train.sample_temperature,
+            seed=config.run.seed,
+            agree=_as_the_first,
+        )
+    except ConfigError as error:  # of logits that are not finite: no reason to end a run
+        texts = [str(error)]
     if write:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, ("\n" + "-" * 80 + "\n").join(texts) + "\n")

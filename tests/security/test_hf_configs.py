@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import ConfigError
+from models.generate import generate
 from models.hf import export_hf, import_hf
 from models.hf_config import from_hf_config
 from models.hf_files import MAX_HEADER, MAX_INDEX, MAX_TENSORS
@@ -63,7 +64,7 @@ WRONG = [
     (LLAMA, {"transformers_weights": "a.safetensors"}, 'transformers_weights="a.safetensors" is not supported'),
     (LLAMA, {"hidden_act": None}, 'hidden_act=null is not supported, only "silu"'),
     (LLAMA, {"rope_theta": []}, "rope_theta=[]: should be a number"),
-    (LLAMA, {"rope_theta": -1.0}, "rope_theta=-1.0: should be greater than 0"),
+    (LLAMA, {"rope_theta": -1.0}, "rope_theta=-1.0: should be greater than or equal to 1"),
     (LLAMA, {"rope_theta": 1e300}, "rope_theta=1e+300: should be less than or equal to 1000"),
     (LLAMA, {"rope_scaling": []}, "rope_scaling=[]: should be a section of keys"),
     (LLAMA, {"rope_scaling": "yarn"}, 'rope_scaling="yarn": should be a section of keys'),
@@ -77,7 +78,11 @@ WRONG = [
     (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for full_attention are not supported"),
     (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": "x"}}, 'rope_scaling.factor="x": should be a number'),
     (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": [2]}}, "rope_scaling.factor=[2]: should be a number"),
-    (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 0}}, "rope_scaling.factor=0: should be greater than 0"),
+    (
+        LLAMA,
+        {"rope_scaling": {"rope_type": "linear", "factor": 0}},
+        "rope_scaling.factor=0: should be greater than or equal to 1",
+    ),
     (LLAMA, {"rope_parameters": {"rope_type": "linear", "factor": -2.0}}, "rope_parameters.factor=-2.0: should be"),
     (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": 1e300}}, "should be less than or equal to 1000"),
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
@@ -328,3 +333,23 @@ def test_headers_are_bounded_together(folder):
     assert f"the headers of its safetensors files have {len(content) * 3 + int.from_bytes(good[:8], 'little'):,}" in (
         refusal(folder)
     )
+
+
+def test_positions_are_not_compressed_and_logits_that_are_not_finite_are_named(folder):
+    for changes, told in (
+        ({"rope_theta": 1e-300}, "rope_theta=1e-300: should be greater than or equal to 1"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 1e-300}}, "factor=1e-300: should be greater than or equal"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 0.5}}, "factor=0.5: should be greater than or equal to 1"),
+    ):
+        tree = json.loads((folder / "config.json").read_text())
+        edit(folder, **changes)
+        assert told in refusal(folder)
+        (folder / "config.json").write_text(json.dumps(tree))
+    config = tiny.config()
+    module = tiny.model(config)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            module.get_parameter("model.norm.weight")[0] = value
+        for temperature in (0.0, 0.8):
+            with pytest.raises(ConfigError, match="logits are not finite after 3 tokens"):
+                generate(module, [[1, 2, 3]], max_new_tokens=2, temperature=temperature)
