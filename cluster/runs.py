@@ -60,6 +60,9 @@ def run_folder(run: str, root: Path) -> Path:
 
 def no_run(run: str, root: Path) -> str:
     """What to say of a run that is not there."""
+    for folder in (root / run, Path(run)):
+        if is_file(folder / "events.jsonl") or is_file(folder / "metrics.jsonl"):
+            return f"{shortened(folder, 200)} is not a whole run: its config.yaml is missing, or is not a file"
     names = [folder.name for folder in run_folders(root)]
     near = difflib.get_close_matches(run, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:8]) or 'none'}"

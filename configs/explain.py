@@ -117,7 +117,9 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
     given = f"{key}={shown(item['input'])}"
     match item["type"]:
         case "extra_forbidden":
-            near = _near(item, root, cutoff=0.85) or _elsewhere(str(location[-1]), root) or _near(item, root)
+            section = key.removesuffix(key.rpartition(".")[2])
+            beside, likely = (name and section + name for name in (_near(item, root), _near(item, root, cutoff=0.85)))
+            near = likely or _elsewhere(str(location[-1]), root) or beside
             known = f"known here: {', '.join(_names(location[:-1], root))}"
             return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
         case "missing" if isinstance(location[-1], int):

@@ -281,7 +281,8 @@ def check(table: Table) -> None:
     if (count := len(_groups(table))) < LEAST_BUDGETS:
         raise Refusal(
             "few_budgets",
-            f"{counted(len(table), 'run')} at {counted(count, 'budget')}: a scaling law needs {LEAST_BUDGETS}",
+            f"{counted(len(table), 'run')} at {counted(count, 'budget')}: a scaling law needs at least {LEAST_BUDGETS} "
+            f"budgets",
         )
 
 

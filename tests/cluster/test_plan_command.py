@@ -56,7 +56,7 @@ REFUSED = {
     "price": (["quickstart", "--usd-per-gpu-hour", "-1"], "should be a price, 0 to 1,000,000"),
     "does not divide": (["dense-7b", "parallel.tp=4", "--gpus", "6"], "--gpus 6 is not a multiple of parallel.tp"),
     "batch": (["moe-8x7b", "--gpus", "2048"], "is over train.global_batch (1024)"),
-    "key": (["quickstart", "model.layers=3"], "did you mean num_layers?"),
+    "key": (["quickstart", "model.layers=3"], "did you mean model.num_layers?"),
     "topology": (["quickstart", "parallel.tp=3"], "tp splits attention by heads"),
     "preset": (["quikstart"], "quickstart"),
 }

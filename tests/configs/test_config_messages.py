@@ -6,15 +6,17 @@ from configs import ConfigError, from_dict, load
 
 WRONG = {
     # unknown keys
-    "optim.nme=x": "unknown key optim.nme: did you mean name?",
+    "optim.nme=x": "unknown key optim.nme: did you mean optim.name?",
     "optm.lr=1": "unknown key optm: did you mean optim?",
     "lr=1e-3": "unknown key lr: did you mean optim.lr?",
     "train.lr=1e-3": "unknown key train.lr: did you mean optim.lr?",
-    "train.spike.windw=9": "unknown key train.spike.windw: did you mean window?",
-    "data.prepare.tokeniser=x": "unknown key data.prepare.tokeniser: did you mean tokenizer?",
-    "model.rope_scaling={kin: yarn, factor: 2}": "unknown key model.rope_scaling.kin: did you mean kind?",
-    "data.path=[{pth: a}]": "unknown key data.path.0.pth: did you mean path?",
-    "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean weight?",
+    "train.spike.windw=9": "unknown key train.spike.windw: did you mean train.spike.window?",
+    "data.prepare.tokeniser=x": "unknown key data.prepare.tokeniser: did you mean data.prepare.tokenizer?",
+    "model.rope_scaling={kin: yarn, factor: 2}": (
+        "unknown key model.rope_scaling.kin: did you mean model.rope_scaling.kind?"
+    ),
+    "data.path=[{pth: a}]": "unknown key data.path.0.pth: did you mean data.path.0.path?",
+    "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean data.path.1.weight?",
     "xyz=1": "unknown key xyz: known here: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
     "plugins",
     "parallel.xyz=1": "unknown key parallel.xyz: known here: dp, tp, pp, pp_schedule, ep, sp, zero_stage, hpz, offload",
@@ -75,7 +77,7 @@ WRONG = {
     "model.num_kv_heads=5": "model.num_heads (6) is not a multiple of model.num_kv_heads (5): set model.num_kv_heads=1",
     "model.num_heads=5": "model.hidden_size (192) is not a multiple of model.num_heads (5): set model.head_dim=38",
     "model.block_sparse.local_blocks=0": "model.block_sparse.local_blocks=0: should be greater than 0",
-    "model.block_sparse.blocks=8": "unknown key model.block_sparse.blocks: did you mean block?",
+    "model.block_sparse.blocks=8": "unknown key model.block_sparse.blocks: did you mean model.block_sparse.block?",
     "model={sliding_window: 4, block_sparse: {}}": "model.sliding_window (4) and model.block_sparse are two patterns "
     "of attention: set one of them to null",
     "model.head_dim=7": "model.head_dim is 7: rotary positions need an even one",
@@ -117,7 +119,7 @@ def test_several_mistakes_are_at_most_three_lines():
     assert str(caught.value).splitlines() == [
         "quickstart: train.steps=0: should be greater than 0",
         "quickstart: optim.lr=-1: should be greater than 0",
-        "quickstart: unknown key optim.nme: did you mean name?",
+        "quickstart: unknown key optim.nme: did you mean optim.name?",
     ]
 
 

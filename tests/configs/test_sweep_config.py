@@ -60,9 +60,9 @@ def test_experts_in_the_literatures_words(keys, found):
 
 
 WRONG = {
-    "isoflop.budgts=[1]": "unknown key isoflop.budgts: did you mean budgets?",
+    "isoflop.budgts=[1]": "unknown key isoflop.budgts: did you mean isoflop.budgets?",
     "sizes=7": "unknown key sizes: did you mean isoflop.sizes?",
-    "variants.moe.expertz=3": "unknown key variants.moe.expertz: did you mean experts?",
+    "variants.moe.expertz=3": "unknown key variants.moe.expertz: did you mean variants.moe.experts?",
     "isoflop.budgets=[]": "isoflop.budgets=[]: should have at least 1 value",
     "isoflop.budgets=[-1]": "isoflop.budgets.0=-1: should be greater than 0",
     "isoflop.spread=1": "isoflop.spread=1: should be greater than 1",

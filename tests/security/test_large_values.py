@@ -12,9 +12,12 @@ from typing import Any
 import pytest
 
 from cluster.messages import BadMessage, parse
+from cluster.runs import run_folder
+from configs import ConfigError
 from configs.data import PrepareConfig
 from trainer import checkpoint
 from trainer.checkpoint import CheckpointError, Reader, Snapshot
+from trainer.data.inspect import inspect
 from trainer.data.manifest import Manifest, SplitStats, TokenizerInfo, write_manifest
 from trainer.manifest import parse_manifest
 from trainer.state import TrainState
@@ -212,3 +215,12 @@ def test_a_message_of_unknown_keys_has_one_error():
     with pytest.raises(BadMessage, match="there is no key 'k0'") as caught:
         parse(json.dumps({"do": "stop", "id": "job-a", "now": True} | LONG).encode())
     assert len(str(caught.value)) < 300
+
+
+def test_a_folder_is_named_as_it_was_given(tmp_path):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/x: is not there"):
+        inspect(tmp_path / "x")
+    (tmp_path / "run" / "config.yaml").mkdir(parents=True)
+    (tmp_path / "run" / "events.jsonl").touch()
+    with pytest.raises(ConfigError, match=r"run is no whole run: its config\.yaml is not there, or no file"):
+        run_folder("run", tmp_path)

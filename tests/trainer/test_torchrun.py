@@ -88,7 +88,10 @@ def test_two_processes_from_a_hostile_folder(tmp_path, tiny_data):
 
 
 MISTAKES = {
-    "unknown key": (["quickstart", "optim.nme=x"], "muster: quickstart: unknown key optim.nme: did you mean name?"),
+    "unknown key": (
+        ["quickstart", "optim.nme=x"],
+        "muster: quickstart: unknown key optim.nme: did you mean optim.name?",
+    ),
     "no config": ([], "muster: usage: torchrun -m trainer CONFIG [key=value ...]"),
     "no such preset": (
         ["quikstart"],

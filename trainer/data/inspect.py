@@ -30,7 +30,7 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
         ConfigError: not prepared data; with examples also shards that do not match the manifest.
     """
     folder = Path(folder)
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, given="")
     splits = {}
     for split in SPLITS:
         stats, shards = manifest.splits[split], manifest.of(split)

@@ -150,8 +150,11 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     fsync_folder(folder)
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
     """Read the manifest of a prepared folder.
+
+    Args:
+        given: what its name follows where a user gave it, for messages.
 
     Raises:
         ConfigError: no folder, no manifest (not prepared, or the preparation was cut short), or not one of ours.
@@ -161,7 +164,7 @@ def read_manifest(folder: str | Path) -> Manifest:
         if not os.path.isfile(path):
             what = "is not there" if not os.path.exists(folder) else f"has no {MANIFEST}, so it is not prepared data"
             raise ConfigError(
-                f"data.path={shortened(str(folder), 200)}: {what}.\n"
+                f"{given}{shortened(str(folder), 200)}: {what}.\n"
                 "Make it with `muster data prepare INPUT... --out FOLDER`, then set data.path=FOLDER (or to stdlib)"
             )
         with open(path, "rb") as file:

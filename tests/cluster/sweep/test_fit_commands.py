@@ -144,7 +144,7 @@ def test_too_few_budgets_are_drawn(muster, tmp_path):
     path = write(tmp_path / "runs.csv", isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e19, 2)))
     code, out, err = muster("sweep", "plot", "--table", path, "--out", str(tmp_path / "plots"))
     assert (code, "frontier.png" in out) == (0, True)
-    assert "no law is drawn: 14 runs at 2 budgets: a scaling law needs 3" in err
+    assert "no law is drawn: 14 runs at 2 budgets: a scaling law needs at least 3 budgets" in err
 
 
 def test_json_is_strict(muster, tmp_path):
@@ -254,7 +254,7 @@ def test_a_law_of_several_kinds_of_models_does_not_predict_one(muster, tmp_path)
         (("fit", "--table", "{}", "--columns", COLUMNS, "--form", "hofman"), "--form hofman: no such form"),
         (
             ("fit", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1.1e18"),
-            "at 1 budget: a scaling law needs 3",
+            "at 1 budget: a scaling law needs at least 3 budgets",
         ),
         (("score", "--table", "{}"), "with --max-budget C also --table FILE"),
         (("score", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1e21"), "some should lie on each side"),

@@ -80,7 +80,7 @@ def test_finished_trials_are_heard(file, muster):
 
 REFUSED = {
     "file": (["missing.yaml"], "no sweep 'missing.yaml'"),
-    "key": (["sweep.yaml", "isoflop.budget=1"], "unknown key isoflop.budget: did you mean budgets?"),
+    "key": (["sweep.yaml", "isoflop.budget=1"], "unknown key isoflop.budget: did you mean isoflop.budgets?"),
     "device": (["sweep.yaml", "--gpu", "h300"], "--gpu h300: should be one of h100"),
     "devices": (["sweep.yaml", "--gpus", "0"], "--gpus 0: should be 1 to 1,048,576"),
     "too few": (["sweep.yaml", "--gpus", "1", "set.parallel.dp=2"], "--gpus 1: a trial takes 2 devices"),
