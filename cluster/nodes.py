@@ -12,7 +12,7 @@ import typer
 
 from configs import ConfigError, mask
 
-from .ray_folder import ray_folder
+from .ray_folder import ray_folder, remove_dead_sessions
 from .session import check_reachable
 from .token import Address, make_token, own_addresses, remember, use_token
 
@@ -102,6 +102,7 @@ def _checked(given: list[str]) -> list[str]:
 
 def _ray_start(*options: str) -> NoReturn:
     os.umask(0o077)
+    remove_dead_sessions(Path(_option(list(options), "--temp-dir") or ""))
     # Jobs are started as `muster ...`: the one that belongs to this Python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

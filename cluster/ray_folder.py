@@ -1,9 +1,14 @@
 """Ray's folder, where no other user of this machine enters: Ray itself opens what it makes in it to everyone."""
 
+import contextlib
 import os
+import shutil
 import stat
 import tempfile
+import time
 from pathlib import Path
+
+import psutil
 
 from configs import ConfigError, private_folder
 
@@ -45,6 +50,23 @@ def ray_folder(given: str | None) -> Path:
     if len(os.fsencode(folder)) > LONGEST:
         raise ConfigError(f"--temp-dir: {folder} has more than {LONGEST} characters, too many for Ray's sockets")
     return folder
+
+
+def remove_dead_sessions(folder: Path) -> None:
+    """Remove what ended sessions left in Ray's folder: jobs' packages, with the secrets that were sent, and logs.
+
+    One that is a minute old and that no process names on its command line has ended.
+    """
+    commands = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            commands.append(" ".join(process.cmdline()))
+    for session in folder.glob("session_2*"):
+        with contextlib.suppress(OSError):
+            found = session.lstat()
+            ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+            if ours and found.st_mtime < time.time() - 60 and not any(session.name in each for each in commands):
+                shutil.rmtree(session, ignore_errors=True)
 
 
 def closed(folder: Path) -> bool:

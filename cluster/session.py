@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from configs import ConfigError, mask
+from trainer.orphans import sweep_after
 from trainer.scratch import make_folder, remove_folder, sweep
 
 from .ray_folder import closed, open_to_others, ray_parent
@@ -201,6 +202,7 @@ class RayThread(threading.Thread):
         super().__init__(name="ray", daemon=True)
         self.address, self.node = address, node
         self.folder = session_folder()
+        sweep_after(str(self.folder))
         self.error: BaseException | None = None
         self.stopping = False
         self.connected, self.ended = threading.Event(), threading.Event()

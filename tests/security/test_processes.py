@@ -165,6 +165,30 @@ def test_a_folder_goes_with_its_process_or_at_the_next_start(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+SWEPT = """
+import sys, time
+from trainer.orphans import sweep_after
+from trainer.scratch import make_folder, remove_folder
+folder = make_folder(sys.argv[1])
+sweep_after(str(folder))
+(folder / "token").write_text("secret")
+print("there", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_folder_goes_soon_after_its_process_was_killed(tmp_path):
+    (tmp_path / "kept").mkdir()
+    command = [sys.executable, "-P", "-c", SWEPT, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+        assert process.stdout.readline() == "there\n"
+        assert len(list(tmp_path.iterdir())) == 2
+        process.kill()
+        assert process.stdout.read() == ""  # what waits holds nothing of it open
+    wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["kept"])
+
+
 def test_only_what_is_surely_ours_goes(tmp_path):
     kept = [tmp_path / name for name in ("muster-compile-0", "muster-abcdefgh", "muster-12345678", "other-12345678")]
     for path in kept:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 from second_user import NOBODY, as_second_user, let_in, needs_second_user
 
 from cluster.doctor import _ray_folders
-from cluster.ray_folder import LONGEST, open_to_others, private_folder, ray_folder, ray_parent
+from cluster.ray_folder import LONGEST, open_to_others, private_folder, ray_folder, ray_parent, remove_dead_sessions
 from configs import ConfigError
 
 TRY_ALL = """
@@ -183,3 +184,19 @@ def test_a_session_that_others_can_write_into_is_named(live, capsys):
         assert "muster cluster up" in finding.mend
     finally:
         live.folder.chmod(0o700)
+
+
+def test_sessions_that_have_ended_are_removed(tmp_path):
+    names = ("session_2026-01-01_dead", "session_2026-01-01_live", "session_2026-01-01_young", "other")
+    for name in names:
+        (tmp_path / name / "runtime_resources").mkdir(parents=True)
+        (tmp_path / name / "runtime_resources" / ".env").write_text("PASSWORD=1")
+        if "young" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    (tmp_path / "session_2_link").symlink_to(tmp_path / "other")
+    (tmp_path / "session_latest").symlink_to(tmp_path / names[1])
+    with subprocess.Popen(["sh", "-c", "read x", f"--session_dir={tmp_path / names[1]}"], stdin=subprocess.PIPE):
+        remove_dead_sessions(tmp_path)
+        left = {path.name for path in tmp_path.iterdir()}
+    assert left == {*names[1:], "session_2_link", "session_latest"}
+    assert (tmp_path / "other" / "runtime_resources" / ".env").exists()
