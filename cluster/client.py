@@ -203,9 +203,9 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
     if given.where.startswith(("http://", "https://")):
         return given._replace(where=given.where.rstrip("/"))
     given = found_by_ray(given)
-    use_token(given)
     if ":" not in (where := given.where):
         raise ConfigError(f"{where} has no port: --address http://{where}:8265, or {where}:6379 (the head's)")
+    use_token(given)
     try:
         check_reachable(given.where)
         if _answers(f"http://{given.where}"):

@@ -144,7 +144,7 @@ def test_schema_describes_every_section(muster):
         (["runs", "tag", "missing", "a=b"], ["missing", "--root"]),
         (["sync", "missing"], ["missing", "--root"]),
         (["submit", "quickstart"], ["run.root=runs", "every machine"]),
-        (["submit", "quickstart", "run.root=/tmp/r", "--address", "http://127.0.0.1:1"], ["127.0.0.1:1", "--address"]),
+        (["submit", "quickstart", "run.root=/tmp/r", "--address", "http://127.0.0.1:1"], ["127.0.0.1:1", "no token"]),
         (["jobs", "--address", "nowhere"], ["nowhere", "--address"]),
         (["cluster", "join", "127.0.0.1:1"], ["no token", "RAY_AUTH_TOKEN_PATH"]),
         (["data", "show", "missing", "--step", "1"], ["missing", "--root"]),
