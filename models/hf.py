@@ -17,7 +17,7 @@ from configs.explain import shown
 from .families import FAMILIES, build
 from .hf_config import CONFIG, YARN_SINCE, from_hf_config, read_hf_config, to_hf_config
 from .hf_files import open_tensors
-from .hf_names import BIAS, GLM4_MOE, Architecture, bias_name, pieces
+from .hf_names import BIAS, GLM4_MOE, QWEN2, Architecture, bias_name, pieces
 from .router import choosers
 
 SHARD_BYTES = 5 * 10**9
@@ -53,6 +53,12 @@ def export_hf(
         print(
             f"muster: {to} has YaRN positions, which transformers reads as they were trained from {YARN_SINCE} on; "
             "older versions compute others",
+            file=sys.stderr,
+        )
+    if arch is QWEN2 and special_tokens is not None:
+        print(
+            f"muster: transformers takes the tokenizer of {to} for Qwen2's own, as of every model of this architecture; "
+            "if it is another, load it by PreTrainedTokenizerFast.from_pretrained",
             file=sys.stderr,
         )
     tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")

@@ -198,9 +198,9 @@ def test_a_fork_is_named_by_one_part_of_a_path(copy, name):
 
 
 def test_an_index_that_names_files_elsewhere_is_not_followed(copy, tmp_path):
-    """Weights are those of the folder's own *.safetensors, whatever an index says."""
+    """Weights are those of the folder's own files."""
     shutil.move(copy / "hf/model.safetensors", copy / "model.safetensors")
     weights = {"lm_head.weight": "../model.safetensors", "model.norm.weight": str(copy / "model.safetensors")}
     (copy / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
-    with pytest.raises(ConfigError, match=r"has no \*\.safetensors file"):
+    with pytest.raises(ConfigError, match="should be the plain name of a"):
         use_export(copy)

@@ -39,7 +39,7 @@ def test_each_is_told_once_and_when_it_is_over():
 
 
 def test_trackers_are_shown_the_slowest_and_the_median():
-    assert scalars({"step": 1, "rank_time": [1.0, 4.0, 2.0]}) == {"rank_time/max": 4.0, "rank_time/median": 2.0}
+    assert scalars({"step": 1, "rank_time": [1.0, 4.0, 2.0]}) == {"time_rank_max": 4.0, "time_rank_median": 2.0}
 
 
 class Device:
