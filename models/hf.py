@@ -57,7 +57,7 @@ def export_hf(
         )
     if arch is QWEN2 and special_tokens is not None:
         print(
-            f"muster: transformers takes the tokenizer of {to} for Qwen2's own, as of every model of this architecture; "
+            f"muster: transformers takes the tokenizer of {to} for Qwen2's own, as it does for this architecture; "
             "if it is another, load it by PreTrainedTokenizerFast.from_pretrained",
             file=sys.stderr,
         )

@@ -129,7 +129,7 @@ def test_a_frame_and_a_file_are_fitted_and_predicted_alike(tmp_path, frame):
         api.fit(frame)
     with pytest.raises(ConfigError, match="budget=-1"):
         api.predict(renamed, -1)
-    with pytest.raises(ConfigError, match="a scaling law needs 3"):
+    with pytest.raises(ConfigError, match="a scaling law needs at least 3 budgets"):
         api.fit(renamed, max_budget=1e18)
 
 

@@ -29,7 +29,7 @@ def test_help_and_config_import_nothing_heavy():
 
 MISTAKES = [
     "generate nosuch --prompt x", "generate empty --prompt x", "eval nosuch", "eval empty --step 3",
-    "export nosuch --to x",
+    "export nosuch --out x",
     "checkpoint list nosuch",
     "checkpoint show empty", "checkpoint verify empty", "data inspect nosuch",
     "data show nosuch --step 1", "train quickstart optim.warmup=11 train.steps=10",
@@ -121,7 +121,7 @@ def test_schema_describes_every_section(muster):
     [
         (["config"], ["CONFIG", "quickstart"]),
         (["config", "quickstrat"], ["quickstrat", "did you mean quickstart"]),
-        (["config", "quickstart", "train.stps=3"], ["train.stps", "did you mean steps"]),
+        (["config", "quickstart", "train.stps=3"], ["train.stps", "did you mean train.steps"]),
         (["config", "quickstart", "train.steps=many"], ["train.steps", "many"]),
         (["config", "quickstart", "train.steps"], ["key=value"]),
         (["config", "quickstart", "train.steps=[1"], ["train.steps", "YAML"]),

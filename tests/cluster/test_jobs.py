@@ -82,7 +82,7 @@ def test_the_dashboard_listens_on_loopback(cluster):
     [
         (["parallel.dp=8", "train.global_batch=8"], ["asks for 8 CPUs; the cluster has 3 (1 node x 3)", "--queue"]),
         (["run.root=runs"], ["run.root=runs", "every machine"]),
-        (["train.stps=1"], ["train.stps", "did you mean steps"]),
+        (["train.stps=1"], ["train.stps", "did you mean train.steps"]),
         (["data.path=secret.txt"], ["data.path=secret.txt is not sent", ".gitignore"]),
         (["parallel.tp=3"], ["tp=3", "model.num_heads"]),
     ],

@@ -460,7 +460,7 @@ MISFITS: dict[str, tuple[Change, str]] = {
             ),
             *(manifest("shapes", s, "more", to=[2]) for s in ("weight", "exp_avg", "exp_avg_sq")),
         ),
-        "has 1 parameters that the model has not, such as more",
+        "has 1 parameter that the model has not, such as more",
     ),
     "a layer of routers more": (manifest("state", "routers", "bias", to=[[0.0] * 2] * 2), "bias is not of the model's"),
     "an expert more": (manifest("state", "routers", "load", to=[[0.5] * 3]), "load is not of the model's 1 MoE layers"),

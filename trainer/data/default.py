@@ -12,7 +12,6 @@ from configs.data import DataConfig, LimitsConfig, PrepareConfig, Source
 from .manifest import FORMAT, MANIFEST, Manifest, read_manifest, read_manifests, sources_of, without_held_out
 from .meter import Meter
 from .prepare import prepare, summary
-from .reader import Dataset
 from .tokenizer import TokenizerProcess
 from .tokenizer_files import tokenizer_file
 
@@ -54,6 +53,8 @@ def ensure_prepared(
         folders.append(source.model_copy(update={"path": str(folder)}))
     path = folders[0].path if isinstance(config.data.path, str) else tuple(folders)
     data = config.data.model_copy(update={"path": path})
+    from .reader import Dataset  # torch, which what is refused above need not wait for
+
     Dataset(data, config.train.seq_len, config.run.seed)  # what is wrong with it shows here, not in the run's processes
     nothing = without_held_out(data)
     if len(nothing) < len(folders):

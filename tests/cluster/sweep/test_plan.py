@@ -258,7 +258,7 @@ WRONG = {
     "fixed batch": ({"isoflop": {"budgets": [1e9], "parameters": [1e4]}, "rules": {"batch": "fixed"}},
                     r"steps of train\.global_batch=8, and no whole number of steps is within 1% of that"),
     "unknown key": ({"isoflop": {"budgets": [1e13]}, "set": {"optim.lrr": 1}},
-                    r"^set: unknown key optim\.lrr: did you mean lr\?$"),
+                    r"^set: unknown key optim\.lrr: did you mean optim\.lr\?$"),
     "variant's key": ({"isoflop": {"budgets": [1e13]}, "variants": {"a": {"set": {"model": {"qk": 1}}}}},
                       r"^variants\.a\.set: unknown key model\.qk"),
     "axis": ({"grid": {}, "axes": {"optim.lr": [-1]}}, r"^axes optim\.lr=-1: optim\.lr=-1: should be greater than 0"),
