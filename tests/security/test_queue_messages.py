@@ -267,7 +267,7 @@ def test_a_million_lines_of_a_journal(queue, capsys, thousands):
     assert len(here.jobs) == 1 + dispatch.KEPT_JOBS
     assert here.jobs["job-a"]["state"] == "RUNNING"
     said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"skipped {500 * thousands + 2} lines of {queue.folder / 'journal.jsonl'}")
+    assert said[0].startswith(f"skipped {500 * thousands + 2:,} lines of {queue.folder / 'journal.jsonl'}")
     assert len(said) == 1 + len(here.jobs)
     assert (queue.folder / "journal.jsonl").stat().st_size < 2e6
 

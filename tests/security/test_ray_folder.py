@@ -3,6 +3,7 @@
 import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import tempfile
 from pathlib import Path
@@ -111,8 +112,9 @@ def test_ray_is_started_in_it(common, muster, monkeypatch, given):
 
     monkeypatch.setattr(os, "execv", execv)
     try:
-        for command in (["up"], ["join", "127.0.0.1:1"]):
-            assert muster("cluster", *command, "--num-cpus=1", *given)[0] == 0
+        with socket.create_server(("127.0.0.1", 0)) as head:
+            for command in (["up", "--port=0"], ["join", f"127.0.0.1:{head.getsockname()[1]}"]):
+                assert muster("cluster", *command, "--num-cpus=1", *given)[0] == 0
     finally:
         os.umask(before)
     folder = common / "x" / "ray" if given else ray_parent() / "ray"

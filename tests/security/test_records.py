@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from support import tiny, train_in_process
 
-from cluster.runs import runs as listed
 from cluster.sweep.score import PREDICTIONS, score
 from cluster.sweep.status import PLAN, read_plan
 from configs import ConfigError
@@ -159,7 +158,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["events.jsonl", "metrics.jsonl", "tracking.json"])
-def test_what_is_no_record_is_neither_waited_for_nor_taken_into_memory(run_dir, capsys, name, kind):
+def test_what_is_no_record_is_neither_waited_for_nor_taken_into_memory(run_dir, muster, name, kind):
     (run_dir / name).unlink(missing_ok=True)
     KINDS[kind](run_dir / name)
     signal.alarm(60)  # a pipe that is opened ends it
@@ -172,13 +171,13 @@ def test_what_is_no_record_is_neither_waited_for_nor_taken_into_memory(run_dir, 
         with pytest.raises(OSError, match=name) if unread else contextlib.nullcontext():
             list(read_steps(run_dir / "metrics.jsonl"))
             MetricsIndex(run_dir).update()
-        listed(root=run_dir.parent)  # the others are shown
+        code, _, err = muster("runs", "--root", str(run_dir.parent))  # the others are shown
         assert tracemalloc.get_traced_memory()[1] < 300e6
     finally:
         tracemalloc.stop()
         signal.alarm(0)
-    said = capsys.readouterr()
-    assert (f"{run_dir / name}: " in said.err) == (unread or name == "events.jsonl")
+    assert code == 0
+    assert (f"{run_dir / name}: " in err) == (unread or name == "events.jsonl")
 
 
 @pytest.mark.parametrize(
