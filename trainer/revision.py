@@ -12,8 +12,10 @@ from .scratch import temporary_folder
 
 SENT = ".muster-commit.json"
 """In a folder that was packed for a cluster, which has no .git: what `of` said where it was packed."""
-TIMEOUT = 5.0
-"""Seconds for each question to git; a large repository on a network disk may take longer, and is left out."""
+TIMEOUT = 1.5
+"""Seconds for a question to git: a pipe among what it reads would be waited for."""
+PATIENCE = 5.0
+"""For whether files are changed; a large repository on a network disk may take longer, and is left out."""
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 KEPT = re.compile(
     r"core\.(autocrlf|checkstat|eol|filemode|ignorecase|precomposeunicode|symlinks|trustctime) ([A-Za-z]+|[01])"
@@ -40,7 +42,8 @@ def of(folder: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"git_commit": told[0]}
     try:
-        changed = _changed(folder, *told)
+        # git would wait for a pipe in its place.
+        changed = _changed(folder, *told) if Path(told[4]).is_file() else None
     except OSError:
         return found
     return found if changed is None else found | {"git_dirty": changed}
@@ -81,11 +84,12 @@ def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, ind
             "GIT_CONFIG_NOSYSTEM": "1",
         }
         # Of a submodule only the commit: git would look for changed files with the submodule's own configuration.
-        told = _git(folder, environment, "status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+        asked = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
+        told = _git(folder, environment, *asked, within=PATIENCE)
     return None if told is None else bool(told)
 
 
-def _git(folder: Path, environment: dict[str, str], *arguments: str) -> str | None:
+def _git(folder: Path, environment: dict[str, str], *arguments: str, within: float = TIMEOUT) -> str | None:
     """What git says, None if it does not. It takes no lock, and is no file that stands in the folder.
 
     Args:
@@ -101,7 +105,7 @@ def _git(folder: Path, environment: dict[str, str], *arguments: str) -> str | No
         command += ["-c", setting]
     try:
         done = subprocess.run(
-            [*command, *arguments], cwd=folder, env=kept | {"PATH": path} | environment, timeout=TIMEOUT,
+            [*command, *arguments], cwd=folder, env=kept | {"PATH": path} | environment, timeout=within,
             stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         )  # fmt: skip
     except (OSError, ValueError, subprocess.SubprocessError):

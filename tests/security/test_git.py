@@ -256,3 +256,17 @@ def test_a_commit_that_was_not_sent_by_us(tmp_path, text):
 def test_a_pipe_in_the_place_of_what_was_sent(tmp_path):
     os.mkfifo(tmp_path / revision.SENT)
     assert revision.of(tmp_path) == {}
+
+
+@pytest.mark.parametrize("name", ["HEAD", "index", "config", "included"])
+def test_a_pipe_in_a_repository_is_not_waited_for_long(repository, tmp_path, name):
+    path = repository / ".git" / name if name != "included" else tmp_path / "pipe"
+    if name == "included":
+        git(repository, "config", "include.path", str(path))
+    else:
+        path.unlink()
+    os.mkfifo(path)
+    began = time.monotonic()
+    found = revision.of(repository)
+    assert found == ({"git_commit": found["git_commit"]} if name == "index" else {})
+    assert time.monotonic() - began < revision.PATIENCE
