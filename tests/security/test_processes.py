@@ -100,7 +100,8 @@ def test_ranks_end_with_torchruns_agent(tmp_path, tiny_data):
 
 
 ENCODES = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, which may run the tests, ignore it
 from trainer.data import encode, pool
 from trainer.data.splitting import Splitting
 spec = encode.EncodeSpec("", True, 0, 257, "uint16", "text", Splitting(0.0, 0), 1 << 28, 10)
