@@ -12,13 +12,14 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import ConfigError, flatten, load
-from configs.parse import shortened
+from configs.parse import clip
 from configs.sweep import load_sweep
 from trainer.progress import Follower, ProgressView
 from trainer.record import read_metrics, summary
 
 from .cli import ARGUMENTS
 from .runs import RUNS, run_folder, run_folders
+from .session import STOPPED
 from .sweep.collect import collect, known_plan, loss_curves
 from .sweep.fit import Fits, check, named
 from .sweep.fit import fit as fit_table
@@ -28,8 +29,8 @@ from .sweep.table import Table, read_table, table_of_columns
 
 __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
 
-MISTAKE, STOPPED = 2, 75
-"""Exit codes of `muster train`."""
+MISTAKE = 2
+"""Exit code of `muster train`, as in launch.py, which imports torch."""
 Source: TypeAlias = str | Path | pd.DataFrame
 """A sweep's YAML file, a CSV or Parquet file with a run in each row, or a data frame of the same."""
 
@@ -210,7 +211,7 @@ def _arrow(frame: pd.DataFrame) -> pa.Table:
     try:
         return pa.Table.from_pandas(frame.rename(columns=str), preserve_index=False)
     except pa.ArrowException as error:
-        raise ConfigError(f"the data frame: {shortened(' '.join(str(error).split()), 200)}") from None
+        raise ConfigError(f"the data frame: {clip(error, 200)}") from None
 
 
 def _open(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import ConfigError, mask
-from configs.parse import shortened
+from configs.parse import clip
 from trainer.scratch import temporary_folder
 
 from .dispatch import MESSAGES, READY
@@ -228,5 +228,5 @@ def _answers(url: str) -> bool:
 
 
 def _silent(where: str, error: Exception) -> ConfigError:
-    reason = shortened(" ".join(str(error)[:1000].split()) or type(error).__name__, 200)
+    reason = clip(error, 200) or type(error).__name__
     return ConfigError(f"no job API of Ray answers at {mask(where)} ({reason}): --address names it, http://HOST:8265")

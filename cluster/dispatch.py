@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from configs import ConfigError, counted, private_folder
+from configs.parse import clip
+from trainer.own_files import open_file
 
-from .messages import BadMessage, Job, clip
+from .messages import BadMessage, Job
 from .outlook import last_words
 from .pack import TOP, read_message
 from .queue import (
@@ -186,7 +188,7 @@ class _Queue:
     def _content(self, id: str) -> bytes:
         """A job's package, as it was sent. Raises BadMessage."""
         try:
-            with open(os.open(self._package(id), os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            with open_file(self._package(id)) as file:
                 content = file.read()
         except OSError as error:
             raise BadMessage(f"the package of {id} is kept no longer ({error.strerror}): submit it again") from None

@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 from pydantic import model_validator as check_all
 
 from configs.base import Typed
-from configs.parse import shortened
+from configs.parse import clip
 from configs.run import folder_name
 
 MOST_WORKERS = 100_000
@@ -147,8 +147,3 @@ def reason(error: ValidationError) -> str:
     if not key or first["type"] == "missing" or isinstance(first["input"], dict):
         return clip(f"its {key or 'message'}: {said}")
     return clip(f"its {key} is {clip(repr(first['input']), 80)}: {said}")
-
-
-def clip(text: object, length: int = 300) -> str:
-    """As `shortened`, with each run of white space as one blank."""
-    return shortened(" ".join(str(text)[: 4 * length].split()), length)

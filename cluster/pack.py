@@ -12,11 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from configs import ConfigError
+from configs.parse import clip
 from trainer import revision
 
 from .ignore import ignored_by, ignored_by_files
 from .messages import BadMessage as BadMessage
-from .messages import clip, parse
+from .messages import parse
 from .secret_files import holds_secret, is_secret
 from .token import known_tokens
 

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 
 from configs import ConfigError, mask
+from configs.parse import clip
 from trainer.orphans import sweep_after
 from trainer.scratch import make_folder, remove_folder, sweep
 
@@ -89,7 +90,7 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
                 check_reachable(address.where)
                 ray.init(address=address.where, **quiet)
             except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                reason = " ".join(str(error).split())[:300]
+                reason = clip(error)
                 raise ConfigError(
                     f"cluster.address={mask(address.where)}: no Ray cluster answers there ({reason}).\n"
                     f"Start one with `muster cluster up`, name its token file in RAY_AUTH_TOKEN_PATH, or unset "

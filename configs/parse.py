@@ -39,7 +39,7 @@ def parse_yaml(text: str) -> Any:
         where = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"{shortened(str(error.problem), 300)}{where}") from None
     except yaml.YAMLError as error:
-        raise ValueError(shortened(" ".join(str(error).split()), 300)) from None
+        raise ValueError(clip(error)) from None
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -100,6 +100,11 @@ def shortened(value: object, most: int = 80) -> str:
     text = str(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
     return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def clip(value: object, most: int = 300) -> str:
+    """As `shortened`, with each run of white space as one blank."""
+    return shortened(" ".join(str(value)[: 4 * most].split()), most)
 
 
 class _Loader(yaml.SafeLoader):

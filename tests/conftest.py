@@ -35,6 +35,21 @@ def pair():
         yield processes
 
 
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """One folder of runs, and so one MLflow store, for all tests of a module: making its tables takes seconds."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def quiet_shipper(monkeypatch):
+    """What sends records in this process looks for no tracker in the environment, and draws nothing."""
+    from trainer.tracking.shipper import Shipper
+
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setattr(Shipper, "plot", lambda self: None)  # tests/trainer/test_plots.py
+
+
 @pytest.fixture
 def muster(monkeypatch, capsys):
     """Run the command line in this process: (exit code, stdout, stderr)."""

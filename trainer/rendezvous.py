@@ -17,6 +17,8 @@ from datetime import timedelta
 import psutil
 from torch import distributed as dist
 
+from configs.parse import clip
+
 from .collectives import from_all
 
 STORE, SECRET = "MUSTER_STORE", "MUSTER_SECRET"
@@ -33,7 +35,7 @@ def all_expected(timeout_s: float) -> Iterator[None]:
     try:
         yield
     except dist.DistStoreError as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = clip(error, 200)
         raise Incomplete(
             f"not all {os.environ['WORLD_SIZE']} processes of the run came within cluster.timeout={timeout_s:g} s: see "
             f"that each was started and reaches {os.environ['MASTER_ADDR']}, and that {SECRET} is the same for all, or "

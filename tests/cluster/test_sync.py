@@ -12,10 +12,7 @@ from trainer.tracking import shipper
 
 
 @pytest.fixture
-def make_run(tmp_path, monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)
-
+def make_run(tmp_path, quiet_shipper):
     def make(name: str, steps: int, **tracking):
         run_dir = tmp_path / name
         record = Record(run_dir, 1)

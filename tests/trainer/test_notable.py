@@ -9,14 +9,9 @@ from tracker import kept_files, shown
 from configs import from_dict, to_yaml
 from trainer.notable import LONGEST, cut, notable
 from trainer.record import Record, read_events
-from trainer.tracking import shipper
 from trainer.tracking.shipper import ship
 
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)
+pytestmark = pytest.mark.usefixtures("quiet_shipper")
 
 
 def start(run_dir: Path, attempt: int) -> Record:

@@ -29,17 +29,7 @@ from trainer.tracking.mlflow import MlflowClient, MlflowTracker
 from trainer.tracking.shipper import ship
 from trainer.tracking.start import sqlite_path, sqlite_uri
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """One folder of runs, and so one MLflow store, for all tests: making its tables takes seconds."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)  # tests/trainer/test_plots.py
+pytestmark = pytest.mark.usefixtures("quiet_shipper")
 
 
 def test_the_whole_record_is_shown(root):

@@ -7,22 +7,11 @@ from tracker import end, make_run, shown, started, take_steps
 
 from trainer.notes import set_note, set_tags
 from trainer.record import Record
-from trainer.tracking import shipper
 from trainer.tracking.mlflow import MlflowClient
 from trainer.tracking.shipper import ship
 from trainer.tracking.system import SystemMetrics
 
-
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """One folder of runs, and so one MLflow store, for all tests: making its tables takes seconds."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(autouse=True)
-def _alone(monkeypatch):
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(shipper.Shipper, "plot", lambda self: None)  # tests/trainer/test_plots.py
+pytestmark = pytest.mark.usefixtures("quiet_shipper")
 
 
 def as_mlflow_sorts(names):
