@@ -55,8 +55,8 @@ class Trainee:
         import torch
 
         from models.families import build
-        from trainer import engine as ds
-        from trainer.save import Saver
+        from trainer.checkpoint.save import Saver
+        from trainer.engine import engine as ds
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
@@ -211,7 +211,7 @@ class Team:
 
     def __init__(self, processes: int, decoupled: bool, folder: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.engine", "trainer.save", "models.families"])
+        context.set_forkserver_preload(["trainer.engine.engine", "trainer.checkpoint.save", "models.families"])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
@@ -291,7 +291,7 @@ def main() -> None:
     parser.add_argument("--no-decoupled", action="store_true", help="leave DeepSpeed's decoupled writer out")
     parser.add_argument("--folder", type=Path, help="where to write, on the file system that is to be measured")
     args = parser.parse_args()
-    from models.cost import parameters
+    from models.planning.cost import parameters
 
     print(json.dumps({"model": MODEL, "parameters": parameters(run_config(1).model).total, "cores": os.cpu_count()}))
     for processes in args.processes:

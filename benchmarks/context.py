@@ -83,7 +83,7 @@ def main() -> None:
 def estimate(memory: float, every: int, sp: int = 1) -> int:
     """The longest sequence by the planner."""
     from configs import Config, from_dict, resolve
-    from models.memory import memory as planned
+    from models.planning.memory import memory as planned
 
     def config(length: int) -> Config:
         kind = "full" if every == 1 else "selective" if every else "none"
@@ -199,8 +199,8 @@ def _model(every: int, rank: int, sp: int, store: str) -> Callable[[int], None]:
     if sp > 1:
         from torch import distributed as dist
 
-        from trainer.engine import start_processes
-        from trainer.ulysses import share_sequences
+        from trainer.engine.engine import start_processes
+        from trainer.engine.ulysses import share_sequences
 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=sp)
         start_processes(60)
@@ -212,7 +212,7 @@ def _model(every: int, rank: int, sp: int, store: str) -> Callable[[int], None]:
         ids = place % MODEL["vocab_size"]
         batch = Batch(ids, ids, place, None, torch.zeros(1, dtype=torch.long))
         if sp > 1:
-            from trainer.ulysses import split
+            from trainer.engine.ulysses import split
 
             batch = split(batch, rank, sp)
         module(batch).loss_sum.backward()
@@ -224,8 +224,8 @@ def _attention(settings: dict[str, Any]) -> tuple[Callable[[int], None], Callabl
     import torch
 
     from configs import ModelConfig
-    from models import attention
-    from models.pattern import Pattern
+    from models.decoder import attention
+    from models.decoder.pattern import Pattern
 
     if settings.pop("dense", False):
         attention.LONGEST_MASK = 2**31

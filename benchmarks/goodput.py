@@ -3,11 +3,11 @@
 Run: `python benchmarks/goodput.py measure FOLDER --mtbf 60 90 --every 10 100 auto --seconds 400`, once or more often;
 then `python benchmarks/goodput.py report FOLDER`, which prints tables and writes FOLDER/goodput.png.
 
-A measurement is a real run of `muster train` or, with --without-ray, of the same warm process (`trainer.warm`) in a
-loop that starts it again. What trains is killed by `kill -9` after a life of random, exponentially distributed length;
-nobody steps in. What counts is the time from the beginning of the first step to the end of the last one, as
-`trainer.goodput` books it. The model is the quickstart's, without evaluations. The simulator lives the very same lives,
-at the step times that were measured.
+A measurement is a real run of `muster train` or, with --without-ray, of the same warm process
+(`trainer.processes.warm`) in a loop that starts it again. What trains is killed by `kill -9` after a life of random,
+exponentially distributed length; nobody steps in. What counts is the time from the beginning of the first step to the
+end of the last one, as `trainer.record.goodput` books it. The model is the quickstart's, without evaluations. The
+simulator lives the very same lives, at the step times that were measured.
 """
 
 import argparse
@@ -32,12 +32,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from goodput_simulator import Constants, Life, closed_form, poisson, simulate
 
-from cluster.worker import ENVIRONMENT
+from cluster.gangs.worker import ENVIRONMENT
 from configs import load
-from trainer.cadence import FIRST, PRIOR, daly
-from trainer.goodput import book, read_steps, total
-from trainer.record import METRICS, read_events
-from trainer.run import prepare_run, request_stop
+from trainer.checkpoint.cadence import FIRST, PRIOR, daly
+from trainer.record.goodput import book, read_steps, total
+from trainer.record.lines import METRICS, read_events
+from trainer.run.folder import prepare_run, request_stop
 
 LLAMA_DEVICES = 16_384
 LLAMA_MTBF = 1 / (PRIOR * LLAMA_DEVICES)
@@ -78,10 +78,10 @@ def measure(folder: Path, mtbf: float, every: str, seed: int, seconds: float, wi
 
 
 def keep(settings: list[str]) -> int:
-    """Train the quickstart model in a warm process, as `cluster.worker` does, and again after each kill."""
+    """Train the quickstart model in a warm process, as `cluster.gangs.worker` does, and again after each kill."""
     run_dir = prepare_run(load("quickstart", settings))
     signal.signal(signal.SIGTERM, lambda *_: request_stop(run_dir))
-    command = [sys.executable, "-P", "-m", "trainer.warm"]
+    command = [sys.executable, "-P", "-m", "trainer.processes.warm"]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=os.environ | ENVIRONMENT) as warm:
         assert warm.stdin is not None
@@ -151,7 +151,7 @@ class Run:
     """Seconds of the attempt that was not killed, counted likewise."""
     wall: float
     books: dict[str, float]
-    """Seconds, of `trainer.goodput`."""
+    """Seconds, of `trainer.record.goodput`."""
     step_s: float
     """Median step that no write ran beside."""
     step_times: list[tuple[float, bool]]

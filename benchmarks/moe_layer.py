@@ -66,8 +66,8 @@ def our_layer(cell: Cell) -> Any:
     import torch
 
     from configs import from_dict, resolve
-    from models.moe import MoE
-    from models.router import Chooser
+    from models.moe.block import MoE
+    from models.moe.router import Chooser
 
     model = {
         "num_layers": 1, "hidden_size": cell.hidden, "num_heads": 8, "num_kv_heads": 8, "head_dim": 64,
@@ -95,8 +95,8 @@ def deepspeed_layer(cell: Cell, drop: bool) -> Any:
     import deepspeed
     from torch import nn
 
-    from models.layers import SwiGLU
-    from trainer.engine import start_processes
+    from models.decoder.layers import SwiGLU
+    from trainer.engine.engine import start_processes
 
     deepspeed.logger.setLevel("ERROR")
     start_processes(600)
@@ -139,7 +139,7 @@ def products_alone(cell: Cell) -> Any:
 
 
 def layer_for(name: str, cell: Cell) -> Any:
-    from models.layers import SwiGLU
+    from models.decoder.layers import SwiGLU
 
     kind, _, rest = name.partition(" ")
     if kind == "transformers":
@@ -201,7 +201,7 @@ def prepare(name: str, cell: Cell, clock: Callable[[], float]) -> Callable[[int]
     """The layer of one cell. Returns a function from a seed to the seconds of a step."""
     import torch
 
-    from trainer.engine import device
+    from trainer.engine.engine import device
 
     autocast = name.endswith("autocast")
     dtype = torch.bfloat16 if cell.precision == "bf16" and not autocast else torch.float32
@@ -240,7 +240,7 @@ def serve(name: str, threads: int, cpu_time: bool, pipe: Any) -> None:
     a seed, the seconds of a step."""
     import torch
 
-    from trainer.engine import device, keep_freed_memory
+    from trainer.engine.engine import device, keep_freed_memory
 
     torch.set_num_threads(threads)
     if device().type == "cpu":

@@ -95,7 +95,7 @@ def random_batch(config: Any) -> Any:
 
 def states(engine: Any) -> dict[str, int]:
     """Bytes of unique storages that hold weights, optimizer states and gradients; the reduction's bucket apart."""
-    from trainer.engine import base_optimizer
+    from trainer.engine.engine import base_optimizer
 
     parameters, optimizer, base = list(engine.module.parameters()), engine.optimizer, base_optimizer(engine)
     stepped = [p for group in base.param_groups for p in group["params"]]
@@ -141,13 +141,13 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
     import torch
 
     torch.set_num_threads(1)
-    from models.balance import RouterTap
     from models.families import build
-    from models.plan import predict
-    from trainer import engine as ds
-    from trainer.collectives import from_all
-    from trainer.forecast import PeakMemory
-    from trainer.rates import Rates, device_facts, measure
+    from models.moe.balance import RouterTap
+    from models.planning.plan import predict
+    from trainer.engine import engine as ds
+    from trainer.health.rates import Rates, device_facts, measure
+    from trainer.processes.collectives import from_all
+    from trainer.record.forecast import PeakMemory
     from trainer.step import train_step
 
     as_trainer = ds.keep_freed_memory
@@ -228,8 +228,8 @@ SHORT = ["train.steps=20", "optim.warmup=5", "train.eval_every=10", "checkpoint.
 def whole_runs(names: list[str]) -> None:
     """Runs on the quickstart's data by `python -m trainer`, by the event `measured` of the first process."""
     from configs import load
-    from trainer.record import read_events
-    from trainer.run import prepare_run
+    from trainer.record.lines import read_events
+    from trainer.run.folder import prepare_run
 
     print("| run | peak, MB: predicted | measured | off | step, s: predicted | measured |\n|" + "---|" * 6)
     with tempfile.TemporaryDirectory() as root:

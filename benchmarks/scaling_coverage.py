@@ -26,11 +26,11 @@ import numpy as np  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster.sweep.forms import Approach3  # noqa: E402
-from cluster.sweep.intervals import extrapolate  # noqa: E402
-from cluster.sweep.predict import kinds, optimum  # noqa: E402
-from cluster.sweep.solve import refit, solve  # noqa: E402
-from cluster.sweep.table import Table, budgets  # noqa: E402
+from models.scaling.allocation import kinds, optimum  # noqa: E402
+from models.scaling.forms.dense import Approach3  # noqa: E402
+from models.scaling.forms.solve import refit, solve  # noqa: E402
+from models.scaling.intervals import extrapolate  # noqa: E402
+from models.scaling.table import Table, budgets  # noqa: E402
 
 PORIAN = Path(__file__).parents[2] / "shared" / "scaling" / "porian" / "porian_isoflop_points.csv"
 AHEAD = np.sqrt(10.0) ** np.array([1, 2])

@@ -25,8 +25,8 @@ import numpy as np  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from cluster.sweep.forms import Approach3  # noqa: E402
-from cluster.sweep.solve import refit, solve  # noqa: E402
+from models.scaling.forms.dense import Approach3  # noqa: E402
+from models.scaling.forms.solve import refit, solve  # noqa: E402
 
 LAW = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 """Hoffmann et al., arXiv:2203.15556, eq. 10."""

@@ -1,7 +1,8 @@
 """Many tiny runs on a cluster of many simulated nodes: throughput, latency, nothing lost, nothing trained twice.
 
-Each node is a raylet of its own with one CPU; the runs go through `cluster.trials` (a gang for each node, warm between
-runs). On the way a training process is killed and a node is lost. What happened is read from the runs' own records.
+Each node is a raylet of its own with one CPU; the runs go through `cluster.attempts.many_runs` (a gang for each node,
+warm between runs). On the way a training process is killed and a node is lost. What happened is read from the runs' own
+records.
 Run: `python benchmarks/scheduling.py` (500 runs on 8 nodes; ten minutes on two cores).
 """
 
@@ -34,17 +35,17 @@ def main() -> None:
 
 
 def measure(folder: Path, count: int, nodes: int) -> None:
-    from cluster.token import make_token
+    from cluster.gangs.access_token import make_token
 
     make_token()
     import ray
     from ray.cluster_utils import Cluster
 
-    from cluster.queue import Gang
-    from cluster.share import Share
-    from cluster.tasks import Task
-    from cluster.trials import Trials
-    from trainer.record import read_events
+    from cluster.attempts.many_runs import Trials
+    from cluster.attempts.tasks import Task
+    from cluster.gangs.share import Share
+    from cluster.server.waiting import Gang
+    from trainer.record.lines import read_events
 
     here = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, here))
@@ -101,9 +102,9 @@ def measure(folder: Path, count: int, nodes: int) -> None:
 
 def prepare(folder: Path, count: int) -> list[Path]:
     from configs import from_dict
-    from configs.data import PrepareConfig
-    from trainer.data.prepare import prepare as prepare_data
-    from trainer.run import prepare_run
+    from configs.sections.data import PrepareConfig
+    from trainer.data.prepare.prepare import prepare as prepare_data
+    from trainer.run.folder import prepare_run
 
     raw = folder / "raw.jsonl"
     texts = ["".join(f"def f{j}(x):\n    return x * {i * j % 97} + {i}\n" for j in range(20)) for i in range(100)]
@@ -122,7 +123,7 @@ def prepare(folder: Path, count: int) -> list[Path]:
 
 
 def recorded(run_dir: Path) -> list[dict]:
-    from trainer.record import read_metrics
+    from trainer.record.lines import read_metrics
 
     return [record for record in read_metrics(run_dir) if "loss" in record]
 
@@ -133,7 +134,7 @@ def starts(events: list[dict]) -> list[float]:
 
 def kill_one(run_dirs: list[Path]) -> None:
     """Kill a training process."""
-    from trainer.record import read_events
+    from trainer.record.lines import read_events
 
     for run_dir in run_dirs:
         found = read_events(run_dir)

@@ -105,7 +105,7 @@ def hugging_face(size: dict[str, Any], precision: str, experts: str, autocast: b
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from trainer.engine import device
+    from trainer.engine.engine import device
 
     model = size["model"]
     common = {
@@ -147,9 +147,9 @@ def hugging_face(size: dict[str, Any], precision: str, experts: str, autocast: b
 
 def our_model(config: Any) -> tuple[Any, Any]:
     """(module on this process's device, tap on its routers or None), compiled if the config says so."""
-    from models.balance import RouterTap
     from models.families import build
-    from trainer.engine import device
+    from models.moe.balance import RouterTap
+    from trainer.engine.engine import device
 
     with device():
         module = build(config.model)
@@ -174,7 +174,7 @@ def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], N
     """Our own model under a bare PyTorch loop."""
     import torch
 
-    from trainer.engine import device
+    from trainer.engine.engine import device
 
     module, tap = our_model(run_config(size, precision, compiled))
     if precision == "bf16":
@@ -206,7 +206,7 @@ def random_batch(size: dict[str, Any]) -> Any:
 
 def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int) -> Callable[[], None]:
     """A bare loop over the very DeepSpeed engine that the trainer uses."""
-    from trainer import engine as ds
+    from trainer.engine import engine as ds
 
     config = run_config(size, precision, compiled, parallel={"zero_stage": stage})
     ds.start_processes(600)
@@ -226,7 +226,7 @@ def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int
 def serve_trainer(size: dict[str, Any], precision: str, compiled: bool, stage: int, pipe: Any, folder: str) -> None:
     """The whole trainer on real Parquet data, held at a gate before each turn."""
     from trainer import loop
-    from trainer.run import prepare_run
+    from trainer.run.folder import prepare_run
 
     data = prepared_data(Path(folder))
     config = run_config(
@@ -254,8 +254,8 @@ def serve_trainer(size: dict[str, Any], precision: str, compiled: bool, stage: i
 
 
 def prepared_data(folder: Path) -> Path:
-    from configs.data import PrepareConfig
-    from trainer.data.prepare import prepare
+    from configs.sections.data import PrepareConfig
+    from trainer.data.prepare.prepare import prepare
 
     source = Path(importlib.util.find_spec("asyncio").origin).parent  # type: ignore[union-attr,arg-type]
     out = folder / "data"
@@ -277,7 +277,7 @@ def serve(kind: str, arguments: dict[str, Any], size: dict[str, Any], threads: i
     """A contestant's process: build, then take the steps it is told to, and answer with the seconds."""
     import torch
 
-    from trainer.engine import keep_freed_memory
+    from trainer.engine.engine import keep_freed_memory
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -340,7 +340,7 @@ def contestants(size: dict[str, Any], precision: str, compiled: bool, folder: st
 
 
 def compete(size, precision, args, peak: float, folder: str) -> dict[str, Any]:
-    from models.cost import training_flops_per_token
+    from models.planning.cost import training_flops_per_token
 
     context = multiprocessing.get_context("spawn")
     tokens = size["batch"] * size["seq_len"] * size["steps"]

@@ -30,10 +30,10 @@ from ranks import free_port
 from tracker import FaultyServer, assert_all_shown
 
 from configs import from_dict, load, resolve, to_yaml
-from configs.data import PrepareConfig
-from trainer.data.prepare import prepare
-from trainer.record import MetricsIndex, Record, read_metrics
-from trainer.run import request_stop
+from configs.sections.data import PrepareConfig
+from trainer.data.prepare.prepare import prepare
+from trainer.record.lines import MetricsIndex, Record, read_metrics
+from trainer.run.folder import request_stop
 from trainer.tracking import read_state
 
 ROOT = Path(__file__).parents[1]

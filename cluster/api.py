@@ -12,20 +12,21 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import ConfigError, flatten, load
-from configs.parse import clip
-from configs.sweep import load_sweep
-from trainer.progress import Follower, ProgressView
-from trainer.record import read_metrics, summary
+from configs.reading.parse import clip
+from configs.sweep.definition import load_sweep
+from models.scaling.fitting import Fits
+from models.scaling.fitting import fit as fit_table
+from models.scaling.predictions import Prediction
+from models.scaling.predictions import predict as predict_from_table
+from models.scaling.table import Table, read_table, table_of_columns
+from trainer.record.lines import read_metrics, summary
+from trainer.record.progress import Follower, ProgressView
 
 from .cli import ARGUMENTS
-from .runs import RUNS, run_folder, run_folders
-from .session import STOPPED
-from .sweep.collect import collect, known_plan, loss_curves
-from .sweep.fit import Fits, check, named
-from .sweep.fit import fit as fit_table
-from .sweep.fit_commands import tokens_to_read
-from .sweep.forecast import Forecast, Prediction
-from .sweep.table import Table, read_table, table_of_columns
+from .commands.runs import RUNS, run_folder, run_folders
+from .gangs.session import STOPPED
+from .sweep.results.collect import collect, known_plan, loss_curves
+from .sweep.results.fit_commands import tokens_to_read
 
 __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
 
@@ -115,7 +116,7 @@ class _Told(ProgressView):
         try:
             self.function(record)
         except Exception as error:
-            from trainer.run import request_stop  # torch
+            from trainer.run.folder import request_stop  # torch
 
             self.error = error
             request_stop(self.run_dir)
@@ -125,7 +126,7 @@ class _Told(ProgressView):
 
 
 def runs(root: str | Path = RUNS, keys: Sequence[str] = ()) -> pd.DataFrame:
-    """The runs in a folder, a row each, by their names: what `trainer.record.summary` says of them.
+    """The runs in a folder, a row each, by their names: what `trainer.record.lines.summary` says of them.
 
     Args:
         keys: of their configs, such as `optim.lr`, each a column.
@@ -200,8 +201,7 @@ def predict(
     if not 0 < budget < float("inf"):
         raise ConfigError(f"budget={budget}: should be training FLOPs, above 0")
     table, _, there_are = _open(source, **which)
-    check(table)
-    return Forecast(table, named(form) if form else None, unique=unique or there_are).at_budget(budget)
+    return predict_from_table(table, budget, form, unique or there_are)
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:

@@ -14,13 +14,15 @@ from typing import Annotated
 import typer
 
 from configs import Config, ConfigError, counted, load, mask, preset_names, private_files, resolve, to_yaml
-from configs.parse import shortened
-from models.cost import parameters, training_flops_per_token
-from trainer.terminal import guard
+from configs.reading.parse import shortened
+from models.planning.cost import parameters, training_flops_per_token
+from trainer.record.terminal import guard
 
-from . import checkpoints, data, doctor, jobs, keep, nodes, plan, runs, submit, trained
-from .runs import Json
-from .session import signals, stop_early
+from .commands import checkpoints, data, doctor, jobs, keep, plan, runs, trained
+from .commands.runs import Json
+from .gangs import join
+from .gangs.session import signals, stop_early
+from .server import submit
 from .sweep import commands as sweep
 
 app = typer.Typer(
@@ -59,10 +61,10 @@ def train(
     """Train a run, or go on with it. Example: muster train quickstart train.steps=600"""
     asked = load(config, overrides or ())
     with signals(stop_early):
-        from trainer.resolved import refuse_early
+        from trainer.run.resolved import refuse_early
 
         refuse_early(asked)
-        from .launch import launch
+        from .attempts.launch import launch
 
         raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))
 
@@ -108,7 +110,7 @@ app.command("eval")(trained.evaluate)
 app.command("export")(trained.export)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoint")
-app.add_typer(nodes.app, name="cluster")
+app.add_typer(join.app, name="cluster")
 app.add_typer(sweep.app, name="sweep")
 kept = typer.Typer(invoke_without_command=True, callback=runs.runs, rich_markup_mode=None)
 kept.command("rm")(keep.remove)

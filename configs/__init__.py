@@ -5,10 +5,10 @@ from . import search_path as search_path  # first, before any library is importe
 from .base import ConfigError, Section
 from .credentials import MASK, mask, mask_all
 from .load import flatten, from_dict, load, preset_names, to_yaml
-from .model import BlockSparse, ModelConfig, RopeScaling
 from .private import private_files, private_folder
 from .resolve import differences, resolve, with_workers, worker_counts
-from .run import Config
+from .sections.model import BlockSparse, ModelConfig, RopeScaling
+from .sections.run import Config
 from .words import counted
 
 __all__ = [

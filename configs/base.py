@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from .credentials import mask_all
-from .parse import CONTROL, shortened
+from .reading.parse import CONTROL, shortened
 
 LARGEST = 2**24
 Size = Annotated[int, Field(gt=0, le=LARGEST)]

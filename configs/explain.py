@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .parse import shortened
+from .reading.parse import shortened
 
 WANTED = {
     "bool_parsing": "should be true or false",

@@ -10,13 +10,13 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from .base import ConfigError
-from .designs import DESIGNS
 from .explain import annotation_of, explain, is_text, shown
 from .follow import dotted, follow
-from .model_from import KEY as FROM
-from .model_from import take_model
-from .parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
-from .run import Config
+from .reading.parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
+from .sections.model_from import KEY as FROM
+from .sections.model_from import take_model
+from .sections.run import Config
+from .sweep.designs import DESIGNS
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 20

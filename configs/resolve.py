@@ -5,7 +5,7 @@ from typing import Any
 
 from .base import ConfigError
 from .load import flatten
-from .run import Config
+from .sections.run import Config
 from .topology import check_topology, refusals
 from .words import counted
 

@@ -3,7 +3,7 @@
 from functools import lru_cache
 from itertools import accumulate
 
-from .parallel import ParallelConfig
+from .sections.parallel import ParallelConfig
 
 
 @lru_cache(maxsize=64)

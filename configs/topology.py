@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .base import ConfigError
-from .parallel import MOST_STAGES, ParallelConfig
-from .run import Config
+from .sections.parallel import MOST_STAGES, ParallelConfig
+from .sections.run import Config
 from .stages import layers_of_ranks
 
 
@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "sp and capacity": Rule(
         lambda c: c.parallel.sp > 1 and c.model.capacity_factor is not None,
         "an expert's capacity is that of whole sequences in the order of tokens, so model.capacity_factor must be null",
-        "models/router.py: within_capacity counts along a micro-batch, of which a rank holds a part",
+        "models/moe/router.py: within_capacity counts along a micro-batch, of which a rank holds a part",
     ),
     "tp and sp": Rule(
         lambda c: c.parallel.tp > 1 and c.parallel.sp > 1,

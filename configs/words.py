@@ -1,4 +1,4 @@
-"""Counts as messages say them."""
+"""Counts and quantities as messages say them."""
 
 
 def counted(number: float, what: str, verbs: str = "") -> str:
@@ -7,3 +7,9 @@ def counted(number: float, what: str, verbs: str = "") -> str:
     said = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     one, _, more = verbs.partition("/")
     return f"{said} {what} {one}".rstrip() if number == 1 else f"{said} {what}{many} {more}".rstrip()
+
+
+def scientific(value: float) -> str:
+    """`1e13`, `2.52e21`: at most three digits, fit for a name."""
+    digits, exponent = f"{value:.2e}".split("e")
+    return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"

@@ -1,3 +1,3 @@
 """What is computed: plain torch modules, and what a config alone says of them."""
 
-from . import hf_config  # noqa: F401  which reads `model.from`
+from .hf import config_json  # noqa: F401  which reads `model.from`

@@ -8,8 +8,8 @@ from torch import nn
 
 from configs import ConfigError, ModelConfig
 
-from .decoder import Decoder
-from .hf_names import Architecture, architecture
+from .decoder.model import Decoder
+from .hf.names import Architecture, architecture
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ def quiet_shipper(monkeypatch):
     from trainer.tracking.shipper import Shipper
 
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.setattr(Shipper, "plot", lambda self: None)  # tests/trainer/test_plots.py
+    monkeypatch.setattr(Shipper, "plot", lambda self: None)  # tests/trainer/observe/test_plots.py
 
 
 @pytest.fixture

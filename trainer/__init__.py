@@ -15,13 +15,13 @@ import configs  # noqa: F401  before torch, see configs.search_path
 # Before torch loads OpenMP. Its threads spin while they wait for each other, which on a machine that does anything else
 # (a shipper, Ray, a neighbour) keeps the very thread they wait for off its core: a step was seen to take 16 s, not 0.9.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-# Counting GPUs by NVML starts no CUDA, which a fork of the counting process could not use (trainer.warm).
+# Counting GPUs by NVML starts no CUDA, which a fork of the counting process could not use (trainer.processes.warm).
 os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
 
 COMPILED = os.path.join(
     os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "muster", "compile", "inductor"
 )
-"""What torch's compiler keeps; `trainer.compiled` sees whether it may stay there."""
+"""What torch's compiler keeps; `trainer.processes.compiled` sees whether it may stay there."""
 # Its import makes a folder, by itself one in the folder for temporary files, where it stays.
 if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
     with contextlib.suppress(OSError):  # no home, or one that is full or only to be read: torch's own place

@@ -6,7 +6,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from .orphans import end_with
+from .processes.orphans import end_with
 
 if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent is what started this; before anything that takes time
     end_with(os.getppid())
@@ -15,17 +15,17 @@ from torch import distributed as dist
 
 from configs import ConfigError, load, mask, private_files
 
-from .collectives import from_chief
-from .engine import device, start_processes
-from .header import header
+from .engine.engine import device, start_processes
+from .engine.precision import check_device
+from .health.preflight import BadMachine, require_folder
 from .loop import TrainingStopped, train
-from .output import output_kept
-from .precision import check_device
-from .preflight import BadMachine, require_folder
-from .progress import Follower, ProgressView
-from .rendezvous import Incomplete
-from .run import followed, is_finished, prepare_run, read_config
-from .terminal import Console, guard
+from .processes.collectives import from_chief
+from .processes.output import output_kept
+from .processes.rendezvous import Incomplete
+from .record.progress import Follower, ProgressView
+from .record.terminal import Console, guard
+from .run.folder import followed, is_finished, prepare_run, read_config
+from .run.header import header
 from .tracking import unsent
 
 RESUMABLE = 75

@@ -10,20 +10,20 @@ from torch import distributed as dist
 
 from configs import Config, counted
 
-from . import collapse
-from .cadence import Cadence
-from .clock import Took
-from .collapse import Change
-from .data.reader import Dataset
-from .forecast import Forecast
-from .guard import spike
+from .checkpoint.cadence import Cadence
+from .checkpoint.save import Saver
+from .data.read.reader import Dataset
+from .health import collapse
+from .health.clock import Took
+from .health.collapse import Change
+from .health.spikes import spike
+from .health.straggler import Stragglers
 from .late import Late
-from .measure import step_metrics
-from .record import Record
-from .save import Saver
+from .record.forecast import Forecast
+from .record.lines import Record
+from .record.measure import step_metrics
 from .state import TrainState
 from .step import StepOutcome, outcome
-from .straggler import Stragglers
 from .trainee import Trainee
 
 

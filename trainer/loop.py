@@ -13,43 +13,43 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError, with_workers
 
-from . import engine as ds
-from . import revision
 from .bookkeeping import Books, Launched, TrainingStopped, report_bad_pages
-from .cadence import Cadence, is_due
-from .checkpoint import committed
-from .clock import own_time, stopwatch
-from .collectives import from_chief
-from .data.loader import Loader
+from .checkpoint.cadence import Cadence, is_due
+from .checkpoint.export import export
+from .checkpoint.resume import resume, roll_back
+from .checkpoint.save import Saver
+from .checkpoint.store import committed
 from .data.manifest import sources_of
-from .data.reader import Dataset
-from .data.shards import DataError
-from .evaluation import evaluate
-from .export import export
-from .forecast import Forecast, refuse_too_large
+from .data.read.loader import Loader
+from .data.read.reader import Dataset
+from .data.read.shards import DataError
+from .engine import engine as ds
+from .engine.precision import check_device
+from .health.clock import own_time, stopwatch
+from .health.preflight import preflight
+from .health.straggler import among_all
+from .health.watchdog import Beat, watchdog
 from .late import Late, sum_over_all
-from .plugins import load_plugins
-from .precision import check_device
-from .preflight import preflight
-from .profile import Profiler
-from .record import Record, read_events
-from .resume import resume, roll_back
-from .run import attempts, read_config, run_lock, stop_requested
-from .save import Saver
+from .observe.evaluation import evaluate
+from .observe.tracing import Profiler
+from .processes.collectives import from_chief
+from .record.forecast import Forecast, refuse_too_large
+from .record.lines import Record, read_events
+from .run import revision
+from .run.folder import attempts, read_config, run_lock, stop_requested
+from .run.plugins import load_plugins
 from .schedule import learning_rate
 from .state import TrainState
 from .step import micro_batches
-from .straggler import among_all
 from .tracking import inputs_of, start_shipper
 from .trainee import build_trainee
-from .watchdog import Beat, watchdog
 
 
 def train(run_dir: Path, patience: float = 0.0) -> str:
     """Run one attempt of a run, in each of its processes, under torchrun's environment variables.
 
     Args:
-        run_dir: a folder made by `trainer.run.prepare_run`; its config.yaml is all that is read.
+        run_dir: a folder made by `trainer.run.folder.prepare_run`; its config.yaml is all that is read.
         patience: seconds to wait for another process that trains the run, such as one whose machine is cut off.
 
     Returns:
@@ -58,7 +58,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     Raises:
         TrainingStopped: train.max_nonfinite_steps steps were skipped in a row, or a page of the data is damaged.
         ConfigError: the run's checkpoints or data are not what they should be.
-        BadMachine: a machine, a link or the run's folder is not what training needs (trainer.preflight).
+        BadMachine: a machine, a link or the run's folder is not what training needs (trainer.health.preflight).
     """
     config = read_config(run_dir)
     stop = _catch_signals()
@@ -68,7 +68,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
         ds.be_deterministic()
     config = with_workers(config, dist.get_world_size())
     chief = dist.get_rank() == 0
-    dist.barrier()  # past which no process counts attempts (trainer.output)
+    dist.barrier()  # past which no process counts attempts (trainer.processes.output)
     attempt = from_chief(lambda: attempts(run_dir) + 1)
     with run_lock(run_dir, patience) if chief else nullcontext():
         record = Record(run_dir, attempt) if chief else None

@@ -2,7 +2,7 @@
 
 import math
 
-from configs.optim import OptimConfig
+from configs.sections.optim import OptimConfig
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:

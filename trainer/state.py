@@ -19,7 +19,7 @@ Rows = Annotated[list[Annotated[list[Number], FailFast()]], FailFast()]
 class TrainState:
     """What, beside weights and optimizer moments, the next step depends on.
 
-    The types are checked where it comes out of a checkpoint (`trainer.manifest`), and not as a run goes on.
+    The types are checked where it comes out of a checkpoint (`trainer.checkpoint.manifest`), and not as a run goes on.
     """
 
     # Not `strict`, which would take nothing but an instance: its numbers are.
@@ -42,9 +42,9 @@ class TrainState:
     routers: Annotated[dict[str, Rows[Annotated[float, Field(ge=-1e38, le=1e38, strict=True)]]], at_most(64)] = field(
         default_factory=dict
     )
-    """See `trainer.routers`."""
+    """See `trainer.checkpoint.router_state`."""
     starved: Rows[Count] = field(default_factory=list)
-    """See `trainer.collapse.Starved`."""
+    """See `trainer.health.collapse.Starved`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch import distributed as dist
 
 from configs import Config
-from models.balance import RouterTap
 from models.batch import Batch
 from models.loss import nan_if_infinite
+from models.moe.balance import RouterTap
 
-from .engine import norm_and_skipped
-from .straggler import sum_with_riders
+from .engine.engine import norm_and_skipped
+from .health.straggler import sum_with_riders
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class StepOutcome:
     entropy: list[float]
     confidence: list[float]
     dropped: list[float]
-    """Of each MoE layer's router; see `models.balance.Heard`."""
+    """Of each MoE layer's router; see `models.moe.balance.Heard`."""
     grad_norm: float
     """Before clipping; inf or nan where the step was skipped."""
     skipped: bool

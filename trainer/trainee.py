@@ -9,25 +9,25 @@ from torch import Tensor
 from torch import distributed as dist
 
 from configs import Config
-from models.balance import RouterTap
 from models.batch import Batch
 from models.families import build
+from models.kernels.uncompiled import leave_uncompiled
 from models.loss import LossOutput
-from models.router import Chooser, choosers
-from models.uncompiled import leave_uncompiled
+from models.moe.balance import RouterTap
+from models.moe.router import Chooser, choosers
 
-from .compiled import Compilations, keep_compiled
-from .data.reader import Dataset
-from .engine import build_engine
-from .evaluate import held_out_loss
-from .expert_tokens import ExpertTokens
-from .parallel import Place, place
-from .pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
-from .precision import multiply_in_fp8
-from .routers import Routers, after_step, fresh_routers, on_device, tell
+from .checkpoint.init_from import load_weights
+from .checkpoint.router_state import Routers, after_step, fresh_routers, on_device, tell
+from .data.read.reader import Dataset
+from .engine.engine import build_engine
+from .engine.parallel import Place, place
+from .engine.pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
+from .engine.precision import multiply_in_fp8
+from .engine.ulysses import mean_over, sequence_group, share_sequences, split
+from .observe.expert_tokens import ExpertTokens
+from .observe.held_out import held_out_loss
+from .processes.compiled import Compilations, keep_compiled
 from .step import NO_RIDERS, router_load, train_step
-from .ulysses import mean_over, sequence_group, share_sequences, split
-from .warm_start import load_weights
 
 
 @dataclass

@@ -32,7 +32,7 @@ if importlib.util.find_spec("pyarrow") is None:
     sys.path.append(PATHS[-1])
 
 FORKS = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1"}
-"""What lets `trainer.warm` fork, as in `cluster.worker.ENVIRONMENT`, which needs Ray to be read."""
+"""What lets `trainer.processes.warm` fork, as in `cluster.gangs.worker.ENVIRONMENT`, which needs Ray to be read."""
 OF_THIS_PROCESS = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR",
     "TORCHINDUCTOR_COMPILE_THREADS",
@@ -62,8 +62,8 @@ def environment(setting: Setting, **more: str) -> dict[str, str]:
 
 def data_folder(setting: Setting, tokens: int = 0) -> Path:
     """Prepared data: files of this Python's standard library, in bytes; as many tokens as are asked for, about."""
-    from configs.data import PrepareConfig
-    from trainer.data.prepare import prepare
+    from configs.sections.data import PrepareConfig
+    from trainer.data.prepare.prepare import prepare
 
     raw, out = setting.folder / "raw", setting.folder / "tokens"
     if not out.exists():
@@ -146,7 +146,7 @@ def tensors_of(setting: Setting, name: str, step: int) -> dict[str, torch.Tensor
     """Everything that a checkpoint holds."""
     from safetensors.torch import load_file
 
-    from trainer.checkpoint import folder
+    from trainer.checkpoint.store import folder
 
     path = folder(setting.folder / "runs" / name, step)
     return {key: tensor for file in sorted(path.glob("*.safetensors")) for key, tensor in load_file(file).items()}
@@ -234,13 +234,13 @@ def on_cpu(setting: Setting, configs: dict[str, Path]) -> Row:
 
 
 def warm(setting: Setting) -> Iterator[Row]:
-    """`trainer.warm`: forks of a process that has imported everything train on the device."""
+    """`trainer.processes.warm`: forks of a process that has imported everything train on the device."""
     from configs import load
-    from trainer.run import prepare_run
+    from trainer.run.folder import prepare_run
 
     with (setting.folder / "warm.log").open("wb") as log:
         began = time.monotonic()
-        command = [sys.executable, "-P", "-m", "trainer.warm"]
+        command = [sys.executable, "-P", "-m", "trainer.processes.warm"]
         process = subprocess.Popen(
             command,
             env=environment(setting, **FORKS),
@@ -329,8 +329,8 @@ def large_config(setting: Setting, **over: dict[str, Any]) -> Any:
 
 def checkpoint(setting: Setting) -> Iterator[Row]:
     """How long training stands still for a checkpoint, what is written, and how much slower steps are beside it."""
-    from models.cost import parameters
-    from trainer.save import Saver
+    from models.planning.cost import parameters
+    from trainer.checkpoint.save import Saver
     from trainer.state import TrainState
 
     config = large_config(setting, parallel={"zero_stage": 1}, checkpoint={"keep": 1})
@@ -382,11 +382,11 @@ def checkpoint(setting: Setting) -> Iterator[Row]:
 
 def data(setting: Setting) -> Iterator[Row]:
     """Tokens per second that the reader gives, beside what a model of 10^9 parameters takes."""
-    from configs.data import DataConfig
-    from models.devices import DEVICES
-    from models.plan import predict
-    from trainer.data.loader import Loader
-    from trainer.data.reader import Dataset
+    from configs.sections.data import DataConfig
+    from models.planning.devices import DEVICES
+    from models.planning.plan import predict
+    from trainer.data.read.loader import Loader
+    from trainer.data.read.reader import Dataset
     from trainer.step import micro_batches
 
     config = large_config(setting)

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config, from_dict, resolve
-from models import flex
-from models.attention import places
-from models.balance import RouterTap
 from models.batch import Batch
+from models.decoder.attention import places
 from models.families import build
+from models.kernels import flex
 from models.loss import LossOutput
+from models.moe.balance import RouterTap
 
 from . import Row, Setting
 
@@ -228,7 +228,7 @@ class Trained:
 
     def __init__(self, config: Config, device: str, *, quick: bool = False):
         """`quick`: first values are drawn on the device, which for large models saves the most of the time."""
-        from trainer import engine as ds
+        from trainer.engine import engine as ds
 
         ds.start_processes(120)
         self.config, self.device = config, device
@@ -247,8 +247,8 @@ class Trained:
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights, on the CPU, by what a checkpoint calls them."""
-        from trainer.checkpoint import MASTER
-        from trainer.save import take_snapshot
+        from trainer.checkpoint.save import take_snapshot
+        from trainer.checkpoint.store import MASTER
 
         tensors = take_snapshot(self.engine).tensors
         return {name: t.clone() for name, t in tensors.items() if name.startswith(MASTER)}

@@ -88,7 +88,7 @@ def liger(layer: Any) -> Any:
 
 def grouped_products(cell: Any, setting: Setting) -> Callable[[], Any]:
     """The grouped products alone, of even loads, tokens already sorted."""
-    from models.experts import grouped_mm
+    from models.moe.experts import grouped_mm
 
     slots, e = cell.tokens * cell.top_k, cell.experts
     make = lambda *shape: torch.randn(*shape, device=setting.device, dtype=torch.bfloat16).mul_(0.02).requires_grad_()  # noqa: E731

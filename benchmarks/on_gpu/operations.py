@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs import BlockSparse
-from models import attention as attention_module
-from models import experts as moe
-from models import flex
-from models import moe as moe_block
-from models.attention import places
-from models.pattern import Pattern
-from models.router import choosers
+from models.decoder import attention as attention_module
+from models.decoder.attention import places
+from models.decoder.pattern import Pattern
+from models.kernels import flex
+from models.moe import block as moe_block
+from models.moe import experts as moe
+from models.moe.router import choosers
 
 from . import Row, Setting
 from .checks import (
@@ -85,7 +85,7 @@ def beside_reference(
 
 
 def flexible(setting: Setting) -> Iterator[Row]:
-    """`models.flex` beside masked softmax."""
+    """`models.kernels.flex` beside masked softmax."""
     fp32, bf16 = torch.float32, torch.bfloat16
     window = Pattern(window=100)
     sparse = Pattern(sparse=BlockSparse(block=64, local_blocks=2, global_blocks=1, stride=4))
@@ -294,7 +294,7 @@ def expert_check(
 
 
 def grouped(setting: Setting) -> Iterator[Row]:
-    """`models.experts` beside a loop over the experts."""
+    """`models.moe.experts` beside a loop over the experts."""
     for dtype in (torch.bfloat16, torch.float32):
         for load in ("even", "skewed", "empty", "dropped"):
             for experts, top_k in ((8, 1), (8, 2), (64, 2), (64, 8)):
@@ -377,7 +377,7 @@ def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: 
     In bf16, where a compiled layer rounds less often, both are held to the eager model in fp32: compiled layers may be
     twice as far from it as eager ones, as choices that fall the other way weigh most and are few.
     """
-    from trainer.precision import WorkingCopies
+    from trainer.engine.precision import WorkingCopies
 
     config = small_config(setting, tree | {"num_layers": 4})
     batches = [random_batch(config, seed, documents).to(setting.device) for seed in range(2)]

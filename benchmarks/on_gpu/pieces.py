@@ -35,8 +35,8 @@ def attention(setting: Setting) -> Iterator[Row]:
     """Causal attention by each of torch's kernels, forward, and forward with backward; FLOPs of the causal half."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from models import flex
-    from models.pattern import Pattern
+    from models.decoder.pattern import Pattern
+    from models.kernels import flex
 
     shapes = [(16, 2048, 16, 8, 128), (4, 8192, 16, 8, 128), (16, 2048, 32, 8, 64)]
     if setting.dry:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from trainer import precision
-from trainer.measure import peak_flops
+from trainer.engine import precision
+from trainer.record.measure import peak_flops
 
 from . import Row, Setting
 
@@ -111,7 +111,7 @@ def run_config(size: str, setting: Setting, rows: int = 4, accumulate: int = 1, 
 
 def flops_per_token(config: Any) -> tuple[float, float]:
     """Of training: causal attention counted exactly, and as PaLM counted it (arXiv:2204.02311, appendix B), whole."""
-    from models.cost import training_flops_per_token
+    from models.planning.cost import training_flops_per_token
 
     model, length = config.model, config.train.seq_len
     exact = training_flops_per_token(model, length)
@@ -150,8 +150,8 @@ class Rig:
         return self.batches[self.turn % len(self.batches)]
 
     def _model(self) -> tuple[Any, Any]:
-        from models.balance import RouterTap
         from models.families import build
+        from models.moe.balance import RouterTap
 
         with torch.device(self.setting.device):
             module = build(self.config.model)
@@ -169,7 +169,7 @@ class Rig:
     def _engine(self) -> Callable[[], Any]:
         from throughput import objective
 
-        from trainer import engine as ds
+        from trainer.engine import engine as ds
 
         ds.start_processes(600)
         module, tap = self._model()

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from models.router import choosers
+from models.moe.router import choosers
 
 from . import Part, Row, Setting
 from .checks import (
@@ -212,7 +212,7 @@ def precision(setting: Setting) -> Iterator[Row]:
 
 def loss_scale(setting: Setting, stage: int) -> Row:
     """fp16: steps that overflow change nothing, the scale falls until one does not, a resumed run has the same."""
-    from trainer.engine import loss_scale_state, restore_loss_scale
+    from trainer.engine.engine import loss_scale_state, restore_loss_scale
 
     def config(seed: int) -> Config:
         return small_config(
@@ -259,7 +259,7 @@ def loss_scale(setting: Setting, stage: int) -> Row:
 
 def bare_losses(config: Config, device: str, steps: int) -> list[float]:
     """Losses of a loop without DeepSpeed."""
-    from trainer.optim import build_optimizer, parameter_groups
+    from trainer.engine.optim import build_optimizer, parameter_groups
 
     module = plain_model(config, device)
     tap, optimizer = tap_of(module, config), build_optimizer(parameter_groups(module, config.optim), config.optim)
@@ -420,9 +420,9 @@ def memory(setting: Setting) -> Iterator[Row]:
 
 def peak(setting: Setting, config: Config) -> Row:
     """Peak memory of three steps beside the prediction."""
-    from models.cost import parameters
-    from models.memory import memory as predicted_memory
-    from trainer.forecast import PeakMemory
+    from models.planning.cost import parameters
+    from models.planning.memory import memory as predicted_memory
+    from trainer.record.forecast import PeakMemory
 
     predicted = predicted_memory(config, setting.device == "cpu")
     gc.collect()

@@ -1,0 +1,1 @@
+"""Sweeps: sets of runs planned, trained and evaluated together."""

@@ -4,13 +4,14 @@ from typing import Annotated
 
 import typer
 
+from cluster.commands.plan import KINDS, asked_device
+from cluster.commands.runs import Json
 from configs import Config, ConfigError
-from configs.sweep import SweepConfig, load_sweep
+from configs.sweep.definition import SweepConfig, load_sweep
 
-from ..plan import KINDS, asked_device
-from ..runs import Json
-from . import fit_commands, run_commands, submit
-from .run_commands import File, Gpus, Overrides
+from .results import fit_commands
+from .train import run_commands, submit
+from .train.run_commands import File, Gpus, Overrides
 
 app = typer.Typer(help="Plan, run and fit scaling-law sweeps.", no_args_is_help=True)
 
@@ -30,9 +31,9 @@ def plan_sweep(
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
     from trainer.data.manifest import vocabulary
 
-    from .plan import plan
-    from .show import costs, show, to_json
-    from .standing import finished_losses
+    from .design.plan import plan
+    from .design.show import costs, show, to_json
+    from .train.trial_state import finished_losses
 
     sweep = load_sweep(file, overrides or ())
     config = config_of(sweep)
@@ -48,7 +49,7 @@ def plan_sweep(
 
 def config_of(sweep: SweepConfig) -> Config:
     """base and set of a sweep, which say where its data are."""
-    from .arms import arms
+    from .design.arms import arms
 
     return arms(sweep)[0].config
 
@@ -56,7 +57,7 @@ def config_of(sweep: SweepConfig) -> Config:
 def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:
     from trainer.data.manifest import read_manifests
 
-    from .doubts import repeated
+    from .design.doubts import repeated
 
     try:
         manifests = read_manifests(config.data)

@@ -6,7 +6,7 @@ from itertools import repeat
 import pytest
 from goodput_simulator import Constants, closed_form, poisson, simulate
 
-from trainer.cadence import daly
+from trainer.checkpoint.cadence import daly
 
 
 def test_without_failures_there_are_only_steps_and_checkpoints():

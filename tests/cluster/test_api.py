@@ -14,12 +14,12 @@ from support import tiny, train_in_process
 from sweeps import begun, tiny_sweep, trained
 
 from cluster import api
-from cluster.sweep.forms import Approach3
-from cluster.sweep.setting import Setting
-from cluster.sweep.status import write_plan
+from cluster.sweep.train.progress import write_plan
+from cluster.sweep.train.setting import Setting
 from configs import ConfigError, to_yaml
-from trainer.record import Record
-from trainer.run import prepare_run
+from models.scaling.forms.dense import Approach3
+from trainer.record.lines import Record
+from trainer.run.folder import prepare_run
 
 README = Path(__file__).parents[2] / "README.md"
 COLUMNS = {"n": "params", "d": "tokens", "c": "flops", "loss": "val"}

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from configs import from_dict, load, preset_names
-from trainer.data.tokenizer import byte_tokenizer
-from trainer.record import Record
+from trainer.data.tokenizer.tokenizer import byte_tokenizer
+from trainer.record.lines import Record
 
 ROOT = Path(__file__).parents[2]
 

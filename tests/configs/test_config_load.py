@@ -3,8 +3,8 @@
 import pytest
 
 from configs import Config, ConfigError, flatten, from_dict, load, preset_names, resolve, to_yaml
-from configs.data import Source
-from models.cost import parameters
+from configs.sections.data import Source
+from models.planning.cost import parameters
 
 SIZES = {  # preset: (total, active per token) in billions of parameters, as its first line says
     "dense-7b": (6.7, 6.7),

@@ -1,6 +1,6 @@
 """Where a pipeline cuts the model."""
 
-from configs.parallel import ParallelConfig
+from configs.sections.parallel import ParallelConfig
 from configs.stages import layers_of_ranks, stage_layers, stages_of_rank
 
 

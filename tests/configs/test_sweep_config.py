@@ -3,10 +3,10 @@
 import pytest
 
 from configs import ConfigError, load
-from configs.designs import Axis, IsoflopDesign, LadderDesign, OptunaDesign
 from configs.load import read_mapping
-from configs.sweep import HyperRules, ShapeRule, SweepConfig, load_sweep, nested, sweep_from_dict
-from configs.variants import Experts, Variant
+from configs.sweep.definition import HyperRules, ShapeRule, SweepConfig, load_sweep, nested, sweep_from_dict
+from configs.sweep.designs import Axis, IsoflopDesign, LadderDesign, OptunaDesign
+from configs.sweep.variants import Experts, Variant
 
 TEXT = """
 name: s

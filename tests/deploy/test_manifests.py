@@ -14,7 +14,7 @@ from typer.main import get_command
 
 from cluster.cli import app
 from configs import load
-from configs.sweep import load_sweep
+from configs.sweep.definition import load_sweep
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"

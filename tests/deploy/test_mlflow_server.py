@@ -18,7 +18,7 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from trainer.record import read_metrics
+from trainer.record.lines import read_metrics
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "p@ss/word:1"  # what a URI would have to quote

@@ -19,7 +19,7 @@ from schedule import MOMENTS, Kill, kills
 from support import tiny
 
 from configs import to_yaml
-from trainer.record import read_events, summary
+from trainer.record.lines import read_events, summary
 
 STEPS, BATCH, EVERY = 40, 8, 4
 

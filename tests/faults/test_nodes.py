@@ -27,8 +27,8 @@ from schedule import kills
 from support import train_in_process
 
 from configs import load
-from trainer.record import read_events, read_metrics
-from trainer.run import prepare_run
+from trainer.record.lines import read_events, read_metrics
+from trainer.run.folder import prepare_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
 

@@ -7,7 +7,7 @@ import pytest
 from local_cluster import LocalCluster, missing, ranks_of, steps_of, wait_for
 from proofs import losses, prepare_samples, rolled_back
 
-from trainer.record import read_events, summary
+from trainer.record.lines import read_events, summary
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
 

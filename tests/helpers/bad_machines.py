@@ -12,9 +12,10 @@ import torch
 from torch import distributed as dist
 
 from configs import Config
-from trainer import links, loop, preflight, rates
-from trainer.preflight import BadMachine
-from trainer.record import Record
+from trainer import loop
+from trainer.health import links, preflight, rates
+from trainer.health.preflight import BadMachine
+from trainer.record.lines import Record
 
 
 def nothing() -> None: ...

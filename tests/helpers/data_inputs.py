@@ -2,7 +2,7 @@
 
 import random
 
-from configs.data import PrepareConfig
+from configs.sections.data import PrepareConfig
 
 KEYWORDS = ["def", "return", "class", "import", "self", "None", "True", "yield"]
 WORDS = [*KEYWORDS, "für", "größe", "数据", "🙂", "0", "1", "(", ")", ":", "=", "+"]

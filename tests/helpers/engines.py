@@ -7,14 +7,14 @@ from torch import distributed as dist
 from torch import nn
 
 from configs import Config
-from models.balance import RouterTap
 from models.batch import Batch
 from models.families import build
-from trainer import engine as ds
-from trainer.fragments import parse_key, runs, within
-from trainer.fragments import whole as full_box
-from trainer.optim import build_optimizer, parameter_groups
-from trainer.save import restore, take_snapshot
+from models.moe.balance import RouterTap
+from trainer.checkpoint.fragments import parse_key, runs, within
+from trainer.checkpoint.fragments import whole as full_box
+from trainer.checkpoint.save import restore, take_snapshot
+from trainer.engine import engine as ds
+from trainer.engine.optim import build_optimizer, parameter_groups
 from trainer.schedule import learning_rate
 from trainer.step import micro_batches, outcome
 from trainer.trainee import build_trainee
@@ -160,7 +160,7 @@ def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.
 
 def save_and_continue(config: Config, path, first: int, last: int, world_tag: str) -> list:
     """Train to `first`, write a checkpoint, go on to `last`; returns the later outcomes."""
-    from trainer.checkpoint import commit, write_shard
+    from trainer.checkpoint.store import commit, write_shard
     from trainer.state import TrainState
 
     run = EngineRun(config)
@@ -174,7 +174,7 @@ def save_and_continue(config: Config, path, first: int, last: int, world_tag: st
 
 def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict, list]:
     """Load a checkpoint into a fresh engine, take its fragments, go on to `last`."""
-    from trainer.checkpoint import Reader
+    from trainer.checkpoint.store import Reader
 
     run = EngineRun(config)
     restore(run.engine, Reader(path))
@@ -184,7 +184,7 @@ def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict
 
 def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]:
     """Load a checkpoint of `step` into a fresh engine, write it again to `target`, go on to `last`."""
-    from trainer.checkpoint import Reader, commit, write_shard
+    from trainer.checkpoint.store import Reader, commit, write_shard
     from trainer.state import TrainState
 
     run = EngineRun(config)
@@ -198,7 +198,7 @@ def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]
 
 def write_run(config: Config, run_dir: Path) -> None:
     """Leave a run's checkpoints of steps 1 and 2."""
-    from trainer.checkpoint import commit, folder, write_shard
+    from trainer.checkpoint.store import commit, folder, write_shard
     from trainer.state import TrainState
 
     run = EngineRun(config)
@@ -213,8 +213,8 @@ def write_run(config: Config, run_dir: Path) -> None:
 
 def resume_each(config: Config, run_dirs: list[Path]) -> list[int]:
     """Resume runs, one after the other, in one engine. Returns the step that each goes on from."""
-    from trainer.record import Record
-    from trainer.resume import resume
+    from trainer.checkpoint.resume import resume
+    from trainer.record.lines import Record
     from trainer.state import TrainState
 
     run, steps = EngineRun(config), []

@@ -3,9 +3,9 @@
 import torch
 
 from configs import Config
-from trainer import expert_tokens
-from trainer.data.reader import Dataset
-from trainer.expert_tokens import ExpertTokens
+from trainer.data.read.reader import Dataset
+from trainer.observe import expert_tokens
+from trainer.observe.expert_tokens import ExpertTokens
 from trainer.trainee import build_trainee
 
 

@@ -15,15 +15,17 @@ import torch
 from schedule import Kill
 from torch import distributed as dist
 
-from trainer import cadence, checkpoint, collapse, loop, straggler
-from trainer.flight import Dump, dump
+from trainer import loop
+from trainer.checkpoint import cadence, store
+from trainer.health import collapse, straggler
+from trainer.health.flight import Dump, dump
 from trainer.tracking import start
 from trainer.trainee import Trainee
 
 
 def kill_in(function: str, call: int, when: str) -> None:
-    """Make this process kill -9 itself at the n-th call of a function of trainer.checkpoint."""
-    original, calls = getattr(checkpoint, function), 0
+    """Make this process kill -9 itself at the n-th call of a function of trainer.checkpoint.store."""
+    original, calls = getattr(store, function), 0
 
     def wrapped(*arguments, **keywords):
         nonlocal calls
@@ -31,12 +33,12 @@ def kill_in(function: str, call: int, when: str) -> None:
         if calls != call:
             return original(*arguments, **keywords)
         if when == "half":
-            (arguments[0] / checkpoint.MANIFEST).unlink()
+            (arguments[0] / store.MANIFEST).unlink()
         elif when == "after":
             original(*arguments, **keywords)
         return os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(checkpoint, function, wrapped)
+    setattr(store, function, wrapped)
 
 
 def kill_at_step(step: int, number: int) -> None:
@@ -108,9 +110,9 @@ def killed(kill: Kill | None) -> None:
     elif kill.moment == "update":
         wrap(Trainee, "step", before=False)
     elif kill.moment == "shard":
-        wrap(checkpoint, "save_file", before=False)
+        wrap(store, "save_file", before=False)
     else:
-        wrap(checkpoint, "write_durably", before=True)
+        wrap(store, "write_durably", before=True)
     _at_step(kill.step, armed.set)
 
 

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from cluster.sweep.forms import Form
-from cluster.sweep.table import Table
+from models.scaling.forms.dense import Form
+from models.scaling.table import Table
 
 HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 """arXiv:2203.15556, eq. 10."""

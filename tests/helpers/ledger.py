@@ -43,7 +43,7 @@ def keep(folder: str) -> None:
     if "trainer.loop" not in sys.modules:  # this process checks the run; others train it
         return
     from trainer import loop
-    from trainer.run import attempts
+    from trainer.run.folder import attempts
 
     build, rate = loop.build_trainee, loop.learning_rate
     now = {"step": 0}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.record import read_metrics, summary
+from trainer.record.lines import read_metrics, summary
 
 ROOT = Path(__file__).parents[2]
 

@@ -18,8 +18,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster import cli, client
-from trainer.record import read_metrics
+from cluster import cli
+from cluster.server import client
+from trainer.record.lines import read_metrics
 
 ROOT = Path(__file__).parents[2]
 

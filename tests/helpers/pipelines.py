@@ -6,10 +6,10 @@ from torch import distributed as dist
 
 from configs import Config
 from models.families import build
-from trainer import engine as ds
-from trainer.parallel import place
-from trainer.pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
-from trainer.save import take_snapshot
+from trainer.checkpoint.save import take_snapshot
+from trainer.engine import engine as ds
+from trainer.engine.parallel import place
+from trainer.engine.pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
 from trainer.schedule import learning_rate
 from trainer.step import StepOutcome, micro_batches, outcome
 

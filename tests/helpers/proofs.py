@@ -9,11 +9,11 @@ from typing import Any
 import pyarrow.parquet as pq
 from ledger import SAMPLE_TOKENS, number_of, text_of
 
-from configs.data import PrepareConfig
-from trainer import checkpoint
-from trainer.checkpoint import Reader
-from trainer.data.prepare import prepare
-from trainer.record import read_events, read_metrics
+from configs.sections.data import PrepareConfig
+from trainer.checkpoint import store
+from trainer.checkpoint.store import Reader
+from trainer.data.prepare.prepare import prepare
+from trainer.record.lines import read_events, read_metrics
 
 
 def prepare_samples(folder: Path, count: int) -> Path:
@@ -41,7 +41,7 @@ def losses(run_dir: Path) -> list[tuple]:
 
 def digest(run_dir: Path, step: int) -> str:
     """sha256 of the weights and optimizer states after a step."""
-    reader, digest = Reader(checkpoint.folder(run_dir, step)), hashlib.sha256()
+    reader, digest = Reader(store.folder(run_dir, step)), hashlib.sha256()
     for key in sorted(reader.states):
         for name in sorted(reader.manifest.shapes[key]):
             digest.update(f"{key}/{name}".encode())

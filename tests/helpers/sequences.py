@@ -9,16 +9,16 @@ from engines import tokens_on_device
 from torch import distributed as dist
 
 from configs import Config
-from models.balance import RouterTap
 from models.batch import Batch
+from models.decoder.generate import generate
 from models.families import build
-from models.generate import generate
-from trainer import engine as ds
-from trainer.parallel import place
-from trainer.save import take_snapshot
+from models.moe.balance import RouterTap
+from trainer.checkpoint.save import take_snapshot
+from trainer.engine import engine as ds
+from trainer.engine.parallel import place
+from trainer.engine.ulysses import mean_over, sequence_group, share_sequences, split
 from trainer.schedule import learning_rate
 from trainer.step import micro_batches, outcome, train_step
-from trainer.ulysses import mean_over, sequence_group, share_sequences, split
 
 PROMPTS = [[1, 2, 3], [4, 5]]
 

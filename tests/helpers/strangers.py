@@ -9,8 +9,9 @@ import psutil
 import torch
 from torch import distributed as dist
 
-from trainer import collectives, loop, rendezvous
-from trainer.collectives import from_all, from_chief, to_chief
+from trainer import loop
+from trainer.processes import collectives, rendezvous
+from trainer.processes.collectives import from_all, from_chief, to_chief
 
 
 class Payload:
@@ -119,7 +120,7 @@ def start_alone(rank: int, environment: dict[str, str], pipe: Any) -> None:
     """
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    from trainer.engine import start_processes
+    from trainer.engine.engine import start_processes
 
     try:
         start_processes(float(os.environ.get("TEST_PATIENCE", "60")))

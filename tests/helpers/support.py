@@ -37,8 +37,8 @@ def resolved(**sections: Any) -> Config:
 
 def prepare_tiny(folder: Path) -> Path:
     """Prepare a few hundred generated lines of Python as byte tokens."""
-    from configs.data import PrepareConfig
-    from trainer.data.prepare import prepare
+    from configs.sections.data import PrepareConfig
+    from trainer.data.prepare.prepare import prepare
 
     raw = folder / "raw"
     raw.mkdir()
@@ -92,7 +92,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     from deepspeed.utils import groups
 
-    from trainer.engine import start_processes
+    from trainer.engine.engine import start_processes
 
     start_processes(60)
     while (job := pipe.recv()) is not None:

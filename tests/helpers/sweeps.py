@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from configs.sweep import SweepConfig, sweep_from_dict
-from trainer.record import Record
+from configs.sweep.definition import SweepConfig, sweep_from_dict
+from trainer.record.lines import Record
 
 TINY = {
     "num_layers": 2, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "num_experts": 0, "intermediate_size": 64,
@@ -40,7 +40,7 @@ def trained(
     steps: int | None = None,
 ) -> Path:
     """Leave what a training of the trial would: loss None is one that is not a number."""
-    from trainer.run import prepare_run
+    from trainer.run.folder import prepare_run
 
     run_dir = prepare_run(setting.config(trial), began=1000.0)
     sweep.event("trial_started", trial=trial.name, workers=1, cpus=1.0, gpus=0.0)

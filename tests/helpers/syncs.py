@@ -12,7 +12,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import experts, moe
+from models.moe import block, experts
 from trainer import loop
 
 METHODS = (
@@ -56,7 +56,7 @@ def watch_syncs(first: int, last: int, path: Path) -> None:
 
     Experts take the way of accelerators. On a GPU what waits raises.
     """
-    moe.apply_experts = experts.grouped_experts
+    block.apply_experts = experts.grouped_experts
     original, training, counted = loop.learning_rate, threading.get_ident(), Counter[str]()
     methods = {name: getattr(torch.Tensor, name) for name in METHODS}
     here = str(Path(__file__).parent)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from configs import from_dict, to_yaml
-from trainer.record import Record, read_metrics
+from trainer.record.lines import Record, read_metrics
 from trainer.tracking.mlflow import MlflowClient
 
 

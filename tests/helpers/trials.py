@@ -1,14 +1,14 @@
-"""Runs trained by `cluster.trials` on a private Ray, in a process of their own: connecting changes the environment."""
+"""Many runs on a private Ray (`cluster.attempts.many_runs`), in a process whose environment changes."""
 
 from functools import partial
 from pathlib import Path
 
 from support import tiny
 
-from cluster.queue import Gang
-from cluster.session import end_children, ray_session, session_folder
-from cluster.share import Node, Share
-from cluster.tasks import Task
+from cluster.attempts.tasks import Task
+from cluster.gangs.session import end_children, ray_session, session_folder
+from cluster.gangs.share import Node, Share
+from cluster.server.waiting import Gang
 
 
 class InOrder:
@@ -26,7 +26,7 @@ class InOrder:
 
 def train_all(root: Path, data: Path) -> list[tuple[str, str, str]]:
     """Five runs on two gangs, two of them twice: (name, status, reason) as they end."""
-    from trainer.run import prepare_run
+    from trainer.run.folder import prepare_run
 
     runs = {}
     for name in ("a", "b", "c", "d", "wrong"):
@@ -37,7 +37,7 @@ def train_all(root: Path, data: Path) -> list[tuple[str, str, str]]:
     folder, found = session_folder(), []
     try:
         with ray_session(None, Node(2, 0), folder):
-            from cluster.trials import Trials
+            from cluster.attempts.many_runs import Trials
 
             for some in (("a", "b", "c", "wrong"), ("a", "d")):
                 source = InOrder([runs[name] for name in some])

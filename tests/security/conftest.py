@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from muster_cluster import Cluster, started
 
-from cluster import dispatch
-from cluster.queue import refusals
+from cluster.server import dispatch
+from cluster.server.waiting import refusals
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def queue(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "_messages", lambda: list(messages.items()))
     monkeypatch.setattr(dispatch, "_delete", lambda name: messages.pop(name, None))
     monkeypatch.setattr(dispatch._Queue, "_ask_for_machines", lambda self, gangs: None)
-    monkeypatch.setattr("cluster.ray_nodes.machines", list)
+    monkeypatch.setattr("cluster.gangs.ray_nodes.machines", list)
 
     def make(client=None):
         return dispatch._Queue(tmp_path, client)

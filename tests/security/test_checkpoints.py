@@ -23,15 +23,15 @@ from support import resolved
 
 from configs import ConfigError, to_yaml
 from models.families import build
-from trainer import checkpoint
-from trainer.checkpoint import Reader
-from trainer.engine import start_processes
-from trainer.export import load_module
-from trainer.record import Record, read_events
-from trainer.resume import resume
-from trainer.save import take_snapshot
+from trainer.checkpoint import store
+from trainer.checkpoint.export import load_module
+from trainer.checkpoint.init_from import check_source, load_weights
+from trainer.checkpoint.resume import resume
+from trainer.checkpoint.save import take_snapshot
+from trainer.checkpoint.store import Reader
+from trainer.engine.engine import start_processes
+from trainer.record.lines import Record, read_events
 from trainer.state import TrainState
-from trainer.warm_start import check_source, load_weights
 
 MODEL = {"num_layers": 1, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "num_experts": 2, "expert_size": 8,
          "top_k": 1, "vocab_size": 257, "router_bias_rate": 0.01, "aux_loss_over": "global_batch"}  # fmt: skip
@@ -66,10 +66,10 @@ def original(config, engine, tmp_path_factory):
     rows = [[0.0, 0.0]]
     for step in (1, 2):
         engine.steps(step, step)
-        path = checkpoint.folder(run_dir, step)
-        checkpoint.write_shard(path, 0, "t", take_snapshot(engine.engine))
+        path = store.folder(run_dir, step)
+        store.write_shard(path, 0, "t", take_snapshot(engine.engine))
         state = TrainState(step, 4 * step, 128 * step, recent_losses=[5.0] * step, routers={"bias": rows, "load": rows})
-        checkpoint.commit(path, 1, "t", state, config.model_dump(mode="json"), 5)
+        store.commit(path, 1, "t", state, config.model_dump(mode="json"), 5)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return run_dir
 
@@ -515,8 +515,8 @@ def resumed(run_dir: Path, engine: EngineRun, config: Any) -> int:
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_refused_in_one_message_and_a_run_goes_on_from_the_checkpoint_before(run_dir, engine, config, name):
     change, problem = DAMAGE[name]
-    path = checkpoint.folder(run_dir, 2)
-    assert checkpoint.verify(path) == []
+    path = store.folder(run_dir, 2)
+    assert store.verify(path) == []
     change(path)
     assert_refused(run_dir, path, problem)
     assert resumed(run_dir, engine, config) == 1
@@ -543,9 +543,9 @@ def assert_refused(run_dir: Path, path: Path, problem: str) -> None:
 @pytest.mark.parametrize("name", MISFITS)
 def test_what_is_another_models_is_refused_too(run_dir, engine, config, name):
     change, problem = MISFITS[name]
-    path = checkpoint.folder(run_dir, 2)
+    path = store.folder(run_dir, 2)
     change(path)
-    assert checkpoint.verify(path) == []
+    assert store.verify(path) == []
     with pytest.raises(ConfigError, match=problem):
         load_module(run_dir, 2)
     assert load_module(run_dir)[2] == 1
@@ -556,7 +556,7 @@ def test_what_is_another_models_is_refused_too(run_dir, engine, config, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_another_optimizers_is_refused_by_a_run_only(run_dir, engine, config, name):
     change, problem = OPTIMIZERS[name]
-    path = checkpoint.folder(run_dir, 2)
+    path = store.folder(run_dir, 2)
     change(path)
     assert load_module(run_dir)[2] == 2
     assert resumed(run_dir, engine, config) == 1
@@ -569,10 +569,10 @@ def test_what_is_another_optimizers_is_refused_by_a_run_only(run_dir, engine, co
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_means_the_same_is_read_as_the_same(original, run_dir, engine, config, name):
-    path = checkpoint.folder(run_dir, 2)
+    path = store.folder(run_dir, 2)
     HARMLESS[name](path)
-    assert checkpoint.verify(path) == []
-    first, second = states(Reader(checkpoint.folder(original, 2))), states(Reader(path))
+    assert store.verify(path) == []
+    first, second = states(Reader(store.folder(original, 2))), states(Reader(path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert resumed(run_dir, engine, config) == 2
@@ -602,9 +602,9 @@ def test_processes_that_share_the_check_go_on_from_one_checkpoint(pair, tmp_path
     }
     run_dirs = [shutil.copytree(tmp_path / "run", tmp_path / name) for name in changes]
     for run_dir, change in zip(run_dirs, changes.values(), strict=True):
-        change(checkpoint.folder(run_dir, 2))
+        change(store.folder(run_dir, 2))
     assert pair(resume_each, config, run_dirs) == [[2, 1, 1, 1, 1, 1]] * 2
-    assert [checkpoint.committed(run_dir) for run_dir in run_dirs] == [[1, 2], *[[1]] * 5]
+    assert [store.committed(run_dir) for run_dir in run_dirs] == [[1, 2], *[[1]] * 5]
 
 
 def test_a_step_that_is_not_finite_leaves_no_checkpoint_that_is_refused(run_dir, engine, config):
@@ -617,22 +617,22 @@ def test_a_step_that_is_not_finite_leaves_no_checkpoint_that_is_refused(run_dir,
     run.steps(2, 3)
     after = take_snapshot(run.engine)
     assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
-    path = checkpoint.folder(run_dir, 3)
-    checkpoint.write_shard(path, 0, "t", after)
-    checkpoint.commit(path, 1, "t", TrainState(step=3), {}, 5)
-    assert checkpoint.verify(path) == []
+    path = store.folder(run_dir, 3)
+    store.write_shard(path, 0, "t", after)
+    store.commit(path, 1, "t", TrainState(step=3), {}, 5)
+    assert store.verify(path) == []
 
 
 def test_folders_of_other_names_are_no_checkpoints(run_dir):
     for name in ("step-\u00b2", "step-3", "step-000000002", "step-", "step--1", f"step-{'9' * 5000}"[:200]):
-        shutil.copytree(checkpoint.folder(run_dir, 2), run_dir / "checkpoints" / name)
-    assert checkpoint.committed(run_dir) == [1, 2]
+        shutil.copytree(store.folder(run_dir, 2), run_dir / "checkpoints" / name)
+    assert store.committed(run_dir) == [1, 2]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.touch(), lambda path: path.symlink_to("/"), Path.mkdir])
 def test_what_stands_where_a_refused_one_goes_makes_room(run_dir, engine, config, make):
     make(run_dir / "checkpoints" / "step-00000002.refused")
-    (checkpoint.folder(run_dir, 2) / "manifest.json").write_text("{")
+    (store.folder(run_dir, 2) / "manifest.json").write_text("{")
     assert resumed(run_dir, engine, config) == 1
     assert (run_dir / "checkpoints" / "step-00000002.refused" / SHARD).is_file()
 
@@ -647,10 +647,10 @@ def test_a_fork_from_what_is_no_checkpoint_is_refused(run_dir, engine, config, o
 
 @pytest.mark.parametrize("change", [text("null"), manifest("state", "cursor", to=-1), numbers(WEIGHT, float("nan"))])
 def test_commands_say_it_in_one_message(muster, run_dir, tmp_path, change):
-    path = checkpoint.folder(run_dir, 2)
+    path = store.folder(run_dir, 2)
     change(path)
     at = ("--step", "2", "--root", str(run_dir.parent))
-    content = change is not None and checkpoint.verify(path, digests=False) == []
+    content = change is not None and store.verify(path, digests=False) == []
     for command in ("show", "generate", "eval", "export"):
         options = {"generate": ["--prompt", "a"], "export": ["--to", str(tmp_path / "out")]}.get(command, [])
         words = ["checkpoint", command] if command == "show" else [command]
@@ -672,7 +672,7 @@ def test_commands_say_it_in_one_message(muster, run_dir, tmp_path, change):
 def playground(original, tmp_path_factory):
     """A checkpoint to be changed again and again, and what it holds."""
     path = tmp_path_factory.mktemp("any") / "step-00000002"
-    shutil.copytree(checkpoint.folder(original, 2), path)
+    shutil.copytree(store.folder(original, 2), path)
     return path, states(Reader(path))
 
 
@@ -702,7 +702,7 @@ def test_any_other_bytes_are_the_same_tensors_or_refused(playground, where, edit
         else:
             (path / SHARD).write_bytes(safetensors(bytes(data), files[SHARD][8 + length :]))
             seal(path)
-        problems = checkpoint.verify(path)
+        problems = store.verify(path)
         assert all(problem.isprintable() and len(problem) < 1000 for problem in problems)
         if not problems:
             found = states(Reader(path))
@@ -781,7 +781,7 @@ def test_bombs_take_neither_long_nor_much_memory(original, tmp_path):
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")
-    whole = checkpoint.folder(original, 2)
+    whole = store.folder(original, 2)
     paths = []
     for number, change in enumerate(BIG.values()):
         paths.append(tmp_path / f"{number}" / whole.name)

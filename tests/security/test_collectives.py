@@ -11,9 +11,9 @@ from support import tiny
 from teams import in_team
 
 from configs import resolve
-from trainer.collectives import LARGEST, _decoded, _encoded
-from trainer.record import read_events, read_metrics
-from trainer.run import prepare_run
+from trainer.processes.collectives import LARGEST, _decoded, _encoded
+from trainer.record.lines import read_events, read_metrics
+from trainer.run.folder import prepare_run
 
 VALUES = [
     None, True, 0, -1, 2**63, 10**40, 0.1, -0.0, 5e-324, 1.7976931348623157e308, math.inf, -math.inf, math.nan, "",

@@ -17,11 +17,11 @@ from pydantic import BaseModel
 
 from configs import Config, ConfigError, from_dict, load, preset_names, resolve, to_yaml
 from configs.load import read_tree
-from configs.parse import parse_json, parse_yaml
-from configs.sweep import SweepConfig, sweep_from_dict
-from models.devices import DEVICES
-from models.hf_config import from_hf_config
-from models.plan import predict
+from configs.reading.parse import parse_json, parse_yaml
+from configs.sweep.definition import SweepConfig, sweep_from_dict
+from models.hf.config_json import from_hf_config
+from models.planning.devices import DEVICES
+from models.planning.plan import predict
 
 quick = settings(max_examples=100, deadline=None, derandomize=True, database=None)
 NAMES = ["quickstart", "null", "a", "", "stdlib", "auto", "yarn", "a\0b", "\x1b[2J", "\ud800", "x" * 300, "../..", "~x"]
@@ -206,8 +206,8 @@ AS_A_CHILD = """
 import resource, sys
 from configs import ConfigError, load, resolve
 from configs.load import read_mapping
-from models.hf_config import from_hf_config
-from configs.parse import parse_json
+from models.hf.config_json import from_hf_config
+from configs.reading.parse import parse_json
 from pathlib import Path
 resource.setrlimit(resource.RLIMIT_AS, (500 * 2**20,) * 2)
 for name in sys.argv[1:]:

@@ -11,15 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.attempts.launch import launch
 from cluster.cli import main
-from cluster.launch import launch
 from configs import ConfigError, load, resolve
-from configs.parse import MAX_BYTES, MAX_VALUES, parse_json, parse_yaml
-from models.devices import DEVICES, cpu
-from models.memory import memory
-from models.plan import predict
-from trainer.forecast import refuse_too_large
-from trainer.run import prepare_run
+from configs.reading.parse import MAX_BYTES, MAX_VALUES, parse_json, parse_yaml
+from models.planning.devices import DEVICES, cpu
+from models.planning.memory import memory
+from models.planning.plan import predict
+from trainer.record.forecast import refuse_too_large
+from trainer.run.folder import prepare_run
 
 ROOT = Path(__file__).parents[2]
 SECONDS, BYTES = 10, 500 * 2**20

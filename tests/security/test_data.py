@@ -16,17 +16,18 @@ from hypothesis import strategies as st
 from second_user import as_second_user, let_in, needs_second_user
 
 from configs import ConfigError
-from configs.data import DataConfig, LimitsConfig, PrepareConfig
-from trainer.data import encode, sources
+from configs.sections.data import DataConfig, LimitsConfig, PrepareConfig
 from trainer.data.default import ensure_prepared
-from trainer.data.encode import Encoded
-from trainer.data.inspect import inspect
 from trainer.data.manifest import MANIFEST, Manifest, Split, SplitStats, read_manifest, write_manifest
-from trainer.data.parquet import ParquetProcess
-from trainer.data.prepare import prepare
-from trainer.data.reader import Dataset
-from trainer.data.shard_writer import SplitWriter
-from trainer.data.shards import DataError
+from trainer.data.prepare import encode
+from trainer.data.prepare.encode import Encoded
+from trainer.data.prepare.prepare import prepare
+from trainer.data.prepare.shard_writer import SplitWriter
+from trainer.data.read.reader import Dataset
+from trainer.data.read.shards import DataError
+from trainer.data.show import inspect
+from trainer.data.sources import find
+from trainer.data.sources.parquet import ParquetProcess
 
 SMALL = PrepareConfig(tokenizer="bytes", held_out=0.0, row_group_tokens=1000)
 quick = settings(
@@ -208,7 +209,7 @@ def test_links_in_circles_pipes_and_devices(tmp_path):
         assert refusals(tmp_path / f"out{number}") == dict.fromkeys(
             ["self.txt", "pipe.txt", "zero.txt"], "unreadable file"
         )
-    assert [os.path.basename(file.path) for file in sources.find_inputs([f"{tmp_path}/in/*/../x.txt"])] == ["x.txt"]
+    assert [os.path.basename(file.path) for file in find.find_inputs([f"{tmp_path}/in/*/../x.txt"])] == ["x.txt"]
 
 
 def test_a_pipe_that_is_named_is_one_message(tmp_path):
@@ -227,9 +228,9 @@ def test_globs_find_what_glob_finds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for root in ("", f"{tmp_path}/"):
         for pattern in ("**/*.txt", "b/**/*.txt", "*/**/*.txt", "**/d/**/*.txt", "**/*.md", "*.txt", "**/d/*"):
-            found = {os.path.realpath(path) for path in sources._matches(root + pattern)}
+            found = {os.path.realpath(path) for path in find._matches(root + pattern)}
             assert found == {os.path.realpath(path) for path in glob.glob(root + pattern, recursive=True)}, pattern
-            assert all(path.startswith(root) for path in sources._matches(root + pattern))
+            assert all(path.startswith(root) for path in find._matches(root + pattern))
 
 
 def test_a_tree_deeper_than_the_stack(tmp_path, monkeypatch):
@@ -240,7 +241,7 @@ def test_a_tree_deeper_than_the_stack(tmp_path, monkeypatch):
     Path("x.txt").write_text("deep")
     os.chdir(tmp_path)
     try:
-        assert [os.path.basename(file.path) for file in sources.find_inputs(["d"])] == ["x.txt"]
+        assert [os.path.basename(file.path) for file in find.find_inputs(["d"])] == ["x.txt"]
     finally:
         subprocess.run(["rm", "-rf", "d"], check=True)  # shutil's own is as deep as the tree
 
@@ -255,12 +256,13 @@ def test_what_may_not_be_read_is_refused_by_name(tmp_path):
     (tmp_path / "in" / "bad.txt").chmod(0)
     (tmp_path / "in" / "shut").chmod(0)
     code = (
-        "import sys; from configs.data import LimitsConfig; from trainer.data.sources import Reader, find_inputs\n"
+        "import sys; from configs.sections.data import LimitsConfig\n"
+        "from trainer.data.sources.find import Reader, find_inputs\n"
         "reader = Reader('text', LimitsConfig())\n"
         "for file in find_inputs([sys.argv[1]]):\n"
         "    print(file.path.rpartition('/')[2], *(getattr(item, 'reason', 'read') for _, item in reader.read(file)))"
     )
-    imports = ["numpy", "pyarrow.parquet", "trainer.data.sources", "encodings.idna"]
+    imports = ["numpy", "pyarrow.parquet", "trainer.data.sources.find", "encodings.idna"]
     done = as_second_user(code, tmp_path / "in", imports=imports)
     assert done.stdout == "bad.txt unreadable file\ngood.txt read\nshut unreadable file\n", done.stderr
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from second_user import let_in, needs_second_user
 
-from trainer import revision
+from trainer.run import revision
 
 WHO = ["-c", "user.name=a", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"]
 ALLOW = ["-c", "protocol.file.allow=always"]

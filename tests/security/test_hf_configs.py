@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from configs import ConfigError
-from models.generate import generate
-from models.hf import export_hf, import_hf
-from models.hf_config import from_hf_config
-from models.hf_files import MAX_HEADER, MAX_INDEX, MAX_TENSORS
+from models.decoder.generate import generate
+from models.hf.config_json import from_hf_config
+from models.hf.folder import export_hf, import_hf
+from models.hf.weight_files import MAX_HEADER, MAX_INDEX, MAX_TENSORS
 
 SECONDS = 10
 """With room for a loaded machine; most take milliseconds."""

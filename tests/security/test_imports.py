@@ -9,8 +9,8 @@ import pytest
 from support import tiny
 
 from configs import to_yaml
-from trainer.plots.run import plot_run
-from trainer.record import Record, read_events
+from trainer.observe.plots.run import plot_run
+from trainer.record.lines import Record, read_events
 
 ROOT = Path(__file__).parents[2]
 WORDS = """
@@ -120,7 +120,9 @@ def test_commands(hostile, command):
 def test_with_plugins_it_is_the_last_place_to_look(hostile):
     (hostile / "beside.py").write_text("")
     (hostile / "mine.py").write_text("import sys, os, beside, numpy, models; print(sys.path[-1] == os.getcwd())")
-    code = "from trainer.plugins import load_plugins; load_plugins([]); import sys, os; print(os.getcwd() in sys.path)"
+    code = (
+        "from trainer.run.plugins import load_plugins; load_plugins([]); import sys, os; print(os.getcwd() in sys.path)"
+    )
     done = run(hostile, ["-c", f"import sys; del sys.path[0]; {code}; load_plugins(['mine'])"], str(ROOT))
     assert done.stdout == "False\nTrue\n", done.stderr
     assert imported(hostile) == []
@@ -164,7 +166,7 @@ def test_a_matplotlibrc_runs_nothing(tmp_path):
     for step in range(1, 4):
         record.metrics({"step": step, "loss": 1 / step, "lr": 1.0, "grad_norm": 1.0, "step_time": 1.0, "tokens": step})
     record.close()
-    code = "import sys; from trainer.plots.run import plot_run; print(len(plot_run(sys.argv[1])))"
+    code = "import sys; from trainer.observe.plots.run import plot_run; print(len(plot_run(sys.argv[1])))"
     path = f"{programs}:{os.environ['PATH']}"
     done = run(tmp_path, ["-P", "-c", code, str(run_dir)], str(ROOT), PATH=path)
     assert done.stdout == f"{len(plot_run(run_dir))}\n", done.stderr

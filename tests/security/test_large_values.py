@@ -11,23 +11,23 @@ from typing import Any
 
 import pytest
 
-from cluster.messages import BadMessage, parse
-from cluster.runs import run_folder
+from cluster.commands.runs import run_folder
+from cluster.server.messages import BadMessage, parse
 from configs import ConfigError
-from configs.data import PrepareConfig
-from trainer import checkpoint
-from trainer.checkpoint import CheckpointError, Reader, Snapshot
-from trainer.data.inspect import inspect
+from configs.sections.data import PrepareConfig
+from trainer.checkpoint import store
+from trainer.checkpoint.manifest import parse_manifest
+from trainer.checkpoint.store import CheckpointError, Reader, Snapshot
 from trainer.data.manifest import Manifest, SplitStats, TokenizerInfo, write_manifest
-from trainer.manifest import parse_manifest
+from trainer.data.show import inspect
 from trainer.state import TrainState
 
 SECONDS, MEGABYTES = 10, 500
 """Of the processor for each, which takes one or two where nothing else runs, and of memory beyond the imports."""
 READ = """
 import resource, sys, time
-from cluster.sweep.status import read_plan
-from trainer.checkpoint import verify
+from cluster.sweep.train.progress import read_plan
+from trainer.checkpoint.store import verify
 from trainer.data.manifest import read_manifest
 from pathlib import Path
 
@@ -77,9 +77,9 @@ def saved(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("run") / "checkpoints" / "step-00000001"
     tensors = {f"{state}/a@0": torch.ones(4) for state in ("weight", "exp_avg")}
     shapes = {state: {"a": [2, 2]} for state in ("weight", "exp_avg")}
-    checkpoint.write_shard(path, 0, "t", Snapshot(tensors, shapes, {"step": 1.0}))
-    checkpoint.commit(path, 1, "t", TrainState(step=1), {}, 5)
-    assert checkpoint.verify(path) == []
+    store.write_shard(path, 0, "t", Snapshot(tensors, shapes, {"step": 1.0}))
+    store.commit(path, 1, "t", TrainState(step=1), {}, 5)
+    assert store.verify(path) == []
     return path
 
 

@@ -12,11 +12,11 @@ from second_user import NOBODY, needs_second_user
 from support import tiny
 
 from configs import ConfigError, to_yaml
-from trainer import own_files
-from trainer.durable import write_durably
-from trainer.own_files import require_own
-from trainer.record import Record
-from trainer.run import hold, prepare_run, request_stop
+from trainer.files import own_files
+from trainer.files.durable import write_durably
+from trainer.files.own_files import require_own
+from trainer.record.lines import Record
+from trainer.run.folder import hold, prepare_run, request_stop
 from trainer.tracking.artifacts import Artifacts
 from trainer.tracking.mlflow import MlflowTracker, _schema_lock
 from trainer.tracking.shipper import only_one
@@ -98,11 +98,11 @@ def test_a_run_that_is_a_link_is_refused(asked, tmp_path, victim):
 
 
 def test_a_fork_into_a_link_is_refused(asked, tmp_path, victim):
-    from trainer import checkpoint
+    from trainer.checkpoint import store
 
     run_dir = prepare_run(asked)
-    (checkpoint.folder(run_dir, 2)).mkdir(parents=True)
-    (checkpoint.folder(run_dir, 2) / checkpoint.MANIFEST).write_text("{}")
+    (store.folder(run_dir, 2)).mkdir(parents=True)
+    (store.folder(run_dir, 2) / store.MANIFEST).write_text("{}")
     link(tmp_path, "runs/other/lock", victim / "profile")
     with pytest.raises(ConfigError, match="lock is a link to "):
         prepare_run(asked, fork="other")
@@ -208,7 +208,7 @@ def test_nothing_is_written_through_a_link_that_came_later(tmp_path, victim, nam
 def test_output_is_not_kept_through_a_link(tmp_path, victim):
     (tmp_path / "run").mkdir()
     link(tmp_path / "run", "logs/attempt-01-rank-0000.log", victim / "profile")
-    code = "import sys; from pathlib import Path; from trainer.output import output_kept\n"
+    code = "import sys; from pathlib import Path; from trainer.processes.output import output_kept\n"
     code += "with output_kept(Path(sys.argv[1])): print('words')"
     environment = {key: value for key, value in os.environ.items() if key != "RANK"}
     command = [sys.executable, "-P", "-c", code, str(tmp_path / "run")]

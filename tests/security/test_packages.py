@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 from hostile_messages import GOOD, submit, zipped
 
-from cluster import pack
-from cluster.messages import BadMessage
-from cluster.share import Node
+from cluster.gangs.share import Node
+from cluster.server import pack
+from cluster.server.messages import BadMessage
 
 FAILING = zipped(submit("job-p", command="sh tool.sh"), {"work/tool.sh": b"echo as sent; exit 3\n"})
 
@@ -21,8 +21,10 @@ def room(monkeypatch):
 
     store: dict[str, bytes] = {}
     monkeypatch.setattr(internal_kv, "_internal_kv_put", store.__setitem__)
-    monkeypatch.setattr("cluster.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))])
-    monkeypatch.setattr("cluster.dispatch._placed_drivers", lambda client: set())
+    monkeypatch.setattr(
+        "cluster.gangs.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))]
+    )
+    monkeypatch.setattr("cluster.server.dispatch._placed_drivers", lambda client: set())
     return store
 
 
@@ -83,7 +85,7 @@ CHANGES = {
 def test_a_changed_package_is_not_started_after_a_restart(queue, room, monkeypatch, change):
     queue.messages[b"gcs://1"] = GOOD
     with monkeypatch.context() as patch:
-        patch.setattr("cluster.ray_nodes.machines", list)
+        patch.setattr("cluster.gangs.ray_nodes.machines", list)
         queue.make().tick()
     do, words = CHANGES[change]
     do(queue.folder / "job-a.zip")

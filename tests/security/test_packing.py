@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster import pack
-from cluster.ignore import ignored_by
-from cluster.secret_files import is_secret
+from cluster.server import pack
+from cluster.server.ignore import ignored_by
+from cluster.server.secret_files import is_secret
 from configs import ConfigError
 from trainer.tracking.artifacts import Artifacts
 

@@ -14,13 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import tiny
 
-from cluster import pack
-from cluster.submit import HIDDEN, without_passwords
+from cluster.server import pack
+from cluster.server.submit import HIDDEN, without_passwords
 from configs import Config, ConfigError, flatten, from_dict, load, mask, to_yaml
 from configs.load import dump_yaml
-from configs.sweep import SweepConfig, load_sweep
-from trainer.record import Record, read_events
-from trainer.run import prepare_run, read_config
+from configs.sweep.definition import SweepConfig, load_sweep
+from trainer.record.lines import Record, read_events
+from trainer.run.folder import prepare_run, read_config
 from trainer.tracking import NoCredentials, read_state, tracking_uri
 from trainer.tracking.shipper import ship
 

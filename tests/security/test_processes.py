@@ -17,10 +17,10 @@ from ranks import free_port
 from second_user import as_second_user, let_in, needs_second_user
 from support import tiny
 
-from cluster.worker import ENVIRONMENT
+from cluster.gangs.worker import ENVIRONMENT
 from configs import to_yaml
-from trainer.run import prepare_run
-from trainer.scratch import LOCK, make_folder, remove_folder, sweep
+from trainer.files.scratch import LOCK, make_folder, remove_folder, sweep
+from trainer.run.folder import prepare_run
 
 ENDS = 5.0
 """Seconds that it may take."""
@@ -69,7 +69,7 @@ def test_a_rank_in_the_rendezvous_ends_with_its_warm_process(tmp_path, tiny_data
     run_dir = prepare_run(tiny(run={"name": "run", "root": str(tmp_path)}, data={"path": str(tiny_data)}))
     # A second thread, which no fork would have, is why it begins its attempts anew.
     environment = clean(**(ENVIRONMENT if forks else {"JE_ARROW_MALLOC_CONF": "background_thread:true"}))
-    command = [sys.executable, "-P", "-m", "trainer.warm"]
+    command = [sys.executable, "-P", "-m", "trainer.processes.warm"]
     with started(command, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as warm:
         group = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
         job = {"run_dir": str(run_dir), "folder": "/", "environment": group, "patience": 0}
@@ -78,7 +78,7 @@ def test_a_rank_in_the_rendezvous_ends_with_its_warm_process(tmp_path, tiny_data
         warm.stdin.flush()
         attempt = psutil.Process(json.loads(warm.stdout.readline())["pid"])
         wait_until(store.exists)
-        assert forks == (attempt.cmdline()[-1] == "trainer.warm")
+        assert forks == (attempt.cmdline()[-1] == "trainer.processes.warm")
         assert WORD not in " ".join(attempt.cmdline())
         warm.kill()
         assert ends([attempt]) == []
@@ -103,7 +103,7 @@ ENCODES = """
 import signal, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, which may run the tests, ignore it
 from trainer.data import encode, pool
-from trainer.data.splitting import Splitting
+from trainer.data.prepare.splitting import Splitting
 spec = encode.EncodeSpec("", True, 0, 257, "uint16", "text", Splitting(0.0, 0), 1 << 28, 10)
 workers = pool._Workers(2, spec)
 print(*(worker._process.pid for worker in workers.idle), flush=True)
@@ -132,7 +132,7 @@ def test_tokenizing_workers_end_with_what_started_them(busy):
 
 HOLDS = """
 import sys, time
-from trainer.scratch import make_folder
+from trainer.files.scratch import make_folder
 folder = make_folder(sys.argv[1])
 (folder / "of a session").mkdir()
 print(folder, flush=True)
@@ -168,8 +168,8 @@ def test_a_folder_goes_with_its_process_or_at_the_next_start(tmp_path):
 
 SWEPT = """
 import sys, time
-from trainer.orphans import sweep_after
-from trainer.scratch import make_folder, remove_folder
+from trainer.processes.orphans import sweep_after
+from trainer.files.scratch import make_folder, remove_folder
 folder = make_folder(sys.argv[1])
 sweep_after(str(folder))
 (folder / "token").write_text("secret")
@@ -245,7 +245,11 @@ def test_a_second_users_folder_is_left_alone_and_leads_nowhere(tmp_path):
 def test_imports_leave_nothing_in_the_folder_for_temporary_files(tmp_path):
     environment = clean(TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path.parent / "cache"))
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    subprocess.run([sys.executable, "-P", "-c", "import trainer.warm, cluster.launch"], env=environment, check=True)
+    subprocess.run(
+        [sys.executable, "-P", "-c", "import trainer.processes.warm, cluster.attempts.launch"],
+        env=environment,
+        check=True,
+    )
     assert list(tmp_path.iterdir()) == []
     made = [tmp_path.parent / "cache" / "muster", tmp_path.parent / "cache" / "muster" / "compile"]
     assert [path.stat().st_mode & 0o777 for path in made] == [0o700, 0o700]

@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as some
 from muster_cluster import ROOT
 
-from cluster import dispatch
-from cluster.dispatch import MESSAGES
-from cluster.messages import MOST_WORKERS, BadMessage
-from cluster.pack import read_message
-from cluster.queue import Gang, Waiting, fold, gang_of, place, refusals, startable
-from cluster.share import Node, Share
-from cluster.submit import send
+from cluster.gangs.share import Node, Share
+from cluster.server import dispatch
+from cluster.server.dispatch import MESSAGES
+from cluster.server.messages import MOST_WORKERS, BadMessage
+from cluster.server.pack import read_message
+from cluster.server.submit import send
+from cluster.server.waiting import Gang, Waiting, fold, gang_of, place, refusals, startable
 from configs import ConfigError
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -30,7 +30,7 @@ quick = settings(max_examples=300, deadline=None, derandomize=True, database=Non
 EACH_BOUNDED = """
 import json, sys, time
 from hostile_messages import GOOD, HOSTILE
-from cluster.pack import BadMessage, read_message
+from cluster.server.pack import BadMessage, read_message
 took = {}
 for name, make in HOSTILE.items():
     content, begun = make(), time.process_time()
@@ -231,7 +231,9 @@ def test_a_job_that_cannot_be_handled_fails_alone(queue, monkeypatch):
     from ray.experimental import internal_kv
 
     monkeypatch.setattr(internal_kv, "_internal_kv_put", lambda *_: None)
-    monkeypatch.setattr("cluster.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))])
+    monkeypatch.setattr(
+        "cluster.gangs.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))]
+    )
     here = queue.make(BadClient())
     queue.messages |= {b"gcs://1": zipped(submit("job-a")), b"gcs://2": zipped(submit("job-b"))}
     here.tick()

@@ -12,8 +12,15 @@ import psutil
 import pytest
 from second_user import NOBODY, as_second_user, let_in, needs_second_user
 
-from cluster.doctor import _ray_folders
-from cluster.ray_folder import LONGEST, open_to_others, private_folder, ray_folder, ray_parent, remove_dead_sessions
+from cluster.commands.doctor import _ray_folders
+from cluster.gangs.ray_folder import (
+    LONGEST,
+    open_to_others,
+    private_folder,
+    ray_folder,
+    ray_parent,
+    remove_dead_sessions,
+)
 from configs import ConfigError
 
 TRY_ALL = """

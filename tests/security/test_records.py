@@ -11,16 +11,16 @@ from pathlib import Path
 import pytest
 from support import tiny, train_in_process
 
-from cluster.sweep.score import PREDICTIONS, score
-from cluster.sweep.status import PLAN, read_plan
+from cluster.sweep.results.score import PREDICTIONS, score_runs
+from cluster.sweep.train.progress import PLAN, read_plan
 from configs import ConfigError
-from trainer.cadence import Cadence
-from trainer.checkpoint import CheckpointError, Snapshot, commit, folder, write_shard
-from trainer.events import FIELDS, NEEDED
-from trainer.goodput import goodput, read_steps
-from trainer.notable import notable
-from trainer.record import MetricsIndex, Record, read_events, read_metrics, summary
-from trainer.run import attempts, is_finished, prepare_run
+from trainer.checkpoint.cadence import Cadence
+from trainer.checkpoint.store import CheckpointError, Snapshot, commit, folder, write_shard
+from trainer.record.events import FIELDS, NEEDED
+from trainer.record.goodput import goodput, read_steps
+from trainer.record.lines import MetricsIndex, Record, read_events, read_metrics, summary
+from trainer.record.notable import notable
+from trainer.run.folder import attempts, is_finished, prepare_run
 from trainer.state import TrainState
 from trainer.tracking import read_state
 
@@ -252,4 +252,4 @@ def test_a_plan_of_other_types_is_refused(tmp_path, text):
 def test_a_prediction_of_other_types_is_refused(tmp_path, text):
     (tmp_path / PREDICTIONS).write_text(f"{text}\n")
     with pytest.raises(ConfigError, match="a line that is no prediction"):
-        score(tmp_path)
+        score_runs(tmp_path)

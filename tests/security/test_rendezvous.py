@@ -15,8 +15,8 @@ from ranks import free_port
 from second_user import as_second_user, let_in, needs_second_user
 from teams import in_team
 
-from trainer.rendezvous import SECRET, STORE
-from trainer.scratch import make_folder, remove_folder
+from trainer.files.scratch import make_folder, remove_folder
+from trainer.processes.rendezvous import SECRET, STORE
 
 WORD = "5a" * 32
 PATIENCE = 60
@@ -183,7 +183,7 @@ def test_the_same_secret_is_proved_and_another_is_named():
 
 
 def test_a_port_that_is_taken_or_elsewhere_is_left_to_torch():
-    from trainer.rendezvous import _listen
+    from trainer.processes.rendezvous import _listen
 
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

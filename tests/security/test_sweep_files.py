@@ -12,12 +12,12 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 
-from cluster.sweep.plan import plan
-from cluster.sweep.status import PLAN, read_plan
-from cluster.sweep.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, _check_unpacked, read_table
+from cluster.sweep.design.plan import plan
+from cluster.sweep.train.progress import PLAN, read_plan
 from configs import ConfigError
-from configs.parse import parse_yaml
-from configs.sweep import load_sweep
+from configs.reading.parse import parse_yaml
+from configs.sweep.definition import load_sweep
+from models.scaling.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, _check_unpacked, read_table
 
 SECONDS = 20
 """With room for a loaded machine; the longest takes a second."""
@@ -156,9 +156,9 @@ def test_parquet_tables_that_expand(tmp_path):
 READ = """
 import resource, sys, time
 import pyarrow.csv, pyarrow.parquet
-import trainer.data.pages
+import configs.reading.parquet_pages
 from pathlib import Path
-from cluster.sweep.table import read_table
+from models.scaling.table import read_table
 
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[0]) * resource.getpagesize()
@@ -219,7 +219,7 @@ def test_a_footer_that_lies_of_a_tables_pages(tmp_path, monkeypatch):
     columns = {"n": [1e8, 2e8], "d": [2e9, 2e9], "loss": [3.4, 3.3], "run": ["a" * 900, "b" * 900]}
     parquet.write_table(pa.table(columns), path, write_page_index=False, use_dictionary=False)
     assert len(read_table(path)) == 2
-    monkeypatch.setattr("cluster.sweep.table.MAX_UNPACKED", 1500)
+    monkeypatch.setattr("models.scaling.table.MAX_UNPACKED", 1500)
     footer = parquet.ParquetFile(path).metadata
     chunks = [footer.row_group(0).column(i) for i in range(4)]
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.record import Record
-from trainer.terminal import visible
+from trainer.record.lines import Record
+from trainer.record.terminal import visible
 
 ROOT = Path(__file__).parents[2]
 EVIL = "a\x1b]52;c;aGVsbG8=\x07b\x1b[8m\x1b[2Jc\x9b31md\u202ee\x7ff\rg\bh"
@@ -142,8 +142,8 @@ def test_a_sweep(tmp_path):
     folder = tmp_path / "sweep"
     folder.mkdir()
     (folder / "plan.json").write_text(json.dumps(PLAN))
-    code = "import sys; from pathlib import Path; from trainer.terminal import guard; guard()\n"
-    code += "from cluster.sweep.show_status import show; show(Path(sys.argv[1]))"
+    code = "import sys; from pathlib import Path; from trainer.record.terminal import guard; guard()\n"
+    code += "from cluster.sweep.train.display import show; show(Path(sys.argv[1]))"
     status, sent = on_a_terminal(["-c", code, str(folder)], tmp_path)
     assert status == 0, sent
     assert controls(sent) == []
@@ -152,8 +152,8 @@ def test_a_sweep(tmp_path):
 
 LIVE = """
 import json, sys
-from trainer.progress import ProgressView
-from trainer.terminal import guard
+from trainer.record.progress import ProgressView
+from trainer.record.terminal import guard
 guard()
 evil = json.loads(sys.argv[1])
 view = ProgressView(10)
@@ -187,8 +187,8 @@ CODES = {
     "logging": "import logging; logging.error(evil)",
     "traceback": "raise ValueError(evil)",
     "exit": "sys.exit(evil)",
-    "console": "from trainer.terminal import Console; Console().print(evil, style='bold')",
-    "console on standard error": "from trainer.terminal import Console; Console(stderr=True).print(evil)",
+    "console": "from trainer.record.terminal import Console; Console().print(evil, style='bold')",
+    "console on standard error": "from trainer.record.terminal import Console; Console(stderr=True).print(evil)",
     "another console": "from rich.console import Console; Console(highlight=False).print(evil)",
     "click": "import click; click.echo(evil); click.secho(evil, fg='red')",
 }
@@ -196,7 +196,9 @@ CODES = {
 
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
 def test_every_way_to_a_terminal(tmp_path, code):
-    start = "import json, sys; from trainer.terminal import guard; guard(); guard(); evil = json.loads(sys.argv[1]);"
+    start = (
+        "import json, sys; from trainer.record.terminal import guard; guard(); guard(); evil = json.loads(sys.argv[1]);"
+    )
     _, sent = on_a_terminal(["-c", f"{start}{code}", json.dumps(EVIL)], tmp_path)
     assert controls(sent) == []
     assert "52;c;aGVsbG8=" in sent
@@ -206,7 +208,7 @@ def test_what_becomes_a_file_is_kept_as_it_is(tmp_path):
     """As the output of a process is, from the middle of its life on."""
     code = """if True:
         import json, os, sys
-        from trainer.terminal import guard
+        from trainer.record.terminal import guard
         guard()
         os.dup2(os.open("log", os.O_WRONLY | os.O_CREAT), 1)
         print(json.loads(sys.argv[1]))"""
@@ -215,7 +217,7 @@ def test_what_becomes_a_file_is_kept_as_it_is(tmp_path):
 
 
 def test_nobody_listens(tmp_path):
-    code = "from trainer.terminal import guard; guard(); print('words')"
+    code = "from trainer.record.terminal import guard; guard(); print('words')"
     command = ["sh", "-c", f'exec "{sys.executable}" -P -c "{code}" >&- 2>&-']
     assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path).returncode == 0
 

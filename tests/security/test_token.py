@@ -16,9 +16,9 @@ import pytest
 import typer
 from second_user import _BECOME_NOBODY, NOBODY, needs_second_user
 
-from cluster import nodes, token
-from cluster.client import Cluster, api_url
-from cluster.token import Address
+from cluster.gangs import access_token, join
+from cluster.gangs.access_token import Address
+from cluster.server.client import Cluster, api_url
 from configs import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -171,7 +171,7 @@ def test_a_variable_is_the_users_word(mine, monkeypatch, variable):
     ],
 )  # fmt: skip
 def test_an_override_is_the_users_word(overrides, by):
-    assert token.in_config("h:1", overrides) == Address("h:1", by)
+    assert access_token.in_config("h:1", overrides) == Address("h:1", by)
 
 
 def test_a_redirect_does_not_take_the_token_along(mine):
@@ -186,8 +186,8 @@ def test_a_redirect_does_not_take_the_token_along(mine):
 
 def test_asking_whether_it_is_open_shows_nothing(mine):
     spy = Spy()
-    assert not token.is_open(spy.url)
-    token.refuse_open(spy.url)
+    assert not access_token.is_open(spy.url)
+    access_token.refuse_open(spy.url)
     assert spy.seen
     assert not spy.got_token
 
@@ -239,7 +239,7 @@ def test_nonsense_after_a_good_start_is_one_message(mine, answer):
 
 
 def test_an_answer_without_an_end_is_not_waited_for(mine, monkeypatch):
-    monkeypatch.setattr(token, "PATIENCE", 1.0)
+    monkeypatch.setattr(access_token, "PATIENCE", 1.0)
     sent = 0
 
     def endless(pause):
@@ -303,11 +303,11 @@ def test_another_users_port_on_this_machine_gets_no_token(mine, host):
             port = int(theirs.stdout.readline())
             for name in ("127.0.0.1", "localhost", "0.0.0.0", *(own_ip() if host == "0.0.0.0" else ())):
                 where = f"http://{name}:{port}"
-                token.remember(where)
+                access_token.remember(where)
                 for by in ("file", "environment", "found"):
                     with pytest.raises(ConfigError, match=f"user {NOBODY} of this machine"):
-                        token.use_token(Address(where, by))
-                token.use_token(Address(where, "command"))
+                        access_token.use_token(Address(where, by))
+                access_token.use_token(Address(where, "command"))
         finally:
             theirs.kill()
 
@@ -319,9 +319,9 @@ def own_ip() -> list[str]:
 
 def test_what_ray_finds_by_itself_must_be_ours(mine):
     with socket.create_server(("127.0.0.1", 0)) as server:
-        token.use_token(Address(f"127.0.0.1:{server.getsockname()[1]}", "found"))
+        access_token.use_token(Address(f"127.0.0.1:{server.getsockname()[1]}", "found"))
     with pytest.raises(ConfigError, match="from a file"):
-        token.use_token(Address("192.0.2.1:6379", "found"))
+        access_token.use_token(Address("192.0.2.1:6379", "found"))
 
 
 def test_a_head_knows_its_own_addresses(mine, monkeypatch):
@@ -329,11 +329,11 @@ def test_a_head_knows_its_own_addresses(mine, monkeypatch):
     for argument in ("--port=7001", "--dashboard-port"):
         monkeypatch.setattr(sys, "argv", ["muster", "up", argument, "7002"][: 4 if "=" not in argument else 3])
         with pytest.raises(SystemExit):
-            nodes.app()
+            join.app()
     for where in ("127.0.0.1:7001", "http://127.0.0.1:8265", "http://localhost:7002", "127.0.0.1:6379"):
-        token.use_token(Address(where, "file"))
+        access_token.use_token(Address(where, "file"))
     with pytest.raises(ConfigError):
-        token.use_token(Address("127.0.0.1:7003", "file"))
+        access_token.use_token(Address("127.0.0.1:7003", "file"))
 
 
 @pytest.mark.parametrize(
@@ -342,7 +342,7 @@ def test_a_head_knows_its_own_addresses(mine, monkeypatch):
 )
 def test_what_programs_read_differently_is_no_address(mine, where):
     with pytest.raises(ConfigError, match="not an address of a cluster"):
-        token.use_token(Address(where, "command"))
+        access_token.use_token(Address(where, "command"))
 
 
 @pytest.mark.parametrize(
@@ -353,19 +353,19 @@ def test_what_programs_read_differently_is_no_address(mine, where):
     ],
 )  # fmt: skip
 def test_one_known_address_does_not_stand_for_another(mine, strange):
-    token.remember("http://head.example:8265", "http://127.0.0.1:8265")
-    token.use_token(Address("http://HEAD.example:8265/", "file"))
+    access_token.remember("http://head.example:8265", "http://127.0.0.1:8265")
+    access_token.use_token(Address("http://HEAD.example:8265/", "file"))
     with pytest.raises(ConfigError, match="from a file"):
-        token.use_token(Address(strange, "file"))
+        access_token.use_token(Address(strange, "file"))
 
 
 def test_a_place_that_cannot_be_written_only_forgets(mine, monkeypatch):
     (mine.with_name("token.clusters")).mkdir()
-    token.remember("h:1")
-    token.use_token(Address("h:1", "command"))
+    access_token.remember("h:1")
+    access_token.use_token(Address("h:1", "command"))
     began = time.monotonic()
     with pytest.raises(ConfigError):
-        token.use_token(Address("h:1", "file"))
+        access_token.use_token(Address("h:1", "file"))
     assert time.monotonic() - began < 30
 
 
@@ -375,7 +375,7 @@ def test_an_old_token_is_found_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / ".ray").mkdir()
     (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
-    token.use_token(Address("h:1", "environment"))
+    access_token.use_token(Address("h:1", "environment"))
     monkeypatch.delenv("RAY_AUTH_MODE")
 
 
@@ -385,7 +385,7 @@ def test_an_address_without_a_port_is_told_which(mine):
 
 
 def test_a_token_that_others_could_read_is_closed_to_them(mine, capsys):
-    for use in (lambda: token.use_token(Address("h:1", "command")), token.make_token):
+    for use in (lambda: access_token.use_token(Address("h:1", "command")), access_token.make_token):
         mine.chmod(0o644)
         use()
         assert mine.stat().st_mode & 0o777 == 0o600
@@ -398,7 +398,7 @@ def test_a_token_that_others_could_read_is_closed_to_them(mine, capsys):
 def test_a_file_without_a_token_is_one_message(mine, content):
     mine.unlink()
     mine.mkdir() if content is None else mine.write_bytes(content)
-    for use in (lambda: token.use_token(Address("h:1", "command")), token.make_token):
+    for use in (lambda: access_token.use_token(Address("h:1", "command")), access_token.make_token):
         with pytest.raises(ConfigError, match=f"the token's file {mine} "):
             use()
 
@@ -407,7 +407,7 @@ def test_a_file_without_a_token_is_one_message(mine, content):
 def test_only_a_head_can_be_joined(mine, monkeypatch, address):
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("Ray was started"))
     with pytest.raises(ConfigError, match="is not HOST:PORT of a head, such as"):
-        typer.main.get_command(nodes.app)(["join", address], standalone_mode=False)
+        typer.main.get_command(join.app)(["join", address], standalone_mode=False)
     assert not mine.with_name("token.clusters").exists()
 
 
@@ -416,6 +416,6 @@ def test_options_are_judged_before_a_token_is_made(mine, monkeypatch, capsys, op
     monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("Ray was started"))
     mine.unlink()
     with pytest.raises(ConfigError, match=options[0].partition("=")[0]):
-        typer.main.get_command(nodes.app)(["up", *options], standalone_mode=False)
+        typer.main.get_command(join.app)(["up", *options], standalone_mode=False)
     assert not mine.exists()
     assert "token" not in capsys.readouterr().out

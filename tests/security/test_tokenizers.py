@@ -11,15 +11,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs import ConfigError, from_dict
-from configs.data import LimitsConfig, PrepareConfig
+from configs.sections.data import LimitsConfig, PrepareConfig
 from trainer.data.default import ensure_prepared
-from trainer.data.encode import Encoder, EncodeSpec
 from trainer.data.manifest import MANIFEST, TOKENIZER, read_manifest
-from trainer.data.pool import encode_all
-from trainer.data.prepare import prepare
-from trainer.data.sources import Record
-from trainer.data.splitting import Splitting
-from trainer.data.tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
+from trainer.data.prepare.encode import Encoder, EncodeSpec
+from trainer.data.prepare.pool import encode_all
+from trainer.data.prepare.prepare import prepare
+from trainer.data.prepare.splitting import Splitting
+from trainer.data.sources.find import Record
+from trainer.data.tokenizer.tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
 
 DOUBLED = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40
 
@@ -111,7 +111,7 @@ def test_what_is_no_file(tmp_path, monkeypatch, plain):
     for path in (tmp_path, tmp_path / "none.json", "x" * 5000, "a\0b"):
         with pytest.raises(ConfigError, match="tokenizer"):
             TokenizerProcess(path)
-    monkeypatch.setattr("trainer.data.tokenizer_files.TOKENIZER_BYTES", 100)
+    monkeypatch.setattr("trainer.data.tokenizer.tokenizer_files.TOKENIZER_BYTES", 100)
     with pytest.raises(ConfigError, match="more than any has"):
         TokenizerProcess(plain)
 

@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from configs.optim import OptimConfig
+from configs.sections.optim import OptimConfig
 from trainer.schedule import learning_rate
 
 SCHEDULES = get_args(OptimConfig.model_fields["schedule"].annotation)

@@ -7,7 +7,7 @@ import torch
 from support import tiny, train_in_process
 from syncs import watch_syncs
 
-from trainer.run import prepare_run
+from trainer.run.folder import prepare_run
 
 MODELS = {
     "dense": {"num_experts": 0},

@@ -28,10 +28,10 @@ class ChildDied(Exception):
 
 
 class Child:
-    """A process that runs `trainer.data.MODULE.serve(descriptor, ...)` over its end of a pipe, which ends it too.
+    """A process that runs `MODULE.serve(descriptor, ...)` over its end of a pipe, which ends it too.
 
     Args:
-        module: where its `serve` stands.
+        module: the whole name of the module that has `serve`.
         descriptors: more files for it to inherit, given to `serve` after the pipe.
     """
 
@@ -42,8 +42,8 @@ class Child:
         with theirs:
             given = [theirs.fileno(), *descriptors]
             code = (
-                f"from trainer.orphans import end_with; end_with({os.getpid()})\n"
-                f"from trainer.data.{module} import serve; serve({', '.join(map(str, given))})"
+                f"from trainer.processes.orphans import end_with; end_with({os.getpid()})\n"
+                f"from {module} import serve; serve({', '.join(map(str, given))})"
             )
             self._errors = tempfile.TemporaryFile()  # noqa: SIM115
             self._process = subprocess.Popen(

@@ -7,13 +7,13 @@ import platform
 from pathlib import Path
 
 from configs import Config, ConfigError
-from configs.data import DataConfig, LimitsConfig, PrepareConfig, Source
+from configs.sections.data import DataConfig, LimitsConfig, PrepareConfig, Source
 
 from .manifest import FORMAT, MANIFEST, Manifest, read_manifest, read_manifests, sources_of, without_held_out
-from .meter import Meter
-from .prepare import prepare, summary
-from .tokenizer import TokenizerProcess
-from .tokenizer_files import tokenizer_file
+from .prepare.meter import Meter
+from .prepare.prepare import prepare, summary
+from .tokenizer.tokenizer import TokenizerProcess
+from .tokenizer.tokenizer_files import tokenizer_file
 
 
 def ensure_prepared(
@@ -53,7 +53,7 @@ def ensure_prepared(
         folders.append(source.model_copy(update={"path": str(folder)}))
     path = folders[0].path if isinstance(config.data.path, str) else tuple(folders)
     data = config.data.model_copy(update={"path": path})
-    from .reader import Dataset  # torch, which what is refused above need not wait for
+    from .read.reader import Dataset  # torch, which what is refused above need not wait for
 
     Dataset(data, config.train.seq_len, config.run.seed)  # what is wrong with it shows here, not in the run's processes
     nothing = without_held_out(data)

@@ -10,9 +10,9 @@ from pydantic import FailFast, Field, ValidationError, field_validator, model_va
 
 from configs import ConfigError
 from configs.base import Typed, at_most
-from configs.data import DataConfig, PrepareConfig, Source
 from configs.explain import first_reason
-from configs.parse import check_values, shortened
+from configs.reading.parse import check_values, shortened
+from configs.sections.data import DataConfig, PrepareConfig, Source
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -232,7 +232,7 @@ def vocabulary(data: DataConfig) -> int:
     except ConfigError:
         if data.prepare.tokenizer in ("bytes", "bpe"):
             return 257 if data.prepare.tokenizer == "bytes" else data.prepare.vocab_size
-    from .tokenizer import TokenizerProcess  # what reads manifests does mostly without
+    from .tokenizer.tokenizer import TokenizerProcess  # what reads manifests does mostly without
 
     with TokenizerProcess(data.prepare.tokenizer, data.limits) as tokenizer:
         return tokenizer.vocab_size

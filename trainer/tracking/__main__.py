@@ -9,8 +9,8 @@ import traceback
 from pathlib import Path
 
 from configs import ConfigError, mask, private_files
+from trainer.record.terminal import guard
 
-from ..terminal import guard
 from .shipper import ship
 from .start import GRACE
 from .sweep import ship_sweep

@@ -5,7 +5,8 @@ import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ..record import EVENTS, METRICS
+from trainer.record.lines import EVENTS, METRICS
+
 from .tracker import Tracker
 
 LIVE = ("config.yaml", EVENTS, "samples")

@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from configs import Config, counted, mask
-from models.cost import parameters
+from models.planning.cost import parameters
 
 MARK = "Written by muster; a text of yours in its place stays."
 """Ends a description that may be replaced by a newer one."""

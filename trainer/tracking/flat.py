@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
-from ..notable import notable
+from trainer.record.notable import notable
 
 NAMES = {
     "attempt": "run_attempt",
@@ -66,7 +66,7 @@ def tags(details: Mapping[str, Any]) -> dict[str, str]:
 
 
 def notable_tags(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What a person should know of a run (`trainer.notable`), a tag for each kind: `muster.policy`, `muster.hang`."""
+    """What a person should know of a run (`trainer.record.notable`), a tag for each kind: `muster.policy` and so on."""
     found = {}
     for kind, each in notable(events).items():
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.time))

@@ -36,8 +36,8 @@ from mlflow.utils.uri import is_local_uri  # noqa: E402
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
 
 from configs import ConfigError  # noqa: E402
+from trainer.files.own_files import no_link, require_own  # noqa: E402
 
-from ..own_files import no_link, require_own  # noqa: E402
 from .description import MARK  # noqa: E402
 from .flat import NAMES  # noqa: E402
 from .start import SQLITE, sqlite_path  # noqa: E402

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from configs import Config, counted, flatten, mask
+from trainer.files.own_files import open_file, read_lines
+from trainer.record.goodput import goodput, productive, total
+from trainer.record.lines import EVENTS, METRICS, MetricsIndex, read_events, status_of, summary
+from trainer.run.notes import read_notes
 
-from ..goodput import goodput, productive, total
-from ..notes import read_notes
-from ..own_files import open_file, read_lines
-from ..record import EVENTS, METRICS, MetricsIndex, read_events, status_of, summary
 from .artifacts import FINAL, LIVE, Artifacts
 from .description import PICTURE, description
 from .flat import notable_tags, scalars, tags
@@ -123,7 +123,7 @@ class Sender:
             made, lines = self.run_dir / "plots" / "loss.png", self.run_dir / METRICS
             if made.exists() and made.stat().st_mtime_ns > lines.stat().st_mtime_ns:
                 return  # a sync by hand of what was sent
-            from ..plots import plot_run  # matplotlib is needed at the end only
+            from trainer.observe.plots import plot_run  # matplotlib is needed at the end only
 
             plot_run(self.run_dir)
         except Exception as problem:  # plots are no reason to lose the rest

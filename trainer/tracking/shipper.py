@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configs import Config, ConfigError, counted, load, mask
+from trainer.files.own_files import no_link, require_own
+from trainer.record.lines import MetricsIndex, Record
 
-from ..own_files import no_link, require_own
-from ..record import MetricsIndex, Record
 from .sender import Sender, open_tracker, words
 from .start import GRACE, later, tracking_uri
 from .system import SystemMetrics

@@ -13,9 +13,9 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from configs import MASK, Config, ConfigError, mask, mask_all
+from trainer.files.own_files import no_link, read_bytes, replace_text
+from trainer.record.lines import FULL, METRICS, read_events
 
-from ..own_files import no_link, read_bytes, replace_text
-from ..record import FULL, METRICS, read_events
 from .tracker import Input
 
 STATE, LOG = "tracking.json", "tracking.log"

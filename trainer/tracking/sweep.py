@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from configs import Config, ConfigError, flatten, load, mask
-from configs.sweep import load_sweep
-from configs.tracking import TrackingConfig
+from configs.sections.tracking import TrackingConfig
+from configs.sweep.definition import load_sweep
+from trainer.files.own_files import require_own
+from trainer.record.lines import EVENTS, METRICS, read_events, status_of
 
-from ..own_files import require_own
-from ..record import EVENTS, METRICS, read_events, status_of
 from .sender import Sender, open_tracker, words
 from .shipper import PATIENCE, Shipped, Shipper, only_one
 from .start import GRACE, read_state, tracking_uri

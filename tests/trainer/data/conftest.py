@@ -6,7 +6,7 @@ import pytest
 from data_inputs import SMALL, make_text
 
 from trainer.data.manifest import Manifest, read_manifest
-from trainer.data.prepare import prepare
+from trainer.data.prepare.prepare import prepare
 
 
 @pytest.fixture(scope="session")

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from configs import Config, ConfigError
-from configs.data import DataConfig, PrepareConfig, Source
-from configs.run import RunConfig
-from configs.train import TrainConfig
+from configs.sections.data import DataConfig, PrepareConfig, Source
+from configs.sections.run import RunConfig
+from configs.sections.train import TrainConfig
 from trainer.data.default import ensure_prepared, stdlib_folder, vocabulary_size
 from trainer.data.manifest import read_manifest
-from trainer.data.prepare import prepare
-from trainer.data.reader import Dataset
+from trainer.data.prepare.prepare import prepare
+from trainer.data.read.reader import Dataset
 
 BYTES = PrepareConfig(tokenizer="bytes")
 

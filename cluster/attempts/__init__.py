@@ -1,0 +1,1 @@
+"""A run's attempts: started, supervised, and what follows a failure."""

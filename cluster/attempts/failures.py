@@ -1,0 +1,59 @@
+"""What became of the workers of a run. Knows nothing of Ray."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+COLLATERAL = (
+    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",  # gloo
+    "ncclRemoteError", "Watchdog caught collective operation timeout",
+    "Connection was likely closed",  # the store that ranks meet at
+)  # fmt: skip
+"""How a process fails because another one has."""
+
+
+class Final(Exception):
+    """An end that a restart would only repeat.
+
+    Args:
+        kind: `mistake` of the user's, `stopped` by the trainer, or a `failure` that came twice.
+        reason: for the user, one to three lines.
+    """
+
+    def __init__(self, kind: Literal["mistake", "stopped", "failure"], reason: str) -> None:
+        super().__init__(kind, reason)
+        self.kind, self.reason = kind, reason
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How one worker ended."""
+
+    rank: int
+    reason: str
+    """One line."""
+    traceback: str = ""
+    lost: bool = False
+    """The process is gone without a word: killed, out of memory, or its machine is."""
+    broken: tuple[int, ...] | None = None
+    """Ranks of machines that cannot train (trainer.health.preflight); empty: it cannot be told whose."""
+
+    @property
+    def collateral(self) -> bool:
+        return any(words in self.reason for words in COLLATERAL)
+
+
+def cause(failures: Sequence[Failure]) -> Failure:
+    """The failure that the others most likely follow from."""
+    return min(failures, key=lambda failure: (not failure.lost, failure.collateral, failure.rank))
+
+
+def hung(event: dict[str, Any], failure: Failure) -> Failure:
+    """The failure of an attempt that was ended because it stood still.
+
+    Args:
+        event: `hang`, of `trainer.health.watchdog`.
+        failure: what its end looks like from outside.
+    """
+    rank = event["suspects"][0] if event["suspects"] else failure.rank
+    return Failure(rank, event["reason"], failure.traceback, lost=True)

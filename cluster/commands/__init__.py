@@ -1,0 +1,1 @@
+"""The commands of `muster` that are not about a sweep."""

@@ -1,0 +1,138 @@
+"""`muster data`: prepare text for training, look at what was prepared, show what a step reads."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.text import Text
+
+from configs import ConfigError, counted, from_dict
+from trainer.record.terminal import Console
+
+from .runs import RUNS, Json, Root, Run, run_folder
+
+app = typer.Typer(help="Prepare and look at training data.", no_args_is_help=True)
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[list[str], typer.Argument(help="Text, JSON, CSV, Parquet: files, folders, globs; packed too.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    tokenizer: Annotated[
+        str,
+        typer.Option(help="bytes, bpe (trained on the data), or an existing one: file, folder or Hugging Face name."),
+    ] = "bpe",
+    vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
+    held_out: Annotated[float, typer.Option(help="Share of the documents that training does not see.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Of the split by document.")] = 0,
+    text_key: Annotated[str, typer.Option(help="Key or column of the text, or meta.text.")] = "text",
+    workers: Annotated[int | None, typer.Option(help="Processes; one per processor if not given.", min=1)] = None,
+    limit: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=N", help="Raise a bound on foreign files: expansion, memory (MiB) or seconds."),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at what is otherwise counted and left out.")] = False,
+) -> None:
+    """Turn text into token shards. Example: muster data prepare 'texts/**/*.jsonl.zst' --out data/texts"""
+    from trainer.data.prepare.prepare import prepare, summary  # pyarrow and tokenizers
+
+    asked = {"tokenizer": tokenizer, "vocab_size": vocab_size, "held_out": held_out, "seed": seed}
+    limits = dict(each.partition("=")[::2] for each in limit or ())
+    data = from_dict({"data": {"prepare": asked, "limits": limits}}, where="muster data prepare").data
+    made = prepare(inputs, out, data.prepare, limits=data.limits, text_key=text_key, workers=workers, strict=strict)
+    print(summary(made))
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by `muster data prepare`.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Check every file against its sha256.")] = False,
+    examples: Annotated[int, typer.Option(help="Training sequences to show.", min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Say what a prepared folder holds. Example: muster data inspect data/texts --verify"""
+    from trainer.data.manifest import read_manifest
+
+    read_manifest(folder)  # a mistake shows before torch is imported
+    from trainer.data.show import inspect
+
+    found = inspect(folder, verify=verify, examples=examples)
+    problems = found.get("problems", [])
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        _print_inspection(found)
+    if problems:
+        raise ConfigError("\n".join(problems[:3]) + (f"\nand {len(problems) - 3} more" if len(problems) > 3 else ""))
+
+
+def _print_inspection(found: dict[str, Any]) -> None:
+    tokens = found["tokenizer"]
+    print(f"{found['folder']}: {counted(found['input_files'], 'file')}, {counted(found['input_bytes'], 'byte')}")
+    print(f"inputs: {', '.join(found['inputs'])}")
+    print(f"tokenizer: {tokens['kind']}, {tokens['vocab_size']:,} tokens")
+    for name, split in found["splits"].items():
+        print(
+            f"{name}: {counted(split['documents'], 'document')}, {counted(split['tokens'], 'token')} in "
+            f"{counted(split['shards'], 'shard')} and "
+            f"{counted(split['row_groups'], 'row group')}, unigram entropy {split['entropy']:.3f} nats"
+        )
+    for reason, count in found["refused"].items():
+        print(f"left out: {count:,} {reason}")
+    for doubt in found["doubts"]:
+        print(doubt)
+    for example in found.get("examples", []):
+        print(f"--- {example['file']}, row group {example['row_group']}, window {example['window']}")
+        print(example["text"])
+    if "problems" in found and not found["problems"]:
+        print("every file is as it was prepared")
+
+
+@app.command()
+def show(
+    run: Run,
+    step: Annotated[int, typer.Option(help="Optimizer step, from 1.", min=1)],
+    sequences: Annotated[int | None, typer.Option(help="Show only so many of the step's.", min=1)] = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Print the very batch that a step trains on. Example: muster data show quickstart --step 40"""
+    run_dir = run_folder(run, root)
+    from trainer.data.read.reader import Dataset, load_tokenizer  # torch
+    from trainer.run.folder import read_config
+
+    config = read_config(run_dir)
+    dataset = Dataset(config.data, config.train.seq_len, config.run.seed, split="train")
+    first, batch = _cursor(run_dir, config.train.global_batch, step), config.train.global_batch
+    indices = range(first, first + min(sequences or batch, batch))
+    rows: list[dict[str, Any]] = []
+    with load_tokenizer(config.data) as tokenizer:
+        for index in indices:
+            place = dataset.locate(index)
+            row: dict[str, Any] = {"index": index, "file": str(place.file)}
+            row |= {"row_group": place.row_group, "window": place.window}
+            for name, value in dataset.sequence(index).items():
+                row[name] = None if value is None else value.tolist()
+            row["text"] = tokenizer.decode(row["input_ids"], skip_special_tokens=False)
+            rows.append(row)
+    if as_json:
+        print(json.dumps({"run": run_dir.name, "step": step, "first_sequence": first, "sequences": rows}))
+        return
+    console = Console(soft_wrap=True)
+    for row in rows:
+        trained = sum(label != -100 for label in row["labels"])
+        head = f"sequence {row['index']}  {Path(row['file']).name} row group {row['row_group']} window {row['window']}"
+        console.print(Text(f"{head}  {trained} tokens trained on", style="bold"))
+        console.print(Text(row["text"]))
+
+
+def _cursor(run_dir: Path, global_batch: int, step: int) -> int:
+    """First sequence of a step: as recorded where it was taken (a rollback leaves some out), else as planned."""
+    from trainer.record.lines import read_metrics
+
+    cursor, taken = 0, 0
+    for record in read_metrics(run_dir):
+        if "sequences" in record and record["step"] <= step:
+            cursor, taken = record["sequences"], record["step"]
+    return cursor + (step - taken - 1) * global_batch

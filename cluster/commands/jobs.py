@@ -1,0 +1,317 @@
+"""`muster jobs`, `status`, `logs`, `stop`, `retry`: runs as the cluster knows them."""
+
+import asyncio
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cluster.server.client import Cluster, api_url
+from cluster.server.outlook import Outlook, gang_words, in_line, most, outlook
+from cluster.server.waiting import ACTIVE, FINISHED, QUEUED, RUNNING, STOPPED
+from configs import ConfigError, mask
+from configs.reading.parse import shortened
+from trainer.processes.output import LOGS
+from trainer.record.lines import in_use, read_events, status_of
+from trainer.record.notable import cut
+from trainer.record.terminal import Console
+
+from . import runs
+from .listing import show
+from .runs import RUNS, SHOWN, Json, Root, ago, complete_run, duration
+
+PREFIX = "job-"
+"""Of every job's id, which tells it from a run's name."""
+
+Job = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id of a job, as `muster jobs` lists it; or its run's name: the newest.")
+]
+RunOrJob = Annotated[
+    str,
+    typer.Argument(
+        metavar="RUN or JOB", help="Name, MLflow id or folder of a run, or id of a job.", autocompletion=complete_run
+    ),
+]
+WATCH_EVERY = 3.0
+"""Seconds between two looks."""
+RESTARTS = 15.0
+"""Seconds in which a run that failed may have begun again."""
+Address = Annotated[str | None, typer.Option(metavar="URL", help="Job API of the cluster, such as http://HOST:8265.")]
+
+
+def jobs(
+    address: Address = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Show them again every few seconds, until Ctrl-C.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the jobs of a cluster, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8265"""
+    cluster = Cluster(api_url(address))
+    console = Console()
+    before: list[list[str]] | None = None
+    while True:
+        try:
+            rows = _look(cluster, as_json)
+        except (OSError, RuntimeError) as error:
+            if not watch:
+                raise
+            console.print(f"{mask(cluster.url)} does not answer: {cut(mask(str(error)), SHOWN)}", soft_wrap=True)
+        else:
+            if watch and console.is_terminal and not as_json:
+                console.clear()
+                console.print(f"{mask(cluster.url)}  {time.strftime('%H:%M:%S')}  (Ctrl-C ends this list, no job)")
+            if not as_json and (rows != before or console.is_terminal):
+                _print_jobs(console, rows, cluster.url)
+            before = rows
+        if not watch:
+            return
+        time.sleep(WATCH_EVERY)
+
+
+def _look(cluster: Cluster, as_json: bool) -> list[list[str]]:
+    """The rows of the list; as JSON they are printed."""
+    found = cluster.jobs()
+    seen = outlook(found, cluster.nodes, lambda id: _output(cluster, id))
+    if as_json:
+        print(json.dumps([job | {"outlook": seen[id]._asdict()} for id, job in found.items()], indent=1), flush=True)
+    return [_row(id, job, seen[id]) for id, job in found.items()]
+
+
+def _print_jobs(console: Console, rows: list[list[str]], url: str) -> None:
+    if rows:
+        show(console, ("job", "state", "step", "eta", "priority", "processes", "submitted", "run", "why"), rows)
+    else:
+        console.print(f"no jobs at {mask(url)}")
+
+
+def _row(id: str, job: dict[str, Any], seen: Outlook) -> list[str]:
+    return [
+        id, _state(job), _step(seen), "" if seen.eta is None else duration(seen.eta), str(job["priority"]),
+        gang_words(job), ago(job["submitted"]), str(job["name"]), cut(seen.why, SHOWN),
+    ]  # fmt: skip
+
+
+def _step(seen: Outlook) -> str:
+    return "" if seen.step is None else f"{seen.step:,}/{seen.steps or 0:,}"
+
+
+def status(
+    run: RunOrJob,
+    root: Root = RUNS,
+    address: Address = None,
+    as_json: Json = False,
+) -> None:
+    """How a run or a job stands, and where a run's time went. Example: muster status quickstart"""
+    named = _local_or_cluster(run, root, address)
+    if isinstance(named, Path):
+        runs.status(run, root, as_json)
+        return
+    cluster, found = named, named.jobs()
+    job = _known(found, run)
+    waiting = in_line(found)
+    ahead = waiting.index(job["id"]) if job["id"] in waiting else 0
+    own = found if job["state"] == QUEUED else {job["id"]: job}
+    seen = outlook(own, cluster.nodes, lambda id: _output(cluster, id))[job["id"]]
+    if as_json:
+        print(json.dumps(job | {"ahead": ahead, "outlook": seen._asdict()}, indent=1))
+        return
+    why = f" ({seen.why})" if seen.why else ""
+    far = f", step {_step(seen)}" if seen.step is not None else ""
+    far += f", eta {duration(seen.eta)}" if seen.eta is not None else ""
+    print(f"{job['id']}: {_state(job)}{why}{far}, priority {job['priority']}, {gang_words(job)}, run {job['run_dir']}")
+    if (Path(job["run_dir"]) / "config.yaml").is_file():
+        runs.status(job["run_dir"], root, as_json=False)
+    elif (Path(job["run_dir"]) / "plan.json").is_file():
+        from cluster.sweep.train.display import show as show_sweep
+
+        show_sweep(Path(job["run_dir"]))
+
+
+def logs(
+    run: RunOrJob,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on until it ends.")] = False,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Output of one process, from the run's folder.")] = None,
+    root: Root = RUNS,
+    address: Address = None,
+) -> None:
+    """Print the output of a run's newest attempt (of rank 0), or of a job. Example: muster logs quickstart --follow"""
+    named = _local_or_cluster(run, root, address)
+    if isinstance(named, Path):
+        for text in _rank_output(named, rank or 0, follow, lambda: _has_ended(named)):
+            print(text, end="", flush=True)
+        return
+    cluster = named
+    job = _known(cluster.jobs(), run)
+    id = job["id"]
+    if rank is not None:
+        if not 0 <= rank < most(job):
+            raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {most(job) - 1}")
+        ended = lambda: _known(cluster.jobs(), id)["state"] not in ACTIVE  # noqa: E731
+        for text in _rank_output(Path(job["run_dir"]), rank, follow, ended):
+            print(text, end="", flush=True)
+        return
+    if follow:
+        _show_output(cluster, id)
+        return
+    if (output := _output(cluster, id)) is None:
+        print(f"{id} has no output on this cluster: it is {job['state']}")
+    else:
+        print(output, end="")
+
+
+def stop(
+    job: Job,
+    now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,
+    address: Address = None,
+) -> None:
+    """Stop a job, after a checkpoint. Example: muster stop job-moe-3f9a1c"""
+    cluster = Cluster(api_url(address))
+    known = _known(cluster.jobs(), job)
+    job, state = known["id"], known["state"]
+    if state not in ACTIVE:
+        print(f"{job} is {state} already")
+        return
+    cluster.send(do="stop", id=job, now=now)
+    cluster.wait_for(job, lambda found: found["state"] not in ACTIVE or "stopping" in found)
+    while (found := cluster.jobs()[job])["state"] in ACTIVE:
+        time.sleep(0.5)
+    again = f": `muster retry {job}` goes on" if found["state"] == STOPPED else ""
+    print(f"{job} is {found['state']}{again}")
+
+
+def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
+    """Submit an ended job once more; its run goes on from its last checkpoint. Example: muster retry job-moe-3f9a1c"""
+    cluster = Cluster(api_url(address))
+    old = _known(cluster.jobs(), job)
+    job = old["id"]
+    if old["state"] in ACTIVE:
+        raise ConfigError(f"{job} is {old['state']}: stop it first")
+    if old["state"] == FINISHED:
+        raise ConfigError(f"{job} is FINISHED: submit it with more to do, such as train.steps, to go on")
+    new = new_id(old["name"])
+    cluster.send(do="retry", id=job, new=new)
+    accepted(cluster, new, as_json)
+
+
+def new_id(name: str) -> str:
+    """Id of a new job of a run."""
+    return f"{PREFIX}{name[:180]}-{secrets.token_hex(3)}"
+
+
+def accepted(cluster: Cluster, id: str, as_json: bool) -> None:
+    """Wait until the queue has a job on its disk, and say where to look."""
+    job = cluster.wait_for(id, lambda _: True)
+    if as_json:
+        print(json.dumps(job | {"address": mask(cluster.url)}, indent=1))
+        return
+    print(f"{id}\nrun {job['run_dir']}, {gang_words(job)}, priority {job['priority']}")
+    print(f"muster logs {id} --follow; muster status {id}; muster stop {id}; dashboard {mask(cluster.url)}")
+
+
+def _local_or_cluster(run: str, root: Path, address: str | None) -> Path | Cluster:
+    """The folder of a run that is here, else the cluster whose job is meant. Raises ConfigError: there is neither."""
+    if folder := runs.find_run(run, root):
+        return folder
+    try:
+        return Cluster(api_url(address))
+    except ConfigError as error:
+        if run.startswith(PREFIX):
+            raise
+        raise ConfigError(f"{runs.no_run(run, root)}\nIs it a cluster's? {error}") from None
+
+
+def _known(jobs: dict[str, dict[str, Any]], named: str) -> dict[str, Any]:
+    """The job of this id, else the newest whose run has this name; Raises ConfigError, with the jobs there are."""
+    if named in jobs:
+        return jobs[named]
+    if own := [job for job in jobs.values() if job["name"] == named]:
+        return max(own, key=lambda job: (job["state"] in ACTIVE, job["submitted"]))
+    last = ", ".join(list(jobs)[-5:]) or "none"
+    raise ConfigError(f"no job or run {shortened(repr(named), 100)} on this cluster; the most recent are: {last}")
+
+
+def _has_ended(run_dir: Path) -> bool:
+    events = read_events(run_dir)
+    status, _ = status_of(events)
+    if status == "NEW":
+        return not in_use(events)
+    lately = bool(events) and time.time() - events[-1]["time"] < RESTARTS
+    return status != "RUNNING" and not (status == "FAILED" and lately)
+
+
+def _state(job: dict[str, Any]) -> str:
+    return "STOPPING" if job["state"] == RUNNING and "stopping" in job else str(job["state"])
+
+
+def _output(cluster: Cluster, id: str) -> str | None:
+    """Of the job's driver; None: it has not started, or on a cluster that is gone."""
+    try:
+        return str(cluster.jobs_api.get_job_logs(id))
+    except RuntimeError as error:
+        if "404" in str(error):
+            return None
+        raise
+
+
+def _show_output(cluster: Cluster, id: str) -> None:
+    """Print what the job's driver writes until it ends."""
+    job = _known(cluster.jobs(), id)
+    if job["state"] == QUEUED:
+        print(f"{id} waits in the queue", flush=True)
+        job = _until(cluster, id, lambda job: job["state"] != QUEUED)
+    if _output(cluster, id) is None:
+        print(f"{id} has no output on this cluster: it is {job['state']}")
+        return
+
+    async def tail() -> None:
+        async for text in cluster.jobs_api.tail_job_logs(id):
+            print(text, end="", flush=True)
+
+    asyncio.run(tail())
+
+
+def follow(cluster: Cluster, id: str) -> None:
+    """Print a job's output, and end with its exit code."""
+    try:
+        _show_output(cluster, id)
+        job = _until(cluster, id, lambda job: job["state"] not in ACTIVE)
+    except KeyboardInterrupt:
+        print(f"\n{id} goes on without this command; `muster stop {id}` stops it")
+        raise typer.Exit(130) from None
+    codes = {FINISHED: 0, STOPPED: 75}
+    raise typer.Exit(codes.get(job["state"], job.get("exit_code") or 1))
+
+
+def _until(cluster: Cluster, id: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    while not reached(job := cluster.jobs()[id]):
+        time.sleep(0.5)
+    return job
+
+
+def _rank_output(run_dir: Path, rank: int, follow: bool, has_ended: Callable[[], bool]) -> Iterator[str]:
+    """What one process of the newest attempt wrote into the run's folder, piece by piece."""
+    folder, done = run_dir / LOGS, 0
+    shown: Path | None = None
+    while True:
+        ended = has_ended()
+        written = folder.glob(f"attempt-*-rank-{rank:04d}*")
+        newest = max(written, key=lambda path: int(path.name.split("-")[1]), default=None)
+        if newest is not None:
+            done = done if newest == shown else 0
+            shown = newest
+            with newest.open(errors="replace") as file:
+                file.seek(done)
+                yield file.read()
+                done = file.tell()
+        if not follow or ended:
+            break
+        time.sleep(0.5)
+    if shown is None:
+        ranks = sorted({int(path.stem[-4:]) for path in folder.glob("attempt-*-rank-????.log")})
+        there = f"; there are ranks {ranks[0]} to {ranks[-1]}" if ranks else ""
+        raise ConfigError(
+            f"no output of rank {rank} in {folder}{there}. Processes write it there, and this machine must reach it"
+        )

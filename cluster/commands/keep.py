@@ -1,0 +1,144 @@
+"""`muster runs rm`, `note` and `tag`: what a person does with runs that are there."""
+
+import json
+import os
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs import ConfigError, counted
+from configs.reading.parse import is_file
+
+from .runs import RUNS, Json, Root, Run, complete_run, run_folder
+
+
+def remove(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN", help="Names of runs under --root, or their folders.", autocompletion=complete_run
+        ),
+    ],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    root: Root = RUNS,
+) -> None:
+    """Delete runs: records, checkpoints and all. A tracker keeps its own. Example: muster runs rm quickstart"""
+    found = {name: removable(name, root) for name in names}  # all are looked at before the first is gone
+    for run_dir in dict.fromkeys(found.values()):
+        count, size = _size(run_dir)
+        what = f"{run_dir}: {_state(run_dir)}, {counted(count, 'file')}, {size / 1e6:,.1f} MB"
+        if not yes and not sys.stdin.isatty():
+            raise ConfigError(f"would delete {what}\nThere is no terminal to ask on: --yes deletes without asking")
+        if not yes and not typer.confirm(f"Delete {what}?"):
+            print("nothing deleted")
+            continue
+        delete(run_dir)
+        print(f"deleted {run_dir}")
+
+
+def removable(name: str, root: Path) -> Path:
+    """The folder of a run that may be deleted.
+
+    Raises:
+        ConfigError: there is none, it is a link or no run's, or the run is being trained.
+    """
+    from trainer.record.lines import EVENTS, in_use, read_events
+
+    given = next((folder for folder in (root / name, Path(name)) if is_file(folder / "config.yaml")), None)
+    run_dir = run_folder(name, root)
+    if given is not None and given.is_symlink():
+        raise ConfigError(f"{given} is a link to {os.readlink(given)}: nothing is deleted through it; name the folder")
+    if (run_dir / EVENTS).is_symlink() or not read_events(run_dir):
+        raise ConfigError(f"{run_dir} is no run's folder: it has a config.yaml and no record ({EVENTS})")
+    if who := in_use(read_events(run_dir)):
+        raise ConfigError(
+            f"{run_dir.name} is being trained by {who}: stop it first.\n"
+            f"If that machine is gone for good, delete {run_dir} by hand"
+        )
+    return run_dir
+
+
+def delete(run_dir: Path) -> None:
+    """Delete a run's folder while no other process can train it or send its record. Raises ConfigError if one does."""
+    from trainer.run.folder import run_lock  # torch
+    from trainer.tracking.shipper import only_one
+
+    with ExitStack() as held:
+        held.enter_context(run_lock(run_dir))
+        if not held.enter_context(only_one(run_dir, 0.0)):
+            raise ConfigError(f"the record of {run_dir.name} is being sent to its tracker: wait for that, then again")
+        try:
+            shutil.rmtree(run_dir)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: {error.strerror}; what is left of the run is in {run_dir}") from None
+
+
+def note(
+    run: Run,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="What to write; '' removes it.")] = None,
+    root: Root = RUNS,
+) -> None:
+    """Say something of a run, or read it again. Example: muster runs note quickstart 'the one for the paper'"""
+    from trainer.run.notes import read_notes, set_note
+
+    run_dir = run_folder(run, root)
+    if text is None:
+        print(read_notes(run_dir).note or f"{run_dir.name} has no note")
+        return
+    set_note(run_dir, text)
+    _say_later(run_dir)
+
+
+def tag(
+    run: Run,
+    tags: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Tags to set; KEY= removes one; none: show them.")
+    ] = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Give a run tags. Example: muster runs tag quickstart project=stdlib"""
+    from trainer.run.notes import read_notes, set_tags
+
+    run_dir = run_folder(run, root)
+    changes = {}
+    for each in tags or ():
+        key, sign, value = each.partition("=")
+        if not sign:
+            raise ConfigError(f"{each!r} is no KEY=VALUE, such as project=stdlib; {each}= removes the tag {each}")
+        changes[key.strip()] = value.strip()
+    if changes:
+        set_tags(run_dir, changes)
+    known = dict(read_notes(run_dir).tags)
+    if as_json:
+        print(json.dumps(known, indent=1))
+    elif changes:
+        _say_later(run_dir)
+    else:
+        print("\n".join(f"{key}={value}" for key, value in known.items()) or f"{run_dir.name} has no tags")
+
+
+def _say_later(run_dir: Path) -> None:
+    from trainer.tracking import read_state
+
+    if read_state(run_dir).get("run_id"):
+        print(f"noted; `muster sync {run_dir}` shows it in the tracker, and so does the end of an attempt")
+    else:
+        print("noted")
+
+
+def _state(run_dir: Path) -> str:
+    from trainer.record.lines import summary
+
+    found = summary(run_dir)
+    return f"{found['status']}, step {found['step']:,}"
+
+
+def _size(run_dir: Path) -> tuple[int, int]:
+    """Files and bytes."""
+    sizes = [(Path(folder) / name).lstat().st_size for folder, _, names in os.walk(run_dir) for name in names]
+    return len(sizes), sum(sizes)

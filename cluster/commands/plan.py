@@ -1,0 +1,258 @@
+"""`muster plan`: what a run will need and cost, before anything starts, and which topology suits it (no torch)."""
+
+import json
+import math
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from configs import Config, ConfigError, counted, load, preset_names, resolve
+from configs.sections.parallel import MOST_PROCESSES
+from models.planning.devices import DEVICES, HEADROOM, Device, cpu
+from models.planning.plan import Plan, predict
+from models.planning.search import Choice, Found, search
+from models.planning.shards import micro_batches
+from trainer.checkpoint.cadence import expected
+from trainer.record.terminal import Console
+
+from .runs import Json
+
+KINDS = (*DEVICES, "cpu")
+DEAREST = 1_000_000
+"""USD for an hour of one device."""
+SHOWN = 10
+"""Topologies that a search lists."""
+
+
+def plan(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help=f"A preset ({', '.join(preset_names())}) or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option(metavar="N", help="Devices; parallel.dp becomes what that takes.")] = None,
+    gpu: Annotated[str, typer.Option(metavar="KIND", help=f"Kind of device: {', '.join(KINDS)}.")] = "h100",
+    usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
+    do_search: Annotated[bool, typer.Option("--search", help="Compare all topologies of the devices.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Predict memory, speed and cost of a run. Example: muster plan moe-8x7b --gpus 64 --search"""
+    from trainer.data.manifest import vocabulary  # numpy
+
+    device = asked_device(gpu, gpus, usd_per_gpu_hour)
+    asked = load(config, overrides or ())
+    devices = gpus or asked.parallel.world_size
+    if do_search:
+        # Of the config's own topology only what does not depend on it is used.
+        alone = {"dp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": 1}
+        asked = asked.model_copy(update={"parallel": asked.parallel.model_copy(update=alone)})
+        resolved, _ = resolve(asked, vocab_size=vocabulary(asked.data))
+        found = search(resolved, device, devices)
+        if as_json:
+            print(json.dumps(_search_json(found, usd_per_gpu_hour), indent=1))
+        else:
+            _show_search(found, resolved, device, devices, usd_per_gpu_hour)
+        return
+    if gpus:
+        asked = _spread(asked, gpus)
+    resolved, notes = resolve(asked, vocab_size=vocabulary(asked.data))
+    predicted = predict(resolved, device)
+    if as_json:
+        print(json.dumps(predicted.summary() | _cost(predicted, resolved, usd_per_gpu_hour), indent=1))
+    else:
+        _show(predicted, resolved, notes, usd_per_gpu_hour)
+
+
+def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> Device:
+    """The device of --gpu. Raises ConfigError where it, --gpus or --usd-per-gpu-hour makes no sense."""
+    if gpu not in KINDS:
+        raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
+    if gpus is not None and not 1 <= gpus <= MOST_PROCESSES:
+        raise ConfigError(f"--gpus {gpus}: should be 1 to {MOST_PROCESSES:,}")
+    if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour <= DEAREST:
+        raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 to {DEAREST:,}")
+    return cpu() if gpu == "cpu" else DEVICES[gpu]
+
+
+def _spread(config: Config, devices: int) -> Config:
+    """The config over that many devices: the other degrees stay, dp follows."""
+    parallel = config.parallel
+    inner = parallel.tp * parallel.pp * parallel.sp
+    if devices % inner:
+        raise ConfigError(
+            f"--gpus {devices} is not a multiple of parallel.tp * pp * sp ({parallel.tp} * {parallel.pp} * "
+            f"{parallel.sp} = {inner}): change one of them, or let --search find a topology"
+        )
+    train = config.train
+    if train.micro_batch and train.micro_batch * (devices // inner) > train.global_batch:
+        raise ConfigError(
+            f"--gpus {devices} gives parallel.dp={devices // inner}, and train.micro_batch ({train.micro_batch}) times "
+            f"that is over train.global_batch ({train.global_batch}): lower the first or raise the last"
+        )
+    return config.model_copy(update={"parallel": parallel.model_copy(update={"dp": devices // inner})})
+
+
+def _cost(predicted: Plan, config: Config, price: float | None) -> dict[str, float]:
+    hours = config.train.steps * predicted.step_time / 3600
+    cost = {"hours": hours, "device_hours": hours * predicted.devices}
+    return cost if price is None else cost | {"usd": hours * predicted.devices * price}
+
+
+def _show(predicted: Plan, config: Config, notes: list[str], price: float | None) -> None:
+    console, device, counts = Console(soft_wrap=True), predicted.device, predicted.parameters
+    memory, train, parallel = predicted.memory, config.train, config.parallel
+    degrees = ", ".join(f"{key} {getattr(parallel, key)}" for key in ("dp", "tp", "pp", "ep", "sp", "hpz")
+                        if getattr(parallel, key) > 1)  # fmt: skip
+    if parallel.pp_schedule != "1f1b":
+        degrees += f" {parallel.pp_schedule}"
+    offload = "" if parallel.offload == "none" else f", offload {parallel.offload}"
+    what = f"{config.run.name} on {predicted.devices} x {device.name}"
+    how = f"{degrees or 'one process'}, ZeRO-{parallel.zero_stage}{offload}, {train.precision}"
+    console.print(Text.assemble((what, "bold"), f": {how}"))
+    for note in notes:
+        console.print(f"  {note}", style="dim")
+    console.print(f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active per token, "
+                  f"{predicted.flops_per_token / 1e9:,.3g} GFLOPs a token in training")  # fmt: skip
+    console.print(f"{predicted.tokens_per_step:,} tokens a step: {counted(micro_batches(config), 'micro-batch')} of "
+                  f"{train.micro_batch} x {train.seq_len} on each of "
+                  f"{counted(parallel.dp, 'data-parallel rank')}\n")  # fmt: skip
+
+    table = Table("memory of a device", box=None, pad_edge=False)
+    table.add_column("GB", justify="right")
+    named = {
+        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
+        "weights gathered for use": memory.gathered,
+        f"activations ({train.activation_checkpointing} checkpointing)": memory.activations,
+        "the layer computed again": memory.recomputed, "loss and head": memory.loss,
+        "expert dispatch": memory.dispatch, "reduction of gradients": memory.buckets, "libraries": memory.runtime,
+        "reading data, evaluation": memory.trainer, "a checkpoint's copy": memory.snapshot,
+        "gaps in the C library's heap": memory.gaps,
+    }  # fmt: skip
+    for name, size in named.items():
+        if size:
+            table.add_row(name, _gb(size))
+    moment = max(memory.moments, key=memory.moments.__getitem__)
+    table.add_row(f"peak, at the {moment}", _gb(memory.peak), style="bold")
+    if math.isfinite(device.memory):
+        verdict = Text("fits", "green") if predicted.fits else Text("does not fit", "red")
+        more = "" if predicted.fits else f" in {1 - HEADROOM:.0%} of it: see --search"
+        table.add_row(Text.assemble("of the device, ", verdict, more), _gb(device.memory))
+    if memory.host:
+        table.add_row("in the host's memory, of each process", _gb(memory.host))
+    console.print(table)
+    if parallel.pp > 1:
+        console.print(f"of rank {memory.stage + 1} of {parallel.pp} of the pipeline, which needs most", style="dim")
+    other = "none" if train.activation_checkpointing != "none" else "full"
+    twin = predict(
+        config.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": other})}), device
+    )
+    console.print(f"with train.activation_checkpointing={other}: peak {_gb(twin.memory.peak)} GB, "
+                  f"step {_seconds(twin.step_time)}\n", style="dim")  # fmt: skip
+
+    table = Table("a step", box=None, pad_edge=False)
+    table.add_column("time", justify="right")
+    table.add_column("sent by a device", justify="right")
+    table.add_row("matrix products", _seconds(predicted.compute_time))
+    table.add_row("moving activations and states", _seconds(predicted.memory_time))
+    if predicted.launch_time:
+        table.add_row("small operations", _seconds(predicted.launch_time))
+    for item in predicted.traffic:
+        behind = " (behind the backward pass)" if item.hidden and not device.is_cpu else ""
+        table.add_row(item.kind + behind, _seconds(item.seconds), f"{_gb(item.sent)} GB")
+    if predicted.bubble:
+        table.add_row("pipeline bubble", f"{predicted.bubble:.0%}")
+    table.add_row("step", _seconds(predicted.step_time), style="bold")
+    console.print(table)
+    cost = _cost(predicted, config, price)
+    console.print(f"\nMFU {predicted.mfu:.0%}, {_count(predicted.tokens_per_second)} tokens/s, "
+                  f"{_count(predicted.tokens_per_day)} tokens a day")  # fmt: skip
+    priced = f", {cost['usd']:,.0f} USD" if "usd" in cost else ""
+    console.print(f"{counted(train.steps, 'step')}, {_count(train.steps * predicted.tokens_per_step)} tokens: "
+                  f"{_duration(cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
+    if config.checkpoint.every == "auto":
+        console.print(expected(predicted.devices, predicted.step_time))
+    source = device.sources.get("flops", "")
+    console.print(f"Rates: {source}; {device.attained:.0%} of it reached by matrix products. "
+                  "A prediction: muster has not been measured on this device." if not device.is_cpu else
+                  f"Rates: {source}", style="dim")  # fmt: skip
+
+
+def _show_search(found: Found, config: Config, device: Device, devices: int, price: float | None) -> None:
+    console = Console(soft_wrap=True)
+    fitting = len(found.choices)
+    told = f": {fitting} topologies fit{', the quickest first' if fitting else ''}"
+    console.print(Text.assemble((f"{config.run.name} on {devices} x {device.name}", "bold"), told))
+    if found.choices:
+        columns = ("dp", "tp", "pp", "ep", "sp", "zero", "micro", "redo", "GB", "step", "MFU", "tokens/day")
+        table = Table(*columns, box=None, pad_edge=False)
+        for column in table.columns:
+            column.justify = "right"
+        if price is not None:
+            table.add_column("USD", justify="right")
+        for choice in found.choices[:SHOWN]:
+            table.add_row(*_row(choice), *([] if price is None else [_usd(choice, price)]))
+        console.print(table)
+        console.print(f"\nThe first: {' '.join(found.choices[0].overrides())}", soft_wrap=True)
+        console.print(
+            "pp 2v: parallel.pp_schedule=dualpipev. micro: train.micro_batch. redo: train.activation_checkpointing.",
+            style="dim",
+        )
+    if found.too_large:
+        console.print(f"\n{found.too_large} topologies do not fit in {1 - HEADROOM:.0%} of {_gb(device.memory)} GB "
+                      f"with any micro-batch; the smallest of them needs {_gb(found.least or 0)} GB")  # fmt: skip
+    if found.refused:
+        console.print("\nCannot run (a topology may break several rules):")
+        table = Table(box=None, pad_edge=False, show_header=False)
+        table.add_column(justify="right", no_wrap=True)
+        table.add_column(overflow="fold")
+        for reason, count in found.refused.most_common():
+            table.add_row(str(count), reason)
+        console.print(table)
+
+
+def _row(choice: Choice) -> list[str]:
+    parallel, train, predicted = choice.config.parallel, choice.config.train, choice.plan
+    v = "v" if parallel.pp_schedule == "dualpipev" else ""
+    degrees = f"{parallel.dp} {parallel.tp} {parallel.pp}{v} {parallel.ep} {parallel.sp} {parallel.zero_stage}".split()
+    return [*degrees, str(train.micro_batch), train.activation_checkpointing, _gb(predicted.memory.peak),
+            _seconds(predicted.step_time), f"{predicted.mfu:.0%}", _count(predicted.tokens_per_day)]  # fmt: skip
+
+
+def _usd(choice: Choice, price: float) -> str:
+    return f"{_cost(choice.plan, choice.config, price)['usd']:,.0f}"
+
+
+def _search_json(found: Found, price: float | None) -> dict:
+    return {
+        "choices": [
+            {"overrides": choice.overrides()} | choice.plan.summary() | _cost(choice.plan, choice.config, price)
+            for choice in found.choices
+        ],
+        "too_large": found.too_large,
+        "least_memory_of_too_large": found.least,
+        "refused": dict(found.refused),
+    }  # fmt: skip
+
+
+def _gb(size: float) -> str:
+    return f"{size / 1e9:,.2f}" if size < 10e9 else f"{size / 1e9:,.1f}"
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:,.2f} s"
+
+
+def _count(value: float) -> str:
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def _duration(hours: float) -> str:
+    return (
+        f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} min"
+    )

@@ -1,0 +1,203 @@
+"""Commands over a trained run: `muster generate`, `muster eval`, `muster export`."""
+
+import contextlib
+import json
+import math
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from configs import ConfigError, counted
+from configs.reading.parse import shortened
+from trainer.record.terminal import Console
+
+from .checkpoints import steps_of
+from .runs import RUNS, Json, Root, Run, duration, run_folder
+
+BATCH = 8
+"""Sequences that are evaluated at once."""
+LINE_SECONDS = 10.0
+
+if TYPE_CHECKING:
+    from trainer.observe.held_out import SourceLoss  # torch
+
+Step = Annotated[int | None, typer.Option(help="Checkpoint of this step; the newest if not given.", min=0)]
+
+
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 128,
+    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0.0)] = 0.8,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    step: Step = None,
+    root: Root = RUNS,
+) -> None:
+    """Continue a text with a trained model. Example: muster generate quickstart --prompt 'def '"""
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
+    from trainer.checkpoint.export import load_module
+    from trainer.data.tokenizer.kept import tokenizer_of
+    from trainer.data.tokenizer.tokenizer import TokenizerProcess  # torch
+    from trainer.observe.held_out import continue_texts
+
+    module, config, _ = load_module(run_dir, step)
+    folder, info = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer:
+        how: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
+        print(*continue_texts(module, tokenizer, info.eos_id, [prompt], **how))
+
+
+def evaluate(
+    run: Run,
+    data: Annotated[Path | None, typer.Option(help="Prepared folder; the run's own data if not given.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="Held-out sequences; all if not given.", min=1)] = None,
+    step: Step = None,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Loss of a trained model on the held-out split, by source of a mixture. Example: muster eval quickstart --json"""
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
+    import torch
+
+    from trainer.checkpoint.export import load_module
+    from trainer.data.manifest import TOKENIZER, read_manifests
+    from trainer.data.read.reader import Dataset
+    from trainer.data.tokenizer.kept import tokenizer_of
+    from trainer.observe.held_out import held_out_loss_by_source, together
+
+    module, config, found = load_module(run_dir, step)
+    source = config.data.model_copy(update={"path": str(data)}) if data else config.data
+    folder, info = tokenizer_of(run_dir, config.data)
+    if not info.is_as(read_manifests(source)[0].tokenizer):
+        raise ConfigError(
+            f"--data {data} has another tokenizer than run {run_dir.name}: prepare it with the run's own,\n"
+            f"`muster data prepare ... --tokenizer {folder / TOKENIZER}`"
+        )
+    dataset = Dataset(source, config.train.seq_len, config.run.seed, split="held_out")
+    count = min(sequences or len(dataset), len(dataset))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    by_source = Counter(dataset.locate(index).source for index in range(count))
+    with _counting(module.to(device), sum(math.ceil(own / BATCH) for own in by_source.values())) as forward:
+        sources = held_out_loss_by_source(forward, dataset, count, BATCH, device)
+    whole = together(sources.values())
+    result = {
+        "run": run_dir.name,
+        "step": found,
+        "data": [item.path for item in dataset.sources],
+        **_told(whole),
+        "sources": [{"data": path} | _told(each) for path, each in sources.items()],
+    }
+    if as_json:
+        print(json.dumps(result, indent=1))
+        return
+    for path, each in sources.items() if len(dataset.sources) > 1 else ():
+        print(f"{path}: {_line(each)}")
+    print(f"held-out loss {_line(whole)}")
+
+
+def _told(part: "SourceLoss") -> dict[str, Any]:
+    return {
+        "loss": part.loss,
+        "perplexity": math.exp(min(part.loss, 700.0)),
+        "bits_per_byte": part.bits_per_byte,
+        "unigram_entropy": part.unigram_entropy,
+        "sequences": part.sequences,
+        "tokens": part.tokens,
+    }
+
+
+def _line(part: "SourceLoss") -> str:
+    told = _told(part)
+    return (
+        f"{part.loss:.4f} nats per token over {part.tokens:,} tokens (perplexity {told['perplexity']:.2f}, "
+        f"{part.bits_per_byte:.3f} bits per byte; unigram entropy {part.unigram_entropy:.4f})"
+    )
+
+
+@contextlib.contextmanager
+def _counting(forward: Callable[..., Any], batches: int) -> Iterator[Callable[..., Any]]:
+    """The function, whose calls are counted on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
+    console = Console(stderr=True, soft_wrap=True)
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    task, done, began = bar.add_task("batches evaluated", total=batches), 0, time.monotonic()
+    told = began
+
+    def counted_forward(*given: Any) -> Any:
+        nonlocal done, told
+        out = forward(*given)
+        done += 1
+        bar.update(task, completed=done)
+        now = time.monotonic()
+        if not console.is_terminal and now - told >= LINE_SECONDS and done < batches:
+            told = now
+            console.print(
+                f"{done:,} of {batches:,} batches evaluated, eta {duration((now - began) / done * (batches - done))}"
+            )
+        return out
+
+    with bar:
+        yield counted_forward
+
+
+FORMATS = ("hf",)
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def export(
+    run: Run,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to make.")] = None,
+    to: Annotated[
+        str | None, typer.Option(metavar="FORMAT", help="hf: as Hugging Face's transformers loads it.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Of the weights: {', '.join(DTYPES)}.")] = DTYPES[0],
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Of a file of weights at most, such as 500MB or 2GiB.")
+    ] = "5GB",
+    step: Step = None,
+    root: Root = RUNS,
+) -> None:
+    """Write a trained model as a Hugging Face folder. Example: muster export quickstart --out exported"""
+    if out is None and to is not None:
+        print(f"muster: --to FOLDER is the old spelling and still works: write --out {to}", file=sys.stderr)
+        out, to = Path(to), None
+    if out is None:
+        raise ConfigError("no folder is named: --out FOLDER, such as --out exported")
+    if to is not None and to not in FORMATS:
+        raise ConfigError(f"--to {to}: names a format, of which there is {', '.join(FORMATS)}; --out names the folder")
+    if dtype not in DTYPES:
+        raise ConfigError(f"--dtype {dtype}: should be one of {', '.join(DTYPES)}")
+    shard_bytes = _bytes("--max-shard-size", max_shard_size)
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
+    import torch
+
+    from trainer.checkpoint.export import export
+
+    found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes)
+    files = [path for path in out.iterdir() if path.suffix == ".safetensors"]
+    size = sum(path.stat().st_size for path in files)
+    print(
+        f"checkpoint of step {found} exported to {out}: {dtype}, {size / 1e6:,.1f} MB in {counted(len(files), 'file')}"
+    )
+
+
+def _bytes(option: str, text: str) -> int:
+    """`500MB`, `2GiB` or a plain number, as bytes. Raises ConfigError."""
+    found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,6})?) ?([KMGT]?)(i?)B?", text.strip(), flags=re.IGNORECASE)
+    size = 0.0
+    if found:
+        number, prefix, binary = found.groups()
+        size = float(number) * (1024 if binary else 1000) ** " KMGT".index(prefix.upper() or " ")
+    if size < 1:
+        raise ConfigError(f"{option} {shortened(text, 40)}: should be a size, such as 500MB, 5GB or 2GiB")
+    return int(size)

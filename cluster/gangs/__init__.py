@@ -1,0 +1,1 @@
+"""Processes on machines: Ray started or joined, and a gang of workers on it."""

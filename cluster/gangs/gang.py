@@ -1,0 +1,287 @@
+"""A gang of workers on a Ray cluster: reserved whole or not at all, kept through the attempts of a run."""
+
+import contextlib
+import secrets
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import ray
+import ray.exceptions
+from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+from cluster.attempts.failures import Failure, Final
+from cluster.server import waiting
+
+from .ray_nodes import machines
+from .share import Node, Share
+from .worker import Worker
+
+RESERVED, STARTED, ENDED = 20.0, 120.0, 15.0
+"""Seconds that a placement group, new workers, and the end of an attempt's processes may take."""
+EXPLAINED = 5.0
+"""Seconds in which the failure shows that others follow from: a connection may close before a process is seen dead."""
+ANSWERED = 10.0
+"""Seconds after which a worker that does not answer is taken for unreachable."""
+TICK = 1.0
+
+
+class Member(NamedTuple):
+    """A worker, which of the gang's bundles it has its share of, and where it is."""
+
+    actor: Any
+    bundle: int
+    node: str
+    interface: str | None
+    gpus: tuple[str, ...]
+
+
+class Gang:
+    """Workers of equal shares, in the order of their ranks; those of a machine stand in a row.
+
+    They hold a placement group with a bundle for each machine. When one is lost, the others stay warm; Ray moves its
+    bundle to where there is room, and the workers missing there are started when the whole gang is gathered again.
+
+    Args:
+        each: what a worker reserves.
+        group: ranks in a row that share a machine wherever one has room for so many.
+        environment: variables of the training processes.
+    """
+
+    def __init__(self, each: Share, group: int, environment: dict[str, str]) -> None:
+        self.each, self.group, self.environment = each, group, environment
+        self.members: list[Member] = []
+        self._reserved: Any = None
+        self._counts: list[int] = []
+        """Workers that each bundle has room for."""
+
+    def __enter__(self) -> "Gang":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.dissolve()
+
+    def gather(self, workers: int, avoid: Collection[str] = ()) -> bool:
+        """Be so many workers. Those that are there and answer stay, if that is enough.
+
+        Args:
+            avoid: ids of machines that are not to be used.
+
+        Returns:
+            False: there is no room for all of them now; those that are there are kept.
+        """
+        avoid = {*avoid, *self.unreached()}
+        self.members = [member for member in self.members if member.node not in avoid]
+        with contextlib.suppress(ray.exceptions.RayError):
+            if sum(self._counts) == workers and self._whole(avoid) and self._fill():
+                return True
+            if len(self.members) == workers:
+                return True
+            if counts := self.room_for(workers, avoid):
+                self.dissolve()
+                return self._reserve(counts, avoid) and self._fill()
+        return False
+
+    def room_for(self, workers: int, avoid: Collection[str]) -> list[int] | None:
+        """How many workers would go to a machine each, if the gang gave up what it holds; None: there is no room."""
+        held, nothing = self.held(), Node(0.0, 0.0)
+        there = [machine for machine in machines() if machine.id not in avoid]
+        free = [Node(*(a + b for a, b in zip(m.free, held.get(m.id, nothing), strict=True))) for m in there]
+        asked = waiting.Gang(workers, self.each, self.group)
+        places = waiting.assign(asked, free, [machine.total for machine in there])
+        return None if places is None else list(places.values())
+
+    def _reserve(self, counts: list[int], avoid: Collection[str]) -> bool:
+        others = {"ray.io/node-id": f"!in({','.join(sorted(avoid))})"} if avoid else {}
+        bundles = [self._resources(count) for count in counts]
+        self._counts = counts
+        self._reserved = placement_group(bundles, bundle_label_selector=[others] * len(counts) if avoid else None)
+        if self._reserved.wait(RESERVED):
+            return True
+        self.dissolve()
+        return False
+
+    def _resources(self, workers: int) -> dict[str, float]:
+        needs = {"CPU": self.each.cpus * workers, "GPU": self.each.gpus * workers}
+        return {kind: round(count, 4) for kind, count in needs.items() if count}
+
+    def _nodes(self) -> dict[int, str]:
+        """The machine of each bundle that has one."""
+        if self._reserved is None:
+            return {}
+        table = placement_group_table(self._reserved)
+        return {int(index): node for index, node in table["bundles_to_node_id"].items() if node}
+
+    def _whole(self, avoid: Collection[str]) -> bool:
+        """Whether every bundle lies on a living machine that may be used."""
+        nodes, alive = self._nodes(), {machine.id for machine in machines()}
+        return len(nodes) == len(self._counts) and set(nodes.values()) <= alive - set(avoid)
+
+    def _fill(self) -> bool:
+        """Start the workers that are missing. Raises RayError if a machine does not answer."""
+        there = Counter(member.bundle for member in self.members)
+        bundles = [i for i, count in enumerate(self._counts) for _ in range(count - there[i])]
+        kind: Any = ray.remote(Worker)
+        actors = [
+            kind.options(
+                num_cpus=self.each.cpus,
+                num_gpus=self.each.gpus,
+                max_concurrency=4,  # an attempt's end, and its beginning, beside one that cannot be ended
+                scheduling_strategy=PlacementGroupSchedulingStrategy(self._reserved, index),
+            ).remote(self.environment)
+            for index in bundles
+        ]
+        facts = ray.get([actor.facts.remote() for actor in actors], timeout=STARTED)
+        self.members += [
+            Member(actor, index, fact["node"], fact["interface"], tuple(fact["gpus"]))
+            for actor, index, fact in zip(actors, bundles, facts, strict=True)
+        ]
+        order = list(dict.fromkeys(member.node for member in self.members))
+        self.members.sort(key=lambda member: (order.index(member.node), [gpu.rjust(4) for gpu in member.gpus]))
+        return True
+
+    def dissolve(self) -> None:
+        """Give up all workers, and wait until the cluster counts what they held as free."""
+        if self._reserved is None:
+            return
+        held, before = self.held(), {machine.id: machine.free for machine in machines()}
+        for member in self.members:
+            ray.kill(member.actor)
+        remove_placement_group(self._reserved)
+        self.members, self._reserved, self._counts = [], None, []
+        until = time.monotonic() + ANSWERED
+        while time.monotonic() < until:
+            free = {machine.id: sum(machine.free) for machine in machines()}
+            if all(free.get(id, 1e9) >= sum(before[id]) + sum(held[id]) - 1e-3 for id in held.keys() & before.keys()):
+                break
+            time.sleep(0.05)
+
+    def held(self) -> dict[str, Node]:
+        """What the gang holds of each machine, by its id."""
+        found: dict[str, Node] = {}
+        for index, id in self._nodes().items():
+            cpus, gpus = (part * self._counts[index] for part in self.each)
+            there = found.get(id, Node(0.0, 0.0))
+            found[id] = Node(there.cpus + cpus, there.gpus + gpus)
+        return found
+
+    def unreached(self) -> set[str]:
+        """Let go of workers that do not answer. Returns the machines that Ray has not given up but cannot reach."""
+        asked = {member.actor.facts.remote(): member for member in self.members}
+        ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWERED) if asked else ([], [])
+        lost = {asked[ref]: True for ref in late}
+        for ref in ready:
+            try:
+                ray.get(ref)
+            except ray.exceptions.RayError as error:
+                lost[asked[ref]] = isinstance(error, ray.exceptions.ActorUnavailableError)
+        self.members = [member for member in self.members if member not in lost]
+        return {member.node for member, unreached in lost.items() if unreached}
+
+    def attempt(
+        self, run_dir: Path, folder: str, patience: float, meanwhile: Callable[[], None]
+    ) -> tuple[list[str], list[Failure]]:
+        """Train once with all workers.
+
+        Args:
+            folder: the user's working directory.
+            patience: seconds that rank 0 waits for another process to let go of the run.
+            meanwhile: called about every second.
+
+        Returns:
+            How those ended that came to an end (in `trainer.loop.train`'s words), and the failures of others. All
+            processes have ended then, but for those that nobody could reach.
+
+        Raises:
+            Final: a worker found a mistake of the user's, or stopped for good.
+        """
+        try:
+            jobs = self._jobs(run_dir, folder, patience)
+        except ray.exceptions.RayError as error:
+            return [], [Failure(0, f"the worker or its machine is gone: {_words(error)}", str(error), lost=True)]
+        running = {member.actor.train.remote(job): rank for rank, member, job in jobs}
+        ends: list[str] = []
+        failures: list[Failure] = []
+        until = float("inf")
+        try:
+            while running and time.monotonic() < until and not any(not failure.collateral for failure in failures):
+                ready, _ = ray.wait(list(running), timeout=TICK)
+                for ref in ready:
+                    rank = running.pop(ref)
+                    end = _outcome(ref)
+                    if "status" in end:
+                        ends.append(end["status"])
+                    elif end["kind"] in ("mistake", "stopped"):
+                        raise Final(end["kind"], end["reason"])
+                    else:
+                        failures.append(_failure(rank, end))
+                if failures:
+                    until = min(until, time.monotonic() + EXPLAINED)
+                meanwhile()
+        finally:
+            failures += self._end(running)
+            with contextlib.suppress(ray.exceptions.RayError):  # its machine is gone
+                ray.get(self.members[0].actor.close_store.remote(), timeout=ANSWERED)
+        return ends, failures
+
+    def _jobs(self, run_dir: Path, folder: str, patience: float) -> list[tuple[int, Member, dict[str, Any]]]:
+        """What each rank is told: torchrun's environment variables, and the run."""
+        nodes = list(dict.fromkeys(member.node for member in self.members))
+        first: dict[str, Any] = ray.get(self.members[0].actor.facts.remote())
+        store: str | None = ray.get(self.members[0].actor.open_store.remote()) if len(nodes) == 1 else None
+        world, secret = len(self.members), secrets.token_hex(32)
+        jobs = []
+        for rank, member in enumerate(self.members):
+            beside = [other for other in self.members if other.node == member.node]
+            variables: dict[str, Any] = {
+                "RANK": rank,
+                "LOCAL_RANK": beside.index(member),
+                "GROUP_RANK": nodes.index(member.node),
+            }
+            variables |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": len(beside)}
+            variables |= {"MASTER_ADDR": first["address"], "MASTER_PORT": first["port"]}
+            if member.gpus:  # all of the machine's, of which LOCAL_RANK names one's own, as under torchrun
+                variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for other in beside for gpu in other.gpus)
+            if len(nodes) > 1 and member.interface:  # else gloo takes the one that the host's name leads to
+                variables["GLOO_SOCKET_IFNAME"] = member.interface
+            environment = {key: str(value) for key, value in variables.items()}
+            job = {"run_dir": str(run_dir), "folder": folder, "environment": environment, "patience": patience}
+            jobs.append((rank, member, job | {"secret": secret, "store": store}))
+        return jobs
+
+    def _end(self, running: dict[Any, int]) -> list[Failure]:
+        """End what still runs. Returns what had failed by itself before."""
+        for rank in running.values():
+            self.members[rank].actor.end.remote()
+        ready, _ = ray.wait(list(running), num_returns=len(running), timeout=ENDED) if running else ([], [])
+        ends = [(running[ref], _outcome(ref)) for ref in ready]
+        return [_failure(rank, end) for rank, end in ends if "status" not in end and not end.get("ended")]
+
+
+def _outcome(ref: Any) -> dict[str, Any]:
+    """How one process ended, in the words of `trainer.processes.warm`."""
+    try:
+        return dict(ray.get(ref))
+    except ray.exceptions.RayActorError as error:
+        return {
+            "kind": "lost",
+            "reason": f"the worker or its machine is gone: {_words(error)}",
+            "traceback": str(error),
+        }
+    except ray.exceptions.RayError as error:
+        return {"kind": "error", "reason": f"{type(error).__name__}: {_words(error)}", "traceback": str(error)}
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split())[:400]
+
+
+def _failure(rank: int, end: dict[str, Any]) -> Failure:
+    broken = tuple(end["ranks"]) if end["kind"] == "broken" else None
+    return Failure(rank, end["reason"], end.get("traceback", ""), lost=end["kind"] == "lost", broken=broken)

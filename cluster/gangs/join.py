@@ -1,0 +1,123 @@
+"""`muster cluster`: a machine of a cluster that asks for a token, in the foreground, by Ray's own `ray start`."""
+
+import errno
+import os
+import re
+import socket
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from configs import ConfigError, mask
+
+from .access_token import Address, make_token, own_addresses, remember, use_token
+from .ray_folder import ray_folder, remove_dead_sessions
+from .session import check_reachable
+
+RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
+LOOPBACK = "127.0.0.1"
+NO = ("false", "f", "no", "n", "off", "0")
+"""As `ray start` reads them."""
+
+app = typer.Typer(help="Start a Ray cluster that asks for a token.", no_args_is_help=True)
+
+
+@app.command(context_settings=RAY_OPTIONS)
+def up(
+    options: typer.Context,
+    dashboard_host: Annotated[str, typer.Option(help="Where the dashboard and the job API listen.")] = LOOPBACK,
+) -> None:
+    """Run the head node until Ctrl-C; other options go to `ray start`. Example: muster cluster up --port 6379"""
+    given = _checked(options.args)
+    ports = [_option(given, "--port", "6379"), _option(given, "--dashboard-port", "8265")]
+    _refuse_taken("--port", ports[0], "")
+    _refuse_taken("--dashboard-port", ports[1], dashboard_host)
+    token = make_token()
+    gcs, api = (own_addresses(port, _option(given, "--node-ip-address")) for port in ports)
+    remember(*gcs, *api, *(f"http://{address}" for address in api))
+    print(f"token of this cluster: {token} (give every machine and every user of it a copy)", flush=True)
+    _ray_start("--head", f"--dashboard-host={dashboard_host}", *given)
+
+
+@app.command(context_settings=RAY_OPTIONS)
+def join(
+    options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")]
+) -> None:
+    """Join this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
+    if not re.fullmatch(r"[^/@]+:\d+", address):
+        raise ConfigError(
+            f"{mask(address)!r} is not HOST:PORT of a head, such as 10.0.0.1:6379 (8265 is the port of its job API)"
+        )
+    given = _checked(options.args)
+    use_token(Address(address, "command"))
+    try:
+        check_reachable(address)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{address}: no head of a cluster answers there ({error}); HOST:PORT is its --port") from None
+    remember(address)
+    _ray_start(f"--address={address}", *given)
+
+
+@app.command(hidden=True)
+def queue() -> None:
+    """The queue's process, which `muster submit` starts on the head."""
+    from cluster.server.dispatch import serve
+
+    serve()
+
+
+def _option(arguments: list[str], name: str, default: str | None = None) -> str | None:
+    """The value of one of `ray start`'s options."""
+    return _without(name, arguments)[1] or default
+
+
+def _refuse_taken(option: str, port: str | None, host: str) -> None:
+    """Raise ConfigError if another process listens where Ray is to listen, which it would say in a traceback."""
+    if not port or not port.isdigit() or not 0 < int(port) < 2**16:
+        return  # any that is free, or for `ray start` to refuse
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, int(port)))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return
+            why = os.strerror(error.errno).lower()
+            raise ConfigError(
+                f"{option} {port} is taken ({why}), perhaps by a cluster that is up already: stop what listens there, "
+                f"or take another port: `muster cluster up {option} {int(port) + 1}`"
+            ) from None
+
+
+def _checked(given: list[str]) -> list[str]:
+    """Options for `ray start`, with the folder that its files go to. Raises ConfigError for those that cannot be."""
+    options, folder = _without("--temp-dir", given)
+    if (_option(options, "--include-dashboard") or "").lower() in NO:
+        raise ConfigError("--include-dashboard=false: the job API is part of the dashboard")
+    # Ray makes its folders writable by everyone, and runs what it unpacks there.
+    return [*options, f"--temp-dir={ray_folder(folder)}"]
+
+
+def _ray_start(*options: str) -> NoReturn:
+    os.umask(0o077)
+    remove_dead_sessions(Path(_option(list(options), "--temp-dir") or ""))
+    # Jobs are started as `muster ...`: the one that belongs to this Python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["PYTHONSAFEPATH"] = "1"  # Ray runs `python -m`, which would import what lies in this folder
+    command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
+    os.execv(sys.executable, [*command, *options])
+
+
+def _without(option: str, given: list[str]) -> tuple[list[str], str | None]:
+    """Arguments less an option, and the value that it has there."""
+    value, kept, rest = None, [], iter(given)
+    for argument in rest:
+        name, equals, text = argument.partition("=")
+        if name == option:
+            value = text if equals else next(rest, "")
+        else:
+            kept.append(argument)
+    return kept, value

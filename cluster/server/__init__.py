@@ -1,0 +1,1 @@
+"""The queue of a cluster: jobs submitted, packed, scheduled and listed."""

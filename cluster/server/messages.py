@@ -1,0 +1,149 @@
+"""What may be said to the queue and what stands in its journal: every value typed, bounded, refused with its reason."""
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import model_validator as check_all
+
+from configs.base import Typed
+from configs.reading.parse import clip
+from configs.sections.run import folder_name
+
+MOST_WORKERS = 100_000
+"""Processes of a job."""
+
+
+class BadMessage(ValueError):
+    """What reached the queue is no message of ours, or asks for what cannot be; the text says why."""
+
+
+def _job_id(id: str) -> str:
+    # Names a file and a folder, is part of a URL, and is no id of the queue's own Ray jobs.
+    if not re.fullmatch(r"job-[A-Za-z0-9._-]{1,196}", id):
+        raise ValueError("it is not a name of a job, such as job-moe-3f9a1c")
+    return id
+
+
+def _printable(text: str) -> str:
+    # It is shown on terminals and stands in a command: no control or format characters, no ends of lines.
+    if not text.isprintable() or not text:
+        raise ValueError("it is empty or holds characters that do not print")
+    return text
+
+
+def _absolute(path: str) -> str:
+    if not path.startswith("/"):
+        raise ValueError("it is not an absolute path")
+    return path
+
+
+def _part(count: float) -> float:
+    if 0 < count < 1e-4:  # which is what Ray counts in
+        raise ValueError("it is less than 0.0001")
+    return count
+
+
+Id = Annotated[str, AfterValidator(_job_id)]
+Workers = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
+Part = Annotated[float, Field(ge=0, le=100_000), AfterValidator(_part)]
+Time = Annotated[float, Field(ge=0, le=1e11)]
+
+
+class Job(Typed):
+    """What a sender says of a job."""
+
+    name: Annotated[str, StringConstraints(max_length=255), AfterValidator(folder_name)]
+    """Of its run."""
+    run_dir: Annotated[str, StringConstraints(max_length=4096), AfterValidator(_printable), AfterValidator(_absolute)]
+    command: Annotated[str, StringConstraints(max_length=2**15), AfterValidator(_printable)]
+    """A line of shell, in the copy of the sender's folder."""
+    workers: Workers
+    """Processes that it starts with."""
+    most: Workers
+    """Processes that it may come to have."""
+    cpus: Part
+    """That each process reserves."""
+    gpus: Part
+    group: Workers
+    """See `queue.Gang`."""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
+    @check_all(mode="after")
+    def _reserves(self) -> "Job":
+        if not self.cpus and not self.gpus:
+            raise ValueError("its processes reserve neither CPUs nor GPUs")
+        return self
+
+
+class Known(Job):
+    """A job as the journal knows it."""
+
+    most: Workers | None = None  # type: ignore[assignment]  # older journals lack this field
+    id: Id
+    state: Literal["QUEUED", "RUNNING", "FINISHED", "STOPPED", "FAILED", "CANCELLED", "LOST"]
+    submitted: Time
+    time: Time
+    started: Time | None = None
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """Of its package."""
+    retry_of: Id | None = None
+    stopping: Literal["now", "checkpoint"] | None = None
+    exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
+    reason: Annotated[str, StringConstraints(max_length=4096)] | None = None
+
+
+class Submit(Typed):
+    do: Literal["submit"]
+    id: Id
+    job: Job
+
+
+class Retry(Typed):
+    do: Literal["retry"]
+    id: Id
+    new: Id
+
+
+class Stop(Typed):
+    do: Literal["stop"]
+    id: Id
+    now: bool
+
+
+_MESSAGE: TypeAdapter[Submit | Retry | Stop] = TypeAdapter(Annotated[Submit | Retry | Stop, Field(discriminator="do")])
+
+
+def parse(text: bytes) -> dict[str, Any]:
+    """The message that a JSON text is. Raises BadMessage."""
+    try:
+        return _MESSAGE.validate_json(text).model_dump()
+    except ValidationError as error:
+        raise BadMessage(reason(error)) from None
+
+
+def check_job(job: dict[str, Any]) -> None:
+    """Raise BadMessage unless the queue would take a job."""
+    try:
+        Job.model_validate(job)
+    except ValidationError as error:
+        raise BadMessage(reason(error)) from None
+
+
+def is_known(job: dict[str, Any]) -> bool:
+    """Whether this is all that the queue must know of a job."""
+    try:
+        Known.model_validate(job)
+    except ValidationError:
+        return False
+    return True
+
+
+def reason(error: ValidationError) -> str:
+    """The first of its errors, in one line."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    said = first["msg"].removeprefix("Value error, ")
+    key = ".".join(str(part) for part in first["loc"][-2:] if part not in ("submit", "retry", "stop"))
+    if not key or first["type"] == "missing" or isinstance(first["input"], dict):
+        return clip(f"its {key or 'message'}: {said}")
+    return clip(f"its {key} is {clip(repr(first['input']), 80)}: {said}")

@@ -1,0 +1,160 @@
+"""What a person wants to know of a job of the queue: how far its run is, and why it waits or has failed."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cluster.gangs.share import Node
+from configs import ConfigError, load, mask
+from configs.reading.parse import is_file
+from trainer.record.lines import pace, read_events, summary
+
+from .messages import clip
+from .waiting import QUEUED, RUNNING, STOPPED, fits, gang_of
+
+Job = Mapping[str, Any]
+
+
+class Outlook(NamedTuple):
+    """Of one job."""
+
+    step: int | None = None
+    """None: no step of its run is known here."""
+    steps: int | None = None
+    eta: float | None = None
+    """Seconds until it is finished."""
+    why: str = ""
+    """It waits, has failed, or is not what it was asked to be."""
+
+
+def gang_words(job: Job) -> str:
+    """`2 to 4 x (2 CPU, 1 GPU)`."""
+    gpus = f", {job['gpus']:g} GPU" if job["gpus"] else ""
+    elastic = f" to {most(job)}" if most(job) > job["workers"] else ""
+    return f"{job['workers']}{elastic} x ({job['cpus']:g} CPU{gpus})"
+
+
+def most(job: Job) -> int:
+    """Processes that a job may have; older journals lack this field."""
+    return int(job.get("most") or job["workers"])
+
+
+def in_line(jobs: Mapping[str, Job]) -> list[str]:
+    """The jobs that wait, the next one first."""
+    waiting = [(-job["priority"], job["submitted"], id) for id, job in jobs.items() if job["state"] == QUEUED]
+    return [id for *_, id in sorted(waiting)]
+
+
+def why_waiting(jobs: Mapping[str, Job], nodes: Sequence[Node]) -> dict[str, str]:
+    """Why each job of the queue has not started.
+
+    Args:
+        nodes: what each machine of the cluster has.
+    """
+    sizes, found, before = Counter(nodes), dict[str, str](), list[str]()
+    running = [id for id, job in jobs.items() if job["state"] == RUNNING]
+    for id in in_line(jobs):
+        job = jobs[id]
+        if not fits(gang_of(dict(job)), sizes):
+            found[id] = f"no room even on an empty cluster: {gang_words(job)}; waits for machines to join"
+            continue
+        if before:
+            found[id] = f"{len(before)} before it: {_some(before)}"
+        elif running:
+            found[id] = f"waits for room for {gang_words(job)} beside {_some(running)}"
+        else:
+            found[id] = f"waits for room for {gang_words(job)}, or starts in a moment"
+        before.append(id)
+    return found
+
+
+def how_far(job: Job) -> Outlook:
+    """Of a job that runs, by the folder of its run or sweep; nothing where this machine does not reach it."""
+    run_dir = Path(job["run_dir"])
+    if is_file(run_dir / "config.yaml"):
+        found, events = summary(run_dir), read_events(run_dir)
+        steps = load(run_dir / "config.yaml").train.steps
+        took = pace(run_dir)
+        eta = None if took is None else took * max(steps - found["step"], 0)
+        waits = events[-1].get("reason", "") if events and events[-1]["event"] == "waiting" else ""
+        return Outlook(found["step"], steps, eta, f"waits {waits}" if waits else "")
+    if is_file(run_dir / "plan.json"):
+        from cluster.sweep.train.progress import progress  # numpy
+
+        swept = progress(run_dir)
+        return Outlook(swept.count("finished"), len(swept.items), swept.eta)
+    return Outlook()
+
+
+_LINE = re.compile(r"^step (\d+)/(\d+) .*?(?:\beta (?:(\d+):)?(\d+):(\d\d)\b.*)?$", re.MULTILINE)
+
+
+def told(output: str) -> Outlook:
+    """How far a job is by what `muster train` last printed of it."""
+    lines = list(_LINE.finditer(output[-(1 << 16) :]))
+    if not lines:
+        return Outlook()
+    step, steps, hours, minutes, seconds = lines[-1].groups()
+    eta = None if minutes is None else 3600.0 * int(hours or 0) + 60 * int(minutes) + int(seconds)
+    return Outlook(int(step), int(steps), eta)
+
+
+def last_words(output: str) -> str:
+    """What a command said of its failure, in one line: its own message, or else the last line of its output."""
+    lines = [line.rstrip() for line in output.splitlines() if line.strip()]
+    said = [i for i, line in enumerate(lines) if line.startswith("muster: ")]
+    crashed = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not lines or not said or (crashed and crashed[-1] > said[-1]):
+        return clip(mask(lines[-1])) if lines else ""
+    first = lines[said[-1]].removeprefix("muster: ")
+    more: list[str] = []
+    for line in lines[said[-1] + 1 :][:2]:
+        if line.startswith((" ", "Output of the workers", "tracking: ")):
+            break
+        more.append(line)
+    return clip(mask(" ".join([first, *more])), 600)
+
+
+def why_ended(job: Job) -> str:
+    """Why a job is over, where there is more to say than its state."""
+    if reason := job.get("reason"):
+        return str(reason)
+    if job["state"] == STOPPED:
+        return "stopped at once" if job.get("stopping") == "now" else "after a checkpoint"
+    return ""
+
+
+def _some(ids: Sequence[str]) -> str:
+    return ", ".join(ids[:2]) + (f" and {len(ids) - 2} more" if len(ids) > 2 else "")
+
+
+def outlook(jobs: Mapping[str, Job], nodes: Any, output: Any) -> dict[str, Outlook]:
+    """Of every job.
+
+    Args:
+        nodes: called for what each machine has, if a job waits.
+        output: called with the id of a running job whose folder is not reached; gives what its driver printed, or None.
+    """
+    waiting = why_waiting(jobs, nodes()) if in_line(jobs) else {}
+    found = {}
+    for id, job in jobs.items():
+        if job["state"] == QUEUED:
+            found[id] = Outlook(why=waiting[id])
+        elif job["state"] != RUNNING:
+            found[id] = Outlook(why=why_ended(job))
+        else:
+            try:
+                each = how_far(job)
+            except (ConfigError, OSError) as error:  # a folder that is being written, or is no run's
+                each = Outlook(why=clip(mask(str(error))))
+            if each.step is None:
+                each = each._replace(**{k: v for k, v in told(output(id) or "")._asdict().items() if v})
+            found[id] = each._replace(why=_stopping(job) or each.why)
+    return found
+
+
+def _stopping(job: Job) -> str:
+    how = job.get("stopping")
+    return "" if how is None else "stops at once" if how == "now" else "stops after a checkpoint"

@@ -1,0 +1,301 @@
+"""The user's folder as one zip that a cluster can unpack: what .gitignore leaves out stays at home."""
+
+import json
+import os
+import stat
+import struct
+import sys
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from cluster.gangs.access_token import known_tokens
+from configs import ConfigError
+from configs.reading.parse import clip
+from trainer.run import revision
+
+from .ignore import ignored_by, ignored_by_files
+from .messages import BadMessage as BadMessage
+from .messages import parse
+from .secret_files import holds_secret, is_secret
+
+MESSAGE = "message.json"
+TOP = "work"
+"""Ray puts the unpacked zip on its workers' sys.path, where a user's own `models/` would win over ours: so all of it
+lies one folder down."""
+LIMIT = 100 * 2**20
+"""Bytes. Ray keeps the zip in the memory of the head, and refuses 512 MiB."""
+LEFT_OUT = [".git", ".hg", ".svn", ".venv", "venv", "__pycache__"]
+MOST_FILES, SHOWN = 10_000, 20
+SECRETS = "secrets: --with FILE sends one"
+LINKS = "links that lead out of this folder, into themselves, or to what is not sent"
+SPECIAL = "not regular files"
+
+_LONGEST_MESSAGE = 2**17
+_MOST_DIRECTORY = 4 * 2**20
+"""Bytes of a zip's central directory: what reads it makes an object of every 46."""
+
+
+def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = ()) -> list[Path]:
+    """The files below a folder that .gitignore and .rayignore, in any folder, do not name; relative, sorted.
+
+    A link to a file or a folder among them stands for what it leads to. Left out, and named on stderr, are secrets,
+    links that lead elsewhere or into themselves, and what is no regular file.
+
+    Args:
+        without: folders below it that are left out too.
+        insisted: files below it that are sent even so.
+
+    Raises:
+        ConfigError: a file cannot be read or sent, there are too many, or one of `insisted` is not there.
+    """
+    folder = folder.resolve()
+    names = [f"/{path.relative_to(folder)}" for path in without if path.is_relative_to(folder) and path != folder]
+    try:
+        tree = _tree(folder, names)
+        found, left = _followed(folder, tree, [token.encode() for token in known_tokens()])
+    except (OSError, UnicodeDecodeError) as error:
+        where = _shown(getattr(error, "filename", None) or "a .gitignore or .rayignore")
+        raise ConfigError(f"{where} cannot be read ({error}): name it in .gitignore or .rayignore") from None
+    for name in insisted:
+        path = Path(os.path.relpath(Path(name).absolute(), folder))
+        real = Path(os.path.realpath(folder / path))
+        if not (".." not in path.parts and real.is_relative_to(folder) and real.is_file()):
+            raise ConfigError(f"--with {name} is not a file below {folder}, which is what the cluster gets")
+        found.add(path)
+    _tell({why: [path for path in paths if path not in found] for why, paths in left.items()})
+    for path in found:
+        if "\\" in str(path) or any(0xD800 <= ord(letter) <= 0xDFFF for letter in str(path)):
+            raise ConfigError(f"{_shown(path)} has a name that cannot be sent: rename it, or name it in .gitignore")
+    return sorted(found)
+
+
+def _tree(folder: Path, names: list[str]) -> dict[Path, list[os.DirEntry[str]]]:
+    """What the ignore files leave of each folder, links not followed."""
+    found: dict[Path, list[os.DirEntry[str]]] = {}
+    todo = [(folder, [ignored_by(folder, [*LEFT_OUT, *names])])]
+    while todo:
+        here, above = todo.pop()
+        rules = above + ignored_by_files(here)
+        with os.scandir(here) as entries:
+            found[here] = [entry for entry in entries if not any(ignored(here / entry.name) for ignored in rules)]
+        todo += [(here / each.name, rules) for each in found[here] if each.is_dir(follow_symlinks=False)]
+    return found
+
+
+def _followed(
+    folder: Path, tree: Mapping[Path, list[os.DirEntry[str]]], tokens: list[bytes]
+) -> tuple[set[Path], dict[str, list[Path]]]:
+    """The files to send by the names that links give them, and by reason what is left out; all relative."""
+    regular = {here / each.name for here in tree for each in tree[here] if each.is_file(follow_symlinks=False)}
+    secret = {file for file in regular if is_secret(file.relative_to(folder)) or holds_secret(file, tokens)}
+    found: set[Path] = set()
+    left: dict[str, list[Path]] = {SECRETS: [], LINKS: [], SPECIAL: []}
+    todo: list[tuple[Path, Path, frozenset[Path]]] = [(folder, Path(), frozenset())]
+    visits = 0
+    while todo:
+        here, name, above = todo.pop()
+        above |= {here}
+        visits += 1
+        for entry in tree[here]:
+            path, real, link = name / entry.name, here / entry.name, entry.is_symlink()
+            if link:
+                real = Path(os.path.realpath(real))
+            if real in tree:
+                if real in above:
+                    left[LINKS].append(path)
+                else:
+                    todo.append((real, path, above))
+            elif real in secret or (link and real in regular and is_secret(path)):
+                left[SECRETS].append(path)
+            elif real in regular:
+                found.add(path)
+            else:
+                left[LINKS if link else SPECIAL].append(path)
+        if visits + len(found) > MOST_FILES:
+            raise ConfigError(
+                f"{folder} has more than {MOST_FILES:,} files to send, counted through its links: name what no job "
+                f"needs in .gitignore or .rayignore"
+            )
+    return found, left
+
+
+def _tell(left: Mapping[str, list[Path]]) -> None:
+    """Say on stderr what is not sent."""
+    parts = []
+    for why, paths in left.items():
+        if paths:
+            shown, more = ", ".join(_shown(path) for path in sorted(paths)[:SHOWN]), len(paths) - SHOWN
+            parts.append(f"{shown}{f' and {more} more' if more > 0 else ''} ({why})")
+    if parts:
+        print(f"muster: not sent: {'; '.join(parts)}", file=sys.stderr)
+
+
+def _shown(path: object) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None:
+    """Raise ConfigError, with the largest files, if they are more than goes to a cluster."""
+    sizes = {path: (folder / path).stat().st_size for path in packed}
+    if (total := sum(sizes.values())) > limit:
+        largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
+        names = ", ".join(f"{path} ({_size(sizes[path])})" for path in largest)
+        raise ConfigError(
+            f"{folder} has {_size(total)} to send and the limit is {_size(limit)}; the largest: {names}.\n"
+            f"Name them in .gitignore or .rayignore, and read data from a folder that the cluster reaches"
+        )
+
+
+def write_zip(
+    target: Path, folder: Path, packed: Iterable[Path], message: str, more: Mapping[str, str] | None = None
+) -> None:
+    """Write `message.json`, and the files below TOP, with the git commit that they were packed at.
+
+    Args:
+        more: text of further files below TOP, by name.
+
+    Raises:
+        ConfigError: a file cannot be read.
+    """
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(MESSAGE, message)
+        top = zipfile.ZipInfo(f"{TOP}/")  # there even if the folder is empty
+        top.external_attr = (stat.S_IFDIR | 0o700) << 16 | 0x10
+        archive.writestr(top, "")
+        if (packed := list(packed)) and (commit := revision.of(folder)):
+            archive.writestr(f"{TOP}/{revision.SENT}", json.dumps(commit))
+        for name, text in (more or {}).items():
+            archive.writestr(f"{TOP}/{name}", text)
+        for path in packed:
+            content, executable = _read(folder, path)
+            # Zip knows no time before 1980, which some filesystems and build tools give.
+            entry = zipfile.ZipInfo.from_file(folder / path, f"{TOP}/{path.as_posix()}", strict_timestamps=False)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            entry.external_attr = (stat.S_IFREG | (0o700 if executable else 0o600)) << 16
+            archive.writestr(entry, content)
+
+
+def _read(folder: Path, path: Path) -> tuple[bytes, bool]:
+    """A file's content, and whether its owner may execute it. Raises ConfigError if it is not what it was."""
+    real = Path(os.path.realpath(folder / path))
+    try:
+        # Whatever has taken its place since: a pipe would be waited for.
+        with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode) or not real.is_relative_to(folder.resolve()):
+                raise ConfigError(f"{_shown(path)} was changed while it was packed: try again")
+            return file.read(), bool(mode & stat.S_IXUSR)
+    except OSError as error:
+        raise ConfigError(f"{_shown(path)} cannot be read ({error.strerror}): name it in .gitignore") from None
+
+
+def read_message(content: bytes) -> dict[str, Any]:
+    """The message of a zip, which need not be one that `write_zip` has made.
+
+    Ray unpacks what is accepted on every machine of the job: so all of it is inflated here once, and counted.
+
+    Raises:
+        BadMessage: it is damaged, holds more than LIMIT or what `write_zip` does not write (a file outside of TOP, one
+            of two names, a link, an encrypted or overlapping member), or says what `messages` refuses.
+    """
+    if len(content) > LIMIT:
+        raise BadMessage(f"it has {_size(len(content))} and the limit is {_size(LIMIT)}")
+    _check_end(content)
+    try:
+        with zipfile.ZipFile(BytesIO(content)) as archive:
+            _check_members(archive, content)
+            message = b""
+            for member in archive.infolist():
+                left = member.file_size
+                with archive.open(member) as file:
+                    while chunk := file.read(2**20):
+                        left -= len(chunk)
+                        if member.filename == MESSAGE:
+                            message += chunk
+                if left:
+                    raise BadMessage(f"its {clip(repr(member.filename), 100)} has another size than it says")
+    except BadMessage:
+        raise
+    except Exception as error:  # zipfile and the decompressors raise some ten kinds
+        raise BadMessage(f"it is a damaged zip: {clip(error)}") from None
+    return parse(message)
+
+
+def _check_end(content: bytes) -> None:
+    """Raise BadMessage unless a zip's last bytes are those of a plain one: no comment, no zip64, a directory of at most
+    _MOST_DIRECTORY bytes. All that reads it then reads the same."""
+    if len(content) < 22:
+        raise BadMessage("it is not a zip")
+    mark, disk, start_disk, here, count, size, offset, comment = struct.unpack("<4s4H2LH", content[-22:])
+    if mark != b"PK\x05\x06" or comment:
+        raise BadMessage("it is not a zip, is cut, or ends in a comment")
+    if count > MOST_FILES or size > _MOST_DIRECTORY:
+        raise BadMessage(f"it has {count} files, with names of {_size(size)}, and the limit is {MOST_FILES}")
+    if disk or start_disk or here != count or offset + size != len(content) - 22 or content[-42:-38] == b"PK\x06\x07":
+        raise BadMessage("it is a zip of several parts, a zip64, or damaged")
+
+
+def _check_members(archive: zipfile.ZipFile, content: bytes) -> None:
+    """Raise BadMessage if a member is none that `write_zip` writes, by what is said of it."""
+    members = archive.infolist()
+    names = [member.filename for member in members]
+    if len(names) > MOST_FILES:
+        raise BadMessage(f"it has {len(names)} files and the limit is {MOST_FILES}")
+    if outside := [name for name in names if name != MESSAGE and not _is_ours(name)]:
+        raise BadMessage(f"it holds {clip(repr(outside[0]), 100)}, a file outside of {TOP}/")
+    if MESSAGE not in names:
+        raise BadMessage(f"it has no {MESSAGE}")
+    files = {name for name in names if not name.endswith("/")}
+    above = {str(folder) for name in names for folder in PurePosixPath(name).parents}
+    if len(set(names)) < len(names) or files & above:
+        raise BadMessage("two of its files have one name")
+    if (total := sum(member.file_size for member in members)) > LIMIT:
+        raise BadMessage(f"it unpacks to {_size(total)} and the limit is {_size(LIMIT)}")
+    if archive.getinfo(MESSAGE).file_size > _LONGEST_MESSAGE:
+        raise BadMessage(f"its {MESSAGE} has more than {_size(_LONGEST_MESSAGE)}")
+    end = 0
+    for member in sorted(members, key=lambda member: member.header_offset):
+        unlike = _unlike_ours(member)
+        if not unlike and member.header_offset < end:
+            unlike = "overlaps another"
+        if unlike:
+            raise BadMessage(f"its {clip(repr(member.filename), 100)} {unlike}")
+        lengths = content[member.header_offset + 26 : member.header_offset + 30]
+        name, extra = struct.unpack("<2H", lengths) if len(lengths) == 4 else (0, 0)
+        end = member.header_offset + 30 + name + extra + member.compress_size
+    at = archive.start_dir
+    for _ in members:
+        name, extra, comment = struct.unpack("<3H", content[at + 28 : at + 34])
+        if extra or comment:
+            raise BadMessage("its directory of files has extra fields or comments")
+        at += 46 + name
+    if end > archive.start_dir or at != len(content) - 22:
+        raise BadMessage("its directory of files is damaged")
+
+
+def _unlike_ours(member: zipfile.ZipInfo) -> str:
+    """What tells a member from all that `write_zip` writes; empty: nothing."""
+    kind, marks = stat.S_IFMT(member.external_attr >> 16), (member.external_attr >> 16) & 0o7000
+    if member.flag_bits & ~0x0806:  # all but: the name is UTF-8; how hard it was deflated
+        return "is encrypted, or written as a stream"
+    if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        return f"is compressed by method {member.compress_type}"
+    if kind not in (0, stat.S_IFDIR if member.is_dir() else stat.S_IFREG) or marks:
+        return "is a link, a device, or setuid"
+    return ""
+
+
+def _is_ours(name: str) -> bool:
+    """Whether a name is plain, of a possible length, and lies below TOP."""
+    parts = name.removesuffix("/").split("/")
+    plain = all(part not in ("", ".", "..") and len(os.fsencode(part)) < 256 for part in parts)
+    return (
+        plain and parts[0] == TOP and (len(parts) > 1 or name == f"{TOP}/") and len(name) <= 1024 and "\\" not in name
+    )
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

@@ -1,0 +1,190 @@
+"""`muster submit`: a run is checked, planned against the cluster, packed with its folder and left to the queue.
+
+`muster sweep submit` (sweep/submit.py) does the same with the functions below."""
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel
+
+from cluster.commands.jobs import Address, accepted, follow, new_id
+from cluster.commands.runs import Json
+from cluster.gangs.access_token import in_config
+from cluster.gangs.share import group_of, share_of_gang, share_of_most
+from configs import Config, ConfigError, counted, load, mask, preset_names, resolve, worker_counts
+from configs.load import dump_yaml, model_source, override, read_mapping
+from trainer.files.scratch import temporary_folder
+
+from . import messages, pack
+from .client import Cluster, api_url
+from .waiting import ACTIVE
+
+HIDDEN = ".muster-job.yaml"
+"""File of a job that holds what its command may not show."""
+
+Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and end as it ends.")]
+Queue = Annotated[bool, typer.Option("--queue", help="Wait for machines to join where there are too few.")]
+With = Annotated[
+    list[str] | None, typer.Option("--with", metavar="FILE", help="Send FILE even if it is a secret or ignored.")
+]
+Priority = Annotated[int, typer.Option(metavar="N", help="The higher goes first.")]
+
+
+def submit(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help=f"A preset ({', '.join(preset_names())}) or a YAML file.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
+    ] = None,
+    address: Address = None,
+    wait: Wait = False,
+    queue: Queue = False,
+    priority: Priority = 0,
+    insisted: With = None,
+    as_json: Json = False,
+) -> None:
+    """Send this folder and a run to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
+    from trainer.data.manifest import vocabulary  # numpy
+
+    asked = load(config, overrides or ())
+    here = Path.cwd()
+    check_root("run.root", asked.run.root)
+    asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
+    if (most := asked.parallel.world_size) > messages.MOST_WORKERS:
+        raise ConfigError(
+            f"the run asks for {counted(most, 'process')}, and a job has at most {messages.MOST_WORKERS}: lower "
+            f"parallel.dp"
+        )
+    name = path_in(here, config)
+    cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))
+    counts, nodes = worker_counts(asked), cluster.nodes()
+    fewest = counts[-1]
+    each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
+    root = Path(asked.run.root)
+    packed = pack.files(here, [root], insisted or ())
+    taken = model_source(config, overrides or ())
+    files = {"CONFIG": [] if name in preset_names() else [name], "model.from": [taken] if taken else []}
+    check_sent(needs(asked) | files, here, packed)
+    called, said, more = without_passwords(name, overrides or (), Config)
+    kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
+    job = {
+        "name": asked.run.name,
+        "run_dir": str(root / asked.run.name),
+        "command": shlex.join(["muster", "train", called, *said, *kept]),
+        "workers": fewest,  # it starts when so many fit, with as many more as there is room for
+        "most": counts[0],
+        "cpus": each.cpus,
+        "gpus": each.gpus,
+        "group": group_of(asked),
+        "priority": priority,
+    }
+    send(cluster, here, packed, job, wait, as_json, more)
+
+
+def send(
+    cluster: Cluster,
+    here: Path,
+    packed: list[Path],
+    job: dict[str, Any],
+    wait: bool,
+    as_json: bool,
+    more: Mapping[str, str],
+) -> None:
+    """Leave a job and the files that it needs to the queue, and say where to look.
+
+    Args:
+        job: see `messages.Job`.
+        more: text of files that are sent besides, by name.
+        wait: show its output, and end as it ends.
+
+    Raises:
+        ConfigError: it is there already, the queue would refuse it, or the files are too large.
+    """
+    try:
+        messages.check_job(job)
+    except messages.BadMessage as error:
+        raise ConfigError(f"no queue takes this job: {error}") from None
+    for id, other in cluster.jobs().items():
+        if other["run_dir"] == job["run_dir"] and other["state"] in ACTIVE:
+            raise ConfigError(f"{job['name']} is {id} ({other['state']}): stop it, or choose another name")
+    pack.check_size(here, packed)
+    id = new_id(job["name"])
+    with temporary_folder() as folder:
+        path = folder / "job.zip"
+        pack.write_zip(path, here, packed, json.dumps({"do": "submit", "id": id, "job": job}), more)
+        cluster.send_file(path)
+    accepted(cluster, id, as_json)
+    if wait:
+        follow(cluster, id)
+
+
+def check_root(key: str, root: str) -> None:
+    """Raise ConfigError if what a job writes would lie where nobody finds it."""
+    if not Path(root).is_absolute():
+        raise ConfigError(
+            f"{key}={root} would lie in a temporary folder of the job: name a folder that every machine "
+            f"of the cluster reaches, such as {key}=/shared/runs"
+        )
+
+
+def path_in(here: Path, config: str) -> str:
+    """A config as the job names it, from its copy of this folder. Raises ConfigError if it has none."""
+    if not Path(config).suffix and config in preset_names():
+        return config
+    path = Path(config).resolve()
+    if not path.is_relative_to(here):
+        raise ConfigError(f"{config} is not below {here}, which is what the cluster gets: start from above it")
+    return str(path.relative_to(here))
+
+
+def without_passwords(
+    name: str, overrides: Sequence[str], root: type[BaseModel]
+) -> tuple[str, list[str], dict[str, str]]:
+    """What a job's command says instead of overrides that hold a password, as everyone sees commands.
+
+    Args:
+        name: of the config or sweep, as the job knows it.
+        root: which of them it is.
+
+    Returns:
+        (name, overrides, text of a file by its name): the file is over the named one, and has what is not to be seen.
+    """
+    by_key = {text.partition("=")[0]: text for text in overrides}
+    hidden = [text for text in by_key.values() if mask(value := text.partition("=")[2]) != value]
+    if not hidden:
+        return name, list(overrides), {}
+    file = str(PurePosixPath(name).with_name(HIDDEN))
+    tree: dict[str, Any] = {"base": PurePosixPath(name).name} if root is Config else read_mapping(Path(name))
+    override(tree, hidden, root, "train.steps=100")
+    return file, [text for text in by_key.values() if text not in hidden], {file: dump_yaml(tree)}
+
+
+def needs(config: Config) -> dict[str, list[str]]:
+    """The files and folders that a run reads, by the key that names them."""
+    data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
+    return {
+        "data.path": [path for path in data if path != "stdlib"],
+        "train.init_from": [config.train.init_from] if config.train.init_from else [],
+        "plugins": [plugin for plugin in config.plugins if plugin.endswith(".py")],
+    }
+
+
+def check_sent(needed: Mapping[str, list[str]], here: Path, packed: list[Path]) -> None:
+    """Raise ConfigError if .gitignore leaves at home what is needed."""
+    for key, paths in needed.items():
+        for path in paths:
+            if os.path.isabs(os.path.expanduser(path)):
+                continue
+            inside = Path(os.path.normpath(path))
+            if not any(file == inside or inside in file.parents for file in packed):
+                raise ConfigError(
+                    f"{key}={path} is not sent: it is not in {here}, .gitignore names it, or it is a secret. Give the "
+                    f"absolute path of a place that the cluster reaches, take it out of .gitignore, or name it: "
+                    f"--with FILE"
+                )

@@ -1,0 +1,143 @@
+"""What a sweep trains and how much each model reads, before batch, steps and learning rate are chosen."""
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from configs import ConfigError, ModelConfig
+from configs.sections.model import MOST_WIDTH
+from configs.sweep.definition import SweepConfig
+from configs.sweep.designs import IsoflopDesign, LadderDesign, OptunaDesign, RandomDesign
+from configs.words import scientific
+from models.planning.cost import training_flops_per_token
+
+from .arms import Arm, arms, resolved, with_values
+from .search import optuna_draws, random_draws
+from .sizes import Sizer, spaced
+
+SAME = 0.03
+"""Difference of ln N up to which another architecture takes the very shape of the first one."""
+
+
+class Cell(NamedTuple):
+    """A model and what it is to read, before batch, steps and learning rate are chosen."""
+
+    arm: Arm
+    name: str
+    keys: dict[str, Any]
+    """Of `model`, that the sweep chose."""
+    model: ModelConfig
+    """Resolved."""
+    flops_per_token: float
+    sequences: float
+    """To be read."""
+    budget: float | None
+
+
+def sizer(sweep: SweepConfig, arm: Arm, vocab_size: int) -> Sizer:
+    """Finds the shapes of an arm."""
+    model = arm.config.model
+    if model.vocab_size is None:
+        model = model.model_copy(update={"vocab_size": -(-vocab_size // 64) * 64})
+    every = [experts for variant in sweep.variants.values() for experts in variant.choices().values()]
+    multiple = math.lcm(*(experts.granularity for experts in [*every, arm.experts] if experts))
+    if multiple > MOST_WIDTH:
+        raise ConfigError(
+            f"variants: no width of at most {MOST_WIDTH:,} is a multiple of every granularity: leave some out"
+        )
+    return Sizer(model, sweep.shape, arm.experts, multiple, sweep.count, arm.config.train.seq_len)
+
+
+def sized_cells(sweep: SweepConfig, compared: list[Arm], vocab_size: int) -> list[Cell]:
+    """The cells of isoflop and ladder. The first arm's sizes are those that the other arms come as near to as they can,
+    so that what is compared has the same number of parameters."""
+    design, cells = sweep.design, []
+    sizers = [(arm, sizer(sweep, arm, vocab_size)) for arm in compared]
+    first = sizers[0][1]
+    budgets: tuple[float | None, ...] = design.budgets if isinstance(design, IsoflopDesign) else (None,)
+    for budget in budgets:
+        taken: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        try:
+            for target in _targets(sweep, first, budget):
+                like = first.shape(target, taken[compared[0].name])
+                for arm, found in sizers:
+                    keys = found.keys(*_shape_of(like))
+                    if abs(math.log(found.n(keys) / first.n(like))) > SAME:
+                        keys = found.shape(first.n(like), taken[arm.name])
+                    taken[arm.name].append(_shape_of(keys))
+                    cells += _rungs(sweep, arm, keys, found, budget)
+        except ConfigError as error:
+            where = f"isoflop.budgets={scientific(budget)}" if budget else "ladder.parameters"
+            raise ConfigError(f"{where}: {error}") from None
+    return cells
+
+
+def _shape_of(keys: dict[str, Any]) -> tuple[int, int]:
+    return keys["hidden_size"], keys["num_layers"]
+
+
+def _targets(sweep: SweepConfig, found: Sizer, budget: float | None) -> list[float]:
+    """Parameters that are asked for."""
+    design = sweep.design
+    if isinstance(design, IsoflopDesign) and not design.parameters:
+        assert budget
+        return spaced(found.centre(budget, design.tokens_per_parameter), design.spread, design.sizes)
+    assert isinstance(design, IsoflopDesign | LadderDesign)
+    return sorted(design.parameters or ())
+
+
+def _rungs(sweep: SweepConfig, arm: Arm, keys: dict[str, Any], found: Sizer, budget: float | None) -> list[Cell]:
+    """A size at its budget, or at each of the ladder's tokens per parameter."""
+    n = found.n(keys)
+    if budget:
+        return [cell_of(arm, f"{arm.name}-{scientific(budget)}-{count(n)}", keys, found, budget)]
+    assert isinstance(sweep.design, LadderDesign)
+    return [cell_of(arm, f"{arm.name}-{count(n)}-{each:g}x", keys, found, each * n * found.flops(keys))
+            for each in sweep.design.tokens_per_parameter]  # fmt: skip
+
+
+def cell_of(arm: Arm, name: str, keys: dict[str, Any], found: Sizer, budget: float) -> Cell:
+    flops = found.flops(keys)
+    sequences = budget / flops / arm.config.train.seq_len
+    return Cell(arm, name, keys, found.model(keys), flops, sequences, budget)
+
+
+def as_it_stands(sweep: SweepConfig, arm: Arm, name: str, vocab_size: int) -> Cell:
+    """The cell of a search: the shape is the config's."""
+    config = resolved(sweep, arm, arm.config, vocab_size, name)
+    flops = training_flops_per_token(config.model, config.train.seq_len)
+    budget = getattr(sweep.design, "budget", None)
+    sequences = budget / flops / config.train.seq_len if budget else config.train.steps * config.train.global_batch
+    return Cell(arm, name, {}, config.model, flops, float(sequences), budget)
+
+
+def drawn(sweep: SweepConfig, losses: Mapping[str, float]) -> tuple[list[tuple[str, Arm]], int]:
+    """(name, arm) of each trial of a search, and how many more there will be."""
+    found, left, compared = [], 0, arms(sweep)
+    for arm in compared:
+        stem = arm.name or sweep.name
+        if isinstance(sweep.design, OptunaDesign):
+            if len(sweep.seeds) > 1 or len(sweep.rules.lr_scale) > 1:
+                raise ConfigError("optuna asks for one loss of each trial: leave seeds and rules.lr_scale at one value")
+
+            def loss_of(i: int, stem: str = stem) -> float | None:
+                return losses.get(f"{stem}-{i:03d}")
+
+            draws, more = optuna_draws(sweep.design, sweep.axes, loss_of)
+            left += more
+        elif isinstance(sweep.design, RandomDesign):
+            draws = random_draws(sweep.design, sweep.axes)
+        else:
+            found.append((stem, arm))
+            continue
+        found += [(f"{stem}-{i:03d}", with_values(sweep, arm, values)) for i, values in enumerate(draws)]
+    return found, left
+
+
+def count(value: float) -> str:
+    """A number as part of a name: 1.24M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size * 0.9995:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

@@ -1,0 +1,190 @@
+"""The table that a fit reads, from the trials' own records: config.yaml, metrics.jsonl, events.jsonl."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cluster.sweep.design.plan import plan
+from cluster.sweep.design.sizes import conventions
+from cluster.sweep.design.trial import Plan
+from cluster.sweep.train.progress import read_plan
+from cluster.sweep.train.trial_state import Ledger, Standing, finished_losses, last_ends
+from configs import Config, flatten, load
+from configs.sweep.definition import SweepConfig
+from models.planning.cost import parameters, training_flops_per_token
+from models.scaling.table import Table, usable
+from trainer.record.lines import read_events, read_metrics
+from trainer.tracking.sweep import TRIALS
+
+SPACING = 1.25
+"""Ratio of the FLOPs of neighbouring points of loss curves: more than `budgets` takes for one."""
+SMOOTHED = 0.05
+"""Share of a run's steps so far whose mean is its training loss at a point of its curve."""
+
+
+def known_plan(sweep: SweepConfig) -> Plan:
+    """The plan of a sweep with the vocabulary and the losses that its runs found. Raises ConfigError if none ran."""
+    sweep_dir = sweep.folder.resolve()
+    _, tree = read_plan(sweep_dir)
+    losses = {
+        name: float("nan") for name, end in last_ends(read_events(sweep_dir)).items() if end["status"] == "FAILED"
+    }
+    return plan(sweep, tree["vocab_size"], losses | finished_losses(sweep_dir))
+
+
+class Row(NamedTuple):
+    """A finished trial."""
+
+    name: str
+    config: Config
+    """Resolved."""
+    loss: float
+    """Held-out, after the last step."""
+    recipe: str
+    unique: float
+    """Training tokens that there are."""
+
+    @property
+    def tokens(self) -> float:
+        train = self.config.train
+        return float(train.steps) * train.global_batch * train.seq_len
+
+    @property
+    def flops(self) -> float:
+        return training_flops_per_token(self.config.model, self.config.train.seq_len) * self.tokens
+
+
+def collect(planned: Plan) -> Table:
+    """One row for each trial that has finished; the others are in `excluded` with the reason.
+
+    Of trials that differ in their learning rate alone the best one stands for all: the rate was tuned.
+    """
+    sweep_dir = planned.sweep.folder.resolve()
+    standings = Ledger(sweep_dir).standings({trial.name: trial.config.train.steps for trial in planned.trials})
+    rows, excluded = [], []
+    for name, standing in standings.items():
+        if why := _unusable(standing):
+            excluded.append((name, why))
+        else:
+            rows.append(read_row(sweep_dir / TRIALS / name, standing))
+    rows, worse = best_of_rates(rows)
+    return usable(table_of(rows, planned.sweep.count, [*excluded, *worse]))
+
+
+def read_row(run_dir: Path, standing: Standing) -> Row:
+    """A finished trial. Raises ConfigError if its config cannot be read."""
+    config = load(run_dir / "config.yaml")
+    started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
+    inputs: list[Mapping[str, Any]] = started[-1].get("inputs", []) if started else []
+    assert standing.eval_loss is not None
+    return Row(run_dir.name, config, standing.eval_loss, recipe_of(config, inputs), _unique(inputs))
+
+
+def recipe_of(config: Config, inputs: Sequence[Mapping[str, Any]]) -> str:
+    """What must be equal for losses to be comparable, in words.
+
+    Args:
+        inputs: of `attempt_started`: the data and tokenizers, with their digests.
+    """
+    train, optim = config.train, config.optim
+    read = [f"{'data' if each['kind'] == 'training' else 'tokenizer'} {str(each['digest'])[:8]}" for each in inputs]
+    held_out = f"{train.eval_sequences} held-out sequences of {train.seq_len} tokens"
+    return ", ".join([optim.name, optim.schedule, train.precision, held_out, *read])
+
+
+def table_of(rows: Sequence[Row], count: str, excluded: Sequence[tuple[str, str]] = ()) -> Table:
+    """The rows as columns; N in every convention, of which `count` is the table's."""
+    models = [row.config.model for row in rows]
+    counted = [conventions(parameters(model)) for model in models]
+    names = tuple(conventions(parameters(Config().model)))
+    counts = {name: _array(each[name] for each in counted) for name in names}
+    tokens = _array(row.tokens for row in rows)
+    extra = {
+        "experts": _array(model.num_experts or 1 for model in models),
+        "top_k": _array(model.top_k if model.is_moe else 1 for model in models),
+        "active_ratio": _array(model.top_k / model.num_experts if model.is_moe else 1.0 for model in models),
+        "granularity": _array(
+            (model.intermediate_size or 0) / (model.expert_size or 1) if model.is_moe else 1.0 for model in models
+        ),
+    }
+    unique = _array(row.unique for row in rows)
+    if (tokens > unique).any():
+        extra["unique"] = np.minimum(tokens, unique)
+    return Table(
+        n=counts[count], d=tokens, c=_array(row.flops for row in rows), loss=_array(row.loss for row in rows),
+        convention=count, counts=counts, extra=extra, run=tuple(row.name for row in rows),
+        recipe=tuple(row.recipe for row in rows), excluded=tuple(excluded),
+    )  # fmt: skip
+
+
+def best_of_rates(rows: Sequence[Row]) -> tuple[list[Row], list[tuple[str, str]]]:
+    """Of rows that differ in optim.lr alone the best, and why the others are left out."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        keys = {key: value for key, value in flatten(row.config).items() if key not in ("run.name", "optim.lr")}
+        groups.setdefault(repr(sorted(keys.items(), key=lambda pair: pair[0])), []).append(row)
+    best = [min(group, key=lambda row: row.loss) for group in groups.values()]
+    worse = [
+        (row.name, f"optim.lr={row.config.optim.lr:g}: {kept.name} has the same model and tokens and a lower loss")
+        for kept, group in zip(best, groups.values(), strict=True)
+        for row in group
+        if row is not kept
+    ]
+    return best, worse
+
+
+def loss_curves(planned: Plan, table: Table) -> Table:
+    """Points of the finished trials' training losses at common FLOPs, for Hoffmann et al.'s approach 1.
+
+    A point before a run's end was reached at a learning rate that had not come down yet, so these losses are higher
+    than those of runs that end there (arXiv:2203.15556, section 3.1, trains several lengths of each size for that).
+
+    Args:
+        table: of `collect`.
+    """
+    sweep_dir = planned.sweep.folder.resolve()
+    if not len(table):
+        return table
+    ends = 0.2 * table.c.min(), table.c.max()
+    grid = np.geomspace(*ends, 1 + round(np.log(ends[1] / ends[0]) / np.log(SPACING)))
+    found: list[tuple[int, float, float]] = []
+    for i, name in enumerate(table.run):
+        steps = [record for record in read_metrics(sweep_dir / TRIALS / name) if record.get("loss") is not None]
+        last = load(sweep_dir / TRIALS / name / "config.yaml").train.steps
+        at = np.array([record["step"] for record in steps]) / last * table.c[i]
+        losses = np.array([record["loss"] for record in steps])
+        for c in grid[(grid >= 0.1 * table.c[i]) & (grid <= table.c[i] * (1 + 1e-9))]:
+            reached = int((at <= c * (1 + 1e-9)).sum())
+            if reached:
+                first = min(int((at <= c * (1 - SMOOTHED)).sum()), reached - 1)
+                found.append((i, c, float(losses[first:reached].mean())))
+    rows = np.array([i for i, _, _ in found], dtype=np.int64)
+    c, loss = np.array([each[1] for each in found]), np.array([each[2] for each in found])
+    picked = table.take(rows)
+    share = c / picked.c
+    return Table(
+        n=picked.n, d=picked.d * share, c=c, loss=loss, convention=picked.convention, counts=picked.counts,
+        extra={key: values for key, values in picked.extra.items() if key != "unique"}, run=picked.run,
+        recipe=picked.recipe, notes=("training losses on the way, smoothed",),
+    )  # fmt: skip
+
+
+def _unusable(standing: Standing) -> str:
+    if standing.state == "finished":
+        return "" if standing.eval_loss is not None else "its held-out loss is not a number"
+    reason = f": {' '.join(standing.reason.split())[:200]}" if standing.reason else ""
+    at = f" at step {standing.step}" if standing.step else ""
+    return f"{standing.state}{at}{reason}"
+
+
+def _unique(inputs: Sequence[Mapping[str, Any]]) -> float:
+    """Training tokens of all sources; infinite where the record does not say."""
+    found = [each["profile"].get("splits", {}).get("train", {}).get("tokens") for each in inputs if each["profile"]]
+    known = [float(tokens) for tokens in found if tokens]
+    return sum(known) if known else float("inf")
+
+
+def _array(values: Any) -> np.ndarray:
+    return np.array(list(values), dtype=np.float64)

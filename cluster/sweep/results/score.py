@@ -1,0 +1,112 @@
+"""Predictions of runs that `muster sweep next` wrote, beside what those runs reached."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table as Rows
+
+from configs import Config, ConfigError, load
+from configs.words import scientific
+from models.planning.cost import training_flops_per_token
+from models.scaling.scoring import Score, to_json
+from trainer.files.own_files import no_link
+from trainer.files.plain_json import dump
+from trainer.record.lines import read_events, summary
+from trainer.record.terminal import Console
+
+PREDICTIONS, SCORES = "predictions.jsonl", "score.json"
+
+
+def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path, run: str) -> None:
+    """Append a prediction of a run to the sweep's predictions.jsonl.
+
+    Args:
+        prediction: `forecast.Prediction.summary()`.
+        config: of the run.
+    """
+    line = {"time": time.time(), "run": run, "config": str(config.resolve()), **prediction}
+    with open(sweep_dir / PREDICTIONS, "a", encoding="utf-8", opener=no_link) as file:
+        file.write(dump(line) + "\n")
+
+
+def score_runs(sweep_dir: Path) -> list[Score]:
+    """Every prediction of predictions.jsonl; of several for one run the last that was made before it began.
+
+    Raises:
+        ConfigError: there are none.
+    """
+    try:
+        lines = (sweep_dir / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{sweep_dir} has no {PREDICTIONS}: `muster sweep next` predicts a run and writes its config, and "
+            f"--max-budget C holds a fit of the smaller budgets to the larger ones"
+        ) from None
+    found: dict[str, Score] = {}
+    for line in lines:
+        try:
+            each = _score_of(json.loads(line))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            reason = ascii(" ".join(str(error).split()))[:200]
+            raise ConfigError(f"{sweep_dir / PREDICTIONS} has a line that is no prediction: {reason}") from None
+        if each.status != "AFTERWARDS" or each.run not in found:
+            found[each.run] = each
+    return list(found.values())
+
+
+def _score_of(record: Mapping[str, Any]) -> Score:
+    path = Path(record["config"])
+    config = load(path) if path.is_file() else None
+    run_dir = _run_dir(path, config, str(record["run"]))
+    run = summary(run_dir)
+    started = [event["time"] for event in read_events(run_dir) if event["event"] == "attempt_started"]
+    status, loss = run["status"], None
+    budget = float(record["budget"])
+    if status == "FINISHED":
+        loss = run["eval_loss"]
+        if (run_dir / "config.yaml").is_file():
+            budget = _flops(load(run_dir / "config.yaml"))
+        if float(record.get("time", 0.0)) > started[0]:
+            status = "AFTERWARDS"
+    predicted = record["run_loss"]
+    value, low, high = (float(predicted[key]) for key in ("value", "low", "high"))
+    return Score(str(record["run"]), budget, value, low, high,
+                 str(record["form"]), loss, status)  # fmt: skip
+
+
+def _run_dir(path: Path, config: Config | None, run: str) -> Path:
+    root = Path(config.run.root if config else "runs").expanduser()
+    places = [root / run, path.parent.parent / run, path.parent / run]  # as it says, or beside the sweep
+    return next((place for place in places if (place / "config.yaml").is_file()), places[0])
+
+
+def _flops(config: Config) -> float:
+    train = config.train
+    return training_flops_per_token(config.model, train.seq_len) * train.steps * train.global_batch * train.seq_len
+
+
+def show(found: list[Score], left_out: Sequence[tuple[str, str]] = ()) -> None:
+    """Print a row for each prediction, and why runs have none."""
+    table = Rows("run", box=None, pad_edge=False)
+    for column in ("FLOPs", "predicted", "interval", "came", "error", "inside"):
+        table.add_column(column, justify="right")
+    for each in found:
+        came = each.status if each.loss is None else f"{each.loss:.4f}"
+        error = "" if each.error is None else f"{each.error:+.2%}"
+        inside = "" if each.inside is None else "yes" if each.inside else "NO"
+        inside += " (predicted afterwards)" if each.status == "AFTERWARDS" else ""
+        interval = f"{each.low:.4f} to {each.high:.4f}"
+        table.add_row(each.run, scientific(each.budget), f"{each.predicted:.4f}", interval, came, error, inside)
+    console = Console()
+    console.print(table, soft_wrap=not console.is_terminal)
+    summary = to_json(found)
+    if summary["finished"]:
+        print(f"{summary['inside']} of {summary['finished']} inside the interval, mean absolute error "
+              f"{summary['mean_absolute_error']:.2%}")  # fmt: skip
+    for run, why in left_out:
+        print(f"left out: {run}: {why}")

@@ -1,0 +1,1 @@
+"""Train the trials of a sweep, and see how far they are."""

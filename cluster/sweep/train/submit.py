@@ -1,0 +1,95 @@
+"""`muster sweep submit`: a sweep as a job of the cluster's queue, which starts it when its devices are free."""
+
+import shlex
+from pathlib import Path
+
+from cluster.commands.jobs import Address
+from cluster.commands.runs import Json
+from cluster.gangs.access_token import in_config
+from cluster.gangs.share import Share, capacity
+from cluster.server import pack
+from cluster.server.client import Cluster, api_url
+from cluster.server.messages import MOST_WORKERS
+from cluster.server.submit import (
+    Priority,
+    Queue,
+    Wait,
+    With,
+    check_root,
+    check_sent,
+    needs,
+    path_in,
+    send,
+    without_passwords,
+)
+from cluster.server.waiting import Gang, place
+from configs import ConfigError, counted, preset_names
+from configs.sweep.definition import SweepConfig, load_sweep
+
+from .run_commands import File, Gpus, Overrides
+
+
+def submit_sweep(
+    file: File,
+    overrides: Overrides = None,
+    gpus: Gpus = None,
+    address: Address = None,
+    wait: Wait = False,
+    queue: Queue = False,
+    priority: Priority = 0,
+    insisted: With = None,
+    as_json: Json = False,
+) -> None:
+    """Send this folder and a sweep to a cluster. Example: muster sweep submit sweep.yaml root=/shared/runs --gpus 8"""
+    from cluster.sweep.design.arms import arms
+    from cluster.sweep.design.plan import plan
+    from cluster.sweep.design.trial import gang_of
+    from trainer.data.manifest import vocabulary  # numpy, as have the next two
+
+    from .trial_state import finished_losses
+
+    sweep, here = load_sweep(file, overrides or ()), Path.cwd()
+    check_root("root", sweep.root)
+    name = path_in(here, file)
+    every = arms(sweep)
+    planned = plan(sweep, vocabulary(every[0].config.data), finished_losses(sweep.folder))
+    planned.check_gpus(gpus)
+    if (widest := max(gpus or 0, planned.widest)) > MOST_WORKERS:
+        raise ConfigError(
+            f"--gpus {widest}: a job has at most {MOST_WORKERS} processes"
+            if gpus
+            else f"a trial takes {counted(widest, 'process')}, and a job has at most {MOST_WORKERS}: lower parallel.dp"
+        )
+    cluster = Cluster(api_url(address, in_config(every[0].config.cluster.address, overrides or ())))
+    nodes = cluster.nodes()
+    gangs = [gang_of(trial.resolved, nodes, wait=queue) for trial in planned.trials]
+    each = Share(max(gang.each.cpus for gang in gangs), max(gang.each.gpus for gang in gangs))
+    # It starts with all that it may have, or with what its widest trial needs, and then takes what is free.
+    gang = Gang(gpus or planned.widest, each, max(gang.group for gang in gangs))
+    room = int(sum(capacity(node, each) for node in nodes))
+    if not queue and place(gang, nodes, nodes) is None:
+        raise ConfigError(
+            f"--gpus {gpus}: the cluster has room for {counted(room, 'process')} of {counted(each.cpus, 'CPU')} "
+            f"and {counted(each.gpus, 'GPU')}: "
+            f"lower it, or wait for machines to join with --queue"
+        )
+
+    packed = pack.files(here, [Path(sweep.root)], insisted or ())
+    base = [] if sweep.base in preset_names() else [path_in(here, sweep.base)]
+    check_sent({"SWEEP.yaml": [name], "base": base}, here, packed)
+    for arm in every:
+        check_sent(needs(arm.config), here, packed)
+    called, said, files = without_passwords(name, overrides or (), SweepConfig)
+    limit = [f"--gpus={gpus}"] if gpus else []
+    job = {
+        "name": sweep.name,
+        "run_dir": str(sweep.folder),
+        "command": shlex.join(["muster", "sweep", "run", called, *said, "set.cluster.address=null", *limit]),
+        "workers": gang.workers,
+        "most": gpus or min(max(gang.workers, room), MOST_WORKERS),
+        "cpus": gang.each.cpus,
+        "gpus": gang.each.gpus,
+        "group": gang.group,
+        "priority": priority,
+    }
+    send(cluster, here, packed, job, wait, as_json, files)

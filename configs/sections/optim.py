@@ -1,0 +1,42 @@
+"""Optimizer and learning-rate schedule."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from configs.base import Section
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adam", "sgd", "adagrad", "rmsprop", "adafactor", "lion", "muon"] = "adamw"
+    """Which optimizer; adafactor and muon need parallel.zero_stage=0 and fp32."""
+    lr: PositiveFloat = 1e-3
+    """Peak learning rate."""
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
+    """Adam, AdamW, Lion; Muon's AdamW part."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator: AdamW, Adam, Adagrad, RMSprop; Muon's AdamW part."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled for AdamW, Adafactor, Lion and Muon, L2 for the others."""
+    decay_all: bool = False
+    """Decay norms, biases and embeddings too."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """SGD, RMSprop and Muon."""
+    nesterov: bool = True
+    """SGD and Muon."""
+    alpha: float = Field(0.99, gt=0, lt=1)
+    """RMSprop's smoothing constant."""
+    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential"] = "cosine"
+    """Course of the learning rate after the warmup."""
+    warmup: NonNegativeInt = 0
+    """Steps of linear warmup from 0, before every schedule."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Last learning rate as a share of the peak: linear, cosine, WSD, exponential."""
+    decay_steps: PositiveInt | None = None
+    """WSD: length of the final decay; None: a fifth of the run."""
+    step_every: PositiveInt | None = None
+    """Step: steps between drops; None: a third of the run."""
+    step_factor: float = Field(0.1, gt=0, le=1)
+    """Step: factor of each drop."""

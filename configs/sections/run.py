@@ -1,0 +1,78 @@
+"""Identity of a run and the whole config: one object that says what a run is."""
+
+import re
+
+from pydantic import Field, PrivateAttr, field_validator
+
+from configs.base import Section, file_path
+
+from .checkpoint import CheckpointConfig
+from .cluster import ClusterConfig
+from .data import DataConfig
+from .model import ModelConfig
+from .optim import OptimConfig
+from .parallel import ParallelConfig
+from .tracking import TrackingConfig
+from .train import TrainConfig
+
+LONGEST = 200
+"""Characters of a run's or a sweep's name: the names of files that are made from it are longer."""
+
+
+def folder_name(name: str) -> str:
+    """The name, if it can be a folder's on every system. Raises ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
+    if len(name) > LONGEST:
+        raise ValueError(f"at most {LONGEST} characters, as it names a folder")
+    return name
+
+
+class RunConfig(Section):
+    name: str = "run"
+    """Name of the run's folder; the same name again continues the run."""
+    root: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Of the initial weights, the order of the data, and dropout."""
+
+    _plain = field_validator("name")(folder_name)
+    _path = field_validator("root")(file_path)
+
+
+class Config(Section):
+    """Everything a run is and how it runs. Torch-free: a laptop loads, checks and plans it."""
+
+    run: RunConfig = RunConfig()
+    model: ModelConfig = ModelConfig()
+    train: TrainConfig = TrainConfig()
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    plugins: tuple[str, ...] = Field(())
+    """Python modules (`package.module`) or files (`path/to/file.py`) imported before the model is built."""
+
+    _defaults: dict[str, str] = PrivateAttr(default_factory=dict)
+
+    @property
+    def defaults(self) -> dict[str, str]:
+        """The keys that a preset chose and the user did not, and why where it is another value than the preset's."""
+        return self._defaults
+
+    def __eq__(self, other: object) -> bool:
+        """By the values alone, whoever chose them."""
+        return isinstance(other, Config) and super().__eq__(other.with_defaults(self._defaults))
+
+    def with_defaults(self, defaults: dict[str, str]) -> "Config":
+        """The same config, of which these keys are a preset's choice."""
+        config = self.model_copy()
+        config._defaults = defaults
+        return config
+
+    @field_validator("plugins")
+    @classmethod
+    def _paths(cls, plugins: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(map(file_path, plugins))

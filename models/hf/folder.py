@@ -1,0 +1,238 @@
+"""Hugging Face folders: write a trained model as one that `transformers` loads, read one as a warm start."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from configs import ConfigError, ModelConfig
+from configs.explain import shown
+from models.families import FAMILIES, build
+from models.moe.router import choosers
+
+from .config_json import CONFIG, YARN_SINCE, from_hf_config, read_hf_config, to_hf_config
+from .names import BIAS, GLM4_MOE, QWEN2, Architecture, bias_name, pieces
+from .weight_files import open_tensors
+
+SHARD_BYTES = 5 * 10**9
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of the tensors that are read, as safetensors names them; others are codes, which need scales."""
+
+
+def export_hf(
+    module: nn.Module,
+    config: ModelConfig,
+    to: Path,
+    special_tokens: Mapping[str, int | None] | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, generation_config.json and model*.safetensors (one shard's size of memory at a time).
+
+    Args:
+        config: resolved.
+        special_tokens: {"bos_token_id", "eos_token_id", "pad_token_id": id, or None for none}; None: said of none.
+        dtype: of the tensors written, but for balancing biases, which stay fp32; None: as they are.
+
+    Raises:
+        ConfigError: no architecture in transformers computes what this model does.
+    """
+    to_architecture = FAMILIES[config.family].hf
+    if to_architecture is None:
+        raise ConfigError(f"model.family={config.family} has no Hugging Face architecture")
+    arch = to_architecture(config)
+    to.mkdir(mode=0o700, parents=True, exist_ok=True)
+    tree = to_hf_config(config, arch)
+    if config.rope_scaling and config.rope_scaling.kind == "yarn":
+        print(
+            f"muster: {to} has YaRN positions, which transformers reads as they were trained from {YARN_SINCE} on; "
+            "older versions compute others",
+            file=sys.stderr,
+        )
+    if arch is QWEN2 and special_tokens is not None:
+        print(
+            f"muster: transformers takes the tokenizer of {to} for Qwen2's own, as it does for this architecture; "
+            "if it is another, load it by PreTrainedTokenizerFast.from_pretrained",
+            file=sys.stderr,
+        )
+    tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
+    if special_tokens is not None:
+        # None is written too: transformers' own defaults are ids of Llama's tokenizer.
+        tree |= special_tokens
+        _write_json(to / "generation_config.json", dict(special_tokens))
+    _write_json(to / "config.json", tree)
+    _write_tensors(to, _tensors(_state(module, config, arch), arch, dtype), shard_bytes)
+
+
+def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
+    """Read a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Qwen2-MoE, Mixtral, GLM-4.5, dots1).
+
+    Layers for the prediction of more tokens (GLM-4.5), which come after the model's own, are left out, as transformers
+    does.
+
+    Returns:
+        The model's resolved config, and its weights under our names, each read from disk when it is looked up. Routers
+        with a balancing bias have `router_bias_rate` 0, and the biases stand among the weights, see `bias_name`.
+
+    Raises:
+        ConfigError: not such a folder, an unsupported variant, tensors that are missing or unknown, or of other shapes
+            or types. No tensor has been read then.
+    """
+    folder = Path(folder)
+    tree = read_hf_config(folder)
+    config, arch = from_hf_config(tree, str(folder / CONFIG))
+    beyond = tree.get("num_nextn_predict_layers") or 0 if arch is GLM4_MOE else 0
+    return config, Weights(folder, config, arch, beyond)
+
+
+class Weights(Mapping[str, Tensor]):
+    """The tensors of a Hugging Face folder under our names, in fp32, experts there stacked or one by one; lazy."""
+
+    def __init__(self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0):
+        self._beyond = tuple(f"model.layers.{config.num_layers + index}." for index in range(beyond))
+        self._files = open_tensors(folder)
+        if len(self._files) < config.num_layers:
+            raise ConfigError(
+                f"{folder} has {len(self._files)} tensors, too few for the num_hidden_layers={config.num_layers} of "
+                "its config.json"
+            )
+        with torch.device("meta"):
+            module = build(config)
+        self._shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        if arch.bias:
+            self._shapes.update({bias_name(c.layer): (config.num_experts,) for c in choosers(module)})
+        self._arch = arch
+        self._folder = folder
+        used = {"lm_head.weight"} if config.tie_embeddings else set()
+        for name, shape in self._shapes.items():
+            # Names of experts that the folder has not are not listed to the last one.
+            of_experts = ".mlp.experts." in name and not self._whole(name)
+            if len(used) + (shape[0] if of_experts else 0) > 4 * len(self._files) + len(self._shapes):
+                raise ConfigError(
+                    f"{folder} has {len(self._files)} tensors, too few for the experts of its config.json"
+                )
+            used.update(self._parts(name))
+        needed = used - {"lm_head.weight"} if config.tie_embeddings else used
+        missing = sorted(needed - self._files.keys())
+        unknown = sorted(name for name in self._files.keys() - used if not self._is_nothing(name))
+        if missing or unknown:
+            raise ConfigError(
+                f"{folder}: its tensors are not those of its config.json: {len(missing)} missing {shown(missing[:3])}, "
+                f"{len(unknown)} unknown {shown(unknown[:3])}"
+            )
+        for name in self._shapes:
+            self._check(name)
+
+    def __getitem__(self, name: str) -> Tensor:
+        shape, parts = self._shapes[name], self._parts(name)
+        out = None if len(parts) == 1 else torch.empty(shape)
+        for theirs, index in parts.items():
+            try:
+                tensor = self._files[theirs].get_tensor(theirs).float()  # in which 1e300 of F64 is infinite
+            except (OSError, SafetensorError) as error:
+                raise ConfigError(f"{self._folder}: tensor {theirs} cannot be read: {error}") from None
+            if not tensor.isfinite().all():
+                raise ConfigError(f"{self._folder}: tensor {theirs} has values that are not finite")
+            if out is None:
+                return tensor.view(shape)
+            out[index] = tensor
+        assert out is not None
+        return out
+
+    def _check(self, name: str) -> None:
+        """Compare the header of what makes up a parameter with what it is to be. Raises ConfigError."""
+        whole = torch.empty(self._shapes[name], device="meta")
+        for theirs, index in self._parts(name).items():
+            found = self._files[theirs].get_slice(theirs)
+            if found.get_dtype() not in FLOATS:
+                raise ConfigError(
+                    f"{self._folder}: tensor {theirs} is {found.get_dtype()}, which is none of {', '.join(FLOATS)}"
+                )
+            if found.get_shape() != list(whole[index].shape):
+                raise ConfigError(
+                    f"{self._folder}: tensor {theirs} is {shown(found.get_shape())}, but config.json makes it "
+                    f"{list(whole[index].shape)}"
+                )
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+    def _is_nothing(self, theirs: str) -> bool:
+        """Whether a tensor can be left aside: of a layer beyond the model's, computed from config.json, or empty, as a
+        shared expert of width 0."""
+        if theirs.startswith(self._beyond) or theirs.endswith("rotary_emb.inv_freq"):
+            return True
+        return 0 in self._files[theirs].get_slice(theirs).get_shape()
+
+    def _parts(self, name: str) -> dict[str, tuple]:
+        if stacked := self._whole(name):
+            return {stacked: (...,)}
+        return dict(pieces(name, self._shapes[name], self._arch))
+
+    def _whole(self, name: str) -> str | None:
+        """Where the folder has a parameter as one tensor: its name there."""
+        stacked = name.replace(".mlp.", f".{self._arch.moe_block}.") if ".mlp.experts." in name else name
+        return next((candidate for candidate in (name, stacked) if candidate in self._files), None)
+
+
+def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[str, Tensor]:
+    """Parameters, and what an architecture has beside them: balancing biases, a shared expert of width 0 for none."""
+    state: dict[str, Tensor] = dict(module.named_parameters())
+    if not arch.bias:
+        return state
+    hidden = config.hidden_size
+    for chooser in choosers(module):
+        state[bias_name(chooser.layer)] = torch.zeros(config.num_experts) if chooser.bias is None else chooser.bias
+        if not config.shared_expert_size:
+            expert = f"model.layers.{chooser.layer}.mlp.shared_expert"
+            state |= {f"{expert}.{up}_proj.weight": torch.empty(0, hidden) for up in ("gate", "up")}
+            state[f"{expert}.down_proj.weight"] = torch.empty(hidden, 0)
+    return state
+
+
+def _tensors(
+    state: Mapping[str, Tensor], arch: Architecture, dtype: torch.dtype | None
+) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Name there, bytes, and how to get each tensor."""
+    for name, tensor in state.items():
+        # A bias in bf16 would choose other experts; transformers keeps it in fp32 too.
+        kind = torch.float32 if name.endswith(BIAS) else dtype or tensor.dtype
+        for theirs, index in pieces(name, tuple(tensor.shape), arch):
+            part = tensor.detach()[index]
+            size = part.numel() * kind.itemsize
+
+            def get(part: Tensor = part, kind: torch.dtype = kind) -> Tensor:
+                return part.to("cpu", kind, copy=True).contiguous()
+
+            yield theirs, size, get
+
+
+def _write_tensors(to: Path, tensors: Iterator[tuple[str, int, Callable[[], Tensor]]], shard_bytes: int) -> None:
+    shards: list[dict[str, Callable[[], Tensor]]] = [{}]
+    total = filled = 0
+    for name, size, get in tensors:
+        if filled and filled + size > shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = get
+        filled, total = filled + size, total + size
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        file = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file({name: get() for name, get in shard.items()}, to / file, metadata={"format": "pt"})
+        where.update(dict.fromkeys(shard, file))
+    if len(shards) > 1:
+        _write_json(to / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+
+
+def _write_json(path: Path, tree: dict[str, Any]) -> None:
+    path.write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,8 @@
+"""What loss a model reaches: scaling laws fitted to a table of runs, with intervals (numpy; neither Ray nor torch)."""
+
+from .fitting import fit
+from .predictions import predict
+from .scoring import score
+from .table import read_table
+
+__all__ = ["fit", "predict", "read_table", "score"]

@@ -1,0 +1,317 @@
+"""Fit scaling laws to a table of runs: `fit(read_table("runs.csv"))`. Needs numpy; neither Ray nor torch."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import ConfigError, counted
+
+from .allocation import kinds, repeats
+from .forms.dense import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kaplan
+from .forms.newton import HUBER_LOG, LEAST_SQUARES, Objective
+from .forms.solve import Solution, refit, solve
+from .forms.sparse import MOE_FORMS
+from .isoflop import Approach2, PowerLaw, approach2, best_approach1
+from .refusal import Refusal, edge, refused
+from .table import Table, budgets, read_table, resampled
+
+__all__ = [
+    "FORMS", "HUBER_LOG", "LEAST_SQUARES", "OBJECTIVES", "Fit", "Fits", "Objective", "Refusal", "Table", "fit",
+    "fit_form", "read_table", "rolling_origin",
+]  # fmt: skip
+
+FORMS: dict[str, Form] = {form.name: form for form in (Approach3(), Kaplan(), Gadre(), DataConstrained(), *MOE_FORMS)}
+OBJECTIVES = {
+    "huber_log": HUBER_LOG,
+    "least_squares_log": Objective("log", np.inf),
+    "least_squares": LEAST_SQUARES,
+}
+LEAST_BUDGETS = 3
+BOOTSTRAPS = 1000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One form, fitted."""
+
+    form: Form
+    solution: Solution
+    coefficients: dict[str, float]
+    """Under the literature's names."""
+    intervals: dict[str, tuple[float, float]]
+    """95%, by the bootstrap over runs."""
+    samples: Array
+    """Parameters of the bootstrap's converged refits, shape (at most BOOTSTRAPS, J + G)."""
+    objective: Objective
+    residual: float
+    """Root mean square of ln L - ln loss."""
+    cross_validation: float | None = None
+    """Root mean square of ln L - ln loss on held-back budgets, rolling origin; None: too few budgets."""
+
+    @property
+    def undetermined(self) -> Refusal | None:
+        """Why its coefficients are not to be relied on, if so."""
+        return edge(self.form, self.solution.at_bound)
+
+    def schwarz(self, rows: int) -> float:
+        """Schwarz' criterion (1978) of a fit to so many rows, up to a constant: the lower the better."""
+        return 2 * rows * float(np.log(self.residual)) + self.form.size * float(np.log(rows))
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        solution = self.solution
+        return self.coefficients | {
+            "source": self.form.source,
+            "objective": str(self.objective),
+            "objective_value": solution.value,
+            "converged": solution.converged,
+            "gradient": solution.gradient,
+            "basins": {"agreeing": solution.agreeing, "polished": solution.candidates},
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "bootstraps": len(self.samples),
+            "residual": self.residual,
+            "cross_validation": self.cross_validation,
+            "at_bound": list(solution.at_bound),
+        }
+
+
+@dataclass(frozen=True)
+class Fits:
+    """All that was fitted to a table."""
+
+    table: Table
+    fits: dict[str, Fit]
+    refused: dict[str, Refusal]
+    """By form or approach, why it was not fitted, or cannot be relied on."""
+    chosen: str | None
+    """Of the forms that are not refused, that of the least error on held-back budgets; of too few budgets, by Schwarz'
+    criterion. None: all are refused."""
+    approach1: tuple[PowerLaw, PowerLaw] | None = None
+    """Of N and D."""
+    approach1_of: str = ""
+    """What the best run of each budget was found by."""
+    approach2: Approach2 | None = None
+    kinds: dict[str, "Fits"] = field(default_factory=dict)
+    """Of a table with several kinds of models, each kind alone, by its experts."""
+
+    @property
+    def best(self) -> Fit:
+        """The chosen form. Raises Refusal, `reason`, where there is none."""
+        if self.chosen is None:
+            raise self.reason
+        return self.fits[self.chosen]
+
+    @property
+    def reason(self) -> Refusal:
+        """Why no form is chosen, where none is: that of each."""
+        forms = {name: why for name, why in self.refused.items() if name not in ("approach1", "approach2")}
+        return refused(forms, "no form can be relied on")
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`: every form's coefficients, how it was fitted, what was left out."""
+        found: dict[str, Any] = {name: each.summary() for name, each in self.fits.items()}
+        if self.approach1:
+            a, b = (law.exponent for law in self.approach1)
+            found["approach1"] = {"a": a, "b": b, "of": self.approach1_of}
+        if self.approach2:
+            found["approach2"] = self.approach2.summary()
+        return {
+            "convention": self.table.convention,
+            "rows": len(self.table),
+            "budgets": sorted(float(np.exp(np.log(self.table.c[b]).mean())) for b in _groups(self.table)),
+            "chosen": self.chosen,
+            "refused": {name: {"kind": each.kind, "why": str(each)} for name, each in self.refused.items()},
+            "excluded": [{"run": run, "why": why} for run, why in self.table.excluded],
+            "notes": list(self.table.notes),
+            "kinds": {label: each.summary() for label, each in self.kinds.items()},
+        } | found
+
+
+def fit(
+    table: Table,
+    forms: Sequence[str] | None = None,
+    objective: Objective = HUBER_LOG,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+    curves: Table | None = None,
+) -> Fits:
+    """Fit every form that the table has the columns for, and choose one by its error on held-back budgets.
+
+    Args:
+        forms: names out of FORMS; None: all that fit.
+        bootstraps: refits for the coefficients' intervals.
+        curves: points of the runs' loss curves at common FLOPs: approach 1, where the runs end at no common budgets.
+
+    Returns:
+        Also where every form is refused: then with the reasons, and approaches 1 and 2.
+
+    Raises:
+        Refusal: mixed recipes or too few budgets.
+        ConfigError: no such form.
+    """
+    check(table)
+    for name in forms or ():
+        named(name)
+    fits: dict[str, Fit] = {}
+    left_out: dict[str, Refusal] = {}
+    unasked: dict[str, Refusal] = {}  # what the table has no columns for
+    for name in forms or FORMS:
+        try:
+            fits[name] = fit_form(FORMS[name], table, objective, bootstraps, seed)
+            if undetermined := fits[name].undetermined:
+                left_out[name] = undetermined
+        except Refusal as refusal:
+            (left_out if forms or refusal.kind != "columns" else unasked)[name] = refusal
+    alone = {}
+    for kind in kinds(table) if len(_shapes(table)) > 1 and not forms else ():
+        label = " ".join(f"{name}={value:g}" for name, value in kind.shape.items())
+        try:
+            own = table.take(kind.rows)
+            points = None if curves is None else curves.take(np.isin(curves.run, own.run))
+            alone[label] = fit(own, None, objective, bootstraps, seed, points)
+        except Refusal as refusal:
+            left_out[label] = refusal
+    if not fits:
+        left_out |= unasked
+    found1, found2, of = None, None, ""
+    if len(_shapes(table)) == 1:
+        try:
+            found1, of = best_approach1(table, curves)
+        except Refusal as refusal:
+            left_out["approach1"] = refusal
+        try:
+            found2 = approach2(table)
+        except Refusal as refusal:
+            left_out["approach2"] = refusal
+    sound = {name: each for name, each in fits.items() if name not in left_out}
+    errors = {name: each.cross_validation for name, each in sound.items() if each.cross_validation is not None}
+    chosen = None
+    if errors:  # of forms whose errors are within a twentieth of the least, the one with the fewest coefficients
+        near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())]
+        chosen = min(near, key=lambda name: fits[name].form.size)
+    elif sound:
+        chosen = min(sound, key=lambda name: fits[name].schwarz(len(table)))
+    return Fits(table, fits, left_out, chosen, found1, of, found2, alone)
+
+
+def fit_form(
+    form: Form,
+    table: Table,
+    objective: Objective = HUBER_LOG,
+    bootstraps: int = BOOTSTRAPS,
+    seed: int = 0,
+) -> Fit:
+    """Fit one form.
+
+    Raises:
+        Refusal: the table lacks a column or a spread that the form needs, or has fewer rows than it has coefficients.
+    """
+    x, solution = solved(form, table, objective)
+    samples = np.empty((0, form.size))
+    intervals: dict[str, tuple[float, float]] = {}
+    if bootstraps:
+        weights = resampled(table, bootstraps, np.random.default_rng(seed))
+        samples, converged = refit(form, x, table.loss, weights, solution.parameters, objective)
+        samples = samples[converged]
+        each = [form.coefficients(sample) for sample in samples]
+        for name in each[0] if each else ():
+            with np.errstate(invalid="ignore"):  # of samples beyond any number, as at the edge of an exponent
+                low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
+            intervals[name] = (float(low), float(high))
+    residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
+    return Fit(
+        form, solution, form.coefficients(solution.parameters), intervals, samples, objective,
+        residual=float(np.sqrt((residual**2).mean())), cross_validation=rolling_origin(form, table, objective),
+    )  # fmt: skip
+
+
+def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[Columns, Solution]:
+    """The columns that a form needs, and its optimum. Raises Refusal as `fit_form`."""
+    x = _columns(form, table)
+    if len(table) < form.size + 1:
+        raise Refusal("few_rows", f"{form.name}: {counted(len(table), 'run')} for {counted(form.size, 'coefficient')}")
+    solution = solve(form, x, table.loss, objective)
+    if not solution.converged:
+        # Where a term has left the form, its exponent means nothing and no search for it ends.
+        raise edge(form, solution.at_bound) or Refusal(
+            "convergence", f"{form.name}: no optimum was reached (scaled gradient {solution.gradient:.1g})"
+        )
+    return x, solution
+
+
+def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -> float | None:
+    """Root mean square error in ln L of each budget by the fit to all smaller ones; every budget counts the same.
+
+    Returns:
+        None: fewer than two budgets could be held back.
+    """
+    x, groups = _columns(form, table), _groups(table)
+    errors = []
+    for k in range(LEAST_BUDGETS - 1, len(groups)):
+        before, held = np.concatenate(groups[:k]), groups[k]
+        if len(before) < form.size + 1:
+            continue
+        some = {key: values[before] for key, values in x.items()}
+        found = solve(form, some, table.loss[before], objective)
+        there = {key: values[held] for key, values in x.items()}
+        error = form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
+        errors.append(float(np.nan_to_num((error**2).mean(), nan=np.inf)))
+    return float(np.sqrt(np.mean(errors))) if len(errors) > 1 else None
+
+
+def named(form: str) -> Form:
+    """A form of FORMS. Raises ConfigError if there is none of that name."""
+    if form not in FORMS:
+        raise ConfigError(f"--form {form}: no such form; there are {', '.join(FORMS)}")
+    return FORMS[form]
+
+
+def check(table: Table) -> None:
+    """Raises Refusal where no law can be fitted: mixed recipes, too few budgets."""
+    recipes = sorted(set(table.recipe))
+    if len(recipes) > 1:
+        raise Refusal(
+            "mixed_recipes",
+            f"the runs have {len(recipes)} recipes ({', '.join(recipes[:3])}), whose losses cannot be compared: choose "
+            f"one with --where recipe=...",
+        )
+    if (count := len(_groups(table))) < LEAST_BUDGETS:
+        raise Refusal(
+            "few_budgets",
+            f"{counted(len(table), 'run')} at {counted(count, 'budget')}: a scaling law needs at least {LEAST_BUDGETS} "
+            f"budgets",
+        )
+
+
+def _groups(table: Table) -> list[NDArray[np.int64]]:
+    """The rows of each budget, smallest first."""
+    index = budgets(table)
+    return [np.flatnonzero(index == b) for b in range(int(index.max()) + 1 if len(table) else 0)]
+
+
+def _shapes(table: Table) -> set[tuple[float, ...]]:
+    names = [name for name in ("experts", "top_k", "granularity") if name in table.extra]
+    return set(zip(*(table.extra[name].tolist() for name in names), strict=True)) if names else {()}
+
+
+def _columns(form: Form, table: Table) -> Columns:
+    known: Mapping[str, Array] = table.columns
+    missing = [name for name in form.needs if name not in known or not np.isfinite(known[name]).all()]
+    if missing:
+        raise Refusal("columns", f"{form.name} needs the column {' and '.join(missing)}")
+    # One corpus for all runs tells by the tokens read what repeating it is worth.
+    level = [name for name in form.needs if name != "unique" and len(np.unique(known[name])) < 2]
+    if level:
+        raise Refusal("columns", f"{form.name} needs more than one value of {' and '.join(level)}")
+    if "unique" in form.needs and not (known["unique"] > 0).all():
+        raise Refusal("columns", f"{form.name} needs unique above 0 in every row")
+    if "unique" in form.needs and not repeats(table).any():
+        raise Refusal("columns", f"{form.name} needs runs that repeat tokens (d above unique)")
+    if "experts" not in form.needs and len(_shapes(table)) > 1 and "active_ratio" not in form.needs:
+        raise Refusal(
+            "columns", f"{form.name} knows no experts, and the table has {len(_shapes(table))} kinds of models"
+        )
+    return {name: known[name] for name in form.needs}

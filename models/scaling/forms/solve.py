@@ -1,0 +1,228 @@
+"""The global optimum of a form on a table, and many refits of it at once, in plain numpy.
+
+Given the exponents gamma, a form is linear in its coefficients theta: a grid over gamma with a small non-negative
+least-squares problem at each point (variable projection, Golub and Pereyra 1973) shows every basin, and the best of
+them are polished together. The polish is Newton's method on the true objective, with the majoriser of iteratively
+reweighted least squares where Newton's step does not descend; residuals far over Huber's delta make the objective
+nearly L1, where Gauss-Newton alone crawls. Thousands of bootstrap refits are one batch of the same polish.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .dense import Array, Columns, Form
+from .newton import FLOOR, HUBER_LOG, Descent, Objective
+
+TOLERANCE = 1e-6
+"""Largest scaled gradient of a converged fit."""
+CHUNK = 128
+"""Refits that are computed at once: their arrays stay in the cache."""
+GRID = {1: 96, 2: 28, 3: 14, 4: 8, 5: 6, 6: 4}
+"""Points along each gamma."""
+BLOCKS = {1: 8, 2: 4, 3: 3, 4: 2, 5: 2, 6: 2}
+"""Blocks along each gamma, of which the best point each is polished."""
+CANDIDATES = 48
+"""Points of the grid that are polished, at most."""
+FINALISTS, PATIENCE = 8, 2000
+"""Polished points that descend further where the best has not converged, and their steps: the kinks of a nearly L1
+objective in six exponents can take hundreds."""
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The best of all basins."""
+
+    parameters: Array
+    """Shape (J + G,)."""
+    value: float
+    """Of the objective, with weights of mean 1."""
+    converged: bool
+    gradient: float
+    """Largest scaled entry of the gradient, 0 at an optimum."""
+    agreeing: int
+    """Polished candidates that ended at this optimum."""
+    candidates: int
+    at_bound: tuple[str, ...]
+    """Coefficients that stand at the edge of what is allowed."""
+
+
+def solve(
+    form: Form, x: Columns, loss: Array, objective: Objective = HUBER_LOG, weights: Array | None = None
+) -> Solution:
+    """Fit a form from cold: grid, variable projection, polish.
+
+    Args:
+        x: the columns that the form needs, each of shape (rows,).
+        loss: shape (rows,).
+        weights: of the rows; None: all 1.
+    """
+    weights = np.ones(len(loss)) if weights is None else weights
+    starts = _starts(form, x, loss, weights)
+    every = np.broadcast_to(weights, (len(starts), len(loss)))
+    if np.isfinite(objective.delta):
+        # First with a Huber that most residuals are inside of, where local minima of the nearly L1 one are none.
+        scale = np.median(np.abs(form.log_loss(starts[:1], x)[0] - np.log(loss)))
+        unit = 1.0 if objective.scale == "log" else float(np.median(loss))
+        wide = Objective(objective.scale, max(objective.delta, 3 * unit * float(scale)))
+        smooth, _, _ = minimise(form, x, loss, every, starts, wide, 15)
+        starts = np.concatenate([smooth, starts[:8]])
+        every = np.broadcast_to(weights, (len(starts), len(loss)))
+    found, values, gradients = minimise(form, x, loss, every, starts, objective)
+    best = int(np.argmin(values))
+    if gradients[best] >= TOLERANCE:
+        last = np.argsort(values)[:FINALISTS]
+        found[last], values[last], gradients[last] = minimise(
+            form, x, loss, every[last], found[last], objective, PATIENCE
+        )
+        best = int(np.argmin(values))
+    same = values <= values[best] * (1 + 1e-6) + 1e-15
+    return Solution(
+        parameters=found[best], value=float(values[best]), converged=bool(gradients[best] < TOLERANCE),
+        gradient=float(gradients[best]), agreeing=int(same.sum()), candidates=len(starts),
+        at_bound=at_bound(form, x, found[best]),
+    )  # fmt: skip
+
+
+def refit(
+    form: Form, x: Columns, loss: Array, weights: Array, start: Array, objective: Objective = HUBER_LOG
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Fit a form once for each row of weights, from the optimum of the whole table.
+
+    Args:
+        loss: shape (rows,), or (B, rows) where each refit has losses of its own.
+        weights: shape (B, rows), such as how often each row was drawn.
+        start: shape (J + G,) or (B, J + G).
+
+    Returns:
+        Parameters (B, J + G), and whether each fit converged (B,).
+    """
+    start = np.broadcast_to(start, (len(weights), form.size))
+    found, _, gradients = minimise(form, x, loss, weights, start, objective)
+    return found, gradients < TOLERANCE
+
+
+def at_bound(form: Form, x: Columns, parameters: Array) -> tuple[str, ...]:
+    """Names of the coefficients at the edge of what is allowed: a term of nothing, an exponent at its bound."""
+    terms = len(form.linear)
+    logs = parameters[:terms, None] + form.log_terms(parameters[None, terms:], x)[0]
+    shares = (logs - np.logaddexp.reduce(logs, axis=0)).mean(axis=1)
+    gone = [name for name, share in zip(form.linear, shares, strict=True) if share < FLOOR / 2]
+    edge = [
+        name
+        for name, value, (low, high) in zip(form.nonlinear, parameters[terms:], form.bounds, strict=True)
+        if min(value - low, high - value) < 1e-3 * (high - low)
+    ]
+    return (*gone, *edge)
+
+
+def _starts(form: Form, x: Columns, loss: Array, weights: Array) -> Array:
+    """Parameter vectors of the best points of the grid, shape (at most CANDIDATES, J + G); robust to outliers."""
+    axes = []
+    for low, high in form.bounds:
+        count = GRID[len(form.bounds)]
+        # Exponents are positive and of any size; what may be negative lies evenly.
+        inner = np.geomspace(low, high, count + 2) if low > 0 else np.linspace(low, high, count + 2)
+        axes.append(inner[1:-1])
+    gamma = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
+    robust = weights
+    for _ in range(2):
+        theta, error = _project(form, gamma, x, loss, robust)
+        best = theta[int(np.argmin(error))], gamma[int(np.argmin(error))]
+        residual = np.abs(form.log_loss(np.concatenate([np.log(np.maximum(best[0], 1e-300)), best[1]])[None], x)[0]
+                          - np.log(loss))  # fmt: skip
+        scale = max(float(np.median(residual)), 1e-9)
+        robust = weights / np.maximum(1.0, residual / (3 * scale)) ** 2
+    chosen = _basins(error, [len(axis) for axis in axes])
+    theta, gamma = theta[chosen], gamma[chosen]
+    # A coefficient that the projection set to nothing starts small, from where the polish can bring it back.
+    typical = np.exp(np.median(form.log_terms(gamma, x), axis=-1))
+    target = np.exp(np.median(np.log(loss)) / form.power(gamma))[:, None]
+    theta = np.maximum(theta, 1e-3 * target / typical)
+    return np.concatenate([np.log(theta), gamma], axis=1)
+
+
+def _basins(error: Array, shape: list[int]) -> NDArray[np.int64]:
+    """Indices of the grid's local minima and of the best point in each block of the grid, best first.
+
+    The blocks are for what the squared error cannot show: under outliers its basin need not be the objective's.
+    """
+    grid = np.pad(error.reshape(shape), 1, constant_values=np.inf)
+    inner = tuple(slice(1, -1) for _ in shape)
+    lowest = np.ones(shape, dtype=bool)
+    for axis in range(len(shape)):
+        for step in (-1, 1):
+            lowest &= grid[inner] <= np.roll(grid, step, axis)[inner]
+    order = np.argsort(error)
+    blocks = np.zeros(shape, dtype=int)
+    for along, count in zip(np.indices(shape), shape, strict=True):
+        blocks = blocks * BLOCKS[len(shape)] + along * BLOCKS[len(shape)] // count
+    _, first = np.unique(blocks.ravel()[order], return_index=True)
+    chosen = lowest.ravel()[order]
+    chosen[first] = True
+    return order[chosen][:CANDIDATES]
+
+
+def _project(form: Form, gamma: Array, x: Columns, loss: Array, weights: Array) -> tuple[Array, Array]:
+    """The best theta >= 0 for each gamma, by least squares on the relative residual.
+
+    Returns:
+        theta (B, J) and the squared error (B,).
+    """
+    thetas, errors = [], []
+    rows = max(1, 2_000_000 // (len(form.linear) * len(loss)))
+    for start in range(0, len(gamma), rows):
+        part = gamma[start : start + rows]
+        target = np.log(loss) / form.power(part)[:, None]
+        phi = np.exp(np.minimum(form.log_terms(part, x) - target[:, None], 300.0))
+        size = np.sqrt((phi**2 * weights).sum(-1)) + 1e-300
+        phi /= size[:, :, None]
+        gram, right = (phi * weights) @ phi.transpose(0, 2, 1), phi @ weights
+        theta, error = _nonnegative(gram, right, float(weights.sum()))
+        # The residual of L itself, not of its root.
+        thetas.append(theta / size)
+        errors.append(error * form.power(part) ** 2)
+    return np.concatenate(thetas), np.concatenate(errors)
+
+
+def _nonnegative(gram: Array, right: Array, total: float) -> tuple[Array, Array]:
+    """min |phi theta - 1|^2 over theta >= 0 for small J, by trying every set of coefficients that are not zero."""
+    batch, terms = right.shape
+    best, error = np.zeros((batch, terms)), np.full(batch, total)
+    for count in range(1, terms + 1):
+        for chosen in itertools.combinations(range(terms), count):
+            index = list(chosen)
+            part = gram[:, index][:, :, index] + 1e-13 * np.eye(count)
+            theta = np.linalg.solve(part, right[:, index, None])[..., 0]
+            value = total - (theta * right[:, index]).sum(-1)
+            better = (theta >= 0).all(-1) & (value < error)
+            error = np.where(better, value, error)
+            full = np.zeros((batch, terms))
+            full[:, index] = theta
+            best = np.where(better[:, None], full, best)
+    return best, np.maximum(error, 0.0)
+
+
+def minimise(
+    form: Form, x: Columns, loss: Array, weights: Array, start: Array, objective: Objective, iterations: int = 200
+) -> tuple[Array, Array, Array]:
+    """Descend from each start to a local optimum.
+
+    Args:
+        loss: shape (rows,) or (B, rows).
+        weights: shape (B, rows).
+        start: shape (B, J + G).
+
+    Returns:
+        Parameters (B, J + G), the objective (B,), and the largest scaled entry of the gradient (B,).
+    """
+    log_loss = np.broadcast_to(np.log(loss), weights.shape)
+    ends = []
+    for begin in range(0, len(start), CHUNK):
+        part = slice(begin, begin + CHUNK)
+        descent = Descent(form, x, log_loss[part], weights[part], objective)
+        ends.append(descent.run(np.array(start[part], dtype=float), iterations))
+    found, values, gradients = (np.concatenate(each) for each in zip(*ends, strict=True))
+    return found, values, gradients

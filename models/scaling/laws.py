@@ -1,0 +1,149 @@
+"""A form fitted to a sweep's largest budgets, with what the same fit got wrong with some of them held back."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import counted
+
+from .allocation import Kind, Optimum, optimum
+from .drift import HOLDS, UNTESTED, Drift, Window, columns, deviation, fit_windows, held_loss, held_size
+from .forms.dense import Array, Form
+from .forms.newton import Objective
+from .forms.solve import at_bound
+from .refusal import Refusal
+from .table import Table, budgets
+
+NEAR, BEST = 0.1, 0.05
+"""ln L above the best of its budget: over NEAR a run is far from the frontier, under BEST it stands for it."""
+RECENT = 4
+"""Budgets that a law is fitted to: the fewest that show a floor with one to spare."""
+ORIGINS, HORIZONS = 4, 3
+"""Origins that are looked at, and budgets beyond each."""
+SPARE, LEAST_SPARE = 4, 2
+"""Runs more than coefficients: what earlier budgets are taken in for, and what a fit needs."""
+VALLEY, SHARED = 3, 0.75
+"""Runs that a budget's valley takes, and the share of runs in one that makes an isoFLOP design."""
+YOUNG = 2.3
+"""Errors of fits to fewer than RECENT budgets over their standard errors, as laws without drift show (2.1 to 2.5)."""
+
+
+def group(table: Table) -> tuple[NDArray[np.int64], bool]:
+    """The budget of each run, shape (rows,), and whether runs of other sizes share it, as in an isoFLOP design.
+
+    Budgets may be met loosely; where runs share none, as on a ladder of sizes, those within a factor of 2 count as one.
+    """
+    found = [budgets(table, tolerance) for tolerance in (0.1, 0.3, 0.6)]
+    shared = [np.mean([_is_valley(table, index == budget) for budget in index]) for index in found]
+    if max(shared) >= SHARED:
+        return found[int(np.argmax(shared))], True
+    octave = np.floor(np.log2(table.c / table.c.min()) + 1e-6)
+    return np.unique(octave, return_inverse=True)[1], False
+
+
+def _is_valley(table: Table, rows: NDArray[np.bool_]) -> bool:
+    return bool(rows.sum() >= VALLEY and table.c[rows].max() < 2 * table.c[rows].min())
+
+
+@dataclass(frozen=True)
+class Law:
+    """A form fitted to some of a sweep's runs, and what fits like it got wrong beyond theirs."""
+
+    form: Form
+    window: Window
+    slope: float
+    """- d ln L / d ln C of the frontier at the largest budget."""
+    loss_drift: Drift
+    size_drift: Drift
+    scatter: float
+    """Standard deviation of the refits' ln L, one unit of ln C beyond the largest budget."""
+    at_bound: tuple[str, ...]
+    """Coefficients at the edge of what is allowed, which the runs do not determine."""
+
+    @property
+    def parameters(self) -> tuple[Array, Array]:
+        """Those of the fit, shape (1, P), and of its refits, shape (B, P)."""
+        return self.window.parameters[None], self.window.samples
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        window = self.window
+        return {
+            "form": self.form.name,
+            "coefficients": self.form.coefficients(window.parameters),
+            "runs": int(window.rows.sum()),
+            "refits": len(window.samples),
+            "spread": window.spread,
+            "run_noise": window.noise,
+            "loss_drift": self.loss_drift.record(),
+            "size_drift": self.size_drift.record(),
+        }
+
+
+class Sweep:
+    """A table by budgets."""
+
+    def __init__(self, table: Table, kind: Kind, objective: Objective, refits: int, seed: int) -> None:
+        self.table, self.kind, self.objective, self.refits, self.seed = table, kind, objective, refits, seed
+        self.index, self.valleys = group(table)
+        self.count = int(self.index.max()) + 1
+        log_loss = np.log(table.loss)
+        best = np.full(self.count, np.inf)
+        np.minimum.at(best, self.index, log_loss)
+        self.above = log_loss - best[self.index]
+        """ln L above the best run of the same budget."""
+        self.centre = np.array([np.log(table.c[self.index == b]).mean() for b in range(self.count)])
+        self.last = float(np.exp(self.centre[-1]))
+        """FLOPs of the largest budget."""
+
+    def law(self, form: Form, start: Array, usable: NDArray[np.bool_], recent: int | None = None) -> Law:
+        """The fit to the last `recent` budgets, and its drift by the same fits with the last budgets held back.
+
+        Args:
+            start: parameters near the optimum, shape (P,).
+            usable: runs that may be fitted, shape (rows,).
+            recent: None: all.
+
+        Raises:
+            Refusal: fewer runs than the form needs.
+        """
+        recent = recent or self.count
+        masks = {}
+        for origin in range(self.count, max(1, self.count - 1 - ORIGINS), -1):
+            first = max(0, origin - recent)
+            while first and (usable & (self.index < origin) & (self.index >= first)).sum() < form.size + SPARE:
+                first -= 1
+            rows = usable & (self.index < origin) & (self.index >= first)
+            if rows.sum() >= form.size + LEAST_SPARE and len(np.unique(self.index[rows])) > 1:
+                masks[origin] = rows
+        if self.count not in masks:
+            raise Refusal(
+                "few_rows", f"{form.name}: {counted(int(usable.sum()), 'run')} for {counted(form.size, 'coefficient')}"
+            )
+        generator = np.random.default_rng(self.seed)
+        whole, *others = fit_windows(form, self.table, masks, start, self.objective, self.refits, generator)
+        losses, sizes = [], []
+        for window in others:
+            for budget in range(window.origin, min(self.count, window.origin + HORIZONS)):
+                rows = self.index == budget
+                distance = float(self.centre[budget] - self.centre[window.origin - 1])
+                loss = held_loss(form, self.table, window, rows & (self.above < BEST), distance)
+                size = held_size(form, self.table, window, rows & (self.above < NEAR), distance, self.kind)
+                # Fits to few budgets tell of drift in full only where nothing else does.
+                doubt = YOUNG if window.origin < RECENT < self.count else 1.0
+                losses.append(loss._replace(std=doubt * loss.std))
+                sizes += [size._replace(std=doubt * size.std)] if size else []
+        before, last = (self._optimum(form, whole.parameters[None], self.last * np.exp(-by)) for by in (0.1, 0.0))
+        slope, size_slope = (
+            abs(float(np.log(b[0] / a[0]))) / 0.1 for a, b in ((before.loss, last.loss), (before.n, last.n))
+        )
+        scatter = whole.spread * deviation(np.log(self._optimum(form, whole.samples, self.last * np.e).loss))
+        holds = HOLDS if self.count >= RECENT else UNTESTED
+        drifts = Drift.of(losses, slope, holds), Drift.of(sizes, size_slope, holds)
+        edge = at_bound(form, columns(form, self.table, whole.rows), whole.parameters)
+        return Law(form, whole, slope, *drifts, scatter, edge)
+
+    def _optimum(self, form: Form, parameters: Array, budget: float) -> Optimum:
+        return optimum(form, parameters, self.table, budget, self.kind)

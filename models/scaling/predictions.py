@@ -1,0 +1,226 @@
+"""Predictions with intervals: the loss at a budget or of a model, and the compute-optimal choices."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .allocation import SHAPE, Kind, columns_at, kinds, repeats
+from .fitting import check, named, solved
+from .forms.dense import Approach3, DataConstrained, Form
+from .intervals import Extrapolation, Interval, extrapolate
+from .refusal import Refusal, edge, refused
+from .table import Table
+
+LEVEL = 0.95
+
+
+class Rival(NamedTuple):
+    """A kind of model that may be the best of a budget as well; see `Prediction`."""
+
+    shape: Mapping[str, float]
+    loss: Interval
+    n: Interval
+    d: Interval
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {key: getattr(self, key)._asdict() for key in ("loss", "n", "d")} | {"shape": dict(self.shape)}
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a fit says of a budget, or of a model."""
+
+    budget: float
+    """Training FLOPs."""
+    loss: Interval
+    """Of the law, nats per token."""
+    run_loss: Interval
+    """Of one run, which has noise of its own."""
+    n: Interval
+    """Parameters, in the table's convention; the best for the budget, or those given."""
+    d: Interval
+    """Training tokens."""
+    shape: Mapping[str, float]
+    """experts, top_k, ... of the best kind of model, where the table has several."""
+    form: str
+    convention: str
+    level: float
+    method: Mapping[str, Any]
+    """How the interval was made."""
+    unique: float | None = None
+    """Tokens that there are to read; None: as many as are read."""
+    warnings: tuple[str, ...] = ()
+    rivals: tuple[Rival, ...] = ()
+    """Kinds of models whose interval of the loss begins below the end of the best one's, by their loss: with `shape`,
+    the experts and top_k among which the best is at this level."""
+
+    def summary(self) -> dict[str, Any]:
+        """For `--json`."""
+        intervals = {key: getattr(self, key)._asdict() for key in ("loss", "run_loss", "n", "d")}
+        return (
+            asdict(self)
+            | intervals
+            | {"shape": dict(self.shape), "method": dict(self.method), "warnings": list(self.warnings)}
+            | {"rivals": [each.summary() for each in self.rivals]}
+        )
+
+
+class Forecast:
+    """Predictions from a table of runs. A law is fitted to each kind of models once, when it is first asked for.
+
+    Args:
+        form: None: `Crossed` near the largest budgets, and Muennighoff et al.'s law where runs repeat tokens; or
+            another, on all runs.
+        unique: tokens that there are to read, of which a model of more tokens repeats some; infinite: as many as it
+            reads.
+
+    Raises:
+        Refusal: by each method, where the runs do not determine the law, or not what repeated tokens are worth.
+    """
+
+    def __init__(self, table: Table, form: Form | None = None, seed: int = 0, unique: float = np.inf) -> None:
+        if form is not None and set(form.needs) & set(SHAPE):
+            raise Refusal(
+                "columns",
+                f"--form {form.name} is a law of several kinds of models at once, and each kind is predicted by a law "
+                f"of its own runs: leave --form out, or name one without experts, such as approach3",
+            )
+        self.table, self.form, self.seed, self.unique = table, form, seed, unique
+        self.kinds = kinds(table)
+        self._laws: dict[int, Extrapolation] = {}
+
+    def at_budget(self, budget: float, unique: float | None = None) -> Prediction:
+        """The compute-optimal model of a budget and its loss; of several kinds of models, the best.
+
+        Args:
+            unique: tokens that there are to read; None: as the forecast has it.
+        """
+        laws = [self._law(index, unique) for index in range(len(self.kinds))]
+        found = [law.at_budget(budget, LEVEL) for law in laws]
+        for law, each in zip(laws, found, strict=True):
+            _check_repeats(law, each["d"].value, f"the best model of {budget:.3g} FLOPs")
+        best, *others = sorted(range(len(laws)), key=lambda each: found[each]["loss"].value)
+        rivals = [
+            Rival(laws[each].kind.shape, **found[each]) for each in others
+            if found[each]["loss"].low <= found[best]["loss"].high
+        ]  # fmt: skip
+        return replace(_prediction(self.table, laws[best], budget, **found[best]), rivals=tuple(rivals))
+
+    def at_size(
+        self, n: float, d: float, shape: Mapping[str, float] | None = None, unique: float | None = None
+    ) -> Prediction:
+        """The loss of a model of n parameters after d tokens.
+
+        Args:
+            shape: of one of the table's kinds of models; None: the first.
+            unique: tokens that there are to read; None: as the forecast has it.
+        """
+        law = self._law(0 if shape is None else [kind.shape for kind in self.kinds].index(dict(shape)), unique)
+        _check_repeats(law, d, "the model")
+        budget = float(columns_at(law.kind, law.table, np.log([n]), np.log([d]))["c"][0])
+        return _prediction(self.table, law, budget, law.at_size(n, d, LEVEL), Interval(n, n, n), Interval(d, d, d))
+
+    def _law(self, index: int, unique: float | None) -> Extrapolation:
+        """Of the runs of one kind alone: what a law of experts assumes of others does not touch it."""
+        if index not in self._laws:
+            kind = self.kinds[index]
+            table = self.table.take(kind.rows)
+            own = kind._replace(rows=np.arange(len(table)))
+            self._laws[index] = _trusted(table, self.form, own, self.seed)
+        law = self._laws[index]
+        return replace(law, kind=law.kind._replace(unique=self.unique if unique is None else unique))
+
+
+def predict(table: Table, budget: float, form: str | None = None, unique: float = np.inf) -> Prediction:
+    """The loss and the best size at a budget of training FLOPs.
+
+    Args:
+        form: name of a law; None: as the runs allow.
+        unique: tokens that there are to read; infinite: as many as a model reads.
+
+    Raises:
+        ConfigError: no such law, or a table that no law can be fitted to.
+        Refusal: the runs do not determine the law.
+    """
+    check(table)
+    return Forecast(table, named(form) if form else None, unique=unique).at_budget(budget)
+
+
+def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapolation:
+    """The law of one kind's runs, of forms that the runs determine. Raises Refusal if there are none."""
+    again = repeats(table)
+    if form is None and again.any():
+        try:
+            return _trusted(table, DataConstrained(), kind, seed)
+        except Refusal as refusal:
+            note = f"{again.sum()} of {len(again)} runs repeat tokens and are left out: {refusal}"
+            once = table.take(~again)
+            if not len(once):
+                raise
+            found = _trusted(once, None, kind._replace(rows=np.arange(len(once))), seed)
+            return replace(found, notes=(note,))
+    if form is not None:
+        _, solution = solved(form, table)
+        if why := edge(form, solution.at_bound):
+            raise why
+    found = extrapolate(table, form, kind, seed=seed)
+    whys = {law.form.name: edge(form or law.form, law.at_bound) for law in found.laws}
+    if form is None:
+        try:
+            _, solution = solved(Approach3(), table)
+            plain = edge(Approach3(), solution.at_bound)
+        except Refusal as refusal:
+            plain = refusal
+        if plain is None and all(whys.values()):
+            return _trusted(table, Approach3(), kind, seed)
+        whys["approach3"] = plain or whys.get("approach3")
+    sound = tuple(law for law in found.laws if whys[law.form.name] is None)
+    if not sound:
+        why = refused({name: why for name, why in whys.items() if why}, "no law can be relied on")
+        raise Refusal(
+            why.kind,
+            f"{why}\n`muster sweep fit` lists every form: one that it does not refuse can be named with --form",
+        )
+    return replace(found, laws=sound)
+
+
+def _check_repeats(law: Extrapolation, d: float, what: str) -> None:
+    """Raises Refusal where tokens are repeated that the law takes for new ones."""
+    if d > 1.01 * law.kind.unique and not all("unique" in each.form.needs for each in law.laws):
+        why = law.notes[0] if law.notes else "no run of the table repeats any (a column unique below d)"
+        raise Refusal(
+            "repeats",
+            f"{what} reads {d:.3g} tokens and there are {law.kind.unique:.3g}: what repeated ones are worth cannot be "
+            f"told, as {why}",
+        )
+
+
+def _prediction(
+    table: Table, law: Extrapolation, budget: float, loss: Interval, n: Interval, d: Interval
+) -> Prediction:
+    noise = 1.96 * max(each.window.noise for each in law.laws)
+    down, up = np.hypot(np.log([loss.value / loss.low, loss.high / loss.value]), noise).tolist()
+    return Prediction(
+        budget=budget, loss=loss, n=n, d=d,
+        run_loss=Interval(loss.value, loss.value * float(np.exp(-down)), loss.value * float(np.exp(up))),
+        shape=law.kind.shape, form=" and ".join(each.form.name for each in law.laws), convention=table.convention,
+        level=LEVEL, method=law.record(), unique=law.kind.unique if np.isfinite(law.kind.unique) else None,
+        warnings=_warnings(law, budget, n.value),
+    )  # fmt: skip
+
+
+def _warnings(law: Extrapolation, budget: float, n: float) -> tuple[str, ...]:
+    found = list(law.notes)
+    if not np.isfinite(law.kind.unique) and any("unique" in each.form.needs for each in law.laws):
+        found.append("all tokens are taken to be new: --unique says how many there are")
+    if (times := budget / law.last) > 100:
+        found.append(f"{budget:.3g} FLOPs are {times:,.0f} times the largest fitted budget")
+    sizes = law.table.n
+    if not sizes.min() / 30 < n < sizes.max() * 30:
+        found.append(f"N = {n:.3g} is far from the fitted sizes ({sizes.min():.3g} to {sizes.max():.3g})")
+    if max(len(each.loss_drift.held) for each in law.laws) < 2:
+        found.append("too few budgets to hold any back: the interval rests on the law being right")
+    return tuple(found)

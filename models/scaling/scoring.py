@@ -1,0 +1,105 @@
+"""Predicted losses beside the losses that came: of runs above the budgets that a law was fitted to."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from configs import ConfigError
+from configs.words import scientific
+
+from .fitting import check, named
+from .predictions import Forecast
+from .refusal import Refusal
+from .table import Table, budgets
+
+
+class Score(NamedTuple):
+    """One prediction; losses in nats per token."""
+
+    run: str
+    budget: float
+    """Training FLOPs that the run spends, or spent."""
+    predicted: float
+    low: float
+    high: float
+    form: str
+    loss: float | None
+    """None: the run has not finished."""
+    status: str
+    """Of the run; "AFTERWARDS": the prediction was made when the run had ended, and is none."""
+
+    @property
+    def error(self) -> float | None:
+        """(what came - what was predicted) / what was predicted."""
+        return None if self.loss is None else self.loss / self.predicted - 1
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the loss lies in the interval."""
+        return None if self.loss is None else self.low <= self.loss <= self.high
+
+    @property
+    def counts(self) -> bool:
+        return self.loss is not None and self.status == "FINISHED"
+
+
+def score(table: Table, max_budget: float, form: str | None = None) -> tuple[list[Score], list[tuple[str, str]]]:
+    """Hold a fit of the budgets up to `max_budget` to the runs above it: each run, and the best of each budget.
+
+    Returns:
+        The scores; and (run, why) of what cannot be predicted.
+
+    Raises:
+        ConfigError: nothing lies above, or what lies below cannot be fitted.
+    """
+    above = table.c > 1.01 * max_budget
+    if not above.any() or above.all():
+        raise ConfigError(
+            f"--max-budget {max_budget:g}: the sweep's runs spend {table.c.min():.3g} to {table.c.max():.3g} FLOPs, "
+            f"and some should lie on each side"
+        )
+    held, below = table.take(above), table.without(above, f"over --max-budget {max_budget:g}")
+    check(below)
+    forecast = Forecast(below, named(form) if form else None)
+    shapes = [kind.shape for kind in forecast.kinds]
+    found: list[Score] = []
+    left_out: list[tuple[str, str]] = []
+    unique = held.extra.get("unique", np.full(len(held), np.inf))
+
+    def add(name: str, row: int, shape: dict[str, float] | None) -> None:
+        c, u, loss = float(held.c[row]), float(unique[row]), float(held.loss[row])
+        try:
+            if shape is None:
+                each = forecast.at_budget(c, u)
+            else:
+                each = forecast.at_size(float(held.n[row]), float(held.d[row]), shape, u)
+        except Refusal as refusal:
+            if refusal.kind != "repeats":  # of the law as a whole
+                raise
+            left_out.append((name, str(refusal)))
+        else:
+            found.append(Score(name, c, *each.run_loss, each.form, loss, "FINISHED"))
+
+    for i in range(len(held)):
+        shape = {key: float(held.extra[key][i]) for key in shapes[0]}
+        if shape in shapes:
+            add(held.run[i], i, shape)
+        else:
+            left_out.append((held.run[i], "the smaller budgets have no model of its kind"))
+    index = budgets(held)
+    for level in range(int(index.max()) + 1):
+        rows = np.flatnonzero(index == level)
+        best = int(rows[held.loss[rows].argmin()])
+        add(f"best of {scientific(float(held.c[best]))}", best, None)
+    return found, left_out
+
+
+def to_json(found: list[Score]) -> dict[str, Any]:
+    """Plain values, and how many of those that count lie inside."""
+    counted = [each for each in found if each.counts]
+    errors = [abs(each.error) for each in counted if each.error is not None]
+    return {
+        "scores": [each._asdict() | {"error": each.error, "inside": each.inside} for each in found],
+        "finished": len(counted), "inside": sum(bool(each.inside) for each in counted),
+        "mean_absolute_error": float(np.mean(errors)) if errors else None,
+    }  # fmt: skip

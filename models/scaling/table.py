@@ -1,0 +1,313 @@
+"""What a fit reads: one row per finished run, with its size, tokens, FLOPs and loss."""
+
+import gzip
+import io
+import re
+import zlib
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from configs import ConfigError
+from configs.reading.parse import is_file, shortened
+
+from .forms.dense import Array
+
+CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
+"""Ways to count N: all parameters; those a token passes; these less embedding and head; these less the embedding."""
+REQUIRED = ("n", "d", "c", "loss")
+MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2, 50_000, 1_000, 1_000
+"""Of a table that is read; a fit's bootstrap holds a thousand numbers for each row."""
+MAX_TABLE_CELLS = 2_000_000
+MAX_UNPACKED = 8 * MAX_TABLE_CELLS + MAX_TABLE_BYTES
+"""Bytes that the pages of a Parquet file may unpack to: as many numbers, and as much text as in a CSV file."""
+LONGEST_LINE = 1024**2
+"""Bytes: a thousand columns of LONGEST_TEXT."""
+PROPERTIES = ("experts", "top_k", "granularity", "active_ratio", "unique")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Finished runs, a row each; arrays have shape (rows,)."""
+
+    n: Array
+    """Parameters, counted as `convention` says."""
+    d: Array
+    """Training tokens."""
+    c: Array
+    """Training FLOPs."""
+    loss: Array
+    """Held-out loss, nats per token."""
+    convention: str = "given"
+    """One of CONVENTIONS; "given": a column of a file, whose convention only its author knows."""
+    counts: Mapping[str, Array] = field(default_factory=dict)
+    """N in every convention that is known."""
+    extra: Mapping[str, Array] = field(default_factory=dict)
+    """PROPERTIES that are known: experts (1: dense), top_k, granularity, active_ratio, unique (tokens)."""
+    run: tuple[str, ...] = ()
+    """The run of each row, the unit of the bootstrap."""
+    recipe: tuple[str, ...] = ()
+    """What must be equal for losses to be comparable; rows of different recipes are not fitted together."""
+    excluded: tuple[tuple[str, str], ...] = ()
+    """(run, why) of what was left out."""
+    notes: tuple[str, ...] = ()
+    """What was assumed."""
+
+    def __post_init__(self) -> None:
+        rows = len(self.n)
+        if not self.run:
+            object.__setattr__(self, "run", tuple(f"row {i + 1}" for i in range(rows)))
+        if not self.recipe:
+            object.__setattr__(self, "recipe", ("",) * rows)
+        arrays = (*self.counts.values(), *self.extra.values(), self.d, self.c, self.loss)
+        assert {len(array) for array in arrays} | {len(self.run), len(self.recipe)} == {rows}
+
+    def __len__(self) -> int:
+        return len(self.n)
+
+    @property
+    def columns(self) -> dict[str, Array]:
+        """By name, as the forms ask for them."""
+        return {"n": self.n, "d": self.d, "c": self.c, **self.extra}
+
+    def take(self, rows: NDArray[Any]) -> "Table":
+        """Some rows, by index or mask."""
+        index = np.arange(len(self))[rows]
+        return replace(
+            self,
+            n=self.n[index], d=self.d[index], c=self.c[index], loss=self.loss[index],
+            counts={key: values[index] for key, values in self.counts.items()},
+            extra={key: values[index] for key, values in self.extra.items()},
+            run=tuple(self.run[i] for i in index), recipe=tuple(self.recipe[i] for i in index),
+        )  # fmt: skip
+
+    def counted_as(self, convention: str) -> "Table":
+        """The same runs with N counted another way. Raises ConfigError if that is not known."""
+        if convention == self.convention:
+            return self
+        if convention not in self.counts:
+            raise ConfigError(f"--convention {convention}: this table knows {', '.join(self.counts) or 'one N only'}")
+        return replace(self, n=self.counts[convention], convention=convention)
+
+    def without(self, wrong: NDArray[np.bool_], why: str | Callable[[int], str]) -> "Table":
+        """Leave rows out and keep their reason."""
+        if not wrong.any():
+            return self
+        reasons = [(self.run[i], why if isinstance(why, str) else why(i)) for i in np.flatnonzero(wrong).tolist()]
+        return replace(self.take(~wrong), excluded=(*self.excluded, *reasons))
+
+
+def budgets(table: Table, tolerance: float = 0.1) -> NDArray[np.int64]:
+    """The budget of each row as an index from 0 (the smallest), shape (rows,).
+
+    Rows whose FLOPs follow each other within the tolerance stand at one budget, as trials are rounded to whole steps.
+
+    Args:
+        tolerance: largest relative gap between neighbours of one budget.
+    """
+    order = np.argsort(table.c, kind="stable")
+    gaps = np.diff(np.log(table.c[order])) > np.log1p(tolerance)
+    index = np.empty(len(table), dtype=np.int64)
+    index[order] = np.concatenate([[0], np.cumsum(gaps)]) if len(table) else []
+    return index
+
+
+def resampled(table: Table, count: int, generator: np.random.Generator) -> Array:
+    """How often each row was drawn, shape (count, rows): runs are drawn with replacement, with all their rows."""
+    _, run = np.unique(np.array(table.run), return_inverse=True)
+    runs = int(run.max()) + 1
+    return generator.multinomial(runs, np.full(runs, 1 / runs), size=count)[:, run].astype(float)
+
+
+def read_table(
+    path: str | Path, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+) -> Table:
+    """A table of runs from a CSV (also .csv.gz) or Parquet file.
+
+    Args:
+        columns: our name to the file's, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
+            active_ratio, unique and the conventions of N; what is not named is looked for under our name.
+        where: file's columns to the value that rows must have, or several with commas between.
+
+    Without c it is 6 n d; without d it is c / (6 n); both are noted.
+
+    Raises:
+        ConfigError: no such file or column, or a column that holds no numbers.
+    """
+    return table_of_columns(_read(Path(path)), path, columns, where)
+
+
+def table_of_columns(
+    table: Any,
+    path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    where: Mapping[str, str] | None = None,
+) -> Table:
+    """As `read_table`, of a table of Arrow that was read from `path`, or comes from elsewhere, which it then names."""
+    data = table.column_names
+    known = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
+    columns = dict(columns or {})
+    for ours, theirs in columns.items():
+        if ours not in known:
+            raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(known)}")
+        if theirs not in data:
+            raise ConfigError(f"--columns {ours}={theirs}: {path} has {shortened(', '.join(data), 300)}")
+    keep = np.ones(table.num_rows, dtype=bool)
+    for name, value in (where or {}).items():
+        if name not in data:
+            raise ConfigError(f"--where {name}={value}: {path} has {shortened(', '.join(data), 300)}")
+        keep &= np.array(
+            [any(_same(cell, each) for each in value.split(",")) for cell in table.column(name).to_pylist()], dtype=bool
+        )
+    if not keep.any():
+        raise ConfigError(f"{path}: no row is left" + (f" where {dict(where)}" if where else ""))
+    kept = table.filter(keep)
+    taken = {name: columns.get(name, name) for name in known}
+    found = {ours: kept.column(theirs).to_pylist() for ours, theirs in taken.items() if theirs in data}
+    notes = []
+    missing = [name for name in ("n", "loss") if name not in found]
+    if missing or ("c" not in found and "d" not in found):
+        wanted = missing or ["d"]
+        raise ConfigError(
+            f"{path} has no column {' and '.join(wanted)}: name it, such as --columns "
+            f"{','.join(f'{name}=...' for name in wanted)}; the file has {shortened(', '.join(data), 300)}"
+        )
+    numbers = {name: _numbers(cells, name, path) for name, cells in found.items() if name not in ("run", "recipe")}
+    if "c" not in numbers:
+        numbers["c"] = 6 * numbers["n"] * numbers["d"]
+        notes.append("c is 6 n d, as the table has no column of FLOPs")
+    if "d" not in numbers:
+        numbers["d"] = numbers["c"] / (6 * numbers["n"])
+        notes.append("d is c / (6 n), as the table has no column of tokens")
+    rows = len(numbers["n"])
+    runs = Table(
+        n=numbers["n"],
+        d=numbers["d"],
+        c=numbers["c"],
+        loss=numbers["loss"],
+        counts={name: numbers[name] for name in CONVENTIONS if name in numbers},
+        extra={name: numbers[name] for name in PROPERTIES if name in numbers},
+        run=tuple(str(cell) for cell in found.get("run", [f"row {i + 1}" for i in range(rows)])),
+        recipe=tuple(str(cell) for cell in found.get("recipe", [""] * rows)),
+        notes=tuple(notes),
+    )
+    return usable(runs)
+
+
+def usable(table: Table) -> Table:
+    """The table without rows that no logarithm can be taken of."""
+    values = {name: getattr(table, name) for name in REQUIRED}
+
+    def why(i: int) -> str:
+        return ", ".join(f"{k}={v[i]:g}" for k, v in values.items() if not (np.isfinite(v[i]) and v[i] > 0))
+
+    wrong = ~np.all([np.isfinite(v) & (v > 0) for v in values.values()], axis=0)
+    return table.without(wrong, why)
+
+
+def _read(path: Path) -> Any:
+    """A file as a table of Arrow, of numbers and short texts."""
+    if not is_file(path):
+        raise ConfigError(f"--table {shortened(str(path), 200)}: no such file")
+    import pyarrow as pa  # a laptop's `muster --help` does without it
+
+    try:
+        return _parquet(path) if path.suffix == ".parquet" else _csv(path)
+    except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        why = shortened(str(error).partition("\n")[0], 200)
+        if "straddling" in why:
+            why = f"a line is longer than {LONGEST_LINE:,} bytes"
+        raise ConfigError(f"--table {path}: neither CSV nor Parquet: {why}") from None
+    except ValueError as error:
+        raise ConfigError(f"--table {path}: {error}") from None
+
+
+def _check_size(names: Sequence[str], rows: int) -> None:
+    """Raises ValueError: a table has two columns of one name, or more rows, columns or cells than is read."""
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
+        raise ValueError(f"two columns are named {shortened(twice)}")
+    if rows > MAX_TABLE_ROWS:
+        raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
+    if len(names) > MAX_TABLE_COLUMNS:
+        raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
+    if rows * len(names) > MAX_TABLE_CELLS:
+        raise ValueError(f"it has {rows:,} rows of {len(names):,} columns, over {MAX_TABLE_CELLS:,} cells")
+
+
+def _csv(path: Path) -> Any:
+    import pyarrow.csv as csv
+
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        content = file.read(MAX_TABLE_BYTES + 1)
+    if len(content) > MAX_TABLE_BYTES:
+        raise ValueError(f"it has over {MAX_TABLE_BYTES:,} bytes")
+    if re.split(rb"[\r\n]", content, maxsplit=1)[0].count(b",") >= MAX_TABLE_COLUMNS:
+        raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
+    # A line ends in \n, \r or both.
+    if max(content.count(b"\n"), content.count(b"\r")) > MAX_TABLE_ROWS + 1:
+        raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
+    if content.count(b",") > MAX_TABLE_CELLS:
+        raise ValueError(f"it has over {MAX_TABLE_CELLS:,} cells")
+    found = csv.read_csv(io.BytesIO(content), csv.ReadOptions(block_size=LONGEST_LINE))
+    _check_size(found.column_names, found.num_rows)
+    return found
+
+
+def _parquet(path: Path) -> Any:
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+
+    with pa.OSFile(str(path)) as source:
+        file = parquet.ParquetFile(source)
+        schema = file.schema_arrow
+        _check_size(schema.names, file.metadata.num_rows)
+        texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type)]
+        names = [field.name for field in schema if field.name in texts or pa.types.is_primitive(field.type)]
+        _check_unpacked(file.metadata, source, names)
+        # Texts as numbers of a dictionary, as they are in the file: one long text may stand in every row.
+        found = parquet.ParquetFile(source, read_dictionary=texts).read(columns=names)
+    for name in texts:
+        for chunk in found.column(name).chunks:
+            if any(len(text.as_py() or "") > LONGEST_TEXT for text in getattr(chunk, "dictionary", chunk)):
+                raise ValueError(f"column {name} holds texts of over {LONGEST_TEXT:,} characters")
+    _check_size(found.column_names, found.num_rows)
+    return found
+
+
+def _check_unpacked(metadata: Any, source: Any, names: Sequence[str]) -> None:
+    """Raises ValueError where pages unpack to more than is read, whatever the footer tells of them."""
+    from configs.reading.parquet_pages import pages
+
+    unpacked = 0
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for chunk in map(group.column, range(metadata.num_columns)):
+            if chunk.path_in_schema not in names:
+                continue
+            start = chunk.dictionary_page_offset if chunk.has_dictionary_page else chunk.data_page_offset
+            found = pages(source, start, chunk.total_compressed_size)
+            unpacked += max(chunk.total_uncompressed_size, sum(page.unpacked for page in found))
+            if unpacked > MAX_UNPACKED:
+                raise ValueError(f"its pages unpack to over {MAX_UNPACKED:,} bytes")
+
+
+def _same(cell: Any, value: str) -> bool:
+    if isinstance(cell, int | float) and not isinstance(cell, bool):
+        try:
+            return float(cell) == float(value)
+        except ValueError:
+            return False
+    return str(cell) == value
+
+
+def _numbers(cells: Sequence[Any], name: str, path: str | Path) -> Array:
+    try:
+        return np.array([np.nan if cell is None else float(cell) for cell in cells])
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{path}: the column of {name} holds {shortened(repr(cells[0]), 100)}, which is no number"
+        ) from None

@@ -1,0 +1,54 @@
+"""Intervals of predictions cover what comes as often as they say, at budgets that were held out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from laws import HOFFMANN, isoflop
+
+from models.scaling.forms.dense import Approach3
+from models.scaling.predictions import Forecast
+from models.scaling.table import budgets, read_table
+
+PORIAN = Path(__file__).parents[4] / "shared" / "scaling" / "porian" / "porian_isoflop_points.csv"
+COLUMNS = {"n": "n", "d": "tokens", "c": "flops", "loss": "loss"}
+SETS = ("file", "dataset", "hparams", "warmup", "decay", "param_count", "val")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PORIAN.exists(), reason="the data of Porian et al. are not here")
+def test_real_tables():
+    """15 isoFLOP tables, the top two budgets of each held out: at least 90% covered, at most 4% wide (median)."""
+    from pyarrow import csv
+
+    rows = csv.read_csv(PORIAN).select(SETS).to_pylist()
+    inside, widths = [], []
+    for values in sorted({tuple(row.values()) for row in rows}):
+        table = read_table(PORIAN, COLUMNS, dict(zip(SETS, values, strict=True)))
+        index = budgets(table)
+        below = table.take(index < index.max() - 1)
+        forecast = Forecast(below)
+        for held in (index == index.max() - 1, index == index.max()):
+            loss = forecast.at_budget(float(table.c[held].mean())).loss
+            inside.append(loss.low <= table.loss[held].min() <= loss.high)
+            widths.append((loss.high - loss.low) / loss.value)
+    assert len(inside) == 30
+    assert np.mean(inside) >= 0.9
+    assert np.median(widths) <= 0.04
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("noise", [0.001, 0.005])
+def test_a_planted_law(noise):
+    """The compute-optimal loss and N* ten times beyond the largest budget; 95% intervals, give or take chance."""
+    form, a, b = Approach3(), HOFFMANN["alpha"], HOFFMANN["beta"]
+    g = (a * HOFFMANN["A"] / (b * HOFFMANN["B"])) ** (1 / (a + b))
+    n = g * (1e22 / 6) ** (b / (a + b))
+    x = {"n": np.array([n]), "d": np.array([1e22 / (6 * n)])}
+    loss = float(np.exp(form.log_loss(form.parameters(HOFFMANN)[None], x))[0, 0])
+    inside = []
+    for seed in range(100):
+        found = Forecast(isoflop(form, HOFFMANN, (1e18, 1e21, 7), noise=noise, seed=seed)).at_budget(1e22)
+        inside.append((found.loss.low <= loss <= found.loss.high, found.n.low <= n <= found.n.high))
+    covered = np.mean(inside, axis=0)
+    assert (covered >= 0.9).all(), covered

@@ -1,0 +1,274 @@
+"""train.init_from: weights, and only weights, of a run, a checkpoint or a Hugging Face folder, copied or upcycled."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from engines import batch_of
+from support import TINY_MODEL, resolved, tiny, train_in_process
+
+from configs import Config, ConfigError, ModelConfig, from_dict
+from models.decoder.stages import Stage
+from models.families import FAMILIES, build
+from models.hf.folder import export_hf
+from models.moe.router import choosers
+from trainer.checkpoint import store
+from trainer.checkpoint.export import export, load_module
+from trainer.checkpoint.init_from import OF_TRAINING, SHOWN_BY_NAMES_AND_SHAPES, check_source, load_weights
+from trainer.record.lines import read_events, read_metrics
+from trainer.run.folder import prepare_run, read_config
+
+
+def settings(root, data, name, model=None, **train):
+    return tiny(
+        run={"name": name, "root": str(root)},
+        model=TINY_MODEL | (model or {}),
+        data={"path": str(data)},
+        train={"steps": 2, "eval_sequences": 4} | train,
+        optim={"lr": 1e-9, "weight_decay": 0.0},
+    )
+
+
+def warm(source, model=None, upcycle=None) -> Config:
+    return resolved(model=TINY_MODEL | (model or {}), train={"init_from": str(source), "upcycle": upcycle})
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tiny_data):
+    root = tmp_path_factory.mktemp("warm")
+    run_dir = prepare_run(settings(root, tiny_data, "first", steps=3))
+    assert train_in_process(run_dir) == 0
+    export(run_dir, root / "hf")
+    return run_dir
+
+
+def test_all_three_kinds_give_the_same_weights(trained):
+    module, config, step = load_module(trained)
+    assert step == 3
+    for source in (trained, store.folder(trained, 3), trained.parent / "hf"):
+        other = build(config.model)
+        assert load_weights(other, warm(source)) == {}
+        for (name, a), b in zip(module.named_parameters(), other.parameters(), strict=True):
+            assert torch.equal(a, b), name
+
+
+def test_a_run_begins_with_them_and_resumes_without(trained, tiny_data):
+    run_dir = prepare_run(settings(trained.parent, tiny_data, "second", init_from=str(trained.parent / "hf")))
+    assert train_in_process(run_dir) == 0
+    [first] = [m["eval_loss"] for m in read_metrics(trained) if "eval_loss" in m]
+    [second] = [m["eval_loss"] for m in read_metrics(run_dir) if "eval_loss" in m]
+    assert second == pytest.approx(first, rel=1e-5)
+    assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2]
+
+
+def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
+    [first] = [m["eval_loss"] for m in read_metrics(trained) if "eval_loss" in m]
+    for name, folder in (("as-hf", trained.parent / "hf"), ("as-run", trained)):
+        config = settings(trained.parent, tiny_data, name, init_from=str(folder))
+        tree = config.model_dump() | {"model": {"from": str(folder), "dropout": 0.25}}
+        run_dir = prepare_run(from_dict(tree))
+        assert not [event for event in read_events(run_dir) if event["event"] == "init_from"]
+        found = read_config(run_dir).model
+        assert found == read_config(trained).model.model_copy(
+            update={"dropout": 0.25, "intermediate_size": found.intermediate_size}
+        )
+    assert train_in_process(trained.parent / "as-hf") == 0
+    [second] = [m["eval_loss"] for m in read_metrics(trained.parent / "as-hf") if "eval_loss" in m]
+    assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_mistakes_name_the_key(trained, tiny_data):
+    with pytest.raises(ConfigError, match=r"train\.init_from=.*no such folder"):
+        prepare_run(settings(trained.parent, tiny_data, "third", init_from="nowhere"))
+    with pytest.raises(ConfigError, match=r"train\.init_from=.*a file: name its folder"):
+        prepare_run(settings(trained.parent, tiny_data, "third", init_from=str(trained / "config.yaml")))
+    with pytest.raises(ConfigError, match=r"neither a run with checkpoints.*of llama, mistral, qwen2, "):
+        load_weights(torch.nn.Linear(1, 1), warm(trained.parent))
+    wider = warm(trained, {"hidden_size": 64})
+    with pytest.raises(ConfigError, match=r"is \[320, 32\], the model's is \[320, 64\]"):
+        load_weights(build(wider.model), wider)
+
+
+def test_what_no_shape_shows_is_told(trained):
+    assert check_source(warm(trained)) == {}
+    other = check_source(warm(trained, {"rope_theta": 5e5, "router": "sigmoid"}))
+    assert other == {"model.rope_theta": [1e4, 5e5], "model.router": ["softmax", "sigmoid"]}
+
+
+@pytest.mark.parametrize("kind", ["run", "hf"])
+def test_every_key_that_makes_another_function_is_told(trained, kind):
+    """All keys of the model, so that one which is added later is told or named among those that need not be."""
+    source = trained if kind == "run" else trained.parent / "hf"
+    others = {
+        "rope_theta": 5e5, "rope_scaling": {"kind": "linear", "factor": 4.0}, "max_positions": 64, "norm_eps": 1e-5,
+        "sliding_window": 16, "block_sparse": {"block": 8}, "top_k": 3, "router": "sigmoid", "norm_topk_prob": False,
+        "router_scale": 2.0, "expert_groups": 2, "top_groups": 2, "family": "other",
+    }  # fmt: skip
+    # As many heads of another size: the norms of q and k, which this model has, have other shapes.
+    assert others.keys() | {"num_heads"} == set(ModelConfig.model_fields) - SHOWN_BY_NAMES_AND_SHAPES - OF_TRAINING
+    for key, value in others.items():
+        more = {"expert_groups": 2} if key == "top_groups" else {}
+        config = warm(source, {key: value} | more if key != "family" else {})
+        if key == "family":
+            FAMILIES["other"] = FAMILIES["decoder"]
+            config = config.model_copy(update={"model": config.model.model_copy(update={"family": "other"})})
+        try:
+            found = check_source(config)
+        finally:
+            FAMILIES.pop("other", None)
+        assert found.keys() == {f"model.{each}" for each in (key, *more)}
+        json.dumps(found)
+    # Of training alone, or fewer positions: the same function of the same weights.
+    assert check_source(warm(source, {"dropout": 0.1, "aux_loss_weight": 0.0, "max_positions": 32})) == {}
+
+
+def test_longer_contexts_are_begun_and_said(trained, tiny_data, capsys):
+    for name, model in (
+        ("yarn", {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 32}}),
+        ("sparse", {"block_sparse": {"block": 16, "local_blocks": 2}}),
+        ("theta", {"rope_theta": 5e5}),
+    ):
+        key = f"model.{next(iter(model))}"
+        run_dir = prepare_run(settings(trained.parent, tiny_data, name, model, init_from=str(trained), seq_len=128))
+        told = capsys.readouterr().err
+        assert "muster: warning: the weights of train.init_from=" in told
+        assert f"{key} " in told
+        assert "model.max_positions 32 -> 128" in told
+        [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
+        assert event["differs"].keys() == {key, "model.max_positions"}
+    assert train_in_process(trained.parent / "yarn") == 0
+    for source in (trained, trained.parent / "hf"):
+        prepare_run(settings(trained.parent, tiny_data, f"same-{source.name}", init_from=str(source)))
+        assert "warning" not in capsys.readouterr().err
+
+
+def test_weights_of_another_tokenizer_are_told(trained, tiny_data, tmp_path, capsys):
+    source = tmp_path / "hf"
+    shutil.copytree(trained.parent / "hf", source)
+    (source / "tokenizer.json").write_text("{}")
+    run_dir = prepare_run(settings(tmp_path, tiny_data, "other", init_from=str(source)))
+    assert "compute something else here: tokenizer " in capsys.readouterr().err
+    [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
+    assert event["differs"].keys() == {"tokenizer"}
+
+
+EXPERTS = {"num_experts": 4, "top_k": 4, "expert_size": 128}
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory, tiny_data):
+    root = tmp_path_factory.mktemp("dense")
+    run_dir = prepare_run(settings(root, tiny_data, "dense", {"num_experts": 0, "intermediate_size": 128}))
+    assert train_in_process(run_dir) == 0
+    export(run_dir, root / "hf")
+    return run_dir
+
+
+def filled(config: Config) -> torch.nn.Module:
+    module = build(config.model)
+    load_weights(module, config)
+    return module.eval()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"expert_size": 32, "num_experts": 8, "shared_expert_size": 32},
+        {"moe_every": 2, "intermediate_size": 128},
+    ],
+)
+def test_an_upcycled_model_begins_as_the_dense_one(dense, changes):
+    plain, _, _ = load_module(dense)
+    batch = batch_of(warm(dense), [0, 1, 2])
+    for source in (store.folder(dense, 2), dense.parent / "hf"):
+        config = warm(source, EXPERTS | changes, {})
+        check_source(config)
+        with torch.no_grad():
+            torch.testing.assert_close(filled(config).logits(batch), plain.logits(batch), rtol=0, atol=1e-5)
+
+
+def test_a_run_begins_upcycled(dense, tiny_data):
+    config = settings(dense.parent, tiny_data, "moe", EXPERTS, init_from=str(dense), upcycle={"noise": 0.0})
+    run_dir = prepare_run(config)
+    assert train_in_process(run_dir) == 0
+    [before], [after] = ([m["eval_loss"] for m in read_metrics(run) if "eval_loss" in m] for run in (dense, run_dir))
+    assert after == pytest.approx(before, rel=1e-5)
+
+
+def test_a_stage_reads_its_own_names_and_gets_the_same(dense, monkeypatch):
+    config, read = warm(dense, EXPERTS, {"noise": 0.1, "drop_ratio": 0.5}), []
+    whole = dict(filled(config).named_parameters())
+    weight = store.Reader.weight
+    monkeypatch.setattr(store.Reader, "weight", lambda self, name: read.append(name) or weight(self, name))
+    with torch.device("meta"):
+        stage = Stage(build(config.model), 1, 2)
+    stage = stage.to_empty(device="cpu")
+    load_weights(stage, config)
+    assert all(torch.equal(parameter, whole[name]) for name, parameter in stage.named_parameters())
+    assert {name.split(".")[2] for name in read if ".layers." in name} == {"1"}
+    assert {name for name in read if ".layers." not in name} == {"model.norm.weight", "lm_head.weight"}
+    assert len(read) == len(set(read))
+
+
+def test_upcycling_where_it_cannot_be_names_the_keys(dense, trained, tiny_data):
+    def mistake(match, model, **train):
+        with pytest.raises(ConfigError, match=match):
+            prepare_run(settings(dense.parent, tiny_data, "mistake", model, **train))
+        assert not (dense.parent / "mistake").exists()
+
+    mistake(r"is dense in model\.layers\.0\.mlp.* set train\.upcycle=", EXPERTS, init_from=str(dense))
+    mistake(r"num_experts is 0: set it", {"num_experts": 0}, init_from=str(dense), upcycle={})
+    mistake(r"has its experts already: set train\.upcycle=null", {}, init_from=str(trained), upcycle={})
+    mistake(
+        r"width 128.*expert_size is 96: set it to 128", EXPERTS | {"expert_size": 96}, init_from=str(dense), upcycle={}
+    )
+    mistake(r"has no model\.layers\.2\.", EXPERTS | {"num_layers": 3}, init_from=str(dense), upcycle={})
+    mistake(
+        r"11 parameters that the model has not.*layers\.1",
+        EXPERTS | {"num_layers": 1},
+        init_from=str(dense),
+        upcycle={},
+    )
+    mistake(r"has no model\.layers\.0\.mlp\.gate_proj", {"num_experts": 0}, init_from=str(trained))
+    with pytest.raises(ConfigError, match=r"train\.upcycle needs train\.init_from"):
+        tiny(train={"upcycle": {}})
+
+
+def test_routers_begin_with_the_biases_of_the_source(trained, tiny_data):
+    learning = {"router_bias_rate": 0.01, "moe_every": 2, "num_layers": 4}
+    first = prepare_run(settings(trained.parent, tiny_data, "biased", learning))
+    assert train_in_process(first) == 0
+    bias = biases(first)
+    assert [len(row) for row in bias] == [4, 4]
+    assert any(map(any, bias))
+    fixed = learning | {"router_bias_rate": 0.0}
+    second = prepare_run(settings(trained.parent, tiny_data, "fixed", fixed, init_from=str(first)))
+    assert train_in_process(second) == 0
+    assert biases(second) == bias
+    # The layers between, which were dense, have none yet.
+    config = warm(first, fixed | {"moe_every": 1, "top_k": 4}, {})
+    check_source(config)
+    assert load_weights(build(config.model), config) == {"bias": [[0.0] * 4, bias[0], [0.0] * 4, bias[1]]}
+
+
+def biases(run_dir):
+    manifest = store.read_manifest(store.folder(run_dir, store.committed(run_dir)[-1]))
+    return manifest.state.routers["bias"]
+
+
+def test_routers_begin_with_the_biases_of_a_hugging_face_folder(tmp_path):
+    # As DeepSeek-V3 has them: sigmoid scores, a shared expert, the first layer dense.
+    shape = {"router": "sigmoid", "router_bias_rate": 0.0, "shared_expert_size": 32, "first_dense_layers": 1}
+    source = resolved(model=TINY_MODEL | shape).model
+    module = build(source)
+    module.init_weights(0)
+    [chooser] = choosers(module)
+    chooser.bias = torch.tensor([0.5, -0.25, 0.0, 0.125])
+    export_hf(module, source, tmp_path)
+    config = warm(tmp_path, shape)
+    check_source(config)
+    assert load_weights(build(config.model), config) == {"bias": [chooser.bias.tolist()]}
+    lost = warm(tmp_path, shape | {"router_bias_rate": None})
+    assert check_source(lost) == {"model.router_bias_rate": [0.0, None]}

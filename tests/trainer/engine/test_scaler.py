@@ -1,0 +1,84 @@
+"""fp16's dynamic loss scale: DeepSpeed's own scaler, as our engine config sets it, saved with a run and restored.
+
+DeepSpeed refuses fp16 on a CPU, so the scaler stands here without its engine.
+"""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
+from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+from support import resolved
+
+from trainer.engine.engine import engine_config, loss_scale_state, restore_loss_scale, start_processes
+from trainer.state import TrainState
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    start_processes(60)  # it asks for its rank before it logs
+
+
+def engine(fp16=True):
+    """What `trainer.engine.engine` sees of an fp16 engine: whether it is one, and its scaler."""
+    settings = DeepSpeedFP16Config(**engine_config(resolved(train={"precision": "fp16"}))["fp16"])
+    scaler = CreateLossScaler(
+        dtype=torch.half,
+        static_loss_scale=0,
+        dynamic_scaling=True,
+        dynamic_loss_args=settings.dynamic_loss_scale_args(),
+    )
+    assert isinstance(scaler, DynamicLossScaler)
+    return SimpleNamespace(fp16_enabled=lambda: fp16, optimizer=SimpleNamespace(loss_scaler=scaler))
+
+
+def scales(engine, overflows):
+    found = []
+    for overflow in overflows:
+        engine.optimizer.loss_scaler.update_scale(overflow)
+        found.append(engine.optimizer.loss_scaler.loss_scale)
+    return found
+
+
+def saved(engine):
+    """The state as a checkpoint holds it: through TrainState and JSON."""
+    text = json.dumps(TrainState(step=3, loss_scale=loss_scale_state(engine)).to_dict())
+    return TrainState(**json.loads(text)).loss_scale
+
+
+def test_halves_at_the_second_overflow_and_doubles_after_the_window():
+    start = 2.0**16
+    assert scales(engine(), [True, True, True]) == [start, start / 2, start / 4]
+    # It grows at the first step that has 1000 good ones between itself and the overflow.
+    quiet = scales(engine(), [True, True] + [False] * 1001)
+    assert quiet[-2:] == [start / 2, start]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 700, 1500])
+def test_a_restored_scaler_goes_on_as_if_never_stopped(at):
+    """Stopped after `at` steps: with half its patience used, just halved, within a window, after it grew."""
+    steps = [i in (0, 1, 5, 900, 901, 902) for i in range(2500)]
+    whole = scales(engine(), steps)
+    assert len(set(whole)) > 3
+    before, after = engine(), engine()
+    first = scales(before, steps[:at])
+    restore_loss_scale(after, saved(before))
+    assert first + scales(after, steps[at:]) == whole
+
+
+def test_state_is_plain_numbers_and_complete():
+    state = saved(engine())
+    assert state["cur_scale"] == 2.0**16
+    assert {"cur_iter", "last_overflow_iter", "cur_hysteresis", "scale_window", "min_scale"} <= state.keys()
+
+
+def test_other_precisions_have_none():
+    assert loss_scale_state(engine(fp16=False)) is None
+    there = engine(fp16=False)
+    restore_loss_scale(there, {"cur_scale": 1.0})
+    assert there.optimizer.loss_scaler.loss_scale == 2.0**16
+    fresh = engine()
+    restore_loss_scale(fresh, None)
+    assert fresh.optimizer.loss_scaler.loss_scale == 2.0**16

@@ -1,0 +1,1 @@
+"""Checkpoints: written, committed, read back in any topology, exported, and started from."""

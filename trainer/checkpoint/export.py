@@ -1,0 +1,91 @@
+"""A plain module from a run's checkpoint, for evaluation, generation and the Hugging Face folder."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from configs import Config, ConfigError
+from models.families import build
+from models.hf.folder import SHARD_BYTES, export_hf
+from models.moe.router import choosers
+from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
+from trainer.data.tokenizer.kept import tokenizer_of
+from trainer.data.tokenizer.tokenizer import TokenizerProcess
+from trainer.files.own_files import replace_bytes
+from trainer.run.folder import read_config
+from trainer.run.plugins import load_plugins
+
+from . import store
+from .router_state import on_device, tell, wrong_routers
+
+
+def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Config, int]:
+    """The model of a run in fp32 on the CPU, from the newest checkpoint that verifies, or from that of `step`.
+
+    Returns:
+        (module in evaluation mode, the run's config, the checkpoint's step).
+
+    Raises:
+        ConfigError: not a run, no such checkpoint, or one that is damaged.
+    """
+    config = read_config(run_dir)
+    load_plugins(config.plugins)
+    steps = store.committed(run_dir)
+    wanted = steps[::-1] if step is None else [step]
+    if not steps or (step is not None and step not in steps):
+        have = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none yet"
+        raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
+    with torch.device("meta"):
+        shapes = {name: tuple(parameter.shape) for name, parameter in build(config.model).named_parameters()}
+    refused: list[str] = []
+    for candidate in wanted:
+        reader, problems = store.examine(store.folder(run_dir, candidate))
+        if reader and (problem := reader.misfit(shapes) or wrong_routers(reader.manifest.state, config.model)):
+            problems = [problem]
+        if reader and not problems:
+            break
+        refused += problems
+    else:
+        raise ConfigError(f"no checkpoint of {run_dir} can be used: {refused[0]}")
+    module = build(config.model)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(reader.weight(name))
+    routers = on_device(reader.manifest.state.routers, torch.device("cpu"))
+    tell(choosers(module), routers, config.model)
+    return module.eval(), config, candidate
+
+
+def export(
+    run_dir: Path,
+    to: Path,
+    step: int | None = None,
+    dtype: torch.dtype | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Write the model and tokenizer of a run as a Hugging Face folder. Returns the checkpoint's step.
+
+    Args:
+        dtype, shard_bytes: as of `models.hf.folder.export_hf`.
+
+    Raises:
+        ConfigError: as `load_module`; a model that no Hugging Face architecture describes; a tokenizer that
+            cannot be used; `to` is not empty.
+    """
+    if to.exists() and (not to.is_dir() or any(to.iterdir())):
+        raise ConfigError(f"--out {to}: {'the folder is not empty' if to.is_dir() else 'there is a file of that name'}")
+    module, config, found = load_module(run_dir, step)
+    folder, info = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer:
+        tokenizer.trial()
+        files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, config.model.max_positions)
+    largest = torch.finfo(dtype).max if dtype else math.inf
+    if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
+        raise ConfigError(f"{large} has values over {largest:.6g}, which {dtype} cannot hold: write another type")
+    export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
+    for name, content in files.items():
+        (to / name).parent.mkdir(mode=0o700, exist_ok=True)
+        replace_bytes(to / name, content)
+    return found

@@ -1,0 +1,226 @@
+"""The manifest of a checkpoint, checked as it is read: types, ranges, and what of it must agree with what."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BeforeValidator, FailFast, Field, ValidationError, model_validator
+
+from configs.base import Typed, at_most
+from configs.explain import first_reason
+from configs.reading.parse import parse_json, shortened
+from trainer.files.own_files import open_file
+from trainer.state import Count, Finite, TrainState
+
+FORMAT = 2
+READABLE = (1, 2)
+"""Format 1 knew no boxes."""
+MANIFEST = "manifest.json"
+MASTER = "weight"
+"""Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
+STEP = "step"
+"""The optimizer's count of its steps: a scalar, which older versions kept among the states of one-element tensors."""
+ALWAYS = ("step", "cursor", "tokens", "skipped", "skipped_in_a_row", "rollbacks", "recent_losses", "loss_scale")
+"""Keys of a state that no version has left out."""
+MOST_BYTES = 16 << 20
+"""Of a manifest, or of a shard's header: enough for 100,000 processes, or as many fragments of one. Nothing longer is
+written, and nothing longer is read into memory."""
+MOST_FILES = 100_000
+MOST_TENSORS = 1 << 18
+"""Of all states together: as many as MOST_BYTES have room for where a name and a shape take 64 bytes."""
+MOST_STATES = 16
+
+
+def _few_tensors(shapes: Any) -> Any:
+    if isinstance(shapes, dict):
+        count = sum(len(names) for names in shapes.values() if isinstance(names, dict))
+        if len(shapes) > MOST_STATES or count > MOST_TENSORS:
+            raise ValueError(
+                f"it has {len(shapes):,} states of {count:,} tensors, more than {MOST_STATES} or {MOST_TENSORS:,}"
+            )
+    return shapes
+
+
+Shape = Annotated[tuple[Count, ...], Field(max_length=6, strict=False), FailFast()]
+"""The corners of a slice, by which `fragments.covers` compares, double with each dimension."""
+Shapes = Annotated[dict[str, dict[str, Shape]], BeforeValidator(_few_tensors)]
+"""state -> parameter -> shape of the whole tensor."""
+Scalars = Annotated[dict[str, Finite], at_most(MOST_STATES)]
+
+
+def folder(run_dir: Path, step: int) -> Path:
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def committed(run_dir: Path) -> list[int]:
+    """Steps with a manifest, oldest first."""
+    found = (run_dir / "checkpoints").glob(f"step-*/{MANIFEST}")
+    return sorted(step for path in found if (step := step_of(path.parent)) is not None)
+
+
+def step_of(path: Path) -> int | None:
+    """The step of a checkpoint's folder, by its name; None if `folder` names none so."""
+    named = re.fullmatch(r"step-(\d{8,15})", path.name, re.ASCII)
+    return int(named[1]) if named and path.name == f"step-{int(named[1]):08d}" else None
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be read; the message names the file and what is wrong with it."""
+
+
+def _beside(name: str) -> str:
+    if Path(name).name != name or name == "..":
+        raise ValueError(f"it names a file outside its folder: {shortened(name)}")
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", name):
+        raise ValueError(f"it is no plain name of a file: {shortened(name)}")
+    return name
+
+
+Name = Annotated[str, AfterValidator(_beside)]
+
+
+class File(Typed):
+    """A shard."""
+
+    name: Name
+    bytes: Count
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Receipt(Typed):
+    """What a rank leaves beside its shard for the one that writes the manifest."""
+
+    token: str
+    shapes: Shapes
+    scalars: Scalars
+    fragments: Annotated[dict[str, Count], at_most(MOST_TENSORS)]
+    """Elements of each fragment."""
+    file: File
+
+
+class Manifest(Typed):
+    """What makes a checkpoint of a folder of shards."""
+
+    format: Literal[1, 2]
+    step: Count
+    time: Annotated[Finite, Field(ge=0, le=1e11)]
+    """Unix seconds."""
+    state: Annotated[TrainState, at_most(64)]
+    shapes: Shapes
+    scalars: Scalars
+    """The optimizer's scalar states, such as Adam's step, equal for every parameter."""
+    files: Annotated[dict[Name, File], at_most(MOST_FILES)]
+    config: dict[str, Any]
+    """Of the run that wrote it."""
+
+    @property
+    def bytes(self) -> int:
+        """Of all shards."""
+        return sum(file.bytes for file in self.files.values())
+
+    @property
+    def topology(self) -> dict[str, int | str | None]:
+        """The keys of `parallel` that it was written with, as far as they are told."""
+        parallel = self.config.get("parallel")
+        told = parallel.items() if isinstance(parallel, dict) else ()
+        return {key: value for key, value in told if value is None or isinstance(value, int | str)}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "Manifest":
+        if self.state.step != self.step:
+            raise ValueError(f"step is {self.step}, state.step is {self.state.step}")
+        if wrong := [name for name, file in self.files.items() if file.name != name]:
+            raise ValueError(f"files: {shortened(wrong[0])} is named {shortened(self.files[wrong[0]].name)}")
+        if not self.shapes.get(MASTER):
+            raise ValueError(f"shapes: there is no {MASTER}")
+        scale = self.state.loss_scale
+        if scale is not None and not scale.get("cur_scale", 0) > 0:
+            raise ValueError(
+                f"state.loss_scale: cur_scale is {shortened(scale.get('cur_scale'))}, not a number above 0"
+            )
+        if both := self.shapes.keys() & self.scalars.keys() - {STEP}:
+            raise ValueError(f"scalars: {shortened(min(both))} is among shapes too")
+        if self.scalars.get(STEP, 0) < 0:
+            raise ValueError(f"scalars: {STEP} is {self.scalars[STEP]}")
+        _check_moments(self.shapes)
+        return self
+
+
+def _check_moments(shapes: Shapes) -> None:
+    """Raises ValueError where a parameter lacks a moment that it must have, or one has a shape that it cannot have."""
+    weights = shapes[MASTER]
+    moments: dict[str, list[str]] = {name: [] for name in weights}
+    for key, tensors in shapes.items():
+        if key in (MASTER, STEP):
+            continue
+        for name, shape in tensors.items():
+            if name not in weights:
+                raise ValueError(f"shapes: {shortened(key)} of {shortened(name)}, which has no {MASTER}")
+            whole = weights[name]
+            of_rows, of_columns = (*whole[:-1], 1), (*whole[:-2], 1, *whole[-1:])  # Adafactor's
+            right = {"row_var": of_rows, "col_var": of_columns}.get(key, whole) if len(whole) > 1 else whole
+            if shape != right:
+                raise ValueError(f"shapes: {shortened(key)} of {shortened(name)} is {list(shape)}, not {list(right)}")
+            moments[name].append(key)
+    # An optimizer keeps one set of moments for every parameter, or one for each kind of them (Muon, Adafactor).
+    kinds: dict[tuple[str, ...], int] = {}
+    kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items()}
+    if len(kinds) > 1 and (bare := kinds.get(())) is not None:
+        name = next(name for name in kind if kind[name] == bare)
+        raise ValueError(f"shapes: {shortened(name)} has no moments, and others have")
+    for key, tensors in shapes.items():
+        first = next((kind[name] for name in tensors if name in kind), None)
+        for name in tensors:
+            if key not in (MASTER, STEP) and kind[name] != first:
+                raise ValueError(f"shapes: {shortened(name)} lacks a moment that others with {shortened(key)} have")
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest of a checkpoint folder. Raises CheckpointError if there is none, or none that can be used."""
+    file = path / MANIFEST
+    try:
+        with open_file(file) as opened:
+            data = opened.read(MOST_BYTES + 1)
+    except (OSError, ValueError) as error:  # the latter for a path with a NUL
+        raise CheckpointError(f"{shortened(str(file), 300)}: {getattr(error, 'strerror', None) or error}") from None
+    manifest = parse_manifest(data, file)
+    named = re.fullmatch(r"step-(\d{1,15})", path.name, re.ASCII)
+    if named and int(named[1]) != manifest.step:
+        raise CheckpointError(f"{file} is of step {manifest.step}, and its folder is named {path.name}")
+    return manifest
+
+
+def parse_manifest(data: bytes, file: Path) -> Manifest:
+    """What stands in `file`. Raises CheckpointError, which names it."""
+    try:
+        tree = _parse(data)
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {shortened(str(error), 200)}") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{file}: not a manifest")
+    if tree.get("format") not in READABLE or isinstance(tree["format"], bool):
+        raise CheckpointError(f"{file}: format {shortened(tree.get('format'))}, this version reads {READABLE}")
+    try:
+        manifest = Manifest.model_validate(tree)
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {first_reason(error)}") from None
+    if missing := [key for key in ALWAYS if key not in tree["state"]]:
+        raise CheckpointError(f"{file}: state has no {missing[0]}")
+    return manifest
+
+
+def parse_receipt(data: bytes, file: Path) -> Receipt:
+    """As `parse_manifest`."""
+    try:
+        return Receipt.model_validate(_parse(data))
+    except ValidationError as error:
+        raise CheckpointError(f"{file}: {first_reason(error)}") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {shortened(str(error), 200)}") from None
+
+
+def _parse(data: bytes) -> Any:
+    """`parse_json`, within bounds. Raises ValueError."""
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"it is longer than {MOST_BYTES:,} bytes")
+    return parse_json(data)

@@ -1,0 +1,155 @@
+"""Find where a run stands and put its engine there; go back when the loss spikes."""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+from torch import distributed as dist
+
+from configs import Config, ConfigError, ModelConfig, counted
+from configs.reading.parse import shortened
+from trainer.engine.engine import restore_loss_scale
+from trainer.engine.slots import pieces
+from trainer.processes.collectives import from_all, from_chief
+from trainer.record.lines import Record, read_events
+from trainer.state import TrainState
+
+from . import store
+from .router_state import wrong_routers
+from .save import misfit, restore
+from .store import CheckpointError, Reader
+
+
+def resume(run_dir: Path, engine: Any, state: TrainState, model: ModelConfig, record: Record | None) -> None:
+    """Bring the engine and `state` to the newest checkpoint in which nothing is wrong.
+
+    The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
+    and recorded; what was half written is deleted. A run without checkpoints starts from its initial weights, or from
+    the checkpoint it was forked from.
+
+    Raises:
+        ConfigError: there are checkpoints and none can be used. Those that are whole but another model's stay.
+    """
+    refused: list[tuple[Path, list[str]]] = []
+    fits = True
+    reader = None
+    for step in reversed(from_chief(lambda: store.committed(run_dir))):
+        candidate = store.folder(run_dir, step)
+        reader, problems = _check_together(candidate)
+        if reader and (problems := _misfits(reader, engine, model)):
+            reader, fits = None, False
+        if reader:
+            break
+        refused.append((candidate, problems))
+    if refused and not reader and not fits:
+        raise ConfigError(f"checkpoint does not fit the model: {refused[0][1][0]}")
+    for path, problems in refused:
+        _set_aside(path, problems, record)
+    if record:
+        _sweep(run_dir)
+    if refused and not reader:
+        raise ConfigError(
+            f"no checkpoint of {run_dir} can be used: {refused[0][1][0]}.\n"
+            f"They are kept as {run_dir}/checkpoints/*.refused; the next start begins at step 0"
+        )
+    events = from_chief(lambda: read_events(run_dir))
+    forks = [event for event in events if event["event"] == "forked"]
+    if not reader and forks:
+        reader, problems = _check_together(Path(forks[-1]["checkpoint"]))
+        problems = problems if not reader else _misfits(reader, engine, model)
+        if problems:
+            raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
+    if not reader:
+        return
+    load(reader, engine, state)
+    # A rollback moved the cursor on without a checkpoint of its own yet.
+    backs = [event for event in events if event["event"] == "rollback" and event["to_step"] == state.step]
+    backs = [event for event in backs if {"cursor", "rollbacks"} <= event.keys()]
+    if backs and events.index(backs[-1]) > _last_save(events, state.step):
+        state.cursor, state.rollbacks = backs[-1]["cursor"], backs[-1]["rollbacks"]
+    if record:
+        record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(reader.path))
+
+
+def load(reader: Reader, engine: Any, state: TrainState) -> None:
+    """Load a verified checkpoint. Raises ConfigError if its parameters are not the model's."""
+    try:
+        restore(engine, reader)
+    except CheckpointError as error:
+        raise ConfigError(f"checkpoint does not fit the model: {error}") from None
+    vars(state).update(vars(reader.manifest.state))
+    restore_loss_scale(engine, state.loss_scale)
+
+
+def roll_back(run_dir: Path, engine: Any, state: TrainState, config: Config, record: Record | None) -> None:
+    """After a spike: weights, moments and step of the last checkpoint, the cursor after the batch that spiked.
+
+    Raises:
+        ConfigError: there is no checkpoint to go back to, or it happened train.spike.max_rollbacks times.
+    """
+    spiked, cursor, rollbacks = state.step, state.cursor, state.rollbacks + 1
+    steps = from_chief(lambda: store.committed(run_dir))
+    if not steps or rollbacks > config.train.spike.max_rollbacks:
+        why = "there is no checkpoint before it" if not steps else f"it is spike {rollbacks} of this run"
+        raise ConfigError(
+            f"the loss spiked at step {spiked} and {why}: lower optim.lr, or raise train.spike.deviations "
+            f"or train.spike.max_rollbacks"
+        )
+    try:
+        load(Reader(store.folder(run_dir, steps[-1])), engine, state)
+    except CheckpointError as error:
+        raise ConfigError(f"the loss spiked at step {spiked} and there is no going back: {error}") from None
+    left_out = (state.cursor, cursor)
+    state.cursor, state.rollbacks = cursor, rollbacks
+    if record:
+        record.event(
+            "rollback", from_step=spiked, to_step=state.step, cursor=cursor, left_out=left_out, rollbacks=rollbacks
+        )
+
+
+def _check_together(path: Path) -> tuple[Reader | None, list[str]]:
+    """A reader, the same in every process or in none, and what each has found, once."""
+    reader, mine = store.examine(path, dist.get_rank(), dist.get_world_size())
+    problems = _union(mine)
+    return (None if problems else reader), problems
+
+
+def _misfits(reader: Reader, engine: Any, model: ModelConfig) -> list[str]:
+    """Why a checkpoint cannot be loaded into the model that the processes hold; empty if it can."""
+    mine = misfit(engine, reader) or wrong_routers(reader.manifest.state, model)
+    if problems := _union([mine] if mine else []):
+        return problems
+    own, held = {piece.name for piece in pieces(engine)}, reader.manifest.shapes[store.MASTER]
+    parts = from_all([] if own == held.keys() else sorted(own))
+    if not all(parts):
+        return []
+    # No process has them all: they are a pipeline's, or the checkpoint has more.
+    known = set(itertools.chain(*parts))
+    unknown = [name for name in held if name not in known]
+    more = f"{reader.path} has {counted(len(unknown), 'parameter')} that the model has not, such as"
+    return [f"{more} {shortened(unknown[0])}"] if unknown else []
+
+
+def _union(mine: list[str]) -> list[str]:
+    return list(dict.fromkeys(problem for problems in from_all(mine) for problem in problems))
+
+
+def _set_aside(path: Path, problems: list[str], record: Record | None) -> None:
+    if record:
+        target = path.with_name(f"{path.name}.refused")
+        store.remove(target)
+        path.rename(target)
+        record.event("checkpoint_refused", step=store.step_of(path), problems=problems, kept_as=target.name)
+    dist.barrier()
+
+
+def _sweep(run_dir: Path) -> None:
+    """Delete checkpoint folders that a killed attempt left without a manifest."""
+    for path in (run_dir / "checkpoints").glob("step-*"):
+        if store.step_of(path) is not None and not (path / store.MANIFEST).exists():
+            store.remove(path)
+
+
+def _last_save(events: list[dict[str, Any]], step: int) -> int:
+    saves = [i for i, event in enumerate(events) if event["event"] == "checkpoint" and event["step"] == step]
+    return saves[-1] if saves else -1

@@ -1,0 +1,242 @@
+"""Between an engine and a checkpoint: take a snapshot, write it in the background, load it at any ZeRO stage."""
+
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from trainer.engine.engine import base_optimizer, device, parameters_changed
+from trainer.engine.optim import moments
+from trainer.engine.slots import Slot, is_replicated, is_sharded, pieces, slots
+from trainer.record.lines import Record
+from trainer.state import TrainState
+
+from . import store
+from .fragments import fragment_key
+from .manifest import STEP
+from .store import MASTER, CheckpointError, Reader, Snapshot
+
+
+def take_snapshot(engine: Any) -> Snapshot:
+    """Copy this process's share of the weights and optimizer states to CPU memory."""
+    return copied(share(engine), {})
+
+
+def share(engine: Any) -> Snapshot:
+    """This process's share of the weights and optimizer states, as views that change with the next optimizer step.
+
+    Where every process holds everything (ZeRO-0), each takes an equal stretch of every tensor; of what tensor-parallel
+    processes hold alike, one takes it.
+    """
+    optimizer = base_optimizer(engine)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    whole = is_replicated(engine)
+    tensors: dict[str, Tensor] = {}
+    shapes: dict[str, dict[str, list[int]]] = {}
+    scalars: dict[str, float] = {}
+    for slot in slots(engine):
+        low, high = (slot.numel * rank // world, slot.numel * (rank + 1) // world) if whole else (0, slot.numel)
+        views = {MASTER: slot.view(slot.owner)}
+        for key, value in optimizer.state.get(slot.owner, {}).items():
+            if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
+                scalars[key] = float(value)
+            elif value.numel() == slot.owner.numel():
+                views[key] = slot.view(value)
+            else:  # Adafactor's rows and columns: another shape, kept whole (ZeRO-0 only)
+                shapes.setdefault(key, {})[slot.name] = list(value.shape)
+                if rank == 0:
+                    tensors[f"{key}/{slot.name}@0"] = value.detach().reshape(-1)
+        for key, view in views.items():
+            shapes.setdefault(key, {})[slot.name] = list(slot.shape)
+            if low < high and slot.writes:
+                tensors[fragment_key(key, slot.name, slot.start + low, slot.box, slot.shape)] = view[low:high]
+    return Snapshot(tensors, shapes, scalars)
+
+
+def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
+    """A copy in CPU memory.
+
+    Args:
+        buffers: tensors of an earlier copy that nobody needs any more, to be written over: fresh memory is faulted in
+            page by page, which takes longer than the copy.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())  # a thread of its own begins at the first GPU
+    tensors = {}
+    for key, view in views.tensors.items():
+        buffer = buffers.get(key)
+        if buffer is None or buffer.shape != view.shape or buffer.dtype != view.dtype:
+            buffer = torch.empty(view.shape, dtype=view.dtype, pin_memory=view.is_cuda)
+        tensors[key] = buffer.copy_(view, non_blocking=True)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return replace(views, tensors=tensors)
+
+
+def misfit(engine: Any, reader: Reader) -> str:
+    """Why a checkpoint cannot be loaded into this process's engine: a parameter or a moment of it is missing or has
+    another shape. Empty if it can."""
+    shapes, scalars = reader.manifest.shapes, set(reader.manifest.scalars)
+    needed = moments(base_optimizer(engine))
+    for piece in pieces(engine):
+        if problem := reader.misfit({piece.name: piece.shape}, others=True):
+            return problem
+        own = {key for key in shapes if piece.name in shapes[key]} - {MASTER}
+        if own and not any(kind <= own | scalars for kind in needed):
+            names = " or ".join(", ".join(sorted(kind)) for kind in needed)
+            return (
+                f"{reader.path} holds {', '.join(sorted(own | scalars))} of {piece.name}, the optimizer goes on from "
+                f"{names}: set optim.name back, or begin from the weights alone with train.init_from"
+            )
+    return ""
+
+
+def restore(engine: Any, reader: Reader) -> None:
+    """Put a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
+
+    Each process reads what it holds: the slices that are its parameters, and its stretches of the states.
+
+    Raises:
+        CheckpointError: as `misfit` says.
+    """
+    if problem := misfit(engine, reader):
+        raise CheckpointError(problem)
+    held = {id(slot.parameter): slot for slot in slots(engine)}
+    optimizer = base_optimizer(engine)
+    # They want the step count beside the parameter, the others on the CPU.
+    skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
+    for piece in pieces(engine):
+        slot = held.get(id(piece.parameter))
+        with torch.no_grad():
+            if is_sharded(engine):
+                if slot:
+                    stretch = reader.read(MASTER, slot.name, slot.start, slot.numel, slot.box)
+                    slot.parameter.ds_tensor[: slot.numel].copy_(stretch)  # type: ignore[attr-defined]
+                    slot.view(slot.owner).copy_(stretch)
+            else:
+                weight = reader.read(MASTER, piece.name, box=piece.box)
+                piece.parameter.copy_(weight.view_as(piece.parameter))
+                if slot:
+                    slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
+        if slot:
+            _restore_states(optimizer.state[slot.owner], slot, reader, slot.owner.device if skips_on_device else "cpu")
+    if is_sharded(engine):
+        engine.optimizer.invalidate_secondary_tensor()  # the whole copies that hpZ gathers from
+    parameters_changed(engine)
+
+
+def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: torch.device | str) -> None:
+    """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches; scalars where it wants them."""
+    for key in reader.states:
+        if key == MASTER or slot.name not in reader.manifest.shapes[key]:
+            continue
+        shape = reader.shape(key, slot.name)
+        if shape == slot.shape:
+            if key not in state:
+                state[key] = torch.zeros_like(slot.owner)
+            slot.view(state[key]).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
+        else:
+            state[key] = reader.read(key, slot.name).view(shape).to(slot.owner.device)
+    for key, value in reader.manifest.scalars.items():
+        state[key] = torch.tensor(value, device=scalars)
+
+
+class Saver:
+    """Writes checkpoints of one run, on another thread unless told otherwise, one at a time.
+
+    Only an optimizer step changes what a checkpoint holds. So the other thread also takes the copy, beside the next
+    forward and backward pass, and training waits for it, if at all, where the optimizer is about to step.
+    """
+
+    stalled = 0.0
+    """Seconds that training has stood still for the last checkpoint."""
+    took: tuple[float, float] | None = None
+    """On rank 0, seconds of the last checkpoint that was written: in which training stood still for it, and from its
+    beginning to its commit."""
+    failed = ""
+    """On rank 0, why the last checkpoint was not written; empty if it was."""
+
+    def __init__(self, run_dir: Path, config: Mapping, record: Record | None, background: bool, timeout_s: float):
+        self._run_dir, self._config, self._record = run_dir, config, record
+        self._background, self._timeout_s = background, timeout_s
+        self._thread: threading.Thread | None = None
+        self._copied = threading.Event()
+        self._hook: Any = None
+        self._saves = 0
+        self._buffers: dict[str, Tensor] = {}
+
+    def save(self, engine: Any, state: TrainState, attempt: int) -> None:
+        """Begin to write a checkpoint, or write it if not in the background."""
+        start = time.perf_counter()
+        self.wait()
+        views = share(engine)
+        self._saves += 1
+        copied_state = TrainState(**state.to_dict())
+        arguments = (views, copied_state, f"{attempt}.{self._saves}", dist.get_rank(), dist.get_world_size())
+        if self._background:
+            self._hook = self._hook or base_optimizer(engine).register_step_pre_hook(self._before_step)
+            self._copied.clear()
+            # Not a daemon: an interpreter that exits waits for the write to end.
+            self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
+            self._thread.start()
+        else:
+            self._write(*arguments)
+        self.stalled = time.perf_counter() - start
+
+    @property
+    def writing(self) -> bool:
+        """Whether a checkpoint is being written at this moment."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is written or has failed."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _before_step(self, *_: Any) -> None:
+        start = time.perf_counter()
+        self._copied.wait()
+        self.stalled += time.perf_counter() - start
+
+    def _write(self, views: Snapshot, state: TrainState, token: str, rank: int, world: int) -> None:
+        start = time.perf_counter()
+        try:
+            snapshot = copied(views, self._buffers)
+        finally:
+            self._copied.set()
+        self._buffers = snapshot.tensors
+        path = store.folder(self._run_dir, state.step)
+        keep, keep_every = self._config["checkpoint"]["keep"], self._config["checkpoint"]["keep_every"]
+        try:
+            try:
+                store.write_shard(path, rank, token, snapshot)
+            except OSError:
+                if rank or not path.is_dir():
+                    raise  # else `commit` raises it, once it has heard from the others
+            if rank == 0:
+                self.failed = ""
+                manifest = store.commit(path, world, token, state, self._config, self._timeout_s)
+                pruned = store.prune(self._run_dir, keep, keep_every)
+                seconds = time.perf_counter() - start
+                stall = self.stalled if self._background else seconds
+                self.took = stall, seconds
+                if self._record:
+                    size = manifest.bytes
+                    self._record.event(
+                        "checkpoint", step=state.step, bytes=size, stall_s=stall, write_s=seconds, pruned=pruned
+                    )
+        except (OSError, CheckpointError) as error:
+            # The run goes on with its last good checkpoint; the record says so.
+            if rank == 0:
+                store.remove(path)
+                self.failed, self.took = str(error), None
+                if self._record:
+                    good = max(store.committed(self._run_dir), default=None)
+                    self._record.event("checkpoint_failed", step=state.step, reason=self.failed, last_good=good)

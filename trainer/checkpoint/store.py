@@ -1,0 +1,428 @@
+"""The checkpoint format: fragments of canonical fp32 state in safetensors shards, committed by a manifest.
+
+A checkpoint holds the fp32 weights and optimizer moments under the plain model's own names, each cut into fragments by
+whoever held them, so any topology writes it and any topology reads it. A fragment is a flat stretch of a slice ("box")
+of the whole tensor; its key is `state/parameter@start`, where the box is not the whole tensor followed by the box,
+as in `weight/model.layers.0.self_attn.q_proj.weight@0[64:128,0:256]`. A rank writes and fsyncs its shard and leaves a
+receipt with the shard's digest; rank 0 collects the receipts and writes the manifest last. The manifest alone makes a
+checkpoint: what has none, or whose files are not the manifest's, is none. No pickle anywhere.
+
+Memory: a rank that writes holds a copy of its own share, a rank that reads holds one parameter's slice at a time. The
+shards are mapped, so that the kernel keeps of them what it has room for.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import stat
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configs import counted
+from configs.reading.parse import shortened
+from trainer.files.durable import digest, fsync, write_durably
+from trainer.files.own_files import open_file, write_text
+from trainer.state import TrainState
+
+from . import fragments
+from .fragments import Box, Run
+from .manifest import (
+    FORMAT,
+    MANIFEST,
+    MASTER,
+    MOST_BYTES,
+    CheckpointError,
+    File,
+    Manifest,
+    Receipt,
+    parse_manifest,
+    parse_receipt,
+    read_manifest,
+)
+from .manifest import committed as committed
+from .manifest import folder as folder
+from .manifest import step_of as step_of
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One process's share of a checkpoint, copied away from the training state."""
+
+    tensors: dict[str, Tensor]
+    """Key of a fragment -> 1-D CPU tensor."""
+    shapes: dict[str, dict[str, list[int]]]
+    """state -> parameter -> shape of the whole tensor (all processes agree)."""
+    scalars: dict[str, float]
+    """The optimizer's scalar states, such as Adam's step, equal for every parameter."""
+
+
+def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
+    """Write one process's shard durably and leave the receipt that says so.
+
+    Args:
+        token: names this very save, so that a receipt of an earlier one is never taken for it.
+
+    Raises:
+        OSError: the disk is full or gone; the shard is removed, and rank 0 is told why.
+    """
+    shard = path / f"rank-{rank:05d}.safetensors"
+    receipt: dict[str, Any] = {"token": token, "shapes": snapshot.shapes, "scalars": snapshot.scalars}
+    receipt["fragments"] = {key: tensor.numel() for key, tensor in snapshot.tensors.items()}
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        save_file(snapshot.tensors, shard)
+        with ThreadPoolExecutor(1) as pool:
+            synced = pool.submit(fsync, shard)
+            receipt["file"] = {"name": shard.name, "bytes": shard.stat().st_size, "sha256": digest(shard)}
+            synced.result()
+        with shard.open("rb") as file:
+            _data_begins(shard, file)
+        write_durably(path / f"receipt-{rank:05d}.json", receipt)
+    except Exception as error:
+        with suppress(OSError):
+            shard.unlink(missing_ok=True)
+        _say_failed(path / _failure(rank, token), str(error))
+        raise error if isinstance(error, OSError) else OSError(f"{shard}: {error}") from error
+
+
+def _failure(rank: int, token: str) -> str:
+    """Name of the file that a rank leaves in place of its receipt when it could not write its shard."""
+    return f"failed-{rank:05d}-{token}"
+
+
+def _say_failed(path: Path, reason: str) -> None:
+    """Rank 0 must not wait for this rank; on a disk without a free block the name alone says it."""
+    whole = path.with_name(f".{path.name}")
+    with suppress(OSError):
+        try:
+            write_text(whole, reason)
+            whole.replace(path)
+        except OSError:
+            whole.unlink(missing_ok=True)
+            path.touch()
+
+
+def commit(path: Path, world_size: int, token: str, state: TrainState, config: Mapping, timeout_s: float) -> Manifest:
+    """Wait for every rank's receipt, then write the manifest: from here on the checkpoint exists. Rank 0 only.
+
+    Raises:
+        CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`, or the shards
+            together lack a part of a tensor.
+    """
+    receipts: list[Receipt] = []
+    errors, deadline = [], time.monotonic() + timeout_s
+    for rank in range(world_size):
+        failed = path / _failure(rank, token)
+        while not (receipt := _receipt(path / f"receipt-{rank:05d}.json", token)):
+            if failed.exists():
+                errors.append(f"rank {rank} could not write its shard: {failed.read_text() or 'the disk is full'}")
+                break
+            if time.monotonic() > deadline:
+                errors.append(f"rank {rank} wrote no shard within {timeout_s:.0f} s")
+                break
+            time.sleep(0.02)
+        else:
+            receipts.append(receipt)
+    if errors:  # only now that every rank has ended: the folder can be deleted
+        raise CheckpointError(f"{path}: {'; '.join(errors)}")
+    shapes: dict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    scalars: dict[str, float] = {}
+    for receipt in receipts:
+        for key, names in receipt.shapes.items():
+            shapes[key].update(names)
+        scalars.update(receipt.scalars)
+    tree = {
+        "format": FORMAT,
+        "step": state.step,
+        "time": time.time(),
+        "state": state.to_dict(),
+        "shapes": shapes,
+        "scalars": scalars,
+        "files": {receipt.file.name: receipt.file.model_dump() for receipt in receipts},
+        "config": dict(config),
+    }
+    # Nothing is written that would not be read.
+    manifest = parse_manifest(json.dumps(tree).encode(), path / MANIFEST)
+    written = [(key, numel, r.file.name) for r in receipts for key, numel in r.fragments.items()]
+    try:
+        fragments.index(written, shapes)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    fsync(path)
+    write_durably(path / MANIFEST, tree)
+    for rank in range(world_size):
+        (path / f"receipt-{rank:05d}.json").unlink(missing_ok=True)
+    return manifest
+
+
+def _receipt(path: Path, token: str) -> Receipt | None:
+    """A rank's receipt for this save; what is not one, as an earlier save may have left it, is none."""
+    try:
+        with open_file(path) as file:
+            receipt = parse_receipt(file.read(MOST_BYTES + 1), path)
+    except (OSError, CheckpointError):
+        return None
+    return receipt if receipt.token == token else None
+
+
+def remove(path: Path) -> None:
+    """Delete a checkpoint; its manifest goes first, so that what is half deleted is no checkpoint."""
+    with suppress(IsADirectoryError, NotADirectoryError):
+        (path / MANIFEST).unlink(missing_ok=True)
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(run_dir: Path, keep: int, keep_every: int | None) -> list[int]:
+    """Delete all but the newest `keep` and the multiples of `keep_every`; returns the deleted steps.
+
+    What cannot be deleted stays, to be tried again after the next save: the one just written is good all the same.
+    """
+    deleted = []
+    for step in committed(run_dir)[:-keep]:
+        if keep_every and step % keep_every == 0:
+            continue
+        with suppress(OSError):
+            remove(folder(run_dir, step))
+            deleted.append(step)
+    return deleted
+
+
+def verify(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> list[str]:
+    """What is wrong with a checkpoint; empty if nothing.
+
+    Its manifest, the size and header of every file and every fragment's place are checked, and of the files' content
+    that sha256 is the manifest's and every number finite: a run skips the steps that would make others.
+
+    Args:
+        part, parts: read only every `parts`-th file, so that ranks share the reading.
+        digests: False to leave the content alone.
+    """
+    return examine(path, part, parts, digests=digests)[1]
+
+
+MOST_TOLD = 16
+"""Problems of one checkpoint that are told: a manifest may name 100,000 files that are missing."""
+
+
+def examine(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> "tuple[Reader | None, list[str]]":
+    """A reader of a checkpoint where nothing is wrong with it, and what is, as `verify`."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return None, [str(error)]
+    sizes = {file.name: _wrong_size(path, file) for file in [*manifest.files.values()][part::parts]}
+    problems = [problem for problem in sizes.values() if problem]
+    reader = None
+    if not problems:
+        try:
+            reader = Reader(path, manifest)
+        except CheckpointError as error:
+            return None, [str(error)]
+    for name, problem in sizes.items():
+        if digests and not problem:
+            problems += _wrong_content(path / name, manifest.files[name].sha256, reader)
+    return None if problems else reader, problems[:MOST_TOLD]
+
+
+def _wrong_size(path: Path, file: File) -> str:
+    there = path / file.name
+    try:
+        found = there.lstat()
+    except OSError:
+        return f"{there} is missing"
+    if not stat.S_ISREG(found.st_mode):
+        return f"{there} is no file, or a link to one"
+    if found.st_size != file.bytes:
+        return f"{there} has {found.st_size} bytes, the manifest says {file.bytes}"
+    return ""
+
+
+def _wrong_content(path: Path, sha256: str, reader: "Reader | None") -> list[str]:
+    """What is wrong with the content of a file; without a reader, which knows its types, numbers are not looked at."""
+    try:
+        found, finite = _digest(path)
+    except (OSError, CheckpointError) as error:
+        return [str(error)]
+    if found != sha256:
+        return [f"{path} does not have the manifest's sha256: its content changed after it was written"]
+    if reader and not finite:
+        return [f"{path} holds numbers that are not finite{reader.not_finite(path.name)}"]
+    return [f"{path} holds numbers below 0 in {key}" for key in reader.below_zero(path.name)] if reader else []
+
+
+_CHUNK = 1 << 18
+"""Bytes that stay in the processor's cache between the two looks at them."""
+_ZEROS = np.zeros(_CHUNK // 4, np.float32)
+
+
+def _digest(path: Path) -> tuple[str, bool]:
+    """sha256 of a shard, and whether its numbers, if they are fp32, are all finite: read once for both."""
+    found, finite = hashlib.sha256(), True
+    buffer = bytearray(_CHUNK)
+    with open_file(path) as file, np.errstate(invalid="ignore"):
+        begins = _data_begins(path, file)
+        file.seek(0)
+        found.update(file.read(begins))
+        while size := file.readinto(buffer):  # type: ignore[attr-defined]
+            found.update(memoryview(buffer)[:size])
+            numbers = np.frombuffer(buffer, np.float32, size // 4)
+            # Infinity and NaN times zero are NaN.
+            finite = finite and bool(np.dot(numbers, _ZEROS[: numbers.size]) == 0)
+    return found.hexdigest(), finite
+
+
+def _data_begins(path: Path, file: BinaryIO) -> int:
+    """Where the numbers of a shard begin, after its header.
+
+    Raises:
+        CheckpointError: the header is longer than the file, or than would be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, MOST_BYTES):
+        raise CheckpointError(f"{path} is not safetensors: its header of {length:,} bytes is longer than it can be")
+    return 8 + length
+
+
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var")
+"""States of optimizers that are sums or means of squares."""
+
+
+class Reader:
+    """Random access to a checkpoint's state by (state, parameter, box, range), whoever wrote it.
+
+    Args:
+        manifest: the folder's, if it was read already.
+
+    Raises:
+        CheckpointError: the manifest, a file's size, type or header is not what it should be, or the fragments do not
+            hold every element of every tensor once. The content is not read: see `verify`.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest | None = None):
+        self.path = path
+        self.manifest = manifest or read_manifest(path)
+        self._files = {}
+        for name, file in self.manifest.files.items():
+            if problem := _wrong_size(path, file):
+                raise CheckpointError(problem)
+            self._files[name] = _open(path / name)
+        try:
+            self._held = fragments.index(self._written(), self.manifest.shapes)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+    def _written(self) -> Iterator[tuple[str, int, str]]:
+        for name, file in self._files.items():
+            for key in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                found = file.get_slice(key)
+                shape = found.get_shape()
+                if found.get_dtype() != "F32" or len(shape) != 1:
+                    raise ValueError(
+                        f"{name}: {shortened(key)} is {found.get_dtype()} {shape}, not one-dimensional F32"
+                    )
+                yield key, shape[0], name
+
+    def not_finite(self, name: str) -> str:
+        """The first tensor of a file that is not finite, for a message."""
+        for key in self._files[name].keys():  # noqa: SIM118
+            if not self._files[name].get_slice(key)[:].isfinite().all():
+                return f", such as those of {shortened(key)}"
+        return ""
+
+    def below_zero(self, name: str) -> list[str]:
+        """The first tensor of a file with numbers below 0 where there are none, as an optimizer takes their root."""
+        squares = (key for key in self._files[name].keys() if key.partition("/")[0] in SQUARES)  # noqa: SIM118
+        wrong = (key for key in squares if self._files[name].get_slice(key)[:].min() < 0)
+        return [shortened(key) for key in itertools.islice(wrong, 1)]
+
+    @property
+    def states(self) -> list[str]:
+        """Names of the states: `weight` and the optimizer's own."""
+        return list(self.manifest.shapes)
+
+    def shape(self, key: str, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor. Raises CheckpointError if the checkpoint does not hold it."""
+        try:
+            return self.manifest.shapes[key][name]
+        except KeyError:
+            raise CheckpointError(f"{self.path} holds no {key} of {name}") from None
+
+    def misfit(self, wanted: Mapping[str, Sequence[int]], *, others: bool = False) -> str:
+        """Why the weights are not those of a model with parameters of these shapes; empty if they are.
+
+        Args:
+            others: it may have more parameters, and so may the checkpoint.
+        """
+        held = self.manifest.shapes[MASTER]
+        for name, shape in wanted.items():
+            if name not in held:
+                return f"{self.path} holds no {MASTER} of {name}"
+            if held[name] != tuple(shape):
+                return f"{self.path}: {name} is {list(held[name])}, the model's is {list(shape)}"
+        if not others and (unknown := [name for name in held if name not in wanted]):
+            more = counted(len(unknown), "parameter")
+            return f"{self.path} has {more} that the model has not, such as {shortened(unknown[0])}"
+        return ""
+
+    def read(self, key: str, name: str, start: int = 0, numel: int | None = None, box: Box | None = None) -> Tensor:
+        """Elements [start, start + numel) of the flattened `box` of a tensor, as a 1-D CPU tensor.
+
+        Args:
+            numel: all from `start` on if not given.
+            box: the whole tensor if not given.
+
+        Raises:
+            CheckpointError: the fragments do not hold all of it.
+        """
+        shape = self.shape(key, name)
+        box = fragments.whole(shape) if box is None else box
+        stop = fragments.size(box) if numel is None else start + numel
+        held = [run for fragment in self._held[key, name] for run in fragment.runs()]
+        missing = max(0, stop - fragments.size(box))
+        out = torch.empty(stop - start, dtype=torch.float32)
+        for place, wanted in fragments.runs(box, start, stop - missing):
+            target = out[place - start :][: fragments.size(wanted)].view(fragments.lengths(wanted))
+            taken, left = fragments.share_out(wanted, [run.box for run in held])
+            missing += sum(map(fragments.size, left))
+            for index, part in taken:
+                run = held[index]
+                target[fragments.within(wanted, part)] = self._data(run)[fragments.within(run.box, part)]
+        if missing:
+            raise CheckpointError(f"{self.path}: {key} of {name} is not whole: {missing} of {stop - start} missing")
+        return out
+
+    def _data(self, run: Run) -> Tensor:
+        """A view of the mapped file, in the box's shape: only pages that are copied from are read."""
+        stretch = slice(run.offset, run.offset + fragments.size(run.box))
+        return self._files[run.file].get_slice(run.key)[stretch].view(fragments.lengths(run.box))
+
+    def weight(self, name: str) -> Tensor:
+        """The whole fp32 weight in its shape."""
+        return self.read(MASTER, name).view(self.shape(MASTER, name))
+
+
+def _open(path: Path) -> Any:
+    """A safetensors handle. Raises CheckpointError."""
+    try:
+        with open_file(path) as file:
+            _data_begins(path, file)
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError, MemoryError) as error:  # mapped, it wants as much address space
+        raise CheckpointError(f"{path} is not safetensors: {shortened(str(error))}") from None

@@ -1,0 +1,236 @@
+"""Turn a batch of raw records into tokens of the two splits; `serve` is a worker process of `pool`."""
+
+import json
+import mmap
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from multiprocessing.connection import Connection
+
+import numpy as np
+
+from trainer.data.child import MIB, Bounds
+from trainer.data.manifest import SPLITS, Split
+from trainer.data.sources.find import Record, Refusal, cut
+from trainer.data.sources.formats import RECORD_VALUES, text_in
+from trainer.data.sources.unpack import Damaged
+from trainer.data.tokenizer.tokenizer_process import (
+    TokenizerError,
+    encode,
+    encode_on,
+    library_errors,
+    load,
+    lost,
+    puts_blanks,
+)
+
+from .splitting import Splitting
+
+LOOKED_AT = 32
+"""Documents of a batch that are decoded again, to see what the tokenizer loses: of a MiB, 2% at most."""
+LOOKED_AT_BYTES = 512
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class EncodeSpec:
+    """Everything a worker needs to know; small and picklable."""
+
+    tokenizer: str
+    """Path of tokenizer.json."""
+    byte_level: bool
+    eos_id: int
+    vocab_size: int
+    dtype: str
+    text_key: str
+    splitting: Splitting
+    memory: int
+    """Bytes that a process may take for the tokenizer, and for a MiB of text; more for more text."""
+    seconds: int
+    """Processor time likewise."""
+    foreign: bool = False
+    """An existing tokenizer, which may lose text, or give the end of text for its name in a text."""
+    eos_token: str = ""
+
+
+@dataclass
+class Encoded:
+    """Tokens of one split's documents, each followed by the end of text, and what they were made from."""
+
+    tokens: np.ndarray
+    documents: int = 0
+    bytes: int = 0
+    characters: int = 0
+
+
+@dataclass
+class Losses:
+    """How often the tokens of a text do not give it back, among the beginnings of documents that were looked at."""
+
+    looked_at: int = 0
+    lossy: int = 0
+    example: list[str] = field(default_factory=list)
+    """File, text, and what its tokens give."""
+
+    def add(self, other: "Losses") -> None:
+        self.looked_at += other.looked_at
+        self.lossy += other.lossy
+        self.example = self.example or other.example
+
+
+@dataclass
+class EncodedBatch:
+    splits: dict[Split, Encoded]
+    refused: list[Refusal] = field(default_factory=list)
+    losses: Losses = field(default_factory=Losses)
+
+
+def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes | Refusal]:
+    """Every document as UTF-8 text that is known to decode, or why it was left out."""
+    for record in records:
+        if isinstance(record, Refusal):
+            yield record
+            continue
+        try:
+            data = record.data if record.kind == "text" else text_in(_parsed(record.data), text_key).encode("utf-8")
+            if not data:
+                raise Damaged("empty document", "")
+            data.decode("utf-8")
+            yield data
+        except Damaged as error:
+            yield Refusal(record.path, record.where, *error.args)
+        except UnicodeError as error:
+            yield Refusal(record.path, record.where, "bad UTF-8", " ".join(str(error).split()))
+        except (ValueError, RecursionError) as error:
+            yield Refusal(record.path, record.where, "malformed JSON", " ".join(str(error).split())[:200])
+        except MemoryError:
+            yield Refusal(record.path, record.where, "takes too much memory", f"{len(record.data):,} bytes")
+
+
+def _parsed(data: bytes) -> object:
+    if len(data) > RECORD_VALUES:  # a shorter one cannot have so many
+        bare = _STRING.sub(b"", data)
+        if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > RECORD_VALUES:
+            raise Damaged("too many values", f"{values:,} in one JSON object")
+    return json.loads(data)
+
+
+class Encoder:
+    def __init__(self, spec: EncodeSpec):
+        self.spec = spec
+        self.tokenizer = load(spec.tokenizer)
+        self._puts_blanks = spec.foreign and puts_blanks(self.tokenizer)
+
+    def __call__(
+        self, records: list[Record | Refusal], began: Callable[[int], None] = lambda index: None
+    ) -> EncodedBatch:
+        """Encode the records. `began` is told the number of each before it is looked at."""
+        spec = self.spec
+        parts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
+        batch = EncodedBatch({split: Encoded(np.empty(0, spec.dtype)) for split in SPLITS})
+        end = np.array([spec.eos_id], spec.dtype)
+        for index, record in enumerate(records):
+            began(index)
+            [document] = documents([record], spec.text_key)
+            if isinstance(document, Refusal):
+                batch.refused.append(document)
+                continue
+            if spec.foreign and batch.losses.looked_at < LOOKED_AT:
+                self._look(document, record.path, batch.losses)
+            for split, part in spec.splitting(document):
+                try:
+                    encoded, characters = self.encode(part)
+                except TokenizerError as error:
+                    batch.refused.append(Refusal(record.path, record.where, "cannot be tokenized", str(error)))
+                    continue
+                into = batch.splits[split]
+                into.documents += 1
+                into.bytes += len(part)
+                into.characters += characters
+                parts[split] += [*encoded, end]
+        for split, arrays in parts.items():
+            if arrays:
+                batch.splits[split].tokens = np.concatenate(arrays)
+        return batch
+
+    def encode(self, document: bytes) -> tuple[list[np.ndarray], int]:
+        """Tokens of a document without an end of text, in pieces, and its characters."""
+        pieces, characters, before = [], 0, ""
+        for piece in cut(document):
+            characters += len(text := piece.decode("utf-8"))
+            if self.spec.byte_level:  # what the tokenizer gives too, some hundred times faster
+                pieces.append(np.frombuffer(piece, np.uint8).astype(self.spec.dtype))
+                continue
+            with library_errors():
+                tokens = np.array(self._encode([text], before), np.uint32)
+                if self.spec.foreign and (tokens == self.spec.eos_id).any():
+                    tokens = np.array(self._encode(cut_inside(text, self.spec.eos_token), before), np.uint32)
+                    if (tokens == self.spec.eos_id).any():
+                        raise TokenizerError("it gives the end of text for a part of it")
+            before = text
+            if len(tokens) and (largest := int(tokens.max())) >= self.spec.vocab_size:
+                raise TokenizerError(f"it gives token {largest:,}, which is not in its vocabulary")
+            pieces.append(tokens.astype(self.spec.dtype))
+        return pieces, characters
+
+    def _encode(self, texts: list[str], before: str) -> list[int]:
+        """Tokens of texts that together go on from `before`."""
+        tokens: list[int] = []
+        for text in texts:
+            goes_on = before and self._puts_blanks
+            tokens += encode_on(self.tokenizer, text, before) if goes_on else encode(self.tokenizer, text)
+            before = text
+        return tokens
+
+    def _look(self, document: bytes, path: str, losses: Losses) -> None:
+        try:
+            with library_errors():
+                found = lost(self.tokenizer, document[:LOOKED_AT_BYTES].decode("utf-8", errors="ignore"))
+        except TokenizerError:
+            return  # encoded it was; that a part cannot be decoded again is for who decodes to say
+        losses.add(Losses(1, 1, [path, *found]) if found else Losses(1))
+
+
+def cut_inside(text: str, name: str) -> list[str]:
+    """A text cut after the first character of each `name` in it, so that no part has the name in it."""
+    parts = text.split(name)
+    last = len(parts) - 1
+    return [name[1:] * (i > 0) + part + name[:1] * (i < last) for i, part in enumerate(parts)]
+
+
+def serve(descriptor: int, progress: int) -> None:
+    """Answer batches that come over an inherited pipe until the other side closes it.
+
+    Args:
+        progress: a file of 8 bytes that always holds the number of the record that is worked on, for who finds this
+            process dead.
+    """
+    connection, bounds = Connection(descriptor), Bounds()
+    spec: EncodeSpec = connection.recv()
+    at = memoryview(mmap.mmap(progress, 8)).cast("q")
+    bounds.memory(spec.memory)
+    bounds.seconds(spec.seconds + spec.memory / MIB / 32)  # which includes a part for the size of the tokenizer
+    encoder = Encoder(spec)
+    while True:
+        at[0] = -1
+        bounds.memory(spec.memory + (1 << 30))
+        try:
+            records = connection.recv()
+        except EOFError:
+            return
+        size = sum(len(record.data) for record in records if isinstance(record, Record))
+        # JSON that is mostly characters of four bytes takes 10 times its size, tokens of a piece less.
+        bounds.memory(spec.memory + 16 * size)
+        bounds.seconds(spec.seconds + 30 * size / MIB)
+        batch = encoder(records, lambda index: at.__setitem__(0, index))
+        header = {split: [part.documents, part.bytes, part.characters] for split, part in batch.splits.items()}
+        connection.send_bytes(json.dumps([header, batch.refused, asdict(batch.losses)]).encode())
+        for split in SPLITS:
+            connection.send_bytes(batch.splits[split].tokens.data)
+
+
+def receive(connection: Connection, dtype: str) -> EncodedBatch:
+    """What `serve` answers to a batch. Raises EOFError or OSError where it died."""
+    header, refused, losses = json.loads(connection.recv_bytes())
+    splits = {split: Encoded(np.frombuffer(connection.recv_bytes(), dtype), *header[split]) for split in SPLITS}
+    return EncodedBatch(splits, [Refusal(*each) for each in refused], Losses(**losses))

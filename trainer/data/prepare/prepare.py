@@ -1,0 +1,295 @@
+"""Prepare training data: from raw files to tokenized Parquet shards with a manifest."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+from configs import ConfigError, counted
+from configs.sections.data import LimitsConfig, PrepareConfig
+from trainer.data.manifest import (
+    MANIFEST,
+    REFUSED,
+    SPLITS,
+    TOKENIZER,
+    Manifest,
+    fsync_folder,
+    read_manifest,
+    write_manifest,
+)
+from trainer.data.sources.find import Input, Reader, Record, Refusal, find_inputs, linked_folders
+from trainer.data.sources.parquet import RECORD_WEIGHT
+from trainer.data.tokenizer.make import changed, make_tokenizer
+from trainer.data.tokenizer.tokenizer import tokenizer_memory
+from trainer.data.tokenizer.tokenizer_files import beside, tokenizer_file
+
+from .encode import EncodeSpec, Losses, documents
+from .meter import Meter
+from .pool import Records, default_workers, encode_all
+from .shard_writer import SplitWriter
+from .splitting import Splitting, split_of_few
+
+BATCH_BYTES = 1 << 20
+"""Raw bytes that a worker encodes at once."""
+
+
+def prepare(
+    inputs: Sequence[str | Path],
+    out: str | Path,
+    config: PrepareConfig | None = None,
+    *,
+    limits: LimitsConfig | None = None,
+    text_key: str = "text",
+    workers: int | None = None,
+    strict: bool = False,
+    progress: bool = True,
+) -> Manifest:
+    """Tokenize raw files into a folder of Parquet shards.
+
+    The result depends on the inputs and the config only, not on the number of workers. It is built beside `out` and
+    renamed at the end, so a preparation that is killed leaves no folder that looks done; one that runs at the same
+    time for the same `out` is waited for. Called again with unchanged inputs it does nothing.
+
+    Args:
+        inputs: files, folders, glob patterns or `stdlib`, see `sources.find_inputs`.
+        out: folder to make; must not exist, be empty, or hold an earlier preparation of the same inputs.
+        config: tokenizer, held-out share, seed.
+        limits: what a file or a record may take; what takes more is refused.
+        text_key: key of a JSONL object or column of a Parquet file that holds the text.
+        workers: processes that tokenize; None: one per processor.
+        strict: make the first refused file or document an error instead of counting it.
+        progress: report to stderr, as a bar on a terminal, otherwise a line now and then.
+
+    Raises:
+        ConfigError: nothing to read, nothing usable, a bad tokenizer, an `out` that is taken, or (strict) a refusal.
+    """
+    config, limits = config or PrepareConfig(), limits or LimitsConfig()
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out):
+        files = find_inputs(inputs)
+        fingerprint = _fingerprint(files, config, limits, text_key)
+        if (out / MANIFEST).exists():
+            return _unchanged(out, read_manifest(out), fingerprint, config, text_key, progress)
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise ConfigError(f"--out {out}: exists and is not prepared data; name a new folder")
+        if progress and (links := linked_folders(files, inputs)):
+            more = f" and {len(links) - 5} more" if len(links) > 5 else ""
+            Meter.say(f"links to folders that are followed: {', '.join(links[:5])}{more}")
+        part = out.with_name(f".{out.name}.part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(mode=0o700)
+        try:
+            build = partial(
+                _build, files, part, config, limits, text_key, workers or default_workers(), strict, progress
+            )
+            manifest = build(Splitting(config.held_out, config.seed))
+            if config.held_out and not all(manifest.splits[split].documents for split in SPLITS):
+                splitting = split_of_few(_documents(files, limits, text_key), config.held_out, config.seed)
+                if progress:
+                    Meter.say(str(splitting))
+                shutil.rmtree(part)
+                part.mkdir(mode=0o700)
+                manifest = build(splitting)
+            names = [os.fsencode(str(given)).decode("utf-8", errors="replace") for given in inputs]
+            manifest = manifest.model_copy(update={"fingerprint": fingerprint, "inputs": names})
+            write_manifest(part, manifest)
+            os.rename(part, out)
+            fsync_folder(out.parent)
+            return manifest
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def _build(
+    files: list[Input],
+    part: Path,
+    config: PrepareConfig,
+    limits: LimitsConfig,
+    text_key: str,
+    workers: int,
+    strict: bool,
+    progress: bool,
+    splitting: Splitting,
+) -> Manifest:
+    """Write everything but the manifest into `part`; its `inputs` and `fingerprint` are left to the caller."""
+    total = sum(file.bytes for file in files)
+    reasons: Counter[str] = Counter()
+    first: Refusal | None = None
+    with ExitStack() as stack:
+        meter = stack.enter_context(Meter(total, progress))
+        meter.describe("make the tokenizer")
+        reader = stack.enter_context(Reader(text_key, limits))
+        info, doubts = make_tokenizer(files, part, config, splitting, reader, limits)
+        dtype: Literal["uint16", "uint32"] = "uint16" if info.vocab_size <= 1 << 16 else "uint32"
+        spec = EncodeSpec(
+            tokenizer=str(part / TOKENIZER),
+            byte_level=config.tokenizer == "bytes",
+            eos_id=info.eos_id,
+            eos_token=info.eos_token,
+            vocab_size=info.vocab_size,
+            dtype=dtype,
+            text_key=text_key,
+            splitting=splitting,
+            memory=tokenizer_memory(limits, (part / TOKENIZER).stat().st_size),
+            seconds=limits.seconds,
+            foreign=info.kind == "file",
+        )
+        losses = Losses()
+        writers = {split: SplitWriter(part, split, dtype, config.row_group_tokens, info.vocab_size) for split in SPLITS}
+        meter.describe("tokenize")
+        refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
+        # One worker is no gain, so with a tokenizer of our own making, which is as safe as this process, there is none.
+        workers = 0 if workers <= 1 and info.kind != "file" else workers
+        batches = encode_all(_batches(files, reader, meter), spec, workers)
+        stack.callback(batches.close)  # at an error too, before the tokenizer is removed under the workers
+        for batch in batches:
+            losses.add(batch.losses)
+            for refusal in batch.refused:
+                if strict:
+                    raise ConfigError(f"--strict: {refusal}")
+                reasons[refusal.reason] += 1
+                first = first or refusal
+                refused.write(json.dumps(refusal._asdict(), ensure_ascii=False) + "\n")
+            for split, encoded in batch.splits.items():
+                writers[split].add(encoded)
+                meter.tokens += len(encoded.tokens)
+        refused.flush()
+        os.fsync(refused.fileno())
+    shards = [shard for split in SPLITS for shard in writers[split].close()]
+    splits = {split: writers[split].stats() for split in SPLITS}
+    if not any(split.documents for split in splits.values()):
+        named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "they are blank"
+        raise ConfigError(
+            f"no usable document in {counted(len(files), 'file')} ({named})"
+            + (f".\nThe first: {first}" if first else "")
+        )
+    if losses.lossy:
+        file, *pair = losses.example
+        name = os.fsencode(file).decode("utf-8", errors="replace")
+        doubts.append(
+            f"{changed(*pair)} in {name}; so are {losses.lossy:,} of {losses.looked_at:,} documents that were looked at"
+        )
+    return Manifest(
+        fingerprint="",
+        inputs=[],
+        input_files=len(files),
+        input_bytes=total,
+        text_key=text_key,
+        prepare=config,
+        tokenizer=info,
+        dtype=dtype,
+        splits=splits,
+        shards=shards,
+        refused=dict(sorted(reasons.items())),
+        doubts=doubts,
+    )
+
+
+def _documents(files: list[Input], limits: LimitsConfig, text_key: str) -> Iterator[bytes]:
+    with Reader(text_key, limits) as reader:
+        for file in files:
+            for _, item in reader.read(file):
+                yield from (each for each in documents([item], text_key) if isinstance(each, bytes))
+
+
+def _batches(files: list[Input], reader: Reader, meter: Meter) -> Iterator[Records]:
+    batch: Records = []
+    size = done = 0
+    for file in files:
+        for position, item in reader.read(file):
+            batch.append(item)
+            # A refusal weighs something too, so that a file of nothing else is reported as it is read.
+            size += RECORD_WEIGHT + (len(item.data) if isinstance(item, Record) else 0)
+            if size >= BATCH_BYTES:
+                meter.update(done + position)
+                yield batch
+                batch, size = [], 0
+        done += file.bytes
+    meter.update(done)
+    if batch:
+        yield batch
+
+
+def _fingerprint(files: list[Input], config: PrepareConfig, limits: LimitsConfig, text_key: str) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(repr((os.path.abspath(file.path), *file[1:])).encode("utf-8", "surrogateescape"))
+    digest.update(_settings(config, text_key).encode())
+    if limits != LimitsConfig():  # other limits may refuse other files
+        digest.update(limits.model_dump_json().encode())
+    return digest.hexdigest()
+
+
+def _settings(config: PrepareConfig, text_key: str) -> str:
+    tree = config.model_dump(mode="json")
+    if config.tokenizer not in ("bytes", "bpe"):
+        file = tokenizer_file(config.tokenizer)
+        tree["tokenizer"] = hashlib.sha256(file.read_bytes()).hexdigest()
+        # They name the end of text, and stay with the data.
+        tree |= {name: hashlib.sha256(content).hexdigest() for name, content in beside(file).items()}
+    return json.dumps([text_key, tree], sort_keys=True)
+
+
+def _unchanged(
+    out: Path, manifest: Manifest, fingerprint: str, config: PrepareConfig, text_key: str, progress: bool
+) -> Manifest:
+    if manifest.fingerprint == fingerprint:
+        if progress:
+            Meter.say(f"{out} is prepared from these inputs already: nothing to do")
+        return manifest
+    before, now = manifest.prepare.model_dump(), config.model_dump()
+    changed = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
+    if manifest.text_key != text_key:
+        changed.append(f"text_key {manifest.text_key!r} -> {text_key!r}")
+    unseen = "files, or the tokenizer, were added, removed or modified since, or the limits changed"
+    raise ConfigError(
+        f"--out {out} is prepared already, from other inputs or settings ({', '.join(changed) or unseen}).\n"
+        "Name another folder, or remove it if no run uses it"
+    )
+
+
+@contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """Hold the lock of an output folder; it is free again when the process ends, however it ends."""
+    path = out.with_name(f".{out.name}.lock")
+    with open(path, "w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            Meter.say(f"waiting for another process that prepares {out}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        # Safe to remove only now: whoever still waits for it, or makes a new one, finds the manifest.
+        path.unlink(missing_ok=True)
+
+
+def summary(manifest: Manifest) -> str:
+    """What was prepared and what was left out, for a person to read."""
+    lines = [
+        f"{counted(manifest.input_files, 'file')}, {counted(manifest.input_bytes, 'byte')}; "
+        f"tokenizer {manifest.tokenizer.kind}, {counted(manifest.tokenizer.vocab_size, 'token')}, "
+        f"{manifest.tokenizer.eos_token!r} ends a document"
+    ]
+    for split, stats in manifest.splits.items():
+        ratio = stats.bytes / max(stats.tokens, 1)
+        lines.append(
+            f"{split}: {counted(stats.documents, 'document')}, {counted(stats.tokens, 'token')} ({ratio:.2f} "
+            f"bytes each), "
+            f"unigram entropy {stats.entropy:.3f} nats, {counted(len(manifest.of(split)), 'shard')}"
+        )
+    if not manifest.splits["held_out"].documents:
+        lines.append("nothing is held out: a run on these data alone has no evaluation")
+    if manifest.refused:
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.refused.items())
+        lines.append(f"left out: {reasons} (each is named in {REFUSED})")
+    lines += manifest.doubts
+    return "\n".join(lines)

@@ -1,0 +1,79 @@
+"""Which documents, or parts of them, are held out from training."""
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from trainer.data.manifest import Split
+
+MIN_TAIL = 128
+"""Bytes held out of a document that is cut, at least: some forty tokens."""
+ENOUGH_DOCUMENTS = 1 << 16
+"""To choose one of."""
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """A rule by document, independent of the others; small and picklable."""
+
+    share: float
+    """Of the documents, held out by the hash of their text."""
+    seed: int
+    document: int | None = None
+    """Number of one that is held out beside them."""
+    tail: float = 0.0
+    """Share of each document, from its end, that is held out."""
+
+    def __call__(self, document: bytes) -> list[tuple[Split, bytes]]:
+        """The document, or its two parts, each with the split it falls into."""
+        if self.tail:
+            at = _tail(document, self.tail)
+            return [("train", document[:at]), ("held_out", document[at:])] if at else [("train", document)]
+        number = number_of(document, self.seed)
+        held_out = number < self.share * 2**64 or number == self.document
+        return [("held_out" if held_out else "train", document)]
+
+    def __str__(self) -> str:
+        if self.tail:
+            return f"too few documents to hold one out: the last {self.tail:.0%} of each long one is held out"
+        if self.document is not None:
+            return "few documents, and none held out by its hash: one is held out all the same"
+        return "too little text to hold a part of it out"
+
+
+def number_of(document: bytes, seed: int) -> int:
+    """A hash of (seed, text) below 2^64, so that equal documents never stand on both sides."""
+    return int.from_bytes(hashlib.blake2b(document, digest_size=8, key=str(seed).encode()).digest(), "big")
+
+
+def split_of_few(documents: Iterable[bytes], share: float, seed: int) -> Splitting:
+    """A rule for few documents, of which their hashes hold out none, or all: one of at most a quarter of the text, else
+    the ends of long ones, else one of at most half, else nothing."""
+    sizes: Counter[int] = Counter()
+    longest = 0
+    for document in documents:
+        sizes[number_of(document, seed)] += len(document)
+        longest = max(longest, len(document))
+        if len(sizes) == ENOUGH_DOCUMENTS:
+            break
+    total = sizes.total()
+    least = max(MIN_TAIL, share * total / 16)
+    fair = {part: [number for number, size in sizes.items() if least <= size <= part * total] for part in (0.25, 0.5)}
+    if longest >= 4 * MIN_TAIL and not fair[0.25]:
+        return Splitting(0.0, seed, tail=share)
+    return Splitting(0.0, seed, document=min(fair[0.25] or fair[0.5], default=None))
+
+
+def _tail(document: bytes, share: float) -> int:
+    """Where the end that is held out begins: at a line, else at a word, else at a character; 0: it is too short."""
+    if len(document) < 4 * MIN_TAIL:
+        return 0
+    least = len(document) // 2
+    at = min(len(document) - MIN_TAIL, max(least, int(len(document) * (1 - share))))
+    for between in (b"\n", b" "):
+        if (found := document.rfind(between, least, at) + 1) > 0:
+            return found
+    while document[at] & 0xC0 == 0x80:
+        at -= 1
+    return at

@@ -1,0 +1,1 @@
+"""From token shards to micro-batches, in an order that is a pure function of the seed."""

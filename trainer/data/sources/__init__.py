@@ -1,0 +1,1 @@
+"""Find raw inputs and stream their records, whatever the file format."""

@@ -1,0 +1,119 @@
+"""A run's tokenizer as transformers loads it: it encodes as the data were encoded and ends where training ended."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from configs import ConfigError
+from configs.reading.parse import parse_json, read_text
+from trainer.data.manifest import TOKENIZER, TokenizerInfo
+
+from .tokenizer_files import SETTINGS, SPECIAL, TOKENIZER_BYTES, beside, content, settings
+
+_SPECIAL_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+_SIDES = ("left", "right")
+_KEPT: dict[str, Callable[[Any], bool]] = {
+    "chat_template": lambda value: isinstance(value, str) or _are_named(value),
+    "clean_up_tokenization_spaces": lambda value: isinstance(value, bool),
+    "padding_side": lambda value: value in _SIDES,
+    "truncation_side": lambda value: value in _SIDES,
+}
+"""Settings that stay, if transformers takes them. Others are those of a class of tokenizers, which would build another
+one than tokenizer.json describes."""
+
+
+def hf_tokenizer(
+    folder: Path, info: TokenizerInfo, token_to_id: Callable[[str], int | None], max_length: int | None
+) -> tuple[dict[str, bytes], dict[str, int | None]]:
+    """The files of an exported tokenizer, and the ids of special tokens for the model's configs.
+
+    Prepared data have an end of text after each document and no other special token. So the exported tokenizer adds
+    none, has no beginning of text, and truncates and pads nothing; what its settings name beside that stays, if the
+    tokenizer has it.
+
+    Args:
+        folder: with tokenizer.json and what belongs to it.
+        token_to_id: of the tokenizer.
+        max_length: longest sequence of the model, in tokens; None: not known.
+
+    Returns:
+        ({path in the folder: content}, {"bos_token_id", "eos_token_id" and "pad_token_id": id, None where there is
+        none}).
+
+    Raises:
+        ConfigError: a file that cannot be read.
+    """
+    file = folder / TOKENIZER
+    tree, files, given = _tree(file), beside(file), settings(file)
+    files.pop(SPECIAL, None)  # it would say the same as the settings, or contradict them
+    files[TOKENIZER] = _plain(tree, file)
+
+    def known(token: Any) -> bool:
+        return (name := content(token)) is not None and token_to_id(name) is not None
+
+    special = {name: content(given[name]) for name in _SPECIAL_TOKENS if known(given.get(name))}
+    more = {name: _among(given[name], known) for name in _MORE_SPECIAL_TOKENS if name in given}
+    written: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_eos_token": False,
+        "bos_token": None,
+        "eos_token": info.eos_token,
+        **special,
+        **{name: value for name, value in more.items() if value},
+        **{name: given[name] for name, fits in _KEPT.items() if name in given and fits(given[name])},
+    }
+    if isinstance(tree.get("pre_tokenizer"), dict) and "add_prefix_space" in tree["pre_tokenizer"]:
+        written["add_prefix_space"] = tree["pre_tokenizer"]["add_prefix_space"]  # else transformers 4 sets it to false
+    files[SETTINGS] = (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
+    pad = special.get("pad_token")
+    ids = {"bos_token_id": None, "eos_token_id": info.eos_id, "pad_token_id": token_to_id(pad) if pad else None}
+    return files, ids
+
+
+def _tree(file: Path) -> dict[str, Any]:
+    try:
+        tree = parse_json(read_text(file, TOKENIZER_BYTES))
+        if not isinstance(tree, dict):
+            raise ValueError("it is no JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be exported: {error}") from None
+    return tree
+
+
+def _plain(tree: Mapping[str, Any], file: Path) -> bytes:
+    """tokenizer.json without what adds special tokens, truncates and pads; the file itself if it has nothing of it."""
+    own = {key: tree.get(key) for key in ("truncation", "padding", "post_processor")}
+    plain = {"truncation": None, "padding": None, "post_processor": _adds_nothing(own["post_processor"])}
+    return file.read_bytes() if own == plain else json.dumps({**tree, **plain}, ensure_ascii=False).encode()
+
+
+def _adds_nothing(processor: Any) -> Any:
+    """A post-processor without its parts that add special tokens; None: nothing is left."""
+    if not isinstance(processor, dict):
+        return None
+    if processor.get("type") == "Sequence" and isinstance(processor.get("processors"), list):
+        kept = [each for part in processor["processors"] if (each := _adds_nothing(part))]
+        return {**processor, "processors": kept} if kept else None
+    adds = processor.get("type") != "ByteLevel" and processor.get("special_tokens") != {}
+    return None if adds else processor
+
+
+def _are_named(templates: Any) -> bool:
+    """Whether they are chat templates as transformers 4 wrote several: a list of {"name", "template"}."""
+    if not isinstance(templates, list):
+        return False
+    pairs = [(each.get("name"), each.get("template")) if isinstance(each, dict) else (None,) for each in templates]
+    return all(isinstance(part, str) for pair in pairs for part in pair)
+
+
+def _among(tokens: Any, known: Callable[[Any], bool]) -> Any:
+    """A list of special tokens, or a dict of named ones, without those that the tokenizer has not."""
+    if isinstance(tokens, dict):
+        return {name: content(token) for name, token in tokens.items() if known(token)}
+    return [content(token) for token in tokens if known(token)] if isinstance(tokens, list) else None

@@ -1,0 +1,91 @@
+"""Make the tokenizer of a preparation: byte level, trained on a sample of the inputs, or an existing file."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from configs.sections.data import LimitsConfig, PrepareConfig
+from trainer.data.manifest import TOKENIZER, TokenizerInfo
+from trainer.data.prepare.encode import documents
+from trainer.data.prepare.splitting import Splitting
+from trainer.data.sources.find import Input, Reader, Refusal
+
+from .tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
+from .tokenizer_files import copy_tokenizer, end_of_text, tokenizer_file
+
+_PROBES = ("Hello World", "café Größe", "one  two\n\n\tthree\n")
+"""What uncased tokenizers, those without accents and those that split at blanks do not give back."""
+
+
+def make_tokenizer(
+    files: list[Input],
+    folder: Path,
+    config: PrepareConfig,
+    splitting: Splitting,
+    reader: Reader,
+    limits: LimitsConfig,
+) -> tuple[TokenizerInfo, list[str]]:
+    """Put the tokenizer.json that `config.tokenizer` asks for into `folder`, with what belongs to it.
+
+    Returns:
+        What a manifest says of it, and what it does to texts that a user should know.
+
+    Raises:
+        ConfigError: an existing tokenizer that cannot be read, takes more than the limits or has no end of text.
+    """
+    path, doubts = folder / TOKENIZER, []
+    if config.tokenizer in ("bytes", "bpe"):
+        own = byte_tokenizer()
+        if config.tokenizer == "bpe":
+            own = train_bpe(_sample(files, config, splitting, reader), config.vocab_size)
+        own.save(str(path))
+        eos_token, eos_id = end_of_text(own.token_to_id, path)
+        size = max(own.get_vocab(with_added_tokens=True).values()) + 1
+    else:
+        origin = tokenizer_file(config.tokenizer)
+        with TokenizerProcess(origin, limits) as tokenizer:
+            tokenizer.trial()
+            eos_token, eos_id = end_of_text(tokenizer.token_to_id, origin)
+            if losses := [pair for probe in _PROBES if (pair := tokenizer.lost(probe))]:
+                doubts.append(changed(*losses[0]))
+        size = tokenizer.vocab_size
+        copy_tokenizer(origin, folder)
+    info = TokenizerInfo(
+        kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
+        sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        vocab_size=size,
+        eos_id=eos_id,
+        eos_token=eos_token,
+    )
+    return info, doubts
+
+
+def changed(text: str, back: str) -> str:
+    """What a user is told of a tokenizer that loses text."""
+    return f"the tokenizer changes text: {text!r} becomes {back!r}"
+
+
+def _sample(files: list[Input], config: PrepareConfig, splitting: Splitting, reader: Reader) -> Iterator[str]:
+    """Training documents for the tokenizer: files in an order drawn by hash, from each its share of the cap (at least
+    1 MiB, so that of many small files some are taken whole). The cap is 16 MiB, or 2 KiB per token of the vocabulary
+    where that is more."""
+    cap = max(1 << 24, config.vocab_size << 11)
+    total = max(sum(file.bytes for file in files), 1)
+    order = sorted(range(len(files)), key=lambda i: hashlib.blake2b(f"{config.seed}/{i}".encode()).digest())
+    taken = 0
+    for index in order:
+        budget = min(max(1 << 20, cap * files[index].bytes // total), cap - taken)
+        for _, item in reader.read(files[index]):
+            for document in documents([item], reader.text_key):
+                if isinstance(document, Refusal):
+                    continue
+                for split, part in splitting(document):
+                    if split == "train":
+                        part = part[: 1 << 20]
+                        yield part.decode("utf-8", errors="ignore")
+                        budget -= len(part)
+                        taken += len(part)
+            if budget <= 0:
+                break
+        if taken >= cap:
+            return

@@ -1,0 +1,202 @@
+"""The files of a tokenizer: found by path or name, read within bounds; and which token ends a document."""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from configs import ConfigError
+from configs.reading.parse import parse_json, read_text, shortened
+from trainer.data.manifest import MANIFEST, TOKENIZER, TokenizerInfo, read_manifest
+from trainer.files.own_files import replace_bytes
+
+END_OF_TEXT = "<|endoftext|>"
+TOKENIZER_BYTES = 256 << 20
+"""The largest tokenizer.json in use have 35 MB."""
+SETTINGS_BYTES = 4 << 20
+"""Of what stands beside it; the longest chat templates have some 0.1 MB."""
+
+SETTINGS = "tokenizer_config.json"
+SPECIAL = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+MORE_TEMPLATES = "additional_chat_templates"
+"""A folder of named ones, as transformers 5 writes it."""
+MOST_TEMPLATES = 32
+FOLDER = "tokenizer"
+"""Of a run: its copy."""
+INFO = "info.json"
+"""In the copy that a run keeps: what the manifest of its data says of the tokenizer."""
+
+_SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
+"""Files of tokenizers that only libraries of their own read."""
+
+_KNOWN_ENDS = (
+    END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|eos|>", "[EOS]", "<EOS>", "<|eot_id|>",
+    "<|im_end|>",
+)  # fmt: skip
+
+
+def tokenizer_file(path: str | Path) -> Path:
+    """The tokenizer.json that `path` names: the file, a folder with one (prepared data, a run, a Hugging Face model),
+    or a model in this machine's cache of the Hugging Face Hub. Nothing is fetched.
+
+    Raises:
+        ConfigError: there is none, or it is too large for any.
+    """
+    try:
+        file = Path(path).expanduser()
+        if file.is_dir():
+            file = _in_folder(file)
+        elif not file.is_file():
+            file = _in_cache(str(path))
+        if (size := file.stat().st_size) > TOKENIZER_BYTES:
+            raise ConfigError(f"tokenizer {file}: {size:,} bytes are more than any has ({TOKENIZER_BYTES:,})")
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has a NUL, or ~ of nobody
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"tokenizer {str(path)!r}: {error}") from None
+    return file
+
+
+def _in_folder(folder: Path) -> Path:
+    for file in (folder / TOKENIZER, folder / FOLDER / TOKENIZER):
+        if file.is_file():
+            return file
+    if slow := [name for name in _SLOW if (folder / name).is_file()]:
+        raise ConfigError(
+            f"tokenizer {folder}: it has {' and '.join(slow)}, but no existing {TOKENIZER}, which is what is read.\n"
+            "transformers writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
+        )
+    raise ConfigError(f"tokenizer {folder}: a folder without an existing {TOKENIZER}")
+
+
+def _in_cache(name: str) -> Path:
+    from huggingface_hub import constants, try_to_load_from_cache  # 0.2 s
+
+    fetch = ""
+    with contextlib.suppress(ValueError):  # no name of the Hub
+        found = try_to_load_from_cache(name, TOKENIZER)
+        if isinstance(found, str) and os.path.isfile(found):
+            return Path(found)
+        fetch = f".\nNothing is fetched; if it is on the Hub: `hf download {name} {TOKENIZER} {SETTINGS}`"
+    raise ConfigError(
+        f"tokenizer {shortened(repr(name), 200)}: not `bytes`, `bpe` or an existing {TOKENIZER}, a folder with one or "
+        f"the name of one in this machine's Hugging Face cache ({constants.HF_HUB_CACHE}){fetch}"
+    )
+
+
+def beside(file: Path) -> dict[str, bytes]:
+    """What stands beside a tokenizer.json and belongs to it: settings, names of special tokens, chat templates.
+
+    Returns:
+        {path in the folder: content}.
+
+    Raises:
+        ConfigError: one cannot be read, or has more than SETTINGS_BYTES; too many.
+    """
+    folder = file.parent
+    named = [folder / name for name in (SETTINGS, SPECIAL, TEMPLATE)]
+    found = {}
+    more = sorted(islice(folder.glob(f"{MORE_TEMPLATES}/*.jinja"), MOST_TEMPLATES + 1))
+    if len(more) > MOST_TEMPLATES:
+        raise ConfigError(f"{folder / MORE_TEMPLATES} has over {MOST_TEMPLATES} files: remove those of no use")
+    for path in (*named, *more):
+        if path.is_file():
+            found[str(path.relative_to(folder))] = _content(path)
+    return found
+
+
+def copy_tokenizer(file: Path, to: Path) -> None:
+    """Copy a tokenizer.json and what belongs to it into a folder that is there. Raises ConfigError as `beside`."""
+    for name, found in {TOKENIZER: file.read_bytes(), **beside(file)}.items():
+        (to / name).parent.mkdir(mode=0o700, exist_ok=True)
+        replace_bytes(to / name, found)
+
+
+def settings(file: Path) -> dict[str, Any]:
+    """tokenizer_config.json beside a tokenizer.json, and from special_tokens_map.json what it does not say.
+
+    Raises:
+        ConfigError: one cannot be read as JSON.
+    """
+    found: dict[str, Any] = {}
+    for path in (file.with_name(SPECIAL), file.with_name(SETTINGS)):
+        if not path.is_file():
+            continue
+        try:
+            tree = parse_json(read_text(path, SETTINGS_BYTES))
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from None
+        if isinstance(tree, dict):
+            found |= {key: value for key, value in tree.items() if value is not None}
+    return found
+
+
+def content(token: Any) -> str | None:
+    """A special token as settings have it, a string or an object with `content`; None: neither."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
+
+
+def end_of_text(token_to_id: Callable[[str], int | None], file: Path) -> tuple[str, int]:
+    """The token that ends a document and its id: what prepared data or a run say of this file, else `eos_token` of the
+    settings beside it, else the first of the usual names.
+
+    Raises:
+        ConfigError: the tokenizer has none of them, or not the one that its settings name; settings that cannot be
+            read.
+    """
+    if (told := _told(file)) and token_to_id(told.eos_token) == told.eos_id:
+        return told.eos_token, told.eos_id
+    if named := content(settings(file).get("eos_token")):
+        if (token := token_to_id(named)) is None:
+            raise ConfigError(
+                f"tokenizer {file} has no token {named!r}, which the {SETTINGS} beside it names as eos_token:\n"
+                "add it to the tokenizer as a special token, or name one that it has"
+            )
+        return named, token
+    for name in _KNOWN_ENDS:
+        if (token := token_to_id(name)) is not None:
+            return name, token
+    raise ConfigError(
+        f"tokenizer {file} has no end-of-text token: add {END_OF_TEXT} to it as a special token "
+        f"(or name its own as eos_token in a {SETTINGS} beside it)"
+    )
+
+
+def read_info(folder: Path) -> TokenizerInfo | None:
+    """What a run keeps of its tokenizer; None: nothing. Raises ConfigError if it is damaged."""
+    path = folder / INFO
+    if not path.is_file():
+        return None
+    try:
+        return TokenizerInfo.model_validate_json(read_text(path, SETTINGS_BYTES))
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+
+
+def _told(file: Path) -> TokenizerInfo | None:
+    """What a manifest or a run's info beside a tokenizer.json says of it, if they speak of this very file."""
+    try:
+        told = read_manifest(file.parent).tokenizer if file.with_name(MANIFEST).is_file() else read_info(file.parent)
+    except ConfigError:  # another program's file of that name
+        return None
+    return told if told and told.sha256 == hashlib.sha256(file.read_bytes()).hexdigest() else None
+
+
+def _content(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            found = file.read(SETTINGS_BYTES + 1)
+        if len(found) > SETTINGS_BYTES:
+            raise ValueError(f"it has over {SETTINGS_BYTES:,} bytes")
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from None
+    return found
+
+
+def _unreadable(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): mend it, or remove it")

@@ -1,0 +1,134 @@
+"""Run a tokenizer.json where it can do no harm: `serve` is the child of `tokenizer.TokenizerProcess`.
+
+It imports as little as it can: a process starts in 50 ms.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from trainer.data.child import MIB, Bounds
+
+ANSWER_BYTES = 16 * MIB
+"""An answer may be longer only where its request was."""
+SHOWN = 24
+"""Characters of a text that was lost."""
+
+
+class TokenizerError(ValueError):
+    """The library refused a file, a text or tokens, or panicked over them."""
+
+
+@contextmanager
+def library_errors() -> Iterator[None]:
+    """Whatever tokenizers raises as TokenizerError: it raises bare Exception, and a panic is no Exception at all."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+        raise
+
+
+def load(path: str | Path) -> Tokenizer:
+    """Load a tokenizer.json in this process, which has its bounds, or made the file itself. Raises TokenizerError."""
+    with library_errors():
+        return plain(Tokenizer.from_file(str(path)))
+
+
+def plain(tokenizer: Tokenizer) -> Tokenizer:
+    """Without truncation and padding; special tokens in a text are encoded as the characters they are."""
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Tokens of a text as they stand in prepared data, in prompts and in samples: without special tokens around them.
+
+    The batch call with one text keeps no offsets, and starts no threads beside other processes.
+    """
+    return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def encode_on(tokenizer: Tokenizer, text: str, before: str) -> list[int]:
+    """Tokens of a text that goes on from `before`: without the blank that some tokenizers put before every text.
+
+    It is encoded behind a character whose tokens stay as they are with the text behind it, if there is such a one.
+    """
+    for first in (before[-1:], "\n", "0", "."):
+        head = encode(tokenizer, first)
+        tokens = encode(tokenizer, first + text)
+        if head and tokens[: len(head)] == head:
+            return tokens[len(head) :]
+    return encode(tokenizer, text)
+
+
+def puts_blanks(tokenizer: Tokenizer) -> bool:
+    """Whether two encoded texts, one after the other, are not those texts one after the other."""
+    try:
+        with library_errors():
+            one, other, both = (encode(tokenizer, text) for text in ("a", "b", "ab"))
+            return tokenizer.decode(one + other) != tokenizer.decode(both)
+    except TokenizerError:  # what it makes of real texts is seen with each
+        return False
+
+
+def lost(tokenizer: Tokenizer, text: str) -> tuple[str, str] | None:
+    """The first part of a text that its tokens do not give back, and what they give; None: they give back all.
+
+    A blank more or less at its beginning counts for nothing, as many tokenizers have it so.
+    """
+    back = tokenizer.decode(encode(tokenizer, text), skip_special_tokens=False).removeprefix(" ")
+    text = text.removeprefix(" ")
+    if back == text:
+        return None
+    same = next((i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other), len(back))
+    first = max(same - SHOWN // 2, 0)
+    return text[first : first + SHOWN], back[first : first + SHOWN]
+
+
+def serve(descriptor: int) -> None:
+    """Answer the requests that come over an inherited pipe until the other side closes it."""
+    connection, bounds = Connection(descriptor), Bounds()
+    tokenizer: Tokenizer | None = None
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except EOFError:
+            return
+        request = json.loads(data)
+        if "memory" in request:
+            bounds.memory(request["memory"])
+        bounds.seconds(request["seconds"] + len(data) / MIB)
+        try:
+            with library_errors():
+                if request["do"] == "load":
+                    tokenizer = load(*request["arguments"])
+                    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+                    answer: Any = [len(ids), max(ids, default=-1) + 1]
+                else:
+                    assert tokenizer is not None
+                    answer = _call(tokenizer, request["do"], *request["arguments"])
+                reply = json.dumps({"is": answer}).encode()
+                if len(reply) > ANSWER_BYTES + 64 * len(data):
+                    raise ValueError(f"{len(data):,} bytes become {len(reply):,}")
+        except TokenizerError as error:
+            reply = json.dumps({"error": str(error)}).encode()
+        connection.send_bytes(reply)
+
+
+def _call(tokenizer: Tokenizer, do: str, value: Any, skip_special_tokens: bool = False) -> Any:
+    if do == "encode":
+        return encode(tokenizer, value)
+    if do == "decode":
+        return tokenizer.decode(value, skip_special_tokens=skip_special_tokens)
+    if do == "lost":
+        return lost(tokenizer, value)
+    return getattr(tokenizer, do)(value)

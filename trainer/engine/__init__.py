@@ -1,0 +1,1 @@
+"""All of DeepSpeed: the engine, its optimizers, and how a model is cut across processes."""

@@ -1,0 +1,148 @@
+"""Pipeline parallelism: DeepSpeed's pipeline engine over the stages of a plain decoder, with the trainer's own step."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from configs import Config, ConfigError
+from configs.stages import stages_of_rank
+from models.batch import Batch
+from models.decoder.model import Decoder
+from models.decoder.stages import PlainNames, Stage, Stages
+from models.loss import LossOutput
+from trainer.step import NO_RIDERS, loss_factor, measured
+
+from .engine import DualPipeVModule, PipelineModule, deepspeed, engine_config, note_shapes
+from .optim import build_optimizer, parameter_groups
+from .parallel import expert_group_name, keep_routers, place
+
+
+class OneStage(PlainNames, PipelineModule):
+    """DeepSpeed's pipeline with a stage on each rank: one forward, one backward."""
+
+
+class TwoStages(PlainNames, DualPipeVModule):
+    """DeepSpeed's pipeline in a V, with two stages on each rank, the first and the last of all on the first."""
+
+
+def cut(module: nn.Module, config: Config) -> Stages:
+    """This process's stages of a whole module on the meta device.
+
+    Raises:
+        ConfigError: it is of a family that cannot be cut.
+    """
+    if not isinstance(module, Decoder):
+        raise ConfigError(
+            f"parallel.pp={config.parallel.pp}: only the family decoder can be cut into stages, model.family is "
+            f"{config.model.family}: set parallel.pp=1"
+        )
+    parallel = config.parallel
+    held = stages_of_rank(parallel, place(config, dist.get_rank()).pp)
+    # A stage takes the parts of a module for its own.
+    return Stages(Stage(copy.deepcopy(module), index, parallel.stages) for index in held)
+
+
+def build_pipeline(stages: Stages, config: Config) -> Any:
+    """A DeepSpeed pipeline engine over this process's stages, with the run's optimizer.
+
+    The process group must exist.
+    """
+    parallel, held = config.parallel, {stage.index: stage for stage in stages}
+    experts = expert_group_name(config) if config.parallel.ep > 1 else None
+    optimizer = build_optimizer(parameter_groups(stages, config.optim, experts), config.optim)
+    shapes = {name: tuple(parameter.shape) for name, parameter in stages.named_parameters()}
+    settings = engine_config(config)
+    if experts:
+        settings["expert_parallel"]["moe_layer_pattern"] = (
+            rf"(?:{'|'.join(map(str, held))})\." + settings["expert_parallel"]["moe_layer_pattern"]
+        )
+    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds, topology and partition
+        kind = TwoStages if parallel.pp_schedule == "dualpipev" else OneStage
+        # As many modules as stages: one each. DeepSpeed builds its own only, so the others need not be there.
+        layers = [held.get(index) for index in range(parallel.stages)]
+        module = kind(layers, num_stages=parallel.pp, partition_method="uniform")
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
+    note_shapes(engine, shapes)
+    keep_routers(engine.module)
+    return engine
+
+
+def stages_of(engine: Any) -> list[Stage]:
+    """The stages that this process's engine runs, in the order of layers."""
+    return [part for part in engine.module.children() if isinstance(part, Stage)]
+
+
+def pipeline_step(
+    engine: Any, batches: Sequence[Batch], tokens: Tensor, config: Config, riders: Sequence[float] = NO_RIDERS
+) -> Tensor:
+    """Launch one optimizer step, as `step.train_step` does.
+
+    Args:
+        batches: this data-parallel rank's micro-batches, the same on all its stages; at least as many as stages, where
+            a rank holds two.
+        tokens, riders: as there.
+    """
+    stages, dp, accumulate = stages_of(engine), config.parallel.dp, len(batches)
+    # DeepSpeed divides the last stage's loss by the micro-batches of a process, and averages over data-parallel ranks.
+    factor = loss_factor(tokens, accumulate * dp)
+    for stage in stages:
+        stage.feed(batches, loss_factor=factor, balance_factor=1 / accumulate)
+    engine.train_batch(_inputs(batches))
+    return measured(engine, _sums(stages, accumulate * dp), tokens, riders, config)
+
+
+def pipeline_loss(engine: Any, batches: Sequence[Batch]) -> LossOutput:
+    """Evaluate this data-parallel rank's batches, all of one shape with the training's, without gradients.
+
+    Args:
+        batches: at least as many as stages, where a rank holds two.
+
+    Returns:
+        their loss and tokens on the last stage's rank and zeros on others, so that a sum over all processes is right.
+    """
+    stages = stages_of(engine)
+    for stage in stages:
+        stage.feed(batches)
+    # DualPipeVEngine finds a micro-batch's second buffer by the number of a training step's.
+    of_a_step, engine.micro_batches = engine.micro_batches, len(batches)
+    engine.eval_batch(_inputs(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
+    engine.micro_batches = of_a_step
+    engine.train()
+    zero = LossOutput(torch.zeros((), device=engine.device), torch.zeros((), dtype=torch.int64, device=engine.device))
+    found = [measured.loss or zero for stage in stages for measured in stage.measured]
+    return LossOutput(*(torch.stack(values).sum() for values in zip(*found, strict=True)))
+
+
+def _inputs(batches: Sequence[Batch]) -> Any:
+    """What DeepSpeed asks for on the first and the last stage; the stages have read their micro-batches themselves."""
+    return iter([(batch.input_ids, batch.labels) for batch in batches])
+
+
+def _sums(stages: Sequence[Stage], micro_batches: int) -> Tensor:
+    """This process's part of [loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] of the step, in float64.
+
+    Args:
+        stages: this process's.
+        micro_batches: of the whole step; the router's values are means over them.
+    """
+    device, moe_layers = next(stages[0].parameters()).device, stages[0].moe_layers
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    layers = torch.zeros(len(moe_layers), stages[0].config.num_experts + 3, dtype=torch.float64, device=device)
+    for stage in stages:
+        own = [moe_layers.index(i) for i in stage.own_moe_layers]
+        for loss, router, _ in stage.measured:
+            if loss is not None:
+                sums[0] += loss.loss_sum
+            if router is not None:
+                share = len(own) / len(moe_layers) / micro_batches
+                sums[1] += router.aux_loss * share
+                sums[2] += router.z_loss * share
+                for row, values in zip(own, router.by_layer() / micro_batches, strict=True):
+                    layers[row] += values
+    return torch.cat([sums, layers.flatten()])

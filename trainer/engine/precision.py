@@ -1,0 +1,122 @@
+"""Lower precision where DeepSpeed has none: bf16 copies of fp32 parameters at ZeRO-0, and products in fp8."""
+
+import functools
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from configs import Config, ConfigError
+from models.moe.router import Router
+
+FP8 = 16
+"""Rows and columns of a product in fp8 are multiples of this."""
+
+
+class WorkingCopies:
+    """Lets every layer of a module use copies of its parameters, which keep their names, places and fp32 gradients.
+
+    The copies are made once a step, not in every forward pass, and a copy's gradient is added to its parameter's as
+    soon as it is there, so that no second set of gradients stands. Micro-batches add up in fp32; what one pass uses
+    twice, tied embeddings, adds up its two gradients in the lower precision, as at ZeRO 1 to 3. Each layer's class gets
+    properties over its parameters, which is also how torch's parametrizations work. Routers keep theirs as they are:
+    they compute in fp32.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        self._masters: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        for layer in module.modules():
+            if layer._parameters and not isinstance(layer, Router):
+                masters = {name: p for name, p in layer._parameters.items() if p is not None}
+                layer.working = {name: _copy(p, dtype) for name, p in masters.items()}  # type: ignore[assignment]
+                layer.__class__ = _working_class(type(layer), tuple(masters))  # type: ignore[arg-type]
+                self._masters += masters.values()
+                self._copies += layer.working.values()  # type: ignore[operator]
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Take over the parameters as they are now; to be called whenever they have changed."""
+        torch._foreach_copy_(self._copies, self._masters)
+
+
+def _copy(master: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    copy = master.detach().to(dtype).requires_grad_(master.requires_grad)
+    if master.requires_grad:
+        copy.register_post_accumulate_grad_hook(functools.partial(_hand_over, master))
+    return copy
+
+
+def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
+    assert copy.grad is not None
+    if master.grad is None:
+        master.grad = copy.grad.to(master.dtype)
+    else:
+        _add()(master.grad.view(-1), copy.grad.view(-1)) if copy.is_cuda else master.grad.add_(copy.grad)
+    copy.grad = None
+
+
+@functools.cache
+def _add() -> Callable[[Tensor, Tensor], Tensor]:
+    """In-place addition of another type; torch's own kernel reads value by value where types differ."""
+    return torch.compile(Tensor.add_, dynamic=True)
+
+
+@functools.cache
+def _working_class(kind: type[nn.Module], names: tuple[str, ...]) -> Any:
+    """One class for all such layers: a compiler compiles again for each class it meets."""
+
+    def working(name: str) -> property:
+        return property(lambda layer: layer.working[name])
+
+    return type(kind.__name__, (kind,), {name: working(name) for name in names})
+
+
+def check_precision(module: nn.Module, config: Config) -> None:
+    """Raise ConfigError if train.precision=fp8 and it cannot be had; `module` may be on the meta device."""
+    if config.train.precision != "fp8":
+        return
+    if importlib.util.find_spec("torchao") is None:
+        raise ConfigError("train.precision=fp8 needs torchao: pip install 'muster-train[gpu]', or set it to bf16")
+    linear = linear_maps(module)
+    if not linear:
+        raise ConfigError("train.precision=fp8: the model has no linear layer that it is for; set it to bf16")
+    for name, layer in linear.items():
+        if layer.in_features % FP8 or layer.out_features % FP8:
+            raise ConfigError(
+                f"train.precision=fp8 multiplies matrices whose sides are multiples of {FP8}, and {name} is "
+                f"{layer.out_features} x {layer.in_features}: change the sizes under model, or set it to bf16"
+            )
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """Raise ConfigError if a device does not train in train.precision."""
+    if config.train.precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision=fp16 needs a GPU, and this run is on CPUs: set it to bf16 or fp32")
+
+
+def multiply_in_fp8(module: nn.Module) -> None:
+    """Let linear layers multiply in fp8, each tensor scaled by its own largest value (arXiv:2209.05433), by torchao.
+
+    Weights, their names, what goes in and what comes out stay as they are. Raises ConfigError on a GPU that has no fp8.
+    """
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(
+            f"train.precision=fp8: {torch.cuda.get_device_name()} has no fp8, an H100 or newer has; set it to bf16"
+        )
+    from torchao.float8 import convert_to_float8_training  # an optional package
+
+    chosen = set(linear_maps(module))
+    convert_to_float8_training(module, module_filter_fn=lambda _, name: name in chosen)
+
+
+def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
+    """Linear maps inside the layers, but routers and those to a single number."""
+    return {
+        name: part
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear) and not isinstance(part, Router) and part.out_features > 1
+        and ".layers." in f".{name}"
+    }  # fmt: skip

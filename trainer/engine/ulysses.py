@@ -1,0 +1,100 @@
+"""Ulysses sequence parallelism: each process holds a part of every sequence, and some heads of whole ones in attention.
+
+Jacobs et al., arXiv:2309.14509. DeepSpeed's `DistributedAttention` does the exchange. DeepSpeed itself is not told of
+the sequence-parallel groups, so it sees dp * sp data-parallel processes and averages gradients over all of them. Told
+of them, it divides by dp at ZeRO 0 to 2 and by dp * sp at ZeRO-3 (`reduce_scatter_coalesced` knows no sequences), and
+in its mesh form it adds nothing up over the parts of a sequence.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from configs import Config, ConfigError
+from models.batch import Batch
+from models.decoder.attention import Attention, Visibility
+
+from .engine import DistributedAttention
+
+
+def sequence_group(config: Config) -> dist.ProcessGroup:
+    """This process's group of neighbouring ranks that share sequences. Every process must call it."""
+    group, _ = dist.new_subgroups(config.parallel.sp, timeout=timedelta(seconds=config.cluster.timeout))
+    return group
+
+
+def share_sequences(module: nn.Module, group: dist.ProcessGroup) -> None:
+    """Let the attention layers of a module, which is then given parts of sequences, see the whole ones.
+
+    Raises:
+        ConfigError: a plugin's family, with attention layers of its own.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, Attention)]
+    if not layers:
+        raise ConfigError(
+            f"parallel.sp={group.size()} needs a model.family with models.decoder.attention.Attention, where tokens "
+            "can be exchanged for heads: set parallel.sp=1"
+        )
+    # Compiled, DeepSpeed's autograd function would give a gradient of zero.
+    exchange = torch.compiler.disable(_exchange)
+    for layer in layers:
+        layer.attend = partial(exchange, group, layer.attend)
+
+
+def split(batch: Batch, part: int, parts: int) -> Batch:
+    """One of equally long parts of every sequence; positions and document ids stay those of the whole."""
+    if parts == 1:
+        return batch
+    length = batch.input_ids.shape[1] // parts
+
+    def cut(whole_BT: Tensor) -> Tensor:
+        return whole_BT[:, part * length : (part + 1) * length].contiguous()
+
+    return replace(
+        batch,
+        input_ids=cut(batch.input_ids),
+        labels=cut(batch.labels),
+        position_ids=cut(batch.position_ids),
+        part=(part, parts),
+    )
+
+
+def mean_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """A differentiable mean over the processes of a group, each of which must make the same loss of it."""
+    return partial(_Mean.apply, group)
+
+
+class _Mean(torch.autograd.Function):
+    """x's share in the mean is 1/n of it, and n equal losses are made of the mean: the factors cancel."""
+
+    @staticmethod
+    def forward(ctx: Any, group: dist.ProcessGroup, x: Tensor) -> Tensor:
+        mean = x / group.size()
+        dist.all_reduce(mean, group=group)
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor):
+        return None, gradient
+
+
+def _exchange(
+    group: dist.ProcessGroup,
+    attend: Callable[[Tensor, Tensor, Tensor, Visibility], Tensor],
+    q_BTND: Tensor,
+    k_BTKD: Tensor,
+    v_BTKD: Tensor,
+    visible: Visibility,
+) -> Tensor:
+    """`attend` over whole sequences for a share of the heads; T is a part of a sequence before and after."""
+    kv_heads, parts = k_BTKD.shape[2], group.size()
+    if kv_heads < parts:  # several processes need the same one
+        k_BTKD, v_BTKD = (x.repeat_interleave(parts // kv_heads, dim=2) for x in (k_BTKD, v_BTKD))
+    exchange = DistributedAttention(attend, group, scatter_idx=2, gather_idx=1)
+    return exchange(q_BTND, k_BTKD, v_BTKD, 0, None, visible)

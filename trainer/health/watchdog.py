@@ -1,0 +1,273 @@
+"""Ends an attempt that stands still: every rank watches itself, saves its stacks, and one of them records a hang."""
+
+import contextlib
+import faulthandler
+import json
+import os
+import re
+import socket
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from torch import distributed as dist
+
+from configs import Config
+from trainer.files.own_files import no_link, write_text
+from trainer.record.lines import Record
+
+from . import flight
+
+STACKS = "stacks"
+FACTOR = 10
+"""A step may take so many times the longest of late: what slows one down (a neighbour, a clock) is within it."""
+REMEMBERED = 50
+"""Steps that the bound is derived from."""
+WARM_UP = 2
+"""First steps of an attempt that say nothing of later ones: kernels are compiled, memory is first touched."""
+PHASES = ("start", "data", "step", "rollback", "evaluation", "checkpoint", "end")
+"""What a rank does, in its order within a step."""
+STEP = ("data", "step")
+"""The phases whose time says how long the next may last. The others are bounded by cluster.timeout, after which other
+ranks would give up a collective with this one anyway."""
+GRACE = 15.0
+"""Seconds that the ranks are given to save their stacks."""
+UNKNOWN = (ValueError, LookupError, TypeError, AttributeError)
+"""Raised by what is read of another torch's flight recorder."""
+HELD = 5.0
+"""Seconds past the bound after which C code that holds the interpreter is taken for what stands still."""
+WAITING = ("/torch/distributed/", "/deepspeed/", "/trainer/health/clock.py", "/torch/cuda/streams.py")
+"""Where a rank stands that waits for others; clock.py wraps what waits, and a host waits for its GPU in the last."""
+
+
+class Beat(Protocol):
+    """Called wherever a rank gets ahead: the step it works on, and what it is about to do."""
+
+    def __call__(self, step: int, phase: str) -> None: ...
+
+
+def bound(phase: str, took: Sequence[float], floor: float, timeout: float) -> float:
+    """Seconds that a phase may last.
+
+    Args:
+        took: seconds of the last steps, without the first ones; empty before that.
+        floor: cluster.hang_timeout.
+        timeout: cluster.timeout, of all that is no step, and of the first ones.
+    """
+    if phase not in STEP or not took:
+        return timeout
+    return max(floor, FACTOR * max(took))
+
+
+class Stand(NamedTuple):
+    """Where a rank stood when its stacks were saved."""
+
+    step: int
+    phase: str
+    frames: list[str]
+    """Of the training thread, innermost first: `file:line in function`."""
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.frames) and any(part in self.frames[0] for part in WAITING)
+
+
+def suspects(stands: Mapping[int, Stand | None], waited_for: Sequence[int] = (), stacks_tell: bool = True) -> list[int]:
+    """The ranks that the others wait for, as far as it can be told; else empty.
+
+    Those that could not even say where they stood (the process is stopped, or its interpreter held), else those that
+    the flight recorders name, else those that are behind, else those that stand outside of a collective while others
+    stand in one.
+
+    Args:
+        stands: of every rank; None: it did not say.
+        waited_for: by the flight recorders.
+        stacks_tell: whether a rank that waits for others stands in a collective; on a GPU it stands anywhere.
+    """
+    said = {rank: stand for rank, stand in stands.items() if stand}
+    if len(said) < len(stands):
+        return sorted(stands.keys() - said.keys())
+    if waited_for:
+        return sorted(waited_for)
+    order = {rank: (stand.step, PHASES.index(stand.phase)) for rank, stand in said.items()}
+    behind = [rank for rank in order if order[rank] < max(order.values())]
+    outside = [rank for rank, stand in said.items() if not stand.waits] if stacks_tell else []
+    return sorted(behind or (outside if len(outside) < len(said) else []))
+
+
+@contextlib.contextmanager
+def watchdog(run_dir: Path, attempt: int, config: Config) -> Iterator[Beat]:
+    """Watch this rank while the block runs; the process group must exist.
+
+    A thread looks at the time since the last beat, which works while the training thread stands in a collective or in
+    a system call. Where C code holds the interpreter itself, faulthandler's own timer, which needs none, saves the
+    stacks and ends the process. When one rank is late, all save their stacks and end with exit code 1.
+    """
+    folder = run_dir / STACKS
+    folder.mkdir(exist_ok=True)
+    if dist.get_rank() == 0:
+        _remove_empty(run_dir, attempt)
+    path = stacks_of(run_dir, attempt, dist.get_rank())
+    with open(path, "w", buffering=1, encoding="utf-8", opener=no_link) as file:
+        watch = _Watch(run_dir, attempt, config, file)
+        try:
+            yield watch.beat
+        finally:
+            watch.close()
+            with contextlib.suppress(OSError):
+                path.unlink()
+                folder.rmdir()  # unless others are in it
+
+
+def stacks_of(run_dir: Path, attempt: int, rank: int) -> Path:
+    return run_dir / STACKS / f"attempt-{attempt:02d}-rank-{rank:04d}.txt"
+
+
+def recorder_of(run_dir: Path, attempt: int, rank: int) -> Path:
+    """What a rank's flight recorder said, as JSON."""
+    return stacks_of(run_dir, attempt, rank).with_suffix(".json")
+
+
+def _remove_empty(run_dir: Path, attempt: int) -> None:
+    """What processes have left that were killed."""
+    for number in range(1, attempt):
+        for path in (run_dir / STACKS).glob(stacks_of(run_dir, number, 0).name.replace("0000", "*")):
+            if not _size(path):
+                path.unlink(missing_ok=True)
+
+
+class _Watch:
+    """One rank's state: what it does, since when, and how long its steps took."""
+
+    def __init__(self, run_dir: Path, attempt: int, config: Config, file: Any) -> None:
+        self._run_dir, self._attempt, self._file = run_dir, attempt, file
+        self._floor, self._timeout = config.cluster.hang_timeout, config.cluster.timeout
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._asked = run_dir / STACKS / f".attempt-{attempt:02d}"
+        """Made by the first rank that is late: the others save their stacks too, and it tells of them."""
+        self._thread_id = threading.get_ident()
+        self._steps, self._in_step = 0, 0.0
+        self._took: deque[float] = deque(maxlen=REMEMBERED)
+        self._now = (time.monotonic(), 0, "start", self._timeout)
+        self._stop = threading.Event()
+        self.beat(0, "start")
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def beat(self, step: int, phase: str) -> None:
+        now = time.monotonic()
+        since, _, before, _ = self._now
+        self._in_step += now - since if before in STEP else 0.0
+        if before == "step" and phase != "step":
+            self._steps += 1
+            if self._steps > WARM_UP:
+                self._took.append(self._in_step)
+            self._in_step = 0.0
+        allowed = bound(phase, self._took, self._floor, self._timeout)
+        self._now = (now, step, phase, allowed)
+        faulthandler.dump_traceback_later(allowed + HELD, file=self._file, exit=True)
+
+    def close(self) -> None:
+        self._stop.set()
+        faulthandler.cancel_dump_traceback_later()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(min(1.0, self._floor / 10)):
+            since, step, phase, allowed = self._now
+            waited = time.monotonic() - since
+            if waited > allowed or self._asked.exists():
+                self._save_stacks(step, phase, waited, allowed)
+                self._save_calls()
+                if waited > allowed and self._is_first():
+                    self._tell(step, phase, waited, allowed)
+                else:
+                    self._stop.wait(2 * GRACE)  # Ray or torchrun ends this process with the one that tells
+                os._exit(1)
+
+    def _save_stacks(self, step: int, phase: str, waited: float, allowed: float) -> None:
+        faulthandler.cancel_dump_traceback_later()
+        head = {"rank": self._rank, "host": socket.gethostname(), "pid": os.getpid(), "step": step, "phase": phase}
+        head |= {"seconds": round(waited, 1), "bound": round(allowed, 1), "thread": f"0x{self._thread_id:016x}"}
+        self._file.write(f"{json.dumps(head)}\n")
+        faulthandler.dump_traceback(self._file)
+
+    def _save_calls(self) -> None:
+        # Should CUDA not answer, the interpreter is held; this timer ends the process all the same.
+        faulthandler.dump_traceback_later(2 * GRACE, file=self._file, exit=True)
+        path = recorder_of(self._run_dir, self._attempt, self._rank)
+        try:
+            said = json.dumps(flight.dump())
+        except (RuntimeError, *UNKNOWN) as error:
+            said = json.dumps({"error": repr(error)})
+        with contextlib.suppress(OSError):
+            write_text(path.with_suffix(".part"), said)
+            path.with_suffix(".part").replace(path)
+        faulthandler.cancel_dump_traceback_later()
+
+    def _is_first(self) -> bool:
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(self._asked, os.O_CREAT | os.O_EXCL, 0o600))
+            return True
+        return False
+
+    def _tell(self, step: int, phase: str, waited: float, allowed: float) -> None:
+        """Record the hang, when every rank has saved its stacks or had the time to."""
+        paths = {rank: stacks_of(self._run_dir, self._attempt, rank) for rank in range(self._world)}
+        calls = {rank: recorder_of(self._run_dir, self._attempt, rank) for rank in paths}
+        until = time.monotonic() + GRACE
+        while not all(map(_size, (*paths.values(), *calls.values()))) and time.monotonic() < until:
+            time.sleep(0.1)
+        stands = {rank: read_stand(path) for rank, path in paths.items()}
+        waiting = read_calls(calls)
+        named = suspects(stands, waiting.suspects, stacks_tell=dist.get_backend() == "gloo")
+        saved = [str(path.relative_to(self._run_dir)) for path in paths.values() if _size(path)]
+        details = {"step": step, "phase": phase, "seconds": waited, "bound": allowed, "suspects": named}
+        reason = f"no progress for {waited:.3g} s in step {step} ({phase}), allowed are {allowed:.3g} s"
+        for rank in named[:4]:
+            stand = stands[rank]
+            where = f"stood in {stand.frames[0]}" if stand and stand.frames else "could not say where it stood"
+            reason += f"; rank {rank} {where}"
+        if waiting.where:
+            reason += f"; others wait in {waiting.where}"
+        Record(self._run_dir, self._attempt).event("hang", **details, reason=reason, stacks=saved)
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def read_calls(paths: Mapping[int, Path]) -> flight.Waiting:
+    """Who is waited for, by what the ranks' recorders have saved; nobody where that cannot be read."""
+    dumps: dict[int, flight.Dump | None] = dict.fromkeys(paths)
+    for rank, path in paths.items():
+        with contextlib.suppress(OSError, ValueError):
+            found = json.loads(path.read_text())
+            dumps[rank] = found if found and "entries" in found else None
+    try:
+        return flight.waited_for(dumps)
+    except UNKNOWN:  # a hang must end also where its recorders are not understood
+        return flight.Waiting([], "")
+
+
+_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
+
+
+def read_stand(path: Path) -> Stand | None:
+    """Where the training thread of a rank stood, by its saved stacks; None if it could not say."""
+    with contextlib.suppress(OSError, ValueError):
+        head, *lines = path.read_text(encoding="utf-8").splitlines()
+        said = json.loads(head)
+        begin = next(i for i, line in enumerate(lines) if said["thread"] in line)
+        frames = []
+        for line in lines[begin + 1 :]:
+            if not (found := _FRAME.match(line)):
+                break
+            frames.append(f"{found[1]}:{found[2]} in {found[3]}")
+        return Stand(said["step"], said["phase"], frames)
+    return None

@@ -1,0 +1,41 @@
+"""One evaluation of a run: the held-out loss, which tokens each expert took, texts; all of it in its folder."""
+
+import time
+from pathlib import Path
+
+from trainer.data.read.reader import Dataset
+from trainer.data.tokenizer.kept import tokenizer_of
+from trainer.data.tokenizer.tokenizer import TokenizerProcess
+from trainer.engine import engine as ds
+from trainer.health.watchdog import Beat
+from trainer.record.lines import Record
+from trainer.trainee import Trainee
+
+from .expert_tokens import ExpertTokens, table, write_table
+from .held_out import if_there_is_room, write_samples
+
+
+def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, record: Record | None, beat: Beat) -> None:
+    """Evaluate between two steps, in every process; rank 0 keeps what comes of it. A collective."""
+    start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
+    layers = [chooser.layer for chooser in trainee.choosers]
+    seen = ExpertTokens(config, trainee.where, layers) if config.model.is_moe else None
+    loss, tokens = trainee.held_out_loss(held_out, ds.device(), seen, lambda: beat(step, "evaluation"))
+    if record:
+        record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+    if seen and (pieces := seen.gather()):
+        with TokenizerProcess(tokenizer_of(run_dir, config.data)[0], config.data.limits) as tokenizer:
+            found = table(pieces, config, tokenizer, step)
+        path = samples / f"experts-step-{step:08d}"
+        with if_there_is_room(record, path):
+            write_table(found, path)
+    # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
+    if config.train.sample_tokens and config.parallel.pp == 1:
+        sample = samples / f"step-{step:08d}.txt"
+        trainee.engine.eval()
+        folder, info = tokenizer_of(run_dir, config.data)
+        with TokenizerProcess(folder, config.data.limits) as tokenizer, if_there_is_room(record, sample):
+            write_samples(trainee.engine.module, config, tokenizer, info.eos_id, sample, write=record is not None)
+        trainee.engine.train()
+    if record:
+        record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)

@@ -1,0 +1,168 @@
+"""Loss on the held-out split, and text samples, from a plain module or from an engine."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed as dist
+from torch import nn
+
+from configs import Config, ConfigError
+from models.decoder.generate import generate
+from trainer.data.read.reader import Dataset
+from trainer.data.tokenizer.tokenizer import TokenizerProcess
+from trainer.files.own_files import write_text
+from trainer.processes import collectives
+from trainer.record.lines import Record
+
+
+@torch.no_grad()
+def held_out_loss(
+    forward: Callable[..., Any],
+    dataset: Dataset,
+    indices: Sequence[int],
+    micro_batch: int,
+    here: torch.device,
+    share: tuple[int, int] = (0, 1),
+    at_once: int = 1,
+) -> tuple[float, int]:
+    """Mean loss in nats per token over sequences of a held-out split, added up over all processes.
+
+    Every process runs equally many forward passes (ZeRO-3 gathers weights in step); a batch is filled with sequences
+    of weight zero.
+
+    Args:
+        forward: makes a LossOutput of batches; where several processes answer for one, all of them or one of them.
+        share: (i, n): this process takes the i-th of n micro-batches.
+        at_once: micro-batches that `forward` is given together; a pipeline stands still with fewer than it has stages.
+
+    Returns:
+        (loss, tokens it is the mean of).
+    """
+    sequences = len(indices)
+    index, shares = share
+    sums = torch.zeros(2, dtype=torch.float64, device=here)
+    stride = micro_batch * shares
+    for first in range(index * micro_batch, sequences + index * micro_batch, stride * at_once):
+        starts = range(first, first + stride * at_once, stride)
+        mine = [[indices[i] if i < sequences else -1 for i in range(s, s + micro_batch)] for s in starts]
+        out = forward(*(dataset.batch(each).to(here) for each in mine))
+        sums += torch.stack([out.loss_sum.double(), out.tokens.double()])
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return (sums[0] / sums[1]).item(), int(sums[1])
+
+
+class SourceLoss(NamedTuple):
+    """What a model loses on one source of held-out data, or on all of them by their tokens."""
+
+    loss: float
+    """In nats per token."""
+    tokens: int
+    """That it is the mean of."""
+    sequences: int
+    bytes: float
+    """Of text that these tokens stand for, by the source's own ratio."""
+    unigram_entropy: float
+    """In nats per token: what a model without context would reach that knows which source it reads."""
+
+    @property
+    def bits_per_byte(self) -> float:
+        return self.loss * self.tokens / math.log(2) / self.bytes
+
+
+def held_out_loss_by_source(
+    forward: Callable[..., Any], dataset: Dataset, sequences: int, micro_batch: int, here: torch.device
+) -> dict[str, SourceLoss]:
+    """The loss over the first `sequences` of a held-out split, for each of its sources that has a token among them.
+
+    Raises:
+        ConfigError: none has.
+    """
+    indices: dict[int, list[int]] = {}
+    for index in range(sequences):
+        indices.setdefault(dataset.locate(index).source, []).append(index)
+    found = {}
+    for source, own in sorted(indices.items()):
+        split = dataset.manifests[source].splits["held_out"]
+        loss, tokens = held_out_loss(forward, dataset, own, min(micro_batch, len(own)), here)
+        if tokens:
+            size = tokens * split.bytes / split.tokens
+            found[dataset.sources[source].path] = SourceLoss(loss, tokens, len(own), size, split.entropy)
+    if not found:
+        raise ConfigError("there is no held-out token to predict: prepare more text, or evaluate more sequences")
+    return found
+
+
+def together(sources: Iterable[SourceLoss]) -> SourceLoss:
+    """All sources as one, each counting by its tokens."""
+    sources = list(sources)
+    tokens = sum(each.tokens for each in sources)
+    return SourceLoss(
+        sum(each.loss * each.tokens for each in sources) / tokens,
+        tokens,
+        sum(each.sequences for each in sources),
+        sum(each.bytes for each in sources),
+        sum(each.unigram_entropy * each.tokens for each in sources) / tokens,
+    )
+
+
+def _as_the_first(tokens: list[int]) -> list[int]:
+    """The first process's tokens: drawing different ones, processes would not end together, and wait for ever."""
+    if not dist.is_initialized():
+        return tokens
+    told = torch.tensor(tokens, device=collectives.here())
+    dist.broadcast(told, src=0)
+    return told.tolist()
+
+
+@contextmanager
+def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
+    """What a person looks at is no reason to end a run: a disk that does not take it is an event."""
+    try:
+        yield
+    except OSError as error:
+        if record:
+            record.event("not_written", file=path.name, reason=str(error))
+
+
+def continue_texts(
+    module: nn.Module, tokenizer: TokenizerProcess, end: int, prompts: Sequence[str], **how: Any
+) -> list[str]:
+    """Each prompt with what the model adds to it.
+
+    Args:
+        end: the token between documents: an empty prompt starts from it and a text ends at it.
+        how: of `models.decoder.generate.generate`.
+    """
+    tokens = [tokenizer.encode(prompt) or [end] for prompt in prompts]
+    added = generate(module, tokens, stop_token=end, **how)
+    return [tokenizer.continued(*each) for each in zip(prompts, tokens, added, strict=True)]
+
+
+def write_samples(
+    module: nn.Module, config: Config, tokenizer: TokenizerProcess, end: int, path: Path, write: bool
+) -> None:
+    """Continue each of train.sample_prompts and write the texts to `path`.
+
+    Every process computes them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
+    """
+    try:
+        texts = continue_texts(
+            module,
+            tokenizer,
+            end,
+            config.train.sample_prompts,
+            max_new_tokens=config.train.sample_tokens,
+            temperature=config.train.sample_temperature,
+            seed=config.run.seed,
+            agree=_as_the_first,
+        )
+    except ConfigError as error:  # of logits that are not finite: no reason to end a run
+        texts = [str(error)]
+    if write:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, ("\n" + "-" * 80 + "\n").join(texts) + "\n")

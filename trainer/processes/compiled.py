@@ -1,0 +1,118 @@
+"""What torch.compile leaves for the next attempt, and what it did in this one.
+
+The private names of torch's compiler are used here only, as seen in torch 2.11 and 2.13. It takes a second to import:
+a process that compiles nothing does without it.
+"""
+
+import os
+import stat
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from trainer import COMPILED
+from trainer.files.scratch import make_folder
+from trainer.health.collapse import Change
+
+from .compile_locks import LOCAL, file_system
+
+SETTLED = 10
+"""Steps of an attempt after which a recompilation is an event of its own."""
+METRICS = 1024
+"""Compilations between two looks that torch is to remember."""
+
+
+def keep_compiled() -> None:
+    """Let kernels, graphs and what was tuned outlive the attempt, on this machine; what the user has set stays.
+
+    torch's own place is under /tmp by the user's name, where anybody may have made the folder before.
+    """
+    from torch._dynamo.utils import set_compilation_metrics_limit
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    set_compilation_metrics_limit(METRICS)
+    folder = cache_folder()
+    # Set by torch as it is imported, or before that by us.
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR") in (default_cache_dir(), COMPILED):
+        del os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def load_compiler() -> None:
+    """Import it now, for the forks of this process."""
+
+
+def cache_folder() -> Path:
+    """A folder on this machine's own disk that only this user may write to; if there is none, a new one each time."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "muster"
+    for folder in (home / "compile", Path(tempfile.gettempdir()) / f"muster-compile-{os.getuid()}"):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            folder.mkdir(exist_ok=True, mode=0o700)
+            found = folder.lstat()
+        except OSError:
+            continue
+        private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+        # Over a network the many small files are slow, and locks are not to be trusted.
+        if private and file_system(folder.resolve()) in LOCAL:
+            return folder
+    return make_folder()
+
+
+class Compilations:
+    """What torch.compile did in this process since the start of an attempt."""
+
+    def __init__(self) -> None:
+        self._before = _counts()
+        if dynamo := _dynamo():
+            dynamo.clear_compilation_metrics()
+        self._steps, self._recompilations, self._seconds = 0, 0, 0.0
+
+    def after_step(self) -> list[Change]:
+        """An event for each recompilation since the step before, once the first steps of the attempt are over."""
+        self._steps += 1
+        reasons = self._look()
+        if self._steps <= SETTLED:
+            return []
+        return [Change("recompiled", {"reason": reason}) for reason in reasons]
+
+    @property
+    def any(self) -> bool:
+        return _counts() != self._before
+
+    def summary(self) -> dict[str, Any]:
+        """Of event `compiled`: graphs, recompilations, graph breaks, hits and misses of the cache, seconds."""
+        self._look()
+        counts = {name: count - self._before[name] for name, count in _counts().items()}
+        return counts | {"recompilations": self._recompilations, "seconds": round(self._seconds, 3)}
+
+    def _look(self) -> list[str]:
+        """Why something was compiled again, for each time since the last look."""
+        dynamo = _dynamo()
+        found = dynamo.get_compilation_metrics() if dynamo else []
+        if found:
+            dynamo.clear_compilation_metrics()
+        reasons = [str(metrics.recompile_reason) for metrics in found if metrics.recompile_reason]
+        self._recompilations += len(reasons)
+        self._seconds += sum(metrics.duration_us or 0 for metrics in found) / 1e6
+        return reasons
+
+
+def _dynamo() -> Any:
+    """The compiler's part that counts; None where nothing has imported it."""
+    return sys.modules.get("torch._dynamo.utils")
+
+
+def _counts() -> Counter[str]:
+    if not (dynamo := _dynamo()):
+        return Counter(graphs=0, graph_breaks=0, cache_hits=0, cache_misses=0)
+    inductor, counters = dynamo.counters["inductor"], dynamo.counters
+    return Counter(
+        graphs=counters["stats"]["unique_graphs"],
+        graph_breaks=sum(counters["graph_break"].values()),
+        cache_hits=inductor["fxgraph_cache_hit"],
+        cache_misses=inductor["fxgraph_cache_miss"],
+    )

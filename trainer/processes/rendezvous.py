@@ -1,0 +1,117 @@
+"""How the processes of a run find each other without a stranger among them.
+
+torch's store answers whoever reaches it, and gloo and NCCL take whoever its addresses lead to. So what starts the
+processes of an attempt tells each of them a secret, MUSTER_SECRET, which each proves to all others to know. On one
+machine it names a file as well, MUSTER_STORE, in a folder that only this user can enter, and the store has no port.
+Without them the store is that of torch's environment variables, torchrun's; there the user may set a secret.
+"""
+
+import contextlib
+import hmac
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from datetime import timedelta
+
+import psutil
+from torch import distributed as dist
+
+from configs.reading.parse import clip
+
+from .collectives import from_all
+
+STORE, SECRET = "MUSTER_STORE", "MUSTER_SECRET"
+LOOPBACK = {"127.0.0.1", "::1", "localhost"}
+
+
+class Incomplete(RuntimeError):
+    """Not every process of the run has come in time."""
+
+
+@contextlib.contextmanager
+def all_expected(timeout_s: float) -> Iterator[None]:
+    """Raise Incomplete where torch's store has waited in vain for the others."""
+    try:
+        yield
+    except dist.DistStoreError as error:
+        reason = clip(error, 200)
+        raise Incomplete(
+            f"not all {os.environ['WORLD_SIZE']} processes of the run came within cluster.timeout={timeout_s:g} s: see "
+            f"that each was started and reaches {os.environ['MASTER_ADDR']}, and that {SECRET} is the same for all, or "
+            f"set for none\n({reason})"
+        ) from error
+
+
+def take_secret() -> str:
+    """What the processes of this attempt alone know; '': nothing. No process that is started from here sees it."""
+    return os.environ.pop(SECRET, "")
+
+
+def open_store(secret: str, timeout_s: float) -> dist.Store | None:
+    """Where the processes leave each other their addresses; None: where torch finds it by the environment."""
+    rank, world, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
+    path = os.environ.pop(STORE, "")
+    if world == 1:
+        return dist.HashStore()  # needs no port that another run on this machine could have taken
+    if path:
+        return dist.FileStore(path, world)
+    if not secret:
+        return None
+    host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
+    store = dist.TCPStore(host, port, world, serves, timeout, master_listen_fd=_listen(host, port) if serves else None)
+    # The keys can be listed by who connects: this keeps out who does not look, and `prove` who does.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(hmac.digest(secret.encode(), attempt.encode(), "sha256").hex(), store)
+
+
+def prove(secret: str) -> None:
+    """See that every process of the group knows the secret, of which nothing is sent. A collective.
+
+    Raises:
+        RuntimeError: one does not.
+    """
+    nonces = from_all(secrets.token_hex(32))
+    words = from_all(_word(secret, dist.get_rank(), nonces))
+    if strangers := [rank for rank, word in enumerate(words) if not _same(word, _word(secret, rank, nonces))]:
+        raise RuntimeError(
+            f"what joined this run as rank {', '.join(map(str, strangers))} does not know its secret: somebody else "
+            "reaches the ports of the run"
+        )
+
+
+def stay_here() -> None:
+    """Let gloo and NCCL listen on the loopback interface only, where all processes are on this machine."""
+    local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
+    if local != world and os.environ.get("MASTER_ADDR") not in LOOPBACK:
+        return
+    running = psutil.net_if_stats()
+    for name, addresses in psutil.net_if_addrs().items():
+        if running[name].isup and any(each.address == "127.0.0.1" for each in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def _listen(host: str, port: int) -> int | None:
+    """A socket of the one interface that leads to the others; None: `host` is none of this machine's addresses.
+
+    torch itself would listen on all of them.
+    """
+    try:
+        family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as found:
+            found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            found.bind(where)
+            found.listen(4096)
+            return found.detach()
+    except OSError:
+        return None
+
+
+def _word(secret: str, rank: int, nonces: list[str]) -> str:
+    return hmac.digest(secret.encode(), f"{rank} {nonces}".encode(), "sha256").hex()
+
+
+def _same(word: object, expected: str) -> bool:
+    return isinstance(word, str) and hmac.compare_digest(word.encode(), expected.encode())

@@ -1,0 +1,157 @@
+"""A process that has imported what training needs, and forks attempts: `python -P -m trainer.processes.warm`.
+
+Importing torch and DeepSpeed takes seconds, forking what has imported them milliseconds; both share the memory. Each
+attempt is a new process even so: nothing of one that failed can reach the next.
+
+It reads one JSON object a line: `run_dir`, `folder` (the user's working directory), `environment` (torchrun's
+variables), `patience` (see `trainer.loop.train`), and `secret` and `store`, by which the processes of the attempt find
+each other (see `trainer.processes.rendezvous`; may be left out). It answers each with two: `{"pid": ...}`, and how the
+attempt ended: `{"status": "FINISHED"}` or `STOPPED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and
+`stopped` (the trainer's own words), `broken` (with the `ranks` of machines that cannot train, where it can be told),
+`error` (with a `traceback`) and `lost` (it left no word). When its standard input is closed it ends what it has
+started, and itself.
+"""
+
+import json
+import os
+import select
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import distributed as dist
+
+from configs import ConfigError, private_files
+from trainer.files.scratch import remove_folders
+from trainer.health.preflight import BadMachine
+from trainer.loop import TrainingStopped, train
+
+from .compiled import load_compiler
+from .orphans import end_with
+from .output import output_kept
+from .rendezvous import SECRET, STORE
+
+
+def main() -> None:
+    private_files()
+    if len(sys.argv) == 2:  # one attempt, of a process that could not fork
+        _attempt(json.load(sys.stdin), int(sys.argv[1]))
+    asked, told = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    if torch.cuda.is_available():  # where attention is compiled in any case
+        load_compiler()
+    may_fork = _alone() and _forks_may_use_gpus()
+    for line in iter(asked.readline, ""):
+        job = json.loads(line)
+        result, said = os.pipe()
+        me, pid = os.getpid(), os.fork()
+        if not pid:
+            end_with(me)
+            if may_fork:
+                asked.close()
+                told.close()
+                _attempt(job, said)
+            _become_attempt(line, said)
+        os.close(said)
+        print(json.dumps({"pid": pid}), file=told, flush=True)
+        print(json.dumps(_wait_for(pid, result, asked.fileno())), file=told, flush=True)
+        os.close(result)
+
+
+def _alone(seconds: float = 3.0) -> bool:
+    """Whether this process has one thread, as a fork should; imports leave some that end soon."""
+    tasks, until = Path("/proc/self/task"), time.monotonic() + seconds
+    while tasks.is_dir() and len(list(tasks.iterdir())) > 1:
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.05)
+    return tasks.is_dir()
+
+
+def _forks_may_use_gpus() -> bool:
+    """Whether nothing that was imported has started CUDA, which would be of no use to a fork; a fork is asked."""
+    pid = os.fork()
+    if not pid:
+        os._exit(torch.cuda._is_in_bad_fork())  # torch 2.11 to 2.13
+    return not os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def _become_attempt(line: str, said: int) -> NoReturn:
+    """Begin anew as one attempt. What it is told stands in a file without a name: any user can see a command line."""
+    with tempfile.TemporaryFile() as job:
+        job.write(line.encode())
+        job.seek(0)
+        os.dup2(job.fileno(), 0)
+    os.set_inheritable(said, True)
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "trainer.processes.warm", str(said)])
+
+
+def _wait_for(pid: int, result: int, asked: int) -> dict[str, Any]:
+    """What an attempt said, when its process has ended."""
+    text, ended = b"", None
+    while ended is None:
+        ready, _, _ = select.select([asked, result], [], [], 0.5)
+        if result in ready:
+            text += os.read(result, 1 << 16)
+        if asked in ready:  # nothing is asked for while an attempt runs: it was closed
+            os.kill(pid, signal.SIGKILL)
+            sys.exit()
+        found, status = os.waitpid(pid, os.WNOHANG)
+        ended = os.waitstatus_to_exitcode(status) if found else None
+    while select.select([result], [], [], 0)[0] and (more := os.read(result, 1 << 16)):
+        text += more
+    try:
+        return dict(json.loads(text))
+    except ValueError:
+        how = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit code {ended}"
+        return {"kind": "lost", "reason": f"the process is gone ({how})"}
+
+
+def _attempt(job: dict[str, Any], said: int) -> NoReturn:
+    """Be one process of an attempt, and end."""
+    code = 1
+    try:
+        outcome = _train(job)
+        code = 0
+    except ConfigError as error:
+        outcome = {"kind": "mistake", "reason": str(error)}
+    except TrainingStopped as error:
+        outcome = {"kind": "stopped", "reason": str(error)}
+    except BadMachine as error:
+        outcome = {"kind": "broken", "reason": str(error), "ranks": error.ranks}
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
+        outcome = {"kind": "error", "reason": reason, "traceback": traceback.format_exc()}
+    try:
+        os.set_inheritable(said, False)
+        with os.fdopen(said, "w") as file:
+            json.dump(outcome, file)
+        # Without waiting for the other ranks, which a failed one would do for long.
+        if code == 0 and dist.is_initialized():
+            dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        remove_folders()
+    finally:
+        os._exit(code)
+
+
+def _train(job: dict[str, Any]) -> dict[str, Any]:
+    told = {SECRET: job.get("secret"), STORE: job.get("store")}
+    os.environ |= job["environment"] | {name: value for name, value in told.items() if value}
+    folder, run_dir = job["folder"], Path(job["run_dir"])
+    if os.path.isdir(folder):
+        os.chdir(folder)
+    with output_kept(run_dir):
+        return {"status": train(run_dir, job["patience"])}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""What the record says of a step: losses, rates, share of the device's peak, memory."""
+
+from typing import Any
+
+import psutil
+import torch
+from torch import distributed as dist
+
+from configs import Config
+from models.planning.cost import training_flops_per_token
+from trainer.health.rates import gpu_facts
+from trainer.state import TrainState
+from trainer.step import StepOutcome
+
+
+def peak_flops(device: torch.device, precision: str) -> float | None:
+    """Peak matmul rate in FLOP/s of this device, or None where it is not known (CPUs).
+
+    Args:
+        precision: what weights are held in: training in fp8 is held against bf16's peak.
+    """
+    if device.type != "cuda":
+        return None
+    known = gpu_facts(device)
+    return known.flops[precision] if known else None
+
+
+def memory_gb(device: torch.device) -> float:
+    """Peak device memory allocated so far on a GPU, resident memory now of this process on a CPU, in 10^9 bytes."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return psutil.Process().memory_info().rss / 1e9
+
+
+def step_metrics(
+    config: Config,
+    state: TrainState,
+    outcome: StepOutcome,
+    rate: float,
+    seconds: float,
+    waited: float,
+    here: torch.device,
+) -> dict[str, Any]:
+    """One line of metrics.jsonl: names and units as in the README.
+
+    Args:
+        rate: the step's learning rate.
+        seconds: its duration, of which `waited` went by without data.
+    """
+    read = config.train.global_batch * config.train.seq_len
+    flops = training_flops_per_token(config.model, config.train.seq_len) * read / seconds / dist.get_world_size()
+    metrics: dict[str, Any] = {
+        "step": state.step,
+        "loss": outcome.loss,
+        "lr": rate,
+        "grad_norm": outcome.grad_norm,
+        "tokens": state.tokens,
+        "sequences": state.cursor,
+        "tokens_per_second": read / seconds,
+        "tflops": flops / 1e12,
+        "memory_gb": memory_gb(here),
+        "data_wait": waited,
+        "step_time": seconds,
+    }
+    if peak := peak_flops(here, config.train.kept_in):
+        metrics["mfu"] = flops / peak
+    if outcome.load:
+        metrics |= {"aux_loss": outcome.aux_loss, "z_loss": outcome.z_loss, "expert_load": outcome.load}
+        metrics |= {
+            "expert_maxvio": [max(layer) * len(layer) - 1 for layer in outcome.load],
+            "expert_dead": [sum(share == 0 for share in layer) for layer in outcome.load],
+            "router_entropy": outcome.entropy,
+            "router_confidence": outcome.confidence,
+        }
+        if config.model.capacity_factor:
+            metrics["dropped"] = outcome.dropped
+    if outcome.rank_time:
+        metrics["rank_time"] = [round(seconds, 6) for seconds in outcome.rank_time]
+    if state.loss_scale:
+        metrics["loss_scale"] = state.loss_scale["cur_scale"]
+    if outcome.skipped:
+        metrics["skipped"] = True
+    return metrics

@@ -1,0 +1,314 @@
+"""A run's folder: made, checked against what the run already is, locked while it trains, asked to stop."""
+
+import fcntl
+import json
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+import psutil
+import torch
+
+from configs import Config, ConfigError, differences, from_dict, load, mask, to_yaml
+from configs.explain import shown
+from configs.reading.parse import shortened
+from models.families import build
+from trainer.checkpoint.init_from import check_source, other_function
+from trainer.checkpoint.store import committed, folder, verify
+from trainer.data.manifest import sources_of
+from trainer.data.tokenizer.kept import keep_tokenizer
+from trainer.engine.precision import check_precision
+from trainer.files.own_files import no_link, replace_text, require_own, write_text
+from trainer.record.lines import Record, read_events
+from trainer.tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
+
+from .plugins import load_plugins
+from .resolved import resolve_config
+
+CONFIG = "config.yaml"
+STOP = "stop"
+LOCK = "lock"
+LONGEST_COMMAND = 2000
+SUBMITTED = "MUSTER_SUBMITTED"
+"""Variable that tells a run when its job was submitted, in Unix seconds."""
+
+
+def prepare_run(
+    config: Config, *, fork: str | None = None, start: Path | None = None, began: float | None = None
+) -> Path:
+    """Make or check the folder of a run, before any device is held.
+
+    Args:
+        config: as the user wrote it.
+        fork: name of a new run that starts from the last checkpoint of `run.name` with this config.
+        start: a checkpoint that the run begins from, at its step, where it has none of its own.
+        began: Unix seconds of this launch; None: it is this process's, and so is what its job waited in the queue.
+
+    Returns:
+        The folder, whose config.yaml holds the resolved config.
+
+    Raises:
+        ConfigError: the config cannot run, or differs from the existing run's in what the run is; as `require_own`.
+    """
+    submitted = _seconds(os.environ[SUBMITTED]) if began is None and SUBMITTED in os.environ else None
+    hand_down_password(config)
+    load_plugins(config.plugins)
+    config = _as_it_began(config)
+    with torch.device("meta"):
+        planned = resolve_config(config, prepare=False)[0]
+        check_precision(build(planned.model), planned)  # what cannot be built shows before anything else
+    with _written(config.run.root):
+        resolved, notes = resolve_config(config)
+    run_dir = Path(resolved.run.root) / resolved.run.name
+    require_own(run_dir)
+    launched: dict[str, Any] = {
+        "derived": notes,
+        "began": began or psutil.Process().create_time(),
+    }
+    if submitted is not None:
+        launched["submitted"] = submitted
+    if command := _command():
+        launched["command"] = command
+    if resolved.tracking.enabled and not resolved.tracking.parent:
+        try:
+            tracking_uri(run_dir, resolved)
+        except NoCredentials as error:
+            print(f"muster: {error}. Until then nothing is sent; {later(run_dir)}", file=sys.stderr)
+    events: list[tuple[str, dict[str, Any]]] = [("resolved", launched)]
+    if resolved.train.init_from and not committed(run_dir) and (differs := check_source(resolved)):
+        events.append(("init_from", {"differs": differs}))
+        _warn_of(differs, f"train.init_from={resolved.train.init_from}")
+    if fork:
+        steps = committed(run_dir)
+        if not steps:
+            raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
+        start = folder(run_dir, steps[-1])
+        source = resolved.run.name
+        resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
+        resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
+        run_dir = run_dir.with_name(fork)
+        require_own(run_dir)
+        if problems := verify(start, digests=False):  # its content is read by the run's processes, each a share
+            raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={source}: {problems[0]}")
+        if (run_dir / CONFIG).exists():
+            raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
+        if differs := other_function(start, resolved.model):
+            _warn_of(differs, f"run.name={source}")
+    elif (run_dir / CONFIG).exists():
+        with run_lock(run_dir):  # refuses a run that is being trained
+            pass
+        if attempts(run_dir):  # one that never began may still become anything
+            changed = _allowed_changes(run_dir, resolved)
+            if changed:
+                events.append(("config_changed", {"changed": changed}))
+            elif is_finished(run_dir):
+                events = []  # nothing follows
+    if start and events and not committed(run_dir):
+        events.append(("forked", {"checkpoint": str(start)}))
+    with _written(run_dir):
+        run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        (run_dir / STOP).unlink(missing_ok=True)
+        keep_tokenizer(run_dir, resolved.data)
+        replace_text(run_dir / CONFIG, to_yaml(resolved))
+        record = Record(run_dir, attempts(run_dir))
+        for name, details in events:
+            record.event(name, **details)
+        record.close()
+    return run_dir
+
+
+def followed(run_dir: Path, config: Config) -> list[str]:
+    """What became of a preset's values that did not go with the user's, a line each.
+
+    Args:
+        config: as the user wrote it; `prepare_run` has made the run of it.
+    """
+    resolved = [event for event in read_events(run_dir) if event["event"] == "resolved"]
+    return [note for note in resolved[-1]["derived"] if note.partition("=")[0] in config.defaults] if resolved else []
+
+
+def _as_it_began(config: Config) -> Config:
+    """With the warmup of the run that exists, where the user asks for none: a preset's follows train.steps, which a run
+    may change, and its own may not.
+
+    Raises:
+        ConfigError: the run cannot have so few steps.
+    """
+    run_dir = Path(config.run.root).expanduser() / config.run.name
+    if "optim.warmup" not in config.defaults or not (run_dir / CONFIG).is_file() or not attempts(run_dir):
+        return config
+    warmup = read_config(run_dir).optim.warmup
+    if warmup > config.train.steps:
+        raise ConfigError(
+            f"run {config.run.name} exists with optim.warmup={warmup}, longer than train.steps ({config.train.steps}): "
+            f"for a new run set run.name"
+        )
+    why = "as the run began with" if warmup != config.optim.warmup else ""
+    defaults = config.defaults | {"optim.warmup": why}
+    return config.model_copy(update={"optim": config.optim.model_copy(update={"warmup": warmup})}).with_defaults(
+        defaults
+    )
+
+
+def _command() -> str:
+    """What a person typed to launch this, without passwords; empty where it was no command of ours."""
+    program = Path(sys.argv[0])
+    names = {"muster": "muster", "cluster/cli.py": "muster", "trainer/__main__.py": "torchrun -m trainer"}
+    name = names.get(program.name) or names.get(f"{program.parent.name}/{program.name}")
+    return " ".join([name, *(shlex.quote(mask(word)) for word in sys.argv[1:])])[:LONGEST_COMMAND] if name else ""
+
+
+def _warn_of(differs: dict[str, list[Any]], source: str) -> None:
+    """Say which keys make another function of the weights that a run begins with."""
+    keys = ", ".join(f"{key} {shown(there)} -> {shown(here)}" for key, (there, here) in differs.items())
+    print(
+        f"muster: warning: the weights of {source} compute something else here: {keys} (there -> here). "
+        "Set it as there unless this is on purpose, as for longer contexts",
+        file=sys.stderr,
+    )
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not math.isfinite(seconds):
+        raise ConfigError(f"{SUBMITTED}={shortened(text, 60)}: should be Unix seconds")
+    return seconds
+
+
+@contextmanager
+def _written(folder: str | Path) -> Iterator[None]:
+    """A folder that cannot be written is the user's to mend: ConfigError, with what the system says of which file."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or folder}: {error.strerror or error}; make room and see that it can be written, or "
+            f"choose another run.root"
+        ) from None
+
+
+def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
+    """`{key: [before, after]}` of what differs from the existing run. Raises ConfigError if it makes it another run."""
+    existing = read_config(run_dir)
+    allowed, refused = differences(existing, config)
+    before, now = _data_digests(run_dir), [entry["digest"] for entry in _inputs(config)]
+    old, new = sources_of(existing.data), sources_of(config.data)
+    if before == now and "data.path" in refused and [s.weight for s in old] == [s.weight for s in new]:
+        allowed["data.path"] = refused.pop("data.path")  # the same data in another place
+    elif before != now and len(before) == len(now):
+        # Each source has two inputs, its manifest and its tokenizer.
+        other = [i for i in range(len(new)) if before[2 * i : 2 * i + 2] != now[2 * i : 2 * i + 2]]
+        refused["data.path"] = (
+            ", ".join(f"{old[i].path} (sha256 {before[2 * i][:12]})" for i in other),
+            ", ".join(f"{new[i].path} (sha256 {now[2 * i][:12]})" for i in other),
+        )
+    if refused:
+        keys = ", ".join(f"{key} was {was} and is now {becomes}" for key, (was, becomes) in refused.items())
+        raise ConfigError(
+            f"run {config.run.name} exists with another config: {keys}.\n"
+            f"Set them back, choose another run.name, or continue from its last checkpoint with --fork NEW"
+        )
+    return {key: list(pair) for key, pair in allowed.items()}
+
+
+def _inputs(config: Config) -> list[dict[str, Any]]:
+    return [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
+
+
+def _data_digests(run_dir: Path) -> list[str]:
+    """What the run's attempts read so far, as their record says; empty before the first."""
+    started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
+    return [entry.get("digest", "") for entry in started[-1].get("inputs", [])] if started else []
+
+
+def read_config(run_dir: Path) -> Config:
+    """The resolved config of an existing run. Raises ConfigError if the folder is no run."""
+    if not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"{run_dir} is not a run: it has no {CONFIG}")
+    return load(run_dir / CONFIG)
+
+
+def attempts(run_dir: Path) -> int:
+    """How many attempts the run has had."""
+    return sum(event["event"] == "attempt_started" for event in read_events(run_dir))
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether the run has reached the train.steps of its config."""
+    config = read_config(run_dir)
+    ends = [event for event in read_events(run_dir) if event["event"] == "attempt_ended"]
+    return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1].get("step", 0) >= config.train.steps
+
+
+def request_stop(run_dir: Path, reason: str = "") -> None:
+    """Ask a run to write a checkpoint and leave; every process of it sees this at its next step.
+
+    Args:
+        reason: of whoever will start it again; empty: the user's.
+    """
+    write_text(run_dir / STOP, reason)
+
+
+def stop_requested(run_dir: Path) -> bool:
+    return (run_dir / STOP).exists()
+
+
+def take_stop(run_dir: Path) -> str | None:
+    """The reason of a stop that was asked for, which is then forgotten; None: nobody did."""
+    try:
+        reason = (run_dir / STOP).read_text(errors="replace")
+    except FileNotFoundError:
+        return None
+    (run_dir / STOP).unlink(missing_ok=True)
+    return reason
+
+
+@contextmanager
+def run_lock(run_dir: Path, patience: float = 0.0) -> Iterator[None]:
+    """Hold the run against a second trainer. Raises ConfigError if another process holds it for `patience` seconds."""
+    busy = f"run {run_dir.name} is being trained by {{}}: wait for it, stop it, or choose another run.name"
+    with hold(run_dir / LOCK, busy, patience):
+        yield
+
+
+@contextmanager
+def hold(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
+    """Hold a lock file that says who holds it.
+
+    Args:
+        busy: what a user is told where another process holds it for `patience` seconds; {} is that process.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    until = time.monotonic() + patience
+    with open(path, "a+", opener=no_link) as file:
+        while not (held := _try_lock(file)) and time.monotonic() < until:
+            time.sleep(0.5)
+        if not held:
+            file.seek(0)
+            raise ConfigError(busy.format(file.read() or "another process"))
+        file.truncate(0)
+        file.write(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
+        file.flush()
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def _try_lock(file: TextIO) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

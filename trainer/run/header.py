@@ -1,0 +1,51 @@
+"""What a person is told of a run before it begins: how large it is, how much it will read, where to look."""
+
+from pathlib import Path
+
+from configs import Config
+from models.planning.cost import parameters
+from trainer.data.manifest import read_manifests, sources_of
+
+
+def header(run_dir: Path, config: Config) -> list[str]:
+    """Lines about a run that is prepared.
+
+    Args:
+        config: resolved.
+
+    Raises:
+        ConfigError: its data are not what they should be.
+    """
+    return [_model(config), *_data(config), f"in {run_dir}; `muster status {config.run.name}` tells where time goes"]
+
+
+def _model(config: Config) -> str:
+    train = config.train
+    tokens = train.steps * train.global_batch * train.seq_len
+    told = f"{tokens:,} tokens in {train.steps:,} steps of {train.global_batch} x {train.seq_len}"
+    if config.model.family != "decoder":  # which the formulas are of
+        return f"{config.model.family}: {told}"
+    counts = parameters(config.model)
+    active = f" ({_short(counts.active)} active per token)" if counts.active != counts.total else ""
+    return f"{_short(counts.total)} parameters{active}, {told}"
+
+
+def _data(config: Config) -> list[str]:
+    """How often each source is read; several passes over a small one are worth a word."""
+    train, sources = config.train, sources_of(config.data)
+    tokens = train.steps * train.global_batch * train.seq_len
+    weights = sum(source.weight for source in sources)
+    lines = []
+    for source, manifest in zip(sources, read_manifests(config.data), strict=True):
+        there = manifest.splits["train"].tokens
+        epochs = tokens * source.weight / weights / max(there, 1)
+        again = f": each is read about {epochs:.0f} times" if epochs >= 1.5 else ""
+        lines.append(f"{Path(source.path).name}: {epochs:.2g} epochs of {there:,} tokens{again}")
+    return lines
+
+
+def _short(count: int) -> str:
+    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return str(count)
