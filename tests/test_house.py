@@ -233,13 +233,14 @@ def test_every_dependency_is_pinned_within_its_bounds():
             assert (pinned >= number(bound)) == (relation == ">="), requirement
 
 
-# What the README says.
+# What the READMEs say.
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+READMES = {path: path.read_text(encoding="utf-8") for path in (ROOT / each / "README.md" for each in ("", *PACKAGES))}
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.compile(rf"^```{language}\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+    return [block for text in READMES.values() for block in fenced.findall(text)]
 
 
 COMMANDS = [
@@ -289,6 +290,12 @@ def test_readme_config_loads(text, tmp_path):
     load(tmp_path / "c.yaml")
 
 
-def test_readme_links_to_what_is_there():
-    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if "://" not in link]
-    assert [link for link in links if not (ROOT / link).exists()] == []
+def test_readmes_link_to_what_is_there():
+    for path, text in READMES.items():
+        links = [link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link]
+        assert [link for link in links if not (path.parent / link).exists()] == [], path
+
+
+def test_the_readme_is_short():
+    assert len(READMES[ROOT / "README.md"].split()) <= 1200
+    assert [line for text in READMES.values() for line in text.splitlines() if len(line) > 125 and line[0] != "|"] == []

@@ -21,7 +21,7 @@ from models.scaling.forms.dense import Approach3
 from trainer.record.lines import Record
 from trainer.run.folder import prepare_run
 
-README = Path(__file__).parents[2] / "README.md"
+README = Path(__file__).parents[2] / "cluster" / "README.md"
 COLUMNS = {"n": "params", "d": "tokens", "c": "flops", "loss": "val"}
 
 

@@ -41,7 +41,7 @@ def step_metrics(
     waited: float,
     here: torch.device,
 ) -> dict[str, Any]:
-    """One line of metrics.jsonl: names and units as in the README.
+    """One line of metrics.jsonl: names and units as in trainer/README.md.
 
     Args:
         rate: the step's learning rate.
