@@ -46,7 +46,7 @@ def _print_version(asked: bool) -> None:
 @app.callback()
 def muster(
     shown: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Train Mixture-of-Experts Transformers: Ray schedules, DeepSpeed trains, MLflow records."""
@@ -56,9 +56,11 @@ def muster(
 def train(
     config: Annotated[str, Source],
     overrides: Annotated[list[str] | None, Overrides] = None,
-    fork: Annotated[str | None, typer.Option(metavar="NEW", help="Go on from run.name's checkpoint as NEW.")] = None,
+    fork: Annotated[
+        str | None, typer.Option(metavar="NEW", help="Continue from run.name's last checkpoint as a new run, NEW.")
+    ] = None,
 ) -> None:
-    """Train a run, or go on with it. Example: muster train quickstart train.steps=600"""
+    """Train a run, or resume it. Example: muster train quickstart train.steps=600"""
     asked = load(config, overrides or ())
     with signals(stop_early):
         from trainer.run.resolved import refuse_early
@@ -76,7 +78,7 @@ def show_config(
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of every key.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a config with every value that will be used. Example: muster config quickstart optim.lr=1e-3"""
+    """Print a config with every value it resolves to. Example: muster config quickstart optim.lr=1e-3"""
     if schema:
         print(json.dumps(Config.model_json_schema(), indent=1))
         return

@@ -13,13 +13,13 @@ from configs import ConfigError, counted
 
 from .runs import RUNS, Json, Root, Run, run_folder
 
-app = typer.Typer(help="Look at a run's checkpoints.", no_args_is_help=True)
+app = typer.Typer(help="List, inspect and verify a run's checkpoints.", no_args_is_help=True)
 Step = Annotated[int | None, typer.Option(help="The checkpoint of this step alone.", min=0)]
 
 
 @app.command("list")
 def list_checkpoints(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
-    """List the checkpoints of a run, sizes checked. Example: muster checkpoint list quickstart"""
+    """List a run's checkpoints, and check file sizes. Example: muster checkpoint list quickstart"""
     run_dir = run_folder(run, root)
     from trainer.checkpoint import store  # torch
 
@@ -56,7 +56,7 @@ def show(
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Say what a checkpoint holds. Example: muster checkpoint show quickstart --step 400"""
+    """Describe a checkpoint. Example: muster checkpoint show quickstart --step 400"""
     run_dir = run_folder(run, root)
     newest = steps_of(run_dir, step)[-1]
     from trainer.checkpoint import store  # torch
@@ -96,7 +96,7 @@ def show(
 
 @app.command()
 def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False) -> None:
-    """Compute every digest anew; exit code 1 if one differs. Example: muster checkpoint verify quickstart"""
+    """Recompute every digest; exit code 1 if one differs. Example: muster checkpoint verify quickstart"""
     run_dir = run_folder(run, root)
     steps = steps_of(run_dir, step)
     from trainer.checkpoint import store  # torch

@@ -12,27 +12,33 @@ from trainer.record.terminal import Console
 
 from .runs import RUNS, Json, Root, Run, run_folder
 
-app = typer.Typer(help="Prepare and look at training data.", no_args_is_help=True)
+app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 
 
 @app.command()
 def prepare(
-    inputs: Annotated[list[str], typer.Argument(help="Text, JSON, CSV, Parquet: files, folders, globs; packed too.")],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    inputs: Annotated[
+        list[str], typer.Argument(help="Text, JSON, CSV or Parquet, compressed or not: files, folders, globs.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to create.")],
     tokenizer: Annotated[
         str,
         typer.Option(help="bytes, bpe (trained on the data), or an existing one: file, folder or Hugging Face name."),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
     held_out: Annotated[float, typer.Option(help="Share of the documents that training does not see.")] = 0.05,
-    seed: Annotated[int, typer.Option(help="Of the split by document.")] = 0,
-    text_key: Annotated[str, typer.Option(help="Key or column of the text, or meta.text.")] = "text",
+    seed: Annotated[int, typer.Option(help="Seed of the train/held-out split.")] = 0,
+    text_key: Annotated[
+        str, typer.Option(help="Key or column that holds the text; meta.text for a nested one.")
+    ] = "text",
     workers: Annotated[int | None, typer.Option(help="Processes; one per processor if not given.", min=1)] = None,
     limit: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=N", help="Raise a bound on foreign files: expansion, memory (MiB) or seconds."),
+        typer.Option(metavar="NAME=N", help="Raise a limit on input files: expansion, memory (MiB) or seconds."),
     ] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at what is otherwise counted and left out.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail on bad input instead of counting and skipping it.")
+    ] = False,
 ) -> None:
     """Turn text into token shards. Example: muster data prepare 'texts/**/*.jsonl.zst' --out data/texts"""
     from trainer.data.prepare.prepare import prepare, summary  # pyarrow and tokenizers
@@ -47,11 +53,11 @@ def prepare(
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder made by `muster data prepare`.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Check every file against its sha256.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Check every file against its SHA-256.")] = False,
     examples: Annotated[int, typer.Option(help="Training sequences to show.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
-    """Say what a prepared folder holds. Example: muster data inspect data/texts --verify"""
+    """Describe a prepared folder. Example: muster data inspect data/texts --verify"""
     from trainer.data.manifest import read_manifest
 
     read_manifest(folder)  # a mistake shows before torch is imported
@@ -93,11 +99,11 @@ def _print_inspection(found: dict[str, Any]) -> None:
 def show(
     run: Run,
     step: Annotated[int, typer.Option(help="Optimizer step, from 1.", min=1)],
-    sequences: Annotated[int | None, typer.Option(help="Show only so many of the step's.", min=1)] = None,
+    sequences: Annotated[int | None, typer.Option(help="Show only this many of its sequences.", min=1)] = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Print the very batch that a step trains on. Example: muster data show quickstart --step 40"""
+    """Print the batch that a step trains on. Example: muster data show quickstart --step 40"""
     run_dir = run_folder(run, root)
     from trainer.data.read.reader import Dataset, load_tokenizer  # torch
     from trainer.run.folder import read_config

@@ -49,7 +49,7 @@ def doctor(
     as_json: Json = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to reach; RAY_ADDRESS if not given.")] = None,
 ) -> None:
-    """Say what is installed, what would fail and how to mend it. Example: muster doctor"""
+    """Check this installation: what would fail, and how to fix it. Example: muster doctor"""
     findings = list(examine(root, address or os.environ.get("RAY_ADDRESS")))
     failed = [finding for finding in findings if finding.state == "fail"]
     if as_json:

@@ -45,10 +45,10 @@ Address = Annotated[str | None, typer.Option(metavar="URL", help="Job API of the
 
 def jobs(
     address: Address = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Show them again every few seconds, until Ctrl-C.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the jobs of a cluster, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8265"""
+    """List a cluster's jobs, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8265"""
     cluster = Cluster(api_url(address))
     console = Console()
     before: list[list[str]] | None = None
@@ -104,7 +104,7 @@ def status(
     address: Address = None,
     as_json: Json = False,
 ) -> None:
-    """How a run or a job stands, and where a run's time went. Example: muster status quickstart"""
+    """Show a run's or job's status, and where its time went. Example: muster status quickstart"""
     named = _local_or_cluster(run, root, address)
     if isinstance(named, Path):
         runs.status(run, root, as_json)
@@ -132,8 +132,8 @@ def status(
 
 def logs(
     run: RunOrJob,
-    follow: Annotated[bool, typer.Option("--follow", help="Go on until it ends.")] = False,
-    rank: Annotated[int | None, typer.Option(metavar="R", help="Output of one process, from the run's folder.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Follow the output until it ends.")] = False,
+    rank: Annotated[int | None, typer.Option(metavar="R", help="Output of one rank, from the run's folder.")] = None,
     root: Root = RUNS,
     address: Address = None,
 ) -> None:
@@ -164,7 +164,7 @@ def logs(
 
 def stop(
     job: Job,
-    now: Annotated[bool, typer.Option("--now", help="Without a checkpoint.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="Do not write a checkpoint first.")] = False,
     address: Address = None,
 ) -> None:
     """Stop a job, after a checkpoint. Example: muster stop job-moe-3f9a1c"""
@@ -183,7 +183,7 @@ def stop(
 
 
 def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
-    """Submit an ended job once more; its run goes on from its last checkpoint. Example: muster retry job-moe-3f9a1c"""
+    """Resubmit a job that has ended; its run resumes from its last checkpoint. Example: muster retry job-moe-3f9a1c"""
     cluster = Cluster(api_url(address))
     old = _known(cluster.jobs(), job)
     job = old["id"]

@@ -33,10 +33,12 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
     ] = None,
-    gpus: Annotated[int | None, typer.Option(metavar="N", help="Devices; parallel.dp becomes what that takes.")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(metavar="N", help="Number of devices; parallel.dp follows from it.")
+    ] = None,
     gpu: Annotated[str, typer.Option(metavar="KIND", help=f"Kind of device: {', '.join(KINDS)}.")] = "h100",
     usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
-    do_search: Annotated[bool, typer.Option("--search", help="Compare all topologies of the devices.")] = False,
+    do_search: Annotated[bool, typer.Option("--search", help="Compare every topology of these devices.")] = False,
     as_json: Json = False,
 ) -> None:
     """Predict memory, speed and cost of a run. Example: muster plan moe-8x7b --gpus 64 --search"""

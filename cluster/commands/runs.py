@@ -74,7 +74,7 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> None:
-    """List the runs: status, step, losses, tokens; delete them, note or tag them. Example: muster runs --root runs"""
+    """List runs; delete, annotate or tag them. Example: muster runs --root runs"""
     if context.invoked_subcommand:
         context.default_map = {context.invoked_subcommand: {"root": str(root)}}
         return
@@ -154,9 +154,9 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
 def sync(
     run: Run,
     root: Root = RUNS,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to try while it does not answer.")] = 60.0,
+    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to retry while it does not answer.")] = 60.0,
 ) -> None:
-    """Send the tracker what it has missed of a run, or of a sweep and its runs. Example: muster sync quickstart"""
+    """Send the tracker what it has missed of a run or sweep. Example: muster sync quickstart"""
     from trainer.tracking.shipper import ship  # MLflow takes seconds to import
     from trainer.tracking.sweep import SWEEP, ship_sweep
 

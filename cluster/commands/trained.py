@@ -35,12 +35,12 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0: always the likeliest token.", min=0.0)] = 0.8,
+    temperature: Annotated[float, typer.Option(help="0: greedy, always the likeliest token.", min=0.0)] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Step = None,
     root: Root = RUNS,
 ) -> None:
-    """Continue a text with a trained model. Example: muster generate quickstart --prompt 'def '"""
+    """Generate text with a trained model. Example: muster generate quickstart --prompt 'def '"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
     from trainer.checkpoint.export import load_module
@@ -63,7 +63,7 @@ def evaluate(
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Loss of a trained model on the held-out split, by source of a mixture. Example: muster eval quickstart --json"""
+    """Compute a trained model's held-out loss, for each source of a mixture. Example: muster eval quickstart --json"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
     import torch
@@ -155,18 +155,18 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def export(
     run: Run,
-    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to make.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to create.")] = None,
     to: Annotated[
         str | None, typer.Option(metavar="FORMAT", help="hf: as Hugging Face's transformers loads it.")
     ] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Of the weights: {', '.join(DTYPES)}.")] = DTYPES[0],
+    dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Type of the weights: {', '.join(DTYPES)}.")] = DTYPES[0],
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Of a file of weights at most, such as 500MB or 2GiB.")
+        str, typer.Option(metavar="SIZE", help="Largest weights file, such as 500MB or 2GiB.")
     ] = "5GB",
     step: Step = None,
     root: Root = RUNS,
 ) -> None:
-    """Write a trained model as a Hugging Face folder. Example: muster export quickstart --out exported"""
+    """Export a trained model as a Hugging Face folder. Example: muster export quickstart --out exported"""
     if out is None and to is not None:
         print(f"muster: --to FOLDER is the old spelling and still works: write --out {to}", file=sys.stderr)
         out, to = Path(to), None

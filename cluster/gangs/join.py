@@ -21,7 +21,7 @@ LOOPBACK = "127.0.0.1"
 NO = ("false", "f", "no", "n", "off", "0")
 """As `ray start` reads them."""
 
-app = typer.Typer(help="Start a Ray cluster that asks for a token.", no_args_is_help=True)
+app = typer.Typer(help="Start or join a token-protected Ray cluster.", no_args_is_help=True)
 
 
 @app.command(context_settings=RAY_OPTIONS)
@@ -29,7 +29,7 @@ def up(
     options: typer.Context,
     dashboard_host: Annotated[str, typer.Option(help="Where the dashboard and the job API listen.")] = LOOPBACK,
 ) -> None:
-    """Run the head node until Ctrl-C; other options go to `ray start`. Example: muster cluster up --port 6379"""
+    """Run the head node until Ctrl-C; passes other options to `ray start`. Example: muster cluster up --port 6379"""
     given = _checked(options.args)
     ports = [_option(given, "--port", "6379"), _option(given, "--dashboard-port", "8265")]
     _refuse_taken("--port", ports[0], "")
@@ -43,7 +43,7 @@ def up(
 
 @app.command(context_settings=RAY_OPTIONS)
 def join(
-    options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Of the head.")]
+    options: typer.Context, address: Annotated[str, typer.Argument(metavar="HOST:PORT", help="Address of the head.")]
 ) -> None:
     """Join this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
     if not re.fullmatch(r"[^/@]+:\d+", address):
@@ -62,7 +62,7 @@ def join(
 
 @app.command(hidden=True)
 def queue() -> None:
-    """The queue's process, which `muster submit` starts on the head."""
+    """The queue process, which `muster submit` starts on the head."""
     from cluster.server.dispatch import serve
 
     serve()

@@ -27,12 +27,12 @@ from .waiting import ACTIVE
 HIDDEN = ".muster-job.yaml"
 """File of a job that holds what its command may not show."""
 
-Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and end as it ends.")]
-Queue = Annotated[bool, typer.Option("--queue", help="Wait for machines to join where there are too few.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and exit with its exit code.")]
+Queue = Annotated[bool, typer.Option("--queue", help="Queue it even if the cluster is too small now.")]
 With = Annotated[
     list[str] | None, typer.Option("--with", metavar="FILE", help="Send FILE even if it is a secret or ignored.")
 ]
-Priority = Annotated[int, typer.Option(metavar="N", help="The higher goes first.")]
+Priority = Annotated[int, typer.Option(metavar="N", help="Jobs of higher priority go first.")]
 
 
 def submit(
@@ -49,7 +49,7 @@ def submit(
     insisted: With = None,
     as_json: Json = False,
 ) -> None:
-    """Send this folder and a run to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
+    """Submit a run, with this folder, to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
     from trainer.data.manifest import vocabulary  # numpy
 
     asked = load(config, overrides or ())

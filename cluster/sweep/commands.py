@@ -27,7 +27,7 @@ def plan_sweep(
     usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
     as_json: Json = False,
 ) -> None:
-    """List a sweep's trials, what they cost, and what may be wrong. Example: muster sweep plan sweep.yaml --gpu cpu"""
+    """List a sweep's trials, their cost, and possible problems. Example: muster sweep plan sweep.yaml --gpu cpu"""
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
     from trainer.data.manifest import vocabulary
 

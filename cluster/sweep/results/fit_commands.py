@@ -23,23 +23,34 @@ if TYPE_CHECKING:
 MOST_BOOTSTRAPS, MOST_DRAWN = 100_000, 50_000_000
 """Refits, and refits times rows: a number of 8 bytes each."""
 File = Annotated[str | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep; or --table.")]
-TableFile = Annotated[Path | None, typer.Option("--table", metavar="FILE", help="CSV or Parquet, a run in each row.")]
-Columns = Annotated[str, typer.Option(metavar="n=...,d=...,c=...,loss=...", help="Our names of the table's columns.")]
+TableFile = Annotated[
+    Path | None, typer.Option("--table", metavar="FILE", help="CSV or Parquet file, one run per row.")
+]
+Columns = Annotated[
+    str, typer.Option(metavar="n=...,d=...,c=...,loss=...", help="Which of the table's columns are n, d, c and loss.")
+]
 Where = Annotated[
-    list[str] | None, typer.Option(metavar="COLUMN=VALUE", help="Only rows with this value, or one of several (a,b).")
+    list[str] | None,
+    typer.Option(metavar="COLUMN=VALUE", help="Keep only rows with this value, or one of several (a,b)."),
 ]
 Convention = Annotated[
     str | None,
     typer.Option(help="How N is counted: total, active, without_embeddings, with_head; default: the sweep's count."),
 ]
-FormName = Annotated[list[str] | None, typer.Option("--form", metavar="FORM", help="Only this form; repeatable.")]
+FormName = Annotated[list[str] | None, typer.Option("--form", metavar="FORM", help="Fit only this form; repeatable.")]
 PredictForm = Annotated[
-    str | None, typer.Option("--form", metavar="FORM", help="Of all runs; default: crossed, near the largest budgets.")
+    str | None,
+    typer.Option(
+        "--form", metavar="FORM", help="Fit this form to all runs; default: crossed, near the largest budgets."
+    ),
 ]
 MaxBudget = Annotated[float | None, typer.Option(metavar="C", help="Leave out runs of more training FLOPs.")]
 Unique = Annotated[
     float | None,
-    typer.Option(metavar="U", help="Tokens there are; more are repeated. Default: a sweep's own data, else endless."),
+    typer.Option(
+        metavar="U",
+        help="Unique tokens available; a model of more repeats them. Default: a sweep's own data, else unlimited.",
+    ),
 ]
 Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", help="Training FLOPs; repeatable.")]
 
@@ -188,7 +199,7 @@ def plot_sweep(
     unique: Unique = None,
     max_budget: MaxBudget = None,
 ) -> None:
-    """Draw a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
+    """Plot a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
     _positive(budget=budget)
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     if out is None:
@@ -229,7 +240,8 @@ def score_sweep(
     file: File = None,
     overrides: Overrides = None,
     max_budget: Annotated[
-        float | None, typer.Option(metavar="C", help="Fit the runs up to so many training FLOPs, score the others.")
+        float | None,
+        typer.Option(metavar="C", help="Fit runs of up to this many training FLOPs, and score the larger ones."),
     ] = None,
     table: TableFile = None,
     columns: Columns = "",
@@ -238,7 +250,7 @@ def score_sweep(
     form: PredictForm = None,
     as_json: Json = False,
 ) -> None:
-    """Put losses that came beside those that were predicted. Example: muster sweep score sweep.yaml"""
+    """Compare predicted losses with those reached. Example: muster sweep score sweep.yaml"""
     from models.scaling.scoring import score, to_json
 
     from .score import SCORES, score_runs, show

@@ -9,15 +9,15 @@ from cluster.commands.runs import Json
 from cluster.gangs.session import signals, stop_early
 from configs.sweep.definition import load_sweep
 
-File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="What the sweep is.")]
+File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="The sweep's definition.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as isoflop.sizes=7.")
 ]
-Gpus = Annotated[int | None, typer.Option(metavar="N", help="Devices that the trials run on side by side.")]
+Gpus = Annotated[int | None, typer.Option(metavar="N", help="Devices to run trials on, side by side.")]
 
 
 def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> None:
-    """Train a sweep's trials, or go on with them. Example: muster sweep run sweep.yaml --gpus 8"""
+    """Train a sweep's trials, or resume them. Example: muster sweep run sweep.yaml --gpus 8"""
     sweep = load_sweep(file, overrides or ())
     with signals(stop_early):
         from .run import run_sweep
@@ -26,7 +26,7 @@ def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> Non
 
 
 def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = False) -> None:
-    """How far a sweep is, and where its devices' time went. Example: muster sweep status sweep.yaml"""
+    """Show a sweep's progress, and where its devices' time went. Example: muster sweep status sweep.yaml"""
     sweep = load_sweep(file, overrides or ())
     from .display import show
     from .progress import progress, to_json

@@ -40,7 +40,7 @@ def submit_sweep(
     insisted: With = None,
     as_json: Json = False,
 ) -> None:
-    """Send this folder and a sweep to a cluster. Example: muster sweep submit sweep.yaml root=/shared/runs --gpus 8"""
+    """Submit a sweep, with this folder, to a cluster. Example: muster sweep submit sweep.yaml root=/shared"""
     from cluster.sweep.design.arms import arms
     from cluster.sweep.design.plan import plan
     from cluster.sweep.design.trial import gang_of
