@@ -65,7 +65,7 @@ def train(
     with signals(stop_early):
         from trainer.run.resolved import refuse_early
 
-        refuse_early(asked)
+        refuse_early(asked, fork)
         from .attempts.launch import launch
 
         raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))

@@ -61,7 +61,7 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     elif model.max_positions < train.seq_len:
         raise ConfigError(
             f"train.seq_len ({train.seq_len}) is longer than model.max_positions ({model.max_positions}): "
-            "lower the one or raise the other"
+            f"set train.seq_len={model.max_positions}, or model.max_positions={train.seq_len}"
         )
     model = model.model_copy(update=changes)
 
@@ -117,9 +117,12 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             f"set optim.warmup={train.steps // 10}, or train.steps={10 * warmup}"
         )
     if config.optim.schedule == "wsd" and decay and warmup + decay > train.steps:
+        # A preset's warmup grows with train.steps, unless it is given.
+        kept = f" with optim.warmup={warmup}" if "optim.warmup" in config.defaults else ""
         raise ConfigError(
-            f"optim.warmup ({warmup}) and optim.decay_steps ({decay}) are longer than train.steps ({train.steps}): "
-            f"set optim.decay_steps={max((train.steps - warmup) // 5, 1)}, or train.steps={warmup + decay}"
+            f"optim.warmup ({warmup}) and optim.decay_steps ({decay}) together are longer than train.steps "
+            f"({train.steps}): set optim.decay_steps={max((train.steps - warmup) // 5, 1)}, or "
+            f"train.steps={warmup + decay}{kept}"
         )
     if train.profile.start and (last := train.profile.start + train.profile.steps - 1) > train.steps:
         raise ConfigError(

@@ -11,6 +11,7 @@ from configs import ConfigError, counted, from_dict
 from trainer.record.terminal import Console
 
 from .runs import RUNS, Json, Root, Run, run_folder
+from .trained import require_data
 
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 
@@ -105,6 +106,7 @@ def show(
 ) -> None:
     """Print the batch that a step trains on. Example: muster data show quickstart --step 40"""
     run_dir = run_folder(run, root)
+    require_data(run_dir)
     from trainer.data.read.reader import Dataset, load_tokenizer  # torch
     from trainer.run.folder import read_config
 

@@ -109,7 +109,7 @@ def tag(
     for each in tags or ():
         key, sign, value = each.partition("=")
         if not sign:
-            raise ConfigError(f"{each!r} is no KEY=VALUE, such as project=stdlib; {each}= removes the tag {each}")
+            raise ConfigError(f"{each!r} is not KEY=VALUE, for example project=stdlib; {each}= removes the tag {each}")
         changes[key.strip()] = value.strip()
     if changes:
         set_tags(run_dir, changes)

@@ -65,8 +65,8 @@ def no_run(run: str, root: Path) -> str:
             return f"{shortened(folder, 200)} is not a whole run: its config.yaml is missing, or is not a file"
     names = [folder.name for folder in run_folders(root)]
     near = difflib.get_close_matches(run, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names[:8]) or 'none'}"
-    return f"no run {shortened(repr(run), 100)} in {root}: {hint}; --root names another folder of runs"
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:8])}" if names else "it has none"
+    return f"no run {shortened(repr(run), 100)} in {root}: {hint}; --root names another folder"
 
 
 def run_folders(root: Path) -> list[Path]:

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs import ConfigError, counted
-from configs.reading.parse import shortened
+from configs import ConfigError, counted, load
+from configs.reading.parse import is_file, shortened
 from trainer.record.terminal import Console
 
 from .checkpoints import steps_of
@@ -66,10 +66,15 @@ def evaluate(
     """Compute a trained model's held-out loss, for each source of a mixture. Example: muster eval quickstart --json"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
+    from trainer.data.manifest import TOKENIZER, read_manifest, read_manifests
+
+    if data:
+        read_manifest(data, "--data ")
+    else:
+        require_data(run_dir, ", or evaluate others with --data FOLDER")
     import torch
 
     from trainer.checkpoint.export import load_module
-    from trainer.data.manifest import TOKENIZER, read_manifests
     from trainer.data.read.reader import Dataset
     from trainer.data.tokenizer.kept import tokenizer_of
     from trainer.observe.held_out import held_out_loss_by_source, together
@@ -102,6 +107,17 @@ def evaluate(
     for path, each in sources.items() if len(dataset.sources) > 1 else ():
         print(f"{path}: {_line(each)}")
     print(f"held-out loss {_line(whole)}")
+
+
+def require_data(run_dir: Path, otherwise: str = "") -> None:
+    """Raise ConfigError if a run's data are not where they were, which names what else there is to do."""
+    from trainer.data.manifest import MANIFEST, sources_of
+
+    for source in sources_of(load(run_dir / "config.yaml").data):
+        if not is_file(Path(source.path) / MANIFEST):
+            raise ConfigError(
+                f"the data of run {run_dir.name} are no longer in {source.path}: put them back{otherwise}"
+            )
 
 
 def _told(part: "SourceLoss") -> dict[str, Any]:
@@ -170,15 +186,16 @@ def export(
     if out is None and to is not None:
         print(f"muster: --to FOLDER is the old spelling and still works: write --out {to}", file=sys.stderr)
         out, to = Path(to), None
-    if out is None:
-        raise ConfigError("no folder is named: --out FOLDER, such as --out exported")
+    if out is None or out == Path():
+        raise ConfigError("missing --out FOLDER, for example --out exported")
     if to is not None and to not in FORMATS:
-        raise ConfigError(f"--to {to}: names a format, of which there is {', '.join(FORMATS)}; --out names the folder")
+        raise ConfigError(f"--to {to}: unknown format (known: {', '.join(FORMATS)}); the folder is given by --out")
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: should be one of {', '.join(DTYPES)}")
     shard_bytes = _bytes("--max-shard-size", max_shard_size)
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
+    _make_empty(out)
     import torch
 
     from trainer.checkpoint.export import export
@@ -189,6 +206,19 @@ def export(
     print(
         f"checkpoint of step {found} exported to {out}: {dtype}, {size / 1e6:,.1f} MB in {counted(len(files), 'file')}"
     )
+
+
+def _make_empty(out: Path) -> None:
+    """Make the folder of an export. Raises ConfigError if it is there with something in it, or cannot be made."""
+    try:
+        out.mkdir(mode=0o700, parents=True, exist_ok=True)
+        full = any(out.iterdir())
+    except FileExistsError:
+        raise ConfigError(f"--out {out}: there is a file of that name") from None
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from None
+    if full:
+        raise ConfigError(f"--out {out}: the folder is not empty")
 
 
 def _bytes(option: str, text: str) -> int:

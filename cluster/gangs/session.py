@@ -174,7 +174,7 @@ def clear_away(folder: Path) -> None:
 def stop_early() -> None:
     """End a command that nothing is lost of: what it has started too, and without a traceback."""
     end_children()
-    print("muster: stopped; the same command takes it up again", file=sys.stderr, flush=True)
+    print("muster: stopped before training began; run the same command to start", file=sys.stderr, flush=True)
     os._exit(STOPPED)
 
 

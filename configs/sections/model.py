@@ -14,7 +14,7 @@ MOST_WEIGHTS = 2**50
 
 
 class RopeScaling(Section):
-    """Stretch of rotary positions; names and formulas as in Hugging Face `rope_scaling`."""
+    """Stretch of rotary positions, by the formulas of Hugging Face `rope_scaling`, whose `rope_type` is `kind` here."""
 
     kind: Literal["linear", "llama3", "yarn"] = "linear"
     """All positions stretched alike, or by wavelength as in Llama 3.1 or YaRN."""

@@ -74,7 +74,7 @@ REFUSED = {
     "no vocabulary": (made(model={"vocab_size": None}), r"model\.vocab_size is not set.*: set model\.vocab_size"),
     "sequence too long": (
         made(model={"max_positions": 128}),
-        r"train\.seq_len \(256\) is longer than model\.max_positions \(128\): lower the one or raise the other",
+        r"train\.seq_len \(256\) is longer than model\.max_positions \(128\): set train\.seq_len=128, or",
     ),
     "idle ranks": (
         made(train={"global_batch": 2}, parallel={"dp": 4}),
@@ -95,7 +95,7 @@ REFUSED = {
     ),
     "long decay": (
         made(optim={"warmup": 300, "schedule": "wsd", "decay_steps": 701}),
-        r"optim\.warmup \(300\) and optim\.decay_steps \(701\) are longer than train\.steps \(1000\): "
+        r"optim\.warmup \(300\) and optim\.decay_steps \(701\) together are longer than train\.steps \(1000\): "
         r"set optim\.decay_steps=140, or train\.steps=1001",
     ),
 }
@@ -122,6 +122,10 @@ def test_edge_of_what_is_allowed():
     resolve(made(optim={"warmup": 1000}))
     resolve(made(optim={"warmup": 300, "schedule": "wsd", "decay_steps": 700}))
     resolve(made(optim={"decay_steps": 2000}))  # of no use to a cosine
+    short = ["optim.schedule=wsd", "optim.decay_steps=390"]  # over a preset's warmup, which follows train.steps
+    with pytest.raises(ConfigError, match=r"or train\.steps=400 with optim\.warmup=10"):
+        resolve(load("quickstart", [*short, "train.steps=100"]), vocab_size=64)
+    resolve(load("quickstart", [*short, "train.steps=400", "optim.warmup=10"]), vocab_size=64)
     resolve(made(model={"max_positions": 256}))
 
 

@@ -163,9 +163,10 @@ def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
     try:
         if not os.path.isfile(path):
             what = "is not there" if not os.path.exists(folder) else f"has no {MANIFEST}, so it is not prepared data"
+            then = ", then set data.path=FOLDER (or to stdlib)" if given == "data.path=" else ""
             raise ConfigError(
                 f"{given}{shortened(str(folder), 200)}: {what}.\n"
-                "Make it with `muster data prepare INPUT... --out FOLDER`, then set data.path=FOLDER (or to stdlib)"
+                f"Make it with `muster data prepare INPUT... --out FOLDER`{then}"
             )
         with open(path, "rb") as file:
             data = file.read(MANIFEST_BYTES + 1)

@@ -29,7 +29,7 @@ from trainer.record.lines import Record, read_events
 from trainer.tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
 
 from .plugins import load_plugins
-from .resolved import resolve_config
+from .resolved import resolve_config, writable
 
 CONFIG = "config.yaml"
 STOP = "stop"
@@ -63,7 +63,7 @@ def prepare_run(
     with torch.device("meta"):
         planned = resolve_config(config, prepare=False)[0]
         check_precision(build(planned.model), planned)  # what cannot be built shows before anything else
-    with _written(config.run.root):
+    with writable(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
     require_own(run_dir)
@@ -86,7 +86,7 @@ def prepare_run(
         _warn_of(differs, f"train.init_from={resolved.train.init_from}")
     if fork:
         steps = committed(run_dir)
-        if not steps:
+        if not steps:  # here too: a sweep and torchrun come without `refuse_early`
             raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
         start = folder(run_dir, steps[-1])
         source = resolved.run.name
@@ -111,7 +111,7 @@ def prepare_run(
                 events = []  # nothing follows
     if start and events and not committed(run_dir):
         events.append(("forked", {"checkpoint": str(start)}))
-    with _written(run_dir):
+    with writable(run_dir):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         (run_dir / STOP).unlink(missing_ok=True)
         keep_tokenizer(run_dir, resolved.data)
@@ -182,18 +182,6 @@ def _seconds(text: str) -> float:
     if not math.isfinite(seconds):
         raise ConfigError(f"{SUBMITTED}={shortened(text, 60)}: should be Unix seconds")
     return seconds
-
-
-@contextmanager
-def _written(folder: str | Path) -> Iterator[None]:
-    """A folder that cannot be written is the user's to mend: ConfigError, with what the system says of which file."""
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename or folder}: {error.strerror or error}; make room and see that it can be written, or "
-            f"choose another run.root"
-        ) from None
 
 
 def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:

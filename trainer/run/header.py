@@ -1,5 +1,6 @@
 """What a person is told of a run before it begins: how large it is, how much it will read, where to look."""
 
+import shlex
 from pathlib import Path
 
 from configs import Config
@@ -16,7 +17,9 @@ def header(run_dir: Path, config: Config) -> list[str]:
     Raises:
         ConfigError: its data are not what they should be.
     """
-    return [_model(config), *_data(config), f"in {run_dir}; `muster status {config.run.name}` tells where time goes"]
+    found = Path("runs").resolve() == run_dir.parent  # where commands look for a name
+    named = shlex.quote(config.run.name if found else str(run_dir))
+    return [_model(config), *_data(config), f"in {run_dir}; `muster status {named}` shows where its time goes"]
 
 
 def _model(config: Config) -> str:
@@ -39,8 +42,9 @@ def _data(config: Config) -> list[str]:
     for source, manifest in zip(sources, read_manifests(config.data), strict=True):
         there = manifest.splits["train"].tokens
         epochs = tokens * source.weight / weights / max(there, 1)
-        again = f": each is read about {epochs:.0f} times" if epochs >= 1.5 else ""
-        lines.append(f"{Path(source.path).name}: {epochs:.2g} epochs of {there:,} tokens{again}")
+        again = " (each token is read that often)" if epochs >= 1.5 else ""
+        passes = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}"
+        lines.append(f"{Path(source.path).name}: {passes} epochs of {there:,} tokens{again}")
     return lines
 
 

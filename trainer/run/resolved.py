@@ -1,9 +1,16 @@
 """A config as a run will use it: all that is derived filled in, paths absolute, the data at hand. Without torch."""
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from configs import Config, ConfigError, resolve
+from configs import Config, ConfigError, from_dict, resolve
+from configs.reading.parse import is_file
+from models.hf.config_json import model_keys
+from models.hf.weight_files import open_tensors
+from trainer.checkpoint.manifest import committed
 from trainer.data.default import ensure_prepared, vocabulary_size
 from trainer.data.manifest import read_manifest, sources_of, vocabulary
 
@@ -40,12 +47,45 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     return resolved, notes + derived
 
 
-def refuse_early(config: Config) -> None:
-    """Raise ConfigError for what is seen to be wrong without torch, which takes seconds to import."""
+def refuse_early(config: Config, fork: str | None = None) -> None:
+    """Raise ConfigError for what is seen to be wrong without torch, which takes seconds to import, and before the
+    default data are prepared, which takes a minute.
+
+    Args:
+        fork: as of `trainer.run.folder.prepare_run`.
+    """
     resolved, _ = resolve_config(config, prepare=False)
+    run_dir = Path(resolved.run.root) / resolved.run.name
+    steps = committed(run_dir)
+    if fork is not None:
+        from_dict({"run": {"name": fork}}, where=f"--fork {fork}")  # checks the name
+        if not steps:
+            raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
+        if (run_dir.parent / fork / "config.yaml").exists():
+            raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir.parent / fork}")
     for source in sources_of(resolved.data):
-        if source.path != "stdlib" and not Path(source.path).exists():
+        if source.path != "stdlib":
             read_manifest(source.path)
+    if (weights := resolved.train.init_from) and not steps:
+        folder = Path(weights)
+        if is_file(folder / "config.json"):  # of Hugging Face
+            model_keys(folder)
+            open_tensors(folder)
+    with writable(resolved.run.root):
+        Path(resolved.run.root).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+@contextmanager
+def writable(folder: str | Path) -> Iterator[None]:
+    """A folder that cannot be written is the user's to change: ConfigError, with what the system says of which file."""
+    try:
+        yield
+    except OSError as error:
+        room = "make room, or " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+        raise ConfigError(
+            f"{error.filename or folder}: cannot be written ({error.strerror or error}): {room}choose a writable "
+            f"run.root"
+        ) from None
 
 
 def _absolute_data(path: str) -> str:

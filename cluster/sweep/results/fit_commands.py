@@ -204,7 +204,7 @@ def plot_sweep(
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     if out is None:
         if sweep is None:
-            raise ConfigError("muster sweep plot --table FILE needs --out FOLDER")
+            raise ConfigError("--table FILE needs --out FOLDER")
         _require_own(sweep)
         out = sweep.folder / "plots"
     from models.scaling.fitting import Fits, Refusal, fit

@@ -1,6 +1,7 @@
 """`muster export` and `eval` over a run that was trained: the options, the old spelling, progress."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -55,6 +56,23 @@ def test_the_old_spelling_works_and_is_said_to_be_old(muster, run_dir, tmp_path,
     assert (code, "--out new: the folder is not empty" in err) == (2, True)
     (tmp_path / "file").touch()
     assert "there is a file of that name" in export(muster, run_dir, "--out", "file")[2]
+    for out, what in (("file/x", "cannot be made"), ("/proc/x", "cannot be made"), ("", "missing --out FOLDER")):
+        code, _, err = export(muster, run_dir, "--out", out)
+        assert (code, what in err, err.count("\n")) == (2, True, 1), err
+
+
+def test_data_that_were_moved_are_named_by_what_needs_them(muster, run_dir, tiny_data, tmp_path):
+    copy = tmp_path / "one"
+    shutil.copytree(run_dir, copy)
+    moved = tmp_path / "data"
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace(str(tiny_data), str(moved)))
+    at = ("--root", str(tmp_path))
+    for command, way in ((("eval", "one"), "--data FOLDER"), (("data", "show", "one", "--step", "1"), "put them back")):
+        code, _, err = muster(*command, *at)
+        assert (code, f"no longer in {moved}" in err, way in err, "data.path" in err) == (2, True, True, False), err
+    code, out, _ = muster("eval", "one", *at, "--data", str(tiny_data), "--json")
+    assert (code, json.loads(out)["data"]) == (0, [str(tiny_data)])
 
 
 @pytest.mark.parametrize(

@@ -105,12 +105,12 @@ def test_a_header_tells_size_tokens_and_passes_over_the_data(tmp_path, tiny_data
     total, active = (f"{count / 1e3:.3g}k" for count in (counts.total, counts.active))
     assert model == f"{total} parameters ({active} active per token), 256 tokens in 2 steps of 4 x 32"
     assert data == f"prepared: {256 / there:.2g} epochs of {there:,} tokens"
-    assert where.startswith(f"in {tmp_path}/runs/small; ")
+    assert where == f"in {tmp_path}/runs/small; `muster status {tmp_path}/runs/small` shows where its time goes"
     mixture = {"path": [{"path": str(tiny_data), "weight": 3}, {"path": str(tiny_data)}]}
     long = resolved(data=mixture, train={"steps": there, "global_batch": 4, "seq_len": 32})
     _, first, second, _ = header(tmp_path, long)
-    assert first == f"prepared: 96 epochs of {there:,} tokens: each is read about 96 times"
-    assert second == f"prepared: 32 epochs of {there:,} tokens: each is read about 32 times"
+    assert first == f"prepared: 96 epochs of {there:,} tokens (each token is read that often)"
+    assert second == f"prepared: 32 epochs of {there:,} tokens (each token is read that often)"
 
 
 @pytest.mark.parametrize("torn", [False, True])
