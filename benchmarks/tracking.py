@@ -22,7 +22,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers" / "clusters"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "helpers" / "processes"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil

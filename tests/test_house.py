@@ -190,7 +190,7 @@ def distributions(files: list[Path]) -> set[str]:
     ours = {
         *PACKAGES,
         "benchmarks",
-        *(path.stem for folder in ("tests/helpers", "benchmarks") for path in (ROOT / folder).iterdir()),
+        *(path.stem for path in (*(ROOT / "tests/helpers").rglob("*.py"), *(ROOT / "benchmarks").iterdir())),
     }
     modules = {module for path in files for module in top_level(path)} - set(sys.stdlib_module_names) - ours
     candidates = [[plain(each) for each in known.get(module, [module])] for module in modules]

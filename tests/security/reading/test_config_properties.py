@@ -201,7 +201,7 @@ def test_any_tree_as_a_hugging_face_config(tree):
         from_hf_config(tree)
 
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 AS_A_CHILD = """
 import resource, sys
 from configs import ConfigError, load, resolve

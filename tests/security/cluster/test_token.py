@@ -21,7 +21,7 @@ from cluster.gangs.access_token import Address
 from cluster.server.client import Cluster, api_url
 from configs import ConfigError
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 TOKEN = "5ec7e7" * 10
 CONFIG = """
 run: {{root: {root}}}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from trainer.record.lines import read_metrics, summary
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def missing() -> str | None:

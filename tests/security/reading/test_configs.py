@@ -21,7 +21,7 @@ from models.planning.plan import predict
 from trainer.record.forecast import refuse_too_large
 from trainer.run.folder import prepare_run
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 SECONDS, BYTES = 10, 500 * 2**20
 """What a command on a hostile file may take: the seconds with room for a loaded machine and the imports."""
 

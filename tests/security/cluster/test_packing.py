@@ -109,7 +109,7 @@ def test_what_only_looks_like_a_secret_is_sent(folder, content):
 
 
 def test_nothing_of_this_repository_is_taken_for_a_secret(capsys):
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     listed = subprocess.run(["git", "-C", root, "ls-files", "-z"], capture_output=True, text=True)
     if listed.returncode:
         pytest.skip("not a clone")
@@ -213,7 +213,7 @@ except ConfigError as error:
 def test_packing_ends_whatever_the_links_and_pipes(folder):
     fill(folder, "moe.yaml", "a/b")
     command = [sys.executable, "-c", HOSTILE, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[3])
     assert done.stdout.splitlines() == ["['a/b', 'moe.yaml']", "refused: True"], done.stderr
     assert "pipe" in done.stderr
 
@@ -237,7 +237,7 @@ print(len(pack.files(folder)))
 
 def test_no_pattern_makes_packing_long(folder):
     command = [sys.executable, "-c", PATTERNS, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[2])
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=Path(__file__).parents[3])
     assert done.stdout == "6\n", done.stderr
 
 

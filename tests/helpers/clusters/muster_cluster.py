@@ -22,7 +22,7 @@ from cluster import cli
 from cluster.server import client
 from trainer.record.lines import read_metrics
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @dataclass
