@@ -9,7 +9,7 @@ from .private import private_files, private_folder
 from .resolve import differences, resolve, with_workers, worker_counts
 from .sections.model import BlockSparse, ModelConfig, RopeScaling
 from .sections.run import Config
-from .words import counted
+from .units import counted
 
 __all__ = [
     "MASK",

@@ -7,7 +7,7 @@ from .base import ConfigError
 from .load import flatten
 from .sections.run import Config
 from .topology import check_topology, refusals
-from .words import counted
+from .units import counted
 
 
 def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from configs import Config, ConfigError, counted, resolve
+from configs.units import byte_size
 from models.planning.memory import memory
 
 from .failures import Failure
@@ -113,6 +114,6 @@ def memory_advice(config: Config, cpu: bool) -> str:
         if (peak := memory(other, cpu).peak) < now:
             [(section, values)] = change.items()
             [(key, value)] = values.items()
-            options.append(f"{section}.{key}={value} ({peak / 1e9:.3g} GB)")
-    planned = f"the plan was {now / 1e9:.3g} GB per device"
+            options.append(f"{section}.{key}={value} ({byte_size(peak)})")
+    planned = f"the plan was {byte_size(now)} per device"
     return f"{planned}; less: {', '.join(options)}" if options else f"{planned}: use more devices or a smaller model"

@@ -24,6 +24,7 @@ from cluster.gangs import machine
 from cluster.gangs.ray_folder import open_to_others
 from cluster.gangs.session import check_reachable
 from configs import counted, mask
+from configs.units import byte_size
 from trainer.record.terminal import Console
 from trainer.tracking.start import SQLITE, sqlite_path, sqlite_uri
 
@@ -124,7 +125,7 @@ def _processors() -> Iterator[Finding]:
 
 def _memory() -> Iterator[Finding]:
     total, free = machine.memory_bytes(), psutil.virtual_memory().available
-    found = f"{total / GB:.1f} GB, {free / GB:.1f} GB free"
+    found = f"{byte_size(total)}, {byte_size(free)} free"
     if free < 2 * GB:
         yield Finding("memory", "note", found, "a worker holds 1 GB before it has a model: end what else runs here")
     else:
@@ -175,9 +176,9 @@ def _shared_memory() -> Iterator[Finding]:
     size = shutil.disk_usage(shm).total
     if size < 256 * 2**20:
         mend = "Ray then uses files; NCCL wants 1 GB or more: docker run --shm-size=2g"
-        yield Finding("/dev/shm", "note", f"{size / 2**20:.0f} MB", mend)
+        yield Finding("/dev/shm", "note", byte_size(size), mend)
     else:
-        yield Finding("/dev/shm", "ok", f"{size / GB:.1f} GB")
+        yield Finding("/dev/shm", "ok", byte_size(size))
 
 
 def _open_files() -> Iterator[Finding]:
@@ -197,9 +198,9 @@ def _disk(root: Path) -> Iterator[Finding]:
         if not os.access(there, os.W_OK):
             yield Finding(name, "fail", f"{there} cannot be written", "choose another with run.root or TMPDIR")
         elif free < GB:
-            yield Finding(name, "fail", f"{free / 2**20:.0f} MB free in {there}", "free 1 GB or more, or move it")
+            yield Finding(name, "fail", f"{byte_size(free)} free in {there}", "free 1 GB or more, or move it")
         else:
-            yield Finding(name, "ok", f"{free / GB:.1f} GB free in {there}")
+            yield Finding(name, "ok", f"{byte_size(free)} free in {there}")
 
 
 def _ray(address: str | None) -> Iterator[Finding]:

@@ -15,6 +15,7 @@ from cluster.server.outlook import Outlook, gang_words, in_line, most, outlook
 from cluster.server.waiting import ACTIVE, FINISHED, QUEUED, RUNNING, STOPPED
 from configs import ConfigError, mask
 from configs.reading.parse import shortened
+from configs.units import ago, duration
 from trainer.processes.output import LOGS
 from trainer.record.lines import in_use, read_events, status_of
 from trainer.record.notable import cut
@@ -22,7 +23,7 @@ from trainer.record.terminal import Console
 
 from . import runs
 from .listing import show
-from .runs import RUNS, SHOWN, Json, Root, ago, complete_run, duration
+from .runs import RUNS, SHOWN, Json, Root, complete_run
 
 PREFIX = "job-"
 """Of every job's id, which tells it from a run's name."""

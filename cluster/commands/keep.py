@@ -12,6 +12,7 @@ import typer
 
 from configs import ConfigError, counted
 from configs.reading.parse import is_file
+from configs.units import byte_size
 
 from .runs import RUNS, Json, Root, Run, complete_run, run_folder
 
@@ -30,7 +31,7 @@ def remove(
     found = {name: removable(name, root) for name in names}  # all are looked at before the first is gone
     for run_dir in dict.fromkeys(found.values()):
         count, size = _size(run_dir)
-        what = f"{run_dir}: {_state(run_dir)}, {counted(count, 'file')}, {size / 1e6:,.1f} MB"
+        what = f"{run_dir}: {_state(run_dir)}, {counted(count, 'file')}, {byte_size(size)}"
         if not yes and not sys.stdin.isatty():
             raise ConfigError(f"would delete {what}\nThere is no terminal to ask on: --yes deletes without asking")
         if not yes and not typer.confirm(f"Delete {what}?"):

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from configs import Config, ConfigError, counted, load, preset_names, resolve
 from configs.sections.parallel import MOST_PROCESSES
+from configs.units import byte_size, duration, short
 from models.planning.devices import DEVICES, HEADROOM, Device, cpu
 from models.planning.plan import Plan, predict
 from models.planning.search import Choice, Found, search
@@ -116,14 +117,14 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     console.print(Text.assemble((what, "bold"), f": {how}"))
     for note in notes:
         console.print(f"  {note}", style="dim")
-    console.print(f"{counts.total / 1e6:,.1f} M parameters, {counts.active / 1e6:,.1f} M active per token, "
+    console.print(f"{short(counts.total)} parameters, {short(counts.active)} active per token, "
                   f"{predicted.flops_per_token / 1e9:,.3g} GFLOPs a token in training")  # fmt: skip
     console.print(f"{predicted.tokens_per_step:,} tokens a step: {counted(micro_batches(config), 'micro-batch')} of "
                   f"{train.micro_batch} x {train.seq_len} on each of "
                   f"{counted(parallel.dp, 'data-parallel rank')}\n")  # fmt: skip
 
     table = Table("memory of a device", box=None, pad_edge=False)
-    table.add_column("GB", justify="right")
+    table.add_column("", justify="right")
     named = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
         "weights gathered for use": memory.gathered,
@@ -135,15 +136,15 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     }  # fmt: skip
     for name, size in named.items():
         if size:
-            table.add_row(name, _gb(size))
+            table.add_row(name, byte_size(size))
     moment = max(memory.moments, key=memory.moments.__getitem__)
-    table.add_row(f"peak, at the {moment}", _gb(memory.peak), style="bold")
+    table.add_row(f"peak, at the {moment}", byte_size(memory.peak), style="bold")
     if math.isfinite(device.memory):
         verdict = Text("fits", "green") if predicted.fits else Text("does not fit", "red")
         more = "" if predicted.fits else f" in {1 - HEADROOM:.0%} of it: see --search"
-        table.add_row(Text.assemble("of the device, ", verdict, more), _gb(device.memory))
+        table.add_row(Text.assemble("of the device, ", verdict, more), byte_size(device.memory))
     if memory.host:
-        table.add_row("in the host's memory, of each process", _gb(memory.host))
+        table.add_row("in the host's memory, of each process", byte_size(memory.host))
     console.print(table)
     if parallel.pp > 1:
         console.print(f"of rank {memory.stage + 1} of {parallel.pp} of the pipeline, which needs most", style="dim")
@@ -151,29 +152,29 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     twin = predict(
         config.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": other})}), device
     )
-    console.print(f"with train.activation_checkpointing={other}: peak {_gb(twin.memory.peak)} GB, "
-                  f"step {_seconds(twin.step_time)}\n", style="dim")  # fmt: skip
+    console.print(f"with train.activation_checkpointing={other}: peak {byte_size(twin.memory.peak)}, "
+                  f"step {duration(twin.step_time)}\n", style="dim")  # fmt: skip
 
     table = Table("a step", box=None, pad_edge=False)
     table.add_column("time", justify="right")
     table.add_column("sent by a device", justify="right")
-    table.add_row("matrix products", _seconds(predicted.compute_time))
-    table.add_row("moving activations and states", _seconds(predicted.memory_time))
+    table.add_row("matrix products", duration(predicted.compute_time))
+    table.add_row("moving activations and states", duration(predicted.memory_time))
     if predicted.launch_time:
-        table.add_row("small operations", _seconds(predicted.launch_time))
+        table.add_row("small operations", duration(predicted.launch_time))
     for item in predicted.traffic:
         behind = " (behind the backward pass)" if item.hidden and not device.is_cpu else ""
-        table.add_row(item.kind + behind, _seconds(item.seconds), f"{_gb(item.sent)} GB")
+        table.add_row(item.kind + behind, duration(item.seconds), byte_size(item.sent))
     if predicted.bubble:
         table.add_row("pipeline bubble", f"{predicted.bubble:.0%}")
-    table.add_row("step", _seconds(predicted.step_time), style="bold")
+    table.add_row("step", duration(predicted.step_time), style="bold")
     console.print(table)
     cost = _cost(predicted, config, price)
-    console.print(f"\nMFU {predicted.mfu:.0%}, {_count(predicted.tokens_per_second)} tokens/s, "
-                  f"{_count(predicted.tokens_per_day)} tokens a day")  # fmt: skip
+    console.print(f"\nMFU {predicted.mfu:.0%}, {short(predicted.tokens_per_second)} tokens/s, "
+                  f"{short(predicted.tokens_per_day)} tokens a day")  # fmt: skip
     priced = f", {cost['usd']:,.0f} USD" if "usd" in cost else ""
-    console.print(f"{counted(train.steps, 'step')}, {_count(train.steps * predicted.tokens_per_step)} tokens: "
-                  f"{_duration(cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
+    console.print(f"{counted(train.steps, 'step')}, {short(train.steps * predicted.tokens_per_step)} tokens: "
+                  f"{duration(3600 * cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
     if config.checkpoint.every == "auto":
         console.print(expected(predicted.devices, predicted.step_time))
     source = device.sources.get("flops", "")
@@ -188,7 +189,7 @@ def _show_search(found: Found, config: Config, device: Device, devices: int, pri
     told = f": {fitting} topologies fit{', the quickest first' if fitting else ''}"
     console.print(Text.assemble((f"{config.run.name} on {devices} x {device.name}", "bold"), told))
     if found.choices:
-        columns = ("dp", "tp", "pp", "ep", "sp", "zero", "micro", "redo", "GB", "step", "MFU", "tokens/day")
+        columns = ("dp", "tp", "pp", "ep", "sp", "zero", "micro", "redo", "memory", "step", "MFU", "tokens/day")
         table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
@@ -203,8 +204,8 @@ def _show_search(found: Found, config: Config, device: Device, devices: int, pri
             style="dim",
         )
     if found.too_large:
-        console.print(f"\n{found.too_large} topologies do not fit in {1 - HEADROOM:.0%} of {_gb(device.memory)} GB "
-                      f"with any micro-batch; the smallest of them needs {_gb(found.least or 0)} GB")  # fmt: skip
+        console.print(f"\n{found.too_large} topologies do not fit in {1 - HEADROOM:.0%} of {byte_size(device.memory)} "
+                      f"with any micro-batch; the smallest of them needs {byte_size(found.least or 0)}")  # fmt: skip
     if found.refused:
         console.print("\nCannot run (a topology may break several rules):")
         table = Table(box=None, pad_edge=False, show_header=False)
@@ -219,8 +220,8 @@ def _row(choice: Choice) -> list[str]:
     parallel, train, predicted = choice.config.parallel, choice.config.train, choice.plan
     v = "v" if parallel.pp_schedule == "dualpipev" else ""
     degrees = f"{parallel.dp} {parallel.tp} {parallel.pp}{v} {parallel.ep} {parallel.sp} {parallel.zero_stage}".split()
-    return [*degrees, str(train.micro_batch), train.activation_checkpointing, _gb(predicted.memory.peak),
-            _seconds(predicted.step_time), f"{predicted.mfu:.0%}", _count(predicted.tokens_per_day)]  # fmt: skip
+    return [*degrees, str(train.micro_batch), train.activation_checkpointing, byte_size(predicted.memory.peak),
+            duration(predicted.step_time), f"{predicted.mfu:.0%}", short(predicted.tokens_per_day)]  # fmt: skip
 
 
 def _usd(choice: Choice, price: float) -> str:
@@ -237,24 +238,3 @@ def _search_json(found: Found, price: float | None) -> dict:
         "least_memory_of_too_large": found.least,
         "refused": dict(found.refused),
     }  # fmt: skip
-
-
-def _gb(size: float) -> str:
-    return f"{size / 1e9:,.2f}" if size < 10e9 else f"{size / 1e9:,.1f}"
-
-
-def _seconds(value: float) -> str:
-    return f"{value * 1e3:.1f} ms" if value < 1 else f"{value:,.2f} s"
-
-
-def _count(value: float) -> str:
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def _duration(hours: float) -> str:
-    return (
-        f"{hours / 24:,.1f} days" if hours >= 48 else f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 60:,.1f} min"
-    )

@@ -4,7 +4,6 @@ import difflib
 import json
 import re
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 
 from configs import ConfigError, counted
 from configs.reading.parse import is_file, shortened
+from configs.units import ago, duration
 from trainer.record.terminal import Console
 
 from .listing import show
@@ -144,11 +144,13 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     for name in spent:
         table.add_column(name.replace("_", " "), justify="right")
     for attempt in attempts:
-        table.add_row(str(attempt.number), *(_seconds(attempt.seconds[name]) for name in spent))
+        table.add_row(
+            str(attempt.number), *(duration(attempt.seconds[name]) if attempt.seconds[name] else "-" for name in spent)
+        )
     table.add_row("share", *("" if name == "paused" else f"{whole[name] / meant:.1%}" for name in spent))
     console = Console()
     console.print(table, soft_wrap=not console.is_terminal)
-    print(f"goodput {productive(whole):.1%}: {_seconds(whole['step'])} of {_seconds(meant)}")
+    print(f"goodput {productive(whole):.1%}: {duration(whole['step'])} of {duration(meant)}")
 
 
 def sync(
@@ -174,28 +176,3 @@ def sync(
 
 def _number(value: Any) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _seconds(value: float) -> str:
-    if value == 0:
-        return "-"
-    return f"{value:.1f} s" if value < 600 else f"{value / 60:.0f} min" if value < 36000 else f"{value / 3600:.1f} h"
-
-
-def duration(seconds: float) -> str:
-    """`1:02:03`, `2:03`, or days."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours >= 48:
-        return f"{hours / 24:.1f} d"
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def ago(then: float | None) -> str:
-    if then is None:
-        return ""
-    seconds = max(0.0, time.time() - then)
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{seconds / size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"

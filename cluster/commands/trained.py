@@ -16,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from configs import ConfigError, counted, load
 from configs.reading.parse import is_file, shortened
+from configs.units import byte_size, duration
 from trainer.record.terminal import Console
 
 from .checkpoints import steps_of
-from .runs import RUNS, Json, Root, Run, duration, run_folder
+from .runs import RUNS, Json, Root, Run, run_folder
 
 BATCH = 8
 """Sequences that are evaluated at once."""
@@ -203,9 +204,7 @@ def export(
     found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes)
     files = [path for path in out.iterdir() if path.suffix == ".safetensors"]
     size = sum(path.stat().st_size for path in files)
-    print(
-        f"checkpoint of step {found} exported to {out}: {dtype}, {size / 1e6:,.1f} MB in {counted(len(files), 'file')}"
-    )
+    print(f"checkpoint of step {found} exported to {out}: {dtype}, {byte_size(size)} in {counted(len(files), 'file')}")
 
 
 def _make_empty(out: Path) -> None:

@@ -13,6 +13,7 @@ from cluster.gangs.session import check_reachable, found_by_ray
 from cluster.gangs.share import Node
 from configs import ConfigError, mask
 from configs.reading.parse import clip
+from configs.units import byte_size
 from trainer.files.scratch import temporary_folder
 
 from .dispatch import MESSAGES, READY
@@ -115,7 +116,7 @@ class Cluster:
             ConfigError: it is larger than what the queue takes.
         """
         if (size := path.stat().st_size) > LIMIT:
-            raise ConfigError(f"what is to be sent has {size / 2**20:.1f} MiB and the limit is {LIMIT / 2**20:.0f} MiB")
+            raise ConfigError(f"what is to be sent has {byte_size(size)} and the limit is {byte_size(LIMIT)}")
         self._sent = f"{MESSAGES}{time.time_ns()}-{os.getpid()}.zip"
         self.jobs_api._upload_package(f"gcs://{self._sent}", str(path), include_gitignore=False, is_file=True)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from cluster.gangs.share import Node
 from configs import ConfigError, load, mask
 from configs.reading.parse import is_file
+from configs.units import seconds_in
 from trainer.record.lines import pace, read_events, summary
 
 from .messages import clip
@@ -88,7 +89,7 @@ def how_far(job: Job) -> Outlook:
     return Outlook()
 
 
-_LINE = re.compile(r"^step (\d+)/(\d+) .*?(?:\beta (?:(\d+):)?(\d+):(\d\d)\b.*)?$", re.MULTILINE)
+_LINE = re.compile(r"^step (\d{1,15})/(\d{1,15})  (.*)$", re.MULTILINE)
 
 
 def told(output: str) -> Outlook:
@@ -96,9 +97,8 @@ def told(output: str) -> Outlook:
     lines = list(_LINE.finditer(output[-(1 << 16) :]))
     if not lines:
         return Outlook()
-    step, steps, hours, minutes, seconds = lines[-1].groups()
-    eta = None if minutes is None else 3600.0 * int(hours or 0) + 60 * int(minutes) + int(seconds)
-    return Outlook(int(step), int(steps), eta)
+    step, steps, parts = lines[-1].groups()
+    return Outlook(int(step), int(steps), seconds_in(parts.partition("  eta ")[2].partition("  ")[0]))
 
 
 def last_words(output: str) -> str:

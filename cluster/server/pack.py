@@ -14,6 +14,7 @@ from typing import Any
 from cluster.gangs.access_token import known_tokens
 from configs import ConfigError
 from configs.reading.parse import clip
+from configs.units import byte_size
 from trainer.run import revision
 
 from .ignore import ignored_by, ignored_by_files
@@ -142,9 +143,9 @@ def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None
     sizes = {path: (folder / path).stat().st_size for path in packed}
     if (total := sum(sizes.values())) > limit:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
-        names = ", ".join(f"{path} ({_size(sizes[path])})" for path in largest)
+        names = ", ".join(f"{path} ({byte_size(sizes[path])})" for path in largest)
         raise ConfigError(
-            f"{folder} has {_size(total)} to send and the limit is {_size(limit)}; the largest: {names}.\n"
+            f"{folder} has {byte_size(total)} to send and the limit is {byte_size(limit)}; the largest: {names}.\n"
             f"Name them in .gitignore or .rayignore, and read data from a folder that the cluster reaches"
         )
 
@@ -202,7 +203,7 @@ def read_message(content: bytes) -> dict[str, Any]:
             of two names, a link, an encrypted or overlapping member), or says what `messages` refuses.
     """
     if len(content) > LIMIT:
-        raise BadMessage(f"it has {_size(len(content))} and the limit is {_size(LIMIT)}")
+        raise BadMessage(f"it has {byte_size(len(content))} and the limit is {byte_size(LIMIT)}")
     _check_end(content)
     try:
         with zipfile.ZipFile(BytesIO(content)) as archive:
@@ -233,7 +234,7 @@ def _check_end(content: bytes) -> None:
     if mark != b"PK\x05\x06" or comment:
         raise BadMessage("it is not a zip, is cut, or ends in a comment")
     if count > MOST_FILES or size > _MOST_DIRECTORY:
-        raise BadMessage(f"it has {count} files, with names of {_size(size)}, and the limit is {MOST_FILES}")
+        raise BadMessage(f"it has {count} files, with names of {byte_size(size)}, and the limit is {MOST_FILES}")
     if disk or start_disk or here != count or offset + size != len(content) - 22 or content[-42:-38] == b"PK\x06\x07":
         raise BadMessage("it is a zip of several parts, a zip64, or damaged")
 
@@ -253,9 +254,9 @@ def _check_members(archive: zipfile.ZipFile, content: bytes) -> None:
     if len(set(names)) < len(names) or files & above:
         raise BadMessage("two of its files have one name")
     if (total := sum(member.file_size for member in members)) > LIMIT:
-        raise BadMessage(f"it unpacks to {_size(total)} and the limit is {_size(LIMIT)}")
+        raise BadMessage(f"it unpacks to {byte_size(total)} and the limit is {byte_size(LIMIT)}")
     if archive.getinfo(MESSAGE).file_size > _LONGEST_MESSAGE:
-        raise BadMessage(f"its {MESSAGE} has more than {_size(_LONGEST_MESSAGE)}")
+        raise BadMessage(f"its {MESSAGE} has more than {byte_size(_LONGEST_MESSAGE)}")
     end = 0
     for member in sorted(members, key=lambda member: member.header_offset):
         unlike = _unlike_ours(member)
@@ -295,7 +296,3 @@ def _is_ours(name: str) -> bool:
     return (
         plain and parts[0] == TOP and (len(parts) > 1 or name == f"{TOP}/") and len(name) <= 1024 and "\\" not in name
     )
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"

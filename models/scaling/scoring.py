@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs import ConfigError
-from configs.words import scientific
+from configs.units import scientific
 
 from .fitting import check, named
 from .predictions import Forecast

@@ -10,6 +10,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 from configs import counted
+from configs.units import duration
 from trainer.record.lines import Record
 
 PRIOR = 419 / (54 * 86_400 * 16_384)
@@ -207,6 +208,6 @@ def expected(devices: int, step: float) -> str:
     mtbf = 1 / (PRIOR * devices)
     choice = choose(1.0, 0.0, step, mtbf)
     return (
-        f"checkpoint.every=auto: of {counted(devices, 'device')} one fails in {mtbf / 3600:,.3g} h by Llama 3's rate; "
+        f"checkpoint.every=auto: of {counted(devices, 'device')} one fails in {duration(mtbf)} by Llama 3's rate; "
         f"where a checkpoint costs 1 s, that makes one in {counted(choice.every, 'step')}"
     )

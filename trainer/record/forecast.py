@@ -10,6 +10,7 @@ import psutil
 import torch
 
 from configs import Config, ConfigError
+from configs.units import byte_size
 from models.planning.memory import memory
 from models.planning.plan import predict
 from trainer.health.rates import Rates, device_facts
@@ -70,8 +71,8 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
     if held.states > there or held.needed > SPARE * there:
         what = "this machine" if cpu else torch.cuda.get_device_name(here)
         raise ConfigError(
-            f"one process needs {held.needed / 1e9:,.1f} GB, {held.states / 1e9:,.1f} GB of them for weights, "
-            f"gradients and optimizer states, and {what} has {there / 1e9:,.1f} GB:\n"
+            f"one process needs {byte_size(held.needed)}, {byte_size(held.states)} of them for weights, "
+            f"gradients and optimizer states, and {what} has {byte_size(there)}:\n"
             "lower model.* or train.micro_batch, or raise parallel.* or parallel.zero_stage; `muster plan` says what "
             "takes the memory"
         )

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from configs import counted
+from configs.units import byte_size, duration
 from trainer.files.own_files import open_file
 
 from .events import wrong_event, wrong_metrics
@@ -23,8 +24,8 @@ SMOOTHING = 0.1
 """Weight of the newest step in the shown rates."""
 SPINNER = "|/-\\"
 """Drawn one after the other until the first step."""
-MEASURED = (("peak memory", "peak_memory", 1e9, "GB"), ("a step", "step_time", 1, "s"))
-"""What the event `measured` tells beside its prediction: label, key, unit, symbol."""
+MEASURED = (("peak memory", "peak_memory", byte_size), ("a step", "step_time", duration))
+"""What the event `measured` tells beside its prediction: label, key, how it is written."""
 
 
 class ProgressView:
@@ -101,16 +102,16 @@ class ProgressView:
             if record["status"] == "FAILED":
                 self._print(f"attempt {record['attempt']}  failed: {record.get('reason')}")
         elif name == "checkpoint":
-            self._print(f"step {record['step']}  checkpoint, {record.get('bytes', 0) / 1e6:,.1f} MB")
+            self._print(f"step {record['step']}  checkpoint, {byte_size(record.get('bytes', 0))}")
         elif name == "cadence":
             self._print(
-                f"a checkpoint every {counted(record['every'], 'step')} ({record['interval_s']:.3g} s): one costs "
-                f"{record['cost_s']:.2g} s, and a failure is expected in {record['mtbf_s'] / 3600:,.3g} h"
+                f"a checkpoint every {counted(record['every'], 'step')} ({duration(record['interval_s'])}): one costs "
+                f"{duration(record['cost_s'])}, and a failure is expected in {duration(record['mtbf_s'])}"
             )
         elif name == "measured":
             told = [
-                f"{label} {record[key] / unit:.3g} {symbol} (planned {record[f'predicted_{key}'] / unit:.3g})"
-                for label, key, unit, symbol in MEASURED
+                f"{label} {said(record[key])} (planned {said(record[f'predicted_{key}'])})"
+                for label, key, said in MEASURED
                 if record.get(key) and record.get(f"predicted_{key}")
             ]
             if told:
@@ -137,10 +138,10 @@ class ProgressView:
     def _planned(self, record: dict[str, Any]) -> str:
         memory, seconds = record.get("memory"), record.get("step_time")
         peak = memory.get("peak") if isinstance(memory, dict) else None
-        parts = [f"{peak / 1e9:.3g} GB a process"] if isinstance(peak, int | float) else []
+        parts = [f"{byte_size(peak)} a process"] if isinstance(peak, int | float) else []
         if isinstance(seconds, int | float):
             parts.append(
-                f"{seconds:.2g} s a step, {_duration(seconds * self.total_steps)} for all {self.total_steps:,}"
+                f"{duration(seconds)} a step, {duration(seconds * self.total_steps)} for all {self.total_steps:,}"
             )
         return ", ".join(parts)
 
@@ -155,9 +156,9 @@ class ProgressView:
         if record.get("grad_norm") is not None:
             parts.append(f"grad {record['grad_norm']:.3g}")
         if record.get("memory_gb"):
-            parts.append(f"{record['memory_gb']:.3g} GB")
+            parts.append(byte_size(record["memory_gb"] * 1e9))
         if self._seconds:
-            parts.append(f"eta {_duration(self._seconds * (self.total_steps - record['step']))}")
+            parts.append(f"eta {duration(self._seconds * (self.total_steps - record['step']))}")
         if record.get("skipped"):
             parts.append("skipped")
         return "  ".join(parts)
@@ -245,12 +246,6 @@ def _number(value: float | None, form: str) -> str:
 
 def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def _details(record: dict[str, Any]) -> str:

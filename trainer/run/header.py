@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 from configs import Config
+from configs.units import short
 from models.planning.cost import parameters
 from trainer.data.manifest import read_manifests, sources_of
 
@@ -29,8 +30,8 @@ def _model(config: Config) -> str:
     if config.model.family != "decoder":  # which the formulas are of
         return f"{config.model.family}: {told}"
     counts = parameters(config.model)
-    active = f" ({_short(counts.active)} active per token)" if counts.active != counts.total else ""
-    return f"{_short(counts.total)} parameters{active}, {told}"
+    active = f" ({short(counts.active)} active per token)" if counts.active != counts.total else ""
+    return f"{short(counts.total)} parameters{active}, {told}"
 
 
 def _data(config: Config) -> list[str]:
@@ -46,10 +47,3 @@ def _data(config: Config) -> list[str]:
         passes = f"{epochs:,.0f}" if epochs >= 100 else f"{epochs:.2g}"
         lines.append(f"{Path(source.path).name}: {passes} epochs of {there:,} tokens{again}")
     return lines
-
-
-def _short(count: int) -> str:
-    for size, letter in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if count >= size:
-            return f"{count / size:.3g}{letter}"
-    return str(count)

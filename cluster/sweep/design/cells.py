@@ -9,7 +9,7 @@ from configs import ConfigError, ModelConfig
 from configs.sections.model import MOST_WIDTH
 from configs.sweep.definition import SweepConfig
 from configs.sweep.designs import IsoflopDesign, LadderDesign, OptunaDesign, RandomDesign
-from configs.words import scientific
+from configs.units import scientific, short
 from models.planning.cost import training_flops_per_token
 
 from .arms import Arm, arms, resolved, with_values
@@ -91,9 +91,9 @@ def _rungs(sweep: SweepConfig, arm: Arm, keys: dict[str, Any], found: Sizer, bud
     """A size at its budget, or at each of the ladder's tokens per parameter."""
     n = found.n(keys)
     if budget:
-        return [cell_of(arm, f"{arm.name}-{scientific(budget)}-{count(n)}", keys, found, budget)]
+        return [cell_of(arm, f"{arm.name}-{scientific(budget)}-{short(n)}", keys, found, budget)]
     assert isinstance(sweep.design, LadderDesign)
-    return [cell_of(arm, f"{arm.name}-{count(n)}-{each:g}x", keys, found, each * n * found.flops(keys))
+    return [cell_of(arm, f"{arm.name}-{short(n)}-{each:g}x", keys, found, each * n * found.flops(keys))
             for each in sweep.design.tokens_per_parameter]  # fmt: skip
 
 
@@ -133,11 +133,3 @@ def drawn(sweep: SweepConfig, losses: Mapping[str, float]) -> tuple[list[tuple[s
             continue
         found += [(f"{stem}-{i:03d}", with_values(sweep, arm, values)) for i, values in enumerate(draws)]
     return found, left
-
-
-def count(value: float) -> str:
-    """A number as part of a name: 1.24M."""
-    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"

@@ -7,9 +7,8 @@ from itertools import pairwise
 
 from configs import counted
 from configs.sweep.definition import SweepConfig
-from configs.words import scientific
+from configs.units import scientific, short
 
-from .cells import count
 from .rules import STEP_LAW_D, STEP_LAW_N, Rules, step_law_batch
 from .sizes import conventions
 from .trial import Trial
@@ -63,7 +62,7 @@ def off_centre(sweep: SweepConfig, trials: Iterable[Trial], optimum: Optimum, so
         best = optimum(variant, budget)
         if best is None:
             continue
-        where = f"{variant} {scientific(budget)}: {count(best)} in {count(sizes[0])} to {count(sizes[-1])}"
+        where = f"{variant} {scientific(budget)}: {short(best)} in {short(sizes[0])} to {short(sizes[-1])}"
         below, above = (sum(sign * math.log(best / n) >= -AT for n in sizes) for sign in (1, -1))
         if min(below, above) <= 1:
             outside.append(where)
@@ -137,7 +136,7 @@ def _best_at_edge(sweep: SweepConfig, trials: Iterable[Trial], losses: Mapping[s
         best = min(points)[1]
         if len({n for _, n in points}) == len(sizes) > 1 and best in (sizes[0], sizes[-1]):
             edge.append(
-                f"{variant} {scientific(budget)}: {count(best)}, the {'smallest' if best == sizes[0] else 'largest'}"
+                f"{variant} {scientific(budget)}: {short(best)}, the {'smallest' if best == sizes[0] else 'largest'}"
             )
     return [f"off-centre: the size with the lowest loss is at the edge of its budget ({_some(edge)})"] if edge else []
 
@@ -149,13 +148,13 @@ def _crowded(sweep: SweepConfig, trials: Iterable[Trial]) -> list[str]:
         whole = math.log(sizes[-1] / sizes[0])
         even = whole / max(1, len(sizes) - 1)
         near += [
-            f"{variant} {scientific(budget)}: {count(n)} and {count(m)}"
+            f"{variant} {scientific(budget)}: {short(n)} and {short(m)}"
             for n, m in pairwise(sizes)
             if math.log(m / n) < CROWDED * even
         ]
         asked = 2 * math.log(design.spread) if design and not design.parameters and len(sizes) > 1 else whole
         if whole > asked * (1 + CROWDED):
-            wide.append(f"{variant} {scientific(budget)}: {count(sizes[0])} to {count(sizes[-1])}")
+            wide.append(f"{variant} {scientific(budget)}: {short(sizes[0])} to {short(sizes[-1])}")
     found, remedy = [], "a smaller shape.head_dim, or more shape.slack, leaves more shapes to choose from"
     if near:
         found.append(f"sizes next to each other are nearly the same ({_some(near)}): {remedy}")
@@ -202,7 +201,7 @@ def _beyond_step_law(sweep: SweepConfig, trials: Sequence[Trial]) -> list[str]:
     tokens = [trial.tokens for trial in trials]
     for name, values, (low, high) in (("N", sizes, STEP_LAW_N), ("D", tokens, STEP_LAW_D)):
         if values and (min(values) < low or max(values) > high):
-            found.append(f"{name} from {count(min(values))} to {count(max(values))} ({count(low)} to {count(high)})")
+            found.append(f"{name} from {short(min(values))} to {short(max(values))} ({short(low)} to {short(high)})")
     held = sum(trial.config.optim.lr >= sweep.rules.max_lr for trial in trials)
     if not found:
         return []

@@ -6,7 +6,7 @@ from typing import NamedTuple, get_args
 from configs import Config, ConfigError, to_yaml
 from configs.sweep.definition import Count, SweepConfig
 from configs.sweep.variants import Experts
-from configs.words import scientific
+from configs.units import scientific
 
 from .arms import Arm, arms, base_width
 from .cells import cell_of, sizer

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from configs import ConfigError, from_dict
 from configs.load import merge
 from configs.sweep.definition import SweepConfig
-from configs.words import scientific
+from configs.units import scientific
 from models.planning.cost import parameters
 
 from .arms import arms, base_width, resolved

@@ -8,12 +8,11 @@ from rich.table import Table
 from rich.text import Text
 
 from configs import counted
-from configs.words import scientific
+from configs.units import byte_size, scientific, short
 from models.planning.devices import HEADROOM, Device
 from models.planning.plan import predict
 from trainer.record.terminal import Console
 
-from .cells import count
 from .sizes import conventions
 from .trial import Plan, Trial
 
@@ -48,7 +47,7 @@ def costs(plan: Plan, device: Device, devices: int | None, price: float | None) 
         hours[trial.name] = steps * predicted.step_time / 3600
         device_hours[trial.name] = hours[trial.name] * predicted.devices
         if not predicted.fits:
-            large.append(f"{trial.name}: {predicted.memory.peak / 1e9:,.1f} of {device.memory / 1e9:,.0f} GB")
+            large.append(f"{trial.name}: {byte_size(predicted.memory.peak)} of {byte_size(device.memory)}")
     devices = max(devices or plan.widest, plan.widest)
     return Costs(device, devices, hours, device_hours, tuple(large), _wall(plan, hours, devices), price)
 
@@ -124,7 +123,7 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
         after = [f"step {trial.from_step:,} of {trial.after}" if trial.after else ""] if branched else []
         values = [" ".join(f"{key}={trial.values[key]}" for key in others)] if others else []
         table.add_row(
-            trial.name, count(n), count(trial.counts.total), _shape(trial), count(trial.tokens),
+            trial.name, short(n), short(trial.counts.total), _shape(trial), short(trial.tokens),
             f"{trial.tokens / n:.3g}", f"{train.steps:,}", str(train.global_batch), f"{trial.config.optim.lr:.3g}",
             scientific(trial.flops), "" if by is None else f"{by:+.2%}", f"{found.hours[trial.name]:.3g}", *after,
             *values,

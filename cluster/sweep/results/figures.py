@@ -11,6 +11,7 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 
+from configs.units import short
 from models.scaling.forms.dense import Array
 from trainer.observe.plots.draw import BLUE, GREEN, ORANGE, RED
 
@@ -85,10 +86,7 @@ def number(value: float, scale: Scale) -> str:
         factor = value / 10.0**exponent
         return ("" if abs(factor - 1) < 1e-6 else f"{factor:.3g}×") + f"$10^{{{exponent}}}$"
     if scale == "count":
-        unit, letter = next(
-            ((u, a) for u, a in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= u), (1, "")
-        )
-        return f"{value / unit:.3g}{letter}"
+        return short(value)
     return (
         f"{100 * value:+.3g}%".replace("-", "−")
         if scale == "share" and value

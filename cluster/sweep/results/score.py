@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table as Rows
 
 from configs import Config, ConfigError, load
-from configs.words import scientific
+from configs.units import scientific
 from models.planning.cost import training_flops_per_token
 from models.scaling.scoring import Score, to_json
 from trainer.files.own_files import no_link

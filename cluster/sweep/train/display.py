@@ -8,9 +8,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from cluster.commands.runs import ago, duration
 from configs import counted
-from configs.words import scientific
+from configs.units import ago, duration, scientific
 from trainer.record.lines import read_events
 from trainer.record.terminal import Console
 

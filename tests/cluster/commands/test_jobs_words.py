@@ -89,9 +89,12 @@ def test_how_far_a_run_is(tmp_path):
 
 
 def test_a_run_whose_folder_is_elsewhere_is_known_by_its_output():
-    output = "attempt 1  1 process on cpu\nstep 5/20  loss 3.1  5,000 tok/s  eta 1:00:12\nstep 7/20  loss 3  eta 0:12\n"
+    output = (
+        "attempt 1  1 process on cpu\nstep 5/20  loss 3.1  5,000 tok/s  eta 1 h 12 min\n"
+        "step 7/20  loss 3  eta 12 s  skipped\n"
+    )
     assert told(output)[:3] == (7, 20, 12.0)
-    assert told(output.partition("step 7")[0])[:3] == (5, 20, 3612.0)
+    assert told(output.partition("step 7")[0])[:3] == (5, 20, 4320.0)
     assert told("nothing yet\n")[0] is None
     running = {"job-a": JOB | {"state": "RUNNING", "stopping": "checkpoint"}}
     [seen] = outlook(running, list, lambda id: output).values()

@@ -136,7 +136,7 @@ def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
 
     assert pack.read_message(packed()) == submit()
     (tmp_path / "zeros").write_bytes(bytes(20_001))
-    with pytest.raises(BadMessage, match=r"it unpacks to .* and the limit is 19.5 KiB"):
+    with pytest.raises(BadMessage, match=r"it unpacks to .* and the limit is 20 kB"):
         pack.read_message(packed())
 
 

@@ -30,13 +30,13 @@ def test_without_a_terminal_a_line_now_and_then():
         view.metrics(step(number, time=float(number)))
     lines = out.getvalue().splitlines()
     assert [int(line.split()[1].split("/")[0]) for line in lines] == [1, 11, 21, 31, 41, 51, 61, 71, 81, 91, 100]
-    assert lines[1] == "step 11/100  loss 3.2500  1,000 tok/s  0.5 TFLOP/s  eta 2:58"
+    assert lines[1] == "step 11/100  loss 3.2500  1,000 tok/s  0.5 TFLOP/s  eta 2 min 58 s"
 
 
 def test_line_tells_mfu_skips_and_non_finite_losses():
     view, out = view_of(10)
     view.metrics(step(1, 0.0, loss=None, mfu=0.421, skipped=True, grad_norm=1.2345, memory_gb=0.5))
-    told = "step 1/10  loss not finite  1,000 tok/s  MFU 42.1%  grad 1.23  0.5 GB  eta 0:18  skipped\n"
+    told = "step 1/10  loss not finite  1,000 tok/s  MFU 42.1%  grad 1.23  500 MB  eta 18 s  skipped\n"
     assert out.getvalue() == told
 
 
@@ -66,11 +66,11 @@ def test_events_and_evaluations():
         "attempt 1  2 processes on cpu",
         "step 5  held-out loss 2.5000",
         "step 5  checkpoint, 2.5 MB",
-        "planned: 0.204 GB a process, 0.1 s a step, 0:01 for all 10",
-        "peak memory 0.25 GB (planned 0.2)",
+        "planned: 204 MB a process, 100 ms a step, 1 s for all 10",
+        "peak memory 250 MB (planned 200 MB)",
         "spike  step 6  loss 9.123",
         "step 7  experts collapsed (layer/expert): 0/3, 11/0, 11/1, 11/2, 11/3, 11/4, 11/5, 11/6 and 2 more",
-        "a checkpoint every 7 steps (4.25 s): one costs 0.4 s, and a failure is expected in 5e+04 h",
+        "a checkpoint every 7 steps (4.25 s): one costs 395 ms, and a failure is expected in 2,083.3 days",
     ]
 
 

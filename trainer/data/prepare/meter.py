@@ -4,6 +4,7 @@ import time
 
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from configs.units import byte_size, short
 from trainer.record.terminal import Console
 
 LINE_SECONDS = 10.0
@@ -48,10 +49,10 @@ class Meter:
         now = time.monotonic()
         if self._lines and now - self._last >= LINE_SECONDS:
             self._last = now
-            rate = done / 1e6 / (now - self._start)
+            rate = done / (now - self._start)
             self.say(
-                f"{self._stage}: {done / max(self.total, 1):.0%} of {self.total / 1e6:,.0f} MB, "
-                f"{self.tokens / 1e6:,.1f} M tokens, {rate:.1f} MB/s"
+                f"{self._stage}: {done / max(self.total, 1):.0%} of {byte_size(self.total)}, "
+                f"{short(self.tokens)} tokens, {byte_size(rate)}/s"
             )
 
     @staticmethod
