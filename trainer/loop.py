@@ -36,6 +36,7 @@ from .processes.collectives import from_chief
 from .record.forecast import Forecast, refuse_too_large
 from .record.lines import Record, read_events
 from .run import revision
+from .run.durable_state import change_durable_state
 from .run.folder import attempts, read_config, run_lock, stop_requested
 from .run.plugins import load_plugins
 from .schedule import learning_rate
@@ -77,6 +78,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
         try:
             if record:
                 inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
+                change_durable_state(run_dir, attempt=attempt, inputs=[entry["digest"] for entry in inputs])
                 record.event("attempt_started", **_surroundings(), **revision.of(Path.cwd()), inputs=inputs)
                 own = config.tracking.enabled and not config.tracking.parent
                 shipper = start_shipper(run_dir, config) if own else None

@@ -11,7 +11,8 @@ from configs.reading.parse import shortened
 from trainer.engine.engine import restore_loss_scale
 from trainer.engine.slots import pieces
 from trainer.processes.collectives import from_all, from_chief
-from trainer.record.lines import Record, read_events
+from trainer.record.lines import Record
+from trainer.run.durable_state import DurableState, Rollback, change_durable_state, read_durable_state
 from trainer.state import TrainState
 
 from . import store
@@ -52,21 +53,17 @@ def resume(run_dir: Path, engine: Any, state: TrainState, model: ModelConfig, re
             f"no checkpoint of {run_dir} can be used: {refused[0][1][0]}.\n"
             f"They are kept as {run_dir}/checkpoints/*.refused; the next start begins at step 0"
         )
-    events = from_chief(lambda: read_events(run_dir))
-    forks = [event for event in events if event["event"] == "forked"]
-    if not reader and forks:
-        reader, problems = _check_together(Path(forks[-1]["checkpoint"]))
+    durable = DurableState(**from_chief(lambda: read_durable_state(run_dir).model_dump()))
+    if not reader and durable.forked_from:
+        reader, problems = _check_together(Path(durable.forked_from))
         problems = problems if not reader else _misfits(reader, engine, model)
         if problems:
             raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
     if not reader:
         return
     load(reader, engine, state)
-    # A rollback moved the cursor on without a checkpoint of its own yet.
-    backs = [event for event in events if event["event"] == "rollback" and event["to_step"] == state.step]
-    backs = [event for event in backs if {"cursor", "rollbacks"} <= event.keys()]
-    if backs and events.index(backs[-1]) > _last_save(events, state.step):
-        state.cursor, state.rollbacks = backs[-1]["cursor"], backs[-1]["rollbacks"]
+    if back := durable.rollback_from(state.step, state.rollbacks):
+        state.cursor, state.rollbacks = back.cursor, back.rollbacks
     if record:
         record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(reader.path))
 
@@ -102,6 +99,10 @@ def roll_back(run_dir: Path, engine: Any, state: TrainState, config: Config, rec
     left_out = (state.cursor, cursor)
     state.cursor, state.rollbacks = cursor, rollbacks
     if record:
+        # Before the next step: no checkpoint has the new cursor yet, and the log may lose its tail with the machine.
+        before = read_durable_state(run_dir).rollbacks
+        back = Rollback(to_step=state.step, cursor=cursor, rollbacks=rollbacks)
+        change_durable_state(run_dir, rollbacks=[*before, back])
         record.event(
             "rollback", from_step=spiked, to_step=state.step, cursor=cursor, left_out=left_out, rollbacks=rollbacks
         )
@@ -148,8 +149,3 @@ def _sweep(run_dir: Path) -> None:
     for path in (run_dir / "checkpoints").glob("step-*"):
         if store.step_of(path) is not None and not (path / store.MANIFEST).exists():
             store.remove(path)
-
-
-def _last_save(events: list[dict[str, Any]], step: int) -> int:
-    saves = [i for i, event in enumerate(events) if event["event"] == "checkpoint" and event["step"] == step]
-    return saves[-1] if saves else -1

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trainer.health.peers import no_folder
-from trainer.record.lines import read_events
+from trainer.run.durable_state import read_durable_state
 
 LOGS = "logs"
 
@@ -27,7 +27,7 @@ def output_kept(run_dir: Path) -> Iterator[None]:
     """
     if not run_dir.is_dir():
         raise no_folder(run_dir, [socket.gethostname()], [int(os.environ.get("RANK", "0"))])
-    attempt = sum(event["event"] == "attempt_started" for event in read_events(run_dir)) + 1
+    attempt = read_durable_state(run_dir).attempt + 1
     path = run_dir / LOGS / f"attempt-{attempt:02d}-rank-{int(os.environ.get('RANK', '0')):04d}.log"
     path.parent.mkdir(exist_ok=True)
     before = {number: os.dup(number) for number in (1, 2)}

@@ -28,6 +28,7 @@ from trainer.files.own_files import no_link, replace_text, require_own, write_te
 from trainer.record.lines import Record, read_events
 from trainer.tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
 
+from .durable_state import change_durable_state, read_durable_state
 from .plugins import load_plugins
 from .resolved import resolve_config, writable
 
@@ -113,6 +114,8 @@ def prepare_run(
         events.append(("forked", {"checkpoint": str(start)}))
     with writable(run_dir):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if forked := dict(events).get("forked"):  # before the run exists: without it, it would start from nothing
+            change_durable_state(run_dir, forked_from=forked["checkpoint"])
         (run_dir / STOP).unlink(missing_ok=True)
         keep_tokenizer(run_dir, resolved.data)
         replace_text(run_dir / CONFIG, to_yaml(resolved))
@@ -188,7 +191,7 @@ def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
     """`{key: [before, after]}` of what differs from the existing run. Raises ConfigError if it makes it another run."""
     existing = read_config(run_dir)
     allowed, refused = differences(existing, config)
-    before, now = _data_digests(run_dir), [entry["digest"] for entry in _inputs(config)]
+    before, now = read_durable_state(run_dir).inputs, [entry["digest"] for entry in _inputs(config)]
     old, new = sources_of(existing.data), sources_of(config.data)
     if before == now and "data.path" in refused and [s.weight for s in old] == [s.weight for s in new]:
         allowed["data.path"] = refused.pop("data.path")  # the same data in another place
@@ -212,12 +215,6 @@ def _inputs(config: Config) -> list[dict[str, Any]]:
     return [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
 
 
-def _data_digests(run_dir: Path) -> list[str]:
-    """What the run's attempts read so far, as their record says; empty before the first."""
-    started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
-    return [entry.get("digest", "") for entry in started[-1].get("inputs", [])] if started else []
-
-
 def read_config(run_dir: Path) -> Config:
     """The resolved config of an existing run. Raises ConfigError if the folder is no run."""
     if not (run_dir / CONFIG).is_file():
@@ -226,8 +223,8 @@ def read_config(run_dir: Path) -> Config:
 
 
 def attempts(run_dir: Path) -> int:
-    """How many attempts the run has had."""
-    return sum(event["event"] == "attempt_started" for event in read_events(run_dir))
+    """How many attempts the run has had, which is the number of the last one."""
+    return read_durable_state(run_dir).attempt
 
 
 def is_finished(run_dir: Path) -> bool:

@@ -199,6 +199,12 @@ def raise_loss(step: int) -> None:
     Trainee.step = wrapped  # type: ignore[method-assign]
 
 
+def spike_and_kill(spike: int, killed: int) -> None:
+    """Report a tenfold loss at one step, and kill -9 this process when it begins another."""
+    raise_loss(spike)
+    kill_at_step(killed, signal.SIGKILL)
+
+
 def collapse_soon(step: int | None = None) -> None:
     """Call an expert with less than 95% of an even share starved, and a collapse what lasts for three steps."""
     collapse.STARVED, collapse.COLLAPSED = 0.95, 3
