@@ -56,25 +56,26 @@ class Trainee:
 
         from models.families import build
         from trainer.checkpoint.save import Saver
-        from trainer.engine import engine as ds
+        from trainer.engine import engine as ours
+        from trainer.engine.start import start_processes
 
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        config, plain = run_config(processes), ds.engine_config
+        config, plain = run_config(processes), ours.engine_config
         if decoupled:
             writer = {"checkpoint": {"writer": {"type": "python", "decoupled": True, "data_parallel": "replica"}}}
-            ds.engine_config = lambda config: plain(config) | writer  # type: ignore[assignment]
-        ds.start_processes(600)
+            ours.engine_config = lambda config: plain(config) | writer  # type: ignore[assignment]
+        start_processes(600)
         module = build(config.model)
         module.init_weights(0)
-        self.engine, self.config, self.folder, self.saves = ds.build_engine(module, config), config, folder, 0
+        self.engine, self.config, self.folder, self.saves = ours.Engine(module, config), config, folder, 0
         settings = config.model_dump(mode="json")
         self.savers = {
             name: Saver(folder / name, settings, None, background=name == BACK, timeout_s=600) for name in (FRONT, BACK)
         }
         self.committing = 0.0
         if decoupled:
-            commit = self.engine.checkpoint_engine.commit
+            commit = self.engine.deepspeed.checkpoint_engine.commit
 
             def timed(info: Any) -> Any:
                 start = time.perf_counter()
@@ -82,7 +83,7 @@ class Trainee:
                 self.committing += time.perf_counter() - start
                 return done
 
-            self.engine.checkpoint_engine.commit = timed
+            self.engine.deepspeed.checkpoint_engine.commit = timed
         self.step()
         self.step()
 
@@ -107,8 +108,8 @@ class Trainee:
         if name in self.savers:
             self.savers[name].save(self.engine, TrainState(step=self.saves), 1)
             return self.savers[name].wait
-        self.engine.save_checkpoint(str(self.folder / name), tag=str(self.saves))
-        return lambda: self.engine._commit_decoupled_checkpoint() if name == DECOUPLED else None
+        self.engine.deepspeed.save_checkpoint(str(self.folder / name), tag=str(self.saves))
+        return lambda: self.engine.deepspeed._commit_decoupled_checkpoint() if name == DECOUPLED else None
 
     def turn(self, name: str) -> dict[str, float]:
         """One save with steps around it. Returns seconds by kind; each rank has its own."""
@@ -202,7 +203,7 @@ def serve(rank: int, processes: int, port: int, decoupled: bool, folder: Path, p
     except BaseException:
         traceback.print_exc()
         if decoupled:  # or DeepSpeed's writer would outlive this process
-            trainee.engine.checkpoint_engine.ckpt_process.kill()
+            trainee.engine.deepspeed.checkpoint_engine.ckpt_process.kill()
     os._exit(0)
 
 

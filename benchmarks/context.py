@@ -199,7 +199,7 @@ def _model(every: int, rank: int, sp: int, store: str) -> Callable[[int], None]:
     if sp > 1:
         from torch import distributed as dist
 
-        from trainer.engine.engine import start_processes
+        from trainer.engine.start import start_processes
         from trainer.engine.ulysses import share_sequences
 
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=sp)

@@ -96,7 +96,7 @@ def deepspeed_layer(cell: Cell, drop: bool) -> Any:
     from torch import nn
 
     from models.decoder.layers import SwiGLU
-    from trainer.engine.engine import start_processes
+    from trainer.engine.start import start_processes
 
     deepspeed.logger.setLevel("ERROR")
     start_processes(600)
@@ -201,7 +201,7 @@ def prepare(name: str, cell: Cell, clock: Callable[[], float]) -> Callable[[int]
     """The layer of one cell. Returns a function from a seed to the seconds of a step."""
     import torch
 
-    from trainer.engine.engine import device
+    from trainer.processes.device import device
 
     autocast = name.endswith("autocast")
     dtype = torch.bfloat16 if cell.precision == "bf16" and not autocast else torch.float32
@@ -240,7 +240,7 @@ def serve(name: str, threads: int, cpu_time: bool, pipe: Any) -> None:
     a seed, the seconds of a step."""
     import torch
 
-    from trainer.engine.engine import device, keep_freed_memory
+    from trainer.processes.device import device, keep_freed_memory
 
     torch.set_num_threads(threads)
     if device().type == "cpu":

@@ -95,9 +95,7 @@ def random_batch(config: Any) -> Any:
 
 def states(engine: Any) -> dict[str, int]:
     """Bytes of unique storages that hold weights, optimizer states and gradients; the reduction's bucket apart."""
-    from trainer.engine.engine import base_optimizer
-
-    parameters, optimizer, base = list(engine.module.parameters()), engine.optimizer, base_optimizer(engine)
+    parameters, optimizer, base = list(engine.module.parameters()), engine.deepspeed.optimizer, engine.optimizer
     stepped = [p for group in base.param_groups for p in group["params"]]
     stepped += getattr(optimizer, "fp32_partitioned_groups_flat", [])
 
@@ -144,34 +142,35 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
     from models.families import build
     from models.moe.balance import RouterTap
     from models.planning.plan import predict
-    from trainer.engine import engine as ds
+    from trainer.engine import start
+    from trainer.engine.engine import Engine
     from trainer.health.rates import Rates, device_facts, measure
     from trainer.processes.collectives import from_all
     from trainer.record.forecast import PeakMemory
     from trainer.step import train_step
 
-    as_trainer = ds.keep_freed_memory
+    as_trainer = start.keep_freed_memory
     if not keep:
         ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: larger blocks are mapped and unmapped
-        ds.keep_freed_memory = lambda: None
+        start.keep_freed_memory = lambda: None
     config = run_config(sections)
-    ds.start_processes(600)
+    start.start_processes(600)
     precision = config.train.precision
-    measured = [Rates(**each) for each in from_all(asdict(measure(ds.device(), precision)))]
-    device = device_facts(ds.device(), precision, measured)
+    measured = [Rates(**each) for each in from_all(asdict(measure(start.device(), precision)))]
+    device = device_facts(start.device(), precision, measured)
     assert device
     plan = predict(config, device)
     gc.collect()
-    peak = PeakMemory(ds.device())
+    peak = PeakMemory(start.device())
     module = build(config.model)
     module.init_weights(0)  # type: ignore[operator]
     module.set_activation_checkpointing(config.train.recompute_every)  # type: ignore[operator]
     tap = RouterTap(module, config.model) if config.model.is_moe else None
-    engine = ds.build_engine(module, config)
+    engine = Engine(module, config)
     step, found = engine.step, {}
 
     def measured_step() -> None:
-        if engine.is_gradient_accumulation_boundary() and len(times) == steps - 1:
+        if engine.deepspeed.is_gradient_accumulation_boundary() and len(times) == steps - 1:
             found.update(states(engine))
         step()
 
@@ -183,7 +182,7 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
         if number == steps:
             highest = peak.bytes()
             as_trainer()
-        batches = [random_batch(config) for _ in range(engine.gradient_accumulation_steps())]
+        batches = [random_batch(config) for _ in range(engine.accumulation)]
         start = time.perf_counter()
         train_step(engine, tap, batches, tokens, config)
         times.append(time.perf_counter() - start)

@@ -105,7 +105,7 @@ def hugging_face(size: dict[str, Any], precision: str, experts: str, autocast: b
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-    from trainer.engine.engine import device
+    from trainer.processes.device import device
 
     model = size["model"]
     common = {
@@ -149,7 +149,7 @@ def our_model(config: Any) -> tuple[Any, Any]:
     """(module on this process's device, tap on its routers or None), compiled if the config says so."""
     from models.families import build
     from models.moe.balance import RouterTap
-    from trainer.engine.engine import device
+    from trainer.processes.device import device
 
     with device():
         module = build(config.model)
@@ -174,7 +174,7 @@ def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], N
     """Our own model under a bare PyTorch loop."""
     import torch
 
-    from trainer.engine.engine import device
+    from trainer.processes.device import device
 
     module, tap = our_model(run_config(size, precision, compiled))
     if precision == "bf16":
@@ -206,15 +206,17 @@ def random_batch(size: dict[str, Any]) -> Any:
 
 def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int) -> Callable[[], None]:
     """A bare loop over the very DeepSpeed engine that the trainer uses."""
-    from trainer.engine import engine as ds
+    from trainer.engine.engine import Engine
+    from trainer.engine.start import start_processes
+    from trainer.processes.device import device
 
     config = run_config(size, precision, compiled, parallel={"zero_stage": stage})
-    ds.start_processes(600)
+    start_processes(600)
     module, tap = our_model(config)
-    engine = ds.build_engine(module, config)
+    engine = Engine(module, config)
 
     def step() -> None:
-        out = engine(random_batch(size).to(ds.device()))
+        out = engine(random_batch(size).to(device()))
         loss = objective(out, tap)
         engine.backward(loss)
         engine.step()
@@ -277,7 +279,7 @@ def serve(kind: str, arguments: dict[str, Any], size: dict[str, Any], threads: i
     """A contestant's process: build, then take the steps it is told to, and answer with the seconds."""
     import torch
 
-    from trainer.engine.engine import keep_freed_memory
+    from trainer.processes.device import keep_freed_memory
 
     torch.set_num_threads(threads)
     torch.manual_seed(0)

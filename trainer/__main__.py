@@ -15,11 +15,12 @@ from torch import distributed as dist
 
 from configs import ConfigError, load, mask, private_files
 
-from .engine.engine import device, start_processes
 from .engine.precision import check_device
+from .engine.start import start_processes
 from .health.preflight import BadMachine, require_folder
 from .loop import TrainingStopped, train
 from .processes.collectives import from_chief
+from .processes.device import device
 from .processes.output import output_kept
 from .processes.rendezvous import Incomplete
 from .record.progress import Follower, ProgressView

@@ -23,8 +23,9 @@ from .data.manifest import sources_of
 from .data.read.loader import Loader
 from .data.read.reader import Dataset
 from .data.read.shards import DataError
-from .engine import engine as ds
 from .engine.precision import check_device
+from .engine.private import VERSION
+from .engine.start import start_processes
 from .health.clock import own_time, stopwatch
 from .health.preflight import preflight
 from .health.straggler import among_all
@@ -33,6 +34,7 @@ from .late import Late, sum_over_all
 from .observe.evaluation import evaluate
 from .observe.tracing import Profiler
 from .processes.collectives import from_chief
+from .processes.device import be_deterministic, device
 from .record.forecast import Forecast, refuse_too_large
 from .record.lines import Record, read_events
 from .run import revision
@@ -64,9 +66,9 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     config = read_config(run_dir)
     stop = _catch_signals()
     load_plugins(config.plugins)
-    ds.start_processes(config.cluster.timeout)
+    start_processes(config.cluster.timeout)
     if config.train.deterministic:
-        ds.be_deterministic()
+        be_deterministic()
     config = with_workers(config, dist.get_world_size())
     chief = dist.get_rank() == 0
     dist.barrier()  # past which no process counts attempts (trainer.processes.output)
@@ -115,7 +117,7 @@ def _steps(
     beat: Beat,
 ) -> str:
     """The training loop; `state` follows it. Returns FINISHED or STOPPED."""
-    train, here = config.train, ds.device()
+    train, here = config.train, device()
     check_device(config, here)
     refuse_too_large(config, here)
     dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
@@ -133,7 +135,7 @@ def _steps(
         trainee.remember(state.routers)
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
-    accumulate, stragglers = engine.gradient_accumulation_steps(), among_all(config)
+    accumulate, stragglers = engine.accumulation, among_all(config)
 
     def load() -> Loader:
         return Loader(dataset, micro_batches(config, state.cursor, where.dp), config.data.prefetch, here)
@@ -165,9 +167,9 @@ def _steps(
             trained = sum_over_all([sum(each.labels for each in loaded)], here)[0]
             tokens = trained * config.parallel.dp / dist.get_world_size()  # the other ranks read the same
             rate = learning_rate(step, train.steps, config.optim)
-            ds.set_learning_rate(engine, rate)
+            engine.set_learning_rate(rate)
             values, took = trainee.step(batches, tokens, riders()), stopped()
-            books.launched(Launched(Late(values), took, rate, waited, writing, ds.loss_scale_state(engine)))
+            books.launched(Launched(Late(values), took, rate, waited, writing, engine.loss_scale()))
 
             if train.spike.action == "rollback" and books.settle():
                 beat(step, "rollback")
@@ -228,11 +230,11 @@ def _export(run_dir: Path, record: Record) -> None:
 def _surroundings() -> dict:
     return {
         "world_size": dist.get_world_size(),
-        "device": str(ds.device()),
+        "device": str(device()),
         "versions": {
             "python": sys.version.split()[0],
             "torch": torch.__version__,
-            "deepspeed": ds.deepspeed.__version__,
+            "deepspeed": VERSION,
         },
     }
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from models.batch import Batch
 from models.loss import nan_if_infinite
 from models.moe.balance import RouterTap
 
-from .engine.engine import norm_and_skipped
+from .engine.engine import Engine
 from .health.straggler import sum_with_riders
 
 
@@ -73,7 +72,7 @@ def loss_factor(tokens: Tensor, share: int) -> Tensor:
 
 
 def train_step(
-    engine: Any,
+    engine: Engine,
     tap: RouterTap | None,
     batches: Sequence[Batch],
     tokens: Tensor,
@@ -116,7 +115,7 @@ def train_step(
     return measured(engine, sums, tokens, riders, config)
 
 
-def measured(engine: Any, sums: Tensor, tokens: Tensor, riders: Sequence[float], config: Config) -> Tensor:
+def measured(engine: Engine, sums: Tensor, tokens: Tensor, riders: Sequence[float], config: Config) -> Tensor:
     """Of the step just launched, on the device.
 
     Args:
@@ -124,7 +123,7 @@ def measured(engine: Any, sums: Tensor, tokens: Tensor, riders: Sequence[float],
     """
     sums, told = sum_with_riders(sums, riders)
     sums = sums / config.parallel.tp  # tensor-parallel ranks counted the same tokens
-    return torch.cat([sums[:3], tokens.view(1), norm_and_skipped(engine), told, sums[3:]])
+    return torch.cat([sums[:3], tokens.view(1), engine.norm_and_skipped(), told, sums[3:]])
 
 
 def router_load(values: Tensor, config: Config) -> tuple[Tensor, Tensor]:

@@ -19,9 +19,9 @@ from models.moe.router import Chooser, choosers
 from .checkpoint.init_from import load_weights
 from .checkpoint.router_state import Routers, after_step, fresh_routers, on_device, tell
 from .data.read.reader import Dataset
-from .engine.engine import build_engine
+from .engine.engine import Engine
 from .engine.parallel import Place, place
-from .engine.pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
+from .engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
 from .engine.precision import multiply_in_fp8
 from .engine.ulysses import mean_over, sequence_group, share_sequences, split
 from .observe.expert_tokens import ExpertTokens
@@ -32,10 +32,10 @@ from .step import NO_RIDERS, router_load, train_step
 
 @dataclass
 class Trainee:
-    """A DeepSpeed engine over this process's part of the model, and its place among the others."""
+    """An engine over this process's part of the model, and its place among the others."""
 
     config: Config
-    engine: Any
+    engine: Engine
     tap: RouterTap | None
     """On the routers; None for dense models, and in a pipeline, whose stages have their own."""
     where: Place
@@ -70,7 +70,7 @@ class Trainee:
             tokens: trained on in the whole global batch, a float64 scalar on the device.
             riders: of this process, as `step.NO_RIDERS`.
         """
-        if self.config.parallel.pp > 1:
+        if isinstance(self.engine, Pipeline):
             values = pipeline_step(self.engine, batches, tokens, self.config, riders)
         else:
             values = train_step(self.engine, self.tap, batches, tokens, self.config, riders)
@@ -115,15 +115,15 @@ class Trainee:
         return loss, tokens // parallel.tp  # tensor-parallel ranks counted the same ones
 
     def _forward(self, batches: Sequence[Batch]) -> LossOutput:
-        if self.config.parallel.pp > 1:
+        if isinstance(self.engine, Pipeline):
             return pipeline_loss(self.engine, batches)
         (batch,) = batches
         return self.engine(batch)
 
     def _choices(self, number: int) -> list[Tensor]:
         """[S, k] of each MoE layer that this process holds, in one of the batches just evaluated."""
-        if self.config.parallel.pp > 1:
-            return [choice for stage in stages_of(self.engine) for choice in stage.measured[number].choices]
+        if isinstance(self.engine, Pipeline):
+            return [choice for stage in self.engine.stages for choice in stage.measured[number].choices]
         return self.tap.choices() if self.tap else []
 
 
@@ -163,11 +163,8 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         for part in module if parallel.pp > 1 else [module]:
             for layer in part.model.layers:
                 layer.compile(dynamic=False)
-    if parallel.pp > 1:
-        engine, tap = build_pipeline(module, config), None
-    else:
-        engine = build_engine(module, config)
-        tap = RouterTap(engine.module, config.model, mean) if config.model.is_moe else None
+    engine = (Pipeline if parallel.pp > 1 else Engine)(module, config)
+    tap = RouterTap(engine.module, config.model, mean) if config.model.is_moe and parallel.pp == 1 else None
     trainee = Trainee(config, engine, tap, where, list(choosers(module)), device)
     trainee.remember(routers)
     return trainee

@@ -228,13 +228,14 @@ class Trained:
 
     def __init__(self, config: Config, device: str, *, quick: bool = False):
         """`quick`: first values are drawn on the device, which for large models saves the most of the time."""
-        from trainer.engine import engine as ds
+        from trainer.engine.engine import Engine
+        from trainer.engine.start import start_processes
 
-        ds.start_processes(120)
+        start_processes(120)
         self.config, self.device = config, device
         module = plain_model(config, device, quick=quick)
         module.set_activation_checkpointing(config.train.recompute_every)  # type: ignore[operator]
-        self.engine = ds.build_engine(module, config)
+        self.engine = Engine(module, config)
         self.tap = tap_of(self.engine.module, config)
 
     def step(self, batch: Batch) -> Any:

@@ -169,11 +169,12 @@ class Rig:
     def _engine(self) -> Callable[[], Any]:
         from throughput import objective
 
-        from trainer.engine import engine as ds
+        from trainer.engine.engine import Engine
+        from trainer.engine.start import start_processes
 
-        ds.start_processes(600)
+        start_processes(600)
         module, tap = self._model()
-        self.engine = engine = ds.build_engine(module, self.config)
+        self.engine = engine = Engine(module, self.config)
 
         def step() -> Any:
             for _ in range(self.accumulate):

@@ -212,7 +212,6 @@ def precision(setting: Setting) -> Iterator[Row]:
 
 def loss_scale(setting: Setting, stage: int) -> Row:
     """fp16: steps that overflow change nothing, the scale falls until one does not, a resumed run has the same."""
-    from trainer.engine.engine import loss_scale_state, restore_loss_scale
 
     def config(seed: int) -> Config:
         return small_config(
@@ -221,7 +220,7 @@ def loss_scale(setting: Setting, stage: int) -> Row:
 
     trained = Trained(config(0), setting.device)
     batch = random_batch(trained.config)
-    scaler = trained.engine.optimizer.loss_scaler
+    scaler = trained.engine.deepspeed.optimizer.loss_scaler
     first = scaler.cur_scale
     trained.step(batch)
     scaler.cur_scale = 2.0**40
@@ -240,11 +239,11 @@ def loss_scale(setting: Setting, stage: int) -> Row:
     moved = any(not torch.equal(after, before[name]) for name, after in trained.weights().items())
     falls = [b / a for a, b in itertools.pairwise(scales)]
     halved = all(fall in (1.0, 0.5) for fall in falls) and 0.5 in falls
-    saved = json.loads(json.dumps(loss_scale_state(trained.engine)))
+    saved = json.loads(json.dumps(trained.engine.loss_scale()))
     trained.close()
     other = Trained(config(1), setting.device)
-    restore_loss_scale(other.engine, saved)
-    restored = loss_scale_state(other.engine) == saved and other.engine.optimizer.loss_scaler.cur_scale == scales[-1]
+    other.engine.restore_loss_scale(saved)
+    restored = other.engine.loss_scale() == saved and saved["cur_scale"] == scales[-1]
     other.close()
     good = {"unchanged_when_skipped": same, "halved": halved, "goes_on": applied == 3 and moved, "restored": restored}
     finite = all(math.isfinite(loss) for loss in losses)

@@ -20,9 +20,9 @@ NEVER_SHARED = 100_000
 """ZeRO-3 keeps parameters up to this size whole (its default `param_persistence_threshold`)."""
 GAPS = (0.35, 0.55, 1.8, 1.5)
 GAPS_RECOMPUTING = {"none": 0.0, "selective": 0.6, "full": 1.7}
-"""On CPU glibc keeps what torch frees (trainer/engine/engine.py). Its heap then exceeds what is in use by this share of
-all that comes and goes in a step, by ZeRO stage and, at stages 0 and 1, with layers computed again. Fitted to runs with
-glibc 2.36; another allocator has other gaps."""
+"""On CPU glibc keeps what torch frees (trainer/processes/device.py). Its heap then exceeds what is in use by this share
+of all that comes and goes in a step, by ZeRO stage and, at stages 0 and 1, with layers computed again. Fitted to runs
+with glibc 2.36; another allocator has other gaps."""
 COMPILED = 0.4e9
 """On CPU in bf16 oneDNN keeps up to 1,024 compiled products, and those of experts differ in their rows at every step:
 measured after 20 steps of the quickstart's model, and no bound."""
@@ -119,7 +119,7 @@ class _States:
 
 
 def _states(config: Config, stage: int, cpu: bool) -> _States:
-    """What DeepSpeed's engine holds at each ZeRO stage: see trainer/engine/engine.py, and in DeepSpeed
+    """What DeepSpeed's engine holds at each ZeRO stage: see trainer/engine/, and in DeepSpeed
     runtime/zero/stage_1_and_2.py, runtime/zero/stage3.py, runtime/bf16_optimizer.py (ZeRO-1 in bf16)."""
     parallel, zero, bf16 = config.parallel, config.parallel.zero_stage, config.train.kept_in == "bf16"
     e, own, many = activation_bytes(config), groups(config, stage), micro_batches(config) > 1

@@ -8,8 +8,7 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError, ModelConfig, counted
 from configs.reading.parse import shortened
-from trainer.engine.engine import restore_loss_scale
-from trainer.engine.slots import pieces
+from trainer.engine.engine import Engine
 from trainer.processes.collectives import from_all, from_chief
 from trainer.record.lines import Record
 from trainer.run.durable_state import DurableState, Rollback, change_durable_state, read_durable_state
@@ -21,7 +20,7 @@ from .save import misfit, restore
 from .store import CheckpointError, Reader
 
 
-def resume(run_dir: Path, engine: Any, state: TrainState, model: ModelConfig, record: Record | None) -> None:
+def resume(run_dir: Path, engine: Engine, state: TrainState, model: ModelConfig, record: Record | None) -> None:
     """Bring the engine and `state` to the newest checkpoint in which nothing is wrong.
 
     The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
@@ -68,17 +67,17 @@ def resume(run_dir: Path, engine: Any, state: TrainState, model: ModelConfig, re
         record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(reader.path))
 
 
-def load(reader: Reader, engine: Any, state: TrainState) -> None:
+def load(reader: Reader, engine: Engine, state: TrainState) -> None:
     """Load a verified checkpoint. Raises ConfigError if its parameters are not the model's."""
     try:
         restore(engine, reader)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint does not fit the model: {error}") from None
     vars(state).update(vars(reader.manifest.state))
-    restore_loss_scale(engine, state.loss_scale)
+    engine.restore_loss_scale(state.loss_scale)
 
 
-def roll_back(run_dir: Path, engine: Any, state: TrainState, config: Config, record: Record | None) -> None:
+def roll_back(run_dir: Path, engine: Engine, state: TrainState, config: Config, record: Record | None) -> None:
     """After a spike: weights, moments and step of the last checkpoint, the cursor after the batch that spiked.
 
     Raises:
@@ -115,12 +114,12 @@ def _check_together(path: Path) -> tuple[Reader | None, list[str]]:
     return (None if problems else reader), problems
 
 
-def _misfits(reader: Reader, engine: Any, model: ModelConfig) -> list[str]:
+def _misfits(reader: Reader, engine: Engine, model: ModelConfig) -> list[str]:
     """Why a checkpoint cannot be loaded into the model that the processes hold; empty if it can."""
     mine = misfit(engine, reader) or wrong_routers(reader.manifest.state, model)
     if problems := _union([mine] if mine else []):
         return problems
-    own, held = {piece.name for piece in pieces(engine)}, reader.manifest.shapes[store.MASTER]
+    own, held = {piece.name for piece in engine.pieces()}, reader.manifest.shapes[store.MASTER]
     parts = from_all([] if own == held.keys() else sorted(own))
     if not all(parts):
         return []

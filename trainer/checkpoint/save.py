@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from trainer.engine.engine import base_optimizer, device, parameters_changed
+from trainer.engine.engine import Engine
 from trainer.engine.optim import moments
-from trainer.engine.slots import Slot, is_replicated, is_sharded, pieces, slots
+from trainer.engine.slots import Slot
+from trainer.processes.device import device
 from trainer.record.lines import Record
 from trainer.state import TrainState
 
@@ -23,25 +24,26 @@ from .manifest import STEP
 from .store import MASTER, CheckpointError, Reader, Snapshot
 
 
-def take_snapshot(engine: Any) -> Snapshot:
+def take_snapshot(engine: Engine) -> Snapshot:
     """Copy this process's share of the weights and optimizer states to CPU memory."""
     return copied(share(engine), {})
 
 
-def share(engine: Any) -> Snapshot:
+def share(engine: Engine) -> Snapshot:
     """This process's share of the weights and optimizer states, as views that change with the next optimizer step.
 
     Where every process holds everything (ZeRO-0), each takes an equal stretch of every tensor; of what tensor-parallel
     processes hold alike, one takes it.
     """
-    optimizer = base_optimizer(engine)
+    optimizer = engine.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
-    whole = is_replicated(engine)
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, dict[str, list[int]]] = {}
     scalars: dict[str, float] = {}
-    for slot in slots(engine):
-        low, high = (slot.numel * rank // world, slot.numel * (rank + 1) // world) if whole else (0, slot.numel)
+    for slot in engine.slots():
+        low, high = (
+            (slot.numel * rank // world, slot.numel * (rank + 1) // world) if engine.replicated else (0, slot.numel)
+        )
         views = {MASTER: slot.view(slot.owner)}
         for key, value in optimizer.state.get(slot.owner, {}).items():
             if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
@@ -79,12 +81,12 @@ def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
     return replace(views, tensors=tensors)
 
 
-def misfit(engine: Any, reader: Reader) -> str:
+def misfit(engine: Engine, reader: Reader) -> str:
     """Why a checkpoint cannot be loaded into this process's engine: a parameter or a moment of it is missing or has
     another shape. Empty if it can."""
     shapes, scalars = reader.manifest.shapes, set(reader.manifest.scalars)
-    needed = moments(base_optimizer(engine))
-    for piece in pieces(engine):
+    needed = moments(engine.optimizer)
+    for piece in engine.pieces():
         if problem := reader.misfit({piece.name: piece.shape}, others=True):
             return problem
         own = {key for key in shapes if piece.name in shapes[key]} - {MASTER}
@@ -97,7 +99,7 @@ def misfit(engine: Any, reader: Reader) -> str:
     return ""
 
 
-def restore(engine: Any, reader: Reader) -> None:
+def restore(engine: Engine, reader: Reader) -> None:
     """Put a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
 
     Each process reads what it holds: the slices that are its parameters, and its stretches of the states.
@@ -107,17 +109,17 @@ def restore(engine: Any, reader: Reader) -> None:
     """
     if problem := misfit(engine, reader):
         raise CheckpointError(problem)
-    held = {id(slot.parameter): slot for slot in slots(engine)}
-    optimizer = base_optimizer(engine)
+    held = {id(slot.parameter): slot for slot in engine.slots()}
+    optimizer = engine.optimizer
     # They want the step count beside the parameter, the others on the CPU.
     skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
-    for piece in pieces(engine):
+    for piece in engine.pieces():
         slot = held.get(id(piece.parameter))
         with torch.no_grad():
-            if is_sharded(engine):
-                if slot:
+            if engine.sharded:
+                if slot and slot.working is not None:
                     stretch = reader.read(MASTER, slot.name, slot.start, slot.numel, slot.box)
-                    slot.parameter.ds_tensor[: slot.numel].copy_(stretch)  # type: ignore[attr-defined]
+                    slot.working.copy_(stretch)
                     slot.view(slot.owner).copy_(stretch)
             else:
                 weight = reader.read(MASTER, piece.name, box=piece.box)
@@ -126,9 +128,7 @@ def restore(engine: Any, reader: Reader) -> None:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
         if slot:
             _restore_states(optimizer.state[slot.owner], slot, reader, slot.owner.device if skips_on_device else "cpu")
-    if is_sharded(engine):
-        engine.optimizer.invalidate_secondary_tensor()  # the whole copies that hpZ gathers from
-    parameters_changed(engine)
+    engine.parameters_changed()
 
 
 def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: torch.device | str) -> None:
@@ -171,7 +171,7 @@ class Saver:
         self._saves = 0
         self._buffers: dict[str, Tensor] = {}
 
-    def save(self, engine: Any, state: TrainState, attempt: int) -> None:
+    def save(self, engine: Engine, state: TrainState, attempt: int) -> None:
         """Begin to write a checkpoint, or write it if not in the background."""
         start = time.perf_counter()
         self.wait()
@@ -180,7 +180,7 @@ class Saver:
         copied_state = TrainState(**state.to_dict())
         arguments = (views, copied_state, f"{attempt}.{self._saves}", dist.get_rank(), dist.get_world_size())
         if self._background:
-            self._hook = self._hook or base_optimizer(engine).register_step_pre_hook(self._before_step)
+            self._hook = self._hook or engine.optimizer.register_step_pre_hook(self._before_step)
             self._copied.clear()
             # Not a daemon: an interpreter that exits waits for the write to end.
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")

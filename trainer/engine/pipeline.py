@@ -18,9 +18,11 @@ from models.decoder.stages import PlainNames, Stage, Stages
 from models.loss import LossOutput
 from trainer.step import NO_RIDERS, loss_factor, measured
 
-from .engine import DualPipeVModule, PipelineModule, deepspeed, engine_config, note_shapes
-from .optim import build_optimizer, parameter_groups
-from .parallel import expert_group_name, keep_routers, place
+from . import private
+from .engine import Engine
+from .parallel import place
+from .private import DualPipeVModule, PipelineModule
+from .settings import engine_config
 
 
 class OneStage(PlainNames, PipelineModule):
@@ -48,38 +50,40 @@ def cut(module: nn.Module, config: Config) -> Stages:
     return Stages(Stage(copy.deepcopy(module), index, parallel.stages) for index in held)
 
 
-def build_pipeline(stages: Stages, config: Config) -> Any:
-    """A DeepSpeed pipeline engine over this process's stages, with the run's optimizer.
+class Pipeline(Engine):
+    """An engine over this process's stages of a network; all its micro-batches go through them in one call."""
 
-    The process group must exist.
-    """
-    parallel, held = config.parallel, {stage.index: stage for stage in stages}
-    experts = expert_group_name(config) if config.parallel.ep > 1 else None
-    optimizer = build_optimizer(parameter_groups(stages, config.optim, experts), config.optim)
-    shapes = {name: tuple(parameter.shape) for name, parameter in stages.named_parameters()}
-    settings = engine_config(config)
-    if experts:
-        settings["expert_parallel"]["moe_layer_pattern"] = (
-            rf"(?:{'|'.join(map(str, held))})\." + settings["expert_parallel"]["moe_layer_pattern"]
-        )
-    with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds, topology and partition
+    def _for_deepspeed(self, module: nn.Module, config: Config) -> tuple[nn.Module, dict[str, Any]]:
+        assert isinstance(module, Stages)
+        parallel, held = config.parallel, {stage.index: stage for stage in module}
+        settings = engine_config(config)
+        if parallel.ep > 1:
+            settings["expert_parallel"]["moe_layer_pattern"] = (
+                rf"(?:{'|'.join(map(str, held))})\." + settings["expert_parallel"]["moe_layer_pattern"]
+            )
         kind = TwoStages if parallel.pp_schedule == "dualpipev" else OneStage
         # As many modules as stages: one each. DeepSpeed builds its own only, so the others need not be there.
         layers = [held.get(index) for index in range(parallel.stages)]
-        module = kind(layers, num_stages=parallel.pp, partition_method="uniform")
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
-    note_shapes(engine, shapes)
-    keep_routers(engine.module)
-    return engine
+        with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds, topology and partition
+            return kind(layers, num_stages=parallel.pp, partition_method="uniform"), settings
 
+    @property
+    def stages(self) -> list[Stage]:
+        """Those that this process runs, in the order of layers."""
+        return [part for part in self.module.children() if isinstance(part, Stage)]
 
-def stages_of(engine: Any) -> list[Stage]:
-    """The stages that this process's engine runs, in the order of layers."""
-    return [part for part in engine.module.children() if isinstance(part, Stage)]
+    def train_step(self, batches: Sequence[Batch]) -> None:
+        """Forward and backward over a step's micro-batches, which the stages have been fed, and the update."""
+        self.deepspeed.train_batch(_inputs(batches))
+
+    def evaluate(self, batches: Sequence[Batch]) -> None:
+        """Forward over micro-batches that the stages have been fed, without gradients; the engine is training after."""
+        private.evaluate(self.deepspeed, _inputs(batches), len(batches))
+        self.train()
 
 
 def pipeline_step(
-    engine: Any, batches: Sequence[Batch], tokens: Tensor, config: Config, riders: Sequence[float] = NO_RIDERS
+    engine: Pipeline, batches: Sequence[Batch], tokens: Tensor, config: Config, riders: Sequence[float] = NO_RIDERS
 ) -> Tensor:
     """Launch one optimizer step, as `step.train_step` does.
 
@@ -88,16 +92,16 @@ def pipeline_step(
             a rank holds two.
         tokens, riders: as there.
     """
-    stages, dp, accumulate = stages_of(engine), config.parallel.dp, len(batches)
+    stages, dp, accumulate = engine.stages, config.parallel.dp, len(batches)
     # DeepSpeed divides the last stage's loss by the micro-batches of a process, and averages over data-parallel ranks.
     factor = loss_factor(tokens, accumulate * dp)
     for stage in stages:
         stage.feed(batches, loss_factor=factor, balance_factor=1 / accumulate)
-    engine.train_batch(_inputs(batches))
+    engine.train_step(batches)
     return measured(engine, _sums(stages, accumulate * dp), tokens, riders, config)
 
 
-def pipeline_loss(engine: Any, batches: Sequence[Batch]) -> LossOutput:
+def pipeline_loss(engine: Pipeline, batches: Sequence[Batch]) -> LossOutput:
     """Evaluate this data-parallel rank's batches, all of one shape with the training's, without gradients.
 
     Args:
@@ -106,14 +110,10 @@ def pipeline_loss(engine: Any, batches: Sequence[Batch]) -> LossOutput:
     Returns:
         their loss and tokens on the last stage's rank and zeros on others, so that a sum over all processes is right.
     """
-    stages = stages_of(engine)
+    stages = engine.stages
     for stage in stages:
         stage.feed(batches)
-    # DualPipeVEngine finds a micro-batch's second buffer by the number of a training step's.
-    of_a_step, engine.micro_batches = engine.micro_batches, len(batches)
-    engine.eval_batch(_inputs(batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(batches))
-    engine.micro_batches = of_a_step
-    engine.train()
+    engine.evaluate(batches)
     zero = LossOutput(torch.zeros((), device=engine.device), torch.zeros((), dtype=torch.int64, device=engine.device))
     found = [measured.loss or zero for stage in stages for measured in stage.measured]
     return LossOutput(*(torch.stack(values).sum() for values in zip(*found, strict=True)))

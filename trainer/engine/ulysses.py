@@ -20,7 +20,7 @@ from configs import Config, ConfigError
 from models.batch import Batch
 from models.decoder.attention import Attention, Visibility
 
-from .engine import DistributedAttention
+from .private import DistributedAttention
 
 
 def sequence_group(config: Config) -> dist.ProcessGroup:

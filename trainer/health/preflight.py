@@ -20,9 +20,10 @@ from pydantic import TypeAdapter
 from torch import distributed as dist
 
 from configs import Config
-from trainer.engine import engine as ds
+from trainer.engine.private import VERSION
 from trainer.files.own_files import no_link
 from trainer.processes.collectives import from_all, from_chief
+from trainer.processes.device import device
 from trainer.record.lines import FULL, Record
 
 from .links import clock_offset, clock_readings, exchange, sums_are_right
@@ -52,7 +53,7 @@ def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rate
     Raises:
         BadMachine: one is broken; what is only slow is printed and recorded.
     """
-    began, here, me = time.perf_counter(), ds.device(), (socket.gethostname(), _address())
+    began, here, me = time.perf_counter(), device(), (socket.gethostname(), _address())
     machines = [tuple(each) for each in from_all(me)]
     mark = from_chief(lambda: _make_mark(run_dir))
     rates = measure(here, config.train.kept_in)
@@ -162,7 +163,7 @@ def _free_memory(here: torch.device) -> int:
 
 
 def _versions() -> dict[str, str]:
-    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": ds.VERSION}
+    return {"python": platform.python_version(), "torch": torch.__version__, "deepspeed": VERSION}
 
 
 def _make_mark(run_dir: Path) -> str | None:

@@ -6,8 +6,8 @@ from pathlib import Path
 from trainer.data.read.reader import Dataset
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
-from trainer.engine import engine as ds
 from trainer.health.watchdog import Beat
+from trainer.processes.device import device
 from trainer.record.lines import Record
 from trainer.trainee import Trainee
 
@@ -20,7 +20,7 @@ def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, reco
     start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
     layers = [chooser.layer for chooser in trainee.choosers]
     seen = ExpertTokens(config, trainee.where, layers) if config.model.is_moe else None
-    loss, tokens = trainee.held_out_loss(held_out, ds.device(), seen, lambda: beat(step, "evaluation"))
+    loss, tokens = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
     if seen and (pieces := seen.gather()):

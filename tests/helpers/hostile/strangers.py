@@ -120,7 +120,7 @@ def start_alone(rank: int, environment: dict[str, str], pipe: Any) -> None:
     """
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
-    from trainer.engine.engine import start_processes
+    from trainer.engine.start import start_processes
 
     try:
         start_processes(float(os.environ.get("TEST_PATIENCE", "60")))

@@ -92,7 +92,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
     torch.set_num_threads(1)
     from deepspeed.utils import groups
 
-    from trainer.engine.engine import start_processes
+    from trainer.engine.start import start_processes
 
     start_processes(60)
     while (job := pipe.recv()) is not None:

@@ -55,7 +55,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any, function: Callable[..., 
         RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
-    from trainer.engine.engine import start_processes
+    from trainer.engine.start import start_processes
 
     try:
         start_processes(60)

@@ -13,7 +13,7 @@ from models.moe.balance import RouterTap
 from trainer.checkpoint.fragments import parse_key, runs, within
 from trainer.checkpoint.fragments import whole as full_box
 from trainer.checkpoint.save import restore, take_snapshot
-from trainer.engine import engine as ds
+from trainer.engine.engine import Engine
 from trainer.engine.optim import build_optimizer, parameter_groups
 from trainer.schedule import learning_rate
 from trainer.step import micro_batches, outcome
@@ -59,9 +59,9 @@ class EngineRun:
         config, outcomes = self.config, []
         batches = micro_batches(config, (first - 1) * config.train.global_batch, self.trainee.where.dp)
         for step in range(first, last + 1):
-            accumulate = self.engine.gradient_accumulation_steps()
+            accumulate = self.engine.accumulation
             mine = [self.trainee.part(batch_of(config, next(batches))) for _ in range(accumulate)]
-            ds.set_learning_rate(self.engine, learning_rate(step, 20, config.optim))
+            self.engine.set_learning_rate(learning_rate(step, 20, config.optim))
             handle = None
             if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
                 handle = self.engine.module.register_forward_hook(
@@ -91,7 +91,7 @@ def engine_over_another_start(config: Config) -> tuple[list[str], torch.Tensor]:
     """(`stale_copies` of a new engine, a weight in it), where each process has filled the module in its own way."""
     module = build(config.model)
     module.init_weights(dist.get_rank())
-    engine = ds.build_engine(module, config)
+    engine = Engine(module, config)
     return stale_copies(engine.module), engine.module.lm_head._parameters["weight"].detach().clone()
 
 

@@ -7,9 +7,8 @@ from torch import distributed as dist
 from configs import Config
 from models.families import build
 from trainer.checkpoint.save import take_snapshot
-from trainer.engine import engine as ds
 from trainer.engine.parallel import place
-from trainer.engine.pipeline import build_pipeline, cut, pipeline_loss, pipeline_step, stages_of
+from trainer.engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
 from trainer.schedule import learning_rate
 from trainer.step import StepOutcome, micro_batches, outcome
 
@@ -25,14 +24,14 @@ class PipelineRun:
         stages = cut(module, config).to_empty(device="cpu")
         stages.init_weights(0)
         stages.set_activation_checkpointing(config.train.recompute_every)
-        self.engine = build_pipeline(stages, config)
+        self.engine = Pipeline(stages, config)
 
     def steps(self, first: int, last: int) -> list[StepOutcome]:
         config, outcomes = self.config, []
         batches = micro_batches(config, (first - 1) * config.train.global_batch, self.dp)
         for step in range(first, last + 1):
-            mine = [batch_of(config, next(batches)) for _ in range(self.engine.gradient_accumulation_steps())]
-            ds.set_learning_rate(self.engine, learning_rate(step, 20, config.optim))
+            mine = [batch_of(config, next(batches)) for _ in range(self.engine.accumulation)]
+            self.engine.set_learning_rate(learning_rate(step, 20, config.optim))
             values = pipeline_step(self.engine, mine, tokens_on_device(config, step), config)
             outcomes.append(outcome(values.tolist(), config))
         return outcomes
@@ -59,7 +58,7 @@ def pipeline_skips(config: Config, where: str) -> tuple[dict, StepOutcome, dict,
     run = PipelineRun(config)
     run.steps(1, 2)
     before, handles = run.fragments(), []
-    for stage in stages_of(run.engine):
+    for stage in run.engine.stages:
         if where == "loss" and stage.last:
             handles.append(stage.model.norm.register_forward_hook(lambda module, args, out: out * torch.inf))
         elif where == "gradient" and stage.first:

@@ -14,7 +14,7 @@ from models.decoder.generate import generate
 from models.families import build
 from models.moe.balance import RouterTap
 from trainer.checkpoint.save import take_snapshot
-from trainer.engine import engine as ds
+from trainer.engine.engine import Engine
 from trainer.engine.parallel import place
 from trainer.engine.ulysses import mean_over, sequence_group, share_sequences, split
 from trainer.schedule import learning_rate
@@ -36,7 +36,7 @@ def train(config: Config, steps: int) -> dict[str, Any]:
     sp, here, group = config.parallel.sp, place(config, dist.get_rank()), sequence_group(config)
     module = build(config.model)
     module.init_weights(0)
-    engine = ds.build_engine(module, config)
+    engine = Engine(module, config)
     share_sequences(module, group)
     tap = RouterTap(module, config.model, mean_over(group)) if config.model.is_moe else None
     batches, outcomes = micro_batches(config, 0, here.dp), []
@@ -45,10 +45,8 @@ def train(config: Config, steps: int) -> dict[str, Any]:
         update={"parallel": config.parallel.model_copy(update={"dp": dist.get_world_size(), "sp": 1})}
     )
     for step in range(1, steps + 1):
-        ds.set_learning_rate(engine, learning_rate(step, 20, config.optim))
-        mine = [
-            split(batch_of(config, next(batches)), here.sp, sp) for _ in range(engine.gradient_accumulation_steps())
-        ]
+        engine.set_learning_rate(learning_rate(step, 20, config.optim))
+        mine = [split(batch_of(config, next(batches)), here.sp, sp) for _ in range(engine.accumulation)]
         values = train_step(engine, tap, mine, tokens_on_device(config, step), seen)
         outcomes.append(outcome(values.tolist(), seen))
     engine.eval()

@@ -11,7 +11,7 @@ from configs import to_yaml
 from trainer.checkpoint import store
 from trainer.checkpoint.resume import resume
 from trainer.checkpoint.save import take_snapshot
-from trainer.engine.engine import start_processes
+from trainer.engine.start import start_processes
 from trainer.record.lines import Record
 from trainer.state import TrainState
 

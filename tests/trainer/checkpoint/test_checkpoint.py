@@ -12,7 +12,7 @@ from support import resolved
 from trainer.checkpoint import save, store
 from trainer.checkpoint.save import copied
 from trainer.checkpoint.store import CheckpointError, Reader, Snapshot
-from trainer.engine.engine import base_optimizer, start_processes
+from trainer.engine.start import start_processes
 from trainer.state import TrainState
 
 
@@ -93,7 +93,7 @@ def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, prec
     run = EngineRun(settings)
     run.steps(1, 2)
     before = {key: view.clone() for key, view in save.share(run.engine).tensors.items()}
-    base_optimizer(run.engine).register_step_pre_hook(lambda *_: stepping.set())
+    run.engine.optimizer.register_step_pre_hook(lambda *_: stepping.set())
     saver = save.Saver(tmp_path, settings.model_dump(mode="json"), None, background=True, timeout_s=60)
     saver.save(run.engine, TrainState(step=2), 1)
     run.steps(3, 4)

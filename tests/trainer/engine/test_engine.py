@@ -5,7 +5,7 @@ import torch
 from engines import assemble, bare_losses, engine_losses
 from support import resolved
 
-from trainer.engine.engine import start_processes
+from trainer.engine.start import start_processes
 
 STEPS = 8
 

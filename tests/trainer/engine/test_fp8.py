@@ -10,8 +10,8 @@ from torch import nn
 
 from configs import ConfigError
 from models.families import build
-from trainer.engine.engine import start_processes
 from trainer.engine.precision import check_precision
+from trainer.engine.start import start_processes
 
 DENSE = {"num_experts": 0, "intermediate_size": 64, "hidden_size": 64}
 needs_torchao = pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is optional")

@@ -9,7 +9,7 @@ from torch import nn
 
 from configs.sections.optim import OptimConfig
 from models.families import build
-from trainer.engine.engine import guard
+from trainer.engine.guard import guard
 from trainer.engine.optim import Muon, build_optimizer, newton_schulz, parameter_groups
 
 STEPS = 5

@@ -14,8 +14,9 @@ from models.moe.router import Router
 from trainer.checkpoint.resume import roll_back
 from trainer.checkpoint.save import Saver, restore
 from trainer.checkpoint.store import Reader, folder
-from trainer.engine.engine import guard, start_processes
+from trainer.engine.guard import guard
 from trainer.engine.precision import WorkingCopies, check_device
+from trainer.engine.start import start_processes
 from trainer.state import TrainState
 
 BF16 = torch.bfloat16

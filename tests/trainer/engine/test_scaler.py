@@ -4,15 +4,17 @@ DeepSpeed refuses fp16 on a CPU, so the scaler stands here without its engine.
 """
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler, DynamicLossScaler
 from deepspeed.runtime.precision_config import DeepSpeedFP16Config
+from engines import EngineRun
 from support import resolved
 
-from trainer.engine.engine import engine_config, loss_scale_state, restore_loss_scale, start_processes
+from trainer.engine.private import loss_scale_state, restore_loss_scale
+from trainer.engine.settings import engine_config
+from trainer.engine.start import start_processes
 from trainer.state import TrainState
 
 
@@ -21,8 +23,8 @@ def group():
     start_processes(60)  # it asks for its rank before it logs
 
 
-def engine(fp16=True):
-    """What `trainer.engine.engine` sees of an fp16 engine: whether it is one, and its scaler."""
+def new_scaler():
+    """The scaler of an fp16 engine."""
     settings = DeepSpeedFP16Config(**engine_config(resolved(train={"precision": "fp16"}))["fp16"])
     scaler = CreateLossScaler(
         dtype=torch.half,
@@ -31,28 +33,28 @@ def engine(fp16=True):
         dynamic_loss_args=settings.dynamic_loss_scale_args(),
     )
     assert isinstance(scaler, DynamicLossScaler)
-    return SimpleNamespace(fp16_enabled=lambda: fp16, optimizer=SimpleNamespace(loss_scaler=scaler))
+    return scaler
 
 
-def scales(engine, overflows):
+def scales(scaler, overflows):
     found = []
     for overflow in overflows:
-        engine.optimizer.loss_scaler.update_scale(overflow)
-        found.append(engine.optimizer.loss_scaler.loss_scale)
+        scaler.update_scale(overflow)
+        found.append(scaler.loss_scale)
     return found
 
 
-def saved(engine):
+def saved(scaler):
     """The state as a checkpoint holds it: through TrainState and JSON."""
-    text = json.dumps(TrainState(step=3, loss_scale=loss_scale_state(engine)).to_dict())
+    text = json.dumps(TrainState(step=3, loss_scale=loss_scale_state(scaler)).to_dict())
     return TrainState(**json.loads(text)).loss_scale
 
 
 def test_halves_at_the_second_overflow_and_doubles_after_the_window():
     start = 2.0**16
-    assert scales(engine(), [True, True, True]) == [start, start / 2, start / 4]
+    assert scales(new_scaler(), [True, True, True]) == [start, start / 2, start / 4]
     # It grows at the first step that has 1000 good ones between itself and the overflow.
-    quiet = scales(engine(), [True, True] + [False] * 1001)
+    quiet = scales(new_scaler(), [True, True] + [False] * 1001)
     assert quiet[-2:] == [start / 2, start]
 
 
@@ -60,25 +62,23 @@ def test_halves_at_the_second_overflow_and_doubles_after_the_window():
 def test_a_restored_scaler_goes_on_as_if_never_stopped(at):
     """Stopped after `at` steps: with half its patience used, just halved, within a window, after it grew."""
     steps = [i in (0, 1, 5, 900, 901, 902) for i in range(2500)]
-    whole = scales(engine(), steps)
+    whole = scales(new_scaler(), steps)
     assert len(set(whole)) > 3
-    before, after = engine(), engine()
+    before, after = new_scaler(), new_scaler()
     first = scales(before, steps[:at])
     restore_loss_scale(after, saved(before))
     assert first + scales(after, steps[at:]) == whole
 
 
 def test_state_is_plain_numbers_and_complete():
-    state = saved(engine())
+    state = saved(new_scaler())
     assert state["cur_scale"] == 2.0**16
     assert {"cur_iter", "last_overflow_iter", "cur_hysteresis", "scale_window", "min_scale"} <= state.keys()
 
 
-def test_other_precisions_have_none():
-    assert loss_scale_state(engine(fp16=False)) is None
-    there = engine(fp16=False)
-    restore_loss_scale(there, {"cur_scale": 1.0})
-    assert there.optimizer.loss_scaler.loss_scale == 2.0**16
-    fresh = engine()
-    restore_loss_scale(fresh, None)
-    assert fresh.optimizer.loss_scaler.loss_scale == 2.0**16
+@pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1)])
+def test_other_precisions_have_none(precision, stage):
+    engine = EngineRun(resolved(train={"precision": precision}, parallel={"zero_stage": stage})).engine
+    assert engine.loss_scale() is None
+    engine.restore_loss_scale({"cur_scale": 2.0})
+    assert engine.loss_scale() is None

@@ -17,8 +17,8 @@ from torch._dynamo.utils import counters
 from models.decoder import attention
 from models.moe import block
 from models.moe.balance import RouterTap
-from trainer.engine.engine import start_processes
 from trainer.engine.precision import WorkingCopies
+from trainer.engine.start import start_processes
 
 LAYERS = 2
 PIECES = 2

@@ -130,8 +130,8 @@ import torch
 def start(*_): raise AssertionError("CUDA was started")
 torch.cuda.is_available = lambda: True
 torch.cuda._lazy_init = start
-import trainer.loop
-assert trainer.loop.ds.deepspeed.accelerator.get_accelerator().device_name() == "cuda"
+import trainer.loop, deepspeed
+assert deepspeed.accelerator.get_accelerator().device_name() == "cuda"
 """
 
 

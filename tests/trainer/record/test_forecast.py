@@ -7,7 +7,7 @@ import json
 import torch
 from support import resolved
 
-from trainer.engine.engine import start_processes
+from trainer.engine.start import start_processes
 from trainer.health.rates import measure
 from trainer.record.forecast import Forecast
 
