@@ -76,6 +76,71 @@ def test_ray_stands_in_cluster():
     assert [path for path in users if not path.startswith("cluster/")] == []
 
 
+DEEPSPEED_PRIVATE, RAY_PRIVATE = "trainer/engine/private.py", "cluster/gangs/ray_private.py"
+"""The one file each for names that DeepSpeed and Ray do not document."""
+DEEPSPEED_PUBLIC = {"__call__", "backward", "step", "train", "eval", "train_batch", "module", "device", "optimizer"}
+DEEPSPEED_PUBLIC |= {"get_global_grad_norm", "was_step_applied", "destroy"}
+"""What its documentation, or a docstring of its own, says of its engine and of a pipeline's."""
+DEEPSPEED_STATES = re.compile(
+    r"ds_\w+|_hp_mapping|[lh]p_fragment_address|param_group_index|(fp32|fp16|bf16|bit16)_\w*(flat|groups)\w*|\w+_of_fp32_groups"
+    r"|grad_position|get_param_id|params_in_partition|averaged_gradients|scaled_global_norm|invalidate_secondary_tensor"
+    r"|loss_scaler|_global_grad_norm|_zero_padding|first_dataloader_check|enable_backward_allreduce|autotp_size"
+    r"|fp16_enabled|zero_optimization_stage|gradient_accumulation_steps|group_name|_get_expert_parallel_rank"
+)
+"""Attributes of its engines, optimizers and parameters by which it keeps its states."""
+RAY_UNDOCUMENTED = ("ray.dashboard", "ray.experimental")
+"""Beside what begins with an underscore."""
+
+
+def attributes(path: Path) -> set[str]:
+    """Every attribute a file looks up, and every name that it asks `getattr` or `hasattr` for."""
+    found = {node.attr for node in ast.walk(tree(path)) if isinstance(node, ast.Attribute)}
+    for call in (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call)):
+        if ast.unparse(call.func) in ("getattr", "hasattr", "setattr"):
+            found |= {arg.value for arg in call.args[1:2] if isinstance(arg, ast.Constant)}
+    return found
+
+
+def test_what_deepspeed_does_not_document_stands_in_one_file():
+    users = {name(path) for path in FILES if "deepspeed" in top_level(path)}
+    states = {name(path) for path in FILES if any(map(DEEPSPEED_STATES.fullmatch, attributes(path)))}
+    assert users == states == {DEEPSPEED_PRIVATE}
+    engines = {name(path) for path in FILES if "deepspeed" in attributes(path)}
+    assert all(path.startswith("trainer/engine/") for path in engines)
+    asked = {
+        node.attr
+        for path in FILES
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Attribute) and node.value.attr == "deepspeed"
+    }
+    assert asked <= DEEPSPEED_PUBLIC
+    assert "step" in asked
+
+
+def private_of_ray(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(tree(path)):
+        names = set(imported(node)) | ({ast.unparse(node)} if isinstance(node, ast.Attribute) else set())
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{module}.{alias.name}" for module in names for alias in node.names}
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init":
+            names = {f"ray.init.{word.arg}" for word in node.keywords}
+        found |= {each for each in names if re.match(r"ray\.(.*\.)?_", each) or each.startswith(RAY_UNDOCUMENTED)}
+    return found
+
+
+def test_what_ray_does_not_document_stands_in_one_file():
+    assert {name(path): private_of_ray(path) for path in FILES if private_of_ray(path)}.keys() == {RAY_PRIVATE}
+
+
+@pytest.mark.parametrize(("library", "file"), [("deepspeed", DEEPSPEED_PRIVATE), ("ray", RAY_PRIVATE)])
+def test_private_names_are_pinned_below_the_next_minor_version(library, file):
+    (requirement,) = [each for each in PROJECT["dependencies"] if plain(each) == library]
+    major, minor = re.search(r">=(\d+)\.(\d+)", requirement).groups()  # type: ignore[union-attr]
+    assert requirement.endswith(f",<{major}.{int(minor) + 1}")
+    assert f"{major}.{minor}" in ast.get_docstring(tree(ROOT / file))  # type: ignore[operator]
+
+
 @pytest.mark.parametrize(
     "module", ["configs", "models.planning.plan", "models.planning.search", "models.scaling", "cluster.cli"]
 )

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import ray
 
+from . import ray_private
 from .share import Node
 
 
@@ -17,7 +18,7 @@ class Machine(NamedTuple):
 
 
 def machines() -> list[Machine]:
-    free_of = ray._private.state.available_resources_per_node()
+    free_of = ray_private.free_resources()
     found = []
     for node in ray.nodes():
         if node["Alive"] and node["NodeID"] in free_of:
@@ -32,4 +33,4 @@ def machines() -> list[Machine]:
 def draining() -> dict[str, int]:
     """Machines that will go (a spot instance that is taken back, an autoscaler that shrinks), by id, with the Unix time
     in ms until which they stay; 0: unknown."""
-    return dict(ray._private.state.state.get_draining_nodes())
+    return ray_private.draining_nodes()

@@ -64,25 +64,24 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
         _environment(folder, private=address is None)
         import ray  # reads the environment set above
 
-        # Its prose about every lost worker, in colour: the supervisor records the same in one line.
-        ray._private.worker.listen_error_messages = lambda worker, threads_stopped: None
+        from . import ray_private
+
+        ray_private.silence_errors()
         # Ray puts the working directory first on its workers' sys.path: there a user's `models/` would win over ours.
         here = os.getcwd()
         stack.callback(os.chdir, here)
         os.chdir(folder)
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
         if address is None:
-            from .one_machine import lean
-
             stack.callback(end_children, _children())
-            with lean():
+            with ray_private.lean():
                 ray.init(
                     address="local",
                     num_cpus=int(node.cpus),
                     num_gpus=int(node.gpus),
                     include_dashboard=False,
                     object_store_memory=OBJECT_STORE_BYTES,
-                    _temp_dir=str(folder / "ray"),
+                    **ray_private.files_in(folder / "ray"),
                     **quiet,
                 )
         else:
@@ -102,12 +101,11 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
         if address is None:
             yield Session([node])
         else:
-            joined: Any = ray._private.worker.global_worker.node
-            if open_to_others(session := Path(joined.get_session_dir_path())):
+            if open_to_others(session := ray_private.session_folder()):
                 print(f"muster: {OPEN.format(session)}", file=sys.stderr, flush=True)
             # From another machine a dashboard on the head's loopback says nothing.
             with contextlib.suppress(OSError):
-                if dashboard := joined.address_info.get("webui_url"):
+                if dashboard := ray_private.dashboard():
                     refuse_open(f"http://{dashboard}")
             alive = [entry["Resources"] for entry in ray.nodes() if entry["Alive"]]
             yield Session([Node(found.get("CPU", 0.0), found.get("GPU", 0.0)) for found in alive])
@@ -129,10 +127,10 @@ def found_by_ray(address: Address) -> Address:
         return address
     if closed(ray_parent()):  # where `muster cluster up` starts one: before those that others name in /tmp/ray
         os.environ.setdefault("RAY_TMPDIR", str(ray_parent()))
-    from ray._private.services import canonicalize_bootstrap_address_or_die
+    from .ray_private import address_on_this_machine
 
     try:
-        return Address(canonicalize_bootstrap_address_or_die("auto"), "found")
+        return Address(address_on_this_machine(), "found")
     except (OSError, ValueError) as error:
         raise ConfigError(f"cluster.address=auto: no Ray runs on this machine ({error})") from None
 

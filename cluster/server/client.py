@@ -42,14 +42,14 @@ class Cluster:
         except OSError as error:
             raise _silent(url, error) from None
         # Ray takes half a second to import, and looks at the environment when it is.
-        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
+        from cluster.gangs.ray_private import read_token_again
+
         for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
-        Config.initialize("")
-        AuthenticationTokenLoader.instance().reset_cache()
+        read_token_again()
         self.url = url
         self._queue: str | None = None
         self._sent = ""
@@ -211,9 +211,9 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
         check_reachable(given.where)
         if _answers(f"http://{given.where}"):
             return given._replace(where=f"http://{given.where}")
-        from ray.dashboard.utils import ray_address_to_api_server_url
+        from cluster.gangs.ray_private import dashboard_url
 
-        url = str(ray_address_to_api_server_url(given.where))
+        url = dashboard_url(given.where)
         remember(given.where)
         return Address(url, "environment")  # the head's word; its loopback may be somebody else's on this machine
     except Exception as error:  # of gRPC and Ray, whatever listens there

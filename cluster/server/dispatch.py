@@ -233,14 +233,14 @@ class _Queue:
             self._package(old).unlink(missing_ok=True)
 
     def _start(self, id: str) -> None:
-        from ray.experimental.internal_kv import _internal_kv_put
+        from cluster.gangs import ray_private
 
         job = self.jobs[id]
         environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT), "MUSTER_SUBMITTED": str(job["submitted"])}
         # A name for each job: of one that it knows Ray would run what lies unpacked already, whoever changed it.
         package = f"gcs://{id}.zip"
         try:
-            _internal_kv_put(package, self._content(id))
+            ray_private.put(package, self._content(id))
             self.client.submit_job(
                 submission_id=id,
                 entrypoint=f"cd {TOP} && exec {job['command']}",
@@ -339,17 +339,17 @@ def _refuse(name: bytes, error: Exception) -> None:
 
 
 def _messages() -> Iterator[tuple[bytes, bytes]]:
-    from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
+    from cluster.gangs import ray_private
 
-    for name in sorted(_internal_kv_list(f"gcs://{MESSAGES}")):
-        if (content := _internal_kv_get(name)) is not None:
+    for name in sorted(ray_private.names(f"gcs://{MESSAGES}")):
+        if (content := ray_private.get(name)) is not None:
             yield name, content
 
 
 def _delete(name: bytes) -> None:
-    from ray.experimental.internal_kv import _internal_kv_del
+    from cluster.gangs import ray_private
 
-    _internal_kv_del(name)
+    ray_private.delete(name)
 
 
 def _placed_drivers(client: Any) -> set[str]:

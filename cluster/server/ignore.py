@@ -40,12 +40,12 @@ def ignored_by_files(folder: Path) -> list[Ignored]:
 
 def ignored_by(folder: Path, patterns: Iterable[str]) -> Ignored:
     """What says whether patterns, as git has them, leave out a path below a folder. Raises ValueError."""
-    from ray._private.thirdparty.pathspec.patterns.gitwildmatch import GitWildMatchPattern  # what Ray packs by
+    from cluster.gangs.ray_private import pattern_to_regex
 
     rules: list[tuple[re.Pattern[str], bool]] = []
     for pattern in patterns:
         try:
-            expression, leaves_out = GitWildMatchPattern.pattern_to_regex(pattern)
+            expression, leaves_out = pattern_to_regex(pattern)
             if expression is not None:
                 rules.insert(0, (re.compile(linear(expression), re.DOTALL), leaves_out))  # the last that matches holds
         except (re.error, IndexError, OverflowError, RecursionError) as error:

@@ -115,12 +115,12 @@ class Engine:
 
     def loss_scale(self) -> dict[str, Any] | None:
         """State of fp16's dynamic loss scaler as plain numbers; None in other precisions."""
-        return private.loss_scale_state(private.loss_scaler(self.deepspeed)) if self._fp16 else None
+        return private.loss_scale_state(private.scaler_of(self.deepspeed)) if self._fp16 else None
 
     def restore_loss_scale(self, state: dict[str, Any] | None) -> None:
         """Go on with a loss scale and what it counts; its settings are the config's."""
         if state is not None and self._fp16:
-            private.restore_loss_scale(private.loss_scaler(self.deepspeed), state)
+            private.restore_loss_scale(private.scaler_of(self.deepspeed), state)
 
     def parameters_changed(self) -> None:
         """To be called when parameters were written by anyone but the optimizer."""

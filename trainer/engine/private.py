@@ -139,7 +139,7 @@ def weights_changed(engine: Any) -> None:
         engine.optimizer.invalidate_secondary_tensor()
 
 
-def loss_scaler(engine: Any) -> Any:
+def scaler_of(engine: Any) -> Any:
     """fp16's, or None."""
     return getattr(engine.optimizer, "loss_scaler", None)
 
