@@ -32,7 +32,7 @@ from models.scaling.forms.solve import refit, solve  # noqa: E402
 from models.scaling.intervals import extrapolate  # noqa: E402
 from models.scaling.table import Table, budgets  # noqa: E402
 
-PORIAN = Path(__file__).parents[2] / "shared" / "scaling" / "porian" / "porian_isoflop_points.csv"
+PUBLISHED = Path(__file__).parents[1] / "tests" / "models" / "scaling" / "data"
 AHEAD = np.sqrt(10.0) ** np.array([1, 2])
 Law = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
@@ -138,11 +138,12 @@ def planted(law: Law, count: int, sizes: int, noise: float, seeds: int) -> Cover
 
 def porian() -> Iterator[tuple[str, Table]]:
     """Name and table of each set."""
-    found: dict[str, list[dict[str, str]]] = {}
-    with PORIAN.open(encoding="utf-8") as file:
+    with (PUBLISHED / "porian_exponents.csv").open(encoding="utf-8") as file:
+        names = {row["set"]: row["configuration"] for row in csv.DictReader(file)}
+    found: dict[str, list[dict[str, str]]] = {name: [] for name in names.values()}
+    with (PUBLISHED / "porian_runs.csv").open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            key = " ".join(row[k] for k in ("dataset", "hparams", "warmup", "decay", "param_count", "val"))
-            found.setdefault(f"{key} {row['file'].removeprefix('summary_df').strip('_')}", []).append(row)
+            found[names[row["set"]]].append(row)
     for name, rows in found.items():
         n, d, c, loss = (np.array([float(row[k]) for row in rows]) for k in ("n", "tokens", "flops", "loss"))
         yield name, Table(n=n, d=d, c=c, loss=loss)
@@ -210,9 +211,6 @@ def main() -> None:
                 f"| {name} | {count} x {sizes}, {noise:.1%} | {at.loss:.1%} | {at.point:.1%} | {at.size:.1%} | "
                 f"{at.width:.2%} | {at.factor:.2f} |", flush=True,
             )  # fmt: skip
-    if not PORIAN.exists():
-        print(f"no tables of Porian et al. at {PORIAN}")
-        return
     print("\n| real tables | inside | median width | widest | s |\n|---|---|---|---|---|")
     sets = {}
     for name, method in METHODS.items():

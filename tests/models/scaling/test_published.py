@@ -1,4 +1,4 @@
-"""What others measured and published, found again from their tables (skipped where the tables are absent)."""
+"""What others measured and published, found again from their runs (data/README.md)."""
 
 import csv
 from dataclasses import replace
@@ -10,9 +10,7 @@ import pytest
 from models.scaling.fitting import LEAST_SQUARES, Fit, Table, fit, read_table
 from models.scaling.isoflop import approach2, power_law
 
-DATA = Path(__file__).parents[4] / "shared" / "scaling"
-pytestmark = pytest.mark.skipif(not DATA.is_dir(), reason=f"the published tables are not here ({DATA})")
-PORIAN = ("file", "dataset", "hparams", "warmup", "decay", "param_count", "val")
+DATA = Path(__file__).parent / "data"
 ROUTERS = ("S-Base", "RL-R", "Hash")
 # All runs have one number of tokens: FLOPs of a step stand for those of a run, and steps for tokens.
 ROUTED = {"run": "hyper_id", "recipe": "router_type", "n": "dense_parameter_count", "d": "step", "c": "flops_per_step",
@@ -25,11 +23,7 @@ def predicted(found: Fit, target: Table) -> np.ndarray:
 
 def test_gadre_over_training():
     points = {(11, 20), (79, 20), (154, 20), (412, 20), (11, 320)}
-    table = read_table(
-        DATA / "gadre_overtraining" / "gadre_104_models.csv",
-        {"n": "N_total", "d": "D", "c": "C_6ND", "loss": "loss_c4_val", "run": "name"},
-        where={"train_dataset": "rpj"},
-    )
+    table = read_table(DATA / "gadre_runs.csv")
     mine = np.array([(round(n / 1e6), round(d / n)) in points for n, d in zip(table.n, table.d, strict=True)])
     assert mine.sum() == 5
     found = fit(table.take(mine), ["overtraining"], LEAST_SQUARES, bootstraps=0).best
@@ -39,12 +33,12 @@ def test_gadre_over_training():
         assert error == pytest.approx(published, abs=5e-5), name
 
 
-def porian(name: str) -> dict[tuple[str, ...], list[dict[str, str]]]:
+def porian(name: str) -> dict[str, list[dict[str, str]]]:
     """Rows by configuration."""
-    rows: dict[tuple[str, ...], list[dict[str, str]]] = {}
-    with (DATA / "porian" / name).open(encoding="utf-8") as file:
+    rows: dict[str, list[dict[str, str]]] = {}
+    with (DATA / name).open(encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            rows.setdefault(tuple(row[key] for key in PORIAN), []).append(row)
+            rows.setdefault(row["set"], []).append(row)
     return rows
 
 
@@ -53,21 +47,21 @@ def numbers(rows: list[dict[str, str]], *names: str) -> list[np.ndarray]:
 
 
 def test_porian_exponents():
-    pairs, published = porian("porian_optimal_pairs.csv"), porian("porian_published_exponents.csv")
+    optima, published = porian("porian_optima.csv"), porian("porian_exponents.csv")
     assert len(published) == 15
     for key, rows in published.items():
-        c, n, std = numbers([row for row in pairs[key] if row["n"]], "flops", "n", "n_star_std")
-        (exponent,) = numbers(rows, "n_exp_weighted")
+        c, n, std = numbers(optima[key], "flops", "n", "n_std")
+        (exponent,) = numbers(rows, "exponent")
         assert power_law(c, n, std).exponent == pytest.approx(exponent.item(), abs=5e-5), key
 
 
 def test_porian_exponents_from_the_runs_themselves():
     """Approach 2 on single runs. The publication interpolates between them, so that most agree, not all."""
-    runs, published = porian("porian_isoflop_points.csv"), porian("porian_published_exponents.csv")
+    runs, published = porian("porian_runs.csv"), porian("porian_exponents.csv")
     inside, errors = 0, []
     for key, rows in published.items():
         c, n, d, loss = numbers(runs[key], "flops", "n", "tokens", "loss")
-        (exponent, low, high) = (v.item() for v in numbers(rows, "n_exp_weighted", "n_exp_lo2.5", "n_exp_hi97.5"))
+        (exponent, low, high) = (v.item() for v in numbers(rows, "exponent", "low", "high"))
         found = approach2(Table(n=n, d=d, c=c, loss=loss)).n.exponent
         inside += low <= found <= high
         errors.append(found - exponent)
@@ -75,9 +69,12 @@ def test_porian_exponents_from_the_runs_themselves():
     assert np.sqrt(np.mean(np.square(errors))) < 0.02
 
 
-def routed(name: str, router: str, where: dict[str, str]) -> tuple[Table, np.ndarray]:
+SMALL, LARGE = {"model_size_label": "15M,25M,55M,130M,370M"}, {"model_size_label": "1.3B"}
+
+
+def routed(router: str, where: dict[str, str]) -> tuple[Table, np.ndarray]:
     """The runs of one router, the dense models (one expert under any router), and which rows are routed."""
-    table = read_table(DATA / "clark_routing" / name, ROUTED, where)
+    table = read_table(DATA / "clark_runs.csv", ROUTED, where)
     table = table.take(np.array([recipe in (router, "Dense") for recipe in table.recipe]))
     return replace(table, recipe=()), np.array(table.recipe) == router
 
@@ -86,8 +83,8 @@ def held_out(**where: str) -> tuple[float, float]:
     """R2 and mean absolute relative error (%) on the 28 models of 1.3B, which no choice has seen."""
     guesses, truth, dense = [], [], []
     for router in ROUTERS:
-        small, _ = routed("sldbench_moe_train_193.csv", router, where)
-        large, has_routes = routed("sldbench_moe_test_28.csv", router, {})
+        small, _ = routed(router, SMALL | where)
+        large, has_routes = routed(router, LARGE)
         assert small.n.max() < large.n.min()
         loss = predicted(fit(small, bootstraps=0).best, large)
         guesses += [*loss[has_routes]]
@@ -99,6 +96,7 @@ def held_out(**where: str) -> tuple[float, float]:
     return 1 - np.sum((p - y) ** 2) / np.sum((y - y.mean()) ** 2), 100 * np.mean(np.abs(p / y - 1))
 
 
+@pytest.mark.slow
 def test_clark_held_out_models_with_a_form_chosen_on_smaller_ones():
     """Runs of the one recipe of the paper's fits: one expert per token, every second layer routed, no wider layers."""
     r2, error = held_out(k="1", routing_frequency="0.5", flop_increase="1")
@@ -106,6 +104,7 @@ def test_clark_held_out_models_with_a_form_chosen_on_smaller_ones():
     assert r2 > 0.833
 
 
+@pytest.mark.slow
 def test_sldbench_split_with_all_of_its_training_rows():
     """Among them are other numbers of experts per token and of routed layers, which the laws here know nothing of."""
     r2, error = held_out()
