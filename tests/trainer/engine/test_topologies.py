@@ -38,59 +38,86 @@ def expected(model: str, optim: str, layers: int, micro: int):
 
 
 V = {"pp": 2, "pp_schedule": "dualpipev"}
-# `make test` has one topology with routers of every kind (test_router_topologies.py).
-SLOW = [pytest.mark.slow]
+ONE_OF_EACH = [
+    {"dp": 2, "zero_stage": 1},
+    {"dp": 2, "zero_stage": 3},
+    {"tp": 2},
+    {"pp": 2},
+    {"dp": 2, "ep": 2, "zero_stage": 2},
+    {"sp": 2},
+]
 TOPOLOGIES = [
-    *(pytest.param(topology, marks=SLOW) for topology in [
-        {"tp": 2, "ep": 2},
-        {"dp": 4, "zero_stage": 0},
-        {"dp": 4, "zero_stage": 1},
-        {"dp": 4, "zero_stage": 2},
-        {"dp": 4, "zero_stage": 3},
-        {"dp": 4, "zero_stage": 3, "hpz": 2},
-        {"dp": 2, "zero_stage": 1, "offload": "optimizer"},
-        {"dp": 2, "zero_stage": 2, "offload": "optimizer"},
-        {"dp": 2, "zero_stage": 3, "offload": "optimizer"},
-        {"dp": 2, "zero_stage": 3, "offload": "parameters"},
-        {"tp": 2},
-        {"tp": 4},
-        {"dp": 2, "tp": 2, "zero_stage": 1},
-        {"dp": 2, "tp": 2, "zero_stage": 2},
-        {"dp": 2, "tp": 2, "zero_stage": 3},
-        {"dp": 2, "ep": 2, "zero_stage": 2},
-        {"dp": 2, "ep": 2, "zero_stage": 3},
-        {"dp": 4, "ep": 2, "zero_stage": 1},
-        {"dp": 4, "ep": 2, "zero_stage": 2},
-        {"dp": 4, "ep": 2, "zero_stage": 3},
-        {"dp": 4, "ep": 4, "zero_stage": 1},
-        {"dp": 2, "ep": 2, "zero_stage": 1},
-        {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
-        {"dp": 2, "tp": 2, "ep": 4, "zero_stage": 1},
-        {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 2},
-        {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 3},
-        {"dp": 4, "tp": 2, "ep": 2, "zero_stage": 2},
-        {"pp": 2},
-        {"pp": 4},
-        {"dp": 2, "pp": 2},
-        {"dp": 4, "pp": 2},
-        {"dp": 2, "pp": 2, "ep": 2},
-        V,
-        V | {"pp": 4},
-        V | {"dp": 2},
-        V | {"dp": 2, "ep": 2},
-        {"sp": 2},
-        {"sp": 4},
-        {"dp": 2, "sp": 2, "zero_stage": 1},
-        {"dp": 2, "sp": 2, "zero_stage": 2},
-        {"dp": 2, "sp": 2, "zero_stage": 3},
-        {"sp": 2, "ep": 2, "zero_stage": 1},
-        {"dp": 2, "sp": 2, "ep": 2, "zero_stage": 2},
-        {"dp": 2, "sp": 2, "ep": 4, "zero_stage": 3},
-    ]),
-]  # fmt: skip
+    {"tp": 2, "ep": 2},
+    {"dp": 4, "zero_stage": 0},
+    {"dp": 4, "zero_stage": 1},
+    {"dp": 4, "zero_stage": 2},
+    {"dp": 4, "zero_stage": 3},
+    {"dp": 4, "zero_stage": 3, "hpz": 2},
+    {"dp": 2, "zero_stage": 1, "offload": "optimizer"},
+    {"dp": 2, "zero_stage": 2, "offload": "optimizer"},
+    {"dp": 2, "zero_stage": 3, "offload": "optimizer"},
+    {"dp": 2, "zero_stage": 3, "offload": "parameters"},
+    {"tp": 2},
+    {"tp": 4},
+    {"dp": 2, "tp": 2, "zero_stage": 1},
+    {"dp": 2, "tp": 2, "zero_stage": 2},
+    {"dp": 2, "tp": 2, "zero_stage": 3},
+    {"dp": 2, "ep": 2, "zero_stage": 2},
+    {"dp": 2, "ep": 2, "zero_stage": 3},
+    {"dp": 4, "ep": 2, "zero_stage": 1},
+    {"dp": 4, "ep": 2, "zero_stage": 2},
+    {"dp": 4, "ep": 2, "zero_stage": 3},
+    {"dp": 4, "ep": 4, "zero_stage": 1},
+    {"dp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 2, "tp": 2, "ep": 4, "zero_stage": 1},
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 2},
+    {"dp": 2, "tp": 2, "ep": 2, "zero_stage": 3},
+    {"dp": 4, "tp": 2, "ep": 2, "zero_stage": 2},
+    {"pp": 2},
+    {"pp": 4},
+    {"dp": 2, "pp": 2},
+    {"dp": 4, "pp": 2},
+    {"dp": 2, "pp": 2, "ep": 2},
+    V,
+    V | {"pp": 4},
+    V | {"dp": 2},
+    V | {"dp": 2, "ep": 2},
+    {"sp": 2},
+    {"sp": 4},
+    {"dp": 2, "sp": 2, "zero_stage": 1},
+    {"dp": 2, "sp": 2, "zero_stage": 2},
+    {"dp": 2, "sp": 2, "zero_stage": 3},
+    {"sp": 2, "ep": 2, "zero_stage": 1},
+    {"dp": 2, "sp": 2, "ep": 2, "zero_stage": 2},
+    {"dp": 2, "sp": 2, "ep": 4, "zero_stage": 3},
+]
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: "-".join(f"{key}{value}" for key, value in t.items()))
+def name(topology: dict) -> str:
+    return "-".join(f"{key}{value}" for key, value in topology.items())
+
+
+@pytest.mark.parametrize("topology", ONE_OF_EACH, ids=name)
+def test_each_kind_of_parallelism_equals_one_process(topology):
+    """Of every kind the smallest, on every landing; all others below."""
+    cases = [("moe", "sgd"), ("moe" if "ep" in topology else "dense", "adamw")]
+    team = in_team(2, all_losses, [config(*case, **topology) for case in cases], STEPS)
+    for number, case in enumerate(cases):
+        hold(case, [rank[number] for rank in team], *expected(*case, layers=2, micro=2))
+
+
+def hold(case: tuple[str, str], ranks: list[tuple], outcomes: list[tuple], weights: dict[str, torch.Tensor]) -> None:
+    """Losses and norms of each rank, and the weights that their fragments make, are those of one process."""
+    for found, _ in ranks:
+        check(found, outcomes, loss=1e-5, norm=1e-4)
+    whole = assemble([fragments for _, fragments in ranks], weights)
+    for key, weight in weights.items():
+        assert (whole[key] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, (case, key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", TOPOLOGIES, ids=name)
 def test_topology_equals_one_process(topology):
     models = ["moe"] if topology.get("ep", 1) > 1 else list(MODELS)
     v = "pp_schedule" in topology  # twice the stages, and as many micro-batches
@@ -100,12 +127,7 @@ def test_topology_equals_one_process(topology):
     halves = [config(models[-1], "adamw", "bf16", layers=layers, micro=micro, **topology)]
     team = in_team(configs[0].parallel.world_size, all_losses, configs + halves, STEPS)
     for number, case in enumerate(cases):
-        outcomes, weights = expected(*case, layers, micro)
-        for rank in team:
-            check(rank[number][0], outcomes, loss=1e-5, norm=1e-4)
-        whole = assemble([rank[number][1] for rank in team], weights)
-        for name, weight in weights.items():
-            assert (whole[name] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, (case, name)
+        hold(case, [rank[number] for rank in team], *expected(*case, layers, micro))
     # bf16 keeps 8 bits: losses near ln(vocabulary) within 2^-9 of fp32's, as bf16 in one process.
     check(team[0][-1][0], expected(models[-1], "adamw", layers, micro)[0], loss=2e-3, norm=3e-2)
 
@@ -141,7 +163,8 @@ ROUND = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in ROUND])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ROUND)
 def test_a_checkpoint_goes_round_all_topologies(tmp_path, name):
     """Weights and both moments bit-equal after each hand-over, and the loss goes on as if nothing had happened."""
     first, *others = [config(name.split(",")[0], "adamw", **topology) for topology in ROUND[name]]
