@@ -8,11 +8,11 @@ INSTALLED := .venv/.installed
 train: $(INSTALLED)  ## install, then run the main job: a small MoE model learns Python
 	$(BIN)/muster train quickstart
 
-test: $(INSTALLED)  ## every test that is quick
-	$(BIN)/pytest -q -m "not slow"
+test: $(INSTALLED)  ## every test that is quick, in two processes
+	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadgroup
 
-test-all: $(INSTALLED)  ## the slow proofs too
-	$(BIN)/pytest -q
+test-all: test  ## the slow proofs too, one after the other
+	$(BIN)/pytest -q -m slow
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -13,6 +13,16 @@ from support import Pair, prepare_tiny
 from cluster import cli
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(config, items):
+    """Of two processes, one runs all tests of a file, as they share fixtures, and one all that start a Ray."""
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            starts_ray = item.get_closest_marker("ray") or "live" in item.fixturenames
+            group = "ray" if starts_ray else item.nodeid.partition("::")[0]
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def same_umask():
     """Every command sets the umask of its process, which is the tests' own where it runs in theirs."""

@@ -231,6 +231,7 @@ def test_what_other_processes_run_stands_in_the_helpers():
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEVER_IMPORTED = {
     "mypy", "ruff", "types-psutil", "types-pyyaml",  # tools of `make check`
+    "pytest-xdist",  # of `make test`
 }  # fmt: skip
 BROUGHT_ALONG = {
     "click",  # Ray's and MLflow's command lines, which the manifests of deploy/ are held against

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
-QUICK = ["right.model", "right.precision", "right.attention", "right.experts", "right.flex", "right.patterns"]
 
 
 def run(*arguments: str) -> str:
@@ -35,10 +34,6 @@ def holds(out: Path, *arguments: str) -> None:
     tables = (out / "tables.md").read_text()
     assert all(f"## {name}\n" in tables for name in names)
     assert told == set(names)
-
-
-def test_the_quick_checks(tmp_path):
-    holds(tmp_path / "out", "--only", *QUICK)
 
 
 @pytest.mark.slow

@@ -42,6 +42,7 @@ def run_script(folder, code):
     return done.stdout.splitlines()
 
 
+@pytest.mark.ray
 def test_what_readme_shows_runs(tmp_path, tiny_data, frame):
     [code] = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert len(code.splitlines()) <= 25
@@ -79,6 +80,7 @@ for wrong in ({"optim.lr": 1}, {"plugins": ["nothing"], "run.name": "other"}):
 """
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_a_callback_that_raises_stops_the_run_with_a_checkpoint(tmp_path, tiny_data):
     shutil.copytree(tiny_data, tmp_path / "data" / "tokens")

@@ -37,6 +37,7 @@ def below(folder: Path) -> list[psutil.Process]:
     return [each for each in psutil.process_iter(["cmdline"]) if str(folder) in " ".join(each.info["cmdline"] or [])]
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [True, False], ids=["namespaces", "loopback"])
 def test_nodes_come_go_and_leave_nothing(tmp_path, apart):

@@ -30,7 +30,7 @@ from configs import load
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
 
 STEPS, EVERY = 300, 20
 HEAD = 0

@@ -9,7 +9,7 @@ from proofs import losses, prepare_samples, rolled_back
 
 from trainer.record.lines import read_events, summary
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.skipif(bool(missing()), reason=str(missing()))]
 
 HEAD = 0
 BASE = """

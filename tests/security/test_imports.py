@@ -94,6 +94,7 @@ def test_python_m_trainer_and_its_children(hostile, tiny_data):
     assert imported(hostile) in BY_US_ALONE
 
 
+@pytest.mark.ray
 def test_muster_train_through_ray(hostile, tiny_data):
     done = run(hostile, ["-P", "-m", "cluster.cli", "train", config(hostile, tiny_data)])
     assert done.returncode == 0, done.stderr

@@ -79,9 +79,9 @@ def test_no_password_gets_through(scheme, user, inside):
 )  # fmt: skip
 def test_masking_takes_linear_time(begin, unit):
     text = begin + unit * (300_000 // len(unit)) + ":1"
-    began = time.monotonic()
+    began = time.process_time()
     mask(text)
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 def written(folder: Path) -> list[Path]:

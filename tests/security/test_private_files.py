@@ -11,6 +11,7 @@ from second_user import as_second_user, let_in, needs_second_user
 
 from configs import ConfigError, private_folder
 
+pytestmark = pytest.mark.ray
 CONFIG = """
 run: {name: one}
 model: {num_layers: 2, hidden_size: 32, num_heads: 2, num_experts: 2, expert_size: 32}

@@ -17,6 +17,7 @@ import pytest
 
 from trainer.record.lines import read_events, read_metrics, summary
 
+pytestmark = pytest.mark.ray
 STEPS = 200
 CONFIG = """
 run: {{name: story}}

@@ -9,6 +9,7 @@ from trials import train_all
 from trainer.record.lines import read_events, read_metrics
 
 
+@pytest.mark.ray
 @pytest.mark.slow
 def test_every_run_is_trained_once(tmp_path, tiny_data):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:

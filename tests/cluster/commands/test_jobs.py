@@ -36,7 +36,10 @@ base: run.yaml
 grid: {{}}
 axes: {{optim.lr: [1.0e-3, 2.0e-3]}}
 """
-pytestmark = pytest.mark.filterwarnings("ignore:ssl=None:DeprecationWarning")  # from inside Ray
+pytestmark = [
+    pytest.mark.ray,
+    pytest.mark.filterwarnings("ignore:ssl=None:DeprecationWarning"),  # from inside Ray
+]
 
 PLUGIN = "import os; open({out!r}, 'w').write(' '.join(sorted(os.listdir())))"
 

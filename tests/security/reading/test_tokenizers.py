@@ -190,7 +190,7 @@ ODD = st.sampled_from([None, [], {}, 0, -1, 2**40, "", "a", "(" * 50, "(a*)*b", 
 
 
 @settings(
-    max_examples=50, deadline=None, derandomize=True, database=None,
+    max_examples=20, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(data=st.data())

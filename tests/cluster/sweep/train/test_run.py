@@ -85,7 +85,7 @@ def story(tiny_data, tmp_path_factory) -> Story:
     return Story(folder, [first.returncode, second.returncode, third.returncode], [stopped, refused, ended], events)
 
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 
 def test_it_stops_goes_on_and_is_run_once_at_a_time(story):
