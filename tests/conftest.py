@@ -6,6 +6,8 @@ import sys
 # Before torch is imported, here and in every process the tests start: two cores are all there is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+# As in pyproject.toml, in the processes that the tests start.
+os.environ.setdefault("PYTHONWARNINGS", "error:event outside the table")
 
 import pytest
 from support import Pair, prepare_tiny

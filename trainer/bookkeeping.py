@@ -19,6 +19,7 @@ from .health.collapse import Change
 from .health.spikes import spike
 from .health.straggler import Stragglers
 from .late import Late
+from .record.events import NONFINITE
 from .record.forecast import Forecast
 from .record.lines import Record
 from .record.measure import step_metrics
@@ -28,7 +29,15 @@ from .trainee import Trainee
 
 
 class TrainingStopped(RuntimeError):
-    """The run cannot usefully go on; the message says why, and a restart would end the same way."""
+    """The run cannot usefully go on; the message says why, and a restart would end the same way.
+
+    Args:
+        cause: as event `attempt_ended` has it.
+    """
+
+    def __init__(self, reason: str, cause: str) -> None:
+        super().__init__(reason)
+        self.cause = cause
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,8 @@ def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config,
                 f"{counted(limit, 'step')} in a row had a non-finite loss or gradient, the last at step "
                 f"{state.step} (sequences "
                 f"from {read_at}); the weights before them are in the last checkpoint: lower optim.lr, or look at the "
-                f"data with `muster data show`"
+                f"data with `muster data show`",
+                NONFINITE,
             )
         return None
     settings = config.train.spike

@@ -35,6 +35,7 @@ from .observe.evaluation import evaluate
 from .observe.tracing import Profiler
 from .processes.collectives import from_chief
 from .processes.device import be_deterministic, device
+from .record.events import CHECKPOINT, DATA
 from .record.forecast import Forecast, refuse_too_large
 from .record.lines import Record, read_events
 from .run import revision
@@ -76,7 +77,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     with run_lock(run_dir, patience) if chief else nullcontext():
         record = Record(run_dir, attempt) if chief else None
         state = TrainState()
-        shipper, status, reason = None, "FAILED", ""
+        shipper, status, reason, cause = None, "FAILED", "", {}
         try:
             if record:
                 inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
@@ -90,16 +91,17 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
             if record and status == "FINISHED" and config.tracking.enabled and config.tracking.export_model:
                 _export(run_dir, record)
         except DataError as error:
-            reason = str(error)
-            raise TrainingStopped(reason) from None
+            reason, cause = str(error), {"cause": DATA}
+            raise TrainingStopped(reason, DATA) from None
         except BaseException as error:
             reason = f"{type(error).__name__}: {error}"
+            cause = {"cause": error.cause} if isinstance(error, TrainingStopped) else {}
             if record:
                 record.event("failure", step=state.step, reason=reason, traceback=traceback.format_exc())
             raise
         finally:
             if record:
-                record.event("attempt_ended", status=status, reason=reason, step=state.step)
+                record.event("attempt_ended", status=status, reason=reason, step=state.step, **cause)
                 record.close()
             # After a failure the next attempt must not wait for a tracker: the shipper goes on alone.
             if shipper and status != "FAILED" and (missing := shipper.finish(timeout=60.0)):
@@ -211,7 +213,8 @@ def _steps(
         if record and trainee.compilations.any:
             record.event("compiled", **trainee.compilations.summary())
     if not killed and (failed := from_chief(lambda: saver.failed)):
-        raise TrainingStopped(f"the last checkpoint could not be written, start again to go on: {failed}")
+        why = f"the last checkpoint could not be written, start again to go on: {failed}"
+        raise TrainingStopped(why, CHECKPOINT)
     if record:
         record.event("measured", **forecast.measured())
     return "STOPPED" if killed else "FINISHED"

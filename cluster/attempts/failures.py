@@ -4,12 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-COLLATERAL = (
-    "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",  # gloo
-    "ncclRemoteError", "Watchdog caught collective operation timeout",
-    "Connection was likely closed",  # the store that ranks meet at
-)  # fmt: skip
-"""How a process fails because another one has."""
+Fault = Literal["memory", "connection", "error"]
+"""As `trainer.processes.fault.Fault`."""
 
 
 class Final(Exception):
@@ -35,12 +31,15 @@ class Failure:
     traceback: str = ""
     lost: bool = False
     """The process is gone without a word: killed, out of memory, or its machine is."""
+    fault: Fault = "error"
+    """What kind of exception ended it."""
     broken: tuple[int, ...] | None = None
     """Ranks of machines that cannot train (trainer.health.preflight); empty: it cannot be told whose."""
 
     @property
     def collateral(self) -> bool:
-        return any(words in self.reason for words in COLLATERAL)
+        """It follows from another's: a connection broke."""
+        return self.fault == "connection"
 
 
 def cause(failures: Sequence[Failure]) -> Failure:

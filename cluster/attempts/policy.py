@@ -13,8 +13,6 @@ Kind = Literal["infrastructure", "hang", "memory", "error"]
 """A process or machine that is gone, one that stands still, a device or machine without memory, an exception of the
 code or data."""
 
-OUT_OF_MEMORY = ("OutOfMemoryError", "out of memory", "can't allocate memory", "MemoryError", "low on memory")
-
 
 class Past(NamedTuple):
     """One failure of a run.
@@ -39,11 +37,11 @@ class Decision(NamedTuple):
 
 
 def kind_of(failure: Failure) -> Kind:
-    """By its words; a process that the kernel killed for memory looks as any that is gone."""
+    """A process that the kernel killed for memory looks as any that is gone."""
     # Of a connection that broke, only the ends are seen.
     if failure.lost or failure.collateral or failure.broken is not None:
         return "infrastructure"
-    return "memory" if any(words in failure.reason for words in OUT_OF_MEMORY) else "error"
+    return "memory" if failure.fault == "memory" else "error"
 
 
 def history(events: Sequence[dict[str, Any]]) -> list[Past]:

@@ -147,11 +147,9 @@ def judge(run_dir: Path, failures: Sequence[Failure], cpu: bool) -> None:
         Final: it must not.
     """
     worst, config = cause(failures), read_config(run_dir)
-    step = summary(run_dir)["step"]
-    events = read_events(run_dir)
-    attempt = max((event["attempt"] for event in events), default=0)
+    step, attempt = summary(run_dir)["step"], attempts(run_dir)
     record = Record(run_dir, attempt)
-    hangs = [event for event in events if event["event"] == "hang" and event["attempt"] == attempt]
+    hangs = [event for event in read_events(run_dir) if event["event"] == "hang" and event["attempt"] == attempt]
     worst = hung(hangs[-1], worst) if hangs else worst
     name = "worker_lost" if worst.lost else "worker_failed"
     kind = "hang" if hangs else kind_of(worst)

@@ -275,7 +275,8 @@ def _outcome(ref: Any) -> dict[str, Any]:
             "traceback": str(error),
         }
     except ray.exceptions.RayError as error:
-        return {"kind": "error", "reason": f"{type(error).__name__}: {_words(error)}", "traceback": str(error)}
+        kind = "memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "error"
+        return {"kind": kind, "reason": f"{type(error).__name__}: {_words(error)}", "traceback": str(error)}
 
 
 def _words(error: Exception) -> str:
@@ -284,4 +285,5 @@ def _words(error: Exception) -> str:
 
 def _failure(rank: int, end: dict[str, Any]) -> Failure:
     broken = tuple(end["ranks"]) if end["kind"] == "broken" else None
-    return Failure(rank, end["reason"], end.get("traceback", ""), lost=end["kind"] == "lost", broken=broken)
+    fault = end["kind"] if end["kind"] in ("memory", "connection") else "error"
+    return Failure(rank, end["reason"], end.get("traceback", ""), end["kind"] == "lost", fault, broken)

@@ -123,7 +123,8 @@ def test_a_runs_files_have_no_password_and_its_shipper_has(run_dir, tmp_path):
     assert mask(URI) in done.missing
     assert PASSWORD not in done.missing
     record = Record(run_dir, 1)
-    record.event("failure", reason=f"cannot reach {URI}", nested={"uris": [URI]})
+    record.event("failure", reason=f"cannot reach {URI}", traceback=f"at {URI}")
+    record.event("config_changed", changed={"uris": [URI]})
     record.close()
     assert mask(URI) in (run_dir / "config.yaml").read_text()
     assert (run_dir / "tracking.log").stat().st_size

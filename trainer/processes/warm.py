@@ -8,8 +8,8 @@ variables), `patience` (see `trainer.loop.train`), and `secret` and `store`, by 
 each other (see `trainer.processes.rendezvous`; may be left out). It answers each with two: `{"pid": ...}`, and how the
 attempt ended: `{"status": "FINISHED"}` or `STOPPED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and
 `stopped` (the trainer's own words), `broken` (with the `ranks` of machines that cannot train, where it can be told),
-`error` (with a `traceback`) and `lost` (it left no word). When its standard input is closed it ends what it has
-started, and itself.
+those of `fault.Fault` (with a `traceback`) and `lost` (it left no word). When its standard input is closed it ends what
+it has started, and itself.
 """
 
 import json
@@ -32,6 +32,7 @@ from trainer.health.preflight import BadMachine
 from trainer.loop import TrainingStopped, train
 
 from .compiled import load_compiler
+from .fault import fault_of
 from .orphans import end_with
 from .output import output_kept
 from .rendezvous import SECRET, STORE
@@ -128,7 +129,7 @@ def _attempt(job: dict[str, Any], said: int) -> NoReturn:
         outcome = {"kind": "broken", "reason": str(error), "ranks": error.ranks}
     except BaseException as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        outcome = {"kind": "error", "reason": reason, "traceback": traceback.format_exc()}
+        outcome = {"kind": fault_of(error), "reason": reason, "traceback": traceback.format_exc()}
     try:
         os.set_inheritable(said, False)
         with os.fdopen(said, "w") as file:

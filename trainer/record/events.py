@@ -1,8 +1,13 @@
-"""What a line of a run's record must be for its readers: a field that is not is a line that they leave out."""
+"""The events of a run's or sweep's record: which there are, the fields that each has, and their types.
+
+`Record.event` writes through this table and `read_events` reads through it. A field means the same in every event that
+has it. A line of a version before or after this one may have other fields; readers leave out only a line that lacks
+what they need of it, or has something of another type there.
+"""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def _count(value: Any) -> bool:
@@ -11,6 +16,11 @@ def _count(value: Any) -> bool:
 
 def _number(value: Any) -> bool:
     return type(value) in (int, float) and -1e18 < value < 1e18 and math.isfinite(value)
+
+
+def _measured(value: Any) -> bool:
+    """What is null where it was not finite."""
+    return value is None or _number(value)
 
 
 def _text(value: Any) -> bool:
@@ -25,6 +35,10 @@ def _mapping(value: Any) -> bool:
     return isinstance(value, dict)
 
 
+def _list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
 def _inputs(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, dict) and _text(item.get("digest", "")) for item in value)
 
@@ -33,9 +47,8 @@ def _experts(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(who, list) for who in value.values())
 
 
-def _measured(value: Any) -> bool:
-    """What is null where it was not finite."""
-    return value is None or _number(value)
+def _truth(value: Any) -> bool:
+    return isinstance(value, bool)
 
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
@@ -49,45 +62,145 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
          "times_median", "cpus", "gpus"),
         _number,
     ),
-    **dict.fromkeys(("event", "status", "reason", "kind", "action", "host", "checkpoint", "trial", "traceback"), _text),
+    **dict.fromkeys(
+        ("event", "status", "reason", "cause", "kind", "action", "host", "checkpoint", "trial", "traceback"), _text
+    ),
     **dict.fromkeys(("broken", "slow", "problems"), _texts),
-    "stacks": lambda value: isinstance(value, list),
+    "stacks": _list,
     "inputs": _inputs,
     "experts": _experts,
     "tracking": _mapping,
 }  # fmt: skip
-"""Fields that mean the same in every event that has them; what others hold is shown and nothing more."""
-NEEDED: dict[str, tuple[str, ...]] = {
-    "attempt_ended": ("status",),
-    "cadence": ("every", "cost_s", "write_s", "step_s"),
-    "checkpoint": ("step",),
-    "experts_collapsed": ("experts", "collapsed", "step"),
-    "experts_recovered": ("experts", "collapsed", "step"),
-    "forked": ("checkpoint",),
-    "hang": ("reason",),
-    "policy": ("action", "reason"),
-    "preflight": ("broken", "slow"),
-    "rollback": ("to_step",),
-    "skipped_step": ("step",),
-    "straggler": ("rank", "host", "step", "times_median"),
-    "straggler_recovered": ("rank", "host", "step"),
-    "trial_ended": ("trial", "status"),
-    "trial_started": ("trial", "workers"),
-    "worker_failed": ("rank", "step", "reason"),
-    "worker_lost": ("rank", "step", "reason"),
+"""Types of the fields that readers decide by. A line where one has another type is left out."""
+SHOWN: dict[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(
+        ("active_parameters", "cache_hits", "cache_misses", "devices", "eval_tokens", "failures", "graph_breaks",
+         "graphs", "parameters", "recompilations", "row_group", "steps", "tokens_per_step"),
+        _count,
+    ),
+    **dict.fromkeys(
+        ("bound", "bubble", "compute_time", "deviations", "device_hours", "eval_loss", "flops_per_token", "last_good",
+         "launch_time", "loss", "memory_of_device", "memory_time", "mfu", "peak_memory", "predicted_peak_memory",
+         "predicted_step_time", "step_time", "tokens_per_day", "tokens_per_second"),
+        _measured,
+    ),
+    **dict.fromkeys(("by", "command", "device", "file", "git_commit", "kept_as", "phase"), _text),
+    **dict.fromkeys(("derived", "files"), _texts),
+    **dict.fromkeys(("left_out", "pruned", "suspects"), _list),
+    **dict.fromkeys(("changed", "differs", "memory", "totals", "traffic", "versions"), _mapping),
+    "fits": _truth,
+    "git_dirty": _truth,
+    "machines": lambda value: _list(value) or _count(value),
+}  # fmt: skip
+"""Of those that are shown, or read by whoever asks for them: their types count when they are written."""
+
+
+class Fields(NamedTuple):
+    """What an event has beside time, attempt and event."""
+
+    needed: tuple[str, ...] = ()
+    """Readers do without them in no case."""
+    more: tuple[str, ...] = ()
+
+
+def _fields(needed: str = "", more: str = "") -> Fields:
+    return Fields(tuple(needed.split()), tuple(more.split()))
+
+
+EVENTS: dict[str, Fields] = {
+    # A launch, and what was made of the config.
+    "resolved": _fields(more="derived began submitted command pid host"),
+    "init_from": _fields(more="differs"),
+    "config_changed": _fields(more="changed"),
+    "forked": _fields("checkpoint"),
+    # The life of an attempt.
+    "attempt_started": _fields(more="world_size device versions git_commit git_dirty inputs tracking pid host"),
+    "preflight": _fields("broken slow", "seconds machines"),
+    "plan": _fields(
+        more="device devices parameters active_parameters flops_per_token tokens_per_step memory memory_of_device fits "
+        "traffic step_time compute_time memory_time launch_time bubble mfu tokens_per_second tokens_per_day"
+    ),
+    "resumed": _fields(more="step cursor checkpoint"),
+    "signal": _fields(more="step reason"),
+    "compiled": _fields(more="graphs graph_breaks cache_hits cache_misses recompilations seconds"),
+    "measured": _fields(more="peak_memory step_time predicted_peak_memory predicted_step_time"),
+    "export_skipped": _fields(more="reason"),
+    "failure": _fields(more="step reason traceback"),
+    "attempt_ended": _fields("status", "reason cause step totals"),
+    # As it trains.
+    "evaluation": _fields(more="step eval_loss eval_tokens seconds"),
+    "skipped_step": _fields("step", "cursor loss in_a_row"),
+    "spike": _fields(more="step cursor loss deviations"),
+    "rollback": _fields("to_step", "from_step cursor left_out rollbacks"),
+    "cadence": _fields("every cost_s write_s step_s", "interval_s by mtbf_s failures device_hours"),
+    "checkpoint": _fields("step", "bytes stall_s write_s pruned"),
+    "checkpoint_failed": _fields(more="step reason last_good"),
+    "checkpoint_refused": _fields(more="step problems kept_as"),
+    "experts_collapsed": _fields("experts collapsed step"),
+    "experts_recovered": _fields("experts collapsed step"),
+    "straggler": _fields("rank host step times_median", "steps"),
+    "straggler_recovered": _fields("rank host step"),
+    "recompiled": _fields(more="step reason"),
+    "bad_page": _fields(more="file row_group rank"),
+    "not_written": _fields(more="file reason"),
+    "profile": _fields(more="step files"),
+    "hang": _fields("reason", "step phase seconds bound suspects stacks"),
+    "tracker_failed": _fields(more="reason"),
+    "tracker_recovered": _fields(more="reason"),
+    # What the cluster did about it.
+    "worker_failed": _fields("rank step reason", "kind traceback"),
+    "worker_lost": _fields("rank step reason", "kind traceback"),
+    "policy": _fields("action reason", "failures"),
+    "waiting": _fields(more="reason"),
+    # Of a sweep.
+    "cluster": _fields(more="machines cpus gpus"),
+    "trial_started": _fields("trial workers", "cpus gpus"),
+    "trial_ended": _fields("trial status", "kind reason"),
 }
-"""Fields that an event's readers do without in no case; every one has time, attempt and event."""
+ALWAYS = ("time", "attempt", "event")
 METRICS = ("loss", "eval_loss", "lr", "grad_norm", "tokens", "step_time", "data_wait", "tokens_per_second", "tflops",
            "mfu", "memory_gb")  # fmt: skip
 
+NONFINITE, DATA, CHECKPOINT = "nonfinite", "data", "checkpoint"
+"""Causes of `attempt_ended` where the trainer stopped for good: steps without a finite loss or gradient, a damaged page
+of the data, a last checkpoint that could not be written."""
+
+
+class WrongEvent(UserWarning):
+    """An event that is written otherwise than `EVENTS` says: an error in the tests, a warning in a run."""
+
 
 def wrong_event(record: dict[str, Any]) -> str:
-    """What is wrong with a line of events.jsonl; empty if nothing."""
-    return _wrong(record, ("time", "attempt", "event")) or _wrong(record, NEEDED.get(record["event"], ()))
+    """What is wrong with a line of events.jsonl for its readers; empty if nothing."""
+    return _wrong(record, ALWAYS) or _wrong(record, EVENTS.get(record["event"], Fields()).needed)
+
+
+def not_in_table(record: dict[str, Any]) -> str:
+    """How an event that is about to be written differs from `EVENTS`; empty if it does not."""
+    name = record["event"]
+    if name not in EVENTS:
+        return f"there is no event {name}"
+    if strange := record.keys() - {*ALWAYS, *EVENTS[name].needed, *EVENTS[name].more}:
+        return f"{name} has no field {min(strange)}"
+    wrong = wrong_event(record) or next(
+        (_said(key, value) for key, value in record.items() if key in SHOWN and not SHOWN[key](value)), ""
+    )
+    return f"{name}: {wrong}" if wrong else ""
+
+
+def as_now(event: dict[str, Any]) -> dict[str, Any]:
+    """An event of an older version as this one would have written it."""
+    if event.get("status") == "KILLED":
+        event["status"] = "STOPPED"
+    if event["event"] == "attempt_ended" and event["status"] == "FAILED" and "cause" not in event:
+        reason = event.get("reason", "")
+        if reason.startswith("TrainingStopped: ") and " in a row" in reason:
+            event["cause"] = NONFINITE
+    return event
 
 
 def wrong_metrics(record: dict[str, Any]) -> str:
-    """The same of metrics.jsonl."""
+    """As `wrong_event`, of a line of metrics.jsonl."""
     if wrong := _wrong(record, ("step", "attempt", "time")):
         return wrong
     return next((_said(key, record[key]) for key in METRICS if not _measured(record.get(key))), "")

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -19,7 +20,7 @@ from configs import counted, mask_all
 from trainer.files.own_files import LONGEST_LINE, open_file, read_bytes, read_lines
 from trainer.files.plain_json import dump
 
-from .events import wrong_event, wrong_metrics
+from .events import WrongEvent, as_now, not_in_table, wrong_event, wrong_metrics
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 MOST_EVENTS = 64 << 20
@@ -55,11 +56,17 @@ class Record:
         self._write(METRICS, head | {key: value for key, value in values.items() if key not in head})
 
     def event(self, name: str, **details: Any) -> None:
-        """Append an event. `attempt_started` and `resolved` get `pid` and `host`: others see whether it lives."""
+        """Append an event of `trainer.record.events.EVENTS`; any other is written with a warning (in tests, an error).
+
+        `attempt_started` and `resolved` get `pid` and `host`, by which others see whether the process lives.
+        """
         head: dict[str, Any] = {"time": time.time(), "attempt": self.attempt, "event": name}
         if name in ("attempt_started", "resolved"):
             head |= {"pid": os.getpid(), "host": socket.gethostname()}
-        self._write(EVENTS, head | mask_all(details))
+        line = head | mask_all(details)
+        self._write(EVENTS, line)
+        if wrong := not_in_table(json.loads(dump(line))):
+            warnings.warn(f"event outside the table of trainer.record.events: {wrong}", WrongEvent, stacklevel=2)
 
     def close(self) -> None:
         """Write what is still kept, and say on stderr what is lost if the disk is still full."""
@@ -211,9 +218,7 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
         if wrong := wrong_event(event):
             left_out = left_out or f"{path}: line {number} is left out, and perhaps more: {wrong}"
         else:
-            if event.get("status") == "KILLED":  # as older records say it
-                event["status"] = "STOPPED"
-            events.append(event)
+            events.append(as_now(event))
     if left_out:
         _say_once(left_out)
     return events
@@ -246,10 +251,15 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
         "loss": train.get("loss"),
         "eval_loss": evaluation.get("eval_loss"),
         "tokens": train.get("tokens", 0),
-        "attempts": len({event["attempt"] for event in events if event["event"] == "attempt_started"}),
+        "attempts": last_attempt(events),
         "wall_time": _wall_time(events, updated),
         "updated": updated,
     }
+
+
+def last_attempt(events: Sequence[dict[str, Any]]) -> int:
+    """Number of the last attempt in the record, counted from 1; 0: none has begun."""
+    return max((event["attempt"] for event in events if event["event"] == "attempt_started"), default=0)
 
 
 def pace(run_dir: str | Path) -> float | None:

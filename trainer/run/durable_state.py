@@ -12,7 +12,7 @@ from configs.explain import first_reason
 from configs.reading.parse import parse_json, shortened
 from trainer.files.durable import write_durably
 from trainer.files.own_files import read_bytes
-from trainer.record.lines import EVENTS, read_events
+from trainer.record.lines import EVENTS, last_attempt, read_events
 from trainer.state import Count
 
 RUN = "run.json"
@@ -98,7 +98,7 @@ def from_events(events: Sequence[dict[str, Any]]) -> DurableState:
     forks = [event["checkpoint"] for event in events if event["event"] == "forked"]
     backs = [event for event in events if event["event"] == "rollback" and {"cursor", "rollbacks"} <= event.keys()]
     return DurableState(
-        attempt=len(started),
+        attempt=last_attempt(events),
         forked_from=forks[-1] if forks else None,
         rollbacks=[Rollback(**{key: back[key] for key in Rollback.model_fields}) for back in backs],
         inputs=[entry.get("digest", "") for entry in started[-1].get("inputs", [])] if started else [],

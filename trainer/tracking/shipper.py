@@ -114,7 +114,7 @@ class Shipper(Sender):
                 failing = False
             except Exception as problem:  # whatever a tracker's client raises: the record is safe, try again
                 if not failing:
-                    self.note_error(told := f"cannot send to {self.uri}: {words(problem)}")
+                    self.note_error(told := f"cannot send to {self.uri}: {words(problem)}", unreachable=True)
                     print(told, file=sys.stderr, flush=True)
                     self._tell("tracker_failed", f"{told}. Training goes on; {later(self.run_dir)} later")
                 backoff = min(2 * backoff, MAX_BACKOFF) if failing and self.progress < begin else FIRST_BACKOFF

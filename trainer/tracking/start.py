@@ -14,7 +14,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from configs import MASK, Config, ConfigError, mask, mask_all
 from trainer.files.own_files import no_link, read_bytes, replace_text
-from trainer.record.lines import FULL, METRICS, read_events
+from trainer.record.lines import FULL, METRICS, last_attempt, read_events
 
 from .tracker import Input
 
@@ -50,7 +50,7 @@ class ShipperHandle:
         """
         began = time.monotonic()
         while (code := self.process.poll()) is None and (waited := time.monotonic() - began) < timeout:
-            if waited > LAST_CHANCE and str(read_state(self._run_dir).get("error")).startswith("cannot send"):
+            if waited > LAST_CHANCE and read_state(self._run_dir).get("unreachable"):
                 break  # the end of a run need not wait for a tracker that does not answer
             time.sleep(0.05)
         if code is None:
@@ -83,7 +83,7 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
         write_state(run_dir, read_state(run_dir) | {"error": str(error)})
         print(f"tracking: {error}. Until then nothing is sent; {later(run_dir)}", file=sys.stderr, flush=True)
         return None
-    attempt = max((event["attempt"] for event in read_events(run_dir)), default=1)
+    attempt = max(last_attempt(read_events(run_dir)), 1)
     # -P: a `trainer` folder of the user's in the working directory must not win over this package.
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
     command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid()), "--grace", str(GRACE)]
@@ -197,7 +197,7 @@ def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
 
 def read_state(run_dir: str | Path) -> dict[str, Any]:
     """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error,
-    and files: time of change and size of each that was sent."""
+    unreachable (the last attempt to send failed), and files: time of change and size of each that was sent."""
     try:
         state = json.loads(read_bytes(Path(run_dir) / STATE, MOST_STATE))
     except (OSError, ValueError, RecursionError):
@@ -235,6 +235,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
     "uri": lambda value: isinstance(value, str),
     "run_id": lambda value: isinstance(value, str),
     "error": lambda value: value is None or isinstance(value, str),
+    "unreachable": lambda value: isinstance(value, bool),
     "offset": _count,
     "missing": _count,
     "files": _times,

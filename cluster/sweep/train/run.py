@@ -17,7 +17,7 @@ from cluster.sweep.design.trial import Plan
 from configs import ConfigError, counted, mask
 from configs.sweep.definition import SweepConfig
 from trainer.files.own_files import require_own
-from trainer.record.lines import Record, read_events
+from trainer.record.lines import Record, last_attempt, read_events
 from trainer.record.terminal import Console
 from trainer.run import revision
 from trainer.run.folder import attempts, hold
@@ -139,8 +139,7 @@ class _Session(RayThread):
 def _begin_record(setting: Setting) -> tuple[Record, ShipperHandle | None]:
     sweep_dir = setting.sweep_dir
     hand_down_password(setting.base)
-    before = [event["attempt"] for event in read_events(sweep_dir)]
-    record = Record(sweep_dir, max(before, default=0) + 1)
+    record = Record(sweep_dir, last_attempt(read_events(sweep_dir)) + 1)
     tracking = setting.tracking.model_copy(update={"parent": None})
     record.event("attempt_started", tracking=tracking.model_dump(mode="json"), **revision.of(Path.cwd()))
     if not tracking.enabled:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from trainer.record.events import NONFINITE
 from trainer.record.goodput import goodput, total
 from trainer.record.lines import EVENTS, METRICS, read_events, status_of, summary
 from trainer.tracking.sweep import TRIALS
@@ -100,11 +101,8 @@ def standing(run_dir: Path, steps: int, end: Mapping[str, Any] | None, training:
 
 def diverged(events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a run's last attempt was stopped over steps whose loss or gradient was no number."""
-    ended = next((event for event in reversed(events) if event["event"] == "attempt_ended"), None)
-    skipped = next((event for event in reversed(events) if event["event"] == "skipped_step"), None)
-    if not ended or not skipped or ended["status"] != "FAILED":
-        return False
-    return skipped["step"] == ended.get("step") and str(ended.get("reason")).startswith("TrainingStopped")
+    ended = next((event for event in reversed(events) if event["event"] == "attempt_ended"), {})
+    return ended.get("cause") == NONFINITE
 
 
 def finished_losses(sweep_dir: Path) -> dict[str, float]:

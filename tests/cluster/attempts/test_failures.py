@@ -10,7 +10,7 @@ from trainer.record.lines import Record, read_events
 
 ERROR = Failure(1, "RuntimeError: CUDA error")
 GONE = Failure(1, "the process is gone", lost=True)
-PEER = Failure(0, "DistBackendError: Connection closed by peer [127.0.0.1]:1234")
+PEER = Failure(0, "DistBackendError: Connection closed by peer [127.0.0.1]:1234", fault="connection")
 
 
 @pytest.mark.parametrize("failures", [[PEER, ERROR], [ERROR, PEER]])
@@ -33,7 +33,7 @@ def test_failures_are_recorded_and_judged(tmp_path):
         ("worker_failed", "error"), ("policy", "stop"),
     ]  # fmt: skip
     with pytest.raises(Final, match=r"out of memory after step 0; the plan was .* [GM]B per device.*CUDA out"):
-        judge(tmp_path, [Failure(0, "OutOfMemoryError: CUDA out of memory")], cpu=True)
+        judge(tmp_path, [Failure(0, "OutOfMemoryError: CUDA out of memory", fault="memory")], cpu=True)
 
 
 def test_a_connection_that_broke_is_no_error_of_the_user(tmp_path):

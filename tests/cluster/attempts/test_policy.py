@@ -49,8 +49,9 @@ def test_memory_stops_at_once():
 @pytest.mark.parametrize(
     ("failure", "kind"),
     [
-        (Failure(0, "OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB"), "memory"),
-        (Failure(0, "RuntimeError: [enforce fail] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (Failure(0, "OutOfMemoryError: CUDA out of memory", fault="memory"), "memory"),
+        (Failure(0, "RuntimeError: Broken pipe", fault="connection"), "infrastructure"),
+        (Failure(0, "host-0: wrong products", broken=(0,)), "infrastructure"),
         (Failure(0, "the process is gone", lost=True), "infrastructure"),
         (Failure(0, "ValueError: no"), "error"),
     ],

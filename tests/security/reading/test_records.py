@@ -16,7 +16,7 @@ from cluster.sweep.train.progress import PLAN, read_plan
 from configs import ConfigError
 from trainer.checkpoint.cadence import Cadence
 from trainer.checkpoint.store import CheckpointError, Snapshot, commit, folder, write_shard
-from trainer.record.events import FIELDS, NEEDED
+from trainer.record.events import EVENTS, FIELDS
 from trainer.record.goodput import goodput, read_steps
 from trainer.record.lines import MetricsIndex, Record, read_events, read_metrics, summary
 from trainer.record.notable import notable
@@ -65,6 +65,9 @@ def use(run_dir: Path) -> None:
 def append(path: Path, *lines: str | dict) -> None:
     with path.open("a") as file:
         file.writelines(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines)
+
+
+NEEDED = {name: each.needed for name, each in EVENTS.items() if each.needed}
 
 
 @pytest.mark.parametrize("name", NEEDED)

@@ -46,7 +46,7 @@ def check(run_dir, names):
 def test_moe_run_with_restart_rollback_skipped_step_and_collapse(tmp_path):
     write(tmp_path, range(1, 20), routers=False)  # recorded before there were values of routers
     record = write(tmp_path, range(10, 30), attempt=2)
-    record.event("rollback", step=29, to_step=20)
+    record.event("rollback", from_step=29, to_step=20)
     record.event("experts_collapsed", step=12, experts={"1": [2]}, collapsed=1)
     record.event("experts_recovered", step=18, experts={"1": [2]}, collapsed=0)
     record.metrics({"step": 21, "loss": math.nan, "skipped": True, "tokens": 999})

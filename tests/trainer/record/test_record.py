@@ -110,7 +110,7 @@ def test_a_rollback_takes_back_what_came_after(tmp_path, clock):
     for step in range(1, 9):
         record.metrics({"step": step, "loss": float(step)})
     record.metrics({"step": 8, "eval_loss": 8.0})
-    record.event("rollback", step=8, to_step=4)
+    record.event("rollback", from_step=8, to_step=4)
     assert steps(tmp_path) == [1, 2, 3, 4]  # also before anything is recorded in their place
     assert steps(tmp_path, evaluation=True) == []
     record.metrics({"step": 5, "loss": 50.0})
@@ -178,7 +178,7 @@ def test_a_process_that_is_gone_without_a_word_has_failed(tmp_path):
 def test_lines_of_writers_at_once_do_not_mix(tmp_path):
     code = (
         "import sys; from trainer.record.lines import Record; r = Record(sys.argv[1], int(sys.argv[2]))\n"
-        "for i in range(300): r.event('checkpoint', step=i, filler='x' * 5000)"
+        "for i in range(300): r.event('checkpoint', step=i, pruned=['x' * 5000])"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(n)]) for n in (1, 2)]
     assert [writer.wait() for writer in writers] == [0, 0]

@@ -172,7 +172,7 @@ def test_a_diverged_trial_is_left_alone_and_a_failed_one_is_not(setting, trials)
     record = Record(run_dir, 2)
     record.event("attempt_started", inputs=[])
     record.event("skipped_step", step=3, cursor=0, loss=None, in_a_row=10)
-    record.event("attempt_ended", status="FAILED", reason="TrainingStopped: 10 steps in a row", step=3)
+    record.event("attempt_ended", status="FAILED", reason="TrainingStopped: 10 steps", cause="nonfinite", step=3)
     sweep = Record(setting.sweep_dir, 1)
     sweep.event("trial_ended", trial=third.name, status="FAILED", kind="stopped", reason="10 steps in a row")
     assert setting.over(trials)[third.name] == "10 steps in a row"
