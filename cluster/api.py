@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import pandas as pd
 import pyarrow as pa
 
-from configs import ConfigError, flatten, load
+from configs import ConfigError, ExitCode, flatten, load
 from configs.reading.parse import clip
 from configs.sweep.definition import load_sweep
 from models.scaling.fitting import Fits
@@ -24,14 +24,11 @@ from trainer.record.progress import Follower, ProgressView
 
 from .cli import ARGUMENTS
 from .commands.runs import RUNS, run_folder, run_folders
-from .gangs.session import STOPPED
 from .sweep.results.collect import collect, known_plan, loss_curves
 from .sweep.results.fit_commands import tokens_to_read
 
 __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
 
-MISTAKE = 2
-"""Exit code of `muster train`, as in launch.py, which imports torch."""
 Source: TypeAlias = str | Path | pd.DataFrame
 """A sweep's YAML file, a CSV or Parquet file with a run in each row, or a data frame of the same."""
 
@@ -69,8 +66,8 @@ def train(
         code, message = _muster("train", *(["--fork", fork] if fork else []), "--", str(config), *overrides)
     if told.error:
         raise told.error
-    if code not in (0, STOPPED):
-        raise ConfigError(message) if code == MISTAKE else RuntimeError(message)
+    if code not in (ExitCode.FINISHED, ExitCode.STOPPED):
+        raise ConfigError(message) if code == ExitCode.MISTAKE else RuntimeError(message)
     return run_dir
 
 

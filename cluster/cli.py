@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from configs import Config, ConfigError, counted, load, mask, preset_names, private_files, resolve, to_yaml
+from configs import Config, ConfigError, ExitCode, counted, load, mask, preset_names, private_files, resolve, to_yaml
 from configs.reading.parse import shortened
 from models.planning.cost import parameters, training_flops_per_token
 from trainer.record.terminal import guard
@@ -130,7 +130,7 @@ NOT_OURS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
+    """Run the command line. It ends with one of `ExitCode`."""
     private_files()
     guard()
     _hide_passwords()
@@ -140,14 +140,14 @@ def main() -> None:
         app()
     except ConfigError as error:
         print(f"muster: {mask(str(error))}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.MISTAKE)
     except OSError as error:
         if error.errno not in NOT_OURS or not error.filename:
             raise
         print(f"muster: {shortened(str(error.filename), 100)}: {error.strerror}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(ExitCode.MISTAKE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(ExitCode.INTERRUPTED)
 
 
 def _hide_passwords() -> None:

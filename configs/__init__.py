@@ -2,7 +2,7 @@
 
 from . import interrupt as interrupt  # before anything that takes time
 from . import search_path as search_path  # first, before any library is imported
-from .base import ConfigError, Section
+from .base import ConfigError, ExitCode, Section
 from .credentials import MASK, mask, mask_all
 from .load import flatten, from_dict, load, preset_names, to_yaml
 from .private import private_files, private_folder
@@ -16,6 +16,7 @@ __all__ = [
     "BlockSparse",
     "Config",
     "ConfigError",
+    "ExitCode",
     "ModelConfig",
     "RopeScaling",
     "Section",

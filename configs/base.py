@@ -1,5 +1,6 @@
 """The base class of every config section and the one error a user's mistake ends in."""
 
+import enum
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,6 +33,19 @@ MOST_FLOAT = 1e30
 """Numbers with a fraction are at most that, so that products of a few of them are finite."""
 LONGEST_PATH, LONGEST_NAME = 4095, 255
 """Bytes of a path, and of each name in it (Linux)."""
+
+
+class ExitCode(enum.IntEnum):
+    """How a command ended."""
+
+    FINISHED = 0
+    FAILED = 1
+    MISTAKE = 2
+    """In what was asked: a ConfigError."""
+    STOPPED = 75
+    """By request; the same command goes on (EX_TEMPFAIL)."""
+    INTERRUPTED = 130
+    """By Ctrl-C, where there is nothing to go on with."""
 
 
 class ConfigError(ValueError):

@@ -13,7 +13,7 @@ if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's agent is what started this
 
 from torch import distributed as dist
 
-from configs import ConfigError, load, mask, private_files
+from configs import ConfigError, ExitCode, load, mask, private_files
 
 from .engine.precision import check_device
 from .engine.start import start_processes
@@ -29,12 +29,8 @@ from .run.folder import followed, is_finished, prepare_run, read_config
 from .run.header import header
 from .tracking import unsent
 
-RESUMABLE = 75
-"""Exit code of a run that was asked to stop and can go on (EX_TEMPFAIL)."""
 
-
-def main() -> int:
-    """Returns the exit code: 0 finished, 75 stopped and resumable, 2 a mistake in what was asked, 1 failure."""
+def main() -> ExitCode:
     private_files()
     guard()
     try:
@@ -47,7 +43,7 @@ def main() -> int:
         run_dir = _prepare(config)
         if is_finished(run_dir):
             _say(f"{run_dir} is finished")
-            return 0
+            return ExitCode.FINISHED
         chief = dist.get_rank() == 0
         terminal = Console(file=os.fdopen(os.dup(1), "w", buffering=1))
         resolved = read_config(run_dir)
@@ -60,15 +56,15 @@ def main() -> int:
         if tracking.enabled and not tracking.parent and (missing := unsent(run_dir)):
             _say(missing)
         _say(f"{run_dir}: {status}")
-        return 0 if status == "FINISHED" else RESUMABLE
+        return ExitCode.FINISHED if status == "FINISHED" else ExitCode.STOPPED
     except ConfigError as error:
         _say(f"muster: {error}")
         if os.environ.get("RANK", "0") != "0":
             time.sleep(2)  # torchrun ends every process with the first: let rank 0 say its message
-        return 2
+        return ExitCode.MISTAKE
     except (TrainingStopped, BadMachine, Incomplete) as stopped:
         _say(f"muster: {stopped}")
-        return 1
+        return ExitCode.FAILED
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

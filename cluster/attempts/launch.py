@@ -12,9 +12,9 @@ import torch
 
 from cluster.gangs.access_token import Address, in_config, in_environment
 from cluster.gangs.machine import memory_bytes, this_node
-from cluster.gangs.session import STOPPED, RayThread, Session, clear_away, end_children
+from cluster.gangs.session import RayThread, Session, clear_away, end_children
 from cluster.gangs.share import Node, Share, group_of, share, share_of_most
-from configs import Config, ConfigError, counted, mask
+from configs import Config, ConfigError, ExitCode, counted, mask
 from trainer.checkpoint.manifest import committed
 from trainer.engine.precision import check_device
 from trainer.processes.output import LOGS
@@ -29,8 +29,6 @@ from trainer.tracking import send_apart, unsent
 
 from .failures import Final
 
-FINISHED, FAILURE, MISTAKE = 0, 1, 2
-"""Exit codes, beside STOPPED."""
 TRACKER = tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
 """Variables that say where the record goes, and let it in there."""
 
@@ -65,7 +63,7 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
         out.print(
             f"run {config.run.name} is finished ({counted(config.train.steps, 'step')}): raise train.steps to go on"
         )
-        return FINISHED
+        return ExitCode.FINISHED
     out.print(f"run {config.run.name}")
     for line in [*notes, *header(run_dir, config)]:
         out.print(f"  {line}")
@@ -125,7 +123,7 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
         send_apart(job.run_dir)  # what would have sent it was killed
     print(f"muster: stopped at once; {_goes_on(job.run_dir)}", file=sys.stderr)
     sys.stderr.flush()
-    os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
+    os._exit(ExitCode.STOPPED)  # the thread that waits for Ray cannot be interrupted
 
 
 def _goes_on(run_dir: Path) -> str:
@@ -145,10 +143,10 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
             step = ends[-1].get("step", last["step"]) if ends else last["step"]  # metrics may be recorded less often
             out.print(f"stopped after step {step}: {_goes_on(job.run_dir)}")
         _say_unsent(job)
-        return FINISHED if job.status == "FINISHED" else STOPPED
+        return ExitCode.FINISHED if job.status == "FINISHED" else ExitCode.STOPPED
     code, message = _explain(job)
     print(f"muster: {mask(message)}", file=sys.stderr)
-    if code == FAILURE and (logs := job.run_dir / LOGS).exists():
+    if code == ExitCode.FAILED and (logs := job.run_dir / LOGS).exists():
         print(f"Output of the workers: {logs}", file=sys.stderr)
     if attempts(job.run_dir) > attempts_before:
         close_record(job.run_dir, "FAILED", message.splitlines()[0])
@@ -173,12 +171,12 @@ def _explain(job: _Job) -> tuple[int, str]:
     error = job.error
     assert error
     if isinstance(error, ConfigError):
-        return MISTAKE, str(error)
+        return ExitCode.MISTAKE, str(error)
     if isinstance(error, Final):
         if error.kind == "mistake":
-            return MISTAKE, error.reason
-        return FAILURE, error.reason + (_traceback(job.run_dir) if error.kind == "failure" else "")
-    return FAILURE, "Ray failed\n" + "".join(traceback.format_exception(error))
+            return ExitCode.MISTAKE, error.reason
+        return ExitCode.FAILED, error.reason + (_traceback(job.run_dir) if error.kind == "failure" else "")
+    return ExitCode.FAILED, "Ray failed\n" + "".join(traceback.format_exception(error))
 
 
 def _traceback(run_dir: Path, lines: int = 12) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from configs import ConfigError, counted
+from configs import ConfigError, ExitCode, counted
 
 from .runs import RUNS, Json, Root, Run, run_folder
 
@@ -114,7 +114,7 @@ def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False
         for problem in row["problems"]:
             print(f"{path.name}: damaged: {problem}")
     if any(row["problems"] for row in rows):
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
 
 
 def steps_of(run_dir: Path, step: int | None) -> list[int]:

@@ -23,7 +23,7 @@ from rich.text import Text
 from cluster.gangs import machine
 from cluster.gangs.ray_folder import open_to_others
 from cluster.gangs.session import check_reachable
-from configs import counted, mask
+from configs import ExitCode, counted, mask
 from configs.units import byte_size
 from trainer.record.terminal import Console
 from trainer.tracking.start import SQLITE, sqlite_path, sqlite_uri
@@ -62,7 +62,7 @@ def doctor(
             console.print(Text(f"{finding.name:<14}{finding.found}"))
             if finding.mend:
                 console.print(Text(f"{'':<19}{finding.mend}"))
-    raise typer.Exit(1 if failed else 0)
+    raise typer.Exit(ExitCode.FAILED if failed else ExitCode.FINISHED)
 
 
 def examine(root: Path, address: str | None) -> Iterator[Finding]:

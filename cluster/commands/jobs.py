@@ -13,12 +13,11 @@ import typer
 from cluster.server.client import Cluster, api_url
 from cluster.server.outlook import Outlook, gang_words, in_line, most, outlook
 from cluster.server.waiting import ACTIVE, FINISHED, QUEUED, RUNNING, STOPPED
-from configs import ConfigError, mask
-from configs.reading.parse import shortened
+from configs import ConfigError, ExitCode, mask
+from configs.reading.parse import clip, shortened
 from configs.units import ago, duration
 from trainer.processes.output import LOGS
 from trainer.record.lines import in_use, read_events, status_of
-from trainer.record.notable import cut
 from trainer.record.terminal import Console
 
 from . import runs
@@ -59,7 +58,7 @@ def jobs(
         except (OSError, RuntimeError) as error:
             if not watch:
                 raise
-            console.print(f"{mask(cluster.url)} does not answer: {cut(mask(str(error)), SHOWN)}", soft_wrap=True)
+            console.print(f"{mask(cluster.url)} does not answer: {clip(mask(str(error)), SHOWN)}", soft_wrap=True)
         else:
             if watch and console.is_terminal and not as_json:
                 console.clear()
@@ -91,7 +90,7 @@ def _print_jobs(console: Console, rows: list[list[str]], url: str) -> None:
 def _row(id: str, job: dict[str, Any], seen: Outlook) -> list[str]:
     return [
         id, _state(job), _step(seen), "" if seen.eta is None else duration(seen.eta), str(job["priority"]),
-        gang_words(job), ago(job["submitted"]), str(job["name"]), cut(seen.why, SHOWN),
+        gang_words(job), ago(job["submitted"]), str(job["name"]), clip(seen.why, SHOWN),
     ]  # fmt: skip
 
 
@@ -281,9 +280,9 @@ def follow(cluster: Cluster, id: str) -> None:
         job = _until(cluster, id, lambda job: job["state"] not in ACTIVE)
     except KeyboardInterrupt:
         print(f"\n{id} goes on without this command; `muster stop {id}` stops it")
-        raise typer.Exit(130) from None
-    codes = {FINISHED: 0, STOPPED: 75}
-    raise typer.Exit(codes.get(job["state"], job.get("exit_code") or 1))
+        raise typer.Exit(ExitCode.INTERRUPTED) from None
+    codes = {FINISHED: ExitCode.FINISHED, STOPPED: ExitCode.STOPPED}
+    raise typer.Exit(codes.get(job["state"], job.get("exit_code") or ExitCode.FAILED))
 
 
 def _until(cluster: Cluster, id: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:

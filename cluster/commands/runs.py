@@ -10,8 +10,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from configs import ConfigError, counted
-from configs.reading.parse import is_file, shortened
+from configs import ConfigError, ExitCode, counted
+from configs.reading.parse import clip, is_file, shortened
 from configs.units import ago, duration
 from trainer.record.terminal import Console
 
@@ -107,16 +107,14 @@ def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> No
 
 
 def _noted(run: dict[str, Any]) -> str:
-    from trainer.record.notable import cut
-
-    return cut(" ".join([*(f"{key}={value}" for key, value in run["tags"].items()), run["note"]]), SHOWN)
+    return clip(" ".join([*(f"{key}={value}" for key, value in run["tags"].items()), run["note"]]), SHOWN)
 
 
 def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     """How a run stands and where its time went, attempt by attempt. Example: muster status quickstart"""
     from trainer.record.goodput import BOOKS, goodput, productive, total, unpaused
     from trainer.record.lines import read_events, summary
-    from trainer.record.notable import cut, notable
+    from trainer.record.notable import notable
     from trainer.tracking import read_state
 
     run_dir = run_folder(run, root)
@@ -133,10 +131,10 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     print(f"{found['name']}: {found['status']}{reason}, step {found['step']:,}, {losses}")
     for kind, each in told.items():
         when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.times} in all" if each.times > 1 else "")
-        print(f"{kind.replace('_', ' ')}: {cut(each.text, SHOWN)} ({when})")
+        print(f"{kind.replace('_', ' ')}: {clip(each.text, SHOWN)} ({when})")
     if behind:
         later = "it is tried again" if found["status"] == "RUNNING" else f"`muster sync {run}` sends what is missing"
-        print(f"tracking: {cut(behind, SHOWN)}; {later}")
+        print(f"tracking: {clip(behind, SHOWN)}; {later}")
     if not attempts:
         return
     meant, spent = max(unpaused(whole), 1e-9), [name for name in BOOKS if whole[name]]
@@ -169,7 +167,7 @@ def sync(
         print(f"{run_dir.name}: sent {counted(done.records, 'record')} and {counted(done.files, 'file')}")
     if done.missing:
         print(f"muster: {done.missing}\n`muster sync {run}` again sends the rest", file=sys.stderr)
-        raise typer.Exit(1)
+        raise typer.Exit(ExitCode.FAILED)
     if not (done.records or done.files):
         print(f"{run_dir.name}: nothing is missing")
 

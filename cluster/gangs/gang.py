@@ -16,6 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.attempts.failures import Failure, Final
 from cluster.server import waiting
+from configs.reading.parse import clip
 
 from .ray_nodes import machines
 from .share import Node, Share
@@ -204,7 +205,7 @@ class Gang:
         try:
             jobs = self._jobs(run_dir, folder, patience)
         except ray.exceptions.RayError as error:
-            return [], [Failure(0, f"the worker or its machine is gone: {_words(error)}", str(error), lost=True)]
+            return [], [Failure(0, f"the worker or its machine is gone: {clip(error, 400)}", str(error), lost=True)]
         running = {member.actor.train.remote(job): rank for rank, member, job in jobs}
         ends: list[str] = []
         failures: list[Failure] = []
@@ -271,16 +272,12 @@ def _outcome(ref: Any) -> dict[str, Any]:
     except ray.exceptions.RayActorError as error:
         return {
             "kind": "lost",
-            "reason": f"the worker or its machine is gone: {_words(error)}",
+            "reason": f"the worker or its machine is gone: {clip(error, 400)}",
             "traceback": str(error),
         }
     except ray.exceptions.RayError as error:
         kind = "memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "error"
-        return {"kind": kind, "reason": f"{type(error).__name__}: {_words(error)}", "traceback": str(error)}
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split())[:400]
+        return {"kind": kind, "reason": f"{type(error).__name__}: {clip(error, 400)}", "traceback": str(error)}
 
 
 def _failure(rank: int, end: dict[str, Any]) -> Failure:

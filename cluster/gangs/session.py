@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from configs import ConfigError, mask
+from configs import ConfigError, ExitCode, mask
 from configs.reading.parse import clip
 from trainer.files.scratch import make_folder, remove_folder, sweep
 from trainer.processes.orphans import sweep_after
@@ -26,8 +26,6 @@ from .access_token import Address, refuse_open, remember, use_token
 from .ray_folder import closed, open_to_others, ray_parent
 from .share import Node
 
-STOPPED = 75
-"""Exit code (EX_TEMPFAIL): stopped, and the same command goes on."""
 SAME_SIGNAL = 0.5
 """Seconds in which a further signal is the same wish: `timeout` and others send one to a process and to its group."""
 OBJECT_STORE_BYTES = 100 * 2**20
@@ -173,7 +171,7 @@ def stop_early() -> None:
     """End a command that nothing is lost of: what it has started too, and without a traceback."""
     end_children()
     print("muster: stopped before training began; run the same command to start", file=sys.stderr, flush=True)
-    os._exit(STOPPED)
+    os._exit(ExitCode.STOPPED)
 
 
 def _children() -> set[psutil.Process]:

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from configs import ConfigError, counted, private_folder
+from configs import ConfigError, ExitCode, counted, private_folder
 from configs.reading.parse import clip
 from trainer.files.own_files import open_file
 
@@ -277,7 +277,7 @@ class _Queue:
             _signal_driver(info)
         if info.status.is_terminal():
             code = 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code
-            stopped = code == 75 or info.status.value == "STOPPED"
+            stopped = code == ExitCode.STOPPED or info.status.value == "STOPPED"
             state = FINISHED if code == 0 else STOPPED if stopped else FAILED
             reason = None
             if state == FAILED:

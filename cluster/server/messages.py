@@ -7,7 +7,7 @@ from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, Vali
 from pydantic import model_validator as check_all
 
 from configs.base import Typed
-from configs.reading.parse import clip
+from configs.explain import first_reason
 from configs.sections.run import folder_name
 
 MOST_WORKERS = 100_000
@@ -119,7 +119,7 @@ def parse(text: bytes) -> dict[str, Any]:
     try:
         return _MESSAGE.validate_json(text).model_dump()
     except ValidationError as error:
-        raise BadMessage(reason(error)) from None
+        raise BadMessage(first_reason(error)) from None
 
 
 def check_job(job: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ def check_job(job: dict[str, Any]) -> None:
     try:
         Job.model_validate(job)
     except ValidationError as error:
-        raise BadMessage(reason(error)) from None
+        raise BadMessage(first_reason(error)) from None
 
 
 def is_known(job: dict[str, Any]) -> bool:
@@ -137,13 +137,3 @@ def is_known(job: dict[str, Any]) -> bool:
     except ValidationError:
         return False
     return True
-
-
-def reason(error: ValidationError) -> str:
-    """The first of its errors, in one line."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    said = first["msg"].removeprefix("Value error, ")
-    key = ".".join(str(part) for part in first["loc"][-2:] if part not in ("submit", "retry", "stop"))
-    if not key or first["type"] == "missing" or isinstance(first["input"], dict):
-        return clip(f"its {key or 'message'}: {said}")
-    return clip(f"its {key} is {clip(repr(first['input']), 80)}: {said}")

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 from cluster.gangs.share import Node
 from configs import ConfigError, load, mask
-from configs.reading.parse import is_file
+from configs.reading.parse import clip, is_file
 from configs.units import seconds_in
 from trainer.record.lines import pace, read_events, summary
 
-from .messages import clip
 from .waiting import QUEUED, RUNNING, STOPPED, fits, gang_of
 
 Job = Mapping[str, Any]

@@ -1,5 +1,6 @@
 """The user's folder as one zip that a cluster can unpack: what .gitignore leaves out stays at home."""
 
+import errno
 import json
 import os
 import stat
@@ -15,6 +16,7 @@ from cluster.gangs.access_token import known_tokens
 from configs import ConfigError
 from configs.reading.parse import clip
 from configs.units import byte_size
+from trainer.files.own_files import open_file
 from trainer.run import revision
 
 from .ignore import ignored_by, ignored_by_files
@@ -183,13 +185,13 @@ def _read(folder: Path, path: Path) -> tuple[bytes, bool]:
     """A file's content, and whether its owner may execute it. Raises ConfigError if it is not what it was."""
     real = Path(os.path.realpath(folder / path))
     try:
-        # Whatever has taken its place since: a pipe would be waited for.
-        with open(os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            if not stat.S_ISREG(mode) or not real.is_relative_to(folder.resolve()):
-                raise ConfigError(f"{_shown(path)} was changed while it was packed: try again")
-            return file.read(), bool(mode & stat.S_IXUSR)
+        with open_file(real) as file:  # a pipe that has taken its place since would be waited for
+            if not real.is_relative_to(folder.resolve()):
+                raise OSError(errno.EINVAL, "not a file")
+            return file.read(), bool(os.fstat(file.fileno()).st_mode & stat.S_IXUSR)
     except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ELOOP):
+            raise ConfigError(f"{_shown(path)} was changed while it was packed: try again") from None
         raise ConfigError(f"{_shown(path)} cannot be read ({error.strerror}): name it in .gitignore") from None
 
 

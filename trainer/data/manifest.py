@@ -11,7 +11,7 @@ from pydantic import FailFast, Field, ValidationError, field_validator, model_va
 from configs import ConfigError
 from configs.base import Typed, at_most
 from configs.explain import first_reason
-from configs.reading.parse import check_values, shortened
+from configs.reading.parse import check_values, clip, shortened
 from configs.sections.data import DataConfig, PrepareConfig, Source
 
 Split = Literal["train", "held_out"]
@@ -184,7 +184,7 @@ def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
         reason = first_reason(error)
     except (OSError, ValueError) as error:
         reason = str(error)
-    reason = " ".join(reason.split())[:200].removeprefix(": ")
+    reason = clip(reason, 200).removeprefix(": ")
     raise ConfigError(f"{path} is damaged ({reason}): remove the folder and prepare it again")
 
 

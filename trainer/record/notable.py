@@ -3,6 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from configs.reading.parse import clip
+
 Event = Mapping[str, Any]
 
 KINDS = (
@@ -38,14 +40,8 @@ def notable(events: Sequence[Event]) -> dict[str, Notable]:
     for kind in sorted(found, key=KINDS.index):
         these, last = found[kind], found[kind][-1]
         times = sum(event["event"] == kind for event in these)
-        told[kind] = Notable(times, last["attempt"], last["time"], cut(TEXTS.get(kind, _plain)(these)))
+        told[kind] = Notable(times, last["attempt"], last["time"], clip(TEXTS.get(kind, _plain)(these), LONGEST))
     return told
-
-
-def cut(text: str, longest: int = LONGEST) -> str:
-    """One line, of at most so many characters."""
-    text = " ".join(text.split())
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 def _policy(these: Sequence[Event]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table as Rows
 
 from configs import Config, ConfigError, load
+from configs.reading.parse import clip
 from configs.units import scientific
 from models.planning.cost import training_flops_per_token
 from models.scaling.scoring import Score, to_json
@@ -52,7 +53,7 @@ def score_runs(sweep_dir: Path) -> list[Score]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
-            reason = ascii(" ".join(str(error).split()))[:200]
+            reason = ascii(clip(error, 200))
             raise ConfigError(f"{sweep_dir / PREDICTIONS} has a line that is no prediction: {reason}") from None
         if each.status != "AFTERWARDS" or each.run not in found:
             found[each.run] = each

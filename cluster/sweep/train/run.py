@@ -8,13 +8,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from cluster.attempts.launch import FAILURE, FINISHED, MISTAKE, close_record
+from cluster.attempts.launch import close_record
 from cluster.gangs.access_token import Address, in_config, in_environment
 from cluster.gangs.machine import this_node
-from cluster.gangs.session import STOPPED, RayThread, Session, clear_away, end_children
+from cluster.gangs.session import RayThread, Session, clear_away, end_children
 from cluster.gangs.share import Node
 from cluster.sweep.design.trial import Plan
-from configs import ConfigError, counted, mask
+from configs import ConfigError, ExitCode, counted, mask
 from configs.sweep.definition import SweepConfig
 from trainer.files.own_files import require_own
 from trainer.record.lines import Record, last_attempt, read_events
@@ -63,7 +63,7 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[s
         out.print(f"sweep {sweep.name} in {setting.sweep_dir}: {counted(len(plan.trials), 'trial')}")
         if not found.open and found.count("finished") == len(plan.trials):
             out.print("all are finished")
-            return FINISHED
+            return ExitCode.FINISHED
         for warning in plan.warnings:
             out.print(f"warning: {warning}")
         return _run(setting, gpus, address, node, out)
@@ -85,9 +85,9 @@ def _run(setting: Setting, gpus: int | None, address: Address | None, node: Node
         out.print(line)
     out.print(booked(found.books))
     done, count = found.count("finished"), len(found.items)
-    if code in (FAILURE, MISTAKE) and session.error:
+    if code in (ExitCode.FAILED, ExitCode.MISTAKE) and session.error:
         print(f"muster: {mask(message)}", file=sys.stderr)
-    elif code == STOPPED:
+    elif code == ExitCode.STOPPED:
         out.print(f"stopped with {done} of {counted(count, 'trial')} finished: the same command goes on")
     else:
         out.print(f"{done} of {counted(count, 'trial')} finished: {setting.sweep_dir}")
@@ -154,7 +154,7 @@ def _end_record(session: _Session, code: int, reason: str) -> None:
     totals: dict[str, Any] = {state: found.count(state) for state in (*OVER, "stopped", "waiting")}
     totals |= {"trials": len(found.items), "in_steps": f"{kept.in_steps:.4f}", "device_seconds": f"{kept.total:.0f}"}
     # Trials that failed for good are the sweep's result, too: its counts tell.
-    status = "STOPPED" if code == STOPPED else "FAILED" if session.error else "FINISHED"
+    status = "STOPPED" if code == ExitCode.STOPPED else "FAILED" if session.error else "FINISHED"
     session.record.event("attempt_ended", status=status, reason=reason.splitlines()[0], step=0, totals=totals)
     session.record.close()
 
@@ -162,16 +162,15 @@ def _end_record(session: _Session, code: int, reason: str) -> None:
 def _outcome(session: _Session) -> tuple[int, str]:
     error = session.error
     if isinstance(error, ConfigError):
-        return MISTAKE, str(error)
+        return ExitCode.MISTAKE, str(error)
     if error is not None:
-        return FAILURE, "Ray failed\n" + "".join(traceback.format_exception(error))
+        return ExitCode.FAILED, "Ray failed\n" + "".join(traceback.format_exception(error))
     assert session.order
     if session.stopping or session.order.stopped:
-        return STOPPED, "stopped by request"
-    failed = session.order.failed()
-    return (
-        (FAILURE, f"{counted(len(failed), 'trial')} failed for good") if failed else (FINISHED, "all trials finished")
-    )
+        return ExitCode.STOPPED, "stopped by request"
+    if failed := session.order.failed():
+        return ExitCode.FAILED, f"{counted(len(failed), 'trial')} failed for good"
+    return ExitCode.FINISHED, "all trials finished"
 
 
 def _on_signal(session: _Session) -> None:
@@ -195,7 +194,7 @@ def _on_signal(session: _Session) -> None:
     goes_on = "goes on from the last checkpoints" if any(map(attempts, runs)) else "starts again"
     print(f"muster: stopped at once; the same command {goes_on}", file=sys.stderr)
     sys.stderr.flush()
-    os._exit(STOPPED)  # the thread that waits for Ray cannot be interrupted
+    os._exit(ExitCode.STOPPED)  # the thread that waits for Ray cannot be interrupted
 
 
 @contextlib.contextmanager

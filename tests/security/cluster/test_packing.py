@@ -189,7 +189,7 @@ def test_links_inside_are_files_in_the_jobs_copy(folder, tmp_path):
 HOSTILE = """
 import os, sys
 from pathlib import Path
-from cluster import pack
+from cluster.server import pack
 from configs import ConfigError
 folder = Path(sys.argv[1])
 os.symlink(".", folder / "self")
@@ -221,7 +221,7 @@ def test_packing_ends_whatever_the_links_and_pipes(folder):
 PATTERNS = """
 import sys
 from pathlib import Path
-from cluster import pack
+from cluster.server import pack
 folder = Path(sys.argv[1])
 for name in ("a" * 40, "a" * 250, "a/" * 60 + "a", "ba" * 100, "[" * 200):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

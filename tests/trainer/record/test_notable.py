@@ -8,7 +8,7 @@ from tracker import kept_files, shown
 
 from configs import from_dict, to_yaml
 from trainer.record.lines import Record, read_events
-from trainer.record.notable import LONGEST, cut, notable
+from trainer.record.notable import LONGEST, notable
 from trainer.tracking.shipper import ship
 
 pytestmark = pytest.mark.usefixtures("quiet_shipper")
@@ -78,12 +78,6 @@ def test_machines_that_proved_themselves_are_no_news():
     bad = event | {"broken": ["node-3: wrong products"], "slow": ["node-1: link at 0.3 of its peers' median"]}
     assert notable([event, bad, event])["preflight"].times == 1
     assert notable([bad])["preflight"].text == "node-3: wrong products; node-1: link at 0.3 of its peers' median"
-
-
-def test_a_text_is_one_bounded_line():
-    assert cut("a\n  b") == "a b"
-    assert cut("x" * LONGEST) == "x" * LONGEST
-    assert cut("x" * (LONGEST + 1)) == "x" * (LONGEST - 3) + "..."
 
 
 def test_mlflow_shows_them_once_after_every_attempt(tmp_path):

@@ -9,6 +9,7 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 
+from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 from trainer.data.manifest import SPLITS, Split
 from trainer.data.sources.find import Record, Refusal, cut
@@ -100,9 +101,9 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
         except Damaged as error:
             yield Refusal(record.path, record.where, *error.args)
         except UnicodeError as error:
-            yield Refusal(record.path, record.where, "bad UTF-8", " ".join(str(error).split()))
+            yield Refusal(record.path, record.where, "bad UTF-8", clip(error, 200))
         except (ValueError, RecursionError) as error:
-            yield Refusal(record.path, record.where, "malformed JSON", " ".join(str(error).split())[:200])
+            yield Refusal(record.path, record.where, "malformed JSON", clip(error, 200))
         except MemoryError:
             yield Refusal(record.path, record.where, "takes too much memory", f"{len(record.data):,} bytes")
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from configs import ConfigError
 from configs.reading.parquet_pages import pages
+from configs.reading.parse import clip
 from configs.sections.data import LimitsConfig
 from trainer.data.child import MIB
 from trainer.data.manifest import Manifest, Shard, Split
@@ -99,7 +100,7 @@ class Shards:
         except (OSError, ValueError, pa.ArrowException) as error:
             # What the operating system reports has a number; what Parquet finds wrong has none.
             damaged = getattr(error, "errno", None) is None
-            raise DataError(path, local, " ".join(str(error).split())[:200], damaged) from error
+            raise DataError(path, local, clip(error, 200), damaged) from error
         expected = self.last_tokens if group == self.groups - 1 else self.group_tokens
         # A flipped bit in a page's header, which no checksum covers, ends in an error or in fewer values.
         if len(tokens) != expected:

@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs.reading.parquet_pages import pages
+from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 
 from .columns import Column, find_column, texts
@@ -74,10 +75,10 @@ class _Reader:
         except Damaged as error:
             yield Row(self._reached(), None, *error.args)
         except MemoryError as error:
-            yield Row(self._reached(), None, "takes too much memory", f"{_short(error)}{RAISE} memory=MIB)")
+            yield Row(self._reached(), None, "takes too much memory", f"{clip(error, 200)}{RAISE} memory=MIB)")
         except Exception as error:  # pyarrow raises many kinds, KeyError and NotImplementedError among them
             reason = "damaged Parquet file" if getattr(error, "errno", None) is None else "unreadable file"
-            yield Row(self._reached(), None, reason, _short(error))
+            yield Row(self._reached(), None, reason, clip(error, 200))
 
     def _reached(self) -> str:
         return f"after row {self.row}" if self.row else ""
@@ -128,7 +129,3 @@ class _Reader:
                         yield Row(where, None, "record too long", f"over {self.record_bytes} bytes", done)
                     else:
                         yield Row(where, value, done=done)
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

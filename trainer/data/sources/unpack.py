@@ -15,6 +15,8 @@ from typing import Any, Literal
 
 import pyarrow as pa
 
+from configs.reading.parse import clip
+
 Compression = Literal["gzip", "zstd", "bz2", "xz"]
 ENDINGS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 MAGIC: dict[bytes, Compression] = {
@@ -94,7 +96,7 @@ def reason_of(error: Exception) -> tuple[str, str]:
     """What reading raised, as one of few phrases, and its own words."""
     if isinstance(error, Damaged):
         return error.args
-    text = " ".join(str(error).split())[:200]
+    text = clip(error, 200)
     if isinstance(error, MemoryError):
         return "takes too much memory", text
     if "requires too much memory" in text:
@@ -226,9 +228,7 @@ class _ZstdCommand(io.RawIOBase):
         size = self._process.stdout.readinto(buffer)  # type: ignore[union-attr]
         if not size and self._process.wait():
             self._errors.seek(0)
-            said = (
-                " ".join(self._errors.read(500).decode(errors="replace").split()).removeprefix("/*stdin*\\ :").strip()
-            )
+            said = clip(self._errors.read(500).decode(errors="replace"), 500).removeprefix("/*stdin*\\ :").strip()
             raise EOFError(said) if "end" in said else OSError(said)
         return size
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 
 ANSWER_BYTES = 16 * MIB
@@ -31,7 +32,7 @@ def library_errors() -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise TokenizerError(" ".join(str(error).split())[:200] or type(error).__name__) from None
+            raise TokenizerError(clip(error, 200) or type(error).__name__) from None
         raise
 
 
