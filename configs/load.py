@@ -46,8 +46,8 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     for keys in (tree, own):
         override(keys, overrides, Config, "train.steps=100")
     # A model that is taken from a folder is the user's choice, down to every key.
-    tree, own = take_model(tree, str(name)), take_model(own, str(name))
-    defaults = follow(tree, preset, dotted(own))
+    (tree, taken), (own, _) = take_model(tree, str(name)), take_model(own, str(name))
+    defaults = follow(tree, preset, dotted(own)) | taken
     return from_dict(tree, where=str(name)).with_defaults(defaults)
 
 
@@ -64,7 +64,8 @@ Validated = TypeVar("Validated", bound=BaseModel)
 
 def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping. Raises ConfigError with the key, what was given and what would be right."""
-    return validated(Config, take_model(tree, where), where)
+    tree, taken = take_model(tree, where)
+    return validated(Config, tree, where).with_defaults(taken)
 
 
 def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Validated:

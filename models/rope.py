@@ -74,6 +74,7 @@ def _inverse_frequencies(
 def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     original, low, high = scaling.original_max_positions, scaling.low_freq_factor, scaling.high_freq_factor
+    assert original
     wavelength = 2 * math.pi / inv_freq
     smooth = (original / wavelength - low) / (high - low)
     between = (1 - smooth) * inv_freq / scaling.factor + smooth * inv_freq
@@ -84,9 +85,11 @@ def _llama3(inv_freq: Tensor, scaling: RopeScaling) -> Tensor:
 def _yarn(inv_freq: Tensor, dim: int, theta: float, scaling: RopeScaling) -> Tensor:
     """YaRN (arXiv:2309.00071, eq. 23): interpolate pairs that turn fewer than `beta_slow` times, keep those that
     turn more than `beta_fast` times within the original context, blend linearly between."""
+    original = scaling.original_max_positions
+    assert original
 
     def pair_that_turns(times: float) -> float:
-        return dim * math.log(scaling.original_max_positions / (times * 2 * math.pi)) / (2 * math.log(theta))
+        return dim * math.log(original / (times * 2 * math.pi)) / (2 * math.log(theta))
 
     low = max(math.floor(pair_that_turns(scaling.beta_fast)), 0)
     high = min(math.ceil(pair_that_turns(scaling.beta_slow)), dim - 1)

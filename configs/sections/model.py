@@ -1,9 +1,10 @@
 """Architecture of the model: sizes, attention, Mixture-of-Experts and its losses."""
 
 import math
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from configs.base import Length, Section, Size
 
@@ -11,6 +12,8 @@ MOST_LAYERS = 10_000
 MOST_WIDTH = 2**24
 MOST_WEIGHTS = 2**50
 """Of one matrix, the experts of a layer stacked: tensors of that size can be described."""
+STRETCHED_FROM = ("llama3", "yarn")
+"""Kinds of RopeScaling that depend on the original length."""
 
 
 class RopeScaling(Section):
@@ -20,8 +23,9 @@ class RopeScaling(Section):
     """All positions stretched alike, or by wavelength as in Llama 3.1 or YaRN."""
     factor: float = Field(ge=1)
     """How many times longer the positions get; it has no default."""
-    original_max_positions: Length = 8192
-    """llama3 and yarn: length that the unscaled positions were trained for."""
+    original_max_positions: Length | None = None
+    """llama3 and yarn: length that the unscaled positions were trained for; without one, that of the model in
+    model.from or train.init_from. It has no default."""
     low_freq_factor: PositiveFloat = 1.0
     """llama3: wavelengths over original_max_positions / low_freq_factor are divided by factor."""
     high_freq_factor: PositiveFloat = 4.0
@@ -30,6 +34,24 @@ class RopeScaling(Section):
     """yarn: dimensions with more turns than this over the original length stay."""
     beta_slow: PositiveFloat = 1.0
     """yarn: those with fewer are divided by factor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _needed(cls, value: Any) -> Any:
+        if isinstance(value, Mapping) and (kind := value.get("kind")) in STRETCHED_FROM:
+            needed = {
+                "factor": "how many times longer the positions get",
+                "original_max_positions": "the length that the model was trained for without it",
+            }
+            if missing := [f"{key} ({what})" for key, what in needed.items() if value.get(key) is None]:
+                raise ValueError(f"kind {kind} needs {' and '.join(missing)}")
+        return value
+
+    @field_validator("original_max_positions")
+    @classmethod
+    def _of_no_use(cls, value: int | None, info: ValidationInfo) -> int | None:
+        # Runs of linear positions that began while it had a default are the same as those without one.
+        return value if info.data.get("kind") in STRETCHED_FROM else None
 
     @model_validator(mode="after")
     def _check(self):

@@ -1,46 +1,104 @@
 """`model: {from: FOLDER}`: what a model in a folder is made of, under the keys that the config gives beside it."""
 
-from collections.abc import Callable, Mapping
+import contextlib
+import importlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.base import ConfigError, file_path
 from configs.explain import shown
 from configs.reading.parse import is_file
+from configs.sections.model import STRETCHED_FROM
 
 KEY = "from"
 TOKENIZER = "tokenizer.json"
-READERS: list[Callable[[Path], dict[str, Any]]] = []
-"""Gives the keys of the model in a folder, or raises ConfigError: one function, of `models`, which imports this."""
+ORIGINAL = "original_max_positions"
+READER = "models.hf.config_json"
+"""Its `model_keys` gives the keys of the model in a folder. It imports configs, so it is imported when it is needed."""
 
 
-def take_model(tree: Any, where: str) -> Any:
+def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
     """The tree with the model's keys in the place of `model.from`, and the folder's tokenizer for `data.path: stdlib`.
 
     What is no tree of a config is given back, for its validation to explain.
+
+    Returns:
+        The tree; {key: why} of what else was taken from a folder: the original length of stretched positions.
 
     Raises:
         ConfigError: no such folder, or a model that is not read.
     """
     model = tree.get("model") if isinstance(tree, Mapping) else None
-    if not isinstance(model, Mapping) or KEY not in model:
-        return tree
-    own = {key: value for key, value in model.items() if key != KEY}
-    if (source := model[KEY]) is None:
-        return {**tree, "model": own}
+    if not isinstance(model, Mapping):
+        return tree, {}
+    if (source := model.get(KEY)) is None:
+        own = {key: value for key, value in model.items() if key != KEY}
+        return _with_original({**tree, "model": own})
     if not isinstance(source, str) or not source:
         raise ConfigError(f"{where}: model.from={shown(source)}: should be the folder of a model")
     try:
         folder = Path(file_path(source)).expanduser().absolute()
     except ValueError as error:
         raise ConfigError(f"{where}: model.from={shown(source)}: {error}") from None
-    (read,) = READERS
+    if is_file(folder):
+        raise ConfigError(f"{where}: model.from={shown(source)} is a file: name its folder")
     try:
-        taken = {**tree, "model": {**read(folder), **own}}
+        below = _read(folder)
     except ConfigError as error:
         raise ConfigError(f"model.from={shown(source)}: {error}") from None
+    own = {key: value for key, value in model.items() if key != KEY}
+    taken, why = _with_original({**tree, "model": _over(below, own)}, below, f"model.from={source}")
     data = tree.get("data", {})
     prepare = data.get("prepare", {}) if isinstance(data, Mapping) else None
-    if not isinstance(prepare, Mapping) or data.get("path", "stdlib") != "stdlib" or not is_file(folder / TOKENIZER):
-        return taken
-    return {**taken, "data": {**data, "prepare": {"tokenizer": str(folder / TOKENIZER), **prepare}}}
+    if isinstance(prepare, Mapping) and data.get("path", "stdlib") == "stdlib" and is_file(folder / TOKENIZER):
+        taken["data"] = {**data, "prepare": {"tokenizer": str(folder / TOKENIZER), **prepare}}
+    return taken, why
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    return importlib.import_module(READER).model_keys(folder)
+
+
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of `above` over those of `below`, section by section; one of another `kind` takes nothing over."""
+    found = dict(below)
+    for key, value in above.items():
+        under = below.get(key)
+        if isinstance(value, Mapping) and isinstance(under, Mapping):
+            kind = under.get("kind")
+            found[key] = _over(under, value) if value.get("kind", kind) == kind else value
+        else:
+            found[key] = value
+    return found
+
+
+def _with_original(
+    tree: dict[str, Any], below: Mapping[str, Any] | None = None, source: str = ""
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The tree with the original length of its stretched positions, if it lacks that and `below`, the keys of the model
+    that it begins from, tell it; and why."""
+    model = tree["model"]
+    rope = model.get("rope_scaling")
+    if not isinstance(rope, Mapping) or rope.get("kind") not in STRETCHED_FROM or rope.get(ORIGINAL) is not None:
+        return tree, {}
+    if below is None:
+        below, source = _warm_start(tree.get("train"))
+    scaled = below.get("rope_scaling")
+    if scaled is None:
+        key, length = "max_positions", below.get("max_positions")
+    else:  # by the same formula, or it says nothing of the original length under another
+        key, length = f"rope_scaling.{ORIGINAL}", scaled.get(ORIGINAL) if scaled["kind"] == rope["kind"] else None
+    if length is None:
+        return tree, {}
+    why = {f"model.rope_scaling.{ORIGINAL}": f"model.{key} of {source}"}
+    return {**tree, "model": {**model, "rope_scaling": {**rope, ORIGINAL: length}}}, why
+
+
+def _warm_start(train: Any) -> tuple[dict[str, Any], str]:
+    """The keys of the model that `train.init_from` names, and what it is called; none where it cannot be read."""
+    source = train.get("init_from") if isinstance(train, Mapping) else None
+    with contextlib.suppress(ValueError):  # of which ConfigError is one: the start of the run explains it
+        if isinstance(source, str) and source:
+            return _read(Path(file_path(source)).expanduser().absolute()), f"train.init_from={source}"
+    return {}, ""

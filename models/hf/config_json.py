@@ -11,7 +11,6 @@ from configs.explain import shown
 from configs.load import read_mapping, validated
 from configs.reading.parse import MAX_JSON_BYTES, is_file, parse_json, read_text
 from configs.sections.model import MOST_LAYERS
-from configs.sections.model_from import READERS
 
 from .names import (
     ARCHITECTURES,
@@ -218,9 +217,6 @@ def model_keys(folder: Path) -> dict[str, Any]:
     else:
         model, _ = from_hf_config(read_hf_config(folder), str(folder / CONFIG))
     return model.model_dump(mode="json")
-
-
-READERS[:] = [model_keys]
 
 
 def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, Architecture]:

@@ -75,7 +75,7 @@ def test_empty_file_is_the_default(tmp_path):
         ("train.spike.action=rollback", "train.spike.action", "rollback"),
         ("train.sample_prompts=[a b, 'c=d']", "train.sample_prompts", ["a b", "c=d"]),
         ("plugins=[mine.py]", "plugins", ["mine.py"]),
-        ("model.rope_scaling={kind: yarn, factor: 4}", "model.rope_scaling.factor", 4.0),
+        ("model.rope_scaling={kind: linear, factor: 4}", "model.rope_scaling.factor", 4.0),
         ("model.rope_scaling.factor=8", "model.rope_scaling.factor", 8.0),
         ("run.name=2026-01-05", "run.name", "2026-01-05"),
         ("run.name=007", "run.name", "007"),
@@ -107,7 +107,7 @@ def test_mixture():
     "overrides",
     [
         ["optim.lr=1e-5", "optim.eps=1e-20", "optim.betas=[0.0, 0.999]", "run.name=1e3"],
-        ["model.rope_scaling={kind: llama3, factor: 8}", "data.path=[{path: a, weight: 0.3}]"],
+        ["model.rope_scaling={kind: llama3, factor: 8, original_max_positions: 9}", "data.path=[{path: a, weight: 1}]"],
         ["train.sample_prompts=['', 'class ', \"tab\\there\", 'größe 🙂', 'no', '1e3']", "plugins=[a.b, c/d.py]"],
     ],
 )

@@ -60,7 +60,9 @@ WRONG = {
     "train=3": "train=3: should be a section of keys: steps, global_batch, micro_batch, seq_len, ...",
     "model.rope_scaling=yarn": 'model.rope_scaling="yarn": should be a section of keys: kind, factor, '
     "original_max_positions, low_freq_factor, ...",
-    "model.rope_scaling.kind=yarn": 'model.rope_scaling.factor is missing in {"kind": "yarn"}',
+    "model.rope_scaling.kind=yarn": 'model.rope_scaling={"kind": "yarn"}: kind yarn needs factor (how many times '
+    "longer the positions get) and original_max_positions (the length that the model was trained for without it)",
+    "model.rope_scaling.low_freq_factor=2": 'model.rope_scaling.factor is missing in {"low_freq_factor": 2}',
     "model.rope_scaling={kind: linear, factor: null}": "model.rope_scaling.factor=null: should be a number",
     "train.compile=7": "train.compile=7: should be true or false",
     # text or a list

@@ -202,8 +202,7 @@ REFUSED_CHANGES = {
     "model.top_k=1": ["model.top_k"],
     "model.rope_scaling.factor=2": [
         f"model.rope_scaling.{key}"
-        for key in ("beta_fast", "beta_slow", "factor", "high_freq_factor", "kind", "low_freq_factor",
-                    "original_max_positions")
+        for key in ("beta_fast", "beta_slow", "factor", "high_freq_factor", "kind", "low_freq_factor")
     ],
     "data.path=other": ["data.path"],
     "data.document_mask=false": ["data.document_mask"],

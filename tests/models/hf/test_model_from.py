@@ -1,11 +1,13 @@
 """`model.from`: the model's keys and the tokenizer of a folder, under what the config says beside it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import tiny_models as tiny
 
-from configs import ConfigError, from_dict, load, to_yaml
+from configs import ConfigError, from_dict, load, resolve, to_yaml
 from configs.load import model_source
 from models.hf.folder import export_hf
 
@@ -40,6 +42,79 @@ def test_it_takes_the_place_of_what_lies_below_and_not_of_what_stands_beside(fol
     assert not [key for key in load("moe-8x7b", [f"model.from={folder}"]).defaults if key.startswith("model.")]
     # Taken back, what is left are the defaults.
     assert load(tmp_path / "mine.yaml", ["model.from=null"]).model.qkv_bias is False
+
+
+YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 16, "beta_fast": 16.0}
+
+
+@pytest.fixture
+def stretched(tmp_path):
+    config = tiny.config(num_experts=0, qk_norm=False, rope_scaling=YARN, max_positions=64)
+    export_hf(tiny.model(config), config, tmp_path / "stretched")
+    return tmp_path / "stretched"
+
+
+def test_sections_are_merged_key_by_key(stretched, tmp_path):
+    def scaling(*overrides, folder=stretched):
+        found = load("quickstart", [f"model.from={folder}", *overrides]).model.rope_scaling
+        return found and found.model_dump()
+
+    yarn = scaling()
+    assert {key: yarn[key] for key in YARN} == YARN
+    assert scaling("model.rope_scaling.factor=8") == yarn | {"factor": 8.0}
+    assert scaling("model.rope_scaling={kind: yarn, factor: 8}") == yarn | {"factor": 8.0}
+    assert scaling("model.rope_scaling.beta_slow=2") == yarn | {"beta_slow": 2.0}
+    assert scaling("model.rope_scaling=null") is None
+    # Keys of one kind say nothing of another.
+    assert scaling("model.rope_scaling={kind: linear, factor: 2}")["beta_fast"] == 32.0
+    for kind, told in (
+        ("linear", "model.rope_scaling.factor is missing"),
+        ("llama3", r"kind llama3 needs factor \(.*\) and original_max_positions \("),
+        ("{kind: llama3, factor: 2}", "kind llama3 needs original_max_positions"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            scaling(f"model.rope_scaling={kind}" if "{" in kind else f"model.rope_scaling.kind={kind}")
+    (tmp_path / "mine.yaml").write_text(f"model: {{from: {stretched}, rope_scaling: {{factor: 8}}}}\n")
+    assert load(tmp_path / "mine.yaml").model.rope_scaling.model_dump() == yarn | {"factor": 8.0}
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    sparse = {"block": 16, "local_blocks": 2, "global_blocks": 0, "stride": 3}
+    (run_dir / "config.yaml").write_text(to_yaml(from_dict({"model": {"block_sparse": sparse}})))
+    taken = from_dict({"model": {"from": str(run_dir), "block_sparse": {"block": 32}}}).model.block_sparse
+    assert taken.model_dump() == sparse | {"block": 32}
+
+
+def test_the_length_before_a_stretch_is_that_of_the_model_it_begins_from(folder, stretched):
+    key, asked = "model.rope_scaling.original_max_positions", {"kind": "yarn", "factor": 4}
+    short = {"seq_len": 16}
+    for tree, said in (
+        ({"model": {"from": str(folder)}}, f"64: model.max_positions of model.from={folder}"),
+        ({"train": {"init_from": str(folder)}}, f"64: model.max_positions of train.init_from={folder}"),
+        ({"train": {"init_from": str(stretched)}}, f"16: {key} of train.init_from={stretched}"),
+    ):
+        model, train = (tree.get("model", {}) | {"rope_scaling": asked}, tree.get("train", {}) | short)
+        config = from_dict({"model": model, "train": train})
+        assert config.model.rope_scaling.original_max_positions == int(said.partition(":")[0])
+        assert f"{key}={said}" in resolve(config, vocab_size=64)[1]
+    given = from_dict({"model": {"from": str(folder), "rope_scaling": asked | {"original_max_positions": 8}}})
+    assert given.model.rope_scaling.original_max_positions == 8
+    assert not given.defaults
+    for start in ({}, {"train": {"init_from": "nowhere"}}, {"train": {"init_from": "a\0b"}}, {"train": 3}):
+        for kind in ("yarn", "llama3"):
+            with pytest.raises(ConfigError, match=f"kind {kind} needs original_max_positions"):
+                from_dict(start | {"model": {"rope_scaling": asked | {"kind": kind}}})
+
+
+def test_linear_positions_have_no_original_length(folder):
+    """What was written while it had a default is the same run."""
+    before = {"kind": "linear", "factor": 4.0, "original_max_positions": 8192}
+    assert from_dict({"model": {"rope_scaling": before}}) == from_dict({"model": {"rope_scaling": {"factor": 4.0}}})
+
+
+def test_it_is_read_in_a_process_that_imports_configs_alone(folder):
+    code = f"from configs import load; print(load('quickstart', ['model.from={folder}']).model.num_layers)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr
 
 
 def test_what_a_job_needs_on_the_cluster_is_the_folder(folder, tmp_path):
@@ -104,6 +179,11 @@ def test_a_section_of_data_that_is_none_is_explained_as_such(folder, data):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="config: data"):
         from_dict({"model": {"from": str(folder)}, "data": data})
+
+
+def test_a_file_in_the_folder_is_no_folder(folder):
+    with pytest.raises(ConfigError, match=r'model.from=".*config.json" is a file: name its folder'):
+        load("quickstart", [f"model.from={folder / 'config.json'}"])
 
 
 def test_a_model_that_is_not_read_is_named_with_those_that_are(folder):
