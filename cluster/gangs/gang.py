@@ -14,7 +14,7 @@ import ray.exceptions
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.attempts.failures import Failure, Final
+from cluster.attempts.failures import Failure, Fault, Final
 from cluster.server import waiting
 from configs.reading.parse import clip
 
@@ -282,5 +282,5 @@ def _outcome(ref: Any) -> dict[str, Any]:
 
 def _failure(rank: int, end: dict[str, Any]) -> Failure:
     broken = tuple(end["ranks"]) if end["kind"] == "broken" else None
-    fault = end["kind"] if end["kind"] in ("memory", "connection") else "error"
+    fault: Fault = end["kind"] if end["kind"] in ("memory", "connection") else "error"
     return Failure(rank, end["reason"], end.get("traceback", ""), end["kind"] == "lost", fault, broken)

@@ -101,8 +101,8 @@ def standing(run_dir: Path, steps: int, end: Mapping[str, Any] | None, training:
 
 def diverged(events: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a run's last attempt was stopped over steps whose loss or gradient was no number."""
-    ended = next((event for event in reversed(events) if event["event"] == "attempt_ended"), {})
-    return ended.get("cause") == NONFINITE
+    ends = [event for event in events if event["event"] == "attempt_ended"]
+    return bool(ends) and ends[-1].get("cause") == NONFINITE
 
 
 def finished_losses(sweep_dir: Path) -> dict[str, float]:
