@@ -102,7 +102,7 @@ def test_ranks_end_with_torchruns_agent(tmp_path, tiny_data):
 ENCODES = """
 import signal, time
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs, which may run the tests, ignore it
-from trainer.data import encode, pool
+from trainer.data.prepare import encode, pool
 from trainer.data.prepare.splitting import Splitting
 spec = encode.EncodeSpec("", True, 0, 257, "uint16", "text", Splitting(0.0, 0), 1 << 28, 10)
 workers = pool._Workers(2, spec)
