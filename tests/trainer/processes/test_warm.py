@@ -22,6 +22,15 @@ from trainer.run.folder import prepare_run
 
 OF_A_GROUP = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
+FAILS = """
+import torch
+
+def fail(*_):
+    raise RuntimeError("no kernel for this")
+
+torch.nn.modules.module.register_module_forward_hook(fail)
+"""
+
 
 class Warm:
     """A warm process and its two pipes."""
@@ -94,10 +103,10 @@ def test_it_says_how_an_attempt_ended(warm, run, tmp_path):
     (tmp_path / "fault.py").write_text("import os; os.abort()")
     warm.start(bad)
     assert warm.answer() == {"kind": "lost", "reason": "the process is gone (signal SIGABRT)"}
-    (tmp_path / "fault.py").write_text("from trainer import loop; loop.learning_rate = None")
+    (tmp_path / "fault.py").write_text(FAILS)
     warm.start(bad)
     error = warm.answer()
-    assert (error["kind"], error["reason"]) == ("error", "TypeError: 'NoneType' object is not callable")
+    assert (error["kind"], error["reason"]) == ("error", "RuntimeError: no kernel for this")
     assert "in train" in error["traceback"]
 
     long = run("long", steps=100000)
