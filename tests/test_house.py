@@ -76,6 +76,13 @@ def test_ray_stands_in_cluster():
     assert [path for path in users if not path.startswith("cluster/")] == []
 
 
+@pytest.mark.parametrize("folder", ["configs", "models/planning", "models/scaling"])
+def test_no_torch_in_what_runs_on_a_laptop(folder):
+    files = [path for path in FILES if path.is_relative_to(ROOT / folder)]
+    assert files
+    assert [name(path) for path in files if {"torch", "deepspeed"} & top_level(path)] == []
+
+
 DEEPSPEED_PRIVATE, RAY_PRIVATE = "trainer/engine/private.py", "cluster/gangs/ray_private.py"
 """The one file each for names that DeepSpeed and Ray do not document."""
 DEEPSPEED_PUBLIC = {"__call__", "backward", "step", "train", "eval", "train_batch", "module", "device", "optimizer"}
@@ -187,8 +194,11 @@ def test_no_object_collective():
     assert found == []
 
 
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
 def test_files_are_short():
-    lines = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in FILES}
+    lines = {name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in (*FILES, *TESTS)}
     assert {path: count for path, count in lines.items() if count > MAX_LINES} == {}
 
 
@@ -198,7 +208,8 @@ FOLDERS = sorted({path.parent for path in FILES})
 
 
 def test_folders_are_small():
-    count = {name(each): len([path for path in each.glob("*.py") if path.stem[:2] != "__"]) for each in FOLDERS}
+    folders = {*FOLDERS, *(path.parent for path in TESTS)}
+    count = {name(each): len([path for path in each.glob("*.py") if path.stem[:2] != "__"]) for each in folders}
     assert {folder: files for folder, files in count.items() if files > MAX_FILES} == {}
 
 
