@@ -38,8 +38,8 @@ def test_dtype_and_shards_are_as_asked(muster, run_dir, tmp_path):
     assert set(index) == set(held)
     assert {tensor.dtype for tensor in held.values()} == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    first = load_module(run_dir)[0].state_dict()["embed.weight"] if "embed.weight" in held else None
-    assert first is None or torch.equal(first.bfloat16(), held["embed.weight"])
+    trained = load_module(run_dir)[0].state_dict()["model.embed_tokens.weight"]
+    assert torch.equal(trained.bfloat16(), held["model.embed_tokens.weight"])
 
 
 def test_the_old_spelling_works_and_is_said_to_be_old(muster, run_dir, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scaling_coverage import LAWS, PORIAN, best, ours, planted, real, sweep
+from scaling_coverage import LAWS, best, ours, planted, real, sweep
 
 from models.scaling.drift import HOLDS, Drift, Held
 from models.scaling.forms.crossed import Crossed
@@ -141,7 +141,6 @@ def test_planted_laws(name):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not PORIAN.exists(), reason="the tables of Porian et al. are not here")
 def test_real_tables():
     flat = [each for pair in real(ours).values() for each in pair]
     assert len(flat) == 30
