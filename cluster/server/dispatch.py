@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from configs import ConfigError, ExitCode, counted, private_folder
 from configs.reading.parse import clip
+from trainer.files.durable import replace_bytes, replacing
 from trainer.files.own_files import open_file
 
 from .messages import BadMessage, Job
@@ -92,10 +93,8 @@ class _Queue:
         self.here, self.client = here, client
         self.asked_for: list[Gang] | None = None
         self.jobs = self._read_journal()
-        temporary = here / ".journal"
-        with _create(temporary) as file:
+        with replacing(here / "journal.jsonl") as file:
             file.writelines(json.dumps(job).encode() + b"\n" for job in self.jobs.values())
-        os.replace(temporary, here / "journal.jsonl")
         self.journal = (here / "journal.jsonl").open("ab")
         for job in self.jobs.values():
             print(json.dumps(job), flush=True)
@@ -222,10 +221,7 @@ class _Queue:
     def _enqueue(self, id: str, content: bytes, job: dict[str, Any]) -> None:
         if len(self._ids(*ACTIVE)) >= MOST_ACTIVE:
             raise BadMessage(f"{MOST_ACTIVE} jobs wait or run already")
-        with _create(self._package(id)) as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        replace_bytes(self._package(id), content)
         digest = hashlib.sha256(content).hexdigest()
         self._note(id, **job, state=QUEUED, submitted=time.time(), sha256=digest)
         ended = [id for id, job in self.jobs.items() if job["state"] not in ACTIVE]
@@ -315,12 +311,6 @@ def _signal_driver(info: Any) -> None:
     if driver and driver.node_ip_address == ray.util.get_node_ip_address() and not info.status.is_terminal():
         with contextlib.suppress(ProcessLookupError, PermissionError, ValueError):
             os.kill(int(driver.pid), signal.SIGTERM)
-
-
-def _create(path: Path) -> IO[bytes]:
-    """A new file for this user's eyes, never through a link that lies there."""
-    path.unlink(missing_ok=True)
-    return open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb")
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:

@@ -25,8 +25,9 @@ from trainer.tracking.tracker import RunInfo
 
 WORDS = "what the owner wrote\n"
 FILES = [
-    "config.yaml", ".config.yaml.new", "metrics.jsonl", "events.jsonl", "lock", "stop", "tracking.log", "tracking.json",
-    ".tracking.json.new", "tracking.lock", "logs/attempt-01-rank-0000.log", "stacks/attempt-01-rank-0000.txt",
+    "config.yaml", ".config.yaml.new", "metrics.jsonl", "events.jsonl", "lock", "stop", "tracking.log",
+    "tracking.json", f".tracking.json.{os.getpid()}", "tracking.lock", "logs/attempt-01-rank-0000.log",
+    "stacks/attempt-01-rank-0000.txt",
     "samples/step-00000004.txt", "checkpoints/step-00000004/rank-00000.safetensors", "plots/loss.png", "unknown",
 ]  # fmt: skip
 FOLDERS = ["logs", "stacks", "samples", "checkpoints", "checkpoints/step-00000004", "plots", "profiles", "model"]
@@ -189,7 +190,7 @@ WRITERS = {
     "stop": request_stop,
     "lock": enter(lambda run_dir: hold(run_dir / "lock", "busy {}")),
     "tracking.log": start_sending,
-    ".tracking.json.new": lambda run_dir: write_state(run_dir, {}),
+    f".tracking.json.{os.getpid()}": lambda run_dir: write_state(run_dir, {}),
     "tracking.lock": enter(lambda run_dir: only_one(run_dir, 0.0)),
     "mlflow.db.lock": enter(lambda run_dir: _schema_lock(f"sqlite:///{run_dir / 'mlflow.db'}")),
     f".manifest.json.{os.getpid()}": lambda run_dir: write_durably(run_dir / "manifest.json", {}),

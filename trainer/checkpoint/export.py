@@ -13,7 +13,7 @@ from models.moe.router import choosers
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
-from trainer.files.own_files import replace_bytes
+from trainer.files.durable import replace_bytes
 from trainer.run.folder import read_config
 from trainer.run.plugins import load_plugins
 

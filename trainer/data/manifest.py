@@ -13,6 +13,7 @@ from configs.base import Typed, at_most
 from configs.explain import first_reason
 from configs.reading.parse import check_values, clip, shortened
 from configs.sections.data import DataConfig, PrepareConfig, Source
+from trainer.files.durable import replace_text
 
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
@@ -140,14 +141,7 @@ def entropy(counts: np.ndarray) -> float:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json through a temporary name and fsync, so that it is there whole or not at all."""
-    part = folder / f".{MANIFEST}.part"
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(manifest.model_dump_json(indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / MANIFEST)
-    fsync_folder(folder)
+    replace_text(folder / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
 
 
 def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
@@ -237,12 +231,3 @@ def vocabulary(data: DataConfig) -> int:
 
     with TokenizerProcess(data.prepare.tokenizer, data.limits) as tokenizer:
         return tokenizer.vocab_size
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make renames and new files in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

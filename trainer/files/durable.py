@@ -1,33 +1,62 @@
-"""Files that are whole after a crash, and their digests."""
+"""Crash-safe file writes: after a crash a file has its old content or the new one, whole. And SHA-256 digests."""
 
 import hashlib
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .own_files import no_link
 
 
-def digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, for its owner alone, that takes the place of `path` once it is on the disk, at the end of the block.
 
-
-def write_durably(path: Path, value: Any) -> None:
-    """Write JSON so that after a crash the file is either the old one or the new one, whole."""
+    Raises:
+        OSError: it cannot be written, or its temporary name is a link. `path` is as before, and so it is where the
+            block raises.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w", opener=no_link) as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb", opener=no_link) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     fsync(path.parent)
 
 
+def replace_bytes(path: Path, content: bytes) -> None:
+    """Write a file, as `replacing`."""
+    with replacing(path) as file:
+        file.write(content)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """As `replace_bytes`."""
+    replace_bytes(path, text.encode())
+
+
+def write_durably(path: Path, value: Any) -> None:
+    """Write JSON, as `replace_bytes`."""
+    replace_text(path, json.dumps(value))
+
+
 def fsync(path: Path) -> None:
+    """Make a file, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

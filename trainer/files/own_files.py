@@ -99,27 +99,11 @@ def read_lines(file: BinaryIO) -> Iterator[bytes]:
 
 
 def no_link(path: str, flags: int) -> int:
-    """`open(..., opener=no_link)` opens what is named itself, or raises OSError (ELOOP)."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """`open(..., opener=no_link)` opens what is named itself, or raises OSError (ELOOP); what is new is its owner's."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file, or write it anew, but not through a link."""
     with open(path, "w", encoding="utf-8", opener=no_link) as file:
         file.write(text)
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a file so that whoever reads it finds the old text or the new one, whole."""
-    replace_bytes(path, text.encode("utf-8"))
-
-
-def replace_bytes(path: Path, content: bytes) -> None:
-    """As `replace_text`."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with open(temporary, "wb", opener=no_link) as file:
-            file.write(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

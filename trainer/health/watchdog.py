@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 from torch import distributed as dist
 
 from configs import Config
-from trainer.files.own_files import no_link, write_text
+from trainer.files.durable import replace_text
+from trainer.files.own_files import no_link
 from trainer.record.lines import Record
 
 from . import flight
@@ -204,8 +205,7 @@ class _Watch:
         except (RuntimeError, *UNKNOWN) as error:
             said = json.dumps({"error": repr(error)})
         with contextlib.suppress(OSError):
-            write_text(path.with_suffix(".part"), said)
-            path.with_suffix(".part").replace(path)
+            replace_text(path, said)
         faulthandler.cancel_dump_traceback_later()
 
     def _is_first(self) -> bool:

@@ -24,7 +24,8 @@ from trainer.checkpoint.store import committed, folder, verify
 from trainer.data.manifest import sources_of
 from trainer.data.tokenizer.kept import keep_tokenizer
 from trainer.engine.precision import check_precision
-from trainer.files.own_files import no_link, replace_text, require_own, write_text
+from trainer.files.durable import replace_text
+from trainer.files.own_files import no_link, require_own, write_text
 from trainer.record.lines import Record, read_events
 from trainer.tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
 

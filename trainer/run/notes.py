@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from configs import ConfigError
 from configs.reading.parse import parse_json, read_text, shortened
-from trainer.files.own_files import replace_text, require_own
+from trainer.files.durable import replace_text
+from trainer.files.own_files import require_own
 
 NOTES = "notes.json"
 MAX_BYTES = 1 << 18

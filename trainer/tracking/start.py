@@ -13,7 +13,8 @@ from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
 from configs import MASK, Config, ConfigError, mask, mask_all
-from trainer.files.own_files import no_link, read_bytes, replace_text
+from trainer.files.durable import replace_text
+from trainer.files.own_files import no_link, read_bytes
 from trainer.record.lines import FULL, METRICS, last_attempt, read_events
 
 from .tracker import Input

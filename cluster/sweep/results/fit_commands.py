@@ -12,7 +12,8 @@ from cluster.sweep.train.run_commands import Overrides, strict_json
 from configs import ConfigError
 from configs.base import MOST_FLOAT
 from configs.sweep.definition import SweepConfig, load_sweep
-from trainer.files.own_files import require_own, write_text
+from trainer.files.durable import replace_text
+from trainer.files.own_files import require_own
 from trainer.tracking.sweep import TRIALS
 
 if TYPE_CHECKING:
@@ -363,5 +364,5 @@ def _keep(sweep: SweepConfig, name: str, text: str) -> Path:
     _require_own(sweep)
     sweep.folder.mkdir(parents=True, exist_ok=True)
     path = sweep.folder / name
-    write_text(path, text)
+    replace_text(path, text)
     return path

@@ -15,7 +15,7 @@ from configs.base import Size, Typed, at_most
 from configs.explain import first_reason
 from configs.reading.parse import parse_json, read_text, shortened
 from configs.sections.run import folder_name
-from trainer.files.own_files import replace_text
+from trainer.files.durable import replace_text
 from trainer.record.goodput import BOOKS
 from trainer.record.lines import read_events, status_of
 

@@ -14,7 +14,7 @@ from configs.sections.tracking import TrackingConfig
 from configs.sweep.definition import SweepConfig, nested
 from trainer.data.default import ensure_prepared, vocabulary_size
 from trainer.data.manifest import sources_of, vocabulary, without_held_out
-from trainer.files.own_files import replace_text
+from trainer.files.durable import replace_text
 from trainer.record.lines import read_events
 from trainer.run.folder import attempts, read_config
 from trainer.run.resolved import resolve_config

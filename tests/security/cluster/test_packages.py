@@ -117,7 +117,7 @@ def test_a_package_is_never_written_through_a_link(queue, tmp_path_factory):
     other = tmp_path_factory.mktemp("other") / "file"
     other.write_text("kept")
     (queue.folder / "job-a.zip").symlink_to(other)
-    (queue.folder / ".journal").symlink_to(other)
+    (queue.folder / "journal.jsonl").symlink_to(other)
     queue.messages[b"gcs://1"] = GOOD
     queue.make().tick()
     assert other.read_text() == "kept"

@@ -20,7 +20,6 @@ from trainer.data.manifest import (
     SPLITS,
     TOKENIZER,
     Manifest,
-    fsync_folder,
     read_manifest,
     write_manifest,
 )
@@ -29,6 +28,7 @@ from trainer.data.sources.parquet import RECORD_WEIGHT
 from trainer.data.tokenizer.make import changed, make_tokenizer
 from trainer.data.tokenizer.tokenizer import tokenizer_memory
 from trainer.data.tokenizer.tokenizer_files import beside, tokenizer_file
+from trainer.files.durable import fsync
 
 from .encode import EncodeSpec, Losses, documents
 from .meter import Meter
@@ -102,7 +102,7 @@ def prepare(
             manifest = manifest.model_copy(update={"fingerprint": fingerprint, "inputs": names})
             write_manifest(part, manifest)
             os.rename(part, out)
-            fsync_folder(out.parent)
+            fsync(out.parent)
             return manifest
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)

@@ -1,7 +1,5 @@
 """Write one split as Parquet shards with page checksums, and count what it holds."""
 
-import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.manifest import Shard, Split, SplitStats, entropy
+from trainer.files.durable import digest, fsync
 
 from .encode import Encoded
 
@@ -93,9 +92,7 @@ class SplitWriter:
             return
         self._writer.close()
         self._writer = None
-        with open(self._path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
+        fsync(self._path)
         self.shards.append(
             Shard(
                 file=self._path.name,
@@ -104,6 +101,6 @@ class SplitWriter:
                 rows=self._rows,
                 tokens=self._rows,
                 bytes=self._path.stat().st_size,
-                sha256=digest,
+                sha256=digest(self._path),
             )
         )

@@ -7,8 +7,7 @@ from pathlib import Path
 from configs import ConfigError
 from configs.sections.data import DataConfig
 from trainer.data.manifest import TOKENIZER, TokenizerInfo, read_manifests, sources_of
-from trainer.files.durable import digest
-from trainer.files.own_files import replace_text
+from trainer.files.durable import digest, replace_text
 
 from .tokenizer_files import FOLDER, INFO, copy_tokenizer, read_info, tokenizer_file
 

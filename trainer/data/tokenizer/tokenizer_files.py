@@ -11,7 +11,7 @@ from typing import Any
 from configs import ConfigError
 from configs.reading.parse import parse_json, read_text, shortened
 from trainer.data.manifest import MANIFEST, TOKENIZER, TokenizerInfo, read_manifest
-from trainer.files.own_files import replace_bytes
+from trainer.files.durable import replace_bytes
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_BYTES = 256 << 20
