@@ -306,7 +306,7 @@ def _needed(given: _HFConfig, key: str) -> Any:
 def _rope(given: _HFConfig) -> dict[str, Any]:
     """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of 4."""
     old, new = ((rope or _Rope()).model_dump(exclude_none=True) for rope in (given.rope_scaling, given.rope_parameters))
-    if old and new and old != new:
+    if old and new and _spelt_out(old, given) != _spelt_out(new, given):
         raise _NotSupported(
             f"rope_scaling={shown(old)} and rope_parameters={shown(new)} differ: keep one, with rope_theta in it"
         )
@@ -319,7 +319,7 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
         raise _NotSupported(f"partial_rotary_factor={partial} is not supported, only 1.0")
     kind = said.get("rope_type", said.get("type"))
     if kind is None and said.keys() - {"rope_theta", "partial_rotary_factor"}:
-        raise _NotSupported(f"rope scaling {shown(said)} lacks rope_type: default, {' or '.join(_ROPE_KEYS)}")
+        raise _NotSupported(f"rope scaling {shown(said)} lacks rope_type: default, linear, llama3 or yarn")
     kind = kind or "default"
     if kind == "default":
         return {"rope_theta": theta}
@@ -333,9 +333,25 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
     said.setdefault("original_max_position_embeddings", given.max_position_embeddings)
     for key in ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ())):
         if key not in said:
-            raise _NotSupported(f"rope_type {kind!r} needs {key}, a number above 0")
+            least = "of at least 1" if key == "factor" else "above 0"
+            raise _NotSupported(f"rope_type {kind!r} needs {key}, a number {least}")
     values = {ours: said[theirs] for ours, theirs in _ROPE_KEYS[kind].items() if theirs in said}
     return {"rope_theta": theta, "rope_scaling": {"kind": kind, **values}}
+
+
+def _spelt_out(rope: dict[str, Any], given: _HFConfig) -> dict[str, Any]:
+    """Rope parameters with what the rest of config.json, or a default, says for the keys that they lack."""
+    elsewhere = {
+        "rope_type": "default",
+        "rope_theta": given.rope_theta,
+        "partial_rotary_factor": given.partial_rotary_factor or 1.0,
+        "original_max_position_embeddings": given.original_max_position_embeddings or given.max_position_embeddings,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "truncate": True,
+    }
+    own = {"rope_type" if key == "type" else key: value for key, value in rope.items() if value is not None}
+    return elsewhere | own | ({"rope_type": rope["rope_type"]} if "rope_type" in rope else {})
 
 
 def _window(given: _HFConfig, arch: Architecture) -> int | None:

@@ -11,16 +11,24 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from configs import ConfigError, ModelConfig
+from configs import ConfigError, ModelConfig, counted
 from configs.explain import shown
+from configs.reading.parse import shortened
 from models.families import FAMILIES, build
 from models.moe.router import choosers
 
 from .config_json import CONFIG, YARN_SINCE, from_hf_config, read_hf_config, to_hf_config
 from .names import BIAS, GLM4_MOE, QWEN2, Architecture, bias_name, pieces
-from .weight_files import open_tensors
+from .weight_files import open_tensors, same_values
 
 SHARD_BYTES = 5 * 10**9
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+OF_QUANTIZATION = (
+    "weight_scale", "weight_scale_inv", "input_scale", "qweight", "qzeros", "scales", "g_idx", "absmax", "quant_map",
+    "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "SCB", "weight_format", "weight_packed",
+    "weight_shape", "weight_zero_point",
+)  # fmt: skip
+"""Ends of the names of what stands beside quantized weights."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of the tensors that are read, as safetensors names them; others are codes, which need scales."""
 
@@ -82,25 +90,33 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
 
     Raises:
         ConfigError: not such a folder, an unsupported variant, tensors that are missing or unknown, or of other shapes
-            or types. No tensor has been read then.
+            or types. No tensor has been read then, but for two that should be equal.
     """
     folder = Path(folder)
     tree = read_hf_config(folder)
     config, arch = from_hf_config(tree, str(folder / CONFIG))
     beyond = tree.get("num_nextn_predict_layers") or 0 if arch is GLM4_MOE else 0
-    return config, Weights(folder, config, arch, beyond)
+    return config, Weights(folder, config, arch, beyond, _quantization(tree))
+
+
+def _quantization(tree: dict[str, Any]) -> str:
+    """What config.json says of quantized weights, as `fp8`; empty: nothing."""
+    said = tree.get("quantization_config")
+    return shortened(str(said.get("quant_method", "")), 60) if isinstance(said, dict) else ""
 
 
 class Weights(Mapping[str, Tensor]):
     """The tensors of a Hugging Face folder under our names, in fp32, experts there stacked or one by one; lazy."""
 
-    def __init__(self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0):
+    def __init__(
+        self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0, quantization: str = ""
+    ) -> None:
         self._beyond = tuple(f"model.layers.{config.num_layers + index}." for index in range(beyond))
         self._files = open_tensors(folder)
         if len(self._files) < config.num_layers:
             raise ConfigError(
-                f"{folder} has {len(self._files)} tensors, too few for the num_hidden_layers={config.num_layers} of "
-                "its config.json"
+                f"{folder} has {counted(len(self._files), 'tensor')}, too few for the "
+                f"num_hidden_layers={config.num_layers} of its config.json"
             )
         with torch.device("meta"):
             module = build(config)
@@ -108,19 +124,23 @@ class Weights(Mapping[str, Tensor]):
         if arch.bias:
             self._shapes.update({bias_name(c.layer): (config.num_experts,) for c in choosers(module)})
         self._arch = arch
-        self._folder = folder
-        used = {"lm_head.weight"} if config.tie_embeddings else set()
+        self._folder, self._tied = folder, config.tie_embeddings
+        used = {HEAD} if config.tie_embeddings else set()
         for name, shape in self._shapes.items():
             # Names of experts that the folder has not are not listed to the last one.
             of_experts = ".mlp.experts." in name and not self._whole(name)
             if len(used) + (shape[0] if of_experts else 0) > 4 * len(self._files) + len(self._shapes):
                 raise ConfigError(
-                    f"{folder} has {len(self._files)} tensors, too few for the experts of its config.json"
+                    f"{folder} has {counted(len(self._files), 'tensor')}, too few for the experts of its config.json"
                 )
             used.update(self._parts(name))
-        needed = used - {"lm_head.weight"} if config.tie_embeddings else used
+        needed = used - {HEAD} if config.tie_embeddings else used
         missing = sorted(needed - self._files.keys())
         unknown = sorted(name for name in self._files.keys() - used if not self._is_nothing(name))
+        scales = [name for name in unknown if name.endswith(OF_QUANTIZATION)]
+        if scales:
+            kind = quantization or f"it has {shown(scales[0])}"
+            raise ConfigError(f"{folder} is quantized ({kind}), which is not read: convert its weights to bf16 first")
         if missing or unknown:
             raise ConfigError(
                 f"{folder}: its tensors are not those of its config.json: {len(missing)} missing {shown(missing[:3])}, "
@@ -128,6 +148,12 @@ class Weights(Mapping[str, Tensor]):
             )
         for name in self._shapes:
             self._check(name)
+        both = config.tie_embeddings and {EMBEDDING, HEAD} <= self._files.keys()
+        if both and not same_values(self._files[EMBEDDING], EMBEDDING, self._files[HEAD], HEAD):
+            raise ConfigError(
+                f"{folder}: config.json says tie_word_embeddings=true, but {HEAD} and {EMBEDDING} differ: set it to "
+                "false, or leave out the one that is not meant"
+            )
 
     def __getitem__(self, name: str) -> Tensor:
         shape, parts = self._shapes[name], self._parts(name)
@@ -181,7 +207,8 @@ class Weights(Mapping[str, Tensor]):
     def _whole(self, name: str) -> str | None:
         """Where the folder has a parameter as one tensor: its name there."""
         stacked = name.replace(".mlp.", f".{self._arch.moe_block}.") if ".mlp.experts." in name else name
-        return next((candidate for candidate in (name, stacked) if candidate in self._files), None)
+        tied = HEAD if self._tied and name == EMBEDDING else name  # as transformers, where the embedding is missing
+        return next((candidate for candidate in (name, stacked, tied) if candidate in self._files), None)
 
 
 def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[str, Tensor]:

@@ -1,8 +1,10 @@
 """Which safetensors files of a Hugging Face folder hold the model, and its tensors in them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from configs import ConfigError
@@ -15,6 +17,8 @@ MAX_INDEX = 16 * 1024**2
 """Bytes of an index: 160,000 tensors."""
 MAX_HEADER = 32 * 1024**2
 """Bytes of the safetensors files' headers together. The library itself reads three times as much of each."""
+COMPARED = 2**24
+"""Values that are read at once to see whether two tensors are equal."""
 MAX_TENSORS = 200_000
 """Those of a trillion parameters in single experts are 100,000 and have headers of 15 MB."""
 
@@ -31,10 +35,11 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     index, single = folder / INDEX, folder / WEIGHTS
     if is_file(index):
         where = _weight_map(index)
-        if is_file(single) and WEIGHTS not in where.values():
+        if is_file(single) and (others := sorted(set(where.values()) - {WEIGHTS})):
+            kept = f", or {WEIGHTS} if those do" if WEIGHTS not in where.values() else ""
             raise ConfigError(
-                f"{folder} has {WEIGHTS}, which transformers reads, and {INDEX}, which names other files: delete the "
-                "one that is out of date"
+                f"{folder} has {WEIGHTS}, which transformers reads alone, and {INDEX}, which names other files, such "
+                f"as {shown(others[0])}: delete {INDEX} if {WEIGHTS} holds the whole model{kept}"
             )
         return _indexed(folder, where)
     found = [single] if single.exists() or single.is_symlink() else sorted(folder.glob("*.safetensors"))
@@ -46,7 +51,10 @@ def open_tensors(folder: Path) -> dict[str, Any]:
             f"neither {WEIGHTS} nor {INDEX}, which would say which of them hold the model"
         )
     [file] = _open_all(found)
-    return dict.fromkeys(file.keys(), file)
+    names = list(file.keys())
+    if names and all("lora_" in name or name.startswith("base_model.") for name in names):
+        raise ConfigError(f"{folder} holds only an adapter ({found[0].name}): merge it into its base model first")
+    return dict.fromkeys(names, file)
 
 
 def _indexed(folder: Path, where: dict[str, str]) -> dict[str, Any]:
@@ -59,7 +67,32 @@ def _indexed(folder: Path, where: dict[str, str]) -> dict[str, Any]:
     for tensor, name in where.items():
         if tensor not in files[name][1]:
             raise ConfigError(f"{folder / INDEX} says that tensor {shown(tensor)} is in {shown(name)}, but it is not")
+    for name, (file, tensors) in files.items():
+        for tensor in tensors & where.keys():
+            if where[tensor] != name and not same_values(files[where[tensor]][0], tensor, file, tensor):
+                raise ConfigError(
+                    f"{folder}: tensor {shown(tensor)} is in {shown(where[tensor])}, as {INDEX} says, and with other "
+                    f"values in {shown(name)}, which it names too: export the model again"
+                )
     return {tensor: files[name][0] for tensor, name in where.items()}
+
+
+def same_values(file: Any, name: str, other: Any, other_name: str) -> bool:
+    """Whether two tensors of open files are equal in shape and, in fp32, in every value. Raises ConfigError."""
+    try:
+        one, two = file.get_slice(name), other.get_slice(other_name)
+        shape = one.get_shape()
+        if shape != two.get_shape():
+            return False
+        if not shape:
+            return torch.equal(file.get_tensor(name).float(), other.get_tensor(other_name).float())
+        rows = max(1, COMPARED // max(1, math.prod(shape[1:])))
+        return all(
+            torch.equal(one[first : first + rows].float(), two[first : first + rows].float())
+            for first in range(0, shape[0], rows)
+        )
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"tensor {shown(name)} cannot be read: {shortened(str(error), 200)}") from None
 
 
 def _weight_map(index: Path) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from configs import Config, ConfigError, ModelConfig
+from configs import Config, ConfigError, ModelConfig, counted
 from configs.load import validated
 from configs.reading.parse import is_file
 from models.families import build
@@ -75,9 +76,10 @@ def check_source(config: Config) -> dict[str, list[Any]]:
             why = "model.num_experts is 0: set it, or train.upcycle=null"
         raise ConfigError(f"train.upcycle makes experts of a dense model's MLPs, but {why}")
     if unused := [name for name in source.shapes if name not in wanted and name.rsplit(".", 2)[0] not in blocks]:
+        more = f" and {counted(len(unused) - 1, 'more parameter')}" if unused[1:] else ""
         raise ConfigError(
-            f"train.init_from={config.train.init_from} has {len(unused)} parameters that the model has not, such as "
-            f"{unused[0]}: set model.* to its architecture"
+            f"train.init_from={config.train.init_from} has {unused[0]}{more}, which this model lacks: "
+            f"{_settings(source.model, config)}"
         )
     return _differences(source, config.model) | _other_tokenizer(config)
 
@@ -169,11 +171,13 @@ def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int
         if name not in dense and block_of(name) in blocks:
             continue
         if name not in given:
-            raise ConfigError(f"train.init_from={source} has no {name}: model.* is another architecture")
+            raise ConfigError(
+                f"train.init_from={source} has no {name}, which this model has: {_settings(start.model, config)}"
+            )
         if tuple(given[name]) != tuple(shape):
             raise ConfigError(
                 f"train.init_from={source}: {name} is {list(given[name])}, the model's is {list(shape)}: "
-                f"set model.* to the sizes of what is loaded"
+                f"{_settings(start.model, config)}"
             )
     for width in blocks.values():
         granularity(width, config.model)
@@ -182,6 +186,22 @@ def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int
             f"train.init_from={source}: its routers' bias is not one number for each of {experts} experts"
         )
     return blocks
+
+
+def _settings(there: ModelConfig, config: Config) -> str:
+    """The keys that would give the model the names and shapes of another, as a message ends with them."""
+    here = config.model
+    keys = SHOWN_BY_NAMES_AND_SHAPES | {"num_heads"}
+    if config.train.upcycle or not (there.is_moe or here.is_moe):
+        keys -= {key for key in keys if "expert" in key or key in ("moe_every", "first_dense_layers")}
+    if there.num_moe_layers == there.num_layers:
+        keys -= {"intermediate_size"}
+    differ = [key for key in ModelConfig.model_fields if key in keys and getattr(there, key) != getattr(here, key)]
+    layers = ""
+    if "num_layers" in differ:
+        layers = f"it has {counted(there.num_layers, 'layer')}, model.num_layers is {here.num_layers}: "
+    settings = " ".join(f"model.{key}={json.dumps(getattr(there, key))}" for key in differ)
+    return f"{layers}set {settings or 'model.* to its architecture'}"
 
 
 def _open(config: Config, digests: bool) -> _Source:

@@ -170,12 +170,21 @@ def _command() -> str:
 
 def _warn_of(differs: dict[str, list[Any]], source: str) -> None:
     """Say which keys make another function of the weights that a run begins with."""
-    keys = ", ".join(f"{key} {shown(there)} -> {shown(here)}" for key, (there, here) in differs.items())
-    print(
-        f"muster: warning: the weights of {source} compute something else here: {keys} (there -> here). "
-        "Set it as there unless this is on purpose, as for longer contexts",
-        file=sys.stderr,
-    )
+    if "tokenizer" in differs:
+        print(
+            f"muster: warning: the data were tokenized with a different tokenizer than the model's ({source})",
+            file=sys.stderr,
+        )
+    changed = [
+        f"{key} was {shown(there, 2000)}, is now {shown(here, 2000)}"
+        for key, (there, here) in differs.items() if key != "tokenizer"
+    ]  # fmt: skip
+    if changed:
+        print(
+            f"muster: warning: the weights of {source} will behave differently here: {'; '.join(changed)}. Set it back "
+            "unless you meant to change it (for example to extend the context)",
+            file=sys.stderr,
+        )
 
 
 def _seconds(text: str) -> float:

@@ -317,6 +317,30 @@ def test_keys_that_config_json_lacks_mean_what_transformers_takes(tmp_path, kind
     assert found.tie_embeddings == expected.tie_word_embeddings
 
 
+def test_old_and_new_rope_keys_that_say_the_same(tmp_path):
+    """rope_theta stands at the top in transformers 4, in rope_parameters in 5; defaults may be written out."""
+    config = tiny.config(num_experts=0, rope_scaling={"kind": "linear", "factor": 4.0}, rope_theta=5e5)
+    module, batch = tiny.model(config), tiny.batch()
+    export_hf(module, config, tmp_path)
+    tree = json.loads((tmp_path / "config.json").read_text())
+    old, new = {"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0, "rope_theta": 5e5}
+    for more in ({"rope_scaling": old}, {"rope_scaling": new, "rope_theta": None}, {"rope_scaling": old | new}):
+        given = tree | {"rope_parameters": new} | more
+        found, _ = from_hf_config({key: value for key, value in given.items() if value is not None})
+        assert (found.rope_scaling, found.rope_theta) == (config.rope_scaling, 5e5)
+    (tmp_path / "config.json").write_text(json.dumps(tree | {"rope_parameters": new, "rope_scaling": old}))
+    with torch.no_grad():
+        assert (theirs(tmp_path)(batch.input_ids).logits - module.logits(batch)).abs().max() < 1e-5
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    found, _ = from_hf_config(
+        tree | {"rope_scaling": {"type": "yarn", "factor": 4.0}, "rope_parameters": yarn | {"beta_fast": 32.0}}
+    )
+    assert found.rope_scaling.original_max_positions == tree["max_position_embeddings"] == 64
+    for key, value in (("rope_theta", 1e4), ("factor", 2.0), ("rope_type", "default")):
+        with pytest.raises(ConfigError, match="differ: keep one"):
+            from_hf_config(tree | {"rope_scaling": old, "rope_parameters": new | {key: value}})
+
+
 def test_the_original_length_may_stand_beside_the_scaling(tmp_path):
     config, batch = tiny.config(num_experts=0, rope_scaling=YARN), tiny.batch()
     module = tiny.model(config)

@@ -73,7 +73,13 @@ def refusal(folder):
 def test_what_nothing_decides_is_refused_by_name(sharded):
     folder, tensors = sharded
     save_file(tensors, folder / "model.safetensors")
-    assert "which transformers reads, and model.safetensors.index.json, which names" in refusal(folder)
+    assert "which transformers reads alone, and model.safetensors.index.json, which names" in refusal(folder)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(
+        json.dumps({"weight_map": index["weight_map"] | {"lm_head.weight": "model.safetensors"}})
+    )
+    assert refusal(folder).endswith(f"delete {INDEX} if model.safetensors holds the whole model")
+    (folder / INDEX).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).unlink()
@@ -92,6 +98,67 @@ def test_what_nothing_decides_is_refused_by_name(sharded):
         assert told in refusal(folder)
     (folder / INDEX).write_text(json.dumps({"weight_map": {k: v for k, v in where.items() if k != "lm_head.weight"}}))
     assert '1 missing ["lm_head.weight"]' in refusal(folder)
+
+
+def test_a_tensor_in_two_shards_has_one_value(sharded):
+    folder, tensors = sharded
+    first, second = sorted(folder.glob("*.safetensors"))
+    name = min(load_file(first))
+    save_file(load_file(second) | {name: tensors[name]}, second, metadata={"format": "pt"})
+    check_same(folder, tensors)
+    other = tensors[name].clone()
+    other.view(-1)[-1] += 1
+    for wrong in (other, other.flatten()[1:].contiguous()):
+        save_file(load_file(second) | {name: wrong}, second, metadata={"format": "pt"})
+        assert f'tensor "{name}" is in "{first.name}"' in refusal(folder)
+
+
+def test_a_tied_head_is_the_embedding(tmp_path):
+    config = tiny.config(num_experts=0, tie_embeddings=True)
+    module = tiny.model(config)
+    export_hf(module, config, tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    both = tensors | {head: tensors[embedding].clone()}
+    without = {name: tensor for name, tensor in both.items() if name != embedding}
+    for written in (tensors, both, without):
+        save_file(written, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+        _, ours = import_hf(tmp_path)
+        assert torch.equal(ours[embedding], tensors[embedding])
+        assert torch.equal(theirs.lm_head.weight, tensors[embedding])
+        assert torch.equal(theirs.model.embed_tokens.weight, tensors[embedding])
+    both[head][-1, -1] += 1e-3
+    save_file(both, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert f"tie_word_embeddings=true, but {head} and {embedding} differ" in refusal(tmp_path)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert not torch.equal(theirs.lm_head.weight, theirs.model.embed_tokens.weight)
+    none = {name: tensor for name, tensor in without.items() if name != head}
+    save_file(none, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert f'1 missing ["{embedding}"]' in refusal(tmp_path)
+
+
+def test_adapters_and_quantized_weights_are_called_so(sharded):
+    folder, tensors = sharded
+    config = json.loads((folder / "config.json").read_text())
+    for path in folder.glob("model*"):
+        path.unlink()
+    for name in ("adapter_model", "lora"):
+        adapter = {"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(2)}
+        save_file(adapter, folder / f"{name}.safetensors")
+        assert f"holds only an adapter ({name}.safetensors): merge it into its base model first" in refusal(folder)
+        (folder / f"{name}.safetensors").unlink()
+    up = "model.layers.0.mlp.up_proj.weight"
+    for method, codes in (
+        ("fp8", {up: tensors[up].to(torch.float8_e4m3fn), f"{up}_scale_inv": torch.ones(1)}),
+        ("gptq", {up.replace("weight", part): torch.ones(2, dtype=torch.int32) for part in ("qweight", "qzeros")}),
+        (None, {up: tensors[up].to(torch.float8_e4m3fn), f"{up}_scale": torch.ones(1)}),
+    ):
+        said = {"quantization_config": {"quant_method": method}} if method else {}
+        (folder / "config.json").write_text(json.dumps(config | said))
+        rest = {name: tensor for name, tensor in tensors.items() if name != up}
+        save_file(rest | codes, folder / "model.safetensors")
+        assert f"is quantized ({method or 'it has'}" in refusal(folder)
 
 
 def test_one_file_of_another_name_is_still_read(sharded):

@@ -70,10 +70,14 @@ WRONG = [
     (LLAMA, {"rope_scaling": "yarn"}, 'rope_scaling="yarn": should be a section of keys'),
     (LLAMA, {"rope_scaling": {"rope_type": []}}, "rope_scaling.rope_type=[]: should be text"),
     (LLAMA, {"rope_scaling": {"rope_type": "x" * 1000}}, "is none of default, linear, llama3, yarn"),
-    (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor, a number above 0"),
-    (LLAMA, {"rope_scaling": {"type": "linear", "factor": None}}, "rope_type 'linear' needs factor, a number above 0"),
-    (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' needs factor, a number above 0"),
-    (LLAMA, {"rope_scaling": {"factor": 8.0}}, "lacks rope_type: default, linear or llama3 or yarn"),
+    (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor, a number of at least 1"),
+    (
+        LLAMA,
+        {"rope_scaling": {"type": "linear", "factor": None}},
+        "rope_type 'linear' needs factor, a number of at least 1",
+    ),
+    (LLAMA, {"rope_parameters": {"rope_type": "yarn"}}, "rope_type 'yarn' needs factor, a number of at least 1"),
+    (LLAMA, {"rope_scaling": {"factor": 8.0}}, "lacks rope_type: default, linear, llama3 or yarn"),
     (LLAMA, {"rope_scaling": YARN, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}, "differ: keep one"),
     (LLAMA, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "for full_attention are not supported"),
     (LLAMA, {"rope_scaling": {"rope_type": "linear", "factor": "x"}}, 'rope_scaling.factor="x": should be a number'),
@@ -327,6 +331,7 @@ def test_headers_are_bounded_together(folder):
     content = b"{}" + b" " * (MAX_HEADER // 2)
     for shard in ("a", "b", "c"):
         (folder / f"{shard}.safetensors").write_bytes(struct.pack("<Q", len(content)) + content)
+    path = path.rename(folder / "d.safetensors")
     index = {name: f"{'abc'[i % 3]}.safetensors" for i, name in enumerate(names)}
     index[names[0]] = path.name
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))

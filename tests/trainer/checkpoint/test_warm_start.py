@@ -86,7 +86,7 @@ def test_mistakes_name_the_key(trained, tiny_data):
     with pytest.raises(ConfigError, match=r"neither a run with checkpoints.*of llama, mistral, qwen2, "):
         load_weights(torch.nn.Linear(1, 1), warm(trained.parent))
     wider = warm(trained, {"hidden_size": 64})
-    with pytest.raises(ConfigError, match=r"is \[320, 32\], the model's is \[320, 64\]"):
+    with pytest.raises(ConfigError, match=r"is \[320, 32\], the model's is \[320, 64\]: set model.hidden_size=32"):
         load_weights(build(wider.model), wider)
 
 
@@ -134,7 +134,8 @@ def test_longer_contexts_are_begun_and_said(trained, tiny_data, capsys):
         told = capsys.readouterr().err
         assert "muster: warning: the weights of train.init_from=" in told
         assert f"{key} " in told
-        assert "model.max_positions 32 -> 128" in told
+        assert "model.max_positions was 32, is now 128" in told
+        assert "..." not in told
         [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
         assert event["differs"].keys() == {key, "model.max_positions"}
     assert train_in_process(trained.parent / "yarn") == 0
@@ -148,7 +149,9 @@ def test_weights_of_another_tokenizer_are_told(trained, tiny_data, tmp_path, cap
     shutil.copytree(trained.parent / "hf", source)
     (source / "tokenizer.json").write_text("{}")
     run_dir = prepare_run(settings(tmp_path, tiny_data, "other", init_from=str(source)))
-    assert "compute something else here: tokenizer " in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"tokenized with a different tokenizer than the model's (train.init_from={source})" in told
+    assert "behave differently" not in told
     [event] = [event for event in read_events(run_dir) if event["event"] == "init_from"]
     assert event["differs"].keys() == {"tokenizer"}
 
@@ -224,14 +227,31 @@ def test_upcycling_where_it_cannot_be_names_the_keys(dense, trained, tiny_data):
     mistake(
         r"width 128.*expert_size is 96: set it to 128", EXPERTS | {"expert_size": 96}, init_from=str(dense), upcycle={}
     )
-    mistake(r"has no model\.layers\.2\.", EXPERTS | {"num_layers": 3}, init_from=str(dense), upcycle={})
     mistake(
-        r"11 parameters that the model has not.*layers\.1",
+        r"has no model\.layers\.2\..* has 2 layers, model.num_layers is 3: set model.num_layers=2$",
+        EXPERTS | {"num_layers": 3},
+        init_from=str(dense),
+        upcycle={},
+    )
+    mistake(
+        r"layers\.1.* and 10 more parameters, which this model lacks: .* set model.num_layers=2$",
         EXPERTS | {"num_layers": 1},
         init_from=str(dense),
         upcycle={},
     )
-    mistake(r"has no model\.layers\.0\.mlp\.gate_proj", {"num_experts": 0}, init_from=str(trained))
+    mistake(
+        r"has no model\.layers\.0\.mlp\.gate_proj.*set .*model.num_experts=4",
+        {"num_experts": 0},
+        init_from=str(trained),
+    )
+    for key, value in (("vocab_size", 320), ("tie_embeddings", "false"), ("qk_norm", "true"), ("num_layers", 2)):
+        other = {"vocab_size": 384, "tie_embeddings": True, "qk_norm": False, "num_layers": 3}[key]
+        for source in (dense, dense.parent / "hf"):
+            mistake(
+                rf"set model\.{key}={value}$",
+                {"num_experts": 0, "intermediate_size": 128, key: other},
+                init_from=str(source),
+            )
     with pytest.raises(ConfigError, match=r"train\.upcycle needs train\.init_from"):
         tiny(train={"upcycle": {}})
 

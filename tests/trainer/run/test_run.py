@@ -211,7 +211,7 @@ def test_fork_starts_from_the_last_checkpoint(tmp_path, tiny_data, capsys):
     forked = prepare_run(config, fork="other")
     assert "warning" not in capsys.readouterr().err
     prepare_run(load(run_dir / "config.yaml", ["model.rope_theta=5e5", "train.steps=6"]), fork="longer")
-    assert "the weights of run.name=run compute something else here: model.rope_theta" in capsys.readouterr().err
+    assert "the weights of run.name=run will behave differently here: model.rope_theta was" in capsys.readouterr().err
     assert train_in_process(forked) == 0
     assert [m["step"] for m in read_metrics(forked) if "loss" in m] == [5, 6]
     assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2, 3, 4]

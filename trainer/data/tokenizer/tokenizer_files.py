@@ -8,7 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from configs import ConfigError
+from configs.explain import first_reason
 from configs.reading.parse import parse_json, read_text, shortened
 from trainer.data.manifest import MANIFEST, TOKENIZER, TokenizerInfo, read_manifest
 from trainer.files.durable import replace_bytes
@@ -174,6 +177,8 @@ def read_info(folder: Path) -> TokenizerInfo | None:
         return None
     try:
         return TokenizerInfo.model_validate_json(read_text(path, SETTINGS_BYTES))
+    except ValidationError as error:
+        raise _unreadable(path, first_reason(error)) from None
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
 
@@ -198,5 +203,5 @@ def _content(path: Path) -> bytes:
     return found
 
 
-def _unreadable(path: Path, error: Exception) -> ConfigError:
+def _unreadable(path: Path, error: object) -> ConfigError:
     return ConfigError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): mend it, or remove it")
