@@ -257,12 +257,13 @@ def test_what_may_not_be_read_is_refused_by_name(tmp_path):
     (tmp_path / "in" / "shut").chmod(0)
     code = (
         "import sys; from configs.sections.data import LimitsConfig\n"
-        "from trainer.data.sources.find import Reader, find_inputs\n"
+        "from trainer.data.sources.find import find_inputs\n"
+        "from trainer.data.sources.read import Reader\n"
         "reader = Reader('text', LimitsConfig())\n"
         "for file in find_inputs([sys.argv[1]]):\n"
         "    print(file.path.rpartition('/')[2], *(getattr(item, 'reason', 'read') for _, item in reader.read(file)))"
     )
-    imports = ["numpy", "pyarrow.parquet", "trainer.data.sources.find", "encodings.idna"]
+    imports = ["numpy", "pyarrow.parquet", "trainer.data.sources.read", "encodings.idna"]
     done = as_second_user(code, tmp_path / "in", imports=imports)
     assert done.stdout == "bad.txt unreadable file\ngood.txt read\nshut unreadable file\n", done.stderr
 

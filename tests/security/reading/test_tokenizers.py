@@ -18,7 +18,7 @@ from trainer.data.prepare.encode import Encoder, EncodeSpec
 from trainer.data.prepare.pool import encode_all
 from trainer.data.prepare.prepare import prepare
 from trainer.data.prepare.splitting import Splitting
-from trainer.data.sources.find import Record
+from trainer.data.sources.read import Record
 from trainer.data.tokenizer.tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
 
 DOUBLED = [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 40

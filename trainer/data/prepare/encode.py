@@ -5,6 +5,7 @@ import mmap
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import cache, partial
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -12,8 +13,8 @@ import numpy as np
 from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 from trainer.data.manifest import SPLITS, Split
-from trainer.data.sources.find import Record, Refusal, cut
-from trainer.data.sources.formats import RECORD_VALUES, text_in
+from trainer.data.sources.formats import BETWEEN, RECORD_VALUES, text_in
+from trainer.data.sources.read import Record, Refusal, cut
 from trainer.data.sources.unpack import Damaged
 from trainer.data.tokenizer.tokenizer_process import (
     TokenizerError,
@@ -30,6 +31,7 @@ from .splitting import Splitting
 LOOKED_AT = 32
 """Documents of a batch that are decoded again, to see what the tokenizer loses: of a MiB, 2% at most."""
 LOOKED_AT_BYTES = 512
+_BETWEEN = BETWEEN.decode() + ",\0"
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
 
@@ -93,7 +95,11 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
             yield record
             continue
         try:
-            data = record.data if record.kind == "text" else text_in(_parsed(record.data), text_key).encode("utf-8")
+            data = (
+                record.data
+                if record.kind == "text"
+                else text_in(_parsed(record.data, text_key), text_key).encode("utf-8")
+            )
             if not data:
                 raise Damaged("empty document", "")
             data.decode("utf-8")
@@ -108,12 +114,42 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
             yield Refusal(record.path, record.where, "takes too much memory", f"{len(record.data):,} bytes")
 
 
-def _parsed(data: bytes) -> object:
+def _parsed(data: bytes, text_key: str) -> object:
     if len(data) > RECORD_VALUES:  # a shorter one cannot have so many
         bare = _STRING.sub(b"", data)
         if (values := bare.count(b",") + bare.count(b"[") + bare.count(b"{")) > RECORD_VALUES:
             raise Damaged("too many values", f"{values:,} in one JSON object")
-    return json.loads(data)
+    # Not json.loads(data), which would guess an encoding.
+    text = data.decode("utf-8-sig")
+    twice = any(data.count(part) > 1 for part in _quoted(text_key))
+    hook = partial(_object, text_key.split(".")) if twice else None
+    try:
+        return json.loads(text, object_pairs_hook=hook)
+    except ValueError:
+        # Only where it fails: marks and commas between values (RFC 7464), NULs behind the last; a number of thousands
+        # of digits beside the text.
+        return json.loads(text.strip(_BETWEEN), object_pairs_hook=hook, parse_int=_integer)
+
+
+@cache
+def _quoted(text_key: str) -> list[bytes]:
+    """How a key, or each that leads to it, stands in JSON."""
+    return [b'"%b"' % part.encode("utf-8", "surrogateescape") for part in {text_key, *text_key.split(".")}]
+
+
+def _object(keys: list[str], pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """An object. Raises Damaged if a key that leads to the text stands twice in it."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        for key in (*keys, ".".join(keys)):
+            if names.count(key) > 1:
+                raise Damaged("ambiguous key", f"{key!r} stands {names.count(key)} times in one object")
+    return found
+
+
+def _integer(digits: str) -> float | int:
+    return int(digits) if len(digits) < 4000 else float("inf")
 
 
 class Encoder:

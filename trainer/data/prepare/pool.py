@@ -8,7 +8,7 @@ from multiprocessing.connection import Connection, wait
 
 from configs import ConfigError
 from trainer.data.child import Child
-from trainer.data.sources.find import Record, Refusal
+from trainer.data.sources.read import Record, Refusal
 
 from .encode import EncodedBatch, Encoder, EncodeSpec, receive
 

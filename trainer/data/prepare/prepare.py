@@ -23,8 +23,9 @@ from trainer.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from trainer.data.sources.find import Input, Reader, Record, Refusal, find_inputs, linked_folders
+from trainer.data.sources.find import Input, find_inputs, linked_folders
 from trainer.data.sources.parquet import RECORD_WEIGHT
+from trainer.data.sources.read import Reader, Record, Refusal
 from trainer.data.tokenizer.make import changed, make_tokenizer
 from trainer.data.tokenizer.tokenizer import tokenizer_memory
 from trainer.data.tokenizer.tokenizer_files import beside, tokenizer_file

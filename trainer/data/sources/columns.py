@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .formats import missing
 from .unpack import Damaged
 
 
@@ -41,7 +42,7 @@ def find_column(schema: pa.Schema, leaves: list[str], key: str) -> Column:
             path = ".".join([name, *within])
             column = Column(name, within, path)
             return column if any(map(column.holds, leaves)) else column._replace(path=name)  # through a list
-    raise Damaged("missing column", f"no {key!r} among {', '.join(schema.names[:20])}"[:200])
+    raise Damaged("missing column", missing(key, schema.names))
 
 
 def texts(array: pa.Array, within: list[str]) -> list[bytes | None]:

@@ -1,9 +1,9 @@
-"""Cut files of JSON and CSV into records, and say what a file is by what it begins with."""
+"""Cut files of JSON and CSV into records, and find the text in one."""
 
 import csv
 import io
-import json
 import re
+import shlex
 from collections.abc import Callable, Iterator
 from itertools import islice
 
@@ -14,57 +14,16 @@ RECORD_BYTES = 1 << 26
 RECORD_VALUES = 1 << 22
 """A JSON value or CSV row with more is refused: each takes up to 100 bytes of memory."""
 
-_BOM = b"\xef\xbb\xbf"
+BOM = b"\xef\xbb\xbf"
+BETWEEN = b" \t\r\n\x1e" + BOM
+"""What stands between JSON values and is none: the mark of RFC 7464, and of files that were put together."""
 _TOKEN = re.compile(rb'"(?:[^"\\]*+(?:\\.[^"\\]*+)*+")?+|[\[\]{},]', re.DOTALL)
 """A whole string, the beginning of one that is cut off, or what gives JSON its shape."""
+_NAMES = {
+    str: "a string", int: "a number", float: "a number", bool: "a boolean", list: "a list", dict: "an object"
+}  # fmt: skip
 _NESTED = 1000
 """json.loads ends at about as deep a nesting."""
-
-_FOREIGN = {
-    b"ARROW1\0\0": "an Arrow file",
-    b"\xff\xff\xff\xff": "an Arrow stream",
-    b"PK\x03\x04": "a ZIP archive",
-    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
-    b"Rar!\x1a\x07": "a RAR archive",
-    b"SQLite format 3\0": "an SQLite database",
-    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
-    b"\x93NUMPY": "a NumPy array",
-    b"Obj\x01": "an Avro file",
-    b"%PDF-": "a PDF file",
-    b"WARC/1.": "a WARC file",
-    b"\x7fELF": "a program",
-    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
-    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
-}
-
-
-def foreign(head: bytes) -> str:
-    """What a file is that is neither text nor anything that is read here, by its first 512 bytes; empty: not known."""
-    if head[257:262] == b"ustar":
-        return "a tar archive"
-    return next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), "")
-
-
-def first_object(head: bytes) -> dict | None:
-    """The JSON object that the first line of what a file begins with is; None where it is none, or not whole."""
-    line = head.removeprefix(_BOM).lstrip().partition(b"\n")[0].rstrip()
-    if not line.startswith(b"{") or not line.endswith(b"}"):
-        return None
-    try:
-        found = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
-
-
-def first_value(head: bytes) -> object:
-    """The first value in JSON that is not in lines; None where there is none, or it is not whole."""
-    if not head.removeprefix(_BOM).lstrip().startswith((b"{", b"[")):
-        return None
-    try:
-        return json.loads(next(json_values(io.BytesIO(head), lambda size: None), b"null"))
-    except (Damaged, ValueError, RecursionError):
-        return None
 
 
 def text_in(value: object, key: str) -> str:
@@ -75,19 +34,21 @@ def text_in(value: object, key: str) -> str:
         Damaged: there is none.
     """
     if not isinstance(value, dict):
-        raise Damaged("not a JSON object", f"a {type(value).__name__}")
+        raise Damaged("not a JSON object", _what(value))
     found = value[key] if key in value else _within(value, key)
     if isinstance(found, str):
         return found
     texts: list[str] = []
     _collect(found, key, texts)
+    if not texts:
+        raise Damaged("not text", f"{key!r} is {_what(found)}" + (" of nothing but null" if found else ""))
     return "\n".join(texts)
 
 
 def _collect(found: object, key: str, texts: list[str]) -> None:
     if isinstance(found, str):
         texts.append(found)
-    elif isinstance(found, list) and found:
+    elif isinstance(found, list):
         for each in found:
             if each is not None:
                 _collect(each, key, texts)
@@ -95,20 +56,35 @@ def _collect(found: object, key: str, texts: list[str]) -> None:
         keys = ", ".join(f"{key}.{each}" for each in islice(found, 5))
         raise Damaged("not text", f"{key!r} is an object: choose one of {keys}"[:200])
     else:
-        raise Damaged("not text", f"{key!r} is {'null' if found is None else type(found).__name__}")
+        raise Damaged("not text", f"{key!r} is {_what(found)}")
 
 
 def _within(value: object, key: str) -> object:
     if isinstance(value, list):
-        return [_within(each, key) for each in value]
+        return [_within(each, key) for each in value if each is not None]
     if not isinstance(value, dict):
-        raise Damaged("not a JSON object", f"a {type(value).__name__}")
+        raise Damaged("not a JSON object", _what(value))
     if key in value:
         return value[key]
     for dot in re.finditer(r"\.", key):
         if key[: dot.start()] in value:
             return _within(value[key[: dot.start()]], key[dot.end() :])
-    raise Damaged("missing key", f"no {key!r} among {', '.join(islice(value, 20))}"[:200])
+    raise Damaged("missing key", missing(key, list(islice(value, 1000))))
+
+
+def missing(key: str, names: list[str]) -> str:
+    """That there is no such key or column, which there are, and the one that may be meant."""
+    meant = next((name for name in names if name.strip().casefold() == key.strip().casefold()), None)
+    among = f"no {key!r} among {', '.join(names[:20]) or 'no keys'}"[:200]
+    return f"{among}; did you mean --text-key {shlex.quote(meant)}?" if meant is not None else among
+
+
+def _what(value: object) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list | dict | str) and not value:
+        return f"an empty {_NAMES[type(value)].partition(' ')[2]}"
+    return _NAMES[type(value)]
 
 
 def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iterator[bytes]:
@@ -124,8 +100,6 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
     """
     data, at, start, depth, array, elements = b"", 0, 0, 0, False, 0
     while more := stream.read(max(1 << 18, len(data) - start)):
-        if not data and not depth:
-            more = more.removeprefix(_BOM)
         data, at, start = data[start:] + more, at - start, 0
         tokens = 0
         for match in _TOKEN.finditer(data, at):
@@ -133,7 +107,10 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
             if first == 0x22 and end == match.start() + 1:
                 break  # a string that is cut off: seen again with what follows
             at, tokens = end, tokens + 1
-            if depth == 0 and (data[start : match.start()].strip() or first not in b"[{"):
+            if depth == 0 and first == 0x2C and not data[start : match.start()].strip(BETWEEN):
+                start = end  # between objects, as if they stood in an array
+                continue
+            if depth == 0 and (data[start : match.start()].strip(BETWEEN) or first not in b"[{"):
                 raise Damaged("malformed JSON", "not an object or array: " + _shown(data[start:]))
             if first in b"[{":
                 depth += 1
@@ -156,7 +133,11 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
         count(16 * tokens)
         if len(data) - start > RECORD_BYTES:
             raise Damaged("record too long", f"over {RECORD_BYTES} bytes")
-    if rest := data[start:].strip():
+    rest = data[start:].strip(BETWEEN)
+    if depth == 1 and array and rest.endswith((b"}", b"]", b'"')):
+        yield rest  # a last element that is whole, of an array that is not
+        rest = b""
+    if rest:
         raise Damaged("malformed JSON", f"its end is missing: {_shown(rest)}" if depth else f"not JSON: {_shown(rest)}")
     if depth:
         raise Damaged("malformed JSON", "the end of the array is missing")
@@ -179,7 +160,7 @@ def csv_rows(
     Raises:
         Damaged: no column, or two, of that name; a row that is too long.
     """
-    first = stream.peek(1).removeprefix(_BOM).lstrip().partition(b"\n")[0].decode("utf-8", "surrogateescape")
+    first = stream.peek(1).removeprefix(BOM).lstrip().partition(b"\n")[0].decode("utf-8", "surrogateescape")
     delimiters = "\t" if tab else ",;\t|"
     delimiter = next((each for each in delimiters if text_key in _split(first, each)), delimiters[0])
     lines = _Lines(stream, delimiter, count, damaged)
@@ -213,7 +194,7 @@ def _text_column(header: list[str], text_key: str) -> int:
     if (named := header.count(text_key)) > 1:
         raise Damaged("ambiguous column", f"{named} columns are named {text_key!r}")
     if not named:
-        raise Damaged("missing column", f"no {text_key!r} among {', '.join(header[:20])}"[:200])
+        raise Damaged("missing column", missing(text_key, header))
     return header.index(text_key)
 
 
@@ -243,7 +224,7 @@ class _Lines:
         if not line or (not line.endswith(b"\n") and self._damaged()):
             raise StopIteration
         if self._first:
-            line, self._first = line.removeprefix(_BOM), False
+            line, self._first = line.removeprefix(BOM), False
         self._count(64)
         self.size += len(line)
         self.values += line.count(self._delimiter)

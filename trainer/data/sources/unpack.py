@@ -18,7 +18,9 @@ import pyarrow as pa
 from configs.reading.parse import clip
 
 Compression = Literal["gzip", "zstd", "bz2", "xz"]
-ENDINGS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+ENDINGS: dict[str, Compression] = {
+    ".gz": "gzip", ".gzip": "gzip", ".zst": "zstd", ".zstd": "zstd", ".bz2": "bz2", ".xz": "xz", ".lzma": "xz",
+}  # fmt: skip
 MAGIC: dict[bytes, Compression] = {
     b"\x1f\x8b\x08": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -33,9 +35,17 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "xz": lzma.LZMADecompressor,
 }
 ERRORS = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException)
-_BUFFER = 1 << 18
+HEAD_BYTES = 1 << 18
+"""What `Opened.stream.peek` gives of a file at first; less only if that is all."""
 _WINDOW = 1 << 27
 """The largest window of a zstd frame that pyarrow's decoder takes, as that of the zstd command does by itself."""
+
+
+def compression_of(head: bytes) -> Compression | None:
+    """How a file is packed by what it begins with, None: not at all, or not known."""
+    if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
+        return "zstd"  # a skippable frame
+    return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
 
 
 class Expands(Exception):
@@ -71,9 +81,9 @@ def opened(path: str, compression: Compression | None, budget: int | None) -> It
         OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException: see `reason_of`.
     """
     with ExitStack() as stack:
-        raw = stack.enter_context(pa.OSFile(path))
+        raw = stack.enter_context(pa.OSFile(os.fsencode(path)))
         if budget is None and not compression:
-            yield Opened(io.BufferedReader(raw, _BUFFER), raw.tell, lambda size: None, lambda: False)
+            yield Opened(io.BufferedReader(raw, HEAD_BYTES), raw.tell, lambda size: None, lambda: False)
             return
         counted = _Counted(budget)
         tell = raw.tell
@@ -87,7 +97,7 @@ def opened(path: str, compression: Compression | None, budget: int | None) -> It
             counted.stream = _Members(raw, _DECOMPRESSORS[compression], counted.count)
         else:
             counted.stream = raw
-        yield Opened(io.BufferedReader(counted, _BUFFER), tell, counted.count, lambda: counted.error is not None)
+        yield Opened(io.BufferedReader(counted, HEAD_BYTES), tell, counted.count, lambda: counted.error is not None)
         if counted.error:
             raise counted.error
 
@@ -115,23 +125,37 @@ class _Counted(io.RawIOBase):
 
     def __init__(self, budget: int | None):
         self.stream: Any = None
-        self.at_once = _BUFFER
+        self.at_once = HEAD_BYTES
         self.error: Exception | None = None
+        self._over: Expands | None = None
         self._budget, self._left = budget, budget or 0
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
-        if self.error:
-            return 0
-        try:
-            size = self.stream.readinto(memoryview(buffer)[: self.at_once])
-        except ERRORS as error:
-            self.error = error
-            return 0
-        self.count(size)
-        return size
+        """Fill the buffer, as far as there is something to fill it with."""
+        if self._over:
+            raise self._over
+        filled = 0
+        while filled < len(buffer) and not self.error:
+            left = self._left
+            try:
+                size = self.stream.readinto(memoryview(buffer)[filled : filled + self.at_once])
+                self.count(size)
+            except Expands as error:
+                # What was read before it is within the budget.
+                self._left, self._over = left, error
+                if not filled:
+                    raise
+                break
+            except ERRORS as error:
+                self.error = error
+                break
+            if not size:
+                break
+            filled += size
+        return filled
 
     def count(self, size: int) -> None:
         if self._budget is not None:
@@ -238,6 +262,26 @@ class _ZstdCommand(io.RawIOBase):
         for each in (self._process.stdout, self._file, self._errors):
             each.close()  # type: ignore[union-attr]
         super().close()
+
+
+def rejoined(head: bytes, stream: io.BufferedReader) -> io.BufferedReader:
+    """A stream with what was read of it in front of it again."""
+    return io.BufferedReader(_Rejoined(head, stream), HEAD_BYTES)
+
+
+class _Rejoined(io.RawIOBase):
+    def __init__(self, head: bytes, stream: io.BufferedReader):
+        self._head, self._stream = memoryview(head), stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._head:
+            return self._stream.readinto(buffer)
+        size = min(len(buffer), len(self._head))
+        buffer[:size], self._head = self._head[:size], self._head[size:]
+        return size
 
 
 def budget_of(size: int, path: str, expansion: int, free: int) -> int:

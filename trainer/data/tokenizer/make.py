@@ -8,7 +8,8 @@ from configs.sections.data import LimitsConfig, PrepareConfig
 from trainer.data.manifest import TOKENIZER, TokenizerInfo
 from trainer.data.prepare.encode import documents
 from trainer.data.prepare.splitting import Splitting
-from trainer.data.sources.find import Input, Reader, Refusal
+from trainer.data.sources.find import Input
+from trainer.data.sources.read import Reader, Refusal
 
 from .tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
 from .tokenizer_files import copy_tokenizer, end_of_text, tokenizer_file

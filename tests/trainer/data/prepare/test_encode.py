@@ -13,8 +13,8 @@ from trainer.data.prepare.encode import Encoder, EncodeSpec, cut_inside
 from trainer.data.prepare.prepare import prepare, summary
 from trainer.data.prepare.splitting import Splitting
 from trainer.data.show import inspect
-from trainer.data.sources import find
-from trainer.data.sources.find import Record
+from trainer.data.sources import read
+from trainer.data.sources.read import Record
 from trainer.data.tokenizer.tokenizer_process import encode, load
 
 TEXTS = ["some words of a text, in English </s>\n", "def f(x):\n    return x\n", "Über größe, ein café\n"] * 20
@@ -51,14 +51,14 @@ def back(encoder: Encoder, text: str) -> str:
 @given(st.lists(st.sampled_from(PARTS), max_size=40).map(lambda parts: "some" + "".join(parts)), st.integers(8, 40))
 def test_a_document_that_is_cut_is_one_text(one, text, size):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(find, "DOCUMENT_BYTES", size)
+        patch.setattr(read, "DOCUMENT_BYTES", size)
         assert back(one, text).removeprefix(" ") == text.removeprefix(" ")
         assert one.spec.eos_id not in tokens_of(one, text)
 
 
 def test_a_long_document_is_one_text(one):
     for text in ("some words " * 30_000, "größe\n" * 50_000, "some" * 80_000):
-        assert len(list(find.cut(text.encode()))) > 1
+        assert len(list(read.cut(text.encode()))) > 1
         assert back(one, text).removeprefix(" ") == text
 
 

@@ -23,8 +23,9 @@ from configs.sections.data import PrepareConfig
 from trainer.data.manifest import MANIFEST, REFUSED, SPLITS, TOKENIZER, Manifest, Split, read_manifest
 from trainer.data.prepare.prepare import prepare, summary
 from trainer.data.prepare.splitting import Splitting
-from trainer.data.sources import find
-from trainer.data.sources.find import cut, find_inputs
+from trainer.data.sources import read
+from trainer.data.sources.find import find_inputs
+from trainer.data.sources.read import cut
 from trainer.data.tokenizer.tokenizer import byte_tokenizer
 from trainer.data.tokenizer.tokenizer_process import load
 
@@ -251,7 +252,7 @@ def test_nothing_usable_is_an_error(tmp_path: Path):
 
 
 def test_long_documents_are_cut_between_lines_or_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(find, "DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(read, "DOCUMENT_BYTES", 1000)
     text = make_text(1, 3000) + "数" * 1500
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     (tmp_path / "long.jsonl").write_text(json.dumps({"text": text}), encoding="utf-8")
@@ -267,7 +268,7 @@ def test_long_documents_are_cut_between_lines_or_characters(tmp_path: Path, monk
 
 
 def test_a_line_that_is_too_long_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(find, "RECORD_BYTES", 200)
+    monkeypatch.setattr(read, "RECORD_BYTES", 200)
     rows = [{"text": "a"}, {"text": "b" * 1000}, {"text": "c"}]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     manifest = go([tmp_path / "x.jsonl"], tmp_path / "out", SMALL.model_copy(update={"held_out": 0.0}))

@@ -14,35 +14,19 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from data_inputs import LINES, ROWS, TEXTS, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from configs import ConfigError
-from configs.sections.data import LimitsConfig, PrepareConfig
-from trainer.data.prepare.encode import documents
+from configs.sections.data import PrepareConfig
 from trainer.data.prepare.prepare import prepare
 from trainer.data.sources import formats
-from trainer.data.sources.find import Reader, find_inputs
+from trainer.data.sources.find import find_inputs
 from trainer.data.sources.formats import csv_rows, json_values
 from trainer.data.sources.unpack import Damaged
 
-ROWS = [{"id": number, "text": f"text {number}, «ü»\nand more"} for number in range(5)]
-TEXTS = [row["text"] for row in ROWS]
-LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
 quick = settings(max_examples=200, deadline=None, derandomize=True, database=None)
-
-
-def read(*inputs: Path | str, text_key: str = "text") -> tuple[list[str], list[tuple[str, str, str]]]:
-    """(texts, [(file name, place, reason)])."""
-    texts, refused = [], []
-    with Reader(text_key, LimitsConfig()) as reader:
-        for file in find_inputs(inputs):
-            for document in documents([item for _, item in reader.read(file)], text_key):
-                if isinstance(document, bytes):
-                    texts.append(document.decode())
-                else:
-                    refused.append((Path(document.path).name, document.where, document.reason))
-    return texts, refused
 
 
 def as_csv(rows, **options) -> bytes:
@@ -137,7 +121,7 @@ def test_a_key_within_a_key_and_lists_of_texts(tmp_path: Path, name: str):
 
 def test_json_that_no_name_promises_stays_text(tmp_path: Path):
     """A notebook, or an object without the key, may be code that is to be learned."""
-    for name, text in {"a.ipynb": '{\n "cells": []\n}', "b.txt": '{"name": "x"}\n', "c.c": "{ int x; }\n"}.items():
+    for name, text in {"a.ipynb": '{\n "cells": []\n}', "b.cfg": '{"name": "x"}\n', "c.c": "{ int x; }\n"}.items():
         (tmp_path / name).write_text(text)
         assert read(tmp_path / name) == ([text], [])
 

@@ -1,0 +1,172 @@
+"""What a file is by what it begins with, whatever its name: JSON, or something that is neither text nor read here."""
+
+import io
+import json
+import re
+
+from .formats import BETWEEN, BOM, json_values, text_in
+from .unpack import Damaged
+
+LOOKED_AT = 16
+"""Lines that tell whether a file has a JSON object on each."""
+SHORT = 4096
+"""Less of what follows a value may be too little to tell what it is."""
+
+_DECODER = json.JSONDecoder(parse_int=str)
+_JSON = re.compile(rb'(?:\[\s*+)?\{\s*+(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
+"""How records of JSON begin."""
+
+_FOREIGN = {
+    b"ARROW1\0\0": "an Arrow file",
+    b"FEA1\0\0\0\0": "a Feather file",
+    b"\xff\xff\xff\xff": "an Arrow stream",
+    b"PK\x03\x04": "a ZIP archive",
+    b"PK\x05\x06": "a ZIP archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"\x04\x22\x4d\x18": "LZ4; unpack it, or pack it as zstd",
+    b"\x02\x21\x4c\x18": "LZ4; unpack it, or pack it as zstd",
+    b"\xff\x06\0\0sNaPpY": "Snappy; unpack it, or pack it as zstd",
+    b"\x89LZO\0": "LZO; unpack it, or pack it as zstd",
+    b"LZIP\x01": "lzip; unpack it, or pack it as xz",
+    b"\x1f\x9d": "a file of `compress`; unpack it",
+    b"SQLite format 3\0": "an SQLite database",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"\x93NUMPY": "a NumPy array",
+    b"Obj\x01": "an Avro file",
+    b"PARE": "a Parquet file with an encrypted footer",
+    b"%PDF-": "a PDF file",
+    b"{\\rtf": "an RTF document",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a Microsoft Office document",
+    b"WARC/1.": "a WARC file",
+    b"\x7fELF": "a program",
+    b"\xff\xfe\0\0": "UTF-32 text; convert it to UTF-8",
+    b"\0\0\xfe\xff": "UTF-32 text; convert it to UTF-8",
+    b"\xff\xfe": "UTF-16 text; convert it to UTF-8",
+    b"\xfe\xff": "UTF-16 text; convert it to UTF-8",
+}
+
+
+def foreign(head: bytes) -> str:
+    """What a file is that is neither text nor anything that is read here, by its first 512 bytes; empty: not known."""
+    if _is_tar(head):
+        return "a tar archive"
+    if head[:3] == b"ORC" and min(head[3:16], default=9) < 9:
+        return "an ORC file"
+    if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "a Python pickle"
+    if found := next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), ""):
+        return found
+    return _wide(head) if head.count(0) * 10 > len(head) else ""
+
+
+def _is_tar(head: bytes) -> bool:
+    if head[257:262] == b"ustar":
+        return True
+    # A tar file of before 1988 has no magic, but a checksum of its header.
+    checksum = head[148:156].strip(b"\0 ")
+    if len(head) < 512 or not checksum.isdigit() or b"8" in checksum or b"9" in checksum:
+        return False
+    return int(checksum, 8) == sum(head[:148]) + 8 * 0x20 + sum(head[156:512])
+
+
+def _wide(head: bytes) -> str:
+    """What a file with many NUL bytes is, by where they stand."""
+    share = [head[at::4].count(0) / max(len(head[at::4]), 1) for at in range(4)]
+    if min(share[2:]) > 0.9 > share[0] or min(share[:2]) > 0.9 > share[3]:
+        return "UTF-32 text without a byte-order mark; convert it to UTF-8"
+    even, odd = share[0] + share[2], share[1] + share[3]
+    if min(even, odd) < max(even, odd) / 4:
+        return "UTF-16 text without a byte-order mark; convert it to UTF-8"
+    return f"binary: {head.count(0) / len(head):.0%} of its first {len(head)} bytes are NUL"
+
+
+def begins_as_json(head: bytes) -> bool:
+    """Whether records of JSON begin like that."""
+    return bool(_JSON.match(head.removeprefix(BOM).lstrip(BETWEEN)))
+
+
+def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool) -> str | None:
+    """What a file that is text, jsonl or json by its name is by what it begins with; None: more of it is needed.
+
+    Of a file that is text by its name, records of JSON have to follow one another, whatever their keys: an object that
+    prose begins with, or a notebook, is text.
+
+    Args:
+        head: what it begins with.
+        whole: whether that is all of it.
+        key: of the text.
+        plain: the name promises nothing, as `part-0` or `a.txt`: a single object is JSON too.
+    """
+    head = head.lstrip(BETWEEN)
+    if kind == "text" and not _JSON.match(head):
+        return kind
+    lines = [] if head.startswith(b"[") else _whole_lines(head, whole)
+    marks = [_mark(line) for line in lines]
+    objects, parts = marks.count("object"), marks.count("part")
+    if (objects > 1 and 2 * objects > len(lines)) or (
+        objects and not parts and kind != "text" and (whole or len(lines) > 1)
+    ):
+        return "jsonl"
+    prose = kind == "text" and objects and not parts and len(lines) > 2
+    if prose or not head.startswith((b"{", b"[")):
+        return kind
+    first, value = _first_value(head)
+    if not first and not whole:
+        return None
+    if not isinstance(value, dict):
+        return "json" if kind == "text" and plain else kind
+    if head.startswith(b"["):
+        return "json"
+    rest = head[len(first) :].lstrip(BETWEEN)
+    if not whole and len(rest) < SHORT:
+        return None
+    if not rest:
+        return kind if kind == "text" and not plain and not _has_text(value, key) else "json"
+    if _JSON.match(rest):
+        own_line = b"\n" not in first and b"\n" in head[len(first) : len(head) - len(rest)]
+        return "jsonl" if own_line and len(lines) < 2 else "json"
+    return "json" if parts and kind != "text" else kind
+
+
+def _whole_lines(head: bytes, whole: bool) -> list[bytes]:
+    """The first LOOKED_AT, less blank ones; the last of a head may go on."""
+    lines = head.split(b"\n", LOOKED_AT)
+    ended = lines if whole and len(lines) <= LOOKED_AT else lines[:-1]
+    return [line for line in ended if line.strip(BETWEEN)]
+
+
+def _mark(line: bytes) -> str:
+    """Whether a line is a JSON object, or part of a value in several lines or of several in one; empty: neither."""
+    line = line.strip(BETWEEN)
+    if line.endswith((b"{", b"[")):
+        return "part"
+    if not line.startswith(b"{"):
+        return ""
+    text = line.decode("utf-8", "replace")
+    try:
+        end = _DECODER.raw_decode(text)[1]
+    except (ValueError, RecursionError):
+        return ""
+    rest = text[end:].lstrip()
+    return "part" if rest.startswith("{") else "" if rest else "object"
+
+
+def _first_value(head: bytes) -> tuple[bytes, object]:
+    """The first object, or element of an array, and what it is; empty: it is not whole."""
+    try:
+        found = next(json_values(io.BytesIO(head), lambda size: None), b"")
+    except Damaged:
+        return b"", None
+    try:
+        return found, _DECODER.decode(found.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return found, None
+
+
+def _has_text(value: object, key: str) -> bool:
+    try:
+        text_in(value, key)
+    except (Damaged, RecursionError):
+        return False
+    return True
