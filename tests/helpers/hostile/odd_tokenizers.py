@@ -112,5 +112,23 @@ def uncased(folder: Path, texts: Iterable[str]) -> Path:
     return write(folder, tokenizer, {"eos_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"})
 
 
+def dropping(folder: Path, texts: Iterable[str]) -> Path:
+    """Byte level with BPE dropout, as for the training of translators: random at each call."""
+    tokenizer = byte_level(texts, ["</s>"])
+    tokenizer.model.dropout = 0.5
+    return write(folder, tokenizer, None)
+
+
+def with_a_small_alphabet(folder: Path, texts: Iterable[str], unk_token: str | None) -> Path:
+    """BPE over characters: one that is not of the texts becomes `unk_token`, or nothing."""
+    tokenizer = Tokenizer(models.BPE(unk_token=unk_token))
+    tokenizer.decoder = decoders.Fuse()
+    special = ["</s>", *([unk_token] if unk_token else [])]
+    tokenizer.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=200, special_tokens=special, show_progress=False)
+    )
+    return write(folder, tokenizer, None)
+
+
 ALL = {"llama": llama, "chat": chat, "llama3": llama3, "metaspace": metaspace, "uncased": uncased}
 ENDS = {"llama": "</s>", "chat": "<|im_end|>", "llama3": "<|eot_id|>", "metaspace": "</s>", "uncased": "[SEP]"}

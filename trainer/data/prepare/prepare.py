@@ -179,6 +179,12 @@ def _build(
         doubts.append(
             f"{changed(*pair)} in {name}; so are {losses.lossy:,} of {losses.looked_at:,} documents that were looked at"
         )
+    if losses.unknown:
+        all_tokens = sum(split.tokens for split in splits.values())
+        doubts.append(
+            f"{losses.unknown:,} of {all_tokens:,} tokens are {losses.unknown_token!r}: text that the tokenizer has no "
+            "token for is lost"
+        )
     return Manifest(
         fingerprint="",
         inputs=[],

@@ -250,10 +250,11 @@ def cut(data: bytes) -> Iterator[bytes]:
 
 
 def _cut(buffer: bytes) -> int:
-    """Where to end a piece: after the last line end, else between two characters."""
-    line_end = buffer.rfind(b"\n") + 1
-    if line_end:
+    """Where to end a piece: after the last line end, else before the last blank, else between two characters."""
+    if line_end := buffer.rfind(b"\n") + 1:
         return line_end
+    if (blank := buffer.rfind(b" ")) > 0:  # most tokenizers have it at the beginning of a word
+        return blank
     for size in range(len(buffer) - 1, len(buffer) - 5, -1):
         if buffer[size] & 0xC0 != 0x80:  # the first byte of a character
             return size

@@ -87,9 +87,11 @@ def _tree(file: Path) -> dict[str, Any]:
 
 
 def _plain(tree: Mapping[str, Any], file: Path) -> bytes:
-    """tokenizer.json without what adds special tokens, truncates and pads; the file itself if it has nothing of it."""
-    own = {key: tree.get(key) for key in ("truncation", "padding", "post_processor")}
+    """tokenizer.json without what adds special tokens, truncates, pads and draws at random; the file itself if it has
+    nothing of it."""
+    own = {key: tree.get(key) for key in ("truncation", "padding", "post_processor", "model")}
     plain = {"truncation": None, "padding": None, "post_processor": _adds_nothing(own["post_processor"])}
+    plain["model"] = {**own["model"], "dropout": None} if (own["model"] or {}).get("dropout") else own["model"]
     return file.read_bytes() if own == plain else json.dumps({**tree, **plain}, ensure_ascii=False).encode()
 
 

@@ -49,8 +49,11 @@ def make_tokenizer(
             eos_token, eos_id = end_of_text(tokenizer.token_to_id, origin)
             if losses := [pair for probe in _PROBES if (pair := tokenizer.lost(probe))]:
                 doubts.append(changed(*losses[0]))
+            copy_tokenizer(origin, folder)
+            if tokenizer.dropout:
+                doubts.append(f"the tokenizer's BPE dropout of {tokenizer.dropout:g} is off: one text, one encoding")
+                tokenizer.save(path)
         size = tokenizer.vocab_size
-        copy_tokenizer(origin, folder)
     info = TokenizerInfo(
         kind=config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file",
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),

@@ -77,7 +77,7 @@ class TokenizerProcess:
         size = self.file.stat().st_size
         bounds = {"memory": tokenizer_memory(limits, size), "seconds": limits.seconds + size / MIB}
         try:
-            tokens, self.vocab_size = self._ask("load", str(self.file), **bounds)
+            tokens, self.vocab_size, self.dropout = self._ask("load", str(self.file), **bounds)
             # What counts tokens, and the embedding, have a row for every id.
             if self.vocab_size > 4 * tokens + 1024:
                 raise ConfigError(
@@ -111,6 +111,10 @@ class TokenizerProcess:
     def trial(self) -> None:
         """Encode and decode a little, which shows what is wrong with most."""
         self.decode(self.encode(_TRIAL))
+
+    def save(self, path: Path) -> None:
+        """Write it as it is used here: without truncation, padding and BPE dropout."""
+        self._ask("save", str(path))
 
     def token_to_id(self, token: str) -> int | None:
         return self._ask("token_to_id", token)

@@ -49,6 +49,8 @@ def tokenizer_file(path: str | Path) -> Path:
     Raises:
         ConfigError: there is none, or it is too large for any.
     """
+    if not str(path):
+        raise ConfigError("the tokenizer's name is empty: give `bytes`, `bpe`, a file, a folder or a model's name")
     try:
         file = Path(path).expanduser()
         if file.is_dir():

@@ -10,7 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
@@ -38,16 +38,36 @@ def library_errors() -> Iterator[None]:
 
 def load(path: str | Path) -> Tokenizer:
     """Load a tokenizer.json in this process, which has its bounds, or made the file itself. Raises TokenizerError."""
+    return plain(_read(path))
+
+
+def _read(path: str | Path) -> Tokenizer:
     with library_errors():
-        return plain(Tokenizer.from_file(str(path)))
+        return Tokenizer.from_buffer(Path(path).read_bytes())  # from_file takes no name that is not UTF-8
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Without truncation and padding; special tokens in a text are encoded as the characters they are."""
+    """Without truncation, padding and BPE dropout; special tokens in a text are encoded as the characters they are."""
+    if dropout(tokenizer):
+        tokenizer.model.dropout = None
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def dropout(tokenizer: Tokenizer) -> float:
+    """The share of merges that BPE leaves out at random, which would give one text other tokens each time."""
+    return getattr(tokenizer.model, "dropout", None) or 0.0
+
+
+def unknown(tokenizer: Tokenizer) -> int | None:
+    """The token that stands for whatever the vocabulary lacks; None: there is none."""
+    if isinstance(tokenizer.model, models.Unigram):  # which does not tell
+        last = encode(tokenizer, "\U0010fffd")[-1:]  # a character of nobody
+        return last[0] if last and not str(tokenizer.id_to_token(last[0])).startswith("<0x") else None
+    named = getattr(tokenizer.model, "unk_token", None)
+    return tokenizer.token_to_id(named) if named is not None else None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -63,6 +83,8 @@ def encode_on(tokenizer: Tokenizer, text: str, before: str) -> list[int]:
 
     It is encoded behind a character whose tokens stay as they are with the text behind it, if there is such a one.
     """
+    if not encode(tokenizer, before[-1:]):  # between words, as a line end is to WordPiece
+        return encode(tokenizer, text)
     for first in (before[-1:], "\n", "0", "."):
         head = encode(tokenizer, first)
         tokens = encode(tokenizer, first + text)
@@ -111,9 +133,11 @@ def serve(descriptor: int) -> None:
         try:
             with library_errors():
                 if request["do"] == "load":
-                    tokenizer = load(*request["arguments"])
+                    tokenizer = _read(*request["arguments"])
+                    random = dropout(tokenizer)
+                    plain(tokenizer)
                     ids = tokenizer.get_vocab(with_added_tokens=True).values()
-                    answer: Any = [len(ids), max(ids, default=-1) + 1]
+                    answer: Any = [len(ids), max(ids, default=-1) + 1, random]
                 else:
                     assert tokenizer is not None
                     answer = _call(tokenizer, request["do"], *request["arguments"])
@@ -130,6 +154,8 @@ def _call(tokenizer: Tokenizer, do: str, value: Any, skip_special_tokens: bool =
         return encode(tokenizer, value)
     if do == "decode":
         return tokenizer.decode(value, skip_special_tokens=skip_special_tokens)
+    if do == "save":
+        return tokenizer.save(value)
     if do == "lost":
         return lost(tokenizer, value)
     return getattr(tokenizer, do)(value)

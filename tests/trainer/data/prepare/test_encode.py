@@ -6,15 +6,18 @@ import odd_tokenizers as odd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
+from tokenizers import Tokenizer, normalizers
 
+from configs import ConfigError
 from configs.sections.data import PrepareConfig
+from trainer.data.manifest import TokenizerInfo
 from trainer.data.prepare.encode import Encoder, EncodeSpec, cut_inside
 from trainer.data.prepare.prepare import prepare, summary
 from trainer.data.prepare.splitting import Splitting
 from trainer.data.show import inspect
 from trainer.data.sources import read
 from trainer.data.sources.read import Record
+from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
 from trainer.data.tokenizer.tokenizer_process import encode, load
 
 TEXTS = ["some words of a text, in English </s>\n", "def f(x):\n    return x\n", "Über größe, ein café\n"] * 20
@@ -94,6 +97,7 @@ def test_what_becomes_the_end_of_text_is_refused(tmp_path):
 
 
 def prepared(folder, tokenizer, texts):
+    folder.mkdir(exist_ok=True)
     (folder / "raw.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = PrepareConfig(tokenizer=str(tokenizer), held_out=0.0)
     return prepare([folder / "raw.jsonl"], folder / "data", config, workers=1, progress=False)
@@ -116,3 +120,53 @@ def test_a_tokenizer_that_loses_text_is_told_of(tmp_path, muster):
 @pytest.mark.parametrize("kind", ["llama", "chat", "llama3"])
 def test_one_that_loses_nothing_is_not(tmp_path, kind):
     assert prepared(tmp_path, odd.ALL[kind](tmp_path / "t", TEXTS), [*TEXTS, "\n\n  x\t数据 🙂\r\n"]).doubts == []
+
+
+LATE = ["hello world " * 60 + "emoji 🙂 tail" + " hello" * 20 * number for number in range(12)]
+
+
+def test_text_that_is_lost_late_in_a_document_is_told(tmp_path):
+    folder = odd.with_a_small_alphabet(tmp_path / "t", ["hello world emoji tail"] * 20, None)
+    [told] = [doubt for doubt in prepared(tmp_path, folder, LATE).doubts if "raw.jsonl" in doubt]
+    assert "🙂" in told
+
+
+def test_every_unknown_token_is_counted(tmp_path):
+    folder = odd.with_a_small_alphabet(tmp_path / "t", ["hello world emoji tail"] * 20, "<unk>")
+    manifest = prepared(tmp_path, folder, ["hello 🙂 " * 100_000, "hello"])
+    total = sum(split.tokens for split in manifest.splits.values())
+    assert manifest.doubts[-1].startswith(f"100,000 of {total:,} tokens are '<unk>': ")
+
+
+def test_dropout_is_switched_off(tmp_path):
+    (tmp_path / "two").mkdir()
+    folder = odd.dropping(tmp_path / "t", TEXTS)
+    first, second = prepared(tmp_path, folder, TEXTS), prepared(tmp_path / "two", folder, TEXTS)
+    assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
+    assert first.doubts == ["the tokenizer's BPE dropout of 0.5 is off: one text, one encoding"]
+    kept = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
+    assert len({tuple(kept.encode(TEXTS[0]).ids) for _ in range(20)}) == 1
+    again = prepared(tmp_path / "two" / "again", tmp_path / "data", TEXTS)
+    assert (again.doubts, again.shards) == ([], first.shards)
+
+
+def test_an_exported_tokenizer_has_no_dropout(tmp_path):
+    folder = odd.dropping(tmp_path / "t", TEXTS)
+    info = TokenizerInfo(kind="file", sha256="0" * 64, vocab_size=321, eos_id=320, eos_token="</s>")
+    files, _ = hf_tokenizer(folder, info, load(folder / "tokenizer.json").token_to_id, None)
+    assert Tokenizer.from_buffer(files["tokenizer.json"]).model.dropout is None
+
+
+@pytest.mark.parametrize("between", ["\n", " "])
+@pytest.mark.parametrize("kind", ["uncased", "llama", "chat", "metaspace"])
+def test_a_cut_changes_no_token(tmp_path, kind, between):
+    made = encoder(odd.ALL[kind](tmp_path / kind, TEXTS))
+    text = between.join(["some words of a text"] * 14_000)
+    assert len(list(read.cut(text.encode()))) == 2
+    assert tokens_of(made, text) == encode(made.tokenizer, text)
+
+
+def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(odd.chat(tmp_path / "here", TEXTS))
+    with pytest.raises(ConfigError, match="the tokenizer's name is empty"):
+        prepared(tmp_path, "", TEXTS)
