@@ -33,10 +33,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from configs import Config, ConfigError, from_dict, resolve
+from models.moe.collapse import STARVED
 from models.planning.cost import parameters, training_flops_per_token
 from trainer.data.default import ensure_prepared, vocabulary_size
 from trainer.data.manifest import read_manifest
-from trainer.health.collapse import STARVED
 from trainer.observe.plots.draw import BLUE, GREY, ORANGE, STYLE
 from trainer.record.lines import read_metrics, summary
 from trainer.run.folder import is_finished, prepare_run, read_config
@@ -190,7 +190,7 @@ class Trial:
     maxvio: float
     """Largest load over the even one, less 1, of a global batch; mean over layers."""
     dead: int
-    """Experts of all layers that took under `trainer.health.collapse.STARVED` of their fair share."""
+    """Experts of all layers that took under `models.moe.collapse.STARVED` of their fair share."""
     dropped: float
     """Share of the assignments."""
 

@@ -140,8 +140,9 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
 
     torch.set_num_threads(1)
     from models.families import build
-    from models.moe.balance import RouterTap
     from models.planning.plan import predict
+    from models.tasks.language_modelling import LanguageModelling
+    from models.tasks.learner import Learner
     from trainer.engine import start
     from trainer.engine.engine import Engine
     from trainer.health.rates import Rates, device_facts, measure
@@ -165,8 +166,8 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
     module = build(config.model)
     module.init_weights(0)  # type: ignore[operator]
     module.set_activation_checkpointing(config.train.recompute_every)  # type: ignore[operator]
-    tap = RouterTap(module, config.model) if config.model.is_moe else None
     engine = Engine(module, config)
+    learner = Learner(LanguageModelling(config), {"": engine.module})
     step, found = engine.step, {}
 
     def measured_step() -> None:
@@ -184,7 +185,7 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
             as_trainer()
         batches = [random_batch(config) for _ in range(engine.accumulation)]
         start = time.perf_counter()
-        train_step(engine, tap, batches, tokens, config)
+        train_step(engine, learner, batches, tokens, config)
         times.append(time.perf_counter() - start)
     pipe.send((plan, found, highest, statistics.median(times[steps + 1 :])))
 

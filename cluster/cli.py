@@ -15,7 +15,7 @@ import typer
 
 from configs import Config, ConfigError, ExitCode, counted, load, mask, preset_names, private_files, resolve, to_yaml
 from configs.reading.parse import shortened
-from models.planning.cost import parameters, training_flops_per_token
+from models.planning.cost import has_formulas, parameters, training_flops_per_token
 from trainer.record.terminal import guard
 
 from .commands import checkpoints, data, doctor, jobs, keep, plan, runs, trained
@@ -84,16 +84,19 @@ def show_config(
         return
     if config is None:
         raise ConfigError(f"muster config needs a CONFIG: {', '.join(preset_names())}, or a YAML file")
-    from trainer.data.manifest import vocabulary  # numpy
+    from trainer.data.manifest import planned_vocabulary  # numpy
+    from trainer.run.plugins import load_own
 
-    asked = load(config, overrides or ())
-    resolved, notes = resolve(asked, vocab_size=vocabulary(asked.data))
+    asked = load_own(config, overrides or ())
+    resolved, notes = resolve(asked, vocab_size=planned_vocabulary(asked))
     if as_json:
         print(resolved.model_dump_json(indent=1))
         return
     print(to_yaml(resolved), end="")
     for note in notes:
         print(f"# {note}")
+    if not has_formulas(resolved.model):
+        return
     counts, train = parameters(resolved.model), resolved.train
     flops = training_flops_per_token(resolved.model, train.seq_len)
     tokens = train.steps * train.global_batch * train.seq_len

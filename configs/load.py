@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ValidationError, create_model
 
 from .base import ConfigError
 from .explain import annotation_of, explain, is_text, shown
 from .follow import dotted, follow
 from .reading.parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
+from .sections.family import DECODER, UnknownFamily, section_of
 from .sections.model_from import KEY as FROM
 from .sections.model_from import take_model
 from .sections.run import Config
@@ -73,7 +74,30 @@ def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Va
     try:
         return model.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, model))) from None
+        root = _with_family(model, tree)
+        raise ConfigError("\n".join(f"{where}: {line}" for line in explain(error, root))) from None
+
+
+def with_family(config: Config) -> Config:
+    """The config with the keys of its family checked, now that the plugin which brings it is loaded.
+
+    Raises:
+        ConfigError: a key that the family has not, or a value that is not right.
+    """
+    if config.model.is_known or section_of(config.model.family) is UnknownFamily:
+        return config
+    tree = {"model": config.model.model_dump(), "task": config.task}
+    checked = validated(Config, tree, "config")
+    return config.model_copy(update={"model": checked.model, "task": checked.task})
+
+
+def _with_family(root: type[BaseModel], tree: Mapping[str, Any]) -> type[BaseModel]:
+    """A root whose `model` has the keys of the tree's own family, for what is said of them."""
+    model = tree.get("model") if isinstance(tree, Mapping) else None
+    family = model.get("family", DECODER) if isinstance(model, Mapping) else DECODER
+    if root is not Config or family == DECODER:
+        return root
+    return create_model("Config", __base__=Config, model=(section_of(family), ...))
 
 
 def to_yaml(config: BaseModel) -> str:
@@ -204,7 +228,8 @@ def _set(tree: dict[str, Any], key: str, text: str, root: type[BaseModel]) -> No
         value = parse_yaml(text)
     except ValueError as error:
         raise ConfigError(f"{shortened(f'{key}={text}', 120)}: the value is not YAML: {error}") from None
-    if is_text(annotation_of((*sections, last), root)) and not isinstance(value, str | list | dict | None):
+    annotation, plain = annotation_of((*sections, last), _with_family(root, tree)), (str, list, dict, type(None))
+    if not isinstance(value, plain if is_text(annotation) else (*plain, int, float)):
         value = text  # run.name=2026-01-05 is a name, not a date
     for section in sections:
         if not isinstance(tree.get(section), dict):

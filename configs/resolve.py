@@ -1,10 +1,12 @@
 """Turn what was asked for into what will be used, in this one place, and say what was derived or changed."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .base import ConfigError
 from .load import flatten
+from .sections.model import ModelConfig
 from .sections.run import Config
 from .topology import check_topology, refusals
 from .units import counted
@@ -32,38 +34,8 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         notes.append(f"{section}.{key}={value}: {why}")
         return value
 
-    changes: dict[str, object] = {}
-    if model.vocab_size is None:
-        if vocab_size is None:
-            raise ConfigError("model.vocab_size is not set and no prepared data name a tokenizer: set model.vocab_size")
-        rounded = -(-vocab_size // 64) * 64
-        changes["vocab_size"] = derive("model", "vocab_size", rounded, f"tokenizer's {vocab_size}, a multiple of 64")
-    elif vocab_size is not None and vocab_size > model.vocab_size and "model.vocab_size" in config.defaults:
-        why = f"the preset's {model.vocab_size} are fewer than the tokenizer's {vocab_size}"
-        changes["vocab_size"] = derive("model", "vocab_size", -(-vocab_size // 64) * 64, why)
-    elif vocab_size is not None and vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"model.vocab_size is {model.vocab_size} but the tokenizer of data.path has {vocab_size} tokens: "
-            f"set model.vocab_size={-(-vocab_size // 64) * 64}"
-        )
-    if model.num_kv_heads is None:
-        changes["num_kv_heads"] = derive("model", "num_kv_heads", model.num_heads, "model.num_heads")
-    if model.head_dim is None:
-        changes["head_dim"] = derive("model", "head_dim", model.hidden_size // model.num_heads, "hidden_size/num_heads")
-    intermediate = model.intermediate_size
-    if intermediate is None:
-        intermediate = -(-8 * model.hidden_size // 3 // 64) * 64
-        changes["intermediate_size"] = derive("model", "intermediate_size", intermediate, "8/3 hidden_size")
-    if model.expert_size is None:
-        changes["expert_size"] = derive("model", "expert_size", intermediate, "model.intermediate_size")
-    if model.max_positions is None:
-        changes["max_positions"] = derive("model", "max_positions", train.seq_len, "train.seq_len")
-    elif model.max_positions < train.seq_len:
-        raise ConfigError(
-            f"train.seq_len ({train.seq_len}) is longer than model.max_positions ({model.max_positions}): "
-            f"set train.seq_len={model.max_positions}, or model.max_positions={train.seq_len}"
-        )
-    model = model.model_copy(update=changes)
+    if isinstance(model, ModelConfig):
+        model = model.model_copy(update=_of_decoder(config, vocab_size, derive))
 
     if cluster.workers and cluster.workers[1] != parallel.world_size:
         most, others = cluster.workers[1], parallel.world_size // parallel.dp
@@ -133,6 +105,43 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     return resolved.with_defaults({}), notes
 
 
+def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:
+    """The keys of a decoder that follow from others. Raises ConfigError."""
+    model, train = config.model, config.train
+    changes: dict[str, object] = {}
+    if model.vocab_size is None:
+        if vocab_size is None:
+            raise ConfigError("model.vocab_size is not set and no prepared data name a tokenizer: set model.vocab_size")
+        rounded = -(-vocab_size // 64) * 64
+        changes["vocab_size"] = derive("model", "vocab_size", rounded, f"tokenizer's {vocab_size}, a multiple of 64")
+    elif vocab_size is not None and vocab_size > model.vocab_size and "model.vocab_size" in config.defaults:
+        why = f"the preset's {model.vocab_size} are fewer than the tokenizer's {vocab_size}"
+        changes["vocab_size"] = derive("model", "vocab_size", -(-vocab_size // 64) * 64, why)
+    elif vocab_size is not None and vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size} but the tokenizer of data.path has {vocab_size} tokens: "
+            f"set model.vocab_size={-(-vocab_size // 64) * 64}"
+        )
+    if model.num_kv_heads is None:
+        changes["num_kv_heads"] = derive("model", "num_kv_heads", model.num_heads, "model.num_heads")
+    if model.head_dim is None:
+        changes["head_dim"] = derive("model", "head_dim", model.hidden_size // model.num_heads, "hidden_size/num_heads")
+    intermediate = model.intermediate_size
+    if intermediate is None:
+        intermediate = -(-8 * model.hidden_size // 3 // 64) * 64
+        changes["intermediate_size"] = derive("model", "intermediate_size", intermediate, "8/3 hidden_size")
+    if model.expert_size is None:
+        changes["expert_size"] = derive("model", "expert_size", intermediate, "model.intermediate_size")
+    if model.max_positions is None:
+        changes["max_positions"] = derive("model", "max_positions", train.seq_len, "train.seq_len")
+    elif model.max_positions < train.seq_len:
+        raise ConfigError(
+            f"train.seq_len ({train.seq_len}) is longer than model.max_positions ({model.max_positions}): "
+            f"set train.seq_len={model.max_positions}, or model.max_positions={train.seq_len}"
+        )
+    return changes
+
+
 def with_workers(config: Config, workers: int) -> Config:
     """A resolved config with as many processes, by its data parallelism.
 
@@ -153,7 +162,7 @@ def with_workers(config: Config, workers: int) -> Config:
         "parallel": config.parallel.model_copy(update={"dp": workers // others}),
         "cluster": config.cluster.model_copy(update={"workers": None}),
     }
-    changed, _ = resolve(config.model_copy(update=changes), vocab_size=config.model.vocab_size)
+    changed, _ = resolve(config.model_copy(update=changes), vocab_size=getattr(config.model, "vocab_size", None))
     return changed.model_copy(update={"cluster": config.cluster})
 
 

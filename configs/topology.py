@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from .base import ConfigError
+from .sections.model import ModelConfig
 from .sections.parallel import MOST_STAGES, ParallelConfig
 from .sections.run import Config
 from .stages import layers_of_ranks
@@ -192,8 +193,19 @@ RULES: dict[str, Rule] = {
 }
 
 
+CUTS = ("tp", "pp", "ep", "sp")
+OF_ANY_MODEL = ("dualpipev alone", "hpz", "hpz alone", "offload and zero", "offload alone")
+"""Rules that ask nothing of a decoder, for models that cannot be cut."""
+
+
 def refusals(config: Config) -> list[str]:
     """Why a resolved config's topology cannot run, one line per broken rule; empty if it can."""
+    model = config.model
+    if not isinstance(model, ModelConfig):
+        cut = [key for key in CUTS if getattr(config.parallel, key) > 1 and key not in model.cuts]
+        rules = [RULES[name] for name in OF_ANY_MODEL]
+        refused = [f"model.family={model.family} cannot be cut by {' or '.join(cut)}, it goes with dp and ZeRO only"]
+        return (refused if cut else []) + [rule.why for rule in rules if rule.broken(config)]
     sections = {"p": config.parallel, "m": config.model, "t": config.train}
     return [rule.why.format(**sections) for rule in RULES.values() if rule.broken(config)]
 

@@ -1,15 +1,49 @@
-"""One micro-batch of token sequences, as every model family takes it, or one part of each of its sequences."""
+"""One micro-batch: what all kinds share, and that of token sequences."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from models.loss import IGNORE
+
+
+class MicroBatch:
+    """B examples of any kind: a dataclass of tensors, of which `example_ids` is one.
+
+    Attributes:
+        example_ids: [B] int64, index of each example in the run, for all that is random (`models.noise`); -1: padding,
+            which no loss may count.
+    """
+
+    example_ids: Tensor
+
+    def weight(self) -> int:
+        """What the losses of all its examples are divided by: by default how many there are. It is asked for on the
+        CPU."""
+        return int((self.example_ids >= 0).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+        """The same batch on another device."""
+        return self._moved({name: x.to(device, non_blocking=non_blocking) for name, x in self.tensors().items()})
+
+    def pinned(self) -> Self:
+        """The same batch in page-locked memory, which a GPU reads by itself."""
+        return self._moved({name: x.pin_memory() for name, x in self.tensors().items()})
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those of its attributes that are set, by name."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def _moved(self, tensors: dict[str, Any]) -> Self:
+        return replace(self, **tensors)  # type: ignore[type-var]
+
 
 @dataclass
-class Batch:
-    """Tensors of one micro-batch; B sequences of T tokens.
+class Batch(MicroBatch):
+    """Token sequences, or one part of each of them: B sequences of T tokens.
 
     Attributes:
         input_ids: [B, T] int64.
@@ -28,19 +62,10 @@ class Batch:
     sequence_ids: Tensor
     part: tuple[int, int] = (0, 1)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
-        """The same batch on another device."""
-        moved: dict[str, Any] = {
-            name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors().items()
-        }
-        return replace(self, **moved)
+    @property
+    def example_ids(self) -> Tensor:  # type: ignore[override]
+        return self.sequence_ids
 
-    def pinned(self) -> "Batch":
-        """The same batch in page-locked memory, which a GPU reads by itself."""
-        moved: dict[str, Any] = {name: tensor.pin_memory() for name, tensor in self.tensors().items()}
-        return replace(self, **moved)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of its attributes that are set, by name."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+    def weight(self) -> int:
+        """The labels that are trained on."""
+        return int((self.labels != IGNORE).sum())

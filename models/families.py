@@ -3,13 +3,16 @@
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
-from configs import ConfigError, ModelConfig
+from configs import Config, ConfigError, ModelConfig
+from configs.sections.family import SECTIONS, ModelSection
 
 from .decoder.model import Decoder
 from .hf.names import Architecture, architecture
+from .planning.cost import training_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -17,20 +20,41 @@ class Family:
     """What muster needs to know of a family of models.
 
     Attributes:
-        build: makes the module on the default device, parameters not yet filled. The module has `init_weights(seed)`,
-            `set_activation_checkpointing(every)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`.
+        build: makes the module on the default device, parameters not yet filled. A decoder's has `init_weights(seed)`,
+            `set_activation_checkpointing(every)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`;
+            of another only its task asks anything (`init_weights` is called where there is one).
+        section: its keys under `model:`. How the network may be cut is said there.
+        takes, gives: what the network does, in the words of `models.tasks.task.Task`.
         hf: the Hugging Face architecture of a config, ConfigError if none fits it; None: the family has none.
     """
 
-    build: Callable[[ModelConfig], nn.Module]
+    build: Callable[[Any], nn.Module]
+    section: type[ModelSection] = ModelConfig
+    takes: str = "tokens"
+    gives: str = "loss of tokens"
     hf: Callable[[ModelConfig], Architecture] | None = None
+    flops: Callable[[Config], float] | None = None
+    """Training FLOPs of an example, for a family that has a formula; else they are counted (`models.flops`)."""
 
 
-FAMILIES: dict[str, Family] = {"decoder": Family(build=Decoder, hf=architecture)}
+def _decoder_flops(config: Config) -> float:
+    return training_flops_per_token(config.model, config.train.seq_len) * config.train.seq_len
 
 
-def build(config: ModelConfig) -> nn.Module:
-    """The model of `config.family`; call its `init_weights(seed)` next.
+class Families(dict[str, Family]):
+    """Makes the keys of a family known to `configs` as it is entered."""
+
+    def __setitem__(self, name: str, family: Family) -> None:
+        SECTIONS[name] = family.section
+        super().__setitem__(name, family)
+
+
+FAMILIES = Families()
+FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
+
+
+def family_of(config: ModelSection) -> Family:
+    """The entry of `config.family`.
 
     Raises:
         ConfigError: no such family.
@@ -39,4 +63,9 @@ def build(config: ModelConfig) -> nn.Module:
         near = difflib.get_close_matches(config.family, FAMILIES, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(FAMILIES))}"
         raise ConfigError(f"model.family={config.family}: no such family; {hint}")
-    return FAMILIES[config.family].build(config)
+    return FAMILIES[config.family]
+
+
+def build(config: ModelSection) -> nn.Module:
+    """The model of `config.family`; `models.init.fill` it next. Raises ConfigError as `family_of`."""
+    return family_of(config).build(config)

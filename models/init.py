@@ -23,6 +23,19 @@ def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor
     return torch.empty(shape).normal_(0.0, std, generator=generator(name, seed))
 
 
+def fill(module: nn.Module, seed: int) -> None:
+    """Give a module that was just built its first values: by its own `init_weights(seed)`, or, where it has none, by
+    torch's `reset_parameters` of each of its parts, in the order of a generator that (seed, name) alone decide."""
+    if own := getattr(module, "init_weights", None):
+        own(seed)
+        return
+    with torch.random.fork_rng(devices=[]):
+        for name, part in module.named_modules():
+            if reset := getattr(part, "reset_parameters", None):
+                torch.manual_seed(generator(name, seed).initial_seed())
+                reset()
+
+
 def initialise(module: nn.Module, std: float, seed: int) -> None:
     """Fill every parameter of `module` (which stands on a real device) with its `initial_value`.
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+"""Label that is not trained on."""
 
 
 class LossOutput(NamedTuple):

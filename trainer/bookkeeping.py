@@ -9,13 +9,12 @@ from typing import Any
 from torch import distributed as dist
 
 from configs import Config, counted
+from models.tasks.task import Change, Task
 
 from .checkpoint.cadence import Cadence
 from .checkpoint.save import Saver
-from .data.read.reader import Dataset
-from .health import collapse
+from .data.kinds import Examples
 from .health.clock import Took
-from .health.collapse import Change
 from .health.spikes import spike
 from .health.straggler import Stragglers
 from .late import Late
@@ -74,7 +73,9 @@ class Books:
         forecast: Forecast,
         cadence: Cadence | None,
         saver: Saver,
+        flops_of_example: float | None,
     ) -> None:
+        self._flops = flops_of_example
         self._trainee, self._state, self._record, self._stragglers = trainee, state, record, stragglers
         self._forecast, self._cadence, self._saver = forecast, cadence, saver
         self._open: Launched | None = None
@@ -101,36 +102,47 @@ class Books:
         if last is None:
             return None
         deviations = self._read(last)
-        self._state.routers = self._trainee.routers()
+        self._state.memory = self._trainee.memory()
         return deviations
 
     def _read(self, step: Launched) -> float | None:
         config, state, record = self._trainee.config, self._state, self._record
-        result = outcome(step.values.tolist(), config)
+        task = self._trainee.learner.task
+        result = outcome(step.values.tolist(), self._trainee.learner.extra)
         self.asked_to_stop, self.checkpoint_every = result.asked_to_stop, result.checkpoint_every
         took = step.took()
         self._forecast.step_took(took.seconds)
         if self._cadence:
             self._cadence.step_took(took.seconds, step.writing, self._saver.took)
         read_at = state.cursor
-        changes = advance(state, result, step.loss_scale, config) + self._stragglers.after_step(result.rank_time)
+        changes = advance(state, result, step.loss_scale, config, task) + self._stragglers.after_step(result.rank_time)
         changes += self._trainee.compilations.after_step()
         if record:
             for change in changes:
                 record.event(change.event, step=state.step, **change.details)
             if state.step % config.train.log_every == 0 or result.skipped:
                 metrics = step_metrics(
-                    config, state, result, step.rate, took.seconds, step.waited, self._trainee.device
+                    config,
+                    self._trainee.learner,
+                    state,
+                    result,
+                    step.rate,
+                    took.seconds,
+                    step.waited,
+                    self._flops,
+                    self._trainee.device,
                 )
                 record.metrics(metrics, at=took.ended)
         return judge(state, result, read_at, config, record)
 
 
-def advance(state: TrainState, outcome: StepOutcome, loss_scale: dict[str, Any] | None, config: Config) -> list[Change]:
-    """Count a step. Returns what became of the experts in it."""
+def advance(
+    state: TrainState, outcome: StepOutcome, loss_scale: dict[str, Any] | None, config: Config, task: Task
+) -> list[Change]:
+    """Count a step. Returns what the task has to tell of it."""
     state.step += 1
     state.cursor += config.train.global_batch
-    state.tokens += outcome.tokens
+    state.tokens += outcome.weight
     state.skipped += outcome.skipped
     state.loss_scale = loss_scale
     # In fp16 a finite loss that overflows is the loss scale still being found, until it cannot go lower.
@@ -138,8 +150,8 @@ def advance(state: TrainState, outcome: StepOutcome, loss_scale: dict[str, Any] 
     state.skipped_in_a_row = state.skipped_in_a_row + (not scaling) if outcome.skipped else 0
     if outcome.skipped:
         return []
-    state.starved, collapsed = collapse.after_step(state.starved, outcome.load)
-    return collapsed
+    state.starved, changes = task.watch(state.starved, outcome.extra)
+    return changes
 
 
 def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config, record: Record | None) -> float | None:
@@ -157,7 +169,7 @@ def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config,
         if state.skipped_in_a_row >= limit:
             raise TrainingStopped(
                 f"{counted(limit, 'step')} in a row had a non-finite loss or gradient, the last at step "
-                f"{state.step} (sequences "
+                f"{state.step} (examples "
                 f"from {read_at}); the weights before them are in the last checkpoint: lower optim.lr, or look at the "
                 f"data with `muster data show`",
                 NONFINITE,
@@ -171,7 +183,7 @@ def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config,
     return deviations
 
 
-def report_bad_pages(dataset: Dataset, reported: int, run_dir: Path, attempt: int) -> int:
+def report_bad_pages(dataset: Examples, reported: int, run_dir: Path, attempt: int) -> int:
     """Name the pages left out (data.on_bad_page=skip) in the record; any process may meet one. Returns their number."""
     for file, row_group in dataset.bad_pages[reported:]:
         Record(run_dir, attempt).event("bad_page", file=file, row_group=row_group, rank=dist.get_rank())

@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from configs import Config, ConfigError, with_workers
+from models.flops import flops_of_example
 
 from .bookkeeping import Books, Launched, TrainingStopped, report_bad_pages
 from .checkpoint.cadence import Cadence, is_due
@@ -19,9 +20,8 @@ from .checkpoint.export import export
 from .checkpoint.resume import resume, roll_back
 from .checkpoint.save import Saver
 from .checkpoint.store import committed
-from .data.manifest import sources_of
+from .data.kinds import Examples, kind_of
 from .data.read.loader import Loader
-from .data.read.reader import Dataset
 from .data.read.shards import DataError
 from .engine.precision import check_device
 from .engine.private import VERSION
@@ -41,11 +41,11 @@ from .record.lines import Record, read_events
 from .run import revision
 from .run.durable_state import change_durable_state
 from .run.folder import attempts, read_config, run_lock, stop_requested
-from .run.plugins import load_plugins
+from .run.plugins import with_plugins
 from .schedule import learning_rate
 from .state import TrainState
 from .step import micro_batches
-from .tracking import inputs_of, start_shipper
+from .tracking import start_shipper
 from .trainee import build_trainee
 
 
@@ -66,7 +66,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     """
     config = read_config(run_dir)
     stop = _catch_signals()
-    load_plugins(config.plugins)
+    config = with_plugins(config)
     start_processes(config.cluster.timeout)
     if config.train.deterministic:
         be_deterministic()
@@ -80,7 +80,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
         shipper, status, reason, cause = None, "FAILED", "", {}
         try:
             if record:
-                inputs = [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
+                inputs = kind_of(config).inputs(config.data)
                 change_durable_state(run_dir, attempt=attempt, inputs=[entry["digest"] for entry in inputs])
                 record.event("attempt_started", **_surroundings(), **revision.of(Path.cwd()), inputs=inputs)
                 own = config.tracking.enabled and not config.tracking.parent
@@ -122,19 +122,19 @@ def _steps(
     train, here = config.train, device()
     check_device(config, here)
     refuse_too_large(config, here)
-    dataset = Dataset(config.data, train.seq_len, config.run.seed, split="train")
-    held_out = None
-    if any(manifest.splits["held_out"].tokens > 1 for manifest in dataset.manifests):
-        held_out = Dataset(config.data, train.seq_len, config.run.seed, split="held_out")
+    kind = kind_of(config)
+    dataset, held_out = kind.open(config, "train"), kind.open(config, "held_out")
+    assert dataset
+    flops = _flops(config, dataset, record)
     # Before the model takes memory.
     forecast = Forecast(config, here, lambda: preflight(run_dir, config, record))
     if record:
         record.event("plan", **forecast.predicted())
     trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))
     engine, where = trainee.engine, trainee.where
-    resume(run_dir, engine, state, config.model, record)
+    resume(run_dir, engine, state, trainee.learner, record)
     if state.step:
-        trainee.remember(state.routers)
+        trainee.remember(state.memory)
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
     accumulate, stragglers = engine.accumulation, among_all(config)
@@ -150,7 +150,7 @@ def _steps(
     cadence = None  # rank 0 chooses the steps between checkpoints, and tells the others with each step
     if record and config.checkpoint.every == "auto":
         cadence = Cadence(read_events(run_dir), dist.get_world_size(), record)
-    books = Books(trainee, state, record, stragglers, forecast, cadence, saver)
+    books = Books(trainee, state, record, stragglers, forecast, cadence, saver, flops)
     asked, every = sum_over_all(riders(), here).tolist()
     books.asked_to_stop, books.checkpoint_every = asked > 0, int(every)
     saved, reported = state.step, 0
@@ -166,18 +166,18 @@ def _steps(
             reported = report_bad_pages(dataset, reported, run_dir, attempt)
 
             beat(step, "step")
-            trained = sum_over_all([sum(each.labels for each in loaded)], here)[0]
-            tokens = trained * config.parallel.dp / dist.get_world_size()  # the other ranks read the same
+            read = sum_over_all([sum(each.weight for each in loaded)], here)[0]
+            weight = read * config.parallel.dp / dist.get_world_size()  # the other ranks read the same
             rate = learning_rate(step, train.steps, config.optim)
             engine.set_learning_rate(rate)
-            values, took = trainee.step(batches, tokens, riders()), stopped()
+            values, took = trainee.step(batches, weight, riders()), stopped()
             books.launched(Launched(Late(values), took, rate, waited, writing, engine.loss_scale()))
 
             if train.spike.action == "rollback" and books.settle():
                 beat(step, "rollback")
                 saver.wait()
                 roll_back(run_dir, engine, state, config, record)
-                trainee.remember(state.routers)
+                trainee.remember(state.memory)
                 saved = state.step
                 loader.close()
                 loader = load()
@@ -218,6 +218,16 @@ def _steps(
     if record:
         record.event("measured", **forecast.measured())
     return "STOPPED" if killed else "FINISHED"
+
+
+def _flops(config: Config, dataset: Examples, record: Record | None) -> float | None:
+    """Training FLOPs of an example; None where they cannot be counted, which the record says."""
+    try:
+        return flops_of_example(config, lambda: dataset.batch([0]))
+    except (RuntimeError, NotImplementedError) as error:
+        if record:
+            record.event("flops_unknown", reason=" ".join(str(error).split())[:300])
+        return None
 
 
 def _export(run_dir: Path, record: Record) -> None:

@@ -11,6 +11,9 @@ Count = Annotated[int, Field(ge=0, le=2**53, strict=True)]
 """What JSON's readers hold exactly."""
 Finite = Annotated[float, Field(allow_inf_nan=False, strict=True)]
 
+MOST_REMEMBERED = 4096
+"""Tensors of a task's memory: a network of a thousand normalisations has three of each."""
+
 Number = TypeVar("Number")
 Rows = Annotated[list[Annotated[list[Number], FailFast()]], FailFast()]
 
@@ -28,9 +31,9 @@ class TrainState:
     step: Count = 0
     """Optimizer steps taken, skipped ones included."""
     cursor: Count = 0
-    """Training sequences consumed by the whole run; the next step reads from here."""
+    """Training examples consumed by the whole run; the next step reads from here."""
     tokens: Count = 0
-    """Target tokens trained on."""
+    """Weight trained on: of a language model the target tokens."""
     skipped: Count = 0
     """Steps skipped for a non-finite loss or gradient."""
     skipped_in_a_row: Count = 0
@@ -39,12 +42,12 @@ class TrainState:
     """The window that loss spikes are judged by."""
     loss_scale: Annotated[dict[str, StrictBool | StrictInt | Finite], at_most(64)] | None = None
     """fp16's dynamic loss scale."""
-    routers: Annotated[dict[str, Rows[Annotated[float, Field(ge=-1e38, le=1e38, strict=True)]]], at_most(64)] = field(
-        default_factory=dict
-    )
-    """See `trainer.checkpoint.router_state`."""
+    memory: Annotated[
+        dict[str, Rows[Annotated[float, Field(ge=-1e38, le=1e38, strict=True)]]], at_most(MOST_REMEMBERED)
+    ] = field(default_factory=dict)
+    """What the task remembers, by rows: see `trainer.checkpoint.memory`."""
     starved: Rows[Count] = field(default_factory=list)
-    """See `trainer.health.collapse.Starved`."""
+    """What the task counts from step to step: see `Task.watch`."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

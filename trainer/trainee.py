@@ -1,6 +1,6 @@
 """What one process trains, built the same way for every topology, and the two things done with it: a step, a loss."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,16 +9,17 @@ from torch import Tensor
 from torch import distributed as dist
 
 from configs import Config
-from models.batch import Batch
 from models.families import build
+from models.init import fill
 from models.kernels.uncompiled import leave_uncompiled
-from models.loss import LossOutput
-from models.moe.balance import RouterTap
-from models.moe.router import Chooser, choosers
+from models.tasks.language_modelling import LanguageModelling
+from models.tasks.learner import Learner
+from models.tasks.table import task_of
+from models.tasks.task import Memory, Sums, unless_skipped
 
 from .checkpoint.init_from import load_weights
-from .checkpoint.router_state import Routers, after_step, fresh_routers, on_device, tell
-from .data.read.reader import Dataset
+from .checkpoint.memory import as_rows, on_device, restored
+from .data.kinds import Examples
 from .engine.engine import Engine
 from .engine.parallel import Place, place
 from .engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
@@ -27,7 +28,7 @@ from .engine.ulysses import mean_over, sequence_group, share_sequences, split
 from .observe.expert_tokens import ExpertTokens
 from .observe.held_out import held_out_loss
 from .processes.compiled import Compilations, keep_compiled
-from .step import NO_RIDERS, router_load, train_step
+from .step import NO_RIDERS, extra_of, train_step
 
 
 @dataclass
@@ -36,52 +37,49 @@ class Trainee:
 
     config: Config
     engine: Engine
-    tap: RouterTap | None
-    """On the routers; None for dense models, and in a pipeline, whose stages have their own."""
+    learner: Learner
     where: Place
-    choosers: list[Chooser]
-    """Of the MoE layers that this process holds."""
     device: torch.device
-    _routers: dict[str, Tensor] = field(default_factory=dict)
+    _memory: Memory = field(default_factory=dict)
     """Of the whole model."""
     compilations: Compilations = field(default_factory=Compilations)
 
-    def remember(self, routers: Routers) -> None:
-        """Put a checkpoint's router state in place of this one, as far as the config asks for it."""
-        fresh = fresh_routers(self.config.model)
-        self._tell(on_device({key: routers.get(key, value) for key, value in fresh.items()}, self.device))
+    def remember(self, rows: Mapping[str, list[list[float]]]) -> None:
+        """Put a checkpoint's memory in place of this one, as far as the config asks for it."""
+        self._tell(restored(rows, on_device(self.learner.fresh_memory(), self.device)))
 
-    def routers(self) -> Routers:
-        """The router state, after the last step launched: waits for the device."""
-        return {key: value.tolist() for key, value in self._routers.items()}
+    def memory(self) -> dict[str, list[list[float]]]:
+        """What is remembered after the last step launched: waits for the device."""
+        return as_rows(self._memory)
 
-    def _tell(self, routers: dict[str, Tensor]) -> None:
-        self._routers = routers
-        tell(self.choosers, routers, self.config.model)
+    def _tell(self, memory: Memory) -> None:
+        self._memory = memory
+        self.learner.tell(memory)
 
-    def part(self, batch: Batch) -> Batch:
+    def part(self, batch: Any) -> Any:
         """What this process works on of a micro-batch of its data-parallel rank."""
         return split(batch, self.where.sp, self.config.parallel.sp)
 
-    def step(self, batches: Sequence[Batch], tokens: Tensor, riders: Sequence[float] = NO_RIDERS) -> Tensor:
+    def step(self, batches: Sequence[Any], weight: Tensor, riders: Sequence[float] = NO_RIDERS) -> Tensor:
         """Launch one optimizer step over parts of micro-batches. Returns what `step.outcome` reads, on the device.
 
         Args:
-            tokens: trained on in the whole global batch, a float64 scalar on the device.
+            weight: of the whole global batch, a float64 scalar on the device.
             riders: of this process, as `step.NO_RIDERS`.
         """
         if isinstance(self.engine, Pipeline):
-            values = pipeline_step(self.engine, batches, tokens, self.config, riders)
+            values = pipeline_step(self.engine, batches, weight, self.config, riders)
         else:
-            values = train_step(self.engine, self.tap, batches, tokens, self.config, riders)
-        if self._routers:
-            micro_batches = len(batches) * self.config.parallel.dp
-            self._tell(after_step(self._routers, *router_load(values, self.config), micro_batches, self.config))
+            values = train_step(self.engine, self.learner, batches, weight, self.config, riders)
+        if self._memory:
+            before, (extra, skipped) = self._memory, extra_of(values, self.learner.extra)
+            after = self.learner.after_step(before, extra, len(batches) * self.config.parallel.dp)
+            self._tell(unless_skipped(skipped, before, after))
         return values
 
     def held_out_loss(
         self,
-        dataset: Dataset,
+        dataset: Examples,
         device: torch.device,
         seen: ExpertTokens | None = None,
         alive: Callable[[], None] = lambda: None,
@@ -95,7 +93,7 @@ class Trainee:
         train, parallel = self.config.train, self.config.parallel
         assert train.micro_batch
 
-        def forward(*batches: Batch) -> LossOutput:
+        def forward(*batches: Any) -> Sums:
             alive()
             parts = [self.part(batch) for batch in batches]
             loss = self._forward(parts)
@@ -110,21 +108,20 @@ class Trainee:
             forward, dataset, first, train.micro_batch, device, (self.where.dp, parallel.dp), at_once=parallel.stages
         )
         self.engine.train()
-        if self.tap:
-            self.tap.collect()
         return loss, tokens // parallel.tp  # tensor-parallel ranks counted the same ones
 
-    def _forward(self, batches: Sequence[Batch]) -> LossOutput:
+    def _forward(self, batches: Sequence[Any]) -> Sums:
         if isinstance(self.engine, Pipeline):
-            return pipeline_loss(self.engine, batches)
+            return Sums(*pipeline_loss(self.engine, batches))
         (batch,) = batches
-        return self.engine(batch)
+        return self.learner.task.evaluate({phase.name: self.engine for phase in self.learner.phases}, batch)
 
     def _choices(self, number: int) -> list[Tensor]:
         """[S, k] of each MoE layer that this process holds, in one of the batches just evaluated."""
         if isinstance(self.engine, Pipeline):
             return [choice for stage in self.engine.stages for choice in stage.measured[number].choices]
-        return self.tap.choices() if self.tap else []
+        assert isinstance(self.learner.task, LanguageModelling)
+        return self.learner.task.choices()
 
 
 def build_trainee(config: Config, device: torch.device, *, warm: bool = True) -> Trainee:
@@ -144,11 +141,10 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
     else:
         with device:
             module = build(config.model)
-    module.init_weights(config.run.seed)
-    routers = fresh_routers(config.model)
-    if warm and config.train.init_from:
-        routers |= load_weights(module, config)
-    module.set_activation_checkpointing(config.train.recompute_every)
+    fill(module, config.run.seed)
+    known = load_weights(module, config) if warm and config.train.init_from else {}
+    if config.train.recompute_every:
+        module.set_activation_checkpointing(config.train.recompute_every)
     mean = None
     if parallel.sp > 1:
         group = sequence_group(config)
@@ -160,11 +156,10 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         keep_compiled()
     if config.train.compile:
         leave_uncompiled()
-        for part in module if parallel.pp > 1 else [module]:
-            for layer in part.model.layers:
-                layer.compile(dynamic=False)
+        for layer in getattr(module, "compiled_parts", lambda: [module])():
+            layer.compile(dynamic=False)
     engine = (Pipeline if parallel.pp > 1 else Engine)(module, config)
-    tap = RouterTap(engine.module, config.model, mean) if config.model.is_moe and parallel.pp == 1 else None
-    trainee = Trainee(config, engine, tap, where, list(choosers(module)), device)
-    trainee.remember(routers)
+    learner = Learner(task_of(config), {"": engine.module}, mean)
+    trainee = Trainee(config, engine, learner, where, device)
+    trainee.remember(known)
     return trainee

@@ -18,6 +18,8 @@ from models.families import build
 from models.kernels import flex
 from models.loss import LossOutput
 from models.moe.balance import RouterTap
+from models.tasks.language_modelling import LanguageModelling
+from models.tasks.learner import Learner
 
 from . import Row, Setting
 
@@ -236,7 +238,7 @@ class Trained:
         module = plain_model(config, device, quick=quick)
         module.set_activation_checkpointing(config.train.recompute_every)  # type: ignore[operator]
         self.engine = Engine(module, config)
-        self.tap = tap_of(self.engine.module, config)
+        self.learner = Learner(LanguageModelling(config), {"": self.engine.module})
 
     def step(self, batch: Batch) -> Any:
         """The outcome of one step."""
@@ -244,7 +246,7 @@ class Trained:
 
         here = batch.to(self.device)
         tokens = (here.labels != -100).sum().double()
-        return outcome(train_step(self.engine, self.tap, [here], tokens, self.config).tolist(), self.config)
+        return outcome(train_step(self.engine, self.learner, [here], tokens, self.config).tolist(), self.learner.extra)
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights, on the CPU, by what a checkpoint calls them."""

@@ -8,9 +8,10 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from configs import Config, ConfigError, counted, load, preset_names, resolve
+from configs import Config, ConfigError, counted, preset_names, resolve
 from configs.sections.parallel import MOST_PROCESSES
 from configs.units import byte_size, duration, short
+from models.planning.cost import has_formulas
 from models.planning.devices import DEVICES, HEADROOM, Device, cpu
 from models.planning.plan import Plan, predict
 from models.planning.search import Choice, Found, search
@@ -43,16 +44,20 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Predict memory, speed and cost of a run. Example: muster plan moe-8x7b --gpus 64 --search"""
-    from trainer.data.manifest import vocabulary  # numpy
+    from trainer.data.manifest import planned_vocabulary  # numpy
+    from trainer.run.plugins import load_own
 
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
-    asked = load(config, overrides or ())
+    asked = load_own(config, overrides or ())
+    if not has_formulas(asked.model):
+        _show_counted(asked, as_json)
+        return
     devices = gpus or asked.parallel.world_size
     if do_search:
         # Of the config's own topology only what does not depend on it is used.
         alone = {"dp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": 1}
         asked = asked.model_copy(update={"parallel": asked.parallel.model_copy(update=alone)})
-        resolved, _ = resolve(asked, vocab_size=vocabulary(asked.data))
+        resolved, _ = resolve(asked, vocab_size=planned_vocabulary(asked))
         found = search(resolved, device, devices)
         if as_json:
             print(json.dumps(_search_json(found, usd_per_gpu_hour), indent=1))
@@ -61,12 +66,32 @@ def plan(
         return
     if gpus:
         asked = _spread(asked, gpus)
-    resolved, notes = resolve(asked, vocab_size=vocabulary(asked.data))
+    resolved, notes = resolve(asked, vocab_size=planned_vocabulary(asked))
     predicted = predict(resolved, device)
     if as_json:
         print(json.dumps(predicted.summary() | _cost(predicted, resolved, usd_per_gpu_hour), indent=1))
     else:
         _show(predicted, resolved, notes, usd_per_gpu_hour)
+
+
+def _show_counted(asked: Config, as_json: bool) -> None:
+    """Of a model that the formulas are not of: what can be counted of it. Its plugin brought torch already."""
+    from trainer.run.counted import counts
+
+    resolved, notes = resolve(asked)
+    found = counts(resolved)
+    unknown = "memory, speed and cost: not known, the planner's formulas are of decoders; a run measures them"
+    if as_json:
+        print(json.dumps(found | {"unknown": unknown}, indent=1))
+        return
+    console, flops = Console(soft_wrap=True), found["flops_per_example"]
+    console.print(f"{resolved.run.name}: {resolved.model.family}, task {resolved.task}", style="bold")
+    for note in notes:
+        console.print(f"  {note}", style="dim")
+    cost = f"{flops:,.4g} FLOPs an example in training" if flops else found["flops_unknown"]
+    console.print(f"{found['parameters']:,} parameters, {cost}")
+    console.print(f"{counted(resolved.train.steps, 'step')} of {counted(resolved.train.global_batch, 'example')}")
+    console.print(unknown)
 
 
 def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> Device:

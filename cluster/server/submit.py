@@ -50,12 +50,12 @@ def submit(
     as_json: Json = False,
 ) -> None:
     """Submit a run, with this folder, to a cluster. Example: muster submit moe.yaml run.root=/shared/runs"""
-    from trainer.data.manifest import vocabulary  # numpy
+    from trainer.data.manifest import planned_vocabulary  # numpy
 
     asked = load(config, overrides or ())
     here = Path.cwd()
     check_root("run.root", asked.run.root)
-    asked, _ = resolve(asked, vocab_size=vocabulary(asked.data))
+    asked, _ = resolve(asked, vocab_size=planned_vocabulary(asked))
     if (most := asked.parallel.world_size) > messages.MOST_WORKERS:
         raise ConfigError(
             f"the run asks for {counted(most, 'process')}, and a job has at most {messages.MOST_WORKERS}: lower "

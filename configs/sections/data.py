@@ -49,10 +49,22 @@ class LimitsConfig(Section):
     """Processor time for the same; more where the file or the text is large."""
 
 
+class ImagesConfig(Section):
+    """How images are read, for tasks that learn from them."""
+
+    size: Size | None = None
+    """Height and width that they are resized to; None: they all have one size."""
+    channels: Literal[1, 3] = 3
+    """3: red, green and blue, 1: grey; they are converted."""
+
+
 class DataConfig(Section):
     path: str | tuple[Source, ...] = "stdlib"
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source of this machine's
-    own Python standard library, prepared at first use under run.root/data."""
+    own Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them,
+    as Hugging Face `datasets` writes them, with nothing to prepare."""
+    images: ImagesConfig = ImagesConfig()
+    """How images are read."""
     document_mask: bool = True
     """Attention stays inside a document and positions restart at each."""
     on_bad_page: Literal["stop", "skip"] = "stop"

@@ -2,11 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, PositiveFloat, ValidationInfo, field_validator, model_validator
 
 from configs.base import Length, Section, Size
+
+from .family import DECODER, ModelSection
 
 MOST_LAYERS = 10_000
 MOST_WIDTH = 2**24
@@ -76,10 +78,13 @@ class BlockSparse(Section):
     """Every block this many, or a multiple of it, before the query's own is seen too; 0: none."""
 
 
-class ModelConfig(Section):
+class ModelConfig(ModelSection):
     """A decoder-only Transformer; `num_experts: 0` is dense. `None` means: derived by `resolve()`."""
 
-    family: str = "decoder"
+    default_task: ClassVar[str] = "language_modelling"
+    cuts: ClassVar[frozenset[str]] = frozenset({"tp", "pp", "ep", "sp"})
+
+    family: str = DECODER
     """Entry of the family table (`models/families.py`) or one that a plugin registers."""
     vocab_size: Size | None = None
     """Rows of the embedding; None: the tokenizer's size, rounded up to a multiple of 64."""

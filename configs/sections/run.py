@@ -1,14 +1,16 @@
 """Identity of a run and the whole config: one object that says what a run is."""
 
 import re
+from typing import Annotated
 
-from pydantic import Field, PrivateAttr, field_validator
+from pydantic import Field, PrivateAttr, SerializeAsAny, ValidationInfo, WrapValidator, field_validator
 
 from configs.base import Section, file_path
 
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
+from .family import by_family
 from .model import ModelConfig
 from .optim import OptimConfig
 from .parallel import ParallelConfig
@@ -44,7 +46,7 @@ class Config(Section):
     """Everything a run is and how it runs. Torch-free: a laptop loads, checks and plans it."""
 
     run: RunConfig = RunConfig()
-    model: ModelConfig = ModelConfig()
+    model: Annotated[SerializeAsAny[ModelConfig], WrapValidator(by_family)] = ModelConfig()
     train: TrainConfig = TrainConfig()
     optim: OptimConfig = OptimConfig()
     data: DataConfig = DataConfig()
@@ -52,8 +54,16 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
+    task: str = ""
+    """What is learned from what: an entry of the table of tasks (`models/tasks/table.py`), or one of a
+    plugin; empty: the family's own."""
     plugins: tuple[str, ...] = Field(())
     """Python modules (`package.module`) or files (`path/to/file.py`) imported before the model is built."""
+
+    @field_validator("task")
+    @classmethod
+    def _of_the_family(cls, task: str, info: ValidationInfo) -> str:
+        return task or getattr(info.data.get("model"), "default_task", "")
 
     _defaults: dict[str, str] = PrivateAttr(default_factory=dict)
 

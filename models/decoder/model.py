@@ -147,6 +147,10 @@ class Decoder(nn.Module):
         hidden_BTH = self.model(batch, cache)
         return F.linear(hidden_BTH, self.head_weight) if self.config.tie_embeddings else self.lm_head(hidden_BTH)
 
+    def compiled_parts(self) -> list[nn.Module]:
+        """What is compiled one by one where the model is."""
+        return list(self.model.layers)
+
     def set_activation_checkpointing(self, every: int) -> None:
         """Keep only the input of every k-th layer and compute that layer again in the backward pass; 0: of none."""
         self.model.activation_checkpointing = every

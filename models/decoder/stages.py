@@ -142,6 +142,9 @@ class Stages(PlainNames, nn.ModuleList):
     def __iter__(self) -> Iterator[Stage]:
         return super().__iter__()  # type: ignore[return-value]
 
+    def compiled_parts(self) -> list[nn.Module]:
+        return [layer for stage in self for layer in stage.model.layers]
+
     def set_activation_checkpointing(self, every: int) -> None:
         for stage in self:
             stage.set_activation_checkpointing(every)

@@ -8,7 +8,13 @@ positions, softmax and the embedding look-up are not counted.
 from dataclasses import dataclass
 
 from configs import ModelConfig
+from configs.sections.family import DECODER, ModelSection
 from models.decoder.pattern import Pattern
+
+
+def has_formulas(model: ModelSection) -> bool:
+    """Whether what stands in this folder is about such a model: it is of decoders."""
+    return model.family == DECODER and isinstance(model, ModelConfig)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,17 @@ from torch import nn
 from configs import Config, ConfigError
 from models.families import build
 from models.hf.folder import SHARD_BYTES, export_hf
-from models.moe.router import choosers
+from models.tasks.learner import Learner
+from models.tasks.table import task_of
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.files.durable import replace_bytes
 from trainer.run.folder import read_config
-from trainer.run.plugins import load_plugins
+from trainer.run.plugins import with_plugins
 
 from . import store
-from .router_state import on_device, tell, wrong_routers
+from .memory import on_device, restored, wrong_memory
 
 
 def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Config, int]:
@@ -31,18 +32,20 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
         ConfigError: not a run, no such checkpoint, or one that is damaged.
     """
     config = read_config(run_dir)
-    load_plugins(config.plugins)
+    config = with_plugins(config)
     steps = store.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]
     if not steps or (step is not None and step not in steps):
         have = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none yet"
         raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
     with torch.device("meta"):
-        shapes = {name: tuple(parameter.shape) for name, parameter in build(config.model).named_parameters()}
+        plain = build(config.model)
+    learner = Learner(task_of(config), {"": plain}, listens=False)
+    shapes = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
     refused: list[str] = []
     for candidate in wanted:
         reader, problems = store.examine(store.folder(run_dir, candidate))
-        if reader and (problem := reader.misfit(shapes) or wrong_routers(reader.manifest.state, config.model)):
+        if reader and (problem := reader.misfit(shapes) or wrong_memory(reader.manifest.state, learner)):
             problems = [problem]
         if reader and not problems:
             break
@@ -53,8 +56,9 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(reader.weight(name))
-    routers = on_device(reader.manifest.state.routers, torch.device("cpu"))
-    tell(choosers(module), routers, config.model)
+    learner = Learner(task_of(config), {"": module}, listens=False)
+    fresh = on_device(learner.fresh_memory(), torch.device("cpu"))
+    learner.tell(restored(reader.manifest.state.memory, fresh))
     return module.eval(), config, candidate
 
 

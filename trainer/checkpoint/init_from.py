@@ -20,6 +20,7 @@ from models.families import build
 from models.hf.folder import import_hf
 from models.hf.names import ARCHITECTURES, bias_name
 from models.moe.upcycle import block_of, granularity, upcycle
+from models.tasks.language_modelling import BIAS
 from trainer.data.manifest import TOKENIZER, read_manifests
 from trainer.data.tokenizer.tokenizer import tokenizer_file
 
@@ -124,7 +125,7 @@ def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float
         config: resolved, with `train.init_from`.
 
     Returns:
-        Balancing biases of all the model's routers, as in `trainer.checkpoint.router_state`; empty if there are none.
+        Balancing biases of all the model's routers, as the task's memory; empty if there are none.
 
     Raises:
         ConfigError: nothing of the three kinds is there, it is damaged, or its parameters are not the model's.
@@ -143,7 +144,7 @@ def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float
                 raise ConfigError(f"train.init_from: {error}") from None
     moe_layers = [i for i in range(model.num_layers) if model.is_moe_layer(i)]
     unbiased = [0.0] * model.num_experts
-    return {"bias": [source.bias.get(i, unbiased) for i in moe_layers]} if source.bias else {}
+    return {BIAS: [source.bias.get(i, unbiased) for i in moe_layers]} if source.bias else {}
 
 
 def _shapes(module: nn.Module) -> Shapes:
@@ -229,7 +230,7 @@ def _checkpoint(reader: Reader) -> _Source:
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} is not there: it does not say what model its weights are of")
     model = validated(ModelConfig, tree, where)
-    bias = manifest.state.routers.get("bias", [])
+    bias = manifest.state.memory.get(BIAS, [])
     return _Source(shapes, reader.weight, dict(zip(_moe_layers(shapes), bias, strict=False)), model)
 
 

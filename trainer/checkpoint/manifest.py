@@ -200,6 +200,7 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
         raise CheckpointError(f"{file}: not a manifest")
     if tree.get("format") not in READABLE or isinstance(tree["format"], bool):
         raise CheckpointError(f"{file}: format {shortened(tree.get('format'))}, this version reads {READABLE}")
+    _move_routers(tree.get("state"))
     try:
         manifest = Manifest.model_validate(tree)
     except ValidationError as error:
@@ -207,6 +208,12 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
     if missing := [key for key in ALWAYS if key not in tree["state"]]:
         raise CheckpointError(f"{file}: state has no {missing[0]}")
     return manifest
+
+
+def _move_routers(state: Any) -> None:
+    """Checkpoints once held what routers remember, and no other memory, under a key of its own."""
+    if isinstance(state, dict) and isinstance(state.get("routers"), dict) and "memory" not in state:
+        state["memory"] = {f"router.{name}": rows for name, rows in state.pop("routers").items()}
 
 
 def parse_receipt(data: bytes, file: Path) -> Receipt:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from torch import distributed as dist
 
-from configs import Config, ConfigError, ModelConfig, counted
+from configs import Config, ConfigError, counted
 from configs.reading.parse import shortened
+from models.tasks.learner import Learner
 from trainer.engine.engine import Engine
 from trainer.processes.collectives import from_all, from_chief
 from trainer.record.lines import Record
@@ -14,12 +15,12 @@ from trainer.run.durable_state import DurableState, Rollback, change_durable_sta
 from trainer.state import TrainState
 
 from . import store
-from .router_state import wrong_routers
+from .memory import wrong_memory
 from .save import misfit, restore
 from .store import CheckpointError, Reader
 
 
-def resume(run_dir: Path, engine: Engine, state: TrainState, model: ModelConfig, record: Record | None) -> None:
+def resume(run_dir: Path, engine: Engine, state: TrainState, learner: Learner, record: Record | None) -> None:
     """Bring the engine and `state` to the newest checkpoint in which nothing is wrong.
 
     The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
@@ -35,7 +36,7 @@ def resume(run_dir: Path, engine: Engine, state: TrainState, model: ModelConfig,
     for step in reversed(from_chief(lambda: store.committed(run_dir))):
         candidate = store.folder(run_dir, step)
         reader, problems = _check_together(candidate)
-        if reader and (problems := _misfits(reader, engine, model)):
+        if reader and (problems := _misfits(reader, engine, learner)):
             reader, fits = None, False
         if reader:
             break
@@ -54,7 +55,7 @@ def resume(run_dir: Path, engine: Engine, state: TrainState, model: ModelConfig,
     durable = DurableState(**from_chief(lambda: read_durable_state(run_dir).model_dump()))
     if not reader and durable.forked_from:
         reader, problems = _check_together(Path(durable.forked_from))
-        problems = problems if not reader else _misfits(reader, engine, model)
+        problems = problems if not reader else _misfits(reader, engine, learner)
         if problems:
             raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
     if not reader:
@@ -113,9 +114,9 @@ def _check_together(path: Path) -> tuple[Reader | None, list[str]]:
     return (None if problems else reader), problems
 
 
-def _misfits(reader: Reader, engine: Engine, model: ModelConfig) -> list[str]:
+def _misfits(reader: Reader, engine: Engine, learner: Learner) -> list[str]:
     """Why a checkpoint cannot be loaded into the model that the processes hold; empty if it can."""
-    mine = misfit(engine, reader) or wrong_routers(reader.manifest.state, model)
+    mine = misfit(engine, reader) or wrong_memory(reader.manifest.state, learner)
     if problems := _union([mine] if mine else []):
         return problems
     own, held = {piece.name for piece in engine.pieces()}, reader.manifest.shapes[store.MASTER]

@@ -8,7 +8,7 @@ from typing import Annotated, Final, Literal, Self
 import numpy as np
 from pydantic import FailFast, Field, ValidationError, field_validator, model_validator
 
-from configs import ConfigError
+from configs import Config, ConfigError
 from configs.base import Typed, at_most
 from configs.explain import first_reason
 from configs.reading.parse import check_values, clip, shortened
@@ -214,6 +214,11 @@ def without_held_out(data: DataConfig) -> list[str]:
     """The sources that have no held-out sequence, which takes two tokens. Raises ConfigError as `read_manifests`."""
     pairs = zip(sources_of(data), read_manifests(data), strict=True)
     return [source.path for source, manifest in pairs if manifest.splits["held_out"].tokens < 2]
+
+
+def planned_vocabulary(config: Config) -> int | None:
+    """As `vocabulary`; None: the model's family has none, or it is not known, so nothing is asked of the data."""
+    return vocabulary(config.data) if "vocab_size" in type(config.model).model_fields else None
 
 
 def vocabulary(data: DataConfig) -> int:

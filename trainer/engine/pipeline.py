@@ -125,7 +125,7 @@ def _inputs(batches: Sequence[Batch]) -> Any:
 
 
 def _sums(stages: Sequence[Stage], micro_batches: int) -> Tensor:
-    """This process's part of [loss_sum, aux_loss, z_loss, `RouterStats.by_layer`] of the step, in float64.
+    """This process's part of what `step.packed` makes of all micro-batches, in float64.
 
     Args:
         stages: this process's.
@@ -145,4 +145,4 @@ def _sums(stages: Sequence[Stage], micro_batches: int) -> Tensor:
                 sums[2] += router.z_loss * share
                 for row, values in zip(own, router.by_layer() / micro_batches, strict=True):
                     layers[row] += values
-    return torch.cat([sums, layers.flatten()])
+    return torch.cat([sums, layers.flatten()]) if moe_layers else sums[:1]

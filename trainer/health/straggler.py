@@ -10,11 +10,11 @@ from torch import Tensor
 from torch import distributed as dist
 
 from configs import Config
+from models.tasks.task import Change
 from trainer.late import to_device
 from trainer.processes.collectives import from_all
 
 from .clock import own_time
-from .collapse import Change
 
 WINDOW = 50
 """Steps over which ranks are compared: a hiccup is no straggler."""

@@ -3,7 +3,8 @@
 import time
 from pathlib import Path
 
-from trainer.data.read.reader import Dataset
+from models.tasks.language_modelling import LanguageModelling
+from trainer.data.kinds import Examples
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.health.watchdog import Beat
@@ -15,11 +16,12 @@ from .expert_tokens import ExpertTokens, table, write_table
 from .held_out import if_there_is_room, write_samples
 
 
-def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, record: Record | None, beat: Beat) -> None:
+def evaluate(run_dir: Path, trainee: Trainee, held_out: Examples, step: int, record: Record | None, beat: Beat) -> None:
     """Evaluate between two steps, in every process; rank 0 keeps what comes of it. A collective."""
     start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
-    layers = [chooser.layer for chooser in trainee.choosers]
-    seen = ExpertTokens(config, trainee.where, layers) if config.model.is_moe else None
+    task, seen = trainee.learner.task, None
+    if isinstance(task, LanguageModelling) and config.model.is_moe:
+        seen = ExpertTokens(config, trainee.where, [chooser.layer for chooser in task.choosers])
     loss, tokens = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
     if record:
         record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
@@ -30,7 +32,7 @@ def evaluate(run_dir: Path, trainee: Trainee, held_out: Dataset, step: int, reco
         with if_there_is_room(record, path):
             write_table(found, path)
     # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
-    if config.train.sample_tokens and config.parallel.pp == 1:
+    if isinstance(task, LanguageModelling) and config.train.sample_tokens and config.parallel.pp == 1:
         sample = samples / f"step-{step:08d}.txt"
         trainee.engine.eval()
         folder, info = tokenizer_of(run_dir, config.data)

@@ -12,6 +12,7 @@ from torch import nn
 
 from configs import Config, ConfigError
 from models.decoder.generate import generate
+from trainer.data.kinds import Examples
 from trainer.data.read.reader import Dataset
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.files.own_files import write_text
@@ -22,7 +23,7 @@ from trainer.record.lines import Record
 @torch.no_grad()
 def held_out_loss(
     forward: Callable[..., Any],
-    dataset: Dataset,
+    dataset: Examples,
     indices: Sequence[int],
     micro_batch: int,
     here: torch.device,
@@ -35,7 +36,7 @@ def held_out_loss(
     of weight zero.
 
     Args:
-        forward: makes a LossOutput of batches; where several processes answer for one, all of them or one of them.
+        forward: makes `Sums` or `LossOutput` of batches; where several processes answer for one, one of them or each.
         share: (i, n): this process takes the i-th of n micro-batches.
         at_once: micro-batches that `forward` is given together; a pipeline stands still with fewer than it has stages.
 
@@ -49,8 +50,8 @@ def held_out_loss(
     for first in range(index * micro_batch, sequences + index * micro_batch, stride * at_once):
         starts = range(first, first + stride * at_once, stride)
         mine = [[indices[i] if i < sequences else -1 for i in range(s, s + micro_batch)] for s in starts]
-        out = forward(*(dataset.batch(each).to(here) for each in mine))
-        sums += torch.stack([out.loss_sum.double(), out.tokens.double()])
+        loss, tokens, *_ = forward(*(dataset.batch(each).to(here) for each in mine))
+        sums += torch.stack([loss.double(), tokens.double()])
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item(), int(sums[1])

@@ -12,9 +12,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from models.tasks.task import Change
 from trainer import COMPILED
 from trainer.files.scratch import make_folder
-from trainer.health.collapse import Change
 
 from .compile_locks import LOCAL, file_system
 

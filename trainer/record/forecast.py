@@ -11,6 +11,7 @@ import torch
 
 from configs import Config, ConfigError
 from configs.units import byte_size
+from models.planning.cost import has_formulas
 from models.planning.memory import memory
 from models.planning.plan import predict
 from trainer.health.rates import Rates, device_facts
@@ -62,7 +63,7 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
         ConfigError: its weights, gradients and optimizer states alone need more, or all that training holds needs more
             than twice as much.
     """
-    if config.model.family != "decoder":  # which the formulas are of
+    if not has_formulas(config.model):
         return
     cpu = here.type == "cpu"
     if there is None:
@@ -89,6 +90,7 @@ class Forecast:
     def __init__(self, config: Config, here: torch.device, measured: Callable[[], Sequence[Rates]]):
         self._memory = PeakMemory(here)
         device = device_facts(here, config.train.kept_in, measured())
+        device = device if has_formulas(config.model) else None
         self._plan = predict(config, device) if device else None
         self._seconds: list[float] = []
 
@@ -96,7 +98,7 @@ class Forecast:
         self._seconds.append(seconds)
 
     def predicted(self) -> dict[str, Any]:
-        """Details of the event `plan`: bytes, seconds; empty on a device that the planner does not know."""
+        """Details of the event `plan`: bytes, seconds; empty where the planner knows not the device or family."""
         return self._plan.summary() if self._plan else {}
 
     def measured(self) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import torch
 from torch import distributed as dist
 
 from configs import Config
-from models.planning.cost import training_flops_per_token
+from models.tasks.learner import Learner
 from trainer.health.rates import gpu_facts
 from trainer.state import TrainState
 from trainer.step import StepOutcome
@@ -34,21 +34,23 @@ def memory_gb(device: torch.device) -> float:
 
 def step_metrics(
     config: Config,
+    learner: Learner,
     state: TrainState,
     outcome: StepOutcome,
     rate: float,
     seconds: float,
     waited: float,
+    flops_of_example: float | None,
     here: torch.device,
 ) -> dict[str, Any]:
     """One line of metrics.jsonl: names and units as in trainer/README.md.
 
     Args:
         rate: the step's learning rate.
+        flops_of_example: in training; None: they could not be counted.
         seconds: its duration, of which `waited` went by without data.
     """
-    read = config.train.global_batch * config.train.seq_len
-    flops = training_flops_per_token(config.model, config.train.seq_len) * read / seconds / dist.get_world_size()
+    read = config.train.global_batch * learner.task.counts[0]
     metrics: dict[str, Any] = {
         "step": state.step,
         "loss": outcome.loss,
@@ -57,23 +59,16 @@ def step_metrics(
         "tokens": state.tokens,
         "sequences": state.cursor,
         "tokens_per_second": read / seconds,
-        "tflops": flops / 1e12,
         "memory_gb": memory_gb(here),
         "data_wait": waited,
         "step_time": seconds,
     }
-    if peak := peak_flops(here, config.train.kept_in):
-        metrics["mfu"] = flops / peak
-    if outcome.load:
-        metrics |= {"aux_loss": outcome.aux_loss, "z_loss": outcome.z_loss, "expert_load": outcome.load}
-        metrics |= {
-            "expert_maxvio": [max(layer) * len(layer) - 1 for layer in outcome.load],
-            "expert_dead": [sum(share == 0 for share in layer) for layer in outcome.load],
-            "router_entropy": outcome.entropy,
-            "router_confidence": outcome.confidence,
-        }
-        if config.model.capacity_factor:
-            metrics["dropped"] = outcome.dropped
+    if flops_of_example:
+        flops = flops_of_example * config.train.global_batch / seconds / dist.get_world_size()
+        metrics["tflops"] = flops / 1e12
+        if peak := peak_flops(here, config.train.kept_in):
+            metrics["mfu"] = flops / peak
+    metrics |= learner.metrics(outcome.extra, outcome.weight)
     if outcome.rank_time:
         metrics["rank_time"] = [round(seconds, 6) for seconds in outcome.rank_time]
     if state.loss_scale:

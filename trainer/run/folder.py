@@ -18,19 +18,18 @@ import torch
 from configs import Config, ConfigError, differences, from_dict, load, mask, to_yaml
 from configs.explain import shown
 from configs.reading.parse import shortened
-from models.families import build
 from trainer.checkpoint.init_from import check_source, other_function
 from trainer.checkpoint.store import committed, folder, verify
+from trainer.data.kinds import kind_of
 from trainer.data.manifest import sources_of
-from trainer.data.tokenizer.kept import keep_tokenizer
-from trainer.engine.precision import check_precision
 from trainer.files.durable import replace_text
 from trainer.files.own_files import no_link, require_own, write_text
 from trainer.record.lines import Record, read_events
-from trainer.tracking import NoCredentials, hand_down_password, inputs_of, later, tracking_uri
+from trainer.tracking import NoCredentials, hand_down_password, later, tracking_uri
 
+from .check import check_model
 from .durable_state import change_durable_state, read_durable_state
-from .plugins import load_plugins
+from .plugins import with_plugins
 from .resolved import resolve_config, writable
 
 CONFIG = "config.yaml"
@@ -60,11 +59,11 @@ def prepare_run(
     """
     submitted = _seconds(os.environ[SUBMITTED]) if began is None and SUBMITTED in os.environ else None
     hand_down_password(config)
-    load_plugins(config.plugins)
+    config = with_plugins(config)
     config = _as_it_began(config)
     with torch.device("meta"):
         planned = resolve_config(config, prepare=False)[0]
-        check_precision(build(planned.model), planned)  # what cannot be built shows before anything else
+        check_model(planned)  # what cannot be built shows before anything else
     with writable(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name
@@ -118,7 +117,7 @@ def prepare_run(
         if forked := dict(events).get("forked"):  # before the run exists: without it, it would start from nothing
             change_durable_state(run_dir, forked_from=forked["checkpoint"])
         (run_dir / STOP).unlink(missing_ok=True)
-        keep_tokenizer(run_dir, resolved.data)
+        kind_of(resolved).keep(run_dir, resolved.data)
         replace_text(run_dir / CONFIG, to_yaml(resolved))
         record = Record(run_dir, attempts(run_dir))
         for name, details in events:
@@ -206,11 +205,11 @@ def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
     if before == now and "data.path" in refused and [s.weight for s in old] == [s.weight for s in new]:
         allowed["data.path"] = refused.pop("data.path")  # the same data in another place
     elif before != now and len(before) == len(now):
-        # Each source has two inputs, its manifest and its tokenizer.
-        other = [i for i in range(len(new)) if before[2 * i : 2 * i + 2] != now[2 * i : 2 * i + 2]]
+        n = len(now) // len(new)  # inputs of a source: prepared data have their manifest and their tokenizer
+        other = [i for i in range(len(new)) if before[n * i : n * i + n] != now[n * i : n * i + n]]
         refused["data.path"] = (
-            ", ".join(f"{old[i].path} (sha256 {before[2 * i][:12]})" for i in other),
-            ", ".join(f"{new[i].path} (sha256 {now[2 * i][:12]})" for i in other),
+            ", ".join(f"{old[i].path} (sha256 {before[n * i][:12]})" for i in other),
+            ", ".join(f"{new[i].path} (sha256 {now[n * i][:12]})" for i in other),
         )
     if refused:
         keys = ", ".join(f"{key} was {was} and is now {becomes}" for key, (was, becomes) in refused.items())
@@ -222,7 +221,7 @@ def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
 
 
 def _inputs(config: Config) -> list[dict[str, Any]]:
-    return [entry for source in sources_of(config.data) for entry in inputs_of(source.path)]
+    return kind_of(config).inputs(config.data)
 
 
 def read_config(run_dir: Path) -> Config:

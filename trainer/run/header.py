@@ -3,9 +3,13 @@
 import shlex
 from pathlib import Path
 
+import torch
+
 from configs import Config
 from configs.units import short
-from models.planning.cost import parameters
+from models.families import build
+from models.planning.cost import has_formulas, parameters
+from models.tasks.table import task_of
 from trainer.data.manifest import read_manifests, sources_of
 
 
@@ -24,11 +28,14 @@ def header(run_dir: Path, config: Config) -> list[str]:
 
 
 def _model(config: Config) -> str:
-    train = config.train
-    tokens = train.steps * train.global_batch * train.seq_len
-    told = f"{tokens:,} tokens in {train.steps:,} steps of {train.global_batch} x {train.seq_len}"
-    if config.model.family != "decoder":  # which the formulas are of
-        return f"{config.model.family}: {told}"
+    train, task = config.train, task_of(config)
+    each, unit = task.counts
+    shape = f"{train.global_batch} x {each}" if each > 1 else f"{train.global_batch}"
+    told = f"{train.steps * train.global_batch * each:,} {unit} in {train.steps:,} steps of {shape}"
+    if not has_formulas(config.model):
+        with torch.device("meta"):
+            count = sum(parameter.numel() for parameter in build(config.model).parameters())
+        return f"{config.model.family}: {short(count)} parameters, {told}"
     counts = parameters(config.model)
     active = f" ({short(counts.active)} active per token)" if counts.active != counts.total else ""
     return f"{short(counts.total)} parameters{active}, {told}"
@@ -36,6 +43,8 @@ def _model(config: Config) -> str:
 
 def _data(config: Config) -> list[str]:
     """How often each source is read; several passes over a small one are worth a word."""
+    if task_of(config).reads != "tokens":
+        return []  # what was read to check them is among the notes
     train, sources = config.train, sources_of(config.data)
     tokens = train.steps * train.global_batch * train.seq_len
     weights = sum(source.weight for source in sources)

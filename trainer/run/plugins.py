@@ -6,10 +6,11 @@ import importlib.util
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from configs import ConfigError
+from configs import Config, ConfigError, load
+from configs.load import with_family
 from trainer.processes.compile_locks import mend_compile_locks
 
 
@@ -37,6 +38,23 @@ def load_plugins(plugins: Sequence[str]) -> None:
             frames = [f for f in traceback.extract_tb(error.__traceback__) if "importlib" not in f.filename]
             where = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames[-1].filename != __file__ else ""
             raise ConfigError(f"plugins: {plugin}: {type(error).__name__}: {error}{where}") from None
+
+
+def load_own(name: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """A config that a user names, as `configs.load`, with the keys of a family that its plugins bring. Raises
+    ConfigError as both."""
+    overrides = tuple(overrides)
+    config = load(name, overrides)
+    if not config.plugins:
+        return config
+    load_plugins(config.plugins)
+    return load(name, overrides)  # now that the keys are known
+
+
+def with_plugins(config: Config) -> Config:
+    """The config, once its plugins are loaded and the keys of its family are checked. Raises ConfigError."""
+    load_plugins(config.plugins)
+    return with_family(config)
 
 
 def _load_file(path: Path) -> None:

@@ -11,8 +11,7 @@ from configs.reading.parse import is_file
 from models.hf.config_json import model_keys
 from models.hf.weight_files import open_tensors
 from trainer.checkpoint.manifest import committed
-from trainer.data.default import ensure_prepared, vocabulary_size
-from trainer.data.manifest import read_manifest, sources_of, vocabulary
+from trainer.data.manifest import planned_vocabulary, read_manifest, sources_of
 
 
 def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, list[str]]:
@@ -37,13 +36,15 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
             raise ConfigError(f"train.init_from={source}: {what}")
         source = str(Path(source).expanduser().resolve())
         config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": source})})
-    planned = config.model.vocab_size or vocabulary(config.data)
+    planned = getattr(config.model, "vocab_size", None) or planned_vocabulary(config)
     resolved, derived = resolve(config, vocab_size=planned)
     notes: list[str] = []
     if prepare:  # only now: a mistake in the config shows at once, not after minutes of preparation
-        data, notes = ensure_prepared(config)
+        from trainer.data.kinds import kind_of  # torch, which a mistake in the config need not wait for
+
+        data, notes = kind_of(config).ensure(config)
         config = config.model_copy(update={"data": data})
-        resolved, derived = resolve(config, vocab_size=vocabulary_size(data))
+        resolved, derived = resolve(config, vocab_size=planned_vocabulary(config))
     return resolved, notes + derived
 
 
@@ -63,7 +64,8 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
             raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
         if (run_dir.parent / fork / "config.yaml").exists():
             raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir.parent / fork}")
-    for source in sources_of(resolved.data):
+    texts = planned_vocabulary(config) is not None
+    for source in sources_of(resolved.data) if texts else ():
         if source.path != "stdlib":
             read_manifest(source.path)
     if (weights := resolved.train.init_from) and not steps:

@@ -5,7 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from configs import Config, counted, mask
-from models.planning.cost import parameters
+from models.planning.cost import has_formulas, parameters
 
 MARK = "Written by muster; a text of yours in its place stays."
 """Ends a description that may be replaced by a newer one."""
@@ -35,11 +35,15 @@ def description(
 def size(config: Config) -> str:
     """One sentence: parameters, tokens, processes."""
     train, parts = config.train, []
-    if config.model.vocab_size:
+    if has_formulas(config.model) and config.model.vocab_size:
         many = parameters(config.model)
         active = "" if many.active == many.total else f" ({many.active:,} active per token)"
         parts.append(f"{counted(many.total, 'parameter')}{active}")
     tokens = train.steps * train.global_batch * train.seq_len
+    if not has_formulas(config.model):
+        parts.append(f"{config.model.family}, {config.task or 'its own task'}")
+        parts.append(f"{counted(train.steps, 'step')} of {counted(train.global_batch, 'example')}")
+        return "; ".join([*parts, f"{counted(config.parallel.world_size, 'process')}, {train.precision}"])
     parts.append(
         f"{counted(train.steps, 'step')} of {counted(train.global_batch, 'sequence')} of "
         f"{counted(train.seq_len, 'token')}: {counted(tokens, 'token')}"

@@ -15,9 +15,10 @@ import torch
 from schedule import Kill
 from torch import distributed as dist
 
+from models.moe import collapse
 from trainer import loop
 from trainer.checkpoint import cadence, store
-from trainer.health import collapse, straggler
+from trainer.health import straggler
 from trainer.health.flight import Dump, dump
 from trainer.tracking import start
 from trainer.trainee import Trainee

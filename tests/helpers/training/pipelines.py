@@ -6,6 +6,7 @@ from torch import distributed as dist
 
 from configs import Config
 from models.families import build
+from models.tasks.language_modelling import router_extra
 from trainer.checkpoint.save import take_snapshot
 from trainer.engine.parallel import place
 from trainer.engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
@@ -33,7 +34,7 @@ class PipelineRun:
             mine = [batch_of(config, next(batches)) for _ in range(self.engine.accumulation)]
             self.engine.set_learning_rate(learning_rate(step, 20, config.optim))
             values = pipeline_step(self.engine, mine, tokens_on_device(config, step), config)
-            outcomes.append(outcome(values.tolist(), config))
+            outcomes.append(outcome(values.tolist(), router_extra(config.model)))
         return outcomes
 
     def fragments(self) -> dict[str, torch.Tensor]:

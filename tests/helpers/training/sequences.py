@@ -12,7 +12,8 @@ from configs import Config
 from models.batch import Batch
 from models.decoder.generate import generate
 from models.families import build
-from models.moe.balance import RouterTap
+from models.tasks.language_modelling import LanguageModelling
+from models.tasks.learner import Learner
 from trainer.checkpoint.save import take_snapshot
 from trainer.engine.engine import Engine
 from trainer.engine.parallel import place
@@ -38,17 +39,17 @@ def train(config: Config, steps: int) -> dict[str, Any]:
     module.init_weights(0)
     engine = Engine(module, config)
     share_sequences(module, group)
-    tap = RouterTap(module, config.model, mean_over(group)) if config.model.is_moe else None
     batches, outcomes = micro_batches(config, 0, here.dp), []
     # DeepSpeed averages over dp * sp processes.
     seen = config.model_copy(
         update={"parallel": config.parallel.model_copy(update={"dp": dist.get_world_size(), "sp": 1})}
     )
+    learner = Learner(LanguageModelling(seen), {"": module}, mean_over(group))
     for step in range(1, steps + 1):
         engine.set_learning_rate(learning_rate(step, 20, config.optim))
         mine = [split(batch_of(config, next(batches)), here.sp, sp) for _ in range(engine.accumulation)]
-        values = train_step(engine, tap, mine, tokens_on_device(config, step), seen)
-        outcomes.append(outcome(values.tolist(), seen))
+        values = train_step(engine, learner, mine, tokens_on_device(config, step), seen)
+        outcomes.append(outcome(values.tolist(), learner.extra))
     engine.eval()
     with torch.no_grad():
         held_out = engine(split(batch_of(config, [1000, 1001]), here.sp, sp)).loss_sum

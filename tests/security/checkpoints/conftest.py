@@ -8,6 +8,7 @@ from engines import EngineRun
 from support import resolved
 
 from configs import to_yaml
+from models.tasks.language_modelling import BIAS, LOAD
 from trainer.checkpoint import store
 from trainer.checkpoint.resume import resume
 from trainer.checkpoint.save import take_snapshot
@@ -39,7 +40,7 @@ def original(config, engine, tmp_path_factory):
         engine.steps(step, step)
         path = store.folder(run_dir, step)
         store.write_shard(path, 0, "t", take_snapshot(engine.engine))
-        state = TrainState(step, 4 * step, 128 * step, recent_losses=[5.0] * step, routers={"bias": rows, "load": rows})
+        state = TrainState(step, 4 * step, 128 * step, recent_losses=[5.0] * step, memory={BIAS: rows, LOAD: rows})
         store.commit(path, 1, "t", state, config.model_dump(mode="json"), 5)
     (run_dir / "config.yaml").write_text(to_yaml(config))
     return run_dir
@@ -57,7 +58,7 @@ def resumed(engine, config):
     def run(run_dir) -> int:
         state, record = TrainState(), Record(run_dir, 1)
         try:
-            resume(run_dir, engine.engine, state, config.model, record)
+            resume(run_dir, engine.engine, state, engine.trainee.learner, record)
         finally:
             record.close()
         return state.step

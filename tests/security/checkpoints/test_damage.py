@@ -36,6 +36,7 @@ from support import resolved
 
 from configs import ConfigError
 from models.families import build
+from models.tasks.language_modelling import BIAS
 from trainer.checkpoint import store
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.init_from import check_source, load_weights
@@ -114,8 +115,8 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     ),
     "loss scale of 0": (manifest("state", "loss_scale", to={"cur_scale": 0.0}), "cur_scale is 0.0"),
     "no loss scale in it": (manifest("state", "loss_scale", to={}), "cur_scale is None"),
-    "routers are text": (manifest("state", "routers", to={"bias": "none"}), "state.routers.bias: "),
-    "router's bias of 1e300": (manifest("state", "routers", "bias", to=[[1e300, 0.0]]), "state.routers.bias.0.0: "),
+    "routers are text": (manifest("state", "memory", to={"router.bias": "none"}), "state.memory.router.bias: "),
+    "router's bias of 1e300": (manifest("state", "memory", BIAS, to=[[1e300, 0.0]]), f"state.memory.{BIAS}.0.0: "),
     "starved below 0": (manifest("state", "starved", to=[[-1, 0]]), "state.starved.0.0: "),
     "scalar is text": (manifest("scalars", "step", to="2"), "scalars.step: should be a valid number"),
     "scalar is a list": (manifest("scalars", "step", to=[2.0]), "scalars.step: should be a valid number"),

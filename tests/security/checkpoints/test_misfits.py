@@ -25,6 +25,7 @@ from damaged_checkpoints import (
 )
 
 from configs import ConfigError
+from models.tasks.language_modelling import BIAS, LOAD
 from trainer.checkpoint import store
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.store import Reader
@@ -56,13 +57,13 @@ MISFITS: dict[str, tuple[Change, str]] = {
         f"holds no weight of {NORM}",
     ),
     "a parameter more": (EXTRA_PARAMETER, "has 1 parameter that the model has not, such as more"),
-    "a layer of routers more": (manifest("state", "routers", "bias", to=[[0.0] * 2] * 2), "bias is not of the model's"),
-    "an expert more": (manifest("state", "routers", "load", to=[[0.5] * 3]), "load is not of the model's 1 MoE layers"),
+    "a layer of routers more": (manifest("state", "memory", BIAS, to=[[0.0] * 2] * 2), f"{BIAS} does not have"),
+    "an expert more": (manifest("state", "memory", LOAD, to=[[0.5] * 3]), f"{LOAD} does not have"),
     "an expert more in one row": (
         manifest("state", "starved", to=[[0, 0, 0]]),
-        "starved is not of the model's 1 MoE layers of 2 experts",
+        "starved does not have the model's shape",
     ),
-    "another memory": (manifest("state", "routers", "more", to=[[0.0] * 2]), "state.routers has more"),
+    "another memory": (manifest("state", "memory", "more", to=[[0.0] * 2]), "state.memory has more"),
 }
 """What is whole, and not the model's."""
 OPTIMIZERS: dict[str, tuple[Change, str]] = {
@@ -88,7 +89,11 @@ HARMLESS: dict[str, Change] = {
         })
     ),
     "a hard link": lambda path: os.link(path / SHARD, path / "other"),
-    "no routers": manifest("state", "routers", to=GONE),
+    "no memory": manifest("state", "memory", to=GONE),
+    "routers under their old key": both(
+        manifest("state", "routers", to={"bias": [[0.0, 0.0]], "load": [[0.0, 0.0]]}),
+        manifest("state", "memory", to=GONE),
+    ),
 }  # fmt: skip
 
 

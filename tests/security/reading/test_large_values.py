@@ -87,7 +87,7 @@ LONG = {f"k{i}": "" for i in range(150_000)}
 CHECKPOINTS: dict[str, tuple[tuple[str, ...], Any, str]] = {
     "losses": (("state", "recent_losses"), [""] * 300_000, "state.recent_losses.0: should be a valid number, not ''"),
     "starved": (("state", "starved"), [[""]] * 200_000, "state.starved.0.0: should be a valid integer, not ''"),
-    "routers": (("state", "routers"), LONG, "state.routers: it has 150,000 entries, more than 64"),
+    "routers": (("state", "memory"), LONG, "state.memory: it has 150,000 entries, more than 4,096"),
     "loss scale": (("state", "loss_scale"), LONG, "state.loss_scale: it has 150,000 entries"),
     "keys of the state": (("state",), LONG, "state: it has 150,000 entries"),
     "keys of a file": (("files", "rank-00000.safetensors"), LONG, "there is no key 'k0'"),
@@ -153,7 +153,7 @@ def test_a_manifest_is_read_as_json_says(saved):
     """A number is not a text, nor a truth a number, though the tree is parsed before it is checked."""
     tree = json.loads((saved / "manifest.json").read_text())
     wrong = (("step", True), ("step", 1.0), ("step", "1"), ("recent_losses", ["1"]), ("recent_losses", [True]),
-             ("loss_scale", {"cur_scale": "yes"}), ("routers", {"bias": [["1"]]}), ("starved", [[1.0]]))  # fmt: skip
+             ("loss_scale", {"cur_scale": "yes"}), ("memory", {"a": [["1"]]}), ("starved", [[1.0]]))  # fmt: skip
     for key, value in wrong:
         text = json.dumps(tree | {"state": tree["state"] | {key: value}}).encode()
         with pytest.raises(CheckpointError, match=rf"state\.{key}"):

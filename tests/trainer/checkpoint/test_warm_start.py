@@ -13,6 +13,7 @@ from models.decoder.stages import Stage
 from models.families import FAMILIES, build
 from models.hf.folder import export_hf
 from models.moe.router import choosers
+from models.tasks.language_modelling import BIAS
 from trainer.checkpoint import store
 from trainer.checkpoint.export import export, load_module
 from trainer.checkpoint.init_from import OF_TRAINING, SHOWN_BY_NAMES_AND_SHAPES, check_source, load_weights
@@ -270,12 +271,12 @@ def test_routers_begin_with_the_biases_of_the_source(trained, tiny_data):
     # The layers between, which were dense, have none yet.
     config = warm(first, fixed | {"moe_every": 1, "top_k": 4}, {})
     check_source(config)
-    assert load_weights(build(config.model), config) == {"bias": [[0.0] * 4, bias[0], [0.0] * 4, bias[1]]}
+    assert load_weights(build(config.model), config) == {BIAS: [[0.0] * 4, bias[0], [0.0] * 4, bias[1]]}
 
 
 def biases(run_dir):
     manifest = store.read_manifest(store.folder(run_dir, store.committed(run_dir)[-1]))
-    return manifest.state.routers["bias"]
+    return manifest.state.memory[BIAS]
 
 
 def test_routers_begin_with_the_biases_of_a_hugging_face_folder(tmp_path):

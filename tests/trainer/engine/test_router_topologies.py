@@ -9,7 +9,9 @@ from support import tiny
 from teams import in_team
 
 from configs import Config, resolve
-from trainer.checkpoint.router_state import after_step, fresh_routers, on_device
+from models.tasks.language_modelling import BIAS, fresh_routers, routers_after_step
+from models.tasks.task import unless_skipped
+from trainer.checkpoint.memory import on_device
 
 STEPS = 12
 ROUTERS = {
@@ -84,16 +86,17 @@ def test_bias_moves_towards_the_even_load():
     settings = config("deepseek", "sgd")
     model = settings.model.model_copy(update={"num_layers": 1, "num_experts": 4})
     settings = settings.model_copy(update={"model": model})
-    assert fresh_routers(model) == {"bias": [[0.0] * 4]}
+    assert fresh_routers(model) == {BIAS: [[0.0] * 4]}
     first = on_device(fresh_routers(model), torch.device("cpu"))
 
     def bias_after(before: dict, load: list[float], skipped: bool = False, settings: Config = settings) -> list:
         values = torch.tensor([load], dtype=torch.float64)
-        return after_step(before, values, torch.tensor(skipped), 4, settings)["bias"].tolist()
+        after = routers_after_step(before, values, 4, settings)
+        return unless_skipped(torch.tensor(skipped), before, after)[BIAS].tolist()
 
     moved = bias_after(first, [0.25, 0.5, 0.0, 0.25 + 1e-9])
     assert moved == [[0.0, -0.02, 0.02, 0.0]], "a load that is even but for rounding must not move"
     assert bias_after(first, [0.25, 0.5, 0.0, 0.25], skipped=True) == [[0.0] * 4]
     assert bias_after(first, [torch.nan] * 4, skipped=True) == [[0.0] * 4]
     still = settings.model_copy(update={"model": model.model_copy(update={"router_bias_rate": 0.0})})
-    assert bias_after(on_device({"bias": moved}, torch.device("cpu")), [1.0, 0.0, 0.0, 0.0], settings=still) == moved
+    assert bias_after(on_device({BIAS: moved}, torch.device("cpu")), [1.0, 0.0, 0.0, 0.0], settings=still) == moved

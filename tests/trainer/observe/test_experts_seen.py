@@ -14,10 +14,11 @@ from teams import in_team
 
 from configs import Config
 from models.families import build
+from models.loss import IGNORE
+from models.moe import collapse
 from models.moe.balance import RouterTap
-from trainer.data.read.reader import IGNORE, Dataset
+from trainer.data.read.reader import Dataset
 from trainer.data.tokenizer.tokenizer import byte_tokenizer
-from trainer.health import collapse
 from trainer.observe import expert_tokens
 from trainer.observe.expert_tokens import ExpertTokens, table, top_tokens, write_table
 from trainer.record.lines import read_events

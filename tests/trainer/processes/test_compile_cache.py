@@ -9,7 +9,7 @@ import torch
 from faults import set_variable
 from support import tiny, train_in_process
 
-from trainer.health.collapse import Change
+from models.tasks.task import Change
 from trainer.processes import compiled
 from trainer.processes.compiled import SETTLED, Compilations, cache_folder, keep_compiled
 from trainer.record.lines import read_events

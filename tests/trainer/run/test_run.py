@@ -48,8 +48,8 @@ def make(root, data, name="run", **sections):
 
 def final_state(run_dir):
     reader = Reader(store.folder(run_dir, STEPS))
-    routers = reader.manifest.state.routers
-    assert max(map(max, routers["bias"])) > 0
+    routers = reader.manifest.state.memory
+    assert max(map(max, routers["router.bias"])) > 0
     return routers | {
         (k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]
     }

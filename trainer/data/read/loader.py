@@ -8,18 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from models.batch import Batch
-from models.loss import IGNORE
-
-from .reader import Dataset
+from models.batch import MicroBatch
+from trainer.data.kinds import Examples
 
 
 class Loaded(NamedTuple):
     """A micro-batch on the device."""
 
-    batch: Batch
-    labels: int
-    """How many of its labels are trained on."""
+    batch: MicroBatch
+    weight: int
+    """See `MicroBatch.weight`."""
     copied: torch.cuda.Event | None
     """On a GPU, what the stream that uses it waits for."""
 
@@ -32,12 +30,12 @@ class Loader:
 
     Args:
         dataset: read by the thread alone until `close()`.
-        batches: for each micro-batch the sequence indices (-1: padding), see `Dataset.batch`; may be endless.
+        batches: for each micro-batch the indices of its examples (-1: padding); may be endless.
         depth: batches held ready at most.
         here: the device that they are copied to.
     """
 
-    def __init__(self, dataset: Dataset, batches: Iterable[Sequence[int]], depth: int, here: torch.device):
+    def __init__(self, dataset: Examples, batches: Iterable[Sequence[int]], depth: int, here: torch.device):
         self._here = here
         self.waited = 0.0
         """Seconds that `next()` has waited for data so far."""
@@ -80,7 +78,7 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read(self, dataset: Dataset, batches: Iterable[Sequence[int]]) -> None:
+    def _read(self, dataset: Examples, batches: Iterable[Sequence[int]]) -> None:
         try:
             stream = torch.cuda.Stream(self._here) if self._here.type == "cuda" else None
             for indices in batches:
@@ -100,10 +98,10 @@ class Loader:
         return False
 
 
-def _load(batch: Batch, stream: torch.cuda.Stream | None) -> Loaded:
+def _load(batch: MicroBatch, stream: torch.cuda.Stream | None) -> Loaded:
     """Begin to copy a batch, on a stream of its own, beside the computing."""
-    labels = int((batch.labels != IGNORE).sum())
+    weight = batch.weight()
     if stream is None:
-        return Loaded(batch, labels, None)
+        return Loaded(batch, weight, None)
     with torch.cuda.stream(stream):
-        return Loaded(batch.pinned().to(stream.device, non_blocking=True), labels, stream.record_event())
+        return Loaded(batch.pinned().to(stream.device, non_blocking=True), weight, stream.record_event())

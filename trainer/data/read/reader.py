@@ -13,14 +13,12 @@ import torch
 from configs import ConfigError
 from configs.sections.data import DataConfig
 from models.batch import Batch
+from models.loss import IGNORE
 from trainer.data.manifest import TOKENIZER, Split, read_manifests, sources_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 
 from .order import BLOCK, EpochOrder, Interleave, Permutation, mix
 from .shards import DataError, Shards
-
-IGNORE = -100
-"""Label that is not trained on."""
 
 
 class Location(NamedTuple):

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from trainer.health.collapse import STARVED
+from models.moe.collapse import STARVED
 
 from .draw import BLUE, GREEN, ORANGE, RED, Records, column, legend, log_scale, smooth
 
@@ -150,7 +150,7 @@ def _by_layer(records: Records, key: str) -> np.ndarray:
 
 
 def _heat(axes: Axes, x: np.ndarray, y: np.ndarray, values: np.ndarray) -> None:
-    """Red: more than an even share, blue: less, white: even, black: starved, see `trainer.health.collapse`."""
+    """Red: more than an even share, blue: less, white: even, black: starved, see `models.moe.collapse`."""
     cmap = colormaps["RdBu_r"].with_extremes(bad="black")
     shown = np.ma.masked_where(values < STARVED, values)
     axes.pcolormesh(x, y, shown, cmap=cmap, norm=LogNorm(1 / WIDEST, WIDEST), rasterized=True)

@@ -1,9 +1,10 @@
 """Experts that have all but stopped being chosen: who, since how many steps, and when it counts as a collapse."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
 
 import numpy as np
+
+from models.tasks.task import Change
 
 STARVED = 0.01
 """Of its even share, below which an expert is starved. Loads of a sound router scatter within a factor of two or so,
@@ -16,16 +17,6 @@ Starved = list[list[int]]
 """Steps in a row for which each expert is starved, [MoE layers][experts]."""
 
 
-class Change(NamedTuple):
-    """What a step has to tell: of experts, that they collapsed or take tokens again."""
-
-    event: str
-    """`experts_collapsed` or `experts_recovered`."""
-    details: dict[str, Any]
-    """`experts`, by the number of the MoE layer (from 0, as in `expert_load`), and `collapsed`: how many there are in
-    the whole model after this step."""
-
-
 def after_step(starved: Starved, load: Sequence[Sequence[float]]) -> tuple[Starved, list[Change]]:
     """Count one more step.
 
@@ -34,7 +25,9 @@ def after_step(starved: Starved, load: Sequence[Sequence[float]]) -> tuple[Starv
         load: each expert's share of the assignments over the whole global batch, [MoE layers][experts].
 
     Returns:
-        the counts after it, and what is to be recorded.
+        the counts after it, and what is to be recorded: `experts_collapsed` and `experts_recovered`, each with the
+        experts by the number of the MoE layer (from 0, as in `expert_load`), and `collapsed`, how many there are in the
+        whole model after this step.
     """
     if not load:
         return [], []

@@ -1,0 +1,48 @@
+"""FLOPs of one training example: a family's own formula, or counted by torch on the meta device, where nothing runs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from configs import Config
+
+from .families import build, family_of
+from .tasks.table import task_of
+from .tasks.task import Phase, trained_only
+
+
+def submodule(module: nn.Module, phase: Phase) -> nn.Module:
+    """What a phase trains of a model."""
+    return module.get_submodule(phase.parameters)
+
+
+def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
+    """Training FLOPs (forward and backward, all phases, by how often each is due) of one example.
+
+    Args:
+        config: resolved.
+        batch: reads an example, if it has to be known.
+
+    Raises:
+        RuntimeError: the task looks at values, which the meta device has not: it cannot be counted.
+    """
+    if formula := family_of(config.model).flops:
+        return formula(config)
+    return counted_flops(config, batch())
+
+
+def counted_flops(config: Config, batch: Any) -> float:
+    """As `flops_of_example`, by torch's counter, whatever the family; of the batch only shapes and types are used."""
+    with torch.device("meta"):
+        module = build(config.model)
+    task, there, total = task_of(config), batch.to("meta"), 0.0
+    nets: Mapping[str, nn.Module] = {phase.name: submodule(module, phase) for phase in task.phases}
+    for phase in task.phases:
+        with FlopCounterMode(display=False) as counter, trained_only(nets, phase.name):
+            sums = task.loss(nets, there, phase.name)
+            sums.loss.backward()
+        total += counter.get_total_flops() / phase.every
+    return total / len(there.example_ids)

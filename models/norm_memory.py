@@ -1,0 +1,126 @@
+"""BatchNorm whose running statistics are the same in every topology: memory of a step, not of a process.
+
+Each BatchNorm normalises over a micro-batch, which is the same examples whatever the topology. What it keeps for
+evaluation moves once a step, by the mean of the step's micro-batches' statistics, added up over all processes.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+Shapes = dict[str, tuple[int, ...]]
+MOMENTUM = 0.1
+"""torch's default, for a layer that names none (`momentum=None`: a cumulative mean, which no step could end)."""
+
+
+def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
+    """(name, layer) of each that keeps running statistics."""
+    for name, part in module.named_modules():
+        if isinstance(part, _BatchNorm) and part.track_running_stats:
+            yield name, part
+
+
+class NormTap:
+    """Hears the statistics of every BatchNorm layer's training passes.
+
+    torch would move a layer's running statistics in each pass. Told a momentum of 1 from zero, it leaves the pass's own
+    there instead, to be picked up.
+
+    Args:
+        modules: of the model, by the names that stand before those of their parts.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module]):
+        self._layers = {
+            ".".join(filter(None, (prefix, name))): layer
+            for prefix, module in modules.items()
+            for name, layer in batch_norms(module)
+        }
+        self._momentum = {name: layer.momentum or MOMENTUM for name, layer in self._layers.items()}
+        self._heard: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            layer.momentum = 1.0
+            layer.register_forward_pre_hook(_from_zero)
+            layer.register_forward_hook(self._listener(name))
+
+    def __bool__(self) -> bool:
+        return bool(self._layers)
+
+    @property
+    def extra(self) -> Shapes:
+        """Names and shapes of what `collect` returns: [2, channels] and how many passes."""
+        found: Shapes = {}
+        for name, layer in self._layers.items():
+            found |= {f"{name}.statistics": (2, layer.num_features), f"{name}.passes": ()}
+        return found
+
+    def fresh(self) -> dict[str, list]:
+        """Memory before the first step: mean 0, variance 1."""
+        return {
+            key: [value] * layer.num_features
+            for name, layer in self._layers.items()
+            for key, value in ((f"{name}.running_mean", 0.0), (f"{name}.running_var", 1.0))
+        }
+
+    def known(self) -> Shapes:
+        return {key: (len(value),) for key, value in self.fresh().items()}
+
+    def collect(self, real: Tensor) -> dict[str, Tensor]:
+        """Sums of the passes since the last call, in float64; those of a batch that is all padding count nothing.
+
+        Args:
+            real: scalar bool on the device: whether the batch has an example.
+        """
+        heard, self._heard = self._heard, {}
+        found: dict[str, Tensor] = {}
+        for name, layer in self._layers.items():
+            sums = heard.get(name)
+            if sums is None:
+                sums = torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=_mean(layer).device)
+            sums = torch.where(real, sums, torch.zeros_like(sums))
+            found |= {f"{name}.statistics": sums[:-1].view(2, -1), f"{name}.passes": sums[-1]}
+        return found
+
+    def after_step(self, memory: dict[str, Tensor], extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Running statistics after a step: where a layer was not passed in training, those before it."""
+        found = dict(memory)
+        for name, share in self._momentum.items():
+            passes = extra[f"{name}.passes"]
+            statistics = extra[f"{name}.statistics"] / passes.clamp(min=1)
+            for key, now in zip((f"{name}.running_mean", f"{name}.running_var"), statistics, strict=True):
+                found[key] = torch.where(passes > 0, (1 - share) * memory[key] + share * now, memory[key])
+        return found
+
+    def tell(self, memory: Mapping[str, Tensor]) -> None:
+        """Put running statistics into the layers, where evaluation uses them."""
+        for name, layer in self._layers.items():
+            _mean(layer).copy_(memory[f"{name}.running_mean"])
+            _var(layer).copy_(memory[f"{name}.running_var"])
+
+    def _listener(self, name: str) -> Callable[[_BatchNorm, object, object], None]:
+        def listen(layer: _BatchNorm, args: object, output: object) -> None:
+            if layer.training and torch.is_grad_enabled():
+                one = torch.ones(1, dtype=torch.float64, device=_mean(layer).device)
+                sums = torch.cat([_mean(layer).double(), _var(layer).double(), one])
+                self._heard[name] = self._heard[name] + sums if name in self._heard else sums
+
+        return listen
+
+
+def _mean(layer: _BatchNorm) -> Tensor:
+    """A layer's buffer, past autograd: a backward pass to come has it saved, and in training makes no use of it."""
+    assert layer.running_mean is not None
+    return layer.running_mean.data
+
+
+def _var(layer: _BatchNorm) -> Tensor:
+    assert layer.running_var is not None
+    return layer.running_var.data
+
+
+def _from_zero(layer: _BatchNorm, args: object) -> None:
+    if layer.training:
+        _mean(layer).zero_()
+        _var(layer).zero_()

@@ -1,0 +1,157 @@
+"""Language modelling: the next token's cross-entropy, the balance of routers, and what routers remember."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from configs import Config, ModelConfig
+from models.batch import Batch
+from models.moe.balance import RouterTap
+from models.moe.collapse import after_step as count_starved
+from models.moe.router import Chooser, choosers
+
+from .task import Change, Memory, Modules, Nets, Sums, Task, Value
+
+BIAS, LOAD = "router.bias", "router.load"
+"""Memory: the balancing biases, and each expert's share of the last step's assignments; [MoE layers, experts]."""
+
+
+class LanguageModelling(Task):
+    """Each token from those before it."""
+
+    takes, gives = "tokens", "loss of tokens"
+
+    def __init__(self, config: Config):
+        super().__init__(config)
+        self.tap: RouterTap | None = None
+        """On the routers; None for dense models, and in a pipeline, whose stages have their own."""
+        self.choosers: list[Chooser] = []
+        """Of the MoE layers that this process holds."""
+
+    @property
+    def counts(self) -> tuple[int, str]:
+        return self.config.train.seq_len, "tokens"
+
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """Of the routers, means over micro-batches: the unweighted losses, and of each layer the experts' loads, then
+        entropy, confidence and share of dropped assignments (`models.moe.balance.Heard`)."""
+        return router_extra(self.config.model)
+
+    def attach(self, modules: Modules, mean_over_parts: Callable[[Tensor], Tensor] | None = None) -> None:
+        self.choosers = list(choosers(modules[""]))
+        if self.config.model.is_moe and self.config.parallel.pp == 1:
+            self.tap = RouterTap(modules[""], self.config.model, mean_over_parts)
+
+    def loss(self, nets: Nets, batch: Batch, phase: str) -> Sums:
+        loss_sum, tokens = nets[phase](batch)
+        router = self.tap.collect() if self.tap else None
+        if router is None:
+            return Sums(loss_sum, tokens)
+        model, parallel, train = self.config.model, self.config.parallel, self.config.train
+        assert train.micro_batch
+        of_a_rank = math.ceil(math.ceil(train.global_batch / train.micro_batch) / parallel.dp)
+        micro_batches = of_a_rank * parallel.dp * parallel.sp
+        found = {"aux_loss": router.aux_loss, "z_loss": router.z_loss, "router": router.by_layer()}
+        extra = {name: value.detach().double() / micro_batches for name, value in found.items()}
+        penalty = model.aux_loss_weight * router.aux_loss + model.z_loss_weight * router.z_loss
+        return Sums(loss_sum, tokens, extra, penalty)
+
+    def evaluate(self, nets: Nets, batch: Batch) -> Sums:
+        loss_sum, tokens = nets["model"](batch)
+        return Sums(loss_sum, tokens)
+
+    def choices(self) -> list[Tensor]:
+        """[S, k] of each MoE layer in the last forward pass, which is then forgotten."""
+        return self.tap.choices() if self.tap else []
+
+    def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
+        if not extra:
+            return {}
+        load, (entropy, confidence, dropped) = by_layer(extra["router"])
+        found = {"aux_loss": extra["aux_loss"], "z_loss": extra["z_loss"], "expert_load": load}
+        found |= {
+            "expert_maxvio": [max(layer) * len(layer) - 1 for layer in load],
+            "expert_dead": [sum(share == 0 for share in layer) for layer in load],
+            "router_entropy": entropy,
+            "router_confidence": confidence,
+        }
+        return found | {"dropped": dropped} if self.config.model.capacity_factor else found
+
+    def watch(self, counts: list[list[int]], extra: Mapping[str, Value]) -> tuple[list[list[int]], list[Change]]:
+        return count_starved(counts, by_layer(extra["router"])[0] if extra else [])
+
+    @property
+    def counted(self) -> tuple[int, int]:
+        return self.config.model.num_moe_layers, self.config.model.num_experts
+
+    def fresh_memory(self, modules: Modules) -> dict[str, list]:
+        return fresh_routers(self.config.model)
+
+    def known_memory(self, modules: Modules) -> dict[str, tuple[int, ...]]:
+        model = self.config.model
+        return dict.fromkeys((BIAS, LOAD), (model.num_moe_layers, model.num_experts))
+
+    def after_step(self, memory: Memory, extra: Mapping[str, Tensor], micro_batches: int) -> Memory:
+        return routers_after_step(memory, extra["router"][:, :-3], micro_batches, self.config) if memory else memory
+
+    def tell(self, modules: Modules, memory: Memory) -> None:
+        tell_routers(self.choosers or choosers(modules[""]), memory, self.config.model)
+
+
+def router_extra(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """See `LanguageModelling.extra`."""
+    if not model.is_moe:
+        return {}
+    return {"aux_loss": (), "z_loss": (), "router": (model.num_moe_layers, model.num_experts + 3)}
+
+
+def by_layer(router: Sequence[Sequence[float]]) -> tuple[list[list[float]], tuple[list[float], ...]]:
+    """(loads [MoE layers][experts], (entropy, confidence, dropped), each [MoE layers])."""
+    return [list(row[:-3]) for row in router], tuple([row[i] for row in router] for i in (-3, -2, -1))
+
+
+def fresh_routers(model: ModelConfig) -> dict[str, list]:
+    """What routers remember before the first step: no bias, and even loads."""
+    layers, experts = model.num_moe_layers, model.num_experts
+    found: dict[str, list] = {}
+    if layers and model.router_bias_rate is not None:
+        found[BIAS] = [[0.0] * experts for _ in range(layers)]
+    if layers and model.aux_loss_over == "global_batch":
+        found[LOAD] = [[1 / experts] * experts for _ in range(layers)]
+    return found
+
+
+def routers_after_step(memory: Memory, load: Tensor, micro_batches: int, config: Config) -> Memory:
+    """What routers remember after a step. All of it stays on the device.
+
+    A bias moves by `model.router_bias_rate` towards an even load (arXiv:2412.19437, section 2.1.2): b_e += rate *
+    sign(mean load - load_e). Loads are compared as whole numbers of assignments, so that no rounding tips the sign.
+
+    Args:
+        load: float64 [MoE layers, experts], each expert's share of the assignments over the whole global batch.
+        micro_batches: of the global batch, filled ones included.
+    """
+    model, train = config.model, config.train
+    found = dict(memory)
+    if LOAD in memory:
+        found[LOAD] = load
+    if BIAS in memory and model.router_bias_rate:
+        assert train.micro_batch
+        assignments = micro_batches * train.micro_batch * train.seq_len * model.top_k
+        short = assignments - (load * assignments).round() * load.shape[1]
+        found[BIAS] = memory[BIAS] + model.router_bias_rate * short.sign()
+    return found
+
+
+def tell_routers(found: Iterable[Chooser], memory: Mapping[str, Tensor], model: ModelConfig) -> None:
+    """Hand each chooser, which may be some of the model's only, what it remembers."""
+    order = [i for i in range(model.num_layers) if model.is_moe_layer(i)]
+    rows = {key: value.float() for key, value in memory.items()}
+    for chooser in found:
+        row = order.index(chooser.layer)
+        if BIAS in rows:
+            chooser.bias = rows[BIAS][row]
+        if LOAD in rows:
+            chooser.global_load = rows[LOAD][row]

@@ -1,0 +1,44 @@
+"""The table of tasks. A plugin adds one with `TASKS["name"] = Mine`, a subclass of `models.tasks.task.Task`."""
+
+import difflib
+
+from configs import Config, ConfigError
+from models.families import FAMILIES, family_of
+
+from .language_modelling import LanguageModelling
+from .task import Task
+
+TASKS: dict[str, type[Task]] = {"language_modelling": LanguageModelling}
+
+
+def task_of(config: Config) -> Task:
+    """What the run learns. Raises ConfigError as `task_class`."""
+    return task_class(config)(config)
+
+
+def task_class(config: Config) -> type[Task]:
+    """The entry of `config.task`.
+
+    Raises:
+        ConfigError: no such task.
+    """
+    name = config.task
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(TASKS))}"
+        raise ConfigError(f"task={name}: no such task; {hint}")
+    return TASKS[name]
+
+
+def check_pair(config: Config) -> None:
+    """Raise ConfigError if the family's network is not what the task learns with, or either is not known."""
+    task, family = task_class(config), family_of(config.model)
+    if (task.takes, task.gives) == (family.takes, family.gives):
+        return
+    wanted, there = (task.takes, task.gives), (family.takes, family.gives)
+    fitting = [f"task={name}" for name, each in TASKS.items() if (each.takes, each.gives) == there]
+    fitting += [f"model.family={name}" for name, each in FAMILIES.items() if (each.takes, each.gives) == wanted]
+    raise ConfigError(
+        f"task={config.task} needs a network from {task.takes} to {task.gives}, model.family={config.model.family} "
+        f"goes from {family.takes} to {family.gives}: set {' or '.join(fitting) or 'another of either'}"
+    )

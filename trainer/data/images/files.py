@@ -1,0 +1,131 @@
+"""The Parquet files of an image data set: found, checked before a run starts, and identified."""
+
+import hashlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from configs import ConfigError
+from trainer.data.manifest import Split
+
+IMAGE, LABEL, BYTES = "image", "label", "bytes"
+HELD_OUT = ("validation", "valid", "test")
+"""How the names of files begin that no run trains on; the first of these that there is."""
+MOST_FILES = 100_000
+FOOTER = 64 << 20
+"""Bytes of a footer at most."""
+LARGEST_GROUP = 1 << 30
+"""Bytes that a row group may unpack to: `datasets` writes 100 rows of images to one."""
+
+
+class Group(NamedTuple):
+    """A row group."""
+
+    file: Path
+    number: int
+    rows: int
+
+
+class ImageFiles(NamedTuple):
+    groups: list[Group]
+    labels: np.ndarray
+    """int64 [rows], of all groups one after the other."""
+    sha256: str
+    """Of the names, sizes and footers of the files: a footer has places, sizes and statistics of all that is in it."""
+
+
+def image_files(path: str) -> dict[Split, list[Path]]:
+    """The Parquet files of each split: those named `validation...` or `test...` are held out, if there are any.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = Path(path)
+    if found.is_file():
+        return {"train": [found], "held_out": []}
+    files = sorted(found.rglob("*.parquet"))[: MOST_FILES + 1] if found.is_dir() else []
+    if not files or len(files) > MOST_FILES:
+        what = "is not there" if not found.exists() else "has no *.parquet" if not files else f"has over {MOST_FILES}"
+        raise ConfigError(
+            f"data.path={path} {what}: set it to a Parquet file of images, or a folder of them, as `datasets` writes "
+            f"them (columns {IMAGE}: struct<{BYTES}, path> and {LABEL})"
+        )
+    apart = {name: [file for file in files if file.name.startswith(name)] for name in HELD_OUT}
+    held_out = next((named for named in apart.values() if named), [])
+    others = {file for named in apart.values() for file in named}
+    train = [file for file in files if file not in others]
+    if not train:
+        raise ConfigError(f"data.path={path} has held-out files only, such as {files[0].name}: add those to train on")
+    return {"train": train, "held_out": held_out}
+
+
+def open_files(files: list[Path]) -> ImageFiles:
+    """Look at every file: its columns, the size of its row groups, and its labels.
+
+    Raises:
+        ConfigError: a file that cannot be read, lacks a column, or has labels that are no classes.
+    """
+    groups: list[Group] = []
+    labels: list[np.ndarray] = []
+    digest = hashlib.sha256()
+    for path in files:
+        try:
+            digest.update(_identity(path))
+            with pq.ParquetFile(path) as file:
+                _check_columns(path, file.schema_arrow)
+                for number in range(file.metadata.num_row_groups):
+                    group = file.metadata.row_group(number)
+                    if group.total_byte_size > LARGEST_GROUP:
+                        raise ConfigError(
+                            f"{path}: row group {number} unpacks to {group.total_byte_size:,} bytes, more than "
+                            f"{LARGEST_GROUP:,}: write it with smaller row groups"
+                        )
+                    groups.append(Group(path, number, group.num_rows))
+                column = file.read([LABEL], use_threads=False)[LABEL]
+        except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise ConfigError(f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+        if column.null_count:
+            raise ConfigError(f"{path}: {column.null_count} rows have no {LABEL}; leave them out")
+        found = column.to_numpy().astype(np.int64)
+        if len(found) and found.min() < 0:
+            raise ConfigError(f"{path}: {LABEL} is {found.min()} in a row: classes are counted from 0")
+        labels.append(found)
+    if not sum(map(len, labels)):
+        raise ConfigError(f"{files[0].parent}: the Parquet files have no rows")
+    return ImageFiles([group for group in groups if group.rows], np.concatenate(labels), digest.hexdigest())
+
+
+def _check_columns(path: Path, schema: pa.Schema) -> None:
+    wanted = f"columns {IMAGE}: struct<{BYTES}, path> and {LABEL}: int, as `datasets` writes them"
+    for name in (IMAGE, LABEL):
+        if name not in schema.names:
+            raise ConfigError(
+                f"{path} has no column {name} (it has {', '.join(schema.names)[:200]}): it needs {wanted}"
+            )
+    image, label = schema.field(IMAGE).type, schema.field(LABEL).type
+    inside = [field.name for field in image] if pa.types.is_struct(image) else []
+    if BYTES not in inside or not _is_binary(image.field(BYTES).type):
+        raise ConfigError(f"{path}: {IMAGE} is {str(image)[:100]}: it needs {wanted}")
+    if not pa.types.is_integer(label):
+        raise ConfigError(f"{path}: {LABEL} is {str(label)[:100]}: it needs {wanted}")
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def _identity(path: Path) -> bytes:
+    """Name, size and footer of a file. Raises ValueError if its footer is larger than it can be."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        if file.read(4) != b"PAR1" or length > min(size - 8, FOOTER):
+            raise ValueError("it does not end as one does")
+        file.seek(size - 8 - length)
+        return f"{path.name}\0{size}\0".encode() + hashlib.sha256(file.read(length)).digest()

@@ -1,0 +1,192 @@
+"""Read labelled images: any index at any time, a pure function of (seed, index)."""
+
+import io
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from PIL import Image
+from torch import Tensor
+
+from configs import ConfigError
+from configs.sections.data import DataConfig
+from models.batch import MicroBatch
+from trainer.data.manifest import Split, sources_of
+from trainer.data.read.order import mix, shuffled
+from trainer.data.read.shards import DataError
+
+from .files import BYTES, IMAGE, Group, image_files, open_files
+
+BLOCK = 16
+"""Row groups whose images are shuffled together, and that are kept in memory."""
+MODES = {1: "L", 3: "RGB"}
+FORMATS = ("PNG", "JPEG")
+LARGEST = 1 << 26
+"""Pixels of an image, before it is resized: what unpacks to more is refused before it is unpacked."""
+
+
+@dataclass
+class ImageBatch(MicroBatch):
+    """B images of one size.
+
+    Attributes:
+        images: [B, C, H, W] uint8.
+        labels: [B] int64; -1: padding.
+        example_ids: [B] int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+    example_ids: Tensor
+
+
+class Images:
+    """Images of a Parquet file or a folder of them. Not for several threads at once.
+
+    The training split goes on epoch after epoch, each in another order: row groups are permuted, BLOCK consecutive ones
+    of that order are shuffled together. The held-out split, `validation*` or `test*` files or else a share
+    `data.prepare.held_out` of all images, has one fixed order, whatever the seed, and ends at `len()`.
+
+    Raises:
+        ConfigError: as `files.open_files`; several sources; nothing in the split.
+    """
+
+    def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
+        self.config, self.split = config, split
+        if len(sources := sources_of(config)) > 1:
+            raise ConfigError(f"data.path has {len(sources)} sources, images are read from one")
+        self.path = sources[0].path
+        files = image_files(self.path)
+        found = open_files(files[split] or files["train"])
+        self.groups, self.sha256, self._labels = found.groups, found.sha256, found.labels
+        self.bad_pages: list[tuple[str, int]] = []
+        """None: what cannot be read stops the run."""
+        share = config.prepare.held_out if not files["held_out"] else 0.0
+        rows = len(self._labels)
+        held_out = np.zeros(rows, bool)
+        held_out[shuffled(rows, mix("held out", config.prepare.seed))[: round(share * rows)]] = True
+        chosen = held_out if split == "held_out" and share else ~held_out
+        self._ends = list(accumulate(group.rows for group in self.groups))
+        self._rows = [
+            np.flatnonzero(chosen[end - group.rows : end]) for group, end in zip(self.groups, self._ends, strict=True)
+        ]
+        self._size = sum(map(len, self._rows))
+        if not self._size:
+            raise ConfigError(f"data.path={self.path} has no image to {'train on' if split == 'train' else 'hold out'}")
+        self._key = mix(seed, "images") if split == "train" else mix("held out")
+        self._read: OrderedDict[int, list[bytes | None]] = OrderedDict()
+        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        first = self._decoded(*self.locate(0))
+        self.shape = first.shape
+        """[C, H, W] of each image."""
+
+    def __len__(self) -> int:
+        """Images in one pass; training goes on after it."""
+        return self._size
+
+    @property
+    def classes(self) -> int:
+        """Largest label + 1."""
+        return int(self._labels.max()) + 1
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(group, row in it) of example `index`. Raises IndexError beyond the end of the held-out split."""
+        if index < 0 or (self.split == "held_out" and index >= self._size):
+            raise IndexError(f"image {index} of {self._size}")
+        epoch, place = divmod(index, self._size)
+        order, ends = self._order(epoch)
+        block = int(np.searchsorted(ends, place, side="right"))
+        group, row = self._block(epoch, block, order)[place - (int(ends[block - 1]) if block else 0)]
+        return int(group), int(row)
+
+    def batch(self, indices: Sequence[int]) -> ImageBatch:
+        """Images stacked; -1 stands for padding, a black image without a label.
+
+        Raises:
+            DataError: an image that cannot be read, is none, or has another size than the others.
+        """
+        images, labels = np.zeros((len(indices), *self.shape), np.uint8), np.full(len(indices), -1, np.int64)
+        for i, index in enumerate(indices):
+            if index >= 0:
+                group, row = self.locate(index)
+                images[i] = self._decoded(group, row)
+                labels[i] = self._labels[self._ends[group] - self.groups[group].rows + row]
+        ids = torch.tensor(indices, dtype=torch.int64)
+        return ImageBatch(torch.from_numpy(images), torch.from_numpy(labels), ids)
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The groups of an epoch in their order, and how many images its blocks have up to each one's end."""
+        if epoch not in self._orders:
+            order = shuffled(len(self.groups), mix(self._key, epoch))
+            sizes = np.array([len(self._rows[group]) for group in order])
+            ends = np.add.reduceat(sizes, np.arange(0, len(sizes), BLOCK)).cumsum()
+            self._orders[epoch] = order, ends
+            if len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def _block(self, epoch: int, block: int, order: np.ndarray) -> np.ndarray:
+        """[n, 2]: group and row of the images of a block."""
+        if (epoch, block) not in self._blocks:
+            members = order[block * BLOCK : (block + 1) * BLOCK]
+            pairs = np.concatenate(
+                [np.stack([np.full(len(self._rows[g]), g), self._rows[g]], axis=1) for g in members.tolist()]
+            )
+            self._blocks[epoch, block] = pairs[shuffled(len(pairs), mix(self._key, epoch, block))]
+            if len(self._blocks) > 2:
+                self._blocks.popitem(last=False)
+        return self._blocks[epoch, block]
+
+    def _decoded(self, group: int, row: int) -> np.ndarray:
+        """[C, H, W] uint8. Raises DataError."""
+        where = self.groups[group]
+        data = self._bytes(group)[row]
+        if data is None:
+            raise DataError(where.file, where.number, f"row {row} has a path and no bytes", damaged=False)
+        settings = self.config.images
+        try:
+            with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                if image.width * image.height > LARGEST:
+                    raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST:,}")
+                drawn = image.convert(MODES[settings.channels])
+            if settings.size and drawn.size != (settings.size, settings.size):
+                drawn = drawn.resize((settings.size, settings.size), Image.Resampling.BILINEAR)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = f"row {row} is no PNG or JPEG that can be read: {' '.join(str(error).split())[:150]}"
+            raise DataError(where.file, where.number, reason, damaged=False) from None
+        pixels = np.asarray(drawn)
+        found = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        if found.shape != getattr(self, "shape", found.shape):
+            raise DataError(
+                where.file, where.number,
+                f"row {row} has {drawn.width} x {drawn.height} pixels, others {self.shape[2]} x {self.shape[1]}: set "
+                "data.images.size", damaged=False,
+            )  # fmt: skip
+        return found
+
+    def _bytes(self, group: int) -> list[bytes | None]:
+        """The images of a row group, as they are in the file. Raises DataError."""
+        if group not in self._read:
+            self._read[group] = _read_group(self.groups[group])
+            if len(self._read) > BLOCK + 2:
+                self._read.popitem(last=False)
+        self._read.move_to_end(group)
+        return self._read[group]
+
+
+def _read_group(group: Group) -> list[bytes | None]:
+    try:
+        with pq.ParquetFile(group.file) as file:
+            column = file.read_row_group(group.number, [f"{IMAGE}.{BYTES}"], use_threads=False)[IMAGE]
+        images = column.combine_chunks().field(BYTES).to_pylist()
+    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+        raise DataError(group.file, group.number, " ".join(str(error).split())[:200], damaged=False) from error
+    if len(images) != group.rows:
+        raise DataError(group.file, group.number, f"{len(images)} rows, the footer has {group.rows}", damaged=False)
+    return images

@@ -1,0 +1,113 @@
+"""The kinds of examples that a task can learn from: the table of their readers. A plugin adds one to `KINDS`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from configs import Config, ConfigError
+from configs.sections.data import DataConfig
+from models.batch import MicroBatch
+from models.tasks.table import task_class
+from trainer.tracking import inputs_of
+from trainer.tracking.tracker import Input
+
+from .default import ensure_prepared
+from .manifest import Split, sources_of, without_held_out
+from .read.reader import Dataset
+from .tokenizer.kept import keep_tokenizer
+
+
+class Examples(Protocol):
+    """One split. Which examples stand where is a pure function of (seed, index); not for several threads at once.
+
+    Attributes:
+        bad_pages: (file, row group) of what was left out so far.
+    """
+
+    bad_pages: list[tuple[str, int]]
+
+    def __len__(self) -> int:
+        """Examples in one pass; the training split goes on after it."""
+
+    def batch(self, indices: Sequence[int]) -> MicroBatch:
+        """These examples (the cursor counts them); -1 stands for padding of weight zero."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of examples is read.
+
+    Attributes:
+        ensure: checks the data of a config, and makes what can be made: `config.data` as the run will use it, and a
+            line for what was made or chosen. ConfigError if they cannot be read.
+        open: a split; None: it has nothing in it.
+        inputs: what the record says the run reads, with its digest.
+    """
+
+    ensure: Callable[[Config], tuple[DataConfig, list[str]]]
+    open: Callable[[Config, Split], Examples | None]
+    inputs: Callable[[DataConfig], list[dict[str, Any]]]
+    keep: Callable[[Path, DataConfig], None] = lambda run_dir, data: None
+    """Copies to the run's folder what a checkpoint needs of the data to be used without them."""
+
+
+def kind_of(config: Config) -> Kind:
+    """Of the examples that the run's task learns from."""
+    return KINDS[task_class(config).reads]
+
+
+def _open_tokens(config: Config, split: Split) -> Dataset | None:
+    if split == "held_out" and len(without_held_out(config.data)) == len(sources_of(config.data)):
+        return None
+    return Dataset(config.data, config.train.seq_len, config.run.seed, split)
+
+
+def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
+    from .images.reader import Images  # Pillow, which other kinds need not wait for
+
+    return Images(data, seed, split)
+
+
+def _open_images(config: Config, split: Split) -> Examples | None:
+    try:
+        return _images(config.data, config.run.seed, split)
+    except ConfigError:
+        if split == "held_out":
+            return None
+        raise
+
+
+def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
+    """Raises ConfigError as `images.reader.Images`, or if there are more classes than the model tells apart."""
+    if config.data.path == "stdlib":
+        raise ConfigError(
+            f"data.path=stdlib is text, and task={config.task} learns from images: set data.path to a Parquet file of "
+            "them, or a folder"
+        )
+    images = _images(config.data)
+    most = getattr(config.model, "classes", None)
+    if most is not None and images.classes > most:
+        raise ConfigError(
+            f"model.classes is {most}, and data.path={images.path} has labels up to {images.classes - 1}: "
+            f"set model.classes={images.classes}"
+        )
+    shape = " x ".join(map(str, images.shape))
+    return config.data, [f"data.path={images.path}: {len(images):,} images of {shape}, {images.classes} classes"]
+
+
+def _image_inputs(data: DataConfig) -> list[dict[str, Any]]:
+    images = _images(data)
+    path, profile = Path(images.path), {"images": len(images), "classes": images.classes}
+    return [Input(path.name, "training", str(path), images.sha256, profile)._asdict()]
+
+
+KINDS: dict[str, Kind] = {
+    "tokens": Kind(
+        ensure_prepared,
+        _open_tokens,
+        lambda data: [entry for source in sources_of(data) for entry in inputs_of(source.path)],
+        keep_tokenizer,
+    ),
+    "images": Kind(_ensure_images, _open_images, _image_inputs),
+}

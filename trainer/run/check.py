@@ -1,0 +1,62 @@
+"""What can be seen wrong with a model and its task before any device is held: the model is built on the meta device."""
+
+from collections import Counter
+
+from torch import nn
+
+from configs import Config, ConfigError
+from models.families import build
+from models.norm_memory import batch_norms
+from models.tasks.table import check_pair, task_of
+from trainer.engine.precision import check_precision
+
+
+def check_model(config: Config) -> None:
+    """Build the network and hold the config to it.
+
+    Args:
+        config: resolved; the default device is meta.
+
+    Raises:
+        ConfigError: task and family do not go together, a phase trains what is not there, or the network cannot be
+            trained as the config says.
+    """
+    check_pair(config)
+    module, train, family = build(config.model), config.train, config.model.family
+    check_precision(module, config)
+    if train.recompute_every and not hasattr(module, "set_activation_checkpointing"):
+        raise ConfigError(
+            f"train.activation_checkpointing={train.activation_checkpointing}: model.family={family} does not say "
+            "which of its layers can be computed again: set it to none"
+        )
+    if train.init_from and not hasattr(module, "set_activation_checkpointing"):
+        raise ConfigError(f"train.init_from: model.family={family} begins from its own first values: leave it out")
+    if train.micro_batch and train.global_batch % train.micro_batch and any(True for _ in batch_norms(module)):
+        raise ConfigError(
+            f"train.micro_batch ({train.micro_batch}) does not divide train.global_batch ({train.global_batch}), and "
+            f"BatchNorm would see the padding: set train.micro_batch to a divisor"
+        )
+    _check_phases(module, config)
+
+
+def _check_phases(module: nn.Module, config: Config) -> None:
+    phases = task_of(config).phases
+    names = Counter(phase.name for phase in phases)
+    if not phases or max(names.values()) > 1 or phases[0].every != 1:
+        raise ConfigError(f"task={config.task}: its phases need names of their own, and the first is due at each step")
+    for phase in phases:
+        try:
+            part = module.get_submodule(phase.parameters)
+        except AttributeError:
+            raise ConfigError(
+                f"task={config.task} trains {phase.parameters}, which model.family={config.model.family} has not"
+            ) from None
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            raise ConfigError(f"task={config.task}: there is nothing to train in {phase.parameters or 'the model'}")
+    if len(phases) > 1 and config.parallel.zero_stage == 3:
+        raise ConfigError(
+            f"parallel.zero_stage=3: task={config.task} has {len(phases)} phases, each with an engine of its own, and "
+            "ZeRO-3 gathers weights for the passes of its own engine only: set it to 0, 1 or 2"
+        )
+    if len(phases) > 1 and config.train.precision == "fp16":
+        raise ConfigError(f"train.precision=fp16: task={config.task} has several phases: set it to bf16 or fp32")

@@ -1,0 +1,37 @@
+"""What a model of any family comes to, counted by torch on the meta device."""
+
+from typing import Any
+
+import torch
+
+from configs import Config, ConfigError
+from models.families import build
+from models.flops import flops_of_example
+from models.tasks.table import check_pair
+from trainer.data.kinds import kind_of
+
+
+def counts(config: Config) -> dict[str, Any]:
+    """`parameters`, and `flops_per_example` in training; None where that cannot be counted, as `flops_unknown` says.
+
+    Args:
+        config: resolved, its plugins loaded.
+
+    Raises:
+        ConfigError: task and family do not go together.
+    """
+    check_pair(config)
+    with torch.device("meta"):
+        module = build(config.model)
+    found: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters()), "flops_per_example": None}
+
+    def example() -> Any:
+        examples = kind_of(config).open(config, "train")
+        assert examples
+        return examples.batch([0])
+
+    try:
+        found["flops_per_example"] = flops_of_example(config, example)
+    except (ConfigError, RuntimeError) as error:
+        found["flops_unknown"] = " ".join(str(error).split())[:300]
+    return found
