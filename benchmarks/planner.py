@@ -185,7 +185,7 @@ def serve(sections: dict[str, Any], rank: int, world: int, port: int, steps: int
             as_trainer()
         batches = [random_batch(config) for _ in range(engine.accumulation)]
         start = time.perf_counter()
-        train_step(engine, learner, batches, tokens, config)
+        train_step({"model": engine}, learner, batches, tokens, config)
         times.append(time.perf_counter() - start)
     pipe.send((plan, found, highest, statistics.median(times[steps + 1 :])))
 

@@ -24,7 +24,7 @@ def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
 
     Args:
         config: resolved.
-        batch: reads an example, if it has to be known.
+        batch: reads a few examples, if they have to be known.
 
     Raises:
         RuntimeError: the task looks at values, which the meta device has not: it cannot be counted.

@@ -67,20 +67,20 @@ class NormTap:
     def known(self) -> Shapes:
         return {key: (len(value),) for key, value in self.fresh().items()}
 
-    def collect(self, real: Tensor) -> dict[str, Tensor]:
-        """Sums of the passes since the last call, in float64; those of a batch that is all padding count nothing.
+    def collect(self, real: Tensor) -> list[Tensor]:
+        """Sums of the passes since the last call, float64, in the order of `extra`; of a batch that is all padding 0.
 
         Args:
             real: scalar bool on the device: whether the batch has an example.
         """
         heard, self._heard = self._heard, {}
-        found: dict[str, Tensor] = {}
+        found: list[Tensor] = []
         for name, layer in self._layers.items():
             sums = heard.get(name)
             if sums is None:
                 sums = torch.zeros(2 * layer.num_features + 1, dtype=torch.float64, device=_mean(layer).device)
             sums = torch.where(real, sums, torch.zeros_like(sums))
-            found |= {f"{name}.statistics": sums[:-1].view(2, -1), f"{name}.passes": sums[-1]}
+            found += [sums[:-1], sums[-1]]
         return found
 
     def after_step(self, memory: dict[str, Tensor], extra: Mapping[str, Tensor]) -> dict[str, Tensor]:

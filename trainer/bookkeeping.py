@@ -108,7 +108,7 @@ class Books:
     def _read(self, step: Launched) -> float | None:
         config, state, record = self._trainee.config, self._state, self._record
         task = self._trainee.learner.task
-        result = outcome(step.values.tolist(), self._trainee.learner.extra)
+        result = outcome(step.values.tolist(), self._trainee.learner.layout)
         self.asked_to_stop, self.checkpoint_every = result.asked_to_stop, result.checkpoint_every
         took = step.took()
         self._forecast.step_took(took.seconds)

@@ -42,7 +42,6 @@ from .run import revision
 from .run.durable_state import change_durable_state
 from .run.folder import attempts, read_config, run_lock, stop_requested
 from .run.plugins import with_plugins
-from .schedule import learning_rate
 from .state import TrainState
 from .step import micro_batches
 from .tracking import start_shipper
@@ -131,10 +130,11 @@ def _steps(
     if record:
         record.event("plan", **forecast.predicted())
     trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))
-    engine, where = trainee.engine, trainee.where
-    resume(run_dir, engine, state, trainee.learner, record)
+    engine, engines, where = trainee.engine, list(trainee.engines.values()), trainee.where
+    resume(run_dir, engines, state, trainee.learner, record)
     if state.step:
         trainee.remember(state.memory)
+    state.networks = trainee.networks
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
     accumulate, stragglers = engine.accumulation, among_all(config)
@@ -168,15 +168,14 @@ def _steps(
             beat(step, "step")
             read = sum_over_all([sum(each.weight for each in loaded)], here)[0]
             weight = read * config.parallel.dp / dist.get_world_size()  # the other ranks read the same
-            rate = learning_rate(step, train.steps, config.optim)
-            engine.set_learning_rate(rate)
-            values, took = trainee.step(batches, weight, riders()), stopped()
+            rate = trainee.set_learning_rate(step)
+            values, took = trainee.step(batches, weight, riders(), step), stopped()
             books.launched(Launched(Late(values), took, rate, waited, writing, engine.loss_scale()))
 
             if train.spike.action == "rollback" and books.settle():
                 beat(step, "rollback")
                 saver.wait()
-                roll_back(run_dir, engine, state, config, record)
+                roll_back(run_dir, engines, state, config, record)
                 trainee.remember(state.memory)
                 saved = state.step
                 loader.close()
@@ -192,7 +191,7 @@ def _steps(
             if last or is_due(config.checkpoint.every, step, saved, books.checkpoint_every):
                 books.settle()
                 beat(step, "checkpoint")
-                saver.save(engine, state, attempt)
+                saver.save(engines, state, attempt)
                 saved = step
                 if cadence:
                     cadence.began_write(saver.took)
@@ -203,7 +202,7 @@ def _steps(
             if record:
                 record.event("signal", step=state.step, reason="a signal, or the file `stop` in the run's folder")
             if saved != state.step:
-                saver.save(engine, state, attempt)
+                saver.save(engines, state, attempt)
     except DataError:
         books.settle()  # the steps before it are part of the record
         raise
@@ -223,8 +222,8 @@ def _steps(
 def _flops(config: Config, dataset: Examples, record: Record | None) -> float | None:
     """Training FLOPs of an example; None where they cannot be counted, which the record says."""
     try:
-        return flops_of_example(config, lambda: dataset.batch([0]))
-    except (RuntimeError, NotImplementedError) as error:
+        return flops_of_example(config, lambda: dataset.batch([0, 1]))
+    except (RuntimeError, ValueError) as error:
         if record:
             record.event("flops_unknown", reason=" ".join(str(error).split())[:300])
         return None

@@ -1,8 +1,24 @@
 """Learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Iterable
 
+from configs import Config
+from configs.load import validated
 from configs.sections.optim import OptimConfig
+from models.tasks.task import Phase
+
+
+def optimizer_of(config: Config, phase: Phase) -> OptimConfig:
+    """The section `optim` with a phase's own keys. Raises ConfigError if one of them is not right."""
+    if not phase.optimizer:
+        return config.optim
+    return validated(OptimConfig, config.optim.model_dump() | dict(phase.optimizer), f"optim of the phase {phase.name}")
+
+
+def learning_rates(step: int, config: Config, phases: Iterable[Phase]) -> dict[str, float]:
+    """Of each phase in a step of the run, by its name."""
+    return {phase.name: learning_rate(step, config.train.steps, optimizer_of(config, phase)) for phase in phases}
 
 
 def learning_rate(step: int, steps: int, optim: OptimConfig) -> float:

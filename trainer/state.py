@@ -49,5 +49,8 @@ class TrainState:
     starved: Rows[Count] = field(default_factory=list)
     """What the task counts from step to step: see `Task.watch`."""
 
+    networks: Annotated[list[str], at_most(64)] = field(default_factory=list)
+    """Submodules of the model that have optimizers of their own; empty: there is one."""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -12,7 +12,7 @@ from configs import Config
 from models.batch import MicroBatch
 from models.loss import nan_if_infinite
 from models.tasks.learner import Learner
-from models.tasks.task import Sums, Value
+from models.tasks.task import Value, trained_only
 
 from .engine.engine import Engine
 from .health.straggler import sum_with_riders
@@ -23,11 +23,11 @@ class StepOutcome:
     """What one optimizer step measured, over all processes."""
 
     loss: float
-    """Mean by weight: of a language model the cross-entropy in nats per token."""
+    """Of the first phase, mean by weight: of a language model the cross-entropy in nats per token."""
     extra: dict[str, Value]
-    """`Sums.extra`, added up over the global batch."""
+    """By `Learner.layout`: `Sums.extra`, added up over the global batch, and what later phases measured."""
     grad_norm: float
-    """Before clipping; inf or nan where the step was skipped."""
+    """Of the first phase, before clipping; inf or nan where it was skipped."""
     skipped: bool
     """Whether the weights were left alone because the loss or a gradient was not finite."""
     rank_time: list[float]
@@ -66,21 +66,25 @@ def loss_factor(weight: Tensor, share: int) -> Tensor:
 
 
 def train_step(
-    engine: Engine,
+    engines: Mapping[str, Engine],
     learner: Learner,
     batches: Sequence[MicroBatch],
     weight: Tensor,
     config: Config,
     riders: Sequence[float] = NO_RIDERS,
+    step: int = 0,
 ) -> Tensor:
-    """Launch one optimizer step over this process's micro-batches.
+    """Launch one step over this process's micro-batches: an update in every phase that is due.
 
-    The objective is the sum of the losses over all processes divided by `weight`, so that an example weighs the same
-    wherever it falls, plus the penalties, which are means over micro-batches (as Switch Transformers' router losses).
+    The objective of a phase is the sum of its losses over all processes divided by `weight`, so that an example weighs
+    the same wherever it falls, plus the penalties, which are means over micro-batches (as Switch Transformers' router
+    losses).
 
     Args:
+        engines: of each phase.
         weight: of the whole global batch (`MicroBatch.weight`), a float64 scalar on the device.
         riders: this process's, as `NO_RIDERS`.
+        step: its number; a phase is due at those that its `every` divides.
 
     Returns:
         What `outcome` reads, on the device.
@@ -89,51 +93,53 @@ def train_step(
     averaged, accumulate = config.parallel.dp * config.parallel.sp, len(batches)
     # DeepSpeed divides by the micro-batches of a process and averages over processes: undo both.
     factor = loss_factor(weight, accumulate * averaged)
-    (phase,) = learner.phases
-    nets, extra, total = {phase.name: engine}, learner.extra, None
-    for batch in batches:
-        sums = learner.loss(nets, batch, phase.name)
-        loss = sums.loss * factor
-        if sums.penalty is not None:
-            loss = loss + sums.penalty
-        engine.backward(nan_if_infinite(loss))
-        engine.step()
-        values = packed(sums, extra)
-        total = values if total is None else total + values
-    assert total is not None
-    return measured(engine, total, weight, riders, config)
+    found: dict[str, Tensor] = {}
+    for phase in learner.phases:
+        if step % phase.every:
+            continue
+        engine = engines[phase.name]
+        # Through another phase's network gradients pass, but its engine has no part in that.
+        nets = {name: engine if name == phase.name else each.module for name, each in engines.items()}
+        with trained_only({name: each.module for name, each in engines.items()}, phase.name):
+            for batch in batches:
+                sums, values = learner.loss(nets, batch, phase)
+                loss = sums.loss * factor
+                if sums.penalty is not None:
+                    loss = loss + sums.penalty
+                engine.backward(nan_if_infinite(loss))
+                engine.step()
+                found[phase.name] = found[phase.name] + values if phase.name in found else values
+    due = [engines[phase.name] if phase.name in found else None for phase in learner.phases]
+    return measured(due, learner.joined(found), weight, riders, config)
 
 
-def packed(sums: Sums, extra: Mapping[str, tuple[int, ...]]) -> Tensor:
-    """[loss, *extra] in float64, without gradient."""
-    values = [sums.loss.detach().double().view(1)]
-    for name, shape in extra.items():
-        value = sums.extra[name].detach()
-        assert value.shape == shape, f"extra {name} has the shape {tuple(value.shape)}, it is declared as {shape}"
-        values.append(value.double().reshape(-1))
-    return torch.cat(values)
-
-
-def measured(engine: Engine, sums: Tensor, weight: Tensor, riders: Sequence[float], config: Config) -> Tensor:
+def measured(
+    engines: Sequence[Engine | None], sums: Tensor, weight: Tensor, riders: Sequence[float], config: Config
+) -> Tensor:
     """Of the step just launched, on the device.
 
     Args:
-        sums: this process's part of what `packed` makes of a micro-batch, added up.
+        engines: of each phase; None: it was not due. The first one always is.
+        sums: this process's part of what `Learner.joined` gives.
     """
     sums, told = sum_with_riders(sums, riders)
     sums = sums / config.parallel.tp  # tensor-parallel ranks counted the same examples
-    return torch.cat([sums[:1], weight.view(1), engine.norm_and_skipped(), told, sums[1:]])
+    first, *others = [engine.norm_and_skipped() if engine else weight.new_zeros(2) for engine in engines]
+    if others:  # a step that is skipped in one phase changes no memory, and counts as skipped
+        first = torch.stack([first[0], torch.stack([first, *others])[:, 1].max()])
+    return torch.cat([sums[:1], weight.view(1), first, told, sums[1:], *others])
 
 
 def extra_of(values: Tensor, extra: Mapping[str, tuple[int, ...]]) -> tuple[dict[str, Tensor], Tensor]:
-    """(`StepOutcome.extra` as float64 tensors, whether the step was skipped) of what `measured` returned."""
+    """(`StepOutcome.extra` as float64 tensors, whether the step was skipped) of what `measured` returned; `extra`: see
+    `Learner.layout`."""
     sizes = [math.prod(shape) for shape in extra.values()]
     parts = values[_head() :].split(sizes)
     return {name: part.view(shape) for (name, shape), part in zip(extra.items(), parts, strict=True)}, values[3] > 0
 
 
 def outcome(values: Sequence[float], extra: Mapping[str, tuple[int, ...]]) -> StepOutcome:
-    """Of the step that `measured` these values; `extra`: see `Task.extra`."""
+    """Of the step that `measured` these values; `extra`: see `Learner.layout`."""
     loss_sum, weight, grad_norm, skipped, asked, every, *rank_time = values[: _head()]
     found, rest = {}, iter(values[_head() :])
     for name, shape in extra.items():

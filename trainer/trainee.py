@@ -28,6 +28,7 @@ from .engine.ulysses import mean_over, sequence_group, share_sequences, split
 from .observe.expert_tokens import ExpertTokens
 from .observe.held_out import held_out_loss
 from .processes.compiled import Compilations, keep_compiled
+from .schedule import learning_rates, optimizer_of
 from .step import NO_RIDERS, extra_of, train_step
 
 
@@ -36,13 +37,31 @@ class Trainee:
     """An engine over this process's part of the model, and its place among the others."""
 
     config: Config
-    engine: Engine
+    engines: dict[str, Engine]
+    """By the phase's name."""
     learner: Learner
     where: Place
     device: torch.device
     _memory: Memory = field(default_factory=dict)
     """Of the whole model."""
     compilations: Compilations = field(default_factory=Compilations)
+
+    @property
+    def engine(self) -> Engine:
+        """Of the first phase: the only one of most tasks."""
+        return next(iter(self.engines.values()))
+
+    def set_learning_rate(self, step: int) -> float:
+        """Of every phase, for a step. Returns the first one's."""
+        rates = learning_rates(step, self.config, self.learner.phases)
+        for name, rate in rates.items():
+            self.engines[name].set_learning_rate(rate)
+        return next(iter(rates.values()))
+
+    @property
+    def networks(self) -> list[str]:
+        """See `TrainState.networks`."""
+        return [phase.parameters for phase in self.learner.phases] if len(self.engines) > 1 else []
 
     def remember(self, rows: Mapping[str, list[list[float]]]) -> None:
         """Put a checkpoint's memory in place of this one, as far as the config asks for it."""
@@ -60,19 +79,22 @@ class Trainee:
         """What this process works on of a micro-batch of its data-parallel rank."""
         return split(batch, self.where.sp, self.config.parallel.sp)
 
-    def step(self, batches: Sequence[Any], weight: Tensor, riders: Sequence[float] = NO_RIDERS) -> Tensor:
+    def step(
+        self, batches: Sequence[Any], weight: Tensor, riders: Sequence[float] = NO_RIDERS, number: int = 0
+    ) -> Tensor:
         """Launch one optimizer step over parts of micro-batches. Returns what `step.outcome` reads, on the device.
 
         Args:
             weight: of the whole global batch, a float64 scalar on the device.
             riders: of this process, as `step.NO_RIDERS`.
+            number: of the step, which decides the phases that are due; 0: all.
         """
         if isinstance(self.engine, Pipeline):
             values = pipeline_step(self.engine, batches, weight, self.config, riders)
         else:
-            values = train_step(self.engine, self.learner, batches, weight, self.config, riders)
+            values = train_step(self.engines, self.learner, batches, weight, self.config, riders, number)
         if self._memory:
-            before, (extra, skipped) = self._memory, extra_of(values, self.learner.extra)
+            before, (extra, skipped) = self._memory, extra_of(values, self.learner.layout)
             after = self.learner.after_step(before, extra, len(batches) * self.config.parallel.dp)
             self._tell(unless_skipped(skipped, before, after))
         return values
@@ -102,19 +124,21 @@ class Trainee:
                     seen.add(part, self._choices(number))
             return loss
 
-        self.engine.eval()
+        for engine in self.engines.values():
+            engine.eval()
         first = range(min(train.eval_sequences, len(dataset)))
         loss, tokens = held_out_loss(
             forward, dataset, first, train.micro_batch, device, (self.where.dp, parallel.dp), at_once=parallel.stages
         )
-        self.engine.train()
+        for engine in self.engines.values():
+            engine.train()
         return loss, tokens // parallel.tp  # tensor-parallel ranks counted the same ones
 
     def _forward(self, batches: Sequence[Any]) -> Sums:
         if isinstance(self.engine, Pipeline):
             return Sums(*pipeline_loss(self.engine, batches))
         (batch,) = batches
-        return self.learner.task.evaluate({phase.name: self.engine for phase in self.learner.phases}, batch)
+        return self.learner.task.evaluate(self.engines, batch)
 
     def _choices(self, number: int) -> list[Tensor]:
         """[S, k] of each MoE layer that this process holds, in one of the batches just evaluated."""
@@ -158,8 +182,13 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         leave_uncompiled()
         for layer in getattr(module, "compiled_parts", lambda: [module])():
             layer.compile(dynamic=False)
-    engine = (Pipeline if parallel.pp > 1 else Engine)(module, config)
-    learner = Learner(task_of(config), {"": engine.module}, mean)
-    trainee = Trainee(config, engine, learner, where, device)
+    task = task_of(config)
+    engines: dict[str, Engine] = {}
+    for phase in task.phases:
+        optim, prefix = optimizer_of(config, phase), f"{phase.parameters}." if phase.parameters else ""
+        part = module.get_submodule(phase.parameters)
+        engines[phase.name] = (Pipeline if parallel.pp > 1 else Engine)(part, config, optim, prefix)
+    learner = Learner(task, {phase.parameters: engines[phase.name].module for phase in task.phases}, mean)
+    trainee = Trainee(config, engines, learner, where, device)
     trainee.remember(known)
     return trainee

@@ -246,7 +246,8 @@ class Trained:
 
         here = batch.to(self.device)
         tokens = (here.labels != -100).sum().double()
-        return outcome(train_step(self.engine, self.learner, [here], tokens, self.config).tolist(), self.learner.extra)
+        values = train_step({"model": self.engine}, self.learner, [here], tokens, self.config)
+        return outcome(values.tolist(), self.learner.layout)
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights, on the CPU, by what a checkpoint calls them."""

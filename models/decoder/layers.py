@@ -50,13 +50,13 @@ def dropout(x_BTH: Tensor, keys: Tensor | None, site: int, rate: float) -> Tenso
     """
     if keys is None or rate == 0:
         return x_BTH
-    keep = _noise(_splitmix64(keys ^ site) if site else keys, x_BTH.shape[-1]) >= round(rate * 2**32) - 2**31
+    keep = uniform_bits(_splitmix64(keys ^ site) if site else keys, x_BTH.shape[-1]) >= round(rate * 2**32) - 2**31
     return x_BTH * keep / (1 - rate)
 
 
 def jitter(x: Tensor, keys: Tensor, width: float) -> Tensor:
     """x [..., H] times uniform noise in [1 - width, 1 + width), a function of (key, channel) only as in `dropout`."""
-    uniform = _noise(_splitmix64(keys ^ _JITTER), x.shape[-1]).to(torch.float32) * 2**-31
+    uniform = uniform_bits(_splitmix64(keys ^ _JITTER), x.shape[-1]).to(torch.float32) * 2**-31
     return x * (1 + width * uniform).to(x.dtype)
 
 
@@ -70,7 +70,7 @@ def hashed(ids: Tensor, salt: Tensor) -> Tensor:
     return _splitmix64(ids + salt) & (2**63 - 1)
 
 
-def _noise(keys: Tensor, channels: int) -> Tensor:
+def uniform_bits(keys: Tensor, channels: int) -> Tensor:
     """int32 [..., channels], uniform over its range."""
     column = torch.arange(channels, dtype=torch.int32, device=keys.device) * _wrap(0x9E3779B1, 32)
     noise = _mix32(keys.to(torch.int32)[..., None] ^ column)

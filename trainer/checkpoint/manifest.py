@@ -142,7 +142,11 @@ class Manifest(Typed):
             raise ValueError(f"scalars: {shortened(min(both))} is among shapes too")
         if self.scalars.get(STEP, 0) < 0:
             raise ValueError(f"scalars: {STEP} is {self.scalars[STEP]}")
-        _check_moments(self.shapes)
+        for name in self.state.networks or [""]:
+            prefix = f"{name}." if name else ""
+            own = {state: {key: shape for key, shape in tensors.items() if key.startswith(prefix)}
+                   for state, tensors in self.shapes.items()}  # fmt: skip
+            _check_moments(own if prefix else self.shapes)
         return self
 
 

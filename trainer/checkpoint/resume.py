@@ -1,6 +1,7 @@
 """Find where a run stands and put its engine there; go back when the loss spikes."""
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import distributed as dist
@@ -19,9 +20,12 @@ from .memory import wrong_memory
 from .save import misfit, restore
 from .store import CheckpointError, Reader
 
+Engines = Sequence[Engine]
+"""One of each network that a process trains."""
 
-def resume(run_dir: Path, engine: Engine, state: TrainState, learner: Learner, record: Record | None) -> None:
-    """Bring the engine and `state` to the newest checkpoint in which nothing is wrong.
+
+def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner, record: Record | None) -> None:
+    """Bring the engines and `state` to the newest checkpoint in which nothing is wrong.
 
     The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
     and recorded; what was half written is deleted. A run without checkpoints starts from its initial weights, or from
@@ -36,7 +40,7 @@ def resume(run_dir: Path, engine: Engine, state: TrainState, learner: Learner, r
     for step in reversed(from_chief(lambda: store.committed(run_dir))):
         candidate = store.folder(run_dir, step)
         reader, problems = _check_together(candidate)
-        if reader and (problems := _misfits(reader, engine, learner)):
+        if reader and (problems := _misfits(reader, engines, learner)):
             reader, fits = None, False
         if reader:
             break
@@ -55,29 +59,31 @@ def resume(run_dir: Path, engine: Engine, state: TrainState, learner: Learner, r
     durable = DurableState(**from_chief(lambda: read_durable_state(run_dir).model_dump()))
     if not reader and durable.forked_from:
         reader, problems = _check_together(Path(durable.forked_from))
-        problems = problems if not reader else _misfits(reader, engine, learner)
+        problems = problems if not reader else _misfits(reader, engines, learner)
         if problems:
             raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
     if not reader:
         return
-    load(reader, engine, state)
+    load(reader, engines, state)
     if back := durable.rollback_from(state.step, state.rollbacks):
         state.cursor, state.rollbacks = back.cursor, back.rollbacks
     if record:
         record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(reader.path))
 
 
-def load(reader: Reader, engine: Engine, state: TrainState) -> None:
+def load(reader: Reader, engines: Engines, state: TrainState) -> None:
     """Load a verified checkpoint. Raises ConfigError if its parameters are not the model's."""
     try:
-        restore(engine, reader)
+        for engine in engines:
+            restore(engine, reader)
     except CheckpointError as error:
         raise ConfigError(f"checkpoint does not fit the model: {error}") from None
     vars(state).update(vars(reader.manifest.state))
-    engine.restore_loss_scale(state.loss_scale)
+    for engine in engines:
+        engine.restore_loss_scale(state.loss_scale)
 
 
-def roll_back(run_dir: Path, engine: Engine, state: TrainState, config: Config, record: Record | None) -> None:
+def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config, record: Record | None) -> None:
     """After a spike: weights, moments and step of the last checkpoint, the cursor after the batch that spiked.
 
     Raises:
@@ -92,7 +98,7 @@ def roll_back(run_dir: Path, engine: Engine, state: TrainState, config: Config, 
             f"or train.spike.max_rollbacks"
         )
     try:
-        load(Reader(store.folder(run_dir, steps[-1])), engine, state)
+        load(Reader(store.folder(run_dir, steps[-1])), engines, state)
     except CheckpointError as error:
         raise ConfigError(f"the loss spiked at step {spiked} and there is no going back: {error}") from None
     left_out = (state.cursor, cursor)
@@ -114,12 +120,13 @@ def _check_together(path: Path) -> tuple[Reader | None, list[str]]:
     return (None if problems else reader), problems
 
 
-def _misfits(reader: Reader, engine: Engine, learner: Learner) -> list[str]:
+def _misfits(reader: Reader, engines: Engines, learner: Learner) -> list[str]:
     """Why a checkpoint cannot be loaded into the model that the processes hold; empty if it can."""
-    mine = misfit(engine, reader) or wrong_memory(reader.manifest.state, learner)
+    misfits = [misfit(engine, reader) for engine in engines]
+    mine = next(filter(None, misfits), "") or wrong_memory(reader.manifest.state, learner)
     if problems := _union([mine] if mine else []):
         return problems
-    own, held = {piece.name for piece in engine.pieces()}, reader.manifest.shapes[store.MASTER]
+    own, held = {piece.name for engine in engines for piece in engine.pieces()}, reader.manifest.shapes[store.MASTER]
     parts = from_all([] if own == held.keys() else sorted(own))
     if not all(parts):
         return []

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,30 +24,30 @@ from .manifest import STEP
 from .store import MASTER, CheckpointError, Reader, Snapshot
 
 
-def take_snapshot(engine: Engine) -> Snapshot:
+def take_snapshot(*engines: Engine) -> Snapshot:
     """Copy this process's share of the weights and optimizer states to CPU memory."""
-    return copied(share(engine), {})
+    return copied(share(*engines), {})
 
 
-def share(engine: Engine) -> Snapshot:
+def share(*engines: Engine) -> Snapshot:
     """This process's share of the weights and optimizer states, as views that change with the next optimizer step.
 
     Where every process holds everything (ZeRO-0), each takes an equal stretch of every tensor; of what tensor-parallel
     processes hold alike, one takes it.
     """
-    optimizer = engine.optimizer
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, dict[str, list[int]]] = {}
     scalars: dict[str, float] = {}
-    for slot in engine.slots():
+    for engine, slot in [(each, slot) for each in engines for slot in each.slots()]:
+        optimizer = engine.optimizer
         low, high = (
             (slot.numel * rank // world, slot.numel * (rank + 1) // world) if engine.replicated else (0, slot.numel)
         )
         views = {MASTER: slot.view(slot.owner)}
         for key, value in optimizer.state.get(slot.owner, {}).items():
             if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
-                scalars[key] = float(value)
+                scalars[engine.prefix + key] = float(value)
             elif value.numel() == slot.owner.numel():
                 views[key] = slot.view(value)
             else:  # Adafactor's rows and columns: another shape, kept whole (ZeRO-0 only)
@@ -84,7 +84,7 @@ def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
 def misfit(engine: Engine, reader: Reader) -> str:
     """Why a checkpoint cannot be loaded into this process's engine: a parameter or a moment of it is missing or has
     another shape. Empty if it can."""
-    shapes, scalars = reader.manifest.shapes, set(reader.manifest.scalars)
+    shapes, scalars = reader.manifest.shapes, set(_scalars(engine, reader))
     needed = moments(engine.optimizer)
     for piece in engine.pieces():
         if problem := reader.misfit({piece.name: piece.shape}, others=True):
@@ -127,11 +127,21 @@ def restore(engine: Engine, reader: Reader) -> None:
                 if slot:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
         if slot:
-            _restore_states(optimizer.state[slot.owner], slot, reader, slot.owner.device if skips_on_device else "cpu")
+            where = slot.owner.device if skips_on_device else torch.device("cpu")
+            _restore_states(optimizer.state[slot.owner], slot, reader, _scalars(engine, reader), where)
     engine.parameters_changed()
 
 
-def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: torch.device | str) -> None:
+def _scalars(engine: Engine, reader: Reader) -> dict[str, float]:
+    """Those of an engine's optimizer, by their own names."""
+    held = reader.manifest.scalars.items()
+    own = [(key.removeprefix(engine.prefix), value) for key, value in held if key.startswith(engine.prefix)]
+    return {key: value for key, value in own if "." not in key}
+
+
+def _restore_states(
+    state: dict[str, Any], slot: Slot, reader: Reader, scalars: Mapping[str, float], where: torch.device
+) -> None:
     """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches; scalars where it wants them."""
     for key in reader.states:
         if key == MASTER or slot.name not in reader.manifest.shapes[key]:
@@ -143,8 +153,8 @@ def _restore_states(state: dict[str, Any], slot: Slot, reader: Reader, scalars: 
             slot.view(state[key]).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
         else:
             state[key] = reader.read(key, slot.name).view(shape).to(slot.owner.device)
-    for key, value in reader.manifest.scalars.items():
-        state[key] = torch.tensor(value, device=scalars)
+    for key, value in scalars.items():
+        state[key] = torch.tensor(value, device=where)
 
 
 class Saver:
@@ -167,20 +177,21 @@ class Saver:
         self._background, self._timeout_s = background, timeout_s
         self._thread: threading.Thread | None = None
         self._copied = threading.Event()
-        self._hook: Any = None
+        self._hooks: list[Any] = []
         self._saves = 0
         self._buffers: dict[str, Tensor] = {}
 
-    def save(self, engine: Engine, state: TrainState, attempt: int) -> None:
+    def save(self, engines: Sequence[Engine], state: TrainState, attempt: int) -> None:
         """Begin to write a checkpoint, or write it if not in the background."""
         start = time.perf_counter()
         self.wait()
-        views = share(engine)
+        views = share(*engines)
         self._saves += 1
         copied_state = TrainState(**state.to_dict())
         arguments = (views, copied_state, f"{attempt}.{self._saves}", dist.get_rank(), dist.get_world_size())
         if self._background:
-            self._hook = self._hook or engine.optimizer.register_step_pre_hook(self._before_step)
+            if not self._hooks:  # whichever of them steps first
+                self._hooks = [each.optimizer.register_step_pre_hook(self._before_step) for each in engines]
             self._copied.clear()
             # Not a daemon: an interpreter that exits waits for the write to end.
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")

@@ -27,6 +27,7 @@ class Engine:
     Attributes:
         module: the network, of which DeepSpeed may have replaced layers.
         optimizer: torch's, over what this process holds of the fp32 weights.
+        prefix: what its parameters' names begin with in a checkpoint.
         device: where the network is.
         accumulation: micro-batches of this process in a step.
         sharded: whether a process holds only its own part of each working weight (ZeRO-3).
@@ -46,7 +47,7 @@ class Engine:
         optim, parallel = optim or config.optim, config.parallel
         experts = expert_group_name(config) if parallel.ep > 1 else None
         optimizer = build_optimizer(parameter_groups(module, optim, experts), optim)
-        self._prefix = prefix
+        self.prefix = prefix
         self._shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
         self._fp16 = config.train.precision == "fp16"
         self._copies = None
@@ -136,7 +137,7 @@ class Engine:
                 shape = self._shapes[plain]
                 box = box_of(shape, private.local_shape(parameter), part, self._tp_rank, self._ep_rank)
                 writes = self._tp_rank == 0 or box != whole(shape)
-                yield Piece(self._prefix + plain, shape, box, parameter, writes)
+                yield Piece(self.prefix + plain, shape, box, parameter, writes)
 
     def slots(self) -> Iterator[Slot]:
         """Every stretch of them whose states this process holds, in the same order."""

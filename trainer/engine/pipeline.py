@@ -98,7 +98,7 @@ def pipeline_step(
     for stage in stages:
         stage.feed(batches, loss_factor=factor, balance_factor=1 / accumulate)
     engine.train_step(batches)
-    return measured(engine, _sums(stages, accumulate * dp), tokens, riders, config)
+    return measured([engine], _sums(stages, accumulate * dp), tokens, riders, config)
 
 
 def pipeline_loss(engine: Pipeline, batches: Sequence[Batch]) -> LossOutput:

@@ -9,6 +9,7 @@ from torch import distributed as dist
 from configs import Config
 from models.tasks.learner import Learner
 from trainer.health.rates import gpu_facts
+from trainer.schedule import learning_rates
 from trainer.state import TrainState
 from trainer.step import StepOutcome
 
@@ -68,7 +69,9 @@ def step_metrics(
         metrics["tflops"] = flops / 1e12
         if peak := peak_flops(here, config.train.kept_in):
             metrics["mfu"] = flops / peak
-    metrics |= learner.metrics(outcome.extra, outcome.weight)
+    rates = learning_rates(state.step, config, learner.phases[1:])
+    metrics |= {f"lr_{name}": value for name, value in rates.items()}
+    metrics |= learner.metrics(outcome.extra, outcome.weight, state.step)
     if outcome.rank_time:
         metrics["rank_time"] = [round(seconds, 6) for seconds in outcome.rank_time]
     if state.loss_scale:

@@ -9,6 +9,7 @@ from models.families import build
 from models.norm_memory import batch_norms
 from models.tasks.table import check_pair, task_of
 from trainer.engine.precision import check_precision
+from trainer.schedule import optimizer_of
 
 
 def check_model(config: Config) -> None:
@@ -53,6 +54,12 @@ def _check_phases(module: nn.Module, config: Config) -> None:
             ) from None
         if not any(parameter.requires_grad for parameter in part.parameters()):
             raise ConfigError(f"task={config.task}: there is nothing to train in {phase.parameters or 'the model'}")
+        optimizer = optimizer_of(config, phase)
+        if optimizer.name in ("adafactor", "muon") and config.parallel.zero_stage:
+            raise ConfigError(
+                f"task={config.task} trains {phase.name} by {optimizer.name}, which needs whole matrices: set "
+                "parallel.zero_stage=0"
+            )
     if len(phases) > 1 and config.parallel.zero_stage == 3:
         raise ConfigError(
             f"parallel.zero_stage=3: task={config.task} has {len(phases)} phases, each with an engine of its own, and "

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from configs import Config, ConfigError
+from configs import Config
 from models.families import build
 from models.flops import flops_of_example
 from models.tasks.table import check_pair
@@ -28,10 +28,10 @@ def counts(config: Config) -> dict[str, Any]:
     def example() -> Any:
         examples = kind_of(config).open(config, "train")
         assert examples
-        return examples.batch([0])
+        return examples.batch([0, 1])
 
     try:
         found["flops_per_example"] = flops_of_example(config, example)
-    except (ConfigError, RuntimeError) as error:
+    except (ValueError, RuntimeError) as error:
         found["flops_unknown"] = " ".join(str(error).split())[:300]
     return found

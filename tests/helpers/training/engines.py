@@ -67,7 +67,7 @@ class EngineRun:
                 handle = self.engine.module.register_forward_hook(
                     lambda module, args, out: out._replace(loss_sum=out.loss_sum * torch.inf)
                 )
-            out = outcome(self.trainee.step(mine, tokens_on_device(config, step)).tolist(), self.trainee.learner.extra)
+            out = outcome(self.trainee.step(mine, tokens_on_device(config, step)).tolist(), self.trainee.learner.layout)
             if handle:
                 handle.remove()
             outcomes.append((out.loss, out.grad_norm, out.skipped))
@@ -220,7 +220,7 @@ def resume_each(config: Config, run_dirs: list[Path]) -> list[int]:
     run, steps = EngineRun(config), []
     for run_dir in run_dirs:
         state, record = TrainState(), Record(run_dir, 1) if dist.get_rank() == 0 else None
-        resume(run_dir, run.engine, state, run.trainee.learner, record)
+        resume(run_dir, [run.engine], state, run.trainee.learner, record)
         if record:
             record.close()
         steps.append(state.step)

@@ -48,8 +48,8 @@ def train(config: Config, steps: int) -> dict[str, Any]:
     for step in range(1, steps + 1):
         engine.set_learning_rate(learning_rate(step, 20, config.optim))
         mine = [split(batch_of(config, next(batches)), here.sp, sp) for _ in range(engine.accumulation)]
-        values = train_step(engine, learner, mine, tokens_on_device(config, step), seen)
-        outcomes.append(outcome(values.tolist(), learner.extra))
+        values = train_step({"model": engine}, learner, mine, tokens_on_device(config, step), seen)
+        outcomes.append(outcome(values.tolist(), learner.layout))
     engine.eval()
     with torch.no_grad():
         held_out = engine(split(batch_of(config, [1000, 1001]), here.sp, sp)).loss_sum

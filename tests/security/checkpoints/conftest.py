@@ -58,7 +58,7 @@ def resumed(engine, config):
     def run(run_dir) -> int:
         state, record = TrainState(), Record(run_dir, 1)
         try:
-            resume(run_dir, engine.engine, state, engine.trainee.learner, record)
+            resume(run_dir, [engine.engine], state, engine.trainee.learner, record)
         finally:
             record.close()
         return state.step

@@ -95,7 +95,7 @@ def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, prec
     before = {key: view.clone() for key, view in save.share(run.engine).tensors.items()}
     run.engine.optimizer.register_step_pre_hook(lambda *_: stepping.set())
     saver = save.Saver(tmp_path, settings.model_dump(mode="json"), None, background=True, timeout_s=60)
-    saver.save(run.engine, TrainState(step=2), 1)
+    saver.save([run.engine], TrainState(step=2), 1)
     run.steps(3, 4)
     saver.wait()
     written = states(store.folder(tmp_path, 2))
@@ -111,7 +111,7 @@ def test_a_failed_copy_does_not_hold_training_for_ever(tmp_path, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     run = EngineRun(config(1, 1))
     saver = save.Saver(tmp_path, run.config.model_dump(mode="json"), None, background=True, timeout_s=60)
-    saver.save(run.engine, TrainState(step=0), 1)
+    saver.save([run.engine], TrainState(step=0), 1)
     run.steps(1, 1)
     saver.wait()
     assert store.committed(tmp_path) == []

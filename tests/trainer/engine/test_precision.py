@@ -174,7 +174,7 @@ def test_copies_follow_a_restored_checkpoint_and_a_rollback(tmp_path):
     run, state = EngineRun(settings), TrainState(step=2, cursor=8)
     run.steps(1, 2)
     saved = weights(run)
-    Saver(tmp_path, settings.model_dump(mode="json"), None, background=False, timeout_s=60).save(run.engine, state, 1)
+    Saver(tmp_path, settings.model_dump(mode="json"), None, background=False, timeout_s=60).save([run.engine], state, 1)
     went_on = run.steps(3, 5)
 
     other = EngineRun(settings)
@@ -184,7 +184,7 @@ def test_copies_follow_a_restored_checkpoint_and_a_rollback(tmp_path):
     assert other.steps(3, 5) == went_on
 
     state.step, state.cursor = 5, 20
-    roll_back(tmp_path, run.engine, state, settings, None)
+    roll_back(tmp_path, [run.engine], state, settings, None)
     assert (state.step, state.cursor) == (2, 20)
     assert equal(weights(run), saved)
     assert stale_copies(run.engine.module) == []
