@@ -14,9 +14,9 @@ import numpy as np
 from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 from trainer.data.manifest import SPLITS, Split
+from trainer.data.sources.damage import Damaged
 from trainer.data.sources.formats import BETWEEN, RECORD_VALUES, text_in
 from trainer.data.sources.read import Record, Refusal, cut
-from trainer.data.sources.unpack import Damaged
 from trainer.data.tokenizer.tokenizer_process import (
     TokenizerError,
     encode,
@@ -203,7 +203,7 @@ class Encoder:
         if self._unknown not in (None, spec.eos_id):
             of_them = sum(int(np.count_nonzero(part.tokens == self._unknown)) for part in batch.splits.values())
             if of_them:
-                batch.losses.add(Losses(unknown=of_them, unknown_token=self.tokenizer.id_to_token(self._unknown)))
+                batch.losses.add(Losses(unknown=of_them, unknown_token=self.tokenizer.id_to_token(self._unknown) or ""))
         return batch
 
     def encode(self, document: bytes) -> tuple[list[np.ndarray], int]:

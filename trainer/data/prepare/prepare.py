@@ -23,7 +23,7 @@ from trainer.data.manifest import (
     read_manifest,
     write_manifest,
 )
-from trainer.data.sources.find import Input, find_inputs, linked_folders
+from trainer.data.sources.find import Input, find_inputs, is_marker, linked_folders
 from trainer.data.sources.parquet import RECORD_WEIGHT
 from trainer.data.sources.read import Reader, Record, Refusal
 from trainer.data.tokenizer.make import changed, make_tokenizer
@@ -72,8 +72,7 @@ def prepare(
         ConfigError: nothing to read, nothing usable, a bad tokenizer, an `out` that is taken, or (strict) a refusal.
     """
     config, limits = config or PrepareConfig(), limits or LimitsConfig()
-    out = Path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = _folder_to_make(out)
     with _locked(out):
         files = find_inputs(inputs)
         fingerprint = _fingerprint(files, config, limits, text_key)
@@ -108,6 +107,23 @@ def prepare(
         except BaseException:
             shutil.rmtree(part, ignore_errors=True)
             raise
+
+
+def _folder_to_make(out: str | Path) -> Path:
+    """The path of `out`, whose parent is there. Raises ConfigError where no folder can be made."""
+    try:
+        if not str(out) or not os.path.basename(os.path.normpath(out)).strip("."):
+            raise ConfigError(f"--out {str(out)!r} names no folder to make")
+        str(out).encode()
+        path = Path(out)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _lock_of(path).touch()
+    except UnicodeError:
+        raise ConfigError("--out: its path is not UTF-8, which a config could not name; choose another") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--out {out} cannot be made ({why}): name a folder where you can write") from None
+    return path
 
 
 def _build(
@@ -147,7 +163,7 @@ def _build(
         losses = Losses()
         writers = {split: SplitWriter(part, split, dtype, config.row_group_tokens, info.vocab_size) for split in SPLITS}
         meter.describe("tokenize")
-        refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="surrogateescape"))
+        refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="backslashreplace"))
         # One worker is no gain, so with a tokenizer of our own making, which is as safe as this process, there is none.
         workers = 0 if workers <= 1 and info.kind != "file" else workers
         batches = encode_all(_batches(files, reader, meter), spec, workers)
@@ -155,7 +171,7 @@ def _build(
         for batch in batches:
             losses.add(batch.losses)
             for refusal in batch.refused:
-                if strict:
+                if strict and not (refusal.reason == "not data" and is_marker(refusal.path)):
                     raise ConfigError(f"--strict: {refusal}")
                 reasons[refusal.reason] += 1
                 first = first or refusal
@@ -264,10 +280,14 @@ def _unchanged(
     )
 
 
+def _lock_of(out: Path) -> Path:
+    return out.with_name(f".{out.name}.lock")
+
+
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of an output folder; it is free again when the process ends, however it ends."""
-    path = out.with_name(f".{out.name}.lock")
+    path = _lock_of(out)
     with open(path, "w", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from .damage import Damaged
 from .formats import missing
-from .unpack import Damaged
 
 
 class Column(NamedTuple):

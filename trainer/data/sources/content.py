@@ -4,8 +4,8 @@ import io
 import json
 import re
 
+from .damage import Damaged
 from .formats import BETWEEN, BOM, json_values, text_in
-from .unpack import Damaged
 
 LOOKED_AT = 16
 """Lines that tell whether a file has a JSON object on each."""

@@ -1,5 +1,6 @@
 """Find raw inputs: files, folders, globs, the standard library; and what kind each is by its name."""
 
+import contextlib
 import glob
 import os
 import re
@@ -24,6 +25,10 @@ _BESIDE = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|datasheet|(md5|sha256)sums?)\b.*", re.I
 )
 """Names of text files that stand beside a data set without being of it."""
+_MARKER = re.compile(r"_[^.]*")
+"""Names that Spark, Hive and Parquet give to what is not data, as `_SUCCESS` and `_metadata`; readers of them pass over
+every name that begins with `_`, which a Python module may do too."""
+_UNDERNEATH = re.compile(r"/(_delta_log|_temporary|_spark_metadata)/")
 _CARD = re.compile(
     rb"^(dataset_info|configs|task_categories|task_ids|size_categories|pretty_name|annotations_creators):", re.M
 )
@@ -46,10 +51,10 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     Args:
         inputs: files, folders, glob patterns, or `stdlib` (the .py files of this Python's standard library).
             In folders, names that start with a dot and `__pycache__` are passed over, and links to folders followed, to
-            each folder once. A file's ending tells its
+            each folder once. A file with several names is read once. A file's ending tells its
             kind: .jsonl, .json, .csv, .tsv, .parquet, anything else is text, unless it begins with what only another
-            kind does; .gz, .zst, .bz2 and .xz may follow. Of a folder with a data set, README, LICENSE and the like
-            are `beside`, unless they are given by name.
+            kind does; .gz, .zst, .bz2 and .xz may follow. Of a folder with records, README, LICENSE and the like
+            are `beside`, and so are `_SUCCESS` and other markers, unless they are given by name.
 
     Raises:
         ConfigError: an input that matches nothing.
@@ -58,11 +63,13 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     for given in inputs:
         files = [_describe(path) for path in _expand(str(given))]
         if not files:
+            if os.path.isdir(given):
+                raise ConfigError(f"folder {str(given)!r} holds no files (names that begin with a dot are passed over)")
             raise ConfigError(f"input {str(given)!r}: no file, folder or glob pattern matches anything")
         if str(given) != "stdlib" and (len(files) > 1 or files[0].path != str(given)):
             files = _without_what_is_beside(str(given), files)
         for file in files:
-            path = os.path.realpath(file.path)
+            path = _one_name(file.path)
             if path not in found or found[path].kind == "beside":
                 found[path] = file
     if not found:
@@ -175,18 +182,30 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
+def _one_name(path: str) -> object:
+    """The same for each name of a file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        if status.st_nlink > 1:
+            return status.st_dev, status.st_ino
+    return os.path.realpath(path)
+
+
+def is_marker(path: str) -> bool:
+    """Whether a file that is beside data only marks them as whole, or repeats what they say."""
+    return bool(_MARKER.fullmatch(os.path.basename(path)) or _UNDERNEATH.search(path))
+
+
 def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
-    """The files with those as `beside` that only describe the others: README, LICENSE and the like where there is no
-    other text, and of a data set from Hugging Face all text but .txt."""
-    if not any(file.kind in _RECORDS for file in files):
-        return files
-    text = [file for file in files if file.kind == "text"]
-    if _is_dataset(given):
-        beside = {file.path for file in text if not re.search(r"\.txt(\.\w+)?$", file.path, re.I)}
-    elif all(_BESIDE.fullmatch(os.path.basename(file.path)) for file in text):
-        beside = {file.path for file in text}
-    else:
-        return files
+    """The files with those as `beside` that only describe the others: of a folder with records README, LICENSE and the
+    like, and markers; of a data set from Hugging Face all text but .txt."""
+    records = any(file.kind in _RECORDS for file in files)
+    beside = {file.path for file in files if is_marker(file.path) and (records or file.bytes == 0)}
+    if records:
+        text = [file.path for file in files if file.kind == "text"]
+        beside |= {path for path in text if _BESIDE.fullmatch(os.path.basename(path))}
+        if _is_dataset(given):
+            beside |= {path for path in text if not re.search(r"\.txt(\.\w+)?$", path, re.IGNORECASE)}
     return [file._replace(kind="beside") if file.path in beside else file for file in files]
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from .unpack import Damaged
+from .damage import Damaged
 
 RECORD_BYTES = 1 << 26
 """A longer JSON value, line or Parquet value is refused: it has to stand in memory as a whole."""

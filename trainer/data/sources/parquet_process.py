@@ -4,6 +4,7 @@ The footer is checked before anything is unpacked, and what comes out is counted
 """
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import pairwise
 from multiprocessing.connection import Connection
@@ -17,8 +18,8 @@ from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 
 from .columns import Column, find_column, texts
+from .damage import Damaged
 from .parquet import EXPANDS, ITEM_WEIGHT, RAISE, RECORD_WEIGHT, Row
-from .unpack import Damaged
 
 ANSWER_BYTES, ANSWER_ROWS = 1 << 20, 4096
 BATCH_ROWS = 64
@@ -64,7 +65,7 @@ class _Reader:
     def _guarded(self) -> Iterator[Row]:
         try:
             # Without pre_buffer a column is read page by page, not a row group at a time.
-            with pa.OSFile(self.path) as source:
+            with pa.OSFile(os.fsencode(self.path)) as source:
                 options = {"pre_buffer": False, "buffer_size": 1 << 20, "page_checksum_verification": True}
                 with pq.ParquetFile(source, **options) as file:
                     leaves = [file.metadata.schema.column(i).path for i in range(file.metadata.num_columns)]

@@ -11,15 +11,13 @@ from configs.sections.data import LimitsConfig
 from trainer.data.child import MIB
 
 from .content import begins_as_json, foreign, json_kind
-from .find import Input
+from .damage import ERRORS, Damaged, Expands
+from .find import Input, is_marker
 from .formats import BOM, RECORD_BYTES, csv_rows, json_values
 from .parquet import EXPANDS, RAISE, RECORD_WEIGHT, ParquetProcess
 from .unpack import (
     ENDINGS,
-    ERRORS,
     HEAD_BYTES,
-    Damaged,
-    Expands,
     Opened,
     budget_of,
     compression_of,
@@ -98,11 +96,12 @@ class Reader:
                 what = "a link to a folder that cannot be read, or that holds the input itself"
             yield 0, Refusal(file.path, "", "unreadable file", what)
             return
+        if file.kind == "beside":
+            what = "it marks other files" if is_marker(file.path) else "it describes other files"
+            yield file.bytes, Refusal(file.path, "", "not data", f"{what}; give it by name to read it")
+            return
         if file.bytes == 0 and os.path.exists(file.path):
             yield 0, Refusal(file.path, "", "empty file")
-            return
-        if file.kind == "beside":
-            yield file.bytes, Refusal(file.path, "", "not data", "it describes other files; give it by name to read it")
             return
         progress = [""]
         try:

@@ -4,9 +4,6 @@ import bz2
 import io
 import lzma
 import os
-import shutil
-import subprocess
-import tempfile
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -16,6 +13,9 @@ from typing import Any, Literal
 import pyarrow as pa
 
 from configs.reading.parse import clip
+
+from .damage import ERRORS, Damaged, Expands
+from .zstd import ZstdStream
 
 Compression = Literal["gzip", "zstd", "bz2", "xz"]
 ENDINGS: dict[str, Compression] = {
@@ -34,11 +34,8 @@ _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "bz2": bz2.BZ2Decompressor,
     "xz": lzma.LZMADecompressor,
 }
-ERRORS = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException)
 HEAD_BYTES = 1 << 18
 """What `Opened.stream.peek` gives of a file at first; less only if that is all."""
-_WINDOW = 1 << 27
-"""The largest window of a zstd frame that pyarrow's decoder takes, as that of the zstd command does by itself."""
 
 
 def compression_of(head: bytes) -> Compression | None:
@@ -46,14 +43,6 @@ def compression_of(head: bytes) -> Compression | None:
     if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
         return "zstd"  # a skippable frame
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
-
-
-class Expands(Exception):
-    """More than its budget came out of a file."""
-
-
-class Damaged(Exception):
-    """The arguments are a reason, one of few phrases, and a detail."""
 
 
 @dataclass(frozen=True)
@@ -87,12 +76,9 @@ def opened(path: str, compression: Compression | None, budget: int | None) -> It
             return
         counted = _Counted(budget)
         tell = raw.tell
-        if compression == "zstd" and (window := _window(path)) > _WINDOW:
-            counted.stream = stack.enter_context(_zstd(path, window))
+        if compression == "zstd":
+            counted.stream = stack.enter_context(ZstdStream(path, raw, counted.count))
             tell = counted.stream.tell
-        elif compression == "zstd":
-            counted.stream = stack.enter_context(pa.CompressedInputStream(raw, "zstd"))
-            counted.at_once = 1 << 12  # what it has unpacked in a call is lost with the call
         elif compression:
             counted.stream = _Members(raw, _DECOMPRESSORS[compression], counted.count)
         else:
@@ -125,7 +111,6 @@ class _Counted(io.RawIOBase):
 
     def __init__(self, budget: int | None):
         self.stream: Any = None
-        self.at_once = HEAD_BYTES
         self.error: Exception | None = None
         self._over: Expands | None = None
         self._budget, self._left = budget, budget or 0
@@ -141,7 +126,7 @@ class _Counted(io.RawIOBase):
         while filled < len(buffer) and not self.error:
             left = self._left
             try:
-                size = self.stream.readinto(memoryview(buffer)[filled : filled + self.at_once])
+                size = self.stream.readinto(memoryview(buffer)[filled:])
                 self.count(size)
             except Expands as error:
                 # What was read before it is within the budget.
@@ -207,61 +192,6 @@ class _Members(io.RawIOBase):
     def _fill(self) -> bool:
         self._packed = self._raw.read(1 << 16)
         return bool(self._packed)
-
-
-def _window(path: str) -> int:
-    """Bytes that the first frame of a zstd file looks back at most; 0: it does not tell."""
-    with open(path, "rb") as file:
-        for _ in range(16):
-            header = file.read(8)
-            if len(header) < 8 or header[1:4] != b"\x2a\x4d\x18" or header[0] & 0xF0 != 0x50:
-                break
-            file.seek(int.from_bytes(header[4:], "little"), os.SEEK_CUR)  # a skippable frame
-    if len(header) < 8 or header[:4] != b"\x28\xb5\x2f\xfd" or header[4] & 0x20:  # a single segment
-        return 0
-    # RFC 8878, 3.1.1.1.2: the window descriptor, an exponent and eighths.
-    base = 1 << (10 + (header[5] >> 3))
-    return base + (base >> 3) * (header[5] & 7)
-
-
-def _zstd(path: str, window: int) -> "_ZstdCommand":
-    command = shutil.which("zstd")
-    if window > 1 << 31 or not command:
-        way = "it is no window of `zstd --ultra --long=31`" if command else "install the zstd command to have it read"
-        raise Damaged("zstd window too large", f"{window >> 20:,} MiB; {way}")
-    return _ZstdCommand(command, path)
-
-
-class _ZstdCommand(io.RawIOBase):
-    """Unpacks by the zstd command: pyarrow's decoder cannot be told to take a larger window."""
-
-    def __init__(self, command: str, path: str):
-        self._file, self._errors = open(path, "rb"), tempfile.TemporaryFile()  # noqa: SIM115
-        options = [command, "-dcq", "--long=31", "--no-progress"]
-        self._process = subprocess.Popen(
-            options, stdin=self._file, stdout=subprocess.PIPE, stderr=self._errors, bufsize=0
-        )
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return os.lseek(self._file.fileno(), 0, os.SEEK_CUR)
-
-    def readinto(self, buffer: Any) -> int:
-        size = self._process.stdout.readinto(buffer)  # type: ignore[union-attr]
-        if not size and self._process.wait():
-            self._errors.seek(0)
-            said = clip(self._errors.read(500).decode(errors="replace"), 500).removeprefix("/*stdin*\\ :").strip()
-            raise EOFError(said) if "end" in said else OSError(said)
-        return size
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for each in (self._process.stdout, self._file, self._errors):
-            each.close()  # type: ignore[union-attr]
-        super().close()
 
 
 def rejoined(head: bytes, stream: io.BufferedReader) -> io.BufferedReader:

@@ -91,7 +91,8 @@ def _plain(tree: Mapping[str, Any], file: Path) -> bytes:
     nothing of it."""
     own = {key: tree.get(key) for key in ("truncation", "padding", "post_processor", "model")}
     plain = {"truncation": None, "padding": None, "post_processor": _adds_nothing(own["post_processor"])}
-    plain["model"] = {**own["model"], "dropout": None} if (own["model"] or {}).get("dropout") else own["model"]
+    model = own["model"]
+    plain["model"] = {**model, "dropout": None} if isinstance(model, dict) and model.get("dropout") else model
     return file.read_bytes() if own == plain else json.dumps({**tree, **plain}, ensure_ascii=False).encode()
 
 

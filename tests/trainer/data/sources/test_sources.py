@@ -12,6 +12,8 @@ import shutil
 import time
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 from data_inputs import LINES, ROWS, TEXTS, read
@@ -22,9 +24,9 @@ from configs import ConfigError
 from configs.sections.data import PrepareConfig
 from trainer.data.prepare.prepare import prepare
 from trainer.data.sources import formats
+from trainer.data.sources.damage import Damaged
 from trainer.data.sources.find import find_inputs
 from trainer.data.sources.formats import csv_rows, json_values
-from trainer.data.sources.unpack import Damaged
 
 quick = settings(max_examples=200, deadline=None, derandomize=True, database=None)
 
@@ -201,9 +203,43 @@ def test_zstd_with_a_long_window(tmp_path: Path):
     (tmp_path / "bad.jsonl.zst").write_bytes(many[: len(many) // 2] + b"\xff" * (len(many) // 2))
     assert read(tmp_path / "bad.jsonl.zst")[1][-1][2] == "damaged compressed file"
     (tmp_path / "second.jsonl.zst").write_bytes(zstandard.compress(LINES * 200) + packed)
-    texts, [(_, where, reason)] = read(tmp_path / "second.jsonl.zst")
-    assert 900 < len(texts) <= 1000
-    assert (where, reason) == (f"after line {len(texts)}", "zstd window too large")
+    assert read(tmp_path / "second.jsonl.zst") == (TEXTS * 201, [])
+    (tmp_path / "skips.jsonl.zst").write_bytes(skippable * 20 + packed)
+    assert read(tmp_path / "skips.jsonl.zst") == (TEXTS, [])
+    (tmp_path / "padded.jsonl.zst").write_bytes(packed + b"\0" * 1000)
+    assert read(tmp_path / "padded.jsonl.zst") == (TEXTS, [])
+
+
+def test_zstd_that_is_padded_or_damaged_loses_nothing(tmp_path: Path):
+    packer = zstandard.ZstdCompressor(write_checksum=True)
+    packed = packer.compress(LINES) + zstandard.compress(b"") + b"\x5a\x2a\x4d\x18\1\0\0\0x" + packer.compress(LINES)
+    for pad in (1, 3, 512, 100_000):
+        (tmp_path / "padded.jsonl.zst").write_bytes(packed + b"\0" * pad)
+        assert read(tmp_path / "padded.jsonl.zst") == (TEXTS * 2, []), pad
+    for rest in (b"\0\0junk", b"\0" * 9 + packed, b"junk" + b"\0" * 99):
+        (tmp_path / "junk.jsonl.zst").write_bytes(packed + rest)
+        texts, [(_, where, reason)] = read(tmp_path / "junk.jsonl.zst")
+        assert (texts, where, reason) == (TEXTS * 2, "after line 10", "damaged compressed file")
+
+
+def test_a_file_with_two_names_is_read_once(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "b.jsonl").hardlink_to(tmp_path / "a.jsonl")
+    assert read(tmp_path) == (TEXTS, [])
+    assert read(tmp_path / "a.jsonl", tmp_path / "b.jsonl") == (TEXTS, [])
+
+
+def test_a_name_that_is_no_utf8(tmp_path: Path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    pq.write_table(pa.table({"text": TEXTS[:1]}), tmp_path / "x")
+    packed = {b"g\xff.gz": gzip.compress(LINES), b"z\xff.zst": long_window(LINES) + b"\0\0", b"c\xff.csv": b"text\na\n"}
+    for name, data in {b"p\xff.parquet": (tmp_path / "x").read_bytes(), b"bad\xfe.txt": b"x\xff", **packed}.items():
+        (folder / os.fsdecode(name)).write_bytes(data)
+    made = prepare([folder], tmp_path / "out", PrepareConfig(tokenizer="bytes", held_out=0.0), workers=1)
+    assert made.splits["train"].documents == 2 + (10 if shutil.which("zstd") else 5)
+    [refused] = map(json.loads, (tmp_path / "out" / "refused.jsonl").read_text().splitlines())
+    assert os.fsencode(refused["path"]).endswith(b"bad\xfe.txt")
 
 
 def test_zstd_with_a_long_window_without_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -383,10 +419,44 @@ def test_of_a_data_set_with_a_card_only_data_are_read(tmp_path: Path):
 
 
 def test_a_readme_among_other_texts_is_one_of_them(tmp_path: Path):
-    for name in ("README.md", "main.py", "LICENSE"):
+    for name in ("README.md", "_main.py", "LICENSE", "_notes"):
         (tmp_path / name).write_text(f"{name}\n")
+    assert read(tmp_path) == (["LICENSE\n", "README.md\n", "_main.py\n", "_notes\n"], [])
     (tmp_path / "numbers.csv").write_text("id,text\n1,good\n")
-    assert read(tmp_path) == (["LICENSE\n", "README.md\n", "main.py\n", "good"], [])
+    assert read(tmp_path)[0] == ["_main.py\n", "good"]
+
+
+def test_a_folder_of_spark(tmp_path: Path):
+    folder = tmp_path / "in"
+    (folder / "_temporary").mkdir(parents=True)
+    for name in ("part-0.parquet", "_metadata", "_common_metadata", "_temporary/part-0.parquet"):
+        pq.write_table(pa.table({"text": TEXTS}), folder / name)
+    (folder / "_SUCCESS").touch()
+    config = PrepareConfig(tokenizer="bytes", held_out=0.0)
+    made = prepare([folder], tmp_path / "out", config, workers=1, progress=False, strict=True)
+    assert (made.splits["train"].documents, made.refused) == (5, {"not data": 4})
+    for name in ("README.md", "LICENSE", "main.py"):
+        (folder / name).write_text("about\n")
+    assert read(folder)[0] == ["about\n", *TEXTS]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "_SUCCESS").touch()
+    (tmp_path / "texts" / "part-0").write_text("a text")
+    prepare([tmp_path / "texts"], tmp_path / "out2", config, workers=1, progress=False, strict=True)
+
+
+@pytest.mark.parametrize("out", ["", ".", "plain/x", "/proc/x/y", "bad\udcff"])
+def test_an_out_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plain").write_text("a text")
+    with pytest.raises(ConfigError, match="--out"):
+        prepare(["plain"], out, PrepareConfig(tokenizer="bytes"), workers=1, progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["plain"]
+
+
+def test_an_empty_folder_is_told_as_one(tmp_path: Path):
+    (tmp_path / ".hidden").touch()
+    with pytest.raises(ConfigError, match=r"holds no files \(names that begin with a dot are passed over\)"):
+        find_inputs([tmp_path])
 
 
 def test_a_preparation_counts_and_names_them(tmp_path: Path):
