@@ -1,10 +1,13 @@
 """For scripts and notebooks: train a run, read runs as data frames, fit scaling laws and predict by them."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +15,7 @@ import pandas as pd
 import pyarrow as pa
 
 from configs import ConfigError, ExitCode, flatten, load
+from configs.base import MOST_FLOAT
 from configs.reading.parse import clip
 from configs.sweep.definition import load_sweep
 from models.scaling.fitting import Fits
@@ -29,6 +33,9 @@ from .sweep.results.fit_commands import tokens_to_read
 
 __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
 
+CHOICE = re.compile(r"--(columns|where) (\w+=\.\.\.(?:,\w+=\.\.\.)*)(?: \(or \w+=\))?")
+OPTION = re.compile(r"(?<![^\s(])--(columns|where|table|form|convention|max-budget|unique|root)\b ?")
+"""Options of the command line in a message: one that asks for names, and any other."""
 Source: TypeAlias = str | Path | pd.DataFrame
 """A sweep's YAML file, a CSV or Parquet file with a run in each row, or a data frame of the same."""
 
@@ -155,17 +162,19 @@ def metrics(run: str | Path, root: str | Path = RUNS) -> pd.DataFrame:
         ConfigError: there is no such run.
     """
     steps: dict[int, dict[str, Any]] = {}
-    for record in read_metrics(run_folder(str(run), Path(root))):
+    with _by_argument():
+        folder = run_folder(str(run), Path(root))
+    for record in read_metrics(folder):
         row = steps.setdefault(record["step"], {})
         row |= {key: value for key, value in record.items() if key not in row}
     return pd.DataFrame(list(steps.values()), columns=None if steps else ["step", "loss"]).set_index("step")
 
 
-def fit(source: Source, *, forms: Sequence[str] | None = None, seed: int = 0, **which: Any) -> Fits:
+def fit(source: Source, *, forms: str | Sequence[str] | None = None, seed: int = 0, **which: Any) -> Fits:
     """Fit every scaling law that the runs determine, as `muster sweep fit` does.
 
     Args:
-        forms: names of laws; None: all.
+        forms: names of laws, or one; None: all.
         which: columns, where and max_budget, see `predict`.
 
     Returns:
@@ -174,8 +183,9 @@ def fit(source: Source, *, forms: Sequence[str] | None = None, seed: int = 0, **
     Raises:
         ConfigError: no such file, column or law. Its subclass Refusal: no law can be fitted to these runs.
     """
-    table, curves, _ = _open(source, **which)
-    return fit_table(table, forms, seed=seed, curves=curves)
+    with _by_argument():
+        table, curves, _ = _open(source, **which)
+        return fit_table(table, [forms] if isinstance(forms, str) else forms, seed=seed, curves=curves)
 
 
 def predict(
@@ -187,7 +197,7 @@ def predict(
         form: name of a law; None: as the runs allow.
         unique: tokens that there are to read; None: a sweep's own data, else endless.
         which: `columns`, our names (n, d, c, loss, ...) to those of the file; `where`, columns to the value that rows
-            must have; `max_budget`, FLOPs of the largest run that counts.
+            must have, "" for an empty cell; `max_budget`, FLOPs of the largest run that counts.
 
     Returns:
         `loss`, `run_loss`, `n` and `d`, each with `value`, `low` and `high`.
@@ -195,10 +205,39 @@ def predict(
     Raises:
         ConfigError: as `fit`, or a budget that is no number above 0.
     """
-    if not 0 < budget < float("inf"):
-        raise ConfigError(f"budget={budget}: should be training FLOPs, above 0")
-    table, _, there_are = _open(source, **which)
-    return predict_from_table(table, budget, form, unique or there_are)
+    budget = _above_0("budget", budget)
+    unique = unique if unique is None or unique == math.inf else _above_0("unique", unique)
+    with _by_argument():
+        table, _, there_are = _open(source, **which)
+        return predict_from_table(table, budget, form, there_are if unique is None else unique)
+
+
+def _above_0(name: str, value: Any) -> float:
+    """A number that counts something. Raises ConfigError."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not 0 < number <= MOST_FLOAT:
+        raise ConfigError(f"{name}={clip(repr(value), 80)}: should be a number above 0, at most {MOST_FLOAT:g}")
+    return number
+
+
+def _mapping(choice: re.Match[str]) -> str:
+    names = ", ".join(f'"{pair.partition("=")[0]}": ...' for pair in choice[2].split(","))
+    return f"{choice[1]}={{{names}}}"
+
+
+@contextmanager
+def _by_argument() -> Iterator[None]:
+    """Have messages name arguments in the place of the command line's options."""
+    try:
+        yield
+    except ConfigError as error:
+        told = CHOICE.sub(_mapping, str(error))
+        told = OPTION.sub(lambda match: "" if match[1] == "table" else match[1].replace("-", "_") + "=", told)
+        error.args = (told,)
+        raise
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
@@ -219,6 +258,8 @@ def _open(
 ) -> tuple[Table, Table | None, float]:
     """The runs, points of their loss curves where the design needs them, and the tokens that there are to read."""
     sweep = curves = None
+    if not isinstance(source, str | Path | pd.DataFrame):
+        raise ConfigError(f"source={clip(repr(source), 80)}: should be a file's path or a data frame")
     if isinstance(source, pd.DataFrame):
         table = table_of_columns(_arrow(source), "the data frame", columns, where)
     elif Path(source).suffix in (".yaml", ".yml"):
@@ -232,7 +273,7 @@ def _open(
     else:
         table = read_table(source, columns, where)
     if max_budget is not None:
-        table = table.without(table.c > 1.01 * max_budget, f"over max_budget {max_budget:g}")
+        table = table.up_to(_above_0("max_budget", max_budget))
     if sweep is not None and sweep.isoflop is None:
         curves = loss_curves(planned, table)
     return table, curves, tokens_to_read(sweep, table)

@@ -232,7 +232,8 @@ def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[
     """The columns that a form needs, and its optimum. Raises Refusal as `fit_form`."""
     x = _columns(form, table)
     if len(table) < form.size + 1:
-        raise Refusal("few_rows", f"{form.name}: {counted(len(table), 'run')} for {counted(form.size, 'coefficient')}")
+        there_are = f"there {'is' if len(table) == 1 else 'are'} {len(table)}"
+        raise Refusal("few_rows", f"{form.name} needs more than {form.size} runs, and {there_are}")
     solution = solve(form, x, table.loss, objective)
     if not solution.converged:
         # Where a term has left the form, its exponent means nothing and no search for it ends.
@@ -275,8 +276,8 @@ def check(table: Table) -> None:
     if len(recipes) > 1:
         raise Refusal(
             "mixed_recipes",
-            f"the runs have {len(recipes)} recipes ({', '.join(recipes[:3])}), whose losses cannot be compared: choose "
-            f"one with --where recipe=...",
+            f"the runs have {len(recipes)} recipes ({', '.join(each or '(empty)' for each in recipes[:3])}), whose "
+            "losses cannot be compared: choose one with --where recipe=..." + ("" if all(recipes) else " (or recipe=)"),
         )
     if (count := len(_groups(table))) < LEAST_BUDGETS:
         raise Refusal(

@@ -6,8 +6,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs import counted
-
 from .allocation import Kind, Optimum, optimum
 from .drift import HOLDS, UNTESTED, Drift, Window, columns, deviation, fit_windows, held_loss, held_size
 from .forms.dense import Array, Form
@@ -120,7 +118,9 @@ class Sweep:
                 masks[origin] = rows
         if self.count not in masks:
             raise Refusal(
-                "few_rows", f"{form.name}: {counted(int(usable.sum()), 'run')} for {counted(form.size, 'coefficient')}"
+                "few_rows",
+                f"{form.name} needs at least {form.size + LEAST_SPARE} runs at two budgets or more to predict by, and "
+                f"there are {int(usable.sum())}",
             )
         generator = np.random.default_rng(self.seed)
         whole, *others = fit_windows(form, self.table, masks, start, self.objective, self.refits, generator)

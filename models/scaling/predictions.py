@@ -1,5 +1,6 @@
 """Predictions with intervals: the loss at a budget or of a model, and the compute-optimal choices."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 
 from .allocation import SHAPE, Kind, columns_at, kinds, repeats
 from .fitting import check, named, solved
-from .forms.dense import Approach3, DataConstrained, Form
+from .forms.dense import Approach3, DataConstrained, Form, Gadre, Kaplan
 from .intervals import Extrapolation, Interval, extrapolate
 from .refusal import Refusal, edge, refused
 from .table import Table
@@ -166,7 +167,12 @@ def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapol
         _, solution = solved(form, table)
         if why := edge(form, solution.at_bound):
             raise why
-    found = extrapolate(table, form, kind, seed=seed)
+    try:
+        found = extrapolate(table, form, kind, seed=seed)
+    except Refusal as refusal:
+        if form is None and refusal.kind == "few_rows" and (smaller := _smaller(table, kind, seed)):
+            raise Refusal(refusal.kind, f"{refusal}; --form {smaller} can be fitted") from None
+        raise
     whys = {law.form.name: edge(form or law.form, law.at_bound) for law in found.laws}
     if form is None:
         try:
@@ -185,6 +191,15 @@ def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapol
             f"{why}\n`muster sweep fit` lists every form: one that it does not refuse can be named with --form",
         )
     return replace(found, laws=sound)
+
+
+def _smaller(table: Table, kind: Kind, seed: int) -> str:
+    """A law of fewer coefficients that the runs determine; empty: there is none."""
+    for form in (Kaplan(), Gadre()):
+        with contextlib.suppress(Refusal):
+            _trusted(table, form, kind, seed)
+            return form.name
+    return ""
 
 
 def _check_repeats(law: Extrapolation, d: float, what: str) -> None:

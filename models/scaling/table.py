@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from configs import ConfigError
+from configs import ConfigError, counted
 from configs.reading.parse import is_file, shortened
 
 from .forms.dense import Array
@@ -28,7 +28,15 @@ MAX_UNPACKED = 8 * MAX_TABLE_CELLS + MAX_TABLE_BYTES
 """Bytes that the pages of a Parquet file may unpack to: as many numbers, and as much text as in a CSV file."""
 LONGEST_LINE = 1024**2
 """Bytes: a thousand columns of LONGEST_TEXT."""
-PROPERTIES = ("experts", "top_k", "granularity", "active_ratio", "unique")
+ALLOWED: Mapping[str, Callable[[Array], NDArray[np.bool_]]] = {
+    "experts": lambda x: np.isfinite(x) & (x >= 1) & (x == np.floor(x)),
+    "top_k": lambda x: np.isfinite(x) & (x >= 1) & (x == np.floor(x)),
+    "granularity": lambda x: np.isfinite(x) & (x > 0),
+    "active_ratio": lambda x: (x > 0) & (x <= 1),
+    "unique": lambda x: np.isnan(x) | (x > 0),
+}
+"""Which values of PROPERTIES a model can have."""
+PROPERTIES = tuple(ALLOWED)
 
 
 @dataclass(frozen=True)
@@ -48,7 +56,8 @@ class Table:
     counts: Mapping[str, Array] = field(default_factory=dict)
     """N in every convention that is known."""
     extra: Mapping[str, Array] = field(default_factory=dict)
-    """PROPERTIES that are known: experts (1: dense), top_k, granularity, active_ratio, unique (tokens)."""
+    """PROPERTIES that are known: experts (1: dense), top_k, granularity, active_ratio, unique (tokens; nan: of new ones
+    only)."""
     run: tuple[str, ...] = ()
     """The run of each row, the unit of the bootstrap."""
     recipe: tuple[str, ...] = ()
@@ -94,6 +103,13 @@ class Table:
             raise ConfigError(f"--convention {convention}: this table knows {', '.join(self.counts) or 'one N only'}")
         return replace(self, n=self.counts[convention], convention=convention)
 
+    def up_to(self, budget: float) -> "Table":
+        """The runs of at most so many FLOPs, or a little more. Raises ConfigError if there are none."""
+        over = self.c > 1.01 * budget
+        if over.all():
+            raise ConfigError(f"--max-budget {budget:g} leaves no run: the smallest spends {self.c.min():.3g} FLOPs")
+        return self.without(over, f"over --max-budget {budget:g}")
+
     def without(self, wrong: NDArray[np.bool_], why: str | Callable[[int], str]) -> "Table":
         """Leave rows out and keep their reason."""
         if not wrong.any():
@@ -125,14 +141,15 @@ def resampled(table: Table, count: int, generator: np.random.Generator) -> Array
 
 
 def read_table(
-    path: str | Path, columns: Mapping[str, str] | None = None, where: Mapping[str, str] | None = None
+    path: str | Path, columns: Mapping[str, str] | None = None, where: Mapping[str, Any] | None = None
 ) -> Table:
     """A table of runs from a CSV (also .csv.gz) or Parquet file.
 
     Args:
         columns: our name to the file's, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
             active_ratio, unique and the conventions of N; what is not named is looked for under our name.
-        where: file's columns to the value that rows must have, or several with commas between.
+        where: file's columns to the value that rows must have, or several with commas between; "": an empty cell.
+            Blanks around names and values do not count.
 
     Without c it is 6 n d; without d it is c / (6 n); both are noted.
 
@@ -146,27 +163,34 @@ def table_of_columns(
     table: Any,
     path: str | Path,
     columns: Mapping[str, str] | None = None,
-    where: Mapping[str, str] | None = None,
+    where: Mapping[str, Any] | None = None,
 ) -> Table:
     """As `read_table`, of a table of Arrow that was read from `path`, or comes from elsewhere, which it then names."""
-    data = table.column_names
+    data = [name.strip() for name in table.column_names]
+    if twice := next((name for name, times in Counter(data).items() if times > 1), None):
+        raise ConfigError(f"{path}: two columns are named {shortened(twice)}")
+    table = table.rename_columns(data)
     known = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
-    columns = dict(columns or {})
+    for option, given in (("--columns", columns), ("--where", where)):
+        if not isinstance(given, Mapping | None):
+            raise ConfigError(f"{option} {shortened(given)}: should name columns and what belongs to each")
+    columns = {str(ours).strip(): str(theirs).strip() for ours, theirs in (columns or {}).items()}
+    where = {str(name).strip(): "" if value is None else str(value) for name, value in (where or {}).items()}
     for ours, theirs in columns.items():
         if ours not in known:
             raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(known)}")
         if theirs not in data:
             raise ConfigError(f"--columns {ours}={theirs}: {path} has {shortened(', '.join(data), 300)}")
     keep = np.ones(table.num_rows, dtype=bool)
-    for name, value in (where or {}).items():
+    for name, value in where.items():
         if name not in data:
             raise ConfigError(f"--where {name}={value}: {path} has {shortened(', '.join(data), 300)}")
         keep &= np.array(
             [any(_same(cell, each) for each in value.split(",")) for cell in table.column(name).to_pylist()], dtype=bool
         )
     if not keep.any():
-        raise ConfigError(f"{path}: no row is left" + (f" where {dict(where)}" if where else ""))
-    kept = table.filter(keep)
+        raise ConfigError(f"{path}: no row is left" + (f" where {where}" if where else ""))
+    kept, in_file = table.filter(keep), (np.flatnonzero(keep) + 1).tolist()
     taken = {name: columns.get(name, name) for name in known}
     found = {ours: kept.column(theirs).to_pylist() for ours, theirs in taken.items() if theirs in data}
     notes = []
@@ -177,13 +201,17 @@ def table_of_columns(
             f"{path} has no column {' and '.join(wanted)}: name it, such as --columns "
             f"{','.join(f'{name}=...' for name in wanted)}; the file has {shortened(', '.join(data), 300)}"
         )
-    numbers = {name: _numbers(cells, name, path) for name, cells in found.items() if name not in ("run", "recipe")}
+    numbers = {
+        name: _numbers(cells, taken[name], in_file, path)
+        for name, cells in found.items() if name not in ("run", "recipe")
+    }  # fmt: skip
     if "c" not in numbers:
         numbers["c"] = 6 * numbers["n"] * numbers["d"]
         notes.append("c is 6 n d, as the table has no column of FLOPs")
     if "d" not in numbers:
         numbers["d"] = numbers["c"] / (6 * numbers["n"])
         notes.append("d is c / (6 n), as the table has no column of tokens")
+    extra, dense = _dense({name: numbers[name] for name in PROPERTIES if name in numbers})
     rows = len(numbers["n"])
     runs = Table(
         n=numbers["n"],
@@ -191,23 +219,55 @@ def table_of_columns(
         c=numbers["c"],
         loss=numbers["loss"],
         counts={name: numbers[name] for name in CONVENTIONS if name in numbers},
-        extra={name: numbers[name] for name in PROPERTIES if name in numbers},
-        run=tuple(str(cell) for cell in found.get("run", [f"row {i + 1}" for i in range(rows)])),
-        recipe=tuple(str(cell) for cell in found.get("recipe", [""] * rows)),
-        notes=tuple(notes),
+        extra=extra,
+        run=tuple(_text(cell) or f"row {i}" for cell, i in zip(found.get("run", rows * [None]), in_file, strict=True)),
+        recipe=tuple(_text(cell) for cell in found.get("recipe", rows * [None])),
+        notes=(*notes, *dense),
     )
     return usable(runs)
 
 
 def usable(table: Table) -> Table:
-    """The table without rows that no logarithm can be taken of."""
-    values = {name: getattr(table, name) for name in REQUIRED}
+    """The table without rows that no logarithm can be taken of, or whose properties no model has.
+
+    Raises:
+        ConfigError: none is left.
+    """
+    values = {name: getattr(table, name) for name in REQUIRED} | dict(table.extra)
+    right = {name: np.isfinite(values[name]) & (values[name] > 0) for name in REQUIRED}
+    for name, column in table.extra.items():
+        with np.errstate(invalid="ignore"):
+            right[name] = ALLOWED[name](column)
 
     def why(i: int) -> str:
-        return ", ".join(f"{k}={v[i]:g}" for k, v in values.items() if not (np.isfinite(v[i]) and v[i] > 0))
+        return ", ".join(f"{name}={values[name][i]:g}" for name, good in right.items() if not good[i])
 
-    wrong = ~np.all([np.isfinite(v) & (v > 0) for v in values.values()], axis=0)
-    return table.without(wrong, why)
+    left = table.without(~np.all(list(right.values()), axis=0), why)
+    if len(table) and not len(left):
+        run, reason = left.excluded[-len(table)]
+        raise ConfigError(f"no row can be used: {len(table)} left out, such as {run}: {reason}")
+    return left
+
+
+def _dense(extra: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...]]:
+    """Properties where a dense model's experts are 1, and what else is empty of it too; and a note of that."""
+    if "experts" not in extra:
+        return dict(extra), ()
+    experts = extra["experts"]
+    none = np.isnan(experts) | (experts == 0)
+    for name in ("top_k", "active_ratio"):  # what these say of a MoE is not overruled
+        if name in extra:
+            none &= np.isnan(extra[name]) | (extra[name] == 1)
+    found, filled = {**extra, "experts": np.where(none, 1.0, experts)}, []
+    for name in ("top_k", "granularity", "active_ratio"):
+        if name in extra and (empty := (found["experts"] == 1) & np.isnan(extra[name])).any():
+            found[name] = np.where(empty, 1.0, extra[name])
+            filled.append(name)
+    notes = (
+        [f"{counted(int(none.sum()), 'row')} with experts empty or 0: read as dense, experts=1"] if none.any() else []
+    )
+    notes += [f"{name} is 1 where it is empty and the model dense" for name in filled]
+    return found, tuple(notes)
 
 
 def _read(path: Path) -> Any:
@@ -295,19 +355,30 @@ def _check_unpacked(metadata: Any, source: Any, names: Sequence[str]) -> None:
                 raise ValueError(f"its pages unpack to over {MAX_UNPACKED:,} bytes")
 
 
+def _text(cell: Any) -> str:
+    return "" if cell is None or cell != cell else str(cell).strip()
+
+
 def _same(cell: Any, value: str) -> bool:
+    if not value.strip() or cell is None:
+        return _text(cell) == value.strip()
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         try:
             return float(cell) == float(value)
         except ValueError:
             return False
-    return str(cell) == value
+    return _text(cell) == value.strip()
 
 
-def _numbers(cells: Sequence[Any], name: str, path: str | Path) -> Array:
-    try:
-        return np.array([np.nan if cell is None else float(cell) for cell in cells])
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"{path}: the column of {name} holds {shortened(repr(cells[0]), 100)}, which is no number"
-        ) from None
+def _numbers(cells: Sequence[Any], column: str, rows: Sequence[int], path: str | Path) -> Array:
+    numbers = np.full(len(cells), np.nan)
+    for i, cell in enumerate(cells):
+        if cell is None or (isinstance(cell, str) and not cell.strip()):
+            continue
+        try:
+            numbers[i] = float(cell)
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(
+                f"{path}: row {rows[i]} of column {column} holds {shortened(repr(cell), 100)}, which is no number"
+            ) from None
+    return numbers

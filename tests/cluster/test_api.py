@@ -135,6 +135,40 @@ def test_a_frame_and_a_file_are_fitted_and_predicted_alike(tmp_path, frame):
         api.fit(renamed, max_budget=1e18)
 
 
+def test_what_is_like_a_number_or_a_name_is_one(frame):
+    numbered = frame.rename(columns={"params": 0})
+    names = {"n": 0, "d": "tokens", "c": "flops", "loss": "val"}
+    expected = api.predict(frame, 1e21, columns=COLUMNS, max_budget=5e19).loss
+    assert api.predict(numbered.assign(k=3), "1e21", columns=names, where={"k": 3}, max_budget="5e19").loss == expected
+    assert api.fit(frame, columns=COLUMNS, forms="kaplan").fits.keys() == {"kaplan"}
+    for wrong in (0, -1, float("nan"), 1e300, "much", True, [], None):
+        for name in ("budget", "unique", "max_budget"):
+            if wrong is not None or name == "budget":
+                with pytest.raises(ConfigError, match=f"^{name}=.*: should be a number above 0, at most 1e\\+30"):
+                    api.predict(frame, **{"budget": 1e21, "columns": COLUMNS, name: wrong})
+
+
+def test_messages_name_arguments(frame, tmp_path):
+    def told(call, *given, **named):
+        with pytest.raises(ConfigError) as caught:
+            call(*given, **named)
+        assert "--" not in str(caught.value)
+        return str(caught.value)
+
+    assert 'name it, such as columns={"n": ..., "loss": ...}; the file has' in told(api.fit, frame)
+    assert told(api.fit, frame, columns={"q": "n"}).startswith("columns=q=n: no such column")
+    assert told(api.fit, frame, columns=COLUMNS, where={"q": 1}).startswith("where=q=1: the data frame has")
+    assert told(api.fit, frame, columns=["n"]).startswith("columns=")
+    assert told(api.fit, frame, columns=COLUMNS, forms=["nope"]).startswith("form=nope: no such form")
+    assert told(api.fit, frame, columns=COLUMNS, max_budget=1).startswith("max_budget=1 leaves no run")
+    assert told(api.fit, tmp_path / "none.csv").endswith("none.csv: no such file")
+    assert told(api.fit, dict(frame)).startswith("source=")
+    mixed = frame.assign(recipe=["", "z"] * (len(frame) // 2) + ["z"] * (len(frame) % 2))
+    assert told(api.fit, mixed, columns=COLUMNS).endswith(
+        '((empty), z), whose losses cannot be compared: choose one with where={"recipe": ...}'
+    )
+
+
 def test_a_sweep_is_read_by_its_file(tmp_path, tiny_data):
     sweep = tiny_sweep(tmp_path, tiny_data, grid={}, axes={"train.steps": [4, 8, 16], "optim.lr": [1e-3]})
     setting = Setting(sweep)

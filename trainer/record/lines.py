@@ -158,7 +158,7 @@ class MetricsIndex:
 
     def _add(self, data: bytes) -> None:
         head = _HEAD.match(data)
-        if head is None or not data.endswith(b"}\n"):
+        if head is None or not data.endswith((b"}\n", b"}\r\n")):
             return  # torn by a kill
         step, attempt, written = int(head[1]), int(head[2]), float(head[3])
         line = Line(step, attempt, written, b'"eval_loss"' in data, self.offset, self.offset + len(data))

@@ -318,7 +318,7 @@ def _table(
         if not len(found):
             raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")
     if max_budget is not None:
-        found = found.without(found.c > 1.01 * max_budget, f"over --max-budget {max_budget:g}")
+        found = found.up_to(max_budget)
     return sweep, found
 
 
@@ -342,7 +342,7 @@ def _pairs(option: str, texts: list[str]) -> dict[str, str]:
     pairs = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not key.strip() or not value.strip():
+        if not equals or not key.strip() or not (value.strip() or option == "--where"):
             raise ConfigError(f"{option} {text}: should be NAME=VALUE, such as n=params")
         pairs[key.strip()] = value.strip()
     return pairs

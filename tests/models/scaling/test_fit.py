@@ -14,6 +14,7 @@ from models.scaling.allocation import kinds, optimum
 from models.scaling.fitting import Refusal, fit
 from models.scaling.forms.dense import Approach3, Kaplan
 from models.scaling.isoflop import approach2, valley
+from models.scaling.predictions import predict
 from models.scaling.table import Table
 
 TABLE = isoflop(Approach3(), HOFFMANN)
@@ -113,6 +114,19 @@ def test_mixed_recipes():
 def test_few_rows():
     found = fit(TABLE.take(np.array([0, 8, 16, 30])), forms=["approach3"])
     assert (found.chosen, found.reason.kind) == (None, "few_rows")
+    assert str(found.reason) == "approach3 needs more than 5 runs, and there are 4"
+
+
+def test_a_prediction_from_few_runs_names_a_law_that_they_determine():
+    runs = isoflop(
+        Kaplan(), {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}, budgets=(1e18, 1e20, 6)
+    )
+    few = runs.take(np.array([0, 8, 16, 27, 34, 40]) % len(runs))
+    with pytest.raises(Refusal, match=r"approach3 needs at least 7 runs .* there are 6; --form kaplan can be fitted"):
+        predict(few, 1e21)
+    assert predict(few, 1e21, "kaplan").form == "kaplan"
+    with pytest.raises(Refusal, match=r"there are 4$"):
+        predict(few.take(np.arange(4)), 1e21)
 
 
 def test_a_form_without_its_columns():

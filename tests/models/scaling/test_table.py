@@ -63,7 +63,9 @@ def test_rows_without_a_logarithm_are_left_out_with_their_reason(tmp_path):
         ("n,loss\n1,2\n", {}, "no column d"),
         ("n,d,loss\n1,2,3\n", {"n": "size"}, "--columns n=size"),
         ("n,d,loss\n1,2,3\n", {"params": "n"}, "no such column; known are n, d, c, loss"),
-        ("n,d,loss\nsmall,2,3\n", {}, "'small', which is no number"),
+        ("n,d,loss\nsmall,2,3\n", {}, "row 1 of column n holds 'small', which is no number"),
+        ("n,d,val\n1,2,3\n1,2,x\n", {"loss": "val"}, "row 2 of column val holds 'x', which is no number"),
+        ("n,d,loss, loss\n1,2,3,4\n", {}, "two columns are named loss"),
     ],
 )
 def test_mistakes(tmp_path, text, columns, words):
@@ -85,3 +87,50 @@ def test_budgets_hold_what_rounding_parts():
     c = np.array([1.0e15, 3.02e15, 0.995e15, 2.98e15, 1.004e15, 9e15])
     table = Table(np.ones(6), np.ones(6), c, np.ones(6))
     assert budgets(table).tolist() == [0, 1, 0, 1, 0, 2]
+
+
+def test_blanks_around_names_and_values_do_not_count(tmp_path):
+    path = csv(tmp_path, "n, d , loss, recipe\n1e6, 2e7, 4.5, a\n1e6, 2e7, 4.6,  b\n")
+    assert read_table(path, {" n ": "n "}, {"recipe ": " b"}).loss.tolist() == [4.6]
+    assert read_table(path).recipe == ("a", "b")
+
+
+def test_an_empty_cell_can_be_chosen(tmp_path):
+    path = csv(tmp_path, "n,d,loss,recipe,k\n1e6,2e7,4.5,,1\n1e6,2e7,4.6,z,\n")
+    assert read_table(path).recipe == ("", "z")
+    assert read_table(path, where={"recipe": ""}).loss.tolist() == [4.5]
+    found = read_table(path, where={"k": ""})
+    assert (found.loss.tolist(), found.run) == ([4.6], ("row 2",))
+    parquet.write_table(
+        pa.table({"n": [1e6, 2e6], "d": [1e7, 1e7], "loss": [4.0, 3.9], "recipe": [None, "z"]}), tmp_path / "r.parquet"
+    )
+    assert read_table(tmp_path / "r.parquet", where={"recipe": ""}).loss.tolist() == [4.0]
+
+
+def test_rows_of_models_that_there_are_not_are_left_out(tmp_path):
+    rows = {
+        "dense": ",,,,", "zero": "0,,,,", "one": "1,1,1,1,", "moe": "8,2,1,0.25,inf",
+        "half": "1.5,1,1,1,", "negative": "-4,1,1,1,", "endless": "inf,1,1,1,", "unknown": "nan,2,1,0.25,",
+        "fine": "8,2,0,0.25,", "no top": "8,,1,0.25,", "over": "8,2,1,1.5,", "none": "8,2,1,0,", "read": "8,2,1,0.25,0",
+    }  # fmt: skip
+    text = "".join(f"1e6,2e7,4.5,{name},{row}\n" for name, row in rows.items())
+    table = read_table(csv(tmp_path, f"n,d,loss,run,experts,top_k,granularity,active_ratio,unique\n{text}"))
+    assert table.run == ("dense", "zero", "one", "moe")
+    assert {name: values.tolist()[:3] for name, values in table.extra.items() if name != "unique"} == {
+        "experts": [1, 1, 1], "top_k": [1, 1, 1], "granularity": [1, 1, 1], "active_ratio": [1, 1, 1]
+    }  # fmt: skip
+    assert dict(table.excluded) == {
+        "half": "experts=1.5", "negative": "experts=-4", "endless": "experts=inf", "unknown": "experts=nan",
+        "fine": "granularity=0", "no top": "top_k=nan", "over": "active_ratio=1.5", "none": "active_ratio=0",
+        "read": "unique=0",
+    }  # fmt: skip
+    assert "2 rows with experts empty or 0: read as dense, experts=1" in table.notes
+
+
+def test_a_table_of_which_no_row_can_be_used(tmp_path):
+    path = csv(tmp_path, "n,d,loss\n1e6,2e7,-3.5\n1e6,0,4\n")
+    with pytest.raises(ConfigError, match=r"no row can be used: 2 left out, such as row 1: loss=-3\.5"):
+        read_table(path)
+    table = read_table(csv(tmp_path, "n,d,loss\n1e6,2e7,3.5\n"))
+    with pytest.raises(ConfigError, match=r"--max-budget 1000 leaves no run: the smallest spends 1\.2e\+14 FLOPs"):
+        table.up_to(1000)

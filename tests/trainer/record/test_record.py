@@ -92,6 +92,20 @@ def test_a_torn_last_line_is_left_out_and_the_next_writer_starts_afresh(tmp_path
     assert (tmp_path / "metrics.jsonl").read_bytes().splitlines()[:2] == whole["metrics.jsonl"][:2]
 
 
+def test_lines_that_an_editor_ended_otherwise_are_read(tmp_path):
+    record = Record(tmp_path, 1)
+    for step in (1, 2):
+        record.metrics({"step": step, "loss": 3.0 - step})
+    record.event("rollback", to_step=1)
+    record.close()
+    before = read_metrics(tmp_path), read_events(tmp_path), summary(tmp_path)["step"]
+    for name in ("metrics.jsonl", "events.jsonl"):
+        path = tmp_path / name
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(before[0]) == len(before[1]) == 1
+    assert (read_metrics(tmp_path), read_events(tmp_path), summary(tmp_path)["step"]) == before
+
+
 def test_after_a_restart_the_later_attempt_counts(tmp_path):
     first, second = Record(tmp_path, 1), Record(tmp_path, 2)
     for step in range(1, 11):
