@@ -35,8 +35,8 @@ from goodput_simulator import Constants, Life, closed_form, poisson, simulate
 from cluster.gangs.worker import ENVIRONMENT
 from configs import load
 from trainer.checkpoint.cadence import FIRST, PRIOR, daly
-from trainer.record.goodput import book, read_steps, total
-from trainer.record.lines import METRICS, read_events
+from trainer.record.goodput import Steps, book, read_steps, total
+from trainer.record.lines import read_events
 from trainer.run.folder import prepare_run, request_stop
 
 LLAMA_DEVICES = 16_384
@@ -128,11 +128,25 @@ class Killer:
             self._attempt, self._pid, self.has_stepped = starts[-1]["attempt"], starts[-1]["pid"], False
             self._until = starts[-1]["time"] + self._draw.expovariate(1 / self._mtbf)
         if not self.has_stepped and self._until < math.inf:
-            mine = [step for step in read_steps(self._run_dir / METRICS) if step.attempt == self._attempt]
+            mine = [step for step in each_step(read_steps(self._run_dir)) if step.attempt == self._attempt]
             self.has_stepped = bool(mine)
             if mine and self.first_step is None:
                 self.first_step = mine[0].time - mine[0].seconds
                 self._until += self.first_step - starts[-1]["time"]
+
+
+class Step(NamedTuple):
+    """One of `Steps`."""
+
+    step: int
+    attempt: int
+    time: float
+    seconds: float
+    waited: float
+
+
+def each_step(steps: Steps) -> list[Step]:
+    return [Step(*values) for values in zip(*(column.tolist() for column in steps), strict=True)]
 
 
 # What a measured run tells.
@@ -173,9 +187,10 @@ class Run:
 def read(run_dir: Path) -> Run:
     """Read a measured run's record."""
     asked = json.loads((run_dir / "measured.json").read_text())
-    events, steps = read_events(run_dir), list(read_steps(run_dir / METRICS))
+    events, all_steps = read_events(run_dir), read_steps(run_dir)
+    steps = each_step(all_steps)
     begin, end = steps[0].time - steps[0].seconds, steps[-1].time
-    books = total(book([event for event in events if event["time"] <= end], steps))
+    books = total(book([event for event in events if event["time"] <= end], all_steps))
     books["startup"] -= begin - next(event["began"] for event in events if event["event"] == "resolved")
     starts = {event["attempt"]: event["time"] for event in events if event["event"] == "attempt_started"}
     saves = [event for event in events if event["event"] == "checkpoint" and event["time"] <= end]

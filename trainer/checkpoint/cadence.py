@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from configs import counted
 from configs.units import duration
+from trainer.record.events import LAUNCH
 from trainer.record.lines import Record
 
 PRIOR = 419 / (54 * 86_400 * 16_384)
@@ -87,6 +88,7 @@ def past(events: Sequence[dict[str, Any]], attempt: int) -> Past:
     starts = [event for event in events if event["event"] == "attempt_started"]
     for start in (event for event in starts if event["attempt"] < attempt):
         own = [event for event in events if event["attempt"] == start["attempt"] and event["time"] >= start["time"]]
+        own = [event for event in own if event["event"] not in LAUNCH]
         kinds = [event.get("kind", "error") for event in own if event["event"] in ("worker_lost", "worker_failed")]
         ended = any(event["event"] == "attempt_ended" for event in own)
         lost = kinds[-1] in ("infrastructure", "hang") if kinds else not ended

@@ -157,6 +157,8 @@ EVENTS: dict[str, Fields] = {
     "trial_started": _fields("trial workers", "cpus gpus"),
     "trial_ended": _fields("trial status", "kind reason"),
 }
+LAUNCH = ("resolved", "init_from", "config_changed", "forked")
+"""Written by a launch, with the number of the attempt before it, which may have ended long ago."""
 ALWAYS = ("time", "attempt", "event")
 METRICS = ("loss", "eval_loss", "lr", "grad_norm", "tokens", "step_time", "data_wait", "tokens_per_second", "tflops",
            "mfu", "memory_gb")  # fmt: skip

@@ -1,14 +1,15 @@
 """Where a run's time went, from its record alone: every second from its first launch on, in one of a few books."""
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from trainer.files.own_files import open_file, read_lines
+import numpy as np
 
-from .lines import METRICS, read_events
+from .columns import read_rows
+from .events import LAUNCH
+from .lines import read_events
 
 BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "queue", "paused", "down", "other")
 """step: forward, backward, optimizer of steps that count. data_wait: without data in such steps. checkpoint: the
@@ -33,7 +34,7 @@ class Attempt:
 
 def goodput(run_dir: Path) -> list[Attempt]:
     """Book every second of a run's life, up to its last sign of life; empty if nothing has started."""
-    return book(read_events(run_dir), list(read_steps(run_dir / METRICS)))
+    return book(read_events(run_dir), read_steps(run_dir))
 
 
 def total(attempts: Sequence[Attempt]) -> dict[str, float]:
@@ -51,52 +52,47 @@ def unpaused(seconds: dict[str, float]) -> float:
     return sum(value for name, value in seconds.items() if name != "paused")
 
 
-class Step(NamedTuple):
-    """One training record, superseded ones included."""
+class Steps(NamedTuple):
+    """The training records of a run in the order of the file, superseded ones too; each an array, [records]."""
 
-    step: int
-    attempt: int
-    time: float
-    seconds: float
-    waited: float
+    step: np.ndarray
+    attempt: np.ndarray
+    time: np.ndarray
+    seconds: np.ndarray
+    """Of the whole step, and of those `waited` without data."""
+    waited: np.ndarray
 
-
-_NUMBER = rb"(\d{1,15}(?:\.\d+)?(?:e[+-]\d{1,2})?)"
-_LINE = re.compile(
-    rb'\{"step": (\d{1,15}), "attempt": (\d{1,15}), "time": '
-    + _NUMBER
-    + rb'.*"data_wait": '
-    + _NUMBER
-    + rb', "step_time": '
-    + _NUMBER
-)
+    def chosen(self, which: np.ndarray | slice) -> "Steps":
+        return Steps(*(column[which] for column in self))
 
 
-def read_steps(path: Path) -> Iterator[Step]:
-    """The training records of metrics.jsonl in the order of the file, without parsing the rest of a line."""
-    if not path.exists():
-        return
-    with open_file(path) as file:
-        for line in read_lines(file):
-            if found := _LINE.match(line):
-                step, attempt, time, waited, seconds = found.groups()
-                yield Step(int(step), int(attempt), float(time), float(seconds), float(waited))
+def read_steps(run_dir: Path) -> Steps:
+    """Those of metrics.jsonl that say how long they took."""
+    rows = read_rows(run_dir, ("step_time", "data_wait"))
+    seconds, waited = rows.values["step_time"], rows.values["data_wait"]
+    steps = Steps(rows.step, rows.attempt, rows.time, seconds, waited)
+    return steps.chosen(~rows.evaluation & ~np.isnan(seconds) & ~np.isnan(waited))
 
 
-def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attempt]:
+def book(events: Sequence[dict[str, Any]], steps: Steps) -> list[Attempt]:
     """As `goodput`, of a record that was read."""
     attempts: list[Attempt] = []
-    lost, ended = _superseded(steps), ""
+    ended = ""
+    lost = _superseded(steps)
+    order = np.argsort(steps.attempt, kind="stable")
+    by_attempt = steps.attempt[order]
     launches = {e.get("began", e["time"]): e.get("submitted") for e in events if e["event"] == "resolved"}
     for start in (event for event in events if event["event"] == "attempt_started"):
         number = start["attempt"]
         own = [event for event in events if event["attempt"] == number and event["time"] >= start["time"]]
-        mine = [step for step in steps if step.attempt == number]
+        own = [event for event in own if event["event"] not in LAUNCH]
+        which = order[np.searchsorted(by_attempt, number) : np.searchsorted(by_attempt, number, "right")]
+        mine = steps.chosen(which)
         before = attempts[-1].ended if attempts else None
         launched = max((time for time in launches if time <= start["time"]), default=start["time"])
         began = launched if before is None else max(before, launched)
         closed = [event["time"] for event in own if event["event"] in ("attempt_ended", "worker_lost", "worker_failed")]
-        last = max([start["time"], *(event["time"] for event in own), *(step.time for step in mine)])
+        last = max([start["time"], *(event["time"] for event in own), float(mine.time.max(initial=0.0))])
         attempt = Attempt(number, began, closed[0] if closed else last)
         submitted = launches.get(launched) if launched == began else None
         queued = began if submitted is None else min(submitted, began)
@@ -104,7 +100,7 @@ def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attemp
             attempt.seconds["paused" if ended in ("STOPPED", "FINISHED") else "down"] = max(queued - before, 0.0)
         attempt.seconds["queue"] = began - max(queued, queued if before is None else before)
         died = not any(event["event"] == "attempt_ended" for event in own)
-        _book_attempt(attempt, own, mine, lost, died)
+        _book_attempt(attempt, own, mine, lost[which], died)
         ended = next((event.get("status", "") for event in own if event["event"] == "attempt_ended"), "")
         waits = [e["time"] for e in events if e["event"] == "waiting" and began <= e["time"] <= start["time"]]
         waited = start["time"] - waits[0] if waits else 0.0
@@ -115,43 +111,48 @@ def book(events: Sequence[dict[str, Any]], steps: Sequence[Step]) -> list[Attemp
 
 
 def _book_attempt(
-    attempt: Attempt, events: Sequence[dict[str, Any]], steps: Sequence[Step], lost: set[Step], died: bool
+    attempt: Attempt, events: Sequence[dict[str, Any]], steps: Steps, lost: np.ndarray, died: bool
 ) -> None:
-    seconds, at, step_before = attempt.seconds, attempt.began, None
+    """Book the time from each mark, a step's record or an evaluation's, to the next.
+
+    Args:
+        steps, lost: of this attempt.
+    """
+    seconds = attempt.seconds
     evaluations = [event for event in events if event["event"] == "evaluation"]
-    marks: list[tuple[float, Any]] = [*((step.time, step) for step in steps), *((e["time"], e) for e in evaluations)]
-    for time, mark in sorted(marks, key=lambda pair: pair[0]):
-        span, at = max(time - at, 0.0), max(time, at)
-        if not isinstance(mark, Step):
-            took = min(mark.get("seconds", 0.0), span)
-            seconds["evaluation"] += took
-            seconds["other" if step_before is not None else "startup"] += span - took
-            continue
-        took = min(mark.seconds, span)
-        # Of steps that were not recorded (train.log_every) the time between records is all there is.
-        unrecorded = step_before is not None and mark.step > step_before + 1
-        between = "startup" if step_before is None else "step" if unrecorded else "other"
-        waited = min(mark.waited, took)
-        if mark in lost:
-            seconds["lost"] += took + (span - took if unrecorded else 0.0)
-            seconds[between] += 0.0 if unrecorded else span - took
-        else:
-            seconds["data_wait"] += waited
-            seconds["step"] += took - waited
-            seconds[between] += span - took
-        step_before = mark.step
-    rest = "startup" if step_before is None else "lost" if died else "other"
-    seconds[rest] += max(attempt.ended - at, 0.0)
+    is_step = np.repeat([True, False], [len(steps.step), len(evaluations)])
+    took = np.concatenate([steps.seconds, [event.get("seconds", 0.0) for event in evaluations]])
+    time = np.concatenate([steps.time, [event["time"] for event in evaluations]])
+    order = np.argsort(time, kind="stable")
+    time, is_step = time[order], is_step[order]
+    at = np.maximum(time, attempt.began)
+    span = np.maximum(time - np.concatenate([[attempt.began], at])[:-1], 0.0)
+    took = np.minimum(took[order], span)
+    rest = span - took
+    stepped = np.concatenate([[False], np.logical_or.accumulate(is_step)])[:-1]
+    evaluated = ~is_step
+    seconds["evaluation"] += float(took[evaluated].sum())
+    seconds["startup"] += float(rest[~stepped].sum())
+    seconds["other"] += float(rest[evaluated & stepped].sum())
+
+    own = order[is_step]
+    number, lost, after = steps.step[own], lost[own], stepped[is_step]
+    took, rest, waited = took[is_step], rest[is_step], np.minimum(steps.waited[own], took[is_step])
+    # Of steps that were not recorded (train.log_every) the time between records is all there is.
+    unrecorded = after & (number > np.concatenate([[0], number])[:-1] + 1)
+    seconds["lost"] += float(took[lost].sum() + rest[lost & unrecorded].sum())
+    seconds["data_wait"] += float(waited[~lost].sum())
+    seconds["step"] += float((took - waited)[~lost].sum() + rest[~lost & unrecorded].sum())
+    seconds["other"] += float(rest[after & ~unrecorded].sum())
+
+    end = "startup" if not len(own) else "lost" if died else "other"
+    seconds[end] += max(attempt.ended - float(at[-1] if len(at) else attempt.began), 0.0)
     stall = min(sum(e.get("stall_s", 0.0) for e in events if e["event"] == "checkpoint"), seconds["other"])
     seconds["checkpoint"] += stall
     seconds["other"] -= stall
 
 
-def _superseded(steps: Sequence[Step]) -> set[Step]:
-    """Records of steps that were done again later."""
-    found, first_after = set(), float("inf")
-    for step in reversed(steps):
-        if step.step >= first_after:
-            found.add(step)
-        first_after = min(first_after, step.step)
-    return found
+def _superseded(steps: Steps) -> np.ndarray:
+    """Which records are of steps that were done again later, [records] of bool."""
+    least = np.minimum.accumulate(steps.step[::-1])[::-1]
+    return np.concatenate([steps.step[:-1] >= least[1:], [False]]) if len(least) else np.zeros(0, bool)

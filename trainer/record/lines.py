@@ -125,7 +125,7 @@ class Line(NamedTuple):
     end: int
 
 
-_HEAD = re.compile(rb'\{"step": (\d{1,15}), "attempt": (\d{1,15}), "time": (\d{1,15}(?:\.\d+)?(?:e\+\d{1,2})?)')
+HEAD = re.compile(rb'\{"step": (\d{1,15}), "attempt": (\d{1,15}), "time": (\d{1,15}(?:\.\d+)?(?:e\+\d{1,2})?)')
 
 
 class MetricsIndex:
@@ -157,7 +157,7 @@ class MetricsIndex:
             return
 
     def _add(self, data: bytes) -> None:
-        head = _HEAD.match(data)
+        head = HEAD.match(data)
         if head is None or not data.endswith((b"}\n", b"}\r\n")):
             return  # torn by a kill
         step, attempt, written = int(head[1]), int(head[2]), float(head[3])
@@ -267,7 +267,7 @@ def pace(run_dir: str | Path) -> float | None:
     try:
         with open(Path(run_dir) / METRICS, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 20)))
-            heads = [head for line in file.read().split(b"\n") if (head := _HEAD.match(line))]
+            heads = [head for line in file.read().split(b"\n") if (head := HEAD.match(line))]
     except FileNotFoundError:
         return None
     own = [head for head in heads[-RECENT:] if head[2] == heads[-1][2]]

@@ -1,5 +1,6 @@
 """Sends a run's record to its tracker: reads it as it grows, repeats until it is through."""
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -12,6 +13,7 @@ from typing import Any, NamedTuple
 
 from configs import Config, ConfigError, counted, load, mask
 from trainer.files.own_files import no_link, require_own
+from trainer.record.columns import update_columns
 from trainer.record.lines import MetricsIndex, Record
 
 from .sender import Sender, open_tracker, words
@@ -89,6 +91,8 @@ class Shipper(Sender):
         self._told: set[str] = set()
         self._system: SystemMetrics | None = None
         self._gone_at: float | None = None
+        self._copied = 0
+        """Bytes of metrics.jsonl that metrics.parquet has."""
 
     def run(self) -> str | None:
         """Send until the attempt has ended and everything is sent, or nothing got through for `grace` seconds."""
@@ -104,6 +108,7 @@ class Shipper(Sender):
                 self.plot()
                 self.progress = time.monotonic()
             begin = time.monotonic()
+            self._copy_columns()
             try:
                 self.send_all(ended)
                 if failing:
@@ -122,6 +127,11 @@ class Shipper(Sender):
                 if (ended or self.once) and time.monotonic() - self.progress > self.grace:
                     return self._give_up(problem)
             self._wait(backoff if failing else self.config.tracking.interval, wake=not ended)
+
+    def _copy_columns(self) -> None:
+        """Also while the tracker does not answer; a disk that is full gets the copy when there is room again."""
+        with contextlib.suppress(OSError):
+            self._copied = update_columns(self.run_dir, self._copied)
 
     def _tell(self, event: str, reason: str) -> None:
         """Say it once, where whoever watches the run sees it, while there is somebody to watch."""

@@ -1,5 +1,6 @@
 """Sends a sweep's record as one run of the tracker, and the records of its runs below it: one process, one import."""
 
+import contextlib
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from configs import Config, ConfigError, flatten, load, mask
 from configs.sections.tracking import TrackingConfig
 from configs.sweep.definition import load_sweep
 from trainer.files.own_files import require_own
+from trainer.record.columns import update_columns
 from trainer.record.lines import EVENTS, METRICS, read_events, status_of
 
 from .sender import Sender, open_tracker, words
@@ -118,6 +120,8 @@ class SweepShipper(Shipper):
             config = load(run_dir / "config.yaml")
             tracker = open_tracker(run_dir, config, self._whole_uri)
             sender = self.senders[run_dir] = Sender(run_dir, config, self._whole_uri, tracker, self.once)
+        with contextlib.suppress(OSError):
+            update_columns(run_dir)
         sender.read_events()
         status, _ = status_of(sender.events)
         if status == "NEW":

@@ -172,7 +172,7 @@ def test_what_is_no_record_is_neither_waited_for_nor_taken_into_memory(run_dir, 
             read_events(run_dir)
         unread = name == "metrics.jsonl" and kind != "zeros without end"
         with pytest.raises(OSError, match=name) if unread else contextlib.nullcontext():
-            list(read_steps(run_dir / "metrics.jsonl"))
+            read_steps(run_dir)
             MetricsIndex(run_dir).update()
         code, _, err = muster("runs", "--root", str(run_dir.parent))  # the others are shown
         assert tracemalloc.get_traced_memory()[1] < 300e6

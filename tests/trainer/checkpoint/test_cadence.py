@@ -57,6 +57,7 @@ def test_what_a_record_tells_of_failures():
         event(151, 2, "worker_lost", kind="hang"),
         event(160, 3, "attempt_started", world_size=2),  # by torchrun: nobody told of its end
         event(200, 3, "checkpoint"),
+        event(205, 3, "resolved"),  # launched anew
         event(210, 4, "attempt_started", world_size=2),
         event(215, 4, "failure"),
         event(215, 4, "attempt_ended", status="FAILED"),

@@ -1,8 +1,23 @@
-"""Every second of a run stands in one book: a written-out life with a kill, a restart and a pause, and a real run."""
+"""Every second of a run stands in one book: written-out lives with a kill, a restart and a pause, and a real run."""
 
+import json
+import signal
+import time
+
+import numpy as np
 import pytest
+from faults import kill_at_step
+from support import tiny, train_in_process
 
-from trainer.record.goodput import BOOKS, Step, book, productive, read_steps, total
+from trainer.record.goodput import BOOKS, Steps, book, goodput, productive, read_steps, total
+from trainer.record.lines import read_events, read_metrics
+from trainer.run.folder import prepare_run
+
+
+def of(*rows: tuple) -> Steps:
+    """Records as (step, attempt, time, seconds, waited)."""
+    columns = np.array(rows, float).reshape(-1, 5).T
+    return Steps(columns[0].astype(int), columns[1].astype(int), *columns[2:])
 
 
 def event(time: float, attempt: int, name: str, **details) -> dict:
@@ -23,11 +38,11 @@ def test_a_life_written_out():
         event(112, 3, "attempt_started"),
         event(130, 3, "attempt_ended", status="FINISHED"),
     ]
-    steps = [
-        Step(1, 1, 20, 8, 2), Step(2, 1, 30, 10, 1), Step(3, 1, 40, 9, 0),  # step 3 is done again
-        Step(3, 2, 70, 10, 0),
-        Step(4, 3, 125, 5, 1),
-    ]  # fmt: skip
+    steps = of(
+        (1, 1, 20, 8, 2), (2, 1, 30, 10, 1), (3, 1, 40, 9, 0),  # step 3 is done again
+        (3, 2, 70, 10, 0),
+        (4, 3, 125, 5, 1),
+    )  # fmt: skip
     first, second, third = book(events, steps)
     assert first.seconds == {
         "step": 15, "data_wait": 3, "startup": 12, "lost": 9 + 5, "other": 0.5, "checkpoint": 0.5, "evaluation": 0,
@@ -53,7 +68,7 @@ def test_only_what_nobody_wanted_is_down_time(status, book_of_the_gap):
         event(9, 1, "attempt_ended", status=status) if status else event(9, 1, "worker_lost"),
         event(110, 1, "resolved", began=109), event(111, 2, "attempt_started"), event(120, 2, "attempt_ended"),
     ]  # fmt: skip
-    first, second = book(events, [Step(1, 1, 8, 5, 0), Step(2, 2, 119, 5, 0)])
+    first, second = book(events, of((1, 1, 8, 5, 0), (2, 2, 119, 5, 0)))
     assert second.seconds[book_of_the_gap] == 100
     seconds = total([first, second])
     assert productive(seconds) == pytest.approx(10 / (20 if book_of_the_gap == "paused" else 120))
@@ -72,7 +87,7 @@ def test_time_in_the_queue_and_for_room():
         event(132, 3, "attempt_started"),
         event(140, 3, "attempt_ended"),
     ]
-    first, second, third = book(events, [Step(1, 1, 30, 5, 0), Step(2, 2, 70, 5, 0), Step(3, 3, 138, 5, 0)])
+    first, second, third = book(events, of((1, 1, 30, 5, 0), (2, 2, 70, 5, 0), (3, 3, 138, 5, 0)))
     assert [attempt.seconds["queue"] for attempt in (first, second, third)] == [10, 15, 30]
     assert second.seconds["startup"] == 70 - 5 - 40 - 15
     assert (third.seconds["down"], third.seconds["paused"]) == (0, 20)
@@ -82,23 +97,54 @@ def test_time_in_the_queue_and_for_room():
 def test_steps_that_were_not_recorded_are_steps():
     """With train.log_every=10 the time between two records is that of ten steps."""
     events = [event(0, 0, "resolved", began=0), event(1, 1, "attempt_started"), event(40, 1, "attempt_ended")]
-    [attempt] = book(events, [Step(10, 1, 20, 2, 0), Step(20, 1, 40, 2, 0)])
+    [attempt] = book(events, of((10, 1, 20, 2, 0), (20, 1, 40, 2, 0)))
     assert attempt.seconds["step"] == 22
     assert attempt.seconds["startup"] == 18
 
 
 def test_a_run_still_going_and_one_that_never_took_a_step():
     events = [event(0, 0, "resolved", began=0), event(1, 1, "attempt_started"), event(9, 1, "plan")]
-    [attempt] = book(events, [])
+    [attempt] = book(events, of())
     assert attempt.seconds == dict.fromkeys(BOOKS, 0.0) | {"startup": 9}
-    assert book([event(0, 0, "resolved", began=0)], []) == []
+    assert book([event(0, 0, "resolved", began=0)], of()) == []
 
 
-def test_lines_are_read_without_what_is_not_needed(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text(
-        '{"step": 3, "attempt": 2, "time": 1795377604.89, "data_wait": 2.6e-05, "step_time": 0.7, "x": []}\n'
-        '{"step": 3, "attempt": 2, "time": 1795377605.0, "eval_loss": 8.3}\n'
-        '{"step": 4, "attempt": 2, "ti'
-    )
-    assert list(read_steps(path)) == [Step(3, 2, 1795377604.89, 0.7, 2.6e-05)]
+def test_a_records_fields_may_stand_in_any_order_with_others_between(tmp_path):
+    lines = [
+        {"step": 3, "attempt": 2, "time": 17.5, "step_time": 0.7, "new": 1, "data_wait": 2.6e-05, "x": [1]},
+        {"step": 3, "attempt": 2, "time": 18.0, "eval_loss": 8.3},
+        {"step": 4, "attempt": 2, "time": 19.0, "loss": 1.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 5, "attempt": 2, "ti'
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert [column.tolist() for column in read_steps(tmp_path)] == [[3], [2], [17.5], [0.7], [2.6e-05]]
+
+
+def test_a_real_run_that_was_killed_and_went_on(tmp_path, tiny_data):
+    run = {"name": "run", "root": str(tmp_path)}
+    train = {"steps": 6, "eval_every": 3, "micro_batch": 2}
+    config = tiny(run=run, data={"path": str(tiny_data)}, train=train, checkpoint={"every": 3})
+    run_dir = prepare_run(config, began=time.time())
+    assert train_in_process(run_dir, kill_at_step, 6, signal.SIGKILL) == -signal.SIGKILL
+    first_life = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    prepare_run(config, began=time.time())
+    assert train_in_process(run_dir) == 0
+    events, books = read_events(run_dir), goodput(run_dir)
+    assert [each.number for each in books] == [1, 2]
+    whole = total(books)
+    assert min(whole.values()) >= 0
+
+    began = next(event["began"] for event in events if event["event"] == "resolved")
+    assert sum(whole.values()) == pytest.approx(events[-1]["time"] - began)
+    counted = [record for record in read_metrics(run_dir) if "loss" in record]
+    assert whole["step"] == pytest.approx(sum(each["step_time"] - each["data_wait"] for each in counted), rel=0.02)
+    assert whole["data_wait"] == pytest.approx(sum(each["data_wait"] for each in counted), rel=0.02, abs=1e-3)
+    evaluated = [event["seconds"] for event in events if event["event"] == "evaluation"]
+    assert whole["evaluation"] == pytest.approx(sum(evaluated), rel=0.02)
+    resumed = next(event["step"] for event in events if event["event"] == "resumed")
+    again = [each["step_time"] for each in first_life if each["step"] > resumed and "loss" in each]
+    assert again, "the attempt was killed between two checkpoints"
+    assert books[0].seconds["lost"] >= 0.98 * sum(again)
+    assert books[1].seconds["lost"] == 0
+    assert all(each.seconds["startup"] > 0 for each in books)
+    assert books[1].seconds["down"] > 0
