@@ -78,16 +78,13 @@ def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> No
     if context.invoked_subcommand:
         context.default_map = {context.invoked_subcommand: {"root": str(root)}}
         return
-    from trainer.record.lines import summary
+    from trainer.record.summaries import summaries
     from trainer.run.notes import read_notes
 
     found = []
-    for folder in run_folders(root):
-        try:
-            notes = read_notes(folder)
-            found.append(summary(folder) | {"note": notes.note, "tags": dict(notes.tags)})
-        except OSError as error:
-            print(f"muster: {error.filename or folder}: {error.strerror}", file=sys.stderr)
+    for run in summaries(root, run_folders(root)):
+        notes = read_notes(root / run["name"])
+        found.append(run | {"note": notes.note, "tags": dict(notes.tags)})
     found.sort(key=lambda run: run["updated"] or 0)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -169,7 +166,7 @@ def sync(
         print(f"muster: {done.missing}\n`muster sync {run}` again sends the rest", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED)
     if not (done.records or done.files):
-        print(f"{run_dir.name}: nothing is missing")
+        print(f"{run_dir.name}: no record or file was missing; its note, tags and description are up to date")
 
 
 def _number(value: Any) -> str:

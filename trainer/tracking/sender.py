@@ -15,7 +15,6 @@ from typing import Any
 
 from configs import Config, counted, flatten, mask
 from trainer.files.own_files import open_file, read_lines
-from trainer.record.goodput import goodput, productive, total
 from trainer.record.lines import EVENTS, METRICS, MetricsIndex, read_events, status_of, summary
 from trainer.run.notes import read_notes
 
@@ -113,6 +112,8 @@ class Sender:
 
     def totals(self) -> dict[str, float]:
         """Metrics at the end: the share of the time that went into steps that count, and where it all went."""
+        from trainer.record.goodput import goodput, productive, total  # numpy, which most commands need not wait for
+
         seconds = total(goodput(self.run_dir))
         books = {f"run_seconds_{name}": round(value, 3) for name, value in seconds.items()}
         return {"run_goodput": round(productive(seconds), 6), **books}

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from configs import Config, ConfigError, counted, load, mask
 from trainer.files.own_files import no_link, require_own
-from trainer.record.columns import update_columns
 from trainer.record.lines import MetricsIndex, Record
 
 from .sender import Sender, open_tracker, words
@@ -130,6 +129,8 @@ class Shipper(Sender):
 
     def _copy_columns(self) -> None:
         """Also while the tracker does not answer; a disk that is full gets the copy when there is room again."""
+        from trainer.record.columns import update_columns  # numpy, which most commands need not wait for
+
         with contextlib.suppress(OSError):
             self._copied = update_columns(self.run_dir, self._copied)
 

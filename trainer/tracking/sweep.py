@@ -11,7 +11,6 @@ from configs import Config, ConfigError, flatten, load, mask
 from configs.sections.tracking import TrackingConfig
 from configs.sweep.definition import load_sweep
 from trainer.files.own_files import require_own
-from trainer.record.columns import update_columns
 from trainer.record.lines import EVENTS, METRICS, read_events, status_of
 
 from .sender import Sender, open_tracker, words
@@ -120,6 +119,8 @@ class SweepShipper(Shipper):
             config = load(run_dir / "config.yaml")
             tracker = open_tracker(run_dir, config, self._whole_uri)
             sender = self.senders[run_dir] = Sender(run_dir, config, self._whole_uri, tracker, self.once)
+        from trainer.record.columns import update_columns  # numpy, which most commands need not wait for
+
         with contextlib.suppress(OSError):
             update_columns(run_dir)
         sender.read_events()

@@ -16,7 +16,6 @@ from configs.explain import first_reason
 from configs.reading.parse import parse_json, read_text, shortened
 from configs.sections.run import folder_name
 from trainer.files.durable import replace_text
-from trainer.record.goodput import BOOKS
 from trainer.record.lines import read_events, status_of
 
 from .trial_state import Ledger, Standing
@@ -98,6 +97,8 @@ class Books(NamedTuple):
 
 def books(ledger: Ledger) -> Books:
     """Book the device-seconds of all sessions so far."""
+    from trainer.record.goodput import BOOKS  # numpy, which most commands need not wait for
+
     events = read_events(ledger.sweep_dir)
     gpus = any(event.get("gpus") for event in events if event["event"] == "cluster")
     kind = "gpus" if gpus else "cpus"

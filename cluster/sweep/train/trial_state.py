@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from trainer.record.events import NONFINITE
-from trainer.record.goodput import goodput, total
 from trainer.record.lines import EVENTS, METRICS, read_events, status_of, summary
 from trainer.tracking.sweep import TRIALS
 
@@ -56,6 +55,8 @@ class Ledger:
 
     def books(self, name: str) -> tuple[dict[str, float], float]:
         """Seconds of a trial by the books of `trainer.record.goodput`, and the Unix time of its last sign of life."""
+        from trainer.record.goodput import goodput, total  # numpy, which most commands need not wait for
+
         run_dir = self.sweep_dir / TRIALS / name
         key = _sizes(run_dir)
         if name not in self._booked or self._booked[name][0] != key:

@@ -37,7 +37,8 @@ def test_it_sends_what_is_missing_and_says_how_much(muster, make_run, tmp_path):
     run = assert_all_shown(tmp_path, run_dir)
     assert run.info.status == "FINISHED"
 
-    assert muster("sync", str(run_dir)) == (0, "run: nothing is missing\n", "")
+    told = "run: no record or file was missing; its note, tags and description are up to date\n"
+    assert muster("sync", str(run_dir)) == (0, told, "")
     again = assert_all_shown(tmp_path, run_dir)
     assert (again.info.run_id, again.data.tags) == (run.info.run_id, run.data.tags)
 

@@ -89,7 +89,10 @@ def test_a_tracker_that_is_down_is_served_later(sweep, muster, monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     code, out, _ = muster("sync", "small", "--root", str(sweep.parent))
     assert (code, out) == (0, "small: sent 21 records and 9 files\n")
-    assert muster("sync", str(sweep))[1] == "small: nothing is missing\n"
+    assert (
+        muster("sync", str(sweep))[1]
+        == "small: no record or file was missing; its note, tags and description are up to date\n"
+    )
 
 
 def test_a_sweep_that_never_ran_has_nothing_to_send(tmp_path):
