@@ -6,7 +6,6 @@ under MUSTER_QUEUE or ~/.muster/queue.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -18,9 +17,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import Timeout
+
 from configs import ConfigError, ExitCode, counted, private_folder
 from configs.reading.parse import clip
 from trainer.files.durable import replace_bytes, replacing
+from trainer.files.lock_file import lock_file
 from trainer.files.own_files import open_file
 
 from .messages import BadMessage, Job
@@ -69,11 +71,11 @@ def folder() -> Path:
 def serve() -> None:
     """Run the queue of the cluster RAY_ADDRESS until the cluster ends."""
     here = private_folder(folder(), "MUSTER_QUEUE")
-    with (here / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"another queue keeps its state in {here}: set MUSTER_QUEUE on the head") from None
+    try:
+        held = lock_file(here / "lock", patience=0).acquire()
+    except Timeout:
+        raise ConfigError(f"another queue keeps its state in {here}: set MUSTER_QUEUE on the head") from None
+    with held:
         import ray
         from ray.job_submission import JobSubmissionClient
 

@@ -33,6 +33,7 @@ def make_folder(within: str | None = None) -> Path:
         atexit.register(remove_folders)
     path = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     lock = os.open(path / f".{LOCK}", os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    # Not filelock's, which a fork loses: of a killed process the folder stays until its forks have ended too.
     fcntl.flock(lock, fcntl.LOCK_EX)
     os.rename(path / f".{LOCK}", path / LOCK)  # held by the time that another process can find it
     _held[path] = lock, os.getpid()

@@ -1,29 +1,30 @@
 """A run's folder: made, checked against what the run already is, locked while it trains, asked to stop."""
 
-import fcntl
+import errno
 import json
 import math
 import os
 import shlex
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import psutil
 import torch
+from filelock import Timeout
 
 from configs import Config, ConfigError, differences, from_dict, load, mask, to_yaml
 from configs.explain import shown
-from configs.reading.parse import shortened
+from configs.reading.parse import clip, shortened
 from trainer.checkpoint.init_from import check_source, other_function
 from trainer.checkpoint.store import committed, folder, verify
 from trainer.data.kinds import kind_of
 from trainer.data.manifest import sources_of
 from trainer.files.durable import replace_text
-from trainer.files.own_files import no_link, require_own, write_text
+from trainer.files.lock_file import lock_file
+from trainer.files.own_files import no_link, open_file, require_own, write_text
 from trainer.record.lines import Record, read_events
 from trainer.tracking import NoCredentials, hand_down_password, later, tracking_uri
 
@@ -284,25 +285,20 @@ def hold(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
     Raises:
         ConfigError: another process holds it.
     """
-    until = time.monotonic() + patience
-    with open(path, "a+", opener=no_link) as file:
-        while not (held := _try_lock(file)) and time.monotonic() < until:
-            time.sleep(0.5)
-        if not held:
-            file.seek(0)
-            raise ConfigError(busy.format(file.read() or "another process"))
-        file.truncate(0)
-        file.write(json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
-        file.flush()
+    try:
+        held = lock_file(path, patience, poll=0.5).acquire()
+    except Timeout:
+        with open_file(path) as file:
+            who = clip(file.read(300).decode(errors="replace"))
+        raise ConfigError(busy.format(who or "another process")) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        raise ConfigError(f"{path}: its file system has no locks ({error.strerror}): choose another root") from None
+    with held:
+        write_text(path, json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
         try:
             yield
         finally:
-            file.truncate(0)
-
-
-def _try_lock(file: TextIO) -> bool:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+            with suppress(OSError), open(path, "r+", opener=no_link) as file:  # the folder may be gone
+                file.truncate(0)

@@ -1,7 +1,6 @@
 """MLflow as tracker: a server, or SQLite beside the runs."""
 
 import contextlib
-import fcntl
 import getpass
 import json
 import logging
@@ -36,7 +35,8 @@ from mlflow.utils.uri import is_local_uri  # noqa: E402
 from mlflow.utils.validation import MAX_DATASET_DIGEST_SIZE, MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH  # noqa: E402
 
 from configs import ConfigError  # noqa: E402
-from trainer.files.own_files import no_link, require_own  # noqa: E402
+from trainer.files.lock_file import lock_file  # noqa: E402
+from trainer.files.own_files import require_own  # noqa: E402
 
 from .description import MARK  # noqa: E402
 from .flat import NAMES  # noqa: E402
@@ -227,6 +227,5 @@ def _schema_lock(uri: str) -> Iterator[None]:
         return
     path = Path(f"{sqlite_path(uri)}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", opener=no_link) as file:  # a name from a config: a file that is there keeps what it has
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with lock_file(path):
         yield

@@ -1,7 +1,6 @@
 """Sends a run's record to its tracker: reads it as it grows, repeats until it is through."""
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
@@ -11,8 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from filelock import Timeout
+
 from configs import Config, ConfigError, counted, load, mask
-from trainer.files.own_files import no_link, require_own
+from trainer.files.lock_file import lock_file
+from trainer.files.own_files import require_own
 from trainer.record.lines import MetricsIndex, Record
 
 from .sender import Sender, open_tracker, words
@@ -182,15 +184,10 @@ class Shipper(Sender):
 @contextmanager
 def only_one(run_dir: Path, patience: float | None) -> Iterator[bool]:
     """Hold the run's tracking lock, waiting for at most `patience` seconds (None: for ever)."""
-    begin = time.monotonic()
-    with open(run_dir / "tracking.lock", "a", opener=no_link) as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if patience is not None and time.monotonic() - begin > patience:
-                    yield False
-                    return
-                time.sleep(0.2)
+    try:
+        held = lock_file(run_dir / "tracking.lock", patience, poll=0.2).acquire()
+    except Timeout:
+        yield False
+        return
+    with held:
         yield True

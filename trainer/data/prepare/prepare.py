@@ -1,6 +1,5 @@
 """Prepare training data: from raw files to tokenized Parquet shards with a manifest."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+from filelock import Timeout
 
 from configs import ConfigError, counted
 from configs.sections.data import LimitsConfig, PrepareConfig
@@ -30,6 +31,7 @@ from trainer.data.tokenizer.make import changed, make_tokenizer
 from trainer.data.tokenizer.tokenizer import tokenizer_memory
 from trainer.data.tokenizer.tokenizer_files import beside, tokenizer_file
 from trainer.files.durable import fsync
+from trainer.files.lock_file import lock_file
 
 from .encode import EncodeSpec, Losses, documents
 from .meter import Meter
@@ -288,12 +290,13 @@ def _lock_of(out: Path) -> Path:
 def _locked(out: Path) -> Iterator[None]:
     """Hold the lock of an output folder; it is free again when the process ends, however it ends."""
     path = _lock_of(out)
-    with open(path, "w", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            Meter.say(f"waiting for another process that prepares {out}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+    lock = lock_file(path)
+    try:
+        held = lock.acquire(timeout=0)
+    except Timeout:
+        Meter.say(f"waiting for another process that prepares {out}")
+        held = lock.acquire()
+    with held:
         yield
         # Safe to remove only now: whoever still waits for it, or makes a new one, finds the manifest.
         path.unlink(missing_ok=True)
