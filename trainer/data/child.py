@@ -26,6 +26,9 @@ _ENVIRONMENT = {
 class ChildDied(Exception):
     """A child ended before it answered; the text says why."""
 
+    said = ""
+    """The end of what it wrote to stderr."""
+
 
 class Child:
     """A process that runs `MODULE.serve(descriptor, ...)` over its end of a pipe, which ends it too.
@@ -68,15 +71,19 @@ class Child:
         self.connection.close()
         self._process.kill()  # nothing to one that is dead; one that only closed its pipe is not waited for
         code = self._process.wait()
-        if code == -signal.SIGXCPU:
-            return ChildDied("takes too long")
-        if code in (-signal.SIGABRT, -signal.SIGKILL):
-            return ChildDied(f"takes too much memory, or crashes its library ({signal.Signals(-code).name})")
-        if code < 0:
-            return ChildDied(f"crashes its library ({signal.Signals(-code).name})")
         self._errors.seek(0)
-        last = self._errors.read()[-500:].decode(errors="replace").strip().rpartition("\n")[2]
-        return ChildDied(f"ended its process (exit code {code}{last and ': '}{last})")
+        said = self._errors.read()[-500:].decode(errors="replace").strip()
+        last = said.rpartition("\n")[2]
+        why = f"ended its process (exit code {code}{last and ': '}{last})"
+        if code == -signal.SIGXCPU:
+            why = "takes too long"
+        elif code in (-signal.SIGABRT, -signal.SIGKILL):
+            why = f"takes too much memory, or crashes its library ({signal.Signals(-code).name})"
+        elif code < 0:
+            why = f"crashes its library ({signal.Signals(-code).name})"
+        died = ChildDied(why)
+        died.said = said
+        return died
 
     def close(self) -> None:
         """End the process, whatever it is doing."""

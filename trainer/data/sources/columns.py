@@ -45,21 +45,29 @@ def find_column(schema: pa.Schema, leaves: list[str], key: str) -> Column:
     raise Damaged("missing column", missing(key, schema.names))
 
 
-def texts(array: pa.Array, within: list[str]) -> list[bytes | None]:
-    """The text of every row of a column, null where there is none; texts of a list are joined, each on its line."""
+def texts(array: pa.Array, within: list[str], in_list: bool = False) -> list[bytes | None]:
+    """The text of every row of a column, null where there is none; texts of a list are joined, each on its line.
+
+    Args:
+        in_list: it is what stands in lists, where an empty list is nothing.
+    """
     array = _plain(array)
     if _is_list(array.type):
-        items = iter(texts(pc.list_flatten(array), within))
+        items = iter(texts(pc.list_flatten(array), within, in_list=True))
         lengths = pc.list_value_length(array).to_pylist()
         rows: list[bytes | None] = []
         for valid, length in zip(array.is_valid().to_pylist(), lengths, strict=True):
             found = [next(items) for _ in range(length)] if valid else None
-            rows.append(found if found is None else b"\n".join(item for item in found if item is not None))
+            some = [item for item in found or () if item is not None]
+            rows.append(None if found is None or (in_list and not some) else b"\n".join(some))
         return rows
     if within:
-        return texts(pc.struct_field(array, [array.type.get_field_index(within[0])]), within[1:])
+        return texts(pc.struct_field(array, [array.type.get_field_index(within[0])]), within[1:], in_list)
     # As bytes: pyarrow would raise at the first value that is not UTF-8 and lose the rest.
-    return array.cast(pa.large_binary()).to_pylist()
+    values = array.cast(pa.large_binary()).to_pylist()
+    if pa.types.is_fixed_size_binary(array.type):  # a shorter text is padded
+        return [value and value.rstrip(b"\0") for value in values]
+    return values
 
 
 def _resolve(kind: pa.DataType, key: str) -> tuple[list[str], pa.DataType] | None:
@@ -79,15 +87,20 @@ def _resolve(kind: pa.DataType, key: str) -> tuple[list[str], pa.DataType] | Non
 
 
 def _require_text(kind: pa.DataType, key: str) -> None:
-    inner = _stored(kind)
+    inner, uuid = _stored(kind), _is_uuid(kind)
     while _is_list(inner):
+        uuid = uuid or _is_uuid(inner.value_type)
         inner = _stored(inner.value_type)
     if pa.types.is_struct(inner):
         fields = ", ".join(f"{key}.{inner.field(i).name}" for i in range(min(inner.num_fields, 5)))
         raise Damaged("not text", f"column {key!r} is a struct: choose one of {fields}"[:200])
     text = (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view())
-    if inner not in text and not pa.types.is_fixed_size_binary(inner):
+    if uuid or (inner not in text and not pa.types.is_fixed_size_binary(inner)):
         raise Damaged("not text", f"column {key!r} is {kind}"[:200])
+
+
+def _is_uuid(kind: pa.DataType) -> bool:
+    return isinstance(kind, pa.BaseExtensionType) and kind.extension_name == "arrow.uuid"
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:

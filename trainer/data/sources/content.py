@@ -34,7 +34,6 @@ _FOREIGN = {
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
     b"Obj\x01": "an Avro file",
-    b"PARE": "a Parquet file with an encrypted footer",
     b"%PDF-": "a PDF file",
     b"{\\rtf": "an RTF document",
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a Microsoft Office document",

@@ -59,7 +59,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
     Raises:
         ConfigError: an input that matches nothing.
     """
-    found: dict[str, Input] = {}
+    found: dict[object, Input] = {}
     for given in inputs:
         files = [_describe(path) for path in _expand(str(given))]
         if not files:
@@ -69,9 +69,9 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
         if str(given) != "stdlib" and (len(files) > 1 or files[0].path != str(given)):
             files = _without_what_is_beside(str(given), files)
         for file in files:
-            path = _one_name(file.path)
-            if path not in found or found[path].kind == "beside":
-                found[path] = file
+            name = _one_name(file.path)
+            if name not in found or found[name].kind == "beside":
+                found[name] = file
     if not found:
         raise ConfigError("no input: name files, folders or glob patterns, or `stdlib`")
     return list(found.values())

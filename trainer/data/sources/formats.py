@@ -4,10 +4,11 @@ import csv
 import io
 import re
 import shlex
+from collections import deque
 from collections.abc import Callable, Iterator
 from itertools import islice
 
-from .damage import Damaged
+from .damage import Damaged, Expands
 
 RECORD_BYTES = 1 << 26
 """A longer JSON value, line or Parquet value is refused: it has to stand in memory as a whole."""
@@ -87,6 +88,14 @@ def _what(value: object) -> str:
     return _NAMES[type(value)]
 
 
+class Stopped(Damaged):
+    """Damage behind which nothing can be read; `unread`: the share of what was taken from the stream that is behind."""
+
+    def __init__(self, reason: str, detail: str, unread: float):
+        super().__init__(reason, detail)
+        self.unread = unread
+
+
 def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iterator[bytes]:
     """Every value of a stream of JSON: the elements of arrays, and objects that follow one another.
 
@@ -96,10 +105,15 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
         count: is told of what takes time to look at.
 
     Raises:
-        Damaged: what stands between the values is not JSON, or a value does not end.
+        Stopped: what stands between the values is not JSON, or a value does not end.
     """
-    data, at, start, depth, array, elements = b"", 0, 0, 0, False, 0
+    data, at, start, depth, array, elements, taken = b"", 0, 0, 0, False, 0, 0
+
+    def stopped(reason: str, detail: str) -> Stopped:
+        return Stopped(reason, detail, (len(data) - start) / max(taken, 1))
+
     while more := stream.read(max(1 << 18, len(data) - start)):
+        taken += len(more)
         data, at, start = data[start:] + more, at - start, 0
         tokens = 0
         for match in _TOKEN.finditer(data, at):
@@ -111,11 +125,11 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
                 start = end  # between objects, as if they stood in an array
                 continue
             if depth == 0 and (data[start : match.start()].strip(BETWEEN) or first not in b"[{"):
-                raise Damaged("malformed JSON", "not an object or array: " + _shown(data[start:]))
+                raise stopped("malformed JSON", "not an object or array: " + _shown(data[start:]))
             if first in b"[{":
                 depth += 1
                 if depth > _NESTED:
-                    raise Damaged("malformed JSON", f"nested more than {_NESTED:,} deep")
+                    raise stopped("malformed JSON", f"nested more than {_NESTED:,} deep")
                 if depth == 1:
                     array, elements = first == 0x5B, 0
                     start = end if array else match.start()
@@ -132,15 +146,15 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
                 start = end
         count(16 * tokens)
         if len(data) - start > RECORD_BYTES:
-            raise Damaged("record too long", f"over {RECORD_BYTES} bytes")
+            raise stopped("record too long", f"over {RECORD_BYTES} bytes")
     rest = data[start:].strip(BETWEEN)
     if depth == 1 and array and rest.endswith((b"}", b"]", b'"')):
         yield rest  # a last element that is whole, of an array that is not
         rest = b""
     if rest:
-        raise Damaged("malformed JSON", f"its end is missing: {_shown(rest)}" if depth else f"not JSON: {_shown(rest)}")
+        raise stopped("malformed JSON", f"its end is missing: {_shown(rest)}" if depth else f"not JSON: {_shown(rest)}")
     if depth:
-        raise Damaged("malformed JSON", "the end of the array is missing")
+        raise stopped("malformed JSON", "the end of the array is missing")
 
 
 def csv_rows(
@@ -160,30 +174,82 @@ def csv_rows(
     Raises:
         Damaged: no column, or two, of that name; a row that is too long.
     """
-    first = stream.peek(1).removeprefix(BOM).lstrip().partition(b"\n")[0].decode("utf-8", "surrogateescape")
+    first = (
+        stream.peek(1)
+        .removeprefix(BOM)
+        .lstrip()
+        .replace(b"\r", b"\n")
+        .partition(b"\n")[0]
+        .decode("utf-8", "surrogateescape")
+    )
     delimiters = "\t" if tab else ",;\t|"
     delimiter = next((each for each in delimiters if text_key in _split(first, each)), delimiters[0])
     lines = _Lines(stream, delimiter, count, damaged)
     rows = csv.reader(lines, strict=True, delimiter=delimiter)
-    columns = 0
+    columns, torn = 0, _Torn()
     while True:
+        wrong = ""
         try:
-            for row in rows:
-                lines.size = lines.values = 0
-                if not row:  # a blank line
-                    continue
-                if not columns:
-                    columns, column = len(row), _text_column(row, text_key)
-                elif len(row) != columns:
-                    yield Damaged("malformed CSV", f"{len(row)} values in a row of {columns} columns")
-                else:
-                    yield row[column].encode("utf-8", "surrogateescape")
-            return
-        except csv.Error as error:
-            lines.size = lines.values = 0
+            row = next(rows, None)
+            if row is None:
+                yield from torn.end()
+                return
+            if not row:  # a blank line
+                lines.next_row()
+                continue
             if not columns:
-                raise Damaged("malformed CSV", str(error)) from None
-            yield Damaged("malformed CSV", str(error))
+                columns, column = len(row), _text_column(row, text_key)
+                lines.next_row()
+                continue
+            if len(row) != columns:
+                wrong = f"{len(row)} values in a row of {columns} columns"
+        except (Damaged, Expands):
+            yield from torn.end()
+            raise
+        except csv.Error as error:
+            wrong = str(error)
+            if not columns:
+                raise Damaged("malformed CSV", wrong) from None
+        read = lines.next_row()
+        if tab and len(read) > 1 and not wrong and any("\t" in each and "\n" in each for each in row):
+            wrong = "a quoted text goes over lines and columns"
+        unquoted = [line.rstrip("\r\n").split("\t") for line in read] if tab and wrong else []
+        if unquoted and all(len(each) == columns for each in unquoted):  # most writers of TSV quote nothing
+            yield from (each[column].encode("utf-8", "surrogateescape") for each in unquoted)
+        elif wrong:
+            yield from torn.end()
+            yield Damaged("malformed CSV", wrong)
+            torn.begin()
+        else:
+            yield from torn(row[column].encode("utf-8", "surrogateescape"), read)
+
+
+class _Torn:
+    """Rows behind a malformed one. They are part of it where a quote ends that began in it, some rows later."""
+
+    MOST = 16
+
+    def __init__(self) -> None:
+        self._held: list[bytes] | None = None
+
+    def begin(self) -> None:
+        self._held = []
+
+    def end(self) -> list[bytes]:
+        """The rows that are held, and are rows."""
+        held, self._held = self._held or [], None
+        return held
+
+    def __call__(self, text: bytes, lines: list[str]) -> Iterator[bytes | Damaged]:
+        if self._held is None:
+            yield text
+        elif len(lines) == 1 and lines[0].count('"') % 2:
+            yield from [Damaged("malformed CSV", "part of the malformed row before it")] * (len(self._held) + 1)
+            self._held = None
+        else:
+            self._held.append(text)
+            if '"' in lines[0] or len(self._held) == self.MOST:
+                yield from self.end()
 
 
 csv.field_size_limit(RECORD_BYTES)  # what bounds a row is _Lines
@@ -213,26 +279,46 @@ class _Lines:
     ):
         self._stream, self._delimiter, self._count, self._damaged = stream, delimiter.encode(), count, damaged
         self._first = True
-        self.size = self.values = 0
-        """Bytes and values since the last row."""
+        self._waiting: deque[bytes] = deque()
+        self._cut = b""
+        self._size = self._values = 0
+        self._read: list[str] = []
 
     def __iter__(self) -> Iterator[str]:
         return self
 
+    def next_row(self) -> list[str]:
+        """The lines since the last row."""
+        read, self._read = self._read, []
+        self._size = self._values = 0
+        return read
+
     def __next__(self) -> str:
+        line = self._waiting.popleft() if self._waiting else self._line()
+        self._count(64)
+        self._size += len(line)
+        self._values += line.count(self._delimiter)
+        if self._size >= RECORD_BYTES or self._values > RECORD_VALUES:
+            what = f"over {RECORD_BYTES} bytes" if self._size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
+            raise Damaged("record too long", f"{what}; is the end of a quoted text missing?")
+        # Bytes that are not UTF-8 come out again as they were, to be refused by the row.
+        self._read.append(text := line.decode("utf-8", "surrogateescape"))
+        return text
+
+    def _line(self) -> bytes:
         line = self._stream.readline(RECORD_BYTES)
-        if not line or (not line.endswith(b"\n") and self._damaged()):
+        ends = not line or (not line.endswith(b"\n") and self._damaged())
+        if ends and not self._cut:
             raise StopIteration
         if self._first:
             line, self._first = line.removeprefix(BOM), False
-        self._count(64)
-        self.size += len(line)
-        self.values += line.count(self._delimiter)
-        if self.size >= RECORD_BYTES or self.values > RECORD_VALUES:
-            what = f"over {RECORD_BYTES} bytes" if self.size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
-            raise Damaged("record too long", f"{what}; is the end of a quoted text missing?")
-        # Bytes that are not UTF-8 come out again as they were, to be refused by the row.
-        return line.decode("utf-8", "surrogateescape")
+        if not self._cut and line.find(b"\r", 0, -2) < 0:
+            return line
+        # Lines that end with a carriage return alone, as old files of Macintosh computers have them.
+        parts = (self._cut + line).splitlines(keepends=True)
+        self._cut = parts.pop() if len(line) == RECORD_BYTES and not line.endswith(b"\n") and len(parts) > 1 else b""
+        self._waiting.extend(parts)
+        return self._waiting.popleft()
 
 
 def _shown(data: bytes) -> str:

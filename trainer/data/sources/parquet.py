@@ -52,6 +52,9 @@ class ParquetProcess:
                 rows, values, last = self._receive(request)
             except ChildDied as error:
                 self.close()
+                if "Cannot decrypt" in error.said:  # which aborts the library
+                    yield Row(where, None, "encrypted Parquet", "its columns are encrypted; write them in plain")
+                    return
                 yield Row(where, None, "cannot be read", f"it {error}{RAISE} memory=MIB, seconds=N)")
                 return
             request = None

@@ -13,7 +13,7 @@ from trainer.data.child import MIB
 from .content import begins_as_json, foreign, json_kind
 from .damage import ERRORS, Damaged, Expands
 from .find import Input, is_marker
-from .formats import BOM, RECORD_BYTES, csv_rows, json_values
+from .formats import BOM, RECORD_BYTES, Stopped, csv_rows, json_values
 from .parquet import EXPANDS, RAISE, RECORD_WEIGHT, ParquetProcess
 from .unpack import (
     ENDINGS,
@@ -188,9 +188,12 @@ class Reader:
                 unpacked.count(RECORD_WEIGHT)
                 progress[0] = f"after value {number}"
                 yield unpacked.tell(), Record(file.path, f"value {number}", "json", value)
-        except Damaged:
+        except Stopped as error:
             if not unpacked.damaged():  # which is why, and is told
-                raise
+                unread = 1 - unpacked.tell() / max(file.bytes, 1) * (1 - error.unread)
+                share = f"{unread:.0%}" if unread >= 0.01 else "under 1%"
+                reason, detail = error.args
+                raise Damaged(reason, f"{detail}; nothing after it was read ({share} of the file)") from None
         if number == 0 and not unpacked.damaged():
             raise Damaged("empty file", "")
 
@@ -231,6 +234,8 @@ def _by_content(file: Input) -> Input:
     with open(file.path, "rb") as opened_file:
         head = opened_file.read(512)
     compression = compression_of(head)
+    if head.startswith(b"PARE"):
+        raise Damaged("encrypted Parquet", "its footer is encrypted; write it in plain")
     if head.startswith(b"PAR1"):
         return file._replace(kind="parquet", compression=None)
     if begins_as_json(head):

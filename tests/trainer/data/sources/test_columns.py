@@ -1,10 +1,13 @@
 """The text of Parquet files as others write it: views, dictionaries, extensions, structs, lists, names that repeat."""
 
+import base64
 from pathlib import Path
 
+import data_inputs
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow.parquet import encryption
 
 from trainer.data.child import MIB
 from trainer.data.sources.parquet import ParquetProcess, Row
@@ -57,6 +60,41 @@ def test_texts_of_fixed_size(read):
 def test_a_list_of_texts_is_one_document(read, kind: pa.DataType):
     lists = [["a", "b"], None, ["c", None], ["für", ""]]
     assert read(pa.table({"text": pa.array(lists, kind)})) == ([b"a\nb", None, b"c", "für\n".encode()], [])
+
+
+def test_what_is_empty_in_a_list_is_nothing(read):
+    assert read(pa.table({"text": [[["d"], [], None], [["a", ""], ["b"]], [[None]], []]})) == (
+        [b"d", b"a\n\nb", b"", b""], []
+    )  # fmt: skip
+
+
+def test_padding_is_no_text(read):
+    assert read(pa.table({"text": pa.array([b"abc" + b"\0" * 17, None], pa.binary(20))})) == ([b"abc", None], [])
+
+
+def test_ids_are_no_text(read):
+    ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"abcdefghijklmnop"], pa.binary(16)))
+    for column in (ids, pa.ListArray.from_arrays([0, 1], ids)):
+        values, [bad] = read(pa.table({"text": column}))
+        assert (values, bad.reason) == ([], "not text")
+
+
+class PlainKeys(encryption.KmsClient):
+    def wrap_key(self, key_bytes, master_key_identifier):
+        return base64.b64encode(key_bytes)
+
+    def unwrap_key(self, wrapped_key, master_key_identifier):
+        return base64.b64decode(wrapped_key)
+
+
+@pytest.mark.parametrize("plaintext_footer", [True, False])
+def test_encrypted_columns_are_named_as_such(tmp_path, plaintext_footer):
+    factory, table = encryption.CryptoFactory(lambda config: PlainKeys()), pa.table({"text": ["a"], "id": [1]})
+    config = encryption.EncryptionConfiguration("f", column_keys={"c": ["text"]}, plaintext_footer=plaintext_footer)
+    properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), config)
+    with pq.ParquetWriter(tmp_path / "x.parquet", table.schema, encryption_properties=properties) as writer:
+        writer.write_table(table)
+    assert data_inputs.read(tmp_path / "x.parquet") == ([], [("x.parquet", "", "encrypted Parquet")])
 
 
 def test_lists_of_fixed_size(read):

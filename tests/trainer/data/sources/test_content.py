@@ -10,6 +10,8 @@ import pytest
 import zstandard
 from data_inputs import LINES, ROWS, TEXTS, detail, read
 
+from trainer.data.sources import formats
+
 LONG = [{"text": f"{number} " + "word " * 2000} for number in range(4)]
 HUGE = [{"text": f"{number} " + "word " * 60_000} for number in range(3)]
 NAMES = [
@@ -201,3 +203,40 @@ def test_what_is_no_text_is_named(tmp_path: Path, magic: bytes, what: str):
 def test_a_text_about_orcs_is_one(tmp_path: Path):
     (tmp_path / "a.txt").write_text("ORCS are green.\n")
     assert read(tmp_path / "a.txt") == (["ORCS are green.\n"], [])
+
+
+CSV = {
+    "cr.csv": (b"id,text\r1,a\r2,b\r", ["a", "b"], 0),
+    "quoted.csv": (b'id,text\n1,"a\rb"\n2,c\n', ["a\rb", "c"], 0),
+    "mixed.csv": (b"id,text\r\n1,a\n2,b\r3,c\n", ["a", "b", "c"], 0),
+    "semicolons.csv": (b"id;text\r1;a\r", ["a"], 0),
+    "torn.csv": (b'text\n"Hello" she said\nmore\nsecond line"\nok\n', ["ok"], 3),
+    "one.csv": (b'text\n"Hello" she said\nok\n"more"\nlast\n', ["ok", "more", "last"], 1),
+    "last.csv": (b'id,text\n1,"Hello" she said\n2,ok\n', ["ok"], 1),
+    "unpaired.tsv": (b'id\ttext\n1\t"Hello\n2\tbye"\n3\tok\n', ['"Hello', 'bye"', "ok"], 0),
+    "inch.tsv": (b'id\ttext\n1\t5" disk\n2\t"quoted" word\n3\t"last\n4\tok\n',
+                 ['5" disk', '"quoted" word', '"last', "ok"], 0),
+    "lines.tsv": (b'id\ttext\n1\t"a\nb"\n', ["a\nb"], 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CSV)
+def test_csv_as_others_write_it(tmp_path: Path, name: str):
+    data, texts, refusals = CSV[name]
+    (tmp_path / name).write_bytes(data)
+    found, refused = read(tmp_path / name)
+    assert found == texts
+    assert [reason for _, _, reason in refused] == ["malformed CSV"] * refusals
+
+
+def test_lines_of_carriage_returns_are_cut_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(formats, "RECORD_BYTES", 100)
+    texts = [f"text {number} " + "a" * (number % 60) for number in range(300)]
+    (tmp_path / "a.csv").write_bytes(b"\r".join([b"text", *map(str.encode, texts)]))
+    assert read(tmp_path / "a.csv") == (texts, [])
+
+
+def test_where_reading_json_has_to_stop_is_told(tmp_path: Path):
+    (tmp_path / "a.json").write_bytes(json.dumps(ROWS).encode() + b" no JSON " + b"x" * 2 * len(json.dumps(ROWS)))
+    assert read(tmp_path / "a.json") == (TEXTS, [("a.json", "after value 5", "malformed JSON")])
+    assert detail(tmp_path / "a.json").endswith("; nothing after it was read (67% of the file)")
