@@ -229,6 +229,7 @@ def serve_trainer(size: dict[str, Any], precision: str, compiled: bool, stage: i
     """The whole trainer on real Parquet data, held at a gate before each turn."""
     from trainer import loop
     from trainer.run.folder import prepare_run
+    from trainer.trainee import Trainee
 
     data = prepared_data(Path(folder))
     config = run_config(
@@ -236,7 +237,7 @@ def serve_trainer(size: dict[str, Any], precision: str, compiled: bool, stage: i
         run={"name": f"trainer-{precision}-{stage}-{compiled}", "root": folder},
     )  # fmt: skip
     run_dir = prepare_run(config)
-    original = loop.learning_rate
+    original = Trainee.set_learning_rate
     left, start = 0, 0.0
 
     def gate(*arguments: Any) -> float:
@@ -251,7 +252,7 @@ def serve_trainer(size: dict[str, Any], precision: str, compiled: bool, stage: i
         left -= 1
         return original(*arguments)
 
-    loop.learning_rate = gate  # type: ignore[assignment]
+    Trainee.set_learning_rate = gate  # type: ignore[assignment, method-assign]
     loop.train(run_dir)
 
 

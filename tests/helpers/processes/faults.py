@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from each_step import before_each_step
 from schedule import Kill
 from torch import distributed as dist
 
@@ -54,14 +55,7 @@ def hang_up_under_nohup(step: int) -> None:
 
 
 def _at_step(step: int, do: Callable[[], None]) -> None:
-    original = loop.learning_rate
-
-    def wrapped(current, *arguments):
-        if current == step:
-            do()
-        return original(current, *arguments)
-
-    loop.learning_rate = wrapped
+    before_each_step(lambda current: do() if current == step else None)
 
 
 def wait_at_gates(folder: Path, steps: Sequence[int], grace: float, killed_in: int | None = None) -> None:
@@ -140,13 +134,7 @@ def slow_down(rank: int, window: int, seconds: float = 0.3) -> None:
     """Let one rank of several lose time in each step, and compare ranks over a shorter window."""
     straggler.WINDOW = window
     if os.environ["RANK"] == str(rank):
-        original = loop.learning_rate
-
-        def wrapped(current, *arguments):
-            time.sleep(seconds)
-            return original(current, *arguments)
-
-        loop.learning_rate = wrapped
+        before_each_step(lambda step: time.sleep(seconds))
 
 
 def trained(run_dir: Path, fault: Callable[..., None] | None = None, ranks: Sequence[int] = (0,), *arguments) -> str:
@@ -215,17 +203,15 @@ def collapse_soon(step: int | None = None) -> None:
 
 def _between(first: int, last: int, begin: Callable[[], None], end: Callable[[], None]) -> None:
     """Call `begin` when this process begins the first step, `end` when it begins the one after the last."""
-    original = loop.learning_rate
 
-    def wrapped(current, *arguments):
+    def at_both(current: int) -> None:
         if current in (first, last + 1):
             for thread in threading.enumerate():
                 if thread.name == "checkpoint":
                     thread.join()
             begin() if current == first else end()
-        return original(current, *arguments)
 
-    loop.learning_rate = wrapped
+    before_each_step(at_both)
 
 
 def fill(ballast: Path) -> None:

@@ -42,15 +42,13 @@ def keep(folder: str) -> None:
     """
     if "trainer.loop" not in sys.modules:  # this process checks the run; others train it
         return
+    from each_step import before_each_step
+
     from trainer import loop
     from trainer.run.folder import attempts
 
-    build, rate = loop.build_trainee, loop.learning_rate
-    now = {"step": 0}
-
-    def learning_rate(step, *arguments):
-        now["step"] = step
-        return rate(step, *arguments)
+    build, now = loop.build_trainee, {"step": 0}
+    before_each_step(lambda step: now.update(step=step))
 
     def build_trainee(*arguments, **keywords):
         trainee = build(*arguments, **keywords)
@@ -70,4 +68,4 @@ def keep(folder: str) -> None:
         trainee.step = step
         return trainee
 
-    loop.learning_rate, loop.build_trainee = learning_rate, build_trainee
+    loop.build_trainee = build_trainee

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from each_step import before_each_step
 from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.moe import block, experts
-from trainer import loop
 
 METHODS = (
     "item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "equal",
@@ -57,7 +57,7 @@ def watch_syncs(first: int, last: int, path: Path) -> None:
     Experts take the way of accelerators. On a GPU what waits raises.
     """
     block.apply_experts = experts.grouped_experts
-    original, training, counted = loop.learning_rate, threading.get_ident(), Counter[str]()
+    training, counted = threading.get_ident(), Counter[str]()
     methods = {name: getattr(torch.Tensor, name) for name in METHODS}
     here = str(Path(__file__).parent)
 
@@ -94,9 +94,8 @@ def watch_syncs(first: int, last: int, path: Path) -> None:
             torch.cuda.set_sync_debug_mode("default")
         path.write_text(json.dumps(counted))
 
-    def wrapped(step: int, *arguments: Any) -> float:
+    def at_both(step: int) -> None:
         if step in (first, last):
             begin() if step == first else end()
-        return original(step, *arguments)
 
-    loop.learning_rate = wrapped
+    before_each_step(at_both)
