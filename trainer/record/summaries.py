@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.base import MOST, Typed
-from trainer.files.own_files import read_bytes, replace_bytes
+from trainer.files.durable import replace_bytes
+from trainer.files.own_files import read_bytes
 
 from .lines import EVENTS, METRICS, summary
 
