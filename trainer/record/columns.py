@@ -165,7 +165,7 @@ def _write(run_dir: Path, table: Any, block: bytes, end: int) -> bool:
         except OSError:
             return False
         target.truncate(0)
-        with pq.ParquetWriter(target, schema, write_page_checksum=True) as writer:
+        with pq.ParquetWriter(target, schema, write_page_checksum=True, use_dictionary=False) as writer:
             for group in range(table.num_row_groups if table is not None else 0):
                 old = _page_read(partial(table.read_row_group, group))
                 writer.write_table(_fitted(old, schema), ROW_GROUP)
@@ -263,7 +263,7 @@ def _rows(columns: dict[str, np.ndarray], names: Sequence[str]) -> Rows:
 def _parse(block: bytes) -> dict[str, np.ndarray]:
     """The columns of some whole lines; of a line that readers leave out nothing but its keys."""
     lines = [line for line in block.split(b"\n") if line.endswith(b"}") and HEAD.match(line)]
-    columns = _parse_fast(lines) if len(block) > SMALL else None
+    columns = _parse_fast(lines) if lines and len(block) > SMALL else None
     columns = columns or _parse_slowly(lines)
     columns["evaluation"] = np.array([b'"eval_loss"' in line for line in lines], bool)
     return columns

@@ -211,7 +211,10 @@ def wrong_metrics(record: dict[str, Any]) -> str:
 def _wrong(record: dict[str, Any], needed: tuple[str, ...]) -> str:
     if missing := [key for key in needed if key not in record]:
         return f"it has no {missing[0]}"
-    return next((_said(key, value) for key, value in record.items() if key in FIELDS and not FIELDS[key](value)), "")
+    for key, value in record.items():  # of every event of every run that is listed
+        if (fits := FIELDS.get(key)) and not fits(value):
+            return _said(key, value)
+    return ""
 
 
 def _said(key: str, value: Any) -> str:
