@@ -7,6 +7,7 @@ from typing import Any
 from .base import ConfigError
 from .load import flatten
 from .sections.model import ModelConfig
+from .sections.optim import OPTIMIZERS
 from .sections.run import Config
 from .topology import check_topology, refusals
 from .units import counted
@@ -68,8 +69,7 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     check_topology(config.model_copy(update={"model": model, "train": train, "parallel": parallel}))
     # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently
     # become another one (Adafactor) or raise (Muon). For fp16 at stage 0 DeepSpeed adds up gradients in fp16.
-    whole_matrices = config.optim.name in ("adafactor", "muon")
-    if whole_matrices and (parallel.zero_stage or train.precision == "fp16"):
+    if OPTIMIZERS[config.optim.name].whole_matrices and (parallel.zero_stage or train.precision == "fp16"):
         raise ConfigError(
             f"optim.name={config.optim.name} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces, and "
             f"train.precision={train.precision} with parallel.zero_stage={parallel.zero_stage} needs ZeRO: "

@@ -1,6 +1,6 @@
 """Optimizer and learning-rate schedule."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -9,9 +9,34 @@ from configs.base import Section
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+class Optimizer(NamedTuple):
+    """What is known of an optimizer without torch."""
+
+    states: int
+    """fp32 values that it keeps for each weight."""
+    kernel: Literal["fused", "foreach", "loop"]
+    """What a step is: one pass, operations over whole groups, or a tensor after the other."""
+    has_momentum: bool = False
+    """One of its states is momentum's, and is not there where `optim.momentum` is 0."""
+    whole_matrices: bool = False
+    """It needs the shapes of weights, which ZeRO 1 to 3 flatten: it runs at ZeRO-0 alone."""
+
+
+OPTIMIZERS = {
+    "adamw": Optimizer(2, "fused"),
+    "adam": Optimizer(2, "fused"),
+    "sgd": Optimizer(1, "fused", has_momentum=True),
+    "adagrad": Optimizer(1, "foreach"),
+    "rmsprop": Optimizer(2, "foreach", has_momentum=True),
+    "adafactor": Optimizer(0, "loop", whole_matrices=True),  # a row and a column of a matrix: next to nothing
+    "lion": Optimizer(1, "loop"),
+    "muon": Optimizer(1, "loop", whole_matrices=True),  # 2 for the embedding, the head and norms, which take AdamW
+}
+
+
 class OptimConfig(Section):
     name: Literal["adamw", "adam", "sgd", "adagrad", "rmsprop", "adafactor", "lion", "muon"] = "adamw"
-    """Which optimizer; adafactor and muon need parallel.zero_stage=0 and fp32."""
+    """Which optimizer; adafactor and muon need parallel.zero_stage=0, in bf16 or fp32."""
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)

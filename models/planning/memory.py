@@ -8,6 +8,7 @@ counted layer by layer from models/*.py (models/planning/activations.py).
 from dataclasses import dataclass
 
 from configs import Config
+from configs.sections.optim import OPTIMIZERS
 
 from .activations import layer_activations, layer_work, loss_work
 from .shards import activation_bytes, groups, head_rank, in_flight, micro_batches, stages, tensors, tokens_per_device
@@ -234,10 +235,10 @@ def _step_work(config: Config, shares: list[int]) -> float:
     Args:
         shares: elements of each group that the process updates.
     """
-    name = config.optim.name
-    if name in ("adamw", "adam", "sgd"):
+    kernel = OPTIMIZERS[config.optim.name].kernel
+    if kernel == "fused":
         return 0.0
-    if name in ("rmsprop", "adagrad"):  # a root of a whole group
+    if kernel == "foreach":  # a root of a whole group
         return 4.0 * max(shares)
     return 8.0 * (max(shares) if config.parallel.zero_stage else max(t.numel for t in tensors(config)))
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from configs import Config, ConfigError
+from configs.sections.optim import OPTIMIZERS
 from configs.topology import LISTED, RULES, topologies
 
 from .devices import Device
@@ -96,7 +97,7 @@ def _reasons(config: Config) -> list[str]:
     stage, optim = config.parallel.zero_stage, config.optim.name
     if stage == 0 and config.train.precision == "fp16":
         reasons.append("fp16: it keeps fp32 gradients from ZeRO-1 on")
-    if stage and optim in ("adafactor", "muon"):
+    if stage and OPTIMIZERS[optim].whole_matrices:
         reasons.append(f"optimizer: {optim} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces")
     if config.train.global_batch < config.parallel.dp:
         batch = config.train.global_batch

@@ -10,10 +10,8 @@ from functools import lru_cache
 from itertools import accumulate
 
 from configs import Config, ModelConfig
+from configs.sections.optim import OPTIMIZERS
 from configs.stages import layers_of_ranks, stage_layers, stages_of_rank
-
-STATES = {"adamw": 2, "adam": 2, "sgd": 1, "adagrad": 1, "rmsprop": 2, "adafactor": 0, "lion": 1, "muon": 1}
-"""fp32 values that an optimizer keeps for each weight. Muon's other groups (embedding, head, norms) keep two."""
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,7 @@ def groups(config: Config, stage: int) -> list[Group]:
         shards = parallel.dp * parallel.sp
         if tensor.expert:
             shards = max(1, shards * parallel.tp // parallel.ep)
-        states = STATES[optim.name] if optim.name != "muon" or muon else 2
-        if optim.name in ("sgd", "rmsprop") and not optim.momentum:
-            states -= 1
+        optimizer = OPTIMIZERS["adamw" if optim.name == "muon" and not muon else optim.name]
+        states = optimizer.states - (optimizer.has_momentum and not optim.momentum)
         found.setdefault(key, Group([], shards, states)).sizes.append(tensor.numel)
     return list(found.values())

@@ -1,8 +1,11 @@
 """What is derived from a config, what is refused as a whole, and what a run may change between attempts."""
 
+from typing import get_args
+
 import pytest
 
 from configs import Config, ConfigError, differences, flatten, from_dict, load, resolve, with_workers, worker_counts
+from configs.sections.optim import OPTIMIZERS, OptimConfig
 
 
 def made(**sections):
@@ -295,3 +298,7 @@ def test_a_plugin_may_lie_in_another_copy_of_the_working_directory(tmp_path, mon
     ):  # fmt: skip
         assert differences(other, here)[1].keys() == {"plugins"}
     assert differences(here, before)[1].keys() == {"plugins", "train.init_from"}  # which is not below this one
+
+
+def test_the_table_of_optimizers_has_each_that_a_config_may_name():
+    assert set(OPTIMIZERS) == set(get_args(OptimConfig.model_fields["name"].annotation))

@@ -5,6 +5,7 @@ from collections import Counter
 from torch import nn
 
 from configs import Config, ConfigError
+from configs.sections.optim import OPTIMIZERS
 from models.families import build
 from models.norm_memory import batch_norms
 from models.tasks.table import check_pair, task_of
@@ -55,7 +56,7 @@ def _check_phases(module: nn.Module, config: Config) -> None:
         if not any(parameter.requires_grad for parameter in part.parameters()):
             raise ConfigError(f"task={config.task}: there is nothing to train in {phase.parameters or 'the model'}")
         optimizer = optimizer_of(config, phase)
-        if optimizer.name in ("adafactor", "muon") and config.parallel.zero_stage:
+        if OPTIMIZERS[optimizer.name].whole_matrices and config.parallel.zero_stage:
             raise ConfigError(
                 f"task={config.task} trains {phase.name} by {optimizer.name}, which needs whole matrices: set "
                 "parallel.zero_stage=0"
