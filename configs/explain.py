@@ -135,6 +135,8 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
             return key, f"{given}: should have at least {least} value{'s' if least > 1 else ''}"
         case "model_type":
             names = _names(location, root)
+            if names == ["path", "weight"] and isinstance(item["input"], str):
+                return key, f"{given}: write {{path: {shortened(item['input'])}, weight: 1}}"
             return key, f"{given}: should be a section of keys: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
         case "value_error":
             message = str(item["ctx"]["error"])

@@ -75,6 +75,8 @@ def inspect(
 
 
 def _print_inspection(found: dict[str, Any]) -> None:
+    from trainer.data.prepare.prepare import refusals
+
     tokens = found["tokenizer"]
     print(f"{found['folder']}: {counted(found['input_files'], 'file')}, {counted(found['input_bytes'], 'byte')}")
     print(f"inputs: {', '.join(found['inputs'])}")
@@ -86,7 +88,7 @@ def _print_inspection(found: dict[str, Any]) -> None:
             f"{counted(split['row_groups'], 'row group')}, unigram entropy {split['entropy']:.3f} nats"
         )
     for reason, count in found["refused"].items():
-        print(f"left out: {count:,} {reason}")
+        print(f"left out: {refusals(reason, count)}")
     for doubt in found["doubts"]:
         print(doubt)
     for example in found.get("examples", []):

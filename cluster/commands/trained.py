@@ -107,6 +107,9 @@ def evaluate(
         return
     for path, each in sources.items() if len(dataset.sources) > 1 else ():
         print(f"{path}: {_line(each)}")
+    for item, manifest in zip(dataset.sources, dataset.manifests, strict=True):
+        if not manifest.of("held_out"):
+            print(f"{item.path}: nothing is held out of it, so it counts for nothing here")
     print(f"held-out loss {_line(whole)}")
 
 

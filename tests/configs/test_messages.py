@@ -68,7 +68,7 @@ WRONG = {
     # text or a list
     "data.path=null": "data.path=null: should be text or a list",
     "data.path={path: a}": 'data.path={"path": "a"}: should be text or a list',
-    "data.path=[a]": 'data.path.0="a": should be a section of keys: path, weight',
+    "data.path=[a]": 'data.path.0="a": write {path: a, weight: 1}',
     "data.path=[{weight: 1}]": 'data.path.0.path is missing in {"weight": 1}',
     "data.path=[{path: a, weight: 0}]": "data.path.0.weight=0: should be greater than 0",
     # what a section checks as a whole

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import starmap
 from pathlib import Path
 from typing import Literal
 
@@ -186,11 +187,12 @@ def _build(
     shards = [shard for split in SPLITS for shard in writers[split].close()]
     splits = {split: writers[split].stats() for split in SPLITS}
     if not any(split.documents for split in splits.values()):
-        named = "; ".join(f"{reason}: {count}" for reason, count in reasons.items()) or "they are blank"
-        raise ConfigError(
-            f"no usable document in {counted(len(files), 'file')} ({named})"
-            + (f".\nThe first: {first}" if first else "")
-        )
+        if not first:
+            raise ConfigError(
+                f"no text in {counted(len(files), 'file')}: {'it is' if len(files) == 1 else 'all are'} blank"
+            )
+        named = "; ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+        raise ConfigError(f"no usable document in {counted(len(files), 'file')} ({named}).\nThe first: {first}")
     if losses.lossy:
         file, *pair = losses.example
         name = os.fsencode(file).decode("utf-8", errors="replace")
@@ -302,6 +304,13 @@ def _locked(out: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
+def refusals(reason: str, count: int) -> str:
+    """A reason with how often it was one: `2 empty files`, `3 bad UTF-8`."""
+    return (
+        counted(count, reason) if reason.endswith((" file", " document", " key", " column")) else f"{count:,} {reason}"
+    )
+
+
 def summary(manifest: Manifest) -> str:
     """What was prepared and what was left out, for a person to read."""
     lines = [
@@ -310,6 +319,8 @@ def summary(manifest: Manifest) -> str:
         f"{manifest.tokenizer.eos_token!r} ends a document"
     ]
     for split, stats in manifest.splits.items():
+        if not stats.documents:
+            continue
         ratio = stats.bytes / max(stats.tokens, 1)
         lines.append(
             f"{split}: {counted(stats.documents, 'document')}, {counted(stats.tokens, 'token')} ({ratio:.2f} "
@@ -319,7 +330,7 @@ def summary(manifest: Manifest) -> str:
     if not manifest.splits["held_out"].documents:
         lines.append("nothing is held out: a run on these data alone has no evaluation")
     if manifest.refused:
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in manifest.refused.items())
+        reasons = ", ".join(starmap(refusals, manifest.refused.items()))
         lines.append(f"left out: {reasons} (each is named in {REFUSED})")
     lines += manifest.doubts
     return "\n".join(lines)

@@ -36,9 +36,9 @@ class Splitting:
 
     def __str__(self) -> str:
         if self.tail:
-            return f"too few documents to hold one out: the last {self.tail:.0%} of each long one is held out"
+            return f"Too few documents to hold one out: of each long one at least the last {self.tail:.0%} is, by lines"
         if self.document is not None:
-            return "few documents, and none held out by its hash: one is held out all the same"
+            return "Few documents: the random split held none out, so one was set aside for evaluation"
         return "too little text to hold a part of it out"
 
 

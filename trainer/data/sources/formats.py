@@ -186,14 +186,11 @@ def csv_rows(
     delimiter = next((each for each in delimiters if text_key in _split(first, each)), delimiters[0])
     lines = _Lines(stream, delimiter, count, damaged)
     rows = csv.reader(lines, strict=True, delimiter=delimiter)
-    columns, torn = 0, _Torn()
+    columns, torn, row = 0, _Torn(), list[str]()
     while True:
         wrong = ""
         try:
-            row = next(rows, None)
-            if row is None:
-                yield from torn.end()
-                return
+            row = next(rows)
             if not row:  # a blank line
                 lines.next_row()
                 continue
@@ -203,6 +200,9 @@ def csv_rows(
                 continue
             if len(row) != columns:
                 wrong = f"{len(row)} values in a row of {columns} columns"
+        except StopIteration:
+            yield from torn.end()
+            return
         except (Damaged, Expands):
             yield from torn.end()
             raise

@@ -1,5 +1,6 @@
 """Tokenizers as Hugging Face tokenizer.json: byte level, BPE trained on the data, or an existing one."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,10 @@ class TokenizerProcess:
             answer = self._child.ask({"do": do, "arguments": arguments} | bounds)
         except ChildDied as error:
             answer = {"error": str(error)}
+        if re.search(r"at line \d+ column \d+$", answer.get("error", "")):  # no JSON, or not that of a tokenizer
+            raise ConfigError(
+                f"tokenizer {self.file} cannot be used ({answer['error']}): give a Hugging Face tokenizer.json"
+            )
         if "error" in answer:
             raise ConfigError(
                 f"tokenizer {self.file} cannot be used ({answer['error']}): give a Hugging Face tokenizer.json.\n"

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from configs import ConfigError
 from configs.explain import first_reason
-from configs.reading.parse import parse_json, read_text, shortened
+from configs.reading.parse import clip, parse_json, read_text, shortened
 from trainer.data.manifest import MANIFEST, TOKENIZER, TokenizerInfo, read_manifest
 from trainer.files.durable import replace_bytes
 
@@ -75,7 +75,7 @@ def _in_folder(folder: Path) -> Path:
             f"tokenizer {folder}: it has {' and '.join(slow)}, but no existing {TOKENIZER}, which is what is read.\n"
             "transformers writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
         )
-    raise ConfigError(f"tokenizer {folder}: a folder without an existing {TOKENIZER}")
+    raise ConfigError(f"tokenizer {folder}: no {TOKENIZER} in this folder")
 
 
 def _in_cache(name: str) -> Path:
@@ -206,4 +206,4 @@ def _content(path: Path) -> bytes:
 
 
 def _unreadable(path: Path, error: object) -> ConfigError:
-    return ConfigError(f"{path} cannot be read ({' '.join(str(error).split())[:200]}): mend it, or remove it")
+    return ConfigError(f"{path} cannot be read ({clip(error, 200)}): fix or delete it")

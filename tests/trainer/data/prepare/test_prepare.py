@@ -251,6 +251,22 @@ def test_nothing_usable_is_an_error(tmp_path: Path):
         go([tmp_path / "empty.txt"], tmp_path / "out")
 
 
+def test_a_summary_counts_in_plain_words(tmp_path: Path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "good.txt").write_text("a text")
+    said = summary(go([tmp_path], tmp_path / "out", SMALL.model_copy(update={"held_out": 0.0}))).splitlines()
+    assert said[-1] == "left out: 2 empty files (each is named in refused.jsonl)"
+    assert not any(line.startswith("held_out:") for line in said)
+
+
+def test_a_broken_tokenizer_asks_for_no_more_memory(tmp_path: Path):
+    (tmp_path / TOKENIZER).write_text('{"version": "1.0", ')
+    (tmp_path / "a.txt").write_text("a text")
+    with pytest.raises(ConfigError, match=r"give a Hugging Face tokenizer\.json$"):
+        go([tmp_path / "a.txt"], tmp_path / "out", SMALL.model_copy(update={"tokenizer": str(tmp_path)}))
+
+
 def test_long_documents_are_cut_between_lines_or_characters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(read, "DOCUMENT_BYTES", 1000)
     text = make_text(1, 3000) + "数" * 1500
