@@ -29,7 +29,7 @@ def plan_sweep(
 ) -> None:
     """List a sweep's trials, their cost, and possible problems. Example: muster sweep plan sweep.yaml --gpu cpu"""
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
-    from trainer.data.manifest import vocabulary
+    from trainer.data.manifest import planned_vocabulary
 
     from .design.plan import plan
     from .design.show import costs, show, to_json
@@ -37,7 +37,7 @@ def plan_sweep(
 
     sweep = load_sweep(file, overrides or ())
     config = config_of(sweep)
-    planned = plan(sweep, vocabulary(config.data), finished_losses(sweep.folder))
+    planned = plan(sweep, planned_vocabulary(config) or 0, finished_losses(sweep.folder))
     planned = planned._replace(warnings=planned.warnings + _repeats(config, planned.trials))
     planned.check_gpus(gpus)
     found = costs(planned, device, gpus, usd_per_gpu_hour)
@@ -55,10 +55,12 @@ def config_of(sweep: SweepConfig) -> Config:
 
 
 def _repeats(config: Config, trials: tuple) -> tuple[str, ...]:
-    from trainer.data.manifest import read_manifests
+    from trainer.data.manifest import planned_vocabulary, read_manifests
 
     from .design.doubts import repeated
 
+    if planned_vocabulary(config) is None:
+        return ()
     try:
         manifests = read_manifests(config.data)
     except ConfigError:

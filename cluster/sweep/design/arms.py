@@ -11,6 +11,7 @@ from configs.load import merge, read_tree
 from configs.reading.parse import shortened
 from configs.sweep.definition import SweepConfig, nested
 from configs.sweep.variants import Experts, Variant
+from trainer.run.plugins import load_plugins
 
 from .rules import Rules
 
@@ -42,7 +43,9 @@ def arms(sweep: SweepConfig) -> list[Arm]:
         ConfigError: base, set, a variant's set or an axis is no config, or sets what the sweep itself chooses.
     """
     base = read_tree(sweep.base)
-    from_dict(base, where=f"base {sweep.base}")
+    if plugins := from_dict(base, where=f"base {sweep.base}").plugins:
+        load_plugins(plugins)
+        from_dict(base, where=f"base {sweep.base}")  # now that its family's keys are known
     refuse_chosen(sweep, nested(sweep.set), "set")
     tree = merge(base, nested(sweep.set))
     from_dict(tree, where="set")
@@ -65,7 +68,8 @@ def arms(sweep: SweepConfig) -> list[Arm]:
 def base_width(sweep: SweepConfig) -> int:
     """Where the config's optim.lr is right, of rules.lr=inverse_width."""
     tree = merge(read_tree(sweep.base), nested(sweep.set))
-    return sweep.rules.base_width or from_dict(tree, where="set").model.hidden_size
+    own: int = getattr(from_dict(tree, where="set").model, "hidden_size", 1)
+    return sweep.rules.base_width or own
 
 
 def with_values(sweep: SweepConfig, arm: Arm, values: Mapping[str, Any]) -> Arm:

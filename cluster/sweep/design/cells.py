@@ -10,9 +10,9 @@ from configs.sections.model import MOST_WIDTH
 from configs.sweep.definition import SweepConfig
 from configs.sweep.designs import IsoflopDesign, LadderDesign, OptunaDesign, RandomDesign
 from configs.units import scientific, short
-from models.planning.cost import training_flops_per_token
 
 from .arms import Arm, arms, resolved, with_values
+from .measures import measures_of
 from .search import optuna_draws, random_draws
 from .sizes import Sizer, spaced
 
@@ -106,9 +106,9 @@ def cell_of(arm: Arm, name: str, keys: dict[str, Any], found: Sizer, budget: flo
 def as_it_stands(sweep: SweepConfig, arm: Arm, name: str, vocab_size: int) -> Cell:
     """The cell of a search: the shape is the config's."""
     config = resolved(sweep, arm, arm.config, vocab_size, name)
-    flops = training_flops_per_token(config.model, config.train.seq_len)
+    _, flops, units = measures_of(config)
     budget = getattr(sweep.design, "budget", None)
-    sequences = budget / flops / config.train.seq_len if budget else config.train.steps * config.train.global_batch
+    sequences = budget / flops / units if budget else config.train.steps * config.train.global_batch
     return Cell(arm, name, {}, config.model, flops, float(sequences), budget)
 
 

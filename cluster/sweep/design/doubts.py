@@ -8,6 +8,7 @@ from itertools import pairwise
 from configs import counted
 from configs.sweep.definition import SweepConfig
 from configs.units import scientific, short
+from models.planning.cost import has_formulas
 
 from .rules import STEP_LAW_D, STEP_LAW_N, Rules, step_law_batch
 from .sizes import conventions
@@ -45,7 +46,8 @@ def doubts(sweep: SweepConfig, trials: Sequence[Trial], losses: Mapping[str, flo
             )
     if sweep.sizes_chosen:
         found += _crowded(sweep, trials) + _unequal(sweep, trials)
-    found += _batches(trials) + _steps(trials)
+    of_tokens = [trial for trial in trials if has_formulas(trial.resolved.model)]
+    found += _batches(of_tokens) + _steps(trials)
     if Rules.of(sweep).lr == "step_law":
         found += _beyond_step_law(sweep, trials)
     return found

@@ -10,11 +10,11 @@ from configs import ConfigError, from_dict
 from configs.load import merge
 from configs.sweep.definition import SweepConfig
 from configs.units import scientific
-from models.planning.cost import parameters
 
 from .arms import arms, base_width, resolved
 from .cells import Cell, as_it_stands, drawn, sized_cells
 from .doubts import doubts
+from .measures import measures_of
 from .rules import Rules, course, learning_rate, rounded, step_law_batch
 from .sizes import TOLERANCE, batch_and_steps, conventions
 from .trial import Plan, Trial
@@ -76,18 +76,18 @@ def trials_of(
         width: see `base_width`.
     """
     rules, first = Rules.of(sweep), chain[0]
-    config, counts = first.arm.config, parameters(first.model)
-    train = config.train
-    tokens = math.exp(sum(math.log(cell.sequences * train.seq_len) for cell in chain) / len(chain))
+    config = first.arm.config
+    sized, train = config.model_copy(update={"model": first.model}), config.train
+    counts, _, units = measures_of(sized)
+    tokens = math.exp(sum(math.log(cell.sequences * units) for cell in chain) / len(chain))
     n = conventions(counts)["without_embeddings"]
     fixed = rules.batch == "fixed"
-    wanted = train.global_batch if fixed else step_law_batch(tokens) / train.seq_len
+    wanted = train.global_batch if fixed else step_law_batch(tokens) / units
     multiple = config.parallel.dp * (train.micro_batch or 1)
     found = batch_and_steps([cell.sequences for cell in chain], wanted, multiple, fixed=fixed)
     if found is None:
         raise ConfigError(_no_steps(chain, wanted, fixed, multiple))
     batch, steps = found
-    sized = config.model_copy(update={"model": first.model})
     lr = rounded(scale * learning_rate(rules.lr, sweep.rules, sized, width, n, tokens))
     trials: list[Trial] = []
     after: tuple[str, int] | None = None
@@ -111,7 +111,7 @@ def trials_of(
         }
         asked = from_dict(merge(tree, {key: keys for key, keys in chosen.items() if keys}), where=f"trial {name}")
         used = resolved(sweep, cell.arm, asked, vocab_size, name)
-        read = each * batch * train.seq_len
+        read = each * batch * units
         trials.append(
             Trial(
                 name=name,
@@ -119,7 +119,7 @@ def trials_of(
                 budget=cell.budget,
                 flops=cell.flops_per_token * read,
                 tokens=read,
-                counts=parameters(used.model),
+                counts=measures_of(used).counts,
                 config=asked,
                 resolved=used,
                 after=after[0] if after else None,

@@ -1,6 +1,7 @@
 """A plan as a person reads it and as JSON: trials, FLOPs, device-hours, cost."""
 
 import heapq
+import math
 from collections import defaultdict
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from rich.text import Text
 
 from configs import counted
 from configs.units import byte_size, scientific, short
+from models.planning.cost import has_formulas
 from models.planning.devices import HEADROOM, Device
 from models.planning.plan import predict
 from trainer.record.terminal import Console
@@ -39,9 +41,12 @@ class Costs(NamedTuple):
 
 
 def costs(plan: Plan, device: Device, devices: int | None, price: float | None) -> Costs:
-    """Predict every trial."""
+    """Predict every trial; NaN where the planner has no formulas of its family."""
     hours, device_hours, large = {}, {}, []
     for trial in plan.trials:
+        if not has_formulas(trial.resolved.model):
+            hours[trial.name] = device_hours[trial.name] = math.nan
+            continue
         predicted = predict(trial.resolved, device)
         steps = trial.config.train.steps - (trial.from_step or 0)
         hours[trial.name] = steps * predicted.step_time / 3600
@@ -93,7 +98,7 @@ def _row(plan: Plan, trial: Trial, found: Costs) -> dict[str, Any]:
         "warmup": trial.config.optim.warmup, "budget": trial.budget, "flops": trial.flops, "off": off(trial),
         "spent": trial.spent, "hours": found.hours[trial.name], "device_hours": found.device_hours[trial.name],
         "after": trial.after, "from_step": trial.from_step, "values": dict(trial.values),
-        "model": {key: getattr(model, key) for key in (
+        "model": {key: getattr(model, key, None) for key in (
             "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_experts", "top_k", "expert_size")},
     }  # fmt: skip
 
@@ -125,7 +130,7 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
         table.add_row(
             trial.name, short(n), short(trial.counts.total), _shape(trial), short(trial.tokens),
             f"{trial.tokens / n:.3g}", f"{train.steps:,}", str(train.global_batch), f"{trial.config.optim.lr:.3g}",
-            scientific(trial.flops), "" if by is None else f"{by:+.2%}", f"{found.hours[trial.name]:.3g}", *after,
+            scientific(trial.flops), "" if by is None else f"{by:+.2%}", _known(found.hours[trial.name]), *after,
             *values,
         )  # fmt: skip
     width = console.measure(table, options=console.options.update(width=1000)).maximum
@@ -133,9 +138,9 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
     Console(width=max(width, console.width), file=console.file).print(table)
     flops = sum(trial.spent for trial in trials)
     priced = "" if found.price is None else f", {found.total * found.price:,.2f} USD"
-    console.print(f"\n{counted(len(trials), 'trial')}, {scientific(flops)} FLOPs, {found.total:,.3g} "
+    console.print(f"\n{counted(len(trials), 'trial')}, {scientific(flops)} FLOPs, {_known(found.total)} "
                   f"device-hours{priced}; on "
-                  f"{found.devices} side by side {found.wall:,.3g} hours")  # fmt: skip
+                  f"{found.devices} side by side {_known(found.wall)} hours")  # fmt: skip
     if plan.open:
         mean = found.total / max(1, len(trials))
         console.print(f"{counted(plan.open, 'more trial')} will be chosen by the losses of these: about "
@@ -143,6 +148,10 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
                       "device-hours more")  # fmt: skip
     for line in (*plan.warnings, *_too_large(found)):
         console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
+
+
+def _known(hours: float) -> str:
+    return "?" if math.isnan(hours) else f"{hours:,.3g}"
 
 
 def _too_large(found: Costs) -> list[str]:
@@ -154,5 +163,7 @@ def _too_large(found: Costs) -> list[str]:
 
 def _shape(trial: Trial) -> str:
     model = trial.resolved.model
+    if not has_formulas(model):
+        return model.family
     experts = f" {model.num_experts}e{model.top_k}" if model.is_moe else ""
     return f"{model.num_layers}x{model.hidden_size}{experts}"

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, FailFast, ValidationError
+from pydantic import AfterValidator, FailFast, Field, ValidationError
 
 from cluster.sweep.design.sizes import conventions
 from cluster.sweep.design.trial import Plan
 from configs import ConfigError
-from configs.base import Size, Typed, at_most
+from configs.base import LARGEST, Typed, at_most
 from configs.explain import first_reason
 from configs.reading.parse import parse_json, read_text, shortened
 from configs.sections.run import folder_name
@@ -44,7 +44,8 @@ class Item(Typed):
 
 
 class _Plan(Typed):
-    vocab_size: Size
+    vocab_size: Annotated[int, Field(ge=0, le=LARGEST)]
+    """0: of models without a vocabulary."""
     open: int
     warnings: Annotated[list[str], FailFast()]
     trials: Annotated[list[Item], FailFast()]

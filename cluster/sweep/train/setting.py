@@ -12,8 +12,7 @@ from configs import Config, ConfigError, differences, to_yaml
 from configs.sections.data import DataConfig
 from configs.sections.tracking import TrackingConfig
 from configs.sweep.definition import SweepConfig, nested
-from trainer.data.default import ensure_prepared, vocabulary_size
-from trainer.data.manifest import sources_of, vocabulary, without_held_out
+from trainer.data.manifest import planned_vocabulary, sources_of
 from trainer.files.durable import replace_text
 from trainer.record.lines import read_events
 from trainer.run.folder import attempts, read_config
@@ -39,7 +38,7 @@ class Setting:
         self.sweep = sweep
         self.sweep_dir = sweep.folder.resolve()
         self.base = arms(sweep)[0].config
-        self.vocab_size = vocabulary(self.base.data)
+        self.vocab_size = planned_vocabulary(self.base) or 0
         self._data: dict[DataConfig, DataConfig] = {}
         self._said = _dotted(nested(sweep.set)) | set(sweep.axes)
         for variant in sweep.variants.values():
@@ -54,18 +53,22 @@ class Setting:
 
     def prepare_data(self) -> None:
         """Make the default data where they are missing; the sweep's other runs use the same."""
+        from trainer.data.kinds import kind_of  # torch
+
         data = self._prepared(self.base)
-        if len(nothing := without_held_out(data)) == len(sources_of(data)):
+        if kind_of(self.base).open(self.base.model_copy(update={"data": data}), "held_out") is None:
             raise ConfigError(
-                f"data.path={nothing[0]} has no held-out documents, whose loss a sweep compares: prepare it with a "
-                "larger data.prepare.held_out or more text"
+                f"data.path={sources_of(data)[0].path} has no held-out documents, whose loss a sweep "
+                "compares: prepare it with a larger data.prepare.held_out or more text"
             )
-        self.vocab_size = vocabulary_size(data)
+        self.vocab_size = planned_vocabulary(self.base.model_copy(update={"data": data})) or 0
 
     def _prepared(self, config: Config) -> DataConfig:
+        from trainer.data.kinds import kind_of  # torch
+
         if config.data not in self._data:
             run = config.run.model_copy(update={"root": str(self.sweep_dir.parent)})
-            self._data[config.data], _ = ensure_prepared(config.model_copy(update={"run": run}))
+            self._data[config.data], _ = kind_of(config).ensure(config.model_copy(update={"run": run}))
         return self._data[config.data]
 
     def plan(self) -> Plan:

@@ -44,7 +44,7 @@ def submit_sweep(
     from cluster.sweep.design.arms import arms
     from cluster.sweep.design.plan import plan
     from cluster.sweep.design.trial import gang_of
-    from trainer.data.manifest import vocabulary  # numpy, as have the next two
+    from trainer.data.manifest import planned_vocabulary  # numpy, as have the next two
 
     from .trial_state import finished_losses
 
@@ -52,7 +52,7 @@ def submit_sweep(
     check_root("root", sweep.root)
     name = path_in(here, file)
     every = arms(sweep)
-    planned = plan(sweep, vocabulary(every[0].config.data), finished_losses(sweep.folder))
+    planned = plan(sweep, planned_vocabulary(every[0].config) or 0, finished_losses(sweep.folder))
     planned.check_gpus(gpus)
     if (widest := max(gpus or 0, planned.widest)) > MOST_WORKERS:
         raise ConfigError(

@@ -1,0 +1,253 @@
+"""Families and tasks that a plugin brings: a classifier with BatchNorm, and a GAN whose two networks take turns."""
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from faults import kill_at_step, trained
+from pictures import write_images
+from support import resolved, train_in_process
+from teams import in_team
+
+from cluster import cli
+from cluster.sweep.design.plan import plan
+from configs import Config, ConfigError, from_dict, load
+from configs.load import dump_yaml
+from configs.sweep.definition import sweep_from_dict
+from models.flops import counted_flops, flops_of_example
+from trainer.checkpoint.store import Reader, folder
+from trainer.data.kinds import kind_of
+from trainer.record.lines import read_events, read_metrics
+from trainer.run.folder import prepare_run, read_config
+from trainer.run.plugins import with_plugins
+
+PLUGINS = Path(__file__).parents[2] / "helpers" / "plugins"
+MODELS: dict[str, dict[str, Any]] = {
+    "convnet": {"classes": 3, "width": 8},
+    "gan": {"width": 8, "generator_every": 2},
+}
+STEPS = 6
+FAMILIES = pytest.mark.parametrize("family", MODELS)
+
+
+def tree(family: str, root: Path, images: Path, **sections: dict[str, Any]) -> dict[str, Any]:
+    """Six steps of four micro-batches."""
+    found: dict[str, Any] = {
+        "run": {"name": family, "root": str(root)},
+        "plugins": [str(PLUGINS / f"{family}.py")],
+        "model": {"family": family} | MODELS[family],
+        "data": {"path": str(images), "images": {"channels": 1}},
+        "train": {"steps": STEPS, "global_batch": 16, "micro_batch": 4, "precision": "fp32", "eval_sequences": 5},
+        "optim": {"lr": 0.01},
+        "tracking": {"enabled": False},
+        "checkpoint": {"every": 2},
+    }
+    for section, keys in sections.items():
+        found[section] = {**found[section], **keys} if section in found else keys
+    return found
+
+
+def make(family: str, root: Path, images: Path, **sections: dict[str, Any]) -> Path:
+    return prepare_run(from_dict(tree(family, root, images, **sections)))
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "images.parquet")
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, images) -> dict[str, Path]:
+    """A run of each family, never stopped, in one process."""
+    runs = {family: make(family, tmp_path_factory.mktemp("clean"), images) for family in MODELS}
+    for run_dir in runs.values():
+        assert train_in_process(run_dir) == 0
+    return runs
+
+
+MEASURED = ("loss", "grad_norm", "eval_loss", "accuracy", "fooled", "loss_generator", "grad_norm_generator")
+
+
+def numbers(run_dir: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of all that a run measured, as it was measured last."""
+    last = {(m["step"], key): m[key] for m in read_metrics(run_dir) for key in MEASURED if key in m}
+    return [(*key, value) for key, value in sorted(last.items())]
+
+
+def state(run_dir: Path, step: int = STEPS) -> dict[Any, Any]:
+    """All that the next step depends on."""
+    reader = Reader(folder(run_dir, step))
+    tensors = {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}
+    found = reader.manifest.state
+    return tensors | reader.manifest.scalars | found.memory | {"cursor": found.cursor, "networks": found.networks}
+
+
+@FAMILIES
+def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, images, clean, family):
+    run_dir = make(family, tmp_path, images, checkpoint={"background": False})
+    assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL
+    assert train_in_process(run_dir) == 0
+    assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [2]
+    assert state(run_dir) == state(clean[family])
+    assert numbers(run_dir) == numbers(clean[family])
+
+
+ZERO = [("convnet", 1), ("gan", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    ("convnet", 0), ("convnet", 2), ("convnet", 3), ("gan", 0), ("gan", 1),
+])]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "zero"), ZERO)
+def test_two_processes_measure_what_one_does(tmp_path, images, clean, family, zero):
+    run_dir = make(family, tmp_path, images, parallel={"dp": 2, "zero_stage": zero})
+    assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]
+    mine, one = numbers(run_dir), numbers(clean[family])
+    assert [entry[:2] for entry in mine] == [entry[:2] for entry in one]
+    assert [entry[2] for entry in mine] == pytest.approx([entry[2] for entry in one], rel=1e-5, abs=1e-9)
+
+
+def test_running_statistics_are_the_same_in_every_topology(tmp_path, images):
+    """After one step, from the same weights: bit for bit, though two processes saw half of the micro-batches each."""
+    one = make("convnet", tmp_path / "one", images, train={"steps": 1})
+    assert train_in_process(one) == 0
+    two = make("convnet", tmp_path / "two", images, train={"steps": 1}, parallel={"dp": 2})
+    assert in_team(2, trained, two) == ["FINISHED", "FINISHED"]
+    found, expected = (Reader(folder(run_dir, 1)).manifest.state.memory for run_dir in (two, one))
+    assert found == expected
+    assert sorted(found) == [f"{layer}.running_{what}" for layer in (1, 4) for what in ("mean", "var")]
+    assert any(any(rows[0]) for name, rows in found.items() if name.endswith("mean"))
+
+
+def test_phases_take_their_turns(clean):
+    steps = [m for m in read_metrics(clean["gan"]) if "loss" in m]
+    assert ["loss_generator" in m for m in steps] == [False, True] * 3
+    assert [m["lr"] / m["lr_generator"] for m in steps] == pytest.approx([2.0] * STEPS)
+    manifest = Reader(folder(clean["gan"], STEPS)).manifest
+    assert manifest.scalars == {"discriminator.step": 6.0, "generator.step": 3.0}
+    assert {name.partition(".")[0] for name in manifest.shapes["weight"]} == {"discriminator", "generator"}
+
+
+def test_flops_are_those_of_the_layers(images, tmp_path, clean):
+    config = read_with_plugins(clean["convnet"])
+    # 12 x 12 pixels to 6 x 6 of 8 channels, to 3 x 3 of 16, to 3 classes; the first layer hands no gradient on.
+    first, others = 2 * 36 * 8 * 9, 2 * (9 * 16 * 8 * 9 + 16 * 3)
+    assert flops_of_example(config, lambda: examples(config)) == 2 * first + 3 * others
+    [event] = [m for m in read_metrics(clean["convnet"]) if m["step"] == 3]
+    assert event["tflops"] == pytest.approx((2 * first + 3 * others) * 16 / event["step_time"] / 1e12)
+
+
+def test_counted_flops_of_a_decoder_are_its_formula():
+    config = resolved(model={"num_experts": 0, "num_layers": 2}, train={"seq_len": 32})
+    from engines import batch_of
+
+    counted = counted_flops(config, batch_of(config, [0, 1]))
+    model, length = config.model, config.train.seq_len
+    # The counter takes causal attention for the whole square: what lies above the diagonal comes off.
+    above = 3 * 4 * model.num_heads * model.head_dim * model.num_layers * length * (length - 1) / 2
+    assert flops_of_example(config, lambda: None) == pytest.approx(counted - above)
+
+
+def test_mfu_is_flops_over_the_peak(clean, monkeypatch):
+    from trainer.record import measure
+
+    config = read_with_plugins(clean["convnet"])
+    monkeypatch.setattr(measure, "peak_flops", lambda *_: 1e9)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    found = measure.step_metrics(
+        config, _Silent(), measure.TrainState(step=1), _Silent(), 0.1, 2.0, 0.0, 1e6, torch.device("cpu")
+    )
+    assert found["tflops"] * 1e12 == 1e6 * 16 / 2.0 / 2
+    assert found["mfu"] == found["tflops"] * 1e12 / 1e9
+
+
+class _Silent:
+    """A learner, and an outcome, with nothing to tell."""
+
+    task = type("task", (), {"counts": (1, "images")})
+    phases = ()
+    loss, grad_norm, weight, extra, rank_time, skipped = 1.0, 1.0, 16, {}, (), False
+
+    def metrics(self, *_: Any) -> dict[str, Any]:
+        return {}
+
+
+def read_with_plugins(run_dir: Path) -> Config:
+    return with_plugins(read_config(run_dir))
+
+
+def examples(config: Config) -> Any:
+    opened = kind_of(config).open(config, "train")
+    assert opened
+    return opened.batch([0, 1])
+
+
+REFUSED = {
+    "ZeRO-3 and two engines": ("gan", {"parallel": {"zero_stage": 3}}, r"parallel\.zero_stage=3: .* 2 phases"),
+    "a cut": ("convnet", {"parallel": {"tp": 2}}, r"model\.family=convnet cannot be cut by tp"),
+    "padding in a BatchNorm": ("convnet", {"train": {"micro_batch": 5}}, r"train\.micro_batch \(5\) does not divide"),
+    "layers computed again": (
+        "convnet", {"train": {"activation_checkpointing": "full"}}, r"train\.activation_checkpointing=full: .*convnet",
+    ),
+    "too few classes": ("convnet", {"model": {"classes": 2}}, r"set model\.classes=3"),
+    "a key of another family": ("convnet", {"model": {"num_layers": 2}}, r"unknown key model\.num_layers"),
+    "text": ("convnet", {"data": {"path": "stdlib"}}, r"data\.path=stdlib is text, and task=classification"),
+    "no file": ("convnet", {"data": {"path": "/no/such.parquet"}}, r"data\.path=/no/such\.parquet is not there"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "sections", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_is_refused_by_name(tmp_path, images, family, sections, message):
+    with pytest.raises(ConfigError, match=message):
+        make(family, tmp_path, images, **sections)
+    assert not (tmp_path / family).exists()
+
+
+def test_a_task_and_a_family_that_do_not_match(tmp_path, images):
+    asked = from_dict(tree("convnet", tmp_path, images) | {"task": "language_modelling"})
+    with pytest.raises(ConfigError, match=r"task=language_modelling needs .* tokens .*: set task=classification or"):
+        prepare_run(asked)
+
+
+def test_commands_know_a_plugin(clean, tmp_path, images, capsys):
+    file = tmp_path / "convnet.yaml"
+    file.write_text(dump_yaml(tree("convnet", tmp_path, images)))
+    assert load(file).model.family == "convnet"
+    root = str(clean["convnet"].parent)
+
+    def said(*words: str) -> str:
+        with pytest.raises(SystemExit) as end:
+            cli.app([*words])
+        assert end.value.code in (0, None)
+        return capsys.readouterr().out
+
+    assert "width: 32" in said("config", str(file), "model.width=32")
+    planned = json.loads(said("plan", str(file), "--json"))
+    assert planned["parameters"] == sum(p.numel() for p in parameters_of(clean["convnet"]))
+    assert planned["flops_per_example"] == 2 * 5184 + 3 * 20832
+    assert "convnet" in said("runs", "--root", root)
+    assert "FINISHED" in said("status", str(clean["convnet"]))
+
+
+def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
+    base = tmp_path / "convnet.yaml"
+    base.write_text(dump_yaml(tree("convnet", tmp_path, images)))
+    axes = {"model.width": [4, 8], "optim.lr": [0.01, 0.02]}
+    planned = plan(sweep_from_dict({"name": "widths", "base": str(base), "grid": {}, "axes": axes}), 0)
+    assert [trial.name for trial in planned.trials] == [
+        "width4-lr0.01", "width4-lr0.02", "width8-lr0.01", "width8-lr0.02",
+    ]  # fmt: skip
+    assert [trial.counts.total for trial in planned.trials] == [375, 375, 1323, 1323]
+    assert planned.trials[-1].flops == (2 * 5184 + 3 * 20832) * 16 * STEPS
+    assert [trial.tokens for trial in planned.trials] == [16 * STEPS] * 4
+    assert planned.trials[0].resolved.model.width == 4
+    bad = {"name": "widths", "base": str(base), "grid": {}, "axes": {"model.widht": [4, 8]}}
+    with pytest.raises(ConfigError, match=r"did you mean model\.width\?"):
+        plan(sweep_from_dict(bad), 0)
+
+
+def parameters_of(run_dir: Path) -> list[torch.Tensor]:
+    reader = Reader(folder(run_dir, STEPS))
+    return [reader.weight(name) for name in reader.manifest.shapes["weight"]]
