@@ -15,7 +15,7 @@ from models.kernels.uncompiled import leave_uncompiled
 from models.tasks.language_modelling import LanguageModelling
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
-from models.tasks.task import Memory, Sums, unless_skipped
+from models.tasks.task import Memory, Sums, Value, unless_skipped
 
 from .checkpoint.init_from import load_weights
 from .checkpoint.memory import as_rows, on_device, restored
@@ -105,8 +105,8 @@ class Trainee:
         device: torch.device,
         seen: ExpertTokens | None = None,
         alive: Callable[[], None] = lambda: None,
-    ) -> tuple[float, int]:
-        """(mean loss in nats per token, tokens) over the first train.eval_sequences of a held-out split.
+    ) -> tuple[float, int, dict[str, Value]]:
+        """(mean loss, what it is the mean of, `Task.metrics`) over the first train.eval_sequences of a held-out split.
 
         Args:
             seen: is told what the routers chose.
@@ -118,11 +118,15 @@ class Trainee:
         def forward(*batches: Any) -> Sums:
             alive()
             parts = [self.part(batch) for batch in batches]
-            loss = self._forward(parts)
+            sums = self._forward(parts)
+            for name, value in sums.extra.items():
+                extra[name] = extra[name] + value.double() if name in extra else value.double()
             if seen:
                 for number, part in enumerate(parts):
                     seen.add(part, self._choices(number))
-            return loss
+            return sums
+
+        extra: dict[str, Tensor] = {}
 
         for engine in self.engines.values():
             engine.eval()
@@ -132,7 +136,11 @@ class Trainee:
         )
         for engine in self.engines.values():
             engine.train()
-        return loss, tokens // parallel.tp  # tensor-parallel ranks counted the same ones
+        weight = tokens // parallel.tp  # tensor-parallel ranks counted the same ones
+        for value in extra.values():
+            dist.all_reduce(value)
+        found = {name: (value / parallel.tp).tolist() for name, value in extra.items()}
+        return loss, weight, self.learner.task.metrics(found, weight) if found else {}
 
     def _forward(self, batches: Sequence[Any]) -> Sums:
         if isinstance(self.engine, Pipeline):

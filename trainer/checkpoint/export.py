@@ -9,6 +9,7 @@ from torch import nn
 from configs import Config, ConfigError
 from models.families import build
 from models.hf.folder import SHARD_BYTES, export_hf
+from models.tasks.language_modelling import LanguageModelling
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
@@ -29,10 +30,14 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
         (module in evaluation mode, the run's config, the checkpoint's step).
 
     Raises:
-        ConfigError: not a run, no such checkpoint, or one that is damaged.
+        ConfigError: not a run of a language model, no such checkpoint, or one that is damaged.
     """
     config = read_config(run_dir)
     config = with_plugins(config)
+    if not isinstance(task_of(config), LanguageModelling):
+        raise ConfigError(
+            f"{run_dir} learns task={config.task}: generate, eval and export are of runs with task=language_modelling"
+        )
     steps = store.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]
     if not steps or (step is not None and step not in steps):

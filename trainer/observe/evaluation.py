@@ -22,9 +22,10 @@ def evaluate(run_dir: Path, trainee: Trainee, held_out: Examples, step: int, rec
     task, seen = trainee.learner.task, None
     if isinstance(task, LanguageModelling) and config.model.is_moe:
         seen = ExpertTokens(config, trainee.where, [chooser.layer for chooser in task.choosers])
-    loss, tokens = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
+    loss, tokens, more = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
     if record:
-        record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens})
+        found = {f"eval_{name}": value for name, value in more.items()}
+        record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens} | found)
     if seen and (pieces := seen.gather()):
         with TokenizerProcess(tokenizer_of(run_dir, config.data)[0], config.data.limits) as tokenizer:
             found = table(pieces, config, tokenizer, step)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_step import before_each_step
 from faults import kill_at_step, trained
 from pictures import write_images
 from support import resolved, train_in_process
@@ -18,6 +19,9 @@ from configs import Config, ConfigError, from_dict, load
 from configs.load import dump_yaml
 from configs.sweep.definition import sweep_from_dict
 from models.flops import counted_flops, flops_of_example
+from models.tasks.learner import Learner
+from models.tasks.task import Phase
+from trainer.checkpoint.export import load_module
 from trainer.checkpoint.store import Reader, folder
 from trainer.data.kinds import kind_of
 from trainer.record.lines import read_events, read_metrics
@@ -68,7 +72,17 @@ def clean(tmp_path_factory, images) -> dict[str, Path]:
     return runs
 
 
-MEASURED = ("loss", "grad_norm", "eval_loss", "accuracy", "fooled", "loss_generator", "grad_norm_generator")
+MEASURED = (
+    "loss",
+    "grad_norm",
+    "eval_loss",
+    "accuracy",
+    "eval_accuracy",
+    "fooled",
+    "eval_fooled",
+    "loss_generator",
+    "grad_norm_generator",
+)
 
 
 def numbers(run_dir: Path) -> list[tuple[int, str, float]]:
@@ -128,6 +142,36 @@ def test_phases_take_their_turns(clean):
     manifest = Reader(folder(clean["gan"], STEPS)).manifest
     assert manifest.scalars == {"discriminator.step": 6.0, "generator.step": 3.0}
     assert {name.partition(".")[0] for name in manifest.shapes["weight"]} == {"discriminator", "generator"}
+
+
+def spoil_generator(step: int) -> None:
+    """Make the generator's loss infinite in one step."""
+    original, now = Learner.loss, {"step": 0}
+    before_each_step(lambda number: now.update(step=number))
+
+    def wrapped(self: Learner, nets: Any, batch: Any, phase: Phase) -> Any:
+        sums, values = original(self, nets, batch, phase)
+        if phase.name == "generator" and now["step"] == step:
+            sums = sums._replace(loss=sums.loss * torch.inf)
+        return sums, values
+
+    Learner.loss = wrapped  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("zero", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_phase_skips_a_step_that_is_not_finite(tmp_path, images, zero):
+    run_dir = make("gan", tmp_path, images, parallel={"zero_stage": zero}, checkpoint={"keep": 3})
+    assert train_in_process(run_dir, spoil_generator, 4) == 0
+    assert [event["step"] for event in read_events(run_dir) if event["event"] == "skipped_step"] == [4]
+    before, after, end = (Reader(folder(run_dir, step)) for step in (2, 4, 6))
+
+    def same(one: Reader, other: Reader, network: str) -> list[bool]:
+        names = [name for name in one.manifest.shapes["weight"] if name.startswith(network)]
+        return [torch.equal(one.weight(name), other.weight(name)) for name in names]
+
+    assert all(same(before, after, "generator"))
+    assert not any(same(before, after, "discriminator"))
+    assert not any(same(after, end, "generator"))
 
 
 def test_flops_are_those_of_the_layers(images, tmp_path, clean):
@@ -246,6 +290,11 @@ def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
     bad = {"name": "widths", "base": str(base), "grid": {}, "axes": {"model.widht": [4, 8]}}
     with pytest.raises(ConfigError, match=r"did you mean model\.width\?"):
         plan(sweep_from_dict(bad), 0)
+
+
+def test_a_classifier_writes_no_text(clean):
+    with pytest.raises(ConfigError, match=r"learns task=classification: generate, eval and export"):
+        load_module(clean["convnet"])
 
 
 def parameters_of(run_dir: Path) -> list[torch.Tensor]:
