@@ -18,7 +18,7 @@ WRONG = {
     "data.path=[{pth: a}]": "unknown key data.path.0.pth: did you mean data.path.0.path?",
     "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean data.path.1.weight?",
     "xyz=1": "unknown key xyz: known here: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
-    "plugins",
+    "task, plugins",
     "parallel.xyz=1": "unknown key parallel.xyz: known here: dp, tp, pp, pp_schedule, ep, sp, zero_stage, hpz, offload",
     # numbers
     "train.steps=0": "train.steps=0: should be greater than 0",

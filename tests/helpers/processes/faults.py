@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from each_step import before_each_step
@@ -17,6 +18,8 @@ from schedule import Kill
 from torch import distributed as dist
 
 from models.moe import collapse
+from models.tasks.learner import Learner
+from models.tasks.task import Phase
 from trainer import loop
 from trainer.checkpoint import cadence, store
 from trainer.health import straggler
@@ -277,3 +280,17 @@ def stand_apart(dumped: Path) -> Dump | None:
         time.sleep(0.01)
     dist.all_reduce(torch.ones(7))
     return found
+
+
+def spoil_phase(name: str, step: int) -> None:
+    """Make the loss of one phase infinite in one step."""
+    original, now = Learner.loss, {"step": 0}
+    before_each_step(lambda number: now.update(step=number))
+
+    def wrapped(self: Learner, nets: Any, batch: Any, phase: Phase) -> Any:
+        sums, values = original(self, nets, batch, phase)
+        if phase.name == name and now["step"] == step:
+            sums = sums._replace(loss=sums.loss * torch.inf)
+        return sums, values
+
+    Learner.loss = wrapped  # type: ignore[method-assign]

@@ -202,8 +202,8 @@ def test_a_run_changes_to_a_v_and_back(tmp_path, tiny_data):
         assert len(expected) in (3, 6)
         assert np.array(found) == pytest.approx(np.array(expected), rel=1e-5), key
     last, states = (Reader(folder(tmp_path / "runs" / name, 6)) for name in ("changing", "alone"))
-    assert last.manifest["state"]["memory"]["router.bias"] == states.manifest["state"]["memory"]["router.bias"]
-    for state, names in states.manifest["shapes"].items():
+    assert last.manifest.state.memory == states.manifest.state.memory
+    for state, names in states.manifest.shapes.items():
         for name in names:
             torch.testing.assert_close(last.read(state, name), states.read(state, name), rtol=1e-4, atol=1e-6)
 

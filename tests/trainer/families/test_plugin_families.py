@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from each_step import before_each_step
-from faults import kill_at_step, trained
+from faults import kill_at_step, spoil_phase, trained
 from pictures import write_images
 from support import resolved, train_in_process
+from syncs import watch_syncs
 from teams import in_team
 
 from cluster import cli
@@ -19,8 +19,6 @@ from configs import Config, ConfigError, from_dict, load
 from configs.load import dump_yaml
 from configs.sweep.definition import sweep_from_dict
 from models.flops import counted_flops, flops_of_example
-from models.tasks.learner import Learner
-from models.tasks.task import Phase
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.store import Reader, folder
 from trainer.data.kinds import kind_of
@@ -144,24 +142,10 @@ def test_phases_take_their_turns(clean):
     assert {name.partition(".")[0] for name in manifest.shapes["weight"]} == {"discriminator", "generator"}
 
 
-def spoil_generator(step: int) -> None:
-    """Make the generator's loss infinite in one step."""
-    original, now = Learner.loss, {"step": 0}
-    before_each_step(lambda number: now.update(step=number))
-
-    def wrapped(self: Learner, nets: Any, batch: Any, phase: Phase) -> Any:
-        sums, values = original(self, nets, batch, phase)
-        if phase.name == "generator" and now["step"] == step:
-            sums = sums._replace(loss=sums.loss * torch.inf)
-        return sums, values
-
-    Learner.loss = wrapped  # type: ignore[method-assign]
-
-
 @pytest.mark.parametrize("zero", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_phase_skips_a_step_that_is_not_finite(tmp_path, images, zero):
     run_dir = make("gan", tmp_path, images, parallel={"zero_stage": zero}, checkpoint={"keep": 3})
-    assert train_in_process(run_dir, spoil_generator, 4) == 0
+    assert train_in_process(run_dir, spoil_phase, "generator", 4) == 0
     assert [event["step"] for event in read_events(run_dir) if event["event"] == "skipped_step"] == [4]
     before, after, end = (Reader(folder(run_dir, step)) for step in (2, 4, 6))
 
@@ -172,6 +156,13 @@ def test_a_phase_skips_a_step_that_is_not_finite(tmp_path, images, zero):
     assert all(same(before, after, "generator"))
     assert not any(same(before, after, "discriminator"))
     assert not any(same(after, end, "generator"))
+
+
+@FAMILIES
+def test_a_step_waits_for_nothing_but_the_one_before(tmp_path, images, family):
+    run_dir = make(family, tmp_path, images, checkpoint={"every": 0})
+    assert train_in_process(run_dir, watch_syncs, 3, 5, tmp_path / "syncs") == 0
+    assert json.loads((tmp_path / "syncs").read_text()) == {"trainer/late.py tolist: tolist": 2}
 
 
 def test_flops_are_those_of_the_layers(images, tmp_path, clean):
