@@ -262,7 +262,7 @@ def _rows(columns: dict[str, np.ndarray], names: Sequence[str]) -> Rows:
 
 def _parse(block: bytes) -> dict[str, np.ndarray]:
     """The columns of some whole lines; of a line that readers leave out nothing but its keys."""
-    lines = [line for line in block.split(b"\n") if line.endswith(b"}") and HEAD.match(line)]
+    lines = [line for line in block.split(b"\n") if line.endswith((b"}", b"}\r")) and HEAD.match(line)]
     columns = _parse_fast(lines) if lines and len(block) > SMALL else None
     columns = columns or _parse_slowly(lines)
     columns["evaluation"] = np.array([b'"eval_loss"' in line for line in lines], bool)

@@ -121,6 +121,7 @@ EVENTS: dict[str, Fields] = {
         "traffic step_time compute_time memory_time launch_time bubble mfu tokens_per_second tokens_per_day"
     ),
     "resumed": _fields(more="step cursor checkpoint"),
+    "flops_unknown": _fields(more="reason"),
     "signal": _fields(more="step reason"),
     "compiled": _fields(more="graphs graph_breaks cache_hits cache_misses recompilations seconds"),
     "measured": _fields(more="peak_memory step_time predicted_peak_memory predicted_step_time"),

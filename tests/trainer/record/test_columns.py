@@ -147,6 +147,16 @@ def test_a_folder_that_cannot_be_written_is_read(written, monkeypatch):
     assert found(written) == expected(written)
 
 
+def test_a_record_that_was_edited_where_lines_end_otherwise(tmp_path):
+    record = Record(tmp_path, 1)
+    for step in range(1, 41):
+        record.metrics({"step": step, "loss": 1.0 / step})
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert len(expected(tmp_path, ["loss"])["step"]) == 40
+    assert found(tmp_path, ["loss"]) == expected(tmp_path, ["loss"])
+
+
 def test_numbers_come_back_exactly(tmp_path):
     draw = random.Random(1)
     values = [draw.random() * 10 ** draw.randrange(-300, 17) for _ in range(200)] + [2**53, 5e-324, 0.1 + 0.2, -0.0]
