@@ -59,7 +59,7 @@ def text_bombs(folder: Path) -> None:
         "empty.jsonl.zst": b"{}\n" * (MIB // 3),
         "lists.jsonl.zst": b'{"a": [' + b"[]," * (MIB // 3),
         "deep.jsonl.gz": b"[" * MIB,
-        "text.txt.zst": b"\0" * MIB,
+        "text.txt.zst": b"a" * MIB,
     }
     for name, part in parts.items():
         pack = gzip.compress if name.endswith(".gz") else zstandard.compress

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections.abc import Callable
 
 from .damage import Damaged
 from .formats import BETWEEN, BOM, json_values, text_in
@@ -85,7 +86,7 @@ def begins_as_json(head: bytes) -> bool:
     return bool(_JSON.match(head.removeprefix(BOM).lstrip(BETWEEN)))
 
 
-def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool) -> str | None:
+def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool, count: Callable[[int], None]) -> str | None:
     """What a file that is text, jsonl or json by its name is by what it begins with; None: more of it is needed.
 
     Of a file that is text by its name, records of JSON have to follow one another, whatever their keys: an object that
@@ -96,6 +97,7 @@ def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool) -> str
         whole: whether that is all of it.
         key: of the text.
         plain: the name promises nothing, as `part-0` or `a.txt`: a single object is JSON too.
+        count: is told of what takes time to look at.
     """
     head = head.lstrip(BETWEEN)
     if kind == "text" and not _JSON.match(head):
@@ -110,7 +112,7 @@ def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool) -> str
     prose = kind == "text" and objects and not parts and len(lines) > 2
     if prose or not head.startswith((b"{", b"[")):
         return kind
-    first, value = _first_value(head)
+    first, value = _first_value(head, count)
     if not first and not whole:
         return None
     if not isinstance(value, dict):
@@ -151,10 +153,10 @@ def _mark(line: bytes) -> str:
     return "part" if rest.startswith("{") else "" if rest else "object"
 
 
-def _first_value(head: bytes) -> tuple[bytes, object]:
+def _first_value(head: bytes, count: Callable[[int], None]) -> tuple[bytes, object]:
     """The first object, or element of an array, and what it is; empty: it is not whole."""
     try:
-        found = next(json_values(io.BytesIO(head), lambda size: None), b"")
+        found = next(json_values(io.BytesIO(head), count), b"")
     except Damaged:
         return b"", None
     try:

@@ -140,10 +140,12 @@ class Reader:
         plain, size, read = bool(_PLAIN.search(file.path)), HEAD_BYTES - len(BOM), b""
         while True:
             whole = len(read or head) < size
-            kind = json_kind(read or head, whole or size >= RECORD_BYTES, file.kind, self.text_key, plain)
+            kind = json_kind(
+                read or head, whole or size >= RECORD_BYTES, file.kind, self.text_key, plain, unpacked.count
+            )
             if kind:
                 return kind, replace(unpacked, stream=rejoined(read, unpacked.stream)) if read else unpacked
-            size *= 2
+            size *= 4
             read += unpacked.stream.read(size - len(read))
 
     def _text(self, file: Input, unpacked: Opened, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
