@@ -126,7 +126,6 @@ EVENTS: dict[str, Fields] = {
     "compiled": _fields(more="graphs graph_breaks cache_hits cache_misses recompilations seconds"),
     "measured": _fields(more="peak_memory step_time predicted_peak_memory predicted_step_time"),
     "export_skipped": _fields(more="reason"),
-    "flops_unknown": _fields(more="reason"),
     "failure": _fields(more="step reason traceback"),
     "attempt_ended": _fields("status", "reason cause step totals"),
     # As it trains.
