@@ -12,6 +12,7 @@ import torch
 from torch import distributed as dist
 
 from configs import Config, ConfigError, with_workers
+from configs.reading.parse import clip
 from models.flops import flops_of_example
 
 from .bookkeeping import Books, Launched, TrainingStopped, report_bad_pages
@@ -225,7 +226,7 @@ def _flops(config: Config, dataset: Examples, record: Record | None) -> float | 
         return flops_of_example(config, lambda: dataset.batch([0, 1]))
     except (RuntimeError, ValueError) as error:
         if record:
-            record.event("flops_unknown", reason=" ".join(str(error).split())[:300])
+            record.event("flops_unknown", reason=clip(error, 300))
         return None
 
 

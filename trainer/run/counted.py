@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from configs import Config
+from configs.reading.parse import clip
 from models.families import build
 from models.flops import flops_of_example
 from models.tasks.table import check_pair
@@ -33,5 +34,5 @@ def counts(config: Config) -> dict[str, Any]:
     try:
         found["flops_per_example"] = flops_of_example(config, example)
     except (ValueError, RuntimeError) as error:
-        found["flops_unknown"] = " ".join(str(error).split())[:300]
+        found["flops_unknown"] = clip(error, 300)
     return found

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import ConfigError
+from configs.reading.parse import clip
 from trainer.data.manifest import Split
 
 IMAGE, LABEL, BYTES = "image", "label", "bytes"
@@ -88,7 +89,7 @@ def open_files(files: list[Path]) -> ImageFiles:
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise ConfigError(f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}") from None
+            raise ConfigError(f"{path} is not a Parquet file: {clip(error, 200)}") from None
         if column.null_count:
             raise ConfigError(f"{path}: {column.null_count} rows have no {LABEL}; leave them out")
         found = column.to_numpy().astype(np.int64)

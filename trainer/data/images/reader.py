@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from configs import ConfigError
+from configs.reading.parse import clip
 from configs.sections.data import DataConfig
 from models.batch import MicroBatch
 from trainer.data.manifest import Split, sources_of
@@ -158,7 +159,7 @@ class Images:
             if settings.size and drawn.size != (settings.size, settings.size):
                 drawn = drawn.resize((settings.size, settings.size), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = f"row {row} is no PNG or JPEG that can be read: {' '.join(str(error).split())[:150]}"
+            reason = f"row {row} is no PNG or JPEG that can be read: {clip(error, 150)}"
             raise DataError(where.file, where.number, reason, damaged=False) from None
         pixels = np.asarray(drawn)
         found = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
@@ -186,7 +187,7 @@ def _read_group(group: Group) -> list[bytes | None]:
             column = file.read_row_group(group.number, [f"{IMAGE}.{BYTES}"], use_threads=False)[IMAGE]
         images = column.combine_chunks().field(BYTES).to_pylist()
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise DataError(group.file, group.number, " ".join(str(error).split())[:200], damaged=False) from error
+        raise DataError(group.file, group.number, clip(error, 200), damaged=False) from error
     if len(images) != group.rows:
         raise DataError(group.file, group.number, f"{len(images)} rows, the footer has {group.rows}", damaged=False)
     return images

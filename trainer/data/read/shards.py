@@ -173,7 +173,7 @@ class Shards:
             with pq.ParquetFile(path) as file:
                 metadata, found = file.metadata, file.schema_arrow
         except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
-            return f"{path} is not a Parquet file: {' '.join(str(error).split())[:200]}"
+            return f"{path} is not a Parquet file: {clip(error, 200)}"
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if sum(rows) != shard.rows:
             return f"{path} has {sum(rows):,} rows where the manifest has {shard.rows:,}"
