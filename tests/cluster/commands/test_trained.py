@@ -73,3 +73,19 @@ def test_it_is_printed_by_source(mixture, muster):
     assert [line.partition(": ")[0] for line in lines[:-1]] == [str(folder) for folder in folders]
     assert lines[-1].startswith("held-out loss ")
     assert all("bits per byte; unigram entropy" in line for line in lines)
+
+
+def test_a_source_with_nothing_held_out_is_named(mixture, muster, tmp_path):
+    _, folders = mixture
+    (tmp_path / "x.jsonl").write_text(
+        "".join(json.dumps({"text": f"{number} more" * 99}) + "\n" for number in range(9))
+    )
+    config = PrepareConfig(tokenizer=str(folders[0] / TOKENIZER), held_out=0.0)
+    prepare([tmp_path / "x.jsonl"], tmp_path / "x", config, workers=1, progress=False)
+    path = [{"path": str(folder)} for folder in (folders[0], tmp_path / "x")]
+    train = {"steps": 1, "eval_every": 0}
+    run_dir = prepare_run(tiny(run={"name": "two", "root": str(tmp_path)}, data={"path": path}, train=train))
+    assert train_in_process(run_dir) == 0
+    code, out, _ = muster("eval", "two", "--root", str(tmp_path), "--sequences", "8")
+    assert code == 0
+    assert f"{tmp_path / 'x'}: nothing is held out of it, so it counts for nothing here" in out.splitlines()

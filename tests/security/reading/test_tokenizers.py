@@ -283,7 +283,7 @@ def test_a_start_refuses_another_tokenizer(prepared):
     with pytest.raises(ConfigError, match="is not the tokenizer that"):
         start(prepared)
     (prepared / TOKENIZER).unlink()
-    with pytest.raises(ConfigError, match=r"tokenizer .*existing tokenizer\.json"):
+    with pytest.raises(ConfigError, match=r"tokenizer .*no tokenizer\.json"):
         start(prepared)
 
 
