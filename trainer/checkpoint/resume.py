@@ -57,7 +57,7 @@ def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner,
             f"They are kept as {run_dir}/checkpoints/*.refused; the next start begins at step 0"
         )
     durable = DurableState(**from_chief(lambda: read_durable_state(run_dir).model_dump()))
-    if not reader and durable.forked_from:
+    if not reader and durable.forked_from is not None:
         reader, problems = _check_together(Path(durable.forked_from))
         problems = problems if not reader else _misfits(reader, engines, learner)
         if problems:

@@ -95,7 +95,8 @@ def change_durable_state(run_dir: Path, **changes: Any) -> None:
 def from_events(events: Sequence[dict[str, Any]]) -> DurableState:
     """The state of a run that has no run.json, as older versions kept it."""
     started = [event for event in events if event["event"] == "attempt_started"]
-    forks = [event["checkpoint"] for event in events if event["event"] == "forked"]
+    # A longer path is no checkpoint's, and neither is what is left of it: the start is refused as for any other.
+    forks = [event["checkpoint"][:LONGEST_PATH] for event in events if event["event"] == "forked"]
     backs = [event for event in events if event["event"] == "rollback" and {"cursor", "rollbacks"} <= event.keys()]
     return DurableState(
         attempt=last_attempt(events),

@@ -161,7 +161,7 @@ def test_a_tokenizer_that_is_not_the_runs_is_refused_and_restored(run, tmp_path)
     with pytest.raises(ConfigError, match="is not the tokenizer that the run was trained with"):
         export(tmp_path / "run", tmp_path / "hf")
     (tmp_path / "run" / FOLDER / "info.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"info\.json cannot be read \([^[\n]*\): mend"):
+    with pytest.raises(ConfigError, match=r"info\.json cannot be read \([^[\n]*\): fix or delete it"):
         export(tmp_path / "run", tmp_path / "hf")
     prepare_run(settings(tmp_path, "run", run_dir.parent / "elsewhere"))
     export(tmp_path / "run", tmp_path / "hf")

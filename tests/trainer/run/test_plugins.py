@@ -39,11 +39,10 @@ def _write(path: Path, text: str) -> Path:
 
 
 def test_a_file_adds_a_family(plugin):
-    config = resolved(model={"family": "mine"}).model
     with pytest.raises(ConfigError, match=r"model\.family=mine: no such family; known: decoder"):
-        build(config)
+        build(resolved(model={"family": "mine"}).model)
     load_plugins([str(plugin(FAMILY))])
-    assert type(build(config)).__name__ == "Mine"
+    assert type(build(resolved(model={"family": "mine"}).model)).__name__ == "Mine"
 
 
 def test_a_module_adds_a_family(plugin, tmp_path):
