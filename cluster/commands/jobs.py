@@ -311,7 +311,8 @@ def _rank_output(run_dir: Path, rank: int, follow: bool, has_ended: Callable[[],
         time.sleep(0.5)
     if shown is None:
         ranks = sorted({int(path.stem[-4:]) for path in folder.glob("attempt-*-rank-????.log")})
-        there = f"; there are ranks 0 to {ranks[-1]}" if len(ranks) > 1 else "; only rank 0 exists" if ranks else ""
+        several = f"there are ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
+        there = f"; {several or f'there is only rank {ranks[0]}'}" if ranks else ""
         raise ConfigError(
             f"no output of rank {rank} in {folder}{there}. Processes write it there, and this machine must reach it"
         )

@@ -1,6 +1,7 @@
 """Every run of a folder in one row each: of those whose record is as it was, the row of the last time."""
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -10,8 +11,9 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from configs.base import MOST, Typed
-from trainer.files.durable import replace_bytes
+from trainer.files.durable import replace_text
 from trainer.files.own_files import read_bytes
+from trainer.files.plain_json import dump
 
 from .lines import EVENTS, METRICS, summary
 
@@ -69,14 +71,15 @@ def summaries(root: Path, folders: Sequence[Path]) -> list[dict[str, Any]]:
                 now[folder.name] = _Kept(signature=signature, row=Row(**found[folder]))
     if now != kept:
         with contextlib.suppress(OSError):
-            replace_bytes(root / KEPT, _ALL.dump_json(now))
+            # Not by pydantic, which refuses a name that is no UTF-8.
+            replace_text(root / KEPT, dump({name: each.model_dump() for name, each in now.items()}))
     return list(found.values())
 
 
 def _read(root: Path) -> dict[str, _Kept]:
     try:
-        return _ALL.validate_json(read_bytes(root / KEPT, MOST_BYTES))
-    except (OSError, ValueError):
+        return _ALL.validate_python(json.loads(read_bytes(root / KEPT, MOST_BYTES)))
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

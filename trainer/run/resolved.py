@@ -9,7 +9,6 @@ from typing import Any
 from configs import Config, ConfigError, from_dict, resolve
 from configs.reading.parse import is_file
 from models.hf.config_json import model_keys
-from models.hf.weight_files import open_tensors
 from trainer.checkpoint.manifest import committed
 from trainer.data.manifest import planned_vocabulary, read_manifest, sources_of
 
@@ -72,6 +71,8 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
         folder = Path(weights)
         if is_file(folder / "config.json"):  # of Hugging Face
             model_keys(folder)
+            from models.hf.weight_files import open_tensors  # torch
+
             open_tensors(folder)
     with writable(resolved.run.root):
         Path(resolved.run.root).mkdir(mode=0o700, parents=True, exist_ok=True)

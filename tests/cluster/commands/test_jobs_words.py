@@ -25,7 +25,7 @@ def test_output_of_a_rank_is_that_of_the_newest_attempt(tmp_path):
     for attempt in ("01", "99", "100"):
         (tmp_path / "logs" / f"attempt-{attempt}-rank-0002.log").write_text(attempt)
     assert list(jobs._rank_output(tmp_path, 2, False, lambda: True)) == ["100"]
-    with pytest.raises(ConfigError, match="there are ranks 2 to 2"):
+    with pytest.raises(ConfigError, match="there is only rank 2"):
         list(jobs._rank_output(tmp_path, 3, False, lambda: True))
 
 

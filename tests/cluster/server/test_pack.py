@@ -88,7 +88,7 @@ def test_a_file_elsewhere_is_refused(name):
 @pytest.mark.parametrize("id", ["../../up", "/etc/up", "..", ".", "", "a/b", "a\nb", "-x", "x" * 256])
 @pytest.mark.parametrize(("key", "message"), [("id", SUBMIT), ("id", RETRY), ("new", RETRY), ("id", STOP)])
 def test_an_id_that_is_no_name_of_a_file_is_refused(key, message, id):
-    with pytest.raises(pack.BadMessage, match=f"{key} .* is not a name of a job"):
+    with pytest.raises(pack.BadMessage, match=f"{key}: .* is not a name of a job"):
         pack.read_message(zipped(message | {key: id}))
 
 

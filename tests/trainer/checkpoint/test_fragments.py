@@ -197,7 +197,7 @@ import sys, threading, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from trainer import checkpoint
+from trainer.checkpoint import store as checkpoint
 from trainer.checkpoint.store import Reader, Snapshot
 from trainer.state import TrainState
 

@@ -290,6 +290,6 @@ def test_routers_begin_with_the_biases_of_a_hugging_face_folder(tmp_path):
     export_hf(module, source, tmp_path)
     config = warm(tmp_path, shape)
     check_source(config)
-    assert load_weights(build(config.model), config) == {"bias": [chooser.bias.tolist()]}
+    assert load_weights(build(config.model), config) == {"router.bias": [chooser.bias.tolist()]}
     lost = warm(tmp_path, shape | {"router_bias_rate": None})
     assert check_source(lost) == {"model.router_bias_rate": [0.0, None]}

@@ -92,7 +92,7 @@ def test_a_folder_that_cannot_be_written_and_no_link_is_followed(tmp_path, folde
     assert len(summaries(tmp_path, folders)) == 3
     assert not (tmp_path / "target").exists()
     (tmp_path / KEPT).unlink(missing_ok=True)
-    monkeypatch.setattr(module, "replace_bytes", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
+    monkeypatch.setattr(module, "replace_text", lambda *_: (_ for _ in ()).throw(PermissionError("read-only")))
     assert len(summaries(tmp_path, folders)) == 3
 
 

@@ -26,7 +26,7 @@ def test_batches_come_in_order(dataset: Dataset):
     with Loader(dataset, plan, 2, CPU) as loader:
         loaded = list(loader)
     batches = [each.batch for each in loaded]
-    assert [each.labels for each in loaded] == [int((batch.labels != -100).sum()) for batch in batches]
+    assert [each.weight for each in loaded] == [int((batch.labels != -100).sum()) for batch in batches]
     assert [batch.sequence_ids.tolist() for batch in batches] == plan
     assert (batches[1].input_ids == dataset.batch([2, 3]).input_ids).all()
     assert loader.waited > 0

@@ -1,0 +1,63 @@
+"""Step times of this checkout and of an earlier commit, in turn: `python benchmarks/beside.py COMMIT [--turns 5]`.
+
+Each turn trains the quickstart for a few steps without Ray, from a worktree of the commit and from here, in either
+order; what counts is the median step of each turn, and the median over turns of their ratio (above 1: this checkout is
+faster). The losses must be the same to the last bit.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+KEYS = ["tracking.enabled=false", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=0", "optim.warmup=1"]
+WARM = 3
+"""Steps that do not count."""
+
+
+def measure(code: Path, folder: Path, name: str, data: str, steps: int, precision: str) -> tuple[float, list[float]]:
+    """(median seconds of a step, losses) of one training by the code in a folder."""
+    command = [sys.executable, "-P", "-m", "trainer", "quickstart", f"run.name={name}", f"run.root={folder}",
+               f"data.path={data}", f"train.steps={steps}", f"train.precision={precision}", *KEYS]  # fmt: skip
+    environment = os.environ | {"PYTHONPATH": str(code)}
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+    lines = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    return statistics.median(line["step_time"] for line in lines[WARM:]), [line["loss"] for line in lines]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit")
+    parser.add_argument("--data", required=True, help="prepared folder")
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=15)
+    given = parser.parse_args()
+    data = str(Path(given.data).resolve())
+    with tempfile.TemporaryDirectory() as temporary:
+        folder, before = Path(temporary), Path(temporary) / "before"
+        subprocess.run(["git", "worktree", "add", "-q", "--detach", before, given.commit], cwd=ROOT, check=True)
+        try:
+            for precision in ("fp32", "bf16"):
+                ratios = []
+                for turn in range(given.turns):
+                    found = {}
+                    for code in (before, ROOT) if turn % 2 else (ROOT, before):
+                        name = f"{precision}-{turn}-{code.name}"
+                        found[code] = measure(code, folder, name, data, given.steps, precision)
+                    (old, losses), (new, same) = found[before], found[ROOT]
+                    assert losses == same, "the losses differ"
+                    ratios.append(old / new)
+                    print(f"{precision} turn {turn}: {old:.3f} s before, {new:.3f} s now, {old / new:.3f}", flush=True)
+                print(f"{precision}: median of ratios {statistics.median(ratios):.3f}, losses equal", flush=True)
+        finally:
+            subprocess.run(["git", "worktree", "remove", "--force", before], cwd=ROOT, check=True)
+
+
+if __name__ == "__main__":
+    main()
