@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import models.families  # noqa: F401  ours are loaded before a folder of the user's could stand for them
+import models  # noqa: F401  ours is loaded before a folder of the user's could stand for it
 from configs import Config, ConfigError, load
 from configs.load import with_family
 from trainer.processes.compile_locks import mend_compile_locks
