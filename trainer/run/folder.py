@@ -31,7 +31,7 @@ from trainer.tracking import NoCredentials, hand_down_password, later, tracking_
 from .check import check_model
 from .durable_state import change_durable_state, read_durable_state
 from .plugins import with_plugins
-from .resolved import resolve_config, writable
+from .resolved import check_fork, resolve_config, writable
 
 CONFIG = "config.yaml"
 STOP = "stop"
@@ -87,10 +87,7 @@ def prepare_run(
         events.append(("init_from", {"differs": differs}))
         _warn_of(differs, f"train.init_from={resolved.train.init_from}")
     if fork:
-        steps = committed(run_dir)
-        if not steps:  # here too: a sweep and torchrun come without `refuse_early`
-            raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
-        start = folder(run_dir, steps[-1])
+        start = folder(run_dir, check_fork(run_dir, fork))  # here too: not all come by `refuse_early`
         source = resolved.run.name
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
         resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
@@ -98,8 +95,6 @@ def prepare_run(
         require_own(run_dir)
         if problems := verify(start, digests=False):  # its content is read by the run's processes, each a share
             raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={source}: {problems[0]}")
-        if (run_dir / CONFIG).exists():
-            raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir}")
         if differs := other_function(start, resolved.model):
             _warn_of(differs, f"run.name={source}")
     elif (run_dir / CONFIG).exists():

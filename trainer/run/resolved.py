@@ -47,6 +47,21 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     return resolved, notes + derived
 
 
+def check_fork(run_dir: Path, name: str) -> int:
+    """The step that a new run of this name begins with: of the last checkpoint of the run in `run_dir`.
+
+    Raises:
+        ConfigError: that has no checkpoint, or the name is none for a run, or another's.
+    """
+    from_dict({"run": {"name": name}}, where=f"--fork {name}")  # checks the name
+    steps = committed(run_dir)
+    if not steps:
+        raise ConfigError(f"run.name={run_dir.name} has no checkpoint to fork from in {run_dir}")
+    if (run_dir.with_name(name) / "config.yaml").exists():
+        raise ConfigError(f"--fork {name}: a run of that name exists already in {run_dir.with_name(name)}")
+    return steps[-1]
+
+
 def refuse_early(config: Config, fork: str | None = None) -> None:
     """Raise ConfigError for what is seen to be wrong without torch, which takes seconds to import, and before the
     default data are prepared, which takes a minute.
@@ -58,11 +73,7 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
     run_dir = Path(resolved.run.root) / resolved.run.name
     steps = committed(run_dir)
     if fork is not None:
-        from_dict({"run": {"name": fork}}, where=f"--fork {fork}")  # checks the name
-        if not steps:
-            raise ConfigError(f"run.name={resolved.run.name} has no checkpoint to fork from in {run_dir}")
-        if (run_dir.parent / fork / "config.yaml").exists():
-            raise ConfigError(f"--fork {fork}: a run of that name exists already in {run_dir.parent / fork}")
+        check_fork(run_dir, fork)
     texts = planned_vocabulary(config) is not None
     for source in sources_of(resolved.data) if texts else ():
         if source.path != "stdlib":

@@ -147,7 +147,7 @@ def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
     live_queue.send(FAILING, "package")
     assert live_queue.ended("job-p") == "FAILED"
     assert "as sent\n" in live.muster("logs", "job-p")
-    unpacked = list(live.folder.glob("ray/session_2*/runtime_resources/working_dir_files/*/work/tool.sh"))
+    unpacked = list(live.folder.glob(f"ray/session_2*/runtime_resources/working_dir_files/*/{pack.TOP}/tool.sh"))
     assert unpacked
     for path in unpacked:
         path.write_text("echo swapped; exit 3\n")
