@@ -42,10 +42,10 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(clip(error)) from None
 
 
-def parse_json(text: str | bytes) -> Any:
-    """JSON (RFC 8259). Raises ValueError with one line, also for over MAX_JSON_VALUES values, where a key stands twice,
-    and for NaN and Infinity."""
-    check_values(text, MAX_JSON_VALUES)
+def parse_json(text: str | bytes, most: int = MAX_JSON_VALUES) -> Any:
+    """JSON (RFC 8259). Raises ValueError with one line, also for over `most` values, where a key stands twice, and for
+    NaN and Infinity."""
+    check_values(text, most)
     try:
         tree = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
     except json.JSONDecodeError as error:

@@ -29,10 +29,12 @@ MAGIC: dict[bytes, Compression] = {
 }
 """What a file begins with, whatever its name."""
 
+XZ_MEMORY = 256 << 20
+"""Bytes that unpacking may take; `xz -9` asks for 65 MiB, and a file's header can ask for 4 GiB."""
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
     "bz2": bz2.BZ2Decompressor,
-    "xz": lzma.LZMADecompressor,
+    "xz": lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY),
 }
 HEAD_BYTES = 1 << 18
 """What `Opened.stream.peek` gives of a file at first; less only if that is all."""
@@ -93,7 +95,7 @@ def reason_of(error: Exception) -> tuple[str, str]:
     if isinstance(error, Damaged):
         return error.args
     text = clip(error, 200)
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or (isinstance(error, lzma.LZMAError) and "Memory usage limit" in text):
         return "takes too much memory", text
     if "requires too much memory" in text:
         return "zstd window too large", text

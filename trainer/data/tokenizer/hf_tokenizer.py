@@ -9,7 +9,7 @@ from configs import ConfigError
 from configs.reading.parse import parse_json, read_text
 from trainer.data.manifest import TOKENIZER, TokenizerInfo
 
-from .tokenizer_files import SETTINGS, SPECIAL, TOKENIZER_BYTES, beside, content, settings
+from .tokenizer_files import SETTINGS, SPECIAL, TOKENIZER_BYTES, TOKENIZER_VALUES, beside, content, settings
 
 _SPECIAL_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
@@ -78,7 +78,7 @@ def hf_tokenizer(
 
 def _tree(file: Path) -> dict[str, Any]:
     try:
-        tree = parse_json(read_text(file, TOKENIZER_BYTES))
+        tree = parse_json(read_text(file, TOKENIZER_BYTES), TOKENIZER_VALUES)
         if not isinstance(tree, dict):
             raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:

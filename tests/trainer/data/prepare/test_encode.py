@@ -157,6 +157,15 @@ def test_an_exported_tokenizer_has_no_dropout(tmp_path):
     assert Tokenizer.from_buffer(files["tokenizer.json"]).model.dropout is None
 
 
+def test_a_tokenizer_of_half_a_million_merges_is_exported(tmp_path):
+    merges = "[" + '["a", "b"],' * 500_000 + '["a", "b"]]'
+    (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"type": "BPE", "dropout": 0.1, "merges": {merges}}}}}')
+    info = TokenizerInfo(kind="file", sha256="0" * 64, vocab_size=3, eos_id=2, eos_token="</s>")
+    files, _ = hf_tokenizer(tmp_path, info, {"</s>": 2}.get, None)
+    model = json.loads(files["tokenizer.json"])["model"]
+    assert (model["dropout"], len(model["merges"])) == (None, 500_001)
+
+
 @pytest.mark.parametrize("between", ["\n", " "])
 @pytest.mark.parametrize("kind", ["uncased", "llama", "chat", "metaspace"])
 def test_a_cut_changes_no_token(tmp_path, kind, between):

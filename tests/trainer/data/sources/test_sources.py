@@ -178,6 +178,13 @@ def test_gzip_that_is_padded_or_has_members_loses_nothing(tmp_path: Path):
     assert (texts, reason) == (TEXTS, "unpacks to too much")
 
 
+def test_xz_that_asks_for_a_gigabyte_is_refused(tmp_path: Path):
+    for size, expected in ((1 << 26, (TEXTS, [])), (1 << 30, ([], [("x.jsonl.xz", "", "takes too much memory")]))):
+        filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": size}]
+        (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(LINES, filters=filters))
+        assert read(tmp_path / "x.jsonl.xz") == expected
+
+
 def long_window(data: bytes) -> bytes:
     """As `zstd --ultra --long=31` packs what it is piped."""
     parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
