@@ -131,11 +131,12 @@ def predict_sweep(
         predictions += [forecast.at_size(n, d, kind.shape) for kind in forecast.kinds]
     if as_json:
         excluded = [{"run": run, "why": why} for run, why in found.excluded]
-        print(strict_json({"predictions": [each.summary() for each in predictions], "excluded": excluded}))
+        told = {"predictions": [each.summary() for each in predictions], "excluded": excluded}
+        print(strict_json(told | {"notes": list(found.notes)}))
     else:
         from .report import show_predictions
 
-        show_predictions(predictions)
+        show_predictions(predictions, found.notes)
 
 
 def next_sweep(
@@ -179,7 +180,7 @@ def next_sweep(
     _send(sweep, [sweep.folder / PREDICTIONS])
     from .report import show_predictions
 
-    show_predictions([predicted])
+    show_predictions([predicted], found.notes)
     for note in notes:
         print(note)
     print(f"{path}: train it with `muster train {path}`, then `muster sweep score {file}`")

@@ -71,8 +71,8 @@ def groups(excluded: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
     return found
 
 
-def show_predictions(predictions: Sequence[Prediction]) -> None:
-    """A line for each budget or model."""
+def show_predictions(predictions: Sequence[Prediction], notes: Sequence[str] = ()) -> None:
+    """A line for each budget or model, then warnings and the notes on the table that they rest on."""
     console = Console()
     console.print(
         f"by {predictions[0].form}, N counted as {predictions[0].convention}; 95% intervals in brackets", soft_wrap=True
@@ -89,6 +89,8 @@ def show_predictions(predictions: Sequence[Prediction]) -> None:
         console.print("or: kinds of models that cannot be told from the best one", soft_wrap=True)
     for warning in dict.fromkeys(warning for each in predictions for warning in each.warnings):
         console.print(f"warning: {warning}", soft_wrap=True)
+    for note in notes:
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def _choice(found: Prediction | Rival) -> tuple[str, str, str, str]:

@@ -40,11 +40,12 @@ def test_fit_says_everything(muster, table):
 
 
 def test_predict_at_a_budget_and_at_a_size(muster, table):
-    options = ("--columns", COLUMNS, "--form", "approach3", "--json")
+    options = ("--columns", "n=params,d=tokens,loss=val", "--form", "approach3", "--json")
     code, out, err = muster(
         "sweep", "predict", "--table", str(table), *options, "--budget", "1e21", "--n", "1e9", "--d", "2e10"
     )
     assert (code, err) == (0, "")
+    assert json.loads(out)["notes"] == ["c is 6 n d, as the table has no column of FLOPs"]
     best, given = json.loads(out)["predictions"]
     form = Approach3()
     n = np.geomspace(1e8, 1e11, 4000)
