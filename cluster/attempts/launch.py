@@ -19,7 +19,7 @@ from trainer.checkpoint.manifest import committed
 from trainer.engine.precision import check_device
 from trainer.processes.output import LOGS
 from trainer.record.forecast import refuse_too_large
-from trainer.record.lines import Record, read_events, summary
+from trainer.record.lines import Record, last_attempt, read_events, status_of, summary
 from trainer.record.progress import Follower, ProgressView
 from trainer.record.terminal import Console
 from trainer.run.folder import attempts, followed, is_finished, prepare_run, read_config, request_stop, run_lock
@@ -139,6 +139,7 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         if job.status == "FINISHED":
             out.print(f"finished at step {last['step']}{loss}: {job.run_dir}")
         else:
+            close_record(job.run_dir, "STOPPED", "stopped by request while no process trained")
             ends = [event for event in read_events(job.run_dir) if event["event"] == "attempt_ended"]
             step = ends[-1].get("step", last["step"]) if ends else last["step"]  # metrics may be recorded less often
             out.print(f"stopped after step {step}: {_goes_on(job.run_dir)}")
@@ -186,13 +187,10 @@ def _traceback(run_dir: Path, lines: int = 12) -> str:
 
 
 def close_record(run_dir: Path, status: str, reason: str) -> None:
-    """End the last attempt in the record where its own process could not."""
+    """End the last attempt in the record where its own process could not, or a launch that none came of."""
     events = read_events(run_dir)
     with contextlib.suppress(ConfigError), run_lock(run_dir):  # held: someone else trains this run
-        started = [event for event in events if event["event"] == "attempt_started"]
-        if started and not any(
-            event["event"] == "attempt_ended" and event["attempt"] == started[-1]["attempt"] for event in events
-        ):
-            Record(run_dir, started[-1]["attempt"]).event(
-                "attempt_ended", status=status, reason=reason, step=summary(run_dir)["step"]
-            )
+        last = last_attempt(events)
+        ended = any(event["event"] == "attempt_ended" and event["attempt"] == last for event in events)
+        if not ended if last else status_of(events)[0] == "NEW":
+            Record(run_dir, last).event("attempt_ended", status=status, reason=reason, step=summary(run_dir)["step"])

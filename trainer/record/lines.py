@@ -234,7 +234,7 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
     """A run in one row, from the events and the tail of the metrics: cheap however long the run.
 
     Returns:
-        `name`; `status` (RUNNING, FINISHED, FAILED, STOPPED, or NEW where nothing started) and its `reason`; `step`,
+        `name`; `status` (RUNNING, FINISHED, FAILED, STOPPED, or NEW: no attempt has begun) and its `reason`; `step`,
         `loss`, `tokens` of the last training record and `eval_loss` of the last evaluation (nats per token; None where
         there is none); `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix seconds, or None.
     """
@@ -276,10 +276,14 @@ def pace(run_dir: str | Path) -> float | None:
 
 
 def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
-    """Status of a run and its reason, by its last attempt; one whose process is gone without a word has FAILED."""
+    """Status of a run and its reason, by its last attempt; one whose process is gone without a word has FAILED.
+
+    A launch that was stopped before the first attempt has an `attempt_ended` without a beginning.
+    """
     started = [event for event in events if event["event"] == "attempt_started"]
     if not started:
-        return "NEW", None
+        last = next((event for event in reversed(events) if event["event"] in ("resolved", "attempt_ended")), None)
+        return (last["status"], last.get("reason")) if last and last["event"] == "attempt_ended" else ("NEW", None)
     last = started[-1]
     for event in reversed(events):
         if event["event"] == "attempt_ended" and event["attempt"] == last["attempt"]:

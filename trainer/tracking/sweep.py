@@ -11,7 +11,7 @@ from configs import Config, ConfigError, flatten, load, mask
 from configs.sections.tracking import TrackingConfig
 from configs.sweep.definition import load_sweep
 from trainer.files.own_files import require_own
-from trainer.record.lines import EVENTS, METRICS, read_events, status_of
+from trainer.record.lines import EVENTS, METRICS, last_attempt, read_events, status_of
 
 from .sender import Sender, open_tracker, words
 from .shipper import PATIENCE, Shipped, Shipper, only_one
@@ -124,9 +124,9 @@ class SweepShipper(Shipper):
         with contextlib.suppress(OSError):
             update_columns(run_dir)
         sender.read_events()
-        status, _ = status_of(sender.events)
-        if status == "NEW":
+        if not last_attempt(sender.events):
             return
+        status, _ = status_of(sender.events)
         ended, before = sender.ended(gone=last and status == "FAILED"), sender.progress
         try:
             sender.send_all(ended)

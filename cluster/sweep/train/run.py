@@ -127,6 +127,8 @@ class _Session(RayThread):
             self.order.ended(ended)
             if ended.status == "FAILED" and attempts(ended.run_dir):
                 close_record(ended.run_dir, "FAILED", ended.reason.splitlines()[0])
+            elif ended.status == "STOPPED":
+                close_record(ended.run_dir, "STOPPED", "stopped by request while no process trained")
             count += ended.status != "STOPPED"
             self.record.metrics({"step": count, "failed": len(self.order.failed())})
 

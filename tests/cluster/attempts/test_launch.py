@@ -132,13 +132,14 @@ def test_a_signal_while_ray_starts_ends_it_at_once(story):
     assert story.too_early.code == 75, story.too_early
     assert story.too_early.err == "muster: stopped at once; the same command starts again\n"
     assert not story.too_early.left_over
-    assert [event["attempt"] for event in story.events_when_stopped if event["event"] == "attempt_ended"] == [1]
+    ends = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
+    assert [(end["attempt"], end["status"]) for end in ends] == [(0, "STOPPED"), (1, "STOPPED")]
 
 
 def test_a_signal_stops_it_with_a_checkpoint_and_exit_code_75(story):
     """Its processes of Ray get none, and live until the checkpoint is written."""
     assert story.stopped.code == 75, story.stopped
-    [end] = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
+    _, end = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
     assert end["status"] == "STOPPED"
     saved = [event["step"] for event in story.events_when_stopped if event["event"] == "checkpoint"]
     assert saved[-1] == end["step"] < STEPS
@@ -152,7 +153,7 @@ def test_the_same_command_goes_on_and_survives_a_killed_worker(story):
     assert sum(event["event"] == "attempt_started" for event in events) == 3
     lost = [event["rank"] for event in events if event["event"] == "worker_lost"]
     assert lost == [0]
-    [stopped_at] = [event["step"] for event in story.events_when_stopped if event["event"] == "attempt_ended"]
+    _, stopped_at = [event["step"] for event in story.events_when_stopped if event["event"] == "attempt_ended"]
     assert next(event["step"] for event in events if event["event"] == "resumed") == stopped_at
     assert "worker lost" in story.continued.out
     assert f"finished at step {STEPS}" in story.continued.out

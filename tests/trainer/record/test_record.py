@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trainer.record import lines as record_module
-from trainer.record.lines import MetricsIndex, Record, pace, read_events, read_metrics, summary
+from trainer.record.lines import MetricsIndex, Record, in_use, pace, read_events, read_metrics, status_of, summary
 
 
 @pytest.fixture
@@ -154,6 +154,17 @@ def test_an_index_that_grows_sees_what_one_pass_sees(tmp_path):
         file.write(', "time": 1.5, "loss": 1}\n')
     index.update()
     assert [line.step for line in index.lines] == [1, 2, 3, 4, 5]
+
+
+def test_a_launch_that_was_stopped_before_its_first_attempt_is_stopped(tmp_path):
+    record = Record(tmp_path, 0)
+    record.event("resolved")
+    assert in_use(read_events(tmp_path))
+    record.event("attempt_ended", status="STOPPED", reason="asked to", step=0)
+    assert status_of(read_events(tmp_path)) == ("STOPPED", "asked to")
+    assert not in_use(read_events(tmp_path))
+    record.event("resolved")
+    assert status_of(read_events(tmp_path)) == ("NEW", None)  # launched again
 
 
 def test_summary(tmp_path, clock):

@@ -15,7 +15,7 @@ from trainer.tracking.sweep import log_to_parent, ship_sweep, sweep_config
 
 @pytest.fixture
 def sweep(tmp_path, monkeypatch):
-    """A sweep of two runs: one finished, one failed."""
+    """A sweep of three runs: one finished, one failed, one never begun."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     sweep_dir = tmp_path / "runs" / "small"
     record = Record(sweep_dir, 1)
@@ -33,6 +33,10 @@ def sweep(tmp_path, monkeypatch):
             own.metrics({"step": step, "loss": 1.0 / step, "tokens": 8 * step})
         own.event("attempt_ended", status=status, reason="said so", step=10)
         own.close()
+    never = Record(sweep_dir / "trials" / "never", 0)  # stopped before its first attempt
+    (never.run_dir / "config.yaml").write_text(to_yaml(from_dict({"run": {"name": "never"}})))
+    never.event("attempt_ended", status="STOPPED", reason="asked to", step=0)
+    never.close()
     record.metrics({"step": 2, "failed": 1})
     record.event("attempt_ended", status="FINISHED", reason="all", step=0, totals={"finished": 1, "failed": 1})
     record.close()
