@@ -23,8 +23,9 @@ from models.scaling.fitting import fit as fit_table
 from models.scaling.predictions import Prediction
 from models.scaling.predictions import predict as predict_from_table
 from models.scaling.table import Table, read_table, table_of_columns
-from trainer.record.lines import read_metrics, summary
+from trainer.record.lines import read_metrics
 from trainer.record.progress import Follower, ProgressView
+from trainer.record.summaries import summaries
 
 from .cli import ARGUMENTS
 from .commands.runs import RUNS, run_folder, run_folders
@@ -132,18 +133,22 @@ class _Told(ProgressView):
 def runs(root: str | Path = RUNS, keys: Sequence[str] = ()) -> pd.DataFrame:
     """The runs in a folder, a row each, by their names: what `trainer.record.lines.summary` says of them.
 
+    One whose record cannot be read is named on stderr and left out.
+
     Args:
         keys: of their configs, such as `optim.lr`, each a column.
 
     Raises:
         ConfigError: a run's config cannot be read, or a key that none has.
     """
-    found = []
-    for folder in run_folders(Path(root)):
-        values = flatten(load(folder / "config.yaml")) if keys else {}
-        found.append(summary(folder) | {key: values.get(key) for key in keys})
+    folders = {folder.resolve().name: folder for folder in run_folders(Path(root))}
+    found = summaries(Path(root), list(folders.values()))
+    for run in found if keys else ():
+        folder = folders[run["name"]]
+        values = flatten(load(folder / "config.yaml"))
         if unknown := [key for key in keys if key not in values]:
             raise ConfigError(f"{folder}: its config has no key {unknown[0]}")
+        run |= {key: values[key] for key in keys}
     columns = ["name", "status", "reason", "step", "loss", "eval_loss", "tokens", "attempts", "wall_time", "updated"]
     frame = pd.DataFrame(found, columns=[*columns, *keys]).set_index("name")
     frame["updated"] = pd.to_datetime(frame["updated"], unit="s", utc=True)
