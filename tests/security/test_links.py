@@ -192,7 +192,7 @@ def enter(context):
 WRITERS = {
     "metrics.jsonl": lambda run_dir: Record(run_dir, 1),
     "events.jsonl": lambda run_dir: Record(run_dir, 1),
-    "stop": request_stop,
+    f".stop.{os.getpid()}": request_stop,
     "lock": enter(lambda run_dir: hold(run_dir / "lock", "busy {}")),
     "tracking.log": start_sending,
     f".tracking.json.{os.getpid()}": lambda run_dir: write_state(run_dir, {}),

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: it cannot be written, or its temporary name is a link. `path` is as before, and so it is where the
             block raises.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
     try:
         with open(temporary, "wb", opener=no_link) as file:
             yield file

@@ -245,7 +245,7 @@ def request_stop(run_dir: Path, reason: str = "") -> None:
     Args:
         reason: of whoever will start it again; empty: the user's.
     """
-    write_text(run_dir / STOP, reason)
+    replace_text(run_dir / STOP, reason)  # whole: an empty one would be the user's
 
 
 def stop_requested(run_dir: Path) -> bool:
