@@ -6,12 +6,13 @@ import secrets
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from cluster.server.client import Cluster, api_url
-from cluster.server.outlook import Outlook, gang_words, in_line, most, outlook
+from cluster.server.messages import Known, Retry, Stop
+from cluster.server.outlook import Outlook, gang_words, in_line, outlook
 from cluster.server.waiting import ACTIVE, FINISHED, QUEUED, RUNNING, STOPPED
 from configs import ConfigError, ExitCode, mask
 from configs.reading.parse import clip, shortened
@@ -76,7 +77,8 @@ def _look(cluster: Cluster, as_json: bool) -> list[list[str]]:
     found = cluster.jobs()
     seen = outlook(found, cluster.nodes, lambda id: _output(cluster, id))
     if as_json:
-        print(json.dumps([job | {"outlook": seen[id]._asdict()} for id, job in found.items()], indent=1), flush=True)
+        rows = [job.entry() | {"outlook": seen[id]._asdict()} for id, job in found.items()]
+        print(json.dumps(rows, indent=1), flush=True)
     return [_row(id, job, seen[id]) for id, job in found.items()]
 
 
@@ -87,10 +89,10 @@ def _print_jobs(console: Console, rows: list[list[str]], url: str) -> None:
         console.print(f"no jobs at {mask(url)}")
 
 
-def _row(id: str, job: dict[str, Any], seen: Outlook) -> list[str]:
+def _row(id: str, job: Known, seen: Outlook) -> list[str]:
     return [
-        id, _state(job), _step(seen), "" if seen.eta is None else duration(seen.eta), str(job["priority"]),
-        gang_words(job), ago(job["submitted"]), str(job["name"]), clip(seen.why, SHOWN),
+        id, _state(job), _step(seen), "" if seen.eta is None else duration(seen.eta), str(job.priority),
+        gang_words(job), ago(job.submitted), job.name, clip(seen.why, SHOWN),
     ]  # fmt: skip
 
 
@@ -112,22 +114,22 @@ def status(
     cluster, found = named, named.jobs()
     job = _known(found, run)
     waiting = in_line(found)
-    ahead = waiting.index(job["id"]) if job["id"] in waiting else 0
-    own = found if job["state"] == QUEUED else {job["id"]: job}
-    seen = outlook(own, cluster.nodes, lambda id: _output(cluster, id))[job["id"]]
+    ahead = waiting.index(job.id) if job.id in waiting else 0
+    own = found if job.state == QUEUED else {job.id: job}
+    seen = outlook(own, cluster.nodes, lambda id: _output(cluster, id))[job.id]
     if as_json:
-        print(json.dumps(job | {"ahead": ahead, "outlook": seen._asdict()}, indent=1))
+        print(json.dumps(job.entry() | {"ahead": ahead, "outlook": seen._asdict()}, indent=1))
         return
     why = f" ({seen.why})" if seen.why else ""
     far = f", step {_step(seen)}" if seen.step is not None else ""
     far += f", eta {duration(seen.eta)}" if seen.eta is not None else ""
-    print(f"{job['id']}: {_state(job)}{why}{far}, priority {job['priority']}, {gang_words(job)}, run {job['run_dir']}")
-    if (Path(job["run_dir"]) / "config.yaml").is_file():
-        runs.status(job["run_dir"], root, as_json=False)
-    elif (Path(job["run_dir"]) / "plan.json").is_file():
+    print(f"{job.id}: {_state(job)}{why}{far}, priority {job.priority}, {gang_words(job)}, run {job.run_dir}")
+    if (Path(job.run_dir) / "config.yaml").is_file():
+        runs.status(job.run_dir, root, as_json=False)
+    elif (Path(job.run_dir) / "plan.json").is_file():
         from cluster.sweep.train.display import show as show_sweep
 
-        show_sweep(Path(job["run_dir"]))
+        show_sweep(Path(job.run_dir))
 
 
 def logs(
@@ -145,19 +147,19 @@ def logs(
         return
     cluster = named
     job = _known(cluster.jobs(), run)
-    id = job["id"]
+    id = job.id
     if rank is not None:
-        if not 0 <= rank < most(job):
-            raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {most(job) - 1}")
-        ended = lambda: _known(cluster.jobs(), id)["state"] not in ACTIVE  # noqa: E731
-        for text in _rank_output(Path(job["run_dir"]), rank, follow, ended):
+        if not 0 <= rank < job.most:
+            raise ConfigError(f"--rank {rank}: {id} has ranks 0 to {job.most - 1}")
+        ended = lambda: _known(cluster.jobs(), id).state not in ACTIVE  # noqa: E731
+        for text in _rank_output(Path(job.run_dir), rank, follow, ended):
             print(text, end="", flush=True)
         return
     if follow:
         _show_output(cluster, id)
         return
     if (output := _output(cluster, id)) is None:
-        print(f"{id} has no output on this cluster: it is {job['state']}")
+        print(f"{id} has no output on this cluster: it is {job.state}")
     else:
         print(output, end="")
 
@@ -170,29 +172,29 @@ def stop(
     """Stop a job, after a checkpoint. Example: muster stop job-moe-3f9a1c"""
     cluster = Cluster(api_url(address))
     known = _known(cluster.jobs(), job)
-    job, state = known["id"], known["state"]
+    job, state = known.id, known.state
     if state not in ACTIVE:
         print(f"{job} is {state} already")
         return
-    cluster.send(do="stop", id=job, now=now)
-    cluster.wait_for(job, lambda found: found["state"] not in ACTIVE or "stopping" in found)
-    while (found := cluster.jobs()[job])["state"] in ACTIVE:
+    cluster.send(Stop(do="stop", id=job, now=now))
+    cluster.wait_for(job, lambda found: found.state not in ACTIVE or found.stopping)
+    while (found := cluster.jobs()[job]).state in ACTIVE:
         time.sleep(0.5)
-    again = f": `muster retry {job}` goes on" if found["state"] == STOPPED else ""
-    print(f"{job} is {found['state']}{again}")
+    again = f": `muster retry {job}` goes on" if found.state == STOPPED else ""
+    print(f"{job} is {found.state}{again}")
 
 
 def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
     """Resubmit a job that has ended; its run resumes from its last checkpoint. Example: muster retry job-moe-3f9a1c"""
     cluster = Cluster(api_url(address))
     old = _known(cluster.jobs(), job)
-    job = old["id"]
-    if old["state"] in ACTIVE:
-        raise ConfigError(f"{job} is {old['state']}: stop it first")
-    if old["state"] == FINISHED:
+    job = old.id
+    if old.state in ACTIVE:
+        raise ConfigError(f"{job} is {old.state}: stop it first")
+    if old.state == FINISHED:
         raise ConfigError(f"{job} is FINISHED: submit it with more to do, such as train.steps, to go on")
-    new = new_id(old["name"])
-    cluster.send(do="retry", id=job, new=new)
+    new = new_id(old.name)
+    cluster.send(Retry(do="retry", id=job, new=new))
     accepted(cluster, new, as_json)
 
 
@@ -205,9 +207,9 @@ def accepted(cluster: Cluster, id: str, as_json: bool) -> None:
     """Wait until the queue has a job on its disk, and say where to look."""
     job = cluster.wait_for(id, lambda _: True)
     if as_json:
-        print(json.dumps(job | {"address": mask(cluster.url)}, indent=1))
+        print(json.dumps(job.entry() | {"address": mask(cluster.url)}, indent=1))
         return
-    print(f"{id}\nrun {job['run_dir']}, {gang_words(job)}, priority {job['priority']}")
+    print(f"{id}\nrun {job.run_dir}, {gang_words(job)}, priority {job.priority}")
     print(f"muster logs {id} --follow; muster status {id}; muster stop {id}; dashboard {mask(cluster.url)}")
 
 
@@ -223,12 +225,12 @@ def _local_or_cluster(run: str, root: Path, address: str | None) -> Path | Clust
         raise ConfigError(f"{runs.no_run(run, root)}\nIs it a cluster's? {error}") from None
 
 
-def _known(jobs: dict[str, dict[str, Any]], named: str) -> dict[str, Any]:
+def _known(jobs: dict[str, Known], named: str) -> Known:
     """The job of this id, else the newest whose run has this name; Raises ConfigError, with the jobs there are."""
     if named in jobs:
         return jobs[named]
-    if own := [job for job in jobs.values() if job["name"] == named]:
-        return max(own, key=lambda job: (job["state"] in ACTIVE, job["submitted"]))
+    if own := [job for job in jobs.values() if job.name == named]:
+        return max(own, key=lambda job: (job.state in ACTIVE, job.submitted))
     last = ", ".join(list(jobs)[-5:]) or "none"
     raise ConfigError(f"no job or run {shortened(repr(named), 100)} on this cluster; the most recent are: {last}")
 
@@ -242,8 +244,8 @@ def _has_ended(run_dir: Path) -> bool:
     return status != "RUNNING" and not (status == "FAILED" and lately)
 
 
-def _state(job: dict[str, Any]) -> str:
-    return "STOPPING" if job["state"] == RUNNING and "stopping" in job else str(job["state"])
+def _state(job: Known) -> str:
+    return "STOPPING" if job.state == RUNNING and job.stopping else job.state
 
 
 def _output(cluster: Cluster, id: str) -> str | None:
@@ -259,11 +261,11 @@ def _output(cluster: Cluster, id: str) -> str | None:
 def _show_output(cluster: Cluster, id: str) -> None:
     """Print what the job's driver writes until it ends."""
     job = _known(cluster.jobs(), id)
-    if job["state"] == QUEUED:
+    if job.state == QUEUED:
         print(f"{id} waits in the queue", flush=True)
-        job = _until(cluster, id, lambda job: job["state"] != QUEUED)
+        job = _until(cluster, id, lambda job: job.state != QUEUED)
     if _output(cluster, id) is None:
-        print(f"{id} has no output on this cluster: it is {job['state']}")
+        print(f"{id} has no output on this cluster: it is {job.state}")
         return
 
     async def tail() -> None:
@@ -277,15 +279,15 @@ def follow(cluster: Cluster, id: str) -> None:
     """Print a job's output, and end with its exit code."""
     try:
         _show_output(cluster, id)
-        job = _until(cluster, id, lambda job: job["state"] not in ACTIVE)
+        job = _until(cluster, id, lambda job: job.state not in ACTIVE)
     except KeyboardInterrupt:
         print(f"\n{id} goes on without this command; `muster stop {id}` stops it")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     codes = {FINISHED: ExitCode.FINISHED, STOPPED: ExitCode.STOPPED}
-    raise typer.Exit(codes.get(job["state"], job.get("exit_code") or ExitCode.FAILED))
+    raise typer.Exit(codes.get(job.state, job.exit_code or ExitCode.FAILED))
 
 
-def _until(cluster: Cluster, id: str, reached: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+def _until(cluster: Cluster, id: str, reached: Callable[[Known], bool]) -> Known:
     while not reached(job := cluster.jobs()[id]):
         time.sleep(0.5)
     return job

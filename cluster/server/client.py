@@ -1,6 +1,5 @@
 """Reach a cluster's job API and its queue, from anywhere that the API is reachable."""
 
-import json
 import logging
 import os
 import time
@@ -17,6 +16,7 @@ from configs.units import byte_size
 from trainer.files.scratch import temporary_folder
 
 from .dispatch import MESSAGES, READY
+from .messages import Known, Message
 from .pack import LIMIT, write_zip
 from .waiting import fold, refusals
 
@@ -87,7 +87,7 @@ class Cluster:
         except Exception as error:  # Ray checks nothing of what it is told
             raise _silent(self.url, error) from None
 
-    def jobs(self) -> dict[str, dict[str, Any]]:
+    def jobs(self) -> dict[str, Known]:
         """All jobs of the queue by id, oldest first. Starts the queue if it does not run."""
         return fold(self._said())
 
@@ -102,11 +102,11 @@ class Cluster:
         except (OSError, ValueError, TypeError, KeyError) as error:  # what answers is no job API, or no more
             raise _silent(self.url, error) from None
 
-    def send(self, **message: Any) -> None:
+    def send(self, message: Message) -> None:
         """Leave the queue a message without files."""
         with temporary_folder() as folder:
             path = folder / "message.zip"
-            write_zip(path, folder, [], json.dumps(message))
+            write_zip(path, folder, [], message.model_dump_json())
             self.send_file(path)
 
     def send_file(self, path: Path) -> None:
@@ -120,7 +120,7 @@ class Cluster:
         self._sent = f"{MESSAGES}{time.time_ns()}-{os.getpid()}.zip"
         self.jobs_api._upload_package(f"gcs://{self._sent}", str(path), include_gitignore=False, is_file=True)
 
-    def wait_for(self, id: str, seen: Callable[[dict[str, Any]], object]) -> dict[str, Any]:
+    def wait_for(self, id: str, seen: Callable[[Known], object]) -> Known:
         """The job that the last message was about, once `seen(job)` is true.
 
         Raises:

@@ -25,7 +25,7 @@ from trainer.files.durable import replace_bytes, replacing
 from trainer.files.lock_file import lock_file
 from trainer.files.own_files import open_file
 
-from .messages import BadMessage, Job
+from .messages import BadMessage, Job, Known, Stop, Submit
 from .outlook import last_words
 from .pack import TOP, read_message
 from .waiting import (
@@ -96,12 +96,12 @@ class _Queue:
         self.asked_for: list[Gang] | None = None
         self.jobs = self._read_journal()
         with replacing(here / "journal.jsonl") as file:
-            file.writelines(json.dumps(job).encode() + b"\n" for job in self.jobs.values())
+            file.writelines(json.dumps(job.entry()).encode() + b"\n" for job in self.jobs.values())
         self.journal = (here / "journal.jsonl").open("ab")
         for job in self.jobs.values():
-            print(json.dumps(job), flush=True)
+            print(json.dumps(job.entry()), flush=True)
 
-    def _read_journal(self) -> dict[str, dict[str, Any]]:
+    def _read_journal(self) -> dict[str, Known]:
         """The jobs that are kept: those that wait or run, and the newest of the others."""
         path, bad = self.here / "journal.jsonl", Counter[str]()
 
@@ -116,10 +116,10 @@ class _Queue:
             print(
                 f"skipped {counted(count, 'line')} of {path} that say nothing of a job, the first: {first}", flush=True
             )
-        active = [id for id, job in jobs.items() if job["state"] in ACTIVE]
+        active = [id for id, job in jobs.items() if job.state in ACTIVE]
         for id in active[MOST_ACTIVE:]:
-            jobs[id] |= {"state": FAILED, "reason": f"more than {MOST_ACTIVE} jobs wait or run"}
-        ended = [id for id, job in jobs.items() if job["state"] not in ACTIVE]
+            jobs[id] = jobs[id].changed(state=FAILED, reason=f"more than {MOST_ACTIVE} jobs wait or run")
+        ended = [id for id, job in jobs.items() if job.state not in ACTIVE]
         for id in ended[:-KEPT_JOBS]:
             del jobs[id]
         return jobs
@@ -133,9 +133,9 @@ class _Queue:
             _delete(name)
         running = {id: self._follow(id) for id in self._ids(RUNNING)}
         waiting = [
-            Waiting(id, gang_of(job), job["priority"], job["submitted"])
+            Waiting(id, gang_of(job), job.priority, job.submitted)
             for id, job in self.jobs.items()
-            if job["state"] == QUEUED
+            if job.state == QUEUED
         ]
         if waiting:
             drivers = _placed_drivers(self.client) if running else set()
@@ -171,12 +171,13 @@ class _Queue:
             self.asked_for = asked
 
     def _ids(self, *states: str) -> list[str]:
-        return [id for id, job in self.jobs.items() if job["state"] in states]
+        return [id for id, job in self.jobs.items() if job.state in states]
 
     def _note(self, id: str, **changes: Any) -> None:
         """Into the journal, on disk before anyone reads it."""
         entry = {"id": id} | changes | {"time": time.time()}
-        self.jobs[id] = self.jobs.get(id, {}) | entry
+        known = self.jobs.get(id)
+        self.jobs[id] = known.changed(**entry) if known else Known.model_validate(entry)
         line = json.dumps(entry)
         self.journal.write(line.encode() + b"\n")
         self.journal.flush()
@@ -193,7 +194,7 @@ class _Queue:
                 content = file.read()
         except OSError as error:
             raise BadMessage(f"the package of {id} is kept no longer ({error.strerror}): submit it again") from None
-        if hashlib.sha256(content).hexdigest() != self.jobs[id].get("sha256"):
+        if hashlib.sha256(content).hexdigest() != self.jobs[id].sha256:
             raise BadMessage(f"the package of {id} is not what was sent (another sha256): submit it again")
         return content
 
@@ -204,29 +205,29 @@ class _Queue:
             BadMessage: it is refused.
         """
         message = read_message(content)
-        id = message["id"]
-        if message["do"] == "submit":
+        id = message.id
+        if isinstance(message, Submit):
             if id not in self.jobs:
-                self._enqueue(id, content, message["job"])
+                self._enqueue(id, content, message.job)
             return
         if id not in self.jobs:
             raise BadMessage(f"there is no job {id}")
-        if message["do"] == "stop":
-            self._stop(id, message["now"])
-        elif message["new"] not in self.jobs:
+        if isinstance(message, Stop):
+            self._stop(id, message.now)
+        elif message.new not in self.jobs:
             old = self.jobs[id]
-            if old["state"] in ACTIVE:
-                raise BadMessage(f"{id} is {old['state']}: stop it first")
-            job = {key: value for key, value in old.items() if key in Job.model_fields} | {"retry_of": id}
-            self._enqueue(message["new"], self._content(id), job)
+            if old.state in ACTIVE:
+                raise BadMessage(f"{id} is {old.state}: stop it first")
+            self._enqueue(message.new, self._content(id), old, retry_of=id)
 
-    def _enqueue(self, id: str, content: bytes, job: dict[str, Any]) -> None:
+    def _enqueue(self, id: str, content: bytes, job: Job, **more: Any) -> None:
         if len(self._ids(*ACTIVE)) >= MOST_ACTIVE:
             raise BadMessage(f"{MOST_ACTIVE} jobs wait or run already")
         replace_bytes(self._package(id), content)
         digest = hashlib.sha256(content).hexdigest()
-        self._note(id, **job, state=QUEUED, submitted=time.time(), sha256=digest)
-        ended = [id for id, job in self.jobs.items() if job["state"] not in ACTIVE]
+        asked = job.model_dump(include=set(Job.model_fields))
+        self._note(id, **asked, **more, state=QUEUED, submitted=time.time(), sha256=digest)
+        ended = [id for id, job in self.jobs.items() if job.state not in ACTIVE]
         for old in ended[:-KEPT_PACKAGES]:
             self._package(old).unlink(missing_ok=True)
 
@@ -234,16 +235,16 @@ class _Queue:
         from cluster.gangs import ray_private
 
         job = self.jobs[id]
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT), "MUSTER_SUBMITTED": str(job["submitted"])}
+        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT), "MUSTER_SUBMITTED": str(job.submitted)}
         # A name for each job: of one that it knows Ray would run what lies unpacked already, whoever changed it.
         package = f"gcs://{id}.zip"
         try:
             ray_private.put(package, self._content(id))
             self.client.submit_job(
                 submission_id=id,
-                entrypoint=f"cd {TOP} && exec {job['command']}",
+                entrypoint=f"cd {TOP} && exec {job.command}",
                 runtime_env={"working_dir": package, "env_vars": environment},
-                metadata={"run": job["name"], "run_dir": job["run_dir"]},
+                metadata={"run": job.name, "run_dir": job.run_dir},
             )
         except Exception as error:
             if "already exists" not in str(error):  # it was started just before a crash of this process
@@ -271,7 +272,7 @@ class _Queue:
             if "404" in str(error):
                 self._note(id, state=LOST, reason="the cluster that ran it is gone")
             return None
-        if self.jobs[id].get("stopping") == "now":
+        if self.jobs[id].stopping == "now":
             _signal_driver(info)
         if info.status.is_terminal():
             code = 0 if info.status.value == "SUCCEEDED" else info.driver_exit_code
@@ -296,7 +297,7 @@ class _Queue:
         return last_words(output) or f"exit code {code}"
 
     def _stop(self, id: str, now: bool) -> None:
-        state = self.jobs[id]["state"]
+        state = self.jobs[id].state
         if state == QUEUED:
             self._note(id, state=CANCELLED)
         elif state == RUNNING:

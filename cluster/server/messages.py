@@ -1,7 +1,7 @@
 """What may be said to the queue and what stands in its journal: every value typed, bounded, refused with its reason."""
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
 from pydantic import model_validator as check_all
@@ -48,6 +48,7 @@ Id = Annotated[str, AfterValidator(_job_id)]
 Workers = Annotated[int, Field(ge=1, le=MOST_WORKERS)]
 Part = Annotated[float, Field(ge=0, le=100_000), AfterValidator(_part)]
 Time = Annotated[float, Field(ge=0, le=1e11)]
+State = Literal["QUEUED", "RUNNING", "FINISHED", "STOPPED", "FAILED", "CANCELLED", "LOST"]
 
 
 class Job(Typed):
@@ -70,7 +71,7 @@ class Job(Typed):
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
     @check_all(mode="after")
-    def _reserves(self) -> "Job":
+    def _reserves(self) -> Self:
         if not self.cpus and not self.gpus:
             raise ValueError("its processes reserve neither CPUs nor GPUs")
         return self
@@ -79,9 +80,8 @@ class Job(Typed):
 class Known(Job):
     """A job as the journal knows it."""
 
-    most: Workers | None = None  # type: ignore[assignment]  # older journals lack this field
     id: Id
-    state: Literal["QUEUED", "RUNNING", "FINISHED", "STOPPED", "FAILED", "CANCELLED", "LOST"]
+    state: State
     submitted: Time
     time: Time
     started: Time | None = None
@@ -91,6 +91,20 @@ class Known(Job):
     stopping: Literal["now", "checkpoint"] | None = None
     exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     reason: Annotated[str, StringConstraints(max_length=4096)] | None = None
+
+    @check_all(mode="before")
+    @classmethod
+    def _of_older_journals(cls, entry: Any) -> Any:
+        """They lack `most`."""
+        return {"most": entry["workers"]} | entry if isinstance(entry, dict) and "workers" in entry else entry
+
+    def entry(self) -> dict[str, Any]:
+        """What the journal says of it, its id first."""
+        return {"id": self.id} | self.model_dump(exclude_unset=True)
+
+    def changed(self, **changes: Any) -> "Known":
+        """Raises ValidationError: there is no such job."""
+        return Known.model_validate(self.entry() | changes)
 
 
 class Submit(Typed):
@@ -111,29 +125,13 @@ class Stop(Typed):
     now: bool
 
 
-_MESSAGE: TypeAdapter[Submit | Retry | Stop] = TypeAdapter(Annotated[Submit | Retry | Stop, Field(discriminator="do")])
+Message = Submit | Retry | Stop
+_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="do")])
 
 
-def parse(text: bytes) -> dict[str, Any]:
+def parse(text: bytes) -> Message:
     """The message that a JSON text is. Raises BadMessage."""
     try:
-        return _MESSAGE.validate_json(text).model_dump()
+        return _MESSAGE.validate_json(text)
     except ValidationError as error:
         raise BadMessage(first_reason(error)) from None
-
-
-def check_job(job: dict[str, Any]) -> None:
-    """Raise BadMessage unless the queue would take a job."""
-    try:
-        Job.model_validate(job)
-    except ValidationError as error:
-        raise BadMessage(first_reason(error)) from None
-
-
-def is_known(job: dict[str, Any]) -> bool:
-    """Whether this is all that the queue must know of a job."""
-    try:
-        Known.model_validate(job)
-    except ValidationError:
-        return False
-    return True

@@ -12,9 +12,8 @@ from configs.reading.parse import clip, is_file
 from configs.units import seconds_in
 from trainer.record.lines import pace, read_events, summary
 
+from .messages import Job, Known
 from .waiting import QUEUED, RUNNING, STOPPED, fits, gang_of
-
-Job = Mapping[str, Any]
 
 
 class Outlook(NamedTuple):
@@ -31,33 +30,28 @@ class Outlook(NamedTuple):
 
 def gang_words(job: Job) -> str:
     """`2 to 4 x (2 CPU, 1 GPU)`."""
-    gpus = f", {job['gpus']:g} GPU" if job["gpus"] else ""
-    elastic = f" to {most(job)}" if most(job) > job["workers"] else ""
-    return f"{job['workers']}{elastic} x ({job['cpus']:g} CPU{gpus})"
+    gpus = f", {job.gpus:g} GPU" if job.gpus else ""
+    elastic = f" to {job.most}" if job.most > job.workers else ""
+    return f"{job.workers}{elastic} x ({job.cpus:g} CPU{gpus})"
 
 
-def most(job: Job) -> int:
-    """Processes that a job may have; older journals lack this field."""
-    return int(job.get("most") or job["workers"])
-
-
-def in_line(jobs: Mapping[str, Job]) -> list[str]:
+def in_line(jobs: Mapping[str, Known]) -> list[str]:
     """The jobs that wait, the next one first."""
-    waiting = [(-job["priority"], job["submitted"], id) for id, job in jobs.items() if job["state"] == QUEUED]
+    waiting = [(-job.priority, job.submitted, id) for id, job in jobs.items() if job.state == QUEUED]
     return [id for *_, id in sorted(waiting)]
 
 
-def why_waiting(jobs: Mapping[str, Job], nodes: Sequence[Node]) -> dict[str, str]:
+def why_waiting(jobs: Mapping[str, Known], nodes: Sequence[Node]) -> dict[str, str]:
     """Why each job of the queue has not started.
 
     Args:
         nodes: what each machine of the cluster has.
     """
     sizes, found, before = Counter(nodes), dict[str, str](), list[str]()
-    running = [id for id, job in jobs.items() if job["state"] == RUNNING]
+    running = [id for id, job in jobs.items() if job.state == RUNNING]
     for id in in_line(jobs):
         job = jobs[id]
-        if not fits(gang_of(dict(job)), sizes):
+        if not fits(gang_of(job), sizes):
             found[id] = f"no room even on an empty cluster: {gang_words(job)}; waits for machines to join"
             continue
         if before:
@@ -72,7 +66,7 @@ def why_waiting(jobs: Mapping[str, Job], nodes: Sequence[Node]) -> dict[str, str
 
 def how_far(job: Job) -> Outlook:
     """Of a job that runs, by the folder of its run or sweep; nothing where this machine does not reach it."""
-    run_dir = Path(job["run_dir"])
+    run_dir = Path(job.run_dir)
     if is_file(run_dir / "config.yaml"):
         found, events = summary(run_dir), read_events(run_dir)
         steps = load(run_dir / "config.yaml").train.steps
@@ -116,12 +110,12 @@ def last_words(output: str) -> str:
     return clip(mask(" ".join([first, *more])), 600)
 
 
-def why_ended(job: Job) -> str:
+def why_ended(job: Known) -> str:
     """Why a job is over, where there is more to say than its state."""
-    if reason := job.get("reason"):
-        return str(reason)
-    if job["state"] == STOPPED:
-        return "stopped at once" if job.get("stopping") == "now" else "after a checkpoint"
+    if job.reason:
+        return job.reason
+    if job.state == STOPPED:
+        return "stopped at once" if job.stopping == "now" else "after a checkpoint"
     return ""
 
 
@@ -129,7 +123,7 @@ def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:2]) + (f" and {len(ids) - 2} more" if len(ids) > 2 else "")
 
 
-def outlook(jobs: Mapping[str, Job], nodes: Any, output: Any) -> dict[str, Outlook]:
+def outlook(jobs: Mapping[str, Known], nodes: Any, output: Any) -> dict[str, Outlook]:
     """Of every job.
 
     Args:
@@ -139,9 +133,9 @@ def outlook(jobs: Mapping[str, Job], nodes: Any, output: Any) -> dict[str, Outlo
     waiting = why_waiting(jobs, nodes()) if in_line(jobs) else {}
     found = {}
     for id, job in jobs.items():
-        if job["state"] == QUEUED:
+        if job.state == QUEUED:
             found[id] = Outlook(why=waiting[id])
-        elif job["state"] != RUNNING:
+        elif job.state != RUNNING:
             found[id] = Outlook(why=why_ended(job))
         else:
             try:
@@ -154,6 +148,5 @@ def outlook(jobs: Mapping[str, Job], nodes: Any, output: Any) -> dict[str, Outlo
     return found
 
 
-def _stopping(job: Job) -> str:
-    how = job.get("stopping")
-    return "" if how is None else "stops at once" if how == "now" else "stops after a checkpoint"
+def _stopping(job: Known) -> str:
+    return "" if job.stopping is None else "stops at once" if job.stopping == "now" else "stops after a checkpoint"

@@ -2,7 +2,6 @@
 
 `muster sweep submit` (sweep/submit.py) does the same with the functions below."""
 
-import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -10,13 +9,14 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from cluster.commands.jobs import Address, accepted, follow, new_id
 from cluster.commands.runs import Json
 from cluster.gangs.access_token import in_config
 from cluster.gangs.share import group_of, share_of_gang, share_of_most
 from configs import Config, ConfigError, counted, load, mask, preset_names, resolve, worker_counts
+from configs.explain import first_reason
 from configs.load import dump_yaml, model_source, override, read_mapping
 from trainer.files.scratch import temporary_folder
 
@@ -73,25 +73,33 @@ def submit(
     check_sent(needs(asked) | files, here, packed)
     called, said, more = without_passwords(name, overrides or (), Config)
     kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
-    job = {
-        "name": asked.run.name,
-        "run_dir": str(root / asked.run.name),
-        "command": shlex.join(["muster", "train", called, *said, *kept]),
-        "workers": fewest,  # it starts when so many fit, with as many more as there is room for
-        "most": counts[0],
-        "cpus": each.cpus,
-        "gpus": each.gpus,
-        "group": group_of(asked),
-        "priority": priority,
-    }
+    job = job_of(
+        name=asked.run.name,
+        run_dir=str(root / asked.run.name),
+        command=shlex.join(["muster", "train", called, *said, *kept]),
+        workers=fewest,  # it starts when so many fit, with as many more as there is room for
+        most=counts[0],
+        cpus=each.cpus,
+        gpus=each.gpus,
+        group=group_of(asked),
+        priority=priority,
+    )
     send(cluster, here, packed, job, wait, as_json, more)
+
+
+def job_of(**values: Any) -> messages.Job:
+    """What the queue is told of a job. Raises ConfigError if it would refuse it."""
+    try:
+        return messages.Job.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"no queue takes this job: {first_reason(error)}") from None
 
 
 def send(
     cluster: Cluster,
     here: Path,
     packed: list[Path],
-    job: dict[str, Any],
+    job: messages.Job,
     wait: bool,
     as_json: bool,
     more: Mapping[str, str],
@@ -99,25 +107,21 @@ def send(
     """Leave a job and the files that it needs to the queue, and say where to look.
 
     Args:
-        job: see `messages.Job`.
         more: text of files that are sent besides, by name.
         wait: show its output, and end as it ends.
 
     Raises:
-        ConfigError: it is there already, the queue would refuse it, or the files are too large.
+        ConfigError: it is there already, or the files are too large.
     """
-    try:
-        messages.check_job(job)
-    except messages.BadMessage as error:
-        raise ConfigError(f"no queue takes this job: {error}") from None
     for id, other in cluster.jobs().items():
-        if other["run_dir"] == job["run_dir"] and other["state"] in ACTIVE:
-            raise ConfigError(f"{job['name']} is {id} ({other['state']}): stop it, or choose another name")
+        if other.run_dir == job.run_dir and other.state in ACTIVE:
+            raise ConfigError(f"{job.name} is {id} ({other.state}): stop it, or choose another name")
     pack.check_size(here, packed)
-    id = new_id(job["name"])
+    id = new_id(job.name)
+    message = messages.Submit(do="submit", id=id, job=job)
     with temporary_folder() as folder:
         path = folder / "job.zip"
-        pack.write_zip(path, here, packed, json.dumps({"do": "submit", "id": id, "job": job}), more)
+        pack.write_zip(path, here, packed, message.model_dump_json(), more)
         cluster.send_file(path)
     accepted(cluster, id, as_json)
     if wait:

@@ -4,15 +4,21 @@ import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cluster.gangs.share import Node, Share, capacity
 
-from .messages import is_known
+from .messages import Job, Known, State
 
-QUEUED, RUNNING, FINISHED, STOPPED, FAILED = "QUEUED", "RUNNING", "FINISHED", "STOPPED", "FAILED"
-CANCELLED, LOST = "CANCELLED", "LOST"
-"""Never started; the cluster that ran it is gone."""
+QUEUED: State = "QUEUED"
+RUNNING: State = "RUNNING"
+FINISHED: State = "FINISHED"
+STOPPED: State = "STOPPED"
+FAILED: State = "FAILED"
+CANCELLED: State = "CANCELLED"
+"""Never started."""
+LOST: State = "LOST"
+"""The cluster that ran it is gone."""
 ACTIVE = (QUEUED, RUNNING)
 _ENOUGH = 10**9
 """Workers on a machine, where each reserves nothing of it."""
@@ -104,23 +110,22 @@ def _rooms(gang: Gang, free: Iterable[Node], total: Iterable[Node]) -> dict[Node
     return {node: int(min(capacity(node, gang.each), _ENOUGH)) // group * group for node in set(free)}
 
 
-def fold(lines: Iterable[str], refuse: Callable[[str], object] = lambda line: None) -> dict[str, dict[str, Any]]:
+def fold(lines: Iterable[str], refuse: Callable[[str], object] = lambda line: None) -> dict[str, Known]:
     """Jobs by id, from the queue's journal: a JSON object a line, later ones over earlier.
 
     Args:
         refuse: called with each line that is none of a job, or would make of one what it cannot be; it is skipped.
     """
-    jobs: dict[str, dict[str, Any]] = {}
+    jobs: dict[str, Known] = {}
     for line in lines:
         try:
-            entry = json.loads(line) if line.startswith('{"id": ') else None
-            job = jobs.get(entry["id"], {}) | entry if entry else {}
-        except (ValueError, TypeError, RecursionError):  # cut by a crash
-            job = {}
-        if is_known(job):
-            jobs[job["id"]] = job
-        else:
+            entry = json.loads(line) if line.startswith('{"id": ') else {}
+            known = jobs.get(entry["id"])
+            job = known.changed(**entry) if known else Known.model_validate(entry)
+        except (ValueError, TypeError, KeyError, RecursionError):  # cut by a crash, or none of a job
             refuse(line)
+        else:
+            jobs[job.id] = job
     return jobs
 
 
@@ -135,6 +140,6 @@ def refusals(lines: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def gang_of(job: dict[str, Any]) -> Gang:
-    """Of a job in the journal."""
-    return Gang(job["workers"], Share(job["cpus"], job["gpus"]), job["group"])
+def gang_of(job: Job) -> Gang:
+    """What a job needs to begin."""
+    return Gang(job.workers, Share(job.cpus, job.gpus), job.group)

@@ -17,6 +17,7 @@ from cluster.server.submit import (
     With,
     check_root,
     check_sent,
+    job_of,
     needs,
     path_in,
     send,
@@ -81,15 +82,15 @@ def submit_sweep(
         check_sent(needs(arm.config), here, packed)
     called, said, files = without_passwords(name, overrides or (), SweepConfig)
     limit = [f"--gpus={gpus}"] if gpus else []
-    job = {
-        "name": sweep.name,
-        "run_dir": str(sweep.folder),
-        "command": shlex.join(["muster", "sweep", "run", called, *said, "set.cluster.address=null", *limit]),
-        "workers": gang.workers,
-        "most": gpus or min(max(gang.workers, room), MOST_WORKERS),
-        "cpus": gang.each.cpus,
-        "gpus": gang.each.gpus,
-        "group": gang.group,
-        "priority": priority,
-    }
+    job = job_of(
+        name=sweep.name,
+        run_dir=str(sweep.folder),
+        command=shlex.join(["muster", "sweep", "run", called, *said, "set.cluster.address=null", *limit]),
+        workers=gang.workers,
+        most=gpus or min(max(gang.workers, room), MOST_WORKERS),
+        cpus=gang.each.cpus,
+        gpus=gang.each.gpus,
+        group=gang.group,
+        priority=priority,
+    )
     send(cluster, here, packed, job, wait, as_json, files)

@@ -8,15 +8,16 @@ import pytest
 from cluster.commands import jobs
 from cluster.commands.listing import show
 from cluster.gangs.share import Node
+from cluster.server.messages import Known
 from cluster.server.outlook import gang_words, how_far, last_words, outlook, told, why_waiting
 from configs import ConfigError, from_dict, to_yaml
 from trainer.record.lines import Record
 from trainer.record.terminal import Console
 
-JOB = {
-    "name": "a", "state": "FINISHED", "workers": 1, "most": 3, "cpus": 2.0, "gpus": 0.0, "group": 1, "priority": 0,
-    "submitted": 1.0, "run_dir": "/nowhere",
-}  # fmt: skip
+JOB = Known(
+    id="job-a", name="a", state="FINISHED", workers=1, most=3, cpus=2.0, gpus=0.0, group=1, priority=0, submitted=1.0,
+    time=1.0, run_dir="/nowhere", command="true",
+)  # fmt: skip
 
 
 def test_output_of_a_rank_is_that_of_the_newest_attempt(tmp_path):
@@ -31,17 +32,16 @@ def test_output_of_a_rank_is_that_of_the_newest_attempt(tmp_path):
 
 def test_a_gang_in_words():
     assert gang_words(JOB) == "1 to 3 x (2 CPU)"
-    assert gang_words(JOB | {"most": 1, "gpus": 1.0}) == "1 x (2 CPU, 1 GPU)"
-    older = {key: value for key, value in JOB.items() if key != "most"}
-    assert gang_words(older) == "1 x (2 CPU)"
+    assert gang_words(JOB.changed(most=1, gpus=1.0)) == "1 x (2 CPU, 1 GPU)"
+    assert gang_words(JOB.changed(most=1)) == "1 x (2 CPU)"
 
 
 def test_why_each_job_waits():
     found = {
-        "job-runs": JOB | {"state": "RUNNING"},
-        "job-low": JOB | {"state": "QUEUED", "submitted": 2.0},
-        "job-huge": JOB | {"state": "QUEUED", "workers": 9, "most": 9, "priority": 7},
-        "job-high": JOB | {"state": "QUEUED", "submitted": 3.0, "priority": 5},
+        "job-runs": JOB.changed(state="RUNNING"),
+        "job-low": JOB.changed(state="QUEUED", submitted=2.0),
+        "job-huge": JOB.changed(state="QUEUED", workers=9, most=9, priority=7),
+        "job-high": JOB.changed(state="QUEUED", submitted=3.0, priority=5),
         "job-done": JOB,
     }
     why = why_waiting(found, [Node(4, 0)])
@@ -78,14 +78,14 @@ def test_why_a_job_failed_is_what_it_said(output, said):
 
 def test_how_far_a_run_is(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(from_dict({"train": {"steps": 50}})))
-    assert how_far(JOB | {"run_dir": str(tmp_path)}) == (0, 50, None, "")
+    assert how_far(JOB.changed(run_dir=str(tmp_path))) == (0, 50, None, "")
     record = Record(tmp_path, 1)
     record.event("waiting", reason="for room on the cluster: needs 2 processes")
-    assert how_far(JOB | {"run_dir": str(tmp_path)}).why == "waits for room on the cluster: needs 2 processes"
+    assert how_far(JOB.changed(run_dir=str(tmp_path))).why == "waits for room on the cluster: needs 2 processes"
     record.event("attempt_started")
     for step in range(1, 11):
         record.metrics({"step": step, "loss": 1.0}, at=1000.0 + 3 * step)
-    assert how_far(JOB | {"run_dir": str(tmp_path)}) == (10, 50, pytest.approx(120.0), "")
+    assert how_far(JOB.changed(run_dir=str(tmp_path))) == (10, 50, pytest.approx(120.0), "")
 
 
 def test_a_run_whose_folder_is_elsewhere_is_known_by_its_output():
@@ -96,10 +96,10 @@ def test_a_run_whose_folder_is_elsewhere_is_known_by_its_output():
     assert told(output)[:3] == (7, 20, 12.0)
     assert told(output.partition("step 7")[0])[:3] == (5, 20, 4320.0)
     assert told("nothing yet\n")[0] is None
-    running = {"job-a": JOB | {"state": "RUNNING", "stopping": "checkpoint"}}
+    running = {"job-a": JOB.changed(state="RUNNING", stopping="checkpoint")}
     [seen] = outlook(running, list, lambda id: output).values()
     assert seen == (7, 20, 12.0, "stops after a checkpoint")
-    [seen] = outlook({"job-a": JOB | {"state": "FAILED", "reason": "no such file"}}, list, str).values()
+    [seen] = outlook({"job-a": JOB.changed(state="FAILED", reason="no such file")}, list, str).values()
     assert seen.why == "no such file"
 
 
@@ -121,12 +121,12 @@ def test_names_are_whole_however_narrow_the_terminal(width, terminal):
 
 def test_a_job_is_also_known_by_its_runs_name():
     found = {
-        "job-1": JOB | {"id": "job-1", "state": "RUNNING"},
-        "job-2": JOB | {"id": "job-2", "submitted": 9.0},
-        "job-3": JOB | {"id": "job-3", "name": "b", "submitted": 10.0},
+        "job-1": JOB.changed(id="job-1", state="RUNNING"),
+        "job-2": JOB.changed(id="job-2", submitted=9.0),
+        "job-3": JOB.changed(id="job-3", name="b", submitted=10.0),
     }
-    assert jobs._known(found, "a")["id"] == "job-1"
-    assert jobs._known(found, "job-2")["id"] == "job-2"
+    assert jobs._known(found, "a").id == "job-1"
+    assert jobs._known(found, "job-2").id == "job-2"
     with pytest.raises(ConfigError, match="no job or run 'c'"):
         jobs._known(found, "c")
 
@@ -152,7 +152,7 @@ def test_logs_of_a_run_by_name_and_by_its_id(muster, tmp_path, monkeypatch):
 
 
 def test_watch_shows_what_is_new_and_outlives_a_silent_cluster(capsys, monkeypatch):
-    looks = [{"job-a": JOB}, {"job-a": JOB}, OSError("refused"), {"job-a": JOB | {"state": "FAILED", "reason": "why"}}]
+    looks = [{"job-a": JOB}, {"job-a": JOB}, OSError("refused"), {"job-a": JOB.changed(state="FAILED", reason="why")}]
 
     def look():
         if not looks:

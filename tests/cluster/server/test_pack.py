@@ -74,7 +74,7 @@ STOP = {"do": "stop", "id": "job-moe-3f9a1c", "now": True}
 
 @pytest.mark.parametrize("message", [SUBMIT, RETRY, STOP])
 def test_our_own_messages_are_read(message):
-    assert pack.read_message(zipped(message, "work/", "work/moe.yaml", "work/a/..b")) == message
+    assert pack.read_message(zipped(message, "work/", "work/moe.yaml", "work/a/..b")).model_dump() == message
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from cluster.gangs.share import Node, Share, share_of_gang
+from cluster.server.messages import Known
 from cluster.server.waiting import Gang, Waiting, fold, place, startable
 from configs import ConfigError, from_dict
 
@@ -70,9 +71,11 @@ def test_the_journal_says_the_last_of_each_job():
     }  # fmt: skip
     lines = ["noise", json.dumps(first), '{"id": "job-b", "st', '{"id": "job-a", "state": "RUNNING", "time": 2.0}']
     refused: list[str] = []
-    assert fold(lines, refused.append) == {"job-a": first | {"state": "RUNNING", "time": 2.0}}
+    assert fold(lines, refused.append) == {"job-a": Known(**first | {"state": "RUNNING", "time": 2.0})}
     assert refused == [lines[0], lines[2]]
-    assert fold(json.dumps(found) for found in fold(lines).values()) == fold(lines)
+    assert fold(json.dumps(found.entry()) for found in fold(lines).values()) == fold(lines)
+    older = {key: value for key, value in first.items() if key != "most"}
+    assert fold([json.dumps(older)])["job-a"].most == 1
 
 
 def asked(dp: int, **cluster):

@@ -49,7 +49,7 @@ def test_a_job_runs_its_own_copy_of_what_was_sent(queue, room):
     [job] = client.started
     assert job["runtime_env"]["working_dir"] == "gcs://job-a.zip"
     assert room == {"gcs://job-a.zip": GOOD}
-    assert here.jobs["job-a"]["sha256"] == hashlib.sha256(GOOD).hexdigest()
+    assert here.jobs["job-a"].sha256 == hashlib.sha256(GOOD).hexdigest()
     here.tick()
     queue.messages[b"gcs://2"] = zipped({"do": "retry", "id": "job-a", "new": "job-b"})
     here.tick()
@@ -91,8 +91,8 @@ def test_a_changed_package_is_not_started_after_a_restart(queue, room, monkeypat
     do(queue.folder / "job-a.zip")
     here = queue.make(client := Client())
     here.tick()
-    assert here.jobs["job-a"]["state"] == "FAILED"
-    assert words in here.jobs["job-a"]["reason"]
+    assert here.jobs["job-a"].state == "FAILED"
+    assert words in here.jobs["job-a"].reason
     assert (client.started, room) == ([], {})
 
 
@@ -102,7 +102,7 @@ def test_a_changed_package_is_not_retried(queue, room, capsys, change):
     here = queue.make(client := Client())
     here.tick()
     here.tick()
-    assert here.jobs["job-a"]["state"] == "LOST"
+    assert here.jobs["job-a"].state == "LOST"
     do, words = CHANGES[change]
     do(queue.folder / "job-a.zip")
     here = queue.make(client)
@@ -134,7 +134,7 @@ def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
         pack.write_zip(target := tmp_path.parent / f"{tmp_path.name}.zip", tmp_path, pack.files(tmp_path), message)
         return target.read_bytes()
 
-    assert pack.read_message(packed()) == submit()
+    assert pack.read_message(packed()).model_dump() == submit()
     (tmp_path / "zeros").write_bytes(bytes(20_001))
     with pytest.raises(BadMessage, match=r"it unpacks to .* and the limit is 20 kB"):
         pack.read_message(packed())

@@ -19,9 +19,9 @@ from muster_cluster import ROOT
 from cluster.gangs.share import Node, Share
 from cluster.server import dispatch
 from cluster.server.dispatch import MESSAGES
-from cluster.server.messages import MOST_WORKERS, BadMessage
+from cluster.server.messages import MOST_WORKERS, BadMessage, Known, Message, Retry, Submit
 from cluster.server.pack import read_message
-from cluster.server.submit import send
+from cluster.server.submit import job_of
 from cluster.server.waiting import Gang, Waiting, fold, gang_of, place, refusals, startable
 from configs import ConfigError
 
@@ -53,7 +53,7 @@ def test_a_message_is_refused_with_its_reason(name):
 
 
 def test_a_good_message_is_taken():
-    assert read_message(GOOD) == submit()
+    assert read_message(GOOD).model_dump() == submit()
 
 
 def test_a_refusal_takes_little_time_and_memory():
@@ -85,12 +85,14 @@ SIZES = some.sampled_from([0.0, 0.5, 1.0, 8.0, 1e6, -1.0]), some.sampled_from([0
 NODES = some.lists(some.builds(Node, *SIZES), max_size=8)
 
 
-def read_or_refuse(content: bytes) -> dict | None:
+def read_or_refuse(content: bytes) -> Message | None:
     """Nothing else comes of a message."""
     try:
         return read_message(content)
     except BadMessage as error:
-        return None if str(error) else {}
+        if not str(error):
+            raise
+        return None
 
 
 @quick
@@ -104,8 +106,8 @@ def test_any_message_is_taken_or_refused(data):
         some.sampled_from(["do", "id", "job", "new", "now", "x"]), VALUES, max_size=2
     ))  # fmt: skip
     taken = read_or_refuse(zipped(message))
-    if taken and taken["do"] == "submit":
-        waiting = Waiting(taken["id"], gang_of(taken["job"]), taken["job"]["priority"], 0.0)
+    if isinstance(taken, Submit):
+        waiting = Waiting(taken.id, gang_of(taken.job), taken.job.priority, 0.0)
         free, total = data.draw(NODES), data.draw(NODES)
         total = (total + [Node(8, 8)] * len(free))[: len(free)]
         assert startable([waiting], [waiting.gang], free, total) in ([], ["job-a"])
@@ -122,7 +124,7 @@ def test_any_damage_to_a_zip_is_taken_or_refused(data):
         value = data.draw(some.binary(min_size=1, max_size=8))
         changed[at : at + (0 if how == "add" else len(value))] = b"" if how == "cut" else value
     taken = read_or_refuse(bytes(changed))
-    assert taken is None or taken["id"].startswith("job-")
+    assert taken is None or taken.id.startswith("job-")
 
 
 FIRST = {"id": "job-a", **JOB, "state": "QUEUED", "submitted": 1.0, "time": 1.0}
@@ -147,7 +149,7 @@ def line(**changes: object) -> str:
 def test_a_bad_line_of_the_journal_is_skipped(bad):
     skipped: list[str] = []
     assert fold([bad, json.dumps(FIRST), bad, line(state="RUNNING", time=2.0), bad], skipped.append) == {
-        "job-a": FIRST | {"state": "RUNNING", "time": 2.0}
+        "job-a": Known(**FIRST | {"state": "RUNNING", "time": 2.0})
     }
     assert skipped == [bad] * 3
 
@@ -159,8 +161,8 @@ def test_any_line_of_the_journal_leaves_proper_jobs(changes, chance: random.Rand
     lines += [text[: chance.randrange(len(text))] for text in lines]
     jobs = fold(lines)
     for job in jobs.values():
-        startable([Waiting(job["id"], gang_of(job), job["priority"], job["submitted"])], [], [Node(8, 8)], [Node(8, 8)])
-    assert fold(json.dumps(job) for job in jobs.values()) == jobs
+        startable([Waiting(job.id, gang_of(job), job.priority, job.submitted)], [], [Node(8, 8)], [Node(8, 8)])
+    assert fold(json.dumps(job.entry()) for job in jobs.values()) == jobs
 
 
 def test_many_workers_on_many_machines_are_placed_in_no_time():
@@ -182,7 +184,7 @@ def test_each_message_on_its_own(queue, capsys):
     here = queue.make()
     here.tick()
     assert not queue.messages
-    assert [(job["id"], job["state"]) for job in here.jobs.values()] == [("job-a", "QUEUED")]
+    assert [(job.id, job.state) for job in here.jobs.values()] == [("job-a", "QUEUED")]
     said = refusals(capsys.readouterr().out.splitlines())
     assert said.keys() == {f"m-{index}" for index in range(len(HOSTILE))}
     assert all(said.values())
@@ -237,12 +239,12 @@ def test_a_job_that_cannot_be_handled_fails_alone(queue, monkeypatch):
     here = queue.make(BadClient())
     queue.messages |= {b"gcs://1": zipped(submit("job-a")), b"gcs://2": zipped(submit("job-b"))}
     here.tick()
-    assert [job["state"] for job in here.jobs.values()] == ["FAILED", "FAILED"]
-    assert here.jobs["job-a"]["reason"] == r"could not be started: an \x1b[31munexpected answer"
+    assert [job.state for job in here.jobs.values()] == ["FAILED", "FAILED"]
+    assert here.jobs["job-a"].reason == r"could not be started: an \x1b[31munexpected answer"
     here._note("job-a", state="RUNNING")
     here.tick()
-    assert here.jobs["job-a"]["state"] == "FAILED"
-    assert "KeyError" in here.jobs["job-a"]["reason"]
+    assert here.jobs["job-a"].state == "FAILED"
+    assert "KeyError" in here.jobs["job-a"].reason
     assert queue.make().jobs == here.jobs
 
 
@@ -254,7 +256,7 @@ def test_a_job_api_that_does_not_answer_ends_no_job(queue):
     here._note("job-a", **{key: value for key, value in FIRST.items() if key not in ("id", "time")})
     here._note("job-a", state="RUNNING")
     assert here._follow("job-a") is None
-    assert here.jobs["job-a"]["state"] == "RUNNING"
+    assert here.jobs["job-a"].state == "RUNNING"
 
 
 @pytest.mark.parametrize("thousands", [40, pytest.param(1000, marks=pytest.mark.slow)])
@@ -267,7 +269,7 @@ def test_a_million_lines_of_a_journal(queue, capsys, thousands):
             file.write(f"{text}\n\n" + '{"id": "job-a", "state": "RUNNING", "time": 2.0}\nnoise\n')
     here = queue.make()
     assert len(here.jobs) == 1 + dispatch.KEPT_JOBS
-    assert here.jobs["job-a"]["state"] == "RUNNING"
+    assert here.jobs["job-a"].state == "RUNNING"
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith(f"skipped {500 * thousands + 2:,} lines of {queue.folder / 'journal.jsonl'}")
     assert len(said) == 1 + len(here.jobs)
@@ -303,7 +305,7 @@ def test_a_live_queue_starts_again_from_a_damaged_journal(live, live_queue):
 def test_who_sends_what_is_refused_is_told(live):
     with live.client() as cluster:
         cluster.jobs()
-        cluster.send(do="retry", id="job-none", new="job-new")
+        cluster.send(Retry(do="retry", id="job-none", new="job-new"))
         with pytest.raises(ConfigError, match=r"the queue of .* refused it: there is no job job-none"):
             cluster.wait_for("job-new", lambda _: True)
 
@@ -326,10 +328,9 @@ def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(muste
     assert err.endswith(f"{why}\n")
 
 
-def test_a_job_that_the_queue_would_refuse_is_not_sent(tmp_path):
-    job = JOB | {"priority": 10**30}
+def test_a_job_that_the_queue_would_refuse_is_not_sent():
     with pytest.raises(ConfigError, match=r"no queue takes this job: priority: should be less than 2147483648"):
-        send(SimpleNamespace(), tmp_path, [], job, wait=False, as_json=False, more={})
+        job_of(**JOB | {"priority": 10**30})
 
 
 @pytest.mark.parametrize("value", ["[" * 100_000, "{}", '"a", "reason": ' + "[" * 100_000, "NaN"])
