@@ -13,7 +13,7 @@ from models.tasks.task import Change, Task
 
 from .checkpoint.cadence import Cadence
 from .checkpoint.save import Saver
-from .data.kinds import Examples
+from .data.kinds import ExampleReader
 from .health.clock import Took
 from .health.spikes import spike
 from .health.straggler import Stragglers
@@ -183,7 +183,7 @@ def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config,
     return deviations
 
 
-def report_bad_pages(dataset: Examples, reported: int, run_dir: Path, attempt: int) -> int:
+def report_bad_pages(dataset: ExampleReader, reported: int, run_dir: Path, attempt: int) -> int:
     """Name the pages left out (data.on_bad_page=skip) in the record; any process may meet one. Returns their number."""
     for file, row_group in dataset.bad_pages[reported:]:
         Record(run_dir, attempt).event("bad_page", file=file, row_group=row_group, rank=dist.get_rank())

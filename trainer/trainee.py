@@ -19,7 +19,7 @@ from models.tasks.task import Memory, Sums, Value, unless_skipped
 
 from .checkpoint.init_from import load_weights
 from .checkpoint.memory import as_rows, on_device, restored
-from .data.kinds import Examples
+from .data.kinds import ExampleReader
 from .engine.engine import Engine
 from .engine.parallel import Place, place
 from .engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
@@ -101,7 +101,7 @@ class Trainee:
 
     def held_out_loss(
         self,
-        dataset: Examples,
+        dataset: ExampleReader,
         device: torch.device,
         seen: ExpertTokens | None = None,
         alive: Callable[[], None] = lambda: None,

@@ -398,7 +398,7 @@ def data(setting: Setting) -> Iterator[Row]:
     batches = micro_batches(config, 0, 0)
     began, count = time.perf_counter(), 0
     while time.perf_counter() - began < seconds:
-        dataset.batch(next(batches))
+        dataset.examples(next(batches))
         count += 1
     rate = count * size * length / (time.perf_counter() - began)
     yield {"case": "Dataset.batch alone", "tokens_per_s": rate, "a_model_takes": wanted, "times": rate / wanted}

@@ -18,8 +18,8 @@ from .read.reader import Dataset
 from .tokenizer.kept import keep_tokenizer
 
 
-class Examples(Protocol):
-    """One split. Which examples stand where is a pure function of (seed, index); not for several threads at once.
+class ExampleReader(Protocol):
+    """Reads one split. Which examples stand where is a pure function of (seed, index); not for several threads at once.
 
     Attributes:
         bad_pages: (file, row group) of what was left out so far.
@@ -30,7 +30,7 @@ class Examples(Protocol):
     def __len__(self) -> int:
         """Examples in one pass; the training split goes on after it."""
 
-    def batch(self, indices: Sequence[int]) -> MicroBatch:
+    def examples(self, indices: Sequence[int]) -> MicroBatch:
         """These examples (the cursor counts them); -1 stands for padding of weight zero."""
 
 
@@ -46,7 +46,7 @@ class Kind:
     """
 
     ensure: Callable[[Config], tuple[DataConfig, list[str]]]
-    open: Callable[[Config, Split], Examples | None]
+    open: Callable[[Config, Split], ExampleReader | None]
     inputs: Callable[[DataConfig], list[dict[str, Any]]]
     keep: Callable[[Path, DataConfig], None] = lambda run_dir, data: None
     """Copies to the run's folder what a checkpoint needs of the data to be used without them."""
@@ -69,7 +69,7 @@ def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
     return Images(data, seed, split)
 
 
-def _open_images(config: Config, split: Split) -> Examples | None:
+def _open_images(config: Config, split: Split) -> ExampleReader | None:
     try:
         return _images(config.data, config.run.seed, split)
     except ConfigError:

@@ -4,7 +4,7 @@ import time
 from pathlib import Path
 
 from models.tasks.language_modelling import LanguageModelling
-from trainer.data.kinds import Examples
+from trainer.data.kinds import ExampleReader
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.health.watchdog import Beat
@@ -16,7 +16,9 @@ from .expert_tokens import ExpertTokens, table, write_table
 from .held_out import if_there_is_room, write_samples
 
 
-def evaluate(run_dir: Path, trainee: Trainee, held_out: Examples, step: int, record: Record | None, beat: Beat) -> None:
+def evaluate(
+    run_dir: Path, trainee: Trainee, held_out: ExampleReader, step: int, record: Record | None, beat: Beat
+) -> None:
     """Evaluate between two steps, in every process; rank 0 keeps what comes of it. A collective."""
     start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
     task, seen = trainee.learner.task, None

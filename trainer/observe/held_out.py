@@ -12,7 +12,7 @@ from torch import nn
 
 from configs import Config, ConfigError
 from models.decoder.generate import generate
-from trainer.data.kinds import Examples
+from trainer.data.kinds import ExampleReader
 from trainer.data.read.reader import Dataset
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.files.own_files import write_text
@@ -23,7 +23,7 @@ from trainer.record.lines import Record
 @torch.no_grad()
 def held_out_loss(
     forward: Callable[..., Any],
-    dataset: Examples,
+    dataset: ExampleReader,
     indices: Sequence[int],
     micro_batch: int,
     here: torch.device,
@@ -50,7 +50,7 @@ def held_out_loss(
     for first in range(index * micro_batch, sequences + index * micro_batch, stride * at_once):
         starts = range(first, first + stride * at_once, stride)
         mine = [[indices[i] if i < sequences else -1 for i in range(s, s + micro_batch)] for s in starts]
-        loss, tokens, *_ = forward(*(dataset.batch(each).to(here) for each in mine))
+        loss, tokens, *_ = forward(*(dataset.examples(each).to(here) for each in mine))
         sums += torch.stack([loss.double(), tokens.double()])
     if dist.is_initialized():
         dist.all_reduce(sums)

@@ -27,9 +27,9 @@ def counts(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters()), "flops_per_example": None}
 
     def example() -> Any:
-        examples = kind_of(config).open(config, "train")
-        assert examples
-        return examples.batch([0, 1])
+        opened = kind_of(config).open(config, "train")
+        assert opened
+        return opened.examples([0, 1])
 
     try:
         found["flops_per_example"] = flops_of_example(config, example)

@@ -209,7 +209,7 @@ def read_with_plugins(run_dir: Path) -> Config:
 def examples(config: Config) -> Any:
     opened = kind_of(config).open(config, "train")
     assert opened
-    return opened.batch([0, 1])
+    return opened.examples([0, 1])
 
 
 REFUSED = {

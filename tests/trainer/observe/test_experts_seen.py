@@ -110,7 +110,7 @@ def plain_pieces(config: Config) -> list[expert_tokens.Piece]:
     tap = RouterTap(module.eval(), config.model)
     held_out, pieces = Dataset(config.data, config.train.seq_len, 0, split="held_out"), []
     for index in range(min(config.train.eval_sequences, len(held_out))):
-        batch = held_out.batch([index])
+        batch = held_out.examples([index])
         with torch.no_grad():
             module(batch)
         scored = batch.labels[0] != IGNORE
@@ -154,7 +154,7 @@ def test_no_more_tokens_are_kept_than_looked_at(tiny_data, monkeypatch):
     seen = ExpertTokens(config, build_place(), [1])
     held_out = Dataset(config.data, 32, 0, split="held_out")
     for index in range(3):
-        seen.add(held_out.batch([index]), [torch.zeros(32, 2, dtype=torch.int64)])
+        seen.add(held_out.examples([index]), [torch.zeros(32, 2, dtype=torch.int64)])
     (piece,) = seen.gather() or []
     assert (piece[0].shape, piece[1][1].shape) == ((50,), (50, 2))
 

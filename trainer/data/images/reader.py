@@ -106,7 +106,7 @@ class Images:
         group, row = self._block(epoch, block, order)[place - (int(ends[block - 1]) if block else 0)]
         return int(group), int(row)
 
-    def batch(self, indices: Sequence[int]) -> ImageBatch:
+    def examples(self, indices: Sequence[int]) -> ImageBatch:
         """Images stacked; -1 stands for padding, a black image without a label.
 
         Raises:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from models.batch import MicroBatch
-from trainer.data.kinds import Examples
+from trainer.data.kinds import ExampleReader
 
 
 class Loaded(NamedTuple):
@@ -35,7 +35,7 @@ class Loader:
         here: the device that they are copied to.
     """
 
-    def __init__(self, dataset: Examples, batches: Iterable[Sequence[int]], depth: int, here: torch.device):
+    def __init__(self, dataset: ExampleReader, batches: Iterable[Sequence[int]], depth: int, here: torch.device):
         self._here = here
         self.waited = 0.0
         """Seconds that `next()` has waited for data so far."""
@@ -78,11 +78,11 @@ class Loader:
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _read(self, dataset: Examples, batches: Iterable[Sequence[int]]) -> None:
+    def _read(self, dataset: ExampleReader, batches: Iterable[Sequence[int]]) -> None:
         try:
             stream = torch.cuda.Stream(self._here) if self._here.type == "cuda" else None
             for indices in batches:
-                if self._stop.is_set() or not self._put(_load(dataset.batch(indices), stream)):
+                if self._stop.is_set() or not self._put(_load(dataset.examples(indices), stream)):
                     return
             self._put(None)
         except BaseException as error:

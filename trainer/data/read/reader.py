@@ -140,7 +140,7 @@ class Dataset:
         positions -= np.maximum.accumulate(np.where(starts, positions, 0))
         return {"input_ids": inputs, "labels": labels, "position_ids": positions, "document_ids": documents}
 
-    def batch(self, indices: Sequence[int]) -> Batch:
+    def examples(self, indices: Sequence[int]) -> Batch:
         """Sequences stacked, [B, T]; -1 stands for a sequence of padding."""
         rows = [self.sequence(index) for index in indices]
 

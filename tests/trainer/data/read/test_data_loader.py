@@ -28,7 +28,7 @@ def test_batches_come_in_order(dataset: Dataset):
     batches = [each.batch for each in loaded]
     assert [each.weight for each in loaded] == [int((batch.labels != -100).sum()) for batch in batches]
     assert [batch.sequence_ids.tolist() for batch in batches] == plan
-    assert (batches[1].input_ids == dataset.batch([2, 3]).input_ids).all()
+    assert (batches[1].input_ids == dataset.examples([2, 3]).input_ids).all()
     assert loader.waited > 0
     with pytest.raises(StopIteration):
         next(loader)
@@ -52,7 +52,7 @@ def test_reads_ahead_within_bounds_and_closes_early(dataset: Dataset):
     loader.close()
     assert asked == [0, 1, 2, 3]
     assert not any(thread.name == "data-loader" for thread in threading.enumerate())
-    assert dataset.batch([1]).sequence_ids.tolist() == [1]
+    assert dataset.examples([1]).sequence_ids.tolist() == [1]
 
 
 def test_errors_reach_the_consumer(prepared: Path, tmp_path: Path):
@@ -61,7 +61,7 @@ def test_errors_reach_the_consumer(prepared: Path, tmp_path: Path):
     copy = Path(shutil.copytree(prepared, tmp_path / "copy"))
     dataset = Dataset(DataConfig(path=str(copy)), 32, seed=0)
     path = copy / read_manifest(copy).of("train")[0].file
-    first = dataset.batch([0])
+    first = dataset.examples([0])
     path.write_bytes(b"\0" * path.stat().st_size)
     far = next(i for i in range(len(dataset)) if dataset.locate(i)[3] != dataset.locate(0)[3])
     with Loader(dataset, [[0], [far], [0]], 4, CPU) as loader:

@@ -106,7 +106,7 @@ def test_order_depends_on_seed_and_index_only(prepared: Path):
 
 def test_batch_stacks_sequences_and_pads(prepared: Path):
     dataset = Dataset(DataConfig(path=str(prepared)), 64, seed=0)
-    batch = dataset.batch([5, 900, -1])
+    batch = dataset.examples([5, 900, -1])
     assert batch.input_ids.shape == (3, 64)
     assert batch.sequence_ids.tolist() == [5, 900, -1]
     assert (batch.labels[2] == -100).all()
@@ -114,7 +114,7 @@ def test_batch_stacks_sequences_and_pads(prepared: Path):
     for row, index in enumerate([5, 900]):
         for name, value in dataset.sequence(index).items():
             assert (getattr(batch, name)[row].numpy() == value).all()
-    assert Dataset(DataConfig(path=str(prepared), document_mask=False), 64, 0).batch([0]).document_ids is None
+    assert Dataset(DataConfig(path=str(prepared), document_mask=False), 64, 0).examples([0]).document_ids is None
 
 
 def test_held_out_is_disjoint_fixed_and_ends(prepared: Path, texts: dict[str, str]):
@@ -210,7 +210,7 @@ def test_a_file_cut_short_while_it_is_read_is_a_data_error(copy: Path):
     with open(path, "r+b") as file:
         file.truncate(100)
     with pytest.raises(DataError, match=path.name):
-        dataset.batch(range(len(dataset)))
+        dataset.examples(range(len(dataset)))
 
 
 def test_a_file_that_cannot_be_read_stops_the_run_even_where_bad_pages_are_skipped(copy: Path):
