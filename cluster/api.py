@@ -149,7 +149,8 @@ def runs(root: str | Path = RUNS, keys: Sequence[str] = ()) -> pd.DataFrame:
         if unknown := [key for key in keys if key not in values]:
             raise ConfigError(f"{folder}: its config has no key {unknown[0]}")
         run |= {key: values[key] for key in keys}
-    columns = ["name", "status", "reason", "step", "loss", "eval_loss", "tokens", "attempts", "wall_time", "updated"]
+    columns = ["name", "status", "reason", "step", "loss", "eval_loss", "tokens", "weight", "unit"]
+    columns += ["attempts", "wall_time", "updated"]
     frame = pd.DataFrame(found, columns=[*columns, *keys]).set_index("name")
     frame["updated"] = pd.to_datetime(frame["updated"], unit="s", utc=True)
     return frame

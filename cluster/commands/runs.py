@@ -92,15 +92,20 @@ def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> No
     if not found:
         print(f"no runs in {root}")
         return
-    columns = ("name", "status", "step", "loss", "eval loss", "tokens", "attempts", "updated", "note")
+    columns = ("name", "status", "step", "loss", "eval loss", "tokens", "trained on", "attempts", "updated", "note")
     rows = [
         [
             run["name"], run["status"], f"{run['step']:,}", _number(run["loss"]), _number(run["eval_loss"]),
-            f"{run['tokens']:,}", str(run["attempts"]), ago(run["updated"]), _noted(run),
+            *_trained_on(run), str(run["attempts"]), ago(run["updated"]), _noted(run),
         ]
         for run in found
     ]  # fmt: skip
     show(Console(), columns, rows)
+
+
+def _trained_on(run: dict[str, Any]) -> tuple[str, str]:
+    """Of a language model the tokens; of others how many of what."""
+    return (f"{run['weight']:,}", "") if run["unit"] == "tokens" else ("", f"{run['weight']:,} {run['unit']}")
 
 
 def _noted(run: dict[str, Any]) -> str:

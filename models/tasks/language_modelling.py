@@ -20,7 +20,7 @@ BIAS, LOAD = "router.bias", "router.load"
 class LanguageModelling(Task):
     """Each token from those before it."""
 
-    takes, gives = "tokens", "loss of tokens"
+    takes, gives, example = "tokens", "loss of tokens", "sequences"
 
     def __init__(self, config: Config):
         super().__init__(config)

@@ -68,9 +68,11 @@ class Task:
     Attributes:
         reads: the kind of examples that it learns from: an entry of `trainer.data.kinds.KINDS`.
         takes, gives: what a network of its takes and gives: `tokens`, `images`, `classes`, ...; a family says the same.
+        example: what the record calls its examples.
     """
 
     reads: ClassVar[str] = "tokens"
+    example: ClassVar[str] = "examples"
     takes: ClassVar[str]
     gives: ClassVar[str]
 
@@ -79,7 +81,8 @@ class Task:
 
     @property
     def counts(self) -> tuple[int, str]:
-        """What one example counts in rates and totals, and their unit: (1, "examples"), or its tokens."""
+        """What one example counts in rates and totals, and the unit of `Sums.weight`: a sequence its tokens. The record
+        has the total under this name, the rate under `UNIT_per_second`, and `eval_UNIT` of an evaluation."""
         return 1, "examples"
 
     @property

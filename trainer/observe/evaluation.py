@@ -24,10 +24,10 @@ def evaluate(
     task, seen = trainee.learner.task, None
     if isinstance(task, LanguageModelling) and config.model.is_moe:
         seen = ExpertTokens(config, trainee.where, [chooser.layer for chooser in task.choosers])
-    loss, tokens, more = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
+    loss, weight, more = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
     if record:
         found = {f"eval_{name}": value for name, value in more.items()}
-        record.metrics({"step": step, "eval_loss": loss, "eval_tokens": tokens} | found)
+        record.metrics({"step": step, "eval_loss": loss, f"eval_{task.counts[1]}": weight} | found)
     if seen and (pieces := seen.gather()):
         with TokenizerProcess(tokenizer_of(run_dir, config.data)[0], config.data.limits) as tokenizer:
             found = table(pieces, config, tokenizer, step)
@@ -43,4 +43,4 @@ def evaluate(
             write_samples(trainee.engine.module, config, tokenizer, info.eos_id, sample, write=record is not None)
         trainee.engine.train()
     if record:
-        record.event("evaluation", step=step, eval_loss=loss, eval_tokens=tokens, seconds=time.perf_counter() - start)
+        record.event("evaluation", step=step, eval_loss=loss, eval_weight=weight, seconds=time.perf_counter() - start)

@@ -20,7 +20,7 @@ import numpy as np
 from trainer.files.own_files import open_file
 
 from .events import METRICS as CHECKED
-from .events import wrong_metrics
+from .events import RATE, wrong_metrics
 from .lines import HEAD, METRICS, read_events
 
 COLUMNS = "metrics.parquet"
@@ -311,6 +311,8 @@ def _parse_fast(lines: Sequence[bytes]) -> dict[str, np.ndarray] | None:
     if table.num_rows != len(lines) or table.num_columns > MOST_COLUMNS:
         return None
     columns = {}
+    rates = [name for name in table.column_names if name.endswith(RATE)]
+    checks = {*CHECKED, *rates, *(name.removesuffix(RATE) for name in rates)}
     for name in table.column_names:
         column, kind = table.column(name), table.schema.field(name).type
         if (
@@ -320,11 +322,11 @@ def _parse_fast(lines: Sequence[bytes]) -> dict[str, np.ndarray] | None:
             or pa.types.is_null(kind)
         ):
             columns[name] = column.cast(pa.int64() if name in KEYS[:2] else pa.float64(), safe=False).to_numpy()
-            if pa.types.is_boolean(kind) and name in CHECKED:
+            if pa.types.is_boolean(kind) and name in checks:
                 return None
-        elif name in CHECKED:
+        elif name in checks:
             return None
-    checked = [columns[name] for name in ("time", *CHECKED) if name in columns]
+    checked = [columns[name] for name in ("time", *checks) if name in columns]
     if any((np.abs(values) >= 1e18).any() for values in checked) or any(
         table.column(key).null_count for key in KEYS[:3]
     ):

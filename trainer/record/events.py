@@ -6,7 +6,7 @@ what they need of it, or has something of another type there.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 
@@ -74,7 +74,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 """Types of the fields that readers decide by. A line where one has another type is left out."""
 SHOWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
-        ("active_parameters", "cache_hits", "cache_misses", "devices", "eval_tokens", "failures", "graph_breaks",
+        ("active_parameters", "cache_hits", "cache_misses", "devices", "eval_weight", "failures", "graph_breaks",
          "graphs", "parameters", "recompilations", "row_group", "steps", "tokens_per_step"),
         _count,
     ),
@@ -129,7 +129,7 @@ EVENTS: dict[str, Fields] = {
     "failure": _fields(more="step reason traceback"),
     "attempt_ended": _fields("status", "reason cause step totals"),
     # As it trains.
-    "evaluation": _fields(more="step eval_loss eval_tokens seconds"),
+    "evaluation": _fields(more="step eval_loss eval_weight seconds files"),
     "skipped_step": _fields("step", "cursor loss in_a_row"),
     "spike": _fields(more="step cursor loss deviations"),
     "rollback": _fields("to_step", "from_step cursor left_out rollbacks"),
@@ -163,6 +163,8 @@ LAUNCH = ("resolved", "init_from", "config_changed", "forked")
 ALWAYS = ("time", "attempt", "event")
 METRICS = ("loss", "eval_loss", "lr", "grad_norm", "tokens", "step_time", "data_wait", "tokens_per_second", "tflops",
            "mfu", "memory_gb")  # fmt: skip
+RATE = "_per_second"
+"""Ends the key of a step's rate, which begins with the unit that its task counts in: `tokens_per_second`."""
 
 NONFINITE, DATA, CHECKPOINT = "nonfinite", "data", "checkpoint"
 """Causes of `attempt_ended` where the trainer stopped for good: steps without a finite loss or gradient, a damaged page
@@ -206,7 +208,16 @@ def wrong_metrics(record: dict[str, Any]) -> str:
     """As `wrong_event`, of a line of metrics.jsonl."""
     if wrong := _wrong(record, ("step", "attempt", "time")):
         return wrong
-    return next((_said(key, record[key]) for key in METRICS if not _measured(record.get(key))), "")
+    unit = unit_of(record)
+    keys = METRICS if unit == "tokens" else (*METRICS, unit, unit + RATE)
+    return next((_said(key, record[key]) for key in keys if not _measured(record.get(key))), "")
+
+
+def unit_of(record: Mapping[str, Any]) -> str:
+    """What a line of metrics.jsonl counts: the tokens, images, ... that were trained on, under this key."""
+    if "tokens" in record:
+        return "tokens"
+    return next((key.removesuffix(RATE) for key in record if key.endswith(RATE)), "tokens")
 
 
 def _wrong(record: dict[str, Any], needed: tuple[str, ...]) -> str:

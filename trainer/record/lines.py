@@ -20,7 +20,7 @@ from configs import counted, mask_all
 from trainer.files.own_files import LONGEST_LINE, open_file, read_bytes, read_lines
 from trainer.files.plain_json import dump
 
-from .events import WrongEvent, as_now, not_in_table, wrong_event, wrong_metrics
+from .events import WrongEvent, as_now, not_in_table, unit_of, wrong_event, wrong_metrics
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 MOST_EVENTS = 64 << 20
@@ -235,14 +235,18 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
 
     Returns:
         `name`; `status` (RUNNING, FINISHED, FAILED, STOPPED, or NEW: no attempt has begun) and its `reason`; `step`,
-        `loss`, `tokens` of the last training record and `eval_loss` of the last evaluation (nats per token; None where
-        there is none); `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix seconds, or None.
+        `loss` of the last training record and `eval_loss` of the last evaluation (of a language model in nats per
+        token; None where there is none); what was trained on, `weight` in its `unit`, and the same as `tokens` where
+        it is counted in them, else None; `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix
+        seconds, or None.
     """
     run_dir = Path(run_dir)
     events = read_events(run_dir)
     train, evaluation = _last_records(run_dir / METRICS)
     updated = max((item["time"] for item in (*events[-1:], train, evaluation) if item), default=None)
     status, reason = status_of(events)
+    unit = unit_of(train)
+    weight = train.get(unit, 0)
     return {
         "name": run_dir.resolve().name,
         "status": status,
@@ -250,7 +254,9 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
         "step": train.get("step", 0),
         "loss": train.get("loss"),
         "eval_loss": evaluation.get("eval_loss"),
-        "tokens": train.get("tokens", 0),
+        "tokens": weight if unit == "tokens" else None,
+        "weight": weight,
+        "unit": unit,
         "attempts": last_attempt(events),
         "wall_time": _wall_time(events, updated),
         "updated": updated,

@@ -9,6 +9,7 @@ from torch import distributed as dist
 from configs import Config
 from models.tasks.learner import Learner
 from trainer.health.rates import gpu_facts
+from trainer.record.events import RATE
 from trainer.schedule import learning_rates
 from trainer.state import TrainState
 from trainer.step import StepOutcome
@@ -51,15 +52,15 @@ def step_metrics(
         flops_of_example: in training; None: they could not be counted.
         seconds: its duration, of which `waited` went by without data.
     """
-    read = config.train.global_batch * learner.task.counts[0]
+    each, unit = learner.task.counts
     metrics: dict[str, Any] = {
         "step": state.step,
         "loss": outcome.loss,
         "lr": rate,
         "grad_norm": outcome.grad_norm,
-        "tokens": state.tokens,
-        "sequences": state.cursor,
-        "tokens_per_second": read / seconds,
+        unit: state.tokens,
+        learner.task.example: state.cursor,
+        unit + RATE: config.train.global_batch * each / seconds,
         "memory_gb": memory_gb(here),
         "data_wait": waited,
         "step_time": seconds,

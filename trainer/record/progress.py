@@ -16,7 +16,7 @@ from configs import counted
 from configs.units import byte_size, duration
 from trainer.files.own_files import open_file
 
-from .events import wrong_event, wrong_metrics
+from .events import RATE, unit_of, wrong_event, wrong_metrics
 from .lines import EVENTS, METRICS
 from .terminal import Console
 
@@ -45,6 +45,7 @@ class ProgressView:
         self._last_line = float("-inf")
         self._seconds: float | None = None
         self._rate: float | None = None
+        self._unit = "tokens"
         self._live: Progress | None = None
         self._processes = 1
         self._began = time.monotonic()
@@ -80,8 +81,9 @@ class ProgressView:
         if "eval_loss" in record:
             self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}")
             return
+        self._unit = unit_of(record)
         self._seconds = _smooth(self._seconds, record.get("step_time"))
-        self._rate = _smooth(self._rate, record.get("tokens_per_second"))
+        self._rate = _smooth(self._rate, record.get(self._unit + RATE))
         line = self._line(record)
         if self._live:
             self._live.update(self._task, completed=step, description=line)
@@ -148,7 +150,7 @@ class ProgressView:
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"loss {_number(record['loss'], '.4f')}"]
         if self._rate:
-            parts.append(f"{self._rate:,.0f} tok/s")
+            parts.append(f"{self._rate:,.0f} {'tok' if self._unit == 'tokens' else self._unit}/s")
         if record.get("mfu") is not None:
             parts.append(f"MFU {record['mfu']:.1%}")
         elif record.get("tflops") is not None:

@@ -34,6 +34,8 @@ class Row(Typed):
     loss: float | None
     eval_loss: float | None
     tokens: float | None
+    weight: float | None
+    unit: str
     attempts: Whole
     wall_time: float
     updated: float | None

@@ -109,12 +109,11 @@ class MlflowTracker:
         self._client.set_tag(run_id, STATUS_TAG, "RUNNING")
         if REASON_TAG in self._client.get_run(run_id).data.tags:
             self._client.delete_tag(run_id, REASON_TAG)
-        # The attempt and the evaluated tokens are never null, as a loss that is not finite is. Runs that began under
-        # an older version have them by their names in the record.
-        step, evaluation = (
-            max(self._last_step(NAMES[key]), self._last_step(key)) for key in ("attempt", "eval_tokens")
-        )
-        return Sent(run_id, step, max(evaluation, self._last_step("eval_loss")))
+        # The attempt and what was evaluated are never null, as a loss that is not finite is. Runs that began under an
+        # older version have them by their names in the record, and so has what is not counted in tokens.
+        step = max(self._last_step(NAMES["attempt"]), self._last_step("attempt"))
+        held = [key for key in self._client.get_run(run_id).data.metrics if key.startswith("eval_")]
+        return Sent(run_id, step, max(map(self._last_step, [NAMES["eval_tokens"], *held])))
 
     def _show_under(self, experiment: Experiment, parent: str | None) -> None:
         if parent and (found := self._find(experiment, parent)):

@@ -164,6 +164,9 @@ def test_flops_are_those_of_the_layers(images, tmp_path, clean):
     first, others = 2 * 36 * 8 * 9, 2 * (9 * 16 * 8 * 9 + 16 * 3)
     assert flops_of_example(config, lambda: examples(config)) == 2 * first + 3 * others
     [event] = [m for m in read_metrics(clean["convnet"]) if m["step"] == 3]
+    assert (event["images"], event["examples"], event["images_per_second"]) == (48, 48, 16 / event["step_time"])
+    assert [m["eval_images"] for m in read_metrics(clean["convnet"]) if "eval_loss" in m] == [5]
+    assert not any("token" in key or "sequence" in key for m in read_metrics(clean["convnet"]) for key in m)
     assert event["tflops"] == pytest.approx((2 * first + 3 * others) * 16 / event["step_time"] / 1e12)
 
 
@@ -194,7 +197,7 @@ def test_mfu_is_flops_over_the_peak(clean, monkeypatch):
 class _Silent:
     """A learner, and an outcome, with nothing to tell."""
 
-    task = type("task", (), {"counts": (1, "images")})
+    task = type("task", (), {"counts": (1, "images"), "example": "examples"})
     phases = ()
     loss, grad_norm, weight, extra, rank_time, skipped = 1.0, 1.0, 16, {}, (), False
 
@@ -255,7 +258,10 @@ def test_commands_know_a_plugin(clean, tmp_path, images, capsys):
     planned = json.loads(said("plan", str(file), "--json"))
     assert planned["parameters"] == sum(p.numel() for p in parameters_of(clean["convnet"]))
     assert planned["flops_per_example"] == 2 * 5184 + 3 * 20832
-    assert "convnet" in said("runs", "--root", root)
+    listed = said("runs", "--root", root)
+    assert "convnet" in listed
+    assert "96 images" in listed
+    assert "tokens" not in listed
     assert "FINISHED" in said("status", str(clean["convnet"]))
 
 

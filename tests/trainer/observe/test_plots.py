@@ -71,6 +71,14 @@ def test_a_single_step_and_nothing_finite(tmp_path, values):
     check(tmp_path, NAMES)
 
 
+def test_what_is_counted_in_images_is_drawn_so():
+    train = [{"step": step, "loss": 1.0, "images": 8 * step, "images_per_second": 2.0 * step} for step in (1, 2)]
+    assert run._throughput(train).axes[0].get_ylabel() == "images / s"
+    assert run._throughput(train).axes[0].lines[0].get_ydata().tolist() == [2.0, 4.0]
+    (axes,) = run._loss(train, [], []).axes
+    assert (axes.get_ylabel(), axes.child_axes[0].get_xlabel()) == ("loss", "images")
+
+
 def test_nothing_recorded_is_no_plots(tmp_path):
     assert plot_run(tmp_path) == []
 

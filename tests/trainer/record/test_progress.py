@@ -40,6 +40,14 @@ def test_line_tells_mfu_skips_and_non_finite_losses():
     assert out.getvalue() == told
 
 
+def test_a_rate_is_told_in_the_unit_of_the_task():
+    view, out = view_of(10)
+    record = step(1, 0.0, images=16, images_per_second=32.0)
+    del record["tokens_per_second"]
+    view.metrics(record)
+    assert "  32 images/s  " in out.getvalue()
+
+
 def test_long_lines_and_brackets_stay_whole():
     view, out = view_of(10)
     reason = "RuntimeError: [/red] " + "x" * 200

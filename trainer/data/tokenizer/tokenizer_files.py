@@ -20,7 +20,7 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_BYTES = 256 << 20
 """The largest tokenizer.json in use have 35 MB."""
 TOKENIZER_VALUES = 1 << 22
-"""Lists, mappings and what is in them. A BPE of 262,000 tokens has 0.5 million merges, each a list of two: 1.8 million."""
+"""Lists, mappings and what is in them: a BPE of 262,000 tokens, whose 0.5 million merges are pairs, has 1.8 million."""
 SETTINGS_BYTES = 4 << 20
 """Of what stands beside it; the longest chat templates have some 0.1 MB."""
 

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from trainer.record.events import RATE, unit_of
 from trainer.record.lines import Line, MetricsIndex, read_events
 
 from .draw import (
@@ -118,11 +119,12 @@ def _loss(train: Records, evaluations: Records, events: Records) -> Figure:
             skipped, [0.02] * len(skipped), "x", color="black", markersize=4, label="skipped step",
             transform=axes.get_xaxis_transform(), clip_on=False,
         )  # fmt: skip
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    if per_step := _last(train, "tokens") / max(train[-1]["step"], 1):
+    unit = unit_of(train[-1])
+    axes.set(xlabel="step", ylabel="loss (nats per token)" if unit == "tokens" else "loss")
+    if per_step := _last(train, unit) / max(train[-1]["step"], 1):
         top = axes.secondary_xaxis("top", functions=(lambda s: s * per_step, lambda t: t / per_step))
         top.xaxis.set_major_formatter(EngFormatter(sep=""))
-        top.set_xlabel("tokens")
+        top.set_xlabel(unit)
     legend(axes)
     return figure
 
@@ -144,10 +146,11 @@ def _optimizer(train: Records) -> Figure:
 def _throughput(train: Records) -> Figure:
     figure = Figure(figsize=(6.5, 5.4))
     panels = figure.subplots(3, sharex=True)
-    step, speed = column(train, "step"), column(train, "tokens_per_second")
+    unit = unit_of(train[-1])
+    step, speed = column(train, "step"), column(train, unit + RATE)
     panels[0].plot(step, speed, color=BLUE, alpha=0.35, linewidth=0.7)
     panels[0].plot(step, smooth(speed), color=BLUE)
-    panels[0].set(ylabel="tokens / s")
+    panels[0].set(ylabel=f"{unit} / s")
     robust_limits(panels[0], speed)
     panels[0].yaxis.set_major_formatter(EngFormatter(sep=""))
     if np.isfinite(column(train, "mfu")).any():
