@@ -17,6 +17,8 @@ from typer.main import get_command
 
 from cluster.cli import app
 from configs import load, preset_names
+from models.families import FAMILIES
+from models.tasks.table import TASKS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("configs", "models", "trainer", "cluster")
@@ -74,6 +76,43 @@ def test_ray_stands_in_cluster():
     users = [name(path) for path in FILES if "ray" in top_level(path)]
     assert users
     assert [path for path in users if not path.startswith("cluster/")] == []
+
+
+KNOW_NO_FAMILY = ("loop", "step", "state", "trainee", "bookkeeping", "schedule", "late")
+ROOMS_OF_NONE = ("engine", "checkpoint", "record", "tracking", "health")
+CUT = {"trainer/engine/pipeline.py", "trainer/engine/ulysses.py"}
+"""How a decoder is cut: its layers into stages, its attention by heads."""
+WEIGHTS_FROM_ELSEWHERE = {"trainer/checkpoint/export.py", "trainer/checkpoint/init_from.py"}
+"""Hugging Face folders, out and in, and experts made of a dense decoder's MLPs."""
+SHARED_TASKS = {"models.tasks." + each for each in ("task", "learner", "table", "samples")}
+
+
+def knows_of_a_family(path: Path) -> set[str]:
+    """What a file imports of one family or task, and the entries of the two tables that it names."""
+    found = {module for module in imports(path) if module.startswith(("models.decoder", "models.hf", "models.tasks."))}
+    texts = {node.value for node in ast.walk(tree(path)) if isinstance(node, ast.Constant)}
+    return (found - SHARED_TASKS) | (texts & {*FAMILIES, *TASKS})
+
+
+def test_the_trainer_knows_no_family_or_task():
+    files = [path for path in FILES if name(path).startswith(tuple(f"trainer/{room}/" for room in ROOMS_OF_NONE))]
+    files += [ROOT / "trainer" / f"{each}.py" for each in KNOW_NO_FAMILY] + [ROOT / "trainer/observe/evaluation.py"]
+    assert {name(path) for path in files if knows_of_a_family(path)} == CUT | WEIGHTS_FROM_ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from models.tasks.language_modelling import LanguageModelling",
+        "from models.decoder import model",
+        "fine = config.model.family == 'decoder'",
+        "fine = config.task in ('language_modelling', 'other')",
+    ],
+)
+def test_that_is_seen(tmp_path, monkeypatch, line):
+    monkeypatch.setattr(sys.modules[__name__], "ROOT", tmp_path)
+    (tmp_path / "loop.py").write_text(line)
+    assert knows_of_a_family(tmp_path / "loop.py")
 
 
 @pytest.mark.parametrize("folder", ["configs", "models/planning", "models/scaling"])

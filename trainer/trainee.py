@@ -12,7 +12,6 @@ from configs import Config
 from models.families import build
 from models.init import fill
 from models.kernels.uncompiled import leave_uncompiled
-from models.tasks.language_modelling import LanguageModelling
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
 from models.tasks.task import Memory, Sums, Value, unless_skipped
@@ -131,12 +130,12 @@ class Trainee:
         for engine in self.engines.values():
             engine.eval()
         first = range(min(train.eval_sequences, len(dataset)))
-        loss, tokens = held_out_loss(
+        loss, counted = held_out_loss(
             forward, dataset, first, train.micro_batch, device, (self.where.dp, parallel.dp), at_once=parallel.stages
         )
         for engine in self.engines.values():
             engine.train()
-        weight = tokens // parallel.tp  # tensor-parallel ranks counted the same ones
+        weight = counted // parallel.tp  # tensor-parallel ranks counted the same ones
         for value in extra.values():
             dist.all_reduce(value)
         found = {name: (value / parallel.tp).tolist() for name, value in extra.items()}
@@ -152,7 +151,6 @@ class Trainee:
         """[S, k] of each MoE layer that this process holds, in one of the batches just evaluated."""
         if isinstance(self.engine, Pipeline):
             return [choice for stage in self.engine.stages for choice in stage.measured[number].choices]
-        assert isinstance(self.learner.task, LanguageModelling)
         return self.learner.task.choices()
 
 

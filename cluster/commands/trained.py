@@ -46,14 +46,14 @@ def generate(
     steps_of(run_dir, step)  # a mistake shows before torch is imported
     from trainer.checkpoint.export import load_module
     from trainer.data.tokenizer.kept import tokenizer_of
-    from trainer.data.tokenizer.tokenizer import TokenizerProcess  # torch
-    from trainer.observe.held_out import continue_texts
+    from trainer.data.tokenizer.prompts import Prompts  # torch
+    from trainer.data.tokenizer.tokenizer import TokenizerProcess
 
     module, config, _ = load_module(run_dir, step)
     folder, info = tokenizer_of(run_dir, config.data)
     with TokenizerProcess(folder, config.data.limits) as tokenizer:
         how: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
-        print(*continue_texts(module, tokenizer, info.eos_id, [prompt], **how))
+        print(*Prompts([prompt], tokenizer, info.eos_id).continued(module, **how))
 
 
 def evaluate(

@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from configs import Config, ModelConfig
+from configs import Config, ConfigError, ModelConfig
 from models.batch import Batch
 from models.moe.balance import RouterTap
 from models.moe.collapse import after_step as count_starved
 from models.moe.router import Chooser, choosers
 
+from .samples import Text
 from .task import Change, Memory, Modules, Nets, Sums, Task, Value
 
 BIAS, LOAD = "router.bias", "router.load"
@@ -62,8 +64,26 @@ class LanguageModelling(Task):
         loss_sum, tokens = nets["model"](batch)
         return Sums(loss_sum, tokens)
 
+    @property
+    def draws(self) -> bool:
+        """A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint."""
+        return self.config.train.sample_tokens > 0 and self.config.parallel.pp == 1
+
+    def samples(self, nets: Modules, batch: Any) -> Text:
+        """Each of train.sample_prompts and what the model adds to it; `batch`: see `trainer.data.tokenizer.prompts`."""
+        train = self.config.train
+        how = {"max_new_tokens": train.sample_tokens, "temperature": train.sample_temperature}
+        try:
+            texts = batch.continued(nets["model"], seed=self.config.run.seed, **how)
+        except ConfigError as error:  # of logits that are not finite: no reason to end a run
+            texts = [str(error)]
+        return Text(("\n" + "-" * 80 + "\n").join(texts) + "\n")
+
+    @property
+    def routed(self) -> list[int] | None:
+        return [chooser.layer for chooser in self.choosers] if self.config.model.is_moe else None
+
     def choices(self) -> list[Tensor]:
-        """[S, k] of each MoE layer in the last forward pass, which is then forgotten."""
         return self.tap.choices() if self.tap else []
 
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from configs import Config
+
+from .samples import Sample
 
 Nets = Mapping[str, Callable[..., Any]]
 """What each phase trains, by the phase's name: called as the module that it is."""
@@ -110,6 +112,30 @@ class Task:
         """Of held-out examples."""
         return self.loss(nets, batch, self.phases[0].name)
 
+    @property
+    def draws(self) -> bool:
+        """Whether an evaluation asks for `samples`."""
+        return type(self).samples is not Task.samples
+
+    def samples(self, nets: Modules, batch: Any) -> Sample:
+        """What an evaluation shows to a person, without gradients; every process computes the same.
+
+        Args:
+            nets: what each phase trains, by the phase's name, in evaluation mode.
+            batch: the first held-out examples, or what else `trainer.data.kinds.Kind.shown` gives.
+        """
+        raise NotImplementedError
+
+    @property
+    def routed(self) -> list[int] | None:
+        """The MoE layers whose `choices` this process knows, where an evaluation is to show the tokens that each expert
+        takes; None: the model has none, in no process."""
+        return None
+
+    def choices(self) -> list[Tensor]:
+        """[S, k] of each of the `routed` layers in the last forward pass, which is then forgotten."""
+        return []
+
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
         """What the record says of `Sums.extra`: by default the mean of each by weight.
 
@@ -157,8 +183,14 @@ def unless_skipped(skipped: Tensor, before: Memory, after: Memory) -> Memory:
     return {name: torch.where(skipped, before[name], value) for name, value in after.items()}
 
 
+class Trained(Protocol):
+    """What has parameters: a module, or an engine over one."""
+
+    def parameters(self) -> Iterator[Tensor]: ...
+
+
 @contextmanager
-def trained_only(nets: Mapping[str, nn.Module], name: str) -> Iterator[None]:
+def trained_only(nets: Mapping[str, Trained], name: str) -> Iterator[None]:
     """Within it, gradients are made for one of the phases' networks alone, though they pass through others."""
     others = [p for other, net in nets.items() if other != name for p in net.parameters() if p.requires_grad]
     for parameter in others:

@@ -1,6 +1,7 @@
 """The kinds of examples that a task can learn from: the table of their readers. A plugin adds one to `KINDS`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,13 +10,16 @@ from configs import Config, ConfigError
 from configs.sections.data import DataConfig
 from models.batch import MicroBatch
 from models.tasks.table import task_class
+from trainer.processes.device import device
 from trainer.tracking import inputs_of
 from trainer.tracking.tracker import Input
 
 from .default import ensure_prepared
 from .manifest import Split, sources_of, without_held_out
 from .read.reader import Dataset
-from .tokenizer.kept import keep_tokenizer
+from .tokenizer.kept import keep_tokenizer, tokenizer_of
+from .tokenizer.prompts import Prompts
+from .tokenizer.tokenizer import TokenizerProcess
 
 
 class ExampleReader(Protocol):
@@ -34,6 +38,15 @@ class ExampleReader(Protocol):
         """These examples (the cursor counts them); -1 stands for padding of weight zero."""
 
 
+SHOWN = 16
+"""Examples that samples are drawn for."""
+
+
+@contextmanager
+def _first_held_out(run_dir: Path, config: Config, held_out: ExampleReader) -> Iterator[MicroBatch]:
+    yield held_out.examples(range(min(SHOWN, len(held_out)))).to(device())
+
+
 @dataclass(frozen=True)
 class Kind:
     """How one kind of examples is read.
@@ -50,6 +63,8 @@ class Kind:
     inputs: Callable[[DataConfig], list[dict[str, Any]]]
     keep: Callable[[Path, DataConfig], None] = lambda run_dir, data: None
     """Copies to the run's folder what a checkpoint needs of the data to be used without them."""
+    shown: Callable[[Path, Config, ExampleReader], AbstractContextManager[Any]] = _first_held_out
+    """What `Task.samples` is given, on the device: by default the first held-out examples."""
 
 
 def kind_of(config: Config) -> Kind:
@@ -61,6 +76,13 @@ def _open_tokens(config: Config, split: Split) -> Dataset | None:
     if split == "held_out" and len(without_held_out(config.data)) == len(sources_of(config.data)):
         return None
     return Dataset(config.data, config.train.seq_len, config.run.seed, split)
+
+
+@contextmanager
+def _prompts(run_dir: Path, config: Config, held_out: ExampleReader) -> Iterator[Prompts]:
+    folder, info = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer:
+        yield Prompts(config.train.sample_prompts, tokenizer, info.eos_id)
 
 
 def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
@@ -108,6 +130,7 @@ KINDS: dict[str, Kind] = {
         _open_tokens,
         lambda data: [entry for source in sources_of(data) for entry in inputs_of(source.path)],
         keep_tokenizer,
+        _prompts,
     ),
     "images": Kind(_ensure_images, _open_images, _image_inputs),
 }

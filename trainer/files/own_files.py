@@ -104,6 +104,11 @@ def no_link(path: str, flags: int) -> int:
 
 
 def write_text(path: Path, text: str) -> None:
+    """As `write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write a file, or write it anew, but not through a link."""
-    with open(path, "w", encoding="utf-8", opener=no_link) as file:
-        file.write(text)
+    with open(path, "wb", opener=no_link) as file:
+        file.write(content)

@@ -1,10 +1,12 @@
-"""One evaluation of a run: the held-out loss, which tokens each expert took, texts; all of it in its folder."""
+"""One evaluation of a run: the held-out loss, which tokens each expert took, samples; all of it in its folder."""
 
 import time
 from pathlib import Path
 
-from models.tasks.language_modelling import LanguageModelling
-from trainer.data.kinds import ExampleReader
+import torch
+
+from models.tasks.samples import Sample
+from trainer.data.kinds import ExampleReader, kind_of
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.health.watchdog import Beat
@@ -13,17 +15,17 @@ from trainer.record.lines import Record
 from trainer.trainee import Trainee
 
 from .expert_tokens import ExpertTokens, table, write_table
-from .held_out import if_there_is_room, write_samples
+from .held_out import if_there_is_room
+from .samples import write_sample
 
 
 def evaluate(
     run_dir: Path, trainee: Trainee, held_out: ExampleReader, step: int, record: Record | None, beat: Beat
 ) -> None:
     """Evaluate between two steps, in every process; rank 0 keeps what comes of it. A collective."""
-    start, config, samples = time.perf_counter(), trainee.config, run_dir / "samples"
-    task, seen = trainee.learner.task, None
-    if isinstance(task, LanguageModelling) and config.model.is_moe:
-        seen = ExpertTokens(config, trainee.where, [chooser.layer for chooser in task.choosers])
+    start, config, folder = time.perf_counter(), trainee.config, run_dir / "samples"
+    task, files = trainee.learner.task, []
+    seen = None if task.routed is None else ExpertTokens(config, trainee.where, task.routed)
     loss, weight, more = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
     if record:
         found = {f"eval_{name}": value for name, value in more.items()}
@@ -31,16 +33,27 @@ def evaluate(
     if seen and (pieces := seen.gather()):
         with TokenizerProcess(tokenizer_of(run_dir, config.data)[0], config.data.limits) as tokenizer:
             found = table(pieces, config, tokenizer, step)
-        path = samples / f"experts-step-{step:08d}"
+        path = folder / f"experts-step-{step:08d}"
         with if_there_is_room(record, path):
-            write_table(found, path)
-    # A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint.
-    if isinstance(task, LanguageModelling) and config.train.sample_tokens and config.parallel.pp == 1:
-        sample = samples / f"step-{step:08d}.txt"
-        trainee.engine.eval()
-        folder, info = tokenizer_of(run_dir, config.data)
-        with TokenizerProcess(folder, config.data.limits) as tokenizer, if_there_is_room(record, sample):
-            write_samples(trainee.engine.module, config, tokenizer, info.eos_id, sample, write=record is not None)
-        trainee.engine.train()
+            files += write_table(found, path)
+    if task.draws:
+        sample, path = _drawn(run_dir, trainee, held_out), folder / f"step-{step:08d}"
+        if record:
+            with if_there_is_room(record, path):
+                files.append(write_sample(sample, path))
     if record:
-        record.event("evaluation", step=step, eval_loss=loss, eval_weight=weight, seconds=time.perf_counter() - start)
+        names, seconds = [file.name for file in files], time.perf_counter() - start
+        record.event("evaluation", step=step, eval_loss=loss, eval_weight=weight, seconds=seconds, files=names)
+
+
+@torch.no_grad()
+def _drawn(run_dir: Path, trainee: Trainee, held_out: ExampleReader) -> Sample:
+    """`Task.samples`, which every process computes alike: ZeRO-3 gathers weights in step."""
+    engines, config = trainee.engines, trainee.config
+    for engine in engines.values():
+        engine.eval()
+    with kind_of(config).shown(run_dir, config, held_out) as batch:
+        sample = trainee.learner.task.samples({name: engine.module for name, engine in engines.items()}, batch)
+    for engine in engines.values():
+        engine.train()
+    return sample

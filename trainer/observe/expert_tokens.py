@@ -149,8 +149,9 @@ def readable(tokenizer: TokenizerProcess, token: int) -> str:
     return repr(text)
 
 
-def write_table(found: dict[str, Any], path: Path) -> None:
-    """Write `table` to `path`.json, and for people to `path`.md; remove those of steps long before, beside it."""
+def write_table(found: dict[str, Any], path: Path) -> list[Path]:
+    """Write `table` to `path`.json, and for people to `path`.md; remove those of steps long before, beside it. Returns
+    the two files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".json"), json.dumps(found, ensure_ascii=False, separators=(",", ":")))
     lines = [
@@ -172,6 +173,7 @@ def write_table(found: dict[str, Any], path: Path) -> None:
         tables = sorted(old for old in path.parent.glob(f"experts-step-*{suffix}") if old.stem <= path.stem)
         for old in tables[:-KEPT]:
             old.unlink(missing_ok=True)
+    return [path.with_suffix(".json"), path.with_suffix(".md")]
 
 
 def _code(text: str) -> str:

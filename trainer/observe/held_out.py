@@ -1,4 +1,4 @@
-"""Loss on the held-out split, and text samples, from a plain module or from an engine."""
+"""Loss on the held-out split, from a plain module or from an engine."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -8,15 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import distributed as dist
-from torch import nn
 
-from configs import Config, ConfigError
-from models.decoder.generate import generate
+from configs import ConfigError
 from trainer.data.kinds import ExampleReader
 from trainer.data.read.reader import Dataset
-from trainer.data.tokenizer.tokenizer import TokenizerProcess
-from trainer.files.own_files import write_text
-from trainer.processes import collectives
 from trainer.record.lines import Record
 
 
@@ -111,15 +106,6 @@ def together(sources: Iterable[SourceLoss]) -> SourceLoss:
     )
 
 
-def _as_the_first(tokens: list[int]) -> list[int]:
-    """The first process's tokens: drawing different ones, processes would not end together, and wait for ever."""
-    if not dist.is_initialized():
-        return tokens
-    told = torch.tensor(tokens, device=collectives.here())
-    dist.broadcast(told, src=0)
-    return told.tolist()
-
-
 @contextmanager
 def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
     """What a person looks at is no reason to end a run: a disk that does not take it is an event."""
@@ -128,42 +114,3 @@ def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
     except OSError as error:
         if record:
             record.event("not_written", file=path.name, reason=str(error))
-
-
-def continue_texts(
-    module: nn.Module, tokenizer: TokenizerProcess, end: int, prompts: Sequence[str], **how: Any
-) -> list[str]:
-    """Each prompt with what the model adds to it.
-
-    Args:
-        end: the token between documents: an empty prompt starts from it and a text ends at it.
-        how: of `models.decoder.generate.generate`.
-    """
-    tokens = [tokenizer.encode(prompt) or [end] for prompt in prompts]
-    added = generate(module, tokens, stop_token=end, **how)
-    return [tokenizer.continued(*each) for each in zip(prompts, tokens, added, strict=True)]
-
-
-def write_samples(
-    module: nn.Module, config: Config, tokenizer: TokenizerProcess, end: int, path: Path, write: bool
-) -> None:
-    """Continue each of train.sample_prompts and write the texts to `path`.
-
-    Every process computes them alike (ZeRO-3 gathers weights in step); the one with `write` keeps them.
-    """
-    try:
-        texts = continue_texts(
-            module,
-            tokenizer,
-            end,
-            config.train.sample_prompts,
-            max_new_tokens=config.train.sample_tokens,
-            temperature=config.train.sample_temperature,
-            seed=config.run.seed,
-            agree=_as_the_first,
-        )
-    except ConfigError as error:  # of logits that are not finite: no reason to end a run
-        texts = [str(error)]
-    if write:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, ("\n" + "-" * 80 + "\n").join(texts) + "\n")

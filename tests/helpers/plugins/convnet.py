@@ -16,8 +16,9 @@ from torch.nn import functional as F
 
 from configs.sections.family import ModelSection
 from models.families import FAMILIES, Family
+from models.tasks.samples import Table
 from models.tasks.table import TASKS
-from models.tasks.task import Nets, Sums, Task
+from models.tasks.task import Modules, Nets, Sums, Task
 from trainer.data.images.reader import ImageBatch
 
 
@@ -69,6 +70,11 @@ class Classification(Task):
 
     def metrics(self, extra: Mapping[str, Any], weight: float) -> dict[str, Any]:
         return {"accuracy": extra["correct"] / max(weight, 1)}
+
+    def samples(self, nets: Modules, batch: ImageBatch) -> Table:
+        sure, found = nets["model"](batch.images).float().softmax(1).max(1)
+        columns = [x.tolist() for x in (batch.example_ids, batch.labels, found, sure)]
+        return Table(["example", "label", "found", "probability"], list(zip(*columns, strict=True)))
 
 
 FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, takes="images", gives="classes")

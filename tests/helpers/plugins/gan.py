@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from configs.sections.family import ModelSection
 from models.families import FAMILIES, Family
 from models.noise import normal
+from models.tasks.samples import ImageGrid
 from models.tasks.table import TASKS
-from models.tasks.task import Nets, Phase, Sums, Task
+from models.tasks.task import Modules, Nets, Phase, Sums, Task
 from trainer.data.images.reader import ImageBatch
 
 
@@ -83,6 +84,9 @@ class Adversarial(Task):
             logits = nets["discriminator"](fake.detach()).float()
             loss = ((F.softplus(-seen) + F.softplus(logits)) * real).sum()
         return Sums(loss, real.sum(), {"fooled": ((logits > 0) * real).sum()})
+
+    def samples(self, nets: Modules, batch: ImageBatch) -> ImageGrid:
+        return ImageGrid((nets["generator"](self.latents(batch)) + 1) / 2)
 
     def latents(self, batch: ImageBatch) -> Tensor:
         model: Any = self.config.model

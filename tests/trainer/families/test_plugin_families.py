@@ -1,14 +1,18 @@
 """Families and tasks that a plugin brings: a classifier with BatchNorm, and a GAN whose two networks take turns."""
 
+import csv
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from faults import kill_at_step, spoil_phase, trained
 from pictures import write_images
+from PIL import Image
 from support import resolved, train_in_process
 from syncs import watch_syncs
 from teams import in_team
@@ -21,7 +25,7 @@ from configs.sweep.definition import sweep_from_dict
 from models.flops import counted_flops, flops_of_example
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.store import Reader, folder
-from trainer.data.kinds import kind_of
+from trainer.data.kinds import SHOWN, kind_of
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run, read_config
 from trainer.run.plugins import with_plugins
@@ -124,6 +128,36 @@ def test_two_processes_measure_what_one_does(tmp_path, images, clean, family, ze
     assert found == expected
     assert sorted({name.rpartition(".")[2] for name in found}) == ["running_mean", "running_var"]
     assert any(any(rows[0]) for name, rows in found.items() if name.endswith("mean"))
+
+
+def drawn(run_dir: Path) -> Path:
+    """The file that the evaluation at the end of a run names."""
+    [event] = [event for event in read_events(run_dir) if event["event"] == "evaluation"]
+    [name] = event["files"]
+    return run_dir / "samples" / name
+
+
+def test_a_classifier_shows_a_table(clean):
+    config = read_with_plugins(clean["convnet"])
+    opened = kind_of(config).open(config, "held_out")
+    with drawn(clean["convnet"]).open() as file:
+        rows = list(csv.DictReader(file))
+    batch = opened.examples(range(len(rows)))
+    assert [(int(row["example"]), int(row["label"])) for row in rows] == list(enumerate(batch.labels.tolist()))
+    # 5 were evaluated: of a run that has learned something, their accuracy is that of the rows.
+    right = [row["label"] == row["found"] for row in rows[:5]]
+    assert [sum(right) / 5] == [m["eval_accuracy"] for m in read_metrics(clean["convnet"]) if "eval_accuracy" in m]
+
+
+def test_a_gan_shows_a_grid_of_images(clean):
+    with Image.open(drawn(clean["gan"])) as image:
+        pixels = np.asarray(image)
+    config = read_with_plugins(clean["gan"])
+    count = min(SHOWN, len(kind_of(config).open(config, "held_out")))
+    across = math.ceil(count**0.5)
+    assert pixels.shape == (math.ceil(count / across) * 13 - 1, across * 13 - 1)
+    assert not pixels[12::13].any()
+    assert pixels[:12, :12].std() > 1
 
 
 def test_phases_take_their_turns(clean):
