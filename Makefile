@@ -9,7 +9,7 @@ train: $(INSTALLED)  ## install, then run the main job: a small MoE model learns
 	$(BIN)/muster train quickstart
 
 test: $(INSTALLED)  ## every test that is quick, in two processes
-	$(BIN)/pytest -q -m "not slow" -n 2 --dist loadgroup
+	$(BIN)/pytest -q -m "not slow" -n 2
 
 test-all: test  ## the slow proofs too, one after the other
 	$(BIN)/pytest -q -m slow

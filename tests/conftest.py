@@ -10,19 +10,15 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("PYTHONWARNINGS", "error:event outside the table")
 
 import pytest
+from sharing_out import OneRay
 from support import Pair, prepare_tiny
 
 from cluster import cli
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(config, items):
-    """Of two processes, one runs all tests of a file, as they share fixtures, and one all that start a Ray."""
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            starts_ray = item.get_closest_marker("ray") or "live" in item.fixturenames
-            group = "ray" if starts_ray else item.nodeid.partition("::")[0]
-            item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
+def pytest_xdist_make_scheduler(config, log):
+    return OneRay(config, log)
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,10 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
+import pytest
 from muster_cluster import status
+
+pytestmark = pytest.mark.ray
 
 PUBLIC = {
     "/", "/favicon.ico",  # the page that asks for the token, and /static/ below

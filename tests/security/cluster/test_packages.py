@@ -143,6 +143,7 @@ def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
 # A live one.
 
 
+@pytest.mark.ray
 def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
     live_queue.send(FAILING, "package")
     assert live_queue.ended("job-p") == "FAILED"
@@ -162,6 +163,7 @@ def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
     assert len(out.splitlines()) == 1
 
 
+@pytest.mark.ray
 def test_the_queues_folder_is_its_owners(live):
     folder = live.runs.parent / "queue"
     assert folder.stat().st_mode & 0o777 == 0o700

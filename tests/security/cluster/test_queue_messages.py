@@ -279,6 +279,7 @@ def test_a_million_lines_of_a_journal(queue, capsys, thousands):
 # A live one.
 
 
+@pytest.mark.ray
 def test_a_live_queue_goes_on(live, live_queue):
     live.muster("jobs")
     names = [name for name in HOSTILE if name not in ("bomb of many", "many files", "endless directory")][::4]
@@ -292,6 +293,7 @@ def test_a_live_queue_goes_on(live, live_queue):
         assert refused[f"{MESSAGES}0-{index}.zip"]
 
 
+@pytest.mark.ray
 def test_a_live_queue_starts_again_from_a_damaged_journal(live, live_queue):
     live.muster("jobs")
     [journal] = Path(live.runs.parent).glob("queue/journal.jsonl")
@@ -302,6 +304,7 @@ def test_a_live_queue_starts_again_from_a_damaged_journal(live, live_queue):
     assert live_queue.ended("job-again") == "FINISHED"
 
 
+@pytest.mark.ray
 def test_who_sends_what_is_refused_is_told(live):
     with live.client() as cluster:
         cluster.jobs()

@@ -152,6 +152,7 @@ def test_what_others_can_change(common, modes, opened):
 # Of a live cluster.
 
 
+@pytest.mark.ray
 @needs_second_user
 def test_a_second_user_gets_to_nothing_of_a_live_cluster(live):
     let_in(live.runs.parent)
@@ -175,12 +176,14 @@ def test_a_second_user_gets_to_nothing_of_a_live_cluster(live):
     assert mode(live.token) == 0o600
 
 
+@pytest.mark.ray
 def test_files_and_sockets_of_ray_are_its_owners_alone(live):
     made = [path for path in live.folder.rglob("*") if not path.is_symlink() and (path.is_file() or path.is_socket())]
     assert made
     assert [path for path in made if mode(path) & 0o077] == []
 
 
+@pytest.mark.ray
 def test_a_session_that_others_can_write_into_is_named(live, capsys):
     [session] = live.folder.glob("ray/session_2*")
     assert not open_to_others(session)
