@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from no_hang import ends
 from second_user import let_in, needs_second_user
 
 from trainer.run import revision
@@ -259,14 +260,13 @@ def test_a_pipe_in_the_place_of_what_was_sent(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["HEAD", "index", "config", "included"])
-def test_a_pipe_in_a_repository_is_not_waited_for_long(repository, tmp_path, name):
+def test_a_pipe_in_a_repository_is_not_waited_for(repository, tmp_path, name):
     path = repository / ".git" / name if name != "included" else tmp_path / "pipe"
     if name == "included":
         git(repository, "config", "include.path", str(path))
     else:
         path.unlink()
     os.mkfifo(path)
-    began = time.monotonic()
-    found = revision.of(repository)
+    with ends():
+        found = revision.of(repository)
     assert found == ({"git_commit": found["git_commit"]} if name == "index" else {})
-    assert time.monotonic() - began < revision.PATIENCE

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_hang import ends
 from support import tiny
 
 from cluster.server import pack
@@ -79,9 +80,8 @@ def test_no_password_gets_through(scheme, user, inside):
 )  # fmt: skip
 def test_masking_takes_linear_time(begin, unit):
     text = begin + unit * (300_000 // len(unit)) + ":1"
-    began = time.process_time()
-    mask(text)
-    assert time.process_time() - began < 2
+    with ends():
+        mask(text)
 
 
 def written(folder: Path) -> list[Path]:

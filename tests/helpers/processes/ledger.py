@@ -42,30 +42,22 @@ def keep(folder: str) -> None:
     """
     if "trainer.loop" not in sys.modules:  # this process checks the run; others train it
         return
-    from each_step import before_each_step
-
-    from trainer import loop
     from trainer.run.folder import attempts
+    from trainer.trainee import Trainee
 
-    build, now = loop.build_trainee, {"step": 0}
-    before_each_step(lambda step: now.update(step=step))
+    take = Trainee.step
 
-    def build_trainee(*arguments, **keywords):
-        trainee = build(*arguments, **keywords)
-        run_dir, rank = Path(folder).parent, torch.distributed.get_rank()
-        attempt, take = attempts(run_dir), trainee.step
-        path = Path(folder) / f"attempt-{attempt:03d}-rank-{rank:04d}-pid-{os.getpid()}.jsonl"
+    def step(self, batches, weight, riders, number):
+        outcome = take(self, batches, weight, riders, number)
+        if not hasattr(self, "attempt"):
+            self.attempt = attempts(Path(folder).parent)
+        rank = torch.distributed.get_rank()
+        samples = [number_of(row) for batch in batches for row in batch.input_ids.tolist()]
+        line = {"attempt": self.attempt, "step": number, "rank": rank, "samples": samples}
+        path = Path(folder) / f"attempt-{self.attempt:03d}-rank-{rank:04d}-pid-{os.getpid()}.jsonl"
         path.parent.mkdir(exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return outcome
 
-        def step(batches, *more):
-            outcome = take(batches, *more)
-            samples = [number_of(row) for batch in batches for row in batch.input_ids.tolist()]
-            line = {"attempt": attempt, "step": now["step"], "rank": rank, "samples": samples}
-            with path.open("a") as file:
-                file.write(json.dumps(line) + "\n")
-            return outcome
-
-        trainee.step = step
-        return trainee
-
-    loop.build_trainee = build_trainee
+    Trainee.step = step

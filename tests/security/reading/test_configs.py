@@ -5,11 +5,11 @@ import os
 import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from no_hang import ends
 
 from cluster.attempts.launch import launch
 from cluster.cli import main
@@ -22,16 +22,16 @@ from trainer.record.forecast import refuse_too_large
 from trainer.run.folder import prepare_run
 
 ROOT = Path(__file__).parents[3]
-SECONDS, BYTES = 10, 500 * 2**20
-"""What a command on a hostile file may take: the seconds with room for a loaded machine and the imports."""
+BYTES = 500 * 2**20
+"""What a command on a hostile file may take."""
 
 
 def muster(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command of ours with that much address space, for so long; raises TimeoutExpired."""
+    """Run a command of ours with that much address space, to its end."""
     return subprocess.run(
         [sys.executable, "-m", "cluster.cli", *map(str, arguments)],
         cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, text=True, capture_output=True,
-        timeout=SECONDS, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES)),
+        timeout=600, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES)),
     )  # fmt: skip
 
 
@@ -75,10 +75,8 @@ BOMBS = {
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_refused_at_once(tmp_path, name):
     (tmp_path / "c.yaml").write_text(BOMBS[name])
-    began = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+    with ends(), pytest.raises(ConfigError) as caught:
         load(tmp_path / "c.yaml")
-    assert time.process_time() - began < SECONDS
     lines = str(caught.value).splitlines()
     assert len(lines) <= 3
     assert max(map(len, lines)) < 600
@@ -244,20 +242,17 @@ LARGEST = {
 
 @pytest.mark.parametrize("name", LARGEST)
 def test_the_largest_that_is_allowed_is_planned_at_once(name):
-    began = time.process_time()
-    config, _ = resolve(load("quickstart", LARGEST[name]), vocab_size=4096)
-    for device in (DEVICES["h100"], cpu()):
-        json.dumps(predict(config, device).summary(), allow_nan=False)  # every number is one
-    assert time.process_time() - began < SECONDS
+    with ends():
+        config, _ = resolve(load("quickstart", LARGEST[name]), vocab_size=4096)
+        for device in (DEVICES["h100"], cpu()):
+            json.dumps(predict(config, device).summary(), allow_nan=False)  # every number is one
 
 
 def test_no_search_for_the_nearest_topology_lasts():
     """720,720 has 240 divisors."""
-    began = time.process_time()
     for asked in ("parallel.tp=720720", "parallel.dp=720720"):
-        with pytest.raises(ConfigError, match="use other sizes"):
+        with ends(), pytest.raises(ConfigError, match="use other sizes"):
             resolve(load("quickstart", [asked, "parallel.ep=7", "train.global_batch=720720"]), vocab_size=4096)
-    assert time.process_time() - began < SECONDS
 
 
 @pytest.mark.parametrize("command", ["config", "plan"])

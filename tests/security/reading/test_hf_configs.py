@@ -3,12 +3,12 @@
 import json
 import os
 import struct
-import time
 from pathlib import Path
 
 import pytest
 import tiny_models as tiny
 import torch
+from no_hang import ends
 from safetensors.torch import load_file, save_file
 
 from configs import ConfigError
@@ -16,9 +16,6 @@ from models.decoder.generate import generate
 from models.hf.config_json import from_hf_config
 from models.hf.folder import export_hf, import_hf
 from models.hf.weight_files import MAX_HEADER, MAX_INDEX, MAX_TENSORS
-
-SECONDS = 10
-"""With room for a loaded machine; most take milliseconds."""
 
 LLAMA = {
     "model_type": "llama", "vocab_size": 32, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -129,14 +126,12 @@ def test_what_the_wrong_ones_are_made_of_is_read(kind):
 
 @pytest.mark.parametrize(("kind", "changes", "told"), WRONG, ids=lambda x: None if isinstance(x, str) else str(x)[:50])
 def test_a_wrong_value_is_named_with_its_key(kind, changes, told):
-    began = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+    with ends(), pytest.raises(ConfigError) as caught:
         from_hf_config(kind | changes, "folder/config.json")
     assert told in str(caught.value)
     lines = str(caught.value).splitlines()
     assert len(lines) <= 3
     assert all(line.startswith("folder/config.json") and len(line) < 500 for line in lines)
-    assert time.process_time() - began < SECONDS
 
 
 @pytest.mark.parametrize(
@@ -174,10 +169,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def refusal(folder: Path) -> str:
-    began = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+    with ends(), pytest.raises(ConfigError) as caught:
         import_hf(folder)
-    assert time.process_time() - began < SECONDS
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 700
     return str(caught.value)

