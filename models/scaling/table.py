@@ -5,7 +5,7 @@ import io
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2,
 MAX_TABLE_CELLS = 2_000_000
 MAX_UNPACKED = 8 * MAX_TABLE_CELLS + MAX_TABLE_BYTES
 """Bytes that the pages of a Parquet file may unpack to: as many numbers, and as much text as in a CSV file."""
+NONE = ("", "NA", "N/A", "n/a", "#N/A", "NULL", "null", "None", "NaN", "nan", "-")
+"""Cells that hold no number."""
 LONGEST_LINE = 1024**2
 """Bytes: a thousand columns of LONGEST_TEXT."""
 ALLOWED: Mapping[str, Callable[[Array], NDArray[np.bool_]]] = {
@@ -37,6 +39,8 @@ ALLOWED: Mapping[str, Callable[[Array], NDArray[np.bool_]]] = {
 }
 """Which values of PROPERTIES a model can have."""
 PROPERTIES = tuple(ALLOWED)
+KNOWN = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
+"""Columns that a table of runs may have."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ def resampled(table: Table, count: int, generator: np.random.Generator) -> Array
 def read_table(
     path: str | Path, columns: Mapping[str, str] | None = None, where: Mapping[str, Any] | None = None
 ) -> Table:
-    """A table of runs from a CSV (also .csv.gz) or Parquet file.
+    """A table of runs from a CSV file (also .csv.gz; commas, semicolons or tabs between cells) or a Parquet file.
 
     Args:
         columns: our name to the file's, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
@@ -156,7 +160,12 @@ def read_table(
     Raises:
         ConfigError: no such file or column, or a column that holds no numbers.
     """
-    return table_of_columns(_read(Path(path)), path, columns, where)
+    wanted = {
+        str(name).strip() for given in (columns or {}, where or {}) if isinstance(given, Mapping) for name in given
+    }
+    if isinstance(columns, Mapping):
+        wanted |= {str(name).strip() for name in columns.values()}
+    return table_of_columns(_read(Path(path), {*KNOWN, *wanted}), path, columns, where)
 
 
 def table_of_columns(
@@ -170,15 +179,14 @@ def table_of_columns(
     if twice := next((name for name, times in Counter(data).items() if times > 1), None):
         raise ConfigError(f"{path}: two columns are named {shortened(twice)}")
     table = table.rename_columns(data)
-    known = (*REQUIRED, "run", "recipe", *PROPERTIES, *CONVENTIONS)
     for option, given in (("--columns", columns), ("--where", where)):
         if not isinstance(given, Mapping | None):
             raise ConfigError(f"{option} {shortened(given)}: should name columns and what belongs to each")
     columns = {str(ours).strip(): str(theirs).strip() for ours, theirs in (columns or {}).items()}
     where = {str(name).strip(): "" if value is None else str(value) for name, value in (where or {}).items()}
     for ours, theirs in columns.items():
-        if ours not in known:
-            raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(known)}")
+        if ours not in KNOWN:
+            raise ConfigError(f"--columns {ours}={theirs}: no such column; known are {', '.join(KNOWN)}")
         if theirs not in data:
             raise ConfigError(f"--columns {ours}={theirs}: {path} has {shortened(', '.join(data), 300)}")
     keep = np.ones(table.num_rows, dtype=bool)
@@ -191,7 +199,7 @@ def table_of_columns(
     if not keep.any():
         raise ConfigError(f"{path}: no row is left" + (f" where {where}" if where else ""))
     kept, in_file = table.filter(keep), (np.flatnonzero(keep) + 1).tolist()
-    taken = {name: columns.get(name, name) for name in known}
+    taken = {name: columns.get(name, name) for name in KNOWN}
     found = {ours: kept.column(theirs).to_pylist() for ours, theirs in taken.items() if theirs in data}
     notes = []
     missing = [name for name in ("n", "loss") if name not in found]
@@ -270,14 +278,14 @@ def _dense(extra: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...
     return found, tuple(notes)
 
 
-def _read(path: Path) -> Any:
-    """A file as a table of Arrow, of numbers and short texts."""
+def _read(path: Path, wanted: Set[str]) -> Any:
+    """A file as a table of Arrow, of numbers and short texts; ConfigError where a column that is wanted has neither."""
     if not is_file(path):
         raise ConfigError(f"--table {shortened(str(path), 200)}: no such file")
     import pyarrow as pa  # a laptop's `muster --help` does without it
 
     try:
-        return _parquet(path) if path.suffix == ".parquet" else _csv(path)
+        return _parquet(path, wanted) if path.suffix == ".parquet" else _csv(path)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         why = shortened(str(error).partition("\n")[0], 200)
         if "straddling" in why:
@@ -306,19 +314,25 @@ def _csv(path: Path) -> Any:
         content = file.read(MAX_TABLE_BYTES + 1)
     if len(content) > MAX_TABLE_BYTES:
         raise ValueError(f"it has over {MAX_TABLE_BYTES:,} bytes")
-    if re.split(rb"[\r\n]", content, maxsplit=1)[0].count(b",") >= MAX_TABLE_COLUMNS:
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError("it is UTF-16 text: save it as UTF-8")
+    header = re.split(rb"[\r\n]", content, maxsplit=1)[0]
+    between = next((mark for mark in (b",", b";", b"\t") if mark in header), b",")
+    if header.count(between) >= MAX_TABLE_COLUMNS:
         raise ValueError(f"it has over {MAX_TABLE_COLUMNS:,} columns")
     # A line ends in \n, \r or both.
     if max(content.count(b"\n"), content.count(b"\r")) > MAX_TABLE_ROWS + 1:
         raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
-    if content.count(b",") > MAX_TABLE_CELLS:
+    if content.count(between) > MAX_TABLE_CELLS:
         raise ValueError(f"it has over {MAX_TABLE_CELLS:,} cells")
-    found = csv.read_csv(io.BytesIO(content), csv.ReadOptions(block_size=LONGEST_LINE))
+    found = csv.read_csv(
+        io.BytesIO(content), csv.ReadOptions(block_size=LONGEST_LINE), csv.ParseOptions(delimiter=between.decode())
+    )
     _check_size(found.column_names, found.num_rows)
     return found
 
 
-def _parquet(path: Path) -> Any:
+def _parquet(path: Path, wanted: Set[str]) -> Any:
     import pyarrow as pa
     import pyarrow.parquet as parquet
 
@@ -326,8 +340,14 @@ def _parquet(path: Path) -> Any:
         file = parquet.ParquetFile(source)
         schema = file.schema_arrow
         _check_size(schema.names, file.metadata.num_rows)
-        texts = [field.name for field in schema if pa.types.is_string(field.type) or pa.types.is_dictionary(field.type)]
-        names = [field.name for field in schema if field.name in texts or pa.types.is_primitive(field.type)]
+        is_text = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_dictionary)
+        is_number = (pa.types.is_primitive, pa.types.is_decimal, pa.types.is_null)
+        texts = [field.name for field in schema if any(kind(field.type) for kind in is_text)]
+        names = [field.name for field in schema if field.name in texts or any(kind(field.type) for kind in is_number)]
+        if unread := [field for field in schema if field.name.strip() in wanted and field.name not in names]:
+            raise ValueError(
+                f"column {shortened(unread[0].name)} is of type {shortened(unread[0].type)}, neither numbers nor text"
+            )
         _check_unpacked(file.metadata, source, names)
         # Texts as numbers of a dictionary, as they are in the file: one long text may stand in every row.
         found = parquet.ParquetFile(source, read_dictionary=texts).read(columns=names)
@@ -373,7 +393,7 @@ def _same(cell: Any, value: str) -> bool:
 def _numbers(cells: Sequence[Any], column: str, rows: Sequence[int], path: str | Path) -> Array:
     numbers = np.full(len(cells), np.nan)
     for i, cell in enumerate(cells):
-        if cell is None or (isinstance(cell, str) and not cell.strip()):
+        if cell is None or (isinstance(cell, str) and cell.strip() in NONE):
             continue
         try:
             numbers[i] = float(cell)

@@ -55,6 +55,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stderr=self._errors,
                 env=os.environ | _ENVIRONMENT,
+                start_new_session=True,  # a signal to the process group is for the parent, which may need an answer yet
             )
         self.connection: Connection = ours
 
@@ -106,7 +107,6 @@ class Bounds:
     """
 
     def __init__(self) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends us
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         self._before = _address_space()
 

@@ -117,8 +117,8 @@ def predict_sweep(
     as_json: Json = False,
 ) -> None:
     """Predict loss and best size at a budget, with intervals. Example: muster sweep predict sweep.yaml --budget 1e20"""
-    if not budget and (n is None or d is None):
-        raise ConfigError("muster sweep predict needs --budget C (training FLOPs), or --n and --d of a model")
+    if (n is None) != (d is None) or not (budget or n):
+        raise ConfigError("muster sweep predict needs --budget C (training FLOPs), or both --n and --d of a model")
     _positive(budget=budget, n=n, d=d, unique=unique)
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     from models.scaling.fitting import check, named
@@ -209,6 +209,10 @@ def plot_sweep(
             raise ConfigError("--table FILE needs --out FOLDER")
         _require_own(sweep)
         out = sweep.folder / "plots"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: no folder can be made there ({error.strerror})") from None
     from models.scaling.fitting import Fits, Refusal, fit
     from models.scaling.predictions import Forecast
 
@@ -345,6 +349,11 @@ def _pairs(option: str, texts: list[str]) -> dict[str, str]:
         key, equals, value = text.partition("=")
         if not equals or not key.strip() or not (value.strip() or option == "--where"):
             raise ConfigError(f"{option} {text}: should be NAME=VALUE, such as n=params")
+        if key.strip() in pairs:
+            raise ConfigError(
+                f"{option} names {key.strip()} twice"
+                + (f": --where {key.strip()}=A,B takes the rows of both" if option == "--where" else "")
+            )
         pairs[key.strip()] = value.strip()
     return pairs
 

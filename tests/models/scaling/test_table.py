@@ -134,3 +134,34 @@ def test_a_table_of_which_no_row_can_be_used(tmp_path):
     table = read_table(csv(tmp_path, "n,d,loss\n1e6,2e7,3.5\n"))
     with pytest.raises(ConfigError, match=r"--max-budget 1000 leaves no run: the smallest spends 1\.2e\+14 FLOPs"):
         table.up_to(1000)
+
+
+@pytest.mark.parametrize("between", [",", ";", "\t"])
+def test_what_stands_between_the_cells_of_a_text_table(tmp_path, between):
+    rows = ["n,d,loss,recipe", "1e6,1e8,3.5,a", "2e6,1e8,NA,a", "3e6,1e8,3.1,b"]
+    (tmp_path / "t.csv").write_text("\n".join(rows).replace(",", between))
+    table = read_table(tmp_path / "t.csv")
+    assert (table.loss.tolist(), table.recipe) == ([3.5, 3.1], ("a", "b"))
+    assert table.excluded == (("row 2", "loss=nan"),)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.string_view()], ids=str)
+def test_every_kind_of_text_column_in_parquet(tmp_path, kind):
+    table = pa.table({"n": [1e6, 2e6], "d": [1e8, 1e8], "loss": [pa.scalar(3, pa.decimal128(5, 2)), None]})
+    for name in ("recipe", "run"):
+        table = table.append_column(name, pa.array(["a", "b"], kind))
+    parquet.write_table(table, tmp_path / "t.parquet")
+    found = read_table(tmp_path / "t.parquet")
+    assert (found.recipe, found.run, found.loss.tolist()) == (("a",), ("a",), [3.0])
+    assert found.excluded == (("b", "loss=nan"),)
+
+
+def test_a_column_that_is_needed_is_never_left_out(tmp_path):
+    table = pa.table({"n": [1e6], "d": [1e8], "loss": [3.0], "recipe": [["a"]], "notes": [["of no kind"]]})
+    parquet.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(ConfigError, match=r"column recipe is of type list<.*, neither numbers nor text"):
+        read_table(tmp_path / "t.parquet")
+    parquet.write_table(table.drop_columns("recipe"), tmp_path / "t.parquet")
+    assert len(read_table(tmp_path / "t.parquet")) == 1
+    with pytest.raises(ConfigError, match="column notes is of type list"):
+        read_table(tmp_path / "t.parquet", where={"notes": "x"})

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -305,3 +307,20 @@ def test_a_start_refuses_a_vocabulary_that_is_not_the_manifests(prepared):
     with pytest.raises(ConfigError, match=r"has 257 tokens .* has 300 and 256"):
         start(prepared)
     assert read_manifest(prepared).tokenizer.vocab_size == 300
+
+
+def test_a_signal_to_the_process_group_leaves_the_child_to_its_parent(tmp_path, plain):
+    """As `timeout`, systemd and Ctrl-C signal it: a run that is drawing a sample still ends with a checkpoint."""
+    script = """
+import os, signal, sys
+from trainer.data.tokenizer.tokenizer import TokenizerProcess
+signals = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+for each in signals:
+    signal.signal(each, lambda number, frame: None)
+with TokenizerProcess(sys.argv[1]) as tokenizer:
+    for each in signals:
+        os.killpg(0, each)
+    print(len(tokenizer.encode("text")))
+"""
+    command = [sys.executable, "-c", script, str(plain)]
+    assert subprocess.run(command, start_new_session=True, capture_output=True, text=True, check=True).stdout == "4\n"

@@ -269,3 +269,24 @@ def test_mistakes(muster, table, arguments, words):
     assert code == 2
     assert words in err
     assert "Traceback" not in err
+
+
+def test_what_is_asked_twice_or_half_is_refused(muster, table, tmp_path):
+    (tmp_path / "file").touch()
+    for command, words in {
+        (
+            "fit",
+            "--where",
+            "val=a",
+            "--where",
+            "val=b",
+        ): "--where names val twice: --where val=A,B takes the rows of both",
+        ("fit", "--columns", "n=params,n=tokens"): "--columns names n twice",
+        ("predict", "--budget", "1e21", "--n", "1e9"): "or both --n and --d of a model",
+        ("predict", "--d", "1e9"): "or both --n and --d of a model",
+        ("plot", "--columns", COLUMNS, "--out", str(tmp_path / "file")): "file: no folder can be made there",
+        ("plot", "--columns", COLUMNS, "--out", str(tmp_path / "file" / "x")): "x: no folder can be made there",
+    }.items():
+        code, out, err = muster("sweep", *command, "--table", str(table))
+        assert (code, out, len(err.splitlines())) == (2, "", 1)
+        assert words in err
