@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Fault = Literal["memory", "connection", "error"]
-"""As `trainer.processes.fault.Fault`."""
+from trainer.processes.protocol import Fault
 
 
 class Final(Exception):

@@ -14,13 +14,14 @@ import ray.exceptions
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.attempts.failures import Failure, Fault, Final
+from cluster.attempts.failures import Failure, Final
 from cluster.server import waiting
 from configs.reading.parse import clip
+from trainer.processes.protocol import Done, Failed, Fault, Order, Outcome
 
 from .ray_nodes import machines
 from .share import Node, Share
-from .worker import Worker
+from .worker import Facts, Worker
 
 RESERVED, STARTED, ENDED = 20.0, 120.0, 15.0
 """Seconds that a placement group, new workers, and the end of an attempt's processes may take."""
@@ -140,7 +141,7 @@ class Gang:
         ]
         facts = ray.get([actor.facts.remote() for actor in actors], timeout=STARTED)
         self.members += [
-            Member(actor, index, fact["node"], fact["interface"], tuple(fact["gpus"]))
+            Member(actor, index, fact.node, fact.interface, fact.gpus)
             for actor, index, fact in zip(actors, bundles, facts, strict=True)
         ]
         order = list(dict.fromkeys(member.node for member in self.members))
@@ -203,10 +204,10 @@ class Gang:
             Final: a worker found a mistake of the user's, or stopped for good.
         """
         try:
-            jobs = self._jobs(run_dir, folder, patience)
+            orders = self._orders(run_dir, folder, patience)
         except ray.exceptions.RayError as error:
             return [], [Failure(0, f"the worker or its machine is gone: {clip(error, 400)}", str(error), lost=True)]
-        running = {member.actor.train.remote(job): rank for rank, member, job in jobs}
+        running = {member.actor.train.remote(order): rank for rank, member, order in orders}
         ends: list[str] = []
         failures: list[Failure] = []
         until = float("inf")
@@ -216,10 +217,10 @@ class Gang:
                 for ref in ready:
                     rank = running.pop(ref)
                     end = _outcome(ref)
-                    if "status" in end:
-                        ends.append(end["status"])
-                    elif end["kind"] in ("mistake", "stopped"):
-                        raise Final(end["kind"], end["reason"])
+                    if isinstance(end, Done):
+                        ends.append(end.status)
+                    elif end.kind == "mistake" or end.kind == "stopped":
+                        raise Final(end.kind, end.reason)
                     else:
                         failures.append(_failure(rank, end))
                 if failures:
@@ -231,13 +232,13 @@ class Gang:
                 ray.get(self.members[0].actor.close_store.remote(), timeout=ANSWERED)
         return ends, failures
 
-    def _jobs(self, run_dir: Path, folder: str, patience: float) -> list[tuple[int, Member, dict[str, Any]]]:
+    def _orders(self, run_dir: Path, folder: str, patience: float) -> list[tuple[int, Member, Order]]:
         """What each rank is told: torchrun's environment variables, and the run."""
         nodes = list(dict.fromkeys(member.node for member in self.members))
-        first: dict[str, Any] = ray.get(self.members[0].actor.facts.remote())
+        first: Facts = ray.get(self.members[0].actor.facts.remote())
         store: str | None = ray.get(self.members[0].actor.open_store.remote()) if len(nodes) == 1 else None
         world, secret = len(self.members), secrets.token_hex(32)
-        jobs = []
+        orders = []
         for rank, member in enumerate(self.members):
             beside = [other for other in self.members if other.node == member.node]
             variables: dict[str, Any] = {
@@ -246,15 +247,18 @@ class Gang:
                 "GROUP_RANK": nodes.index(member.node),
             }
             variables |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": len(beside)}
-            variables |= {"MASTER_ADDR": first["address"], "MASTER_PORT": first["port"]}
+            variables |= {"MASTER_ADDR": first.address, "MASTER_PORT": first.port}
             if member.gpus:  # all of the machine's, of which LOCAL_RANK names one's own, as under torchrun
                 variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for other in beside for gpu in other.gpus)
             if len(nodes) > 1 and member.interface:  # else gloo takes the one that the host's name leads to
                 variables["GLOO_SOCKET_IFNAME"] = member.interface
             environment = {key: str(value) for key, value in variables.items()}
-            job = {"run_dir": str(run_dir), "folder": folder, "environment": environment, "patience": patience}
-            jobs.append((rank, member, job | {"secret": secret, "store": store}))
-        return jobs
+            order = Order(
+                run_dir=str(run_dir), folder=folder, environment=environment, patience=patience,
+                secret=secret, store=store,
+            )  # fmt: skip
+            orders.append((rank, member, order))
+        return orders
 
     def _end(self, running: dict[Any, int]) -> list[Failure]:
         """End what still runs. Returns what had failed by itself before."""
@@ -262,25 +266,24 @@ class Gang:
             self.members[rank].actor.end.remote()
         ready, _ = ray.wait(list(running), num_returns=len(running), timeout=ENDED) if running else ([], [])
         ends = [(running[ref], _outcome(ref)) for ref in ready]
-        return [_failure(rank, end) for rank, end in ends if "status" not in end and not end.get("ended")]
+        return [_failure(rank, end) for rank, end in ends if isinstance(end, Failed) and not end.ended]
 
 
-def _outcome(ref: Any) -> dict[str, Any]:
-    """How one process ended, in the words of `trainer.processes.warm`."""
+def _outcome(ref: Any) -> Outcome:
+    """How one process ended."""
     try:
-        return dict(ray.get(ref))
+        found: Outcome = ray.get(ref)
+        return found
     except ray.exceptions.RayActorError as error:
-        return {
-            "kind": "lost",
-            "reason": f"the worker or its machine is gone: {clip(error, 400)}",
-            "traceback": str(error),
-        }
+        reason = f"the worker or its machine is gone: {clip(error, 400)}"
+        return Failed(kind="lost", reason=reason, traceback=str(error))
     except ray.exceptions.RayError as error:
-        kind = "memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "error"
-        return {"kind": kind, "reason": f"{type(error).__name__}: {clip(error, 400)}", "traceback": str(error)}
+        reason = f"{type(error).__name__}: {clip(error, 400)}"
+        kind: Fault = "memory" if isinstance(error, ray.exceptions.OutOfMemoryError) else "error"
+        return Failed(kind=kind, reason=reason, traceback=str(error))
 
 
-def _failure(rank: int, end: dict[str, Any]) -> Failure:
-    broken = tuple(end["ranks"]) if end["kind"] == "broken" else None
-    fault: Fault = end["kind"] if end["kind"] in ("memory", "connection") else "error"
-    return Failure(rank, end["reason"], end.get("traceback", ""), end["kind"] == "lost", fault, broken)
+def _failure(rank: int, end: Failed) -> Failure:
+    broken = tuple(end.ranks) if end.kind == "broken" else None
+    fault: Fault = end.kind if end.kind == "memory" or end.kind == "connection" else "error"
+    return Failure(rank, end.reason, end.traceback, end.kind == "lost", fault, broken)

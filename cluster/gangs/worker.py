@@ -1,20 +1,20 @@
 """One worker of a gang: a Ray actor that holds a share of a machine and keeps a warm process there to train with."""
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import psutil
 import ray
 
 from configs import private_files
 from trainer.files.scratch import make_folder, remove_folder
+from trainer.processes.protocol import Began, Failed, Order, Outcome, read_outcome
 
 ENVIRONMENT = {
     # A fork has only the thread that forked: no threads of pyarrow's allocator, nor of numpy's BLAS, which would start
@@ -23,6 +23,19 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
 }
 """What lets `trainer.processes.warm` fork."""
+
+
+class Facts(NamedTuple):
+    """Where a worker is."""
+
+    node: str
+    address: str
+    """By which Ray reaches the machine."""
+    interface: str | None
+    """The network interface of that address."""
+    gpus: tuple[str, ...]
+    port: int
+    """One that is free."""
 
 
 class Worker:
@@ -44,8 +57,7 @@ class Worker:
             command, env=self._environment, text=True, stdin=pipe, stdout=pipe, start_new_session=True
         )
 
-    def facts(self) -> dict[str, Any]:
-        """Where this worker is, the network interface of Ray's address there, its GPUs, and a port that is free."""
+    def facts(self) -> Facts:
         context = ray.get_runtime_context()
         with socket.socket() as probe:
             probe.bind(("", 0))
@@ -53,13 +65,13 @@ class Worker:
         address = ray.util.get_node_ip_address()
         interfaces = psutil.net_if_addrs().items()
         found = [name for name, entries in interfaces if any(entry.address == address for entry in entries)]
-        return {
-            "node": context.get_node_id(),
-            "address": address,
-            "interface": os.environ.get("GLOO_SOCKET_IFNAME") or next(iter(found), None),
-            "gpus": context.get_accelerator_ids().get("GPU", []),
-            "port": port,
-        }
+        return Facts(
+            node=context.get_node_id(),
+            address=address,
+            interface=os.environ.get("GLOO_SOCKET_IFNAME") or next(iter(found), None),
+            gpus=tuple(context.get_accelerator_ids().get("GPU", [])),
+            port=port,
+        )
 
     def open_store(self) -> str:
         """A file, in a new folder of this user's alone, by which the processes of one attempt find each other."""
@@ -73,34 +85,29 @@ class Worker:
             remove_folder(self._folder)
             self._folder = None
 
-    def train(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Be one process of an attempt.
-
-        Args:
-            job: as `trainer.processes.warm` reads it.
-
-        Returns:
-            How it ended, in the words of `trainer.processes.warm`.
-        """
+    def train(self, order: Order) -> Outcome:
+        """Be one process of an attempt. Returns how it ended."""
         self._ending = False
         try:
             if self._warm.poll() is not None:
                 self._warm = self._start()
             assert self._warm.stdin
-            self._warm.stdin.write(json.dumps(job) + "\n")
+            self._warm.stdin.write(order.model_dump_json() + "\n")
             self._warm.stdin.flush()
-            self._pid = self._answer()["pid"]
+            self._pid = Began.model_validate_json(self._answer()).pid
             if self._ending:
                 self.end()
-            return self._answer() | ({"ended": True} if self._ending else {})
+            outcome = read_outcome(self._answer())
+            return outcome.model_copy(update={"ended": self._ending}) if isinstance(outcome, Failed) else outcome
         except (OSError, ValueError):  # it was killed
-            return {"kind": "lost", "reason": f"the process is gone with its parent (exit code {self._warm.wait()})"}
+            reason = f"the process is gone with its parent (exit code {self._warm.wait()})"
+            return Failed(kind="lost", reason=reason)
         finally:
             self._pid = None
 
-    def _answer(self) -> dict[str, Any]:
+    def _answer(self) -> str:
         assert self._warm.stdout
-        return dict(json.loads(self._warm.stdout.readline()))
+        return self._warm.stdout.readline()
 
     def end(self) -> None:
         """End the attempt's process at once, if there is one."""

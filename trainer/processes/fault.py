@@ -1,11 +1,9 @@
 """What kind of failure an exception is, told where it is raised: whoever decides what follows reads a field."""
 
-from typing import Literal
-
 import torch
 
-Fault = Literal["memory", "connection", "error"]
-"""A device or machine without memory; a connection that broke, as it does when another process fails; any other."""
+from .protocol import Fault
+
 NO_MEMORY = ("out of memory", "can't allocate memory")
 """Errors of torch's CPU allocator and of CUDA's libraries, which have no type of their own."""
 BROKEN = (

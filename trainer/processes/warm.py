@@ -3,16 +3,10 @@
 Importing torch and DeepSpeed takes seconds, forking what has imported them milliseconds; both share the memory. Each
 attempt is a new process even so: nothing of one that failed can reach the next.
 
-It reads one JSON object a line: `run_dir`, `folder` (the user's working directory), `environment` (torchrun's
-variables), `patience` (see `trainer.loop.train`), and `secret` and `store`, by which the processes of the attempt find
-each other (see `trainer.processes.rendezvous`; may be left out). It answers each with two: `{"pid": ...}`, and how the
-attempt ended: `{"status": "FINISHED"}` or `STOPPED`; `{"kind": ..., "reason": ...}` with the kinds `mistake` and
-`stopped` (the trainer's own words), `broken` (with the `ranks` of machines that cannot train, where it can be told),
-those of `fault.Fault` (with a `traceback`) and `lost` (it left no word). When its standard input is closed it ends what
-it has started, and itself.
+It reads an `Order` a line, and answers each with two: `Began`, and how the attempt ended, `Done` or `Failed`. When its
+standard input is closed it ends what it has started, and itself.
 """
 
-import json
 import os
 import select
 import signal
@@ -21,7 +15,7 @@ import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import distributed as dist
@@ -35,13 +29,14 @@ from .compiled import load_compiler
 from .fault import fault_of
 from .orphans import end_with
 from .output import output_kept
+from .protocol import Began, Done, Failed, Order, Outcome, read_outcome
 from .rendezvous import SECRET, STORE
 
 
 def main() -> None:
     private_files()
     if len(sys.argv) == 2:  # one attempt, of a process that could not fork
-        _attempt(json.load(sys.stdin), int(sys.argv[1]))
+        _attempt(Order.model_validate_json(sys.stdin.read()), int(sys.argv[1]))
     asked, told = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
@@ -50,7 +45,7 @@ def main() -> None:
         load_compiler()
     may_fork = _alone() and _forks_may_use_gpus()
     for line in iter(asked.readline, ""):
-        job = json.loads(line)
+        order = Order.model_validate_json(line)
         result, said = os.pipe()
         me, pid = os.getpid(), os.fork()
         if not pid:
@@ -58,11 +53,11 @@ def main() -> None:
             if may_fork:
                 asked.close()
                 told.close()
-                _attempt(job, said)
+                _attempt(order, said)
             _become_attempt(line, said)
         os.close(said)
-        print(json.dumps({"pid": pid}), file=told, flush=True)
-        print(json.dumps(_wait_for(pid, result, asked.fileno())), file=told, flush=True)
+        print(Began(pid=pid).model_dump_json(), file=told, flush=True)
+        print(_wait_for(pid, result, asked.fileno()).model_dump_json(), file=told, flush=True)
         os.close(result)
 
 
@@ -86,15 +81,15 @@ def _forks_may_use_gpus() -> bool:
 
 def _become_attempt(line: str, said: int) -> NoReturn:
     """Begin anew as one attempt. What it is told stands in a file without a name: any user can see a command line."""
-    with tempfile.TemporaryFile() as job:
-        job.write(line.encode())
-        job.seek(0)
-        os.dup2(job.fileno(), 0)
+    with tempfile.TemporaryFile() as order:
+        order.write(line.encode())
+        order.seek(0)
+        os.dup2(order.fileno(), 0)
     os.set_inheritable(said, True)
     os.execv(sys.executable, [sys.executable, "-P", "-m", "trainer.processes.warm", str(said)])
 
 
-def _wait_for(pid: int, result: int, asked: int) -> dict[str, Any]:
+def _wait_for(pid: int, result: int, asked: int) -> Outcome:
     """What an attempt said, when its process has ended."""
     text, ended = b"", None
     while ended is None:
@@ -109,31 +104,32 @@ def _wait_for(pid: int, result: int, asked: int) -> dict[str, Any]:
     while select.select([result], [], [], 0)[0] and (more := os.read(result, 1 << 16)):
         text += more
     try:
-        return dict(json.loads(text))
+        return read_outcome(text)
     except ValueError:
         how = f"signal {signal.Signals(-ended).name}" if ended < 0 else f"exit code {ended}"
-        return {"kind": "lost", "reason": f"the process is gone ({how})"}
+        return Failed(kind="lost", reason=f"the process is gone ({how})")
 
 
-def _attempt(job: dict[str, Any], said: int) -> NoReturn:
+def _attempt(order: Order, said: int) -> NoReturn:
     """Be one process of an attempt, and end."""
     code = 1
+    outcome: Outcome
     try:
-        outcome = _train(job)
+        outcome = _train(order)
         code = 0
     except ConfigError as error:
-        outcome = {"kind": "mistake", "reason": str(error)}
+        outcome = Failed(kind="mistake", reason=str(error))
     except TrainingStopped as error:
-        outcome = {"kind": "stopped", "reason": str(error)}
+        outcome = Failed(kind="stopped", reason=str(error))
     except BadMachine as error:
-        outcome = {"kind": "broken", "reason": str(error), "ranks": error.ranks}
+        outcome = Failed(kind="broken", reason=str(error), ranks=error.ranks)
     except BaseException as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-        outcome = {"kind": fault_of(error), "reason": reason, "traceback": traceback.format_exc()}
+        outcome = Failed(kind=fault_of(error), reason=reason, traceback=traceback.format_exc())
     try:
         os.set_inheritable(said, False)
         with os.fdopen(said, "w") as file:
-            json.dump(outcome, file)
+            file.write(outcome.model_dump_json())
         # Without waiting for the other ranks, which a failed one would do for long.
         if code == 0 and dist.is_initialized():
             dist.destroy_process_group()
@@ -144,14 +140,14 @@ def _attempt(job: dict[str, Any], said: int) -> NoReturn:
         os._exit(code)
 
 
-def _train(job: dict[str, Any]) -> dict[str, Any]:
-    told = {SECRET: job.get("secret"), STORE: job.get("store")}
-    os.environ |= job["environment"] | {name: value for name, value in told.items() if value}
-    folder, run_dir = job["folder"], Path(job["run_dir"])
-    if os.path.isdir(folder):
-        os.chdir(folder)
+def _train(order: Order) -> Done:
+    told = {SECRET: order.secret, STORE: order.store}
+    os.environ |= order.environment | {name: value for name, value in told.items() if value}
+    run_dir = Path(order.run_dir)
+    if os.path.isdir(order.folder):
+        os.chdir(order.folder)
     with output_kept(run_dir):
-        return {"status": train(run_dir, job["patience"])}
+        return Done.model_validate({"status": train(run_dir, order.patience)})
 
 
 if __name__ == "__main__":

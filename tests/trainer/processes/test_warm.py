@@ -16,6 +16,7 @@ from support import tiny, train_in_process
 
 from cluster.gangs.worker import ENVIRONMENT
 from trainer.checkpoint import store
+from trainer.processes.protocol import Began, Done, Failed, Order, Outcome, read_outcome
 from trainer.processes.warm import _forks_may_use_gpus
 from trainer.record.lines import read_metrics
 from trainer.run.folder import prepare_run
@@ -42,13 +43,13 @@ class Warm:
 
     def start(self, run_dir: Path) -> int:
         """Returns the process's id."""
-        job = {"run_dir": str(run_dir), "folder": "/", "environment": {"RANK": "0"}, "patience": 0}
-        self.process.stdin.write(json.dumps(job) + "\n")
+        order = Order(run_dir=str(run_dir), folder="/", environment={"RANK": "0"}, patience=0.0)
+        self.process.stdin.write(order.model_dump_json() + "\n")
         self.process.stdin.flush()
-        return self.answer()["pid"]
+        return Began.model_validate_json(self.process.stdout.readline()).pid
 
-    def answer(self) -> dict:
-        return json.loads(self.process.stdout.readline())
+    def outcome(self) -> Outcome:
+        return read_outcome(self.process.stdout.readline())
 
 
 @pytest.fixture(scope="module")
@@ -86,37 +87,37 @@ def test_attempts_equal_those_of_a_process_of_their_own(warm, run):
     for name in ("first", "second"):
         one = run(name)
         warm.start(one)
-        assert warm.answer() == {"status": "FINISHED"}
+        assert warm.outcome() == Done(status="FINISHED")
         assert result(one) == result(own)
 
 
 def test_it_says_how_an_attempt_ended(warm, run, tmp_path):
     (tmp_path / "nothing").mkdir()
     warm.start(tmp_path / "nothing")
-    mistake = warm.answer()
-    assert mistake["kind"] == "mistake"
-    assert "is not a run" in mistake["reason"]
+    mistake = warm.outcome()
+    assert mistake.kind == "mistake"
+    assert "is not a run" in mistake.reason
 
     bad = run("bad")
     config = bad / "config.yaml"
     config.write_text(config.read_text().replace("plugins: []", f"plugins: [{tmp_path / 'fault.py'}]"))
     (tmp_path / "fault.py").write_text("import os; os.abort()")
     warm.start(bad)
-    assert warm.answer() == {"kind": "lost", "reason": "the process is gone (signal SIGABRT)"}
+    assert warm.outcome() == Failed(kind="lost", reason="the process is gone (signal SIGABRT)")
     (tmp_path / "fault.py").write_text(FAILS)
     warm.start(bad)
-    error = warm.answer()
-    assert (error["kind"], error["reason"]) == ("error", "RuntimeError: no kernel for this")
-    assert "in train" in error["traceback"]
+    error = warm.outcome()
+    assert (error.kind, error.reason) == ("error", "RuntimeError: no kernel for this")
+    assert "in train" in error.traceback
 
     long = run("long", steps=100000)
     pid = warm.start(long)
     wait_for_steps(long, 2)
     os.kill(pid, signal.SIGTERM)
-    assert warm.answer() == {"status": "STOPPED"}
+    assert warm.outcome() == Done(status="STOPPED")
     pid = warm.start(long)
     os.kill(pid, signal.SIGKILL)
-    assert warm.answer() == {"kind": "lost", "reason": "the process is gone (signal SIGKILL)"}
+    assert warm.outcome() == Failed(kind="lost", reason="the process is gone (signal SIGKILL)")
 
 
 @pytest.mark.parametrize("how", ["closed", "killed"])
@@ -165,6 +166,15 @@ def test_one_that_may_not_fork_starts_anew(run):
     one = run("one")
     found = Warm({"JE_ARROW_MALLOC_CONF": "background_thread:true"})  # a second thread, which no fork would have
     found.start(one)
-    assert found.answer() == {"status": "FINISHED"}
+    assert found.outcome() == Done(status="FINISHED")
     found.process.stdin.close()
     assert found.process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["", "{}", '{"status": "NEW"}', '{"kind": "lost"}', '{"kind": "odd", "reason": ""}', '{"status": "STOPPED"'],
+)
+def test_an_answer_that_is_none_is_not_taken_for_one(line):
+    with pytest.raises(ValueError, match="validation error"):
+        read_outcome(line)
