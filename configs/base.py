@@ -1,4 +1,4 @@
-"""The base class of every config section and the one error a user's mistake ends in."""
+"""The base class of every config section, and the error that reports a user's mistake."""
 
 import enum
 from collections.abc import Iterable
@@ -22,38 +22,38 @@ from .reading.parse import CONTROL, shortened
 
 LARGEST = 2**24
 Size = Annotated[int, Field(gt=0, le=LARGEST)]
-"""Of one dimension of a model: more than any has, and little enough to plan at once."""
+"""Upper bound on one dimension of a model: above any real model, small enough to plan with."""
 Length = Annotated[int, Field(gt=0, le=2**30)]
-"""Of a sequence, in tokens."""
+"""Longest sequence, in tokens."""
 Degree = Annotated[int, Field(gt=0, le=2**20)]
-"""Processes that share something."""
+"""Most processes in one group."""
 MOST = 2**63
-"""Whole numbers are below it, as they are in a tensor or a file."""
+"""Upper bound on integers, as in a tensor or a file."""
 MOST_FLOAT = 1e30
-"""Numbers with a fraction are at most that, so that products of a few of them are finite."""
+"""Upper bound on floats, so that products of a few of them stay finite."""
 LONGEST_PATH, LONGEST_NAME = 4095, 255
-"""Bytes of a path, and of each name in it (Linux)."""
+"""Longest path and longest file name, in bytes (Linux)."""
 
 
 class ExitCode(enum.IntEnum):
-    """How a command ended."""
+    """Exit codes of a command."""
 
     FINISHED = 0
     FAILED = 1
     MISTAKE = 2
-    """In what was asked: a ConfigError."""
+    """A mistake in the user's input: a ConfigError."""
     STOPPED = 75
-    """By request; the same command goes on (EX_TEMPFAIL)."""
+    """Stopped on request; the same command continues the run (EX_TEMPFAIL)."""
     INTERRUPTED = 130
-    """By Ctrl-C, where there is nothing to go on with."""
+    """Ctrl-C with nothing to resume."""
 
 
 class ConfigError(ValueError):
-    """A mistake in what the user asked for: one to three lines, naming the key to change."""
+    """A mistake in the user's input: one to three lines that name the key to change."""
 
 
 class Section(BaseModel):
-    """A frozen group of keys; an unknown key is an error (`configs.load` suggests the near name)."""
+    """A frozen group of keys; an unknown key is an error (`configs.load` suggests a similar name)."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
@@ -64,8 +64,8 @@ class Section(BaseModel):
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1, so that `train.steps=yes` would train one step.
         if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false (in YAML also yes, no, on, off) are no value of this key")
-        if isinstance(value, bytes):  # pydantic would take them for text
+            raise ValueError("true and false (in YAML also yes, no, on, off) are not valid here")
+        if isinstance(value, bytes):  # pydantic would accept them as text
             raise ValueError("should be text")
         return value
 
@@ -85,7 +85,7 @@ class Section(BaseModel):
 
     @field_serializer("*", mode="wrap", when_used="json")
     def _without_passwords(self, value: Any, serialize: SerializerFunctionWrapHandler) -> Any:
-        # Whatever is written or shown of a config passes here; who needs the password has the object.
+        # Everything that is written or shown of a config passes here; code that needs the password reads the object.
         return mask_all(serialize(value))
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
@@ -93,7 +93,7 @@ class Section(BaseModel):
 
 
 class Typed(BaseModel):
-    """What is read from JSON of ours, which anyone may have written since: of these very types, and nothing else."""
+    """A value read from JSON that we wrote but anyone may have edited since: exact types, no coercion."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
@@ -102,30 +102,30 @@ class Typed(BaseModel):
     def _no_unknown_keys(cls, value: Any) -> Any:
         # pydantic would keep an error of 1 KB for each of a million.
         if isinstance(value, dict) and (unknown := value.keys() - cls.model_fields.keys()):
-            raise ValueError(f"there is no key {shortened(min(unknown), 60)!r}")
+            raise ValueError(f"unknown key {shortened(min(unknown), 60)!r}")
         return value
 
 
 def at_most(count: int) -> BeforeValidator:
-    """For `Annotated`: a list or mapping of no more entries, which is known before any of them is looked at. pydantic
-    checks every entry of a mapping first, and keeps an error of 1 KB for each; in a list `FailFast` stops it."""
+    """For `Annotated`: rejects a list or mapping with more entries before any of them is validated. pydantic checks
+    every entry of a mapping first, and keeps an error of 1 KB for each; in a list `FailFast` stops it."""
 
     def check(value: Any) -> Any:
         if isinstance(value, list | dict) and len(value) > count:
-            raise ValueError(f"it has {len(value):,} entries, more than {count:,}")
+            raise ValueError(f"it has {len(value):,} entries, at most {count:,} are allowed")
         return value
 
     return BeforeValidator(check)
 
 
 def file_path(value: Any) -> Any:
-    """A path as it is, and what is no text. Raises ValueError if no file can have the path."""
+    """A path, checked. Raises ValueError if no file can have it."""
     if isinstance(value, str):
         if CONTROL.search(value):
-            raise ValueError("a path has no control characters")
+            raise ValueError("a path cannot contain control characters")
         names = value.encode().split(b"/")
         if len(value.encode()) > LONGEST_PATH or max(map(len, names)) > LONGEST_NAME:
-            raise ValueError(f"a path has at most {LONGEST_PATH:,} bytes, and each name in it {LONGEST_NAME}")
+            raise ValueError(f"a path has at most {LONGEST_PATH:,} bytes, and each file name at most {LONGEST_NAME}")
         try:
             Path(value).expanduser()
         except RuntimeError:

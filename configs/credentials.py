@@ -14,7 +14,8 @@ _URI, _AMONG_WORDS = (
         re.compile(r"""(?P<before>[?&;#])(?P<name>[\w.%+~-]+)=(?P<value>[^\s&;#"'<>]+)"""),
     ),
 )
-"""What user:password@ and a parameter may extend over: in a text that is one URI, and in one that has URIs in it."""
+"""The characters that user:password@ and a query parameter may span, in a text that is one URI and in one that contains
+URIs."""
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]*$")
 _LONGEST_SCHEME = 32
 _USER = re.compile(r"[^\s/?#:\[\]]*")
@@ -24,7 +25,7 @@ _SECRET = re.compile(
     r"|account_?key|private_?key|^key$|odbc_connect|jwt|bearer"
 )
 _ONLY_USER = ("http", "https", "git+https", "git+http")
-"""Where a user without a password is a token."""
+"""Schemes where a user name without a password is a token."""
 
 
 def mask(text: str) -> str:
@@ -36,7 +37,7 @@ def mask(text: str) -> str:
 
 
 def mask_all(value: Any) -> Any:
-    """The same for every text in lists and mappings."""
+    """`without_passwords` for every text in lists and mappings."""
     if isinstance(value, str):
         return mask(value)
     if isinstance(value, Mapping):
@@ -45,8 +46,8 @@ def mask_all(value: Any) -> Any:
 
 
 def _masked_users(text: str) -> str:
-    """The same of each user:password@ before a host. A password may hold what belongs quoted: the last @ of the text
-    ends it, as SQLAlchemy reads it. Not by one regular expression, which would search for that @ from every letter."""
+    """Mask each user:password@ before a host. A password may itself contain an unquoted @: the last @ of the text ends
+    it, as in SQLAlchemy. Not one regular expression, which would search for that @ from every character."""
     kept, done, last = [], 0, text.rfind("@")
     mark = text.find("://")
     while 0 <= mark < last:
@@ -55,7 +56,7 @@ def _masked_users(text: str) -> str:
         end = _USER.match(text, start).end()  # type: ignore[union-attr]  # matches everywhere
         user, web = text[start:end], scheme is not None and scheme[0].lower() in _ONLY_USER
         if scheme and text[end : end + 1] == ":" and end < last:
-            if not ((web or "@" in user) and _PORT.match(text, end)):  # else a port, and an @ further on
+            if not ((web or "@" in user) and _PORT.match(text, end)):  # else it is a port, with an @ further on
                 kept.append(f"{text[done:end]}:{MASK}@")
                 done = last + 1
         elif web and (token := user.rpartition("@")[0]):

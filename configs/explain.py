@@ -28,11 +28,11 @@ WANTED = {
 
 
 JUDGED = 200
-"""Errors that are looked at: a list of thousands may have one for each item."""
+"""Most errors that are looked at: a list of thousands may have one for each item."""
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """At most three lines, the most useful of what `error` says about a tree that is no `root`."""
+    """At most three lines, the most useful ones of `error`, for a tree that is not a valid `root`."""
     seen: dict[str, str] = {}
     for item in _useful(error.errors()[:JUDGED], root):
         key, line = _line(item, root)
@@ -43,7 +43,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
 
 
 def first_reason(error: ValidationError) -> str:
-    """The first thing that is wrong with a `Typed` value, in one line."""
+    """The first error of a `Typed` value, in one line."""
     first = error.errors(include_url=False)[0]
     where = shortened(".".join(map(str, first["loc"])))
     start = f"{where}: " if where else ""
@@ -62,12 +62,12 @@ def first_reason(error: ValidationError) -> str:
 
 
 def annotation_of(location: Sequence[Any], root: Any) -> Any:
-    """The type annotated at a place such as ("train", "steps"); None where there is no such key."""
+    """The annotated type at a location such as ("train", "steps"); None if there is no such key."""
     found = root
     for part in location:
-        if typing.get_origin(found) is dict:  # any key has the values' annotation
+        if typing.get_origin(found) is dict:  # any key has the annotation of the mapping's values
             found = typing.get_args(found)[1]
-        elif not isinstance(part, int):  # an item of a list has the list's annotation
+        elif not isinstance(part, int):  # an item has the annotation of the list's items
             section = _section_of(found)
             if section is None or part not in section.model_fields:
                 return None
@@ -90,8 +90,8 @@ def _section_of(annotation: Any) -> type[BaseModel] | None:
 
 
 def _useful(items: Sequence[Any], root: type[BaseModel]) -> list[Any]:
-    """Leave out what other lines say better: union members that the value was not meant for, and a key that is
-    missing because its name is misspelt."""
+    """Drop errors that other lines explain better: union members that the value was not meant for, and a missing key
+    whose name was misspelt."""
     depths: dict[tuple, int] = {}
     for item in items:
         if (tag := _union_tag(item["loc"])) is not None:
@@ -104,7 +104,7 @@ def _useful(items: Sequence[Any], root: type[BaseModel]) -> list[Any]:
         if item["type"] == "missing" and location in misspelt:
             return False
         if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
-            return False  # too short without the items that are wrong
+            return False  # too short without the invalid items
         return tag is None or len(location) > tag + 1 or depths[location[:tag]] == tag + 1
 
     return [item for item in items if is_useful(item)]
@@ -120,7 +120,7 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
             section = key.removesuffix(key.rpartition(".")[2])
             beside, likely = (name and section + name for name in (_near(item, root), _near(item, root, cutoff=0.85)))
             near = likely or _elsewhere(str(location[-1]), root) or beside
-            known = f"known here: {', '.join(_names(location[:-1], root))}"
+            known = f"known keys: {', '.join(_names(location[:-1], root))}"
             return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
         case "missing" if isinstance(location[-1], int):
             key = key.rpartition(".")[0]
@@ -156,12 +156,12 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
 
 
 def shown(value: Any, limit: int = 120) -> str:
-    """A value of a config as a message shows it."""
+    """A config value as a message shows it."""
     return shortened(json.dumps(value, default=str, ensure_ascii=False, skipkeys=True), limit)
 
 
 def _words(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
-    """What a key takes beside a number: `auto`."""
+    """The word that a key takes besides a number: `auto`."""
     members = typing.get_args(annotation_of(location, root))
     literals = [member for member in members if _is_literal(member)]
     return [str(word) for literal in literals for word in typing.get_args(literal)]
@@ -172,7 +172,7 @@ def _is_literal(annotation: Any) -> bool:
 
 
 def _union_tag(location: tuple[Any, ...]) -> int | None:
-    """Where pydantic's location names the member of a union that it tried, such as `tuple[Source, ...]`."""
+    """Where pydantic's location names the union member that it tried, such as `tuple[Source, ...]`."""
     tags = ("str", "constrained-int")
     return next((i for i, part in enumerate(location) if part in tags or "[" in str(part)), None)
 
@@ -190,14 +190,14 @@ def _names(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
 
 
 def _near(item: Mapping[str, Any], root: type[BaseModel], cutoff: float = 0.5) -> str | None:
-    """The key of the same section that is most like it."""
+    """The key of the same section that is most similar."""
     location = _plain(item)
     close = difflib.get_close_matches(str(location[-1]), _names(location[:-1], root), n=1, cutoff=cutoff)
     return next(iter(close), None)
 
 
 def _elsewhere(name: str, section: type[BaseModel], prefix: str = "") -> str | None:
-    """The whole key of the first of that name in any section: `lr` is `optim.lr`."""
+    """The full key of the first key with that name in any section: `lr` is `optim.lr`."""
     for key, field in section.model_fields.items():
         if key == name:
             return prefix + key

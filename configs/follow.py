@@ -1,4 +1,4 @@
-"""A preset's values where the user changes a key that they were chosen for: they follow it."""
+"""A preset's values that depend on a key which the user changed: they are adjusted to it."""
 
 import contextlib
 import math
@@ -9,7 +9,7 @@ from .base import LARGEST
 
 
 def dotted(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """The keys of a tree's values: `train.steps`."""
+    """The dotted keys of a tree's values: `train.steps`."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from dotted(value, f"{prefix}{key}.")
@@ -46,7 +46,7 @@ def _get(tree: Mapping[str, Any], key: str) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """A whole number that is written as `1e3` or in quotes; any other value as it is."""
+    """A whole number that is written as `1e3` or in quotes; any other value unchanged."""
     if isinstance(value, float | str):
         with contextlib.suppress(ValueError):
             return int(float(value)) if float(value).is_integer() else value
@@ -54,18 +54,18 @@ def _whole(value: Any) -> Any:
 
 
 def _counts(*values: Any) -> bool:
-    """Whether all are whole numbers that a config may have; what is not is explained when the config is validated."""
+    """Whether all are whole numbers within a config's bounds; validation explains those that are not."""
     return all(type(value) is int and 0 < value <= LARGEST for value in values)
 
 
 def _warmup(warmup: Any, steps: Any, tree: Mapping[str, Any], preset: Mapping[str, Any]) -> Any:
-    """At most a tenth of a run that is shorter than the preset's."""
+    """At most a tenth of the run, if that is shorter than the preset's."""
     shorter = _counts(warmup, steps) and steps < (_get(preset, "train.steps") or 0)
     return min(warmup, steps // 10) if shorter else warmup
 
 
 def _heads(heads: Any, width: Any, tree: Mapping[str, Any], preset: Mapping[str, Any]) -> Any:
-    """As many as leave each head about as wide as the preset's, of those that divide the width evenly."""
+    """The divisor of the width that keeps each head's width closest to the preset's."""
     before = _get(preset, "model.hidden_size")
     if not _counts(heads, width, before) or _get(tree, "model.head_dim") is not None or width % heads == 0:
         return heads
@@ -98,4 +98,4 @@ RULES: tuple[tuple[str, str, Callable[..., Any], str], ...] = (
     ("parallel.dp", "cluster.workers", _dp, "of"),
     ("train.micro_batch", "train.global_batch", _micro_batch, "of"),
 )
-"""Key of a preset, the key that it follows, its value beside that one's, and how they go together."""
+"""Key of a preset, the key that it depends on, the other one's value beside it, and how they are related."""

@@ -1,6 +1,6 @@
-"""Ctrl-C while a command is being imported ends it as it ends any other program, without Python's traceback.
+"""Ctrl-C while a command is still importing exits as any other program does, without Python's traceback.
 
-Imported first, for that; in a command of ours only, as a library leaves signals alone.
+Imported first for that reason, and only by our commands: a library leaves signals alone.
 """
 
 import os

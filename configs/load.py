@@ -21,11 +21,11 @@ from .sweep.designs import DESIGNS
 
 PRESETS = Path(__file__).parent / "presets"
 MAX_BASES = 20
-"""Files that a config stands on, one the `base` of the next."""
+"""Most files in a chain of `base` references."""
 
 
 def preset_names() -> list[str]:
-    """Names that `load` takes without a path."""
+    """Names that `load` accepts without a path."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
@@ -46,14 +46,15 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     own = _merged(each for each in layers if not _is_preset(each))
     for keys in (tree, own):
         override(keys, overrides, Config, "train.steps=100")
-    # A model that is taken from a folder is the user's choice, down to every key.
+    # A model loaded from a folder is the user's choice, down to every key.
     (tree, taken), (own, _) = take_model(tree, str(name)), take_model(own, str(name))
     defaults = follow(tree, preset, dotted(own)) | taken
     return from_dict(tree, where=str(name)).with_defaults(defaults)
 
 
 def model_source(name: str | Path, overrides: Iterable[str] = ()) -> str | None:
-    """The folder that the model of a config is taken from, `model.from`; None: it is written out. As `load`."""
+    """The folder that a config's model is loaded from, `model.from`; None if its keys are given. Arguments as in
+    `load`."""
     tree = read_tree(name)
     override(tree, overrides, Config, "train.steps=100")
     model = tree.get("model")
@@ -79,10 +80,10 @@ def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Va
 
 
 def with_family(config: Config) -> Config:
-    """The config with the keys of its family checked, now that the plugin which brings it is loaded.
+    """The config with the keys of its family checked, now that the plugin which defines it is loaded.
 
     Raises:
-        ConfigError: a key that the family has not, or a value that is not right.
+        ConfigError: an unknown key of the family, or a value out of range.
     """
     if config.model.is_known or section_of(config.model.family) is UnknownFamily:
         return config
@@ -92,7 +93,7 @@ def with_family(config: Config) -> Config:
 
 
 def _with_family(root: type[BaseModel], tree: Mapping[str, Any]) -> type[BaseModel]:
-    """A root whose `model` has the keys of the tree's own family, for what is said of them."""
+    """A root whose `model` has the keys of the tree's own family, so that messages name those."""
     model = tree.get("model") if isinstance(tree, Mapping) else None
     family = model.get("family", DECODER) if isinstance(model, Mapping) else DECODER
     if root is not Config or family == DECODER:
@@ -131,7 +132,7 @@ _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+01234567
 
 
 Layer = tuple[Path, dict[str, Any]]
-"""A file, and the keys that it sets."""
+"""A file and the keys that it sets."""
 
 
 def read_tree(name: str | Path) -> dict[str, Any]:
@@ -151,7 +152,7 @@ def _is_preset(layer: Layer) -> bool:
 
 
 def _layers(name: str | Path, seen: tuple[Path, ...] = (), read: int = 0) -> list[Layer]:
-    """A preset or YAML file, after its `base`; `read`: bytes of those above it. Raises ConfigError."""
+    """A preset or YAML file, after its `base`; `read`: bytes of the files that lead to it. Raises ConfigError."""
     path = Path(name)
     if not path.suffix and str(name) in preset_names():
         path = PRESETS / f"{name}.yaml"
@@ -163,17 +164,14 @@ def _layers(name: str | Path, seen: tuple[Path, ...] = (), read: int = 0) -> lis
     if path.resolve() in seen:
         raise ConfigError(f"{path}: `base` leads back to this file")
     if len(seen) == MAX_BASES:
-        raise ConfigError(f"{seen[0]} has over {MAX_BASES} files below it, each the `base` of the one before")
+        raise ConfigError(f"{seen[0]} has a chain of over {MAX_BASES} `base` files")
     read += path.stat().st_size
     if seen and read > MAX_BYTES:
-        raise ConfigError(
-            f"{seen[0]} and {len(seen)} files below it, each the `base` of the one before, have over {MAX_BYTES:,} "
-            "bytes together"
-        )
+        raise ConfigError(f"{seen[0]} and its chain of {len(seen)} `base` files have over {MAX_BYTES:,} bytes in total")
     tree = read_mapping(path)
     if design := next((name for name in DESIGNS if name in tree), None):
         raise ConfigError(
-            f"{path} is a sweep (it has {design}), not a run's config: `muster sweep run {path}` trains it"
+            f"{path} is a sweep (it has {design}), not a run's config: train it with `muster sweep run {path}`"
         )
     base = tree.pop("base", None)
     if base is None:
@@ -191,14 +189,14 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds a {type(tree).__name__}, not a mapping of sections")
+        raise ConfigError(f"{path} contains a {type(tree).__name__}, not a mapping of sections")
     return tree
 
 
 def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """Put the keys of `above` over those of `below`, section by section; changes and returns `below`.
+    """Merge the keys of `above` over those of `below`, section by section; changes and returns `below`.
 
-    A `model` that is taken `from` a folder takes the place of the one below.
+    A `model` with `from` replaces the one below.
     """
     for key, value in above.items():
         if key == "model" and isinstance(value, dict) and FROM in value:
@@ -212,7 +210,7 @@ def merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 
 def override(tree: dict[str, Any], overrides: Iterable[str], root: type[BaseModel], example: str) -> None:
     """Set each `section.key=value` in a tree that is to be a `root`. Raises ConfigError."""
-    # What takes the place of a section first: the others stand beside it.
+    # Overrides that replace a whole section come first, so that the others apply on top.
     for text in sorted(overrides, key=lambda text: text.partition("=")[0] != f"model.{FROM}"):
         key, equals, value = text.partition("=")
         if not equals or not all(key.split(".")) or key.count(".") > MAX_DEPTH:

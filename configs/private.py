@@ -1,4 +1,4 @@
-"""Files and folders that nobody but their owner can read."""
+"""Files and folders that only their owner can read."""
 
 import os
 from pathlib import Path
@@ -7,34 +7,34 @@ from .base import ConfigError
 
 
 def private_files() -> None:
-    """Let this process, and those it starts, make files of mode 0600 and folders of mode 0700, whatever the umask was.
+    """Let this process and its children create files with mode 0600 and folders with mode 0700, whatever the umask was.
 
-    Called by every process of ours as it begins: weights, data and what a run prints are their owner's to share.
+    Every process calls it first: only the owner decides who sees weights, data and logs.
     """
     os.umask(0o077)
 
 
 def private_folder(folder: Path, key: str) -> Path:
-    """A folder of this user's alone, made or closed to others.
+    """A folder of this user alone, created or made private.
 
     Args:
-        key: what names another one, for the message.
+        key: the config key that names another folder, for the message.
 
     Raises:
-        ConfigError: it is someone else's, a link, or lies where someone else could put another in its place.
+        ConfigError: it belongs to someone else, is a link, or its parent lets others replace it.
     """
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # What is opened stays what is looked at, whatever takes its name meanwhile.
+        # What was opened is what is checked, even if its name is replaced meanwhile.
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
             if (owner := os.fstat(opened).st_uid) != os.geteuid():
-                raise ConfigError(f"{folder} belongs to user {owner}: {key} names another")
+                raise ConfigError(f"{folder} belongs to user {owner}: set {key} to another folder")
             os.fchmod(opened, 0o700)
         finally:
             os.close(opened)
     except OSError as error:
         raise ConfigError(
-            f"{folder} cannot be a folder of this user's alone ({error.strerror}): {key} names another"
+            f"{folder} cannot be made private to this user ({error.strerror}): set {key} to another folder"
         ) from None
     return folder

@@ -1,4 +1,5 @@
-"""Turn what was asked for into what will be used, in this one place, and say what was derived or changed."""
+"""Turn the config as written into the config that will be used, in one place, with a note on all that was derived or
+changed."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +15,20 @@ from .units import counted
 
 
 def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:
-    """Fill every derived value and check what only the whole config can tell.
+    """Fill in every derived value and check what depends on several sections.
 
     Args:
         config: as the user wrote it.
-        vocab_size: the tokenizer's size, where the data are at hand; otherwise model.vocab_size must be given.
+        vocab_size: the tokenizer's size if the data are available; otherwise model.vocab_size must be given.
 
     Returns:
-        The config with no derived value left open, and one line per value that was derived or adjusted.
+        The config with every derived value filled in, and one line for each value that was derived or adjusted.
 
     Raises:
-        ConfigError: sections that do not go together.
+        ConfigError: sections that contradict each other.
     """
     values = flatten(config) if config.defaults else {}
-    derived = ("train.micro_batch", "parallel.dp")  # below, with notes of their own
+    derived = ("train.micro_batch", "parallel.dp")  # handled below, with notes of their own
     notes = [f"{key}={values[key]}: {why}" for key, why in config.defaults.items() if why and key not in derived]
     model, train, parallel, cluster = config.model, config.train, config.parallel, config.cluster
 
@@ -42,17 +43,18 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         most, others = cluster.workers[1], parallel.world_size // parallel.dp
         if most % others or parallel.dp > 1:
             raise ConfigError(
-                f"cluster.workers={list(cluster.workers)} asks for at most {most} processes, parallel.dp * tp * pp * "
-                f"sp for {parallel.world_size}: leave parallel.dp out, and let tp * pp * sp divide the most"
+                f"cluster.workers={list(cluster.workers)} allows at most {most} processes, but parallel.dp * tp * "
+                f"pp * sp is {parallel.world_size}: leave parallel.dp out, and choose tp * pp * sp so that it "
+                f"divides {most}"
             )
-        why = "the most of cluster.workers / (tp * pp * sp)"
+        why = "the maximum of cluster.workers / (tp * pp * sp)"
         parallel = parallel.model_copy(update={"dp": derive("parallel", "dp", most // others, why)})
 
     data_parallel = parallel.dp
     if train.micro_batch is None:
         if train.global_batch < data_parallel:
             raise ConfigError(
-                f"train.global_batch ({train.global_batch}) gives {data_parallel} data-parallel ranks nothing to do: "
+                f"train.global_batch ({train.global_batch}) is too small for {data_parallel} data-parallel ranks: "
                 f"raise it to {data_parallel} or lower parallel.dp"
             )
         if parallel.pp_schedule == "dualpipev":
@@ -67,19 +69,19 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         why = f"DeepSpeed's gradient norm is wrong at stage 0 with {' '.join(split)}"
         parallel = parallel.model_copy(update={"zero_stage": derive("parallel", "zero_stage", 1, why)})
     check_topology(config.model_copy(update={"model": model, "train": train, "parallel": parallel}))
-    # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently
-    # become another one (Adafactor) or raise (Muon). For fp16 at stage 0 DeepSpeed adds up gradients in fp16.
+    # ZeRO flattens parameters into one vector per group, so an optimizer that needs their shapes would silently become
+    # another one (Adafactor) or raise (Muon). For fp16 at stage 0 DeepSpeed accumulates gradients in fp16.
     if OPTIMIZERS[config.optim.name].whole_matrices and (parallel.zero_stage or train.precision == "fp16"):
         raise ConfigError(
-            f"optim.name={config.optim.name} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces, and "
-            f"train.precision={train.precision} with parallel.zero_stage={parallel.zero_stage} needs ZeRO: "
-            "set parallel.zero_stage=0 and train.precision=bf16 or fp32, or optim.name=adamw"
+            f"optim.name={config.optim.name} needs whole matrices, which ZeRO 1 to 3 flatten and partition, but "
+            f"train.precision={train.precision} with parallel.zero_stage={parallel.zero_stage} needs ZeRO: set "
+            "parallel.zero_stage=0 and train.precision=bf16 or fp32, or optim.name=adamw"
         )
     if train.precision == "fp16" and parallel.zero_stage == 0:
-        stage = derive("parallel", "zero_stage", 1, "fp16 keeps fp32 gradients from stage 1 on")
+        stage = derive("parallel", "zero_stage", 1, "fp16 accumulates gradients in fp32 from stage 1 on")
         parallel = parallel.model_copy(update={"zero_stage": stage})
     if config.checkpoint.every == "auto":
-        notes.append("checkpoint.every=auto: set as the run goes on, by what a checkpoint costs and how often it fails")
+        notes.append("checkpoint.every=auto: chosen during the run from the cost of a checkpoint and the failure rate")
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")
     warmup, decay = config.optim.warmup, config.optim.decay_steps
@@ -89,16 +91,16 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             f"set optim.warmup={train.steps // 10}, or train.steps={10 * warmup}"
         )
     if config.optim.schedule == "wsd" and decay and warmup + decay > train.steps:
-        # A preset's warmup grows with train.steps, unless it is given.
+        # A preset's warmup follows train.steps, unless it is given.
         kept = f" with optim.warmup={warmup}" if "optim.warmup" in config.defaults else ""
         raise ConfigError(
-            f"optim.warmup ({warmup}) and optim.decay_steps ({decay}) together are longer than train.steps "
+            f"optim.warmup ({warmup}) and optim.decay_steps ({decay}) add up to more than train.steps "
             f"({train.steps}): set optim.decay_steps={max((train.steps - warmup) // 5, 1)}, or "
             f"train.steps={warmup + decay}{kept}"
         )
     if train.profile.start and (last := train.profile.start + train.profile.steps - 1) > train.steps:
         raise ConfigError(
-            f"train.profile asks for steps {train.profile.start} to {last} but the run ends at step {train.steps}: "
+            f"train.profile covers steps {train.profile.start} to {last}, but the run ends at step {train.steps}: "
             f"lower train.profile.start or train.profile.steps, or set train.steps={last}"
         )
     resolved = config.model_copy(update={"model": model, "train": train, "parallel": parallel})
@@ -106,14 +108,16 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
 
 
 def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:
-    """The keys of a decoder that follow from others. Raises ConfigError."""
+    """Fill in the decoder's keys that follow from others. Raises ConfigError."""
     model, train = config.model, config.train
     changes: dict[str, object] = {}
     if model.vocab_size is None:
         if vocab_size is None:
             raise ConfigError("model.vocab_size is not set and no prepared data name a tokenizer: set model.vocab_size")
         rounded = -(-vocab_size // 64) * 64
-        changes["vocab_size"] = derive("model", "vocab_size", rounded, f"tokenizer's {vocab_size}, a multiple of 64")
+        changes["vocab_size"] = derive(
+            "model", "vocab_size", rounded, f"the tokenizer's {vocab_size}, rounded up to a multiple of 64"
+        )
     elif vocab_size is not None and vocab_size > model.vocab_size and "model.vocab_size" in config.defaults:
         why = f"the preset's {model.vocab_size} are fewer than the tokenizer's {vocab_size}"
         changes["vocab_size"] = derive("model", "vocab_size", -(-vocab_size // 64) * 64, why)
@@ -143,10 +147,10 @@ def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., ob
 
 
 def with_workers(config: Config, workers: int) -> Config:
-    """A resolved config with as many processes, by its data parallelism.
+    """A resolved config changed to this number of processes, by its data parallelism.
 
     Raises:
-        ConfigError: cluster.workers does not allow it, or the other degrees do not go with it.
+        ConfigError: cluster.workers does not allow it, or the other degrees do not divide it.
     """
     if workers == config.parallel.world_size:
         return config
@@ -154,9 +158,9 @@ def with_workers(config: Config, workers: int) -> Config:
     fewest, most = config.cluster.workers or (config.parallel.world_size,) * 2
     if workers % others or not fewest <= workers <= most:
         raise ConfigError(
-            f"{counted(workers, 'process', 'was/were')} started but parallel.dp * tp * pp * sp asks for "
-            f"{config.parallel.world_size}: "
-            f"start as many, change it, or allow it with cluster.workers=[fewest, most]"
+            f"{counted(workers, 'process', 'was/were')} started but parallel.dp * tp * pp * sp is "
+            f"{config.parallel.world_size}: start as many, change the degrees, or allow it with "
+            "cluster.workers=[min, max]"
         )
     changes = {
         "parallel": config.parallel.model_copy(update={"dp": workers // others}),
@@ -167,7 +171,7 @@ def with_workers(config: Config, workers: int) -> Config:
 
 
 def worker_counts(config: Config) -> list[int]:
-    """The numbers of processes that a resolved config can be trained with, the most first."""
+    """The numbers of processes that a resolved config can be trained with, largest first."""
     parallel, world = config.parallel, config.parallel.world_size
     others = world // parallel.dp
 
@@ -184,20 +188,20 @@ def worker_counts(config: Config) -> list[int]:
 
 MAY_CHANGE = (
     "parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root",
-    # The same numbers by other means:
+    # The same result, computed differently:
     "train.activation_checkpointing", "train.checkpoint_every_layers",
-    # What is only watched:
+    # Monitoring only:
     "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch", "data.limits.",
 )  # fmt: skip
-"""Keys that a run may change between attempts; any other difference makes it another run."""
+"""Keys that may change between attempts of a run; a change of any other key makes it another run."""
 
 
 def differences(before: Config, after: Config) -> tuple[dict, dict]:
     """Compare two resolved configs of one run.
 
     Returns:
-        `(allowed, refused)`, each `{key: (before, after)}`: changes that are recorded as an event, and changes of
-        what the run is.
+        `(allowed, refused)`, each `{key: (before, after)}`: changes that are recorded as an event, and changes
+        that would make it another run.
     """
     old, new = flatten(before), flatten(after)
     changed = {key: (old.get(key), new.get(key)) for key in old | new if old.get(key) != new.get(key)}
@@ -210,7 +214,7 @@ def differences(before: Config, after: Config) -> tuple[dict, dict]:
 
 
 def _moved(before: Any, now: Any) -> bool:
-    """Whether paths are as before in the working directory, of which each job of a cluster has its own copy."""
+    """Whether paths are unchanged relative to the working directory: each job of a cluster has its own copy of that."""
     old, new = ([value] if isinstance(value, str) else list(value or ()) for value in (before, now))
     here = Path.cwd()
 

@@ -1,4 +1,4 @@
-"""Numbers with their units, as messages and tables show them."""
+"""Formatting of numbers with their units, for messages and tables."""
 
 import re
 import time
@@ -9,7 +9,7 @@ SIZES = ((" EB", 1e18), (" PB", 1e15), (" TB", 1e12), (" GB", 1e9), (" MB", 1e6)
 
 
 def counted(number: float, what: str, verbs: str = "") -> str:
-    """`1 file`, `2 files`, `1,000 processes`, `0.5 CPUs`; with `verbs` such as "is/are" `1 file is`, `2 files are`."""
+    """`1 file`, `2 files`, `1,000 processes`, `0.5 CPUs`; with `verbs`, such as "is/are" `1 file is`, `2 files are`."""
     many = "es" if what.endswith(("s", "x", "ch")) else "s"
     said = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     one, _, more = verbs.partition("/")
@@ -17,13 +17,13 @@ def counted(number: float, what: str, verbs: str = "") -> str:
 
 
 def scientific(value: float) -> str:
-    """`1e13`, `2.52e21`: at most three digits, fit for a name."""
+    """`1e13`, `2.52e21`: at most three digits, for use in names."""
     digits, exponent = f"{value:.2e}".split("e")
     return f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
 
 
 def short(count: float) -> str:
-    """`1.24M`, `350B`: three significant digits, fit for a name."""
+    """`1.24M`, `350B`: three significant digits, for use in names."""
     return _scaled(count, COUNTS)
 
 
@@ -44,7 +44,7 @@ def duration(seconds: float) -> str:
 
 
 def seconds_in(text: str) -> float | None:
-    """What `duration` wrote there, as far as its digits go; None where nothing is a duration."""
+    """Parse what `duration` wrote, to the digits shown; None if there is no duration."""
     parts = re.findall(r"\b(\d[\d,]{0,15}(?:\.\d{1,9})?) (ms|s|min|h|days)\b", text)
     return sum(float(number.replace(",", "")) * SECONDS[unit] for number, unit in parts) if parts else None
 
@@ -62,7 +62,7 @@ def ago(then: float | None) -> str:
 
 def _scaled(value: float, units: tuple[tuple[str, float], ...]) -> str:
     for unit, one in units:
-        if value >= one * 0.9995:  # what three digits round up to the next unit
+        if value >= one * 0.9995:  # where rounding to three digits reaches the next unit
             return f"{value / one:.3g}{unit}"
     return f"{value:.3g}{units[-1][0]}"
 

@@ -1,1 +1,1 @@
-"""Read what anyone may have written, within bounds: YAML, JSON, the page headers of Parquet."""
+"""Bounded parsing of untrusted input: YAML, JSON, Parquet page headers."""

@@ -1,4 +1,4 @@
-"""Read the headers of a column's Parquet pages: how large each will be unpacked, which pyarrow does not tell.
+"""Read the headers of a column's Parquet pages: the unpacked size of each, which pyarrow does not expose.
 
 https://github.com/apache/parquet-format/blob/master/src/main/thrift/parquet.thrift (PageHeader), in Thrift's compact
 protocol.
@@ -7,7 +7,7 @@ protocol.
 from typing import Any, NamedTuple
 
 HEADER_BYTES = 1 << 14
-"""More than any header has; they can hold statistics."""
+"""Largest page header, with room for statistics."""
 
 
 class Page(NamedTuple):
@@ -25,7 +25,7 @@ def pages(file: Any, start: int, size: int) -> list[Page]:
         size: bytes of the chunk.
 
     Raises:
-        ValueError: what stands there is not pages.
+        ValueError: these bytes are not valid pages.
     """
     found, end = [], start + size
     while start < end:
@@ -33,7 +33,7 @@ def pages(file: Any, start: int, size: int) -> list[Page]:
         values = header.struct()
         page = Page(values.get(2, -1), values.get(3, -1))
         if page.unpacked < 0 or page.packed < 0:
-            raise ValueError("a page without a size")
+            raise ValueError("a page header has no size")
         found.append(page)
         start += header.at + page.packed
     return found
@@ -44,7 +44,7 @@ class _Header:
         self.data, self.at = data, 0
 
     def struct(self, depth: int = 0) -> dict[int, int]:
-        """The integers of a struct by the number of their field; everything else is passed over."""
+        """The integer fields of a struct, by field number; everything else is skipped."""
         values, number = {}, 0
         while byte := self._byte():
             step, kind = byte >> 4, byte & 15
@@ -60,13 +60,13 @@ class _Header:
                 self.at += length
             elif kind == 12 and depth < 4:
                 self.struct(depth + 1)
-            elif kind not in (1, 2):  # a boolean is its own value; a page's header has no lists or maps
-                raise ValueError(f"a field of kind {kind} in a page's header")
+            elif kind not in (1, 2):  # a boolean's value is in its type; a page header has no lists or maps
+                raise ValueError(f"field type {kind} is not allowed in a page header")
         return values
 
     def _byte(self) -> int:
         if self.at >= len(self.data):
-            raise ValueError("a page's header is cut off")
+            raise ValueError("a page header is truncated")
         self.at += 1
         return self.data[self.at - 1]
 
@@ -79,7 +79,7 @@ class _Header:
             if byte < 128:
                 return value
             if shift > 63:
-                raise ValueError("a number in a page's header is too long")
+                raise ValueError("an integer in a page header is too long")
 
     def _integer(self) -> int:
         value = self._varint()

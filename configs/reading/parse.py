@@ -1,4 +1,4 @@
-"""YAML and JSON that anyone may have written: plain values, within bounds, or ValueError with one line."""
+"""Bounded parsing of untrusted YAML and JSON: plain values, or ValueError with one line."""
 
 import json
 import re
@@ -9,28 +9,28 @@ from typing import Any
 import yaml
 
 MAX_BYTES = 512 * 1024
-"""Of a YAML file; the configs of a large sweep take some thousand bytes."""
+"""Most bytes of a YAML file; the configs of a large sweep take a few thousand."""
 MAX_JSON_BYTES = 4 * 1024**2
 MAX_JSON_VALUES = 1 << 20
-"""Of JSON, a list or mapping being one and those in it more: each takes some hundred bytes of memory."""
+"""Most values in JSON, counting each list or mapping and every item in it; each takes some hundred bytes of memory."""
 MAX_VALUES = 20_000
-"""Of YAML, each counted as often as aliases repeat it."""
+"""Most values in YAML, each counted as often as aliases repeat it."""
 MAX_DEPTH = 64
 MAX_DIGITS = 100
-"""Characters of one number."""
+"""Most characters of one number."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
-"""What no name and no path contains."""
+"""Characters that no name or path may contain."""
 _NOT_SHOWN = re.compile(CONTROL.pattern + "|[\u2028-\u202e\u2066-\u2069]")
 
 
 def parse_yaml(text: str) -> Any:
     """YAML as strings, numbers, booleans, None, lists, and dicts whose keys are strings, none of them shared.
 
-    YAML 1.1 as PyYAML reads it, but 1e-3 is a number (YAML 1.2), a date is a string, and a key that stands twice, a tag
-    and an alias to what it stands in are errors.
+    YAML 1.1 as PyYAML reads it, except that 1e-3 is a number (YAML 1.2), a date is a string, and duplicate keys, tags
+    and recursive aliases are errors.
 
     Raises:
-        ValueError: with one line: what is wrong, and where.
+        ValueError: one line that says what is wrong, and where.
     """
     try:
         return _unshared(yaml.load(text, Loader=_Loader))
@@ -43,8 +43,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def parse_json(text: str | bytes, most: int = MAX_JSON_VALUES) -> Any:
-    """JSON (RFC 8259). Raises ValueError with one line, also for over `most` values, where a key stands twice, and for
-    NaN and Infinity."""
+    """JSON (RFC 8259). Raises ValueError with one line, also for more than `most` values, duplicate keys, NaN and
+    Infinity."""
     check_values(text, most)
     try:
         tree = json.loads(text, object_pairs_hook=_once_each, parse_constant=_no_number)
@@ -54,7 +54,7 @@ def parse_json(text: str | bytes, most: int = MAX_JSON_VALUES) -> Any:
         raise ValueError("it is nested too deep") from None
     except ValueError as error:
         if "integer string conversion" in str(error):
-            raise ValueError("a whole number has thousands of digits") from None
+            raise ValueError("an integer has thousands of digits") from None
         raise
     level, depth = [tree], 0
     while level := [each for each in level if isinstance(each, dict | list)]:
@@ -66,9 +66,10 @@ def parse_json(text: str | bytes, most: int = MAX_JSON_VALUES) -> Any:
 
 
 def check_values(text: str | bytes, most: int) -> None:
-    """Raise ValueError for a JSON text that may hold over `most` values, without parsing it.
+    """Raise ValueError for a JSON text that may contain over `most` values, without parsing it.
 
-    Each value but the first begins its list or mapping, or follows a comma; commas and brackets within texts count too.
+    Each value but the first opens its list or mapping, or follows a comma; commas and brackets inside strings count
+    too.
     """
     signs = (",", "[", "{") if isinstance(text, str) else (b",", b"[", b"{")
     if sum(map(text.count, signs)) > most:  # type: ignore[arg-type]
@@ -76,7 +77,7 @@ def check_values(text: str | bytes, most: int) -> None:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A file's text. Raises OSError, and ValueError if it is no UTF-8 or has more bytes than `most`."""
+    """A file's text. Raises OSError, and ValueError if it is not UTF-8 or has more than `most` bytes."""
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
@@ -88,27 +89,27 @@ def read_text(path: Path, most: int) -> str:
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is such a file; also False where no file can have that path."""
+    """Whether the file exists; False also for a path that no file can have."""
     try:
         return path.is_file()
-    except (OSError, ValueError):  # too long, NUL
+    except (OSError, ValueError):  # too long, or with a NUL
         return False
 
 
 def shortened(value: object, most: int = 80) -> str:
-    """A value's text as a message shows it: on one line, at most that long, control characters as escapes."""
+    """A value's text as a message shows it: one line of at most `most` characters, control characters escaped."""
     text = str(value)
     text = text if len(text) <= most else text[: most - 3] + "..."
     return _NOT_SHOWN.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def clip(value: object, most: int = 300) -> str:
-    """As `shortened`, with each run of white space as one blank."""
+    """As `shortened`, with each run of white space replaced by one space."""
     return shortened(" ".join(str(value)[: 4 * most].split()), most)
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes no more than the bounds allow, and constructs what it composed."""
+    """A loader that composes and constructs within the bounds."""
 
     def __init__(self, stream: str) -> None:
         super().__init__(stream)
@@ -118,7 +119,7 @@ class _Loader(yaml.SafeLoader):
         event = self.peek_event()
         tag = getattr(event, "tag", None)
         if tag not in (None, "!", "tag:yaml.org,2002:str"):
-            raise _problem(f"the tag {shortened(tag, 60)!r} has no place here: leave it out", event.start_mark)
+            raise _problem(f"the tag {shortened(tag, 60)!r} is not allowed: remove it", event.start_mark)
         self._depth, self._values = self._depth + 1, self._values + 1
         self._check(self._depth, self._values, event.start_mark)
         node = super().compose_node(parent, index)
@@ -132,15 +133,15 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def _measure(self, node: yaml.Node, depth: int, sizes: dict[int, tuple[int, int]], above: list[int]) -> None:
-        """Check a node with all below it and fill `sizes` with the values and levels it has after expansion.
+        """Check a node and its descendants, and fill `sizes` with the number of values and levels after expansion.
 
         Args:
-            depth: level it stands at.
-            sizes: {id of a node: its values and levels}, of the nodes seen before.
-            above: ids of the nodes that it stands in.
+            depth: its level.
+            sizes: {id of a node: its values and levels}, for nodes already seen.
+            above: ids of its ancestors.
         """
         if id(node) in above:
-            raise _problem("an alias names what it stands in", node.start_mark)
+            raise _problem("an alias refers to its own ancestor", node.start_mark)
         if id(node) not in sizes:
             above.append(id(node))
             values, levels = 1, 0
@@ -153,7 +154,7 @@ class _Loader(yaml.SafeLoader):
         self._check(depth + sizes[id(node)][1] - 1, sizes[id(node)][0], node.start_mark)
 
     def _parts(self, node: yaml.Node) -> list[yaml.Node]:
-        """What a node holds. Raises YAMLError for what is wrong with the node itself."""
+        """The children of a node. Raises YAMLError if the node itself is invalid."""
         if isinstance(node, yaml.SequenceNode):
             return list(node.value)
         if isinstance(node, yaml.MappingNode):
@@ -161,22 +162,22 @@ class _Loader(yaml.SafeLoader):
             for key, _ in node.value:
                 self._check_key(key)
                 if key.value in seen:
-                    raise _problem(f"the key {shortened(key.value, 60)} stands twice", key.start_mark)
+                    raise _problem(f"duplicate key {shortened(key.value, 60)}", key.start_mark)
                 seen.add(key.value)
             return [part for pair in node.value for part in pair]
         if "\0" in node.value or any("\ud800" <= letter <= "\udfff" for letter in node.value):
-            raise _problem("a text contains NUL, or half of a surrogate pair", node.start_mark)
+            raise _problem("a string contains NUL or an unpaired surrogate", node.start_mark)
         if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:
             raise _problem(f"a number has {len(node.value):,} characters", node.start_mark)
         return []
 
     def _check_key(self, key: yaml.Node) -> None:
         if not isinstance(key, yaml.ScalarNode):
-            raise _problem("a key is a list or a mapping: it should be text", key.start_mark)
+            raise _problem("a key is a list or a mapping: it should be a string", key.start_mark)
         if key.tag not in _KEYS:
             kind = key.tag.rpartition(":")[2]
             raise _problem(
-                f"the key {shortened(key.value, 60) or '(none)'} is read as {kind}: put it in quotes", key.start_mark
+                f"the key {shortened(key.value, 60) or '(none)'} is read as {kind}: quote it", key.start_mark
             )
 
     def _check(self, depth: int, values: int, mark: Any) -> None:
@@ -193,7 +194,7 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 FLOAT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$")
-"""Numbers of YAML 1.2 that PyYAML takes for text."""
+"""YAML 1.2 numbers that PyYAML reads as text."""
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT, list("-+0123456789"))
 
 
@@ -202,7 +203,7 @@ def _problem(what: str, mark: Any) -> yaml.MarkedYAMLError:
 
 
 def _unshared(value: Any) -> Any:
-    """The same without objects that stand in two places: who changes one must not change the other."""
+    """A deep copy without shared objects, so that changing one does not change another."""
     if isinstance(value, dict):
         return {key: _unshared(each) for key, each in value.items()}
     return [_unshared(each) for each in value] if isinstance(value, list) else value
@@ -213,9 +214,9 @@ def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         seen: set[str] = set()
         twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key {shortened(twice, 60)!r} stands twice")
+        raise ValueError(f"duplicate key {shortened(twice, 60)!r}")
     return found
 
 
 def _no_number(name: str) -> float:
-    raise ValueError(f"{name} is no JSON number")
+    raise ValueError(f"{name} is not a JSON number")

@@ -1,4 +1,4 @@
-"""When checkpoints are written and which are kept."""
+"""When checkpoints are written and which of them are kept."""
 
 from typing import Literal
 
@@ -9,10 +9,11 @@ from configs.base import Section
 
 class CheckpointConfig(Section):
     every: NonNegativeInt | Literal["auto"] = 100
-    """Steps between checkpoints; 0: only at the end and on a signal; auto: by what one costs and how often it fails."""
+    """Steps between checkpoints; 0: only at the end and on a signal; auto: from the cost of a checkpoint and the
+    failure rate."""
     keep: PositiveInt = 2
-    """Newest checkpoints that are kept."""
+    """How many of the newest checkpoints are kept."""
     keep_every: PositiveInt | None = None
-    """Steps whose multiples are kept for good."""
+    """Checkpoints at multiples of this step are kept permanently."""
     background: bool = True
-    """Write on another thread; training waits only for the snapshot."""
+    """Write in a background thread; training waits only for the snapshot."""

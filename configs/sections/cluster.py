@@ -1,4 +1,4 @@
-"""Where the processes of a run live: Ray and the share of a node each one gets."""
+"""Where a run's processes live: Ray, and each process's share of a node."""
 
 from typing import Annotated
 
@@ -7,29 +7,30 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, field_validator
 from configs.base import Section
 
 Workers = Annotated[int, Field(gt=0, le=2**14)]
-"""Each number of processes between fewest and most is considered."""
+"""Upper bound on `workers`: every number of processes in the range is considered."""
 
 
 class ClusterConfig(Section):
     address: str | None = None
     """Ray address to join; None: RAY_ADDRESS, else a local Ray for this run."""
     cpus_per_worker: PositiveFloat | None = None
-    """CPUs that each worker process reserves and computes with; None: this machine's share."""
+    """CPUs that each worker process reserves and computes with; None: an equal share of this machine."""
     gpus_per_worker: float | None = Field(None, ge=0)
-    """None: 1 where the node has GPUs, else 0."""
+    """GPUs per worker; None: 1 if the node has GPUs, else 0."""
     workers: tuple[Workers, Workers] | None = None
-    """Fewest and most processes (elastic): a run shrinks to what is left of the cluster and grows again, by its data
-    parallelism, with the same global batch. None: always all of parallel.*"""
+    """Minimum and maximum number of processes (elastic): a run shrinks to what is left of the cluster and grows again
+    through its data parallelism, at the same global batch. None: always all of parallel.*"""
     max_failures: NonNegativeInt = 3
-    """Lost processes without a new checkpoint between after which the run is not started again."""
+    """Worker failures in a row, without a new checkpoint in between, after which the run is not restarted."""
     timeout: PositiveFloat = 1800.0
-    """Seconds a collective, or anything between two steps, may take before the attempt is ended."""
+    """Seconds that a collective, or anything else between two steps, may take before the attempt is ended."""
     hang_timeout: PositiveFloat = 300.0
-    """Seconds without a step, at least, after which the attempt is ended; ten times its slowest of late, if more."""
+    """Minimum number of seconds without a step after which the attempt is ended; ten times the slowest recent step if
+    that is more."""
 
     @field_validator("workers")
     @classmethod
     def _fewest_first(cls, workers: tuple[int, int] | None) -> tuple[int, int] | None:
         if workers and workers[0] > workers[1]:
-            raise ValueError(f"fewest first, then most: [{workers[1]}, {workers[0]}]")
+            raise ValueError(f"minimum first, then maximum: [{workers[1]}, {workers[0]}]")
         return workers

@@ -8,7 +8,7 @@ from configs.base import Length, Section, Size, file_path
 
 
 class Source(Section):
-    """One source of a mixture: a prepared folder and its share of the sequences."""
+    """One source of a mixture: a prepared folder and its sampling weight."""
 
     path: str
     """A folder made by `muster data prepare`."""
@@ -27,53 +27,54 @@ class PrepareConfig(Section):
     vocab_size: Size = Field(default=4096, ge=257)
     """Size of a trained BPE vocabulary."""
     held_out: float = Field(default=0.05, ge=0, lt=1)
-    """Share of the documents that no training run sees."""
+    """Fraction of the documents held out from all training runs."""
     seed: int = 0
-    """Of the split by document."""
+    """Seed of the split by document."""
     row_group_tokens: Length = 65536
-    """Tokens of one Parquet row group, the unit of reading and shuffling; at least train.seq_len."""
+    """Tokens in one Parquet row group, the unit of reading and shuffling; at least train.seq_len."""
 
     _path = field_validator("tokenizer")(file_path)
 
 
 class LimitsConfig(Section):
-    """What reading other people's files may take; what takes more is refused, with its name. A few bytes can unpack to
+    """Limits on reading untrusted files; a file that exceeds them is refused by name. A few bytes can unpack to
     billions, and no library that reads them sets a bound."""
 
     expansion: int = Field(default=256, ge=1, le=10**6)
-    """Bytes that a byte of a compressed or Parquet file may unpack to, a record counting as 256 more; where that comes
-    to less, 16 MiB."""
+    """Most bytes that one byte of a compressed or Parquet file may unpack to, a record counting as 256 more; 16 MiB
+    where that comes to less."""
     memory: int = Field(default=128, ge=16, le=1 << 24)
-    """MiB of memory to read a Parquet file, a tokenizer.json or a block of prepared data; more where that is large."""
+    """MiB of memory for reading a Parquet file, a tokenizer.json or a block of prepared data; more where that is large.
+    """
     seconds: int = Field(default=1, ge=1, le=10**6)
-    """Processor time for the same; more where the file or the text is large."""
+    """Seconds of CPU time for the same; more where the file or the text is large."""
 
 
 class ImagesConfig(Section):
-    """How images are read, for tasks that learn from them."""
+    """How images are read, for tasks that learn from images."""
 
     size: Size | None = None
-    """Height and width that they are resized to; None: they all have one size."""
+    """Height and width that images are resized to; None: all must already have the same size."""
     channels: Literal[1, 3] = 3
-    """3: red, green and blue, 1: grey; they are converted."""
+    """3: RGB; 1: greyscale; images are converted."""
 
 
 class DataConfig(Section):
     path: str | tuple[Source, ...] = "stdlib"
-    """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source of this machine's
-    own Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them,
-    as Hugging Face `datasets` writes them, with nothing to prepare."""
+    """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
+    Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
+    Hugging Face `datasets` writes them; no preparation is needed."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
     document_mask: bool = True
-    """Attention stays inside a document and positions restart at each."""
+    """Attention stays within a document and positions restart at each document."""
     on_bad_page: Literal["stop", "skip"] = "stop"
-    """A page that fails its checksum stops the run, or its sequences weigh zero and are counted."""
+    """What happens when a page fails its checksum: the run stops, or its sequences get weight zero and are counted."""
     prefetch: int = Field(4, gt=0, le=2**16)
     """Micro-batches read ahead of the training thread."""
     prepare: PrepareConfig = PrepareConfig()
     """How raw text becomes token shards."""
     limits: LimitsConfig = LimitsConfig()
-    """What reading other people's files may take."""
+    """Limits on reading untrusted files."""
 
     _path = field_validator("path")(file_path)

@@ -1,4 +1,4 @@
-"""The section `model:` is that of its family: the decoder's own, or one that a plugin brings."""
+"""The section `model:` has the keys of its family: the decoder's, or those of a plugin."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -14,24 +14,24 @@ class ModelSection(Section):
     """Keys of a family of models; a plugin's family subclasses this.
 
     Attributes:
-        default_task: what the family learns where the config names no task.
-        cuts: the degrees of parallel.* that cut its network, of tp, pp, ep and sp. None: it goes with dp and ZeRO only.
+        default_task: the task if the config names none.
+        cuts: the degrees of parallel.* that can split its network, of tp, pp, ep and sp. None: dp and ZeRO only.
     """
 
     default_task: ClassVar[str] = ""
     cuts: ClassVar[frozenset[str]] = frozenset()
 
     family: str = DECODER
-    """Entry of the family table (`models/families.py`) or one that a plugin registers."""
+    """Entry of the family table (`models/families.py`), or one that a plugin registers."""
 
     @property
     def is_known(self) -> bool:
-        """Whether the keys were checked: not before the plugin is loaded that brings the family."""
+        """Whether the keys were checked: not until the plugin that defines the family is loaded."""
         return True
 
 
 class UnknownFamily(ModelSection):
-    """The keys of a family whose plugin is not loaded, as they were given: enough to list and to compare runs."""
+    """The keys, as given, of a family whose plugin is not loaded: enough to list and compare runs."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -41,11 +41,11 @@ class UnknownFamily(ModelSection):
 
 
 SECTIONS: dict[str, type[ModelSection]] = {}
-"""By family: `models.families.FAMILIES` fills it."""
+"""Config class by family name: `models.families.FAMILIES` fills it."""
 
 
 def by_family(value: Any, of_decoder: ValidatorFunctionWrapHandler) -> Any:
-    """Validate the section of a model as that of its family."""
+    """Validate a model section by the rules of its family."""
     family = value.get("family", DECODER) if isinstance(value, Mapping) else getattr(value, "family", DECODER)
     if family == DECODER or not isinstance(family, str):
         return of_decoder(value)

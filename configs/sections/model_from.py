@@ -1,4 +1,4 @@
-"""`model: {from: FOLDER}`: what a model in a folder is made of, under the keys that the config gives beside it."""
+"""`model: {from: FOLDER}`: the keys of a model in a folder, with the keys given in the config on top."""
 
 import contextlib
 import importlib
@@ -15,19 +15,19 @@ KEY = "from"
 TOKENIZER = "tokenizer.json"
 ORIGINAL = "original_max_positions"
 READER = "models.hf.config_json"
-"""Its `model_keys` gives the keys of the model in a folder. It imports configs, so it is imported when it is needed."""
+"""Module whose `model_keys` reads the keys of a model in a folder. It imports configs, so it is imported only when
+needed."""
 
 
 def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
-    """The tree with the model's keys in the place of `model.from`, and the folder's tokenizer for `data.path: stdlib`.
-
-    What is no tree of a config is given back, for its validation to explain.
+    """The tree with the model's keys in place of `model.from`, and the folder's tokenizer for `data.path: stdlib`. A
+    malformed tree is returned unchanged, for validation to explain.
 
     Returns:
-        The tree; {key: why} of what else was taken from a folder: the original length of stretched positions.
+        The tree; {key: why} of anything else taken from a folder: the original context length of scaled positions.
 
     Raises:
-        ConfigError: no such folder, or a model that is not read.
+        ConfigError: no such folder, or a model that cannot be read.
     """
     model = tree.get("model") if isinstance(tree, Mapping) else None
     if not isinstance(model, Mapping):
@@ -42,7 +42,7 @@ def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
     except ValueError as error:
         raise ConfigError(f"{where}: model.from={shown(source)}: {error}") from None
     if is_file(folder):
-        raise ConfigError(f"{where}: model.from={shown(source)} is a file: name its folder")
+        raise ConfigError(f"{where}: model.from={shown(source)} is a file: give its folder")
     try:
         below = _read(folder)
     except ConfigError as error:
@@ -61,7 +61,8 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of `above` over those of `below`, section by section; one of another `kind` takes nothing over."""
+    """Merge the keys of `above` over those of `below`, section by section; a section of another `kind` inherits
+    nothing."""
     found = dict(below)
     for key, value in above.items():
         under = below.get(key)
@@ -76,8 +77,8 @@ def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
 def _with_original(
     tree: dict[str, Any], below: Mapping[str, Any] | None = None, source: str = ""
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tree with the original length of its stretched positions, if it lacks that and `below`, the keys of the model
-    that it begins from, tell it; and why."""
+    """Add the original context length of scaled positions, if it is missing and `below`, the keys of the model that
+    this one starts from, give it; also returns why."""
     model = tree["model"]
     rope = model.get("rope_scaling")
     if not isinstance(rope, Mapping) or rope.get("kind") not in STRETCHED_FROM or rope.get(ORIGINAL) is not None:
@@ -87,7 +88,7 @@ def _with_original(
     scaled = below.get("rope_scaling")
     if scaled is None:
         key, length = "max_positions", below.get("max_positions")
-    else:  # by the same formula, or it says nothing of the original length under another
+    else:  # by the same formula, or one that says nothing of the original length under another
         key, length = f"rope_scaling.{ORIGINAL}", scaled.get(ORIGINAL) if scaled["kind"] == rope["kind"] else None
     if length is None:
         return tree, {}
@@ -96,9 +97,9 @@ def _with_original(
 
 
 def _warm_start(train: Any) -> tuple[dict[str, Any], str]:
-    """The keys of the model that `train.init_from` names, and what it is called; none where it cannot be read."""
+    """The keys of the model that `train.init_from` names, and its name; none if it cannot be read."""
     source = train.get("init_from") if isinstance(train, Mapping) else None
-    with contextlib.suppress(ValueError):  # of which ConfigError is one: the start of the run explains it
+    with contextlib.suppress(ValueError):  # includes ConfigError: the start of the run explains it
         if isinstance(source, str) and source:
             return _read(Path(file_path(source)).expanduser().absolute()), f"train.init_from={source}"
     return {}, ""

@@ -13,13 +13,13 @@ class Optimizer(NamedTuple):
     """What is known of an optimizer without torch."""
 
     states: int
-    """fp32 values that it keeps for each weight."""
+    """How many fp32 values it keeps per weight."""
     kernel: Literal["fused", "foreach", "loop"]
-    """What a step is: one pass, operations over whole groups, or a tensor after the other."""
+    """How a step is computed: in one fused pass, by operations over whole groups, or tensor by tensor."""
     has_momentum: bool = False
-    """One of its states is momentum's, and is not there where `optim.momentum` is 0."""
+    """One of its states is the momentum, absent if `optim.momentum` is 0."""
     whole_matrices: bool = False
-    """It needs the shapes of weights, which ZeRO 1 to 3 flatten: it runs at ZeRO-0 alone."""
+    """It needs the shapes of weights, which ZeRO 1 to 3 flatten: it runs at ZeRO-0 only."""
 
 
 OPTIMIZERS = {
@@ -28,9 +28,9 @@ OPTIMIZERS = {
     "sgd": Optimizer(1, "fused", has_momentum=True),
     "adagrad": Optimizer(1, "foreach"),
     "rmsprop": Optimizer(2, "foreach", has_momentum=True),
-    "adafactor": Optimizer(0, "loop", whole_matrices=True),  # a row and a column of a matrix: next to nothing
+    "adafactor": Optimizer(0, "loop", whole_matrices=True),  # a row and a column per matrix: negligible
     "lion": Optimizer(1, "loop"),
-    "muon": Optimizer(1, "loop", whole_matrices=True),  # 2 for the embedding, the head and norms, which take AdamW
+    "muon": Optimizer(1, "loop", whole_matrices=True),  # 2 for the embedding, the head and norms, which use AdamW
 }
 
 
@@ -40,28 +40,28 @@ class OptimConfig(Section):
     lr: PositiveFloat = 1e-3
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = (0.9, 0.95)
-    """Adam, AdamW, Lion; Muon's AdamW part."""
+    """For Adam, AdamW, Lion and Muon's AdamW part."""
     eps: PositiveFloat = 1e-8
-    """Added to the denominator: AdamW, Adam, Adagrad, RMSprop; Muon's AdamW part."""
+    """Added to the denominator: AdamW, Adam, Adagrad, RMSprop, and Muon's AdamW part."""
     weight_decay: float = Field(0.1, ge=0)
-    """Decoupled for AdamW, Adafactor, Lion and Muon, L2 for the others."""
+    """Decoupled for AdamW, Adafactor, Lion and Muon; L2 for the others."""
     decay_all: bool = False
-    """Decay norms, biases and embeddings too."""
+    """Also decay norms, biases and embeddings."""
     momentum: float = Field(0.9, ge=0, lt=1)
-    """SGD, RMSprop and Muon."""
+    """For SGD, RMSprop and Muon."""
     nesterov: bool = True
-    """SGD and Muon."""
+    """Nesterov momentum, for SGD and Muon."""
     alpha: float = Field(0.99, gt=0, lt=1)
     """RMSprop's smoothing constant."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential"] = "cosine"
-    """Course of the learning rate after the warmup."""
+    """Shape of the learning rate after the warmup."""
     warmup: NonNegativeInt = 0
-    """Steps of linear warmup from 0, before every schedule."""
+    """Steps of linear warmup from 0, with every schedule."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Last learning rate as a share of the peak: linear, cosine, WSD, exponential."""
+    """Final learning rate as a fraction of the peak: linear, cosine, WSD, exponential."""
     decay_steps: PositiveInt | None = None
     """WSD: length of the final decay; None: a fifth of the run."""
     step_every: PositiveInt | None = None
-    """Step: steps between drops; None: a third of the run."""
+    """Step schedule: steps between drops; None: a third of the run."""
     step_factor: float = Field(0.1, gt=0, le=1)
-    """Step: factor of each drop."""
+    """Step schedule: factor of each drop."""

@@ -1,4 +1,4 @@
-"""Topology: the degrees of parallelism and the ZeRO stage. What cannot be combined stands in `configs.topology`."""
+"""Topology: the degrees of parallelism and the ZeRO stage. The rules for combining them are in `configs.topology`."""
 
 from typing import Any, Literal
 
@@ -10,15 +10,16 @@ MOST_PROCESSES = 2**20
 MOST_STAGES = 2**10
 REFUSED = {
     "cp": "context parallelism (ring attention) is not in DeepSpeed 0.19: set parallel.sp (Ulysses)",
-    "dualpipe": "DualPipe, with all weights twice, is not in DeepSpeed 0.19: set parallel.pp_schedule=dualpipev",
-    "mics": "MiCS was removed from DeepSpeed (issue 8489 there): set parallel.hpz with parallel.zero_stage=3",
-    "vpp": "a virtual pipeline (interleaved 1F1B) is not in DeepSpeed 0.19: set parallel.pp_schedule=dualpipev",
+    "dualpipe": "DualPipe, which keeps two copies of the weights, is not in DeepSpeed 0.19: set "
+    "parallel.pp_schedule=dualpipev",
+    "mics": "MiCS was removed from DeepSpeed (its issue 8489): set parallel.hpz with parallel.zero_stage=3",
+    "vpp": "interleaved 1F1B (virtual pipeline stages) is not in DeepSpeed 0.19: set parallel.pp_schedule=dualpipev",
 }
-"""Kinds of parallelism known elsewhere, and what to use instead."""
+"""Kinds of parallelism that other frameworks have, and what to use instead."""
 
 
 class ParallelConfig(Section):
-    """World size is dp * tp * pp * sp; expert parallelism uses the ranks of dp, tp and sp again."""
+    """World size is dp * tp * pp * sp; expert parallelism reuses the ranks of dp, tp and sp."""
 
     dp: Degree = 1
     """Data parallel: each rank reads its own micro-batches."""
@@ -27,17 +28,20 @@ class ParallelConfig(Section):
     pp: int = Field(1, gt=0, le=MOST_STAGES)
     """Pipeline parallel: layers are split into stages."""
     pp_schedule: Literal["1f1b", "dualpipev"] = "1f1b"
-    """`dualpipev`: each rank holds two of 2 * pp stages, in a V, so that it waits less; needs 2 * pp micro-batches."""
+    """`dualpipev`: each rank holds two of 2 * pp stages, arranged in a V, for a smaller pipeline bubble; needs 2 * pp
+    micro-batches."""
     ep: Degree = 1
-    """Expert parallel: experts are split, tokens travel (AutoEP)."""
+    """Expert parallel: experts are split and tokens are sent to them (AutoEP)."""
     sp: Degree = 1
-    """Sequence parallel: each sequence is split, attention by heads (Ulysses)."""
+    """Sequence parallel: each sequence is split, and attention by heads (Ulysses)."""
     zero_stage: Literal[0, 1, 2, 3] = 0
-    """What the data-parallel ranks share out: 1 optimizer states, 2 gradients too, 3 weights too."""
+    """What the data-parallel ranks partition: 1: optimizer states, 2: gradients too, 3: weights too."""
     hpz: Degree = 1
-    """ZeRO-3: as many neighbouring ranks also share a whole copy of the weights, for gathers within a node (hpZ)."""
+    """ZeRO-3: groups of this many neighbouring ranks also hold a full copy of the weights, so that gathers stay within
+    a node (hpZ)."""
     offload: Literal["none", "optimizer", "parameters"] = "none"
-    """What waits in CPU memory: optimizer states and their step (ZeRO 1 to 3); `parameters`: weights too (ZeRO-3)."""
+    """What is kept in CPU memory: `optimizer`: optimizer states and their step (ZeRO 1 to 3); `parameters`: weights too
+    (ZeRO-3)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -50,9 +54,7 @@ class ParallelConfig(Section):
     @model_validator(mode="after")
     def _check(self):
         if self.world_size > MOST_PROCESSES:
-            raise ValueError(
-                f"parallel.dp * tp * pp * sp asks for {self.world_size:,} processes: at most {MOST_PROCESSES:,}"
-            )
+            raise ValueError(f"parallel.dp * tp * pp * sp is {self.world_size:,} processes: at most {MOST_PROCESSES:,}")
         return self
 
     @property
@@ -61,5 +63,5 @@ class ParallelConfig(Section):
 
     @property
     def stages(self) -> int:
-        """Stages of the pipeline; of DualPipeV two on each rank."""
+        """Stages of the pipeline; with DualPipeV, two per rank."""
         return self.pp * (2 if self.pp_schedule == "dualpipev" else 1)

@@ -1,4 +1,4 @@
-"""Identity of a run and the whole config: one object that says what a run is."""
+"""Identity of a run, and the whole config in one object."""
 
 import re
 from typing import Annotated
@@ -18,11 +18,11 @@ from .tracking import TrackingConfig
 from .train import TrainConfig
 
 LONGEST = 200
-"""Characters of a run's or a sweep's name: the names of files that are made from it are longer."""
+"""Longest name of a run or a sweep: the names of files derived from it are longer."""
 
 
 def folder_name(name: str) -> str:
-    """The name, if it can be a folder's on every system. Raises ValueError."""
+    """The name, if it is valid as a folder name on every system. Raises ValueError."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
         raise ValueError("letters, digits, '.', '_' and '-' only, as it names a folder")
     if len(name) > LONGEST:
@@ -34,16 +34,16 @@ class RunConfig(Section):
     name: str = "run"
     """Name of the run's folder; the same name again continues the run."""
     root: str = "runs"
-    """Folder of all runs."""
+    """Parent folder of all runs."""
     seed: int = 0
-    """Of the initial weights, the order of the data, and dropout."""
+    """Seed of the initial weights, the order of the data, and dropout."""
 
     _plain = field_validator("name")(folder_name)
     _path = field_validator("root")(file_path)
 
 
 class Config(Section):
-    """Everything a run is and how it runs. Torch-free: a laptop loads, checks and plans it."""
+    """The whole config of a run. No torch: a laptop can load, check and plan it."""
 
     run: RunConfig = RunConfig()
     model: Annotated[SerializeAsAny[ModelConfig], WrapValidator(by_family)] = ModelConfig()
@@ -55,8 +55,8 @@ class Config(Section):
     tracking: TrackingConfig = TrackingConfig()
     cluster: ClusterConfig = ClusterConfig()
     task: str = ""
-    """What is learned from what: an entry of the table of tasks (`models/tasks/table.py`), or one of a
-    plugin; empty: the family's own."""
+    """What is learned: an entry of the task table (`models/tasks/table.py`), or a plugin's; empty: the family's
+    default."""
     plugins: tuple[str, ...] = Field(())
     """Python modules (`package.module`) or files (`path/to/file.py`) imported before the model is built."""
 
@@ -69,15 +69,15 @@ class Config(Section):
 
     @property
     def defaults(self) -> dict[str, str]:
-        """The keys that a preset chose and the user did not, and why where it is another value than the preset's."""
+        """The keys chosen by a preset and not by the user, and the reason if the value differs from the preset's."""
         return self._defaults
 
     def __eq__(self, other: object) -> bool:
-        """By the values alone, whoever chose them."""
+        """Equality by the values alone, whoever chose them."""
         return isinstance(other, Config) and super().__eq__(other.with_defaults(self._defaults))
 
     def with_defaults(self, defaults: dict[str, str]) -> "Config":
-        """The same config, of which these keys are a preset's choice."""
+        """The same config, with these keys marked as a preset's choice."""
         config = self.model_copy()
         config._defaults = defaults
         return config

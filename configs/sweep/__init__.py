@@ -1,1 +1,1 @@
-"""What a sweep is: the runs it is made of, and the rules that their sizes, budgets and learning rates follow."""
+"""What a sweep is: its runs, and the rules for their sizes, budgets and learning rates."""

@@ -1,4 +1,4 @@
-"""What a sweep is: a set of runs planned together, and the rules their sizes, budgets and learning rates follow."""
+"""What a sweep is: a set of runs planned together, and the rules for their sizes, budgets and learning rates."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -35,50 +35,53 @@ from .designs import (
 from .variants import Variant
 
 Count = Literal["total", "active", "without_embeddings", "with_head"]
-"""How parameters are counted. active: top_k of the experts, and all else; without_embeddings: active less embedding and
-head; with_head: active less the embedding where the head has a matrix of its own, so what a token is multiplied by."""
+"""How parameters are counted. active: top_k of the experts plus everything else; without_embeddings: active less
+embedding and head; with_head: active less the embedding if the head has a matrix of its own, which is what each token
+is multiplied by."""
 
 
 class ShapeRule(Section):
-    """From a number of parameters to a shape: of the widths and depths that the rule allows, the nearest."""
+    """How a parameter count becomes a shape: the nearest of the widths and depths that the rule allows."""
 
     head_dim: Size = 64
-    """model.hidden_size is a multiple of it, one head each."""
+    """model.hidden_size is a multiple of this, with one head per multiple."""
     kv_group: Size = 1
-    """Query heads that share a key/value head."""
+    """Query heads per key/value head."""
     aspect_ratio: float = Field(64.0, ge=1e-3, le=1e6)
-    """model.hidden_size / model.num_layers (Kaplan et al., arXiv:2001.08361, fig. 5: a wide optimum)."""
+    """model.hidden_size / model.num_layers (Kaplan et al., arXiv:2001.08361, fig. 5: a broad optimum)."""
     slack: float = Field(0.25, ge=0)
-    """How far, as a share, the number of layers may be from that to come nearer to a size; one layer always."""
+    """How far, as a fraction, the number of layers may deviate from that ratio to match a size more closely; at least
+    one layer."""
     min_layers: int = Field(2, gt=0, le=MOST_LAYERS)
-    """Layers at least."""
+    """Minimum number of layers."""
     ffn_ratio: float = Field(8 / 3, gt=0, le=1000)
-    """Width of a dense SwiGLU layer over model.hidden_size."""
+    """Width of a dense SwiGLU layer / model.hidden_size."""
     ffn_multiple: Size = 64
-    """That width is rounded up to a multiple of it."""
+    """The width is rounded up to a multiple of this."""
 
 
 class HyperRules(Section):
-    """What learning rate, batch and schedule follow from a trial's size and tokens. None: where the design chooses
-    sizes (isoflop, ladder) as said, in a search as the config has it."""
+    """How learning rate, batch and schedule follow from a trial's size and tokens. None: where the design chooses sizes
+    (isoflop, ladder) the default given below, in a search the config's value."""
 
     lr: Literal["step_law", "inverse_width", "fixed"] | None = None
-    """Step Law (arXiv:2503.04715), the default; inverse_width: of the config's optim.lr, as muP's hidden matrices have
-    it; fixed: optim.lr."""
+    """Step Law (arXiv:2503.04715), the default; inverse_width: scales the config's optim.lr, as muP does for hidden
+    matrices; fixed: optim.lr."""
     lr_scale: tuple[PositiveFloat, ...] = Field((1.0,), min_length=1)
-    """Factors of the rule's learning rate, each a trial of its own: a small tuned grid."""
+    """Factors on the rule's learning rate, each a trial of its own: a small tuning grid."""
     max_lr: PositiveFloat = 0.02
-    """Step Law goes no higher: it was fitted to larger models than a laptop trains."""
+    """Upper bound on Step Law's learning rate: it was fitted to larger models than a laptop trains."""
     base_width: PositiveInt | None = None
-    """inverse_width: where optim.lr is right; None: the config's model.hidden_size."""
+    """inverse_width: the width that optim.lr is right for; None: the config's model.hidden_size."""
     batch: Literal["step_law", "fixed"] | None = None
-    """Tokens of a step: Step Law's, the default, or train.global_batch * train.seq_len."""
+    """Tokens per step: Step Law's, the default, or train.global_batch * train.seq_len."""
     warmup: float | None = Field(None, ge=0, lt=1)
-    """Share of the steps; 0.05, also in a search with a budget."""
+    """Warmup as a fraction of the steps; default 0.05, also in a search with a budget."""
     schedule: Literal["constant", "linear", "cosine", "wsd", "wsd_branches"] | None = None
-    """cosine. wsd_branches: trials that differ in tokens alone start from the one before, where its decay began."""
+    """Default cosine. wsd_branches: trials that differ only in tokens start from the previous one, where its decay
+    began."""
     decay: float = Field(0.2, gt=0, lt=0.5)
-    """wsd and wsd_branches: share of the steps in which the learning rate falls."""
+    """wsd and wsd_branches: fraction of the steps in which the learning rate decays."""
 
     _lists = field_validator("lr_scale", mode="before")(listed)
 
@@ -89,15 +92,15 @@ class SweepConfig(Section):
     name: str = "sweep"
     """Name of the sweep's folder."""
     root: str = "runs"
-    """Folder it lies in."""
+    """Parent folder of it."""
     base: str = "quickstart"
-    """Preset or YAML file that every trial is made from; a path is taken from the sweep's file."""
+    """Preset or YAML file that every trial is based on; a path is relative to the sweep's file."""
     set: dict[str, Any] = {}
-    """Config keys of every trial over those of base, nested or dotted."""
+    """Config keys of every trial on top of base, nested or dotted."""
     isoflop: IsoflopDesign | None = None
-    """Design: sizes at equal budgets."""
+    """Design: several sizes at each compute budget."""
     ladder: LadderDesign | None = None
-    """Design: sizes times tokens per parameter."""
+    """Design: sizes x tokens per parameter."""
     grid: GridDesign | None = None
     """Design: every combination of axes."""
     random: RandomDesign | None = None
@@ -107,15 +110,15 @@ class SweepConfig(Section):
     axes: dict[str, Axis] = {}
     """Config keys and their values: [1e-3, 2e-3], or for a search {low: 1e-4, high: 1e-2, log: true}."""
     variants: dict[str, Variant] = {}
-    """Architectures that are compared, by name; none: dense where the design chooses sizes, else the config's own."""
+    """Architectures to compare, by name; empty: dense if the design chooses sizes, else the config's own."""
     count: Count = "active"
-    """How the parameters of sizes and of tokens per parameter are counted."""
+    """How parameters are counted, for sizes and tokens per parameter."""
     shape: ShapeRule = ShapeRule()
     """How a size becomes a width and a depth."""
     rules: HyperRules = HyperRules()
     """Learning rate, batch and schedule of a trial."""
     seeds: tuple[NonNegativeInt, ...] = Field((0,), min_length=1)
-    """Each trial once for each (run.seed)."""
+    """Each trial is run once per seed (run.seed)."""
 
     _plain = field_validator("name")(folder_name)
     _paths = field_validator("root", "base")(file_path)
@@ -138,17 +141,19 @@ class SweepConfig(Section):
         given = [name for name in DESIGNS if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
-                f"a sweep has one design of {', '.join(DESIGNS)}: this one has {' and '.join(given) or 'none'}"
+                f"a sweep has exactly one design of {', '.join(DESIGNS)}: this one has {' and '.join(given) or 'none'}"
             )
         if not self.sizes_chosen and not self.axes and not self.variants:
-            raise ValueError(f"{given[0]} searches over axes, and there are none, such as axes.optim.lr=[1e-3, 2e-3]")
+            raise ValueError(
+                f"{given[0]} searches over axes, but there are none: add some, such as axes.optim.lr=[1e-3, 2e-3]"
+            )
         for key, axis in self.axes.items():
             if axis.values is None and given[0] not in ("random", "optuna"):
-                raise ValueError(f"axes.{key} is a range and {given[0]} takes every value: list them, such as [1, 2]")
+                raise ValueError(f"axes.{key} is a range, but {given[0]} needs a list of values, such as [1, 2]")
         if (many := self._trials()) > MOST_TRIALS:
             raise ValueError(
-                f"the sweep has {many:,} trials, by {given[0]} times variants, axes, rules.lr_scale and seeds: at most "
-                f"{MOST_TRIALS:,}"
+                f"the sweep has {many:,} trials ({given[0]} times variants, axes, rules.lr_scale and seeds): at "
+                f"most {MOST_TRIALS:,}"
             )
         return self
 
@@ -171,7 +176,7 @@ class SweepConfig(Section):
 
     @property
     def sizes_chosen(self) -> bool:
-        """Whether the design finds the shapes of the trials, rather than base, set and axes."""
+        """Whether the design chooses the shapes of the trials, rather than base, set and axes."""
         return self.isoflop is not None or self.ladder is not None
 
     @property
@@ -180,7 +185,7 @@ class SweepConfig(Section):
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    """Keys with dots of a mapping that is nested down to lists and ranges."""
+    """Dotted keys of a mapping, nested down to lists and ranges."""
     for key, value in tree.items():
         if isinstance(value, Mapping) and value and not value.keys() & Axis.model_fields.keys():
             yield from _flat(value, f"{prefix}{key}.")
@@ -192,7 +197,7 @@ def nested(keys: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     """`{"optim.lr": 1, "train": {"steps": 2}}` as sections: `{"optim": {"lr": 1}, "train": {"steps": 2}}`.
 
     Args:
-        depth: level that they stand at.
+        depth: current nesting level.
 
     Raises:
         ConfigError: they are nested too deep.
@@ -221,11 +226,12 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     path = Path(path)
     if not is_file(path):
         name = shortened(repr(str(path)), 120)
-        raise ConfigError(f"no sweep {name}: it should be a YAML file with a design ({', '.join(DESIGNS)})")
+        raise ConfigError(f"no sweep {name}: expected a YAML file with a design ({', '.join(DESIGNS)})")
     tree = read_mapping(path)
     if tree.keys() & Config.model_fields.keys() and not tree.keys() & set(DESIGNS):
         raise ConfigError(
-            f"{path} is a run's config, not a sweep: `muster train {path}` trains it; a sweep names it as its base"
+            f"{path} is a run's config, not a sweep: train it with `muster train {path}`, or name it as the base "
+            "of a sweep"
         )
     override(tree, overrides, SweepConfig, "isoflop.sizes=7")
     base = tree.get("base")

@@ -1,4 +1,4 @@
-"""Which trials a sweep has: sizes at budgets, sizes times tokens, or a search over config keys."""
+"""Which trials a sweep has: sizes at compute budgets, sizes x tokens, or a search over config keys."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_va
 from configs.base import Section
 
 MOST_TRIALS = 10_000
-"""Of a sweep: each is a config that is checked, and listed, whenever the sweep is planned."""
+"""Most trials of a sweep: each config is checked and listed whenever the sweep is planned."""
 
 
 def listed(value: Any) -> Any:
-    """A number as a list of one."""
+    """A single number as a list of one."""
     return (value,) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
@@ -19,26 +19,26 @@ class IsoflopDesign(Section):
     """Several sizes at each of several budgets (Hoffmann et al., arXiv:2203.15556, approach 2)."""
 
     budgets: tuple[PositiveFloat, ...] = Field(min_length=1)
-    """Training FLOPs of a trial."""
+    """Training FLOPs per trial."""
     sizes: int = Field(5, gt=0, le=MOST_TRIALS)
     """Sizes at each budget, evenly spaced in log parameters."""
     spread: float = Field(3.0, gt=1)
-    """A budget's largest size over its centre, and its centre over its smallest."""
+    """Ratio of a budget's largest size to its centre, and of its centre to its smallest."""
     tokens_per_parameter: PositiveFloat = 20.0
-    """Where the centre is: the size that spends the budget on so many tokens a parameter (Chinchilla's 20)."""
+    """Tokens per parameter at the centre, which spends the whole budget (Chinchilla's 20)."""
     parameters: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
-    """The sizes themselves, the same at each budget; None: around the centre."""
+    """Explicit sizes, the same at each budget; None: spaced around the centre."""
 
     _lists = field_validator("budgets", "parameters", mode="before")(listed)
 
 
 class LadderDesign(Section):
-    """Each size trained on several multiples of its parameters in tokens (Gadre et al., arXiv:2403.08540)."""
+    """Each size trained on several multiples of its parameter count in tokens (Gadre et al., arXiv:2403.08540)."""
 
     parameters: tuple[PositiveFloat, ...] = Field(min_length=1)
-    """The sizes."""
+    """Parameter counts."""
     tokens_per_parameter: tuple[PositiveFloat, ...] = Field((20.0,), min_length=1)
-    """Training tokens over parameters."""
+    """Training tokens per parameter."""
 
     _lists = field_validator("parameters", "tokens_per_parameter", mode="before")(listed)
 
@@ -47,25 +47,25 @@ class GridDesign(Section):
     """Every combination of the values of `axes`."""
 
     budget: PositiveFloat | None = None
-    """Training FLOPs of a trial, by its steps; None: train.steps is as it stands."""
+    """Training FLOPs per trial, which sets its steps; None: train.steps is unchanged."""
 
 
 class RandomDesign(GridDesign):
-    """Draws from `axes`: Bergstra and Bengio, JMLR 13 (2012)."""
+    """Random search over `axes`: Bergstra and Bengio, JMLR 13 (2012)."""
 
     n: int = Field(16, gt=0, le=MOST_TRIALS)
-    """Trials of each variant and seed."""
+    """Trials per variant and seed."""
     seed: NonNegativeInt = 0
-    """Of the draws; a larger n keeps the first ones."""
+    """Seed of the draws; a larger n keeps the first ones."""
 
 
 class OptunaDesign(RandomDesign):
-    """Optuna's TPE sampler draws from `axes`, at first at random, then by the held-out losses of the trials before."""
+    """Optuna's TPE sampler over `axes`: random at first, then guided by the held-out losses of earlier trials."""
 
     startup: PositiveInt = 8
     """Trials drawn before any loss is known."""
     round: PositiveInt = 4
-    """Trials drawn at once after those."""
+    """Trials drawn at a time after those."""
 
 
 class Axis(Section):
@@ -75,7 +75,7 @@ class Axis(Section):
     low: float | None = None
     high: float | None = None
     log: bool = False
-    """Draws are uniform in the logarithm."""
+    """Draw uniformly in the logarithm."""
 
     @model_validator(mode="before")
     @classmethod

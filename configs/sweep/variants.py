@@ -1,4 +1,4 @@
-"""The architectures that a sweep compares: dense, or experts in the words of the literature."""
+"""The architectures that a sweep compares: dense, or MoE in the terms of the literature."""
 
 import math
 from collections.abc import Sequence
@@ -12,28 +12,29 @@ from .designs import MOST_TRIALS, listed
 
 
 class Experts(NamedTuple):
-    """The experts of a Mixture-of-Experts layer, as `model.*` counts them."""
+    """The experts of an MoE layer, as `model.*` counts them."""
 
     num_experts: int
     top_k: int
     granularity: int
-    """Width of the dense layer over an expert's (Krajewski et al., arXiv:2402.07871)."""
+    """Width of the dense layer / width of an expert (Krajewski et al., arXiv:2402.07871)."""
     shared: int
 
 
 class Variant(Section):
-    """One architecture, sized anew at each budget; no key: dense. Of each list every combination is a variant."""
+    """One architecture, resized for each budget; no key: dense. Every combination of the lists is a variant."""
 
     experts: tuple[Size, ...] = ()
     """Experts at granularity 1, where each is as wide as the dense layer."""
     top_k: tuple[Size, ...] = ()
-    """Of those, how many a token passes; 1 where it is left out."""
+    """Experts per token, of those; default 1."""
     granularity: tuple[Size, ...] = (1,)
-    """G: each expert is cut into G, of which a token passes G as many: experts * G of them, top_k * G, width / G."""
+    """G: each expert is split into G narrower ones, and a token uses G times as many: experts * G in all, top_k * G
+    active, of width / G."""
     sparsity: tuple[float, ...] = ()
-    """1 - active / total experts (Abnar et al., arXiv:2501.12370): instead of experts, or of top_k."""
+    """1 - active / total experts (Abnar et al., arXiv:2501.12370), in place of experts or top_k."""
     shared: int = Field(0, ge=0, le=2**20)
-    """Experts that every token passes beside its own, at the width of the others."""
+    """Shared experts that every token passes through in addition, each as wide as the others."""
     set: dict[str, Any] = {}
     """Config keys of this variant, nested or dotted."""
 
@@ -45,11 +46,13 @@ class Variant(Section):
         if (many := math.prod(len(values) or 1 for values in lists)) > MOST_TRIALS:
             raise ValueError(f"the lists have {many:,} combinations: at most {MOST_TRIALS:,}")
         if any(not 0 <= value < 1 for value in self.sparsity):
-            raise ValueError(f"sparsity {list(self.sparsity)} is 1 - active / total experts, from 0 to under 1")
+            raise ValueError(
+                f"sparsity {list(self.sparsity)} is 1 - active / total experts: it should be from 0 to below 1"
+            )
         if self.experts and self.top_k and self.sparsity:
             raise ValueError("sparsity follows from experts and top_k: leave one of the three out")
         if not self.is_moe and (self.top_k or self.shared or self.granularity != (1,)):
-            raise ValueError("top_k, granularity and shared are of experts: set experts or sparsity")
+            raise ValueError("top_k, granularity and shared need experts: set experts or sparsity")
         self.choices()
         return self
 
@@ -58,7 +61,7 @@ class Variant(Section):
         return bool(self.experts or self.sparsity)
 
     def choices(self) -> dict[str, Experts | None]:
-        """{what tells it from the variant's others, such as "-e8-g2": experts}; None: dense. Raises ValueError."""
+        """{suffix that tells a variant from the others, such as "-e8-g2": experts}; None: dense. Raises ValueError."""
         if not self.is_moe:
             return {"": None}
         found: dict[str, Experts | None] = {}
@@ -68,7 +71,7 @@ class Variant(Section):
                 experts = _whole(e * g, f"experts{why}, times granularity {g},")
                 top_k = _whole(k * g, f"top_k{why}, times granularity {g},")
                 if top_k > experts:
-                    raise ValueError(f"top_k {k:g} is over experts {e:g}")
+                    raise ValueError(f"top_k {k:g} is more than experts {e:g}")
                 several: dict[str, tuple[Sequence[float], float]] = {
                     "e": (self.experts, e), "k": (self.top_k, k), "g": (self.granularity, g),
                     "s": (self.sparsity, s or 0.0),
@@ -90,5 +93,5 @@ class Variant(Section):
 def _whole(value: float, what: str) -> int:
     nearest = round(value)
     if nearest < 1 or abs(value - nearest) > 1e-6 * nearest:
-        raise ValueError(f"{what} is {value:.4g}, not a whole number of 1 or more")
+        raise ValueError(f"{what} is {value:.4g}, not a whole number of at least 1")
     return nearest

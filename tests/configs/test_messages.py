@@ -17,14 +17,14 @@ WRONG = {
     ),
     "data.path=[{pth: a}]": "unknown key data.path.0.pth: did you mean data.path.0.path?",
     "data.path=[{path: a}, {path: b, wieght: 2}]": "unknown key data.path.1.wieght: did you mean data.path.1.weight?",
-    "xyz=1": "unknown key xyz: known here: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
+    "xyz=1": "unknown key xyz: known keys: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
     "task, plugins",
-    "parallel.xyz=1": "unknown key parallel.xyz: known here: dp, tp, pp, pp_schedule, ep, sp, zero_stage, hpz, offload",
+    "parallel.xyz=1": "unknown key parallel.xyz: known keys: dp, tp, pp, pp_schedule, ep, sp, zero_stage, hpz, offload",
     # numbers
     "train.steps=0": "train.steps=0: should be greater than 0",
     "train.steps=1.5": "train.steps=1.5: should be a whole number",
     "train.steps=many": 'train.steps="many": should be a whole number',
-    "train.steps=yes": "train.steps=true: true and false (in YAML also yes, no, on, off) are no value of this key",
+    "train.steps=yes": "train.steps=true: true and false (in YAML also yes, no, on, off) are not valid here",
     "train.steps=": "train.steps=null: should be a whole number",
     "train.steps.x=3": 'train.steps={"x": 3}: should be a whole number',
     "optim.lr=-1": "optim.lr=-1: should be greater than 0",
@@ -33,8 +33,8 @@ WRONG = {
     "optim.lr=.nan": "optim.lr=NaN: should be a finite number",
     "optim.lr=.inf": "optim.lr=Infinity: should be a finite number",
     "model.dropout=1": "model.dropout=1: should be less than 1",
-    "model.num_experts=true": "model.num_experts=true: true and false (in YAML also yes, no, on, off) are no value of "
-    "this key",
+    "model.num_experts=true": "model.num_experts=true: "
+    "true and false (in YAML also yes, no, on, off) are not valid here",
     "checkpoint.every=-1": "checkpoint.every=-1: should be greater than or equal to 0",
     "checkpoint.every=Auto": 'checkpoint.every="Auto": should be a whole number or auto',
     "checkpoint.every=1.5": "checkpoint.every=1.5: should be a whole number or auto",
@@ -60,8 +60,9 @@ WRONG = {
     "train=3": "train=3: should be a section of keys: steps, global_batch, micro_batch, seq_len, ...",
     "model.rope_scaling=yarn": 'model.rope_scaling="yarn": should be a section of keys: kind, factor, '
     "original_max_positions, low_freq_factor, ...",
-    "model.rope_scaling.kind=yarn": 'model.rope_scaling={"kind": "yarn"}: kind yarn needs factor (how many times '
-    "longer the positions get) and original_max_positions (the length that the model was trained for without it)",
+    "model.rope_scaling.kind=yarn": 'model.rope_scaling={"kind": "yarn"}: kind yarn needs factor ('
+    "how many times longer the context becomes) and original_max_positions (the context length that the model "
+    "was trained for without scaling)",
     "model.rope_scaling.low_freq_factor=2": 'model.rope_scaling.factor is missing in {"low_freq_factor": 2}',
     "model.rope_scaling={kind: linear, factor: null}": "model.rope_scaling.factor=null: should be a number",
     "train.compile=7": "train.compile=7: should be true or false",
@@ -80,11 +81,11 @@ WRONG = {
     "model.num_heads=5": "model.hidden_size (192) is not a multiple of model.num_heads (5): set model.head_dim=38",
     "model.block_sparse.local_blocks=0": "model.block_sparse.local_blocks=0: should be greater than 0",
     "model.block_sparse.blocks=8": "unknown key model.block_sparse.blocks: did you mean model.block_sparse.block?",
-    "model={sliding_window: 4, block_sparse: {}}": "model.sliding_window (4) and model.block_sparse are two patterns "
-    "of attention: set one of them to null",
-    "model.head_dim=7": "model.head_dim is 7: rotary positions need an even one",
+    "model={sliding_window: 4, block_sparse: {}}": "model.sliding_window (4) "
+    "and model.block_sparse exclude each other: set one of them to null",
+    "model.head_dim=7": "model.head_dim is 7: rotary positions need an even number",
     "model.moe_every=9": "model.num_experts is 8 but no layer is MoE: model.moe_every (9) and "
-    "model.first_dense_layers (0) leave none of 4 layers",
+    "model.first_dense_layers (0) leave none of the 4 layers for experts",
 }
 
 NO_OVERRIDE = {
@@ -93,9 +94,8 @@ NO_OVERRIDE = {
     "optim..lr=3": "'optim..lr=3' is not key=value, such as train.steps=100",
     "train.steps=[": "train.steps=[: the value is not YAML: expected the node content, but found '<stream end>' "
     "(line 1, column 2)",
-    "optim={3: x}": "optim={3: x}: the value is not YAML: the key 3 is read as int: put it in quotes (line 1, "
-    "column 2)",
-    "optim={lr: 1, lr: 2}": "optim={lr: 1, lr: 2}: the value is not YAML: the key lr stands twice (line 1, column 9)",
+    "optim={3: x}": "optim={3: x}: the value is not YAML: the key 3 is read as int: quote it (line 1, column 2)",
+    "optim={lr: 1, lr: 2}": "optim={lr: 1, lr: 2}: the value is not YAML: duplicate key lr (line 1, column 9)",
 }
 
 

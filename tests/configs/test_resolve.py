@@ -29,7 +29,7 @@ def test_derived_values_and_their_notes():
     assert resolved.train.micro_batch == 3  # ceil(10 / 4)
     assert resolved.parallel == asked.parallel
     assert notes == [
-        "model.vocab_size=320: tokenizer's 257, a multiple of 64",
+        "model.vocab_size=320: the tokenizer's 257, rounded up to a multiple of 64",
         "model.num_kv_heads=4: model.num_heads",
         "model.head_dim=12: hidden_size/num_heads",
         "model.intermediate_size=128: 8/3 hidden_size",
@@ -56,21 +56,21 @@ def test_given_values_are_left_alone():
 def test_automatic_checkpoints_stay_so_until_the_run_knows_more():
     resolved, notes = resolve(made(checkpoint={"every": "auto"}))
     assert resolved.checkpoint.every == "auto"
-    assert notes[-1].startswith("checkpoint.every=auto: set as the run goes on")
+    assert notes[-1].startswith("checkpoint.every=auto: chosen during the run")
     assert not any("checkpoint" in note for note in resolve(made())[1])
 
 
 def test_fp16_needs_zero_for_its_fp32_gradients():
     resolved, notes = resolve(made(train={"precision": "fp16"}))
     assert resolved.parallel.zero_stage == 1
-    assert notes[-1] == "parallel.zero_stage=1: fp16 keeps fp32 gradients from stage 1 on"
+    assert notes[-1] == "parallel.zero_stage=1: fp16 accumulates gradients in fp32 from stage 1 on"
     assert resolve(made(train={"precision": "fp16"}, parallel={"zero_stage": 3}))[0].parallel.zero_stage == 3
     assert resolve(made(train={"precision": "bf16"}))[0].parallel.zero_stage == 0
     assert resolve(made())[0].parallel.zero_stage == 0
 
 
 WHOLE = (
-    r"needs whole matrices, which ZeRO 1 to 3 cut into flat pieces.*set parallel\.zero_stage=0 and "
+    r"needs whole matrices, which ZeRO 1 to 3 flatten and partition.*set parallel\.zero_stage=0 and "
     r"train\.precision=bf16 or fp32, or optim\.name=adamw"
 )
 REFUSED = {
@@ -81,7 +81,7 @@ REFUSED = {
     ),
     "idle ranks": (
         made(train={"global_batch": 2}, parallel={"dp": 4}),
-        r"train\.global_batch \(2\) gives 4 data-parallel ranks nothing to do: raise it to 4 or lower parallel\.dp",
+        r"train\.global_batch \(2\) is too small for 4 data-parallel ranks: raise it to 4 or lower parallel\.dp",
     ),
     "muon and zero": (made(optim={"name": "muon"}, parallel={"zero_stage": 1}), rf"optim\.name=muon {WHOLE}"),
     "adafactor and fp16": (
@@ -98,7 +98,7 @@ REFUSED = {
     ),
     "long decay": (
         made(optim={"warmup": 300, "schedule": "wsd", "decay_steps": 701}),
-        r"optim\.warmup \(300\) and optim\.decay_steps \(701\) together are longer than train\.steps \(1000\): "
+        r"optim\.warmup \(300\) and optim\.decay_steps \(701\) add up to more than train\.steps \(1000\): "
         r"set optim\.decay_steps=140, or train\.steps=1001",
     ),
 }
@@ -250,7 +250,7 @@ def test_an_elastic_run_has_any_number_of_processes_that_its_degrees_go_with():
     model = {"num_experts": 4}
     elastic, notes = resolve(made(model=model, parallel={"ep": 2}, cluster={"workers": [2, 6]}))
     assert elastic.parallel.dp == 6
-    assert "parallel.dp=6: the most of cluster.workers / (tp * pp * sp)" in notes
+    assert "parallel.dp=6: the maximum of cluster.workers / (tp * pp * sp)" in notes
     assert worker_counts(elastic) == [6, 4, 2]  # ep=2 divides them
     assert worker_counts(resolve(made(parallel={"dp": 3}))[0]) == [3]
     fewer = with_workers(elastic, 4)
@@ -259,16 +259,16 @@ def test_an_elastic_run_has_any_number_of_processes_that_its_degrees_go_with():
     for wrong in (3, 1, 8):
         with pytest.raises(ConfigError):
             with_workers(elastic, wrong)
-    with pytest.raises(ConfigError, match=r"cluster.workers=\[fewest, most\]"):
+    with pytest.raises(ConfigError, match=r"cluster\.workers=\[min, max\]"):
         with_workers(resolve(made())[0], 2)
 
 
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"cluster": {"workers": [4, 2]}}, "fewest first, then most: .2, 4."),
+        ({"cluster": {"workers": [4, 2]}}, "minimum first, then maximum: .2, 4."),
         ({"cluster": {"workers": [1, 4]}, "parallel": {"dp": 2}}, "leave parallel.dp out"),
-        ({"cluster": {"workers": [1, 3]}, "parallel": {"tp": 2}}, "let tp . pp . sp divide the most"),
+        ({"cluster": {"workers": [1, 3]}, "parallel": {"tp": 2}}, "choose tp . pp . sp so that it divides 3"),
     ],
 )
 def test_elastic_mistakes(sections, words):

@@ -77,14 +77,14 @@ def test_stage_0_becomes_1_where_its_norm_would_be_wrong():
 
 def test_dualpipev_holds_two_stages_on_each_rank():
     v = {"pp": 2, "pp_schedule": "dualpipev"}
-    with pytest.raises(ConfigError, match=r"each of 4 stages needs a layer and model.num_layers is 2\. .*=1f1b"):
+    with pytest.raises(ConfigError, match=r"each of the 4 stages needs a layer, but model.num_layers is 2\. .*=1f1b"):
         resolve(tiny(parallel=v))
     resolved, notes = resolve(tiny(model={"num_layers": 4}, train={"global_batch": 9}, parallel=v))
     assert resolved.train.micro_batch == 2
     assert "train.micro_batch=2: global_batch / (dp * 2 * pp)" in notes
     # Each rank has an MoE layer, which the second of two stages alone would not have.
     model = {"num_layers": 4, "moe_every": 4}
-    with pytest.raises(ConfigError, match="expert parallelism needs an MoE layer on each rank"):
+    with pytest.raises(ConfigError, match="expert parallelism needs an MoE layer on every pipeline rank"):
         resolve(tiny(model=model, train={"global_batch": 8}, parallel={"dp": 2, "ep": 2} | v))
     model = {"num_layers": 4, "first_dense_layers": 2}
     check_topology(resolve(tiny(model=model, train={"global_batch": 8}, parallel={"dp": 2, "ep": 2} | v))[0])

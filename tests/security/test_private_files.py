@@ -119,5 +119,5 @@ def test_a_folder_of_secrets_is_not_another_users(tmp_path):
     (tmp_path / "queue").mkdir(mode=0o755)
     assert "ConfigError" in as_second_user(code, tmp_path / "queue", imports=["configs", "pathlib"]).stderr
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"this user's alone .*MUSTER_QUEUE names another"):
+    with pytest.raises(ConfigError, match=r"made private to this user .*set MUSTER_QUEUE to another"):
         private_folder(tmp_path / "file" / "queue", "MUSTER_QUEUE")

@@ -66,19 +66,18 @@ WRONG = {
     "isoflop.budgets=[]": "isoflop.budgets=[]: should have at least 1 value",
     "isoflop.budgets=[-1]": "isoflop.budgets.0=-1: should be greater than 0",
     "isoflop.spread=1": "isoflop.spread=1: should be greater than 1",
-    "grid={}": "a sweep has one design of isoflop, ladder, grid, random, optuna: this one has isoflop and grid",
-    "isoflop=null": "a sweep has one design of isoflop, ladder, grid, random, optuna: this one has none",
+    "grid={}": "a sweep has exactly one design of isoflop, ladder, grid, random, optuna: this one has isoflop and grid",
+    "isoflop=null": "a sweep has exactly one design of isoflop, ladder, grid, random, optuna: this one has none",
     "name=a/b": "name=\"a/b\": letters, digits, '.', '_' and '-' only, as it names a folder",
     "variants={a b: {}}": "variants={\"a b\": {}}: letters, digits, '.', '_' and '-' only, as it names a folder",
-    "variants.moe={experts: 4, top_k: 8}": 'variants.moe={"experts": 4, "top_k": 8}: top_k 8 is over experts 4',
+    "variants.moe={experts: 4, top_k: 8}": 'variants.moe={"experts": 4, "top_k": 8}: top_k 8 is more than experts 4',
     "variants.moe={experts: 3, sparsity: 0.5}": 'variants.moe={"experts": 3, "sparsity": 0.5}: top_k for sparsity 0.5, '
-    "times granularity 1, is 1.5, not a whole number of 1 or more",
-    "variants.moe={top_k: 2}": 'variants.moe={"top_k": 2}: top_k, granularity and shared are of experts: set experts '
+    "times granularity 1, is 1.5, not a whole number of at least 1",
+    "variants.moe={top_k: 2}": 'variants.moe={"top_k": 2}: top_k, granularity and shared need experts: set experts '
     "or sparsity",
     "variants.moe={experts: 8, top_k: 1, sparsity: 0.5}": 'variants.moe={"experts": 8, "top_k": 1, "sparsity": 0.5}: '
     "sparsity follows from experts and top_k: leave one of the three out",
-    "axes.optim.lr={low: 1, high: 2}": "axes.optim.lr is a range and isoflop takes every value: list them, such as "
-    "[1, 2]",
+    "axes.optim.lr={low: 1, high: 2}": "axes.optim.lr is a range, but isoflop needs a list of values, such as [1, 2]",
     "axes.optim.lr={low: 2, high: 1}": 'axes.optim.lr={"low": 2, "high": 1}: low and high should be two numbers, low '
     "below high",
     "axes.optim.lr={low: 0, high: 1, log: true}": 'axes.optim.lr={"low": 0, "high": 1, "log": true}: log: true needs a '
@@ -100,12 +99,14 @@ def test_wrong_value(file, override, message):
 
 
 def test_a_search_needs_axes():
-    with pytest.raises(ConfigError, match=r"random searches over axes, and there are none, such as axes\.optim\.lr="):
+    with pytest.raises(
+        ConfigError, match=r"random searches over axes, but there are none: add some, such as axes\.optim\.lr="
+    ):
         sweep_from_dict({"random": {"n": 3}})
 
 
 def test_files_that_are_none(tmp_path):
-    with pytest.raises(ConfigError, match=r"no sweep 'missing\.yaml': it should be a YAML file with a design"):
+    with pytest.raises(ConfigError, match=r"no sweep 'missing\.yaml': expected a YAML file with a design"):
         load_sweep("missing.yaml")
     (tmp_path / "s.yaml").write_text("isoflop: [")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):
@@ -121,7 +122,7 @@ def test_a_sweep_and_a_runs_config_are_not_taken_for_each_other(file):
         load(file)
     run = file.with_name("run.yaml")
     run.write_text("train: {steps: 3}")
-    with pytest.raises(ConfigError, match=r"run.yaml is a run's config, not a sweep: `muster train"):
+    with pytest.raises(ConfigError, match=r"run.yaml is a run's config, not a sweep: train it with `muster train"):
         load_sweep(run)
 
 

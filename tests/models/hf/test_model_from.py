@@ -154,7 +154,7 @@ def test_the_tokenizer_of_the_folder_is_that_of_data_prepared_for_it(folder):
         (1, "model.from=1: should be the folder of a model"),
         ([], r"model.from=\[\]: should be the folder"),
         ("", 'model.from="": should be the folder'),
-        ("a\0b", "a path has no control characters"),
+        ("a\0b", "a path cannot contain control characters"),
         ("~nobody-at-all/x", "there is no user nobody-at-all"),
         ("nowhere", r"it has no file config.json; read are those of llama, mistral, qwen2, .*dots1"),
         ("x" * 5000, "a path has at most"),
@@ -182,7 +182,7 @@ def test_a_section_of_data_that_is_none_is_explained_as_such(folder, data):
 
 
 def test_a_file_in_the_folder_is_no_folder(folder):
-    with pytest.raises(ConfigError, match=r'model.from=".*config.json" is a file: name its folder'):
+    with pytest.raises(ConfigError, match=r'model.from=".*config.json" is a file: give its folder'):
         load("quickstart", [f"model.from={folder / 'config.json'}"])
 
 

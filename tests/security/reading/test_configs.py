@@ -83,32 +83,32 @@ def test_a_bomb_is_refused_at_once(tmp_path, name):
 
 
 WRONG = {
-    "model: &m {rope_scaling: *m}": "an alias names what it stands in",
-    "plugins: &m [*m]": "an alias names what it stands in",
-    "model: &m {<<: *m}": "an alias names what it stands in",
-    "run: {name: !!binary aGVsbG8=}": "the tag 'tag:yaml.org,2002:binary' has no place here",
-    "run: {seed: !!int abc}": "the tag 'tag:yaml.org,2002:int' has no place here",
-    "run: !!python/object:os.system x": "the tag 'tag:yaml.org,2002:python/object:os.system' has no place here",
-    "plugins: !!set {a, b}": "the tag 'tag:yaml.org,2002:set' has no place here",
-    "1: 2": "the key 1 is read as int: put it in quotes",
-    "null: 2": "the key null is read as null: put it in quotes",
-    "train: {yes: 2}": "the key yes is read as bool: put it in quotes",
-    "train: {2.0: 2}": "the key 2.0 is read as float: put it in quotes",
+    "model: &m {rope_scaling: *m}": "an alias refers to its own ancestor",
+    "plugins: &m [*m]": "an alias refers to its own ancestor",
+    "model: &m {<<: *m}": "an alias refers to its own ancestor",
+    "run: {name: !!binary aGVsbG8=}": "the tag 'tag:yaml.org,2002:binary' is not allowed",
+    "run: {seed: !!int abc}": "the tag 'tag:yaml.org,2002:int' is not allowed",
+    "run: !!python/object:os.system x": "the tag 'tag:yaml.org,2002:python/object:os.system' is not allowed",
+    "plugins: !!set {a, b}": "the tag 'tag:yaml.org,2002:set' is not allowed",
+    "1: 2": "the key 1 is read as int: quote it",
+    "null: 2": "the key null is read as null: quote it",
+    "train: {yes: 2}": "the key yes is read as bool: quote it",
+    "train: {2.0: 2}": "the key 2.0 is read as float: quote it",
     "? [a, b]\n: 1": "a key is a list or a mapping",
     "? {a: b}\n: 1": "a key is a list or a mapping",
-    "train: {a: 1, 'a': 2}": "the key a stands twice",
-    "train: {<<: {a: 1}, <<: {b: 1}}": "the key << stands twice",
+    "train: {a: 1, 'a': 2}": "duplicate key a",
+    "train: {<<: {a: 1}, <<: {b: 1}}": "duplicate key <<",
     "train: {<<: 5}": "expected a mapping or list of mappings for merging",
-    'run: {root: "a\\0b"}': "a text contains NUL",
-    'train: {sample_prompts: ["a\\0b"]}': "a text contains NUL",
-    'run: {root: "\\ud800"}': "half of a surrogate pair",
+    'run: {root: "a\\0b"}': "a string contains NUL",
+    'train: {sample_prompts: ["a\\0b"]}': "a string contains NUL",
+    'run: {root: "\\ud800"}': "an unpaired surrogate",
     "run: {root: a\x07b}": "unacceptable character",
     'run: {root: "a\\eb"}': "run.root=",
-    "run: {root: %s}" % ("r" * 300): "a path has at most 4,095 bytes, and each name in it 255",
+    "run: {root: %s}" % ("r" * 300): "a path has at most 4,095 bytes, and each file name at most 255",
     "run: {root: %s}" % ("r/" * 3000): "should have at most 4,095 characters",
     "run: {root: ~nobody-of-this-name/x}": "there is no user nobody-of-this-name",
     "run: {name: %s}" % ("n" * 201): "at most 200 characters",
-    'plugins: ["a\\nb"]': "a path has no control characters",
+    'plugins: ["a\\nb"]': "a path cannot contain control characters",
     'data: {path: [{path: "a\\tb"}]}': "data.path.0.path=",
     "run: {seed: 9223372036854775808}": "should be a whole number of at most 64 bits",
     "run: {seed: 1e300}": "should be a whole number of at most 64 bits",
@@ -123,7 +123,7 @@ WRONG = {
     "train: {seq_len: 1000000000000}": "train.seq_len=1000000000000: should be less than or equal to",
     "parallel: {dp: 1000000000}": "parallel.dp=1000000000: should be less than or equal to",
     "parallel: {pp: 2000}": "parallel.pp=2000: should be less than or equal to 1024",
-    "parallel: {dp: 1048576, tp: 2}": "parallel.dp * tp * pp * sp asks for 2,097,152 processes: at most 1,048,576",
+    "parallel: {dp: 1048576, tp: 2}": "parallel.dp * tp * pp * sp is 2,097,152 processes: at most 1,048,576",
     "base: [a]": "base=[\"a\"]: should be a preset's name or the path of a YAML file",
     "base: 5": "base=5: should be a preset's name",
     "base: ..": "no config '..': neither a file nor a preset",
@@ -181,12 +181,14 @@ def test_a_chain_of_bases_ends(tmp_path):
     for i in range(1, 30):
         (tmp_path / f"{i}.yaml").write_text(f"base: {i - 1}.yaml\n")
     assert load(tmp_path / "15.yaml") == load("quickstart")
-    with pytest.raises(ConfigError, match=r"29\.yaml has over 20 files below it, each the `base` of the one before"):
+    with pytest.raises(ConfigError, match=r"29\.yaml has a chain of over 20 `base` files"):
         load(tmp_path / "29.yaml")
     for i in range(1, 10):
         (tmp_path / f"{i}.yaml").write_text(f"base: {i - 1}.yaml\n" + "\n" * (MAX_BYTES // 5))
     assert load(tmp_path / "4.yaml")
-    with pytest.raises(ConfigError, match=rf"9\.yaml and 4 files below it.* have over {MAX_BYTES:,} bytes together"):
+    with pytest.raises(
+        ConfigError, match=rf"9\.yaml and its chain of 4 `base` files have over {MAX_BYTES:,} bytes in total"
+    ):
         load(tmp_path / "9.yaml")
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: ./a.yaml\n")
@@ -210,10 +212,10 @@ def test_overrides_have_the_same_bounds(override):
 
 JSON = {
     "[" * 100_000: "nested too deep",
-    '{"a": 1, "b": 2, "a": 3}': "the key 'a' stands twice",
-    '{"a": NaN}': "NaN is no JSON number",
-    '{"a": -Infinity}': "-Infinity is no JSON number",
-    '{"a": ' + "9" * 5000 + "}": "a whole number has thousands of digits",
+    '{"a": 1, "b": 2, "a": 3}': "duplicate key 'a'",
+    '{"a": NaN}': "NaN is not a JSON number",
+    '{"a": -Infinity}': "-Infinity is not a JSON number",
+    '{"a": ' + "9" * 5000 + "}": "an integer has thousands of digits",
     '{"a": }': "Expecting value (line 1, column 7)",
 }  # fmt: skip
 
@@ -251,7 +253,7 @@ def test_the_largest_that_is_allowed_is_planned_at_once(name):
 def test_no_search_for_the_nearest_topology_lasts():
     """720,720 has 240 divisors."""
     for asked in ("parallel.tp=720720", "parallel.dp=720720"):
-        with ends(), pytest.raises(ConfigError, match="use other sizes"):
+        with ends(), pytest.raises(ConfigError, match="change the sizes"):
             resolve(load("quickstart", [asked, "parallel.ep=7", "train.global_batch=720720"]), vocab_size=4096)
 
 

@@ -54,7 +54,7 @@ WRONG = {
     "deep set": (
         f"base: quickstart\nset: {{? {'a.' * 100}b : 1}}\n" + ISOFLOP.removeprefix(HEAD),
         "is nested over 64 levels deep"),
-    "root": (ISOFLOP + f"root: {'r' * 300}\n", "a path has at most 4,095 bytes, and each name in it 255"),
+    "root": (ISOFLOP + f"root: {'r' * 300}\n", "a path has at most 4,095 bytes, and each file name at most 255"),
     "base": (f"base: {'b' * 5000}\n" + ISOFLOP.removeprefix(HEAD), "base="),
     "name": (ISOFLOP + f"variants: {{{'v' * 300}: {{}}}}\n", "at most 200 characters"),
 }  # fmt: skip

@@ -82,7 +82,7 @@ def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
 def test_mistakes_name_the_key(trained, tiny_data):
     with pytest.raises(ConfigError, match=r"train\.init_from=.*no such folder"):
         prepare_run(settings(trained.parent, tiny_data, "third", init_from="nowhere"))
-    with pytest.raises(ConfigError, match=r"train\.init_from=.*a file: name its folder"):
+    with pytest.raises(ConfigError, match=r"train\.init_from=.*a file: give its folder"):
         prepare_run(settings(trained.parent, tiny_data, "third", init_from=str(trained / "config.yaml")))
     with pytest.raises(ConfigError, match=r"neither a run with checkpoints.*of llama, mistral, qwen2, "):
         load_weights(torch.nn.Linear(1, 1), warm(trained.parent))

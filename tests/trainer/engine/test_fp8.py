@@ -70,7 +70,7 @@ def test_refused(monkeypatch):
     check()
     with pytest.raises(ConfigError, match=r"multiples of 16, and model.layers.0.mlp.gate_proj is 40 x 64"):
         check(**DENSE | {"intermediate_size": 40})
-    with pytest.raises(ConfigError, match="fp8 goes with dp, ep and ZeRO only"):
+    with pytest.raises(ConfigError, match="fp8 works with dp, ep and ZeRO only"):
         resolved(train={"precision": "fp8"}, parallel={"tp": 2})
     with pytest.raises(ConfigError, match="no linear layer"):
         check_precision(nn.Linear(16, 16), resolved(train={"precision": "fp8"}))

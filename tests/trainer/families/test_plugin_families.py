@@ -251,7 +251,7 @@ def examples(config: Config) -> Any:
 
 REFUSED = {
     "ZeRO-3 and two engines": ("gan", {"parallel": {"zero_stage": 3}}, r"parallel\.zero_stage=3: .* 2 phases"),
-    "a cut": ("convnet", {"parallel": {"tp": 2}}, r"model\.family=convnet cannot be cut by tp"),
+    "a cut": ("convnet", {"parallel": {"tp": 2}}, r"model\.family=convnet cannot be split by tp"),
     "padding in a BatchNorm": ("convnet", {"train": {"micro_batch": 5}}, r"train\.micro_batch \(5\) does not divide"),
     "layers computed again": (
         "convnet", {"train": {"activation_checkpointing": "full"}}, r"train\.activation_checkpointing=full: .*convnet",

@@ -73,7 +73,7 @@ def test_a_rollback_into_the_range_does_not_start_a_second_one(tmp_path):
 
 def test_a_range_after_the_end_is_refused():
     resolve(tiny(train={"profile": {"start": 4, "steps": 3}}))
-    with pytest.raises(ConfigError, match=r"train\.profile asks for steps 5 to 7 but the run ends at step 6"):
+    with pytest.raises(ConfigError, match=r"train\.profile covers steps 5 to 7, but the run ends at step 6"):
         resolve(tiny(train={"profile": {"start": 5, "steps": 3}}))
     with pytest.raises(ConfigError, match=r"train\.profile\.start=0: should be greater than 0"):
         tiny(train={"profile": {"start": 0}})

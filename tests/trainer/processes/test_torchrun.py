@@ -104,8 +104,8 @@ MISTAKES = {
     ),
     "other number of processes": (
         ["config.yaml", "parallel.dp=1"],
-        "muster: 2 processes were started but parallel.dp * tp * pp * sp asks for 1: start as many, change "
-        "it, or allow it with cluster.workers=[fewest, most]",
+        "muster: 2 processes were started but parallel.dp * tp * pp * "
+        "sp is 1: start as many, change the degrees, or allow it with cluster.workers=[min, max]",
     ),
 }
 
