@@ -59,6 +59,9 @@ def train(
     fork: Annotated[
         str | None, typer.Option(metavar="NEW", help="Continue from run.name's last checkpoint as a new run, NEW.")
     ] = None,
+    submitted: Annotated[
+        float | None, typer.Option(hidden=True, help="Unix seconds: when a cluster's queue got it as a job.")
+    ] = None,
 ) -> None:
     """Train a run, or resume it. Example: muster train quickstart train.steps=600"""
     asked = load(config, overrides or ())
@@ -68,7 +71,7 @@ def train(
         refuse_early(asked, fork)
         from .attempts.launch import launch
 
-        raise typer.Exit(launch(asked, fork=fork, overrides=overrides or ()))
+        raise typer.Exit(launch(asked, fork=fork, overrides=overrides or (), submitted=submitted))
 
 
 @app.command("config")

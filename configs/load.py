@@ -52,6 +52,19 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     return from_dict(tree, where=str(name)).with_defaults(defaults)
 
 
+def one_file(name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """The keys of a config in one tree: the user's, over the preset that they stand on as its `base`.
+
+    A file of them is the same config, as `load` reads it, wherever the file lies. Nothing is derived: paths and the
+    model's folder are still relative to the working directory. Raises ConfigError as `load`, but checks no value.
+    """
+    layers = _layers(name)
+    tree = _merged(each for each in layers if not _is_preset(each))
+    override(tree, overrides, Config, "train.steps=100")
+    presets = [each[0].stem for each in layers if _is_preset(each)]
+    return {"base": presets[-1], **tree} if presets else tree
+
+
 def model_source(name: str | Path, overrides: Iterable[str] = ()) -> str | None:
     """The folder that a config's model is loaded from, `model.from`; None if its keys are given. Arguments as in
     `load`."""

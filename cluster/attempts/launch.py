@@ -33,13 +33,16 @@ TRACKER = tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSW
 """Variables that say where the record goes, and let it in there."""
 
 
-def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = ()) -> int:
+def launch(
+    config: Config, fork: str | None = None, overrides: Sequence[str] = (), submitted: float | None = None
+) -> int:
     """Train a run through Ray until it is finished, stopped or has failed.
 
     Args:
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name`.
         overrides: what of it the user gave on the command line.
+        submitted: as of `prepare_run`.
 
     Returns:
         The exit code.
@@ -55,7 +58,7 @@ def launch(config: Config, fork: str | None = None, overrides: Sequence[str] = (
         if not node.gpus:
             check_device(asked, torch.device("cpu"))
             refuse_too_large(asked, torch.device("cpu"), memory_bytes())
-    run_dir = prepare_run(config, fork=fork)
+    run_dir = prepare_run(config, fork=fork, submitted=submitted)
     notes = followed(run_dir, config)
     config = read_config(run_dir)
     out = Console(soft_wrap=True)

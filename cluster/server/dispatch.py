@@ -235,14 +235,14 @@ class _Queue:
         from cluster.gangs import ray_private
 
         job = self.jobs[id]
-        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT), "MUSTER_SUBMITTED": str(job.submitted)}
+        environment = {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT)}
         # A name for each job: of one that it knows Ray would run what lies unpacked already, whoever changed it.
         package = f"gcs://{id}.zip"
         try:
             ray_private.put(package, self._content(id))
             self.client.submit_job(
                 submission_id=id,
-                entrypoint=f"cd {TOP} && exec {job.command}",
+                entrypoint=f"cd {TOP} && exec {command_of(job)}",
                 runtime_env={"working_dir": package, "env_vars": environment},
                 metadata={"run": job.name, "run_dir": job.run_dir},
             )
@@ -304,6 +304,11 @@ class _Queue:
             # Ray's SIGTERM lets the run write a checkpoint; a second one ends it at once (cluster.attempts.launch).
             self.client.stop_job(id)
             self._note(id, stopping="now" if now else "checkpoint")
+
+
+def command_of(job: Known) -> str:
+    """A job's line of shell. A run is told when it was submitted: what it waited is in its goodput."""
+    return f"{job.command} --submitted={job.submitted}" if job.command.startswith("muster train ") else job.command
 
 
 def _signal_driver(info: Any) -> None:

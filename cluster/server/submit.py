@@ -4,28 +4,29 @@
 
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cluster.commands.jobs import Address, accepted, follow, new_id
 from cluster.commands.runs import Json
 from cluster.gangs.access_token import in_config
 from cluster.gangs.share import group_of, share_of_gang, share_of_most
-from configs import Config, ConfigError, counted, load, mask, preset_names, resolve, worker_counts
+from configs import Config, ConfigError, counted, load, preset_names, resolve, worker_counts
 from configs.explain import first_reason
-from configs.load import dump_yaml, model_source, override, read_mapping
+from configs.load import dump_yaml, model_source, one_file
 from trainer.files.scratch import temporary_folder
 
 from . import messages, pack
 from .client import Cluster, api_url
 from .waiting import ACTIVE
 
-HIDDEN = ".muster-job.yaml"
-"""File of a job that holds what its command may not show."""
+CONFIG, SWEEP = ".muster-job/run.yaml", ".muster-job/sweep.yaml"
+"""Files of a job that hold its config, with all that was asked for on the command line. They are in a folder of their
+own, as the preset's name in `base` could be that of a file beside them."""
 
 Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and exit with its exit code.")]
 Queue = Annotated[bool, typer.Option("--queue", help="Queue it even if the cluster is too small now.")]
@@ -61,7 +62,6 @@ def submit(
             f"the run asks for {counted(most, 'process')}, and a job has at most {messages.MOST_WORKERS}: lower "
             f"parallel.dp"
         )
-    name = path_in(here, config)
     cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))
     counts, nodes = worker_counts(asked), cluster.nodes()
     fewest = counts[-1]
@@ -69,14 +69,12 @@ def submit(
     root = Path(asked.run.root)
     packed = pack.files(here, [root], insisted or ())
     taken = model_source(config, overrides or ())
-    files = {"CONFIG": [] if name in preset_names() else [name], "model.from": [taken] if taken else []}
-    check_sent(needs(asked) | files, here, packed)
-    called, said, more = without_passwords(name, overrides or (), Config)
+    check_sent(needs(asked) | {"model.from": [taken] if taken else []}, here, packed)
     kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
     job = job_of(
         name=asked.run.name,
         run_dir=str(root / asked.run.name),
-        command=shlex.join(["muster", "train", called, *said, *kept]),
+        command=shlex.join(["muster", "train", CONFIG]),
         workers=fewest,  # it starts when so many fit, with as many more as there is room for
         most=counts[0],
         cpus=each.cpus,
@@ -84,7 +82,8 @@ def submit(
         group=group_of(asked),
         priority=priority,
     )
-    send(cluster, here, packed, job, wait, as_json, more)
+    file = dump_yaml(one_file(config, [*(overrides or ()), *kept]))
+    send(cluster, here, packed, job, wait, as_json, {CONFIG: file})
 
 
 def job_of(**values: Any) -> messages.Job:
@@ -138,35 +137,13 @@ def check_root(key: str, root: str) -> None:
 
 
 def path_in(here: Path, config: str) -> str:
-    """A config as the job names it, from its copy of this folder. Raises ConfigError if it has none."""
+    """A sweep's base as the job names it, from its copy of this folder. Raises ConfigError if it has none."""
     if not Path(config).suffix and config in preset_names():
         return config
     path = Path(config).resolve()
     if not path.is_relative_to(here):
         raise ConfigError(f"{config} is not below {here}, which is what the cluster gets: start from above it")
     return str(path.relative_to(here))
-
-
-def without_passwords(
-    name: str, overrides: Sequence[str], root: type[BaseModel]
-) -> tuple[str, list[str], dict[str, str]]:
-    """What a job's command says instead of overrides that hold a password, as everyone sees commands.
-
-    Args:
-        name: of the config or sweep, as the job knows it.
-        root: which of them it is.
-
-    Returns:
-        (name, overrides, text of a file by its name): the file is over the named one, and has what is not to be seen.
-    """
-    by_key = {text.partition("=")[0]: text for text in overrides}
-    hidden = [text for text in by_key.values() if mask(value := text.partition("=")[2]) != value]
-    if not hidden:
-        return name, list(overrides), {}
-    file = str(PurePosixPath(name).with_name(HIDDEN))
-    tree: dict[str, Any] = {"base": PurePosixPath(name).name} if root is Config else read_mapping(Path(name))
-    override(tree, hidden, root, "train.steps=100")
-    return file, [text for text in by_key.values() if text not in hidden], {file: dump_yaml(tree)}
 
 
 def needs(config: Config) -> dict[str, list[str]]:

@@ -223,6 +223,11 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value out of range.
     """
+    return sweep_from_dict(read_sweep(path, overrides), where=str(path))
+
+
+def read_sweep(path: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
+    """As `load_sweep`, the keys alone, not validated yet; `base` is relative to the working directory."""
     path = Path(path)
     if not is_file(path):
         name = shortened(repr(str(path)), 120)
@@ -237,7 +242,7 @@ def load_sweep(path: str | Path, overrides: Iterable[str] = ()) -> SweepConfig:
     base = tree.get("base")
     if isinstance(base, str) and base not in preset_names() and is_file(path.parent / base):
         tree["base"] = str(path.parent / base)
-    return sweep_from_dict(tree, where=str(path))
+    return tree
 
 
 def sweep_from_dict(tree: Mapping[str, Any], where: str = "sweep") -> SweepConfig:

@@ -1,5 +1,6 @@
 """A password in a tracker's URI stands in no file of a run or sweep, in nothing that is printed, in no command."""
 
+import io
 import json
 import os
 import subprocess
@@ -15,11 +16,14 @@ from hypothesis import strategies as st
 from no_hang import ends
 from support import tiny
 
-from cluster.server import pack
-from cluster.server.submit import HIDDEN, without_passwords
-from configs import Config, ConfigError, flatten, from_dict, load, mask, to_yaml
+from cluster.gangs.share import Node
+from cluster.server.messages import Submit
+from cluster.server.pack import MESSAGE, read_message
+from cluster.server.submit import CONFIG, SWEEP, submit
+from cluster.sweep.train.submit import submit_sweep
+from configs import ConfigError, flatten, from_dict, load, mask, to_yaml
 from configs.load import dump_yaml
-from configs.sweep.definition import SweepConfig, load_sweep
+from configs.sweep.definition import load_sweep
 from trainer.record.lines import Record, read_events
 from trainer.run.folder import prepare_run, read_config
 from trainer.tracking import NoCredentials, read_state, tracking_uri
@@ -246,26 +250,82 @@ def test_no_command_line_shows_it_for_long(tmp_path):
     assert "127.0.0.1:1" in out
 
 
-def test_a_jobs_command_has_no_password_and_the_job_has_it(tmp_path, monkeypatch):
+class Sent:
+    """A cluster of one machine that takes one job."""
+
+    def __init__(self, *_) -> None:
+        self.packages: list[bytes] = []
+
+    def nodes(self) -> list[Node]:
+        return [Node(8.0, 0.0)]
+
+    def jobs(self) -> dict:
+        return {}
+
+    def send_file(self, path: Path) -> None:
+        self.packages.append(path.read_bytes())
+
+    def job(self) -> tuple[Submit, dict[str, str]]:
+        """What the queue reads, and the files of the job, by their names."""
+        [content] = self.packages
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            assert all(each.external_attr >> 16 & 0o077 == 0 for each in archive.infolist() if each.filename != MESSAGE)
+            files = {name: archive.read(name).decode() for name in archive.namelist() if name.startswith("work/")}
+        return read_message(content), files
+
+
+@pytest.fixture
+def sent(tmp_path, monkeypatch):
+    """A user's folder, and what is sent from there."""
+    found = Sent()
+    for module in ("cluster.server.submit", "cluster.sweep.train.submit"):
+        monkeypatch.setattr(f"{module}.Cluster", lambda address: found)
+        monkeypatch.setattr(f"{module}.api_url", lambda *_: None)
+    monkeypatch.setattr("cluster.server.submit.accepted", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
+    (tmp_path / "quickstart").write_text("train: {steps: 7}")  # no base of what stands on the preset
     (tmp_path / "sub" / "run.yaml").write_text("base: quickstart\ntrain: {steps: 3}\n")
     (tmp_path / "sub" / "sweep.yaml").write_text("{base: run.yaml, grid: {}, axes: {optim.lr: [1.0e-3]}}")
-    given = ["optim.lr=1e-3", f"tracking.uri={URI}", "run.name=2026-01-05"]
-    for name in ("quickstart", "sub/run.yaml"):
-        called, said, files = without_passwords(name, given, Config)
-        assert (Path(called).name, said) == (HIDDEN, [given[0], given[2]])
-        assert PASSWORD not in "".join([called, *said])
-        (tmp_path / called).write_text(files[called])
-        assert load(called, said) == load(name, given)
-    called, said, files = without_passwords("sub/sweep.yaml", [f"set.tracking.uri={URI}", "name=a"], SweepConfig)
-    (tmp_path / called).write_text(files[called])
-    assert load_sweep(called, said) == load_sweep("sub/sweep.yaml", [f"set.tracking.uri={URI}", "name=a"])
-    assert without_passwords("quickstart", given[:1], Config) == ("quickstart", given[:1], {})
-    pack.write_zip(tmp_path / "job.zip", tmp_path, [], "{}", files)
-    with zipfile.ZipFile(tmp_path / "job.zip") as archive:
-        assert PASSWORD in archive.read(f"work/{called}").decode()
-        assert archive.getinfo(f"work/{called}").external_attr >> 16 & 0o077 == 0
+    return found
+
+
+@pytest.mark.parametrize("name", ["quickstart", "sub/run.yaml", "../run.yaml"])
+def test_a_job_carries_its_config_and_its_command_shows_nothing_of_it(sent, tmp_path, monkeypatch, name):
+    (tmp_path.parent / "run.yaml").write_text("train: {steps: 3}\n")
+    given = ["optim.lr=1e-3", f"tracking.uri={URI}", "run.name=2026-01-05", "run.root=/shared", "data.path=/shared/d",
+             "model.vocab_size=4096"]  # fmt: skip
+    submit(name, given)
+    message, files = sent.job()
+    assert message.job.command == "muster train .muster-job/run.yaml"
+    assert PASSWORD not in message.model_dump_json()
+    (tmp_path / "there" / ".muster-job").mkdir(parents=True)
+    (tmp_path / "there" / "quickstart").write_text("train: {steps: 7}")
+    here = load(name, [*given, "cluster.address=null", "cluster.cpus_per_worker=8", "cluster.gpus_per_worker=0"])
+    monkeypatch.chdir(tmp_path / "there")
+    Path(CONFIG).write_text(files[f"work/{CONFIG}"])
+    there = load(CONFIG)
+    assert there == here
+    assert there.defaults == here.defaults
+    assert PASSWORD in there.tracking.uri
+
+
+def test_a_sweep_as_a_job_carries_its_definition(sent, tmp_path):
+    given = [
+        f"set.tracking.uri={URI}",
+        "name=a",
+        "root=/shared",
+        "set.data.path=/shared/d",
+        "set.train.steps=600",
+        "set.model.vocab_size=4096",
+    ]
+    submit_sweep("sub/sweep.yaml", given, gpus=2)
+    message, files = sent.job()
+    assert message.job.command == "muster sweep run .muster-job/sweep.yaml --gpus=2"
+    assert PASSWORD not in message.model_dump_json()
+    (tmp_path / ".muster-job").mkdir()
+    Path(SWEEP).write_text(files[f"work/{SWEEP}"])
+    assert load_sweep(SWEEP) == load_sweep("sub/sweep.yaml", [*given, "set.cluster.address=null"])
 
 
 def test_without_muster_a_password_on_the_command_line_is_refused(tmp_path):

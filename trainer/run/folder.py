@@ -17,7 +17,7 @@ from filelock import Timeout
 
 from configs import Config, ConfigError, differences, from_dict, load, mask, to_yaml
 from configs.explain import shown
-from configs.reading.parse import clip, shortened
+from configs.reading.parse import clip
 from trainer.checkpoint.init_from import check_source, other_function
 from trainer.checkpoint.store import committed, folder, verify
 from trainer.data.kinds import kind_of
@@ -37,12 +37,15 @@ CONFIG = "config.yaml"
 STOP = "stop"
 LOCK = "lock"
 LONGEST_COMMAND = 2000
-SUBMITTED = "MUSTER_SUBMITTED"
-"""Variable that tells a run when its job was submitted, in Unix seconds."""
 
 
 def prepare_run(
-    config: Config, *, fork: str | None = None, start: Path | None = None, began: float | None = None
+    config: Config,
+    *,
+    fork: str | None = None,
+    start: Path | None = None,
+    began: float | None = None,
+    submitted: float | None = None,
 ) -> Path:
     """Make or check the folder of a run, before any device is held.
 
@@ -50,7 +53,8 @@ def prepare_run(
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name` with this config.
         start: a checkpoint that the run begins from, at its step, where it has none of its own.
-        began: Unix seconds of this launch; None: it is this process's, and so is what its job waited in the queue.
+        began: Unix seconds of this launch; None: as this process did.
+        submitted: Unix seconds; from then on its job waited in a queue.
 
     Returns:
         The folder, whose config.yaml holds the resolved config.
@@ -58,7 +62,8 @@ def prepare_run(
     Raises:
         ConfigError: the config cannot run, or differs from the existing run's in what the run is; as `require_own`.
     """
-    submitted = _seconds(os.environ[SUBMITTED]) if began is None and SUBMITTED in os.environ else None
+    if submitted is not None and not math.isfinite(submitted):
+        raise ConfigError(f"--submitted {submitted}: should be Unix seconds")
     hand_down_password(config)
     config = with_plugins(config)
     config = _as_it_began(config)
@@ -180,16 +185,6 @@ def _warn_of(differs: dict[str, list[Any]], source: str) -> None:
             "unless you meant to change it (for example to extend the context)",
             file=sys.stderr,
         )
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not math.isfinite(seconds):
-        raise ConfigError(f"{SUBMITTED}={shortened(text, 60)}: should be Unix seconds")
-    return seconds
 
 
 def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:

@@ -11,6 +11,7 @@ from cluster.server import pack
 from cluster.server.client import Cluster, api_url
 from cluster.server.messages import MOST_WORKERS
 from cluster.server.submit import (
+    SWEEP,
     Priority,
     Queue,
     Wait,
@@ -21,11 +22,11 @@ from cluster.server.submit import (
     needs,
     path_in,
     send,
-    without_passwords,
 )
 from cluster.server.waiting import Gang, place
 from configs import ConfigError, counted, preset_names
-from configs.sweep.definition import SweepConfig, load_sweep
+from configs.load import dump_yaml
+from configs.sweep.definition import load_sweep, read_sweep
 
 from .run_commands import File, Gpus, Overrides
 
@@ -51,7 +52,6 @@ def submit_sweep(
 
     sweep, here = load_sweep(file, overrides or ()), Path.cwd()
     check_root("root", sweep.root)
-    name = path_in(here, file)
     every = arms(sweep)
     planned = plan(sweep, planned_vocabulary(every[0].config) or 0, finished_losses(sweep.folder))
     planned.check_gpus(gpus)
@@ -76,16 +76,15 @@ def submit_sweep(
         )
 
     packed = pack.files(here, [Path(sweep.root)], insisted or ())
-    base = [] if sweep.base in preset_names() else [path_in(here, sweep.base)]
-    check_sent({"SWEEP.yaml": [name], "base": base}, here, packed)
+    base = path_in(here, sweep.base)
+    check_sent({"base": [] if base in preset_names() else [base]}, here, packed)
     for arm in every:
         check_sent(needs(arm.config), here, packed)
-    called, said, files = without_passwords(name, overrides or (), SweepConfig)
     limit = [f"--gpus={gpus}"] if gpus else []
     job = job_of(
         name=sweep.name,
         run_dir=str(sweep.folder),
-        command=shlex.join(["muster", "sweep", "run", called, *said, "set.cluster.address=null", *limit]),
+        command=shlex.join(["muster", "sweep", "run", SWEEP, *limit]),
         workers=gang.workers,
         most=gpus or min(max(gang.workers, room), MOST_WORKERS),
         cpus=gang.each.cpus,
@@ -93,4 +92,5 @@ def submit_sweep(
         group=gang.group,
         priority=priority,
     )
-    send(cluster, here, packed, job, wait, as_json, files)
+    tree = read_sweep(file, [*(overrides or ()), "set.cluster.address=null"]) | {"base": base}
+    send(cluster, here, packed, job, wait, as_json, {SWEEP: dump_yaml(tree)})

@@ -48,12 +48,24 @@ def test_a_job_runs_its_own_copy_of_what_was_sent(queue, room):
     here.tick()
     [job] = client.started
     assert job["runtime_env"]["working_dir"] == "gcs://job-a.zip"
+    assert job["entrypoint"] == "cd work && exec cat sent.txt"
     assert room == {"gcs://job-a.zip": GOOD}
     assert here.jobs["job-a"].sha256 == hashlib.sha256(GOOD).hexdigest()
     here.tick()
     queue.messages[b"gcs://2"] = zipped({"do": "retry", "id": "job-a", "new": "job-b"})
     here.tick()
     assert room["gcs://job-b.zip"] == GOOD  # under a name of its own, never what an earlier job has left unpacked
+
+
+def test_a_run_is_told_when_it_was_submitted(queue, room):
+    """Also the job of an older client, whose command has the overrides."""
+    client = Client()
+    queue.messages[b"gcs://1"] = zipped(submit(command="muster train moe.yaml run.name=a"))
+    here = queue.make(client)
+    here.tick()
+    when = here.jobs["job-a"].submitted
+    assert client.started[0]["entrypoint"] == f"cd work && exec muster train moe.yaml run.name=a --submitted={when}"
+    assert client.started[0]["runtime_env"]["env_vars"].keys() == {"RAY_JOB_STOP_WAIT_TIME_S"}
 
 
 def swap(path):
