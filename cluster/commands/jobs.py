@@ -75,7 +75,7 @@ def jobs(
 def _look(cluster: Cluster, as_json: bool) -> list[list[str]]:
     """The rows of the list; as JSON they are printed."""
     found = cluster.jobs()
-    seen = outlook(found, cluster.nodes, lambda id: _output(cluster, id))
+    seen = outlook(found, cluster.nodes, cluster.output)
     if as_json:
         rows = [job.entry() | {"outlook": seen[id]._asdict()} for id, job in found.items()]
         print(json.dumps(rows, indent=1), flush=True)
@@ -116,7 +116,7 @@ def status(
     waiting = in_line(found)
     ahead = waiting.index(job.id) if job.id in waiting else 0
     own = found if job.state == QUEUED else {job.id: job}
-    seen = outlook(own, cluster.nodes, lambda id: _output(cluster, id))[job.id]
+    seen = outlook(own, cluster.nodes, cluster.output)[job.id]
     if as_json:
         print(json.dumps(job.entry() | {"ahead": ahead, "outlook": seen._asdict()}, indent=1))
         return
@@ -158,7 +158,7 @@ def logs(
     if follow:
         _show_output(cluster, id)
         return
-    if (output := _output(cluster, id)) is None:
+    if (output := cluster.output(id)) is None:
         print(f"{id} has no output on this cluster: it is {job.state}")
     else:
         print(output, end="")
@@ -248,23 +248,13 @@ def _state(job: Known) -> str:
     return "STOPPING" if job.state == RUNNING and job.stopping else job.state
 
 
-def _output(cluster: Cluster, id: str) -> str | None:
-    """Of the job's driver; None: it has not started, or on a cluster that is gone."""
-    try:
-        return str(cluster.jobs_api.get_job_logs(id))
-    except RuntimeError as error:
-        if "404" in str(error):
-            return None
-        raise
-
-
 def _show_output(cluster: Cluster, id: str) -> None:
     """Print what the job's driver writes until it ends."""
     job = _known(cluster.jobs(), id)
     if job.state == QUEUED:
         print(f"{id} waits in the queue", flush=True)
         job = _until(cluster, id, lambda job: job.state != QUEUED)
-    if _output(cluster, id) is None:
+    if cluster.output(id) is None:
         print(f"{id} has no output on this cluster: it is {job.state}")
         return
 

@@ -8,13 +8,25 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from unittest.mock import patch
 
 import ray
 from ray._private import node, services
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 from ray.experimental import internal_kv
+
+
+class JobApiError(RuntimeError):
+    """A job API's answer that is an error.
+
+    Attributes:
+        status: of HTTP.
+    """
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"Request failed with status code {status}: {text}.")
+        self.status = status
 
 
 class Lean(node.Node):
@@ -77,6 +89,21 @@ def dashboard_url(address: str) -> str:
     from ray.dashboard.utils import ray_address_to_api_server_url  # much that no other command needs
 
     return str(ray_address_to_api_server_url(address))
+
+
+def job_api(url: str | None = None) -> Any:
+    """Ray's client of a cluster's job API, which raises JobApiError where Ray's own raises RuntimeError with a text.
+
+    Args:
+        url: None: that of RAY_ADDRESS.
+    """
+    from ray.job_submission import JobSubmissionClient  # much that no other command needs
+
+    class Client(JobSubmissionClient):
+        def _raise_error(self, r: Any) -> NoReturn:
+            raise JobApiError(r.status_code, r.text)
+
+    return Client(url)
 
 
 def read_token_again() -> None:

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster.gangs.access_token import Address, in_environment, is_open, refuse_open, remember, use_token, within
 from cluster.gangs.session import check_reachable, found_by_ray
@@ -20,6 +20,7 @@ from .messages import Known, Message
 from .pack import LIMIT, write_zip
 from .waiting import fold, refusals
 
+T = TypeVar("T")
 QUEUE = "muster-queue-"
 CONNECTING = 30.0
 """Seconds that Ray's client may take to find out whom it talks to."""
@@ -43,9 +44,8 @@ class Cluster:
             raise _silent(url, error) from None
         # Ray takes half a second to import, and looks at the environment when it is.
         from ray.exceptions import AuthenticationError
-        from ray.job_submission import JobSubmissionClient
 
-        from cluster.gangs.ray_private import read_token_again
+        from cluster.gangs.ray_private import job_api, read_token_again
 
         for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
             logging.getLogger(chatty).setLevel(logging.ERROR)
@@ -55,7 +55,7 @@ class Cluster:
         self._sent = ""
         """Name of the last message."""
         try:
-            self.jobs_api = within(CONNECTING, lambda: JobSubmissionClient(url))
+            self.jobs_api = within(CONNECTING, lambda: job_api(url))
         except AuthenticationError:
             raise ConfigError(
                 f"the cluster at {mask(url)} refuses the token: copy the one of its head to here, or name its file in "
@@ -164,10 +164,19 @@ class Cluster:
 
     def _status(self, id: str) -> Any:
         """Ray's status of a job; None: there is none."""
+        return self._unless_missing(lambda: self.jobs_api.get_job_status(id))
+
+    def output(self, id: str) -> str | None:
+        """What a job's driver has printed; None: it has not started, or on a cluster that is gone."""
+        return self._unless_missing(lambda: str(self.jobs_api.get_job_logs(id)))
+
+    def _unless_missing(self, ask: Callable[[], T]) -> T | None:
+        from cluster.gangs.ray_private import JobApiError
+
         try:
-            return self.jobs_api.get_job_status(id)
-        except RuntimeError as error:
-            if "404" in str(error):
+            return ask()
+        except JobApiError as error:
+            if error.status == 404:
                 return None
             raise
 

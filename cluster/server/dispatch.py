@@ -77,10 +77,11 @@ def serve() -> None:
         raise ConfigError(f"another queue keeps its state in {here}: set MUSTER_QUEUE on the head") from None
     with held:
         import ray
-        from ray.job_submission import JobSubmissionClient
+
+        from cluster.gangs import ray_private
 
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.ERROR)
-        queue = _Queue(here, JobSubmissionClient())
+        queue = _Queue(here, ray_private.job_api())
         queue.tick()  # what ran on a cluster that is gone is LOST from now on
         print(READY, flush=True)
         while True:
@@ -266,10 +267,12 @@ class _Queue:
             return None
 
     def _look(self, id: str) -> str | None:
+        from cluster.gangs import ray_private
+
         try:
             info = self.client.get_job_info(id)
-        except RuntimeError as error:
-            if "404" in str(error):
+        except ray_private.JobApiError as error:
+            if error.status == 404:
                 self._note(id, state=LOST, reason="the cluster that ran it is gone")
             return None
         if self.jobs[id].stopping == "now":

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 from hostile_messages import GOOD, submit, zipped
 
+from cluster.gangs.ray_private import JobApiError
 from cluster.gangs.share import Node
 from cluster.server import pack
 from cluster.server.messages import BadMessage
@@ -38,7 +39,7 @@ class Client:
         self.started.append(job)
 
     def get_job_info(self, id):
-        raise RuntimeError("404")
+        raise JobApiError(404, "no such job")
 
 
 def test_a_job_runs_its_own_copy_of_what_was_sent(queue, room):

@@ -16,6 +16,7 @@ from hypothesis import strategies as some
 from muster_cluster import ROOT
 from no_hang import ends
 
+from cluster.gangs.ray_private import JobApiError
 from cluster.gangs.share import Node, Share
 from cluster.server import dispatch
 from cluster.server.dispatch import MESSAGES
@@ -225,7 +226,7 @@ class BadClient:
         raise KeyError(id)
 
     def stop_job(self, id):
-        raise RuntimeError("404")
+        raise JobApiError(404, "no such job")
 
 
 def test_a_job_that_cannot_be_handled_fails_alone(queue, monkeypatch):
