@@ -1,5 +1,6 @@
 """What a sweep's trials are given beside their plan: prepared data, tracking, what is not watched, devices."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ class Setting:
         self.sweep_dir = sweep.folder.resolve()
         self.base = arms(sweep)[0].config
         self.vocab_size = planned_vocabulary(self.base) or 0
+        self._planned: Plan | None = None
+        self._losses: dict[str, float] = {}
+        """What it was planned by; all else of a sweep stays as it is."""
         self._data: dict[DataConfig, DataConfig] = {}
         self._said = _dotted(nested(sweep.set)) | set(sweep.axes)
         for variant in sweep.variants.values():
@@ -77,8 +81,10 @@ class Setting:
 
     def plan_again(self, failed: Sequence[str]) -> Plan:
         """As `plan`, with the names of those that failed for good."""
-        losses = dict.fromkeys(failed, float("nan")) | finished_losses(self.sweep_dir)
-        return plan(self.sweep, self.vocab_size, losses)
+        losses = dict.fromkeys(failed, math.nan) | finished_losses(self.sweep_dir)
+        if self._planned is None or (self._planned.vocab_size, self._losses) != (self.vocab_size, losses):
+            self._planned, self._losses = plan(self.sweep, self.vocab_size, losses), losses
+        return self._planned
 
     def job(self, trial: Trial, nodes: Sequence[Node]) -> Job:
         """How a trial is trained on these machines. Raises ConfigError if they have no room for it."""

@@ -35,6 +35,16 @@ def setting(tmp_path, tiny_data):
     return Setting(tiny_sweep(tmp_path / "s", tiny_data, **GRID))
 
 
+def test_a_sweep_is_planned_once_by_what_is_known(setting):
+    planned = setting.plan_again(["moe-steps4"])
+    assert setting.plan_again(["moe-steps4"]) is planned
+    assert setting.plan() is not planned
+    planned = setting.plan()
+    assert setting.plan() is planned
+    setting.vocab_size += 64  # as the data tell when they are made
+    assert setting.plan().vocab_size == planned.vocab_size + 64
+
+
 @pytest.fixture
 def trials(setting):
     """Four trials: one finished, one finished without a number, one failed, one waiting."""
