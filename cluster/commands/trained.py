@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from configs import ConfigError, counted, load
 from configs.reading.parse import is_file, shortened
 from configs.units import byte_size, duration
+from trainer.files.own_files import make_empty
 from trainer.record.terminal import Console
 
 from .checkpoints import steps_of
@@ -199,7 +200,7 @@ def export(
     shard_bytes = _bytes("--max-shard-size", max_shard_size)
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
-    _make_empty(out)
+    make_empty(out)
     import torch
 
     from trainer.checkpoint.export import export
@@ -208,19 +209,6 @@ def export(
     files = [path for path in out.iterdir() if path.suffix == ".safetensors"]
     size = sum(path.stat().st_size for path in files)
     print(f"checkpoint of step {found} exported to {out}: {dtype}, {byte_size(size)} in {counted(len(files), 'file')}")
-
-
-def _make_empty(out: Path) -> None:
-    """Make the folder of an export. Raises ConfigError if it is there with something in it, or cannot be made."""
-    try:
-        out.mkdir(mode=0o700, parents=True, exist_ok=True)
-        full = any(out.iterdir())
-    except FileExistsError:
-        raise ConfigError(f"--out {out}: there is a file of that name") from None
-    except OSError as error:
-        raise ConfigError(f"--out {out}: cannot be made ({error.strerror})") from None
-    if full:
-        raise ConfigError(f"--out {out}: the folder is not empty")
 
 
 def _bytes(option: str, text: str) -> int:

@@ -16,6 +16,7 @@ from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.files.durable import replace_bytes
+from trainer.files.own_files import make_empty
 from trainer.run.folder import read_config
 from trainer.run.plugins import with_plugins
 
@@ -81,10 +82,8 @@ def export(
 
     Raises:
         ConfigError: as `load_module`; a model that no Hugging Face architecture describes; a tokenizer that
-            cannot be used; `to` is not empty.
+            cannot be used; as `make_empty`.
     """
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise ConfigError(f"--out {to}: {'the folder is not empty' if to.is_dir() else 'there is a file of that name'}")
     module, config, found = load_module(run_dir, step)
     folder, info = tokenizer_of(run_dir, config.data)
     with TokenizerProcess(folder, config.data.limits) as tokenizer:
@@ -93,6 +92,7 @@ def export(
     largest = torch.finfo(dtype).max if dtype else math.inf
     if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
         raise ConfigError(f"{large} has values over {largest:.6g}, which {dtype} cannot hold: write another type")
+    make_empty(to)
     export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
     for name, content in files.items():
         (to / name).parent.mkdir(mode=0o700, exist_ok=True)

@@ -75,6 +75,19 @@ def _owner_of_new(folder: Path) -> int:
         return os.geteuid()
 
 
+def make_empty(folder: Path) -> None:
+    """Make the folder of an export. Raises ConfigError if it is there with something in it, or cannot be made."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        full = any(folder.iterdir())
+    except FileExistsError:
+        raise ConfigError(f"--out {folder}: there is a file of that name") from None
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: cannot be made ({error.strerror})") from None
+    if full:
+        raise ConfigError(f"--out {folder}: the folder is not empty")
+
+
 def open_file(path: Path) -> BinaryIO:
     """Open a plain file for reading. Raises OSError for anything else, and for a link: neither waits nor leads away."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
