@@ -100,7 +100,7 @@ def train_step(
         engine = engines[phase.name]
         # Through another phase's network gradients pass, but its engine has no part in that.
         nets = {name: engine if name == phase.name else each.module for name, each in engines.items()}
-        with trained_only({name: each.module for name, each in engines.items()}, phase.name):
+        with trained_only(engines, phase.name):
             for batch in batches:
                 sums, values = learner.loss(nets, batch, phase)
                 loss = sums.loss * factor

@@ -96,6 +96,11 @@ class Engine:
     def eval(self) -> None:
         self.deepspeed.eval()
 
+    def parameters(self) -> Iterator[Tensor]:
+        """All that a pass may make gradients of: the network's parameters, and the copies that it uses of them."""
+        yield from self.module.parameters()
+        yield from self._copies.copies if self._copies else ()
+
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate

@@ -6,6 +6,7 @@ from support import resolved
 from torch import nn
 
 from configs.sections.optim import OptimConfig
+from models.tasks.task import trained_only
 from trainer.engine.engine import Engine
 from trainer.engine.optim import build_optimizer, parameter_groups
 from trainer.engine.start import start_processes
@@ -78,3 +79,19 @@ def test_two_engines_train_as_a_bare_loop_does(stage):
     assert torch.tensor(losses).allclose(torch.tensor(bare()), atol=1e-6), (losses, bare())
     names = [slot.name for engine in engines.values() for slot in engine.slots()]
     assert names == [f"{name}.{key}" for name in nets for key, _ in networks()[name].named_parameters()]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_networks_turn_leaves_no_gradient_in_another(precision):
+    config = resolved(train={"micro_batch": 1, "global_batch": 1, "precision": precision}, parallel={"zero_stage": 0})
+    nets = networks()
+    engines = {name: Engine(nets[name], config, OPTIM[name], prefix=f"{name}.") for name in nets}
+    latent, _ = examples(0)
+    latent = latent.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    with trained_only(engines, "generator"):
+        engines["generator"].backward(engines["critic"].module(engines["generator"](latent)).mean())
+    assert [p.grad for p in engines["critic"].module.parameters()] == [None] * 4
+    assert all(p.grad.any() for p in engines["generator"].module.parameters())
+    with trained_only(engines, "critic"):
+        engines["critic"].backward(engines["critic"](engines["generator"].module(latent).detach()).mean())
+    assert all(p.grad is not None for p in engines["critic"].module.parameters())
