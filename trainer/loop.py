@@ -135,7 +135,7 @@ def _steps(
     resume(run_dir, engines, state, trainee.learner, record)
     if state.step:
         trainee.remember(state.memory)
-    state.networks = trainee.networks
+    state.networks, state.frozen = trainee.networks, trainee.frozen
     saver = Saver(run_dir, config.model_dump(mode="json"), record, config.checkpoint.background, config.cluster.timeout)
     profiler = Profiler(run_dir, train.profile, enabled=dist.get_rank() == 0)
     accumulate, stragglers = engine.accumulation, among_all(config)

@@ -52,5 +52,8 @@ class TrainState:
     networks: Annotated[list[str], at_most(64)] = field(default_factory=list)
     """Submodules of the model that have optimizers of their own; empty: there is one."""
 
+    frozen: Annotated[list[str], at_most(1 << 18)] = field(default_factory=list)
+    """Parameters that nothing trains."""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

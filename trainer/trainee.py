@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from configs import Config
+from configs import Config, ConfigError
 from models.families import build
 from models.init import fill
 from models.kernels.uncompiled import leave_uncompiled
@@ -17,7 +17,7 @@ from models.tasks.table import task_of
 from models.tasks.task import Memory, Sums, Value, unless_skipped
 
 from .checkpoint.init_from import load_weights
-from .checkpoint.memory import as_rows, on_device, restored
+from .checkpoint.memory import as_rows, on_device, restored, wrong_shapes
 from .data.kinds import ExampleReader
 from .engine.engine import Engine
 from .engine.parallel import Place, place
@@ -61,6 +61,12 @@ class Trainee:
     def networks(self) -> list[str]:
         """See `TrainState.networks`."""
         return [phase.parameters for phase in self.learner.phases] if len(self.engines) > 1 else []
+
+    @property
+    def frozen(self) -> list[str]:
+        """See `TrainState.frozen`."""
+        pieces = (piece for engine in self.engines.values() for piece in engine.pieces())
+        return [piece.name for piece in pieces if not piece.parameter.requires_grad]
 
     def remember(self, rows: Mapping[str, list[list[float]]]) -> None:
         """Put a checkpoint's memory in place of this one, as far as the config asks for it."""
@@ -195,6 +201,8 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         part = module.get_submodule(phase.parameters)
         engines[phase.name] = (Pipeline if parallel.pp > 1 else Engine)(part, config, optim, prefix)
     learner = Learner(task, {phase.parameters: engines[phase.name].module for phase in task.phases}, mean)
+    if wrong := wrong_shapes(known, learner):
+        raise ConfigError(f"train.init_from={config.train.init_from}: {wrong}")
     trainee = Trainee(config, engines, learner, where, device)
     trainee.remember(known)
     return trainee

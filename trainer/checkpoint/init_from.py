@@ -24,7 +24,7 @@ from models.tasks.language_modelling import BIAS
 from trainer.data.manifest import TOKENIZER, read_manifests
 from trainer.data.tokenizer.tokenizer import tokenizer_file
 
-from . import store
+from . import same_family, store
 from .store import CheckpointError, Reader
 
 Shapes = Mapping[str, Sequence[int]]
@@ -66,6 +66,8 @@ def check_source(config: Config) -> dict[str, list[Any]]:
     Raises:
         ConfigError: as `load_weights`; it has more than the model has; `train.upcycle` finds nothing to do.
     """
+    if not isinstance(config.model, ModelConfig):
+        return same_family.check_same(config)
     with torch.device("meta"):
         wanted = _shapes(build(config.model))
     source = _open(config, digests=False)
@@ -88,6 +90,8 @@ def check_source(config: Config) -> dict[str, list[Any]]:
 def other_function(checkpoint_dir: Path, model: ModelConfig) -> dict[str, list[Any]]:
     """What `check_source` returns of keys of model.*, for a checkpoint whose weights fit; of none if unreadable."""
     reader, _ = store.examine(checkpoint_dir, digests=False)
+    if not isinstance(model, ModelConfig):
+        return same_family.other_keys(reader, model) if reader else {}
     with contextlib.suppress(ConfigError):  # it does not say what model it is of
         return _differences(_checkpoint(reader), model) if reader else {}
     return {}
@@ -125,11 +129,14 @@ def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float
         config: resolved, with `train.init_from`.
 
     Returns:
-        Balancing biases of all the model's routers, as the task's memory; empty if there are none.
+        What of the task's memory belongs to the weights: balancing biases of all the model's routers, running
+        statistics; empty if there is none.
 
     Raises:
         ConfigError: nothing of the three kinds is there, it is damaged, or its parameters are not the model's.
     """
+    if not isinstance(config.model, ModelConfig):
+        return same_family.load_same(module, config)
     source, model, how = _open(config, digests=True), config.model, config.train.upcycle
     blocks = _fit(source, _shapes(module), config)
     with torch.no_grad():

@@ -146,11 +146,11 @@ class Manifest(Typed):
             prefix = f"{name}." if name else ""
             own = {state: {key: shape for key, shape in tensors.items() if key.startswith(prefix)}
                    for state, tensors in self.shapes.items()}  # fmt: skip
-            _check_moments(own if prefix else self.shapes)
+            _check_moments(own if prefix else self.shapes, set(self.state.frozen))
         return self
 
 
-def _check_moments(shapes: Shapes) -> None:
+def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
     """Raises ValueError where a parameter lacks a moment that it must have, or one has a shape that it cannot have."""
     weights = shapes[MASTER]
     moments: dict[str, list[str]] = {name: [] for name in weights}
@@ -168,14 +168,14 @@ def _check_moments(shapes: Shapes) -> None:
             moments[name].append(key)
     # An optimizer keeps one set of moments for every parameter, or one for each kind of them (Muon, Adafactor).
     kinds: dict[tuple[str, ...], int] = {}
-    kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items()}
+    kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items() if name not in frozen}
     if len(kinds) > 1 and (bare := kinds.get(())) is not None:
         name = next(name for name in kind if kind[name] == bare)
         raise ValueError(f"shapes: {shortened(name)} has no moments, and others have")
     for key, tensors in shapes.items():
         first = next((kind[name] for name in tensors if name in kind), None)
         for name in tensors:
-            if key not in (MASTER, STEP) and kind[name] != first:
+            if key not in (MASTER, STEP) and kind.get(name) != first:
                 raise ValueError(f"shapes: {shortened(name)} lacks a moment that others with {shortened(key)} have")
 
 

@@ -30,14 +30,22 @@ def restored(rows: Mapping[str, list[list[float]]], fresh: Memory) -> Memory:
             for name, value in fresh.items()}  # fmt: skip
 
 
+def wrong_shapes(memory: Mapping[str, Sequence[Sequence[float]]], learner: Learner) -> str:
+    """What of some memory has another shape than this model's; empty if nothing has."""
+    known = learner.known_memory()
+    for name, rows in memory.items():
+        if name in known and rows and not _is(rows, _rows(known[name])):
+            return f"state.memory: {shortened(name)} does not have the model's shape, {list(known[name])}"
+    return ""
+
+
 def wrong_memory(state: TrainState, learner: Learner) -> str:
     """What of a checkpoint's state is not of the task and its model; empty if all is."""
     known = learner.known_memory()
-    for name, rows in state.memory.items():
-        if name not in known:
-            return f"state.memory has {shortened(name)}, which is not remembered by this model and task"
-        if rows and not _is(rows, _rows(known[name])):
-            return f"state.memory: {shortened(name)} does not have the model's shape, {list(known[name])}"
+    if unknown := [name for name in state.memory if name not in known]:
+        return f"state.memory has {shortened(unknown[0])}, which is not remembered by this model and task"
+    if wrong := wrong_shapes(state.memory, learner):
+        return wrong
     if state.starved and not _is(state.starved, learner.task.counted):
         return f"state: starved does not have the model's shape, {list(learner.task.counted)}"
     return ""

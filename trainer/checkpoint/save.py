@@ -32,19 +32,18 @@ def take_snapshot(*engines: Engine) -> Snapshot:
 def share(*engines: Engine) -> Snapshot:
     """This process's share of the weights and optimizer states, as views that change with the next optimizer step.
 
-    Where every process holds everything (ZeRO-0), each takes an equal stretch of every tensor; of what tensor-parallel
-    processes hold alike, one takes it.
+    Where every process holds everything (ZeRO-0; but for ZeRO-3 what nothing trains), each takes an equal stretch of
+    every tensor; of what tensor-parallel processes hold alike, one takes it.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors: dict[str, Tensor] = {}
     shapes: dict[str, dict[str, list[int]]] = {}
     scalars: dict[str, float] = {}
     for engine, slot in [(each, slot) for each in engines for slot in each.slots()]:
-        optimizer = engine.optimizer
-        low, high = (
-            (slot.numel * rank // world, slot.numel * (rank + 1) // world) if engine.replicated else (0, slot.numel)
-        )
-        views = {MASTER: slot.view(slot.owner)}
+        optimizer, low, high = engine.optimizer, 0, slot.numel
+        if engine.replicated or not (slot.parameter.requires_grad or engine.sharded):
+            low, high = slot.numel * rank // world, slot.numel * (rank + 1) // world
+        views = {MASTER: slot.view(slot.owner).float()}  # what nothing trains has no fp32 copy
         for key, value in optimizer.state.get(slot.owner, {}).items():
             if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
                 scalars[engine.prefix + key] = float(value)
@@ -89,6 +88,8 @@ def misfit(engine: Engine, reader: Reader) -> str:
     for piece in engine.pieces():
         if problem := reader.misfit({piece.name: piece.shape}, others=True):
             return problem
+        if piece.name in reader.manifest.state.frozen and piece.parameter.requires_grad:
+            return f"{reader.path}: nothing trained {piece.name}: begin from the weights alone with train.init_from"
         own = {key for key in shapes if piece.name in shapes[key]} - {MASTER}
         if own and not any(kind <= own | scalars for kind in needed):
             names = " or ".join(", ".join(sorted(kind)) for kind in needed)
@@ -126,7 +127,7 @@ def restore(engine: Engine, reader: Reader) -> None:
                 piece.parameter.copy_(weight.view_as(piece.parameter))
                 if slot:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
-        if slot:
+        if slot and piece.parameter.requires_grad:
             where = slot.owner.device if skips_on_device else torch.device("cpu")
             _restore_states(optimizer.state[slot.owner], slot, reader, _scalars(engine, reader), where)
     engine.parameters_changed()

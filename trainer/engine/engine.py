@@ -135,14 +135,15 @@ class Engine:
         private.weights_changed(self.deepspeed)
 
     def pieces(self) -> Iterator[Piece]:
-        """Every trainable parameter of this process, in the module's order."""
+        """Every parameter of this process, in the module's order; those too that nothing trains."""
         for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                plain, part = plain_name(name)
-                shape = self._shapes[plain]
-                box = box_of(shape, private.local_shape(parameter), part, self._tp_rank, self._ep_rank)
-                writes = self._tp_rank == 0 or box != whole(shape)
-                yield Piece(self.prefix + plain, shape, box, parameter, writes)
+            plain, part = plain_name(name)
+            if plain not in self._shapes and not parameter.requires_grad:
+                continue  # DeepSpeed's own
+            shape = self._shapes[plain]
+            box = box_of(shape, private.local_shape(parameter), part, self._tp_rank, self._ep_rank)
+            writes = self._tp_rank == 0 or box != whole(shape)
+            yield Piece(self.prefix + plain, shape, box, parameter, writes)
 
     def slots(self) -> Iterator[Slot]:
         """Every stretch of them whose states this process holds, in the same order."""

@@ -114,12 +114,14 @@ def stretch(engine: Any, parameter: Any) -> Stretch | None:
     """At any ZeRO stage; None if other processes hold all of the parameter."""
     optimizer = engine.optimizer
     if hasattr(parameter, "ds_tensor"):
-        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         size = parameter.ds_tensor.ds_numel
         start = torch.distributed.get_rank(parameter.ds_process_group) * size
         numel = min(size, parameter.ds_numel - start)  # the last piece is padded
         if numel <= 0:
             return None
+        if not parameter.requires_grad:
+            return Stretch(start, numel, parameter.ds_tensor, 0, parameter.ds_tensor[:numel])
+        group, offset, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
         owner = optimizer.fp32_partitioned_groups_flat[group]
         return Stretch(start, numel, owner, offset, parameter.ds_tensor[:numel])
     if hasattr(parameter, "_hp_mapping"):

@@ -30,7 +30,7 @@ class Slot(Piece):
     """First element, in the flattened slice, of the stretch."""
     numel: int
     owner: Tensor
-    """Tensor that the optimizer keys its state by."""
+    """Tensor that the optimizer keys its state by; of a parameter that nothing trains, what holds it."""
     offset: int
     """First element of the stretch in `owner`, flattened."""
     working: Tensor | None

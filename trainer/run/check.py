@@ -4,7 +4,7 @@ from collections import Counter
 
 from torch import nn
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, counted
 from configs.sections.optim import OPTIMIZERS
 from models.families import build
 from models.norm_memory import batch_norms
@@ -31,8 +31,6 @@ def check_model(config: Config) -> None:
             f"train.activation_checkpointing={train.activation_checkpointing}: model.family={family} does not say "
             "which of its layers can be computed again: set it to none"
         )
-    if train.init_from and not hasattr(module, "set_activation_checkpointing"):
-        raise ConfigError(f"train.init_from: model.family={family} begins from its own first values: leave it out")
     if train.micro_batch and train.global_batch % train.micro_batch and any(True for _ in batch_norms(module)):
         raise ConfigError(
             f"train.micro_batch ({train.micro_batch}) does not divide train.global_batch ({train.global_batch}), and "
@@ -46,6 +44,7 @@ def _check_phases(module: nn.Module, config: Config) -> None:
     names = Counter(phase.name for phase in phases)
     if not phases or max(names.values()) > 1 or phases[0].every != 1:
         raise ConfigError(f"task={config.task}: its phases need names of their own, and the first is due at each step")
+    trained: dict[int, str] = {}
     for phase in phases:
         try:
             part = module.get_submodule(phase.parameters)
@@ -55,12 +54,24 @@ def _check_phases(module: nn.Module, config: Config) -> None:
             ) from None
         if not any(parameter.requires_grad for parameter in part.parameters()):
             raise ConfigError(f"task={config.task}: there is nothing to train in {phase.parameters or 'the model'}")
+        for parameter in part.parameters():
+            if (other := trained.setdefault(id(parameter), phase.name)) != phase.name:
+                raise ConfigError(
+                    f"task={config.task}: its phases {other} and {phase.name} have parameters in common: one optimizer "
+                    "updates each"
+                )
         optimizer = optimizer_of(config, phase)
         if OPTIMIZERS[optimizer.name].whole_matrices and config.parallel.zero_stage:
             raise ConfigError(
                 f"task={config.task} trains {phase.name} by {optimizer.name}, which needs whole matrices: set "
                 "parallel.zero_stage=0"
             )
+    if left := [name for name, parameter in module.named_parameters() if id(parameter) not in trained]:
+        raise ConfigError(
+            f"task={config.task}: no phase has {left[0]} ({counted(len(left), 'parameter')} of model.family="
+            f"{config.model.family} in all), so no checkpoint would: give it to one, with requires_grad=False if it is "
+            "not to be trained"
+        )
     if len(phases) > 1 and config.parallel.zero_stage == 3:
         raise ConfigError(
             f"parallel.zero_stage=3: task={config.task} has {len(phases)} phases, each with an engine of its own, and "

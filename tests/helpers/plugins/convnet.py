@@ -36,6 +36,8 @@ class ConvNetConfig(ModelSection):
     """Channels after the first convolution; each stage has twice as many as the one before."""
     stages: int = Field(2, ge=1, le=6)
     """Each halves height and width."""
+    frozen: int = Field(0, ge=0)
+    """Of these, from the first, that keep the weights that they begin with."""
 
 
 class ConvNet(nn.Sequential):
@@ -50,6 +52,8 @@ class ConvNet(nn.Sequential):
             layers += [convolution, nn.BatchNorm2d(width), nn.ReLU()]
             before = width
         super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(before, config.classes))
+        for part in list(self)[: 3 * config.frozen]:
+            part.requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
         return super().forward(images.to(self[0].weight.dtype) / 127.5 - 1)

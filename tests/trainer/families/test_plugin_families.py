@@ -23,10 +23,13 @@ from configs import Config, ConfigError, from_dict, load
 from configs.load import dump_yaml
 from configs.sweep.definition import sweep_from_dict
 from models.flops import counted_flops, flops_of_example
+from models.tasks.table import TASKS
+from models.tasks.task import Phase
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.store import Reader, folder
 from trainer.data.kinds import SHOWN, kind_of
 from trainer.record.lines import read_events, read_metrics
+from trainer.run.check import check_model
 from trainer.run.folder import prepare_run, read_config
 from trainer.run.plugins import with_plugins
 
@@ -36,6 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gan": {"width": 8, "generator_every": 2},
 }
 STEPS = 6
+SLOW = pytest.mark.slow
 FAMILIES = pytest.mark.parametrize("family", MODELS)
 
 
@@ -160,6 +164,47 @@ def test_a_gan_shows_a_grid_of_images(clean):
     assert pixels[:12, :12].std() > 1
 
 
+@pytest.mark.parametrize(
+    "topology", [{"zero_stage": 0}, *(pytest.param({"dp": 2, "zero_stage": z}, marks=SLOW) for z in (0, 1, 2, 3))]
+)
+def test_what_nothing_trains_is_kept_too(tmp_path, images, clean, topology):
+    """From the weights of another run, through a stop at a step, to an end with the very same."""
+    start = {"init_from": str(clean["convnet"])}
+    run_dir = make("convnet", tmp_path, images, model={"frozen": 1}, train=start, parallel=topology)
+    world = topology.get("dp", 1)
+    assert in_team(world, trained, run_dir, kill_at_step, [0], 3, signal.SIGTERM) == ["STOPPED"] * world
+    assert in_team(world, trained, run_dir) == ["FINISHED"] * world
+    before, after = Reader(folder(clean["convnet"], STEPS)), Reader(folder(run_dir, STEPS))
+    names = set(before.manifest.shapes["weight"])
+    assert {n for n in names if torch.equal(before.weight(n), after.weight(n))} == {"0.weight", "1.weight", "1.bias"}
+    assert names == set(after.manifest.shapes["weight"])
+
+
+def test_a_run_begins_from_another_of_its_family(tmp_path, images, clean):
+    source = str(clean["convnet"])
+    run_dir = make("convnet", tmp_path, images, train={"init_from": source, "steps": 1}, optim={"lr": 1e-12})
+    assert train_in_process(run_dir) == 0
+    before, after = Reader(folder(clean["convnet"], STEPS)), Reader(folder(run_dir, 1))
+    assert all(torch.allclose(after.weight(n), before.weight(n), atol=1e-9) for n in before.manifest.shapes["weight"])
+    old, new = (where.manifest.state.memory["1.running_mean"][0] for where in (before, after))
+    moved = [abs(a - b) for a, b in zip(new, old, strict=True)]
+    assert 0 < max(moved) < 0.2 * max(map(abs, old))  # a tenth of the way to what one step has measured
+
+
+WRONG_STARTS = {
+    "another family": ("gan", {}, r"is of model\.family=convnet, this run's is gan"),
+    "another shape": ("convnet", {"model": {"width": 16}}, r"the model's is \[16, 1, 3, 3\]: set model\.width=8"),
+    "no MLPs": ("convnet", {"train": {"upcycle": {}}}, r"train\.upcycle makes experts of a decoder's MLPs, model"),
+}
+
+
+@pytest.mark.parametrize(("family", "sections", "message"), WRONG_STARTS.values(), ids=WRONG_STARTS)
+def test_a_start_that_does_not_fit_is_refused(tmp_path, images, clean, family, sections, message):
+    sections = sections | {"train": sections.get("train", {}) | {"init_from": str(clean["convnet"])}}
+    with pytest.raises(ConfigError, match=message):
+        make(family, tmp_path, images, **sections)
+
+
 def test_phases_take_their_turns(clean):
     steps = [m for m in read_metrics(clean["gan"]) if "loss" in m]
     assert ["loss_generator" in m for m in steps] == [False, True] * 3
@@ -268,6 +313,20 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, images, family, sections, m
     with pytest.raises(ConfigError, match=message):
         make(family, tmp_path, images, **sections)
     assert not (tmp_path / family).exists()
+
+
+PHASES = {
+    "left out": ((Phase("discriminator", "discriminator"),), r"no phase has generator\.0\.weight \(6 parameters"),
+    "twice": ((Phase("all"), Phase("generator", "generator")), r"phases all and generator have parameters in common"),
+}
+
+
+@pytest.mark.parametrize(("phases", "message"), PHASES.values(), ids=PHASES)
+def test_every_parameter_is_of_one_phase(clean, monkeypatch, phases, message):
+    config = read_with_plugins(clean["gan"])
+    monkeypatch.setitem(TASKS, "adversarial", type("Other", (TASKS["adversarial"],), {"phases": phases}))
+    with pytest.raises(ConfigError, match=message), torch.device("meta"):
+        check_model(config)
 
 
 def test_a_task_and_a_family_that_do_not_match(tmp_path, images):

@@ -1,0 +1,77 @@
+"""Begin a run of a plugin's family from a checkpoint of that family: parameters and memory under the same names."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from configs import Config, ConfigError
+from configs.reading.parse import clip, shortened
+from configs.sections.family import ModelSection
+from models.families import build
+
+from . import store
+from .store import CheckpointError, Reader
+
+Rows = dict[str, list[list[float]]]
+
+
+def check_same(config: Config) -> dict[str, list[Any]]:
+    """As `init_from.check_source`: every key of `model` that is another there, since no shape may show it."""
+    with torch.device("meta"):
+        module = build(config.model)
+    return other_keys(_open(module, config, digests=False), config.model)
+
+
+def other_keys(reader: Reader, model: ModelSection) -> dict[str, list[Any]]:
+    """{key: [there, here]} of the keys of `model` that the run of a checkpoint had otherwise."""
+    found, here = reader.manifest.config.get("model"), model.model_dump(mode="json")
+    there = found if isinstance(found, dict) else {}
+    return {f"model.{key}": [_short(there[key]), here[key]] for key in here if there.get(key, here[key]) != here[key]}
+
+
+def load_same(module: nn.Module, config: Config) -> Rows:
+    """As `init_from.load_weights`. Returns the checkpoint's memory."""
+    reader = _open(module, config, digests=True)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            try:
+                parameter.copy_(reader.weight(name))
+            except CheckpointError as error:
+                raise ConfigError(f"train.init_from: {error}") from None
+    return dict(reader.manifest.state.memory)
+
+
+def _open(module: nn.Module, config: Config, digests: bool) -> Reader:
+    """Raises ConfigError: there is no checkpoint, it is damaged, of another family, or of other shapes."""
+    assert config.train.init_from
+    given, family = config.train.init_from, config.model.family
+    path = Path(given).expanduser()
+    if config.train.upcycle:
+        raise ConfigError(f"train.upcycle makes experts of a decoder's MLPs, model.family is {family}: leave it out")
+    if (steps := store.committed(path)) and not (path / store.MANIFEST).is_file():
+        path = store.folder(path, steps[-1])
+    if not (path / store.MANIFEST).is_file():
+        raise ConfigError(
+            f"train.init_from={given} is neither a run with checkpoints nor a checkpoint, which is what "
+            f"model.family={family} begins from"
+        )
+    reader, problems = store.examine(path, digests=digests)
+    if not reader:
+        raise ConfigError(f"train.init_from: {problems[0]}")
+    model = reader.manifest.config.get("model")
+    there = model.get("family") if isinstance(model, dict) else None
+    if there != family:
+        raise ConfigError(
+            f"train.init_from={given} is of model.family={shortened(there)}, this run's is {family}: name a run of that"
+        )
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if problem := reader.misfit(shapes):
+        keys = [f"{key}={clip(there, 40)}" for key, (there, _) in other_keys(reader, config.model).items()]
+        raise ConfigError(f"train.init_from: {problem}: set {' '.join(keys) or 'model.* to its architecture'}")
+    return reader
+
+
+def _short(value: Any) -> Any:
+    return value if isinstance(value, int | float | bool | None) else clip(value, 200)
