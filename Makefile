@@ -8,8 +8,8 @@ INSTALLED := .venv/.installed
 train: $(INSTALLED)  ## install, then run the main job: a small MoE model learns Python
 	$(BIN)/muster train quickstart
 
-test: $(INSTALLED)  ## every test that is quick, in two processes
-	$(BIN)/pytest -q -m "not slow" -n 2
+test: $(INSTALLED)  ## every test that is quick; of three processes one begins with all that start a Ray, which wait much
+	$(BIN)/pytest -q -m "not slow" -n 3
 
 test-all: test  ## the slow proofs too, one after the other
 	$(BIN)/pytest -q -m slow

@@ -10,7 +10,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 os.environ.setdefault("PYTHONWARNINGS", "error:event outside the table")
 
 import pytest
-from sharing_out import OneRay
+from sharing_out import OneRay, starts_ray
 from support import Pair, prepare_tiny
 
 from cluster import cli
@@ -18,7 +18,14 @@ from cluster import cli
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
 def pytest_xdist_make_scheduler(config, log):
+    config.option.loadscopereorder = False  # or the files of most tests would come first
     return OneRay(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    """In several processes: what starts a Ray first, as it takes longest; folders of short tests last."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: (starts_ray(item.path), item.path.parent), reverse=True)
 
 
 @pytest.fixture(autouse=True)
