@@ -15,19 +15,19 @@ import pyarrow.parquet as pq
 import zstandard
 
 MIB = 1 << 20
+PROCESSOR_S = 120
+"""After which what does not end is killed."""
 
 
 class Ended(NamedTuple):
     code: int
     said: str
-    seconds: float
-    """Of processor time, all processes together."""
     peak: int
     """Resident MiB, all processes together."""
 
 
 def muster(*arguments: object) -> Ended:
-    """Run a command line and watch what it and its children take."""
+    """Run a command line and watch what it and its children take; it is killed if it does not end."""
     command = [sys.executable, "-c", "from cluster.cli import main; main()", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         said: list[str] = []
@@ -35,8 +35,8 @@ def muster(*arguments: object) -> Ended:
         thread = threading.Thread(target=lambda out: said.append(out.read()), args=[process.stdout])
         thread.start()
         parent, seconds = psutil.Process(process.pid), {}
-        peak, deadline = 0, time.monotonic() + 120
-        while process.poll() is None and time.monotonic() < deadline:
+        peak, deadline = 0, time.monotonic() + 600
+        while process.poll() is None and time.monotonic() < deadline and sum(seconds.values()) < PROCESSOR_S:
             resident = 0
             try:
                 for each in (parent, *parent.children(recursive=True)):
@@ -48,7 +48,7 @@ def muster(*arguments: object) -> Ended:
             time.sleep(0.02)
         process.kill()
         thread.join()
-    return Ended(process.returncode, said[0], sum(seconds.values()), peak // MIB)
+    return Ended(process.returncode, said[0], peak // MIB)
 
 
 def text_bombs(folder: Path) -> None:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from scaling_coverage import LAWS, best, ours, planted, real, sweep
+from scaling_coverage import LAWS, best, planted, sweep
 
 from models.scaling.drift import HOLDS, Drift, Held
 from models.scaling.forms.crossed import Crossed
@@ -138,11 +138,3 @@ def test_planted_laws(name):
     loss, size = np.mean([at.loss for at in each]), np.mean([at.size for at in each])
     assert 0.9 <= loss <= 0.99
     assert 0.9 <= size <= 0.99
-
-
-@pytest.mark.slow
-def test_real_tables():
-    flat = [each for pair in real(ours).values() for each in pair]
-    assert len(flat) == 30
-    assert np.mean([inside for inside, _ in flat]) >= 0.9
-    assert np.median([width for _, width in flat]) <= 0.04

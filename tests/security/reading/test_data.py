@@ -62,7 +62,6 @@ def test_bombs_are_refused_by_name_and_the_rest_goes_on(tmp_path):
     assert sorted(reasons) == files
     assert {name for name, why in reasons.items() if why != "unpacks to too much"} <= {"prefix.parquet"}
     assert ended.peak < 700, "four processes, each with pyarrow and numpy"
-    assert ended.seconds < 2 * len(files) + 10
 
 
 def test_a_bomb_alone_is_one_message(tmp_path):

@@ -8,6 +8,7 @@ from support import resolved
 from trainer.engine.start import start_processes
 
 STEPS = 8
+SLOW = pytest.mark.slow
 
 
 def config(stage: int, dp: int, optim: str = "adamw", **train):
@@ -35,7 +36,11 @@ def group():
     start_processes(60)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+STAGES = pytest.mark.parametrize("stage", [0, 1, 2, 3])
+ENDS = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
+
+
+@ENDS
 @pytest.mark.parametrize(("optim", "clip"), [("sgd", 0.0), ("adamw", 0.5)])
 def test_one_process_equals_bare_loop(stage, optim, clip):
     settings = config(stage, 1, optim, grad_clip=clip)
@@ -43,7 +48,7 @@ def test_one_process_equals_bare_loop(stage, optim, clip):
     check(made, bare_losses(settings, STEPS), [fragments])
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@STAGES
 @pytest.mark.parametrize(("optim", "clip"), [("sgd", 0.0), ("adamw", 0.5)])
 def test_two_processes_equal_bare_loop(pair, stage, optim, clip):
     """Unequal token counts per sequence: gradients average over tokens, not over processes."""
@@ -53,7 +58,7 @@ def test_two_processes_equal_bare_loop(pair, stage, optim, clip):
 
 
 @pytest.mark.parametrize("optim", ["adam", "adagrad", "rmsprop", "lion"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), 3])
 def test_optimizers_are_not_changed_by_zero(stage, optim):
     settings = config(stage, 1, optim)
     made, fragments = engine_losses(settings, 4)
@@ -99,8 +104,11 @@ def test_bf16_at_stage_0_is_mixed_precision(pair, optim, dp):
         assert (moved - expected).norm() <= 0.25 * expected.norm(), name
 
 
-@pytest.mark.parametrize("stage", range(4))
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"),
+     *(pytest.param(*case, marks=SLOW) for case in [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])],
+)  # fmt: skip
 def test_infinite_loss_on_one_process_skips_the_step_on_all(pair, stage, precision):
     settings = config(stage, 2, precision=precision)
     clean = pair(engine_losses, settings, 2)

@@ -5,6 +5,7 @@ Tracing is what is tested; the backend runs the graphs as they are.
 
 from collections.abc import Iterator
 from functools import partialmethod
+from itertools import product
 
 import pytest
 import tiny_models as tiny
@@ -70,10 +71,17 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("recompute", [0, 1], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_all_layers_share_one_graph(changes, recompute):
-    config = tiny.config(num_layers=LAYERS, **changes)
+BOTH_WAYS = [
+    pytest.param(name, recompute, marks=[pytest.mark.slow] if (number + recompute) % 2 else [])
+    for number, name in enumerate(CASES)
+    for recompute in (0, 1)
+]
+"""Each case kept or recomputed in turn; its other way is slow."""
+
+
+@pytest.mark.parametrize(("case", "recompute"), BOTH_WAYS)
+def test_all_layers_share_one_graph(case, recompute):
+    config = tiny.config(num_layers=LAYERS, **CASES[case])
     module = tiny.model(config).train()
     WorkingCopies(module, torch.bfloat16)
     module.set_activation_checkpointing(recompute)
@@ -108,9 +116,14 @@ def test_recomputed_routers_are_not_kept():
     assert [chooser.heard for chooser in tap.choosers] == [None, None]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("num_experts", [0, 4])
+QUICK = {(0, 0, "fp32"), (0, 4, "bf16"), (1, 4, "fp32")}
+EACH = [
+    pytest.param(*case, marks=[] if case in QUICK else [pytest.mark.slow])
+    for case in product([0, 1], [0, 4], ["fp32", "bf16"])
+]
+
+
+@pytest.mark.parametrize(("stage", "num_experts", "precision"), EACH)
 def test_engine(stage, num_experts, precision):
     start_processes(60)
     config = resolved(
