@@ -37,7 +37,8 @@ from configs import load
 from trainer.checkpoint.cadence import FIRST, PRIOR, daly
 from trainer.record.goodput import Steps, book, read_steps, total
 from trainer.record.lines import read_events
-from trainer.run.folder import prepare_run, request_stop
+from trainer.run.folder import prepare_run
+from trainer.run.stop import request_stop
 
 LLAMA_DEVICES = 16_384
 LLAMA_MTBF = 1 / (PRIOR * LLAMA_DEVICES)

@@ -34,7 +34,7 @@ from configs import from_dict, load, resolve, to_yaml
 from configs.sections.data import PrepareConfig
 from trainer.data.prepare.prepare import prepare
 from trainer.record.lines import MetricsIndex, Record, read_metrics
-from trainer.run.folder import request_stop
+from trainer.run.stop import request_stop
 from trainer.tracking import read_state
 
 ROOT = Path(__file__).parents[1]

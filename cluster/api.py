@@ -26,6 +26,7 @@ from models.scaling.table import Table, read_table, table_of_columns
 from trainer.record.lines import read_metrics
 from trainer.record.progress import Follower, ProgressView
 from trainer.record.summaries import summaries
+from trainer.run.stop import request_stop
 
 from .cli import ARGUMENTS
 from .commands.runs import RUNS, run_folder, run_folders
@@ -121,8 +122,6 @@ class _Told(ProgressView):
         try:
             self.function(record)
         except Exception as error:
-            from trainer.run.folder import request_stop  # torch
-
             self.error = error
             request_stop(self.run_dir)
 

@@ -41,8 +41,9 @@ from .record.forecast import Forecast, refuse_too_large
 from .record.lines import Record, read_events
 from .run import revision
 from .run.durable_state import change_durable_state
-from .run.folder import attempts, read_config, run_lock, stop_requested
+from .run.folder import attempts, read_config, run_lock
 from .run.plugins import with_plugins
+from .run.stop import stop_requested
 from .state import TrainState
 from .step import micro_batches
 from .tracking import start_shipper

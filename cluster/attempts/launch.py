@@ -22,9 +22,10 @@ from trainer.record.forecast import refuse_too_large
 from trainer.record.lines import Record, last_attempt, read_events, status_of, summary
 from trainer.record.progress import Follower, ProgressView
 from trainer.record.terminal import Console
-from trainer.run.folder import attempts, followed, is_finished, prepare_run, read_config, request_stop, run_lock
+from trainer.run.folder import attempts, followed, is_finished, prepare_run, read_config, run_lock
 from trainer.run.header import header
 from trainer.run.resolved import resolve_config
+from trainer.run.stop import request_stop
 from trainer.tracking import send_apart, unsent
 
 from .failures import Final

@@ -10,7 +10,8 @@ from cluster.gangs.ray_nodes import Machine, machines
 from cluster.gangs.share import Node, Share
 from cluster.server import waiting
 from configs import ConfigError
-from trainer.run.folder import is_finished, request_stop
+from trainer.run.folder import is_finished
+from trainer.run.stop import request_stop
 
 from .failures import Final
 from .supervise import Supervisor

@@ -10,7 +10,8 @@ from cluster.server.waiting import Gang as Asked
 from cluster.server.waiting import assign
 from configs import counted, worker_counts
 from trainer.record.lines import Record, read_events, summary
-from trainer.run.folder import attempts, read_config, request_stop, stop_requested, take_stop
+from trainer.run.folder import attempts, read_config
+from trainer.run.stop import request_stop, stop_requested, take_stop
 
 from .failures import Failure, Final, cause, hung
 from .policy import decide, history, kind_of, memory_advice

@@ -16,7 +16,8 @@ from trainer.files import own_files
 from trainer.files.durable import write_durably
 from trainer.files.own_files import require_own
 from trainer.record.lines import Record
-from trainer.run.folder import hold, prepare_run, request_stop
+from trainer.run.folder import hold, prepare_run
+from trainer.run.stop import request_stop
 from trainer.tracking.artifacts import Artifacts
 from trainer.tracking.mlflow import MlflowTracker, _schema_lock
 from trainer.tracking.shipper import only_one

@@ -186,7 +186,7 @@ class MetricsIndex:
         with open_file(self.path) as file:
             for line in chosen:
                 file.seek(line.start)
-                record = _parse(file.read(line.end - line.start))
+                record = parse_line(file.read(line.end - line.start))
                 if record is not None and not wrong_metrics(record):
                     yield record
 
@@ -212,7 +212,7 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
         return []
     events, left_out = [], ""
     for number, line in enumerate(data.split(b"\n"), 1):
-        event = _parse(line)
+        event = parse_line(line)
         if event is None:
             continue
         if wrong := wrong_event(event):
@@ -241,14 +241,19 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
         seconds, or None.
     """
     run_dir = Path(run_dir)
-    events = read_events(run_dir)
-    train, evaluation = _last_records(run_dir / METRICS)
+    return summary_of(run_dir.resolve().name, read_events(run_dir), *last_records(run_dir / METRICS))
+
+
+def summary_of(
+    name: str, events: Sequence[dict[str, Any]], train: dict[str, Any], evaluation: dict[str, Any]
+) -> dict[str, Any]:
+    """As `summary`, of a record that was read: its events, and the last record of a step and of an evaluation."""
     updated = max((item["time"] for item in (*events[-1:], train, evaluation) if item), default=None)
     status, reason = status_of(events)
     unit = unit_of(train)
     weight = train.get(unit, 0)
     return {
-        "name": run_dir.resolve().name,
+        "name": name,
         "status": status,
         "reason": reason,
         "step": train.get("step", 0),
@@ -341,7 +346,7 @@ def _wall_time(events: Sequence[dict[str, Any]], updated: float | None) -> float
     return total + (max(updated or last, last) - begin if begin is not None else 0.0)
 
 
-def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Last training and last evaluation record, read from the end; at most 16 MB for an evaluation that is far back."""
     train: dict[str, Any] = {}
     try:
@@ -355,7 +360,7 @@ def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
                 evaluation: dict[str, Any] = {}
                 for line in reversed(lines):
                     is_evaluation = b'"eval_loss"' in line
-                    if (evaluation if is_evaluation else train) or (record := _parse(line)) is None:
+                    if (evaluation if is_evaluation else train) or (record := parse_line(line)) is None:
                         continue
                     if wrong_metrics(record):
                         continue
@@ -372,7 +377,8 @@ def _last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         return {}, {}
 
 
-def _parse(line: bytes) -> dict[str, Any] | None:
+def parse_line(line: bytes) -> dict[str, Any] | None:
+    """A line of the record; None where it is torn or no mapping."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # torn, not UTF-8, or nested without end

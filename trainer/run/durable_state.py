@@ -37,7 +37,7 @@ Digests = Annotated[list[Annotated[str, StringConstraints(max_length=128)]], Fai
 class DurableState(Typed):
     """All of run.json. Whoever holds the run's lock writes it; every key has a default, as older files lack newer ones.
 
-    A request to stop is a file of its own (`trainer.run.folder.request_stop`): it comes from other processes, which
+    A request to stop is a file of its own (`trainer.run.stop.request_stop`): it comes from other processes, which
     would have to wait for the lock.
     """
 

@@ -1,4 +1,4 @@
-"""A run's folder: made, checked against what the run already is, locked while it trains, asked to stop."""
+"""A run's folder: made, checked against what the run already is, locked while it trains."""
 
 import errno
 import json
@@ -32,9 +32,9 @@ from .check import check_model
 from .durable_state import change_durable_state, read_durable_state
 from .plugins import with_plugins
 from .resolved import check_fork, resolve_config, writable
+from .stop import STOP
 
 CONFIG = "config.yaml"
-STOP = "stop"
 LOCK = "lock"
 LONGEST_COMMAND = 2000
 
@@ -232,29 +232,6 @@ def is_finished(run_dir: Path) -> bool:
     config = read_config(run_dir)
     ends = [event for event in read_events(run_dir) if event["event"] == "attempt_ended"]
     return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1].get("step", 0) >= config.train.steps
-
-
-def request_stop(run_dir: Path, reason: str = "") -> None:
-    """Ask a run to write a checkpoint and leave; every process of it sees this at its next step.
-
-    Args:
-        reason: of whoever will start it again; empty: the user's.
-    """
-    replace_text(run_dir / STOP, reason)  # whole: an empty one would be the user's
-
-
-def stop_requested(run_dir: Path) -> bool:
-    return (run_dir / STOP).exists()
-
-
-def take_stop(run_dir: Path) -> str | None:
-    """The reason of a stop that was asked for, which is then forgotten; None: nobody did."""
-    try:
-        reason = (run_dir / STOP).read_text(errors="replace")
-    except FileNotFoundError:
-        return None
-    (run_dir / STOP).unlink(missing_ok=True)
-    return reason
 
 
 @contextmanager

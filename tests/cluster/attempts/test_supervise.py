@@ -14,7 +14,7 @@ from cluster.gangs.ray_nodes import Machine
 from cluster.gangs.share import Node, Share
 from configs import to_yaml
 from trainer.record.lines import Record, read_events
-from trainer.run.folder import request_stop, stop_requested
+from trainer.run.stop import request_stop, stop_requested
 
 GONE = Failure(1, "the process is gone (signal SIGKILL)", lost=True)
 
