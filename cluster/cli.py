@@ -18,7 +18,7 @@ from configs.reading.parse import shortened
 from models.planning.cost import has_formulas, parameters, training_flops_per_token
 from trainer.record.terminal import guard
 
-from .commands import checkpoints, data, doctor, jobs, keep, plan, runs, trained
+from .commands import checkpoints, dashboard, data, doctor, jobs, keep, plan, runs, trained
 from .commands.runs import Json
 from .gangs import join
 from .gangs.session import signals, stop_early
@@ -126,6 +126,7 @@ kept.command("note")(keep.note)
 kept.command("tag")(keep.tag)
 app.add_typer(kept, name="runs")
 app.command("status")(jobs.status)
+app.command("dashboard")(dashboard.dashboard)
 app.command("sync")(runs.sync)
 app.command("doctor")(doctor.doctor)
 

@@ -91,6 +91,20 @@ def make_token() -> Path:
     """
     _refuse_open_mode()
     path = token_file()
+    make_token_file(path, "RAY_AUTH_TOKEN_PATH")
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+    return path
+
+
+def make_token_file(path: Path, variable: str) -> None:
+    """Make a token's file where there is none, readable by its owner alone; one that is there is closed to others.
+
+    Args:
+        variable: in the environment, which names the file.
+
+    Raises:
+        ConfigError: it has no token, or cannot be made or read.
+    """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
@@ -98,11 +112,7 @@ def make_token() -> Path:
     except FileExistsError:
         _check_file(path)
     except OSError as error:
-        raise ConfigError(
-            f"the token's file {path} cannot be made ({error.strerror}): RAY_AUTH_TOKEN_PATH names it"
-        ) from None
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
-    return path
+        raise ConfigError(f"the token's file {path} cannot be made ({error.strerror}): {variable} names it") from None
 
 
 def use_token(address: Address) -> None:

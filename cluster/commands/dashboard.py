@@ -1,0 +1,81 @@
+"""`muster dashboard`: a page over the runs of this machine."""
+
+import contextlib
+import socket
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from configs import ConfigError
+from configs.reading.parse import shortened
+
+from .runs import RUNS
+
+PORT = 8267
+ANYWHERE = ("0.0.0.0", "::", "")
+
+
+def dashboard(
+    root: Annotated[list[Path], typer.Option(help="Folder of runs (run.root); may be given several times.")] = [RUNS],  # noqa: B006
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = PORT,
+    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on, by default this machine only.")] = (
+        "127.0.0.1"
+    ),
+) -> None:
+    """Show runs in a browser, until Ctrl-C. Example: muster dashboard --root runs"""
+    for each in root:
+        if not each.is_dir():
+            raise ConfigError(f"--root {shortened(each, 200)}: there is no such folder; `muster train` makes {RUNS}")
+    import uvicorn  # a second, with what the server needs
+
+    from cluster.server.web.app import create_app
+    from cluster.server.web.auth import read_token, token_file
+
+    token = read_token()
+    listening = _listen(host, port)
+    port = listening.getsockname()[1]
+    shown = "127.0.0.1" if host in ANYWHERE else f"[{host}]" if ":" in host else host
+    config = uvicorn.Config(
+        create_app(root, token, _names(host)),
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=2,
+        limit_concurrency=2000,
+        ws="none",
+    )
+    print(f"http://{shown}:{port}/login#{token}", flush=True)
+    print(f"the link's end is the token, from {token_file()}: keep it to yourself. Ctrl-C ends the server", flush=True)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print("it listens to other machines, and what it sends is not encrypted: use a private network", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in order, and raises it then
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ConfigError."""
+    try:
+        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0][0]
+        listening = socket.socket(family, socket.SOCK_STREAM)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((host, port))
+    except OSError as error:
+        raise ConfigError(
+            f"--host {shortened(host, 100)} --port {port}: cannot be listened on ({error.strerror or error}); "
+            "another --port, or 0 for any that is free"
+        ) from None
+    return listening
+
+
+def _names(host: str) -> list[str]:
+    """Under which names this machine is asked for there."""
+    if host not in ANYWHERE:
+        return [f"[{host}]" if ":" in host else host]
+    import psutil
+
+    own = [
+        each.address for entries in psutil.net_if_addrs().values() for each in entries if each.family == socket.AF_INET
+    ]
+    return [*own, socket.gethostname(), socket.getfqdn()]

@@ -1,0 +1,313 @@
+"""The dashboard's HTTP server: its routes. Everything that is read lies in runs of the index, found by their ids."""
+
+import asyncio
+import contextlib
+import gzip
+import os
+from collections.abc import AsyncIterator, Collection, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from configs import ConfigError
+from configs.reading.parse import clip
+from trainer.files.plain_json import dump
+from trainer.record.lines import read_events
+from trainer.record.terminal import visible
+from trainer.run.notes import read_notes, set_note, set_tags
+from trainer.run.stop import request_stop
+
+from . import responses
+from .auth import Guard, pause, session_of
+from .changes import Changes
+from .index.config_values import flat_config
+from .index.runs_index import Entry, RunsIndex, View
+from .pages.columns_of_runs import ColumnsOfRuns
+from .pages.details import Books, details, events_after, experts, flops_per_token, log
+from .pages.now import Glance
+from .pages.prometheus import exposition
+from .pages.series import AXES, MOST_METRICS, MOST_POINTS, Columns, Line, NoAxis, lines
+from .static_files import StaticFiles
+
+PAGES = ("", "now", "runs", "run", "compare", "sweep", "plan")
+"""Beginnings of the paths that the front end shows by itself."""
+SMALL = 1 << 10
+"""Bytes of an answer below which it is not compressed."""
+FIRST_LOOK = 10.0
+"""Seconds that a request waits for the first look at the runs."""
+MOST_COMPARED = 20
+COOKIE = "muster_dashboard"
+WRONG: dict[int | str, dict[str, Any]] = {"4XX": {"model": responses.Failure}}
+Metrics = Annotated[list[str], Query(max_length=MOST_METRICS)]
+Points = Annotated[int, Query(ge=2, le=MOST_POINTS)]
+
+
+def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -> FastAPI:
+    """The server of these roots of runs.
+
+    Args:
+        token: who shows it may ask.
+        hosts: names, beside those of loopback, under which it may be asked.
+    """
+    index = RunsIndex([root.resolve() for root in roots])
+    columns, books, static = Columns(), Books(), StaticFiles()
+    glance, of_runs = Glance(books), ColumnsOfRuns(columns)
+    changes = Changes(index)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(changes.watch())
+        yield
+        changes.end()
+        watching.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await watching
+        await asyncio.to_thread(index.keep)
+
+    app = FastAPI(
+        title="muster", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url="/api/openapi.json",
+        responses=WRONG,
+    )  # fmt: skip
+    app.state.index, app.state.changes = index, changes
+
+    def login_page() -> bytes:
+        page = static.get("login.html")
+        return page.content if page else b"log in at /login"
+
+    guard = Guard(app, token, hosts, COOKIE, login_page)  # to ask it whether a token is right
+    app.add_middleware(Guard, token=token, hosts=hosts, cookie=COOKIE, login_page=login_page)  # type: ignore[arg-type]
+
+    def view() -> View:
+        changes.asked()
+        index.ready.wait(FIRST_LOOK)
+        return index.view
+
+    def found(id: str) -> Entry:
+        view()
+        if entry := index.find(id):
+            return entry
+        raise HTTPException(404, f"there is no run {clip(id, 100)} here")
+
+    def flops(entry: Entry, axis: str) -> float | None:
+        return flops_per_token(read_events(entry.run.folder)) if axis == "flops" else None
+
+    def curves(entry: Entry, names: Sequence[str], axis: str, **range: Any) -> dict[str, Line]:
+        return lines(columns, entry.run.folder, names, axis=axis, flops_per_token=flops(entry, axis), **range)
+
+    @app.get("/health")
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/api/now", response_model=responses.Now)
+    def now(request: Request) -> Response:
+        return _json(request, glance.now(view(), index.roots))
+
+    @app.get("/api/runs", response_model=responses.Runs)
+    def runs(request: Request) -> Response:
+        seen = view()
+        etag = f'"{seen.version}"'
+        if etag in request.headers.get("if-none-match", ""):
+            return Response(status_code=304, headers={"etag": etag})
+        plain, packed = of_runs.table(seen)
+        return _sent(request, plain, packed, {"etag": etag})
+
+    @app.get("/api/keys", response_model=responses.Keys)
+    def keys(request: Request) -> Response:
+        return _json(request, of_runs.keys(view()))
+
+    @app.get("/api/columns")
+    def more_columns(request: Request, key: Annotated[list[str], Query(max_length=50)]) -> Response:
+        return _json(request, of_runs.columns(view(), key))
+
+    @app.get("/api/runs/{id}", response_model=responses.Details)
+    def run(request: Request, id: str) -> Response:
+        return _json(request, details(found(id), books))
+
+    @app.get("/api/runs/{id}/series", response_model=responses.Series)
+    def series(
+        request: Request,
+        id: str,
+        metric: Metrics,
+        points: Points = 800,
+        start: Annotated[float | None, Query(alias="from")] = None,
+        end: Annotated[float | None, Query(alias="to")] = None,
+        x: str = "step",
+    ) -> Response:
+        found_lines = curves(found(id), metric, _axis(x), points=points, start=start, end=end)
+        return _json(request, {"metrics": {name: line.plain() for name, line in found_lines.items()}, "x": x})
+
+    @app.get("/api/runs/{id}/experts", response_model=responses.Experts)
+    def expert_load(
+        request: Request, id: str, layer: Annotated[int, Query(ge=0, le=10_000)] = 0, points: Points = 200
+    ) -> Response:
+        return _json(request, experts(found(id).run.path, layer, points))
+
+    @app.get("/api/runs/{id}/log", response_model=responses.Log)
+    def output(
+        request: Request,
+        id: str,
+        rank: Annotated[int, Query(ge=0, le=10**6)] = 0,
+        tail: Annotated[int, Query(ge=1)] = 65536,
+        search: Annotated[str, Query(max_length=200)] = "",
+        attempt: Annotated[int | None, Query(ge=0, le=10**9)] = None,
+    ) -> Response:
+        return _json(request, log(found(id).run.path, rank, tail, search, attempt))
+
+    @app.get("/api/runs/{id}/events", response_model=responses.Events)
+    def events(request: Request, id: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+        return _json(request, events_after(found(id).run.path, after))
+
+    @app.get("/api/compare", response_model=responses.Comparison)
+    def compare(
+        request: Request,
+        run: Annotated[list[str], Query(max_length=MOST_COMPARED)],
+        metric: str = "loss",
+        x: str = "step",
+        points: Points = 800,
+        start: Annotated[float | None, Query(alias="from")] = None,
+        end: Annotated[float | None, Query(alias="to")] = None,
+    ) -> Response:
+        entries = [found(id) for id in dict.fromkeys(run)]
+        told, without = {}, []
+        for entry in entries:
+            try:
+                line = curves(entry, [metric], _axis(x), points=points, start=start, end=end)[metric]
+                told[entry.row.id] = line.plain()
+            except NoAxis:
+                without.append(entry.row.id)
+        flat = [flat_config(entry.config) for entry in entries]
+        names = dict.fromkeys(key for config in flat for key in config)
+        differs = [
+            {"key": key, "values": [config.get(key) for config in flat]}
+            for key in names
+            if key not in ("run.name", "run.root") and any(config.get(key) != flat[0].get(key) for config in flat)
+        ]
+        return _json(request, {"runs": told, "without": without, "x": x, "metric": metric, "differs": differs})
+
+    @app.post("/api/runs/{id}/note", response_model=responses.Done)
+    def note(request: Request, id: str, body: responses.Note) -> Response:
+        return changed(request, found(id), lambda entry: set_note(entry.run.path, body.note))
+
+    @app.post("/api/runs/{id}/tags", response_model=responses.Done)
+    def tags(request: Request, id: str, body: responses.Tags) -> Response:
+        wanted = {}
+        for tag in body.tags:
+            key, sign, value = tag.partition("=")
+            wanted[key.strip()] = value.strip() if sign else "true"
+
+        def change(entry: Entry) -> None:
+            gone = dict.fromkeys(read_notes(entry.run.path).tags.keys() - wanted.keys(), "")
+            set_tags(entry.run.path, gone | wanted)
+
+        return changed(request, found(id), change)
+
+    @app.post("/api/runs/{id}/stop", response_model=responses.Done)
+    def stop(request: Request, id: str) -> Response:
+        def change(entry: Entry) -> None:
+            if entry.row.status != "RUNNING":
+                raise ConfigError(f"{entry.row.name} is {entry.row.status}: there is nothing to stop")
+            request_stop(entry.run.path)
+
+        return changed(request, found(id), change)
+
+    def changed(request: Request, entry: Entry, change: Any) -> Response:
+        try:
+            if entry.run.path.is_symlink():
+                raise ConfigError(f"{entry.row.name} has become a link")
+            change(entry)
+        except ConfigError as error:
+            raise HTTPException(409, visible(str(error))[:1000]) from None
+        except OSError as error:
+            raise HTTPException(409, f"it cannot be written: {error.strerror}") from None
+        index.look_at(entry.row.id)
+        changes.tell_soon({entry.row.id})
+        return _json(request, {"done": True})
+
+    @app.get("/metrics")
+    def metrics() -> Response:
+        text = exposition(view(), glance)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.post("/login", response_model=responses.Done)
+    async def log_in(request: Request, body: responses.Login) -> Response:
+        if not guard.is_token(body.token.strip()):
+            await pause()
+            raise HTTPException(401, "that is not this server's token")
+        answer = _json(request, {"done": True})
+        secure = request.url.scheme == "https"
+        answer.set_cookie(COOKIE, session_of(token), httponly=True, samesite="strict", path="/", secure=secure)
+        return answer
+
+    @app.post("/logout", response_model=responses.Done)
+    def log_out(request: Request) -> Response:
+        answer = _json(request, {"done": True})
+        answer.delete_cookie(COOKIE, path="/", httponly=True, samesite="strict")
+        return answer
+
+    def shown(request: Request, name: str) -> Response:
+        file = static.get(name)
+        if file is None:
+            raise HTTPException(404, "there is no such file")
+        headers = {"etag": file.etag, "cache-control": "no-cache"}
+        if request.headers.get("if-none-match") == file.etag:
+            return Response(status_code=304, headers=headers)
+        return Response(file.content, media_type=file.kind, headers=headers)
+
+    @app.get("/static/{name:path}")
+    def static_file(request: Request, name: str) -> Response:
+        return shown(request, name)
+
+    @app.get("/login")
+    def login(request: Request) -> Response:
+        return shown(request, "login.html")
+
+    app.router.add_route("/api/changes", changes, include_in_schema=False)  # type: ignore[arg-type]
+
+    @app.get("/{path:path}", include_in_schema=False)
+    def page(request: Request, path: str) -> Response:
+        if path.partition("/")[0] not in PAGES:
+            raise HTTPException(404, "there is no such page")
+        return shown(request, "index.html")
+
+    @app.exception_handler(404)
+    @app.exception_handler(405)
+    @app.exception_handler(HTTPException)
+    async def told(request: Request, error: HTTPException) -> Response:
+        return _json(request, {"error": error.detail}, error.status_code)
+
+    @app.exception_handler(RequestValidationError)
+    async def not_valid(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"][1:])
+        return _json(request, {"error": clip(f"{where}: {first['msg']}", 300)}, 400)
+
+    @app.exception_handler(NoAxis)
+    async def no_axis(request: Request, error: NoAxis) -> Response:
+        return _json(request, {"error": str(error)}, 400)
+
+    @app.exception_handler(OSError)
+    async def unreadable(request: Request, error: OSError) -> Response:
+        name = os.path.basename(str(error.filename or ""))
+        return _json(request, {"error": clip(f"{name}: {error.strerror or error}", 300)}, 404)
+
+    return app
+
+
+def _axis(x: str) -> str:
+    if x not in AXES:
+        raise HTTPException(400, f"x should be one of {', '.join(AXES)}")
+    return x
+
+
+def _json(request: Request, content: dict[str, Any], status: int = 200) -> Response:
+    return _sent(request, dump(content).encode(), None, {}, status)
+
+
+def _sent(request: Request, plain: bytes, packed: bytes | None, headers: dict[str, str], status: int = 200) -> Response:
+    headers = headers | {"vary": "accept-encoding"}
+    if len(plain) >= SMALL and "gzip" in request.headers.get("accept-encoding", ""):
+        plain = packed or gzip.compress(plain, 1)
+        headers["content-encoding"] = "gzip"
+    return Response(plain, status, headers, media_type="application/json")

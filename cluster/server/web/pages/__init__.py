@@ -1,0 +1,1 @@
+"""What the pages show: all runs, one run, now, curves."""

@@ -1,0 +1,94 @@
+"""The table of all runs by column: their rows, and any config key or metric beside them."""
+
+import gzip
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.files.plain_json import dump
+
+from ..index.config_values import value_of
+from ..index.runs_index import Entry, View
+from ..responses import RunRow
+from .series import Columns
+
+METRIC = "metric:"
+LAST, BEST, MEAN = "last", "best", "mean10"
+MEANED = 10
+"""Records of `mean10`."""
+PATIENCE = 2.0
+"""Seconds of one request that go into reading records; what is left is null, and known the next time."""
+MOST_KNOWN = 200_000
+
+
+class ColumnsOfRuns:
+    """Builds the table once for each view."""
+
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
+        self._lock = threading.Lock()
+        self._table: tuple[str, bytes, bytes] = ("", b"", b"")
+        self._keys: tuple[str, dict[str, Any]] = ("", {})
+        self._known: dict[tuple[str, str, str], tuple[tuple[int, ...], float | None]] = {}
+
+    def table(self, view: View) -> tuple[bytes, bytes]:
+        """As `responses.Runs` in JSON, and the same compressed."""
+        with self._lock:
+            if self._table[0] != view.version:
+                rows = [entry.row for entry in view.entries]
+                columns = {name: [getattr(row, name) for row in rows] for name in RunRow.model_fields}
+                told = {"count": len(rows), "left": view.left, "version": view.version, "columns": columns}
+                plain = dump(told).encode()
+                self._table = view.version, plain, gzip.compress(plain, 1)
+            return self._table[1:]
+
+    def keys(self, view: View) -> dict[str, Any]:
+        """As `responses.Keys`."""
+        with self._lock:
+            if self._keys[0] != view.version:
+                shapes = {id(part.keys): part.keys for entry in view.entries for part in entry.config}
+                metrics = {id(entry.metrics.keys): entry.metrics.keys for entry in view.entries}
+                told = {
+                    "keys": list(dict.fromkeys(key for keys in shapes.values() for key in keys)),
+                    "metrics": list(dict.fromkeys(key for keys in metrics.values() for key in keys)),
+                }
+                self._keys = view.version, told
+            return self._keys[1]
+
+    def columns(self, view: View, keys: Sequence[str]) -> dict[str, Any]:
+        """A value for each run, in the order of the table, under each key."""
+        until = time.monotonic() + PATIENCE
+        return {key: self._column(view, key, until) for key in keys}
+
+    def _column(self, view: View, key: str, until: float) -> list[Any]:
+        if not key.startswith(METRIC):
+            return [value_of(entry.config, key) for entry in view.entries]
+        name, _, how = key.removeprefix(METRIC).partition(":")
+        if how in ("", LAST):
+            return [value_of((entry.metrics,), name) for entry in view.entries]
+        if how not in (BEST, MEAN):
+            return [None] * len(view.entries)
+        return [self._of_record(entry, name, how, until) for entry in view.entries]
+
+    def _of_record(self, entry: Entry, name: str, how: str, until: float) -> float | None:
+        """The least value of a metric, or the mean of its last ones."""
+        place, now = (entry.run.folder, name, how), entry.run.signature[:4]
+        known = self._known.get(place)
+        if known is None or known[0] != now:
+            if time.monotonic() > until or name not in entry.metrics.keys:
+                return known[1] if known else None
+            try:
+                ((_, found),) = self._columns.read(entry.run.folder, [name])
+                values = found[name][np.isfinite(found[name])]
+            except OSError:
+                values = np.zeros(0)
+            value = None
+            if len(values):
+                value = float(values.min() if how == BEST else values[-MEANED:].mean())
+            if len(self._known) > MOST_KNOWN:
+                self._known.clear()
+            known = self._known[place] = now, value
+        return known[1]

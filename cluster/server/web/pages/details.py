@@ -1,0 +1,422 @@
+"""One run, whole: what its record and its folder say, as far as they can be read."""
+
+import contextlib
+import itertools
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from configs.reading.parse import shortened
+from trainer.record.goodput import BOOKS, Attempt, book, productive, read_steps, total, unpaused
+from trainer.record.lines import METRICS, last_records, read_events
+from trainer.record.notable import notable
+from trainer.record.terminal import visible
+from trainer.tracking import read_state
+
+from ..index.config_values import flat_config
+from ..index.rows import signature
+from ..index.runs_index import Entry
+from ..index.sampling import sample_records
+from .folders import below, opened, plain_files
+from .series import OF_LISTS
+
+LOGS, SAMPLES = "logs", "samples"
+LOG = re.compile(r"attempt-(\d{1,9})-rank-(\d{1,9})\.log")
+SAMPLE = re.compile(r"step-(\d{1,15})\.txt")
+MOST_SAMPLES, LONGEST_SAMPLE = 20, 1 << 14
+MOST_MARKS = 2000
+MOST_TEXT = 500
+MOST_LOG = 1 << 20
+"""Bytes of a log that are sent at once."""
+MOST_SEARCHED = 64 << 20
+"""Bytes at the end of a log that are searched."""
+MOST_EVENTS = 500
+FOLDERS = ("", LOGS, SAMPLES, "plots", "profiles", "stacks", "model", "tokenizer")
+"""Folders of a run whose files are listed."""
+NAMES = {"step": "in steps", "data_wait": "waiting for data", "down": "down after a failure"}
+"""Books of goodput as a person reads them, where their own names do not do."""
+
+
+def details(entry: Entry, books: "Books") -> dict[str, Any]:
+    """All that the page of a run shows but its curves."""
+    run, problems = entry.run, []
+
+    def read(what: Callable[[], Any], without: Any) -> Any:
+        try:
+            return what()
+        except (OSError, ValueError) as error:
+            problems.append(shortened(str(error), 300))
+            return without
+
+    events = read(lambda: read_events(run.folder), [])
+    train, evaluation = read(lambda: last_records(run.path / METRICS), ({}, {}))
+    booked = read(lambda: books.of(run.folder), [])
+    whole = total(booked)
+    config = flat_config(entry.config)
+    return {
+        "row": dict(entry.row),
+        "config": config,
+        "header": _header(events, config),
+        "attempts": _attempts(events),
+        "marks": _marks(events),
+        "goodput": {
+            "fraction": productive(whole) if booked else None,
+            "parts": parts(whole),
+            "by_attempt": [
+                {"attempt": each.number, "parts": parts(each.seconds), "reason": _end_of(events, each.number)[1]}
+                for each in booked
+            ],
+        },
+        "planned": _planned(events),
+        "metrics": read(lambda: metric_names(run.path, train, evaluation), []),
+        "samples": read(lambda: _samples(run.path), []),
+        "ranks": read(lambda: sorted({rank for _, rank, _ in _logs(run.path)}), []),
+        "files": _files(run.path),
+        "tracking": _tracking(run.path),
+        "experts": _experts(train),
+        "references": {"unigram_entropy": _entropy(events)},
+        "notable": [
+            {"kind": kind, "times": each.times, "attempt": each.attempt, "time": each.time, "text": visible(each.text)}
+            for kind, each in notable(events).items()
+        ],
+        "problems": problems,
+    }
+
+
+class Books:
+    """Where the time of runs went; of a record that has not changed it is not worked out again."""
+
+    def __init__(self, most: int = 2000) -> None:
+        self._most = most
+        self._known: OrderedDict[str, tuple[tuple[int, ...], list[Attempt]]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, folder: str) -> list[Attempt]:
+        """Raises OSError if the record cannot be read."""
+        now = signature(folder)[:4]
+        with self._lock:
+            known = self._known.get(folder)
+        if known is None or known[0] != now:
+            known = now, book(read_events(folder), read_steps(Path(folder)))
+            with self._lock:
+                self._known[folder] = known
+                self._known.move_to_end(folder)
+                if len(self._known) > self._most:
+                    self._known.popitem(last=False)
+        return known[1]
+
+
+def parts(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Seconds by what they went into, without what a run was meant to pause."""
+    return [
+        (NAMES.get(name, name.replace("_", " ")), seconds[name]) for name in BOOKS if name != "paused" and seconds[name]
+    ]
+
+
+def meant(seconds: Mapping[str, float]) -> float:
+    """Seconds in which a run was meant to train."""
+    return unpaused(dict(seconds))
+
+
+def flops_per_token(events: Sequence[Mapping[str, Any]]) -> float | None:
+    """FLOPs of training per token, as the planner said before the run."""
+    told = [event.get("flops_per_token") for event in events if event["event"] == "plan"]
+    numbers = [float(each) for each in told if isinstance(each, int | float)]
+    return numbers[-1] if numbers and 0 < numbers[-1] < 1e30 else None
+
+
+def _header(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
+    last: dict[str, Mapping[str, Any]] = {event["event"]: event for event in events}
+    started, plan, resolved = (last.get(name, {}) for name in ("attempt_started", "plan", "resolved"))
+    return {
+        "family": config.get("model.family"),
+        "parameters": _whole(plan.get("parameters")),
+        "active": _whole(plan.get("active_parameters")),
+        "flops_per_token": flops_per_token(events),
+        "device": _text(started.get("device")),
+        "world_size": _whole(started.get("world_size")),
+        "host": _text(started.get("host")),
+        "versions": {
+            visible(str(key))[:60]: visible(str(value))[:60]
+            for key, value in list((started.get("versions") or {}).items())[:20]
+        }
+        if isinstance(started.get("versions"), dict)
+        else {},
+        "commit": _text(started.get("git_commit")),
+        "dirty": bool(started.get("git_dirty")),
+        "command": _text(resolved.get("command"), 2000),
+        "derived": [visible(str(line))[:MOST_TEXT] for line in (resolved.get("derived") or [])[:200]]
+        if isinstance(resolved.get("derived"), list)
+        else [],
+    }
+
+
+def _attempts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found: dict[int, dict[str, Any]] = {}
+    for event in events:
+        name, number = event["event"], event["attempt"]
+        if name == "attempt_started":
+            found[number] = {
+                "n": number, "began": event["time"], "ended": None, "status": "RUNNING", "reason": None,
+                "from_step": 0, "to_step": None, "last": event["time"], "world_size": _whole(event.get("world_size")),
+            }  # fmt: skip
+        elif number in found:
+            own = found[number]
+            own["last"] = max(own["last"], event["time"])
+            if name == "resumed" and "step" in event:
+                own["from_step"] = event["step"]
+            elif name in ("attempt_ended", "hang"):
+                own["ended"], own["reason"] = event["time"], _text(event.get("reason"))
+                own["status"] = visible(event.get("status", "FAILED"))
+                own["to_step"] = event.get("step")
+            elif name in ("worker_lost", "worker_failed", "failure") and own["ended"] is None:
+                own["ended"], own["status"] = event["time"], "FAILED"
+                own["reason"], own["to_step"] = _text(event.get("reason")), event.get("step")
+    told = list(found.values())[-1000:]
+    for own, after in itertools.pairwise(told):
+        if own["ended"] is None:
+            own["ended"], own["status"] = own["last"], "FAILED"
+            own["reason"] = "the process is gone without a word"
+        if own["to_step"] is None:
+            own["to_step"] = after["from_step"]
+    for own in told:
+        del own["last"]
+    return told
+
+
+def _end_of(events: Sequence[Mapping[str, Any]], attempt: int) -> tuple[str | None, str | None]:
+    ends = [event for event in events if event["event"] == "attempt_ended" and event["attempt"] == attempt]
+    return (ends[-1]["status"], _text(ends[-1].get("reason"))) if ends else (None, None)
+
+
+KINDS = {
+    "checkpoint": "checkpoint", "spike": "spike", "skipped_step": "spike", "rollback": "rollback",
+    "config_changed": "config", "evaluation": "evaluation", "straggler": "straggler",
+    "straggler_recovered": "straggler", "experts_collapsed": "experts", "experts_recovered": "experts",
+    "failure": "failure", "worker_lost": "failure", "worker_failed": "failure", "hang": "failure",
+    "checkpoint_failed": "failure", "checkpoint_refused": "failure",
+}  # fmt: skip
+"""What an event is on the axis of a chart."""
+
+
+def _marks(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found, step = [], 0
+    for event in events:
+        step = event.get("step", event.get("to_step", step))
+        kind = KINDS.get(event["event"])
+        if event["event"] == "attempt_ended" and event["status"] == "FAILED":
+            kind = "failure"
+        if kind:
+            text = event.get("reason") or _said(event)
+            found.append({"kind": kind, "step": step, "time": event["time"], "text": _text(text)})
+    if len(found) > MOST_MARKS:  # of what comes regularly, less
+        rare = [mark for mark in found if mark["kind"] not in ("checkpoint", "evaluation")]
+        regular = [mark for mark in found if mark["kind"] in ("checkpoint", "evaluation")]
+        every = max(1, 2 * len(regular) // MOST_MARKS)
+        found = sorted([*rare[-MOST_MARKS:], *regular[::-every]], key=lambda mark: mark["time"])
+    return found
+
+
+def _said(event: Mapping[str, Any]) -> str:
+    name = event["event"]
+    if name == "config_changed" and isinstance(event.get("changed"), dict):
+        return ", ".join(f"{key} {_short(pair)}" for key, pair in list(event["changed"].items())[:20])
+    if name == "straggler":
+        return f"rank {event['rank']} on {event['host']}: {event['times_median']:.2f}x its peers' median"
+    told = {key: value for key, value in event.items() if key not in ("time", "attempt", "event", "step", "traceback")}
+    return name.replace("_", " ") + "".join(f", {key} {_short(value)}" for key, value in list(told.items())[:8])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list) and len(value) == 2:
+        return f"{shortened(value[0], 60)} -> {shortened(value[1], 60)}"
+    return shortened(value, 100)
+
+
+def _planned(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    last: dict[str, Mapping[str, Any]] = {event["event"]: event for event in events}
+    plan, measured = last.get("plan", {}), last.get("measured", {})
+    memory = plan.get("memory")
+    peak = _number(measured.get("predicted_peak_memory"))
+    if peak is None and isinstance(memory, dict):
+        peak = _number(memory.get("peak"))
+    step = _number(measured.get("predicted_step_time"))
+    step = _number(plan.get("step_time")) if step is None else step
+    rows = [
+        ("peak memory", "bytes", peak, _number(measured.get("peak_memory"))),
+        ("step time", "seconds", step, _number(measured.get("step_time"))),
+    ]
+    tokens, took = _number(plan.get("tokens_per_second")), _number(measured.get("step_time"))
+    each = _number(plan.get("tokens_per_step"))
+    rows.append(("throughput", "tokens/s", tokens, each / took if each and took else None))
+    return [
+        {"what": what, "unit": unit, "planned": planned, "measured": came}
+        for what, unit, planned, came in rows
+        if planned is not None or came is not None
+    ]
+
+
+def metric_names(run_dir: Path, train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
+    """Metrics of a run that have a curve: numbers, and lists of numbers by what they become."""
+    names: dict[str, None] = {}
+    for record in (train, evaluation, *sample_records(run_dir / METRICS, 20)):
+        for key, value in record.items():
+            if key in ("step", "attempt", "time"):
+                continue
+            if value is None or type(value) in (int, float, bool):
+                names[key] = None
+            elif isinstance(value, list) and any(type(each) in (int, float) for each in value):
+                names |= dict.fromkeys(f"{key}.{how}" for how in OF_LISTS)
+    return list(names)[:10_000]
+
+
+def _samples(run_dir: Path) -> list[dict[str, Any]]:
+    try:
+        with below(run_dir, SAMPLES) as folder:
+            named = [(int(found[1]), name) for name, _ in plain_files(folder) if (found := SAMPLE.fullmatch(name))]
+            told = []
+            for step, name in sorted(named)[-MOST_SAMPLES:]:
+                with opened(folder, name) as file:
+                    text = file.read(LONGEST_SAMPLE).decode(errors="replace")
+                told.append({"step": step, "text": visible(text)})
+            return told
+    except FileNotFoundError:
+        return []
+
+
+def _logs(run_dir: Path) -> list[tuple[int, int, str]]:
+    """Attempt, rank and file of each log."""
+    try:
+        with below(run_dir, LOGS) as folder:
+            named = [(found, name) for name, _ in plain_files(folder) if (found := LOG.fullmatch(name))]
+            return sorted((int(found[1]), int(found[2]), name) for found, name in named)
+    except FileNotFoundError:
+        return []
+
+
+def log(run_dir: Path, rank: int, tail: int, search: str, attempt: int | None = None) -> dict[str, Any]:
+    """The end of what a rank printed in its newest attempt, or in another one.
+
+    Args:
+        tail: bytes at most.
+        search: only lines that have this in them, whatever its case; empty: all.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    own = [(n, name) for n, each, name in _logs(run_dir) if each == rank and attempt in (None, n)]
+    if not own:
+        return {"text": "", "offset": 0, "truncated": False, "attempt": None}
+    number, name = own[-1]
+    tail = min(max(tail, 1), MOST_LOG)
+    with below(run_dir, LOGS) as folder, opened(folder, name) as file:
+        size = file.seek(0, os.SEEK_END)
+        begin = max(0, size - (MOST_SEARCHED if search else tail))
+        file.seek(begin)
+        if search:
+            wanted, lines, length = search.encode().lower(), [], 0
+            for line in file.read(size - begin).splitlines(keepends=True):
+                if wanted in line.lower():
+                    lines.append(line)
+                    length += len(line)
+            truncated = begin > 0 or length > tail
+            text = b"".join(lines)[-tail:]
+        else:
+            text, truncated = file.read(size - begin), begin > 0
+    return {
+        "text": visible(text.decode(errors="replace")), "offset": begin, "truncated": truncated, "attempt": number
+    }  # fmt: skip
+
+
+def events_after(run_dir: Path, after: int) -> dict[str, Any]:
+    """The events of a run's record after so many; the newest where there are too many to send. Raises OSError."""
+    events = read_events(run_dir)
+    begin = max(after, len(events) - MOST_EVENTS, 0)
+    return {"events": [_told(event) for event in events[begin:]], "next": len(events)}
+
+
+def _told(value: Any, depth: int = 0) -> Any:
+    """Plain JSON within bounds, its texts without control characters."""
+    if isinstance(value, str):
+        return visible(value[:20_000])
+    if isinstance(value, dict):
+        return (
+            {visible(str(k))[:200]: _told(v, depth + 1) for k, v in list(value.items())[:500]} if depth < 8 else "..."
+        )
+    if isinstance(value, list):
+        return [_told(each, depth + 1) for each in value[:500]] if depth < 8 else "..."
+    return value
+
+
+def experts(run_dir: Path, layer: int, points: int) -> dict[str, Any]:
+    """How a layer's experts were loaded over the steps; 1.0 is an even share. Raises OSError."""
+    steps: list[int] = []
+    columns: list[list[float | None]] = []
+    for record in sample_records(run_dir / METRICS, min(max(points, 2), 400)):
+        load = record.get("expert_load")
+        if not (isinstance(load, list) and 0 <= layer < len(load) and isinstance(load[layer], list) and load[layer]):
+            continue
+        shares = [float(each) if type(each) in (int, float) else None for each in load[layer][:4096]]
+        steps.append(record["step"])
+        columns.append([None if share is None else share * len(shares) for share in shares])
+    most = max(map(len, columns), default=0)
+    rows = [[column[expert] if expert < len(column) else None for column in columns] for expert in range(most)]
+    return {"steps": steps, "load": rows}
+
+
+def _experts(train: Mapping[str, Any]) -> dict[str, int] | None:
+    load = train.get("expert_load")
+    if not (isinstance(load, list) and load and isinstance(load[0], list)):
+        return None
+    return {"layers": len(load), "experts": max(len(each) for each in load if isinstance(each, list))}
+
+
+def _files(run_dir: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for name in FOLDERS:
+        with contextlib.suppress(OSError), below(run_dir, *filter(None, [name])) as folder:
+            prefix = f"{name}/" if name else ""
+            found += [{"name": prefix + visible(file), "bytes": size} for file, size in plain_files(folder)[:500]]
+    return found
+
+
+def _tracking(run_dir: Path) -> dict[str, Any]:
+    state = read_state(run_dir)
+    uri, error = str(state.get("uri") or ""), state.get("error")
+    web = re.fullmatch(r"https?://[^\s\\<>\"']{1,500}", uri)
+    return {
+        "mlflow": visible(uri) if web else None,
+        "run_id": _text(state.get("run_id")),
+        "behind": _text(error) if error else None,
+    }
+
+
+def _entropy(events: Sequence[Mapping[str, Any]]) -> float | None:
+    for event in reversed(events):
+        if event["event"] != "attempt_started":
+            continue
+        for item in event.get("inputs", []):
+            splits = item.get("profile", {}).get("splits", {}) if isinstance(item.get("profile"), dict) else {}
+            held_out = splits.get("held_out") if isinstance(splits, dict) else None
+            if isinstance(held_out, dict) and (entropy := _number(held_out.get("entropy"))) is not None:
+                return entropy
+        return None
+    return None
+
+
+def _text(value: Any, most: int = MOST_TEXT) -> str | None:
+    return visible(str(value)[:most]) if value not in (None, "") else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if type(value) in (int, float) and abs(value) < 1e300 else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if type(value) is int and 0 <= value <= 2**53 else None

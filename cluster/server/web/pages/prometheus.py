@@ -1,0 +1,38 @@
+"""`/metrics`: how the runs that are being trained stand, in Prometheus' text format."""
+
+from collections import Counter
+
+from ..index.runs_index import View
+from .now import Glance
+
+GAUGES = (
+    ("muster_run_step", "Last step that is recorded.", "step"),
+    ("muster_run_loss", "Training loss of that step.", "loss"),
+    ("muster_run_tokens_per_second", "Tokens per second of that step, of all processes.", "tokens_per_second"),
+    ("muster_run_mfu", "Share of the devices' peak FLOP/s.", "mfu"),
+)
+
+
+def exposition(view: View, glance: Glance) -> str:
+    """All gauges, of runs that are being trained, and how many runs there are by status."""
+    running = [entry for entry in view.entries if entry.row.status == "RUNNING"]
+    lines: list[str] = []
+
+    def gauge(name: str, what: str, values: list[tuple[str, str, float | int | None]]) -> None:
+        lines.extend([f"# HELP {name} {what}", f"# TYPE {name} gauge"])
+        lines.extend(f'{name}{{{label}="{_escaped(of)}"}} {value}' for label, of, value in values if value is not None)
+
+    for name, what, key in GAUGES:
+        gauge(name, what, [("run", entry.row.id, getattr(entry.row, key)) for entry in running])
+    gauge(
+        "muster_run_goodput",
+        "Share of the time that went into steps that count.",
+        [("run", entry.row.id, glance.goodput(entry)) for entry in running],
+    )
+    counted = Counter(entry.row.status for entry in view.entries)
+    gauge("muster_runs", "Runs by status.", [("status", status, counted[status]) for status in sorted(counted)])
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")

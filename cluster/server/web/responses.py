@@ -1,0 +1,191 @@
+"""What the dashboard's API takes and returns. Times are Unix seconds; what is missing or not finite is null."""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from trainer.run.notes import MAX_NOTE, MAX_TAGS, MAX_VALUE
+
+Text = Annotated[str, StringConstraints(max_length=10_000)]
+Whole = Annotated[int, Field(ge=0, le=2**53)]
+
+
+class RunRow(BaseModel):
+    """A run in one row."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    id: Text
+    """What the API calls it: its folder's name; `SWEEP:NAME` of a trial, `ROOT:NAME` in a root but the first."""
+    name: Text
+    status: Text
+    """RUNNING, FINISHED, FAILED, STOPPED, NEW (nothing has started), UNREADABLE."""
+    reason: Text | None = None
+    step: Whole = 0
+    steps: Whole | None = None
+    """train.steps."""
+    loss: float | None = None
+    eval_loss: float | None = None
+    tokens: float | None = None
+    tokens_per_second: float | None = None
+    mfu: float | None = None
+    attempts: Whole = 0
+    wall_time: float = 0.0
+    """Seconds over all attempts."""
+    updated: float | None = None
+    started: float | None = None
+    sweep: Text | None = None
+    family: Text | None = None
+    parameters: Whole | None = None
+    data: Text | None = None
+    """Names of the folders of its data."""
+    note: Text = ""
+    tags: list[Text] = []
+    """`key=value`, or `key` alone where the value is `true`."""
+
+
+class Runs(BaseModel):
+    """All runs, by column, in the order in which they began."""
+
+    count: int
+    left: int
+    """Runs that have not been read yet."""
+    version: str
+    columns: dict[str, list[Any]]
+
+
+class Checkpoint(BaseModel):
+    step: int
+    time: float
+
+
+class RunningRow(RunRow):
+    """A run that is being trained."""
+
+    spark: list[float | None]
+    """Its loss so far, at most 60 points."""
+    goodput: float | None
+    checkpoint: Checkpoint | None
+    left: float | None
+    """Seconds until train.steps at its present pace."""
+
+
+class Problem(BaseModel):
+    level: str
+    """failed or warning."""
+    run: str | None
+    what: str
+    why: str
+    then: str
+    since: float | None
+
+
+class Disk(BaseModel):
+    path: str
+    free: int
+    total: int
+
+
+class Goodput(BaseModel):
+    seconds: float
+    parts: list[tuple[str, float]]
+
+
+class Now(BaseModel):
+    problems: list[Problem]
+    running: list[RunningRow]
+    waiting: list[dict[str, Any]]
+    ended: list[RunRow]
+    goodput: Goodput
+    disks: list[Disk]
+    left: int
+    time: float
+
+
+class Keys(BaseModel):
+    keys: list[str]
+    metrics: list[str]
+
+
+class Details(BaseModel):
+    """A run; see `cluster.server.web.details`."""
+
+    row: RunRow
+    config: dict[str, Any]
+    header: dict[str, Any]
+    attempts: list[dict[str, Any]]
+    marks: list[dict[str, Any]]
+    goodput: dict[str, Any]
+    planned: list[dict[str, Any]]
+    metrics: list[str]
+    samples: list[dict[str, Any]]
+    ranks: list[int]
+    files: list[dict[str, Any]]
+    tracking: dict[str, Any]
+    experts: dict[str, int] | None
+    references: dict[str, Any]
+    problems: list[str]
+    """What of it could not be read."""
+
+
+class Line(BaseModel):
+    x: list[float]
+    y: list[float | None]
+    last: tuple[float, float | None] | None
+    n: int
+    """Rows of the record in the range."""
+
+
+class Series(BaseModel):
+    metrics: dict[str, Line]
+    x: str
+
+
+class Experts(BaseModel):
+    steps: list[int]
+    load: list[list[float | None]]
+    """[experts][steps]: share of an even load, 1.0 where all get the same."""
+
+
+class Log(BaseModel):
+    text: str
+    offset: int
+    """Where the text begins in the file, in bytes."""
+    truncated: bool
+    attempt: int | None
+
+
+class Events(BaseModel):
+    events: list[dict[str, Any]]
+    next: int
+
+
+class Comparison(BaseModel):
+    runs: dict[str, Line]
+    x: str
+    metric: str
+    differs: list[dict[str, Any]]
+
+
+class Failure(BaseModel):
+    error: str
+
+
+class Login(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    token: Annotated[str, StringConstraints(max_length=1000)]
+
+
+class Note(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    note: Annotated[str, StringConstraints(max_length=MAX_NOTE)]
+
+
+class Tags(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    tags: Annotated[list[Annotated[str, StringConstraints(max_length=MAX_VALUE + 200)]], Field(max_length=MAX_TAGS)]
+    """All that the run has from now on."""
+
+
+class Done(BaseModel):
+    done: bool = True
