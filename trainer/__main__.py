@@ -87,7 +87,7 @@ def _prepare(config) -> Path:
 
     def prepare() -> tuple[str | None, str]:
         try:
-            return str(prepare_run(config)), ""
+            return str(prepare_run(config, workers=dist.get_world_size())), ""
         except ConfigError as error:
             return None, str(error)
 

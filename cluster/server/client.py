@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from cluster.gangs.access_token import Address, in_environment, is_open, refuse_open, remember, use_token, within
 from cluster.gangs.session import check_reachable, found_by_ray
 from cluster.gangs.share import Node
 from configs import ConfigError, mask
-from configs.reading.parse import clip
+from configs.reading.parse import clip, shortened
 from configs.units import byte_size
 from trainer.files.scratch import temporary_folder
 
@@ -210,6 +211,7 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
             "no cluster is named: --address http://HOST:8265, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or cluster.address; "
             "`muster cluster up` starts one"
         )
+    _check_address(given.where)
     if given.where.startswith(("http://", "https://")):
         return given._replace(where=given.where.rstrip("/"))
     given = found_by_ray(given)
@@ -227,6 +229,19 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
         return Address(url, "environment")  # the head's word; its loopback may be somebody else's on this machine
     except Exception as error:  # of gRPC and Ray, whatever listens there
         raise _silent(given.where, error) from None
+
+
+def _check_address(where: str) -> None:
+    """Raise ConfigError for what is no address, before a token for it is looked for."""
+    try:
+        parts = urlsplit(where if "//" in where else f"//{where}")
+        wrong = "" if parts.hostname else "names no host"
+        if parts.port == 0:
+            wrong = "has port 0"
+    except ValueError as error:  # a port above 65,535, or half an IPv6 address
+        wrong = f"is none ({error})"
+    if wrong:
+        raise ConfigError(f"the cluster's address {shortened(mask(where))} {wrong}: --address http://HOST:8265")
 
 
 def _answers(url: str) -> bool:

@@ -18,6 +18,7 @@ from filelock import Timeout
 from configs import Config, ConfigError, differences, from_dict, load, mask, to_yaml
 from configs.explain import shown
 from configs.reading.parse import clip
+from configs.resolve import with_workers
 from trainer.checkpoint.init_from import check_source, other_function
 from trainer.checkpoint.store import committed, folder, verify
 from trainer.data.kinds import kind_of
@@ -46,6 +47,7 @@ def prepare_run(
     start: Path | None = None,
     began: float | None = None,
     submitted: float | None = None,
+    workers: int | None = None,
 ) -> Path:
     """Make or check the folder of a run, before any device is held.
 
@@ -55,6 +57,7 @@ def prepare_run(
         start: a checkpoint that the run begins from, at its step, where it has none of its own.
         began: Unix seconds of this launch; None: as this process did.
         submitted: Unix seconds; from then on its job waited in a queue.
+        workers: processes that were started to train it; None: as many as the config asks for.
 
     Returns:
         The folder, whose config.yaml holds the resolved config.
@@ -70,6 +73,8 @@ def prepare_run(
     with torch.device("meta"):
         planned = resolve_config(config, prepare=False)[0]
         check_model(planned)  # what cannot be built shows before anything else
+    if workers:
+        with_workers(planned, workers)
     with writable(config.run.root):
         resolved, notes = resolve_config(config)
     run_dir = Path(resolved.run.root) / resolved.run.name

@@ -415,3 +415,15 @@ def test_options_are_judged_before_a_token_is_made(mine, monkeypatch, capsys, op
         typer.main.get_command(join.app)(["up", *options], standalone_mode=False)
     assert not mine.exists()
     assert "token" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [("http://", "http:// names no host"), ("127.0.0.1:99999", "99999 is none (Port out of range 0-65535)"),
+     ("http://[::1", "is none (Invalid IPv6 URL)"), (":8265", ":8265 names no host"), ("host:0", "host:0 has port 0")],
+)  # fmt: skip
+def test_what_is_no_address_is_told_before_a_token_is_looked_for(where, words):
+    with pytest.raises(ConfigError) as refused:
+        api_url(where)
+    assert str(refused.value).startswith("the cluster's address ")
+    assert words in str(refused.value)

@@ -114,6 +114,7 @@ MISTAKES = {
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, tiny_data, arguments, line):
     (tmp_path / write_config(tmp_path, tiny_data, "run", 4)).rename(tmp_path / "config.yaml")
     assert run_ranks(tmp_path, arguments) == [(2, f"{line}\n"), (2, "")]
+    assert not (tmp_path / "runs" / "run").exists()
 
 
 @pytest.mark.slow
