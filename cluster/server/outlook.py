@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from cluster.gangs.share import Node
 from configs import ConfigError, load, mask
@@ -123,7 +123,9 @@ def _some(ids: Sequence[str]) -> str:
     return ", ".join(ids[:2]) + (f" and {len(ids) - 2} more" if len(ids) > 2 else "")
 
 
-def outlook(jobs: Mapping[str, Known], nodes: Any, output: Any) -> dict[str, Outlook]:
+def outlook(
+    jobs: Mapping[str, Known], nodes: Callable[[], Sequence[Node]], output: Callable[[str], str | None]
+) -> dict[str, Outlook]:
     """Of every job.
 
     Args:

@@ -28,7 +28,9 @@ TOP = "work"
 lies one folder down."""
 LIMIT = 100 * 2**20
 """Bytes. Ray keeps the zip in the memory of the head, and refuses 512 MiB."""
-LEFT_OUT = [".git", ".hg", ".svn", ".venv", "venv", "__pycache__"]
+JOB = ".muster-job"
+"""Folder of a job's config. Of a folder that was sent before, which a job may submit in turn, it is left out."""
+LEFT_OUT = [".git", ".hg", ".svn", ".venv", "venv", "__pycache__", JOB]
 MOST_FILES, SHOWN = 10_000, 20
 SECRETS = "secrets: --with FILE sends one"
 LINKS = "links that lead out of this folder, into themselves, or to what is not sent"

@@ -24,7 +24,7 @@ from . import messages, pack
 from .client import Cluster, api_url
 from .waiting import ACTIVE
 
-CONFIG, SWEEP = ".muster-job/run.yaml", ".muster-job/sweep.yaml"
+CONFIG, SWEEP = f"{pack.JOB}/run.yaml", f"{pack.JOB}/sweep.yaml"
 """Files of a job that hold its config, with all that was asked for on the command line. They are in a folder of their
 own, as the preset's name in `base` could be that of a file beside them."""
 

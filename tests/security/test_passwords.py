@@ -284,6 +284,8 @@ def sent(tmp_path, monkeypatch):
     monkeypatch.setattr("cluster.server.submit.accepted", lambda *_: None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "sub").mkdir()
+    (tmp_path / ".muster-job").mkdir()
+    (tmp_path / ".muster-job" / "run.yaml").write_text("train: {steps: 9}")  # of a job that submits another
     (tmp_path / "quickstart").write_text("train: {steps: 7}")  # no base of what stands on the preset
     (tmp_path / "sub" / "run.yaml").write_text("base: quickstart\ntrain: {steps: 3}\n")
     (tmp_path / "sub" / "sweep.yaml").write_text("{base: run.yaml, grid: {}, axes: {optim.lr: [1.0e-3]}}")
@@ -323,7 +325,6 @@ def test_a_sweep_as_a_job_carries_its_definition(sent, tmp_path):
     message, files = sent.job()
     assert message.job.command == "muster sweep run .muster-job/sweep.yaml --gpus=2"
     assert PASSWORD not in message.model_dump_json()
-    (tmp_path / ".muster-job").mkdir()
     Path(SWEEP).write_text(files[f"work/{SWEEP}"])
     assert load_sweep(SWEEP) == load_sweep("sub/sweep.yaml", [*given, "set.cluster.address=null"])
 
