@@ -163,7 +163,9 @@ def test_watch_shows_what_is_new_and_outlives_a_silent_cluster(capsys, monkeypat
         return found
 
     monkeypatch.setattr(jobs, "api_url", lambda address: address)
-    monkeypatch.setattr(jobs, "Cluster", lambda address: SimpleNamespace(url="http://head", jobs=look, nodes=list))
+    monkeypatch.setattr(
+        jobs, "Cluster", lambda address: SimpleNamespace(url="http://head", jobs=look, nodes=list, output=str)
+    )
     monkeypatch.setattr(jobs, "WATCH_EVERY", 0.0)
     monkeypatch.setattr(jobs, "ago", lambda then: "1 h ago")
     with pytest.raises(KeyboardInterrupt):
