@@ -1,3 +1,3 @@
-"""What is computed: plain torch modules, and what a config alone says of them."""
+"""Models: plain torch modules, and what can be derived from a config alone."""
 
 from .hf import config_json  # noqa: F401  which reads `model.from`

@@ -1,4 +1,4 @@
-"""One micro-batch: what all kinds share, and that of token sequences."""
+"""One micro-batch: what all kinds have in common, and the one for token sequences."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -13,15 +13,14 @@ class MicroBatch:
     """B examples of any kind: a dataclass of tensors, of which `example_ids` is one.
 
     Attributes:
-        example_ids: [B] int64, index of each example in the run, for all that is random (`models.noise`); -1: padding,
-            which no loss may count.
+        example_ids: [B] int64, index of each example in the run, which seeds all randomness (`models.noise`); -1:
+            padding, which no loss may count.
     """
 
     example_ids: Tensor
 
     def weight(self) -> int:
-        """What the losses of all its examples are divided by: by default how many there are. It is asked for on the
-        CPU."""
+        """What the summed loss is divided by: by default the number of examples. Called on the CPU."""
         return int((self.example_ids >= 0).sum())
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
@@ -29,11 +28,11 @@ class MicroBatch:
         return self._moved({name: x.to(device, non_blocking=non_blocking) for name, x in self.tensors().items()})
 
     def pinned(self) -> Self:
-        """The same batch in page-locked memory, which a GPU reads by itself."""
+        """The same batch in pinned memory, for asynchronous copies to a GPU."""
         return self._moved({name: x.pin_memory() for name, x in self.tensors().items()})
 
     def tensors(self) -> dict[str, Tensor]:
-        """Those of its attributes that are set, by name."""
+        """Its attributes that are not None, by name."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
@@ -50,7 +49,7 @@ class Batch(MicroBatch):
         labels: [B, T] int64, next-token targets already shifted; -100: not trained on.
         position_ids: [B, T] int64; restart at each document where documents are kept apart.
         document_ids: [B, T] int64, non-decreasing in a row: attention stays within equal ids. None: plain causal.
-            Of the whole sequences, also where the batch holds parts of them.
+            Always for the whole sequences, even if the batch holds parts of them.
         sequence_ids: [B] int64, index of each sequence in the run; seeds dropout.
         part: (i, n): the T tokens are the i-th of n equally long parts of each sequence.
     """
@@ -67,5 +66,5 @@ class Batch(MicroBatch):
         return self.sequence_ids
 
     def weight(self) -> int:
-        """The labels that are trained on."""
+        """The number of labels that are trained on."""
         return int((self.labels != IGNORE).sum())

@@ -17,15 +17,16 @@ from .planning.cost import training_flops_per_token
 
 @dataclass(frozen=True)
 class Family:
-    """What muster needs to know of a family of models.
+    """What muster needs to know about a model family.
 
     Attributes:
-        build: makes the module on the default device, parameters not yet filled. A decoder's has `init_weights(seed)`,
-            `set_activation_checkpointing(every)`, `logits(batch)`, and called with a `Batch` returns a `LossOutput`;
-            of another only its task asks anything (`init_weights` is called where there is one).
-        section: its keys under `model:`. How the network may be cut is said there.
+        build: builds the module on the default device, without initialising parameters. A decoder's has
+            `init_weights(seed)`, `set_activation_checkpointing(every)`, `logits(batch)`, and called with a `Batch`
+            returns a `LossOutput`; other families need only what their task calls (`init_weights` is called if there is
+            one).
+        section: its keys under `model:`. It also says how the network may be split.
         takes, gives: what the network does, in the words of `models.tasks.task.Task`.
-        hf: the Hugging Face architecture of a config, ConfigError if none fits it; None: the family has none.
+        hf: the Hugging Face architecture of a config, ConfigError if none matches; None: the family has none.
     """
 
     build: Callable[[Any], nn.Module]
@@ -34,7 +35,7 @@ class Family:
     gives: str = "loss of tokens"
     hf: Callable[[ModelConfig], Architecture] | None = None
     flops: Callable[[Config], float] | None = None
-    """Training FLOPs of an example, for a family that has a formula; else they are counted (`models.flops`)."""
+    """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`)."""
 
 
 def _decoder_flops(config: Config) -> float:
@@ -42,7 +43,7 @@ def _decoder_flops(config: Config) -> float:
 
 
 class Families(dict[str, Family]):
-    """Makes the keys of a family known to `configs` as it is entered."""
+    """Registers the config class of a family with `configs` when the family is added."""
 
     def __setitem__(self, name: str, family: Family) -> None:
         SECTIONS[name] = family.section
@@ -67,5 +68,6 @@ def family_of(config: ModelSection) -> Family:
 
 
 def build(config: ModelSection) -> nn.Module:
-    """The model of `config.family`; `models.init.fill` it next. Raises ConfigError as `family_of`."""
+    """Build the model of `config.family`, to be initialised by `models.init.fill`. Raises ConfigError as "
+    "`family_of`."""
     return family_of(config).build(config)

@@ -1,4 +1,5 @@
-"""FLOPs of one training example: a family's own formula, or counted by torch on the meta device, where nothing runs."""
+"""FLOPs of one training example: a family's own formula, or counted by torch on the meta device, where nothing is
+computed."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +16,7 @@ from .tasks.task import Phase, trained_only
 
 
 def submodule(module: nn.Module, phase: Phase) -> nn.Module:
-    """What a phase trains of a model."""
+    """The parts of a model that a phase trains."""
     return module.get_submodule(phase.parameters)
 
 
@@ -24,10 +25,10 @@ def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
 
     Args:
         config: resolved.
-        batch: reads a few examples, if they have to be known.
+        batch: reads a few examples, if their shapes are needed.
 
     Raises:
-        RuntimeError: the task looks at values, which the meta device has not: it cannot be counted.
+        RuntimeError: the task reads tensor values, which the meta device does not have, so its FLOPs cannot be counted.
     """
     if formula := family_of(config.model).flops:
         return formula(config)
@@ -35,7 +36,7 @@ def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
 
 
 def counted_flops(config: Config, batch: Any) -> float:
-    """As `flops_of_example`, by torch's counter, whatever the family; of the batch only shapes and types are used."""
+    """As `flops_of_example`, always by torch's counter; only the shapes and dtypes of the batch are used."""
     with torch.device("meta"):
         module = build(config.model)
     task, there, total = task_of(config), batch.to("meta"), 0.0

@@ -1,4 +1,4 @@
-"""First values of parameters, each a function of (seed, name, shape) only, whatever the device or its sharding."""
+"""Initial values of parameters, each a function of (seed, name, shape) only, whatever the device or sharding."""
 
 import hashlib
 import os
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 
 def generator(name: str, seed: int) -> torch.Generator:
-    """Random numbers on the CPU for what has this name."""
+    """CPU random numbers for the parameter with this name."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor:
-    """fp32 CPU tensor: zeros for a bias, ones for another vector (the weight of a norm), else normal(0, std)."""
+    """fp32 CPU tensor: zeros for a bias, ones for any other vector (a norm's weight), else normal(0, std)."""
     if name.endswith(".bias"):
         return torch.zeros(shape)
     if len(shape) == 1:
@@ -24,8 +24,8 @@ def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor
 
 
 def fill(module: nn.Module, seed: int) -> None:
-    """Give a module that was just built its first values: by its own `init_weights(seed)`, or, where it has none, by
-    torch's `reset_parameters` of each of its parts, in the order of a generator that (seed, name) alone decide."""
+    """Initialise a module that was just built: by its own `init_weights(seed)` or, if it has none, by torch's
+    `reset_parameters` of each of its parts, with a generator seeded by (seed, name) only."""
     if own := getattr(module, "init_weights", None):
         own(seed)
         return
@@ -37,15 +37,15 @@ def fill(module: nn.Module, seed: int) -> None:
 
 
 def initialise(module: nn.Module, std: float, seed: int) -> None:
-    """Fill every parameter of `module` (which stands on a real device) with its `initial_value`.
+    """Fill every parameter of `module` (on a real device) with its `initial_value`.
 
-    A generator fills a tensor on one core only. So for a GPU several parameters are filled at a time; on a CPU the C
-    library would keep what each thread has freed.
+    A generator fills a tensor on one core only, so for a GPU several parameters are filled in parallel; on a CPU the C
+    library would keep the memory that each thread freed.
     """
 
     def fill(named: tuple[str, Tensor]) -> None:
         name, parameter = named
-        with torch.no_grad():  # a thread's own
+        with torch.no_grad():  # one generator per thread
             parameter.copy_(initial_value(name, parameter.shape, std, seed))
 
     if all(parameter.device.type == "cpu" for parameter in module.parameters()):

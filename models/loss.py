@@ -1,4 +1,4 @@
-"""Cross-entropy of the language-model head that never holds the logits of a whole batch.
+"""Cross-entropy of the language-model head that never materialises the logits of a whole batch.
 
 Shapes: S tokens, H hidden size, V vocabulary, C tokens of one chunk.
 """
@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
-"""Label that is not trained on."""
+"""Label of tokens that are not trained on."""
 
 
 class LossOutput(NamedTuple):
-    """Sum of the token cross-entropies in nats (scalar fp32), and how many labels it ran over (scalar int64)."""
+    """Sum of the token cross-entropies in nats (scalar fp32), and the number of labels in it (scalar int64)."""
 
     loss_sum: Tensor
     tokens: Tensor
@@ -24,11 +24,11 @@ class LossOutput(NamedTuple):
 def chunked_cross_entropy(hidden_SH: Tensor, weight_VH: Tensor, labels_S: Tensor, chunk: int) -> LossOutput:
     """Sum of -log softmax(hidden @ weight.T)[label] over labels that are not -100.
 
-    Gradients of hidden and weight are made chunk by chunk in the forward pass, while the chunk's logits stand
+    Gradients of hidden and weight are made chunk by chunk in the forward pass, while the chunk's logits are in memory
     (Liger kernel, arXiv:2410.10989, section 3.2).
 
     Args:
-        chunk: tokens whose logits stand in memory at once.
+        chunk: tokens whose logits are in memory at once.
     """
     with_grad = torch.is_grad_enabled() and (hidden_SH.requires_grad or weight_VH.requires_grad)
     loss = _ChunkedCrossEntropy.apply(hidden_SH, weight_VH, labels_S, chunk, with_grad)
@@ -36,12 +36,12 @@ def chunked_cross_entropy(hidden_SH: Tensor, weight_VH: Tensor, labels_S: Tensor
 
 
 def nan_if_infinite(loss: Tensor) -> Tensor:
-    """An infinite loss can have finite gradients; made NaN, they are seen by the engine's check of the norm."""
+    """An infinite loss can have finite gradients; set to NaN, they fail the engine's norm check."""
     return loss * (loss.detach() * 0 + 1)
 
 
 CPU_ROWS = 64
-"""Rows of logits that are worked on at once on CPU: they stay in its cache."""
+"""Rows of logits per block on CPU: they stay in its cache."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -59,7 +59,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if with_grad:
                 torch.mm(logits, weight, out=dh)
                 part = logits.t() @ h
-                # Many chunks add up in fp32; a single one needs no wider sum than the product's own.
+                # Many chunks are accumulated in fp32; a single one needs no wider sum than the product's own.
                 d_weight = part if d_weight is None else d_weight.float().add_(part)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.dtype = weight.dtype
@@ -79,7 +79,7 @@ def _loss_and_gradient(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> 
     target = logits32.gather(1, index)
     largest = logits32.amax(-1, keepdim=True)
     p = torch.softmax(logits32, -1, out=logits32 if with_grad else None)
-    # logsumexp from a probability that cannot underflow: the largest logit's, which is at least 1 / V.
+    # logsumexp from a probability that cannot underflow: that of the largest logit, at least 1 / V.
     loss = ((largest - p.amax(-1, keepdim=True).log_() - target)[:, 0] * trained).sum()
     if with_grad:
         p.scatter_add_(1, index, p.new_full(index.shape, -1.0)).mul_(trained[:, None])
@@ -90,7 +90,7 @@ def _loss_and_gradient(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> 
 
 @functools.cache
 def _in_two_passes() -> Callable[[Tensor, Tensor, bool], Tensor]:
-    """`_loss_and_gradient` for GPUs, where operation by operation it is ten passes over the logits in fp32."""
+    """`_loss_and_gradient` for GPUs, where separate operations would be ten passes over the logits in fp32."""
     return torch.compile(_one_formula, dynamic=False)
 
 

@@ -14,7 +14,7 @@ def uniform(seed: int, example_ids: Tensor, use: str, shape: tuple[int, ...]) ->
     Args:
         seed: of the run.
         example_ids: [B] int64, see `MicroBatch`.
-        use: what it is for, such as `latents`; another use draws other numbers.
+        use: purpose, such as `latents`; each use draws different numbers.
     """
     bits = uniform_bits(_keys(seed, example_ids, use), math.prod(shape))
     return ((bits.double() + 2**31 + 0.5) * 2**-32).float().clamp(max=1 - 2**-24).view(len(example_ids), *shape)

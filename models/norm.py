@@ -1,7 +1,7 @@
-"""RMSNorm, alone or followed by the turn of rotary positions, with hand-made passes on CPU.
+"""RMSNorm, alone or followed by rotary positions, with hand-written passes on CPU.
 
-On CPU torch has no fused kernel for either: its composite ones make more than twice the passes over memory, and round
-to bf16 between them. torch.compile makes its own, so there the plain formulas stand.
+On CPU torch has no fused kernel for either: its composite ones take more than twice the passes over memory, and round
+to bf16 in between. torch.compile fuses them itself, so under it the plain formulas are used.
 """
 
 from typing import Any
@@ -67,5 +67,5 @@ class _CpuNorm(torch.autograd.Function):
 
 
 def _scratch(converted: Tensor, original: Tensor) -> Tensor:
-    """Memory to write to: `converted` itself where it is a copy of `original`."""
+    """Output buffer: `converted` itself if it is a copy of `original`."""
     return converted if converted is not original else torch.empty_like(original)

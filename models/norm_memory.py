@@ -1,7 +1,7 @@
-"""BatchNorm whose running statistics are the same in every topology: memory of a step, not of a process.
+"""BatchNorm whose running statistics are the same in every topology: updated once per step, not per process.
 
-Each BatchNorm normalises over a micro-batch, which is the same examples whatever the topology. What it keeps for
-evaluation moves once a step, by the mean of the step's micro-batches' statistics, added up over all processes.
+Each BatchNorm normalises over a micro-batch, which is the same examples whatever the topology. Its running statistics
+move once per step, by the mean of the micro-batches' statistics over all processes.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -12,24 +12,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Shapes = dict[str, tuple[int, ...]]
 MOMENTUM = 0.1
-"""torch's default, for a layer that names none (`momentum=None`: a cumulative mean, which no step could end)."""
+"""torch's default, for layers without a momentum (`momentum=None`: a cumulative mean, which cannot be updated once per
+step)."""
 
 
 def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
-    """(name, layer) of each that keeps running statistics."""
+    """(name, layer) of every layer that keeps running statistics."""
     for name, part in module.named_modules():
         if isinstance(part, _BatchNorm) and part.track_running_stats:
             yield name, part
 
 
 class NormTap:
-    """Hears the statistics of every BatchNorm layer's training passes.
+    """Collects the statistics of every BatchNorm layer's training passes.
 
-    torch would move a layer's running statistics in each pass. Told a momentum of 1 from zero, it leaves the pass's own
-    there instead, to be picked up.
+    torch would move a layer's running statistics in each pass. With a momentum of 1, starting from zero, it leaves the
+    pass's own statistics there instead, to be collected.
 
     Args:
-        modules: of the model, by the names that stand before those of their parts.
+        modules: of the model, by the name prefix of their parts.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
@@ -50,7 +51,7 @@ class NormTap:
 
     @property
     def extra(self) -> Shapes:
-        """Names and shapes of what `collect` returns: [2, channels] and how many passes."""
+        """Names and shapes of what `collect` returns: [2, channels] and the number of passes."""
         found: Shapes = {}
         for name, layer in self._layers.items():
             found |= {f"{name}.statistics": (2, layer.num_features), f"{name}.passes": ()}
@@ -84,7 +85,7 @@ class NormTap:
         return found
 
     def after_step(self, memory: dict[str, Tensor], extra: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Running statistics after a step: where a layer was not passed in training, those before it."""
+        """Running statistics after a step: unchanged for layers without a training pass."""
         found = dict(memory)
         for name, share in self._momentum.items():
             passes = extra[f"{name}.passes"]
@@ -110,7 +111,8 @@ class NormTap:
 
 
 def _mean(layer: _BatchNorm) -> Tensor:
-    """A layer's buffer, past autograd: a backward pass to come has it saved, and in training makes no use of it."""
+    """Write to a layer's buffer without autograd's knowledge: a later backward pass has it saved, but does not use it
+    in training."""
     assert layer.running_mean is not None
     return layer.running_mean.data
 

@@ -25,7 +25,7 @@ def rope_tables(position_ids: Tensor, config: ModelConfig, dtype: torch.dtype) -
 
 
 def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) by its position's angle (RoFormer, arXiv:2104.09864, in GPT-NeoX layout)."""
+    """Rotate each pair (x[i], x[i + D/2]) by its position's angle (RoFormer, arXiv:2104.09864, in GPT-NeoX layout)."""
     if torch.compiler.is_compiling():
         x1, x2 = x_BTND.chunk(2, dim=-1)
         return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), dim=-1)
@@ -33,7 +33,7 @@ def rotate(x_BTND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class _Rotate(torch.autograd.Function):
-    """Autograd would keep four products of the size of x; the backward pass is the opposite turn and needs none."""
+    """Autograd would keep four products of the size of x; the backward pass is the inverse rotation and needs none."""
 
     @staticmethod
     def forward(ctx, x, cos, sin):

@@ -21,15 +21,16 @@ from models.rope import rotate
 from .pattern import Pattern
 
 LONGEST_MASK = 512
-"""On CPU a mask of [B, 1, T, T] is quicker up to this T; above it a loop over documents is."""
+"""On CPU a mask of [B, 1, T, T] is faster up to this T; above it a loop over documents is."""
 LONGEST_KERNEL = 512
-"""On CPU our own kernel is quicker up to this many keys; at 2,048 torch's is as quick and keeps less."""
+"""On CPU our own kernel is faster up to this many keys; at 2,048 torch's is as fast and keeps less memory."""
 
 
 class Long:
-    """Sequences too long for a mask: lengths of the documents, row after row (None: each row is one), and the pattern.
+    """For sequences too long for a mask: lengths of the documents, row after row (None: each row is one), and the
+    pattern.
 
-    A plain object, as torch.compile would compile again for other values in a tuple or a dataclass.
+    A plain object, because torch.compile would recompile for other values in a tuple or a dataclass.
     """
 
     def __init__(self, lengths: list[int] | None, pattern: Pattern):
@@ -38,7 +39,8 @@ class Long:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees, made once per forward pass and shared by the layers. None set: all earlier ones."""
+    """Which keys a query sees, computed once per forward pass and shared by the layers. Nothing set: all "
+    "earlier keys."""
 
     mask: Tensor | None = None
     long: Long | None = None
@@ -46,7 +48,7 @@ class Visibility:
 
 
 def visibility(length: int, document_ids: Tensor | None, pattern: Pattern, like: Tensor) -> Visibility:
-    """What the pattern and documents kept apart leave visible.
+    """The keys left visible by the pattern and the document boundaries.
 
     Args:
         length: T.
@@ -67,12 +69,12 @@ def visibility(length: int, document_ids: Tensor | None, pattern: Pattern, like:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where `seen`, else -inf: SDPA on CPU is quicker with it than with a bool mask."""
+    """0 where `seen`, else -inf: faster for SDPA on CPU than a bool mask."""
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, float("-inf"))
 
 
 def places(document_ids: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """[B, T]: place of each token in its document; [1, T] where rows are documents."""
+    """[B, T]: position of each token in its document; [1, T] if rows are documents."""
     columns = torch.arange(length, device=device)
     if document_ids is None:
         return columns[None]
@@ -92,7 +94,7 @@ def _begins(document_ids: Tensor) -> Tensor:
 
 
 class Cache:
-    """Keys and values so far of every layer, for sequences that are padded on the left to one length.
+    """Cached keys and values of every layer, for sequences left-padded to one length.
 
     Args:
         padding: [B] int64, columns before each sequence's first token.
@@ -103,10 +105,10 @@ class Cache:
         self.layers: dict[nn.Module, tuple[Tensor, Tensor]] = {}
 
     def visibility(self, queries: int, pattern: Pattern, like: Tensor) -> Visibility:
-        """Which of the columns, these queries' included, each of the next queries sees. Counts them as present."""
+        """Which columns, including these queries' own, each of the next queries sees. Counts them as present."""
         columns = torch.arange(self.length + queries, device=like.device)
         place = columns - self.padding[:, None, None, None]
-        # A column of padding sees itself: a softmax over nothing would be NaN.
+        # A padding column sees itself: a softmax over nothing would be NaN.
         seen = pattern.sees(place[..., self.length :].transpose(2, 3), place) & (place >= 0)
         seen = seen | (columns[self.length :, None] == columns)
         self.length += queries
@@ -132,16 +134,16 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.attend = attend
-        """Replaced from outside where the sequences are held in parts."""
+        """Replaced from outside if the sequences are split."""
 
     def forward(self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None) -> Tensor:
-        # The number of heads is read off the projection: tensor parallelism leaves a rank only some of them.
+        # The number of heads is taken from the projection: tensor parallelism leaves a rank only some of them.
         q_BTND = self.q_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         k_BTKD = self.k_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         v_BTKD = self.v_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         q_BTND = rotate(q_BTND, cos, sin) if self.q_norm is None else self.q_norm(q_BTND, cos, sin)
         k_BTKD = rotate(k_BTKD, cos, sin) if self.k_norm is None else self.k_norm(k_BTKD, cos, sin)
-        if cache is not None:  # sequences that grow are whole
+        if cache is not None:  # sequences that are being generated are whole
             return self.o_proj(attend(q_BTND, *cache.extend(self, k_BTKD, v_BTKD), visible).flatten(2))
         return self.o_proj(self.attend(q_BTND, k_BTKD, v_BTKD, visible).flatten(2))
 
@@ -159,7 +161,7 @@ def attend(q_BTND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) 
 def _attend_long(q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, long: Long) -> Tensor:
     if long.lengths is None:
         return _attend_document(q_BTND, k_BTKD, v_BTKD, long.pattern)
-    # Split, not slices: each slice's backward pass would fill a gradient of the whole batch.
+    # split, not slices: each slice's backward pass would fill a gradient of the whole batch.
     documents = zip(*(t.flatten(0, 1).split(long.lengths) for t in (q_BTND, k_BTKD, v_BTKD)), strict=True)
     done = [_attend_document(q[None], k[None], v[None], long.pattern)[0] for q, k, v in documents]
     return torch.cat(done).view_as(q_BTND)

@@ -30,12 +30,12 @@ def generate(
     """Continue each prompt (one token or more); all prompts at once, with a cache of keys and values.
 
     Args:
-        temperature: 0: the likeliest token.
-        top_k: choose among this many likeliest tokens; None: all.
-        top_p: choose among the fewest likeliest tokens with this much probability (arXiv:1904.09751).
-        seed: prompt i draws from a generator of seed + i, whatever stands beside it.
-        agree: makes of the tokens that this process drew, one a prompt, those that all processes go on with; a model
-            that is split over processes may round differently on each.
+        temperature: 0: the most likely token.
+        top_k: sample from this many most likely tokens; None: all.
+        top_p: nucleus sampling: the smallest set of most likely tokens with this much probability (arXiv:1904.09751).
+        seed: prompt i draws from a generator seeded with seed + i, whatever else is in the batch.
+        agree: turns the tokens that this process drew, one per prompt, into those that all processes continue with; a
+            model split over processes may round differently on each.
 
     Returns:
         The new tokens of each prompt, without the stop token.
@@ -43,7 +43,7 @@ def generate(
     Raises:
         ConfigError: the model's logits are not finite.
     """
-    assert all(prompts), "a prompt has at least one token"
+    assert all(prompts), "a prompt needs at least one token"
     device = next(module.parameters()).device
     generators = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     results: list[list[int]] = [[] for _ in prompts]
@@ -60,8 +60,8 @@ def generate(
         if not logits_BV.amax(-1).isfinite().all():
             module.train(was_training)
             raise ConfigError(
-                f"the model's logits are not finite after {ids.shape[1]} tokens: nothing can be drawn from them; its "
-                "weights are too large, or a key of model.* such as rope_theta or norm_eps is"
+                f"the model's logits are not finite after {ids.shape[1]} tokens, so no token can be sampled: its "
+                "weights are too large, or a key of model.* is wrong, such as rope_theta or norm_eps"
             )
         drawn = [_sample(row, g, temperature, top_k, top_p) for row, g in zip(logits_BV, generators, strict=True)]
         tokens = agree(drawn)
@@ -78,21 +78,21 @@ def generate(
 
 
 def _uncompiled(module: nn.Module) -> AbstractContextManager[Any]:
-    """Layers that were compiled for training would be compiled again for every length."""
+    """Use uncompiled layers: those compiled for training would be recompiled for every length."""
     if any(part._compiled_call_impl is not None for part in module.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
 
 
 def _next_logits(module: nn.Module, ids: Tensor, padding: Tensor, cache: Cache) -> Tensor:
-    """[B, V] after the last column of ids [B, T]. A family that knows no cache computes all columns again."""
+    """[B, V] after the last column of ids [B, T]. A family without a cache recomputes all columns."""
     first = cache.length if isinstance(module, Decoder) else 0
     ids_BT = ids[:, first:]
     place_BT = (torch.arange(first, ids.shape[1], device=ids.device) - padding[:, None]).clamp(min=0)
     zeros = torch.zeros_like(padding)
     if isinstance(module, Decoder):
         return module.logits(Batch(ids_BT, ids_BT, place_BT, None, zeros), cache)[:, -1]
-    # The padding is a document of its own, so that nothing sees it.
+    # The padding is a document of its own, so that no token attends to it.
     documents = (torch.arange(ids.shape[1], device=ids.device) >= padding[:, None]).long()
     logits: Callable[[Batch], Tensor] = module.logits  # type: ignore[assignment]
     return logits(Batch(ids_BT, ids_BT, place_BT, documents, zeros))[:, -1]

@@ -19,12 +19,12 @@ class SwiGLU(nn.Module):
 
 
 def dropout_keys(seed: int, sequence_ids: Tensor, length: int, first: int = 0) -> Tensor:
-    """A 64-bit key for each (seed, sequence, place in the sequence).
+    """A 64-bit key for each (seed, sequence, position in the sequence).
 
     Args:
         sequence_ids: [B] int64, indices of the sequences in the run.
         length: T.
-        first: place of the first of the T tokens.
+        first: position of the first of the T tokens.
 
     Returns:
         [B, T] int64.
@@ -39,10 +39,10 @@ def next_keys(keys: Tensor | None) -> Tensor | None:
 
 
 def dropout(x_BTH: Tensor, keys: Tensor | None, site: int, rate: float) -> Tensor:
-    """Zero a share `rate` of x and scale the rest; which ones depends on (key, site, channel) only.
+    """Zero a fraction `rate` of x and scale the rest; which ones depends on (key, site, channel) only.
 
-    A counter-based hash instead of a generator: the mask is the same on any device, in any split of the batch
-    over ranks, and when activation checkpointing computes the layer again.
+    A counter-based hash instead of a generator: the mask is the same on any device, in any split of the batch over
+    ranks, and when activation checkpointing recomputes the layer.
 
     Args:
         keys: [B, T] from `dropout_keys` and `next_keys`; None: no dropout (evaluation).
@@ -61,7 +61,7 @@ def jitter(x: Tensor, keys: Tensor, width: float) -> Tensor:
 
 
 def salt(number: int) -> Tensor:
-    """What makes `hashed` another function: a tensor, as a compiler would compile again for each number."""
+    """Salt that makes `hashed` a different function: a tensor, because a compiler would recompile for each number."""
     return torch.tensor(_wrap((number + 1) * _GOLDEN), device="cpu")
 
 
@@ -79,7 +79,7 @@ def uniform_bits(keys: Tensor, channels: int) -> Tensor:
 
 
 _JITTER = 7
-"""Beside the sites of dropout."""
+"""The site of the router's jitter, next to those of dropout."""
 _GOLDEN = 0x9E3779B97F4A7C15
 
 

@@ -44,7 +44,7 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(hidden, config.norm_eps)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(hidden, config.norm_eps)
-        # Kept here too: the engine may replace the MoE block.
+        # Stored here too: the engine may replace the MoE block.
         self.chooser = Chooser(config, index) if config.is_moe_layer(index) else None
         self.mlp = MoE(config, config.expert_size or dense, self.chooser) if self.chooser else SwiGLU(hidden, dense)
         self.rate = config.dropout
@@ -63,7 +63,7 @@ class DecoderLayer(nn.Module):
 
 
 class Backbone(nn.Module):
-    """Embedding, layers and last norm: everything before the head."""
+    """Embedding, layers and final norm: everything before the head."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -73,15 +73,15 @@ class Backbone(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.activation_checkpointing = 0
-        """Every k-th layer is computed again in the backward pass; 0: none."""
+        """Every k-th layer is recomputed in the backward pass; 0: none."""
         self.dropout_seed = 0
 
     def forward(self, batch: Batch, cache: Cache | None = None, hidden_BTH: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, H] after the last norm.
 
         Args:
-            cache: what the batch continues.
-            hidden_BTH: what earlier stages of a pipeline made of the batch.
+            cache: keys and values of the tokens that the batch continues.
+            hidden_BTH: output of the earlier pipeline stages for this batch.
         """
         config, (part, parts) = self.config, batch.part
         x_BTH = self.embed_tokens(batch.input_ids) if hidden_BTH is None else hidden_BTH
@@ -106,19 +106,19 @@ class Backbone(nn.Module):
     def run_layer(
         self, index: int, x_BTH: Tensor, shared: Shared, keys: Tensor | None, cache: Cache | None = None
     ) -> Tensor:
-        """Output of layer `index` (from 0), of which only the input is kept where it is one to be computed again."""
+        """Output of layer `index` (from 0); if the layer is checkpointed, only its input is kept."""
         layer, every = self.layers[index], self.activation_checkpointing
         if every and (index + 1) % every == 0 and torch.is_grad_enabled():
-            # Layers draw no random numbers. The reentrant kind would lose the gradient of the router's losses.
+            # Layers draw no random numbers. Reentrant checkpointing would lose the gradient of the router's losses.
             return checkpoint(_again, layer, x_BTH, shared, keys, use_reentrant=False, preserve_rng_state=False)
         return layer(x_BTH, shared, keys, cache)
 
 
 def _again(layer: nn.Module, x_BTH: Tensor, shared: Shared, keys: Tensor | None) -> Tensor:
-    """Output of a layer whose router, computed again, is heard by nobody: it would keep what checkpointing gave up."""
+    """Output of a recomputed layer, with no tap on its router: a tap would keep what checkpointing gave up."""
     try:
         return layer(x_BTH, shared, keys)
-    finally:  # checkpointing ends a second run by an exception
+    finally:  # checkpointing ends a recomputation by an exception
         chooser = getattr(layer, "chooser", None)
         if chooser and not chooser.listening:
             chooser.heard = None
@@ -143,16 +143,16 @@ class Decoder(nn.Module):
         return chunked_cross_entropy(hidden_SH, self.head_weight, batch.labels.flatten(), self.config.loss_chunk)
 
     def logits(self, batch: Batch, cache: Cache | None = None) -> Tensor:
-        """[B, T, V]; for tests and small batches. With a cache the batch continues what it holds."""
+        """[B, T, V]; for tests and small batches. With a cache, the batch continues its contents."""
         hidden_BTH = self.model(batch, cache)
         return F.linear(hidden_BTH, self.head_weight) if self.config.tie_embeddings else self.lm_head(hidden_BTH)
 
     def compiled_parts(self) -> list[nn.Module]:
-        """What is compiled one by one where the model is."""
+        """The modules that are compiled one by one."""
         return list(self.model.layers)
 
     def set_activation_checkpointing(self, every: int) -> None:
-        """Keep only the input of every k-th layer and compute that layer again in the backward pass; 0: of none."""
+        """Keep only the input of every k-th layer and recompute that layer in the backward pass; 0: none."""
         self.model.activation_checkpointing = every
 
     def init_weights(self, seed: int) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 from configs import BlockSparse, ModelConfig
 
 TILE = 128
-"""Queries, and keys, that tiled attention works on at once, where blocks are no larger."""
+"""Queries, and keys, per tile of tiled attention, if blocks are no larger."""
 
 
 @dataclass(frozen=True)
 class Pattern:
-    """Causal attention by place in the document (from 0), so that documents in one row see what each alone would.
+    """Causal attention by position in the document (from 0), so that documents in one row see what each would see
+    alone.
 
     Attributes:
         window: keys that a query sees, itself included; None: all.
@@ -29,7 +30,8 @@ class Pattern:
         return cls(config.sliding_window, config.block_sparse)
 
     def sees(self, query: Any, key: Any) -> Any:
-        """Whether the query at one place sees the key at another; places are numbers or tensors that broadcast."""
+        """Whether the query at one position sees the key at another; positions are numbers or tensors that "
+        "broadcast."""
         seen = query >= key
         if self.window is not None:
             seen = seen & (query - key < self.window)
@@ -43,7 +45,7 @@ class Pattern:
         return seen
 
     def is_full(self, length: int) -> bool:
-        """Whether every query of a document of `length` tokens sees all that stands before it."""
+        """Whether every query of a document of `length` tokens sees all earlier tokens."""
         if self.sparse is None:
             return self.window is None or self.window >= length
         blocks = -(-length // self.sparse.block)
@@ -51,11 +53,11 @@ class Pattern:
 
     @property
     def tile(self) -> int:
-        """Queries, and keys, to work on at once: a whole number of blocks."""
+        """Tile size: a whole number of blocks."""
         return TILE if self.sparse is None else self.sparse.block * max(1, TILE // self.sparse.block)
 
     def key_tiles(self, tile: int) -> list[int]:
-        """The tiles that hold a key which a query of this tile sees, in order."""
+        """The tiles that contain a key which a query of this tile sees, in order."""
         if self.sparse is None:
             first = 0 if self.window is None else max(0, tile * TILE - self.window + 1) // TILE
             return list(range(first, tile + 1))
@@ -64,7 +66,7 @@ class Pattern:
         return sorted({block // size for block in blocks})
 
     def keys_per_query(self, length: int) -> float:
-        """Keys that a query sees, mean over the places of one document of `length` tokens."""
+        """Number of keys that a query sees, averaged over the positions of one document of `length` tokens."""
         if self.sparse is None:
             window = min(self.window or length, length)
             return (window * (window + 1) / 2 + (length - window) * window) / length
@@ -75,10 +77,10 @@ class Pattern:
         return (pairs + rest * of_last * size + rest * (rest + 1) // 2) / length
 
     def _blocks_before(self, blocks: int) -> int:
-        """Earlier blocks that the queries of the first so many blocks see, summed over these blocks."""
+        """Earlier blocks that the queries of the first `blocks` blocks see, summed over these blocks."""
         assert self.sparse is not None
         near, first, stride = self.sparse.local_blocks, self.sparse.global_blocks, self.sparse.stride
-        dense = min(blocks, near + first)  # blocks that see all before them
+        dense = min(blocks, near + first)  # blocks that see every earlier block
         found = dense * (dense - 1) // 2 + (blocks - dense) * (near + first - 1)
         if stride and blocks > dense:
             # A block whose distance from the first ones is m, near <= m, sees those at a distance of a multiple of the

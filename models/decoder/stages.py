@@ -1,4 +1,4 @@
-"""Stages of a decoder cut for a pipeline: each the plain model with what lies on other stages left out."""
+"""Pipeline stages of a decoder: each is the plain model without the parts that are on other stages."""
 
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -17,7 +17,7 @@ from .model import Backbone, Decoder
 
 
 class Elsewhere(nn.Module):
-    """Stands where a part of another stage would be."""
+    """Placeholder for a part that is on another stage."""
 
     def forward(self, x: Tensor, *_: Any) -> Tensor:
         return x
@@ -35,10 +35,10 @@ class Measured(NamedTuple):
 
 
 class Stage(nn.Module):
-    """Layers `stage_layers(...)[index]` of a decoder, under the names they have there.
+    """Layers `stage_layers(...)[index]` of a decoder, under the same names.
 
     Every stage holds the micro-batches itself (`feed`) and makes positions, masks and dropout keys from them once per
-    forward pass, so that hidden states are all that passes from stage to stage.
+    forward pass, so that only hidden states pass between stages.
 
     Args:
         decoder: whole; its modules become this stage's, on any device, meta included.
@@ -47,7 +47,7 @@ class Stage(nn.Module):
     def __init__(self, decoder: Decoder, index: int, stages: int):
         super().__init__()
         self.config = config = decoder.config
-        assert not config.tie_embeddings, "resolve() refuses it: the embedding and the head lie on different stages"
+        assert not config.tie_embeddings, "resolve() refuses it: the embedding and the head are on different stages"
         self.index, self.first, self.last = index, index == 0, index == stages - 1
         self.layers = stage_layers(config.num_layers, stages)[index]
         self.model: Backbone = decoder.model
@@ -72,12 +72,12 @@ class Stage(nn.Module):
         return [i for i in self.moe_layers if i in self.layers]
 
     def feed(self, batches: Iterable[Batch], loss_factor: Tensor | float = 1.0, balance_factor: float = 1.0) -> None:
-        """Hand over the micro-batches of the next forward passes, in their order.
+        """Set the micro-batches of the next forward passes, in order.
 
         Args:
             loss_factor: what the last stage's summed token loss is multiplied by, a scalar.
-            balance_factor: what an earlier stage's router losses are multiplied by. What the engine does to the loss
-                before it runs backward reaches earlier stages through the gradient of the hidden states only.
+            balance_factor: what an earlier stage's router losses are multiplied by. Any scaling of the loss by the
+                engine reaches earlier stages only through the gradient of the hidden states.
         """
         self._batches = deque(batches)
         self._loss_factor, self._balance_factor = loss_factor, balance_factor
@@ -87,7 +87,7 @@ class Stage(nn.Module):
             self._tap = RouterTap(self, self.config)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Take the next micro-batch from the hidden states of the stage before to those of this one.
+        """Forward the next micro-batch from the previous stage's hidden states to this stage's.
 
         Args:
             x: [B, T, H]; the first stage ignores it.
@@ -119,7 +119,7 @@ class Stage(nn.Module):
         return nan_if_infinite(losses * share)
 
     def set_activation_checkpointing(self, every: int) -> None:
-        """As of the whole model, whose k-th layers are meant."""
+        """As for the whole model: every k-th of all its layers."""
         self.model.activation_checkpointing = every
 
     def init_weights(self, seed: int) -> None:
@@ -129,7 +129,7 @@ class Stage(nn.Module):
 
 
 class PlainNames(nn.Module):
-    """A list of modules whose numbers are left out of the names of their parameters."""
+    """A list of modules whose indices do not appear in the names of their parameters."""
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         for part in self.children():
@@ -137,7 +137,7 @@ class PlainNames(nn.Module):
 
 
 class Stages(PlainNames, nn.ModuleList):
-    """The stages that one process holds, in the order of layers."""
+    """The stages of one process, in layer order."""
 
     def __iter__(self) -> Iterator[Stage]:
         return super().__iter__()  # type: ignore[return-value]
@@ -164,7 +164,7 @@ def _without_gradient(measured: Measured) -> Measured:
 
 
 class _Inject(torch.autograd.Function):
-    """The hidden states as they are; their backward pass runs that of a scalar loss as well."""
+    """Identity on the hidden states; its backward pass also runs that of a scalar loss."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, loss: Tensor) -> Tensor:

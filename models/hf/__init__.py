@@ -1,1 +1,1 @@
-"""Hugging Face folders, read and written."""
+"""Reading and writing Hugging Face folders."""

@@ -47,8 +47,9 @@ _ROPE_KEYS = {
 
 
 YARN_SINCE = "4.57.0"
-"""Older versions of transformers compute YaRN otherwise: by the ratio of max_position_embeddings to
-original_max_position_embeddings in place of the factor, and before that by the former as the original length."""
+"""First version that computes YaRN as trained. Older ones use the ratio of max_position_embeddings to
+original_max_position_embeddings in place of the factor, and before that took max_position_embeddings as the original
+length."""
 
 
 def to_hf_config(config: ModelConfig, arch: Architecture) -> dict[str, Any]:
@@ -118,7 +119,7 @@ Count = Annotated[int, Field(ge=0, le=2**20)]
 
 
 class _Strict(BaseModel):
-    """JSON of the types that are asked for: no "3" for 3, no 1 for true. Keys that are not listed are not read."""
+    """Strict JSON types: no "3" for 3, no 1 for true. Unlisted keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
@@ -143,7 +144,7 @@ class _Rope(_Strict):
 
 
 class _HFConfig(_Strict):
-    """What is read of config.json, in the words of transformers; None: it says so, or says nothing."""
+    """The supported keys of config.json, in the terms of transformers; None: the key is null or missing."""
 
     vocab_size: Size
     hidden_size: Size
@@ -193,16 +194,15 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
     ("hidden_act", "silu", ""),
     ("transformers_weights", None, ""),
 )
-"""Keys, the one value that the decoder has, and what can be read instead."""
+"""Keys, the only value that the decoder supports, and a supported alternative."""
 
 
 def read_hf_config(folder: Path) -> Any:
-    """What stands in the config.json of a folder, not validated. Raises ConfigError."""
+    """The raw config.json of a folder, not validated. Raises ConfigError."""
     path = folder / CONFIG
     if not is_file(path):
         raise ConfigError(
-            f"{folder} is no Hugging Face model folder: it has no file {CONFIG}; read are those of "
-            f"{', '.join(ARCHITECTURES)}"
+            f"{folder} is not a Hugging Face model folder: it has no {CONFIG}; supported are {', '.join(ARCHITECTURES)}"
         )
     try:
         return parse_json(read_text(path, MAX_JSON_BYTES))
@@ -227,7 +227,7 @@ def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, 
         where: the file's name, for messages.
 
     Raises:
-        ConfigError: another architecture, a variant of one that the decoder family lacks, or a value that is none.
+        ConfigError: an unsupported architecture, a variant that the decoder family lacks, or an invalid value.
     """
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} holds {shown(tree)}, not the keys of a model")
@@ -236,11 +236,13 @@ def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, 
     if arch is None and tree.get("kv_lora_rank"):
         raise ConfigError(
             f"{where}: model_type {shown(kind)} has multi-head latent attention "
-            f"(kv_lora_rank={shown(tree['kv_lora_rank'])}), the decoder grouped-query attention; experts like those of "
-            "DeepSeek-V3 are read from glm4_moe and dots1"
+            f"(kv_lora_rank={shown(tree['kv_lora_rank'])}), but the decoder has grouped-query attention; experts "
+            "like DeepSeek-V3's can be read from glm4_moe and dots1"
         )
     if arch is None:
-        raise ConfigError(f"{where}: model_type {shown(kind)} is none of {', '.join(ARCHITECTURES)}")
+        raise ConfigError(
+            f"{where}: model_type {shown(kind)} is not supported: should be one of {', '.join(ARCHITECTURES)}"
+        )
     tree = {**arch.defaults, **tree}
     for key, only, instead in _UNSUPPORTED:
         if tree.get(key, only) != only:
@@ -253,7 +255,7 @@ def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, 
 
 
 class _NotSupported(ValueError):
-    """What config.json says that the decoder lacks."""
+    """Features of config.json that the decoder lacks."""
 
 
 def _values(given: _HFConfig, arch: Architecture) -> dict[str, Any]:
@@ -304,7 +306,7 @@ def _needed(given: _HFConfig, key: str) -> Any:
 
 
 def _rope(given: _HFConfig) -> dict[str, Any]:
-    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of 4."""
+    """`rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling` of version 4."""
     old, new = ((rope or _Rope()).model_dump(exclude_none=True) for rope in (given.rope_scaling, given.rope_parameters))
     if old and new and _spelt_out(old, given) != _spelt_out(new, given):
         raise _NotSupported(
@@ -312,7 +314,7 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
         )
     said = old or new
     if own := [kind for kind in ("full_attention", "sliding_attention") if kind in said]:
-        raise _NotSupported(f"rope parameters of their own for {' and '.join(own)} are not supported")
+        raise _NotSupported(f"separate rope parameters for {' and '.join(own)} are not supported")
     theta = said.get("rope_theta", given.rope_theta)
     partial = said.get("partial_rotary_factor", given.partial_rotary_factor)
     if partial not in (None, 1.0):
@@ -324,11 +326,11 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
     if kind == "default":
         return {"rope_theta": theta}
     if kind not in _ROPE_KEYS:
-        raise _NotSupported(f"rope_type {shown(kind)} is none of default, {', '.join(_ROPE_KEYS)}")
+        raise _NotSupported(f"rope_type {shown(kind)} is not supported: should be default, {', '.join(_ROPE_KEYS)}")
     extra = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if key in said]
     if extra or said.get("truncate") is False:
-        raise _NotSupported(f"rope scaling {shown(said)} has parts that model.rope_scaling does not know")
-    if given.original_max_position_embeddings:  # there it wins over that of the scaling
+        raise _NotSupported(f"rope scaling {shown(said)} has keys that model.rope_scaling does not support")
+    if given.original_max_position_embeddings:  # there it overrides that of the scaling
         said["original_max_position_embeddings"] = given.original_max_position_embeddings
     said.setdefault("original_max_position_embeddings", given.max_position_embeddings)
     for key in ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ())):
@@ -340,7 +342,7 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
 
 
 def _spelt_out(rope: dict[str, Any], given: _HFConfig) -> dict[str, Any]:
-    """Rope parameters with what the rest of config.json, or a default, says for the keys that they lack."""
+    """Rope parameters, with missing keys filled from the rest of config.json or from defaults."""
     elsewhere = {
         "rope_type": "default",
         "rope_theta": given.rope_theta,
@@ -366,7 +368,9 @@ def _window(given: _HFConfig, arch: Architecture) -> int | None:
         if set(kinds[:layers]) == {"full_attention"}:
             return None
         if set(kinds[:layers]) != {"sliding_attention"}:
-            raise _NotSupported("sliding window in some layers only; model.sliding_window is for all")
+            raise _NotSupported(
+                "sliding window in some layers only is not supported: model.sliding_window applies to all layers"
+            )
     return window
 
 
@@ -375,6 +379,6 @@ def _moe_layers(given: _HFConfig) -> dict[str, int]:
     first = next((i for i in range(layers) if i not in dense), layers)
     if any(first <= i < layers and (i + 1) % step == 0 for i in dense):
         raise _NotSupported(
-            f"mlp_only_layers={shown(sorted(dense))} are not the first layers, as model.first_dense_layers"
+            f"mlp_only_layers={shown(sorted(dense))} should be the first layers, as model.first_dense_layers counts"
         )
     return {"moe_every": step, "first_dense_layers": first}

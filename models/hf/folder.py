@@ -1,4 +1,4 @@
-"""Hugging Face folders: write a trained model as one that `transformers` loads, read one as a warm start."""
+"""Hugging Face folders: export a trained model so that `transformers` loads it; read one for a warm start."""
 
 import json
 import sys
@@ -28,9 +28,9 @@ OF_QUANTIZATION = (
     "quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4", "SCB", "weight_format", "weight_packed",
     "weight_shape", "weight_zero_point",
 )  # fmt: skip
-"""Ends of the names of what stands beside quantized weights."""
+"""Name suffixes of the tensors that accompany quantized weights."""
 FLOATS = ("F64", "F32", "F16", "BF16")
-"""Types of the tensors that are read, as safetensors names them; others are codes, which need scales."""
+"""Supported tensor dtypes, as safetensors names them; other dtypes are quantized codes, which need scales."""
 
 
 def export_hf(
@@ -45,11 +45,11 @@ def export_hf(
 
     Args:
         config: resolved.
-        special_tokens: {"bos_token_id", "eos_token_id", "pad_token_id": id, or None for none}; None: said of none.
-        dtype: of the tensors written, but for balancing biases, which stay fp32; None: as they are.
+        special_tokens: {"bos_token_id", "eos_token_id", "pad_token_id": id, or None for none}; None: unknown.
+        dtype: dtype of the tensors written, except balancing biases, which stay fp32; None: unchanged.
 
     Raises:
-        ConfigError: no architecture in transformers computes what this model does.
+        ConfigError: no architecture in transformers computes the same as this model.
     """
     to_architecture = FAMILIES[config.family].hf
     if to_architecture is None:
@@ -59,19 +59,19 @@ def export_hf(
     tree = to_hf_config(config, arch)
     if config.rope_scaling and config.rope_scaling.kind == "yarn":
         print(
-            f"muster: {to} has YaRN positions, which transformers reads as they were trained from {YARN_SINCE} on; "
-            "older versions compute others",
+            f"muster: {to} has YaRN positions, which transformers computes as trained from version {YARN_SINCE} "
+            "on; older versions differ",
             file=sys.stderr,
         )
     if arch is QWEN2 and special_tokens is not None:
         print(
             f"muster: transformers takes the tokenizer of {to} for Qwen2's own, as it does for this architecture; "
-            "if it is another, load it by PreTrainedTokenizerFast.from_pretrained",
+            "if it is a different one, load it with PreTrainedTokenizerFast.from_pretrained",
             file=sys.stderr,
         )
     tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")
     if special_tokens is not None:
-        # None is written too: transformers' own defaults are ids of Llama's tokenizer.
+        # None is written too: transformers' defaults are ids of Llama's tokenizer.
         tree |= special_tokens
         _write_json(to / "generation_config.json", dict(special_tokens))
     _write_json(to / "config.json", tree)
@@ -81,16 +81,15 @@ def export_hf(
 def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
     """Read a Hugging Face folder (Llama, Mistral, Qwen2, Qwen3, Qwen3-MoE, Qwen2-MoE, Mixtral, GLM-4.5, dots1).
 
-    Layers for the prediction of more tokens (GLM-4.5), which come after the model's own, are left out, as transformers
-    does.
+    Multi-token prediction layers (GLM-4.5), which come after the model's own, are ignored, as transformers does.
 
     Returns:
-        The model's resolved config, and its weights under our names, each read from disk when it is looked up. Routers
-        with a balancing bias have `router_bias_rate` 0, and the biases stand among the weights, see `bias_name`.
+        The model's resolved config, and its weights under our names, each read from disk on access. Routers with a
+        balancing bias have `router_bias_rate` 0, and the biases are among the weights, see `bias_name`.
 
     Raises:
-        ConfigError: not such a folder, an unsupported variant, tensors that are missing or unknown, or of other shapes
-            or types. No tensor has been read then, but for two that should be equal.
+        ConfigError: not such a folder, an unsupported variant, or tensors that are missing, unknown, or of the wrong
+            shape or dtype. This is checked before any tensor is read, except two that should be equal.
     """
     folder = Path(folder)
     tree = read_hf_config(folder)
@@ -100,13 +99,14 @@ def import_hf(folder: str | Path) -> tuple[ModelConfig, Mapping[str, Tensor]]:
 
 
 def _quantization(tree: dict[str, Any]) -> str:
-    """What config.json says of quantized weights, as `fp8`; empty: nothing."""
+    """What config.json says about quantization, such as `fp8`; empty: nothing."""
     said = tree.get("quantization_config")
     return shortened(str(said.get("quant_method", "")), 60) if isinstance(said, dict) else ""
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder under our names, in fp32, experts there stacked or one by one; lazy."""
+    """The tensors of a Hugging Face folder under our names, in fp32, whether its experts are stacked or "
+    "separate; lazy."""
 
     def __init__(
         self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0, quantization: str = ""
@@ -127,7 +127,7 @@ class Weights(Mapping[str, Tensor]):
         self._folder, self._tied = folder, config.tie_embeddings
         used = {HEAD} if config.tie_embeddings else set()
         for name, shape in self._shapes.items():
-            # Names of experts that the folder has not are not listed to the last one.
+            # Missing experts are not all listed.
             of_experts = ".mlp.experts." in name and not self._whole(name)
             if len(used) + (shape[0] if of_experts else 0) > 4 * len(self._files) + len(self._shapes):
                 raise ConfigError(
@@ -139,11 +139,13 @@ class Weights(Mapping[str, Tensor]):
         unknown = sorted(name for name in self._files.keys() - used if not self._is_nothing(name))
         scales = [name for name in unknown if name.endswith(OF_QUANTIZATION)]
         if scales:
-            kind = quantization or f"it has {shown(scales[0])}"
-            raise ConfigError(f"{folder} is quantized ({kind}), which is not read: convert its weights to bf16 first")
+            kind = quantization or f"it has tensors such as {shown(scales[0])}"
+            raise ConfigError(
+                f"{folder} is quantized ({kind}), which is not supported: convert its weights to bf16 first"
+            )
         if missing or unknown:
             raise ConfigError(
-                f"{folder}: its tensors are not those of its config.json: {len(missing)} missing {shown(missing[:3])}, "
+                f"{folder}: its tensors do not match its config.json: {len(missing)} missing {shown(missing[:3])}, "
                 f"{len(unknown)} unknown {shown(unknown[:3])}"
             )
         for name in self._shapes:
@@ -151,8 +153,8 @@ class Weights(Mapping[str, Tensor]):
         both = config.tie_embeddings and {EMBEDDING, HEAD} <= self._files.keys()
         if both and not same_values(self._files[EMBEDDING], EMBEDDING, self._files[HEAD], HEAD):
             raise ConfigError(
-                f"{folder}: config.json says tie_word_embeddings=true, but {HEAD} and {EMBEDDING} differ: set it to "
-                "false, or leave out the one that is not meant"
+                f"{folder}: config.json has tie_word_embeddings=true, but {HEAD} and {EMBEDDING} differ: set it to "
+                "false, or remove the tensor that should not be there"
             )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -160,7 +162,7 @@ class Weights(Mapping[str, Tensor]):
         out = None if len(parts) == 1 else torch.empty(shape)
         for theirs, index in parts.items():
             try:
-                tensor = self._files[theirs].get_tensor(theirs).float()  # in which 1e300 of F64 is infinite
+                tensor = self._files[theirs].get_tensor(theirs).float()  # where 1e300 in F64 becomes infinite
             except (OSError, SafetensorError) as error:
                 raise ConfigError(f"{self._folder}: tensor {theirs} cannot be read: {error}") from None
             if not tensor.isfinite().all():
@@ -172,18 +174,19 @@ class Weights(Mapping[str, Tensor]):
         return out
 
     def _check(self, name: str) -> None:
-        """Compare the header of what makes up a parameter with what it is to be. Raises ConfigError."""
+        """Compare the header of a parameter's tensors with the expected shapes. Raises ConfigError."""
         whole = torch.empty(self._shapes[name], device="meta")
         for theirs, index in self._parts(name).items():
             found = self._files[theirs].get_slice(theirs)
             if found.get_dtype() not in FLOATS:
                 raise ConfigError(
-                    f"{self._folder}: tensor {theirs} is {found.get_dtype()}, which is none of {', '.join(FLOATS)}"
+                    f"{self._folder}: tensor {theirs} has dtype {found.get_dtype()}: should be one of "
+                    f"{', '.join(FLOATS)}"
                 )
             if found.get_shape() != list(whole[index].shape):
                 raise ConfigError(
-                    f"{self._folder}: tensor {theirs} is {shown(found.get_shape())}, but config.json makes it "
-                    f"{list(whole[index].shape)}"
+                    f"{self._folder}: tensor {theirs} has shape {shown(found.get_shape())}, but config.json "
+                    f"implies {list(whole[index].shape)}"
                 )
 
     def __iter__(self) -> Iterator[str]:
@@ -193,8 +196,8 @@ class Weights(Mapping[str, Tensor]):
         return len(self._shapes)
 
     def _is_nothing(self, theirs: str) -> bool:
-        """Whether a tensor can be left aside: of a layer beyond the model's, computed from config.json, or empty, as a
-        shared expert of width 0."""
+        """Whether a tensor can be ignored: it belongs to a layer beyond the model's, is computed from config.json, or
+        is empty, such as a shared expert of width 0."""
         if theirs.startswith(self._beyond) or theirs.endswith("rotary_emb.inv_freq"):
             return True
         return 0 in self._files[theirs].get_slice(theirs).get_shape()
@@ -205,14 +208,15 @@ class Weights(Mapping[str, Tensor]):
         return dict(pieces(name, self._shapes[name], self._arch))
 
     def _whole(self, name: str) -> str | None:
-        """Where the folder has a parameter as one tensor: its name there."""
+        """The parameter's name in the folder, if it is a single tensor there."""
         stacked = name.replace(".mlp.", f".{self._arch.moe_block}.") if ".mlp.experts." in name else name
-        tied = HEAD if self._tied and name == EMBEDDING else name  # as transformers, where the embedding is missing
+        tied = HEAD if self._tied and name == EMBEDDING else name  # as transformers does if the embedding is missing
         return next((candidate for candidate in (name, stacked, tied) if candidate in self._files), None)
 
 
 def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[str, Tensor]:
-    """Parameters, and what an architecture has beside them: balancing biases, a shared expert of width 0 for none."""
+    """Parameters, and what an architecture has in addition: balancing biases, or a shared expert of width 0 "
+    "for none."""
     state: dict[str, Tensor] = dict(module.named_parameters())
     if not arch.bias:
         return state
@@ -229,9 +233,9 @@ def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[s
 def _tensors(
     state: Mapping[str, Tensor], arch: Architecture, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name there, bytes, and how to get each tensor."""
+    """Name there, size in bytes, and how to get each tensor."""
     for name, tensor in state.items():
-        # A bias in bf16 would choose other experts; transformers keeps it in fp32 too.
+        # A bf16 bias would choose different experts; transformers keeps it in fp32 too.
         kind = torch.float32 if name.endswith(BIAS) else dtype or tensor.dtype
         for theirs, index in pieces(name, tuple(tensor.shape), arch):
             part = tensor.detach()[index]

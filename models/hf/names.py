@@ -14,8 +14,8 @@ class Architecture:
     """A transformers class and how it names a MoE block, an expert's gate, up and down projections, a shared expert.
 
     Attributes:
-        bias: its routers have a bias for balancing, named as `bias_name` says.
-        defaults: what a key that its config.json lacks means, where architectures differ.
+        bias: its routers have a balancing bias, named by `bias_name`. defaults: defaults of missing config.json keys,
+            where architectures differ.
     """
 
     name: str
@@ -47,7 +47,7 @@ MIXTRAL = Architecture(
     ("w1", "w3", "w2"),
     defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True, "max_position_embeddings": 131072},
 )
-# The experts of DeepSeek-V3 under an attention that the decoder has.
+# The experts of DeepSeek-V3 with an attention that the decoder has.
 GLM4_MOE = Architecture(
     "Glm4MoeForCausalLM",
     "glm4_moe",
@@ -165,7 +165,7 @@ def _of_sigmoid(config: ModelConfig) -> Architecture:
 
 
 def dense_layers(config: ModelConfig) -> int | None:
-    """How many layers come before the first MoE layer; None: there are dense ones after it too."""
+    """The number of layers before the first MoE layer; None: there are dense layers after it too."""
     moe = [config.is_moe_layer(i) for i in range(config.num_layers)]
     return None if False in moe[moe.index(True) :] else moe.index(True)
 
@@ -175,12 +175,13 @@ def _no_export(what: str, instead: str) -> ConfigError:
 
 
 def bias_name(layer: int) -> str:
-    """What the bias of a layer's `Chooser` is called among a model's tensors."""
+    """Name of the bias of a layer's `Chooser` among a model's tensors."""
     return f"model.layers.{layer}.mlp.gate.{BIAS}"
 
 
 def pieces(name: str, shape: tuple[int, ...], arch: Architecture) -> list[tuple[str, tuple]]:
-    """The tensors that make up our parameter `name` there: `(name, index into ours)`, one per expert where stacked."""
+    """The tensors that make up our parameter `name` there: `(name, index into ours)`, one per expert if ours is
+    stacked."""
     before, moe, after = name.rpartition(".mlp.experts.")
     if not moe:
         name = name.replace(".mlp.gate.weight", f".{arch.moe_block}.gate.weight")

@@ -14,13 +14,13 @@ from configs.reading.parse import is_file, parse_json, read_text, shortened
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_INDEX = 16 * 1024**2
-"""Bytes of an index: 160,000 tensors."""
+"""Most bytes of an index: 160,000 tensors."""
 MAX_HEADER = 32 * 1024**2
-"""Bytes of the safetensors files' headers together. The library itself reads three times as much of each."""
+"""Most bytes of all safetensors headers together. The library itself reads three times as much from each."""
 COMPARED = 2**24
-"""Values that are read at once to see whether two tensors are equal."""
+"""Values that are read at a time when two tensors are compared."""
 MAX_TENSORS = 200_000
-"""Those of a trillion parameters in single experts are 100,000 and have headers of 15 MB."""
+"""Most tensors: a trillion parameters in separate experts are 100,000 tensors, with headers of 15 MB."""
 
 
 def open_tensors(folder: Path) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     `consolidated.safetensors` of Mistral's own code or a shard of an earlier export, are not read.
 
     Raises:
-        ConfigError: no such file, several and nothing that says which, an index that is wrong, no safetensors.
+        ConfigError: no such file, several without an index, an invalid index, or not safetensors.
     """
     index, single = folder / INDEX, folder / WEIGHTS
     if is_file(index):
@@ -38,8 +38,9 @@ def open_tensors(folder: Path) -> dict[str, Any]:
         if is_file(single) and (others := sorted(set(where.values()) - {WEIGHTS})):
             kept = f", or {WEIGHTS} if those do" if WEIGHTS not in where.values() else ""
             raise ConfigError(
-                f"{folder} has {WEIGHTS}, which transformers reads alone, and {INDEX}, which names other files, such "
-                f"as {shown(others[0])}: delete {INDEX} if {WEIGHTS} holds the whole model{kept}"
+                f"{folder} has {WEIGHTS}, the only file that transformers would read, and {INDEX}, which names "
+                f"other files, such as {shown(others[0])}: delete {INDEX} if {WEIGHTS} contains the whole "
+                f"model{kept}"
             )
         return _indexed(folder, where)
     found = [single] if single.exists() or single.is_symlink() else sorted(folder.glob("*.safetensors"))
@@ -47,13 +48,13 @@ def open_tensors(folder: Path) -> dict[str, Any]:
         raise ConfigError(f"{folder} has no *.safetensors file; pickled weights (*.bin, *.pt) are not read")
     if len(found) > 1:
         raise ConfigError(
-            f"{folder} has {len(found)} *.safetensors files, such as {shown([path.name for path in found[:3]])}, but "
-            f"neither {WEIGHTS} nor {INDEX}, which would say which of them hold the model"
+            f"{folder} has {len(found)} *.safetensors files, such as {shown([path.name for path in found[:3]])}, "
+            f"but neither {WEIGHTS} nor {INDEX} to say which of them contain the model"
         )
     [file] = _open_all(found)
     names = list(file.keys())
     if names and all("lora_" in name or name.startswith("base_model.") for name in names):
-        raise ConfigError(f"{folder} holds only an adapter ({found[0].name}): merge it into its base model first")
+        raise ConfigError(f"{folder} contains only an adapter ({found[0].name}): merge it into its base model first")
     return dict.fromkeys(names, file)
 
 
@@ -61,7 +62,7 @@ def _indexed(folder: Path, where: dict[str, str]) -> dict[str, Any]:
     """The tensors that the index names, each in the file that it names. Raises ConfigError."""
     names = list(dict.fromkeys(where.values()))
     if missing := next((name for name in names if not is_file(folder / name)), None):
-        raise ConfigError(f"{folder / INDEX} names {shown(missing)}, which is no file beside it")
+        raise ConfigError(f"{folder / INDEX} names {shown(missing)}, but there is no such file beside it")
     opened = _open_all([folder / name for name in names])
     files = {name: (file, set(file.keys())) for name, file in zip(names, opened, strict=True)}
     for tensor, name in where.items():
@@ -71,8 +72,8 @@ def _indexed(folder: Path, where: dict[str, str]) -> dict[str, Any]:
         for tensor in tensors & where.keys():
             if where[tensor] != name and not same_values(files[where[tensor]][0], tensor, file, tensor):
                 raise ConfigError(
-                    f"{folder}: tensor {shown(tensor)} is in {shown(where[tensor])}, as {INDEX} says, and with other "
-                    f"values in {shown(name)}, which it names too: export the model again"
+                    f"{folder}: tensor {shown(tensor)} is in {shown(where[tensor])}, as {INDEX} says, but "
+                    f"{shown(name)}, which it names too, has different values for it: export the model again"
                 )
     return {tensor: files[name][0] for tensor, name in where.items()}
 
@@ -114,7 +115,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _open_all(paths: list[Path]) -> list[Any]:
-    """Safetensors files whose headers are right. Raises ConfigError."""
+    """Safetensors files with valid headers. Raises ConfigError."""
     opened, tensors = [], 0
     if (headers := sum(map(_header, paths))) > MAX_HEADER:
         raise ConfigError(
@@ -127,7 +128,7 @@ def _open_all(paths: list[Path]) -> list[Any]:
             raise ConfigError(f"{path} is not safetensors: {shortened(str(error), 200)}") from None
         tensors += len(opened[-1].keys())
         if tensors > MAX_TENSORS:
-            raise ConfigError(f"{path.parent}: its safetensors files hold over {MAX_TENSORS:,} tensors")
+            raise ConfigError(f"{path.parent}: its safetensors files contain over {MAX_TENSORS:,} tensors")
     return opened
 
 
@@ -135,7 +136,7 @@ def _header(path: Path) -> int:
     """Bytes of a safetensors file's header. Raises ConfigError."""
     try:
         if not is_file(path):
-            raise ConfigError(f"{path} is no file")
+            raise ConfigError(f"{path} is not a file")
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:

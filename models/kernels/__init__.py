@@ -1,1 +1,1 @@
-"""Implementations for one kind of device, each behind a function that chooses by device."""
+"""Device-specific implementations, each behind a function that chooses by device."""

@@ -1,4 +1,4 @@
-"""Attention on GPU where a query sees some keys only: FlexAttention leaves out whole tiles (arXiv:2412.05496)."""
+"""Attention on GPU where a query sees only some keys: FlexAttention skips whole tiles (arXiv:2412.05496)."""
 
 import functools
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from models.decoder.pattern import Pattern
 
 SMALLEST_HEAD = 16
-"""The kernel's matrix products are no narrower."""
+"""Minimum width of the kernel's matrix products."""
 
 
 def block_mask(places_BT: Tensor, document_ids: Tensor | None, pattern: Pattern) -> BlockMask:
-    """Which tiles of [T, T] are seen wholly, in part or not at all.
+    """Which tiles of [T, T] are visible fully, partly or not at all.
 
     Args:
-        places_BT: place of each token in its document.
+        places_BT: position of each token in its document.
         document_ids: [B, T], or None: each row is one document.
     """
     rows, length = places_BT.shape
@@ -45,7 +45,7 @@ def attend(q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, blocks: BlockMask) ->
 
 
 def _on(x: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Compiled on GPU: as it stands it would write out all of [T, T]."""
+    """Compiled on GPU: uncompiled it would materialise all of [T, T]."""
     return _compiled(function) if x.device.type == "cuda" else function
 
 

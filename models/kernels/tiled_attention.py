@@ -1,4 +1,4 @@
-"""Attention to a part of the earlier keys on CPU, tile by tile: work and memory grow with the keys that are seen.
+"""Attention to some of the earlier keys on CPU, tile by tile: work and memory grow with the number of visible keys.
 
 Shapes: B sequences, T tokens, K key/value heads, G query heads of each, N = K * G, D head size, R = B * K; L queries of
 a tile, S keys that one of them or more sees.
@@ -16,7 +16,7 @@ from models.decoder.pattern import Pattern
 class TiledAttention(torch.autograd.Function):
     """As F.scaled_dot_product_attention for q [B, N, T, D], k and v [B, K, T, D], each a document, and a pattern.
 
-    Keeps its inputs only: the backward pass computes the probabilities of one tile of queries at a time again.
+    Keeps its inputs only: the backward pass recomputes the probabilities one tile of queries at a time.
     """
 
     @staticmethod
@@ -36,7 +36,7 @@ class TiledAttention(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor):
         (q, k, v), pattern = ctx.saved_tensors, ctx.pattern
         dq = torch.empty_like(q)
-        # A first block may be seen by all queries: too many summands for bf16.
+        # A first block may be seen by all queries: too many terms to sum in bf16.
         dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
         scale = q.shape[3] ** -0.5
         for start in range(0, q.shape[2], pattern.tile):
@@ -53,7 +53,7 @@ class TiledAttention(torch.autograd.Function):
 
 
 def _tile(pattern: Pattern, start: int, length: int) -> tuple[slice, list[slice]]:
-    """Queries of the tile that begins at `start`, and the keys they see, tiles that touch as one."""
+    """The queries of the tile that begins at `start`, and the keys they see, adjacent tiles merged."""
     runs: list[slice] = []
     for tile in pattern.key_tiles(start // pattern.tile):
         first, last = tile * pattern.tile, min((tile + 1) * pattern.tile, length)

@@ -1,7 +1,7 @@
-"""Functions that a compiled layer calls as they are.
+"""Functions that a compiled layer calls without compiling them.
 
-`torch.compiler.disable` imports the compiler, a second in every process: so they are only marked, and given to it when
-a layer is about to be compiled.
+`torch.compiler.disable` imports the compiler, which takes a second in every process: so they are only marked, and
+disabled when a layer is about to be compiled.
 """
 
 import sys
@@ -21,7 +21,7 @@ def uncompiled(function: Function) -> Function:
 
 
 def leave_uncompiled() -> None:
-    """Have the compiler leave out what is marked; to be called before the first layer is compiled."""
+    """Exclude the marked functions from compilation; call it before the first layer is compiled."""
     while _marked:
         function = _marked.pop()
         setattr(sys.modules[function.__module__], function.__name__, torch.compiler.disable(function))

@@ -1,4 +1,4 @@
-"""Load balancing of experts: what a router's decisions were, and the losses that keep the experts' loads even.
+"""Load balancing of experts: statistics of a router's decisions, and the losses that keep the experts' loads even.
 
 Shapes: L MoE layers, B sequences, T tokens of each, S = B * T tokens, E experts, k experts per token.
 """
@@ -42,10 +42,10 @@ class RouterStats(NamedTuple):
 
 
 class RouterTap:
-    """Listens to the routers of `module`.
+    """Collects what the routers of `module` decide.
 
-    Only calls within the module's own forward pass count: activation checkpointing calls the routers again in the
-    backward pass.
+    Only calls within the module's own forward pass count: activation checkpointing calls the routers a second time in
+    the backward pass.
 
     Args:
         mean_over_parts: differentiable mean over the equally large parts of a micro-batch's sequences, where the module
@@ -61,13 +61,13 @@ class RouterTap:
         module.register_forward_hook(self._close)
 
     def collect(self) -> RouterStats | None:
-        """Losses and loads of the last forward pass, which is then forgotten; None if no router was called."""
+        """Losses and loads of the last forward pass, which are then cleared; None if no router was called."""
         global_loads = [chooser.global_load for chooser in self.choosers]
         layers = self._heard()
         return router_stats(layers, global_loads, self._mean_over_parts) if layers else None
 
     def choices(self) -> list[Tensor]:
-        """[S, k] of each layer in the last forward pass, which is then forgotten."""
+        """[S, k] of each layer in the last forward pass, which are then cleared."""
         return [layer.choice for layer in self._heard()]
 
     def _heard(self) -> list[Heard]:

@@ -50,7 +50,7 @@ class MoE(nn.Module):
         return self.mixed(x_BTH)
 
     def mixed(self, x_BTH: Tensor) -> Tensor:
-        """`forward`, whoever compiles it."""
+        """`forward`, compiled or not."""
         x_SH = x_BTH.flatten(0, 1)
         y_BTH = self.experts(x_SH, self.chooser(self.gate, x_SH)).view_as(x_BTH)
         if self.shared_expert is None:
@@ -62,10 +62,10 @@ class MoE(nn.Module):
 
 
 def left_out(x: Tensor) -> bool:
-    """Whether a compiled layer calls its experts as they are: on GPUs.
+    """Whether a compiled layer calls its experts uncompiled: on GPUs.
 
-    On an H200 with torch 2.11 the gradients of compiled experts in bf16 were wrong, by a factor of 50 and more, where
-    those of the same graph computed again in the backward pass were right (benchmarks/RESULTS.md, right.compiled).
+    On an H200 with torch 2.11 the gradients of compiled experts in bf16 were wrong, by a factor of 50 and more, while
+    those of the same graph recomputed in the backward pass were right (benchmarks/RESULTS.md, right.compiled).
     """
     return x.is_cuda
 

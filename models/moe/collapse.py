@@ -1,4 +1,4 @@
-"""Experts that have all but stopped being chosen: who, since how many steps, and when it counts as a collapse."""
+"""Experts that are hardly chosen any more: which, for how many steps, and when that counts as a collapse."""
 
 from collections.abc import Sequence
 
@@ -7,14 +7,14 @@ import numpy as np
 from models.tasks.task import Change
 
 STARVED = 0.01
-"""Of its even share, below which an expert is starved. Loads of a sound router scatter within a factor of two or so,
-also where balancing is loose, and an expert that learns from a hundredth of its tokens falls further behind."""
+"""Fraction of an even share below which an expert is starved. Loads of a healthy router vary within about a factor of
+two, even with weak balancing, and an expert that learns from a hundredth of its tokens falls further behind."""
 COLLAPSED = 100
-"""Steps in a row after which a starved expert has collapsed. Experts do stay away for some steps while routers find
-their order at the start, and small batches leave one without a token now and then; a hundred steps are neither."""
+"""Steps in a row after which a starved expert has collapsed. At the start of training experts can go unused for some
+steps, and small batches leave one without a token now and then; a hundred steps in a row are neither."""
 
 Starved = list[list[int]]
-"""Steps in a row for which each expert is starved, [MoE layers][experts]."""
+"""For how many steps in a row each expert has been starved, [MoE layers][experts]."""
 
 
 def after_step(starved: Starved, load: Sequence[Sequence[float]]) -> tuple[Starved, list[Change]]:

@@ -1,4 +1,4 @@
-"""The experts' arithmetic: sort tokens by expert, two grouped matrix products, weighted sum back.
+"""The experts' computation: sort tokens by expert, two grouped matrix products, weighted sum per token.
 
 Shapes: S tokens, H hidden size, E experts, k experts per token, A = S * k assignments, P >= A slots (assignments sorted
 by expert, on CPU with gaps), I width of an expert.
@@ -46,7 +46,7 @@ def apply_padded(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routing: 
     assert kept_Sk is not None
     places, counts_E = sort_by_expert(_with_dropped(routing, experts), experts)
     expert_Sk, first_E = choice_Sk.where(kept_Sk, 0), counts_E.cumsum(0) - counts_E
-    # The last row is nobody's: what is dropped goes there and comes from there.
+    # The last row is a dummy: dropped assignments write to it and read from it.
     slot_Sk = (expert_Sk * capacity + places.slot_Sk - first_E[expert_Sk]).where(kept_Sk, experts * capacity)
     x_SkH = x_SH[:, None].expand(*slot_Sk.shape, hidden).flatten(0, 1)
     x_PH = x_SH.new_zeros(experts * capacity + 1, hidden).index_copy(0, slot_Sk.flatten(), x_SkH)
@@ -58,7 +58,7 @@ def apply_padded(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routing: 
 
 
 def grouped_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routing: Routing) -> Tensor:
-    """`apply_experts` for accelerators: torch's grouped matrix products, nothing that waits for the device."""
+    """`apply_experts` for accelerators: torch's grouped matrix products, without device synchronisation."""
     experts = gate_up_E2IH.shape[0]
     places, counts_E = sort_by_expert(_with_dropped(routing, experts), experts)
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
@@ -67,7 +67,7 @@ def grouped_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routin
         dropped_P1 = (torch.arange(len(places.token_P), device=x_SH.device) >= ends_E[-1])[:, None]
 
     def clean(t: Tensor) -> Tensor:
-        # Neither values nor gradients of rows after the last expert's are written by the grouped products.
+        # The grouped products write neither values nor gradients of rows after the last expert's.
         return t if dropped_P1 is None else t.masked_fill(dropped_P1, 0)
 
     x_PH = clean(_Scatter.apply(x_SH, places.token_P, places.slot_Sk))
@@ -79,14 +79,14 @@ def grouped_experts(x_SH: Tensor, gate_up_E2IH: Tensor, down_EHI: Tensor, routin
 
 
 def _with_dropped(routing: Routing, num_experts: int) -> Tensor:
-    """Choices with dropped assignments given to an expert after the last."""
+    """Choices with dropped assignments moved to an extra expert after the last."""
     return routing.choice if routing.kept is None else routing.choice.where(routing.kept, num_experts)
 
 
 class Places(NamedTuple):
     """Where tokens go: the token of each slot [P], the assignment of each slot [P] and the slots of each token [S, k].
 
-    A slot that is only a gap holds token 0, and nobody's slot is there.
+    A padding slot holds token 0 and belongs to no assignment.
     """
 
     token_P: Tensor
@@ -100,7 +100,7 @@ def sort_by_expert(choice_Sk: Tensor, num_experts: int, rooms_E: Tensor | None =
     Assignments to an expert E, one after the last, have the last slots.
 
     Args:
-        rooms_E: int64, each expert's number of slots where that is more than its assignments.
+        rooms_E: int64, each expert's number of slots, if more than its assignments.
     """
     top_k = choice_Sk.shape[1]
     expert_A = choice_Sk.flatten()
@@ -118,7 +118,7 @@ def sort_by_expert(choice_Sk: Tensor, num_experts: int, rooms_E: Tensor | None =
 
 
 def _combine(y_PH: Tensor, slot_Sk: Tensor, weight_Sk: Tensor | None = None) -> Tensor:
-    """Sum of every token's slots; an embedding bag is the quickest gather and sum in one pass."""
+    """Sum of every token's slots; an embedding bag is the fastest gather-and-sum in one pass."""
     return F.embedding_bag(slot_Sk, y_PH, mode="sum", per_sample_weights=weight_Sk)
 
 
@@ -152,10 +152,10 @@ def _on_cpu(x: Tensor, gate_up: Tensor, down: Tensor, routing: Routing) -> Tenso
 
 
 class _CpuExperts(torch.autograd.Function):
-    """The same by hand. What lies between two products is done for as many experts at once as the cache holds the rows
-    of: small experts share the price of starting an operation, large ones find their rows in the cache.
+    """The same with hand-written passes. Elementwise work between two products is done for as many experts at a time as
+    fit in the cache: small experts amortise launch overhead, large ones find their rows in the cache.
 
-    A gap's weight is 0, which keeps it out of the output and of every gradient.
+    A padding slot's weight is 0, which keeps it out of the output and of every gradient.
     """
 
     @staticmethod
@@ -204,21 +204,22 @@ class _CpuExperts(torch.autograd.Function):
 
 
 class Piece(NamedTuple):
-    """Neighbouring experts whose products are taken as one batched product: how many, with how many slots each."""
+    """Neighbouring experts computed as one batched product: how many, with how many slots each."""
 
     experts: int
     rows: int
 
 
 _ROWS = 32
-"""Of a bf16 product. oneDNN compiles a kernel for every new shape, several milliseconds a layer at every step where the
-shapes are the experts' loads, which never repeat. Starting a product costs as much as about so many rows, too."""
+"""Row granularity of a bf16 product. oneDNN compiles a kernel for every new shape, several milliseconds per layer at
+every step if the shapes are the experts' loads, which never repeat. Launching a product costs about as much as this
+many rows, too."""
 _CACHED = 1024
-"""Rows whose values between two products stay in the cache."""
+"""Rows whose intermediate values stay in the cache."""
 
 
 def _pieces(counts: list[int]) -> list[Piece]:
-    """Experts with so many rows each, put together, by halves, where starting fewer products outweighs the gaps."""
+    """Group experts with this many rows each, by bisection, where fewer launches outweigh the padding."""
     rooms = [-(-count // _ROWS) * _ROWS for count in counts]
     experts, most = len(rooms), max(rooms)
     few, even = experts * most <= 4 * _CACHED, experts * most - sum(rooms) <= experts * _ROWS

@@ -17,7 +17,7 @@ from .experts import Routing
 
 
 class Router(nn.Linear):
-    """Logits of every expert, fp32 whatever the precision: top-k choices turn on small differences."""
+    """Logits of every expert, in fp32 whatever the precision: top-k choices depend on small differences."""
 
     def forward(self, x_SH: Tensor) -> Tensor:
         if x_SH.dtype == torch.bfloat16 and (x_SH.is_cuda or self.weight.dtype == torch.bfloat16):
@@ -26,11 +26,11 @@ class Router(nn.Linear):
 
 
 class _Logits(torch.autograd.Function):
-    """The same of bf16 tokens: no fp32 copy of them is kept, and gradients come of bf16 products, of an fp32 gradient's
-    upper and lower half, 16 bits of it together.
+    """The same for bf16 tokens: no fp32 copy of them is kept, and gradients are bf16 products of the upper and lower
+    half of the fp32 gradient, 16 bits of it in total.
 
-    On a GPU the logits do too: fp32 weights are three bf16 numbers each, whose products with bf16 tokens are exact, and
-    which are added up in fp32, at many times the rate of fp32 products.
+    On a GPU the logits are computed likewise: fp32 weights are three bf16 numbers each, whose products with bf16 tokens
+    are exact, and which are added up in fp32, at many times the rate of fp32 products.
     """
 
     @staticmethod
@@ -40,7 +40,7 @@ class _Logits(torch.autograd.Function):
             parts = bf16_parts(weight_EH, 3)
             return _product(x_SH, torch.cat(parts).t()).unflatten(1, (len(parts), -1)).sum(1)
         weight_HE = weight_EH.float().t()
-        # On a CPU a piece at a time, which stays in the cache.
+        # On a CPU one piece at a time, which stays in the cache.
         return torch.cat([x.float() @ weight_HE for x in x_SH.split(_CACHED)])
 
     @staticmethod
@@ -69,16 +69,16 @@ def bf16_parts(x: Tensor, most: int) -> list[Tensor]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Of bf16 matrices on a GPU, in fp32."""
+    """Product of bf16 matrices on a GPU, in fp32."""
     return torch.mm(a, b, out_dtype=torch.float32)  # type: ignore[call-overload]
 
 
 _CACHED = 512
-"""Tokens whose fp32 copy stays in the cache."""
+"""Number of tokens whose fp32 copy stays in the cache."""
 
 
 class Heard(NamedTuple):
-    """What one layer's router did, in means over tokens, so that means over parts of a batch are those of the whole.
+    """Statistics of one layer's router, as means over tokens, so that they can be averaged over parts of a batch.
 
     Attributes:
         prob: [G, E] fp32, differentiable: mean score of each expert, scores of a token normalised to sum to 1. G is B
@@ -108,7 +108,7 @@ def heard(
     choice_Sk: Tensor,
     kept_Sk: Tensor | None,
 ) -> Heard:
-    """Sum up one router's call; without logits (hash routing) the losses' parts are those of perfect balance."""
+    """Summarise one router call; without logits (hash routing) the loss terms are those of perfect balance."""
     experts, device = config.num_experts, choice_Sk.device
     groups = sequences if config.aux_loss_over == "sequence" else 1
     zero = torch.zeros((), device=device)
@@ -124,7 +124,7 @@ def heard(
     prob_SE = scores_SE if config.router == "softmax" else scores_SE / scores_SE.sum(-1, keepdim=True)
     with torch.no_grad():
         if config.router == "softmax":
-            entropy = (logsumexp_S - torch.linalg.vecdot(prob_SE, logits_SE)).mean()  # of fewer logarithms
+            entropy = (logsumexp_S - torch.linalg.vecdot(prob_SE, logits_SE)).mean()  # needs fewer logarithms
         else:
             entropy = torch.special.entr(prob_SE).sum(-1).mean()
         confidence = prob_SE.amax(-1).mean()
@@ -135,7 +135,7 @@ def heard(
 class Chooser:
     """Chooses the experts of one MoE layer, by `model.router` and what goes with it.
 
-    No module: the engine may replace the MoE block and its gate by its own, which then ask the same chooser.
+    Not a module: the engine may replace the MoE block and its gate by its own, which then use the same chooser.
 
     Args:
         layer: index, from 0.
@@ -143,8 +143,8 @@ class Chooser:
     Attributes:
         bias: [E] fp32, added to the scores for the choice only (DeepSeek-V3); None without `model.router_bias_rate`.
         global_load: [E] fp32, each expert's share of the assignments of the step before, over the global batch.
-        listening: whether the next call is to be heard, see `models.moe.balance.RouterTap`; with gradients each one is.
-        heard: what was heard of the last call.
+        listening: whether the next call is recorded, see `models.moe.balance.RouterTap`; with gradients every call is.
+        heard: the record of the last call.
     """
 
     def __init__(self, config: ModelConfig, layer: int):
@@ -161,7 +161,7 @@ class Chooser:
         self._training = False
 
     def prepare(self, tokens_BT: Tensor, keys_BT: Tensor | None, training: bool) -> None:
-        """Say what the next call is about.
+        """Set the inputs of the next call.
 
         Args:
             tokens_BT: ids.
@@ -170,7 +170,7 @@ class Chooser:
         self._tokens_BT, self._keys_BT, self._training = tokens_BT, keys_BT, training
 
     def __call__(self, gate: nn.Module | None, x_SH: Tensor) -> Routing:
-        """Route the tokens that `prepare` was told of; `gate` makes logits of them (None with model.router=hash)."""
+        """Route the tokens passed to `prepare`; `gate` computes their logits (None with model.router=hash)."""
         config, tokens_BT = self.config, self._tokens_BT
         assert tokens_BT is not None
         logits_SE = scores_SE = None
@@ -192,8 +192,8 @@ class Chooser:
         if config.capacity_factor and self._training:
             kept_Sk = within_capacity(choice_Sk, config.num_experts, config.capacity(len(choice_Sk)))
             weight_Sk = weight_Sk * kept_Sk
-        # Also where nobody listens: a layer that is computed again must save for backward what it saved at first, of
-        # which a compiler leaves out what is kept nowhere.
+        # Even if nobody reads it: a recomputed layer must save for backward the same tensors as before, and a compiler
+        # drops what is not kept anywhere.
         if torch.is_grad_enabled() or self.listening:
             self.heard = heard(config, len(tokens_BT), logits_SE, scores_SE, choice_Sk, kept_Sk)
         return Routing(choice_Sk, weight_Sk, kept_Sk)
@@ -213,7 +213,7 @@ class Chooser:
 
 
 def choosers(module: nn.Module) -> Iterator[Chooser]:
-    """Of every MoE layer of a module, in the order of layers."""
+    """The choosers of every MoE layer of a module, in layer order."""
     for part in module.modules():
         if isinstance(chooser := getattr(part, "chooser", None), Chooser) and hasattr(part, "mlp"):
             yield chooser

@@ -21,23 +21,23 @@ def block_of(name: str) -> str | None:
 
 
 def granularity(dense_size: int, config: ModelConfig) -> int:
-    """g: into how many slices a SwiGLU of that width is cut, one for each expert of a group of g.
+    """g: the number of slices that a SwiGLU of that width is cut into, one per expert of a group of g.
 
     Raises:
-        ConfigError: experts of `model.expert_size` are no equal slices, or cannot be chosen in whole groups of g.
+        ConfigError: `model.expert_size` does not give equal slices, or experts cannot be chosen in whole groups of g.
     """
     size, experts = config.expert_size, config.num_experts // config.expert_groups
     assert size, "resolve() fills model.expert_size"
     if dense_size % size:
         raise ConfigError(
-            f"train.upcycle copies an MLP of width {dense_size}, or equal slices of it, into each expert, and "
+            f"train.upcycle copies an MLP of width {dense_size}, or equal slices of it, into each expert, but "
             f"model.expert_size is {size}: set it to {dense_size}, or to {dense_size} divided by a whole number"
         )
     slices = dense_size // size
     if experts % slices or config.top_k % slices:
         raise ConfigError(
-            f"train.upcycle: model.expert_size={size} cuts an MLP of width {dense_size} into {slices} slices, one each "
-            f"expert: make model.top_k ({config.top_k}) and model.num_experts / model.expert_groups ({experts}) "
+            f"train.upcycle: model.expert_size={size} cuts an MLP of width {dense_size} into {slices} slices, one "
+            f"per expert: make model.top_k ({config.top_k}) and model.num_experts / model.expert_groups ({experts}) "
             f"multiples of {slices}, or set model.expert_size={dense_size}"
         )
     return slices

@@ -1,1 +1,1 @@
-"""What a model costs in parameters, FLOPs, memory and time, from its config alone (no torch)."""
+"""What a model costs: parameters, FLOPs, memory and time, from its config alone (no torch)."""

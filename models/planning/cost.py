@@ -13,7 +13,7 @@ from models.decoder.pattern import Pattern
 
 
 def has_formulas(model: ModelSection) -> bool:
-    """Whether what stands in this folder is about such a model: it is of decoders."""
+    """Whether this package's formulas apply to such a model: they are for decoders."""
     return model.family == DECODER and isinstance(model, ModelConfig)
 
 
@@ -23,11 +23,11 @@ class Parameters:
 
     total: int
     active: int
-    """Those that one token passes: top_k of the experts, and all else."""
+    """Active parameters: top_k of the experts, and everything else."""
     embedding: int
-    """The input embedding, which is the head too when tied."""
+    """The input embedding, which is also the head if tied."""
     head: int
-    """The head's own; 0 when tied."""
+    """The head's own; 0 if tied."""
     attention: int
     router: int
     experts: int
@@ -35,7 +35,7 @@ class Parameters:
     dense: int
     """Dense SwiGLU layers, shared experts and their gates."""
     norms: int
-    """Weights of norms, and the biases of q, k and v: vectors, which no matrix product is of."""
+    """Weights of norms, and the biases of q, k and v: vectors, which take part in no matrix product."""
 
     @property
     def without_embeddings(self) -> int:
@@ -64,7 +64,7 @@ def parameters(config: ModelConfig) -> Parameters:
 def forward_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """FLOPs of a forward pass per token of a sequence of `seq_len`, causal attention counted exactly.
 
-    A query multiplies with the keys that it sees and as many values; documents are not told apart.
+    A query multiplies with the keys that it sees and as many values; document boundaries are ignored.
     """
     counts = parameters(config)
     _, heads, _, head_dim = _shape(config)

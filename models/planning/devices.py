@@ -1,18 +1,19 @@
-"""What a device can do: peak rates, memory, links, each with its source (no torch).
+"""Device capabilities: peak rates, memory, links, each with its source (no torch).
 
-Vendors' peaks are dense (no sparsity) and for the SXM variants of an HGX/DGX machine of eight. Links are bytes/s out of
-one device in one direction. Nobody reaches a peak: `ATTAINED` and `BUS` say what share the planner counts on.
+Vendors' peaks are dense (no sparsity) and for the SXM variants of an HGX/DGX machine with eight GPUs. Links are bytes/s
+out of one device in one direction. Real code never reaches a peak: `ATTAINED` and `BUS` are the fractions that the
+planner assumes.
 """
 
 from dataclasses import dataclass, field, replace
 
 ATTAINED = 0.6
-"""Share of the peak matmul rate that the products of a step reach on a GPU. Assumed: the best fused attention is at
-0.75 of an H100 (FlashAttention-3, arXiv:2407.08608, fig. 5), smaller and grouped products are well below."""
+"""Fraction of the peak matmul rate that the products of a step reach on a GPU. Assumed: the best fused attention
+reaches 0.75 on an H100 (FlashAttention-3, arXiv:2407.08608, fig. 5), smaller and grouped products much less."""
 BUS = 0.8
-"""Share of a memory's or link's bandwidth that large transfers reach. Assumed."""
+"""Fraction of a memory's or link's bandwidth that large transfers reach. Assumed."""
 HEADROOM = 0.1
-"""Share of a device's memory that a plan leaves free: the allocator's gaps, and the prediction's own error."""
+"""Fraction of a device's memory that a plan leaves free, for fragmentation and prediction error."""
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,13 @@ class Device:
 
     name: str
     flops: dict[str, float]
-    """Peak matmul FLOP/s for each `train.precision` but fp8."""
+    """Peak matmul FLOP/s for each `train.precision` except fp8."""
     memory: float
-    """Bytes; infinite where a process shares the machine's."""
+    """Bytes; infinite if a process shares the machine's memory."""
     bandwidth: float
     """Bytes/s of its memory."""
     per_node: int
-    """Devices that the fast link joins."""
+    """Number of devices on the fast link."""
     node_link: float
     """Bytes/s to the devices of the same node."""
     network: float
@@ -37,9 +38,9 @@ class Device:
     bus: float = BUS
     """Share of the bandwidths that transfers reach."""
     elementwise: float = float("inf")
-    """Bytes/s of an elementwise pass that computes an exponential; a GPU's are as quick as its memory."""
+    """Bytes/s of an elementwise pass that computes an exponential; on a GPU as fast as its memory."""
     launch: float = 0.0
-    """Seconds that a small operation takes forwards and backwards; a GPU's are queued ahead."""
+    """Seconds that a small operation takes, forward and backward; on a GPU they are queued ahead."""
     sources: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -72,7 +73,7 @@ def _nvidia(
 
 
 def _measured(device: Device, attained: float, bus: float, where: str) -> Device:
-    """With what was seen instead of what is assumed."""
+    """The same device with measured values in place of assumed ones."""
     return replace(device, attained=attained, bus=bus, sources=device.sources | {"attained": where, "bus": where})
 
 

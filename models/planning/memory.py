@@ -1,8 +1,8 @@
 """Bytes that one device holds in training, by part, from the config alone (no torch).
 
-Derived from what this code and DeepSpeed 0.19 really keep. The ideas: ZeRO (arXiv:1910.02054, section 5), activation
-memory of Transformers (arXiv:2205.05198, section 4.1). Their formulas count other models' tensors, so those here are
-counted layer by layer from models/*.py (models/planning/activations.py).
+Derived from what this code and DeepSpeed 0.19 actually allocate. Background: ZeRO (arXiv:1910.02054, section 5),
+activation memory of Transformers (arXiv:2205.05198, section 4.1). Their formulas count other models' tensors, so those
+here are counted layer by layer from models/*.py (models/planning/activations.py).
 """
 
 from dataclasses import dataclass
@@ -14,9 +14,9 @@ from .activations import layer_activations, layer_work, loss_work
 from .shards import activation_bytes, groups, head_rank, in_flight, micro_batches, stages, tensors, tokens_per_device
 
 REDUCE_BUCKET = 50_000_000
-"""Elements of gradients that are gathered before they are reduced (DeepSpeed's `reduce_bucket_size`)."""
+"""Gradient elements that are collected before they are reduced (DeepSpeed's `reduce_bucket_size`)."""
 KEPT_GATHERED = 1_000_000_000
-"""Elements that ZeRO-3 keeps whole between uses (its default `max_live_parameters` and `max_reuse_distance`)."""
+"""Elements that ZeRO-3 keeps gathered between uses (its default `max_live_parameters` and `max_reuse_distance`)."""
 NEVER_SHARED = 100_000
 """ZeRO-3 keeps parameters up to this size whole (its default `param_persistence_threshold`)."""
 GAPS = (0.35, 0.55, 1.8, 1.5)
@@ -30,14 +30,14 @@ measured after 20 steps of the quickstart's model, and no bound."""
 CACHED_GROUPS = 144
 """Row groups that a reader keeps decoded (trainer/data)."""
 READING, EVALUATING = 13e6, 10e6
-"""Measured on CPU: what a process grows by with a first batch (Arrow, a thread), and with a first evaluation."""
+"""Measured on CPU: how much a process grows with its first batch (Arrow, a thread), and with its first evaluation."""
 
 
 @dataclass(frozen=True)
 class Memory:
     """Bytes of one device, of the pipeline's rank that needs most.
 
-    Not all parts stand at once: `moments` are the sums that do, and `peak` is the largest.
+    Not all parts are allocated at the same time: `moments` are the sums that do, and `peak` is the largest.
     """
 
     weights: float
@@ -46,17 +46,17 @@ class Memory:
     optimizer: float
     """States, and fp32 master weights where the weights are not them."""
     gathered: float
-    """ZeRO-3: weights that stand whole for use."""
+    """ZeRO-3: weights that are gathered for use."""
     activations: float
     """Kept for the backward pass, of all micro-batches in flight."""
     recomputed: float
-    """With activation checkpointing: of the one layer that is computed again."""
+    """With activation checkpointing: of the one layer being recomputed."""
     loss: float
     """Chunk of logits, gradients of the head and of the last hidden states."""
     dispatch: float
-    """Expert parallel: tokens on their way to other devices and back."""
+    """Expert parallel: tokens being sent to other devices and back."""
     buckets: float
-    """Gradients on their way through collectives."""
+    """Gradients being reduced."""
     runtime: float
     """Libraries and their workspaces."""
     trainer: float
@@ -64,9 +64,9 @@ class Memory:
     snapshot: float
     """On CPU: the copy of weights and states that a checkpoint is written from. On GPUs it is in `host`."""
     gaps: float
-    """On CPU: freed memory that the C library keeps and cannot use."""
+    """On CPU: freed memory that the C library keeps but cannot reuse."""
     host: float
-    """In CPU memory beside a GPU: a checkpoint's copy, and parallel.offload; not a part of the peak."""
+    """In CPU memory beside a GPU: a checkpoint's copy, and parallel.offload; not part of the peak."""
     stage: int
     """Rank of the pipeline, from 0."""
     moments: dict[str, float]
@@ -87,7 +87,7 @@ class Memory:
 
     @property
     def peak(self) -> float:
-        """Of a whole run, evaluation and checkpoints included. Nothing that was resident once leaves again."""
+        """Of a whole run, evaluation and checkpoints included. Memory that was once resident is never returned."""
         return self.needed + self.trainer + self.snapshot + self.gaps
 
 
@@ -103,7 +103,7 @@ def memory(config: Config, cpu: bool) -> Memory:
 
 @dataclass
 class _States:
-    """Bytes of what ZeRO shares out, and of what its reductions need."""
+    """Bytes of what ZeRO partitions, and of what its reductions need."""
 
     weights: float
     gradients: float
@@ -116,7 +116,7 @@ class _States:
     always: float
     """What of `reduction` stands through the whole backward pass."""
     step: float
-    """What the optimizer needs for a moment."""
+    """Temporary memory of the optimizer step."""
 
 
 def _states(config: Config, stage: int, cpu: bool) -> _States:

@@ -1,6 +1,6 @@
 """What a run will need and reach: memory, communication, step time and MFU, predicted from its config (no torch).
 
-A prediction has no more truth than its formulas: `benchmarks/planner.py` holds those of memory to what is measured.
+A prediction is only as good as its formulas: `benchmarks/planner.py` checks those for memory against measurements.
 """
 
 import math
@@ -27,9 +27,9 @@ class Traffic:
     sent: float
     """Bytes out of one device."""
     seconds: float
-    """As if nothing else went on."""
+    """Time if nothing else ran."""
     hidden: bool
-    """Whether it can go on behind the backward pass."""
+    """Whether it can overlap with the backward pass."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,18 @@ class Plan:
     devices: int
     parameters: Parameters
     flops_per_token: float
-    """Training FLOPs, nothing computed again."""
+    """Training FLOPs, without recomputation."""
     tokens_per_step: int
     memory: Memory
     traffic: tuple[Traffic, ...]
     compute_time: float
-    """Seconds of a step in which a device multiplies matrices, what is computed again included."""
+    """Seconds of a step spent on matrix products, recomputation included."""
     memory_time: float
-    """Seconds in which it moves activations and states through its memory."""
+    """Seconds spent moving activations and states through memory."""
     launch_time: float
-    """Seconds that small operations take whatever their size, on a CPU."""
+    """Launch overhead of small operations, in seconds, on a CPU."""
     bubble: float
-    """Share of the step in which a rank of the pipeline waits; see `_bubble`."""
+    """Fraction of the step that a pipeline rank waits; see `_bubble`."""
     step_time: float
     mfu: float
     """Model FLOPs (attention included) over peak FLOPs, as in PaLM (arXiv:2204.02311, appendix B)."""
@@ -104,10 +104,10 @@ def predict(config: Config, device: Device) -> Plan:
     flops = training_flops_per_token(config.model, config.train.seq_len)
     held = memory(config, device.is_cpu)
     traffic = tuple(item for item in _traffic(config, device) if item.sent)
-    rate = device.flops[config.train.kept_in]  # of fp8 too: how much it gains depends on the shapes
+    rate = device.flops[config.train.kept_in]  # used for fp8 too: how much it gains depends on the shapes
     computed = tokens * (flops + _flops_again(config) + _flops_of_padding(config)) / devices
     compute = computed / (rate * device.attained) * _unevenness(config)
-    # A batch that does not divide is filled up, and the filling is computed as well.
+    # A batch that does not divide evenly is padded, and the padding is computed as well.
     filled = micro_batches(config) * config.parallel.dp * (config.train.micro_batch or 1) / config.train.global_batch
     compute *= filled
     steps_flops = _optimizer_flops(config) / (device.flops.get("bf16", rate) * device.attained)
@@ -118,7 +118,7 @@ def predict(config: Config, device: Device) -> Plan:
     working = (compute + moved + launched) / (1 - bubble) + steps_flops
     exposed = sum(item.seconds for item in traffic if not item.hidden)
     behind = sum(item.seconds for item in traffic if item.hidden)
-    # What hides does so behind the backward pass, two thirds of the work; on CPUs nothing overlaps.
+    # Communication overlaps with the backward pass, two thirds of the work; on CPUs nothing overlaps.
     exposed += behind if device.is_cpu else max(0.0, behind - working * 2 / 3)
     step = working + exposed
     return Plan(
@@ -167,7 +167,7 @@ def _recomputed_share(config: Config) -> float:
 
 
 def _flops_again(config: Config) -> float:
-    """FLOPs per token of layers computed again in the backward pass: all of a forward pass but the head."""
+    """FLOPs per token of layers recomputed in the backward pass: a whole forward pass except the head."""
     head = 2 * config.model.hidden_size * (config.model.vocab_size or 0)
     return _recomputed_share(config) * (forward_flops_per_token(config.model, config.train.seq_len) - head)
 

@@ -1,4 +1,4 @@
-"""Every topology of some devices, judged: which fit and are quickest, and why the others do not (no torch)."""
+"""Every topology of a number of devices, evaluated: which fit and are fastest, and why the others do not (no torch)."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ KEYS = ("dp", "tp", "pp", "pp_schedule", "ep", "sp", "zero_stage")
 
 @dataclass(frozen=True)
 class Choice:
-    """A config that runs and fits, and its prediction."""
+    """A config that runs and fits, with its prediction."""
 
     config: Config
     plan: Plan
@@ -37,7 +37,7 @@ class Found:
     """The outcome of a search.
 
     Attributes:
-        choices: quickest first, at most one for each topology.
+        choices: fastest first, at most one per topology.
         refused: how many topologies each reason rules out.
         too_large: topologies that run but fit with no micro-batch.
         least: the smallest peak memory of those, in bytes; None if there are none.
@@ -81,7 +81,7 @@ def search(config: Config, device: Device, devices: int) -> Found:
                 if plan.fits and (best is None or plan.step_time < best.plan.step_time):
                     best = Choice(candidate, plan)
             if not any(plan.fits for plan in plans):
-                break  # a larger micro-batch needs no less
+                break  # a larger micro-batch needs at least as much
         if best:
             choices.append(best)
         else:
@@ -96,12 +96,12 @@ def _reasons(config: Config) -> list[str]:
     reasons = [f"{name}: {rule.why.format(**sections)}" for name, rule in RULES.items() if rule.broken(config)]
     stage, optim = config.parallel.zero_stage, config.optim.name
     if stage == 0 and config.train.precision == "fp16":
-        reasons.append("fp16: it keeps fp32 gradients from ZeRO-1 on")
+        reasons.append("fp16: gradients accumulate in fp32 from ZeRO-1 on")
     if stage and OPTIMIZERS[optim].whole_matrices:
-        reasons.append(f"optimizer: {optim} needs whole matrices, which ZeRO 1 to 3 cut into flat pieces")
+        reasons.append(f"optimizer: {optim} needs whole matrices, which ZeRO 1 to 3 flatten and partition")
     if config.train.global_batch < config.parallel.dp:
         batch = config.train.global_batch
-        reasons.append(f"batch: train.global_batch ({batch}) gives some data-parallel ranks nothing to do")
+        reasons.append(f"batch: train.global_batch ({batch}) is too small for the data-parallel ranks")
     return reasons
 
 

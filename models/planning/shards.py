@@ -1,4 +1,4 @@
-"""Which tensors one process holds in a topology, in which groups, and how they are shared out (no torch).
+"""Which tensors one process holds in a topology, in which groups, and how they are partitioned (no torch).
 
 As trainer/engine/parallel.py (what is split), trainer/engine/optim.py (groups) and DeepSpeed's ZeRO (shares) make them.
 """
@@ -16,7 +16,7 @@ from configs.stages import layers_of_ranks, stage_layers, stages_of_rank
 
 @dataclass(frozen=True)
 class Tensor:
-    """One parameter as a process holds it before ZeRO shares it out."""
+    """One parameter as a process holds it before ZeRO partitions it."""
 
     numel: int
     matrix: bool = True
@@ -24,7 +24,7 @@ class Tensor:
     head: bool = False
     expert: bool = False
     count: int = 1
-    """Matrices that are stacked in it."""
+    """Number of matrices stacked in it."""
 
 
 def activation_bytes(config: Config) -> int:

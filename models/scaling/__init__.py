@@ -1,4 +1,4 @@
-"""What loss a model reaches: scaling laws fitted to a table of runs, with intervals (numpy; neither Ray nor torch)."""
+"""Predicting loss: scaling laws fitted to a table of runs, with intervals (numpy only; no Ray, no torch)."""
 
 from .fitting import fit
 from .predictions import predict

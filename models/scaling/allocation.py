@@ -1,4 +1,4 @@
-"""What a fitted form says of a budget: the loss there, and the sizes and tokens that reach the lowest."""
+"""Compute-optimal allocation by a fitted form: the lowest loss of a budget, and the size and tokens that reach it."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from .forms.dense import Array, Columns, Form
 from .table import Table
 
 RANGE, POINTS = np.log(1e4), 400
-"""The optimum is looked for within about this factor of the table's sizes, at so many sizes, then between them."""
+"""The optimum is searched within about this factor of the table's sizes, first on a grid of this many sizes, then
+between them."""
 SHAPE = ("experts", "top_k", "granularity", "active_ratio")
 """Columns that tell kinds of models apart."""
 
@@ -26,7 +27,7 @@ class Kind(NamedTuple):
     cost: NDArray[np.float64]
     rows: NDArray[np.int64]
     unique: float = np.inf
-    """Tokens that there are to read; a model of more tokens reads them again."""
+    """Unique tokens available; a model of more tokens repeats them."""
 
     def log_tokens(self, log_n: Array, budget: float) -> Array:
         """ln D that spends a budget at sizes N."""
@@ -52,14 +53,14 @@ def kinds(table: Table) -> list[Kind]:
         rows = np.flatnonzero((keys == key).all(axis=1))
         log_n, ratio = np.log(table.n[rows]), np.log(table.c[rows] / (table.n[rows] * table.d[rows]))
         sizes = len(np.unique(table.n[rows]))
-        # A cost that does not vary is not followed into noise; beyond the sizes a line is safer than a parabola.
+        # A cost that does not vary is not fitted to noise; extrapolated, a line is safer than a parabola.
         degree = 0 if np.ptp(ratio) < 1e-3 or sizes < 2 else 1
         found.append(Kind(dict(zip(names, key.tolist(), strict=False)), np.polyfit(log_n, ratio, degree), rows))
     return found
 
 
 def repeats(table: Table) -> NDArray[np.bool_]:
-    """Which runs read some of their tokens more than once, shape (rows,)."""
+    """Which runs repeat some of their tokens, shape (rows,)."""
     unique = table.extra.get("unique")
     return np.zeros(len(table), dtype=bool) if unique is None else table.d > 1.01 * unique
 
@@ -96,6 +97,6 @@ def optimum(form: Form, parameters: Array, table: Table, budget: float, kind: Ki
 
 
 def log_losses(form: Form, parameters: Array, x: Columns) -> Array:
-    """ln L, shape (B, points), in parts that stay small in memory."""
+    """ln L, shape (B, points), computed in parts to limit memory."""
     rows = max(1, 1_000_000 // (len(form.linear) * len(next(iter(x.values())))))
     return np.concatenate([form.log_loss(parameters[i : i + rows], x) for i in range(0, len(parameters), rows)])

@@ -1,4 +1,4 @@
-"""Lines of a fitted form: the lowest loss against FLOPs of each kind of models, and FLOPs that reach a loss."""
+"""Curves of a fitted form: the lowest loss against FLOPs for each kind of model, and the FLOPs that reach a loss."""
 
 from typing import NamedTuple
 
@@ -10,7 +10,7 @@ from .forms.dense import Array
 from .table import Table
 
 SAMPLES = 300
-"""Of the bootstrap's refits that a band is drawn from."""
+"""Number of bootstrap refits that a band is drawn from."""
 
 
 class Curve(NamedTuple):
@@ -41,6 +41,6 @@ def curve(fit: Fit, table: Table, kind: Kind, c: Array) -> Curve:
 
 
 def compute(losses: Array, c: Array, reached: Array) -> Array:
-    """FLOPs at which a falling curve of losses over c is at the losses reached; NaN outside it."""
+    """FLOPs at which a falling curve of losses over c reaches the given losses; NaN outside it."""
     falling = np.minimum.accumulate(losses)
     return np.exp(np.interp(-np.log(reached), -np.log(falling), np.log(c), left=np.nan, right=np.nan))

@@ -1,4 +1,4 @@
-"""How far a fitted law leaves the truth beyond its data, as fits with the last budgets held back show."""
+"""Extrapolation error of a fitted law, estimated from held-out budgets."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,21 +14,21 @@ from .forms.solve import minimise
 from .table import Table
 
 PRIOR = 0.15
-"""Scale of the drift expected beforehand, as a share of the frontier's slope d ln L / d ln C, or d ln N* / d ln C."""
+"""Prior scale of the drift, as a fraction of the frontier's slope d ln L / d ln C, or d ln N* / d ln C."""
 HOLDS, UNTESTED = 0.85, 0.5
-"""Prior probability that there is none, and that where the budgets are too few to show a floor."""
+"""Prior probability of no drift, and the same with too few budgets to show a floor."""
 HELD_REFITS = 64
 
 
 class Held(NamedTuple):
-    """What a fit to the smaller budgets got wrong at a larger one."""
+    """Error of a fit to the smaller budgets at a larger one."""
 
     origin: int
     """Budgets that it was fitted to."""
     distance: float
     """In ln C, from the last of them."""
     error: float
-    """Seen less predicted, of ln L at the best runs, or of ln N*."""
+    """Observed minus predicted ln L at the best runs, or ln N*."""
     std: float
     """Standard error of that, by refits and noise."""
 
@@ -50,7 +50,7 @@ class Drift:
             holds: prior probability that there is none.
         """
         relative = np.geomspace(0.02, 30, 50)
-        # A half-t of 4 degrees of freedom, on a logarithmic grid.
+        # A half-t with 4 degrees of freedom, on a logarithmic grid.
         slab = relative * (1 + relative**2 / 4) ** -2.5
         prior = np.concatenate([[holds], (1 - holds) * slab / slab.sum()])
         grid = np.concatenate([[0.0], PRIOR * slope * relative])
@@ -58,7 +58,7 @@ class Drift:
         for origin in {each.origin for each in held}:
             _, distance, error, std = np.array([each for each in held if each.origin == origin]).T
             variance = std**2 + np.outer(grid, distance) ** 2 + 1e-14
-            # One fit's errors are one error seen at several budgets: together they count as one.
+            # The errors of one fit at several budgets are one observation: together they count as one.
             log_mass += (-0.5 * np.log(variance) - 0.5 * error**2 / variance).mean(axis=1)
         mass = np.exp(log_mass - log_mass.max())
         return cls(grid, mass / mass.sum(), tuple(held))
@@ -86,7 +86,7 @@ class Window:
     samples: Array
     """Refits, shape (B, P)."""
     spread: float
-    """What deviations of the refits are to be multiplied with."""
+    """Factor on deviations of the refits."""
     noise: float
     """Standard deviation of one run's ln L."""
 
@@ -105,7 +105,8 @@ def fit_windows(
     refits: int,
     generator: np.random.Generator,
 ) -> list[Window]:
-    """Fits and refits of every window as two batches of one descent; the first takes `refits`, the others fewer."""
+    """Fits and refits of every window as two batches of one optimisation; the first takes `refits`, the others "
+    "fewer."""
     x, origins = columns(form, table), list(masks)
     rows = np.array([masks[origin] for origin in origins])
     # Windows differ from the whole: other starts about it find another basin where there is one.
@@ -117,7 +118,7 @@ def fit_windows(
     best = values.reshape(4, -1).argmin(axis=0)
     parameters = found.reshape(4, len(rows), -1)[best, np.arange(len(rows))]
     if objective.scale == "log" and np.isfinite(objective.delta):
-        # Huber's own tuning for runs of this noise: the refits of a nearly L1 objective scatter half as much again.
+        # Huber's own tuning for runs of this noise: refits of a nearly L1 objective scatter half as much again.
         noise = _noise(form, table, rows[0], parameters[0])
         objective = Objective("log", max(objective.delta, 1.345 * noise))
         parameters, _, _ = minimise(form, x, table.loss, rows.astype(float), parameters, objective)

@@ -53,7 +53,7 @@ class Fit:
 
     @property
     def undetermined(self) -> Refusal | None:
-        """Why its coefficients are not to be relied on, if so."""
+        """Why its coefficients cannot be relied on, if so."""
         return edge(self.form, self.solution.at_bound)
 
     def schwarz(self, rows: int) -> float:
@@ -85,10 +85,10 @@ class Fits:
     table: Table
     fits: dict[str, Fit]
     refused: dict[str, Refusal]
-    """By form or approach, why it was not fitted, or cannot be relied on."""
+    """By form or approach: why it was not fitted, or cannot be relied on."""
     chosen: str | None
-    """Of the forms that are not refused, that of the least error on held-back budgets; of too few budgets, by Schwarz'
-    criterion. None: all are refused."""
+    """Of the forms not refused, the one with the lowest error on held-back budgets; with too few budgets, by Schwarz'
+    criterion. None: all were refused."""
     approach1: tuple[PowerLaw, PowerLaw] | None = None
     """Of N and D."""
     approach1_of: str = ""
@@ -99,7 +99,7 @@ class Fits:
 
     @property
     def best(self) -> Fit:
-        """The chosen form. Raises Refusal, `reason`, where there is none."""
+        """The chosen form. Raises Refusal with its `reason` if there is none."""
         if self.chosen is None:
             raise self.reason
         return self.fits[self.chosen]
@@ -232,13 +232,13 @@ def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[
     """The columns that a form needs, and its optimum. Raises Refusal as `fit_form`."""
     x = _columns(form, table)
     if len(table) < form.size + 1:
-        there_are = f"there {'is' if len(table) == 1 else 'are'} {len(table)}"
-        raise Refusal("few_rows", f"{form.name} needs more than {form.size} runs, and {there_are}")
+        there_are = f"but there {'is' if len(table) == 1 else 'are'} {len(table)}"
+        raise Refusal("few_rows", f"{form.name} needs more than {form.size} runs, {there_are}")
     solution = solve(form, x, table.loss, objective)
     if not solution.converged:
-        # Where a term has left the form, its exponent means nothing and no search for it ends.
+        # If a term has vanished from the form, its exponent is undetermined and the search for it does not converge.
         raise edge(form, solution.at_bound) or Refusal(
-            "convergence", f"{form.name}: no optimum was reached (scaled gradient {solution.gradient:.1g})"
+            "convergence", f"{form.name}: the fit did not converge (scaled gradient {solution.gradient:.1g})"
         )
     return x, solution
 
@@ -266,7 +266,7 @@ def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -
 def named(form: str) -> Form:
     """A form of FORMS. Raises ConfigError if there is none of that name."""
     if form not in FORMS:
-        raise ConfigError(f"--form {form}: no such form; there are {', '.join(FORMS)}")
+        raise ConfigError(f"--form {form}: no such form; known are {', '.join(FORMS)}")
     return FORMS[form]
 
 
@@ -276,8 +276,9 @@ def check(table: Table) -> None:
     if len(recipes) > 1:
         raise Refusal(
             "mixed_recipes",
-            f"the runs have {len(recipes)} recipes ({', '.join(each or '(empty)' for each in recipes[:3])}), whose "
-            "losses cannot be compared: choose one with --where recipe=..." + ("" if all(recipes) else " (or recipe=)"),
+            f"the runs come from {len(recipes)} recipes "
+            f"({', '.join(each or '(empty)' for each in recipes[:3])}), whose losses cannot be compared: choose "
+            "one with --where recipe=..." + ("" if all(recipes) else " (or recipe=)"),
         )
     if (count := len(_groups(table))) < LEAST_BUDGETS:
         raise Refusal(
@@ -303,7 +304,7 @@ def _columns(form: Form, table: Table) -> Columns:
     missing = [name for name in form.needs if name not in known or not np.isfinite(known[name]).all()]
     if missing:
         raise Refusal("columns", f"{form.name} needs the column {' and '.join(missing)}")
-    # One corpus for all runs tells by the tokens read what repeating it is worth.
+    # A single corpus for all runs shows, by the tokens read, what repetition is worth.
     level = [name for name in form.needs if name != "unique" and len(np.unique(known[name])) < 2]
     if level:
         raise Refusal("columns", f"{form.name} needs more than one value of {' and '.join(level)}")
@@ -313,6 +314,6 @@ def _columns(form: Form, table: Table) -> Columns:
         raise Refusal("columns", f"{form.name} needs runs that repeat tokens (d above unique)")
     if "experts" not in form.needs and len(_shapes(table)) > 1 and "active_ratio" not in form.needs:
         raise Refusal(
-            "columns", f"{form.name} knows no experts, and the table has {len(_shapes(table))} kinds of models"
+            "columns", f"{form.name} does not model experts, but the table has {len(_shapes(table))} kinds of models"
         )
     return {name: known[name] for name in form.needs}

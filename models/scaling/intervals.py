@@ -1,4 +1,5 @@
-"""Intervals for what lies beyond a sweep: the law of its largest budgets, refitted, and its drift on those held back.
+"""Intervals for extrapolation beyond a sweep: the law of its largest budgets, refitted, and its drift on those held
+back.
 
 A law of few coefficients that is fitted to all runs of a sweep is never quite right, and its error grows with the
 distance from the data; its bootstrap knows nothing of that. Here, instead:

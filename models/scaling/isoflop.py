@@ -95,7 +95,7 @@ def valley(c: Array, n: Array, d: Array, loss: Array, window: float = WINDOWS[-1
     budget = float(np.exp(np.mean(np.log(c))))
     where = f"budget {budget:.3g}"
     if len(np.unique(n)) < 3:
-        raise Refusal("few_sizes", f"{where}: {counted(len(np.unique(n)), 'size')}, a parabola needs 3")
+        raise Refusal("few_sizes", f"{where}: {counted(len(np.unique(n)), 'size')}, but a parabola needs 3")
     centre = np.log(n[np.argmin(loss)])
     near = np.abs(np.log(n) - centre) <= np.log(window) + 1e-9
     if len(np.unique(n[near])) < 3:
@@ -158,8 +158,8 @@ def approach2(table: Table) -> Approach2:
     if len(valleys) < 3:
         raise Refusal(
             "few_budgets",
-            f"approach 2: {len(valleys)} of {len(valleys) + len(refused)} budgets have a valley in N, it needs 3"
-            + "".join(f"\n{refusal}" for refusal in refused[:2]),
+            f"approach 2: {len(valleys)} of {len(valleys) + len(refused)} budgets have a valley in N, but it needs "
+            "3" + "".join(f"\n{refusal}" for refusal in refused[:2]),
         )
     c, n, d, loss = (np.array([getattr(each, key) for each in valleys]) for key in ("c", "n", "d", "loss"))
     frontier = None
@@ -204,8 +204,8 @@ def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:
     if len(best) < 3:
         raise Refusal(
             "few_budgets",
-            f"approach 1: of {len(every)} budgets {len(best)} have their lowest loss between two sizes, a power law "
-            f"needs 3",
+            f"approach 1: {len(best)} of {len(every)} budgets have their lowest loss between two sizes, but a "
+            "power law needs 3",
         )
     return power_law(table.c[best], table.n[best]), power_law(table.c[best], table.d[best])
 

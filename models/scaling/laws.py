@@ -119,7 +119,7 @@ class Sweep:
         if self.count not in masks:
             raise Refusal(
                 "few_rows",
-                f"{form.name} needs at least {form.size + LEAST_SPARE} runs at two budgets or more to predict by, and "
+                f"{form.name} needs at least {form.size + LEAST_SPARE} runs at two budgets or more to predict, but "
                 f"there are {int(usable.sum())}",
             )
         generator = np.random.default_rng(self.seed)

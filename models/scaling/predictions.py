@@ -32,7 +32,7 @@ class Rival(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a fit says of a budget, or of a model."""
+    """What a fit predicts for a budget, or for a model."""
 
     budget: float
     """Training FLOPs."""
@@ -86,8 +86,8 @@ class Forecast:
         if form is not None and set(form.needs) & set(SHAPE):
             raise Refusal(
                 "columns",
-                f"--form {form.name} is a law of several kinds of models at once, and each kind is predicted by a law "
-                f"of its own runs: leave --form out, or name one without experts, such as approach3",
+                f"--form {form.name} models several kinds of models at once, but each kind is predicted by a law "
+                "of its own runs: leave --form out, or name a form without experts, such as approach3",
             )
         self.table, self.form, self.seed, self.unique = table, form, seed, unique
         self.kinds = kinds(table)
@@ -171,7 +171,7 @@ def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapol
         found = extrapolate(table, form, kind, seed=seed)
     except Refusal as refusal:
         if form is None and refusal.kind == "few_rows" and (smaller := _smaller(table, kind, seed)):
-            raise Refusal(refusal.kind, f"{refusal}; --form {smaller} can be fitted") from None
+            raise Refusal(refusal.kind, f"{refusal}; --form {smaller} could be fitted") from None
         raise
     whys = {law.form.name: edge(form or law.form, law.at_bound) for law in found.laws}
     if form is None:
@@ -185,7 +185,7 @@ def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapol
         whys["approach3"] = plain or whys.get("approach3")
     sound = tuple(law for law in found.laws if whys[law.form.name] is None)
     if not sound:
-        why = refused({name: why for name, why in whys.items() if why}, "no law can be relied on")
+        why = refused({name: why for name, why in whys.items() if why}, "no law is reliable")
         raise Refusal(
             why.kind,
             f"{why}\n`muster sweep fit` lists every form: one that it does not refuse can be named with --form",
@@ -205,11 +205,11 @@ def _smaller(table: Table, kind: Kind, seed: int) -> str:
 def _check_repeats(law: Extrapolation, d: float, what: str) -> None:
     """Raises Refusal where tokens are repeated that the law takes for new ones."""
     if d > 1.01 * law.kind.unique and not all("unique" in each.form.needs for each in law.laws):
-        why = law.notes[0] if law.notes else "no run of the table repeats any (a column unique below d)"
+        why = law.notes[0] if law.notes else "no run of the table repeats any (no row with d above unique)"
         raise Refusal(
             "repeats",
-            f"{what} reads {d:.3g} tokens and there are {law.kind.unique:.3g}: what repeated ones are worth cannot be "
-            f"told, as {why}",
+            f"{what} reads {d:.3g} tokens but only {law.kind.unique:.3g} are unique: the value of repeated tokens "
+            f"is unknown, as {why}",
         )
 
 
@@ -230,12 +230,12 @@ def _prediction(
 def _warnings(law: Extrapolation, budget: float, n: float) -> tuple[str, ...]:
     found = list(law.notes)
     if not np.isfinite(law.kind.unique) and any("unique" in each.form.needs for each in law.laws):
-        found.append("all tokens are taken to be new: --unique says how many there are")
+        found.append("all tokens are assumed to be unique: set --unique if they are not")
     if (times := budget / law.last) > 100:
         found.append(f"{budget:.3g} FLOPs are {times:,.0f} times the largest fitted budget")
     sizes = law.table.n
     if not sizes.min() / 30 < n < sizes.max() * 30:
         found.append(f"N = {n:.3g} is far from the fitted sizes ({sizes.min():.3g} to {sizes.max():.3g})")
     if max(len(each.loss_drift.held) for each in law.laws) < 2:
-        found.append("too few budgets to hold any back: the interval rests on the law being right")
+        found.append("too few budgets to hold any back: the interval assumes that the law is right")
     return tuple(found)

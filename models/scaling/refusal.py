@@ -1,4 +1,4 @@
-"""Why a fit is refused: a kind that a program can tell, and words for a person."""
+"""Why a fit is refused: a machine-readable kind, and a message."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal

@@ -55,8 +55,8 @@ def score(table: Table, max_budget: float, form: str | None = None) -> tuple[lis
     above = table.c > 1.01 * max_budget
     if not above.any() or above.all():
         raise ConfigError(
-            f"--max-budget {max_budget:g}: the sweep's runs spend {table.c.min():.3g} to {table.c.max():.3g} FLOPs, "
-            f"and some should lie on each side"
+            f"--max-budget {max_budget:g}: the sweep's runs spend {table.c.min():.3g} to {table.c.max():.3g} "
+            "FLOPs; choose a value with runs on both sides"
         )
     held, below = table.take(above), table.without(above, f"over --max-budget {max_budget:g}")
     check(below)
@@ -85,7 +85,7 @@ def score(table: Table, max_budget: float, form: str | None = None) -> tuple[lis
         if shape in shapes:
             add(held.run[i], i, shape)
         else:
-            left_out.append((held.run[i], "the smaller budgets have no model of its kind"))
+            left_out.append((held.run[i], "the smaller budgets have no model of this kind"))
     index = budgets(held)
     for level in range(int(index.max()) + 1):
         rows = np.flatnonzero(index == level)

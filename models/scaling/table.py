@@ -1,4 +1,4 @@
-"""What a fit reads: one row per finished run, with its size, tokens, FLOPs and loss."""
+"""The input of a fit: one row per finished run, with its size, tokens, FLOPs and loss."""
 
 import gzip
 import io
@@ -19,7 +19,7 @@ from configs.reading.parse import is_file, shortened
 from .forms.dense import Array
 
 CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
-"""Ways to count N: all parameters; those a token passes; these less embedding and head; these less the embedding."""
+"""Ways to count N: all parameters; active ones; active without embedding and head; active without the embedding."""
 REQUIRED = ("n", "d", "c", "loss")
 MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2, 50_000, 1_000, 1_000
 """Of a table that is read; a fit's bootstrap holds a thousand numbers for each row."""
@@ -104,14 +104,16 @@ class Table:
         if convention == self.convention:
             return self
         if convention not in self.counts:
-            raise ConfigError(f"--convention {convention}: this table knows {', '.join(self.counts) or 'one N only'}")
+            raise ConfigError(f"--convention {convention}: this table has {', '.join(self.counts) or 'one N only'}")
         return replace(self, n=self.counts[convention], convention=convention)
 
     def up_to(self, budget: float) -> "Table":
         """The runs of at most so many FLOPs, or a little more. Raises ConfigError if there are none."""
         over = self.c > 1.01 * budget
         if over.all():
-            raise ConfigError(f"--max-budget {budget:g} leaves no run: the smallest spends {self.c.min():.3g} FLOPs")
+            raise ConfigError(
+                f"--max-budget {budget:g} leaves no run: the smallest one spends {self.c.min():.3g} FLOPs"
+            )
         return self.without(over, f"over --max-budget {budget:g}")
 
     def without(self, wrong: NDArray[np.bool_], why: str | Callable[[int], str]) -> "Table":
@@ -177,11 +179,11 @@ def table_of_columns(
     """As `read_table`, of a table of Arrow that was read from `path`, or comes from elsewhere, which it then names."""
     data = [name.strip() for name in table.column_names]
     if twice := next((name for name, times in Counter(data).items() if times > 1), None):
-        raise ConfigError(f"{path}: two columns are named {shortened(twice)}")
+        raise ConfigError(f"{path}: two columns have the name {shortened(twice)}")
     table = table.rename_columns(data)
     for option, given in (("--columns", columns), ("--where", where)):
         if not isinstance(given, Mapping | None):
-            raise ConfigError(f"{option} {shortened(given)}: should name columns and what belongs to each")
+            raise ConfigError(f"{option} {shortened(given)}: should be column names with their values")
     columns = {str(ours).strip(): str(theirs).strip() for ours, theirs in (columns or {}).items()}
     where = {str(name).strip(): "" if value is None else str(value) for name, value in (where or {}).items()}
     for ours, theirs in columns.items():
@@ -197,7 +199,7 @@ def table_of_columns(
             [any(_same(cell, each) for each in value.split(",")) for cell in table.column(name).to_pylist()], dtype=bool
         )
     if not keep.any():
-        raise ConfigError(f"{path}: no row is left" + (f" where {where}" if where else ""))
+        raise ConfigError(f"{path}: no rows are left" + (f" where {where}" if where else ""))
     kept, in_file = table.filter(keep), (np.flatnonzero(keep) + 1).tolist()
     taken = {name: columns.get(name, name) for name in KNOWN}
     found = {ours: kept.column(theirs).to_pylist() for ours, theirs in taken.items() if theirs in data}
@@ -253,7 +255,7 @@ def usable(table: Table) -> Table:
     left = table.without(~np.all(list(right.values()), axis=0), why)
     if len(table) and not len(left):
         run, reason = left.excluded[-len(table)]
-        raise ConfigError(f"no row can be used: {len(table)} left out, such as {run}: {reason}")
+        raise ConfigError(f"no row can be used: {len(table)} rejected, such as {run}: {reason}")
     return left
 
 
@@ -272,9 +274,11 @@ def _dense(extra: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...
             found[name] = np.where(empty, 1.0, extra[name])
             filled.append(name)
     notes = (
-        [f"{counted(int(none.sum()), 'row')} with experts empty or 0: read as dense, experts=1"] if none.any() else []
+        [f"{counted(int(none.sum()), 'row')} with experts empty or 0: treated as dense, experts=1"]
+        if none.any()
+        else []
     )
-    notes += [f"{name} is 1 where it is empty and the model dense" for name in filled]
+    notes += [f"{name} is set to 1 where it is empty and the model is dense" for name in filled]
     return found, tuple(notes)
 
 
@@ -298,7 +302,7 @@ def _read(path: Path, wanted: Set[str]) -> Any:
 def _check_size(names: Sequence[str], rows: int) -> None:
     """Raises ValueError: a table has two columns of one name, or more rows, columns or cells than is read."""
     if twice := next((name for name, times in Counter(names).items() if times > 1), None):
-        raise ValueError(f"two columns are named {shortened(twice)}")
+        raise ValueError(f"two columns have the name {shortened(twice)}")
     if rows > MAX_TABLE_ROWS:
         raise ValueError(f"it has over {MAX_TABLE_ROWS:,} rows")
     if len(names) > MAX_TABLE_COLUMNS:
@@ -354,7 +358,7 @@ def _parquet(path: Path, wanted: Set[str]) -> Any:
     for name in texts:
         for chunk in found.column(name).chunks:
             if any(len(text.as_py() or "") > LONGEST_TEXT for text in getattr(chunk, "dictionary", chunk)):
-                raise ValueError(f"column {name} holds texts of over {LONGEST_TEXT:,} characters")
+                raise ValueError(f"column {name} has texts of over {LONGEST_TEXT:,} characters")
     _check_size(found.column_names, found.num_rows)
     return found
 
@@ -399,6 +403,6 @@ def _numbers(cells: Sequence[Any], column: str, rows: Sequence[int], path: str |
             numbers[i] = float(cell)
         except (TypeError, ValueError, OverflowError):
             raise ConfigError(
-                f"{path}: row {rows[i]} of column {column} holds {shortened(repr(cell), 100)}, which is no number"
+                f"{path}: row {rows[i]} of column {column} contains {shortened(repr(cell), 100)}, which is not a number"
             ) from None
     return numbers

@@ -192,5 +192,5 @@ def test_a_sweep_is_read_by_its_file(tmp_path, tiny_data):
 def test_mistakes_are_raised(tmp_path):
     with pytest.raises(ConfigError, match=r"unknown key optim\.rate"):
         api.train("quickstart", {"optim.rate": 1})
-    with pytest.raises(ConfigError, match=r"model.from=.*no Hugging Face model folder"):
+    with pytest.raises(ConfigError, match=r"model.from=.*not a Hugging Face model folder"):
         api.train("quickstart", {"model.from": str(tmp_path)})

@@ -1,1 +1,1 @@
-"""The functional forms that a fit may assume, and the solver that fits them."""
+"""The functional forms of the loss, and the solver that fits them."""

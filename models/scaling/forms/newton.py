@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from .dense import Array, Columns, Form, Monomials
 
 EXACT = 1e-9
-"""A residual that is none: a table without noise has an optimum too."""
+"""A residual that counts as zero: a table without noise has an optimum too."""
 FLOOR = float(np.log(1e-6))
 """Least mean of ln(theta phi / sum): below it, a term has left the form."""
 

@@ -235,7 +235,7 @@ def test_import_refuses(tmp_path):
     export_hf(tiny.model(config), config, tmp_path)
     tree = json.loads((tmp_path / "config.json").read_text())
     for changes, message in (
-        ({"model_type": "gpt2"}, "gpt2.* is none of llama, mistral, qwen2, qwen3"),
+        ({"model_type": "gpt2"}, "gpt2.* is not supported: should be one of llama, mistral, qwen2, qwen3"),
         ({"attention_bias": True}, "attention_bias=true is not supported.*read from qwen2"),
         ({"num_hidden_layers": 3}, "missing"),
         ({"num_hidden_layers": 1}, "unknown"),
@@ -245,7 +245,7 @@ def test_import_refuses(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(tree | changes))
         with pytest.raises(ConfigError, match=message):
             import_hf(tmp_path)
-    with pytest.raises(ConfigError, match="no Hugging Face model folder"):
+    with pytest.raises(ConfigError, match="not a Hugging Face model folder"):
         import_hf(tmp_path / "nowhere")
 
 
@@ -356,7 +356,7 @@ def test_the_original_length_may_stand_beside_the_scaling(tmp_path):
 def test_a_yarn_export_names_the_versions_that_read_it(tmp_path, capsys):
     config = tiny.config(num_experts=0, rope_scaling=YARN)
     export_hf(tiny.model(config), config, tmp_path / "yarn")
-    assert "has YaRN positions, which transformers reads as they were trained from 4.57" in capsys.readouterr().err
+    assert "has YaRN positions, which transformers computes as trained from version 4.57" in capsys.readouterr().err
     assert json.loads((tmp_path / "yarn" / "config.json").read_text())["transformers_version"] == "4.57.0"
     config = tiny.config(num_experts=0, rope_scaling=LINEAR)
     export_hf(tiny.model(config), config, tmp_path / "linear")

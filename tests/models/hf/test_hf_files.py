@@ -73,12 +73,14 @@ def refusal(folder):
 def test_what_nothing_decides_is_refused_by_name(sharded):
     folder, tensors = sharded
     save_file(tensors, folder / "model.safetensors")
-    assert "which transformers reads alone, and model.safetensors.index.json, which names" in refusal(folder)
+    assert "the only file that transformers would read, and model.safetensors.index.json, which names" in refusal(
+        folder
+    )
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(
         json.dumps({"weight_map": index["weight_map"] | {"lm_head.weight": "model.safetensors"}})
     )
-    assert refusal(folder).endswith(f"delete {INDEX} if model.safetensors holds the whole model")
+    assert refusal(folder).endswith(f"delete {INDEX} if model.safetensors contains the whole model")
     (folder / INDEX).write_text(json.dumps(index))
     (folder / "model.safetensors").unlink()
     index = json.loads((folder / INDEX).read_text())
@@ -91,7 +93,7 @@ def test_what_nothing_decides_is_refused_by_name(sharded):
     assert first != last
     for wrong, told in (
         ({"lm_head.weight": first}, f'tensor "lm_head.weight" is in "{first}", but it is not'),
-        ({"lm_head.weight": "model-00009.safetensors"}, 'names "model-00009.safetensors", which is no file'),
+        ({"lm_head.weight": "model-00009.safetensors"}, 'names "model-00009.safetensors", but there is no such file'),
         ({"model.extra.weight": first}, 'tensor "model.extra.weight" is in'),
     ):
         (folder / INDEX).write_text(json.dumps({"weight_map": where | wrong}))
@@ -146,7 +148,7 @@ def test_adapters_and_quantized_weights_are_called_so(sharded):
     for name in ("adapter_model", "lora"):
         adapter = {"base_model.model.layers.0.q_proj.lora_A.weight": torch.zeros(2)}
         save_file(adapter, folder / f"{name}.safetensors")
-        assert f"holds only an adapter ({name}.safetensors): merge it into its base model first" in refusal(folder)
+        assert f"contains only an adapter ({name}.safetensors): merge it into its base model first" in refusal(folder)
         (folder / f"{name}.safetensors").unlink()
     up = "model.layers.0.mlp.up_proj.weight"
     for method, codes in (

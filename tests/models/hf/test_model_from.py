@@ -156,7 +156,7 @@ def test_the_tokenizer_of_the_folder_is_that_of_data_prepared_for_it(folder):
         ("", 'model.from="": should be the folder'),
         ("a\0b", "a path cannot contain control characters"),
         ("~nobody-at-all/x", "there is no user nobody-at-all"),
-        ("nowhere", r"it has no file config.json; read are those of llama, mistral, qwen2, .*dots1"),
+        ("nowhere", r"it has no config.json; supported are llama, mistral, qwen2, .*dots1"),
         ("x" * 5000, "a path has at most"),
     ],
 )
@@ -189,5 +189,7 @@ def test_a_file_in_the_folder_is_no_folder(folder):
 def test_a_model_that_is_not_read_is_named_with_those_that_are(folder):
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"model_type": "gpt2"}))
-    with pytest.raises(ConfigError, match=r'model.from=.*model_type "gpt2" is none of llama, mistral, qwen2'):
+    with pytest.raises(
+        ConfigError, match=r'model.from=.*model_type "gpt2" is not supported: should be one of llama, mistral, qwen2'
+    ):
         load("quickstart", [f"model.from={folder}"])

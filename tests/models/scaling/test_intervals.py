@@ -119,7 +119,7 @@ def test_another_form_takes_all_runs():
 
 
 def test_too_few_runs_are_refused():
-    with pytest.raises(Refusal, match=r"approach3 needs at least 7 runs .*, and there are 6$"):
+    with pytest.raises(Refusal, match=r"approach3 needs at least 7 runs .*, but there are 6$"):
         extrapolate(sweep(HOFFMANN, 2, 3, 0.003, 0))
 
 

@@ -39,14 +39,14 @@ def test_parquet_and_conventions(tmp_path):
     table = read_table(path)
     assert table.extra["experts"].tolist() == [1, 8]
     assert table.counted_as("total").n.tolist() == [3e6, 4e6]
-    with pytest.raises(ConfigError, match="--convention active: this table knows total"):
+    with pytest.raises(ConfigError, match="--convention active: this table has total"):
         table.counted_as("active")
 
 
 def test_rows_of_one_kind(tmp_path):
     path = csv(tmp_path, "n,d,loss,set\n1e6,2e7,4.5,x\n1e6,2e7,4.6,y\n")
     assert read_table(path, where={"set": "y"}).loss.tolist() == [4.6]
-    with pytest.raises(ConfigError, match="no row is left"):
+    with pytest.raises(ConfigError, match="no rows are left"):
         read_table(path, where={"set": "z"})
 
 
@@ -63,9 +63,9 @@ def test_rows_without_a_logarithm_are_left_out_with_their_reason(tmp_path):
         ("n,loss\n1,2\n", {}, "no column d"),
         ("n,d,loss\n1,2,3\n", {"n": "size"}, "--columns n=size"),
         ("n,d,loss\n1,2,3\n", {"params": "n"}, "no such column; known are n, d, c, loss"),
-        ("n,d,loss\nsmall,2,3\n", {}, "row 1 of column n holds 'small', which is no number"),
-        ("n,d,val\n1,2,3\n1,2,x\n", {"loss": "val"}, "row 2 of column val holds 'x', which is no number"),
-        ("n,d,loss, loss\n1,2,3,4\n", {}, "two columns are named loss"),
+        ("n,d,loss\nsmall,2,3\n", {}, "row 1 of column n contains 'small', which is not a number"),
+        ("n,d,val\n1,2,3\n1,2,x\n", {"loss": "val"}, "row 2 of column val contains 'x', which is not a number"),
+        ("n,d,loss, loss\n1,2,3,4\n", {}, "two columns have the name loss"),
     ],
 )
 def test_mistakes(tmp_path, text, columns, words):
@@ -124,15 +124,15 @@ def test_rows_of_models_that_there_are_not_are_left_out(tmp_path):
         "fine": "granularity=0", "no top": "top_k=nan", "over": "active_ratio=1.5", "none": "active_ratio=0",
         "read": "unique=0",
     }  # fmt: skip
-    assert "2 rows with experts empty or 0: read as dense, experts=1" in table.notes
+    assert "2 rows with experts empty or 0: treated as dense, experts=1" in table.notes
 
 
 def test_a_table_of_which_no_row_can_be_used(tmp_path):
     path = csv(tmp_path, "n,d,loss\n1e6,2e7,-3.5\n1e6,0,4\n")
-    with pytest.raises(ConfigError, match=r"no row can be used: 2 left out, such as row 1: loss=-3\.5"):
+    with pytest.raises(ConfigError, match=r"no row can be used: 2 rejected, such as row 1: loss=-3\.5"):
         read_table(path)
     table = read_table(csv(tmp_path, "n,d,loss\n1e6,2e7,3.5\n"))
-    with pytest.raises(ConfigError, match=r"--max-budget 1000 leaves no run: the smallest spends 1\.2e\+14 FLOPs"):
+    with pytest.raises(ConfigError, match=r"--max-budget 1000 leaves no run: the smallest one spends 1\.2e\+14 FLOPs"):
         table.up_to(1000)
 
 

@@ -35,10 +35,10 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 LLAMA3 = YARN | {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 
 WRONG = [
-    (LLAMA, {"model_type": None}, "model_type null is none of llama"),
-    (LLAMA, {"model_type": ["llama"]}, 'model_type ["llama"] is none of llama'),
-    (LLAMA, {"model_type": {"a": 1}}, 'model_type {"a": 1} is none of llama'),
-    (LLAMA, {"model_type": "x" * 10_000}, "is none of llama"),
+    (LLAMA, {"model_type": None}, "model_type null is not supported: should be one of llama"),
+    (LLAMA, {"model_type": ["llama"]}, 'model_type ["llama"] is not supported: should be one of llama'),
+    (LLAMA, {"model_type": {"a": 1}}, 'model_type {"a": 1} is not supported: should be one of llama'),
+    (LLAMA, {"model_type": "x" * 10_000}, "is not supported: should be one of llama"),
     (LLAMA, {"vocab_size": "32"}, 'vocab_size="32": should be a whole number'),
     (LLAMA, {"vocab_size": 32.5}, "vocab_size=32.5: should be a whole number"),
     (LLAMA, {"vocab_size": True}, "vocab_size=true: should be a whole number"),
@@ -66,7 +66,7 @@ WRONG = [
     (LLAMA, {"rope_scaling": []}, "rope_scaling=[]: should be a section of keys"),
     (LLAMA, {"rope_scaling": "yarn"}, 'rope_scaling="yarn": should be a section of keys'),
     (LLAMA, {"rope_scaling": {"rope_type": []}}, "rope_scaling.rope_type=[]: should be text"),
-    (LLAMA, {"rope_scaling": {"rope_type": "x" * 1000}}, "is none of default, linear, llama3, yarn"),
+    (LLAMA, {"rope_scaling": {"rope_type": "x" * 1000}}, "is not supported: should be default, linear, llama3, yarn"),
     (LLAMA, {"rope_scaling": {"type": "linear"}}, "rope_type 'linear' needs factor, a number of at least 1"),
     (
         LLAMA,
@@ -89,7 +89,7 @@ WRONG = [
     (LLAMA, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs low_freq_factor"),
     (LLAMA, {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "high_freq_factor (1) should be above low_freq_f"),
     (LLAMA, {"rope_scaling": YARN, "rope_theta": 1.0}, "rope_scaling.kind=yarn needs a value above 1"),
-    (LLAMA, {"rope_scaling": YARN | {"mscale": {"a": [1]}}}, "has parts that model.rope_scaling does not know"),
+    (LLAMA, {"rope_scaling": YARN | {"mscale": {"a": [1]}}}, "has keys that model.rope_scaling does not support"),
     (LLAMA, {"rope_scaling": YARN | {"original_max_position_embeddings": 0.5}}, "should be a whole number"),
     (QWEN3, {"use_sliding_window": True, "sliding_window": "4"}, 'sliding_window="4": should be a whole number'),
     (QWEN3, {"use_sliding_window": 1, "sliding_window": 4}, "use_sliding_window=1: should be true or false"),
@@ -224,8 +224,8 @@ def test_headers_that_are_wrong(folder):
             *(tree[name] | {"shape": shape} for shape in ([2**62, 2**62], [-1, columns])),
             tree[name] | {"dtype": "PICKLE"}, [], None,
         ],
-        "is [1, ": [tree[name] | {"shape": [1, rows * columns]}],
-        "is I16, which is none of F64, F32, F16, BF16": [half],
+        "has shape [1, ": [tree[name] | {"shape": [1, rows * columns]}],
+        "has dtype I16: should be one of F64, F32, F16, BF16": [half],
     }.items():  # fmt: skip
         for entry in changed:
             path.write_bytes(good)
@@ -241,11 +241,11 @@ def test_tensors_of_other_types_and_values(folder):
     path, name = folder / "model.safetensors", "model.layers.0.self_attn.q_proj.weight"
     tensors = load_file(path)
     save_file(tensors | {name: tensors[name].to(torch.int8)}, path)
-    assert "is I8, which is none of F64, F32, F16, BF16" in refusal(folder)
+    assert "has dtype I8: should be one of F64, F32, F16, BF16" in refusal(folder)
     save_file(tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, path)
-    assert "is F8_E4M3, which is none of" in refusal(folder)
+    assert "has dtype F8_E4M3: should be one of" in refusal(folder)
     save_file(tensors | {name: tensors[name][:1].clone()}, path)
-    assert f"tensor {name} is [1, " in refusal(folder)
+    assert f"tensor {name} has shape [1, " in refusal(folder)
     for value in (float("nan"), float("inf")):
         broken = tensors[name].clone()
         broken[0, 0] = value
@@ -268,7 +268,7 @@ def test_only_files_of_the_folder_are_read_whatever_its_index_says(folder, tmp_p
         assert "should be the plain name of a *.safetensors file beside it" in refusal(folder)
     for name in ("model.safetensors", "x" * 5000 + ".safetensors", "\0.safetensors", "\x1b[31m.safetensors"):
         index.write_text(json.dumps({"weight_map": dict.fromkeys(tensors, name)}))
-        assert "which is no file beside it" in refusal(folder)
+        assert "but there is no such file beside it" in refusal(folder)
     for text in ("[]", "null", "{}", '{"weight_map": {}}', '{"weight_map": []}', '{"weight_map": "model.safetensors"}'):
         index.write_text(text)
         assert "weight_map should be a section of tensors" in refusal(folder)
@@ -278,19 +278,19 @@ def test_only_files_of_the_folder_are_read_whatever_its_index_says(folder, tmp_p
     index.unlink()
     assert "has no *.safetensors file" in refusal(folder)
     path.mkdir()
-    assert "is no file" in refusal(folder)
+    assert "is not a file" in refusal(folder)
     path.rmdir()
     os.mkfifo(path)  # opened, it would wait for a writer for ever
-    assert "is no file" in refusal(folder)
+    assert "is not a file" in refusal(folder)
     path.unlink()
     path.symlink_to("/dev/zero")
-    assert "is no file" in refusal(folder)
+    assert "is not a file" in refusal(folder)
     path.unlink()
     path.symlink_to(other / "model.safetensors")  # as the cache of huggingface_hub has its files
     import_hf(folder)
     (folder / "config.json").unlink()
     os.mkfifo(folder / "config.json")
-    assert "is no Hugging Face model folder" in refusal(folder)
+    assert "is not a Hugging Face model folder" in refusal(folder)
 
 
 def test_a_number_that_fp32_does_not_hold_is_refused(folder):
@@ -318,7 +318,7 @@ def test_headers_are_bounded_together(folder):
     path = folder / "model.safetensors"
     good, tree = path.read_bytes(), header(path)
     write(path, tree | empty)
-    assert f"its safetensors files hold over {MAX_TENSORS:,} tensors" in refusal(folder)
+    assert f"its safetensors files contain over {MAX_TENSORS:,} tensors" in refusal(folder)
     path.write_bytes(good)
     names = list(tree.keys() - {"__metadata__"})
     content = b"{}" + b" " * (MAX_HEADER // 2)

@@ -192,9 +192,9 @@ def test_tables_take_neither_long_nor_much_memory(tmp_path):
         (tmp_path / name).write_bytes(content)
     told = {
         "text.parquet": "its pages unpack to over", "wide.parquet": "20,000 rows of 203 columns, over 2,000,000 cells",
-        "twice.parquet": "two columns are named n", "cr.csv": "it has over 50,000 rows",
+        "twice.parquet": "two columns have the name n", "cr.csv": "it has over 50,000 rows",
         "all cr.csv": "it has over 50,000 rows", "wide.csv": "it has over 2,000,000 cells",
-        "twice.csv": "two columns are named n", "line.csv": "a line is longer than 1,048,576 bytes",
+        "twice.csv": "two columns have the name n", "line.csv": "a line is longer than 1,048,576 bytes",
         "good.csv": "1 rows",
     }  # fmt: skip
     paths = [str(tmp_path / name) for name in told]

@@ -109,5 +109,5 @@ def test_budgets_above_are_held_to_a_fit_of_those_below():
     assert all(abs(each.error) < 0.02 for each in found)
     assert to_json(found)["inside"] >= 5
     assert found[-1].run == "best of 1e18"
-    with pytest.raises(ConfigError, match="some should lie on each side"):
+    with pytest.raises(ConfigError, match="choose a value with runs on both sides"):
         score(simulated(), 1e20)
