@@ -18,6 +18,7 @@ from cluster.gangs.share import group_of, share_of_gang, share_of_most
 from configs import Config, ConfigError, counted, load, preset_names, resolve, worker_counts
 from configs.explain import first_reason
 from configs.load import dump_yaml, model_source, one_file
+from trainer.checkpoint.manifest import committed
 from trainer.files.scratch import temporary_folder
 
 from . import messages, pack
@@ -148,10 +149,11 @@ def path_in(here: Path, config: str) -> str:
 
 def needs(config: Config) -> dict[str, list[str]]:
     """The files and folders that a run reads, by the key that names them."""
+    begun = committed(Path(config.run.root).expanduser() / config.run.name)  # and needs no weights to begin from
     data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
     return {
         "data.path": [path for path in data if path != "stdlib"],
-        "train.init_from": [config.train.init_from] if config.train.init_from else [],
+        "train.init_from": [config.train.init_from] if config.train.init_from and not begun else [],
         "plugins": [plugin for plugin in config.plugins if plugin.endswith(".py")],
     }
 

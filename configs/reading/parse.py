@@ -96,6 +96,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """As `is_file`, for a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def shortened(value: object, most: int = 80) -> str:
     """A value's text as a message shows it: one line of at most `most` characters, control characters escaped."""
     text = str(value)

@@ -2,13 +2,14 @@
 
 import contextlib
 import importlib
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from configs.base import ConfigError, file_path
 from configs.explain import shown
-from configs.reading.parse import is_file
+from configs.reading.parse import is_file, is_folder
 from configs.sections.model import STRETCHED_FROM
 
 KEY = "from"
@@ -43,6 +44,8 @@ def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
         raise ConfigError(f"{where}: model.from={shown(source)}: {error}") from None
     if is_file(folder):
         raise ConfigError(f"{where}: model.from={shown(source)} is a file: give its folder")
+    if not is_folder(folder):
+        raise ConfigError(f"{where}: model.from={shown(source)}: no such folder{_own_config(tree.get('run'))}")
     try:
         below = _read(folder)
     except ConfigError as error:
@@ -54,6 +57,17 @@ def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
     if isinstance(prepare, Mapping) and data.get("path", "stdlib") == "stdlib" and is_file(folder / TOKENIZER):
         taken["data"] = {**data, "prepare": {"tokenizer": str(folder / TOKENIZER), **prepare}}
     return taken, why
+
+
+def _own_config(run: Any) -> str:
+    """How the run that these keys name goes on without the folder, if it exists: its config has the model's keys."""
+    run = run if isinstance(run, Mapping) else {}
+    root, name = run.get("root", "runs"), run.get("name", "run")
+    with contextlib.suppress(TypeError, ValueError):  # which the validation explains
+        file = Path(file_path(root)).expanduser() / name / "config.yaml"
+        if is_file(file):
+            return f".\nThe run goes on without it by its own config: `muster train {shlex.quote(str(file))}`"
+    return ""
 
 
 def _read(folder: Path) -> dict[str, Any]:

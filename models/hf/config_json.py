@@ -9,7 +9,7 @@ from configs import Config, ConfigError, ModelConfig
 from configs.base import MOST_FLOAT, Length, Size
 from configs.explain import shown
 from configs.load import read_mapping, validated
-from configs.reading.parse import MAX_JSON_BYTES, is_file, parse_json, read_text
+from configs.reading.parse import MAX_JSON_BYTES, is_file, is_folder, parse_json, read_text
 from configs.sections.model import MOST_LAYERS
 
 from .names import (
@@ -200,6 +200,8 @@ _UNSUPPORTED: tuple[tuple[str, Any, str], ...] = (
 def read_hf_config(folder: Path) -> Any:
     """The raw config.json of a folder, not validated. Raises ConfigError."""
     path = folder / CONFIG
+    if not is_folder(folder):
+        raise ConfigError(f"{folder}: no such folder")
     if not is_file(path):
         raise ConfigError(
             f"{folder} is not a Hugging Face model folder: it has no {CONFIG}; supported are {', '.join(ARCHITECTURES)}"

@@ -30,7 +30,8 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
         path = tuple(each.model_copy(update={"path": _absolute_data(each.path)}) for each in config.data.path)
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     if source := config.train.init_from:
-        if not Path(source).expanduser().is_dir():
+        begun = committed(Path(run.root) / run.name)  # such a run has its weights, and may outlive where they came from
+        if not begun and not Path(source).expanduser().is_dir():
             what = "a file: name its folder" if Path(source).expanduser().is_file() else "no such folder"
             raise ConfigError(f"train.init_from={source}: {what}")
         source = str(Path(source).expanduser().resolve())

@@ -156,7 +156,8 @@ def test_the_tokenizer_of_the_folder_is_that_of_data_prepared_for_it(folder):
         ("", 'model.from="": should be the folder'),
         ("a\0b", "a path cannot contain control characters"),
         ("~nobody-at-all/x", "there is no user nobody-at-all"),
-        ("nowhere", r"it has no config.json; supported are llama, mistral, qwen2, .*dots1"),
+        ("nowhere", r"model.from=\"nowhere\": no such folder$"),
+        ("/", r"it has no config.json; supported are llama, mistral, qwen2, .*dots1"),
         ("x" * 5000, "a path has at most"),
     ],
 )

@@ -8,7 +8,8 @@ import torch
 from engines import batch_of
 from support import TINY_MODEL, resolved, tiny, train_in_process
 
-from configs import Config, ConfigError, ModelConfig, from_dict
+from cluster.server.submit import needs
+from configs import Config, ConfigError, ModelConfig, from_dict, load
 from models.decoder.stages import Stage
 from models.families import FAMILIES, build
 from models.hf.folder import export_hf
@@ -19,6 +20,7 @@ from trainer.checkpoint.export import export, load_module
 from trainer.checkpoint.init_from import OF_TRAINING, SHOWN_BY_NAMES_AND_SHAPES, check_source, load_weights
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run, read_config
+from trainer.run.resolved import refuse_early
 
 
 def settings(root, data, name, model=None, **train):
@@ -77,6 +79,27 @@ def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
     assert train_in_process(trained.parent / "as-hf") == 0
     [second] = [m["eval_loss"] for m in read_metrics(trained.parent / "as-hf") if "eval_loss" in m]
     assert second == pytest.approx(first, rel=1e-5)
+
+
+def test_a_run_with_a_checkpoint_outlives_the_folder_that_it_began_from(trained, tiny_data, tmp_path):
+    source = tmp_path / "hf"
+    shutil.copytree(trained.parent / "hf", source)
+    tree = settings(tmp_path, tiny_data, "begun", init_from=str(source)).model_dump()
+    run_dir = prepare_run(from_dict(tree | {"model": {"from": str(source)}}))
+    assert needs(read_config(run_dir))["train.init_from"] == [str(source)]
+    source.rename(tmp_path / "moved")
+    with pytest.raises(ConfigError, match=r"train\.init_from=.*no such folder"):
+        refuse_early(load(run_dir / "config.yaml"))
+    (tmp_path / "moved").rename(source)
+    assert train_in_process(run_dir) == 0
+    shutil.rmtree(source)
+    assert needs(read_config(run_dir))["train.init_from"] == []
+    again = load(run_dir / "config.yaml", ["train.steps=3"])
+    refuse_early(again)
+    assert train_in_process(prepare_run(again)) == 0
+    assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2, 3]
+    with pytest.raises(ConfigError, match=r"model.from=.*hf\S*: no such folder.\n.*`muster train .*begun/config.yaml`"):
+        from_dict(tree | {"model": {"from": str(source)}})
 
 
 def test_mistakes_name_the_key(trained, tiny_data):
