@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Shapes = dict[str, tuple[int, ...]]
@@ -43,6 +44,7 @@ class NormTap:
         self._heard: dict[str, Tensor] = {}
         for name, layer in self._layers.items():
             layer.momentum = 1.0
+            _keep_in_fp32(layer)
             layer.register_forward_pre_hook(_from_zero)
             layer.register_forward_hook(self._listener(name))
 
@@ -120,6 +122,21 @@ def _mean(layer: _BatchNorm) -> Tensor:
 def _var(layer: _BatchNorm) -> Tensor:
     assert layer.running_var is not None
     return layer.running_var.data
+
+
+def _keep_in_fp32(layer: _BatchNorm) -> None:
+    """Let a layer take its statistics in fp32, and hold them so, whatever comes in: as under torch's autocast."""
+    for name in ("running_mean", "running_var"):
+        layer.register_buffer(name, getattr(layer, name).float())
+    plain = layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return plain(x)
+        weight, bias = (None if each is None else each.float() for each in (layer.weight, layer.bias))
+        return F.batch_norm(x, layer.running_mean, layer.running_var, weight, bias, layer.training, 1.0, layer.eps)
+
+    layer.forward = forward  # type: ignore[assignment, method-assign]
 
 
 def _from_zero(layer: _BatchNorm, args: object) -> None:

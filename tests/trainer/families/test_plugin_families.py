@@ -205,6 +205,22 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, images, clean, family, s
         make(family, tmp_path, images, **sections)
 
 
+BF16 = [("gan", 0), *(pytest.param(*case, marks=SLOW) for case in [("convnet", 0), ("convnet", 1), ("gan", 1)])]
+
+
+@pytest.mark.parametrize(("family", "zero"), BF16)
+def test_bf16_measures_nearly_what_fp32_does(tmp_path, images, clean, family, zero):
+    precision = {"train": {"precision": "bf16"}, "parallel": {"zero_stage": zero}}
+    run_dir = make(family, tmp_path, images, **precision)
+    assert train_in_process(run_dir) == 0
+
+    def losses(where: Path) -> list[float]:
+        return [m[key] for m in read_metrics(where) for key in ("loss", "loss_generator", "eval_loss") if key in m]
+
+    assert losses(run_dir) == pytest.approx(losses(clean[family]), rel=0.03)
+    assert losses(run_dir) != losses(clean[family])
+
+
 def test_phases_take_their_turns(clean):
     steps = [m for m in read_metrics(clean["gan"]) if "loss" in m]
     assert ["loss_generator" in m for m in steps] == [False, True] * 3
