@@ -68,6 +68,9 @@ def evaluate(
     """Compute a trained model's held-out loss, for each source of a mixture. Example: muster eval quickstart --json"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
+    if load(run_dir / "config.yaml").plugins and (result := _of_another_kind(run_dir, data, sequences, step)):
+        print(json.dumps(result, indent=1) if as_json else _in_words(result))
+        return
     from trainer.data.manifest import TOKENIZER, read_manifest, read_manifests
 
     if data:
@@ -112,6 +115,48 @@ def evaluate(
         if not manifest.of("held_out"):
             print(f"{item.path}: nothing is held out of it, so it counts for nothing here")
     print(f"held-out loss {_line(whole)}")
+
+
+def _of_another_kind(run_dir: Path, data: Path | None, count: int | None, step: int | None) -> dict[str, Any] | None:
+    """What an evaluation of a task finds that does not learn from tokens; None: it does."""
+    import torch
+
+    from models.tasks.table import task_class, task_of
+    from trainer.checkpoint.export import load_module
+    from trainer.data.kinds import kind_of
+    from trainer.observe.held_out import held_out_metrics
+    from trainer.run.plugins import load_own
+
+    if task_class(load_own(run_dir / "config.yaml")).reads == "tokens":
+        return None
+    module, config, found = load_module(run_dir, step, reads=None)
+    # As the module is: a task may ask in what its network computes.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
+    if data:
+        config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
+    task, dataset = task_of(config), kind_of(config).open(config, "held_out")
+    if dataset is None:
+        raise ConfigError(f"data.path={config.data.path} holds nothing out: name other data with --data")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(device)
+    nets = {phase.name: module.get_submodule(phase.parameters) for phase in task.phases}
+    count = min(count or len(dataset), len(dataset))
+    loss, weight, metrics = held_out_metrics(task, nets, dataset, count, config.train.micro_batch or BATCH, device)
+    unit = task.counts[1]
+    return {
+        "run": run_dir.name,
+        "step": found,
+        "data": [config.data.path],
+        "loss": loss,
+        "weight": weight,
+        "unit": unit,
+        "metrics": metrics,
+    }
+
+
+def _in_words(result: dict[str, Any]) -> str:
+    numbers = [f"{key} {value:.4f}" for key, value in result["metrics"].items() if isinstance(value, float)]
+    return ", ".join([f"held-out loss {result['loss']:.4f} over {result['weight']:,} {result['unit']}", *numbers])
 
 
 def require_data(run_dir: Path, otherwise: str = "") -> None:

@@ -9,9 +9,9 @@ from torch import nn
 from configs import Config, ConfigError
 from models.families import build
 from models.hf.folder import SHARD_BYTES, export_hf
-from models.tasks.language_modelling import LanguageModelling
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
+from models.tasks.task import Task
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
@@ -24,20 +24,25 @@ from . import store
 from .memory import on_device, restored, wrong_memory
 
 
-def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Config, int]:
+def load_module(run_dir: Path, step: int | None = None, reads: str | None = "tokens") -> tuple[nn.Module, Config, int]:
     """The model of a run in fp32 on the CPU, from the newest checkpoint that verifies, or from that of `step`.
+
+    Args:
+        reads: the examples that its task must learn from; None: any.
 
     Returns:
         (module in evaluation mode, the run's config, the checkpoint's step).
 
     Raises:
-        ConfigError: not a run of a language model, no such checkpoint, or one that is damaged.
+        ConfigError: a run that learns from other examples, no such checkpoint, or one that is damaged.
     """
     config = read_config(run_dir)
     config = with_plugins(config)
-    if not isinstance(task_of(config), LanguageModelling):
+    task = task_of(config)
+    if reads not in (None, task.reads):
         raise ConfigError(
-            f"{run_dir} learns task={config.task}: generate, eval and export are of runs with task=language_modelling"
+            f"{run_dir} learns task={config.task} from {task.reads}: generate and export are of runs that learn from "
+            f"{reads}"
         )
     steps = store.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]
@@ -46,7 +51,7 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
         raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
     with torch.device("meta"):
         plain = build(config.model)
-    learner = Learner(task_of(config), {"": plain}, listens=False)
+    learner = Learner(task, _networks(task, plain), listens=False)
     shapes = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
     refused: list[str] = []
     for candidate in wanted:
@@ -62,10 +67,14 @@ def load_module(run_dir: Path, step: int | None = None) -> tuple[nn.Module, Conf
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(reader.weight(name))
-    learner = Learner(task_of(config), {"": module}, listens=False)
+    learner = Learner(task, _networks(task, module), listens=False)
     fresh = on_device(learner.fresh_memory(), torch.device("cpu"))
     learner.tell(restored(reader.manifest.state.memory, fresh))
     return module.eval(), config, candidate
+
+
+def _networks(task: Task, module: nn.Module) -> dict[str, nn.Module]:
+    return {phase.parameters: module.get_submodule(phase.parameters) for phase in task.phases}
 
 
 def export(

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from configs import ConfigError
+from models.tasks.task import Nets, Sums, Task, Value
 from trainer.data.kinds import ExampleReader
 from trainer.data.read.reader import Dataset
 from trainer.record.lines import Record
@@ -50,6 +52,22 @@ def held_out_loss(
     if dist.is_initialized():
         dist.all_reduce(sums)
     return (sums[0] / sums[1]).item(), int(sums[1])
+
+
+def held_out_metrics(
+    task: Task, nets: Nets, dataset: ExampleReader, count: int, micro_batch: int, here: torch.device
+) -> tuple[float, int, dict[str, Value]]:
+    """(mean loss, its weight, `Task.metrics`) over the first `count` examples of a held-out split, in one process."""
+    extra: dict[str, Tensor] = {}
+
+    def forward(batch: Any) -> Sums:
+        sums = task.evaluate(nets, batch)
+        for name, value in sums.extra.items():
+            extra[name] = extra.get(name, 0) + value.double()
+        return sums
+
+    loss, weight = held_out_loss(forward, dataset, range(count), micro_batch, here)
+    return loss, weight, task.metrics({name: value.tolist() for name, value in extra.items()}, weight) if extra else {}
 
 
 class SourceLoss(NamedTuple):

@@ -392,8 +392,22 @@ def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
 
 
 def test_a_classifier_writes_no_text(clean):
-    with pytest.raises(ConfigError, match=r"learns task=classification: generate, eval and export"):
+    with pytest.raises(ConfigError, match=r"learns task=classification from images: generate and export are of"):
         load_module(clean["convnet"])
+
+
+@FAMILIES
+def test_an_evaluation_of_its_own_finds_what_training_found(clean, muster, family):
+    code, out, _ = muster("eval", str(clean[family]), "--sequences", "5", "--json")
+    found = json.loads(out)
+    [record] = [m for m in read_metrics(clean[family]) if "eval_loss" in m]
+    assert (code, found["step"], found["weight"], found["unit"]) == (0, STEPS, record["eval_images"], "images")
+    assert found["loss"] == pytest.approx(record["eval_loss"], rel=1e-6)
+    assert found["metrics"] == pytest.approx(
+        {k: record[f"eval_{k}"] for k in ("accuracy", "fooled") if f"eval_{k}" in record}
+    )
+    code, out, _ = muster("eval", str(clean[family]), "--sequences", "5")
+    assert out.startswith(f"held-out loss {record['eval_loss']:.4f} over 5 images, ")
 
 
 def parameters_of(run_dir: Path) -> list[torch.Tensor]:
