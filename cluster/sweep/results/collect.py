@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cluster.sweep.design.measures import Measures, measures_of
 from cluster.sweep.design.plan import plan
 from cluster.sweep.design.sizes import conventions
 from cluster.sweep.design.trial import Plan
@@ -13,7 +14,7 @@ from cluster.sweep.train.progress import read_plan
 from cluster.sweep.train.trial_state import Ledger, Standing, finished_losses, last_ends
 from configs import Config, flatten, load
 from configs.sweep.definition import SweepConfig
-from models.planning.cost import parameters, training_flops_per_token
+from models.planning.cost import has_formulas, parameters
 from models.scaling.table import Table, usable
 from trainer.record.lines import read_events, read_metrics
 from trainer.tracking.sweep import TRIALS
@@ -45,15 +46,17 @@ class Row(NamedTuple):
     recipe: str
     unique: float
     """Training tokens that there are."""
+    measures: Measures
 
     @property
     def tokens(self) -> float:
+        """Of a family that reads none, its examples."""
         train = self.config.train
-        return float(train.steps) * train.global_batch * train.seq_len
+        return float(train.steps) * train.global_batch * self.measures.units
 
     @property
     def flops(self) -> float:
-        return training_flops_per_token(self.config.model, self.config.train.seq_len) * self.tokens
+        return self.measures.flops * self.tokens
 
 
 def collect(planned: Plan) -> Table:
@@ -69,7 +72,8 @@ def collect(planned: Plan) -> Table:
             excluded.append((name, why))
         else:
             rows.append(read_row(sweep_dir / TRIALS / name, standing))
-    rows, worse = best_of_rates(rows)
+    excluded += [(row.name, "its FLOPs could not be counted") for row in rows if not row.flops]
+    rows, worse = best_of_rates([row for row in rows if row.flops])
     return usable(table_of(rows, planned.sweep.count, [*excluded, *worse]))
 
 
@@ -79,7 +83,9 @@ def read_row(run_dir: Path, standing: Standing) -> Row:
     started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
     inputs: list[Mapping[str, Any]] = started[-1].get("inputs", []) if started else []
     assert standing.eval_loss is not None
-    return Row(run_dir.name, config, standing.eval_loss, recipe_of(config, inputs), _unique(inputs))
+    return Row(
+        run_dir.name, config, standing.eval_loss, recipe_of(config, inputs), _unique(inputs), measures_of(config)
+    )
 
 
 def recipe_of(config: Config, inputs: Sequence[Mapping[str, Any]]) -> str:
@@ -90,23 +96,29 @@ def recipe_of(config: Config, inputs: Sequence[Mapping[str, Any]]) -> str:
     """
     train, optim = config.train, config.optim
     read = [f"{'data' if each['kind'] == 'training' else 'tokenizer'} {str(each['digest'])[:8]}" for each in inputs]
-    held_out = f"{train.eval_sequences} held-out sequences of {train.seq_len} tokens"
+    held_out = f"{train.eval_sequences} held-out examples"
+    if has_formulas(config.model):
+        held_out = f"{train.eval_sequences} held-out sequences of {train.seq_len} tokens"
     return ", ".join([optim.name, optim.schedule, train.precision, held_out, *read])
 
 
 def table_of(rows: Sequence[Row], count: str, excluded: Sequence[tuple[str, str]] = ()) -> Table:
     """The rows as columns; N in every convention, of which `count` is the table's."""
     models = [row.config.model for row in rows]
-    counted = [conventions(parameters(model)) for model in models]
+    counted = [conventions(row.measures.counts) for row in rows]
     names = tuple(conventions(parameters(Config().model)))
     counts = {name: _array(each[name] for each in counted) for name in names}
     tokens = _array(row.tokens for row in rows)
+    sparse = [has_formulas(model) and model.is_moe for model in models]
     extra = {
-        "experts": _array(model.num_experts or 1 for model in models),
-        "top_k": _array(model.top_k if model.is_moe else 1 for model in models),
-        "active_ratio": _array(model.top_k / model.num_experts if model.is_moe else 1.0 for model in models),
+        "experts": _array(model.num_experts if moe else 1 for model, moe in zip(models, sparse, strict=True)),
+        "top_k": _array(model.top_k if moe else 1 for model, moe in zip(models, sparse, strict=True)),
+        "active_ratio": _array(
+            model.top_k / model.num_experts if moe else 1.0 for model, moe in zip(models, sparse, strict=True)
+        ),
         "granularity": _array(
-            (model.intermediate_size or 0) / (model.expert_size or 1) if model.is_moe else 1.0 for model in models
+            (model.intermediate_size or 0) / (model.expert_size or 1) if moe else 1.0
+            for model, moe in zip(models, sparse, strict=True)
         ),
     }
     unique = _array(row.unique for row in rows)

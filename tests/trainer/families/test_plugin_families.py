@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import re
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,17 @@ from faults import kill_at_step, spoil_phase, trained
 from pictures import write_images
 from PIL import Image
 from support import resolved, train_in_process
+from sweeps import begun
+from sweeps import trained as as_trained
 from syncs import watch_syncs
 from teams import in_team
+from tracker import kept_files, recorded, shown
 
 from cluster import cli
 from cluster.sweep.design.plan import plan
+from cluster.sweep.results.collect import collect, known_plan
+from cluster.sweep.train.progress import write_plan
+from cluster.sweep.train.setting import Setting
 from configs import Config, ConfigError, from_dict, load
 from configs.load import dump_yaml
 from configs.sweep.definition import sweep_from_dict
@@ -32,6 +40,7 @@ from trainer.record.lines import read_events, read_metrics
 from trainer.run.check import check_model
 from trainer.run.folder import prepare_run, read_config
 from trainer.run.plugins import with_plugins
+from trainer.tracking.shipper import ship
 
 PLUGINS = Path(__file__).parents[2] / "helpers" / "plugins"
 MODELS: dict[str, dict[str, Any]] = {
@@ -389,6 +398,33 @@ def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
     bad = {"name": "widths", "base": str(base), "grid": {}, "axes": {"model.widht": [4, 8]}}
     with pytest.raises(ConfigError, match=r"did you mean model\.width\?"):
         plan(sweep_from_dict(bad), 0)
+
+
+def test_a_fit_reads_parameters_and_examples(tmp_path, images):
+    base = tmp_path / "convnet.yaml"
+    base.write_text(dump_yaml(tree("convnet", tmp_path, images)))
+    tree_of_sweep = {"name": "widths", "root": str(tmp_path), "base": str(base), "grid": {}}
+    setting = Setting(sweep_from_dict(tree_of_sweep | {"axes": {"model.width": [4, 8]}}))
+    planned, record = setting.plan(), begun(setting.sweep)
+    write_plan(setting.sweep_dir, planned)
+    for trial, loss in zip(planned.trials, (1.5, 1.0), strict=True):
+        as_trained(setting, trial, record, loss=loss)
+    table = collect(known_plan(setting.sweep)).counted_as("total")
+    assert (table.n.tolist(), table.d.tolist(), table.loss.tolist()) == ([375, 1323], [16 * STEPS] * 2, [1.5, 1.0])
+    assert table.c.tolist() == [trial.flops for trial in planned.trials]
+    assert "5 held-out examples" in table.recipe[0]
+
+
+def test_a_tracker_gets_what_is_counted_and_drawn(tmp_path, clean, quiet_shipper):
+    run_dir = shutil.copytree(clean["convnet"], tmp_path / "runs" / "convnet")
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(re.sub(r"(?m)^(tracking:\n  enabled: )false", r"\1true", config))
+    assert ship(run_dir).missing is None
+    run, points = shown(tmp_path / "runs", run_dir, "images")
+    assert points == recorded(run_dir, "images")
+    assert run.data.metrics.keys() >= {"images_per_second", "eval_images", "eval_accuracy", "accuracy", "examples"}
+    assert f"samples/{drawn(run_dir).name}" in kept_files(run)
+    assert ship(run_dir).records == 0
 
 
 def test_a_classifier_writes_no_text(clean):
