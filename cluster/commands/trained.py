@@ -98,18 +98,18 @@ def evaluate(
     by_source = Counter(dataset.locate(index).source for index in range(count))
     with _counting(module.to(device), sum(math.ceil(own / BATCH) for own in by_source.values())) as forward:
         sources = held_out_loss_by_source(forward, dataset, count, BATCH, device)
-    whole = together(sources.values())
+    whole = together(each for _, each in sources)
     result = {
         "run": run_dir.name,
         "step": found,
         "data": [item.path for item in dataset.sources],
         **_told(whole),
-        "sources": [{"data": path} | _told(each) for path, each in sources.items()],
+        "sources": [{"data": path} | _told(each) for path, each in sources],
     }
     if as_json:
         print(json.dumps(result, indent=1))
         return
-    for path, each in sources.items() if len(dataset.sources) > 1 else ():
+    for path, each in sources if len(dataset.sources) > 1 else ():
         print(f"{path}: {_line(each)}")
     for item, manifest in zip(dataset.sources, dataset.manifests, strict=True):
         if not manifest.of("held_out"):

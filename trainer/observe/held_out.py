@@ -90,8 +90,9 @@ class SourceLoss(NamedTuple):
 
 def held_out_loss_by_source(
     forward: Callable[..., Any], dataset: Dataset, sequences: int, micro_batch: int, here: torch.device
-) -> dict[str, SourceLoss]:
-    """The loss over the first `sequences` of a held-out split, for each of its sources that has a token among them.
+) -> list[tuple[str, SourceLoss]]:
+    """The path and loss of each source that has a token among the first `sequences` of a held-out split, in order; a
+    folder may be several sources.
 
     Raises:
         ConfigError: none has.
@@ -99,13 +100,13 @@ def held_out_loss_by_source(
     indices: dict[int, list[int]] = {}
     for index in range(sequences):
         indices.setdefault(dataset.locate(index).source, []).append(index)
-    found = {}
+    found = []
     for source, own in sorted(indices.items()):
         split = dataset.manifests[source].splits["held_out"]
         loss, tokens = held_out_loss(forward, dataset, own, min(micro_batch, len(own)), here)
         if tokens:
             size = tokens * split.bytes / split.tokens
-            found[dataset.sources[source].path] = SourceLoss(loss, tokens, len(own), size, split.entropy)
+            found.append((dataset.sources[source].path, SourceLoss(loss, tokens, len(own), size, split.entropy)))
     if not found:
         raise ConfigError("there is no held-out token to predict: prepare more text, or evaluate more sequences")
     return found

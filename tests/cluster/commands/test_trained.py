@@ -89,3 +89,18 @@ def test_a_source_with_nothing_held_out_is_named(mixture, muster, tmp_path):
     code, out, _ = muster("eval", "two", "--root", str(tmp_path), "--sequences", "8")
     assert code == 0
     assert f"{tmp_path / 'x'}: nothing is held out of it, so it counts for nothing here" in out.splitlines()
+
+
+def test_a_folder_that_is_two_sources_counts_as_both(mixture, muster, tmp_path):
+    _, folders = mixture
+    names = [str(folders[0]), str(folders[1]), str(folders[0])]
+    path = [{"path": name} for name in names]
+    train = {"steps": 1, "eval_every": 0}
+    run_dir = prepare_run(tiny(run={"name": "twice", "root": str(tmp_path)}, data={"path": path}, train=train))
+    assert train_in_process(run_dir) == 0
+    code, out, _ = muster("eval", "twice", "--root", str(tmp_path), "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert [part["data"] for part in told["sources"]] == told["data"] == names
+    for key in ("tokens", "sequences"):
+        assert told[key] == sum(part[key] for part in told["sources"])
