@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from .lfs import POINTER, is_pointer
+
 MAX_BYTES = 512 * 1024
 """Most bytes of a YAML file; the configs of a large sweep take a few thousand."""
 MAX_JSON_BYTES = 4 * 1024**2
@@ -77,11 +79,14 @@ def check_values(text: str | bytes, most: int) -> None:
 
 
 def read_text(path: Path, most: int) -> str:
-    """A file's text. Raises OSError, and ValueError if it is not UTF-8 or has more than `most` bytes."""
+    """A file's text. Raises OSError, and ValueError if it is not UTF-8, has more than `most` bytes or is a Git LFS
+    pointer."""
     with path.open("rb") as file:
         content = file.read(most + 1)
     if len(content) > most:
         raise ValueError(f"it has over {most:,} bytes")
+    if is_pointer(content):
+        raise ValueError(f"it is {POINTER}")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from configs import ConfigError
 from configs.explain import shown
+from configs.reading.lfs import refuse_pointer
 from configs.reading.parse import is_file, parse_json, read_text, shortened
 
 WEIGHTS = "model.safetensors"
@@ -137,10 +138,13 @@ def _header(path: Path) -> int:
     try:
         if not is_file(path):
             raise ConfigError(f"{path} is not a file")
+        refuse_pointer(path)
         with path.open("rb") as file:
             header = int.from_bytes(file.read(8), "little")
         if header > MAX_HEADER:
             raise ConfigError(f"{path} is not safetensors: a header of {header:,} bytes, over {MAX_HEADER:,}")
         return header
-    except OSError as error:
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} is not safetensors: {shortened(str(error), 200)}") from None

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs import ConfigError, counted
+from configs.reading.lfs import refuse_pointer
 from configs.reading.parse import is_file, shortened
 
 from .forms.dense import Array
@@ -289,6 +290,7 @@ def _read(path: Path, wanted: Set[str]) -> Any:
     import pyarrow as pa  # a laptop's `muster --help` does without it
 
     try:
+        refuse_pointer(path)
         return _parquet(path, wanted) if path.suffix == ".parquet" else _csv(path)
     except (pa.ArrowException, OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         why = shortened(str(error).partition("\n")[0], 200)

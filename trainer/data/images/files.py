@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import ConfigError
+from configs.reading.lfs import refuse_pointer
 from configs.reading.parse import clip
 from trainer.data.manifest import Split
 
@@ -122,6 +123,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 def _identity(path: Path) -> bytes:
     """Name, size and footer of a file. Raises ValueError if its footer is larger than it can be."""
+    refuse_pointer(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(size - 8, 0))

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from configs import ConfigError
+from configs.reading.lfs import refuse_pointer
 from configs.reading.parquet_pages import pages
 from configs.reading.parse import clip
 from configs.sections.data import LimitsConfig
@@ -162,6 +163,10 @@ class Shards:
         if not path.is_file():
             return f"{path} is missing"
         size = path.stat().st_size
+        try:
+            refuse_pointer(path)
+        except (OSError, ValueError) as error:
+            return f"{path} cannot be read: {error}"
         if size != shard.bytes:
             return f"{path} has {size:,} bytes where the manifest has {shard.bytes:,}"
         try:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal, NamedTuple
 
+from configs.reading.lfs import LONGEST, POINTER, is_pointer
 from configs.sections.data import LimitsConfig
 from trainer.data.child import MIB
 
@@ -234,7 +235,9 @@ class Reader:
 def _by_content(file: Input) -> Input:
     """The file as what it begins with, where that is certain."""
     with open(file.path, "rb") as opened_file:
-        head = opened_file.read(512)
+        head = opened_file.read(LONGEST)
+    if is_pointer(head):
+        raise Damaged("not fetched", POINTER)
     compression = compression_of(head)
     if head.startswith(b"PARE"):
         raise Damaged("encrypted Parquet", "its footer is encrypted; write it in plain")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 
 from configs import ConfigError
 from configs.explain import first_reason
+from configs.reading.lfs import POINTER, is_pointer, refuse_pointer
 from configs.reading.parse import clip, parse_json, read_text, shortened
 from trainer.data.manifest import MANIFEST, TOKENIZER, TokenizerInfo, read_manifest
 from trainer.files.durable import replace_bytes
@@ -61,6 +62,7 @@ def tokenizer_file(path: str | Path) -> Path:
             file = _in_cache(str(path))
         if (size := file.stat().st_size) > TOKENIZER_BYTES:
             raise ConfigError(f"tokenizer {file}: {size:,} bytes are more than any has ({TOKENIZER_BYTES:,})")
+        refuse_pointer(file)
     except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has a NUL, or ~ of nobody
         if isinstance(error, ConfigError):
             raise
@@ -202,6 +204,8 @@ def _content(path: Path) -> bytes:
             found = file.read(SETTINGS_BYTES + 1)
         if len(found) > SETTINGS_BYTES:
             raise ValueError(f"it has over {SETTINGS_BYTES:,} bytes")
+        if is_pointer(found):
+            raise ValueError(f"it is {POINTER}")
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None
     return found
