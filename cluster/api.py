@@ -36,7 +36,7 @@ from .sweep.results.fit_commands import tokens_to_read
 __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
 
 CHOICE = re.compile(r"--(columns|where) (\w+=\.\.\.(?:,\w+=\.\.\.)*)(?: \(or \w+=\))?")
-OPTION = re.compile(r"(?<![^\s(])--(columns|where|table|form|convention|max-budget|unique|root)\b ?")
+OPTION = re.compile(r"(?<![^\s(])--(columns|where|table|form|convention|max-budget|unique|root)\b( names)? ?")
 """Options of the command line in a message: one that asks for names, and any other."""
 Source: TypeAlias = str | Path | pd.DataFrame
 """A sweep's YAML file, a CSV or Parquet file with a run in each row, or a data frame of the same."""
@@ -44,7 +44,7 @@ Source: TypeAlias = str | Path | pd.DataFrame
 
 def train(
     config: str | Path,
-    overrides: Mapping[str, Any] | Sequence[str] = (),
+    overrides: Mapping[str, Any] | Sequence[str] | str = (),
     *,
     on_metrics: Callable[[dict[str, Any]], object] | None = None,
     fork: str | None = None,
@@ -53,7 +53,7 @@ def train(
 
     Args:
         config: a preset's name or a YAML file.
-        overrides: {"train.steps": 100}, or ["train.steps=100"].
+        overrides: {"train.steps": 100}, ["train.steps=100"], or one of these texts.
         on_metrics: called with each record as it is written, on a thread of its own: those of steps have `loss`, those
             of evaluations `eval_loss`. A step that is done again comes again. If it raises, the run stops after its
             step, with a checkpoint, and the error is raised here.
@@ -66,6 +66,8 @@ def train(
         ConfigError: a mistake in what was asked.
         RuntimeError: the run failed.
     """
+    if isinstance(overrides, str):
+        overrides = [overrides]
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     asked = load(config, overrides)
@@ -129,17 +131,20 @@ class _Told(ProgressView):
         pass
 
 
-def runs(root: str | Path = RUNS, keys: Sequence[str] = ()) -> pd.DataFrame:
+def runs(root: str | Path = RUNS, keys: Sequence[str] | str = ()) -> pd.DataFrame:
     """The runs in a folder, a row each, by their names: what `trainer.record.lines.summary` says of them.
 
     One whose record cannot be read is named on stderr and left out.
 
     Args:
-        keys: of their configs, such as `optim.lr`, each a column.
+        keys: of their configs, such as `optim.lr`, each a column; or one of them.
 
     Raises:
-        ConfigError: a run's config cannot be read, or a key that none has.
+        ConfigError: a root that is no folder, a run's config cannot be read, or it lacks a key.
     """
+    keys = [keys] if isinstance(keys, str) else keys
+    if root != RUNS and not Path(root).is_dir():
+        raise ConfigError(f"root={clip(root, 200)}: no such folder")
     folders = {folder.resolve().name: folder for folder in run_folders(Path(root))}
     found = summaries(Path(root), list(folders.values()))
     for run in found if keys else ():
@@ -233,6 +238,12 @@ def _mapping(choice: re.Match[str]) -> str:
     return f"{choice[1]}={{{names}}}"
 
 
+def _argument(option: re.Match[str]) -> str:
+    if option[2]:
+        return f"{option[1]} names "
+    return "" if option[1] == "table" else option[1].replace("-", "_") + "="
+
+
 @contextmanager
 def _by_argument() -> Iterator[None]:
     """Have messages name arguments in the place of the command line's options."""
@@ -240,7 +251,7 @@ def _by_argument() -> Iterator[None]:
         yield
     except ConfigError as error:
         told = CHOICE.sub(_mapping, str(error))
-        told = OPTION.sub(lambda match: "" if match[1] == "table" else match[1].replace("-", "_") + "=", told)
+        told = OPTION.sub(_argument, told)
         error.args = (told,)
         raise
 

@@ -117,7 +117,9 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
     given = f"{key}={shown(item['input'])}"
     match item["type"]:
         case "extra_forbidden":
-            section = key.removesuffix(key.rpartition(".")[2])
+            section, last = "".join(f"{shortened(str(part), 60)}." for part in location[:-1]), str(location[-1])
+            if "." in last and _names((*location[:-1], last.partition(".")[0]), root):
+                return key, f"unknown key {key}: in a file it is {_nested(last, shown(item['input']))}"
             beside, likely = (name and section + name for name in (_near(item, root), _near(item, root, cutoff=0.85)))
             near = likely or _elsewhere(str(location[-1]), root) or beside
             known = f"known keys: {', '.join(_names(location[:-1], root))}"
@@ -187,6 +189,12 @@ def _plain(item: Mapping[str, Any]) -> tuple[Any, ...]:
 def _names(location: Sequence[Any], root: type[BaseModel]) -> list[str]:
     section = _section_of(annotation_of(location, root))
     return list(section.model_fields) if section else []
+
+
+def _nested(key: str, value: str) -> str:
+    """YAML of a key with dots: `a: {b: value}`."""
+    first, *rest = key.split(".")
+    return f"{first}: " + "".join(f"{{{part}: " for part in rest) + value + "}" * len(rest)
 
 
 def _near(item: Mapping[str, Any], root: type[BaseModel], cutoff: float = 0.5) -> str | None:

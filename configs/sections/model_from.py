@@ -33,9 +33,9 @@ def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
     model = tree.get("model") if isinstance(tree, Mapping) else None
     if not isinstance(model, Mapping):
         return tree, {}
-    if (source := model.get(KEY)) is None:
-        own = {key: value for key, value in model.items() if key != KEY}
-        return _with_original({**tree, "model": own})
+    if KEY not in model:
+        return _with_original({**tree, "model": dict(model)})
+    source = model[KEY]
     if not isinstance(source, str) or not source:
         raise ConfigError(f"{where}: model.from={shown(source)}: should be the folder of a model")
     try:

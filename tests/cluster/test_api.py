@@ -114,7 +114,11 @@ def test_steps_that_were_done_again_count_once(tmp_path, tiny_data):
         api.runs(tmp_path, keys=["optim.rate"])
     with pytest.raises(ConfigError, match=r"no run 'agin'.*did you mean again"):
         api.metrics("agin", tmp_path)
-    assert api.runs(tmp_path / "nothing").empty
+    with pytest.raises(ConfigError, match=r"root names another folder$"):
+        api.metrics("nosuch", tmp_path)
+    assert api.runs(tmp_path, keys="model.num_layers").columns.equals(found.columns)
+    with pytest.raises(ConfigError, match=r"^root=.*nothing: no such folder$"):
+        api.runs(tmp_path / "nothing")
 
 
 def test_a_frame_and_a_file_are_fitted_and_predicted_alike(tmp_path, frame):
@@ -190,7 +194,8 @@ def test_a_sweep_is_read_by_its_file(tmp_path, tiny_data):
 
 
 def test_mistakes_are_raised(tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown key optim\.rate"):
-        api.train("quickstart", {"optim.rate": 1})
+    for overrides in ({"optim.rate": 1}, ["optim.rate=1"], "optim.rate=1"):
+        with pytest.raises(ConfigError, match=r"unknown key optim\.rate"):
+            api.train("quickstart", overrides)
     with pytest.raises(ConfigError, match=r"model.from=.*not a Hugging Face model folder"):
         api.train("quickstart", {"model.from": str(tmp_path)})

@@ -134,3 +134,19 @@ def test_a_long_value_is_cut():
 def test_from_dict_names_its_source():
     with pytest.raises(ConfigError, match=r"^sweep: optim\.lr=-1: should be greater than 0$"):
         from_dict({"optim": {"lr": -1}}, where="sweep")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train.steps: 5", "unknown key train.steps: in a file it is train: {steps: 5}"),
+        ("train:\n  profile.steps: 5", "unknown key train.profile.steps: in a file it is profile: {steps: 5}"),
+        ("model.from: folder", 'unknown key model.from: in a file it is model: {from: "folder"}'),
+        ("optim.muon.lr: 5", "unknown key optim.muon.lr: in a file it is optim: {muon: {lr: 5}}"),
+    ],
+)
+def test_a_key_with_dots_in_a_file_is_told_how_it_is_written(tmp_path, text, words):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError) as refused:
+        load(tmp_path / "c.yaml")
+    assert words in str(refused.value)

@@ -40,8 +40,10 @@ def test_it_takes_the_place_of_what_lies_below_and_not_of_what_stands_beside(fol
         assert load(tmp_path / "resolved.yaml") == config
     # All of it is the user's choice: nothing follows a preset's other keys, and a vocabulary does not grow.
     assert not [key for key in load("moe-8x7b", [f"model.from={folder}"]).defaults if key.startswith("model.")]
-    # Taken back, what is left are the defaults.
-    assert load(tmp_path / "mine.yaml", ["model.from=null"]).model.qkv_bias is False
+    # An empty one, as of a shell variable that is not set, is not another model.
+    for empty in ("model.from=null", "model.from="):
+        with pytest.raises(ConfigError, match="model.from=null: should be the folder of a model"):
+            load("quickstart", [empty])
 
 
 YARN = {"kind": "yarn", "factor": 4.0, "original_max_positions": 16, "beta_fast": 16.0}
@@ -154,6 +156,7 @@ def test_the_tokenizer_of_the_folder_is_that_of_data_prepared_for_it(folder):
         (1, "model.from=1: should be the folder of a model"),
         ([], r"model.from=\[\]: should be the folder"),
         ("", 'model.from="": should be the folder'),
+        (None, "model.from=null: should be the folder"),
         ("a\0b", "a path cannot contain control characters"),
         ("~nobody-at-all/x", "there is no user nobody-at-all"),
         ("nowhere", r"model.from=\"nowhere\": no such folder$"),
