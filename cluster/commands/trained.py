@@ -134,6 +134,7 @@ def _of_another_kind(run_dir: Path, data: Path | None, count: int | None, step: 
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     if data:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
+        kind_of(config).ensure(config)
     task, dataset = task_of(config), kind_of(config).open(config, "held_out")
     if dataset is None:
         raise ConfigError(f"data.path={config.data.path} holds nothing out: name other data with --data")
@@ -160,9 +161,18 @@ def _in_words(result: dict[str, Any]) -> str:
 
 
 def require_data(run_dir: Path, otherwise: str = "") -> None:
-    """Raise ConfigError if a run's data are not where they were, which names what else there is to do."""
+    """Raise ConfigError if a run's data are no tokens, or not where they were, which names what else there is to do."""
     from trainer.data.manifest import MANIFEST, sources_of
 
+    if load(run_dir / "config.yaml").plugins:
+        from models.tasks.table import task_class
+        from trainer.run.plugins import load_own  # torch
+
+        config = load_own(run_dir / "config.yaml")
+        if (reads := task_class(config).reads) != "tokens":
+            raise ConfigError(
+                f"{run_dir} learns task={config.task} from {reads}: this is of runs that learn from tokens"
+            )
     for source in sources_of(load(run_dir / "config.yaml").data):
         if not is_file(Path(source.path) / MANIFEST):
             raise ConfigError(

@@ -446,6 +446,15 @@ def test_an_evaluation_of_its_own_finds_what_training_found(clean, muster, famil
     assert out.startswith(f"held-out loss {record['eval_loss']:.4f} over 5 images, ")
 
 
+def test_commands_say_what_they_are_not_for(clean, muster):
+    run_dir = str(clean["convnet"])
+    assert "data.path=/no/such is not there" in muster("eval", run_dir, "--data", "/no/such")[2]
+    for command in (("data", "show", run_dir, "--step", "1"), ("generate", run_dir, "--prompt", "a")):
+        code, _, err = muster(*command)
+        assert code == 2
+        assert "learns task=classification from images" in err
+
+
 def parameters_of(run_dir: Path) -> list[torch.Tensor]:
     reader = Reader(folder(run_dir, STEPS))
     return [reader.weight(name) for name in reader.manifest.shapes["weight"]]
