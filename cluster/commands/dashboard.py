@@ -61,6 +61,7 @@ def _listen(host: str, port: int) -> socket.socket:
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
+        listening.listen(512)  # who follows the link at once waits, and is not refused
     except OSError as error:
         raise ConfigError(
             f"--host {shortened(host, 100)} --port {port}: cannot be listened on ({error.strerror or error}); "

@@ -90,11 +90,10 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
             return entry
         raise HTTPException(404, f"there is no run {clip(id, 100)} here")
 
-    def flops(entry: Entry, axis: str) -> float | None:
-        return flops_per_token(read_events(entry.run.folder)) if axis == "flops" else None
-
     def curves(entry: Entry, names: Sequence[str], axis: str, **range: Any) -> dict[str, Line]:
-        return lines(columns, entry.run.folder, names, axis=axis, flops_per_token=flops(entry, axis), **range)
+        flops = flops_per_token(read_events(entry.run.folder)) if axis == "flops" else None
+        folder, unit = entry.run.folder, entry.row.unit
+        return lines(columns, folder, names, axis=axis, unit=unit, flops_per_token=flops, **range)
 
     @app.get("/health")
     def health() -> dict[str, str]:

@@ -28,6 +28,11 @@ class RunRow(BaseModel):
     eval_loss: float | None = None
     tokens: float | None = None
     tokens_per_second: float | None = None
+    weight: float | None = None
+    """What it was trained on, in its unit; the same as `tokens` where it is counted in them."""
+    rate: float | None = None
+    """Of the last step, in its unit per second."""
+    unit: Text = "tokens"
     mfu: float | None = None
     attempts: Whole = 0
     wall_time: float = 0.0

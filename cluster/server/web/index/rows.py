@@ -1,5 +1,6 @@
 """One run's row: read whole once, then brought up to date by what has been appended to its record."""
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass, field
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 from configs.reading.parse import shortened
 from trainer.files.own_files import open_file
-from trainer.record.events import wrong_metrics
+from trainer.record.events import RATE, wrong_metrics
 from trainer.record.lines import EVENTS, HEAD, METRICS, RECENT, last_records, parse_line, read_events, summary_of
 from trainer.record.terminal import visible
 from trainer.run.notes import NOTES, read_notes
@@ -85,8 +86,10 @@ class Run:
 
 
 def signature(folder: str) -> Signature:
-    """Of a run's files; all that are not plain files count as absent."""
-    found = []
+    """Of a run's files; all that are not plain files count as absent, and so do those of a folder that is a link."""
+    found: list[int] = []
+    if not is_folder(folder):
+        return (0, -1) * len(FILES)
     for name in FILES:
         try:
             status = os.lstat(f"{folder}/{name}")
@@ -95,6 +98,14 @@ def signature(folder: str) -> Signature:
             continue
         found += [status.st_mtime_ns, status.st_size] if stat.S_ISREG(status.st_mode) else [0, -1]
     return tuple(found)
+
+
+def is_folder(path: str) -> bool:
+    """Whether it is one itself, and no link to one."""
+    try:
+        return stat.S_ISDIR(os.lstat(path).st_mode)
+    except (OSError, ValueError):
+        return False
 
 
 def is_gone(now: Signature) -> bool:
@@ -112,10 +123,12 @@ def refresh(run: Run, now: Signature, configs: Configs) -> None:
             _read_events(run, live)
         if not run.live or before[2:4] != now[2:4]:
             _read_metrics(run, live, now[3])
-        if not before or before[4:6] != now[4:6]:
-            run.config = configs.read(run.path / CONFIG) if now[5] >= 0 else ()
     except (OSError, ValueError, RecursionError) as error:
         problem = shortened(str(error), 300) or "it cannot be read"
+    if not before or before[4:6] != now[4:6]:
+        run.config = ()
+        with contextlib.suppress(OSError, ValueError):  # `details` says why
+            run.config = configs.read(run.path / CONFIG)
     numbers = {key: value for key, value in (live.train | live.evaluation).items() if _is_metric(key, value)}
     run.metrics = configs.section(numbers, numbers.values())
     run.row = _row(run, live, problem, stopping=now[9] >= 0)
@@ -202,6 +215,9 @@ def _row(run: Run, live: Live, problem: str, stopping: bool) -> RunRow:
         eval_loss=_number(found["eval_loss"]),
         tokens=_number(found["tokens"]),
         tokens_per_second=_number(live.train.get("tokens_per_second")),
+        weight=_number(found["weight"]),
+        rate=_number(live.train.get(found["unit"] + RATE)),
+        unit=visible(found["unit"])[:40],
         mfu=_number(live.train.get("mfu")),
         attempts=found["attempts"],
         wall_time=float(found["wall_time"]),

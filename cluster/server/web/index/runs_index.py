@@ -21,7 +21,7 @@ from trainer.tracking.sweep import TRIALS
 from ..responses import RunRow
 from . import kept_rows
 from .config_values import Config, Configs, Section
-from .rows import CONFIG, LIVE, Run, is_gone, refresh, signature
+from .rows import CONFIG, LIVE, Run, is_folder, is_gone, refresh, signature
 
 PLAN = "plan.json"
 """Of a sweep's folder."""
@@ -177,7 +177,7 @@ class RunsIndex:
             folder = f"{root.path}/{name}"
             if folder in self._runs or _is_file(f"{folder}/{CONFIG}"):
                 yield folder, None
-            elif _is_file(f"{folder}/{PLAN}") and _is_folder(trials := f"{folder}/{TRIALS}"):
+            elif _is_file(f"{folder}/{PLAN}") and is_folder(trials := f"{folder}/{TRIALS}"):
                 root.changed[trials] = _changed_at(trials)
                 for trial in _names(trials):
                     if f"{trials}/{trial}" in self._runs or _is_file(f"{trials}/{trial}/{CONFIG}"):
@@ -274,12 +274,5 @@ def _changed_at(path: str) -> int:
 def _is_file(path: str) -> bool:
     try:
         return stat.S_ISREG(os.lstat(path).st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def _is_folder(path: str) -> bool:
-    try:
-        return stat.S_ISDIR(os.lstat(path).st_mode)
     except (OSError, ValueError):
         return False

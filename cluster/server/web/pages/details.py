@@ -17,8 +17,8 @@ from trainer.record.notable import notable
 from trainer.record.terminal import visible
 from trainer.tracking import read_state
 
-from ..index.config_values import flat_config
-from ..index.rows import signature
+from ..index.config_values import Configs, flat_config
+from ..index.rows import CONFIG, signature
 from ..index.runs_index import Entry
 from ..index.sampling import sample_records
 from .folders import below, opened, plain_files
@@ -57,6 +57,8 @@ def details(entry: Entry, books: "Books") -> dict[str, Any]:
     booked = read(lambda: books.of(run.folder), [])
     whole = total(booked)
     config = flat_config(entry.config)
+    if not config:
+        read(lambda: Configs().read(run.path / CONFIG), ())
     return {
         "row": dict(entry.row),
         "config": config,

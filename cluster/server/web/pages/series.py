@@ -165,6 +165,7 @@ def lines(
     start: float | None = None,
     end: float | None = None,
     axis: str = "step",
+    unit: str = "tokens",
     flops_per_token: float | None = None,
 ) -> dict[str, Line]:
     """The metrics of these names over an axis.
@@ -172,6 +173,7 @@ def lines(
     Args:
         points: about how many each has at most; a bucket's least, greatest and last value are kept.
         start, end: of the axis; None: all there is.
+        unit: what the run counts, which is meant by `tokens`.
 
     Raises:
         NoAxis: the record does not say how many tokens or FLOPs a step takes.
@@ -179,14 +181,14 @@ def lines(
     """
     if axis == "flops" and not flops_per_token:
         raise NoAxis("the run's record does not say how many FLOPs a token takes")
-    needs = ("tokens",) if axis in ("tokens", "flops") else ()
+    needs = (unit,) if axis in ("tokens", "flops") else ()
     found: dict[str, Line] = {}
     listed = [name for name in names if name.rpartition(".")[2] in OF_LISTS and name.rpartition(".")[0]]
     plain = [name for name in names if name not in listed]
     tokens = None
     if needs:
         base, values = next(columns.read(folder, needs))
-        tokens = values["tokens"]
+        tokens = values[unit]
     first: float | None = None
     for base, values in columns.read(folder, plain) if plain else ():
         x = _axis(axis, base, tokens, flops_per_token)
@@ -194,7 +196,7 @@ def lines(
         for name, y in values.items():
             found[name] = _line(x, y, base.evaluation, points, start, end)
     if listed:
-        found |= _of_lists(folder, listed, axis, flops_per_token, first, points, start, end)
+        found |= _of_lists(folder, listed, axis, unit, flops_per_token, first, points, start, end)
     return {name: found[name] for name in names if name in found}
 
 
@@ -266,6 +268,7 @@ def _of_lists(
     folder: str,
     names: Sequence[str],
     axis: str,
+    unit: str,
     flops_per_token: float | None,
     first: float | None,
     points: int,
@@ -280,7 +283,7 @@ def _of_lists(
         x = np.array([record["step"] for record in records], float)
     else:
         factor = flops_per_token if axis == "flops" and flops_per_token else 1.0
-        x = np.array([factor * (record.get("tokens") or 0.0) for record in records], float)
+        x = np.array([factor * (record.get(unit) or 0.0) for record in records], float)
     found = {}
     for name in names:
         key, _, how = name.rpartition(".")

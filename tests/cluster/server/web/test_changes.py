@@ -1,0 +1,125 @@
+"""Pages are told what has changed: soon, at most once a second, all of them, and a slow one holds up nobody."""
+
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from dashboards import TOKEN, serving, write_run
+
+from cluster.server.web import changes
+from trainer.record.lines import Record
+
+
+@pytest.fixture
+def dashboard(tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "EVERY", 0.05)
+    monkeypatch.setattr(changes, "AT_MOST_EVERY", 0.05)
+    monkeypatch.setattr(changes, "HEARTBEAT", 0.2)
+    for name in ("a", "b"):
+        write_run(tmp_path / name, status=None, of=1000)
+    with serving([tmp_path]) as server:
+        server.look()
+        yield server
+
+
+class Page:
+    """A connection that listens."""
+
+    def __init__(self, dashboard):
+        self.socket = socket.create_connection(("127.0.0.1", dashboard.port), 20)
+        asked = f"GET /api/changes HTTP/1.1\r\nhost: {dashboard.host}\r\nauthorization: Bearer {TOKEN}\r\n\r\n"
+        self.socket.sendall(asked.encode())
+        self.told = b""
+
+    def until(self, text):
+        while text not in self.told:
+            got = self.socket.recv(65536)
+            assert got, self.told
+            self.told += got
+        found, self.told = self.told, b""
+        return found
+
+    def __enter__(self):
+        self.until(b"retry:")
+        return self
+
+    def __exit__(self, *_):
+        self.socket.close()
+
+
+def test_a_change_is_told_to_every_page(dashboard, tmp_path):
+    with Page(dashboard) as one, Page(dashboard) as two:
+        record = Record(tmp_path / "a", 1)
+        record.metrics({"step": 5, "loss": 3.0})
+        for page in (one, two):
+            assert b'event: changed\ndata: {"runs": ["a"]}\n\n' in page.until(b"changed")
+        one.until(b": still here")
+        assert dashboard.get("/api/runs").json["columns"]["loss"][0] == 3.0
+        dashboard.post("/api/runs/b/note", {"note": "x"})
+        assert b'["b"]' in two.until(b"changed")
+        record.close()
+
+
+def test_messages_are_put_together(dashboard, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "AT_MOST_EVERY", 0.5)
+    with Page(dashboard) as page:
+        record = Record(tmp_path / "a", 1)
+        began = time.monotonic()
+        for step in range(5, 30):
+            record.metrics({"step": step, "loss": 3.0})
+            time.sleep(0.02)
+        record.close()
+        while dashboard.get("/api/runs").json["columns"]["step"][0] < 29:
+            time.sleep(0.02)
+        page.until(b"changed")
+        page.socket.settimeout(0.7)
+        rest = b""
+        try:
+            while True:
+                rest += page.socket.recv(65536)
+        except TimeoutError:
+            pass
+        assert 1 + rest.count(b"event: changed") <= 2 + (time.monotonic() - began) / 0.5
+
+
+def test_a_page_that_does_not_read_holds_up_nobody_and_is_let_go(dashboard, tmp_path, monkeypatch):
+    monkeypatch.setattr(changes, "PATIENCE", 0.3)
+    feed = dashboard.app.state.changes
+    slow = Page(dashboard)
+    slow.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+    with Page(dashboard) as quick:
+        until = time.monotonic() + 30
+        while len(feed._listeners) > 1:  # it is let go once its buffers are full
+            feed.tell_soon({f"run-{number:0>900}" for number in range(900)})
+            quick.until(b"changed")
+            assert time.monotonic() < until
+        assert dashboard.get("/health").status == 200
+        record = Record(tmp_path / "a", 1)
+        record.metrics({"step": 5, "loss": 3.0})
+        quick.until(b'"a"')
+        record.close()
+    slow.socket.close()
+
+
+def test_pages_that_leave_are_forgotten(dashboard):
+    feed = dashboard.app.state.changes
+    pages = [Page(dashboard).__enter__() for _ in range(5)]
+    assert len(feed._listeners) == 5
+    for page in pages:
+        page.socket.close()
+    until = time.monotonic() + 10
+    while feed._listeners:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_two_hundred_at_once(dashboard):
+    """They are answered, all the same, by a server with a bounded number of threads."""
+    paths = ["/api/runs", "/api/now", "/api/runs/a", "/api/runs/a/series?metric=loss"]
+    with ThreadPoolExecutor(200) as pool:
+        answers = list(pool.map(lambda number: dashboard.get(paths[number % len(paths)]), range(200)))
+    assert {answer.status for answer in answers} == {200}
+    assert len({answer.body for number, answer in enumerate(answers) if number % len(paths) == 3}) == 1
+    assert threading.active_count() < 100
