@@ -1,0 +1,258 @@
+/** Which is better, by how much, which keys differ? */
+
+import { get, runs } from "../api.js";
+import { Chart } from "../charts/chart.js";
+import { curve, valueAt } from "../charts/curves.js";
+import { saveCsv, savePng, saveSvg } from "../charts/export.js";
+import { together } from "../colours.js";
+import { choice, el, empty, notice, popover, put } from "../dom.js";
+import { DASH, compact, loss, middle, number, plain, sharedPrefix } from "../format.js";
+import { calmly, fresh, listen } from "../live.js";
+import { change, runAddress, state } from "../router.js";
+import { titled } from "../shell.js";
+import { xFormats } from "./run_charts.js";
+
+const AXES = [["step", "step"], ["tokens", "tokens"], ["flops", "FLOPs"], ["time", "time"]];
+const METRICS = [["loss", "loss"], ["eval_loss", "held-out"], ["grad_norm", "grad_norm"], ["tokens_per_second", "tokens/s"]];
+const MOST = 20;
+
+export function open(outlet) {
+  return new Compare(outlet);
+}
+
+class Compare {
+  constructor(outlet) {
+    this.title = el("h1", {}, "Compare");
+    this.exports = el("div", { class: "buttons" }, [["CSV", "Export CSV"], ["PNG", "PNG"], ["SVG", "SVG"]].map(([kind, label]) => el("button", { type: "button", "data-kind": kind, on: { click: () => this.save(kind) } }, label)));
+    this.bar = el("div", { class: "toolbar compare-bar" });
+    this.wrong = el("div");
+    this.overlay = el("div");
+    this.difference = el("div");
+    this.list = el("section");
+    this.keysNode = el("section");
+    outlet.append(el("div", { class: "compare" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.exports), this.bar, this.wrong,
+      el("div", { class: "two compare-two" }, el("div", {}, this.overlay, this.difference), el("aside", { "aria-label": "Runs and keys that differ" }, this.list, this.keysNode))));
+    this.unlisten = listen((ids) => (!ids.size || this.ids.some((id) => ids.has(id))) && this.again());
+    this.again = calmly(async () => {
+      await runs.refresh();
+      await this.load();
+    }, 800);
+    titled("Compare", [["x", "axis"], ["l", "log"], ["b", "next baseline"], ["m", "metric"], ["e", "export"], ["drag", "zoom"]]);
+    this.show();
+  }
+
+  close() {
+    this.closed = true;
+    this.unlisten();
+    this.chart?.destroy();
+    this.differences?.destroy();
+  }
+
+  repaint() {
+    this.chart?.redraw();
+    this.differences?.redraw();
+  }
+
+  update() {
+    this.show();
+  }
+
+  get ids() {
+    return [...new Set(state().getAll("run"))].filter((id) => runs.places.has(id)).slice(0, MOST);
+  }
+
+  get axis() {
+    const asked = state().get("x") ?? "step";
+    return AXES.some(([axis]) => axis === asked) ? asked : "step";
+  }
+
+  get metric() {
+    return state().get("metric") || "loss";
+  }
+
+  get baseline() {
+    const asked = state().get("base");
+    return this.ids.includes(asked) ? asked : this.ids[0];
+  }
+
+  get zoom() {
+    const query = state(), from = query.get("from"), to = query.get("to");
+    return from !== null && to !== null && Number(from) < Number(to) ? [Number(from), Number(to)] : null;
+  }
+
+  name(id) {
+    const row = runs.row(id);
+    return row.sweep ? `${row.sweep}/${row.name}` : row.name;
+  }
+
+  show() {
+    const { ids, axis, metric } = this, log = state().get("log") === "1";
+    const gone = state().getAll("run").filter((id) => !runs.places.has(id));
+    put(this.wrong, gone.length > 0 && notice("warning", `Not here: ${gone.join(", ")}.`));
+    for (const button of this.exports.children) button.disabled = !ids.length;
+    if (!ids.length) {
+      put(this.title, "Compare ", el("span", { class: "rest" }, "runs over steps, tokens, FLOPs or time"));
+      this.chart?.destroy();
+      this.differences?.destroy();
+      this.chart = this.differences = null;
+      put(this.bar, this.adding());
+      put(this.overlay, empty("No run is chosen", "Choose runs with x in Runs, then press c; or add one by name.", null, el("p", {}, el("a", { href: "/runs" }, "To the runs"))));
+      for (const node of [this.difference, this.list, this.keysNode]) put(node);
+      return;
+    }
+    const metrics = METRICS.some(([name]) => name === metric) ? METRICS : [...METRICS, [metric, metric]];
+    put(this.bar,
+      el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
+      choice("y axis", [["0", "lin"], ["1", "log"]], log ? "1" : "0", (value) => change({ log: value === "1" ? 1 : null })),
+      el("span", { class: "quiet" }, "metric"), choice("metric", metrics, metric, (name) => change({ metric: name === "loss" ? null : name })),
+      (this.more = el("button", { type: "button", "aria-label": "Another metric", "aria-haspopup": "true", on: { click: () => this.chooseMetric() } }, "+")),
+      el("label", { class: "smooth quiet" }, "smooth", el("input", { type: "range", min: 0, max: 20, "aria-label": "Smoothing", value: state().get("smooth") ?? 6, on: { change: (event) => change({ smooth: event.target.value === "6" ? null : event.target.value }) } })),
+      this.zoom && el("button", { type: "button", on: { click: () => change({ from: null, to: null }) } }, "All"),
+      el("div", { class: "space" }), this.adding(),
+      el("label", { class: "quiet baseline" }, "Baseline ", el("select", { on: { change: (event) => change({ base: event.target.value }) } }, ids.map((id) => el("option", { value: id, selected: id === this.baseline }, this.name(id))))));
+    this.load();
+  }
+
+  adding() {
+    const field = el("input", { type: "search", list: "runs-to-add", placeholder: "Add a run", "aria-label": "Add a run", class: "add-run", on: { change: () => {
+      const wanted = field.value.trim(), id = runs.places.has(wanted) ? wanted : runs.columns.id[runs.columns.name.indexOf(wanted)];
+      if (id) change({ run: [...this.ids, id] });
+    } } });
+    return [field, el("datalist", { id: "runs-to-add" }, runs.columns.id.slice(-500).reverse().map((id) => el("option", { value: id })))];
+  }
+
+  async chooseMetric() {
+    const { metrics } = await get("/api/keys");
+    const list = el("div"), search = el("input", { type: "search", class: "mono", placeholder: "Metric", "aria-label": "Find a metric", on: { input: () => draw() } });
+    const panel = popover(this.more, search, list);
+    const draw = () => put(list, metrics.filter((name) => name.toLowerCase().includes(search.value.trim().toLowerCase())).slice(0, 40).map((name) => el("div", {}, el("button", { type: "button", class: "bare mono", on: { click: () => (panel.hidePopover(), change({ metric: name })) } }, name))));
+    draw();
+    search.focus();
+  }
+
+  async load() {
+    const { ids, axis, metric, zoom, baseline } = this;
+    if (!ids.length) return;
+    const turn = (this.turn = (this.turn ?? 0) + 1);
+    let found;
+    try {
+      found = await get("/api/compare", { run: ids, metric, x: axis, points: 800, from: zoom?.[0], to: zoom?.[1] });
+    } catch (error) {
+      if (turn === this.turn && !this.closed) put(this.wrong, notice("warning", error.message));
+      return;
+    }
+    if (turn !== this.turn || this.closed) return;
+    fresh();
+    const without = ids.filter((id) => !found.runs[id]?.n);
+    put(this.wrong, without.length > 0 && notice("warning", `${without.map((id) => this.name(id)).join(", ")}: nothing of ${metric} by ${axis} is recorded.`));
+    this.found = found;
+    this.say(ids, axis);
+    this.draw(ids, found.runs);
+    this.tables(ids, baseline, found.differs);
+  }
+
+  say(ids, axis) {
+    const rows = ids.map((id) => runs.row(id)).filter((row) => row.eval_loss !== null).sort((a, b) => a.eval_loss - b.eval_loss);
+    const data = new Set(ids.map((id) => runs.row(id).data));
+    const by = AXES.find(([name]) => name === axis)[1];
+    const start = ids.length === 1 ? "1 run. " : `${ids.length} runs at equal ${by === "step" ? "steps" : by}. `;
+    const best = rows.length > 1 ? `${this.name(rows[0].id)} is best: ${loss(rows[0].eval_loss)}, ${(rows[1].eval_loss - rows[0].eval_loss).toFixed(3)} below the next.` : ids.length === 1 ? "Add another to compare it with." : "";
+    put(this.title, start, el("span", { class: "rest" }, data.size > 1 ? "They have different data: their losses do not compare." : best));
+  }
+
+  draw(ids, lines) {
+    const { axis, metric, zoom, baseline } = this, log = state().get("log") === "1", level = Number(state().get("smooth") ?? 6);
+    const share = level > 0 ? 0.002 * 1.28 ** (level * 1.5) : 0;
+    const looks = together(ids), prefix = sharedPrefix(ids.map((id) => this.name(id))), short = (id) => middle(this.name(id).slice(prefix.length), 24);
+    const shown = ids.map((id, index) => [id, looks[index], lines[id]]).filter(([, , line]) => line?.n);
+    const range = zoom ?? [Math.min(0, ...shown.map(([, , { x }]) => x[0])), Math.max(0, ...shown.map(([, , { x }]) => x.at(-1)))];
+    const all = shown.map(([id, { name, dash }, line]) => ({ id, series: curve(line, { colour: name, dash, share, label: short(id), span: range[1] - range[0] }) }));
+    const axisName = AXES.find(([each]) => each === axis)[1];
+    const unit = `${metric === "loss" || metric === "eval_loss" ? "nats per token, " : ""}by ${axisName}${prefix ? `; all are ${prefix}…` : ""}`;
+    const base = all.find(({ id }) => id === baseline)?.series.at(-1);
+    const settings = [axis, metric, unit, innerWidth < 640].join();
+    if (this.settings !== settings) {
+      this.settings = settings;
+      this.chart?.destroy();
+      this.differences?.destroy();
+      put(this.overlay);
+      put(this.difference);
+      const tall = Math.max(240, Math.min(400, innerHeight * 0.43)), zoomed = (from, to) => change({ from, to });
+      const options = { sync: "compare", xName: axisName, xFormat: xFormats[axis], zoomed };
+      this.chart = new Chart(this.overlay, { ...options, name: metric, unit, height: tall, zero: metric !== "loss" && metric !== "eval_loss", tip: true, format: (value) => (Math.abs(value) >= 1000 ? compact(value) : number(value, 4)), beside: (each, x, value) => this.beside(each, x, value) });
+      this.differences = new Chart(this.difference, { ...options, name: "Difference from the baseline", unit: metric === "loss" || metric === "eval_loss" ? "nats per token; below zero is better" : "", height: tall * 0.5, zero: false, format: signed });
+    }
+    for (const { id, series } of all) {
+      const main = series.at(-1);
+      Object.assign(main, { id, end: main.end ?? main.last, said: short(id) });
+    }
+    this.base = base;
+    this.chart.set({ series: [...all.flatMap(({ series }) => series.slice(0, -1)), ...all.map(({ series }) => series.at(-1))], range, log });
+    const others = base ? all.filter(({ id }) => id !== baseline).map(({ series }) => {
+      const { x, y, colour, dash, label } = series.at(-1);
+      const differs = y.map((value, at) => {
+        const other = valueAt(base.x, base.y, x[at]);
+        return value === null || other === null ? null : value - other;
+      });
+      const at = differs.findLastIndex((value) => value !== null), end = at < 0 ? null : [x[at], differs[at]];
+      return { x, y: differs, kind: "line", colour, dash, label, end, last: end, said: end && signed(end[1]) };
+    }) : [];
+    this.difference.hidden = !others.length;
+    if (others.length) {
+      const zero = { x: range, y: [0, 0], kind: "line", bare: true, colour: base.colour, dash: base.dash, label: `${base.label} (baseline)`, end: base.end && [base.end[0], 0], last: [range[1], 0], said: "baseline" };
+      this.differences.set({ series: [zero, ...others], range });
+    }
+    this.shown = { name: metric, xName: axisName, series: this.chart.shown.series };
+  }
+
+  beside(each, x, value) {
+    if (!this.base || each.id === this.baseline) return "baseline";
+    const other = valueAt(this.base.x, this.base.y, x);
+    return other === null ? "" : signed(value - other);
+  }
+
+  tables(ids, baseline, differs) {
+    const looks = together(ids), rows = ids.map((id) => runs.row(id)), own = rows.find(({ id }) => id === baseline);
+    const prefix = sharedPrefix(ids.map((id) => this.name(id)));
+    put(this.list, el("h2", {}, "Runs", el("small", {}, "held-out loss at the end")), el("table", { class: "plain" },
+      el("thead", {}, el("tr", {}, ["run", "loss", "difference", "tokens", ""].map((name, index) => el("th", { class: index ? "number" : "" }, name)))),
+      el("tbody", {}, rows.map((row, index) => el("tr", {},
+        el("td", {}, swatch(looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
+        el("td", { class: "number" }, el("b", {}, loss(row.eval_loss))),
+        el("td", { class: "number quiet" }, row.id === baseline || row.eval_loss === null || own.eval_loss === null ? "" : signed(row.eval_loss - own.eval_loss)),
+        el("td", { class: "number quiet" }, compact(row.tokens)),
+        el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×")))))));
+    if (ids.length < 2) return void put(this.keysNode);
+    put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
+      ? el("div", { class: "wide" }, el("table", { class: "plain keys-table" },
+        el("thead", {}, el("tr", {}, el("th", {}, ""), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), middle(this.name(id).slice(prefix.length), 14))))),
+        el("tbody", {}, differs.map(({ key, values }) => el("tr", {}, el("td", { class: "mono" }, key), values.map((value) => {
+          const text = value === null ? DASH : plain(value);
+          return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 2 ? 12 : 22));
+        })))))) : el("p", { class: "quiet" }, "None: their configs are the same."));
+  }
+
+  save(kind) {
+    if (!this.shown) return;
+    const name = `compare-${this.metric.replace(/[^\w.-]/g, "_")}`;
+    if (kind === "CSV") saveCsv(this.shown, name);
+    else if (kind === "PNG") savePng([this.chart, ...(this.difference.hidden ? [] : [this.differences])], name);
+    else saveSvg(this.chart, name);
+  }
+
+  key(key) {
+    const at = AXES.findIndex(([axis]) => axis === this.axis), { ids } = this;
+    if (!ids.length) return false;
+    if (key === "x") change({ x: AXES[(at + 1) % 4][0] === "step" ? null : AXES[(at + 1) % 4][0], from: null, to: null });
+    else if (key === "l") change({ log: state().get("log") === "1" ? null : 1 });
+    else if (key === "b") change({ base: ids[(ids.indexOf(this.baseline) + 1) % ids.length] });
+    else if (key === "m") this.chooseMetric();
+    else if (key === "e") this.save("CSV");
+    else if (key === "Escape" && this.zoom) change({ from: null, to: null });
+    else return false;
+    return true;
+  }
+}
+
+const swatch = ({ name, dash }) => el("span", { class: dash ? "swatch dashed" : "swatch", style: { "--own": `var(${name})` } });
+const signed = (value) => (value === 0 ? "0" : `${value > 0 ? "+" : "−"}${number(Math.abs(value), 3)}`);
