@@ -101,8 +101,12 @@ class TokenizerProcess:
 
         They are decoded together: SentencePiece's decoders drop the blank that a text begins with.
         """
-        before, whole = self.decode(tokens), self.decode([*tokens, *added])
-        return prompt + whole[len(before) :] if whole.startswith(before) else whole
+        for text in (None, ".", "a", "\n"):  # bytes that make no character spoil those of the prompt just before them
+            head = tokens if text is None else self.encode(text)
+            before, whole = self.decode(head), self.decode([*head, *added])
+            if whole.startswith(before):
+                return prompt + whole[len(before) :]
+        return prompt + self.decode(added)
 
     def lost(self, text: str) -> tuple[str, str] | None:
         """The first part of a text that its tokens do not give back, and what they give; None: they give back all."""

@@ -137,6 +137,18 @@ def test_the_first_blank(process):
     assert process.continued("some", prompt, tokens[len(prompt) :]) == "some words"
 
 
+def test_a_prompt_stays_what_it_is_before_bytes_that_are_no_text(tmp_path):
+    with TokenizerProcess(odd.llama(tmp_path, TEXTS)) as process:
+        stray = process.token_to_id("<0x80>")
+        for prompt in ("数", "some 数", "数据 "):
+            tokens = process.encode(prompt)
+            assert process.continued(prompt, tokens, [stray]) == f"{prompt}\ufffd"
+            assert process.continued(prompt, tokens, [stray, *process.encode("some words")]).startswith(
+                prompt + "\ufffd"
+            )
+            assert process.continued(prompt, tokens, []) == prompt
+
+
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
     """A Hugging Face cache with the tokenizer of `lab/small`, as its library lays it out, and no network."""
