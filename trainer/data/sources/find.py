@@ -101,7 +101,11 @@ def _expand(given: str) -> list[str]:
         return list(_walk(given))
     if os.path.lexists(given):
         return [given]
-    return [path for match in sorted(set(_matches(given))) for path in _expand_match(match)]
+    unread: set[str] = set()
+    matches = _matches(given, unread)
+    return [
+        path for match in sorted({*matches, *unread}) for path in ([match] if match in unread else _expand_match(match))
+    ]
 
 
 def _expand_match(match: str) -> list[str]:
@@ -110,18 +114,22 @@ def _expand_match(match: str) -> list[str]:
     return list(_walk(match)) if os.path.isdir(match) else [match]
 
 
-def _matches(pattern: str) -> list[str]:
-    """As `glob.glob(pattern, recursive=True)`, which with a few links that lead in circles never ends."""
+def _matches(pattern: str, unread: set[str]) -> list[str]:
+    """As `glob.glob(pattern, recursive=True)`, which with a few links that lead in circles never ends.
+
+    Args:
+        unread: gets the folders that `_tree` does not read.
+    """
     before, recursive, after = _at_stars(pattern)
     if not recursive:
         return glob.glob(pattern)
     found = []
-    for root in _matches(before) if glob.has_magic(before) else [before]:
+    for root in _matches(before, unread) if glob.has_magic(before) else [before]:
         for folder, names in _tree(root):
             if names is None:
-                found += [folder] if os.path.isdir(folder) and not os.path.islink(folder) else []  # refused by name
+                unread |= {folder} if os.path.isdir(folder) else set()  # to be refused by name
             elif after:
-                found += _matches(os.path.join(glob.escape(folder), after))
+                found += _matches(os.path.join(glob.escape(folder), after), unread)
             else:
                 found += [os.path.join(folder, name) for name in names]
     return found

@@ -78,8 +78,13 @@ class _Reader:
         except MemoryError as error:
             yield Row(self._reached(), None, "takes too much memory", f"{clip(error, 200)}{RAISE} memory=MIB)")
         except Exception as error:  # pyarrow raises many kinds, KeyError and NotImplementedError among them
-            reason = "damaged Parquet file" if getattr(error, "errno", None) is None else "unreadable file"
-            yield Row(self._reached(), None, reason, clip(error, 200))
+            reason, detail = "damaged Parquet file", clip(error, 200)
+            if getattr(error, "errno", None) is not None:
+                reason = "unreadable file"
+            elif "Expected all lists to be of size" in detail:
+                reason = "cannot be read"
+                detail = "a list of fixed size has null rows, which pyarrow does not read: write it as a plain list"
+            yield Row(self._reached(), None, reason, detail)
 
     def _reached(self) -> str:
         return f"after row {self.row}" if self.row else ""

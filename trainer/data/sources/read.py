@@ -126,8 +126,12 @@ class Reader:
             head = unpacked.stream.peek(1)
             if not head and not unpacked.damaged():
                 raise Damaged("empty file", "")
+            if file.compression and compression_of(head):
+                raise Damaged("not text", "packed twice; unpack it once")
             if what := foreign(head[:512]):
                 raise Damaged("not text", what)
+            if file.kind in ("csv", "tsv") and begins_as_json(head):
+                file = file._replace(kind="jsonl")
             if file.kind in ("text", "jsonl", "json"):
                 kind, unpacked = self._kind(file, unpacked)
             else:

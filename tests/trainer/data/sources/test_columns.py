@@ -100,6 +100,9 @@ def test_encrypted_columns_are_named_as_such(tmp_path, plaintext_footer):
 def test_lists_of_fixed_size(read):
     lists = pa.array([["a", "b"], ["c", None]], pa.list_(pa.string(), 2))
     assert read(pa.table({"text": lists})) == ([b"a\nb", b"c"], [])
+    texts, [row] = read(pa.table({"text": pa.array([["a", "b"], None], pa.list_(pa.string(), 2))}))
+    assert (texts, row.reason) == ([], "cannot be read")
+    assert row.detail.startswith("a list of fixed size has null rows")
 
 
 def test_lists_of_any_length(read):

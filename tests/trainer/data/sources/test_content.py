@@ -134,11 +134,21 @@ def test_an_old_tar_archive_is_none(tmp_path: Path):
 def test_content_counts_more_than_a_packers_ending(tmp_path: Path):
     (tmp_path / "a.jsonl.gz").write_bytes(LINES)
     (tmp_path / "b.jsonl.bz2").write_bytes(zstandard.compress(LINES))
-    (tmp_path / "c.parquet").write_bytes(LINES)
+    for name in ("c.parquet", "f.csv", "g.tsv"):
+        (tmp_path / name).write_bytes(LINES)
+    (tmp_path / "h.csv.gz").write_bytes(gzip.compress(json.dumps(ROWS, indent=1).encode()))
     for name in ("d.parquet.zst", "e.jsonl"):
         pq.write_table(pa.table({"text": TEXTS}), tmp_path / name)
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == (TEXTS, []), path.name
+
+
+def test_what_is_packed_twice_is_told_as_such(tmp_path: Path):
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(gzip.compress(LINES)))
+    (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(gzip.compress(b"a text")))
+    for path in sorted(tmp_path.iterdir()):
+        assert read(path) == ([], [(path.name, "", "not text")])
+        assert detail(path) == "packed twice; unpack it once"
 
 
 SEPARATED = {

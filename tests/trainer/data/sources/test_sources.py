@@ -383,9 +383,10 @@ def test_a_link_to_what_holds_the_input_is_refused_by_name(tmp_path: Path):
     (tmp_path / "other.txt").write_text("not of the input")
     (tmp_path / "in" / "sub" / "up").symlink_to("../..")
     (tmp_path / "in" / "all").symlink_to("/")
-    texts, refused = read(tmp_path / "in")
-    assert texts == ["a"]
-    assert sorted(refused) == [("all", "", "unreadable file"), ("up", "", "unreadable file")]
+    for given_ in ("in", "in/**", "in/**/*", "in/**/*.txt"):
+        texts, refused = read(f"{tmp_path}/{given_}")
+        assert texts == ["a"], given_
+        assert sorted(refused) == [("all", "", "unreadable file"), ("up", "", "unreadable file")], given_
 
 
 # A folder with a data set.
