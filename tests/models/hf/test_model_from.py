@@ -42,7 +42,7 @@ def test_it_takes_the_place_of_what_lies_below_and_not_of_what_stands_beside(fol
     assert not [key for key in load("moe-8x7b", [f"model.from={folder}"]).defaults if key.startswith("model.")]
     # An empty one, as of a shell variable that is not set, is not another model.
     for empty in ("model.from=null", "model.from="):
-        with pytest.raises(ConfigError, match="model.from=null: should be the folder of a model"):
+        with pytest.raises(ConfigError, match=r"model\.from=null: should be the folder of a model"):
             load("quickstart", [empty])
 
 
