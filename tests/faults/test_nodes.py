@@ -280,7 +280,7 @@ def test_a_machine_without_the_shared_folder_is_left_out(world, whole):
     with world.cluster.hidden(BAD, world.folder / "runs"):
         id, run_dir = world.submit("no-mount", *ELASTIC)
         world.cluster.finish(id, run_dir)
-    check_left_out(run_dir, whole, f"{run_dir} is not there on node-{BAD}: run.root must be")
+    check_left_out(run_dir, whole, f"{run_dir} does not exist on node-{BAD}: run.root must be")
     assert sizes(run_dir) == [2]
 
 
@@ -290,10 +290,10 @@ def test_a_machine_that_computes_wrong_is_left_out(world, whole):
         plugin.write(f"import socket\n\nif socket.gethostname() == 'node-{BAD}':\n")
         plugin.write("    import bad_machines\n\n    bad_machines.wrong_product()\n")
     world.cluster.finish(world.cluster.submit(name, *ELASTIC), run_dir)
-    check_left_out(run_dir, whole, "a matrix product came out wrong")
+    check_left_out(run_dir, whole, "a matrix product gave a wrong result")
     assert sizes(run_dir) == [3, 2]
     bad, sound = [event for event in read_events(run_dir) if event["event"] == "preflight"]
     [broken] = bad["broken"]
-    assert re.fullmatch(rf"node-{BAD} \(rank \d\): a matrix product came out wrong", broken)
+    assert re.fullmatch(rf"node-{BAD} \(rank \d\): a matrix product gave a wrong result", broken)
     assert [len(each["machines"]) for each in (bad, sound)] == [3, 2]
     assert sound["broken"] == []

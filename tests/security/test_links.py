@@ -255,7 +255,7 @@ def test_a_database_says_where_files_go_but_not_over_others(tmp_path, victim, da
         opened.commit()
     (tmp_path / "profile").write_text("a stranger's")
     before = below(victim)
-    with pytest.raises(ConfigError, match="no folder that MLflow makes for a run"):
+    with pytest.raises(ConfigError, match="not a folder that MLflow creates for a run"):
         tracker.artifact(tmp_path / "profile", "")
     assert below(victim) == before
     assert (victim / "profile").read_text() == WORDS

@@ -1,1 +1,1 @@
-"""Checkpoints: written, committed, read back in any topology, exported, and started from."""
+"""Checkpoints: written, committed, read back in any topology, exported, and used for warm starts."""

@@ -1,4 +1,4 @@
-"""`checkpoint.every: auto`: how many steps lie between checkpoints, from what one costs and how often the run fails."""
+"""`checkpoint.every: auto`: the number of steps between checkpoints, from their cost and the failure rate."""
 
 import bisect
 import itertools
@@ -15,33 +15,33 @@ from trainer.record.events import LAUNCH
 from trainer.record.lines import Record
 
 PRIOR = 419 / (54 * 86_400 * 16_384)
-"""Failures per device-second before a run has shown its own: Llama 3's unexpected interruptions over 54 days on 16,384
-GPUs (arXiv:2407.21783, section 3.3.4)."""
+"""Failures per device-second before a run has failures of its own: Llama 3's unexpected interruptions over 54 days on
+16,384 GPUs (arXiv:2407.21783, section 3.3.4)."""
 DECADES = 0.5
-"""Half of all places fail within so many powers of ten of that; in the others it may be anything."""
+"""Half of the prior mass lies within this many decades of that rate; the tails are heavy."""
 MOST_LOST = 1800.0
-"""Seconds between checkpoints, at most, however rare failures are: what a person minds to lose."""
+"""Most seconds between checkpoints, however rare failures are: the most work that a user is ready to lose."""
 WRITES = 4.0
-"""The interval is at least so many times what a background write takes: one is under way a quarter of the time at most,
-however little of it the steps seem to feel."""
+"""The interval is at least this many times the duration of a background write: one is in progress at most a quarter of
+the time, however little the steps seem to slow down."""
 YOUNG = 0.5
-"""Share of a run's time so far that the interval is at most while nothing has failed: where the prior is wrong, the
-first failure takes back a third of it, not half an hour, for some fifteen more checkpoints in a run's first hour."""
+"""While nothing has failed, the interval is at most this fraction of the run's time so far: if the prior is wrong, the
+first failure costs a third of it, not half an hour, for some fifteen more checkpoints in a run's first hour."""
 FIRST = 10
-"""Steps before the first checkpoint of a run, which tells what one costs, and early that the disk takes it."""
+"""Steps before the first checkpoint of a run, which measures the cost, and shows early that the disk accepts it."""
 CHANGE = 1.5
-"""Factor by which a new answer must differ from the one in use: costs are noisy, and near the best interval it matters
-little (one that is half as long again loses 8% more time to checkpoints and failures than the best)."""
+"""Factor by which a new interval must differ from the current one: costs are noisy, and near the optimum it matters
+little (an interval half as long again loses 8% more time to checkpoints and failures)."""
 RECENT = 9
-"""Checkpoints whose median cost counts."""
+"""How many recent checkpoints the median cost is taken over."""
 
 
 def daly(cost: float, mtbf: float) -> float:
     """The interval of work between checkpoints that loses the least time.
 
     Daly 2006 (Future Generation Computer Systems 22:303): the higher-order form of Young's sqrt(2 cost mtbf) (1974,
-    CACM 17:530). Neither the restart's time nor a write in the background moves it: both are lost once per failure,
-    whatever the interval.
+    CACM 17:530). Neither restart time nor a background write changes it: both are lost once per failure, whatever the
+    interval.
 
     Args:
         cost: seconds that training loses to a checkpoint, above 0.
@@ -56,8 +56,8 @@ def daly(cost: float, mtbf: float) -> float:
 def failure_rate(failures: int, device_seconds: float) -> float:
     """Failures per device-second: the posterior's median, of a Poisson count and a prior around `PRIOR`.
 
-    The prior is Cauchy's distribution over the rate's logarithm: it holds while little is known, and its tails are so
-    heavy that one or two failures move the rate to what they say, be it a million times more.
+    The prior is Cauchy's distribution over the rate's logarithm: it dominates while little is known, and its tails are
+    so heavy that one or two failures move the rate to the observed one, even a million times higher.
     """
     decades = [number / 100 for number in range(-1000, 1001)]
     rates = [PRIOR * 10**decade for decade in decades]
@@ -71,7 +71,7 @@ def failure_rate(failures: int, device_seconds: float) -> float:
 
 
 class Past(NamedTuple):
-    """What a run has shown of failures."""
+    """Failures observed in a run."""
 
     failures: int
     """Attempts that infrastructure or a hang ended."""
@@ -82,7 +82,7 @@ class Past(NamedTuple):
 def past(events: Sequence[dict[str, Any]], attempt: int) -> Past:
     """The failures of the attempts before this one, and the time in which they came.
 
-    Where nobody watched the processes (torchrun), an attempt that ended without a word counts as lost.
+    Without a supervisor (torchrun), an attempt that ended without a record counts as lost.
     """
     failures, device_seconds = 0, 0.0
     starts = [event for event in events if event["event"] == "attempt_started"]
@@ -104,7 +104,7 @@ class Choice(NamedTuple):
     interval_s: float
     """Seconds between checkpoints, of which `every` steps are the nearest."""
     by: str
-    """`daly`, or the bound that its interval was out of: `write`, `most_lost`, `age`."""
+    """`daly`, or the bound that the interval was clipped to: `write`, `most_lost`, `age`."""
     step_s: float
     cost_s: float
     write_s: float
@@ -167,7 +167,7 @@ class Cadence:
             self._decide(last["cost_s"], last["write_s"], last["step_s"])
 
     def step_took(self, seconds: float, beside_write: bool, took: tuple[float, float] | None) -> None:
-        """A step is done.
+        """Record a finished step.
 
         Args:
             beside_write: a checkpoint was being written when it began.
@@ -180,7 +180,7 @@ class Cadence:
         self._steps.append(seconds)
 
     def began_write(self, took: tuple[float, float] | None) -> None:
-        """A checkpoint's write has begun, so the one before has ended; `took` as above."""
+        """Record that a checkpoint's write has begun, so the previous one has ended; `took` as above."""
         self._close(took)
         self._beside = []
 
@@ -189,7 +189,7 @@ class Cadence:
         if beside is None or took is None or not self._steps:
             return
         stalled, write = took
-        typical = median(list(self._steps)[-8:])  # of late: a machine has quick hours and slow ones
+        typical = median(list(self._steps)[-8:])  # a recent median: machines are faster at some hours than at others
         self._took.append((max(stalled, sum(beside) - len(beside) * typical), write))
         cost, write = (median(values) for values in zip(*self._took, strict=True))
         self._decide(cost, write, median(self._steps))
@@ -210,6 +210,6 @@ def expected(devices: int, step: float) -> str:
     mtbf = 1 / (PRIOR * devices)
     choice = choose(1.0, 0.0, step, mtbf)
     return (
-        f"checkpoint.every=auto: of {counted(devices, 'device')} one fails in {duration(mtbf)} by Llama 3's rate; "
-        f"where a checkpoint costs 1 s, that makes one in {counted(choice.every, 'step')}"
+        f"checkpoint.every=auto: one of {counted(devices, 'device')} fails every {duration(mtbf)} at Llama 3's "
+        f"rate; if a checkpoint costs 1 s, that means one every {counted(choice.every, 'step')}"
     )

@@ -47,7 +47,7 @@ def load_module(run_dir: Path, step: int | None = None, reads: str | None = "tok
     steps = store.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]
     if not steps or (step is not None and step not in steps):
-        have = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none yet"
+        have = f"its checkpoints are at steps {', '.join(map(str, steps))}" if steps else "it has none yet"
         raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
     with torch.device("meta"):
         plain = build(config.model)

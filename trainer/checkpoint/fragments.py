@@ -10,8 +10,8 @@ from typing import NamedTuple
 Box = tuple[tuple[int, int], ...]
 """A slice of a tensor: [begin, end) in each dimension."""
 MOST_CORNERS = 1 << 21
-"""Of the slices that a checkpoint is cut into, 2 ** dimensions each, which `covers` compares. Processes that share a
-slice's elements count once: where a thousand split 256 experts of 60 layers, there are a million; a dense model over 8
+"""Most corners of a checkpoint's slices, 2 ** dimensions each, which `covers` compares. Processes that share a slice's
+elements count once: where a thousand split 256 experts of 60 layers, there are a million; a dense model over 8
 tensor-parallel processes has a hundred thousand."""
 
 
@@ -114,7 +114,7 @@ def parse_key(key: str) -> tuple[str, str, int, Box | None]:
     """(state, parameter, start, box or None for the whole tensor) of a fragment's key. Raises ValueError."""
     found = _KEY.fullmatch(key)
     if not found:
-        raise ValueError(f"{key!a:.120} is no fragment's key")
+        raise ValueError(f"{key!a:.120} is not a valid fragment key")
     state, name, start, part = found.groups()
     if part is None:
         return state, name, int(start), None
@@ -163,13 +163,13 @@ def index(
         state, name, start, part = parse_key(key)
         tensor = state, name
         if tensor not in held:
-            raise ValueError(f"{file}: {key!a:.120} is of no tensor that the manifest names")
+            raise ValueError(f"{file}: {key!a:.120} belongs to no tensor in the manifest")
         box = outer[tensor] if part is None else part
         if part and (len(part) != len(outer[tensor]) or intersection(part, outer[tensor]) != part):
-            raise ValueError(f"{file}: {key!a:.120} is not within a tensor of {list(shapes[state][name])}")
+            raise ValueError(f"{file}: {key!a:.120} lies outside its tensor of shape {list(shapes[state][name])}")
         room = (size(part) if part else sizes[tensor]) - start
         if not 0 < numel <= room:
-            raise ValueError(f"{file}: {key!a:.120} has {numel} elements, and its slice has room for {max(room, 0)}")
+            raise ValueError(f"{file}: {key!a:.120} has {numel} elements, but its slice has room for {max(room, 0)}")
         held[tensor].append(Fragment(box, start, numel, file, key))
     corners = 0
     for (state, name), found in held.items():

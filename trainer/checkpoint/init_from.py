@@ -1,4 +1,4 @@
-"""Begin a run from the weights of another: a run, one of its checkpoints, or a Hugging Face folder."""
+"""Start a run from the weights of another: a run, one of its checkpoints, or a Hugging Face folder."""
 
 import contextlib
 import hashlib
@@ -57,7 +57,7 @@ OF_EXPERTS = {"top_k", "router", "norm_topk_prob", "router_scale", "expert_group
 
 
 def check_source(config: Config) -> dict[str, list[Any]]:
-    """See whether `train.init_from` fits the whole model; names and shapes are all that is read.
+    """Check whether `train.init_from` fits the whole model; only names and shapes are read.
 
     Returns:
         {key: [there, here]} of what makes another function of the same weights, and no name or shape shows: a start
@@ -74,10 +74,10 @@ def check_source(config: Config) -> dict[str, list[Any]]:
     blocks = _fit(source, wanted, config)
     if config.train.upcycle and not blocks:
         if config.model.is_moe:
-            why = f"train.init_from={config.train.init_from} has its experts already: set train.upcycle=null"
+            why = f"train.init_from={config.train.init_from} already has experts: set train.upcycle=null"
         else:
             why = "model.num_experts is 0: set it, or train.upcycle=null"
-        raise ConfigError(f"train.upcycle makes experts of a dense model's MLPs, but {why}")
+        raise ConfigError(f"train.upcycle turns a dense model's MLPs into experts, but {why}")
     if unused := [name for name in source.shapes if name not in wanted and name.rsplit(".", 2)[0] not in blocks]:
         more = f" and {counted(len(unused) - 1, 'more parameter')}" if unused[1:] else ""
         raise ConfigError(
@@ -110,10 +110,10 @@ def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
 
 
 def _other_tokenizer(config: Config) -> dict[str, list[Any]]:
-    """The digests of the tokenizer.json beside the weights and of that of the data, where there are both and differ."""
+    """The digests of the tokenizer.json beside the weights and of the data's, if both exist and differ."""
     assert config.train.init_from
     file = Path(config.train.init_from).expanduser() / TOKENIZER
-    with contextlib.suppress(ConfigError):  # data that are not prepared
+    with contextlib.suppress(ConfigError):  # the data are not prepared
         here = read_manifests(config.data)[0].tokenizer.sha256
         if is_file(file) and (there := hashlib.sha256(tokenizer_file(file).read_bytes()).hexdigest()) != here:
             return {"tokenizer": [f"sha256 {digest[:12]}" for digest in (there, here)]}
@@ -167,7 +167,7 @@ def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int
     }
     if blocks and config.train.upcycle is None:
         raise ConfigError(
-            f"train.init_from={source} is dense in {next(iter(blocks))}, where the model has {experts} experts: "
+            f"train.init_from={source} is dense in {next(iter(blocks))}, but the model has {experts} experts: "
             "set train.upcycle={} to copy its MLPs into them, or model.num_experts=0"
         )
     hidden = config.model.hidden_size
@@ -184,14 +184,14 @@ def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int
             )
         if tuple(given[name]) != tuple(shape):
             raise ConfigError(
-                f"train.init_from={source}: {name} is {list(given[name])}, the model's is {list(shape)}: "
+                f"train.init_from={source}: {name} has shape {list(given[name])}, the model's is {list(shape)}: "
                 f"{_settings(start.model, config)}"
             )
     for width in blocks.values():
         granularity(width, config.model)
     if any(len(bias) != experts for bias in start.bias.values()):
         raise ConfigError(
-            f"train.init_from={source}: its routers' bias is not one number for each of {experts} experts"
+            f"train.init_from={source}: its router bias does not have one number for each of {experts} experts"
         )
     return blocks
 
@@ -207,7 +207,7 @@ def _settings(there: ModelConfig, config: Config) -> str:
     differ = [key for key in ModelConfig.model_fields if key in keys and getattr(there, key) != getattr(here, key)]
     layers = ""
     if "num_layers" in differ:
-        layers = f"it has {counted(there.num_layers, 'layer')}, model.num_layers is {here.num_layers}: "
+        layers = f"it has {counted(there.num_layers, 'layer')}, but model.num_layers is {here.num_layers}: "
     settings = " ".join(f"model.{key}={json.dumps(getattr(there, key))}" for key in differ)
     return f"{layers}set {settings or 'model.* to its architecture'}"
 
@@ -235,7 +235,7 @@ def _checkpoint(reader: Reader) -> _Source:
     shapes = manifest.shapes[store.MASTER]
     tree, where = manifest.config.get("model"), f"train.init_from: {reader.path}: config.model"
     if not isinstance(tree, dict):
-        raise ConfigError(f"{where} is not there: it does not say what model its weights are of")
+        raise ConfigError(f"{where} is missing: it describes the model that the weights belong to")
     model = validated(ModelConfig, tree, where)
     bias = manifest.state.memory.get(BIAS, [])
     return _Source(shapes, reader.weight, dict(zip(_moe_layers(shapes), bias, strict=False)), model)

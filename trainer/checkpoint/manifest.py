@@ -14,14 +14,14 @@ from trainer.state import Count, Finite, TrainState
 
 FORMAT = 2
 READABLE = (1, 2)
-"""Format 1 knew no boxes."""
+"""Format 1 had no boxes."""
 MANIFEST = "manifest.json"
 MASTER = "weight"
 """Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
 STEP = "step"
-"""The optimizer's count of its steps: a scalar, which older versions kept among the states of one-element tensors."""
+"""The optimizer's step count: a scalar, which older versions kept among the states of one-element tensors."""
 ALWAYS = ("step", "cursor", "tokens", "skipped", "skipped_in_a_row", "rollbacks", "recent_losses", "loss_scale")
-"""Keys of a state that no version has left out."""
+"""Keys of the state that every version has written."""
 MOST_BYTES = 16 << 20
 """Of a manifest, or of a shard's header: enough for 100,000 processes, or as many fragments of one. Nothing longer is
 written, and nothing longer is read into memory."""
@@ -72,7 +72,7 @@ def _beside(name: str) -> str:
     if Path(name).name != name or name == "..":
         raise ValueError(f"it names a file outside its folder: {shortened(name)}")
     if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,127}", name):
-        raise ValueError(f"it is no plain name of a file: {shortened(name)}")
+        raise ValueError(f"it is not a plain file name: {shortened(name)}")
     return name
 
 
@@ -128,18 +128,18 @@ class Manifest(Typed):
     @model_validator(mode="after")
     def _agrees(self) -> "Manifest":
         if self.state.step != self.step:
-            raise ValueError(f"step is {self.step}, state.step is {self.state.step}")
+            raise ValueError(f"step is {self.step}, but state.step is {self.state.step}")
         if wrong := [name for name, file in self.files.items() if file.name != name]:
-            raise ValueError(f"files: {shortened(wrong[0])} is named {shortened(self.files[wrong[0]].name)}")
+            raise ValueError(f"files: {shortened(wrong[0])} has the name {shortened(self.files[wrong[0]].name)}")
         if not self.shapes.get(MASTER):
-            raise ValueError(f"shapes: there is no {MASTER}")
+            raise ValueError(f"shapes: {MASTER} is missing")
         scale = self.state.loss_scale
         if scale is not None and not scale.get("cur_scale", 0) > 0:
             raise ValueError(
                 f"state.loss_scale: cur_scale is {shortened(scale.get('cur_scale'))}, not a number above 0"
             )
         if both := self.shapes.keys() & self.scalars.keys() - {STEP}:
-            raise ValueError(f"scalars: {shortened(min(both))} is among shapes too")
+            raise ValueError(f"scalars: {shortened(min(both))} is also in shapes")
         if self.scalars.get(STEP, 0) < 0:
             raise ValueError(f"scalars: {STEP} is {self.scalars[STEP]}")
         for name in self.state.networks or [""]:
@@ -171,7 +171,7 @@ def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
     kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items() if name not in frozen}
     if len(kinds) > 1 and (bare := kinds.get(())) is not None:
         name = next(name for name in kind if kind[name] == bare)
-        raise ValueError(f"shapes: {shortened(name)} has no moments, and others have")
+        raise ValueError(f"shapes: {shortened(name)} has no moments, but others have")
     for key, tensors in shapes.items():
         first = next((kind[name] for name in tensors if name in kind), None)
         for name in tensors:
@@ -190,12 +190,12 @@ def read_manifest(path: Path) -> Manifest:
     manifest = parse_manifest(data, file)
     named = re.fullmatch(r"step-(\d{1,15})", path.name, re.ASCII)
     if named and int(named[1]) != manifest.step:
-        raise CheckpointError(f"{file} is of step {manifest.step}, and its folder is named {path.name}")
+        raise CheckpointError(f"{file} is for step {manifest.step}, but its folder is named {path.name}")
     return manifest
 
 
 def parse_manifest(data: bytes, file: Path) -> Manifest:
-    """What stands in `file`. Raises CheckpointError, which names it."""
+    """The manifest in `file`. Raises CheckpointError, which names it."""
     try:
         tree = _parse(data)
     except ValueError as error:
@@ -203,7 +203,7 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
     if not isinstance(tree, dict):
         raise CheckpointError(f"{file}: not a manifest")
     if tree.get("format") not in READABLE or isinstance(tree["format"], bool):
-        raise CheckpointError(f"{file}: format {shortened(tree.get('format'))}, this version reads {READABLE}")
+        raise CheckpointError(f"{file}: format {shortened(tree.get('format'))}, but this version reads {READABLE}")
     _move_routers(tree.get("state"))
     try:
         manifest = Manifest.model_validate(tree)
@@ -215,7 +215,7 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
 
 
 def _move_routers(state: Any) -> None:
-    """Checkpoints once held what routers remember, and no other memory, under a key of its own."""
+    """Older checkpoints have only router memory, under a key of its own."""
     if isinstance(state, dict) and isinstance(state.get("routers"), dict) and "memory" not in state:
         state["memory"] = {f"router.{name}": rows for name, rows in state.pop("routers").items()}
 

@@ -1,4 +1,4 @@
-"""What a task remembers beside weights: rows of numbers in a checkpoint, tensors on the device."""
+"""What a task keeps besides weights: rows of numbers in a checkpoint, tensors on the device."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -40,7 +40,7 @@ def wrong_shapes(memory: Mapping[str, Sequence[Sequence[float]]], learner: Learn
 
 
 def wrong_memory(state: TrainState, learner: Learner) -> str:
-    """What of a checkpoint's state is not of the task and its model; empty if all is."""
+    """What of a checkpoint's state does not belong to the task and its model; empty if all does."""
     known = learner.known_memory()
     if unknown := [name for name in state.memory if name not in known]:
         return f"state.memory has {shortened(unknown[0])}, which is not remembered by this model and task"

@@ -1,4 +1,4 @@
-"""Find where a run stands and put its engine there; go back when the loss spikes."""
+"""Find the newest usable checkpoint and load it; roll back when the loss spikes."""
 
 import itertools
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ Engines = Sequence[Engine]
 
 
 def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner, record: Record | None) -> None:
-    """Bring the engines and `state` to the newest checkpoint in which nothing is wrong.
+    """Bring the engines and `state` to the newest checkpoint that verifies.
 
     The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
     and recorded; what was half written is deleted. A run without checkpoints starts from its initial weights, or from
@@ -61,7 +61,7 @@ def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner,
         reader, problems = _check_together(Path(durable.forked_from))
         problems = problems if not reader else _misfits(reader, engines, learner)
         if problems:
-            raise ConfigError(f"the checkpoint this run was forked from cannot be used: {problems[0]}")
+            raise ConfigError(f"the checkpoint that this run was forked from cannot be used: {problems[0]}")
     if not reader:
         return
     load(reader, engines, state)
@@ -92,7 +92,7 @@ def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config
     spiked, cursor, rollbacks = state.step, state.cursor, state.rollbacks + 1
     steps = from_chief(lambda: store.committed(run_dir))
     if not steps or rollbacks > config.train.spike.max_rollbacks:
-        why = "there is no checkpoint before it" if not steps else f"it is spike {rollbacks} of this run"
+        why = "there is no checkpoint before it" if not steps else f"this is spike {rollbacks} of this run"
         raise ConfigError(
             f"the loss spiked at step {spiked} and {why}: lower optim.lr, or raise train.spike.deviations "
             f"or train.spike.max_rollbacks"
@@ -100,11 +100,12 @@ def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config
     try:
         load(Reader(store.folder(run_dir, steps[-1])), engines, state)
     except CheckpointError as error:
-        raise ConfigError(f"the loss spiked at step {spiked} and there is no going back: {error}") from None
+        raise ConfigError(f"the loss spiked at step {spiked} and rolling back failed: {error}") from None
     left_out = (state.cursor, cursor)
     state.cursor, state.rollbacks = cursor, rollbacks
     if record:
-        # Before the next step: no checkpoint has the new cursor yet, and the log may lose its tail with the machine.
+        # Before the next step: no checkpoint has the new cursor yet, and the log may lose its tail if the machine
+        # fails.
         before = read_durable_state(run_dir).rollbacks
         back = Rollback(to_step=state.step, cursor=cursor, rollbacks=rollbacks)
         change_durable_state(run_dir, rollbacks=[*before, back])
@@ -133,7 +134,7 @@ def _misfits(reader: Reader, engines: Engines, learner: Learner) -> list[str]:
     # No process has them all: they are a pipeline's, or the checkpoint has more.
     known = set(itertools.chain(*parts))
     unknown = [name for name in held if name not in known]
-    more = f"{reader.path} has {counted(len(unknown), 'parameter')} that the model has not, such as"
+    more = f"{reader.path} has {counted(len(unknown), 'parameter')} that the model lacks, such as"
     return [f"{more} {shortened(unknown[0])}"] if unknown else []
 
 

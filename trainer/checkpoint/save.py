@@ -94,8 +94,8 @@ def misfit(engine: Engine, reader: Reader) -> str:
         if own and not any(kind <= own | scalars for kind in needed):
             names = " or ".join(", ".join(sorted(kind)) for kind in needed)
             return (
-                f"{reader.path} holds {', '.join(sorted(own | scalars))} of {piece.name}, the optimizer goes on from "
-                f"{names}: set optim.name back, or begin from the weights alone with train.init_from"
+                f"{reader.path} has {', '.join(sorted(own | scalars))} of {piece.name}, but the optimizer needs "
+                f"{names}: set optim.name back, or start from the weights only with train.init_from"
             )
     return ""
 
@@ -159,7 +159,7 @@ def _restore_states(
 
 
 class Saver:
-    """Writes checkpoints of one run, on another thread unless told otherwise, one at a time.
+    """Writes the checkpoints of one run, one at a time, in a background thread by default.
 
     Only an optimizer step changes what a checkpoint holds. So the other thread also takes the copy, beside the next
     forward and backward pass, and training waits for it, if at all, where the optimizer is about to step.

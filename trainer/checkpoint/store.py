@@ -60,7 +60,7 @@ from .manifest import step_of as step_of
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One process's share of a checkpoint, copied away from the training state."""
+    """One process's share of a checkpoint, copied from the training state."""
 
     tensors: dict[str, Tensor]
     """Key of a fragment -> 1-D CPU tensor."""
@@ -105,7 +105,7 @@ def _failure(rank: int, token: str) -> str:
 
 
 def _say_failed(path: Path, reason: str) -> None:
-    """Rank 0 must not wait for this rank; on a disk without a free block the name alone says it."""
+    """Tell rank 0 not to wait for this rank; on a full disk the file's name alone says it."""
     whole = path.with_name(f".{path.name}")
     with suppress(OSError):
         try:
@@ -170,7 +170,7 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
 
 
 def _receipt(path: Path, token: str) -> Receipt | None:
-    """A rank's receipt for this save; what is not one, as an earlier save may have left it, is none."""
+    """A rank's receipt for this save; None if it is missing or from an earlier save."""
     try:
         with open_file(path) as file:
             receipt = parse_receipt(file.read(MOST_BYTES + 1), path)
@@ -247,9 +247,9 @@ def _wrong_size(path: Path, file: File) -> str:
     except OSError:
         return f"{there} is missing"
     if not stat.S_ISREG(found.st_mode):
-        return f"{there} is no file, or a link to one"
+        return f"{there} is not a plain file, or is a link"
     if found.st_size != file.bytes:
-        return f"{there} has {found.st_size} bytes, the manifest says {file.bytes}"
+        return f"{there} has {found.st_size} bytes, but the manifest says {file.bytes}"
     return ""
 
 
@@ -260,10 +260,10 @@ def _wrong_content(path: Path, sha256: str, reader: "Reader | None") -> list[str
     except (OSError, CheckpointError) as error:
         return [str(error)]
     if found != sha256:
-        return [f"{path} does not have the manifest's sha256: its content changed after it was written"]
+        return [f"{path} does not match the manifest's sha256: its content changed after it was written"]
     if reader and not finite:
-        return [f"{path} holds numbers that are not finite{reader.not_finite(path.name)}"]
-    return [f"{path} holds numbers below 0 in {key}" for key in reader.below_zero(path.name)] if reader else []
+        return [f"{path} contains numbers that are not finite{reader.not_finite(path.name)}"]
+    return [f"{path} contains numbers below 0 in {key}" for key in reader.below_zero(path.name)] if reader else []
 
 
 _CHUNK = 1 << 18
@@ -296,7 +296,7 @@ def _data_begins(path: Path, file: BinaryIO) -> int:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, MOST_BYTES):
-        raise CheckpointError(f"{path} is not safetensors: its header of {length:,} bytes is longer than it can be")
+        raise CheckpointError(f"{path} is not safetensors: its header of {length:,} bytes is too long")
     return 8 + length
 
 
@@ -362,7 +362,7 @@ class Reader:
         try:
             return self.manifest.shapes[key][name]
         except KeyError:
-            raise CheckpointError(f"{self.path} holds no {key} of {name}") from None
+            raise CheckpointError(f"{self.path} has no {key} of {name}") from None
 
     def misfit(self, wanted: Mapping[str, Sequence[int]], *, others: bool = False) -> str:
         """Why the weights are not those of a model with parameters of these shapes; empty if they are.
@@ -373,12 +373,12 @@ class Reader:
         held = self.manifest.shapes[MASTER]
         for name, shape in wanted.items():
             if name not in held:
-                return f"{self.path} holds no {MASTER} of {name}"
+                return f"{self.path} has no {MASTER} of {name}"
             if held[name] != tuple(shape):
-                return f"{self.path}: {name} is {list(held[name])}, the model's is {list(shape)}"
+                return f"{self.path}: {name} has shape {list(held[name])}, the model's is {list(shape)}"
         if not others and (unknown := [name for name in held if name not in wanted]):
             more = counted(len(unknown), "parameter")
-            return f"{self.path} has {more} that the model has not, such as {shortened(unknown[0])}"
+            return f"{self.path} has {more} that the model lacks, such as {shortened(unknown[0])}"
         return ""
 
     def read(self, key: str, name: str, start: int = 0, numel: int | None = None, box: Box | None = None) -> Tensor:
@@ -405,7 +405,9 @@ class Reader:
                 run = held[index]
                 target[fragments.within(wanted, part)] = self._data(run)[fragments.within(run.box, part)]
         if missing:
-            raise CheckpointError(f"{self.path}: {key} of {name} is not whole: {missing} of {stop - start} missing")
+            raise CheckpointError(
+                f"{self.path}: {key} of {name} is incomplete: {missing} of {stop - start} elements missing"
+            )
         return out
 
     def _data(self, run: Run) -> Tensor:

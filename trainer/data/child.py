@@ -1,6 +1,6 @@
-"""A child process with bounds on memory and processor time, for what no library bounds: reading other people's files.
+"""A child process with limits on memory and CPU time, which libraries lack: for reading untrusted files.
 
-What a child answers is JSON and bytes, never a pickle: it may be in the hands of the file that it reads.
+A child's answer is JSON and bytes, never a pickle: the file that it reads may have taken control of it.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 MIB = 1 << 20
 _ENVIRONMENT = {
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own reserves address space far ahead, which the bound counts
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own reserves address space far ahead, which the limit counts
     "TOKENIZERS_PARALLELISM": "false",
     "RUST_BACKTRACE": "0",
 }
@@ -27,19 +27,19 @@ class ChildDied(Exception):
     """A child ended before it answered; the text says why."""
 
     said = ""
-    """The end of what it wrote to stderr."""
+    """The last lines of its stderr."""
 
 
 class Child:
-    """A process that runs `MODULE.serve(descriptor, ...)` over its end of a pipe, which ends it too.
+    """A process that runs `MODULE.serve(descriptor, ...)` on its end of a pipe and exits when the pipe closes.
 
     Args:
-        module: the whole name of the module that has `serve`.
-        descriptors: more files for it to inherit, given to `serve` after the pipe.
+        module: full name of the module with `serve`.
+        descriptors: more file descriptors for it to inherit, passed to `serve` after the pipe.
     """
 
     # A program of its own rather than multiprocessing's, which would import the caller's __main__ (and with it torch
-    # and DeepSpeed) again. What a library prints as it panics is not for the user, who gets one message.
+    # and DeepSpeed) again. What a library prints when it panics is not shown to the user, who gets one message.
     def __init__(self, module: str, descriptors: Sequence[int] = ()):
         ours, theirs = Pipe()
         with theirs:
@@ -68,7 +68,7 @@ class Child:
             raise self.died() from None
 
     def died(self) -> ChildDied:
-        """Why it ended, once the pipe has told that it did."""
+        """Why it ended, once the pipe has closed."""
         self.connection.close()
         self._process.kill()  # nothing to one that is dead; one that only closed its pipe is not waited for
         code = self._process.wait()
@@ -87,7 +87,7 @@ class Child:
         return died
 
     def close(self) -> None:
-        """End the process, whatever it is doing."""
+        """Kill the process, whatever it is doing."""
         self.connection.close()
         self._process.kill()
         self._process.wait()
@@ -101,9 +101,9 @@ class Child:
 
 
 class Bounds:
-    """In a child: what it may take from here on, beyond what it took when this was made (its imports).
+    """In a child: limits from here on, on top of what it used when this was created (its imports).
 
-    Linux alone tells and enforces the memory of a process; elsewhere only the time is bounded.
+    Only Linux reports and limits the memory of a process; elsewhere only the time is limited.
     """
 
     def __init__(self) -> None:
@@ -111,12 +111,12 @@ class Bounds:
         self._before = _address_space()
 
     def memory(self, size: int) -> None:
-        """Let it hold `size` bytes. What asks for more raises MemoryError, or aborts."""
+        """Allow `size` bytes of memory. A request for more raises MemoryError, or aborts."""
         if self._before:
             _lower(resource.RLIMIT_AS, self._before + size)
 
     def seconds(self, seconds: float) -> None:
-        """Let it compute for so long (a second more at most), then be killed."""
+        """Allow this much CPU time (a second more at most), after which the process is killed."""
         used = resource.getrusage(resource.RUSAGE_SELF)
         _lower(resource.RLIMIT_CPU, int(used.ru_utime + used.ru_stime + seconds) + 1)
 

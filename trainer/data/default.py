@@ -1,4 +1,4 @@
-"""Make sure that the data a config names are prepared; `stdlib` is prepared at first use."""
+"""Make sure that a config's data are prepared; `stdlib` is prepared at first use."""
 
 import contextlib
 import hashlib
@@ -53,28 +53,28 @@ def ensure_prepared(
         folders.append(source.model_copy(update={"path": str(folder)}))
     path = folders[0].path if isinstance(config.data.path, str) else tuple(folders)
     data = config.data.model_copy(update={"path": path})
-    from .read.reader import Dataset  # torch, which what is refused above need not wait for
+    from .read.reader import Dataset  # imports torch, which the checks above need not wait for
 
-    Dataset(data, config.train.seq_len, config.run.seed)  # what is wrong with it shows here, not in the run's processes
+    Dataset(data, config.train.seq_len, config.run.seed)  # errors show here, not in the run's processes
     nothing = without_held_out(data)
     if len(nothing) < len(folders):
         Dataset(data, config.train.seq_len, config.run.seed, split="held_out")
     if nothing:
         what = "the run has no evaluation" if len(nothing) == len(folders) else "the evaluation is of the other data"
-        notes.append(f"data.path={', '.join(nothing)}: nothing is held out, so {what}")
+        notes.append(f"data.path={', '.join(nothing)} has no held-out data, so {what}")
         if progress:
             Meter.say(f"muster: {notes[-1]}")
     return data, notes
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest, limits: LimitsConfig) -> None:
-    """Try the tokenizer of prepared data, which the run will use only at its first evaluation, once on this machine."""
+    """Test the tokenizer of prepared data, which the run uses only at its first evaluation, once on this machine."""
     info = manifest.tokenizer
     digest = hashlib.sha256((file := tokenizer_file(folder)).read_bytes()).hexdigest()
     if digest != info.sha256:
         raise ConfigError(
-            f"{file} is not the tokenizer that {folder} was prepared with (sha256 {digest[:12]}…, the manifest has "
-            f"{info.sha256[:12]}…): restore it, or prepare the data again"
+            f"{file} is not the tokenizer that {folder} was prepared with (its sha256 is {digest[:12]}…, the "
+            f"manifest has {info.sha256[:12]}…): restore it, or prepare the data again"
         )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "muster" / "tokenizers"
     tried = cache / hashlib.sha256(info.model_dump_json().encode()).hexdigest()
@@ -85,8 +85,8 @@ def _check_tokenizer(folder: Path, manifest: Manifest, limits: LimitsConfig) -> 
         found = tokenizer.vocab_size, tokenizer.token_to_id(info.eos_token)
     if found != (info.vocab_size, info.eos_id):
         raise ConfigError(
-            f"{file} has {found[0]:,} tokens and {info.eos_token!r} as token {found[1]}, where {folder / MANIFEST} has "
-            f"{info.vocab_size:,} and {info.eos_id}: prepare the data again"
+            f"{file} has {found[0]:,} tokens and {info.eos_token!r} as token {found[1]}, but {folder / MANIFEST} "
+            f"has {info.vocab_size:,} and {info.eos_id}: prepare the data again"
         )
     with contextlib.suppress(OSError):  # without it the next run tries again
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -94,8 +94,8 @@ def _check_tokenizer(folder: Path, manifest: Manifest, limits: LimitsConfig) -> 
 
 
 def stdlib_folder(root: str | Path, config: PrepareConfig) -> Path:
-    """Where the prepared standard library stands: named by what it depends on, so that another Python or other
-    settings get a folder of their own."""
+    """Folder of the prepared standard library, named after its inputs, so that another Python version or other settings
+    get a folder of their own."""
     settings = hashlib.sha256(f"{FORMAT} {config.model_dump_json()}".encode()).hexdigest()[:8]
     kind = config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file"
     size = f"-{config.vocab_size}" if kind == "bpe" else ""

@@ -26,7 +26,7 @@ class ExampleReader(Protocol):
     """Reads one split. Which examples stand where is a pure function of (seed, index); not for several threads at once.
 
     Attributes:
-        bad_pages: (file, row group) of what was left out so far.
+        bad_pages: (file, row group) of what was skipped so far.
     """
 
     bad_pages: list[tuple[str, int]]
@@ -104,15 +104,15 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `images.reader.Images`, or if there are more classes than the model tells apart."""
     if config.data.path == "stdlib":
         raise ConfigError(
-            f"data.path=stdlib is text, and task={config.task} learns from images: set data.path to a Parquet file of "
-            "them, or a folder"
+            f"data.path=stdlib is text, but task={config.task} learns from images: set data.path to a Parquet file "
+            "of images, or a folder of them"
         )
     images = _images(config.data)
     most = getattr(config.model, "classes", None)
     if most is not None and images.classes > most:
         raise ConfigError(
-            f"model.classes is {most}, and data.path={images.path} has labels up to {images.classes - 1}: "
-            f"set model.classes={images.classes}"
+            f"model.classes is {most}, but data.path={images.path} has labels up to {images.classes - 1}: set "
+            f"model.classes={images.classes}"
         )
     shape = " x ".join(map(str, images.shape))
     return config.data, [f"data.path={images.path}: {len(images):,} images of {shape}, {images.classes} classes"]

@@ -1,4 +1,4 @@
-"""The manifest of a prepared folder: what its shards hold, what they were made from and what was refused."""
+"""The manifest of a prepared folder: contents of its shards, their inputs, and what was rejected."""
 
 import hashlib
 import os
@@ -79,7 +79,7 @@ class TokenizerInfo(Typed):
     @model_validator(mode="after")
     def _has_its_end(self) -> Self:
         if self.eos_id >= self.vocab_size:
-            raise ValueError(f"eos_id {self.eos_id} is outside the vocabulary of {self.vocab_size}")
+            raise ValueError(f"eos_id {self.eos_id} is not in the vocabulary of {self.vocab_size}")
         return self
 
     def is_as(self, other: "TokenizerInfo") -> bool:
@@ -107,12 +107,12 @@ class Manifest(Typed):
 
     @model_validator(mode="after")
     def _is_of_one_piece(self) -> Self:
-        """What is said twice is said alike, so that what reads the data can go by either."""
+        """Values that are stated twice must agree, so that readers can use either."""
         size, group = self.tokenizer.vocab_size, self.prepare.row_group_tokens
         if size > 1 << 16 and self.dtype == "uint16":
             raise ValueError(f"a vocabulary of {size} does not fit {self.dtype}")
         if len({shard.file for shard in self.shards}) < len(self.shards):
-            raise ValueError("two shards are one file")
+            raise ValueError("two shards have the same file")
         for split in SPLITS:
             shards, told = self.of(split), self.splits.get(split)
             if told is None or told.tokens != sum(shard.tokens for shard in shards):
@@ -148,7 +148,7 @@ def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
     """Read the manifest of a prepared folder.
 
     Args:
-        given: what its name follows where a user gave it, for messages.
+        given: prefix of the folder's name in messages, if a user gave it.
 
     Raises:
         ConfigError: no folder, no manifest (not prepared, or the preparation was cut short), or not one of ours.
@@ -156,7 +156,7 @@ def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
     path = Path(folder) / MANIFEST
     try:
         if not os.path.isfile(path):
-            what = "is not there" if not os.path.exists(folder) else f"has no {MANIFEST}, so it is not prepared data"
+            what = "does not exist" if not os.path.exists(folder) else f"has no {MANIFEST}, so it is not prepared data"
             then = ", then set data.path=FOLDER (or to stdlib)" if given == "data.path=" else ""
             raise ConfigError(
                 f"{given}{shortened(str(folder), 200)}: {what}.\n"
@@ -174,7 +174,9 @@ def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
         first = error.errors(include_url=False, include_context=False)[0]
         if first["loc"] == ("format",):
             found = str(first["input"])[:20]
-            raise ConfigError(f"{path} has format {found}, this version reads {FORMAT}: prepare it again") from None
+            raise ConfigError(
+                f"{path} has format {found}, but this version reads {FORMAT}: prepare the data again"
+            ) from None
         reason = first_reason(error)
     except (OSError, ValueError) as error:
         reason = str(error)
@@ -195,13 +197,15 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     """
     sources = sources_of(data)
     if not sources:
-        raise ConfigError("data.path is an empty list: name at least one prepared folder")
+        raise ConfigError("data.path is an empty list: give at least one prepared folder")
     manifests = [read_manifest(source.path) for source in sources]
     for source, manifest in zip(sources, manifests, strict=True):
         one, other = manifests[0].tokenizer, manifest.tokenizer
         if not one.is_as(other):
             what = (
-                "tokenizers" if one.sha256 != other.sha256 else f"ends of text ({one.eos_token} and {other.eos_token})"
+                "tokenizers"
+                if one.sha256 != other.sha256
+                else f"end-of-text tokens ({one.eos_token} and {other.eos_token})"
             )
             raise ConfigError(
                 f"data.path: {sources[0].path} and {source.path} have different {what}.\nPrepare both with one: "

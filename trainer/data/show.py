@@ -1,4 +1,4 @@
-"""Say what a prepared folder holds, check it, and show examples."""
+"""Describe a prepared folder, verify it, and show examples."""
 
 import hashlib
 from pathlib import Path
@@ -83,4 +83,4 @@ def _problem(path: Path, sha256: str) -> str | None:
             actual = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         return f"{path}: {error.strerror or error}"
-    return None if actual == sha256 else f"{path}: sha256 is {actual[:12]}…, the manifest has {sha256[:12]}…"
+    return None if actual == sha256 else f"{path}: sha256 is {actual[:12]}…, but the manifest has {sha256[:12]}…"

@@ -1,4 +1,4 @@
-"""Crash-safe file writes: after a crash a file has its old content or the new one, whole. And SHA-256 digests."""
+"""Crash-safe file writes and SHA-256 digests: after a crash a file has either its old or its new content."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from .own_files import no_link
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A new file, for its owner alone, that takes the place of `path` once it is on the disk, at the end of the block.
+    """A new file, readable by its owner only, that replaces `path` at the end of the block, once it is on disk.
 
     Raises:
         OSError: it cannot be written, or its temporary name is a link. `path` is as before, and so it is where the

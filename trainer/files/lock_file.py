@@ -1,4 +1,4 @@
-"""Lock files: held by at most one process, free again however that one ends."""
+"""Lock files: held by at most one process, and released however that process ends."""
 
 from pathlib import Path
 

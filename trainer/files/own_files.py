@@ -12,7 +12,7 @@ from typing import BinaryIO
 from configs import ConfigError
 
 LONGEST_LINE = 16 << 20
-"""Bytes of a line of a record; one of a step with a thousand experts in each of a hundred layers has some 2 MB."""
+"""Most bytes of a line of a record; a step with a thousand experts in each of a hundred layers has some 2 MB."""
 
 
 def require_own(folder: Path, without: Collection[str] = ()) -> None:
@@ -67,7 +67,7 @@ def _below(folder: Path, without: Collection[str]) -> Iterator[tuple[str, os.sta
 
 
 def _owner_of_new(folder: Path) -> int:
-    """Whom a file of ours belongs to there: a network file system may know this user by another number."""
+    """Owner that our files should have there: a network file system may map this user to another id."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno()).st_uid

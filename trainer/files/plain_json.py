@@ -1,4 +1,4 @@
-"""One line of JSON from what a training process has at hand: numpy, torch, paths, numbers that are not finite."""
+"""One line of JSON from values of a training process: numpy, torch, paths, non-finite numbers."""
 
 import json
 import math
@@ -18,7 +18,7 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    raise TypeError(f"{type(value).__name__} cannot stand in the record: {value!r}")
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON: {value!r}")
 
 
 def _finite(value: Any) -> Any:

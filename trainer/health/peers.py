@@ -32,7 +32,7 @@ class BadMachine(RuntimeError):
 
 def no_folder(run_dir: Path, hosts: list[str], ranks: list[int]) -> BadMachine:
     return BadMachine(
-        f"{run_dir} is not there on {', '.join(hosts)}: run.root must be a folder that every machine reaches",
+        f"{run_dir} does not exist on {', '.join(hosts)}: run.root must be a folder that every machine can reach",
         hosts,
         ranks,
     )
@@ -111,16 +111,16 @@ def judge(reports: Sequence[Report]) -> list[Verdict]:
 
 
 def _broken(reports: Sequence[Report]) -> Iterable[Verdict]:
-    yield from _name(reports, [not r.right for r in reports], "product", "a matrix product came out wrong")
+    yield from _name(reports, [not r.right for r in reports], "product", "a matrix product gave a wrong result")
     for device in sorted({report.device for report in reports}):
         same = [report for report in reports if report.device == device and report.right]
         sure, odd = _odd([report.fingerprint for report in same])
         yield from _name(same, odd, "product", f"a matrix product differs from that of other {device}", sure)
     wrong = [not report.sums_right for report in reports]
-    yield from _name(reports, wrong, "sums", "an all-reduce or all-gather arrived wrong", not all(wrong))
+    yield from _name(reports, wrong, "sums", "an all-reduce or all-gather gave a wrong result", not all(wrong))
     yield from _exchanges(reports)
     unseen = [not report.sees_folder for report in reports]
-    yield from _name(reports, unseen, "folder", "the run's folder is not the one that rank 0 writes to")
+    yield from _name(reports, unseen, "folder", "the run's folder is not the same one as on rank 0")
     for error in sorted({report.disk_error for report in reports if report.disk_error}):
         failed = [report.disk_error == error for report in reports]
         yield from _name(reports, failed, "disk", f"the run's folder cannot be written: {error}")
@@ -136,7 +136,7 @@ def _slow(reports: Sequence[Report]) -> Iterable[Verdict]:
         yield from _behind(same, [r.copy for r in same], "copy", 1e9, "GB/s of copying")
         yield from _behind(same, [float(r.free_memory) for r in same], "memory", 1e9, "GB of free device memory")
     if len({report.machine for report in reports}) > 2 or len(reports) > 2:
-        yield from _behind(reports, [report.link for report in reports], "link", 1e9, "GB/s to the quickest peer")
+        yield from _behind(reports, [report.link for report in reports], "link", 1e9, "GB/s to the fastest peer")
     yield from _behind(reports, [report.write for report in reports], "disk", 1e6, "MB/s into the run's folder")
     full = [report.disk_full for report in reports]
     yield from _name(reports, full, "full", "the disk of the run's folder is full", kind="slow")
@@ -185,7 +185,7 @@ def _exchanges(reports: Sequence[Report]) -> Iterable[Verdict]:
             ends.update([report.machine, partner])
     worst = [machine for machine, count in ends.items() if count == max(ends.values())]
     bad = [report.machine in worst for report in reports]
-    yield from _name(reports, bad, "link", "numbers arrived wrong over its link", sure=len(worst) == 1)
+    yield from _name(reports, bad, "link", "wrong numbers arrived over its link", sure=len(worst) == 1)
 
 
 def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slow"]) -> Iterable[Verdict]:
@@ -195,7 +195,7 @@ def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slo
     usual = values[odd.index(False)] if sure else values[0]
     for value in sorted(set(values) - {usual}):
         others = [each == value for each in values]
-        yield from _name(reports, others, "versions", f"it has {name} {value} where others have {usual}", kind=kind)
+        yield from _name(reports, others, "versions", f"it has {name} {value}, others have {usual}", kind=kind)
 
 
 def _behind(

@@ -209,7 +209,7 @@ def _try_disk(run_dir: Path) -> _Disk:
             if hasattr(os, "posix_fadvise"):  # the bytes that are read are the disk's, not those in memory
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if path.read_bytes() != (data or b"0"):
-            return _Disk(None, free, "what was written is not what is read")
+            return _Disk(None, free, "a file read back differs from what was written")
         return _Disk(len(data) / seconds if len(data) >= LITTLE else None, free)
     except OSError as error:
         if error.errno in FULL:

@@ -226,10 +226,10 @@ class _Watch:
         named = suspects(stands, waiting.suspects, stacks_tell=dist.get_backend() == "gloo")
         saved = [str(path.relative_to(self._run_dir)) for path in paths.values() if _size(path)]
         details = {"step": step, "phase": phase, "seconds": waited, "bound": allowed, "suspects": named}
-        reason = f"no progress for {waited:.3g} s in step {step} ({phase}), allowed are {allowed:.3g} s"
+        reason = f"no progress for {waited:.3g} s in step {step} ({phase}), limit {allowed:.3g} s"
         for rank in named[:4]:
             stand = stands[rank]
-            where = f"stood in {stand.frames[0]}" if stand and stand.frames else "could not say where it stood"
+            where = f"is in {stand.frames[0]}" if stand and stand.frames else "could not report its stack"
             reason += f"; rank {rank} {where}"
         if waiting.where:
             reason += f"; others wait in {waiting.where}"

@@ -72,9 +72,9 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
     if held.states > there or held.needed > SPARE * there:
         what = "this machine" if cpu else torch.cuda.get_device_name(here)
         raise ConfigError(
-            f"one process needs {byte_size(held.needed)}, {byte_size(held.states)} of them for weights, "
-            f"gradients and optimizer states, and {what} has {byte_size(there)}:\n"
-            "lower model.* or train.micro_batch, or raise parallel.* or parallel.zero_stage; `muster plan` says what "
+            f"one process needs {byte_size(held.needed)}, {byte_size(held.states)} of it for weights, "
+            f"gradients and optimizer states, but {what} has {byte_size(there)}:\n"
+            "lower model.* or train.micro_batch, or raise parallel.* or parallel.zero_stage; `muster plan` shows what "
             "takes the memory"
         )
 

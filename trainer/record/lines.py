@@ -95,7 +95,11 @@ class Record:
                 if error.errno not in FULL:
                     raise
                 if first:
-                    print(f"{self.run_dir / name}: {error.strerror}; lines wait for room", file=sys.stderr, flush=True)
+                    print(
+                        f"{self.run_dir / name}: {error.strerror}; lines are kept in memory until there is room",
+                        file=sys.stderr,
+                        flush=True,
+                    )
 
     def _flush(self, name: str) -> None:
         waiting = self._waiting[name]
@@ -216,7 +220,7 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
         if event is None:
             continue
         if wrong := wrong_event(event):
-            left_out = left_out or f"{path}: line {number} is left out, and perhaps more: {wrong}"
+            left_out = left_out or f"{path}: line {number} is skipped, and perhaps more: {wrong}"
         else:
             events.append(as_now(event))
     if left_out:
@@ -302,7 +306,7 @@ def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
         if event["event"] == "hang" and event["attempt"] == last["attempt"]:
             return "FAILED", event["reason"]
     if last.get("host") == socket.gethostname() and not _alive(last.get("pid", 0)):
-        return "FAILED", "the process is gone without a word (killed, or out of memory)"
+        return "FAILED", "the process is gone without a message (killed, or out of memory)"
     return "RUNNING", None
 
 

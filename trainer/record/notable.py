@@ -74,7 +74,7 @@ def _preflight(these: Sequence[Event]) -> str:
 def _experts(these: Sequence[Event]) -> str:
     last = these[-1]
     where = "; ".join(f"layer {layer}: {', '.join(map(str, who))}" for layer, who in last["experts"].items())
-    what = "took tokens again" if last["event"] == "experts_recovered" else "stopped being chosen"
+    what = "receive tokens again" if last["event"] == "experts_recovered" else "stopped being chosen"
     return f"{last['collapsed']} collapsed after step {last['step']}, where these {what}: {where}"
 
 

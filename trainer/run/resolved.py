@@ -32,7 +32,7 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     if source := config.train.init_from:
         begun = committed(Path(run.root) / run.name)  # such a run has its weights, and may outlive where they came from
         if not begun and not Path(source).expanduser().is_dir():
-            what = "a file: name its folder" if Path(source).expanduser().is_file() else "no such folder"
+            what = "a file: give its folder" if Path(source).expanduser().is_file() else "no such folder"
             raise ConfigError(f"train.init_from={source}: {what}")
         source = str(Path(source).expanduser().resolve())
         config = config.model_copy(update={"train": config.train.model_copy(update={"init_from": source})})

@@ -24,11 +24,11 @@ def main() -> int:
     guard()
     parser = argparse.ArgumentParser(prog="python -m trainer.tracking", description=__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--once", action="store_true", help="send what is missing and leave")
-    parser.add_argument("--attempt", type=int, help="the attempt whose record this is")
-    parser.add_argument("--parent-pid", type=int, help="the training process; when it is gone the attempt has ended")
-    parser.add_argument("--grace", type=float, default=GRACE, help="seconds without success until it gives up")
-    parser.add_argument("--sweep", action="store_true", help="the folder is a sweep's: its runs are sent as well")
+    parser.add_argument("--once", action="store_true", help="send what is missing, then exit")
+    parser.add_argument("--attempt", type=int, help="the attempt that this record belongs to")
+    parser.add_argument("--parent-pid", type=int, help="the training process; when it is gone, the attempt has ended")
+    parser.add_argument("--grace", type=float, default=GRACE, help="give up after this many seconds without success")
+    parser.add_argument("--sweep", action="store_true", help="the folder is a sweep's: send its runs as well")
     args = parser.parse_args()
     send = ship_sweep if args.sweep else ship
     try:

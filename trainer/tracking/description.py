@@ -7,7 +7,7 @@ from urllib.parse import quote
 from configs import Config, counted, mask
 from models.planning.cost import has_formulas, parameters
 
-MARK = "Written by muster; a text of yours in its place stays."
+MARK = "Written by muster; replace it with your own text and it is kept."
 """Ends a description that may be replaced by a newer one."""
 PICTURE = "plots/loss.png"
 

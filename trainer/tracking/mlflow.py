@@ -59,7 +59,7 @@ def refuse_elsewhere(place: Path, run_id: str) -> None:
     experiment = place.parent.parent
     if not re.fullmatch(r"[0-9a-f]{32}", run_id) or place.resolve() != experiment.resolve() / run_id / "artifacts":
         raise ConfigError(
-            f"the tracker wants this run's files in {place}, which is no folder that MLflow makes for a run"
+            f"the tracker wants this run's files in {place}, which is not a folder that MLflow creates for a run"
         )
     require_own(place)
 
@@ -156,7 +156,7 @@ class MlflowTracker:
         for point in points:
             time = int(point.time * 1000)
             metrics = [Metric(_metric_name(key), value, time, point.step) for key, value in point.values.items()]
-            assert len(metrics) <= MAX_METRICS_PER_BATCH, "a step must fit into one transaction"
+            assert len(metrics) <= MAX_METRICS_PER_BATCH, "all metrics of a step must fit into one transaction"
             if len(batch) + len(metrics) > MAX_METRICS_PER_BATCH:
                 self._client.log_batch(self._run_id, metrics=batch)
                 batch = []

@@ -25,7 +25,7 @@ from .start import read_state, write_state
 from .tracker import Input, Point, RunInfo, Tracker
 
 MLFLOW_NOTE = "mlflow.note.content"
-GONE = "the training process ended without a word (killed, or out of memory)"
+GONE = "the training process died without a message (killed, or out of memory)"
 
 
 def open_tracker(run_dir: Path, config: Config, uri: str) -> Tracker:
@@ -217,7 +217,7 @@ class Sender:
         if not lines:
             return None
         held = counted(len(lines), "record", "is/are")
-        return f"after the last checkpoint {held} held back, as the run may go on from there"
+        return f"{held} after the last checkpoint held back, as the run may resume from there"
 
     def note_error(self, error: str, **more: Any) -> dict[str, Any]:
         """Write it beside what is known of the tracker. Returns all of it."""

@@ -114,7 +114,7 @@ class Shipper(Sender):
                 self.send_all(ended)
                 if failing:
                     print(f"sending to {self.uri} again", file=sys.stderr, flush=True)
-                    self._tell("tracker_recovered", f"sending to {self.uri} again, what was missing too")
+                    self._tell("tracker_recovered", f"sending to {self.uri} again, including what was missed")
                 if ended or self.once:
                     return self.held()
                 failing = False

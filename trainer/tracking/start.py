@@ -118,7 +118,7 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
     uri = config.tracking.uri or variable or sqlite_uri(root / "mlflow.db")
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
-            f"tracking.uri={mask(uri)}: MLflow 3 does not record into a folder; give http(s)://server or "
+            f"tracking.uri={mask(uri)}: MLflow 3 does not record to a folder; give http(s)://server or "
             f"sqlite:////absolute/path.db, or leave it out for {root / 'mlflow.db'}"
         )
     _refuse_strange(uri, variable)
@@ -129,7 +129,10 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
     bare = re.sub(r"^(https?://)[^/]*@", r"\1", uri)
     if MASK not in bare and (os.environ.get("MLFLOW_TRACKING_PASSWORD") or os.environ.get("MLFLOW_TRACKING_TOKEN")):
         return bare  # MLflow sends what the variables say
-    raise NoCredentials(f"tracking.uri={uri}: a run's files keep no password; set MLFLOW_TRACKING_URI to the whole URI")
+    raise NoCredentials(
+        f"tracking.uri={uri}: a run's files must not contain a password; set MLFLOW_TRACKING_URI to the whole URI "
+        "instead"
+    )
 
 
 def _refuse_strange(uri: str, variable: str | None) -> None:
@@ -138,8 +141,8 @@ def _refuse_strange(uri: str, variable: str | None) -> None:
     kept += ["~/.mlflow/credentials"] if Path("~/.mlflow/credentials").expanduser().exists() else []
     if kept and _server(uri) and _server(uri) != _server(variable or ""):
         raise NoCredentials(
-            f"tracking.uri={mask(uri)} comes from a file, and MLflow would send {kept[0]} there. If it is your server, "
-            f"set MLFLOW_TRACKING_URI to it as well"
+            f"tracking.uri={mask(uri)} comes from a file, and MLflow would send {kept[0]} there. If you trust that "
+            "server, set MLFLOW_TRACKING_URI to it as well"
         )
 
 
@@ -215,7 +218,7 @@ def unsent(run_dir: str | Path) -> str | None:
     state, lines = read_state(run_dir), run_dir / METRICS
     missing = state.get("error")
     if not missing and lines.exists() and state.get("offset", 0) < lines.stat().st_size:
-        missing = "not all of the record is sent yet"
+        missing = "part of the record is not sent yet"
     return f"tracking: {missing}; {later(run_dir)}" if missing else None
 
 

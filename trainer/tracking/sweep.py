@@ -30,7 +30,7 @@ def sweep_config(sweep_dir: Path) -> Config:
     """
     started = [event for event in read_events(sweep_dir) if event["event"] == "attempt_started"]
     if not (sweep_dir / SWEEP).is_file() or not started:
-        raise ConfigError(f"{sweep_dir} is not the folder of a sweep that has run: `muster sweep run` makes it")
+        raise ConfigError(f"{sweep_dir} is not the folder of a sweep that has run: `muster sweep run` creates it")
     return Config(tracking=TrackingConfig(**started[-1]["tracking"]))
 
 

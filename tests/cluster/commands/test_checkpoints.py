@@ -82,7 +82,7 @@ def test_verify_names_every_damaged_file(muster, run_dir):
     code, out, _ = muster("verify", str(run_dir))
     assert code == 1
     assert out.count("damaged: ") == 3
-    assert f"{damaged[0]} does not have the manifest's sha256" in out
+    assert f"{damaged[0]} does not match the manifest's sha256" in out
     assert "rank-00001.safetensors is missing" in out
     assert "step-00000006: 2 files" in out
     assert muster("verify", str(run_dir), "--step", "6")[0] == 0
@@ -98,7 +98,7 @@ def test_mistakes_are_exit_code_2(muster, run_dir, tmp_path):
     for command in ("show", "verify"):
         code, _, err = muster(command, "first", "--step", "5", "--root", str(tmp_path))
         assert code == 2
-        assert "no checkpoint of step 5: it has those of steps 2, 4, 6" in err
+        assert "no checkpoint of step 5: its checkpoints are at steps 2, 4, 6" in err
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.yaml").write_text("run: {}")
     assert muster("list", "empty", "--root", str(tmp_path))[:2] == (0, "empty has no checkpoints\n")

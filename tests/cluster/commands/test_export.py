@@ -56,7 +56,7 @@ def test_the_old_spelling_works_and_is_said_to_be_old(muster, run_dir, tmp_path,
     assert (code, "--out new: the folder is not empty" in err) == (2, True)
     (tmp_path / "file").touch()
     assert "there is a file of that name" in export(muster, run_dir, "--out", "file")[2]
-    for out, what in (("file/x", "cannot be made"), ("/proc/x", "cannot be made"), ("", "missing --out FOLDER")):
+    for out, what in (("file/x", "cannot be created"), ("/proc/x", "cannot be created"), ("", "missing --out FOLDER")):
         code, _, err = export(muster, run_dir, "--out", out)
         assert (code, what in err, err.count("\n")) == (2, True, 1), err
 

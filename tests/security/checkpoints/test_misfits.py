@@ -44,8 +44,8 @@ def reshaped(name: str, shape: list[int]) -> Change:
 
 
 MISFITS: dict[str, tuple[Change, str]] = {
-    "another shape": (reshaped(EMBED, [1, 32]), "is .1, 32., the model's is .257, 32."),
-    "transposed": (reshaped(EMBED, [32, 257]), "is .32, 257., the model's is .257, 32."),
+    "another shape": (reshaped(EMBED, [1, 32]), "has shape .1, 32., the model's is .257, 32."),
+    "transposed": (reshaped(EMBED, [32, 257]), "has shape .32, 257., the model's is .257, 32."),
     "another name": (
         both(
             *(renamed(f"{s}/{NORM}@0", f"{s}/other@0") for s in ("weight", "exp_avg", "exp_avg_sq")),
@@ -54,9 +54,9 @@ MISFITS: dict[str, tuple[Change, str]] = {
                 for s in ("weight", "exp_avg", "exp_avg_sq")
             ),
         ),
-        f"holds no weight of {NORM}",
+        f"has no weight of {NORM}",
     ),
-    "a parameter more": (EXTRA_PARAMETER, "has 1 parameter that the model has not, such as more"),
+    "a parameter more": (EXTRA_PARAMETER, "has 1 parameter that the model lacks, such as more"),
     "a layer of routers more": (manifest("state", "memory", BIAS, to=[[0.0] * 2] * 2), f"{BIAS} does not have"),
     "an expert more": (manifest("state", "memory", LOAD, to=[[0.5] * 3]), f"{LOAD} does not have"),
     "an expert more in one row": (
@@ -72,9 +72,9 @@ OPTIMIZERS: dict[str, tuple[Change, str]] = {
             manifest("shapes", "exp_avg_sq", to=GONE),
             tensors(lambda held: [held.pop(key) for key in list(held) if key.startswith("exp_avg_sq/")]),
         ),
-        "the optimizer goes on from exp_avg, exp_avg_sq, step",
+        "but the optimizer needs exp_avg, exp_avg_sq, step",
     ),
-    "no step": (manifest("scalars", "step", to=GONE), "the optimizer goes on from exp_avg, exp_avg_sq, step"),
+    "no step": (manifest("scalars", "step", to=GONE), "but the optimizer needs exp_avg, exp_avg_sq, step"),
 }
 """What is whole, and not the optimizer's; who wants the weights alone takes it."""
 HARMLESS: dict[str, Change] = {

@@ -79,7 +79,7 @@ def test_what_stands_where_a_refused_one_goes_makes_room(run_dir, resumed, make)
 def test_a_fork_from_what_is_no_checkpoint_is_refused(run_dir, resumed, origin):
     shutil.rmtree(run_dir / "checkpoints")
     Record(run_dir, 0).event("forked", checkpoint=origin)
-    with pytest.raises(ConfigError, match=r"the checkpoint this run was forked from cannot be used"):
+    with pytest.raises(ConfigError, match=r"the checkpoint that this run was forked from cannot be used"):
         resumed(run_dir)
 
 

@@ -279,7 +279,7 @@ NUMBERS = {
     f"status {'n' * 5000}": "no run 'nnn",
     f"status {'n' * 300} --root {'r' * 300}": "File name too long",
     f"sweep fit --table {'n' * 5000}": "no such file",
-    f"data inspect {'n' * 5000}": "is not there",
+    f"data inspect {'n' * 5000}": "does not exist",
 }
 
 

@@ -364,7 +364,7 @@ def test_a_manifest_that_is_no_file(copy, monkeypatch):
     with pytest.raises(ConfigError, match="not prepared data"):
         read_manifest(copy)
     for name in ("x" * 5000, "a\0b"):
-        with pytest.raises(ConfigError, match="is not there"):
+        with pytest.raises(ConfigError, match="does not exist"):
             read_manifest(tmp := str(copy / name))
         assert tmp
     monkeypatch.setattr("trainer.data.manifest.MANIFEST_BYTES", 100)
@@ -381,7 +381,7 @@ def test_shards_of_a_manifest_are_files_beside_it_and_counted_once(copy):
         with pytest.raises(ConfigError, match=r"damaged .*(outside its folder|add up)"):
             read_manifest(copy)
     change(copy, shards=[shards[0], *shards])
-    with pytest.raises(ConfigError, match="two shards are one file"):
+    with pytest.raises(ConfigError, match="two shards have the same file"):
         read_manifest(copy)
     change(copy, shards=shards)
     path = copy / shards[0]["file"]

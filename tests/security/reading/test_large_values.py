@@ -216,7 +216,7 @@ def test_a_message_of_unknown_keys_has_one_error():
 
 
 def test_a_folder_is_named_as_it_was_given(tmp_path):
-    with pytest.raises(ConfigError, match=rf"^{tmp_path}/x: is not there"):
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/x: does not exist"):
         inspect(tmp_path / "x")
     (tmp_path / "run" / "config.yaml").mkdir(parents=True)
     (tmp_path / "run" / "events.jsonl").touch()

@@ -113,7 +113,7 @@ def test_what_is_no_file(tmp_path, monkeypatch, plain):
         with pytest.raises(ConfigError, match="tokenizer"):
             TokenizerProcess(path)
     monkeypatch.setattr("trainer.data.tokenizer.tokenizer_files.TOKENIZER_BYTES", 100)
-    with pytest.raises(ConfigError, match="more than any has"):
+    with pytest.raises(ConfigError, match="over 100"):
         TokenizerProcess(plain)
 
 
@@ -244,7 +244,7 @@ def test_a_record_that_ends_its_worker_is_refused_and_the_rest_goes_on(plain, tm
 def test_a_tokenizer_that_fails_over_every_record_is_refused(plain, tmp_path):
     grows = {"normalizer": {"type": "Sequence", "normalizers": DOUBLED}}
     path = write(tmp_path / TOKENIZER, plain, grows)
-    with pytest.raises(ConfigError, match=r"failed over 3 records, the last of x\.txt"):
+    with pytest.raises(ConfigError, match=r"failed on 3 records, the last one in x\.txt"):
         list(encode_all(iter([records(*["a"] * 10)]), spec_of(path), 1))
 
 
@@ -254,7 +254,7 @@ def test_a_panic_and_a_token_out_of_the_vocabulary_are_refusals(plain, tmp_path)
     assert batch.splits["train"].tokens.tolist() == [*b"good", 256] * 2
     assert [refusal.reason for refusal in batch.refused] == ["cannot be tokenized"]
     batch = Encoder(spec_of(plain, vocab_size=110))(records("good", "zz"))
-    told = "it gives token {}, which is not in its vocabulary"
+    told = "it returns token {}, which is not in its vocabulary"
     assert [refusal.detail for refusal in batch.refused] == [told.format(111), told.format(122)]
 
 

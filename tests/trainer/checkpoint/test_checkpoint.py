@@ -133,7 +133,7 @@ def test_read_any_range_across_fragments(tmp_path):
     reader = Reader(write(tmp_path, 1))
     assert torch.equal(reader.read("weight", "a", 2, 5), torch.arange(2.0, 7.0))
     assert reader.weight("a").shape == (2, 5)
-    with pytest.raises(CheckpointError, match="not whole"):
+    with pytest.raises(CheckpointError, match="incomplete"):
         reader.read("weight", "a", 8, 5)
     with pytest.raises(CheckpointError, match="holds no exp_avg of a"):
         reader.read("exp_avg", "a")

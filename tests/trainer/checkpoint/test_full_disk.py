@@ -108,7 +108,10 @@ def test_the_record_waits_for_room_and_loses_nothing(disk, capsys):
         if step == 60:
             (disk / "ballast").unlink()
     assert [(m["step"], m["loss"]) for m in read_metrics(disk)] == [(step, 1 / step) for step in range(1, 101)]
-    assert capsys.readouterr().err == f"{disk}/metrics.jsonl: No space left on device; lines wait for room\n"
+    assert (
+        capsys.readouterr().err
+        == f"{disk}/metrics.jsonl: No space left on device; lines are kept in memory until there is room\n"
+    )
     record.close()
     assert capsys.readouterr().err == ""
 

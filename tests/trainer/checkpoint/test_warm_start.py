@@ -110,7 +110,9 @@ def test_mistakes_name_the_key(trained, tiny_data):
     with pytest.raises(ConfigError, match=r"neither a run with checkpoints.*of llama, mistral, qwen2, "):
         load_weights(torch.nn.Linear(1, 1), warm(trained.parent))
     wider = warm(trained, {"hidden_size": 64})
-    with pytest.raises(ConfigError, match=r"is \[320, 32\], the model's is \[320, 64\]: set model.hidden_size=32"):
+    with pytest.raises(
+        ConfigError, match=r"has shape \[320, 32\], the model's is \[320, 64\]: set model.hidden_size=32"
+    ):
         load_weights(build(wider.model), wider)
 
 
@@ -247,12 +249,12 @@ def test_upcycling_where_it_cannot_be_names_the_keys(dense, trained, tiny_data):
 
     mistake(r"is dense in model\.layers\.0\.mlp.* set train\.upcycle=", EXPERTS, init_from=str(dense))
     mistake(r"num_experts is 0: set it", {"num_experts": 0}, init_from=str(dense), upcycle={})
-    mistake(r"has its experts already: set train\.upcycle=null", {}, init_from=str(trained), upcycle={})
+    mistake(r"already has experts: set train\.upcycle=null", {}, init_from=str(trained), upcycle={})
     mistake(
         r"width 128.*expert_size is 96: set it to 128", EXPERTS | {"expert_size": 96}, init_from=str(dense), upcycle={}
     )
     mistake(
-        r"has no model\.layers\.2\..* has 2 layers, model.num_layers is 3: set model.num_layers=2$",
+        r"has no model\.layers\.2\..* has 2 layers, but model.num_layers is 3: set model.num_layers=2$",
         EXPERTS | {"num_layers": 3},
         init_from=str(dense),
         upcycle={},

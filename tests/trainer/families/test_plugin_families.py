@@ -328,8 +328,8 @@ REFUSED = {
     ),
     "too few classes": ("convnet", {"model": {"classes": 2}}, r"set model\.classes=3"),
     "a key of another family": ("convnet", {"model": {"num_layers": 2}}, r"unknown key model\.num_layers"),
-    "text": ("convnet", {"data": {"path": "stdlib"}}, r"data\.path=stdlib is text, and task=classification"),
-    "no file": ("convnet", {"data": {"path": "/no/such.parquet"}}, r"data\.path=/no/such\.parquet is not there"),
+    "text": ("convnet", {"data": {"path": "stdlib"}}, r"data\.path=stdlib is text, but task=classification"),
+    "no file": ("convnet", {"data": {"path": "/no/such.parquet"}}, r"data\.path=/no/such\.parquet does not exist"),
 }  # fmt: skip
 
 

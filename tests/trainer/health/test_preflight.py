@@ -45,10 +45,10 @@ def test_no_generator_moves(tmp_path):
 
 
 FAULTS = {
-    "product": (bad.wrong_product, r"node-2 \(rank 2\): a matrix product came out wrong"),
-    "sums": (bad.wrong_sums, r"node-2 \(rank 2\): an all-reduce or all-gather arrived wrong"),
-    "link": (bad.garbled_link, r"node-2 \(rank 2\): numbers arrived wrong over its link"),
-    "versions": (bad.other_torch, r"node-2 \(rank 2\): it has torch 2\.0\.0 where others have"),
+    "product": (bad.wrong_product, r"node-2 \(rank 2\): a matrix product gave a wrong result"),
+    "sums": (bad.wrong_sums, r"node-2 \(rank 2\): an all-reduce or all-gather gave a wrong result"),
+    "link": (bad.garbled_link, r"node-2 \(rank 2\): wrong numbers arrived over its link"),
+    "versions": (bad.other_torch, r"node-2 \(rank 2\): it has torch 2\.0\.0, others have"),
 }
 
 
@@ -67,7 +67,7 @@ def test_a_folder_of_its_own_is_not_the_runs(tmp_path):
         (tmp_path / name).mkdir()
     folders = [tmp_path / "shared", tmp_path / "other", tmp_path / "shared"]
     told = in_team(3, bad.checked, folders, resolved())
-    reason = "node-1 (rank 1): the run's folder is not the one that rank 0 writes to"
+    reason = "node-1 (rank 1): the run's folder is not the same one as on rank 0"
     assert told == [(reason, ["node-1"], [1])] * 3
 
 
@@ -86,7 +86,7 @@ def test_a_clock_and_a_slow_link_are_named_and_training_goes_on(tmp_path):
 
 def test_the_end_of_a_slow_link(tmp_path):
     assert in_team(4, bad.checked, [tmp_path] * 4, resolved(), bad.slow_link, (2,), 0.1) == [4] * 4
-    assert any(re.match(r"node-2 \(rank 2\): .* to the quickest peer", line) for line in the_event(tmp_path)["slow"])
+    assert any(re.match(r"node-2 \(rank 2\): .* to the fastest peer", line) for line in the_event(tmp_path)["slow"])
 
 
 def test_a_run_ends_before_its_model_is_built(tmp_path, tiny_data):
@@ -107,7 +107,7 @@ def test_torchrun_says_it_once_with_exit_code_1(tmp_path, tiny_data):
     config = tiny(run={"name": "run", "root": "runs"}, data={"path": str(tiny_data)}, parallel={"dp": 2})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     ended = run_ranks(tmp_path, ["c.yaml"], before=bad.own_machine, given=(bad.wrong_product, (1,)))
-    assert ended == [(1, "muster: node-1 (rank 1): a matrix product came out wrong\n"), (1, "")]
+    assert ended == [(1, "muster: node-1 (rank 1): a matrix product gave a wrong result\n"), (1, "")]
 
 
 def test_a_folder_that_is_not_there_at_all(tmp_path, tiny_data):
@@ -115,7 +115,7 @@ def test_a_folder_that_is_not_there_at_all(tmp_path, tiny_data):
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     ended = run_ranks(tmp_path, ["c.yaml"], before=bad.own_machine, given=(bad.blind, (1,)))
     where = tmp_path / "runs" / "run"
-    reason = f"muster: {where} is not there on node-1: run.root must be a folder that every machine reaches\n"
+    reason = f"muster: {where} does not exist on node-1: run.root must be a folder that every machine can reach\n"
     assert ended == [(1, reason), (1, "")]
 
 

@@ -61,6 +61,9 @@ def test_a_killed_process_leaves_what_it_had_printed(tmp_path):
 
 def test_a_folder_that_is_not_there_is_a_bad_machines(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "5")
-    with pytest.raises(BadMachine, match=r"gone is not there on .*run\.root") as caught, output_kept(tmp_path / "gone"):
+    with (
+        pytest.raises(BadMachine, match=r"gone does not exist on .*run\.root") as caught,
+        output_kept(tmp_path / "gone"),
+    ):
         pass
     assert (caught.value.hosts, caught.value.ranks) == ([socket.gethostname()], [5])

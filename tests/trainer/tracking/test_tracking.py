@@ -255,7 +255,7 @@ def test_what_is_not_sent_is_known_without_an_error(root):
     record = started(run_dir, 1)
     assert unsent(run_dir) is None
     take_steps(record, [1])
-    assert "not all of the record is sent" in unsent(run_dir)
+    assert "part of the record is not sent" in unsent(run_dir)
     assert ship(run_dir).missing is None
     assert unsent(run_dir) is None
 

@@ -15,12 +15,12 @@ from trainer.data.manifest import Split
 
 IMAGE, LABEL, BYTES = "image", "label", "bytes"
 HELD_OUT = ("validation", "valid", "test")
-"""How the names of files begin that no run trains on; the first of these that there is."""
+"""Name prefixes of files that no run trains on; the first of these that is present is used."""
 MOST_FILES = 100_000
 FOOTER = 64 << 20
-"""Bytes of a footer at most."""
+"""Most bytes of a footer."""
 LARGEST_GROUP = 1 << 30
-"""Bytes that a row group may unpack to: `datasets` writes 100 rows of images to one."""
+"""Most bytes that a row group may unpack to: `datasets` writes 100 images per row group."""
 
 
 class Group(NamedTuple):
@@ -36,7 +36,8 @@ class ImageFiles(NamedTuple):
     labels: np.ndarray
     """int64 [rows], of all groups one after the other."""
     sha256: str
-    """Of the names, sizes and footers of the files: a footer has places, sizes and statistics of all that is in it."""
+    """Digest of the names, sizes and footers of the files: a footer has offsets, sizes and statistics of everything in
+    the file."""
 
 
 def image_files(path: str) -> dict[Split, list[Path]]:
@@ -50,7 +51,7 @@ def image_files(path: str) -> dict[Split, list[Path]]:
         return {"train": [found], "held_out": []}
     files = sorted(found.rglob("*.parquet"))[: MOST_FILES + 1] if found.is_dir() else []
     if not files or len(files) > MOST_FILES:
-        what = "is not there" if not found.exists() else "has no *.parquet" if not files else f"has over {MOST_FILES}"
+        what = "does not exist" if not found.exists() else "has no *.parquet" if not files else f"has over {MOST_FILES}"
         raise ConfigError(
             f"data.path={path} {what}: set it to a Parquet file of images, or a folder of them, as `datasets` writes "
             f"them (columns {IMAGE}: struct<{BYTES}, path> and {LABEL})"
@@ -65,7 +66,7 @@ def image_files(path: str) -> dict[Split, list[Path]]:
 
 
 def open_files(files: list[Path]) -> ImageFiles:
-    """Look at every file: its columns, the size of its row groups, and its labels.
+    """Check every file: its columns, the size of its row groups, and its labels.
 
     Raises:
         ConfigError: a file that cannot be read, lacks a column, or has labels that are no classes.
@@ -82,7 +83,7 @@ def open_files(files: list[Path]) -> ImageFiles:
                     group = file.metadata.row_group(number)
                     if group.total_byte_size > LARGEST_GROUP:
                         raise ConfigError(
-                            f"{path}: row group {number} unpacks to {group.total_byte_size:,} bytes, more than "
+                            f"{path}: row group {number} unpacks to {group.total_byte_size:,} bytes, over "
                             f"{LARGEST_GROUP:,}: write it with smaller row groups"
                         )
                     groups.append(Group(path, number, group.num_rows))
@@ -95,7 +96,7 @@ def open_files(files: list[Path]) -> ImageFiles:
             raise ConfigError(f"{path}: {column.null_count} rows have no {LABEL}; leave them out")
         found = column.to_numpy().astype(np.int64)
         if len(found) and found.min() < 0:
-            raise ConfigError(f"{path}: {LABEL} is {found.min()} in a row: classes are counted from 0")
+            raise ConfigError(f"{path}: {LABEL} is {found.min()} in a row: labels must be 0 or above")
         labels.append(found)
     if not sum(map(len, labels)):
         raise ConfigError(f"{files[0].parent}: the Parquet files have no rows")
@@ -129,6 +130,6 @@ def _identity(path: Path) -> bytes:
         file.seek(max(size - 8, 0))
         length = int.from_bytes(file.read(4), "little")
         if file.read(4) != b"PAR1" or length > min(size - 8, FOOTER):
-            raise ValueError("it does not end as one does")
+            raise ValueError("it does not end like one")
         file.seek(size - 8 - length)
         return f"{path.name}\0{size}\0".encode() + hashlib.sha256(file.read(length)).digest()

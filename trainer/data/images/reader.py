@@ -24,11 +24,11 @@ from trainer.data.read.shards import DataError
 from .files import BYTES, IMAGE, Group, image_files, open_files
 
 BLOCK = 16
-"""Row groups whose images are shuffled together, and that are kept in memory."""
+"""Row groups that are shuffled together and kept in memory."""
 MODES = {1: "L", 3: "RGB"}
 FORMATS = ("PNG", "JPEG")
 LARGEST = 1 << 26
-"""Pixels of an image, before it is resized: what unpacks to more is refused before it is unpacked."""
+"""Most pixels of an image before it is resized: a larger one is refused before it is decoded."""
 
 
 @dataclass
@@ -60,13 +60,13 @@ class Images:
     def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
         self.config, self.split = config, split
         if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, images are read from one")
+            raise ConfigError(f"data.path has {len(sources)} sources, but images are read from exactly one")
         self.path = sources[0].path
         files = image_files(self.path)
         found = open_files(files[split] or files["train"])
         self.groups, self.sha256, self._labels = found.groups, found.sha256, found.labels
         self.bad_pages: list[tuple[str, int]] = []
-        """None: what cannot be read stops the run."""
+        """None: an unreadable image stops the run."""
         share = config.prepare.held_out if not files["held_out"] else 0.0
         rows = len(self._labels)
         held_out = np.zeros(rows, bool)
@@ -149,17 +149,17 @@ class Images:
         where = self.groups[group]
         data = self._bytes(group)[row]
         if data is None:
-            raise DataError(where.file, where.number, f"row {row} has a path and no bytes", damaged=False)
+            raise DataError(where.file, where.number, f"row {row} has a path but no bytes", damaged=False)
         settings = self.config.images
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 if image.width * image.height > LARGEST:
-                    raise ValueError(f"{image.width} x {image.height} pixels, more than {LARGEST:,}")
+                    raise ValueError(f"{image.width} x {image.height} pixels, over {LARGEST:,}")
                 drawn = image.convert(MODES[settings.channels])
             if settings.size and drawn.size != (settings.size, settings.size):
                 drawn = drawn.resize((settings.size, settings.size), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = f"row {row} is no PNG or JPEG that can be read: {clip(error, 150)}"
+            reason = f"row {row} is not a readable PNG or JPEG: {clip(error, 150)}"
             raise DataError(where.file, where.number, reason, damaged=False) from None
         pixels = np.asarray(drawn)
         found = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)

@@ -97,7 +97,7 @@ class EncodedBatch:
 
 
 def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes | Refusal]:
-    """Every document as UTF-8 text that is known to decode, or why it was left out."""
+    """Every document as valid UTF-8 text, or the reason why it was rejected."""
     for record in records:
         if isinstance(record, Refusal):
             yield record
@@ -115,7 +115,7 @@ def documents(records: list[Record | Refusal], text_key: str) -> Iterator[bytes 
         except Damaged as error:
             yield Refusal(record.path, record.where, *error.args)
         except UnicodeError as error:
-            yield Refusal(record.path, record.where, "bad UTF-8", clip(error, 200))
+            yield Refusal(record.path, record.where, "invalid UTF-8", clip(error, 200))
         except (ValueError, RecursionError) as error:
             yield Refusal(record.path, record.where, "malformed JSON", clip(error, 200))
         except MemoryError:
@@ -146,13 +146,13 @@ def _quoted(text_key: str) -> list[bytes]:
 
 
 def _object(keys: list[str], pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """An object. Raises Damaged if a key that leads to the text stands twice in it."""
+    """Parse an object. Raises Damaged if a key that leads to the text appears twice in it."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         for key in (*keys, ".".join(keys)):
             if names.count(key) > 1:
-                raise Damaged("ambiguous key", f"{key!r} stands {names.count(key)} times in one object")
+                raise Damaged("ambiguous key", f"{key!r} appears {names.count(key)} times in one object")
     return found
 
 
@@ -219,10 +219,10 @@ class Encoder:
                 if self.spec.foreign and (tokens == self.spec.eos_id).any():
                     tokens = np.array(self._encode(cut_inside(text, self.spec.eos_token), before), np.uint32)
                     if (tokens == self.spec.eos_id).any():
-                        raise TokenizerError("it gives the end of text for a part of it")
+                        raise TokenizerError("it returns the end-of-text token inside a text")
             before = text
             if len(tokens) and (largest := int(tokens.max())) >= self.spec.vocab_size:
-                raise TokenizerError(f"it gives token {largest:,}, which is not in its vocabulary")
+                raise TokenizerError(f"it returns token {largest:,}, which is not in its vocabulary")
             pieces.append(tokens.astype(self.spec.dtype))
         return pieces, characters
 

@@ -15,11 +15,11 @@ from .encode import EncodedBatch, Encoder, EncodeSpec, receive
 Records = list[Record | Refusal]
 
 MAX_DEATHS = 20
-"""Records that each end their worker, after which it is the tokenizer that is refused."""
+"""How many records may each kill their worker before the tokenizer itself is rejected."""
 
 
 def default_workers() -> int:
-    """Processors this process may use."""
+    """Number of CPUs this process may use."""
     return len(os.sched_getaffinity(0))
 
 
@@ -71,7 +71,7 @@ class _Worker(Child):
         self.send(spec)
 
     def send(self, value: object) -> None:
-        with contextlib.suppress(OSError):  # it died: noticed where its answer would come
+        with contextlib.suppress(OSError):  # it died: noticed when its answer is due
             self.connection.send(value)
 
     def record(self) -> int:
@@ -116,12 +116,12 @@ class _Workers:
         why, index = worker.died(), worker.record()
         worker.close()
         if index < 0:
-            raise RuntimeError(f"a tokenizer process ended as it started (it {why}): out of memory? Try fewer workers")
+            raise RuntimeError(f"a tokenizer process died at startup (it {why}): out of memory? Try fewer workers")
         self._deaths += 1
         if self._deaths > (MAX_DEATHS if self._encoded else 2):
             raise ConfigError(
-                f"the tokenizer failed over {self._deaths} records, the last of {batch[index].path} (it {why}).\n"
-                "Give another one, or raise `--limit memory=MIB` or `--limit seconds=N`"
+                f"the tokenizer failed on {self._deaths} records, the last one in {batch[index].path} (it {why}).\n"
+                "Use another one, or raise `--limit memory=MIB` or `--limit seconds=N`"
             )
         refusal = Refusal(batch[index].path, batch[index].where, "cannot be tokenized", f"it {why}")
         return [*batch[:index], refusal, *batch[index + 1 :]]

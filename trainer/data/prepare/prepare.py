@@ -82,7 +82,7 @@ def prepare(
         if (out / MANIFEST).exists():
             return _unchanged(out, read_manifest(out), fingerprint, config, text_key, progress)
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ConfigError(f"--out {out}: exists and is not prepared data; name a new folder")
+            raise ConfigError(f"--out {out}: exists but is not prepared data; choose a new folder")
         if progress and (links := linked_folders(files, inputs)):
             more = f" and {len(links) - 5} more" if len(links) > 5 else ""
             Meter.say(f"links to folders that are followed: {', '.join(links[:5])}{more}")
@@ -116,16 +116,16 @@ def _folder_to_make(out: str | Path) -> Path:
     """The path of `out`, whose parent is there. Raises ConfigError where no folder can be made."""
     try:
         if not str(out) or not os.path.basename(os.path.normpath(out)).strip("."):
-            raise ConfigError(f"--out {str(out)!r} names no folder to make")
+            raise ConfigError(f"--out {str(out)!r} cannot be the name of a folder")
         str(out).encode()
         path = Path(out)
         path.parent.mkdir(parents=True, exist_ok=True)
         _lock_of(path).touch()
     except UnicodeError:
-        raise ConfigError("--out: its path is not UTF-8, which a config could not name; choose another") from None
+        raise ConfigError("--out: its path is not UTF-8, so no config could refer to it; choose another") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ConfigError(f"--out {out} cannot be made ({why}): name a folder where you can write") from None
+        raise ConfigError(f"--out {out} cannot be created ({why}): choose a folder where you can write") from None
     return path
 
 
@@ -197,7 +197,7 @@ def _build(
         file, *pair = losses.example
         name = os.fsencode(file).decode("utf-8", errors="replace")
         doubts.append(
-            f"{changed(*pair)} in {name}; so are {losses.lossy:,} of {losses.looked_at:,} documents that were looked at"
+            f"{changed(*pair)} in {name}; so are {losses.lossy:,} of {losses.looked_at:,} documents that were checked"
         )
     if losses.unknown:
         all_tokens = sum(split.tokens for split in splits.values())
@@ -271,7 +271,7 @@ def _unchanged(
 ) -> Manifest:
     if manifest.fingerprint == fingerprint:
         if progress:
-            Meter.say(f"{out} is prepared from these inputs already: nothing to do")
+            Meter.say(f"{out} is already prepared from these inputs: nothing to do")
         return manifest
     before, now = manifest.prepare.model_dump(), config.model_dump()
     changed = [f"{key} {before[key]!r} -> {now[key]!r}" for key in now if before[key] != now[key]]
@@ -279,8 +279,8 @@ def _unchanged(
         changed.append(f"text_key {manifest.text_key!r} -> {text_key!r}")
     unseen = "files, or the tokenizer, were added, removed or modified since, or the limits changed"
     raise ConfigError(
-        f"--out {out} is prepared already, from other inputs or settings ({', '.join(changed) or unseen}).\n"
-        "Name another folder, or remove it if no run uses it"
+        f"--out {out} is already prepared from other inputs or settings ({', '.join(changed) or unseen}).\n"
+        "Choose another folder, or remove it if no run uses it"
     )
 
 
@@ -296,7 +296,7 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         held = lock.acquire(timeout=0)
     except Timeout:
-        Meter.say(f"waiting for another process that prepares {out}")
+        Meter.say(f"waiting for another process that is preparing {out}")
         held = lock.acquire()
     with held:
         yield
@@ -305,7 +305,7 @@ def _locked(out: Path) -> Iterator[None]:
 
 
 def refusals(reason: str, count: int) -> str:
-    """A reason with how often it was one: `2 empty files`, `3 bad UTF-8`."""
+    """A reason with how often it was one: `2 empty files`, `3 invalid UTF-8`."""
     return (
         counted(count, reason) if reason.endswith((" file", " document", " key", " column")) else f"{count:,} {reason}"
     )
@@ -331,6 +331,6 @@ def summary(manifest: Manifest) -> str:
         lines.append("nothing is held out: a run on these data alone has no evaluation")
     if manifest.refused:
         reasons = ", ".join(starmap(refusals, manifest.refused.items()))
-        lines.append(f"left out: {reasons} (each is named in {REFUSED})")
+        lines.append(f"rejected: {reasons} (each is named in {REFUSED})")
     lines += manifest.doubts
     return "\n".join(lines)

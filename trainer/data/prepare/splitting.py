@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from trainer.data.manifest import Split
 
 MIN_TAIL = 128
-"""Bytes held out of a document that is cut, at least: some forty tokens."""
+"""Minimum bytes held out of a document that is split: some forty tokens."""
 ENOUGH_DOCUMENTS = 1 << 16
 """To choose one of."""
 
@@ -36,10 +36,10 @@ class Splitting:
 
     def __str__(self) -> str:
         if self.tail:
-            return f"Too few documents to hold one out: of each long one at least the last {self.tail:.0%} is, by lines"
+            return f"Too few documents to hold one out: at least the last {self.tail:.0%} of each long one is held out"
         if self.document is not None:
             return "Few documents: the random split held none out, so one was set aside for evaluation"
-        return "too little text to hold a part of it out"
+        return "too little text to hold any of it out"
 
 
 def number_of(document: bytes, seed: int) -> int:

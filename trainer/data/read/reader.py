@@ -22,7 +22,7 @@ from .shards import DataError, Shards
 
 
 class Location(NamedTuple):
-    """Where a sequence stands: window `window` of `seq_len` tokens of a row group."""
+    """Location of a sequence: window `window` of `seq_len` tokens of a row group."""
 
     source: int
     epoch: int
@@ -70,14 +70,15 @@ class Dataset:
             if seq_len > tokens:
                 raise ConfigError(
                     f"train.seq_len ({seq_len}) is longer than the row groups of {source.path} ({tokens} tokens).\n"
-                    f"Prepare it again with data.prepare.row_group_tokens={1 << (4 * seq_len - 1).bit_length()} or "
-                    "lower train.seq_len"
+                    f"Prepare the data again with "
+                    f"data.prepare.row_group_tokens={1 << (4 * seq_len - 1).bit_length()}, "
+                    "or lower train.seq_len"
                 )
             shards = Shards(source.path, manifest, split, BLOCK + BLOCK // 8, config.limits)
             windows, last = self._windows(tokens), self._windows(shards.last_tokens)
             groups = shards.groups if last else shards.groups - 1  # one token alone has no label
             if groups < 1 and split == "train":
-                raise ConfigError(f"data.path={source.path} holds less than two training tokens: prepare more text")
+                raise ConfigError(f"data.path={source.path} has fewer than two training tokens: prepare more text")
             self.shards.append(shards)
             order = EpochOrder(groups, windows, last or windows, mix(seed, number)) if groups > 0 else None
             self.orders.append(order)
@@ -85,8 +86,8 @@ class Dataset:
         if not self._ends[-1]:
             paths = ", ".join(source.path for source in self.sources)
             raise ConfigError(
-                f"data.path={paths} has no held-out documents: prepare it with a larger data.prepare.held_out or more "
-                "text"
+                f"data.path={paths} has no held-out documents: prepare the data with a larger "
+                "data.prepare.held_out or more text"
             )
         self._interleave = Interleave([source.weight for source in self.sources], mix(seed, "mixture"))
         self._fixed = Permutation(self._ends[-1], mix("held out"))
@@ -101,7 +102,7 @@ class Dataset:
         return hashlib.sha256("".join(manifest.sha256 for manifest in self.manifests).encode()).hexdigest()
 
     def locate(self, index: int) -> Location:
-        """Where sequence `index` stands. Raises IndexError beyond the end of the held-out split."""
+        """Location of sequence `index`. Raises IndexError beyond the end of the held-out split."""
         source, epoch, group, window = self._place(index)
         file, row_group = self.shards[source].locate(group)
         return Location(source, epoch, file, row_group, window)
@@ -171,7 +172,7 @@ class Dataset:
 
     def _place(self, index: int) -> tuple[int, int, int, int]:
         if index < 0:
-            raise IndexError(f"sequence {index}: counted from 0")
+            raise IndexError(f"sequence {index}: indices start at 0")
         if self.split == "train":
             source, index = self._interleave(index)
             order = self.orders[source]

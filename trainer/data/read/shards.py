@@ -22,7 +22,7 @@ from trainer.data.prepare.shard_writer import COLUMN, schema
 
 OPEN_FILES = 16
 EXPANSION = 16
-"""Decoded bytes for each byte on disk, above which memory is bounded: tokens of real text take 2 to 6."""
+"""Decoded bytes per byte on disk above which memory is limited: tokens of real text take 2 to 6."""
 GROUP_FOOTER = 1 << 10
 """Bytes that a row group takes in a footer, at most; ours take some 100."""
 
@@ -105,7 +105,7 @@ class Shards:
         expected = self.last_tokens if group == self.groups - 1 else self.group_tokens
         # A flipped bit in a page's header, which no checksum covers, ends in an error or in fewer values.
         if len(tokens) != expected:
-            raise DataError(path, local, f"{len(tokens)} tokens where the manifest has {expected}", damaged=True)
+            raise DataError(path, local, f"{len(tokens)} tokens, but the manifest has {expected}", damaged=True)
         size = self.manifest.tokenizer.vocab_size
         if int(tokens.max()) >= size:
             raise DataError(path, local, f"token {tokens.max()} is outside the vocabulary of {size}", damaged=True)
@@ -126,7 +126,7 @@ class Shards:
             raise ValueError(f"its {metadata.num_rows:,} tokens unpack to {unpacked:,} bytes")
 
     def _file(self, shard: int) -> tuple[Any, pq.ParquetFile]:
-        # Ranged reads, not a memory map: a file cut short under a map kills the process with SIGBUS.
+        # Ranged reads, not a memory map: if a mapped file is truncated, the process is killed by SIGBUS.
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
@@ -144,7 +144,8 @@ class Shards:
         if size > max(self.limits.memory * MIB, EXPANSION * sum(shard.bytes for shard in self.shards)):
             raise ConfigError(
                 f"data.path={self.folder}: reading it takes {size / MIB:,.0f} MiB, for row groups of "
-                f"{self.group_tokens:,} tokens that hardly take any on disk.\nIf it is yours, prepare it again with "
+                f"{self.group_tokens:,} tokens that take almost no space on disk.\nIf you trust it, prepare it "
+                f"again with "
                 f"smaller data.prepare.row_group_tokens, or set data.limits.memory={-(-size // MIB)}"
             )
         last = len(self.shards) - 1
@@ -154,7 +155,8 @@ class Shards:
         if found:
             more = f" (and {len(found) - 1} more shards)" if len(found) > 1 else ""
             raise ConfigError(
-                f"{found[0]}{more}.\nThe data in {self.folder} are not as they were prepared: restore them or prepare "
+                f"{found[0]}{more}.\nThe data in {self.folder} have changed since they were prepared: restore "
+                f"them or prepare "
                 "them again"
             )
 
@@ -168,7 +170,7 @@ class Shards:
         except (OSError, ValueError) as error:
             return f"{path} cannot be read: {error}"
         if size != shard.bytes:
-            return f"{path} has {size:,} bytes where the manifest has {shard.bytes:,}"
+            return f"{path} has {size:,} bytes, but the manifest has {shard.bytes:,}"
         try:
             with open(path, "rb") as end:
                 end.seek(max(size - 8, 0))
@@ -181,11 +183,11 @@ class Shards:
             return f"{path} is not a Parquet file: {clip(error, 200)}"
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         if sum(rows) != shard.rows:
-            return f"{path} has {sum(rows):,} rows where the manifest has {shard.rows:,}"
+            return f"{path} has {sum(rows):,} rows, but the manifest has {shard.rows:,}"
         if len(rows) != shard.row_groups:
-            return f"{path} has {len(rows)} row groups where the manifest has {shard.row_groups}"
+            return f"{path} has {len(rows)} row groups, but the manifest has {shard.row_groups}"
         if any(count != self.group_tokens for count in (rows[:-1] if is_last else rows)):
-            return f"{path} has row groups of other sizes than the manifest's {self.group_tokens:,} rows"
+            return f"{path} has row groups of a different size than the manifest's {self.group_tokens:,} rows"
         if not found.equals(self._schema):
             return f"{path} has columns {found.names} of {found.types}, not {COLUMN} of {self.manifest.dtype}"
         return None

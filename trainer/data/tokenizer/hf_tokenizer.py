@@ -80,7 +80,7 @@ def _tree(file: Path) -> dict[str, Any]:
     try:
         tree = parse_json(read_text(file, TOKENIZER_BYTES), TOKENIZER_VALUES)
         if not isinstance(tree, dict):
-            raise ValueError("it is no JSON object")
+            raise ValueError("it is not a JSON object")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be exported: {error}") from None
     return tree

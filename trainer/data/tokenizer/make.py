@@ -51,7 +51,9 @@ def make_tokenizer(
                 doubts.append(changed(*losses[0]))
             copy_tokenizer(origin, folder)
             if tokenizer.dropout:
-                doubts.append(f"the tokenizer's BPE dropout of {tokenizer.dropout:g} is off: one text, one encoding")
+                doubts.append(
+                    f"the tokenizer's BPE dropout of {tokenizer.dropout:g} is disabled: a text must have one encoding"
+                )
                 tokenizer.save(path)
         size = tokenizer.vocab_size
     info = TokenizerInfo(

@@ -82,8 +82,8 @@ class TokenizerProcess:
             # What counts tokens, and the embedding, have a row for every id.
             if self.vocab_size > 4 * tokens + 1024:
                 raise ConfigError(
-                    f"tokenizer {self.file}: its {tokens:,} tokens have ids up to {self.vocab_size - 1:,}; "
-                    "number them from 0 without large holes"
+                    f"tokenizer {self.file}: its {tokens:,} tokens have ids up to {self.vocab_size - 1:,}; number "
+                    "them from 0 without large gaps"
                 )
         except BaseException:
             self.close()

@@ -61,7 +61,7 @@ def tokenizer_file(path: str | Path) -> Path:
         elif not file.is_file():
             file = _in_cache(str(path))
         if (size := file.stat().st_size) > TOKENIZER_BYTES:
-            raise ConfigError(f"tokenizer {file}: {size:,} bytes are more than any has ({TOKENIZER_BYTES:,})")
+            raise ConfigError(f"tokenizer {file} has {size:,} bytes, over {TOKENIZER_BYTES:,}")
         refuse_pointer(file)
     except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has a NUL, or ~ of nobody
         if isinstance(error, ConfigError):
@@ -111,7 +111,9 @@ def beside(file: Path) -> dict[str, bytes]:
     found = {}
     more = sorted(islice(folder.glob(f"{MORE_TEMPLATES}/*.jinja"), MOST_TEMPLATES + 1))
     if len(more) > MOST_TEMPLATES:
-        raise ConfigError(f"{folder / MORE_TEMPLATES} has over {MOST_TEMPLATES} files: remove those of no use")
+        raise ConfigError(
+            f"{folder / MORE_TEMPLATES} has over {MOST_TEMPLATES} files: remove those that are not needed"
+        )
     for path in (*named, *more):
         if path.is_file():
             found[str(path.relative_to(folder))] = _content(path)
@@ -171,8 +173,8 @@ def end_of_text(token_to_id: Callable[[str], int | None], file: Path) -> tuple[s
         if (token := token_to_id(name)) is not None:
             return name, token
     raise ConfigError(
-        f"tokenizer {file} has no end-of-text token: add {END_OF_TEXT} to it as a special token "
-        f"(or name its own as eos_token in a {SETTINGS} beside it)"
+        f"tokenizer {file} has no end-of-text token: add {END_OF_TEXT} to it as a special token (or name one of "
+        f"its own as eos_token in a {SETTINGS} beside it)"
     )
 
 

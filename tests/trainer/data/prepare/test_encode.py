@@ -92,7 +92,7 @@ def test_what_becomes_the_end_of_text_is_refused(tmp_path):
     records = [Record("x", f"line {i}", "text", text.encode()) for i, text in enumerate(("a b", "a END b", "a </s> b"))]
     batch = made(records)
     [refused] = batch.refused
-    assert (refused.where, refused.detail) == ("line 1", "it gives the end of text for a part of it")
+    assert (refused.where, refused.detail) == ("line 1", "it returns the end-of-text token inside a text")
     assert batch.splits["train"].tokens.tolist().count(320) == batch.splits["train"].documents == 2
 
 
@@ -143,7 +143,7 @@ def test_dropout_is_switched_off(tmp_path):
     folder = odd.dropping(tmp_path / "t", TEXTS)
     first, second = prepared(tmp_path, folder, TEXTS), prepared(tmp_path / "two", folder, TEXTS)
     assert [shard.sha256 for shard in first.shards] == [shard.sha256 for shard in second.shards]
-    assert first.doubts == ["the tokenizer's BPE dropout of 0.5 is off: one text, one encoding"]
+    assert first.doubts == ["the tokenizer's BPE dropout of 0.5 is disabled: a text must have one encoding"]
     kept = Tokenizer.from_file(str(tmp_path / "data" / "tokenizer.json"))
     assert len({tuple(kept.encode(TEXTS[0]).ids) for _ in range(20)}) == 1
     again = prepared(tmp_path / "two" / "again", tmp_path / "data", TEXTS)

@@ -192,8 +192,8 @@ def write_bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
         "type.parquet": ("not text", ""),
         "null.parquet": ("not text", "row 2"),
         "cut.parquet": ("damaged Parquet file", ""),
-        "utf8.parquet": ("bad UTF-8", "row 1"),
-        "utf8.txt": ("bad UTF-8", ""),
+        "utf8.parquet": ("invalid UTF-8", "row 1"),
+        "utf8.txt": ("invalid UTF-8", ""),
         "empty.txt": ("empty file", ""),
         "empty.txt.gz": ("empty file", ""),
         "cut.txt.gz": ("truncated compressed file", ""),
@@ -204,8 +204,8 @@ def write_bad_inputs(folder: Path) -> dict[str, tuple[str, str]]:
         "list.jsonl": ("not a JSON object", "line 1"),
         "value.jsonl": ("not text", "line 1"),
         "blank.jsonl": ("empty document", "line 2"),
-        "utf8.jsonl": ("bad UTF-8", "line 3"),
-        "lone.jsonl": ("bad UTF-8", "line 2"),
+        "utf8.jsonl": ("invalid UTF-8", "line 3"),
+        "lone.jsonl": ("invalid UTF-8", "line 2"),
         "gone.txt": ("unreadable file", ""),
     }
 
@@ -222,7 +222,7 @@ def test_bad_inputs_are_counted_and_named(tmp_path: Path):
     assert manifest.refused == Counter(entry["reason"] for entry in refused_of(tmp_path / "out"))
     assert documents_of(tmp_path / "out", "train").count("good line") == 9
     assert "good row" in documents_of(tmp_path / "out", "train")
-    assert "bad UTF-8" in summary(manifest)
+    assert "invalid UTF-8" in summary(manifest)
 
 
 def test_strict_names_the_first_bad_input(tmp_path: Path):
@@ -256,7 +256,7 @@ def test_a_summary_counts_in_plain_words(tmp_path: Path):
         (tmp_path / name).touch()
     (tmp_path / "good.txt").write_text("a text")
     said = summary(go([tmp_path], tmp_path / "out", SMALL.model_copy(update={"held_out": 0.0}))).splitlines()
-    assert said[-1] == "left out: 2 empty files (each is named in refused.jsonl)"
+    assert said[-1] == "rejected: 2 empty files (each is named in refused.jsonl)"
     assert not any(line.startswith("held_out:") for line in said)
 
 

@@ -246,13 +246,13 @@ def test_shards_that_are_not_the_manifests_are_refused(copy: Path):
     path.unlink()
     refused("missing")
     path.write_bytes(clean[:-100])
-    refused("bytes where the manifest has")
+    refused("bytes, but the manifest has")
     path.write_bytes(clean[:-4] + b"XXXX")
     refused("not a Parquet file")
     rewrite(copy, 1000, rows=3000)
-    refused("3,000 rows where the manifest has")
+    refused("3,000 rows, but the manifest has")
     rewrite(copy, 500)
-    refused("row groups where the manifest has")
+    refused("row groups, but the manifest has")
     (copy / MANIFEST).write_text(manifest[:200])
     refused("damaged")
     (copy / MANIFEST).write_text(manifest.replace('"format": 1', '"format": 99', 1))
@@ -264,7 +264,7 @@ def test_shards_that_are_not_the_manifests_are_refused(copy: Path):
 def test_what_cannot_be_a_sequence_is_refused(prepared: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="row_group_tokens=4096"):
         Dataset(DataConfig(path=str(prepared)), 1001, 0)
-    with pytest.raises(ConfigError, match="not there"):
+    with pytest.raises(ConfigError, match="does not exist"):
         Dataset(DataConfig(path=str(tmp_path / "nowhere")), 64, 0)
     with pytest.raises(ConfigError, match=r"data\.path"):
         Dataset(DataConfig(path=()), 64, 0)
@@ -292,5 +292,5 @@ def test_sources_must_end_their_documents_alike(raw: Path, tmp_path: Path):
         config = SMALL.model_copy(update={"tokenizer": str(tmp_path / name)})
         prepare([raw], tmp_path / f"out-{name}", config, workers=1, progress=False)
     path = tuple(Source(path=str(tmp_path / f"out-{name}")) for name in "ab")
-    with pytest.raises(ConfigError, match=r"different ends of text \(<\|endoftext\|> and </s>\)"):
+    with pytest.raises(ConfigError, match=r"different end-of-text tokens \(<\|endoftext\|> and </s>\)"):
         Dataset(DataConfig(path=path), 50, seed=0)

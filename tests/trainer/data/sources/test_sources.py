@@ -269,7 +269,7 @@ def test_a_row_that_is_not_as_the_header_is_refused_and_the_rest_read(tmp_path: 
     texts, refused = read(tmp_path / "x.csv")
     assert texts == ["good", "good, too"]
     assert [(where, why) for _, where, why in refused] == [
-        ("row 2", "malformed CSV"), ("row 3", "malformed CSV"), ("row 4", "malformed CSV"), ("row 5", "bad UTF-8"),
+        ("row 2", "malformed CSV"), ("row 3", "malformed CSV"), ("row 4", "malformed CSV"), ("row 5", "invalid UTF-8"),
         ("row 6", "empty document"),
     ]  # fmt: skip
 

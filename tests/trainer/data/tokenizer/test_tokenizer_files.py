@@ -73,7 +73,9 @@ def test_sources_with_different_ends_are_not_mixed(tmp_path, raw):
     settle(made, eos_token="<|endoftext|>")
     go(raw, "b", made)
     both = DataConfig(path=(Source(path=str(tmp_path / "a")), Source(path=str(tmp_path / "b"))))
-    with pytest.raises(ConfigError, match=r"different ends of text \(<\|im_end\|> and <\|endoftext\|>\)") as refused:
+    with pytest.raises(
+        ConfigError, match=r"different end-of-text tokens \(<\|im_end\|> and <\|endoftext\|>\)"
+    ) as refused:
         read_manifests(both)
     command = str(refused.value).splitlines()[1]
     go(raw, "c", command.rpartition("--tokenizer ")[2].strip("`"))
@@ -85,7 +87,7 @@ def test_other_settings_are_another_preparation(tmp_path, raw):
     go(raw, "a", made)
     go(raw, "a", made)
     settle(made, pad_token="<|im_end|>")
-    with pytest.raises(ConfigError, match=r"prepared already, from other inputs or settings .*tokenizer"):
+    with pytest.raises(ConfigError, match=r"already prepared from other inputs or settings .*tokenizer"):
         go(raw, "a", made)
 
 
