@@ -9,11 +9,12 @@ export function loss(value) {
   return Math.abs(value) >= 1e4 || (value !== 0 && Math.abs(value) < 5e-4) ? value.toExponential(2) : value.toFixed(3);
 }
 
-export function number(value, digits = 3) {
+/** So many significant digits; below `least` as 4.7e-4. */
+export function number(value, digits = 3, least = 1e-4) {
   if (!there(value)) return DASH;
   if (value === 0) return "0";
   const size = Math.abs(value);
-  if (size >= 1e15 || size < 1e-4) return value.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e");
+  if (size >= 1e15 || size < least) return value.toExponential(digits - 1).replace(/\.?0+e/, "e").replace("e+", "e");
   if (size >= 1e4) return compact(value, digits);
   return String(Number(value.toPrecision(digits)));
 }
@@ -27,14 +28,18 @@ export function compact(value, digits = 3) {
   return String(Number(value.toPrecision(digits)));
 }
 
+/** On an axis there is little room. */
+export const tick = (value, digits = 3) => (Math.abs(value) >= 1000 ? compact(value, digits) : number(value, digits, 1e-3));
+
 export const whole = (value) => (there(value) ? Math.round(value).toLocaleString("en-US") : DASH);
 export const percent = (share, digits = 0) => (there(share) ? (100 * share).toFixed(digits) : DASH);
 
-/** 0.3 s, 58 s, 1.8 min, 3 h 20 min, 19 d 4 h */
-export function duration(seconds) {
+/** 0.3 s, 58 s, 1.8 min, 3 h 20 min, 19 d 4 h; `digits`: more of what is below 10 s */
+export function duration(seconds, digits = 2) {
   if (!there(seconds)) return DASH;
-  if (seconds < 0.0995) return seconds < 1e-3 ? `${Number((seconds * 1e6).toPrecision(2))} µs` : `${Number((seconds * 1e3).toPrecision(2))} ms`;
-  if (seconds < 9.95) return `${Number(seconds.toFixed(1))} s`;
+  if (seconds === 0) return "0 s";
+  if (seconds < 0.0995) return seconds < 1e-3 ? `${Number((seconds * 1e6).toPrecision(digits))} µs` : `${Number((seconds * 1e3).toPrecision(digits))} ms`;
+  if (seconds < 9.95) return `${Number(digits > 2 ? seconds.toPrecision(digits) : seconds.toFixed(1))} s`;
   if (seconds < 59.5) return `${Math.round(seconds)} s`;
   if (seconds < 600) return `${(seconds / 60).toFixed(1)} min`;
   if (seconds < 3570) return `${Math.round(seconds / 60)} min`;
@@ -91,6 +96,6 @@ export function sharedPrefix(names) {
   if (names.length < 2) return "";
   let prefix = names[0];
   for (const name of names) while (!name.startsWith(prefix)) prefix = prefix.slice(0, -1);
-  prefix = prefix.slice(0, Math.max(prefix.lastIndexOf("-"), prefix.lastIndexOf("_"), prefix.lastIndexOf(".")) + 1);
+  prefix = prefix.slice(0, Math.max(prefix.lastIndexOf("-"), prefix.lastIndexOf("_"), prefix.lastIndexOf("/")) + 1);
   return names.every((name) => name.length > prefix.length) ? prefix : "";
 }

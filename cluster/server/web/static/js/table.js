@@ -10,7 +10,7 @@ const ROW = 28, MORE = 8;
  */
 export class Table {
   constructor({ label, opened, chosen, sorted, paint, height = ROW }) {
-    Object.assign(this, { opened, chosen, sorted, paint, height, rows: [], columns: [], active: -1, hovered: false });
+    Object.assign(this, { opened, chosen, sorted, paint, height, rows: [], columns: [], active: -1, hovered: false, nodes: new Map() });
     this.head = el("div", { class: "row head", role: "row" });
     this.body = el("div", { class: "rows", role: "rowgroup" });
     this.node = el("div", { class: "table", role: "grid", "aria-label": label, tabindex: "0" }, el("div", { role: "rowgroup", class: "heads" }, this.head), this.body);
@@ -83,7 +83,14 @@ export class Table {
     if (!anew && first === this.first && last === this.last) return;
     Object.assign(this, { first, last });
     const nodes = [];
+    const known = anew ? new Map() : this.nodes;
+    this.nodes = new Map();
     for (let index = first; index < last; index++) {
+      if (known.has(index)) {
+        nodes.push(known.get(index));
+        this.nodes.set(index, known.get(index));
+        continue;
+      }
       const row = this.rows[index];
       const cells = this.columns.map((column) => {
         const content = column.cell(row, index);
@@ -92,6 +99,7 @@ export class Table {
       const node = el("div", { role: "row", class: "row", id: `row-${index}`, "data-index": index, "aria-rowindex": index + 2, "aria-selected": String(index === this.active), style: { transform: `translateY(${index * this.height}px)` } }, cells);
       this.paint?.(row, node);
       nodes.push(node);
+      this.nodes.set(index, node);
     }
     const focused = document.activeElement?.closest?.(".row")?.dataset.index, own = document.activeElement?.dataset?.focus;
     put(this.body, nodes);

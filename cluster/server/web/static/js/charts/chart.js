@@ -12,13 +12,17 @@ const MARKS = {
   config: ["M0-4a4 4 0 1 0 .01 0M0-4v8", "--ink2", true], rollback: ["M3.5-3.5l-7 3.5 7 3.5z", "--warning-glyph"],
   straggler: ["M-4 0l4-4 4 4-4 4z", "--warning-glyph"], experts: ["M-4 0a4 4 0 0 1 8 0z", "--warning-glyph"],
 };
+/** Of more there is a line instead. */
+const MOST_RINGS = 60;
+/** Pixels between two marks of a kind. */
+const APART = 9;
 const SAID = { config: "config changed", straggler: "slow rank", experts: "dead experts" };
 
 export class Chart {
   /**
    * `name`, `unit`: the heading; `height`: of the plot in pixels; `small`: no labels at ends, fewer ticks;
    * `sync`: charts of one name share a crosshair; `zoomed(from, to)`: a part was chosen, or (null) all;
-   * `format`, `xFormat`: how values are written; `tip`: the crosshair shows all values beside it; `zero`: may begin at 0.
+   * `format`, `xFormat`, `xExact`: how values, those of x on the axis and one of them are written; `tip`: the crosshair shows all values beside it; `zero`: may begin at 0.
    */
   constructor(host, options) {
     this.options = { xName: "step", xFormat: (value) => number(value), format: (value) => number(value), ...options };
@@ -87,7 +91,7 @@ export class Chart {
       scales: { x: { time: false, range: () => this.xs }, y: { range: () => this.ys, distr: log ? 3 : 1 } },
       axes: [
         { ...fonts, size: 22, gap: 4, space: small ? 64 : 90, grid: { show: false }, border: { show: true, stroke: () => colour("--line2"), width: 1 }, values: (u, splits) => splits.map((value) => (value === null ? null : xFormat(value))) },
-        { ...fonts, size: small ? 38 : 46, gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => splits.map((value) => (value === null ? null : format(value))) },
+        { ...fonts, size: small ? 40 : 46, gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => distinct(splits, format) },
       ],
       series: [{}, ...series.map((each) => drawn(each))],
       hooks: {
@@ -204,7 +208,7 @@ export class Chart {
     put(this.lane, svg("path", { d: `M${left} 9H${left + wide}`, stroke: "var(--line)" }), known.map(({ kind, x, text }) => {
       if (x < this.xs[0] || x > this.xs[1]) return null;
       const at = left + u.valToPos(x, "x");
-      if (at - (last.get(kind) ?? -99) < 5) return null;
+      if (at - (last.get(kind) ?? -99) < APART) return null;
       last.set(kind, at);
       return svg("g", { transform: `translate(${at.toFixed(1)} 9)` }, svg("title", {}, `${SAID[kind] ?? kind} at step ${x}${text ? `: ${text}` : ""}`), shape(kind));
     }));
@@ -212,7 +216,7 @@ export class Chart {
 
   /** What the crosshair at x says; null: it is elsewhere, the latest values stand. */
   tell(x) {
-    const { series } = this.shown, { format, xFormat, xName, tip } = this.options;
+    const { series } = this.shown, { format, xFormat, xExact = xFormat, xName, tip } = this.options;
     const main = series.find(({ kind }) => kind === "raw") ?? series[0];
     if (!main) return;
     const value = x === null ? main.last?.[1] : valueAt(main.x, main.y, x);
@@ -221,7 +225,7 @@ export class Chart {
     if (this.tip.hidden) return;
     const rows = series.filter(({ kind, label }) => label && kind !== "raw").map((each) => [each, valueAt(each.x, each.y, x)]);
     const own = rows.filter(([, each]) => each !== null).sort((a, b) => a[1] - b[1]);
-    put(this.tip, el("div", { class: "quiet" }, `${xName} ${xFormat(x)}`), own.map(([each, at]) =>
+    put(this.tip, el("div", { class: "quiet" }, `${xName} ${xExact(x)}`), own.map(([each, at]) =>
       el("div", { class: "tip-row" }, el("span", { class: each.kind === "ring" ? "swatch ring" : "swatch", style: { "--own": `var(${each.colour})` } }), el("span", {}, each.label), el("b", { class: "number" }, format(at)), this.options.beside && el("span", { class: "number quiet" }, this.options.beside(each, x, at)))));
     const at = this.u.cursor.left + this.u.bbox.left / devicePixelRatio, room = this.plot.clientWidth;
     this.tip.style.left = `${at + this.tip.offsetWidth + 24 > room ? Math.max(0, at - this.tip.offsetWidth - 12) : at + 12}px`;
@@ -237,24 +241,24 @@ export class Chart {
   }
 
   describe() {
-    const { name, xName, format, xFormat } = this.options;
+    const { name, xName, format, xFormat, xExact = xFormat } = this.options;
     const told = this.shown.series.filter(({ kind, x }) => kind !== "raw" && x.length).map(({ label, last, x, y }) => {
       const values = y.filter((value) => value !== null);
       const end = last ?? [x.at(-1), y.at(-1)];
-      return `${label ?? name} ${format(end[1])} at ${xName} ${xFormat(end[0])}${values.length > 1 ? `, between ${format(values.reduce((a, b) => Math.min(a, b)))} and ${format(values.reduce((a, b) => Math.max(a, b)))}` : ""}`;
+      return `${label ?? name} ${format(end[1])} at ${xName} ${xExact(end[0])}${values.length > 1 ? `, between ${format(values.reduce((a, b) => Math.min(a, b)))} and ${format(values.reduce((a, b) => Math.max(a, b)))}` : ""}`;
     });
     this.plot.setAttribute("aria-label", `${name} by ${xName}: ${told.join("; ") || "nothing yet"}`);
   }
 
   /** The same as a table, of at most 200 rows. */
   table() {
-    const { name, xName, format, xFormat } = this.options;
+    const { name, xName, format, xFormat, xExact = xFormat } = this.options;
     const lines = this.shown.series.filter(({ kind, dash, label }, index, all) => kind !== "line" || !all.some((other) => other.kind === "raw" && other.label === label));
     const all = [...new Set(lines.flatMap(({ x }) => x))].sort((a, b) => a - b), every = Math.max(1, Math.ceil(all.length / 200));
     const kept = all.filter((_, index) => index % every === 0 || index === all.length - 1);
     const shown = dialog(name, el("table", { class: "plain" },
       el("thead", {}, el("tr", {}, el("th", { class: "number" }, xName), lines.map(({ label }) => el("th", { class: "number" }, label ?? name)))),
-      el("tbody", {}, kept.map((x) => el("tr", {}, el("td", { class: "number" }, xFormat(x)), lines.map((each) => {
+      el("tbody", {}, kept.map((x) => el("tr", {}, el("td", { class: "number" }, xExact(x)), lines.map((each) => {
         const at = each.x.indexOf(x);
         return el("td", { class: "number" }, at < 0 || each.y[at] === null ? "" : format(each.y[at]));
       }))))),
@@ -265,6 +269,7 @@ export class Chart {
 
 function drawn({ kind, colour: name, dash, x, bare }) {
   if (kind === "raw") return { stroke: () => colour(name, 0.28), width: 1, points: { show: false } };
+  if (kind === "ring" && x.length > MOST_RINGS) return { stroke: () => colour("--ink2"), width: 1.25, points: { show: false } };
   if (kind === "ring") {
     return { stroke: () => colour("--ink3", 0.7), width: 1, points: { show: true, size: 7, width: 1.5, stroke: () => colour("--ink1"), fill: () => colour("--page") } };
   }
@@ -274,6 +279,17 @@ function drawn({ kind, colour: name, dash, x, bare }) {
 function shape(kind) {
   const [path, name, open] = MARKS[kind];
   return svg("path", open ? { d: path, fill: "none", stroke: `var(${name})`, "stroke-width": 1.6 } : { d: path, fill: `var(${name})` });
+}
+
+/** Texts of an axis's ticks, of as many digits as tell them apart. */
+function distinct(values, format) {
+  let texts = [];
+  for (let digits = 3; digits < 8; digits++) {
+    texts = values.map((value) => (value === null ? null : digits === 3 ? format(value) : format(value, digits)));
+    const shown = texts.filter((text) => text !== null);
+    if (new Set(shown).size === shown.length) return texts;
+  }
+  return texts.map((text, index) => (text === texts[index - 1] ? null : text));
 }
 
 function line(ctx, x0, y0, x1, y1) {

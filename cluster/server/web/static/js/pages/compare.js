@@ -6,7 +6,7 @@ import { curve, valueAt } from "../charts/curves.js";
 import { saveCsv, savePng, saveSvg } from "../charts/export.js";
 import { together } from "../colours.js";
 import { choice, el, empty, notice, popover, put } from "../dom.js";
-import { DASH, compact, loss, middle, number, plain, sharedPrefix } from "../format.js";
+import { DASH, compact, loss, middle, number, plain, sharedPrefix, whole } from "../format.js";
 import { calmly, fresh, listen } from "../live.js";
 import { change, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
@@ -168,7 +168,8 @@ class Compare {
     const range = zoom ?? [Math.min(0, ...shown.map(([, , { x }]) => x[0])), Math.max(0, ...shown.map(([, , { x }]) => x.at(-1)))];
     const all = shown.map(([id, { name, dash }, line]) => ({ id, series: curve(line, { colour: name, dash, share, label: short(id), span: range[1] - range[0] }) }));
     const axisName = AXES.find(([each]) => each === axis)[1];
-    const unit = `${metric === "loss" || metric === "eval_loss" ? "nats per token, " : ""}by ${axisName}${prefix ? `; all are ${prefix}…` : ""}`;
+    const isLoss = metric === "loss" || metric === "eval_loss";
+    const unit = `${isLoss ? "nats per token, " : ""}by ${axisName}${prefix ? `; all are ${prefix}…` : ""}`;
     const base = all.find(({ id }) => id === baseline)?.series.at(-1);
     const settings = [axis, metric, unit, innerWidth < 640].join();
     if (this.settings !== settings) {
@@ -178,9 +179,9 @@ class Compare {
       put(this.overlay);
       put(this.difference);
       const tall = Math.max(240, Math.min(400, innerHeight * 0.43)), zoomed = (from, to) => change({ from, to });
-      const options = { sync: "compare", xName: axisName, xFormat: xFormats[axis], zoomed };
-      this.chart = new Chart(this.overlay, { ...options, name: metric, unit, height: tall, zero: metric !== "loss" && metric !== "eval_loss", tip: true, format: (value) => (Math.abs(value) >= 1000 ? compact(value) : number(value, 4)), beside: (each, x, value) => this.beside(each, x, value) });
-      this.differences = new Chart(this.difference, { ...options, name: "Difference from the baseline", unit: metric === "loss" || metric === "eval_loss" ? "nats per token; below zero is better" : "", height: tall * 0.5, zero: false, format: signed });
+      const options = { sync: "compare", xName: axisName, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], zoomed };
+      this.chart = new Chart(this.overlay, { ...options, name: metric, unit, height: tall, zero: !isLoss, tip: true, format: (value, digits = 4) => (Math.abs(value) >= 1000 ? compact(value, digits) : number(value, digits)), beside: (each, x, value) => this.beside(each, x, value) });
+      this.differences = new Chart(this.difference, { ...options, name: "Difference from the baseline", unit: isLoss ? "nats per token; below zero is better" : "", height: tall * 0.5, zero: false, format: signed });
     }
     for (const { id, series } of all) {
       const main = series.at(-1);
@@ -195,7 +196,7 @@ class Compare {
         return value === null || other === null ? null : value - other;
       });
       const at = differs.findLastIndex((value) => value !== null), end = at < 0 ? null : [x[at], differs[at]];
-      return { x, y: differs, kind: "line", colour, dash, label, end, last: end, said: end && signed(end[1]) };
+      return { x, y: differs, kind: "line", colour, dash, label, end, last: end, said: end && (isLoss ? decimals : signed)(end[1]) };
     }) : [];
     this.difference.hidden = !others.length;
     if (others.length) {
@@ -219,7 +220,7 @@ class Compare {
       el("tbody", {}, rows.map((row, index) => el("tr", {},
         el("td", {}, swatch(looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
         el("td", { class: "number" }, el("b", {}, loss(row.eval_loss))),
-        el("td", { class: "number quiet" }, row.id === baseline || row.eval_loss === null || own.eval_loss === null ? "" : signed(row.eval_loss - own.eval_loss)),
+        el("td", { class: "number quiet" }, row.id === baseline || row.eval_loss === null || own.eval_loss === null ? "" : decimals(row.eval_loss - own.eval_loss)),
         el("td", { class: "number quiet" }, compact(row.tokens)),
         el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×")))))));
     if (ids.length < 2) return void put(this.keysNode);
@@ -256,3 +257,5 @@ class Compare {
 
 const swatch = ({ name, dash }) => el("span", { class: dash ? "swatch dashed" : "swatch", style: { "--own": `var(${name})` } });
 const signed = (value) => (value === 0 ? "0" : `${value > 0 ? "+" : "−"}${number(Math.abs(value), 3)}`);
+/** A difference of losses, of as many decimals as losses have. */
+const decimals = (value) => (Math.abs(value) < 5e-4 ? "0.000" : `${value > 0 ? "+" : "−"}${loss(Math.abs(value))}`);

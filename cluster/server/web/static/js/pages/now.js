@@ -9,6 +9,8 @@ import { announce, calmly, fresh, listen } from "../live.js";
 import { go, runAddress } from "../router.js";
 import { needs, titled } from "../shell.js";
 
+/** Problems that are shown before the rest is asked for. */
+const MOST = 8;
 const EVERY = 30_000; // disks and ages change without a run's changing
 
 export function open(outlet) {
@@ -60,7 +62,8 @@ class Now {
     const focused = document.activeElement?.dataset?.problem;
     put(this.left,
       !runs.count && !found.left && empty("No run yet", "The first one shows here as soon as it makes a step.", "muster train quickstart"),
-      problems.length > 0 && el("ul", { class: "problems" }, problems.map((problem, index) => this.problem(problem, index))),
+      problems.length > 0 && el("ul", { class: "problems" }, problems.slice(0, this.all ? problems.length : MOST).map((problem, index) => this.problem(problem, index)),
+        !this.all && problems.length > MOST && el("li", {}, el("button", { type: "button", class: "bare", on: { click: () => ((this.all = true), this.show(this.found)) } }, `${problems.length - MOST} more`))),
       runs.count > 0 && el("section", { class: "running" }, el("h2", {}, "Running", el("small", {}, running.length || "")), running.length ? this.running(running) : el("p", { class: "quiet" }, "No run makes steps now. ", el("code", {}, "muster train PRESET"), " starts one.")));
     put(this.right,
       ended.length > 0 && el("section", {}, el("h2", {}, "Ended in the last day", el("small", {}, "held-out loss")), el("table", { class: "plain ended" }, ended.map((row) => el("tr", {},
@@ -77,8 +80,8 @@ class Now {
     const known = run !== null && runs.places.has(run), name = known ? runs.row(run).name : run;
     return el("li", { class: `problem ${level}`, "data-index": index, "data-run": known ? run : undefined },
       glyph(level, true),
-      el("div", { class: "who" }, name !== null && el("b", {}, known && el("span", { class: "swatch", style: { "--own": `var(${runColour(run)})` } }), known ? el("a", { href: runAddress(run), title: name }, middle(name, 26)) : name), el("div", { class: level }, what)),
-      el("div", { class: "why" }, el("div", {}, why), el("div", { class: "quiet" }, then)),
+      el("div", { class: "who" }, name !== null && el("b", {}, known && el("span", { class: "swatch", style: { "--own": `var(${runColour(run)})` } }), known ? el("a", { href: runAddress(run), title: name }, middle(name, 23)) : name), el("div", { class: level }, what)),
+      el("div", { class: "why" }, el("div", {}, why), el("div", { class: "quiet" }, then.split("`").map((part, at) => (at % 2 ? el("code", {}, part) : part)))),
       el("div", { class: "since quiet number" }, since ? ago(since) : ""),
       el("div", { class: "do" }, known && el("button", { type: "button", "data-problem": `${run} ${what}`, "aria-label": `Log of ${name}`, on: { click: () => go(`${runAddress(run)}?tab=logs`) } }, "Log")));
   }

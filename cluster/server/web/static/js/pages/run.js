@@ -25,7 +25,7 @@ class Run {
     this.tabs = el("div", { class: "sections", role: "tablist", "aria-label": "Sections" });
     this.controls = el("div", { class: "controls" });
     this.body = el("div", { class: "section-body", role: "tabpanel", id: "section" });
-    outlet.append(el("div", { class: "run" }, this.head, el("div", { class: "section-bar" }, this.tabs, el("div", { class: "space" }), this.controls), this.body));
+    outlet.append(el("div", { class: "run" }, this.head, (this.bar = el("div", { class: "section-bar", hidden: true }, this.tabs, el("div", { class: "space" }), this.controls)), this.body));
     const soon = calmly(() => this.refresh(), 400);
     this.unlisten = listen((ids) => (!ids.size || ids.has(id)) && soon());
     this.timer = setInterval(() => this.details && this.sayNumbers(), 1000);
@@ -72,6 +72,7 @@ class Run {
   show() {
     const { details } = this;
     if (!details) return;
+    this.bar.hidden = false;
     this.showHead(details);
     const { tab } = this, shown = TABS.filter((name) => name !== "experts" || details.experts);
     const counts = { samples: details.samples.length, files: details.files.length };

@@ -5,7 +5,7 @@ import { Chart } from "../charts/chart.js";
 import { curve } from "../charts/curves.js";
 import { runColour } from "../colours.js";
 import { choice, el, empty, notice, put } from "../dom.js";
-import { compact, duration, loss, number } from "../format.js";
+import { compact, duration, loss, number, tick, whole } from "../format.js";
 import { calmly } from "../live.js";
 import { change, state } from "../router.js";
 
@@ -171,7 +171,7 @@ export class Charts {
       put(this.big);
       this.chart = new Chart(this.big, {
         name: "loss", unit: `nats per token, by ${AXES.find(([each]) => each === axis)[1]}`, height: Math.max(220, Math.min(300, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
-        xName: axis, xFormat: xFormats[axis], format: (value) => number(value, 4), zoomed: (from, to) => change({ from, to }),
+        xName: axis, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], format: (value, digits = 4) => number(value, digits), zoomed: (from, to) => change({ from, to }),
       });
     }
     const own = runColour(this.id), place = this.place();
@@ -213,11 +213,10 @@ export class Charts {
       each.stale = false;
       if (each.chart?.options.xName !== axis) {
         each.chart?.destroy();
-        const last = line.last?.[1];
-        const format = TIMES.has(name) ? (value) => (value === 0 ? "0" : duration(value)) : (value) => (Math.abs(value) >= 1000 ? compact(value) : number(value));
+        const format = TIMES.has(name) ? (value, digits) => (value === 0 ? "0" : duration(value, digits)) : tick;
         each.chart = new Chart(each.node, {
-          name, unit: TIMES.has(name) ? "" : UNITS[name] ?? "", height: 104, small: true, sync: "run", format: Number.isFinite(last) || last === undefined ? format : number,
-          xName: axis, xFormat: xFormats[axis], zoomed: (from, to) => change({ from, to }),
+          name, unit: TIMES.has(name) ? "" : UNITS[name] ?? "", height: 104, small: true, sync: "run", format,
+          xName: axis, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], zoomed: (from, to) => change({ from, to }),
         });
       }
       const range = zoom ?? this.range ?? [Math.min(0, line.x[0] ?? 0), line.x.at(-1) ?? 1];

@@ -28,6 +28,8 @@ export const COLUMNS = {
   sweep: { label: "sweep", kind: "text", width: "96px" },
   note: { label: "note", kind: "text", width: "minmax(120px, 1.5fr)" },
 };
+/** Of a run that has not begun, 0 says nothing. */
+const BEGUN = new Set(["step", "tokens", "wall_time", "attempts"]);
 const NUMBERS = new Set(["loss", "number", "count", "whole", "duration"]);
 const SHOWN = {
   loss, count: compact, whole, duration, time: clock, number: (value) => number(value), status: word,
@@ -52,7 +54,7 @@ export function makeColumn(key, page, places) {
   const numeric = known ? NUMBERS.has(known.kind) : !places.some((place) => typeof values[place] === "string" || Array.isArray(values[place]));
   const kind = known?.kind ?? (numeric ? "number" : "text");
   const show = SHOWN[kind] ?? plain;
-  const one = (value) => (value === null || value === undefined || value === "" ? el("span", { class: "missing" }, DASH) : typeof value === "number" || kind === "status" ? show(value) : plain(value));
+  const one = (value) => (value === null || value === undefined || value === "" || (value === 0 && BEGUN.has(key)) ? el("span", { class: "missing" }, DASH) : typeof value === "number" || kind === "status" ? show(value) : plain(value));
   const right = numeric || kind === "time" || kind === "ago";
   return {
     key, sortable: true, title: key,
@@ -60,17 +62,17 @@ export function makeColumn(key, page, places) {
     label: known?.label ?? key.replace(/^metric:/, "").replace(/:last$/, ""),
     width: known?.width ?? (numeric ? "72px" : "minmax(88px, 1fr)"),
     head: () => numeric && histogram(places.map((place) => values[place])),
-    cell: (row) => (row.place !== undefined ? one(values[row.place]) : grouped(row.statistics(key), kind, one, row)),
+    cell: (row) => (row.place !== undefined ? one(values[row.place]) : grouped(row.statistics(key), kind, one, row, known?.strong)),
   };
 }
 
-function grouped(found, kind, one, row) {
+function grouped(found, kind, one, row, strong) {
   if (!found.n) {
     const [first, ...others] = found.values;
     return others.length ? el("span", { class: "missing", title: found.values.slice(0, 20).join(", ") }, `${found.values.length} kinds`) : first === DASH ? one(null) : kind === "status" ? word(first) : first;
   }
   if (kind === "loss" && row.key === "sweep") return [el("span", { class: "unit" }, "best "), one(found.least)];
-  if (kind === "loss") return el("span", { title: `mean of ${found.n}, standard deviation ${number(found.deviation)}` }, one(found.mean), found.n > 1 && el("span", { class: "unit" }, `±${number(found.deviation, 1)}`));
+  if (kind === "loss") return el("span", { title: `mean of ${found.n}, standard deviation ${number(found.deviation)}` }, one(found.mean), strong && found.n > 1 && el("span", { class: "unit" }, `±${found.deviation.toFixed(3)}`));
   if (found.least === found.greatest || kind === "time" || kind === "ago") return one(found.greatest);
   return el("span", { class: "quiet", title: `mean of ${found.n}, from ${number(found.least)} to ${number(found.greatest)}` }, one(found.mean));
 }

@@ -69,7 +69,7 @@ export class Peek {
       if (this.id !== id || !this.node.isConnected) return;
       const { loss: train, eval_loss: held } = series.metrics;
       if (train?.n) {
-        this.chart = new Chart(place, { name: "loss", height: 150, small: true });
+        this.chart = new Chart(place, { name: "loss", height: 150, small: true, zero: false });
         this.chart.set({ series: [...curve(train, { colour: runColour(id), share: 0.03, label: "train" }), ...(held?.n ? [{ ...held, kind: "ring", colour: runColour(id), label: "held-out" }] : [])] });
       }
       const at = runs.places.get(id);

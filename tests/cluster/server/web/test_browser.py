@@ -1,0 +1,375 @@
+"""The dashboard's pages in a real browser: what they show of real records, and what they do when asked."""
+
+import csv
+import re
+import shutil
+
+import pytest
+from dashboards import TOKEN, serving, write_run
+from support import tiny, train_in_process
+
+from trainer.record.lines import Record, read_metrics
+from trainer.run.folder import prepare_run
+from trainer.run.notes import read_notes
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+if CHROMIUM is None:
+    pytest.skip("no Chromium is installed", allow_module_level=True)
+
+expect = playwright.expect
+HOSTILE = '<img src=x onerror="document.title=1">'
+STEPS = 1200
+
+
+def curved(step):
+    return 3.0 + 5.0 / step
+
+
+@pytest.fixture(scope="module")
+def trained(root, tiny_data):
+    config = tiny(
+        run={"name": "trained", "root": str(root)}, data={"path": str(tiny_data)}, checkpoint={"every": 4},
+        train={"steps": 8, "eval_every": 4, "sample_tokens": 4},
+    )  # fmt: skip
+    run_dir = prepare_run(config)
+    assert train_in_process(run_dir) == 0
+    (run_dir / "logs").mkdir()  # as `trainer.processes.output` does, which is not asked here
+    (run_dir / "logs" / "attempt-01-rank-0000.log").write_text(f"first line\n{HOSTILE}\nlast line\n")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def dashboard(root, trained):
+    for seed, lr in enumerate((0.001, 0.001, 0.5, 0.5)):
+        write_run(root / f"dense-lr{lr}-seed{seed}", 6, of=6, lr=lr, grad_norm=2.0 + seed)
+    write_run(root / "long", STEPS, of=STEPS, loss=curved)
+    write_run(root / "failed", 3, status="FAILED", of=9, lr=0.25)
+    write_run(root / HOSTILE.replace("/", ""), 2)
+    write_run(root / "going", 5, of=40, status=None)
+    with serving([root]) as server:
+        server.look()
+        yield server
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+class Watched:
+    """A page of which everything wrong is noted."""
+
+    def __init__(self, context, host):
+        self.page, self.wrong, self.asked = context.new_page(), [], []
+        self.page.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(said.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", lambda request: self.note(request.url, host))
+
+    def note(self, url, host):
+        self.asked.append(url)
+        if not url.startswith((f"http://{host}/", "blob:", "data:")):
+            self.wrong.append(f"asked outside: {url}")
+
+
+@pytest.fixture
+def context(browser, dashboard):
+    found = browser.new_context(base_url=f"http://{dashboard.host}", viewport={"width": 1440, "height": 900})
+    found.set_default_timeout(20_000)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def watched(context, dashboard):
+    answer = context.request.post("/login", data={"token": TOKEN}, headers={"origin": f"http://{dashboard.host}"})
+    assert answer.ok
+    found = Watched(context, dashboard.host)
+    yield found
+    assert found.wrong == []
+
+
+@pytest.fixture
+def page(watched):
+    return watched.page
+
+
+def rows(page):
+    return page.locator(".table .rows .row")
+
+
+def names(page):
+    return page.locator(".table .rows .row .name a, .table .rows .row.group b").all_text_contents()
+
+
+def test_a_browser_logs_in_by_the_link(context, dashboard):
+    page = context.new_page()
+    page.goto("/runs")
+    expect(page.locator("h1")).not_to_contain_text("Runs 8")
+    assert "trained" not in page.content()
+    page.goto(f"/login#{TOKEN}")
+    page.wait_for_url(lambda url: "/login" not in url)
+    expect(page.get_by_role("link", name="Compare")).to_be_visible()
+    assert TOKEN not in page.url
+
+
+@pytest.mark.parametrize("width", [400, 1440])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_every_page_is_whole_at_every_width(watched, width, theme):
+    page = watched.page
+    page.set_viewport_size({"width": width, "height": 860})
+    page.emulate_media(color_scheme=theme)
+    shown = {
+        "/": "1 run needs you", "/runs": "Runs", "/run/trained": "trained", "/run/trained?tab=samples": "trained",
+        "/run/trained?tab=config": "trained", "/run/trained?tab=logs": "trained", "/run/trained?tab=files": "trained",
+        "/run/failed": "failed", "/run/going?x=tokens&log=1": "going", "/compare": "Compare",
+        "/compare?run=trained&run=long&x=time": "2 runs", "/run/nothing": None,
+    }  # fmt: skip
+    for path, title in shown.items():
+        page.goto(path)
+        if title:
+            expect(page.locator("h1")).to_contain_text(title)
+        else:
+            expect(page.locator("main")).to_contain_text("There is no such run")
+            assert [text for text in watched.wrong if "404" not in text] == []
+            watched.wrong.clear()  # the browser itself tells the 404
+        page.wait_for_load_state("load")
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth"), path
+    assert watched.wrong == []
+
+
+def test_a_run_shows_what_its_record_says(page, trained):
+    page.goto("/run/trained")
+    last = [record for record in read_metrics(trained) if "loss" in record][-1]
+    held = [record for record in read_metrics(trained) if "eval_loss" in record][-1]
+    expect(page.locator(".numbers")).to_contain_text(f"{held['eval_loss']:.3f}")
+    chart = page.locator(".big-chart .plot")
+    expect(chart).to_have_attribute("aria-label", re.compile(r"loss by step: train .* at step 8.*held-out"))
+    page.get_by_role("button", name="loss as a table", exact=True).click()
+    table = page.locator("dialog table")
+    expect(table.locator("tbody tr")).to_have_count(8)
+    expect(table.locator("tbody tr").last).to_contain_text(f"{last['loss']:.4g}".rstrip("0"))
+    page.keyboard.press("Escape")
+    page.locator(".find-metric input").fill("/^grad_/")
+    expect(page.locator(".grid .cell")).to_have_count(1)
+    page.locator(".find-metric input").fill("no such metric")
+    expect(page.locator("main")).to_contain_text("No metric of this run has")
+
+
+def test_texts_stay_texts(page):
+    page.goto("/runs")
+    name = HOSTILE.replace("/", "")
+    page.locator("#filter").fill("onerror")
+    expect(rows(page)).to_have_count(1)
+    assert names(page) == [name]
+    rows(page).locator("a").click()
+    expect(page.locator("h1")).to_have_text(name)
+    page.goto("/run/trained?tab=logs")
+    expect(page.locator(".log")).to_contain_text(HOSTILE)
+    page.get_by_label("Find in the log").fill("onerror")
+    expect(page.locator(".log mark")).to_have_text("onerror")
+    assert page.locator("main img").count() == 0
+    assert page.title() != "1"
+
+
+def test_the_filter(page):
+    page.goto("/runs")
+    box = page.locator("#filter")
+    box.fill("optim.lr >= 0.25 and not status = failed")
+    expect(rows(page)).to_have_count(2)
+    assert names(page) == ["dense-lr0.5-seed3", "dense-lr0.5-seed2"]
+    assert "optim.lr" in page.url
+    page.reload()
+    expect(rows(page)).to_have_count(2)
+    box.fill("metric:grad_norm > 4 or step > 1k")
+    expect(rows(page)).to_have_count(2)
+    for text, wrong, said in [
+        ("nothing < 3", "nothing", "is no key"), ("loss <", " ", "a value should follow"), ("(loss < 3", "(", "not closed"),
+        ('data = "x', '"x', "quote is not closed"), ("loss < 3) x", ")", "was not opened"),
+    ]:  # fmt: skip
+        box.fill(text)
+        expect(page.locator(".wrong mark")).to_have_text(wrong.strip() or wrong, use_inner_text=False)
+        expect(page.locator(".wrong")).to_contain_text(said)
+        expect(box).to_have_attribute("aria-invalid", "true")
+    box.fill("loss > 100")
+    expect(page.locator("main")).to_contain_text("No run has loss > 100")
+    page.get_by_role("button", name="Clear the filter").click()
+    expect(page.locator("h1")).to_have_text("Runs 9")
+
+
+def test_sort_and_group(page):
+    page.goto("/runs?q=dense")
+    page.get_by_role("button", name="optim.lr").click()
+    page.get_by_role("button", name="optim.lr").click()
+    expect(page.locator('[data-key="optim.lr"]')).to_have_attribute("aria-sort", "descending")
+    expect(rows(page).first).to_contain_text("dense-lr0.5")
+    page.get_by_role("button", name="Group: sweep").click()
+    page.get_by_label("Search: Group by").fill("optim.lr")
+    page.locator("[popover] label", has_text="optim.lr").click()
+    expect(rows(page)).to_have_count(2)
+    page.get_by_role("button", name="Columns").click()
+    page.get_by_label("Search: Columns").fill("grad_norm:last")
+    page.locator("[popover] label").first.click()
+    page.keyboard.press("Escape")
+    # Seeds 2 and 3 have 4 and 5, 0 and 1 have 2 and 3.
+    expect(rows(page).first).to_contain_text("4.5")
+    expect(rows(page).last).to_contain_text("2.5")
+    page.get_by_role("button", name="Runs of 0.5").click()
+    expect(rows(page)).to_have_count(4)
+
+
+def test_keys_choose_runs_and_compare_them(page):
+    page.goto("/runs?q=dense&sort=name")
+    expect(rows(page)).to_have_count(4)
+    for key in "jxjx":
+        page.keyboard.press(key)
+    expect(page.locator("main")).to_contain_text("2 selected")
+    assert page.locator(".rows input:checked").count() == 2
+    expect(page.locator(".peek h2").first).to_have_text("dense-lr0.001-seed1")
+    page.keyboard.press(" ")
+    expect(page.locator(".peek")).to_be_hidden()
+    page.keyboard.press("c")
+    expect(page.locator("h1")).to_contain_text("2 runs at equal steps.")
+    page.keyboard.press("g")
+    page.keyboard.press("n")
+    expect(page.get_by_role("link", name=re.compile("^Now"))).to_have_attribute("aria-current", "page")
+    page.keyboard.press("?")
+    expect(page.locator("dialog")).to_contain_text("select")
+    page.keyboard.press("Escape")
+    page.keyboard.press("/")
+    page.keyboard.type("long")
+    page.keyboard.press("Enter")
+    expect(page.locator("h1")).to_have_text("long")
+
+
+def test_compare_and_its_exports(page, root, tmp_path):
+    page.goto("/compare?run=dense-lr0.001-seed0&run=dense-lr0.5-seed2&run=long")
+    expect(page.locator(".keys-table")).to_contain_text("optim.lr")
+    expect(page.locator(".compare .plot").first).to_have_attribute("aria-label", re.compile("long"))
+    expect(page.locator(".compare .plot")).to_have_count(2)
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Export CSV").click()
+    saved.value.save_as(tmp_path / "all.csv")
+    with open(tmp_path / "all.csv", newline="") as file:
+        head, *lines = csv.reader(file)
+    column = head.index("dense-lr0.5-seed2")
+    own = {float(line[0]): float(line[column]) for line in lines if line[column]}
+    record = {each["step"]: each["loss"] for each in read_metrics(root / "dense-lr0.5-seed2") if "loss" in each}
+    assert own == record
+    for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg")):
+        with page.expect_download() as saved:
+            page.get_by_role("button", name=kind).click()
+        saved.value.save_as(tmp_path / kind)
+        assert (tmp_path / kind).read_bytes().startswith(start)
+    page.get_by_role("button", name="Leave out long").click()
+    expect(page.locator("h1")).to_contain_text("2 runs")
+
+
+def test_a_zoom_asks_for_finer_data(watched):
+    page = watched.page
+    page.goto("/run/long")
+    over = page.locator(".big-chart .u-over")
+    box = over.bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * 0.25, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, y, steps=4)
+    with page.expect_response(lambda answer: "/series" in answer.url and "from=" in answer.url) as answered:
+        page.mouse.up()
+    x = answered.value.json()["metrics"]["loss"]["x"]
+    # All of its own steps, where all 1,200 did not fit.
+    assert x == list(range(int(x[0]), int(x[-1]) + 1))
+    assert x[0] == pytest.approx(STEPS * 0.25, abs=STEPS * 0.02)
+    assert x[-1] == pytest.approx(STEPS * 0.5, abs=STEPS * 0.02)
+    assert "from=" in page.url
+    page.keyboard.press("Escape")
+    page.wait_for_url(lambda url: "from=" not in url)
+
+
+def test_a_new_point_arrives_by_itself(page, root, dashboard):
+    page.goto("/run/going")
+    expect(page.locator(".numbers")).to_contain_text("of 40")
+    record = Record(root / "going", 1)
+    record.metrics({"step": 6, "loss": 0.123, "tokens": 48, "tokens_per_second": 100.0})
+    record.close()
+    expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile(r"0\.123 at step 6"))
+    expect(page.locator(".numbers")).to_contain_text("6of 40")
+
+
+def test_a_run_is_stopped_once_it_has_been_confirmed(page, root):
+    page.goto("/run/going")
+    expect(page.locator(".numbers")).to_contain_text("of 40")
+    page.keyboard.press("s")
+    dialog = page.locator("dialog")
+    expect(dialog).to_contain_text("going after a checkpoint?")
+    expect(dialog.get_by_role("button", name="Keep it running")).to_be_focused()
+    page.keyboard.press("Enter")
+    expect(dialog).to_have_count(0)
+    before = set(root.joinpath("going").iterdir())
+    page.keyboard.press("s")
+    page.locator("dialog").get_by_role("button", name="Stop after a checkpoint").click()
+    expect(page.locator(".run-head .now")).to_contain_text("stopping")
+    assert len(set(root.joinpath("going").iterdir()) - before) == 1
+
+
+def test_notes_and_tags_are_written(page, root):
+    page.goto("/run/long")
+    expect(page.locator("h1")).to_have_text("long")
+    page.keyboard.press("n")
+    page.get_by_label("Note", exact=True).fill(HOSTILE)
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".run-head .note")).to_have_text(HOSTILE)
+    page.keyboard.press("t")
+    page.get_by_label(re.compile("^Tags")).fill("kept\nfor=later")
+    page.get_by_role("button", name="Save").click()
+    expect(page.locator(".run-head .tag")).to_have_count(2)
+    notes = read_notes(root / "long")
+    assert (notes.note, notes.tags) == (HOSTILE, {"kept": "true", "for": "later"})
+    page.goto("/runs")
+    page.locator("#filter").fill("tag = for=later or tag = kept")
+    expect(page.locator(".wrong, .table .rows")).not_to_have_count(0)
+    page.locator("#filter").fill('tag = "kept"')
+    expect(rows(page)).to_have_count(1)
+
+
+def test_light_and_dark(page):
+    page.goto("/run/long")
+    expect(page.locator("h1")).to_have_text("long")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    assert page.evaluate(ground) == "rgb(250, 250, 248)"
+    page.keyboard.press("d")
+    assert page.evaluate(ground) == "rgb(22, 24, 27)"
+    page.reload()
+    assert page.evaluate(ground) == "rgb(22, 24, 27)"
+
+
+def test_the_server_goes_and_the_page_keeps_what_it_knows(browser, root):
+    with serving([root]) as server:
+        server.look()
+        context = browser.new_context(base_url=f"http://{server.host}")
+        context.request.post("/login", data={"token": TOKEN}, headers={"origin": f"http://{server.host}"})
+        page = context.new_page()
+        page.goto("/runs")
+        expect(page.locator(".live")).to_contain_text("live")
+        expect(rows(page).first).to_be_visible()
+        shown = names(page)
+    expect(page.locator(".live")).to_contain_text("no answer", timeout=20_000)
+    assert names(page) == shown
+    context.close()
+
+
+def test_names_and_roles(page):
+    page.goto("/run/trained")
+    expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile("loss by step"))
+    for path in ("/", "/runs", "/run/trained", "/compare?run=trained&run=long"):
+        page.goto(path)
+        expect(page.locator("h1")).to_be_visible()
+        nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, [role=img], a")]
+            .filter((node) => node.checkVisibility() && !(node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.length))
+            .map((node) => node.outerHTML.slice(0, 200))""")
+        assert nameless == []
+        ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
+        assert len(ids) == len(set(ids))
