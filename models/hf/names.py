@@ -28,24 +28,32 @@ class Architecture:
 
 
 LLAMA = Architecture("LlamaForCausalLM", "llama")
-_QWEN = {"sliding_window": 4096, "max_position_embeddings": 32768}
+_QWEN = {"sliding_window": 4096, "max_position_embeddings": 32768, "num_key_value_heads": 32}
 MISTRAL = Architecture(
-    "MistralForCausalLM", "mistral", defaults={"sliding_window": 4096, "max_position_embeddings": 131072}
+    "MistralForCausalLM",
+    "mistral",
+    defaults={"sliding_window": 4096, "max_position_embeddings": 131072, "num_key_value_heads": 8},
 )
 QWEN2 = Architecture("Qwen2ForCausalLM", "qwen2", defaults={**_QWEN, "qkv_bias": True})
-QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", defaults=_QWEN)
-QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", "qwen3_moe", defaults=_QWEN)
+QWEN3 = Architecture("Qwen3ForCausalLM", "qwen3", defaults={**_QWEN, "head_dim": 128})
+QWEN3_MOE = Architecture("Qwen3MoeForCausalLM", "qwen3_moe", defaults={**_QWEN, "num_key_value_heads": 4})
 QWEN2_MOE = Architecture(
     "Qwen2MoeForCausalLM",
     "qwen2_moe",
-    defaults={**_QWEN, "qkv_bias": True, "shared_expert_intermediate_size": 5632},
+    defaults={**_QWEN, "num_key_value_heads": 16, "qkv_bias": True, "shared_expert_intermediate_size": 5632},
 )
 MIXTRAL = Architecture(
     "MixtralForCausalLM",
     "mixtral",
     "block_sparse_moe",
     ("w1", "w3", "w2"),
-    defaults={"rms_norm_eps": 1e-5, "rope_theta": 1e6, "norm_topk_prob": True, "max_position_embeddings": 131072},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1e6,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+    },
 )
 # The experts of DeepSeek-V3 with an attention that the decoder has.
 GLM4_MOE = Architecture(
@@ -59,6 +67,7 @@ GLM4_MOE = Architecture(
         "partial_rotary_factor": 0.5,
         "norm_topk_prob": True,
         "n_shared_experts": 1,
+        "num_key_value_heads": 8,
         "first_k_dense_replace": 1,
     },
 )
@@ -67,7 +76,7 @@ DOTS1 = Architecture(
     "dots1",
     shared_expert="shared_experts",
     bias=True,
-    defaults={"sliding_window": 4096, "max_window_layers": 62},
+    defaults={"sliding_window": 4096, "max_window_layers": 62, "num_key_value_heads": 32},
 )
 DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3)
 ARCHITECTURES = {a.model_type: a for a in (*DENSE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, GLM4_MOE, DOTS1)}

@@ -12,7 +12,7 @@ from configs import BlockSparse, ConfigError, RopeScaling
 from models.families import build
 from models.hf.config_json import from_hf_config
 from models.hf.folder import export_hf, import_hf
-from models.hf.names import bias_name
+from models.hf.names import ARCHITECTURES, bias_name
 from models.moe.router import choosers
 
 # transformers says so of the empty shared expert of a GLM-4.5 that has none
@@ -293,6 +293,20 @@ def test_layers_for_the_prediction_of_more_tokens_are_left_out(tmp_path):
     save_file(tensors | {"model.layers.4.eh_proj.weight": torch.zeros(2)}, tmp_path / "model.safetensors")
     with pytest.raises(ConfigError, match=r"1 unknown .*layers\.4\.eh_proj"):
         import_hf(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_heads_that_config_json_does_not_count_are_those_of_transformers(model_type):
+    sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 2, "vocab_size": 99}
+    if model_type == "glm4_moe":
+        sizes["partial_rotary_factor"] = 1.0
+    experts = {"num_experts": 4, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    tree = {"intermediate_size": 64, "moe_intermediate_size": 64, **sizes, **experts}
+    for more in ({}, {"num_key_value_heads": 2, "head_dim": 64}):
+        theirs = transformers.AutoConfig.for_model(model_type, **sizes, **more)
+        ours, _ = from_hf_config({"model_type": model_type, **tree, **more})
+        assert ours.num_kv_heads == theirs.num_key_value_heads
+        assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2048 // 32)
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe"])
