@@ -1,6 +1,7 @@
 """Make the tokenizer of a preparation: byte level, trained on a sample of the inputs, or an existing file."""
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -68,7 +69,9 @@ def make_tokenizer(
 
 def changed(text: str, back: str) -> str:
     """What a user is told of a tokenizer that loses text."""
-    return f"the tokenizer changes text: {text!r} becomes {back!r}"
+    alike = unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", back)  # on a screen
+    show = ascii if alike else repr
+    return f"the tokenizer changes text: {show(text)} becomes {show(back)}"
 
 
 def _sample(files: list[Input], config: PrepareConfig, splitting: Splitting, reader: Reader) -> Iterator[str]:

@@ -4,6 +4,7 @@ It imports as little as it can: a process starts in 50 ms.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
@@ -108,13 +109,15 @@ def lost(tokenizer: Tokenizer, text: str) -> tuple[str, str] | None:
 
     A blank more or less at its beginning counts for nothing, as many tokenizers have it so.
     """
-    back = tokenizer.decode(encode(tokenizer, text), skip_special_tokens=False).removeprefix(" ")
-    text = text.removeprefix(" ")
-    if back == text:
+    back = tokenizer.decode(encode(tokenizer, text), skip_special_tokens=False)
+    pairs = [(text, back)]
+    pairs += [(text[1:], back)] if text.startswith(" ") else []
+    pairs += [(text, back[1:])] if back.startswith(" ") else []
+    if any(one == other for one, other in pairs):
         return None
-    same = next((i for i, (one, other) in enumerate(zip(text, back, strict=False)) if one != other), len(back))
+    same, one, other = max((len(os.path.commonprefix(pair)), *pair) for pair in pairs)  # noqa: RUF071, of texts
     first = max(same - SHOWN // 2, 0)
-    return text[first : first + SHOWN], back[first : first + SHOWN]
+    return one[first : first + SHOWN], other[first : first + SHOWN]
 
 
 def serve(descriptor: int) -> None:

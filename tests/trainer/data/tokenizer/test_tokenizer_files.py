@@ -6,11 +6,13 @@ import odd_tokenizers as odd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders
 
 from configs import ConfigError
 from configs.sections.data import DataConfig, PrepareConfig, Source
 from trainer.data.manifest import read_manifest, read_manifests
 from trainer.data.prepare.prepare import prepare
+from trainer.data.tokenizer.make import changed
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.data.tokenizer.tokenizer_files import MORE_TEMPLATES, MOST_TEMPLATES, beside
 
@@ -149,6 +151,21 @@ def test_a_prompt_stays_what_it_is_before_bytes_that_are_no_text(tmp_path):
                 prompt + "\ufffd"
             )
             assert process.continued(prompt, tokens, []) == prompt
+
+
+def test_one_blank_less_at_the_beginning_is_no_loss(tmp_path):
+    tokenizer = odd.byte_level(TEXTS, ["</s>"])
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    with TokenizerProcess(odd.write(tmp_path, tokenizer, None)) as process:
+        assert [process.lost(text) for text in ("a", " a", "  a  b ", " " * 9)] == [None] * 4
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 2, 0)])
+    with TokenizerProcess(odd.write(tmp_path, tokenizer, None)) as process:
+        assert process.lost("  a") == (" a", "a")
+
+
+def test_a_change_that_no_screen_shows_is_told_in_escapes():
+    assert changed("caf\u00e9", "cafe\u0301") == r"the tokenizer changes text: 'caf\xe9' becomes 'cafe\u0301'"
+    assert changed("café", "cafe") == "the tokenizer changes text: 'café' becomes 'cafe'"
 
 
 @pytest.fixture
