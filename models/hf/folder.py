@@ -18,7 +18,7 @@ from models.families import FAMILIES, build
 from models.moe.router import choosers
 
 from .config_json import CONFIG, YARN_SINCE, from_hf_config, read_hf_config, to_hf_config
-from .names import BIAS, GLM4_MOE, QWEN2, Architecture, bias_name, pieces
+from .names import BIAS, GLM4_MOE, Architecture, bias_name, pieces
 from .weight_files import open_tensors, same_values
 
 SHARD_BYTES = 5 * 10**9
@@ -61,12 +61,6 @@ def export_hf(
         print(
             f"muster: {to} has YaRN positions, which transformers computes as trained from version {YARN_SINCE} "
             "on; older versions differ",
-            file=sys.stderr,
-        )
-    if arch is QWEN2 and special_tokens is not None:
-        print(
-            f"muster: transformers takes the tokenizer of {to} for Qwen2's own, as it does for this architecture; "
-            "if it is a different one, load it with PreTrainedTokenizerFast.from_pretrained",
             file=sys.stderr,
         )
     tree["torch_dtype"] = str(dtype or next(module.parameters()).dtype).removeprefix("torch.")

@@ -1,6 +1,8 @@
 """A plain module from a run's checkpoint, for evaluation, generation and the Hugging Face folder."""
 
+import json
 import math
+import sys
 from pathlib import Path
 
 import torch
@@ -9,10 +11,12 @@ from torch import nn
 from configs import Config, ConfigError
 from models.families import build
 from models.hf.folder import SHARD_BYTES, export_hf
+from models.hf.names import QWEN2
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
 from models.tasks.task import Task
-from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
+from trainer.data.manifest import TOKENIZER
+from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer, is_qwen2s
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.files.durable import replace_bytes
@@ -22,6 +26,11 @@ from trainer.run.plugins import with_plugins
 
 from . import store
 from .memory import on_device, restored, wrong_memory
+
+NOT_QWEN2S = (
+    "AutoTokenizer builds Qwen2's tokenizer for this architecture, and tokenizer.json is a different one: load it with "
+    "PreTrainedTokenizerFast.from_pretrained"
+)
 
 
 def load_module(run_dir: Path, step: int | None = None, reads: str | None = "tokens") -> tuple[nn.Module, Config, int]:
@@ -106,4 +115,8 @@ def export(
     for name, content in files.items():
         (to / name).parent.mkdir(mode=0o700, exist_ok=True)
         replace_bytes(to / name, content)
+    model_type = json.loads((to / "config.json").read_text())["model_type"]
+    if model_type == QWEN2.model_type and not is_qwen2s(files[TOKENIZER]):
+        print(f"muster: {to}: {NOT_QWEN2S}", file=sys.stderr)
+        replace_bytes(to / "README.md", f"{NOT_QWEN2S}.\n".encode())
     return found

@@ -16,10 +16,10 @@ from support import tiny, train_in_process
 from configs import ConfigError
 from configs.sections.data import PrepareConfig
 from models.hf.names import ARCHITECTURES
-from trainer.checkpoint.export import export
+from trainer.checkpoint.export import NOT_QWEN2S, export
 from trainer.data.manifest import read_manifest
 from trainer.data.prepare.prepare import prepare
-from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer
+from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer, is_qwen2s
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.data.tokenizer.tokenizer_files import FOLDER
@@ -191,6 +191,22 @@ def test_an_exported_tokenizer_encodes_as_the_data_were(tmp_path, kind):
         assert [tokenizer(text).input_ids for text in ASKED] == expected, model_type
         assert tokenizer.eos_token_id == info.eos_id
         assert tokenizer.bos_token is None
+
+
+def test_what_auto_tokenizer_makes_of_an_export_for_qwen2_is_told_in_the_folder(tmp_path, capsys):
+    own = json.loads(transformers.Qwen2Tokenizer().backend_tokenizer.to_str())
+    assert is_qwen2s(json.dumps(own).encode())
+    for part in ("normalizer", "pre_tokenizer", "decoder"):
+        assert not is_qwen2s(json.dumps(own | {part: None}).encode()), part
+    config = settings(tmp_path, "run", data(tmp_path, "chat"), steps=5, eval_every=0)
+    model = config.model.model_copy(update={"qk_norm": False, "qkv_bias": True})
+    run_dir = prepare_run(config.model_copy(update={"model": model}))
+    assert train_in_process(run_dir) == 0
+    capsys.readouterr()
+    export(run_dir, tmp_path / "hf")
+    assert read(tmp_path / "hf" / "config.json")["model_type"] == "qwen2"
+    assert NOT_QWEN2S in capsys.readouterr().err
+    assert (tmp_path / "hf" / "README.md").read_text() == f"{NOT_QWEN2S}.\n"
 
 
 NAMES = [

@@ -11,6 +11,10 @@ from trainer.data.manifest import TOKENIZER, TokenizerInfo
 
 from .tokenizer_files import SETTINGS, SPECIAL, TOKENIZER_BYTES, TOKENIZER_VALUES, beside, content, settings
 
+_QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _SPECIAL_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
 _SIDES = ("left", "right")
@@ -74,6 +78,21 @@ def hf_tokenizer(
     pad = special.get("pad_token")
     ids = {"bos_token_id": None, "eos_token_id": info.eos_id, "pad_token_id": token_to_id(pad) if pad else None}
     return files, ids
+
+
+def is_qwen2s(tokenizer: bytes) -> bool:
+    """Whether a tokenizer.json differs from Qwen2's in nothing but its tokens and merges (tokenization_qwen2.py)."""
+    tree = json.loads(tokenizer)
+    steps = [{**each, "trim_offsets": None} for each in (tree.get("pre_tokenizer") or {}).get("pretokenizers", [])]
+    own: list[dict[str, Any]] = [
+        {"type": "Split", "pattern": {"Regex": _QWEN2_SPLIT}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+    ]
+    return (
+        tree.get("normalizer") == {"type": "NFC"}
+        and steps == [{**each, "trim_offsets": None} for each in own]
+        and (tree.get("decoder") or {}).get("type") == "ByteLevel"
+    )
 
 
 def _tree(file: Path) -> dict[str, Any]:
