@@ -17,6 +17,8 @@ _DECODER = json.JSONDecoder(parse_int=str)
 _JSON = re.compile(rb'(?:\[\s*+)?\{\s*+(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
 """How records of JSON begin."""
 
+_PICKLES = (b"(dp0\n", b"(lp0\n", b"ccollections\nOrderedDict\np0\n", b"ccopy_reg\n_reconstructor\np0\n")
+"""How those of protocol 0, which is ASCII, begin: a dict, a list, an ordered dict, an object."""
 _FOREIGN = {
     b"ARROW1\0\0": "an Arrow file",
     b"FEA1\0\0\0\0": "a Feather file",
@@ -54,6 +56,8 @@ def foreign(head: bytes) -> str:
     if head[:3] == b"ORC" and min(head[3:16], default=9) < 9:
         return "an ORC file"
     if head[:1] == b"\x80" and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "a Python pickle"
+    if head.startswith(_PICKLES):
         return "a Python pickle"
     if found := next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), ""):
         return found

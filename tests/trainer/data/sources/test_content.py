@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import pickle
+from collections import OrderedDict
 from pathlib import Path
 
 import pyarrow as pa
@@ -208,6 +210,19 @@ def test_what_is_no_text_is_named(tmp_path: Path, magic: bytes, what: str):
     (tmp_path / "a.txt").write_bytes(magic + b" plain text" * 100)
     assert read(tmp_path / "a.txt") == ([], [("a.txt", "", "not text")])
     assert detail(tmp_path / "a.txt").startswith(what)
+
+
+class Thing:
+    pass
+
+
+@pytest.mark.parametrize(
+    "value", [{"text": "a"}, ["a"], OrderedDict(text="a"), Thing()], ids=["dict", "list", "ordered", "object"]
+)
+def test_a_pickle_in_ascii_is_none(tmp_path: Path, value: object):
+    (tmp_path / "a.txt").write_bytes(pickle.dumps(value, protocol=0))
+    assert read(tmp_path / "a.txt") == ([], [("a.txt", "", "not text")])
+    assert detail(tmp_path / "a.txt") == "a Python pickle"
 
 
 def test_a_text_about_orcs_is_one(tmp_path: Path):
