@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 from configs import ConfigError
 
+from .content import begins_as_json
 from .unpack import ENDINGS, Compression
 
 Kind = Literal["text", "jsonl", "json", "csv", "tsv", "parquet", "special", "beside"]
@@ -207,7 +208,7 @@ def is_marker(path: str) -> bool:
 def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
     """The files with those as `beside` that only describe the others: of a folder with records README, LICENSE and the
     like, and markers; of a data set from Hugging Face all text but .txt."""
-    records = any(file.kind in _RECORDS for file in files)
+    records = any(file.kind in _RECORDS for file in files) or _are_parts(files)
     beside = {file.path for file in files if is_marker(file.path) and (records or file.bytes == 0)}
     if records:
         text = [file.path for file in files if file.kind == "text"]
@@ -215,6 +216,18 @@ def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
         if _is_dataset(given):
             beside |= {path for path in text if not re.search(r"\.txt(\.\w+)?$", path, re.IGNORECASE)}
     return [file._replace(kind="beside") if file.path in beside else file for file in files]
+
+
+def _are_parts(files: list[Input]) -> bool:
+    """Whether all but what may be beside data has names without an ending, and the first begins as JSON does: the parts
+    that Spark and Hadoop write."""
+    names = [(file, os.path.basename(file.path)) for file in files if file.kind == "text"]
+    parts = [(file, name) for file, name in names if not is_marker(file.path) and not _BESIDE.fullmatch(name)]
+    if not parts or any("." in name for _, name in parts):
+        return False
+    with contextlib.suppress(OSError), open(parts[0][0].path, "rb") as opened:
+        return begins_as_json(opened.read(512))
+    return False
 
 
 def _is_dataset(folder: str) -> bool:

@@ -415,6 +415,17 @@ def test_what_stands_beside_records_is_named_and_not_trained_on(tmp_path: Path):
     assert read(tmp_path / "README.md") == (["about the data\n"], [])
 
 
+def test_what_stands_beside_parts_without_an_ending(tmp_path: Path):
+    for name in ("README", "LICENSE", "_SUCCESS"):
+        (tmp_path / name).write_text("not data")
+    (tmp_path / "part-00000").write_bytes(LINES)
+    texts, refused = read(tmp_path)
+    assert texts == TEXTS
+    assert refused == [(name, "", "not data") for name in ("LICENSE", "README", "_SUCCESS")]
+    (tmp_path / "part-00000").write_text("prose of its own")
+    assert len(read(tmp_path)[0]) == 4
+
+
 def test_of_a_data_set_with_a_card_only_data_are_read(tmp_path: Path):
     (tmp_path / "README.md").write_text(CARD)
     (tmp_path / "c4.py").write_text("import datasets\n")
