@@ -187,7 +187,8 @@ def test_the_filter(page):
     box.fill("metric:grad_norm > 4 or step > 1k")
     expect(rows(page)).to_have_count(2)
     for text, wrong, said in [
-        ("nothing < 3", "nothing", "is no key"), ("loss <", " ", "a value should follow"), ("(loss < 3", "(", "not closed"),
+        ("nothing < 3", "nothing", "is no key"), ("loss <", " ", "a value should follow"),
+        ("(loss < 3", "(", "not closed"),
         ('data = "x', '"x', "quote is not closed"), ("loss < 3) x", ")", "was not opened"),
     ]:  # fmt: skip
         box.fill(text)
@@ -368,7 +369,8 @@ def test_names_and_roles(page):
         page.goto(path)
         expect(page.locator("h1")).to_be_visible()
         nameless = page.evaluate("""() => [...document.querySelectorAll("button, input, select, [role=img], a")]
-            .filter((node) => node.checkVisibility() && !(node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.length))
+            .filter((node) => node.checkVisibility()
+                && !(node.getAttribute("aria-label") || node.textContent.trim() || node.labels?.length))
             .map((node) => node.outerHTML.slice(0, 200))""")
         assert nameless == []
         ids = page.evaluate("[...document.querySelectorAll('[id]')].map((node) => node.id)")
