@@ -9,7 +9,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.cells import cell_len
+from rich.console import RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
 from rich.text import Text
 
 from configs import counted
@@ -24,6 +28,12 @@ SMOOTHING = 0.1
 """Weight of the newest step in the shown rates."""
 SPINNER = "|/-\\"
 """Drawn one after the other until the first step."""
+BAR = 20
+"""Columns of the bar."""
+BAR_FROM = 110
+"""Columns of a terminal from which on there is a bar: beside it the usual line is whole."""
+LEAST_NEEDED = ("memory", "gradient norm", "FLOPs", "rate", "skipped", "loss")
+"""What a narrow terminal leaves out, in this order; step and time to go always stand."""
 MEASURED = (("peak memory", "peak_memory", byte_size), ("a step", "step_time", duration))
 """What the event `measured` tells beside its prediction: label, key, how it is written."""
 
@@ -46,18 +56,18 @@ class ProgressView:
         self._seconds: float | None = None
         self._rate: float | None = None
         self._unit = "tokens"
-        self._live: Progress | None = None
+        self._step = 0
+        self._parts = {"state": "starting"}
+        self._live: Live | None = None
         self._processes = 1
         self._began = time.monotonic()
         if self.console.is_terminal if tty is None else tty:
-            columns = (MofNCompleteColumn(), BarColumn(bar_width=20), TextColumn("{task.description}", markup=False))
-            self._live = Progress(*columns, console=self.console, auto_refresh=False)
-            self._task = self._live.add_task("starting", total=total_steps)
+            self._live = Live(get_renderable=self._drawn, console=self.console, auto_refresh=False)
 
     def start(self) -> None:
         self._began = time.monotonic()
         if self._live:
-            self._live.start()
+            self._live.start(refresh=True)
 
     def stop(self) -> None:
         if self._live:
@@ -72,7 +82,7 @@ class ProgressView:
         """Before the first step, show on a terminal that time passes."""
         if self._live and self._seconds is None:
             seconds = time.monotonic() - self._began
-            self._live.update(self._task, description=f"{SPINNER[int(2 * seconds) % 4]} starting, {seconds:.0f} s")
+            self._parts = {"state": f"{SPINNER[int(2 * seconds) % 4]} starting, {seconds:.0f} s"}
             self._live.refresh()
 
     def metrics(self, record: dict[str, Any]) -> None:
@@ -84,12 +94,11 @@ class ProgressView:
         self._unit = unit_of(record)
         self._seconds = _smooth(self._seconds, record.get("step_time"))
         self._rate = _smooth(self._rate, record.get(self._unit + RATE))
-        line = self._line(record)
-        if self._live:
-            self._live.update(self._task, completed=step, description=line)
-        elif record["time"] - self._last_line >= self.quiet_for or step == self.total_steps:
+        self._step, self._parts = step, self._told(record)
+        quiet = record["time"] - self._last_line < self.quiet_for and step != self.total_steps
+        if not self._live and not quiet:
             self._last_line = record["time"]
-            self._print(f"step {step}/{self.total_steps}  {line}")
+            self._print(f"step {step}/{self.total_steps}  {_joined(self._parts)}")
 
     def event(self, record: dict[str, Any]) -> None:
         """Take in one line of events.jsonl; what the metrics show already is left out."""
@@ -147,23 +156,43 @@ class ProgressView:
             )
         return ", ".join(parts)
 
-    def _line(self, record: dict[str, Any]) -> str:
-        parts = [f"loss {_number(record['loss'], '.4f')}"]
+    def _told(self, record: dict[str, Any]) -> dict[str, str]:
+        """What a line says of a step, each part under its name."""
+        parts = {"loss": f"loss {_number(record['loss'], '.4f')}"}
         if self._rate:
-            parts.append(f"{self._rate:,.0f} {'tok' if self._unit == 'tokens' else self._unit}/s")
+            parts["rate"] = f"{self._rate:,.0f} {'tok' if self._unit == 'tokens' else self._unit}/s"
         if record.get("mfu") is not None:
-            parts.append(f"MFU {record['mfu']:.1%}")
+            parts["FLOPs"] = f"MFU {record['mfu']:.1%}"
         elif record.get("tflops") is not None:
-            parts.append(f"{record['tflops'] * self._processes:.3g} TFLOP/s")
+            parts["FLOPs"] = f"{record['tflops'] * self._processes:.3g} TFLOP/s"
         if record.get("grad_norm") is not None:
-            parts.append(f"grad {record['grad_norm']:.3g}")
+            parts["gradient norm"] = f"grad {record['grad_norm']:.3g}"
         if record.get("memory_gb"):
-            parts.append(byte_size(record["memory_gb"] * 1e9))
+            parts["memory"] = byte_size(record["memory_gb"] * 1e9)
         if self._seconds:
-            parts.append(f"eta {duration(self._seconds * (self.total_steps - record['step']))}")
+            parts["eta"] = f"eta {duration(self._seconds * (self.total_steps - record['step']))}"
         if record.get("skipped"):
-            parts.append("skipped")
-        return "  ".join(parts)
+            parts["skipped"] = "skipped"
+        return parts
+
+    def _drawn(self) -> RenderableType:
+        """The live line, as much of it as the terminal is wide."""
+        steps, parts = f"{self._step:{len(str(self.total_steps))}}/{self.total_steps}", dict(self._parts)
+        room, has_bar = self.console.width - len(steps) - 2, self.console.width >= BAR_FROM
+        if has_bar:
+            room -= BAR + 2
+        for name in LEAST_NEEDED:
+            if cell_len(_joined(parts)) <= room:
+                break
+            parts.pop(name, None)
+        line = Text(_joined(parts), no_wrap=True, overflow="ellipsis")
+        table = Table.grid(padding=(0, 2))
+        table.add_column(no_wrap=True, min_width=len(steps))
+        cells: list[RenderableType] = [Text(steps, "progress.download")]
+        if has_bar:
+            cells.append(ProgressBar(self.total_steps, self._step, width=BAR))
+        table.add_row(*cells, line)
+        return table
 
     def _print(self, line: str) -> None:
         self.console.print(Text(line), soft_wrap=True)  # a pipe is not 80 columns wide
@@ -240,6 +269,10 @@ def _smooth(before: float | None, now: float | None) -> float | None:
     if before is None or now is None:
         return now if before is None else before
     return before + SMOOTHING * (now - before)
+
+
+def _joined(parts: dict[str, str]) -> str:
+    return "  ".join(parts.values())
 
 
 def _number(value: float | None, form: str) -> str:

@@ -1,6 +1,7 @@
 """The progress view: what a person is shown of a record."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -13,9 +14,9 @@ from trainer.record.progress import Follower, ProgressView
 from trainer.run.header import header
 
 
-def view_of(total_steps: int, tty: bool = False) -> tuple[ProgressView, io.StringIO]:
+def view_of(total_steps: int, tty: bool = False, width: int = 80) -> tuple[ProgressView, io.StringIO]:
     out = io.StringIO()
-    console = Console(file=out, force_terminal=tty, width=80, highlight=False)
+    console = Console(file=out, force_terminal=tty, width=width, highlight=False)
     return ProgressView(total_steps, console=console), out
 
 
@@ -90,6 +91,26 @@ def test_live_line_on_a_terminal():
     view.stop()
     assert "4/10" in out.getvalue()
     assert "loss 3.2500" in out.getvalue()
+
+
+NEEDED = ("eta 8.7 days", "loss 6.8054", "2,468 tok/s", "0.0352 TFLOP/s", "grad 0.784", "737 MB")
+"""The parts of a line, the most needed first."""
+
+
+@pytest.mark.parametrize(("width", "parts"), [(30, 1), (40, 1), (60, 3), (80, 4), (96, 6), (120, 6), (200, 6)])
+def test_a_narrow_terminal_leaves_out_what_is_least_needed(width, parts):
+    view, out = view_of(1_200_000, tty=True, width=width)
+    view.metrics(step(300_001, 0.0) | {"loss": 6.8054, "tokens_per_second": 2468.0, "tflops": 0.0352,
+                                       "grad_norm": 0.784, "memory_gb": 0.737, "step_time": 0.8333})  # fmt: skip
+    view.start()
+    view.stop()
+    drawn = [re.sub(r"\x1b\[[\d?;]*[a-zA-Z]", "", line).rstrip() for line in out.getvalue().splitlines()]
+    (line,) = {line for line in drawn if line}
+    assert line.startswith(" 300001/1200000  ")
+    assert [part in line for part in NEEDED] == [number < parts for number in range(len(NEEDED))]
+    assert "…" not in line
+    assert len(line) <= width
+    assert ("━" in line) == (width >= 120)
 
 
 @pytest.mark.parametrize("tty", [False, True])
