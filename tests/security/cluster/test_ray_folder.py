@@ -48,7 +48,7 @@ def test_a_private_folder(tmp_path):
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "file").touch()
     for other in ("link", "file"):
-        with pytest.raises(ConfigError, match="--key names another"):
+        with pytest.raises(ConfigError, match="set --key to another"):
             private_folder(tmp_path / other, "--key")
 
 
@@ -56,7 +56,7 @@ def test_a_private_folder(tmp_path):
 def test_someone_elses_folder_is_refused(tmp_path):
     (tmp_path / "his").mkdir()
     os.chown(tmp_path / "his", NOBODY, NOBODY)
-    with pytest.raises(ConfigError, match=f"his belongs to user {NOBODY}: --key names another"):
+    with pytest.raises(ConfigError, match=f"his belongs to user {NOBODY}: set --key to another"):
         private_folder(tmp_path / "his", "--key")
 
 
@@ -90,7 +90,7 @@ def test_rays_folder_lies_in_one_of_the_owners(common):
         (lambda c: None, "x" * LONGEST, f"more than {LONGEST} characters"),
         (lambda c: c.chmod(0o777), "x", "lets other users rename"),
         (lambda c: None, "", "is empty: name a folder"),
-        (lambda c: (c / f"muster-ray-{os.geteuid()}").symlink_to("/tmp"), None, "--temp-dir=FOLDER names another"),
+        (lambda c: (c / f"muster-ray-{os.geteuid()}").symlink_to("/tmp"), None, "set --temp-dir=FOLDER to another"),
     ],
 )
 def test_another_folder_for_ray_is_refused(common, muster, monkeypatch, prepare, given, words):
