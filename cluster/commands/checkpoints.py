@@ -123,7 +123,7 @@ def steps_of(run_dir: Path, step: int | None) -> list[int]:
 
     steps = committed(run_dir)
     if not steps or (step is not None and step not in steps):
-        have = f"it has those of steps {', '.join(map(str, steps))}" if steps else "it has none"
+        have = f"its checkpoints are at steps {', '.join(map(str, steps))}" if steps else "it has none"
         raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
     return steps if step is None else [step]
 

@@ -83,7 +83,7 @@ def make_empty(folder: Path) -> None:
     except FileExistsError:
         raise ConfigError(f"--out {folder}: there is a file of that name") from None
     except OSError as error:
-        raise ConfigError(f"--out {folder}: cannot be made ({error.strerror})") from None
+        raise ConfigError(f"--out {folder}: cannot be created ({error.strerror})") from None
     if full:
         raise ConfigError(f"--out {folder}: the folder is not empty")
 

@@ -448,7 +448,7 @@ def test_an_evaluation_of_its_own_finds_what_training_found(clean, muster, famil
 
 def test_commands_say_what_they_are_not_for(clean, muster):
     run_dir = str(clean["convnet"])
-    assert "data.path=/no/such is not there" in muster("eval", run_dir, "--data", "/no/such")[2]
+    assert "data.path=/no/such does not exist" in muster("eval", run_dir, "--data", "/no/such")[2]
     for command in (("data", "show", run_dir, "--step", "1"), ("generate", run_dir, "--prompt", "a")):
         code, _, err = muster(*command)
         assert code == 2
