@@ -1,14 +1,13 @@
 """The table of model families. A plugin adds one with `FAMILIES["name"] = Family(...)`."""
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from configs import Config, ConfigError, ModelConfig
-from configs.sections.family import SECTIONS, ModelSection
+from configs import Config, ModelConfig
+from configs.sections.family import SECTIONS, ModelSection, no_such
 
 from .decoder.model import Decoder
 from .hf.names import Architecture, architecture
@@ -61,9 +60,7 @@ def family_of(config: ModelSection) -> Family:
         ConfigError: no such family.
     """
     if config.family not in FAMILIES:
-        near = difflib.get_close_matches(config.family, FAMILIES, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(FAMILIES))}"
-        raise ConfigError(f"model.family={config.family}: no such family; {hint}")
+        raise no_such("model.family", config.family, FAMILIES)
     return FAMILIES[config.family]
 
 

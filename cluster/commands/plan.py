@@ -76,9 +76,9 @@ def plan(
 
 def _show_counted(asked: Config, as_json: bool) -> None:
     """Of a model that the formulas are not of: what can be counted of it. Its plugin brought torch already."""
-    from trainer.run.counted import counts
-
     resolved, notes = resolve(asked)
+    from trainer.run.counted import counts  # torch
+
     found = counts(resolved)
     unknown = "memory, speed and cost: not known, the planner's formulas are of decoders; a run measures them"
     if as_json:

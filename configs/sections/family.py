@@ -1,11 +1,13 @@
 """The section `model:` has the keys of its family: the decoder's, or those of a plugin."""
 
-from collections.abc import Mapping
+import difflib
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import ConfigDict, ValidatorFunctionWrapHandler
 
-from configs.base import Section
+from configs.base import ConfigError, Section
+from configs.reading.parse import shortened
 
 DECODER = "decoder"
 
@@ -42,6 +44,8 @@ class UnknownFamily(ModelSection):
 
 SECTIONS: dict[str, type[ModelSection]] = {}
 """Config class by family name: `models.families.FAMILIES` fills it."""
+TASK_NAMES = {"language_modelling"}
+"""What `task` may be: `models.tasks.table.TASKS` adds those of plugins."""
 
 
 def by_family(value: Any, of_decoder: ValidatorFunctionWrapHandler) -> Any:
@@ -50,6 +54,13 @@ def by_family(value: Any, of_decoder: ValidatorFunctionWrapHandler) -> Any:
     if family == DECODER or not isinstance(family, str):
         return of_decoder(value)
     return value if isinstance(value, ModelSection) else section_of(family).model_validate(value)
+
+
+def no_such(key: str, name: str, known: Iterable[str]) -> ConfigError:
+    """What to raise where a key names an entry of a table that has none of that name."""
+    near = difflib.get_close_matches(name, known := sorted(known), n=1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)} (a plugin may add one)"
+    return ConfigError(f"{key}={shortened(name, 60)}: no such {key.rpartition('.')[2]}; {hint}")
 
 
 def section_of(family: Any) -> type[ModelSection]:

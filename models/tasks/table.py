@@ -1,14 +1,23 @@
 """The table of tasks. A plugin adds one with `TASKS["name"] = Mine`, a subclass of `models.tasks.task.Task`."""
 
-import difflib
-
 from configs import Config, ConfigError
+from configs.sections.family import TASK_NAMES, no_such
 from models.families import FAMILIES, family_of
 
 from .language_modelling import LanguageModelling
 from .task import Task
 
-TASKS: dict[str, type[Task]] = {"language_modelling": LanguageModelling}
+
+class Tasks(dict[str, type[Task]]):
+    """Makes the name of a task known to `configs` when the task is added."""
+
+    def __setitem__(self, name: str, task: type[Task]) -> None:
+        TASK_NAMES.add(name)
+        super().__setitem__(name, task)
+
+
+TASKS = Tasks()
+TASKS["language_modelling"] = LanguageModelling
 
 
 def task_of(config: Config) -> Task:
@@ -24,15 +33,14 @@ def task_class(config: Config) -> type[Task]:
     """
     name = config.task
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(TASKS))}"
-        raise ConfigError(f"task={name}: no such task; {hint}")
+        raise no_such("task", name, TASKS)
     return TASKS[name]
 
 
 def check_pair(config: Config) -> None:
     """Raise ConfigError if the family's network is not what the task learns with, or either is not known."""
-    task, family = task_class(config), family_of(config.model)
+    family = family_of(config.model)  # first: the default task is the family's
+    task = task_class(config)
     if (task.takes, task.gives) == (family.takes, family.gives):
         return
     wanted, there = (task.takes, task.gives), (family.takes, family.gives)

@@ -1,6 +1,7 @@
 """`muster plan`: its numbers as JSON, its tables, its refusals."""
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -68,6 +69,26 @@ def test_refused(capsys, monkeypatch, arguments, message):
     assert code == 2
     assert message in err
     assert not out
+
+
+WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from cluster.cli import main; main()"
+NAMES = {
+    "model.family=llama": "model.family=llama: no such family; known: decoder (a plugin may add one)",
+    "model.family=decodr": "model.family=decodr: no such family; did you mean decoder?",
+    "task=classification": "task=classification: no such task; known: language_modelling (a plugin may add one)",
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "given"),
+    [*(("plan", each) for each in NAMES), *((each, next(iter(NAMES))) for each in ("config", "train"))],
+)
+def test_a_family_or_task_that_nothing_brings_is_refused_without_torch(tmp_path, command, given):
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH, command, "quickstart", given, f"run.root={tmp_path}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (ended.returncode, ended.stderr, ended.stdout) == (2, f"muster: {NAMES[given]}\n", "")
 
 
 def test_what_automatic_checkpoints_expect(capsys, monkeypatch):

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from support import resolved
 
-from configs import ConfigError
+from configs import ConfigError, from_dict, resolve
 from models.families import FAMILIES, build
-from trainer.run.plugins import load_plugins
+from models.tasks.table import check_pair
+from trainer.run.plugins import load_plugins, with_plugins
 
 FAMILY = """
 from models.decoder.model import Decoder
@@ -43,6 +44,13 @@ def test_a_file_adds_a_family(plugin):
         build(resolved(model={"family": "mine"}).model)
     load_plugins([str(plugin(FAMILY))])
     assert type(build(resolved(model={"family": "mine"}).model)).__name__ == "Mine"
+
+
+def test_a_family_that_the_plugins_do_not_bring_is_named(plugin):
+    asked = from_dict({"model": {"family": "other"}, "plugins": [str(plugin(FAMILY))]})
+    config, _ = resolve(with_plugins(asked))
+    with pytest.raises(ConfigError, match=r"^model\.family=other: no such family; known: decoder, .*mine"):
+        check_pair(config)
 
 
 def test_a_module_adds_a_family(plugin, tmp_path):
