@@ -57,7 +57,7 @@ def test_each_kind_by_its_last_with_its_count(tmp_path):
         "worker_lost": (2, 2, "rank 1, after step 12: no progress"),
         "straggler": (2, 1, "rank 1 on node-1 2.25x of its peers' median own time, by step 100"),
         "experts_collapsed": (
-            1, 1, "2 collapsed after step 130, where these took tokens again: layer 4: 7",
+            1, 1, "2 collapsed after step 130, where these receive tokens again: layer 4: 7",
         ),
         "spike": (1, 1, "step 131: cursor 9, loss 8.25, deviations 6.125"),
     }  # fmt: skip
