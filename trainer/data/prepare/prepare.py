@@ -75,9 +75,9 @@ def prepare(
         ConfigError: nothing to read, nothing usable, a bad tokenizer, an `out` that is taken, or (strict) a refusal.
     """
     config, limits = config or PrepareConfig(), limits or LimitsConfig()
+    files = find_inputs(inputs)  # before anything is made: a mistyped path leaves nothing behind
     out = _folder_to_make(out)
     with _locked(out):
-        files = find_inputs(inputs)
         fingerprint = _fingerprint(files, config, limits, text_key)
         if (out / MANIFEST).exists():
             return _unchanged(out, read_manifest(out), fingerprint, config, text_key, progress)

@@ -389,3 +389,9 @@ def test_a_worker_that_dies_is_an_error(raw: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(RuntimeError, match="tokenizer process"):
         go([raw], tmp_path / "out", workers=2)
     assert not list(tmp_path.iterdir()) or [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+
+
+def test_inputs_that_match_nothing_leave_nothing_behind(tmp_path: Path):
+    with pytest.raises(ConfigError, match="matches anything"):
+        go([tmp_path / "nosuch"], tmp_path / "new" / "out")
+    assert not list(tmp_path.iterdir())
