@@ -64,9 +64,12 @@ def plan(
         else:
             _show_search(found, resolved, device, devices, usd_per_gpu_hour)
         return
+    given = asked.parallel
     if gpus:
         asked = _spread(asked, gpus)
     resolved, notes = resolve(asked, vocab_size=planned_vocabulary(asked))
+    if "dp" in given.model_fields_set and given.dp != asked.parallel.dp:
+        notes.insert(0, f"parallel.dp={asked.parallel.dp}: follows from --gpus {gpus}, not the config's {given.dp}")
     predicted = predict(resolved, device)
     if as_json:
         print(json.dumps(predicted.summary() | _cost(predicted, resolved, usd_per_gpu_hour), indent=1))

@@ -39,6 +39,13 @@ def test_table(capsys, monkeypatch):
     assert "does not fit" in out
 
 
+def test_a_given_dp_that_gpus_replaces_is_told(capsys, monkeypatch):
+    _, out, _ = run(capsys, monkeypatch, "quickstart", "parallel.dp=2", "--gpus", "4")
+    assert "parallel.dp=4: follows from --gpus 4, not the config's 2\n" in out
+    assert "follows" not in run(capsys, monkeypatch, "quickstart", "parallel.dp=4", "--gpus", "4")[1]
+    assert "follows" not in run(capsys, monkeypatch, "quickstart", "--gpus", "4")[1]
+
+
 def test_search(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "moe-1b-a300m", "--gpus", "4", "--search")
     assert code == 0
