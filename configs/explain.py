@@ -26,6 +26,18 @@ WANTED = {
     "tuple_type": "should be a list, such as [a, b]",
 }
 
+TRIED = {
+    "batch_size": "train.global_batch",
+    "epochs": "train.steps",
+    "gpus": "parallel.dp",
+    "gradient_clipping": "train.grad_clip",
+    "learning_rate": "optim.lr",
+    "max_steps": "train.steps",
+    "name": "run.name",
+    "num_gpus": "parallel.dp",
+    "optimizer": "optim.name",
+}
+"""Names that other trainers have for a key, which a user may try without a section."""
 
 JUDGED = 200
 """Most errors that are looked at: a list of thousands may have one for each item."""
@@ -121,7 +133,10 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
             if "." in last and _names((*location[:-1], last.partition(".")[0]), root):
                 return key, f"unknown key {key}: in a file it is {_nested(last, shown(item['input']))}"
             beside, likely = (name and section + name for name in (_near(item, root), _near(item, root, cutoff=0.85)))
-            near = likely or _elsewhere(str(location[-1]), root) or beside
+            tried = TRIED.get(key)
+            if tried and annotation_of(tried.split("."), root) is None:  # a sweep has other keys
+                tried = None
+            near = tried or likely or _elsewhere(str(location[-1]), root) or beside
             known = f"known keys: {', '.join(_names(location[:-1], root))}"
             return key, f"unknown key {key}: " + (f"did you mean {near}?" if near else known)
         case "missing" if isinstance(location[-1], int):
