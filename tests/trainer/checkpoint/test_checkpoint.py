@@ -135,7 +135,7 @@ def test_read_any_range_across_fragments(tmp_path):
     assert reader.weight("a").shape == (2, 5)
     with pytest.raises(CheckpointError, match="incomplete"):
         reader.read("weight", "a", 8, 5)
-    with pytest.raises(CheckpointError, match="holds no exp_avg of a"):
+    with pytest.raises(CheckpointError, match="has no exp_avg of a"):
         reader.read("exp_avg", "a")
 
 

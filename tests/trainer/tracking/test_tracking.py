@@ -329,7 +329,7 @@ def is_over(pid):
         return True
 
 
-def wait_for(condition, seconds=120.0):
+def wait_for(condition, seconds=400.0):
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until
