@@ -33,7 +33,7 @@ export class Chart {
     this.lane = svg("svg", { class: "lane", "aria-hidden": "true" });
     this.tip = el("div", { class: "tip", hidden: true });
     const table = el("button", { type: "button", class: "bare as-table", title: "As a table", "aria-label": `${options.name} as a table`, on: { click: () => this.table() } }, "▤");
-    const head = el("div", { class: "chart-head" }, el("h3", {}, options.name), this.unit, el("span", { class: "space" }), this.legend, table, this.value);
+    const head = el("div", { class: "chart-head" }, el("h2", {}, options.name), this.unit, el("span", { class: "space" }), this.legend, table, this.value);
     this.node = el("figure", { class: options.small ? "chart small" : "chart" }, options.head === false ? null : head, this.plot, this.lane);
     host.append(this.node);
     this.plot.append(this.tip);
@@ -91,7 +91,7 @@ export class Chart {
       scales: { x: { time: false, range: () => this.xs }, y: { range: () => this.ys, distr: log ? 3 : 1 } },
       axes: [
         { ...fonts, size: 22, gap: 4, space: small ? 64 : 90, grid: { show: false }, border: { show: true, stroke: () => colour("--line2"), width: 1 }, values: (u, splits) => splits.map((value) => (value === null ? null : xFormat(value))) },
-        { ...fonts, size: small ? 40 : 46, gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => distinct(splits, format) },
+        { ...fonts, size: (u, texts) => Math.max(small ? 38 : 46, ...(texts ?? []).map((text) => 14 + textWidth(text ?? ""))), gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => distinct(splits, format) },
       ],
       series: [{}, ...series.map((each) => drawn(each))],
       hooks: {
@@ -122,9 +122,9 @@ export class Chart {
   /** Room at the right for the labels at the ends of lines. */
   padding() {
     const labels = this.options.small ? [] : this.labels();
-    if (!labels.length) return 10;
+    if (!labels.length) return Math.max(10, this.options.atLeast ?? 0);
     const inside = Math.max(this.plot.clientWidth - 46, 100);
-    return Math.round(Math.max(10, ...labels.map(({ end, said }) => {
+    return Math.round(Math.max(10, this.options.atLeast ?? 0, ...labels.map(({ end, said }) => {
       const share = Math.max(0.05, (end[0] - this.xs[0]) / (this.xs[1] - this.xs[0]));
       return inside - (inside - 18 - textWidth(said)) / share;
     })));

@@ -73,6 +73,8 @@ export function yRange(series, { zero = true, log = false } = {}) {
   if (log) return low === high ? [low / 2, high * 2] : [low / 1.05, high * 1.05];
   if (zero && low >= 0 && low < 0.4 * high) low = 0;
   if (low === high) return low === 0 ? [0, 1] : [low - Math.abs(low) * 0.1, high + Math.abs(high) * 0.1];
+  const least = 0.002 * Math.abs(high); // or what hardly changes would look as if it jumped
+  if (high - low < least) return [(low + high - least) / 2, (low + high + least) / 2];
   const room = 0.06 * (high - low);
   return [low === 0 ? 0 : low - room, high + room];
 }

@@ -201,6 +201,7 @@ class Compare {
     this.difference.hidden = !others.length;
     if (others.length) {
       const zero = { x: range, y: [0, 0], kind: "line", bare: true, colour: base.colour, dash: base.dash, label: `${base.label} (baseline)`, end: base.end && [base.end[0], 0], last: [range[1], 0], said: "baseline" };
+      this.differences.options.atLeast = this.chart.padding(); // one crosshair through both
       this.differences.set({ series: [zero, ...others], range });
     }
     this.shown = { name: metric, xName: axisName, series: this.chart.shown.series };
@@ -216,7 +217,7 @@ class Compare {
     const looks = together(ids), rows = ids.map((id) => runs.row(id)), own = rows.find(({ id }) => id === baseline);
     const prefix = sharedPrefix(ids.map((id) => this.name(id)));
     put(this.list, el("h2", {}, "Runs", el("small", {}, "held-out loss at the end")), el("table", { class: "plain" },
-      el("thead", {}, el("tr", {}, ["run", "loss", "difference", "tokens", ""].map((name, index) => el("th", { class: index ? "number" : "" }, name)))),
+      el("thead", {}, el("tr", {}, ["run", "loss", "difference", "tokens", "leave out"].map((name, index) => el("th", { class: index ? "number" : "" }, index === 4 ? el("span", { class: "for-readers" }, name) : name)))),
       el("tbody", {}, rows.map((row, index) => el("tr", {},
         el("td", {}, swatch(looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
         el("td", { class: "number" }, el("b", {}, loss(row.eval_loss))),
@@ -226,7 +227,7 @@ class Compare {
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
       ? el("div", { class: "wide" }, el("table", { class: "plain keys-table" },
-        el("thead", {}, el("tr", {}, el("th", {}, ""), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), middle(this.name(id).slice(prefix.length), 14))))),
+        el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "for-readers" }, "key")), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), middle(this.name(id).slice(prefix.length), 14))))),
         el("tbody", {}, differs.map(({ key, values }) => el("tr", {}, el("td", { class: "mono" }, key), values.map((value) => {
           const text = value === null ? DASH : plain(value);
           return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 2 ? 12 : 22));

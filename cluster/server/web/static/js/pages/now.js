@@ -88,7 +88,7 @@ class Now {
 
   running(rows) {
     return el("div", { class: "live-rows", role: "table", "aria-label": "Running" },
-      el("div", { role: "row", class: "live-row heads" }, ["run", "step", "loss, nats per token", "", "tokens/s", "MFU", "goodput", "last checkpoint", "time left"].map((name, index) => el("span", { role: "columnheader", class: index > 2 ? "number" : "" }, name))),
+      el("div", { role: "row", class: "live-row heads" }, ["run", "step", "loss, nats per token", "loss", "tokens/s", "MFU", "goodput", "last checkpoint", "time left"].map((name, index) => el("span", { role: "columnheader", class: index > 2 ? "number" : "" }, index === 3 ? el("span", { class: "for-readers" }, name) : name))),
       rows.map((row) => {
         const share = row.steps ? Math.min(1, row.step / row.steps) : null, own = `var(${runColour(row.id)})`;
         const of = (value) => (value === null || value === undefined ? DASH : [percent(value), el("span", { class: "unit" }, "%")]);

@@ -40,7 +40,7 @@ function showPlan({ planned }, node) {
   const off = ({ planned: was, measured }) => (was && measured !== null ? measured / was - 1 : null);
   const write = (value, unit) => (FORMATS[unit] ?? compact)(value);
   put(node, el("h2", {}, "Planned and measured"), el("table", { class: "plain" },
-    el("thead", {}, el("tr", {}, el("th", {}, ""), el("th", { class: "number" }, "planned"), el("th", { class: "number" }, "measured"), el("th", {}), el("th", { class: "number" }, "off"))),
+    el("thead", {}, el("tr", {}, el("th", {}, "what"), el("th", { class: "number" }, "planned"), el("th", { class: "number" }, "measured"), el("th", {}, el("span", { class: "for-readers" }, "off, drawn")), el("th", { class: "number" }, "off"))),
     el("tbody", {}, planned.map((row) => {
       const share = off(row), wide = Math.min(20, Math.abs(share ?? 0) * 80);
       return el("tr", {}, el("td", {}, row.what), el("td", { class: "number quiet" }, write(row.planned, row.unit)), el("td", { class: "number" }, write(row.measured, row.unit)),
