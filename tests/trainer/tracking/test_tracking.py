@@ -318,7 +318,7 @@ def test_a_training_process_that_is_killed_leaves_a_failed_run(root):
     wait_for(lambda: is_over(int(done.stdout)))
     run = assert_all_shown(root, run_dir)
     assert run.info.status == "FAILED"
-    assert "without a word" in run.data.tags["reason"]
+    assert "without a message" in run.data.tags["reason"]
 
 
 def is_over(pid):
