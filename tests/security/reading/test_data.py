@@ -227,9 +227,9 @@ def test_globs_find_what_glob_finds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for root in ("", f"{tmp_path}/"):
         for pattern in ("**/*.txt", "b/**/*.txt", "*/**/*.txt", "**/d/**/*.txt", "**/*.md", "*.txt", "**/d/*"):
-            found = {os.path.realpath(path) for path in find._matches(root + pattern)}
+            found = {os.path.realpath(path) for path in find._matches(root + pattern, set())}
             assert found == {os.path.realpath(path) for path in glob.glob(root + pattern, recursive=True)}, pattern
-            assert all(path.startswith(root) for path in find._matches(root + pattern))
+            assert all(path.startswith(root) for path in find._matches(root + pattern, set()))
 
 
 def test_a_tree_deeper_than_the_stack(tmp_path, monkeypatch):
