@@ -29,7 +29,7 @@ class Failure:
     """One line."""
     traceback: str = ""
     lost: bool = False
-    """The process is gone without a word: killed, out of memory, or its machine is."""
+    """The process is gone without a message: killed, out of memory, or its machine is."""
     fault: Fault = "error"
     """What kind of exception ended it."""
     broken: tuple[int, ...] | None = None

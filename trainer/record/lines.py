@@ -291,7 +291,7 @@ def pace(run_dir: str | Path) -> float | None:
 
 
 def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
-    """Status of a run and its reason, by its last attempt; one whose process is gone without a word has FAILED.
+    """Status of a run and its reason, by its last attempt; one whose process is gone without a message has FAILED.
 
     A launch that was stopped before the first attempt has an `attempt_ended` without a beginning.
     """

@@ -182,7 +182,7 @@ def _attempts(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for own, after in itertools.pairwise(told):
         if own["ended"] is None:
             own["ended"], own["status"] = own["last"], "FAILED"
-            own["reason"] = "the process is gone without a word"
+            own["reason"] = "the process is gone without a message"
         if own["to_step"] is None:
             own["to_step"] = after["from_step"]
     for own in told:
