@@ -245,7 +245,7 @@ def test_import_refuses(tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(tree | changes))
         with pytest.raises(ConfigError, match=message):
             import_hf(tmp_path)
-    with pytest.raises(ConfigError, match="not a Hugging Face model folder"):
+    with pytest.raises(ConfigError, match="nowhere: no such folder"):
         import_hf(tmp_path / "nowhere")
 
 
