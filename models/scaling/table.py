@@ -163,12 +163,12 @@ def read_table(
     Raises:
         ConfigError: no such file or column, or a column that holds no numbers.
     """
-    wanted = {
-        str(name).strip() for given in (columns or {}, where or {}) if isinstance(given, Mapping) for name in given
-    }
-    if isinstance(columns, Mapping):
-        wanted |= {str(name).strip() for name in columns.values()}
-    return table_of_columns(_read(Path(path), {*KNOWN, *wanted}), path, columns, where)
+    asked = [
+        *(columns.values() if isinstance(columns, Mapping) else ()),
+        *(where if isinstance(where, Mapping) else ()),
+    ]
+    wanted = {*KNOWN, *(str(name).strip() for name in asked)}
+    return table_of_columns(_read(Path(path), wanted), path, columns, where)
 
 
 def table_of_columns(
