@@ -11,7 +11,7 @@ from cluster.server.waiting import assign
 from configs import counted, worker_counts
 from trainer.record.lines import Record, read_events, summary
 from trainer.run.folder import attempts, read_config
-from trainer.run.stop import request_stop, stop_requested, take_stop
+from trainer.run.stop import request_stop, take_stop
 
 from .failures import Failure, Final, cause, hung
 from .policy import decide, history, kind_of, memory_advice
@@ -123,19 +123,16 @@ class Supervisor:
             addresses = [machine.address for machine in machines() if machine.id in leaving]
             seconds = [until / 1000 - time.time() for until in leaving.values() if until]
             when = f" in {min(seconds):.0f} s" if seconds else ""
-            self._ask_to_stop(f"{', '.join(addresses) or 'a machine'} will go{when}: going on without it")
+            request_stop(self._run_dir, f"{', '.join(addresses) or 'a machine'} will go{when}: going on without it")
         elif more := self._room_for_more():
-            self._ask_to_stop(f"there is room for {more} processes, {len(self._gang.members)} train: growing")
+            reason = f"there is room for {more} processes, {len(self._gang.members)} train: growing"
+            request_stop(self._run_dir, reason)
 
     def _room_for_more(self) -> int | None:
         """The largest allowed gang that would fit, if it is larger than this one."""
         larger = [count for count in self._counts if count > len(self._gang.members)]
         avoid = self._avoided() if larger else set()
         return next((count for count in larger if self._gang.room_for(count, avoid)), None)
-
-    def _ask_to_stop(self, reason: str) -> None:
-        if not stop_requested(self._run_dir):
-            request_stop(self._run_dir, reason)
 
     def _note(self, event: str, **details: object) -> None:
         Record(self._run_dir, attempts(self._run_dir)).event(event, **details)
