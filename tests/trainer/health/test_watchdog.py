@@ -92,7 +92,7 @@ def test_two_processes_one_of_which_stands_still(tmp_path, tiny_data):
     assert (hang["step"], hang["phase"], hang["suspects"]) == (6, "step", [1])
     assert hang["seconds"] >= hang["bound"] >= 1.0  # ten times a step, where the machine is slow
     assert hang["stacks"] == ["stacks/attempt-01-rank-0000.txt", "stacks/attempt-01-rank-0001.txt"]
-    assert "rank 1 stood in" in hang["reason"]
+    assert "rank 1 is in" in hang["reason"]
     assert "in stand_here" in hang["reason"]
     assert "others wait in all_reduce" in hang["reason"]
     assert summary(run_dir)["reason"] == hang["reason"]
