@@ -57,10 +57,10 @@ def train(
     config: Annotated[str, Source],
     overrides: Annotated[list[str] | None, Overrides] = None,
     fork: Annotated[
-        str | None, typer.Option(metavar="NEW", help="Continue from run.name's last checkpoint as a new run, NEW.")
+        str | None, typer.Option(metavar="NEW", help="Start a new run, NEW, from run.name's last checkpoint.")
     ] = None,
     submitted: Annotated[
-        float | None, typer.Option(hidden=True, help="Unix seconds: when a cluster's queue got it as a job.")
+        float | None, typer.Option(hidden=True, help="Unix time at which the cluster's queue accepted the job.")
     ] = None,
 ) -> None:
     """Train a run, or resume it. Example: muster train quickstart train.steps=600"""
@@ -78,10 +78,10 @@ def train(
 def show_config(
     config: Annotated[str | None, Source] = None,
     overrides: Annotated[list[str] | None, Overrides] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of every key.")] = False,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON Schema of all config keys.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print a config with every value it resolves to. Example: muster config quickstart optim.lr=1e-3"""
+    """Print a config with every value resolved. Example: muster config quickstart optim.lr=1e-3"""
     if schema:
         print(json.dumps(Config.model_json_schema(), indent=1))
         return

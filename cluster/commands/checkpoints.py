@@ -14,12 +14,12 @@ from configs import ConfigError, ExitCode, counted
 from .runs import RUNS, Json, Root, Run, run_folder
 
 app = typer.Typer(help="List, inspect and verify a run's checkpoints.", no_args_is_help=True)
-Step = Annotated[int | None, typer.Option(help="The checkpoint of this step alone.", min=0)]
+Step = Annotated[int | None, typer.Option(help="Only the checkpoint of this step.", min=0)]
 
 
 @app.command("list")
 def list_checkpoints(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
-    """List a run's checkpoints, and check file sizes. Example: muster checkpoint list quickstart"""
+    """List a run's checkpoints and check their file sizes. Example: muster checkpoint list quickstart"""
     run_dir = run_folder(run, root)
     from trainer.checkpoint import store  # torch
 

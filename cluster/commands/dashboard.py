@@ -18,12 +18,12 @@ ANYWHERE = ("0.0.0.0", "::", "")
 
 def dashboard(
     root: Annotated[list[Path], typer.Option(help="Folder of runs (run.root); may be given several times.")] = [RUNS],  # noqa: B006
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any that is free.")] = PORT,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = PORT,
     host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on, by default this machine only.")] = (
         "127.0.0.1"
     ),
 ) -> None:
-    """Show runs in a browser, until Ctrl-C. Example: muster dashboard --root runs"""
+    """Serve a web page that shows runs, until Ctrl-C. Example: muster dashboard --root runs"""
     for each in root:
         if not each.is_dir():
             raise ConfigError(f"--root {shortened(each, 200)}: there is no such folder; `muster train` makes {RUNS}")

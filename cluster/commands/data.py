@@ -27,7 +27,7 @@ def prepare(
         typer.Option(help="bytes, bpe (trained on the data), or an existing one: file, folder or Hugging Face name."),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
-    held_out: Annotated[float, typer.Option(help="Share of the documents that training does not see.")] = 0.05,
+    held_out: Annotated[float, typer.Option(help="Fraction of the documents to keep out of training.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the train/held-out split.")] = 0,
     text_key: Annotated[
         str, typer.Option(help="Key or column that holds the text; meta.text for a nested one.")
@@ -106,7 +106,7 @@ def show(
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Print the batch that a step trains on. Example: muster data show quickstart --step 40"""
+    """Print the batch that a training step reads. Example: muster data show quickstart --step 40"""
     run_dir = run_folder(run, root)
     require_data(run_dir)
     from trainer.data.read.reader import Dataset, load_tokenizer  # torch

@@ -50,7 +50,7 @@ def doctor(
     as_json: Json = False,
     address: Annotated[str | None, typer.Option(help="Ray cluster to reach; RAY_ADDRESS if not given.")] = None,
 ) -> None:
-    """Check this installation: what would fail, and how to fix it. Example: muster doctor"""
+    """Check this machine, and say how to fix what would fail. Example: muster doctor"""
     findings = list(examine(root, address or os.environ.get("RAY_ADDRESS")))
     failed = [finding for finding in findings if finding.state == "fail"]
     if as_json:

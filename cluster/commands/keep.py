@@ -24,10 +24,10 @@ def remove(
             metavar="RUN", help="Names of runs under --root, or their folders.", autocompletion=complete_run
         ),
     ],
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Delete without asking.")] = False,
     root: Root = RUNS,
 ) -> None:
-    """Delete runs: records, checkpoints and all. A tracker keeps its own. Example: muster runs rm quickstart"""
+    """Delete runs with their checkpoints; a tracker keeps its copy. Example: muster runs rm quickstart"""
     found = {name: removable(name, root) for name in names}  # all are looked at before the first is gone
     for run_dir in dict.fromkeys(found.values()):
         count, size = _size(run_dir)
@@ -80,10 +80,10 @@ def delete(run_dir: Path) -> None:
 
 def note(
     run: Run,
-    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="What to write; '' removes it.")] = None,
+    text: Annotated[str | None, typer.Argument(metavar="TEXT", help="Text of the note; '' removes it.")] = None,
     root: Root = RUNS,
 ) -> None:
-    """Say something of a run, or read it again. Example: muster runs note quickstart 'the one for the paper'"""
+    """Write a note about a run, or print it. Example: muster runs note quickstart 'the one for the paper'"""
     from trainer.run.notes import read_notes, set_note
 
     run_dir = run_folder(run, root)
@@ -97,12 +97,13 @@ def note(
 def tag(
     run: Run,
     tags: Annotated[
-        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Tags to set; KEY= removes one; none: show them.")
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Tags to set; KEY= removes one. If none, print them."),
     ] = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Give a run tags. Example: muster runs tag quickstart project=stdlib"""
+    """Set a run's tags, or print them. Example: muster runs tag quickstart project=stdlib"""
     from trainer.run.notes import read_notes, set_tags
 
     run_dir = run_folder(run, root)

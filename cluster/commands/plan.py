@@ -39,8 +39,10 @@ def plan(
         int | None, typer.Option(metavar="N", help="Number of devices; parallel.dp follows from it.")
     ] = None,
     gpu: Annotated[str, typer.Option(metavar="KIND", help=f"Kind of device: {', '.join(KINDS)}.")] = "h100",
-    usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
-    do_search: Annotated[bool, typer.Option("--search", help="Compare every topology of these devices.")] = False,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option(metavar="X", help="Price of one device-hour, in USD.")
+    ] = None,
+    do_search: Annotated[bool, typer.Option("--search", help="Compare every topology of that many devices.")] = False,
     as_json: Json = False,
 ) -> None:
     """Predict memory, speed and cost of a run. Example: muster plan moe-8x7b --gpus 64 --search"""

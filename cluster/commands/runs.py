@@ -74,7 +74,7 @@ def run_folders(root: Path) -> list[Path]:
 
 
 def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> None:
-    """List runs; delete, annotate or tag them. Example: muster runs --root runs"""
+    """List runs, or delete, annotate or tag them. Example: muster runs --root runs"""
     if context.invoked_subcommand:
         context.default_map = {context.invoked_subcommand: {"root": str(root)}}
         return
@@ -113,7 +113,7 @@ def _noted(run: dict[str, Any]) -> str:
 
 
 def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
-    """How a run stands and where its time went, attempt by attempt. Example: muster status quickstart"""
+    """Show a run's status, and where its time went in each attempt. Example: muster status quickstart"""
     from trainer.record.goodput import BOOKS, goodput, productive, total, unpaused
     from trainer.record.lines import read_events, summary
     from trainer.record.notable import notable
@@ -156,9 +156,11 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
 def sync(
     run: Run,
     root: Root = RUNS,
-    wait: Annotated[float, typer.Option(metavar="SECONDS", help="How long to retry while it does not answer.")] = 60.0,
+    wait: Annotated[
+        float, typer.Option(metavar="SECONDS", help="How long to retry if the tracker does not answer.")
+    ] = 60.0,
 ) -> None:
-    """Send the tracker what it has missed of a run or sweep. Example: muster sync quickstart"""
+    """Send the tracker what it is missing of a run or sweep. Example: muster sync quickstart"""
     from trainer.tracking.shipper import ship  # MLflow takes seconds to import
     from trainer.tracking.sweep import SWEEP, ship_sweep
 

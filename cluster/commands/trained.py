@@ -37,7 +37,9 @@ def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 128,
-    temperature: Annotated[float, typer.Option(help="0: greedy, always the likeliest token.", min=0.0)] = 0.8,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0: always the likeliest token.", min=0.0)
+    ] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Step = None,
     root: Root = RUNS,
@@ -60,12 +62,14 @@ def generate(
 def evaluate(
     run: Run,
     data: Annotated[Path | None, typer.Option(help="Prepared folder; the run's own data if not given.")] = None,
-    sequences: Annotated[int | None, typer.Option(help="Held-out sequences; all if not given.", min=1)] = None,
+    sequences: Annotated[
+        int | None, typer.Option(help="Number of held-out sequences; all if not given.", min=1)
+    ] = None,
     step: Step = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
-    """Compute a trained model's held-out loss, for each source of a mixture. Example: muster eval quickstart --json"""
+    """Compute a trained model's held-out loss, per data source. Example: muster eval quickstart --json"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
     if load(run_dir / "config.yaml").plugins and (result := _of_another_kind(run_dir, data, sequences, step)):
@@ -232,12 +236,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 def export(
     run: Run,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Folder to create.")] = None,
-    to: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="hf: as Hugging Face's transformers loads it.")
-    ] = None,
-    dtype: Annotated[str, typer.Option(metavar="TYPE", help=f"Type of the weights: {', '.join(DTYPES)}.")] = DTYPES[0],
+    to: Annotated[str | None, typer.Option(metavar="FORMAT", help="Format: hf, for Hugging Face transformers.")] = None,
+    dtype: Annotated[
+        str, typer.Option(metavar="TYPE", help=f"Data type of the weights: {', '.join(DTYPES)}.")
+    ] = DTYPES[0],
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Largest weights file, such as 500MB or 2GiB.")
+        str, typer.Option(metavar="SIZE", help="Maximum size of a weights file, such as 500MB or 2GiB.")
     ] = "5GB",
     step: Step = None,
     root: Root = RUNS,
