@@ -1,1 +1,1 @@
-"""What is looked at beside the training loss: evaluation, samples, experts, profiles, plots."""
+"""What is observed besides the training loss: evaluation, samples, expert usage, profiles, plots."""

@@ -1,4 +1,4 @@
-"""One evaluation of a run: the held-out loss, which tokens each expert took, samples; all of it in its folder."""
+"""One evaluation of a run: held-out loss, the tokens each expert takes, and samples, written to the run's folder."""
 
 import time
 from pathlib import Path
@@ -22,7 +22,7 @@ from .samples import write_sample
 def evaluate(
     run_dir: Path, trainee: Trainee, held_out: ExampleReader, step: int, record: Record | None, beat: Beat
 ) -> None:
-    """Evaluate between two steps, in every process; rank 0 keeps what comes of it. A collective."""
+    """Evaluate between two steps. A collective: every process takes part, rank 0 writes the results."""
     start, config, folder = time.perf_counter(), trainee.config, run_dir / "samples"
     task, files = trainee.learner.task, []
     seen = None if task.routed is None else ExpertTokens(config, trainee.where, task.routed)
@@ -48,7 +48,7 @@ def evaluate(
 
 @torch.no_grad()
 def _drawn(run_dir: Path, trainee: Trainee, held_out: ExampleReader) -> Sample:
-    """`Task.samples`, which every process computes alike: ZeRO-3 gathers weights in step."""
+    """`Task.samples`, computed identically by every process: ZeRO-3 gathers weights collectively."""
     engines, config = trainee.engines, trainee.config
     for engine in engines.values():
         engine.eval()

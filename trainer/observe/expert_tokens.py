@@ -1,6 +1,6 @@
-"""Which tokens each expert takes: collected at an evaluation, counted in one process, written for people and programs.
+"""Which tokens each expert takes: collected at an evaluation, counted by rank 0, written as JSON and Markdown.
 
-Shapes: N tokens looked at, k experts per token, E experts.
+Shapes: N tokens examined, k experts per token, E experts.
 """
 
 import itertools
@@ -23,15 +23,15 @@ from trainer.files.own_files import write_text
 from trainer.processes import collectives
 
 LOOKED_AT = 1 << 14
-"""Tokens of an evaluation that are looked at, over all processes: enough for the usual tokens, and gathered in
+"""Tokens examined per evaluation, over all processes: enough to see the common tokens. Gathering them takes
 N * k * MoE layers * 2 bytes, 13 MB for 48 layers of top-8."""
 KEPT = 5
-"""Tables of a run that stay, the newest; a tracker keeps all that it was sent. One of a large model has 1.5 MB."""
+"""The newest tables, which stay in a run's folder; a tracker keeps all that it was sent. A large model's has 1.5 MB."""
 TOP = 10
-"""Tokens listed of each expert."""
+"""Tokens listed per expert."""
 
 Piece = tuple[np.ndarray, dict[int, np.ndarray]]
-"""Tokens, int32 [N], and of each MoE layer of the model (by its index) their experts, int16 [N, k]."""
+"""Tokens, int32 [N], and for each MoE layer (by its index in the model) their experts, int16 [N, k]."""
 
 
 class Taken(NamedTuple):
@@ -41,14 +41,14 @@ class Taken(NamedTuple):
     times: int
     """How often the expert took it."""
     share: float
-    """Of all occurrences of the token."""
+    """`times` as a fraction of the token's occurrences."""
 
 
 class ExpertTokens:
-    """What the routers chose for the first tokens that this process evaluates.
+    """The routers' choices for the first tokens that this process evaluates.
 
-    Tensor-parallel processes see the same tokens, and one of them keeps them; parts of sequences, and the layers of a
-    pipeline's stage, are kept where they are.
+    Tensor-parallel processes see the same tokens, so only one of them keeps them. A sequence-parallel process keeps
+    its part of each sequence, a pipeline stage its own layers.
     """
 
     def __init__(self, config: Config, where: Place, layers: Sequence[int]):
@@ -59,10 +59,10 @@ class ExpertTokens:
         self._choices: list[Tensor] = []
 
     def add(self, batch: Batch, choices: Sequence[Tensor]) -> None:
-        """Take in a batch just evaluated.
+        """Add a batch just evaluated.
 
         Args:
-            choices: [B * T, k] of each of the MoE layers; tokens without a label (padding) are left out.
+            choices: one [B * T, k] per MoE layer; tokens without a label (padding) are left out.
         """
         if not (self._left and choices):
             return
@@ -73,7 +73,7 @@ class ExpertTokens:
         self._choices.append(torch.stack([choice_Sk[scored] for choice_Sk in choices]).short())
 
     def gather(self) -> list[Piece] | None:
-        """What all processes took in, in the first; None in the others. Every process must call it."""
+        """What was added in all processes, on rank 0; None on the others. Every process must call it."""
         if self._tokens:
             token_N, choice_LNk = torch.cat(self._tokens), torch.cat(self._choices, dim=1)
         else:
@@ -89,11 +89,11 @@ class ExpertTokens:
 
 
 def _pieces(sent: Tensor, layers: Sequence[int], k: int) -> list[Piece]:
-    """What one process took in, out of its bytes: tokens, then the experts of each layer; one piece, or none."""
+    """Decode one process's bytes (its tokens, then the experts of each layer): one piece, or none without tokens."""
     bytes_B, a_token = sent.cpu().numpy(), 4 + 2 * k * len(layers)
     tokens = len(bytes_B) // a_token
     if len(bytes_B) != tokens * a_token:
-        raise RuntimeError(f"{len(bytes_B):,} bytes are no whole number of tokens with {len(layers)} MoE layers")
+        raise RuntimeError(f"{len(bytes_B):,} bytes is not a whole number of tokens with {len(layers)} MoE layers")
     if not tokens:
         return []
     choice_LNk = bytes_B[4 * tokens :].view(np.int16).reshape(len(layers), tokens, k)
@@ -101,11 +101,11 @@ def _pieces(sent: Tensor, layers: Sequence[int], k: int) -> list[Piece]:
 
 
 def top_tokens(tokens_N: np.ndarray, choice_Nk: np.ndarray, experts: int) -> list[list[Taken]]:
-    """The tokens that each expert takes most beyond its share, at most `TOP`, the first most so.
+    """For each expert, up to `TOP` tokens that it takes beyond its share of all tokens, the highest score first.
 
-    The order is that of count * ln(share of the token's occurrences / share of all tokens that the expert takes), each
-    token's part in what expert and token tell of one another: a count alone would list the most frequent tokens with
-    every expert, a share alone those that occur once.
+    The score is count * ln(share of the token's occurrences / share of all tokens that the expert takes), the pair's
+    term in the mutual information of token and expert. By count alone every expert would list the most frequent
+    tokens; by share alone, tokens that occur once.
     """
     k = choice_Nk.shape[1]
     pair_P, count_P = np.unique(tokens_N.astype(np.int64).repeat(k) * experts + choice_Nk.ravel(), return_counts=True)
@@ -123,8 +123,8 @@ def top_tokens(tokens_N: np.ndarray, choice_Nk: np.ndarray, experts: int) -> lis
 
 
 def table(pieces: Sequence[Piece], config: Config, tokenizer: TokenizerProcess, step: int) -> dict[str, Any]:
-    """The table as it is written to JSON: for each MoE layer and expert its load, relative to an even one, and its
-    tokens as [id, text, count, share]."""
+    """The table as written to JSON: for each MoE layer and expert its load, relative to an even share, and its tokens
+    as [id, text, count, share]."""
     experts, layers, looked_at = config.model.num_experts, [], 0
     for number, layer in enumerate(sorted({layer for _, choices in pieces for layer in choices})):
         held = [(tokens, choices[layer]) for tokens, choices in pieces if layer in choices]
@@ -142,7 +142,7 @@ def table(pieces: Sequence[Piece], config: Config, tokenizer: TokenizerProcess, 
 
 
 def readable(tokenizer: TokenizerProcess, token: int) -> str:
-    """The text of a token as Python would write it; of a part of a character, or a special token, its name."""
+    """A token's text as a Python literal; for a special token or part of a character, its name in the vocabulary."""
     text = tokenizer.decode([token])
     if not text or "\ufffd" in text:
         return tokenizer.id_to_token(token) or f"<{token}>"
@@ -150,16 +150,16 @@ def readable(tokenizer: TokenizerProcess, token: int) -> str:
 
 
 def write_table(found: dict[str, Any], path: Path) -> list[Path]:
-    """Write `table` to `path`.json, and for people to `path`.md; remove those of steps long before, beside it. Returns
-    the two files."""
+    """Write `table` to `path`.json and, to be read by people, to `path`.md; delete all but the last `KEPT` tables.
+    Returns the two files."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".json"), json.dumps(found, ensure_ascii=False, separators=(",", ":")))
     lines = [
         f"# Tokens each expert takes, step {found['step']}",
         "",
-        f"Of {found['tokens']} held-out tokens, each of which goes to {found['top_k']} of the experts of a layer. For",
-        "each expert: how much it takes, relative to an even share, and the tokens that it takes most beyond its share",
-        "(by count * ln(share of the token's occurrences / share of all tokens that it takes)): token, count, share of",
+        f"From {found['tokens']} held-out tokens, each routed to {found['top_k']} experts per layer. For each expert:",
+        "its load relative to an even share, and the tokens that it takes most beyond its share of all tokens (by",
+        "count * ln(share of the token's occurrences / share of all tokens that it takes)): token, count, share of",
         "the token's occurrences.",
     ]
     for layer in found["layers"]:
@@ -169,7 +169,7 @@ def write_table(found: dict[str, Any], path: Path) -> list[Path]:
             lines.append(f"- expert {expert}, {row['load']:.2f}x: {told or 'none'}")
     write_text(path.with_suffix(".md"), "\n".join(lines) + "\n")
     for suffix in (".json", ".md"):
-        # Steps have eight digits: in the order of their names. Later ones are of before a rollback, and written again.
+        # Names sort by step (eight digits). Tables of later steps predate a rollback and will be overwritten.
         tables = sorted(old for old in path.parent.glob(f"experts-step-*{suffix}") if old.stem <= path.stem)
         for old in tables[:-KEPT]:
             old.unlink(missing_ok=True)

@@ -27,18 +27,19 @@ def held_out_loss(
     share: tuple[int, int] = (0, 1),
     at_once: int = 1,
 ) -> tuple[float, int]:
-    """Mean loss in nats per token over sequences of a held-out split, added up over all processes.
+    """Mean loss in nats per token over sequences of a held-out split, reduced over all processes.
 
-    Every process runs equally many forward passes (ZeRO-3 gathers weights in step); a batch is filled with sequences
-    of weight zero.
+    Every process runs the same number of forward passes (ZeRO-3 gathers weights collectively); batches are padded with
+    sequences of weight zero.
 
     Args:
-        forward: makes `Sums` or `LossOutput` of batches; where several processes answer for one, one of them or each.
-        share: (i, n): this process takes the i-th of n micro-batches.
-        at_once: micro-batches that `forward` is given together; a pipeline stands still with fewer than it has stages.
+        forward: gives the `Sums` or `LossOutput` of its batches. Of the processes that compute the same batches, either
+            one returns them and the others zeros (a pipeline), or all do, and the tokens count several times.
+        share: (i, n): this process takes micro-batch i of every n.
+        at_once: micro-batches passed to `forward` together; with fewer than its stages a pipeline has idle ones.
 
     Returns:
-        (loss, tokens it is the mean of).
+        (loss, number of tokens averaged over).
     """
     sequences = len(indices)
     index, shares = share
@@ -71,17 +72,17 @@ def held_out_metrics(
 
 
 class SourceLoss(NamedTuple):
-    """What a model loses on one source of held-out data, or on all of them by their tokens."""
+    """A model's loss on one source of held-out data, or on several, weighted by tokens."""
 
     loss: float
     """In nats per token."""
     tokens: int
-    """That it is the mean of."""
+    """Number that `loss` averages over."""
     sequences: int
     bytes: float
-    """Of text that these tokens stand for, by the source's own ratio."""
+    """Of text that these tokens encode, by the source's mean bytes per token."""
     unigram_entropy: float
-    """In nats per token: what a model without context would reach that knows which source it reads."""
+    """In nats per token: the best loss without context, for a model that knows the source."""
 
     @property
     def bits_per_byte(self) -> float:
@@ -91,11 +92,11 @@ class SourceLoss(NamedTuple):
 def held_out_loss_by_source(
     forward: Callable[..., Any], dataset: Dataset, sequences: int, micro_batch: int, here: torch.device
 ) -> list[tuple[str, SourceLoss]]:
-    """The path and loss of each source that has a token among the first `sequences` of a held-out split, in order; a
-    folder may be several sources.
+    """Path and loss of each source with a token among the first `sequences` of a held-out split, in the config's order;
+    two sources may have the same path.
 
     Raises:
-        ConfigError: none has.
+        ConfigError: no source has one.
     """
     indices: dict[int, list[int]] = {}
     for index in range(sequences):
@@ -108,12 +109,12 @@ def held_out_loss_by_source(
             size = tokens * split.bytes / split.tokens
             found.append((dataset.sources[source].path, SourceLoss(loss, tokens, len(own), size, split.entropy)))
     if not found:
-        raise ConfigError("there is no held-out token to predict: prepare more text, or evaluate more sequences")
+        raise ConfigError("there are no held-out tokens to predict: prepare more text, or evaluate more sequences")
     return found
 
 
 def together(sources: Iterable[SourceLoss]) -> SourceLoss:
-    """All sources as one, each counting by its tokens."""
+    """All sources as one, weighted by tokens."""
     sources = list(sources)
     tokens = sum(each.tokens for each in sources)
     return SourceLoss(
@@ -127,7 +128,7 @@ def together(sources: Iterable[SourceLoss]) -> SourceLoss:
 
 @contextmanager
 def if_there_is_room(record: Record | None, path: Path) -> Iterator[None]:
-    """What a person looks at is no reason to end a run: a disk that does not take it is an event."""
+    """Write a file that training does not depend on: a full disk, or another OSError, becomes an event."""
     try:
         yield
     except OSError as error:

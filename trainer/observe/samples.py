@@ -17,7 +17,7 @@ GAP = 1
 
 
 def write_sample(sample: Sample, path: Path) -> Path:
-    """Write a sample to `path` and the suffix of its kind. Returns the file. Raises OSError."""
+    """Write a sample to `path` with the suffix of its kind. Returns the file. Raises OSError."""
     if isinstance(sample, Text):
         suffix, content = ".txt", sample.text.encode()
     elif isinstance(sample, ImageGrid):
@@ -33,9 +33,9 @@ def write_sample(sample: Sample, path: Path) -> Path:
 
 
 def grid(images_NCHW: Tensor) -> Tensor:
-    """[C, H, W] uint8 on the CPU: the images beside and below each other, about as many in a row as there are rows.
+    """The images tiled into one, about as many rows as columns: [C, H, W] uint8 on the CPU.
 
-    What is not finite is black.
+    Values that are not finite are black.
     """
     scaled = images_NCHW.detach().float().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255).round().byte().cpu()
     count, channels, height, width = scaled.shape

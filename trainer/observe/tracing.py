@@ -29,12 +29,12 @@ class Profiler:
             self._profile.start()
 
     def ends(self, step: int) -> bool:
-        """Whether a step is the last that is profiled."""
+        """Whether this is the last step to be profiled."""
         start, steps = self._config.start, self._config.steps
         return self._profile is not None and start is not None and step >= start + steps - 1
 
     def after(self, step: int, record: Record | None) -> None:
-        """Call at a step's end; after the last profiled one the files are written and named in the record."""
+        """Call at the end of every step; after the last profiled one, write the files and name them in the record."""
         if self._profile is None or not self.ends(step):
             return
         self._profile.stop()

@@ -1,4 +1,4 @@
-"""What the pictures of a run share: their style, and how a column of the record becomes a line on an axis."""
+"""Shared by the plots of a run: their style, and turning a column of the record into a line on an axis."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-# Okabe and Ito's palette, which colour-blind readers tell apart.
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
 STYLE: Any = {
     "figure.dpi": 200,
@@ -30,13 +30,13 @@ Records = Sequence[dict[str, Any]]
 
 @contextmanager
 def own_style() -> Iterator[None]:
-    """STYLE over matplotlib's defaults: a `matplotlibrc` in the working directory may set what runs LaTeX."""
+    """STYLE over matplotlib's own defaults: a `matplotlibrc` in the working directory could make it run LaTeX."""
     with style.context(["default", STYLE]):
         yield
 
 
 def legend(axes: Axes) -> None:
-    if axes.child_axes:  # the second axis stands where the legend would
+    if axes.child_axes:  # the second axis takes the legend's place
         axes.legend(loc="upper right")
     else:
         axes.legend(loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0, ncols=4)
@@ -57,7 +57,7 @@ def column(records: Records, key: str) -> np.ndarray:
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
-    """Mean over a window of about a fortieth of the points around each; NaN is left out."""
+    """Moving average over a window of about a fortieth of the points; NaNs are left out."""
     half = len(values) // 80
     finite = np.isfinite(values)
     window = np.ones(2 * half + 1)
@@ -67,14 +67,14 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 
 def robust_limits(axes: Axes, values: np.ndarray) -> None:
-    """From zero to somewhat above what is usual: the first step's compilation would flatten everything else."""
+    """From zero to somewhat above the 99th percentile: the first step, which compiles, would flatten the rest."""
     finite = values[np.isfinite(values)]
     if len(finite):
         axes.set_ylim(0, 1.25 * np.percentile(finite, 99) if len(finite) > 20 else None)
 
 
 def spread(items: Sequence, count: int) -> list:
-    """At most `count` of the items, evenly spaced, the first and the last among them."""
+    """At most `count` of the items, evenly spaced, including the first and the last."""
     if len(items) <= count:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, count).round().astype(int)]

@@ -1,4 +1,4 @@
-"""Pictures of a MoE run: which experts the tokens go to, and how the routers fare.
+"""Plots of a MoE run: which experts the tokens go to, and how the routers behave.
 
 Shapes: S records, L MoE layers, E experts.
 """
@@ -18,17 +18,17 @@ from models.moe.collapse import STARVED
 from .draw import BLUE, GREEN, ORANGE, RED, Records, column, legend, log_scale, smooth
 
 COLUMNS = 600
-"""Of a heat map: steps between are averaged."""
+"""Columns of a heat map; each averages the steps that it covers."""
 LAYERS = 6
-"""Layers with a panel of their own; of a deeper model the first, the last and those least even at the end."""
+"""Layers with a panel of their own; of a deeper model, the first, the last and the least balanced at the end."""
 NUMBERED = 128
-"""Cells of a map up to which the value stands in each."""
+"""A map of at most this many cells shows the value in each."""
 WIDEST = 4.0
-"""Times an even share, and its inverse, where the colours end."""
+"""The colours span this many times an even share, down to its inverse."""
 
 
 def expert_load(train: Records) -> Figure | None:
-    """Load of every expert over steps, one panel a layer; None without a MoE record."""
+    """Load of every expert over steps, one panel per layer; None if no expert loads are recorded."""
     records = _with_load(train)
     if not records:
         return None
@@ -51,7 +51,7 @@ def expert_load(train: Records) -> Figure | None:
 
 
 def expert_map(train: Records) -> Figure | None:
-    """All layers and experts at the beginning, in the middle and at the end; None without a MoE record."""
+    """All layers and experts at the beginning, in the middle and at the end; None if no expert loads are recorded."""
     records = _with_load(train)
     if not records:
         return None
@@ -85,7 +85,7 @@ def expert_map(train: Records) -> Figure | None:
 
 
 def routers(train: Records, events: Records) -> Figure | None:
-    """Balance and certainty of the routers over steps, mean and worst layer; None without a MoE record."""
+    """The routers' balance and confidence over steps, mean and worst layer; None if no expert loads are recorded."""
     records = _with_load(train)
     if not records:
         return None
@@ -130,13 +130,13 @@ def _with_load(train: Records) -> Records:
 
 
 def _relative(records: Records) -> np.ndarray:
-    """Mean load of these records, [L, E]; 1: every expert has its even share."""
+    """Mean load over these records, [L, E], relative to an even share."""
     load_LE = np.mean([record["expert_load"] for record in records], axis=0)
     return load_LE * load_LE.shape[1]
 
 
 def _worth_seeing(relative_LE: np.ndarray) -> list[int]:
-    """At most `LAYERS` of the layers, see there; a starved expert counts before any other unevenness."""
+    """At most `LAYERS` layers, chosen as said there; a starved expert weighs more than any other imbalance."""
     last = len(relative_LE) - 1
     least_even = np.lexsort((-relative_LE.var(1), -(relative_LE < STARVED).sum(1))).tolist()
     inner = [layer for layer in least_even if layer not in (0, last)]
@@ -144,7 +144,7 @@ def _worth_seeing(relative_LE: np.ndarray) -> list[int]:
 
 
 def _by_layer(records: Records, key: str) -> np.ndarray:
-    """[S, L] of a key; NaN in records without it."""
+    """Values of a key, [S, L]; NaN in records without it."""
     layers = len(records[0]["expert_load"])
     return np.array([record.get(key) or [None] * layers for record in records], float)
 

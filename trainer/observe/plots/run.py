@@ -1,4 +1,4 @@
-"""The record of a run as pictures: loss, optimizer, throughput, experts and their routers."""
+"""Plots of a run's record: loss, optimizer, throughput, experts and their routers."""
 
 import itertools
 from collections.abc import Sequence
@@ -32,15 +32,15 @@ from .draw import (
 from .experts import expert_load, expert_map, routers
 
 POINTS = 3000
-"""Steps drawn of a longer run, evenly spaced: more than a page has dots."""
+"""Steps drawn of a longer run, evenly spaced: more than a plot has pixels across."""
 
 
 def plot_run(run_dir: str | Path) -> list[Path]:
-    """Draw what the record holds into RUN_DIR/plots.
+    """Plot a run's record into RUN_DIR/plots.
 
     Returns:
-        The files: loss.png, optimizer.png, throughput.png and, of a MoE run, expert_load.png, expert_map.png and
-        routers.png. Nothing is recorded yet: an empty list.
+        The files: loss.png, optimizer.png, throughput.png and, for a MoE run, expert_load.png, expert_map.png and
+        routers.png. An empty list if nothing is recorded yet.
     """
     run_dir = Path(run_dir)
     events = read_events(run_dir)
@@ -69,7 +69,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
             if figure is None:
                 continue
             for axes in figure.axes:
-                if not str(axes.get_label()).startswith("<"):  # a colour bar, or a map that has no axis of steps
+                if not str(axes.get_label()).startswith("<"):  # a colour bar, or a map without an axis of steps
                     _draw_marks(axes, marks)
             figure.suptitle(run_dir.resolve().name, fontsize=10)
             FigureCanvasAgg(figure)
@@ -80,7 +80,7 @@ def plot_run(run_dir: str | Path) -> list[Path]:
 
 
 def _compact(record: dict[str, Any]) -> dict[str, Any]:
-    """With the loads as an array, a tenth as large as lists: of 48 layers of 128 experts 24 kB."""
+    """With the expert loads as an array, a tenth of the size of lists: 24 kB for 48 layers of 128 experts."""
     if record.get("expert_load"):
         record["expert_load"] = np.array(record["expert_load"], np.float32)
     return record
@@ -169,14 +169,14 @@ def _throughput(train: Records) -> Figure:
 
 
 def _unigram_entropy(events: Records) -> float | None:
-    """Of the held-out split, in nats, where the run reads one data set: what a model without context would reach."""
+    """The held-out split's unigram entropy in nats, the best loss without context; None if the run mixes data sets."""
     inputs: list[dict[str, Any]] = next((event["inputs"] for event in reversed(events) if event.get("inputs")), [])
     data = [item["profile"] for item in inputs if item["kind"] == "training"]
     return data[0].get("splits", {}).get("held_out", {}).get("entropy") if len(data) == 1 else None
 
 
 def _marks(lines: Sequence[Line], events: Records) -> list[tuple[float, str]]:
-    """Where the run was taken up again, and where it was rolled back to."""
+    """Where the run was restarted, and the steps that it was rolled back to."""
     train = [line for line in lines if not line.evaluation]
     marks = [(new.step - 0.5, "restart") for old, new in itertools.pairwise(train) if new.attempt > old.attempt]
     return marks + [(event["to_step"] + 0.5, "rollback") for event in events if event["event"] == "rollback"]
