@@ -136,9 +136,11 @@ def stretch(engine: Any, parameter: Any) -> Stretch | None:
 
 
 def weights_changed(engine: Any) -> None:
-    """At ZeRO-3 forget the whole copies that hpZ gathers from."""
-    if hasattr(engine.optimizer, "invalidate_secondary_tensor"):
-        engine.optimizer.invalidate_secondary_tensor()
+    """At ZeRO-3 forget the gathered weights and those that hpZ gathers from, and gather anew the small ones that it
+    keeps whole. A collective there."""
+    if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
+        engine.optimizer.checkpoint_event_prologue()
+        engine.optimizer.checkpoint_event_epilogue()
 
 
 def scaler_of(engine: Any) -> Any:

@@ -13,6 +13,7 @@ from models.moe.balance import RouterTap
 from trainer.checkpoint.fragments import parse_key, runs, within
 from trainer.checkpoint.fragments import whole as full_box
 from trainer.checkpoint.save import restore, take_snapshot
+from trainer.checkpoint.store import Reader
 from trainer.engine.engine import Engine
 from trainer.engine.optim import build_optimizer, parameter_groups
 from trainer.schedule import learning_rate
@@ -174,17 +175,24 @@ def save_and_continue(config: Config, path, first: int, last: int, world_tag: st
 
 def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict, list]:
     """Load a checkpoint into a fresh engine, take its fragments, go on to `last`."""
-    from trainer.checkpoint.store import Reader
-
     run = EngineRun(config)
     restore(run.engine, Reader(path))
     fragments = run.fragments()
     return fragments, run.steps(first + 1, last)
 
 
+def load_again(config: Config, path, first: int, last: int) -> tuple[list, list]:
+    """What the steps after a checkpoint gave that an engine wrote in passing: at first, and from it again."""
+    went_on = save_and_continue(config, path, first, last, "back")
+    run = EngineRun(config)
+    run.steps(1, last)
+    restore(run.engine, Reader(path))
+    return went_on, run.steps(first + 1, last)
+
+
 def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]:
     """Load a checkpoint of `step` into a fresh engine, write it again to `target`, go on to `last`."""
-    from trainer.checkpoint.store import Reader, commit, write_shard
+    from trainer.checkpoint.store import commit, write_shard
     from trainer.state import TrainState
 
     run = EngineRun(config)

@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from engines import EngineRun, load_and_continue, save_and_continue
+from engines import EngineRun, load_again, load_and_continue, save_and_continue
 from support import resolved
 
 from trainer.checkpoint import save, store
@@ -69,6 +69,13 @@ def test_any_stage_and_size_to_any_other(pair, tmp_path, saved, loaded, precisio
     else:
         tolerance = 1e-5 if precision == "fp32" else 2e-3
         assert [o[0] for o in outcomes] == pytest.approx([o[0] for o in went_on[0]], rel=tolerance)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_engine_in_use_goes_back(pair, tmp_path, stage):
+    """As after a spike of the loss."""
+    for went_on, again in pair(load_again, config(stage, 2), tmp_path / "step-00000002", 2, 4):
+        assert again == went_on
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adagrad", "rmsprop", "lion", "adafactor", "muon"])
