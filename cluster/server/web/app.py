@@ -28,6 +28,7 @@ from .pages.columns_of_runs import ColumnsOfRuns
 from .pages.details import Books, details, events_after, experts, flops_per_token, log
 from .pages.now import Glance
 from .pages.prometheus import exposition
+from .pages.samples import picture
 from .pages.series import AXES, MOST_METRICS, MOST_POINTS, Columns, Line, NoAxis, lines
 from .static_files import StaticFiles
 
@@ -142,6 +143,12 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
         request: Request, id: str, layer: Annotated[int, Query(ge=0, le=10_000)] = 0, points: Points = 200
     ) -> Response:
         return _json(request, experts(found(id).run.path, layer, points))
+
+    @app.get("/api/runs/{id}/samples/{step}.png", response_class=Response)
+    def sample(id: str, step: int) -> Response:
+        # Were it opened as a page of its own, what is in it could do nothing either.
+        headers = {"content-security-policy": "default-src 'none'; sandbox", "content-disposition": "inline"}
+        return Response(picture(found(id).run.path, step), headers=headers, media_type="image/png")
 
     @app.get("/api/runs/{id}/log", response_model=responses.Log)
     def output(

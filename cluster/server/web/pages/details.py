@@ -22,12 +22,11 @@ from ..index.rows import CONFIG, signature
 from ..index.runs_index import Entry
 from ..index.sampling import sample_records
 from .folders import below, opened, plain_files
+from .samples import SAMPLES, samples
 from .series import OF_LISTS
 
-LOGS, SAMPLES = "logs", "samples"
+LOGS = "logs"
 LOG = re.compile(r"attempt-(\d{1,9})-rank-(\d{1,9})\.log")
-SAMPLE = re.compile(r"step-(\d{1,15})\.txt")
-MOST_SAMPLES, LONGEST_SAMPLE = 20, 1 << 14
 MOST_MARKS = 2000
 MOST_TEXT = 500
 MOST_LOG = 1 << 20
@@ -75,7 +74,7 @@ def details(entry: Entry, books: "Books") -> dict[str, Any]:
         },
         "planned": _planned(events),
         "metrics": read(lambda: metric_names(run.path, train, evaluation), []),
-        "samples": read(lambda: _samples(run.path), []),
+        "samples": read(lambda: samples(run.path), []),
         "ranks": read(lambda: sorted({rank for _, rank, _ in _logs(run.path)}), []),
         "files": _files(run.path),
         "tracking": _tracking(run.path),
@@ -276,20 +275,6 @@ def metric_names(run_dir: Path, train: Mapping[str, Any], evaluation: Mapping[st
             elif isinstance(value, list) and any(type(each) in (int, float) for each in value):
                 names |= dict.fromkeys(f"{key}.{how}" for how in OF_LISTS)
     return list(names)[:10_000]
-
-
-def _samples(run_dir: Path) -> list[dict[str, Any]]:
-    try:
-        with below(run_dir, SAMPLES) as folder:
-            named = [(int(found[1]), name) for name, _ in plain_files(folder) if (found := SAMPLE.fullmatch(name))]
-            told = []
-            for step, name in sorted(named)[-MOST_SAMPLES:]:
-                with opened(folder, name) as file:
-                    text = file.read(LONGEST_SAMPLE).decode(errors="replace")
-                told.append({"step": step, "text": visible(text)})
-            return told
-    except FileNotFoundError:
-        return []
 
 
 def _logs(run_dir: Path) -> list[tuple[int, int, str]]:

@@ -5,9 +5,12 @@ import re
 import shutil
 
 import pytest
+import torch
 from dashboards import TOKEN, serving, write_run
 from support import tiny, train_in_process
 
+from models.tasks.samples import ImageGrid, Table
+from trainer.observe.samples import write_sample
 from trainer.record.lines import Record, read_metrics
 from trainer.run.folder import prepare_run
 from trainer.run.notes import read_notes
@@ -48,6 +51,10 @@ def dashboard(root, trained):
     write_run(root / "failed", 3, status="FAILED", of=9, lr=0.25)
     write_run(root / HOSTILE.replace("/", ""), 2)
     write_run(root / "going", 5, of=40, status=None)
+    drawn = write_run(root / "drawn") / "samples"
+    for step in (1, 2):
+        write_sample(ImageGrid(torch.full((4, 3, 8, 8), step / 4)), drawn / f"step-{step:08d}")
+    write_sample(Table(["label", "score"], [[HOSTILE, 0.25]]), drawn / "step-00000003")
     with serving([root]) as server:
         server.look()
         yield server
@@ -175,6 +182,17 @@ def test_texts_stay_texts(page):
     assert page.title() != "1"
 
 
+def test_pictures_and_tables_of_samples(page):
+    page.goto("/run/drawn?tab=samples")
+    expect(page.locator(".sample img")).to_have_count(2)
+    image = page.get_by_alt_text("What the model made at step 2")
+    page.wait_for_function("image => image.complete && image.naturalWidth === 17", arg=image.element_handle())
+    expect(page.locator(".sample table")).to_contain_text(HOSTILE)
+    page.get_by_role("button", name="Enlarge step 1").click()
+    expect(page.locator("dialog img")).to_have_attribute("src", "/api/runs/drawn/samples/1.png")
+    page.keyboard.press("Escape")
+
+
 def test_the_filter(page):
     page.goto("/runs")
     box = page.locator("#filter")
@@ -198,7 +216,7 @@ def test_the_filter(page):
     box.fill("loss > 100")
     expect(page.locator("main")).to_contain_text("No run has loss > 100")
     page.get_by_role("button", name="Clear the filter").click()
-    expect(page.locator("h1")).to_have_text("Runs 9")
+    expect(page.locator("h1")).to_have_text("Runs 10")
 
 
 def test_sort_and_group(page):

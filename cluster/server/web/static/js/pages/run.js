@@ -9,7 +9,8 @@ import { change, go, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Charts } from "./run_charts.js";
 import { aside, Experts } from "./run_aside.js";
-import { Config, files, Logs, samples } from "./run_text.js";
+import { samples } from "./run_samples.js";
+import { Config, files, Logs } from "./run_text.js";
 import { edit } from "./runs_peek.js";
 
 const TABS = ["charts", "experts", "samples", "config", "logs", "files"];
@@ -104,7 +105,7 @@ class Run {
       };
     }
     if (tab === "experts") return new Experts(id, body, true);
-    if (tab === "samples") return { show: (details) => samples(details, body) };
+    if (tab === "samples") return { show: (details) => samples(id, details, body) };
     if (tab === "config") return new Config(id, body);
     if (tab === "logs") return new Logs(id, body);
     return { show: (details) => files(details, body) };

@@ -1,23 +1,9 @@
-/** A run's texts: samples, config, logs, files. All of it is shown as text and as nothing else. */
+/** A run's texts: config, logs, files. All of it is shown as text and as nothing else. */
 
 import { get, runPath, runs } from "../api.js";
 import { el, empty, put } from "../dom.js";
 import { DASH, bytes, loss, plain, whole } from "../format.js";
 import { calmly } from "../live.js";
-
-const SIDE_BY_SIDE = 3;
-/** Between one prompt and the next. */
-const RULE = /\n-{40,}\n/;
-
-export function samples({ samples: all }, node) {
-  if (!all.length) return void put(node, empty("No samples", "A run writes what its model says at each evaluation once it has prompts.", "muster train RUN eval.prompts='[\"def\"]'"));
-  const shown = all.slice(-SIDE_BY_SIDE), older = all.slice(0, -SIDE_BY_SIDE);
-  const one = ({ step, text }) => el("article", { class: "sample" }, el("h3", {}, `step ${whole(step)}`), text.split(RULE).map((part) => el("pre", { tabindex: "0" }, part)));
-  if (node.dataset.samples === String(all.at(-1).step)) return;
-  node.dataset.samples = all.at(-1).step;
-  put(node, el("h2", {}, "Samples", el("small", {}, `the newest ${shown.length} of ${all.length}`)), el("div", { class: "samples" }, shown.map(one)),
-    older.length > 0 && el("details", {}, el("summary", {}, `${older.length} older`), el("div", { class: "samples" }, older.reverse().map(one))));
-}
 
 export class Config {
   constructor(id, node) {
