@@ -1,1 +1,1 @@
-"""A run's folder and what belongs to it: config, plugins, notes, the code it was started from."""
+"""A run's folder and what belongs to it: config, plugins, notes, the git commit it was started from."""

@@ -1,4 +1,4 @@
-"""What a model of any family comes to, counted by torch on the meta device."""
+"""Parameters and FLOPs of a model of any family, counted by torch on the meta device."""
 
 from typing import Any
 
@@ -13,13 +13,13 @@ from trainer.data.kinds import kind_of
 
 
 def counts(config: Config) -> dict[str, Any]:
-    """`parameters`, and `flops_per_example` in training; None where that cannot be counted, as `flops_unknown` says.
+    """`parameters`, and `flops_per_example` in training: None if it cannot be counted, with the reason `flops_unknown`.
 
     Args:
         config: resolved, its plugins loaded.
 
     Raises:
-        ConfigError: task and family do not go together.
+        ConfigError: task and family do not match.
     """
     check_pair(config)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""run.json: what a run's next attempt depends on beside its checkpoints, on the disk before anything relies on it."""
+"""run.json: what a run's next attempt depends on besides checkpoints, made durable before anything relies on it."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,14 +20,14 @@ MOST_BYTES = 1 << 20
 
 
 class Rollback(Typed):
-    """After a loss spike the run went back to a checkpoint; its next step reads further on than the checkpoint says."""
+    """After a loss spike the run went back to a checkpoint, and went on with data beyond that checkpoint's cursor."""
 
     to_step: Count
     """Step of the checkpoint."""
     cursor: Count
-    """Training sequences consumed by the whole run, as `TrainState.cursor`."""
+    """Training examples consumed by the whole run, as `TrainState.cursor`: the next step reads from here."""
     rollbacks: Count
-    """Of the run so far, this one included; a checkpoint whose state has as many was written after it."""
+    """Number in the run so far, including this one; a checkpoint whose state has as many was written after it."""
 
 
 Rollbacks = Annotated[list[Rollback], FailFast(), at_most(10_000)]
@@ -35,23 +35,23 @@ Digests = Annotated[list[Annotated[str, StringConstraints(max_length=128)]], Fai
 
 
 class DurableState(Typed):
-    """All of run.json. Whoever holds the run's lock writes it; every key has a default, as older files lack newer ones.
+    """The content of run.json, written by the holder of the run's lock. Every key has a default: older files lack some.
 
     A request to stop is a file of its own (`trainer.run.stop.request_stop`): it comes from other processes, which
     would have to wait for the lock.
     """
 
     attempt: Count = 0
-    """The last attempt that has begun, counted from 1; 0: none has."""
+    """Number of the last attempt that began, counted from 1; 0: none has."""
     forked_from: Annotated[str, StringConstraints(max_length=LONGEST_PATH)] | None = None
-    """The checkpoint that the run begins with while it has none of its own."""
+    """The checkpoint that the run starts from as long as it has none of its own."""
     rollbacks: Rollbacks = []
     """Oldest first."""
     inputs: Digests = []
     """SHA-256 of each input that the last attempt read, in the order of `attempt_started`."""
 
     def rollback_from(self, step: int, rollbacks: int) -> Rollback | None:
-        """The rollback that a checkpoint has not seen, if any.
+        """The latest rollback to a checkpoint that happened after it was written, if any.
 
         Args:
             step, rollbacks: of the checkpoint's state.
@@ -61,11 +61,11 @@ class DurableState(Typed):
 
 
 def read_durable_state(run_dir: Path) -> DurableState:
-    """What run.json says; of a run from before there was one, what its events do.
+    """The content of run.json; for a run of a version without that file, the same from its events.
 
     Raises:
         ConfigError: the file is not what `change_durable_state` writes.
-        OSError: it is a link or no plain file.
+        OSError: it is a link or not a regular file.
     """
     path = run_dir / RUN
     try:
@@ -77,25 +77,25 @@ def read_durable_state(run_dir: Path) -> DurableState:
     except ValueError as error:
         why = first_reason(error) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
-            f"{path} is damaged ({shortened(why, 200)}): restore it, or delete it to go on from what {EVENTS} says"
+            f"{path} is damaged ({shortened(why, 200)}): restore it, or delete it to continue from {EVENTS} instead"
         ) from None
 
 
 def change_durable_state(run_dir: Path, **changes: Any) -> None:
-    """Set some of it, on the disk when this returns. The caller holds the run's lock.
+    """Change some fields, durably: they are on disk when this returns. The caller holds the run's lock.
 
     Raises:
         ConfigError: as `read_durable_state`.
-        OSError: it could not be written; the file is as before.
+        OSError: the file could not be written, and is unchanged.
     """
     known = read_durable_state(run_dir).model_dump()
     write_durably(run_dir / RUN, DurableState.model_validate(known | changes).model_dump())
 
 
 def from_events(events: Sequence[dict[str, Any]]) -> DurableState:
-    """The state of a run that has no run.json, as older versions kept it."""
+    """The state of a run without run.json: older versions kept it in events."""
     started = [event for event in events if event["event"] == "attempt_started"]
-    # A longer path is no checkpoint's, and neither is what is left of it: the start is refused as for any other.
+    # A longer path names no checkpoint, cut or not: the start is refused as for any checkpoint that is missing.
     forks = [event["checkpoint"][:LONGEST_PATH] for event in events if event["event"] == "forked"]
     backs = [event for event in events if event["event"] == "rollback" and {"cursor", "rollbacks"} <= event.keys()]
     return DurableState(

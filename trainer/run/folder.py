@@ -1,4 +1,4 @@
-"""A run's folder: made, checked against what the run already is, locked while it trains."""
+"""A run's folder: created, checked against the run that it holds, locked while that trains."""
 
 import errno
 import json
@@ -49,21 +49,22 @@ def prepare_run(
     submitted: float | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Make or check the folder of a run, before any device is held.
+    """Create or check the folder of a run, before any device is held.
 
     Args:
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name` with this config.
-        start: a checkpoint that the run begins from, at its step, where it has none of its own.
-        began: Unix seconds of this launch; None: as this process did.
-        submitted: Unix seconds; from then on its job waited in a queue.
+        start: a checkpoint that the run starts from, at its step, if it has none of its own.
+        began: when this launch began, in Unix seconds; None: when this process did.
+        submitted: when its job was queued, in Unix seconds.
         workers: processes that were started to train it; None: as many as the config asks for.
 
     Returns:
         The folder, whose config.yaml holds the resolved config.
 
     Raises:
-        ConfigError: the config cannot run, or differs from the existing run's in what the run is; as `require_own`.
+        ConfigError: the config cannot run, or differs from the existing run's in a key that may not change; or as
+            `require_own`.
     """
     if submitted is not None and not math.isfinite(submitted):
         raise ConfigError(f"--submitted {submitted}: should be Unix seconds")
@@ -72,7 +73,7 @@ def prepare_run(
     config = _as_it_began(config)
     with torch.device("meta"):
         planned = resolve_config(config, prepare=False)[0]
-        check_model(planned)  # what cannot be built shows before anything else
+        check_model(planned)  # a model that cannot be built is refused before anything else
     if workers:
         with_workers(planned, workers)
     with writable(config.run.root):
@@ -97,30 +98,30 @@ def prepare_run(
         events.append(("init_from", {"differs": differs}))
         _warn_of(differs, f"train.init_from={resolved.train.init_from}")
     if fork:
-        start = folder(run_dir, check_fork(run_dir, fork))  # here too: not all come by `refuse_early`
+        start = folder(run_dir, check_fork(run_dir, fork))  # here too: not every caller runs `refuse_early`
         source = resolved.run.name
         resolved = resolved.model_copy(update={"run": resolved.run.model_copy(update={"name": fork})})
         resolved = from_dict(resolved.model_dump(mode="json"), where=f"--fork {fork}")  # checks the name
         run_dir = run_dir.with_name(fork)
         require_own(run_dir)
-        if problems := verify(start, digests=False):  # its content is read by the run's processes, each a share
+        if problems := verify(start, digests=False):  # the run's processes check the content, a share each
             raise ConfigError(f"--fork {fork}: the last checkpoint of run.name={source}: {problems[0]}")
         if differs := other_function(start, resolved.model):
             _warn_of(differs, f"run.name={source}")
     elif (run_dir / CONFIG).exists():
         with run_lock(run_dir):  # refuses a run that is being trained
             pass
-        if attempts(run_dir):  # one that never began may still become anything
+        if attempts(run_dir):  # a run that never began may change in any way
             changed = _allowed_changes(run_dir, resolved)
             if changed:
                 events.append(("config_changed", {"changed": changed}))
             elif is_finished(run_dir):
-                events = []  # nothing follows
+                events = []  # there is nothing left to train
     if start and events and not committed(run_dir):
         events.append(("forked", {"checkpoint": str(start)}))
     with writable(run_dir):
         run_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if forked := dict(events).get("forked"):  # before the run exists: without it, it would start from nothing
+        if forked := dict(events).get("forked"):  # before config.yaml makes it a run, which would start from scratch
             change_durable_state(run_dir, forked_from=forked["checkpoint"])
         (run_dir / STOP).unlink(missing_ok=True)
         kind_of(resolved).keep(run_dir, resolved.data)
@@ -133,21 +134,21 @@ def prepare_run(
 
 
 def followed(run_dir: Path, config: Config) -> list[str]:
-    """What became of a preset's values that did not go with the user's, a line each.
+    """What became of a preset's values that did not fit the user's, a line each.
 
     Args:
-        config: as the user wrote it; `prepare_run` has made the run of it.
+        config: as the user wrote it; `prepare_run` has been called with it.
     """
     resolved = [event for event in read_events(run_dir) if event["event"] == "resolved"]
     return [note for note in resolved[-1]["derived"] if note.partition("=")[0] in config.defaults] if resolved else []
 
 
 def _as_it_began(config: Config) -> Config:
-    """With the warmup of the run that exists, where the user asks for none: a preset's follows train.steps, which a run
-    may change, and its own may not.
+    """With the existing run's warmup, unless the user sets one: a preset's warmup follows train.steps, which may change
+    within a run, whereas optim.warmup may not.
 
     Raises:
-        ConfigError: the run cannot have so few steps.
+        ConfigError: that warmup is longer than train.steps.
     """
     run_dir = Path(config.run.root).expanduser() / config.run.name
     if "optim.warmup" not in config.defaults or not (run_dir / CONFIG).is_file() or not attempts(run_dir):
@@ -166,7 +167,7 @@ def _as_it_began(config: Config) -> Config:
 
 
 def _command() -> str:
-    """What a person typed to launch this, without passwords; empty where it was no command of ours."""
+    """The command line that launched this, with passwords masked; empty if it was not one of ours."""
     program = Path(sys.argv[0])
     names = {"muster": "muster", "cluster/cli.py": "muster", "trainer/__main__.py": "torchrun -m trainer"}
     name = names.get(program.name) or names.get(f"{program.parent.name}/{program.name}")
@@ -174,7 +175,7 @@ def _command() -> str:
 
 
 def _warn_of(differs: dict[str, list[Any]], source: str) -> None:
-    """Say which keys make another function of the weights that a run begins with."""
+    """Warn of keys that make the weights a run starts from compute a different function."""
     if "tokenizer" in differs:
         print(
             f"muster: warning: the data were tokenized with a different tokenizer than the model's ({source})",
@@ -193,7 +194,7 @@ def _warn_of(differs: dict[str, list[Any]], source: str) -> None:
 
 
 def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
-    """`{key: [before, after]}` of what differs from the existing run. Raises ConfigError if it makes it another run."""
+    """`{key: [before, after]}` of keys that differ from the existing run. Raises ConfigError if one may not change."""
     existing = read_config(run_dir)
     allowed, refused = differences(existing, config)
     before, now = read_durable_state(run_dir).inputs, [entry["digest"] for entry in _inputs(config)]
@@ -201,7 +202,7 @@ def _allowed_changes(run_dir: Path, config: Config) -> dict[str, list]:
     if before == now and "data.path" in refused and [s.weight for s in old] == [s.weight for s in new]:
         allowed["data.path"] = refused.pop("data.path")  # the same data in another place
     elif before != now and len(before) == len(now):
-        n = len(now) // len(new)  # inputs of a source: prepared data have their manifest and their tokenizer
+        n = len(now) // len(new)  # inputs per source: prepared data have a manifest and a tokenizer
         other = [i for i in range(len(new)) if before[n * i : n * i + n] != now[n * i : n * i + n]]
         refused["data.path"] = (
             ", ".join(f"{old[i].path} (sha256 {before[n * i][:12]})" for i in other),
@@ -221,14 +222,14 @@ def _inputs(config: Config) -> list[dict[str, Any]]:
 
 
 def read_config(run_dir: Path) -> Config:
-    """The resolved config of an existing run. Raises ConfigError if the folder is no run."""
+    """The resolved config of an existing run. Raises ConfigError if the folder is not a run."""
     if not (run_dir / CONFIG).is_file():
         raise ConfigError(f"{run_dir} is not a run: it has no {CONFIG}")
     return load(run_dir / CONFIG)
 
 
 def attempts(run_dir: Path) -> int:
-    """How many attempts the run has had, which is the number of the last one."""
+    """Number of attempts so far, which is also the number of the last one."""
     return read_durable_state(run_dir).attempt
 
 
@@ -241,7 +242,7 @@ def is_finished(run_dir: Path) -> bool:
 
 @contextmanager
 def run_lock(run_dir: Path, patience: float = 0.0) -> Iterator[None]:
-    """Hold the run against a second trainer. Raises ConfigError if another process holds it for `patience` seconds."""
+    """Lock the run against a second trainer. Raises ConfigError if another process holds it for `patience` seconds."""
     busy = f"run {run_dir.name} is being trained by {{}}: wait for it, stop it, or choose another run.name"
     with hold(run_dir / LOCK, busy, patience):
         yield
@@ -249,13 +250,13 @@ def run_lock(run_dir: Path, patience: float = 0.0) -> Iterator[None]:
 
 @contextmanager
 def hold(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
-    """Hold a lock file that says who holds it.
+    """Hold a lock file that names its holder.
 
     Args:
-        busy: what a user is told where another process holds it for `patience` seconds; {} is that process.
+        busy: the message if another process holds it for `patience` seconds; {} stands for that process.
 
     Raises:
-        ConfigError: another process holds it.
+        ConfigError: another process holds it, or its file system has no locks.
     """
     try:
         held = lock_file(path, patience, poll=0.5).acquire()
@@ -266,7 +267,9 @@ def hold(path: Path, busy: str, patience: float = 0.0) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
-        raise ConfigError(f"{path}: its file system has no locks ({error.strerror}): choose another root") from None
+        raise ConfigError(
+            f"{path}: its file system does not support locks ({error.strerror}): choose another root"
+        ) from None
     with held:
         write_text(path, json.dumps({"host": os.uname().nodename, "pid": os.getpid()}))
         try:

@@ -1,4 +1,4 @@
-"""What a person is told of a run before it begins: how large it is, how much it will read, where to look."""
+"""What the user is told before a run begins: how large it is, how much data it reads, where to look."""
 
 import shlex
 from pathlib import Path
@@ -14,13 +14,13 @@ from trainer.data.manifest import read_manifests, sources_of
 
 
 def header(run_dir: Path, config: Config) -> list[str]:
-    """Lines about a run that is prepared.
+    """Lines that describe a prepared run.
 
     Args:
         config: resolved.
 
     Raises:
-        ConfigError: its data are not what they should be.
+        ConfigError: its data are missing or damaged.
     """
     found = Path("runs").resolve() == run_dir.parent  # where commands look for a name
     named = shlex.quote(config.run.name if found else str(run_dir))
@@ -42,9 +42,9 @@ def _model(config: Config) -> str:
 
 
 def _data(config: Config) -> list[str]:
-    """How often each source is read; several passes over a small one are worth a word."""
+    """How often each source is read, with a remark if a small one is read more than once."""
     if task_of(config).reads != "tokens":
-        return []  # what was read to check them is among the notes
+        return []  # the notes of `Kind.ensure` describe them
     train, sources = config.train, sources_of(config.data)
     tokens = train.steps * train.global_batch * train.seq_len
     weights = sum(source.weight for source in sources)

@@ -1,4 +1,4 @@
-"""What a person says of a run: a note and tags, kept in notes.json of the run's folder and shown by its tracker."""
+"""A user's note and tags on a run, kept in notes.json in the run's folder and shown by its tracker."""
 
 import json
 import re
@@ -25,16 +25,16 @@ RESERVED = re.compile(
 
 
 class Notes(NamedTuple):
-    """Of one run."""
+    """The note and tags of one run."""
 
     note: str = ""
     tags: Mapping[str, str] = {}
 
 
 def read_notes(run_dir: Path) -> Notes:
-    """What is there; nothing where there is no such file, or it is not what `write_notes` writes."""
+    """A run's notes; empty if there is no such file, or it is not what `write_notes` writes."""
     try:
-        # Opened as nothing but a file of the folder itself: no link, and no pipe that would be waited for.
+        # Only a regular file of the folder itself: no link, and no pipe, on which a read would block.
         path = run_dir / NOTES
         if path.is_symlink() or not path.is_file():
             return Notes()
@@ -50,27 +50,27 @@ def read_notes(run_dir: Path) -> Notes:
 
 
 def write_notes(run_dir: Path, notes: Notes) -> None:
-    """Replace what is there. Raises ConfigError, as `require_own`."""
+    """Replace a run's notes. Raises ConfigError, as `require_own`."""
     require_own(run_dir)
     replace_text(run_dir / NOTES, json.dumps({"note": notes.note, "tags": dict(notes.tags)}, indent=1) + "\n")
 
 
 def wrong_tag(key: str, value: str) -> str:
-    """What is wrong with a tag, as MLflow or the record's own see it; empty if nothing."""
+    """Why a tag is refused: MLflow does not take it, or the record has it; empty if it is fine."""
     shown = shortened(repr(key), 60)
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_. -]{0,99}", key):
-        return f"{shown} is no name of a tag: up to 100 letters, digits, _ . - and blanks"
+        return f"{shown} is not a tag name: use up to 100 letters, digits, _ . - and spaces"
     if RESERVED.fullmatch(key):
-        return f"the tag {shown} is the record's own: choose another name"
+        return f"the tag {shown} is reserved for the record: choose another name"
     if len(value) > MAX_VALUE:
-        return f"the tag {shown} has a value of {len(value):,} characters, and {MAX_VALUE:,} are allowed"
+        return f"the tag {shown} has a value of {len(value):,} characters; at most {MAX_VALUE:,} are allowed"
     return ""
 
 
 def set_note(run_dir: Path, text: str) -> None:
-    """Raises ConfigError if it is too long."""
+    """Set the note. Raises ConfigError if it is too long."""
     if len(text) > MAX_NOTE:
-        raise ConfigError(f"the note has {len(text):,} characters, and {MAX_NOTE:,} are allowed")
+        raise ConfigError(f"the note has {len(text):,} characters; at most {MAX_NOTE:,} are allowed")
     write_notes(run_dir, read_notes(run_dir)._replace(note=text))
 
 
@@ -82,5 +82,5 @@ def set_tags(run_dir: Path, changes: Mapping[str, str]) -> None:
     notes = read_notes(run_dir)
     tags = {key: value for key, value in (dict(notes.tags) | dict(changes)).items() if value}
     if len(tags) > MAX_TAGS:
-        raise ConfigError(f"the run would have {len(tags)} tags, and {MAX_TAGS} are allowed")
+        raise ConfigError(f"the run would have {len(tags)} tags; at most {MAX_TAGS} are allowed")
     write_notes(run_dir, notes._replace(tags=tags))

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import models  # noqa: F401  ours is loaded before a folder of the user's could stand for it
+import models  # noqa: F401  ours first, so that a user's folder of that name cannot shadow it
 from configs import Config, ConfigError, load
 from configs.load import with_family
 from trainer.processes.compile_locks import mend_compile_locks
@@ -18,9 +18,10 @@ from trainer.processes.compile_locks import mend_compile_locks
 def load_plugins(plugins: Sequence[str]) -> None:
     """Import each plugin: `package.module`, or the path of a Python file.
 
-    Only with plugins is the working directory searched for modules, after everything that is installed.
+    If there are plugins, the working directory is searched for modules too, after everything that is installed.
 
-    It is the first of a run that may compile something, so locks that a killed compilation left are removed before.
+    Plugins are the first code of a run that may compile something, so locks left by a killed compilation are removed
+    before.
 
     Raises:
         ConfigError: a plugin cannot be imported, with the line that failed; or as `mend_compile_locks`.
@@ -28,7 +29,7 @@ def load_plugins(plugins: Sequence[str]) -> None:
     mend_compile_locks()
     here = os.getcwd()
     if plugins and here not in sys.path:
-        sys.path.append(here)  # last: our own packages are loaded by now, and a user's folder of that name stays out
+        sys.path.append(here)  # last: our own packages are loaded by now, and a user's folder cannot shadow them
     for plugin in plugins:
         try:
             if plugin.endswith(".py"):
@@ -42,8 +43,8 @@ def load_plugins(plugins: Sequence[str]) -> None:
 
 
 def load_own(name: str | Path, overrides: Iterable[str] = ()) -> Config:
-    """A config that a user names, as `configs.load`, with the keys of a family that its plugins bring. Raises
-    ConfigError as both."""
+    """Load a config that the user names, as `configs.load`, with the keys of a family that its plugins define. Raises
+    ConfigError, as `configs.load` and `load_plugins`."""
     overrides = tuple(overrides)
     config = load(name, overrides)
     if not config.plugins:
@@ -53,7 +54,7 @@ def load_own(name: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def with_plugins(config: Config) -> Config:
-    """The config, once its plugins are loaded and the keys of its family are checked. Raises ConfigError."""
+    """Load the config's plugins, and return it with the keys of its family checked. Raises ConfigError."""
     load_plugins(config.plugins)
     return with_family(config)
 
@@ -71,5 +72,5 @@ def _load_file(path: Path) -> None:
     try:
         spec.loader.exec_module(module)
     except BaseException:
-        del sys.modules[name]  # or a second try would find it, half made
+        del sys.modules[name]  # or a second try would find it half initialised
         raise

@@ -1,4 +1,4 @@
-"""A config as a run will use it: all that is derived filled in, paths absolute, the data at hand. Without torch."""
+"""A config as a run will use it: derived values filled in, paths absolute, data prepared. Without torch."""
 
 import errno
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     """The config with every derived value filled in and every path absolute, and one line per derived value.
 
     Args:
-        prepare: make the default data where they are missing; otherwise the vocabulary that they will have is assumed.
+        prepare: check the data, and prepare the default ones if missing; if False, their later vocabulary is assumed.
 
     Raises:
         ConfigError: the config cannot run.
@@ -30,7 +30,7 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
         path = tuple(each.model_copy(update={"path": _absolute_data(each.path)}) for each in config.data.path)
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": path})})
     if source := config.train.init_from:
-        begun = committed(Path(run.root) / run.name)  # such a run has its weights, and may outlive where they came from
+        begun = committed(Path(run.root) / run.name)  # such a run has its own weights, and needs their source no more
         if not begun and not Path(source).expanduser().is_dir():
             what = "a file: give its folder" if Path(source).expanduser().is_file() else "no such folder"
             raise ConfigError(f"train.init_from={source}: {what}")
@@ -40,7 +40,7 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
     resolved, derived = resolve(config, vocab_size=planned)
     notes: list[str] = []
     if prepare:  # only now: a mistake in the config shows at once, not after minutes of preparation
-        from trainer.data.kinds import kind_of  # torch, which a mistake in the config need not wait for
+        from trainer.data.kinds import kind_of  # imports torch, which a mistake in the config need not wait for
 
         data, notes = kind_of(config).ensure(config)
         config = config.model_copy(update={"data": data})
@@ -49,26 +49,26 @@ def resolve_config(config: Config, *, prepare: bool = True) -> tuple[Config, lis
 
 
 def check_fork(run_dir: Path, name: str) -> int:
-    """The step that a new run of this name begins with: of the last checkpoint of the run in `run_dir`.
+    """The step that a new run of this name starts from: that of the last checkpoint in `run_dir`.
 
     Raises:
-        ConfigError: that has no checkpoint, or the name is none for a run, or another's.
+        ConfigError: there is no checkpoint, or the name is invalid or taken.
     """
     from_dict({"run": {"name": name}}, where=f"--fork {name}")  # checks the name
     steps = committed(run_dir)
     if not steps:
         raise ConfigError(f"run.name={run_dir.name} has no checkpoint to fork from in {run_dir}")
     if (run_dir.with_name(name) / "config.yaml").exists():
-        raise ConfigError(f"--fork {name}: a run of that name exists already in {run_dir.with_name(name)}")
+        raise ConfigError(f"--fork {name}: a run of that name already exists in {run_dir.with_name(name)}")
     return steps[-1]
 
 
 def refuse_early(config: Config, fork: str | None = None) -> None:
-    """Raise ConfigError for what is seen to be wrong without torch, which takes seconds to import, and before the
-    default data are prepared, which takes a minute.
+    """Raise ConfigError for mistakes that can be found without torch, which takes seconds to import, and without
+    preparing the default data, which takes a minute.
 
     Args:
-        fork: as of `trainer.run.folder.prepare_run`.
+        fork: as in `trainer.run.folder.prepare_run`.
     """
     resolved, _ = resolve_config(config, prepare=False)
     run_dir = Path(resolved.run.root) / resolved.run.name
@@ -81,9 +81,9 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
             read_manifest(source.path)
     if (weights := resolved.train.init_from) and not steps:
         folder = Path(weights)
-        if is_file(folder / "config.json"):  # of Hugging Face
+        if is_file(folder / "config.json"):  # a Hugging Face folder
             model_keys(folder)
-            from models.hf.weight_files import open_tensors  # torch
+            from models.hf.weight_files import open_tensors  # imports torch
 
             open_tensors(folder)
     with writable(resolved.run.root):
@@ -92,7 +92,7 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
 
 @contextmanager
 def writable(folder: str | Path) -> Iterator[None]:
-    """A folder that cannot be written is the user's to change: ConfigError, with what the system says of which file."""
+    """Turn an OSError of the block into a ConfigError that names the file and the system's reason."""
     try:
         yield
     except OSError as error:

@@ -11,11 +11,11 @@ from typing import Any
 from trainer.files.scratch import temporary_folder
 
 SENT = ".muster-commit.json"
-"""In a folder that was packed for a cluster, which has no .git: what `of` said where it was packed."""
+"""File in a folder that was packed for a cluster, which has no .git: what `of` returned where it was packed."""
 TIMEOUT = 1.5
-"""Seconds for a question to git: a pipe among what it reads would be waited for."""
+"""Seconds for a git command: it would block on a pipe among the files that it reads."""
 PATIENCE = 5.0
-"""For whether files are changed; a large repository on a network disk may take longer, and is left out."""
+"""Seconds for `git status`; if a large repository on a network disk takes longer, `git_dirty` is left out."""
 HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 KEPT = re.compile(
     r"core\.(autocrlf|checkstat|eol|filemode|ignorecase|precomposeunicode|symlinks|trustctime) ([A-Za-z]+|[01])"
@@ -24,15 +24,15 @@ KEPT = re.compile(
 
 
 def of(folder: Path) -> dict[str, Any]:
-    """`git_commit`, and `git_dirty`: whether a file that git tracks differs from it. New files do not count: a run's
-    own folder is often one. Nor does what has changed inside of submodules.
+    """`git_commit`, and `git_dirty`: whether a tracked file differs from it. Untracked files do not count (a run's own
+    folder is often one), nor do changes inside submodules.
 
-    Nothing runs that the folder's own git configuration names: no filter, hook, monitor, pager or fetch. A file that
-    git would have to pass through a filter to compare (its size or time is not the one that git remembers) is compared
-    without it, and so may count as changed.
+    No program that the folder's own git configuration names is run: no filter, hook, monitor, pager or fetch. A file
+    that git would have to filter before it can compare it (its size or time differs from the index) is compared
+    unfiltered, and so may count as changed.
 
     Returns:
-        what could be found out, empty if the folder is in no git repository or git is not installed.
+        What could be found out; empty if the folder is in no git repository or git is not installed.
     """
     if sent := _sent(folder):
         return sent
@@ -42,7 +42,7 @@ def of(folder: Path) -> dict[str, Any]:
         return {}
     found: dict[str, Any] = {"git_commit": told[0]}
     try:
-        # git would wait for a pipe in its place.
+        # git would block on a pipe in its place.
         changed = _changed(folder, *told) if Path(told[4]).is_file() else None
     except OSError:
         return found
@@ -64,7 +64,7 @@ def _sent(folder: Path) -> dict[str, Any]:
 
 
 def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, index: str) -> bool | None:
-    """Ask a repository that has the folder's objects, index and files, and a configuration of ours."""
+    """Ask git, in a temporary repository with the folder's objects, index and files but a configuration of ours."""
     lines = (_git(folder, {}, "config", "--get-regexp", r"^core\.") or "").splitlines()
     kept = [f"{found[1]} = {found[2]}\n" for line in lines if (found := KEPT.fullmatch(line))]
     with temporary_folder() as there:
@@ -73,7 +73,7 @@ def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, ind
         (there / "config").write_text(
             f"[extensions]\nobjectFormat = {hashes}\n[core]\nrepositoryFormatVersion = 1\n{''.join(kept)}"
         )
-        for shared in Path(index).parent.glob("sharedindex.*"):  # the larger part of an index that is split
+        for shared in Path(index).parent.glob("sharedindex.*"):  # the larger part of a split index
             (there / shared.name).symlink_to(shared)
         environment = {
             "GIT_DIR": str(there),
@@ -83,17 +83,17 @@ def _changed(folder: Path, commit: str, hashes: str, top: str, objects: str, ind
             "GIT_CONFIG_GLOBAL": os.devnull,
             "GIT_CONFIG_NOSYSTEM": "1",
         }
-        # Of a submodule only the commit: git would look for changed files with the submodule's own configuration.
+        # Of a submodule only the commit: git would use the submodule's own configuration to look for changed files.
         asked = ("status", "--porcelain", "--untracked-files=no", "--ignore-submodules=dirty")
         told = _git(folder, environment, *asked, within=PATIENCE)
     return None if told is None else bool(told)
 
 
 def _git(folder: Path, environment: dict[str, str], *arguments: str, within: float = TIMEOUT) -> str | None:
-    """What git says, None if it does not. It takes no lock, and is no file that stands in the folder.
+    """The output of a git command; None if it fails. git takes no lock, and is never run from a relative PATH entry.
 
     Args:
-        environment: variables of a repository of ours; where there are none, the user's own configuration counts.
+        environment: variables that lead git to a repository of ours; if empty, the user's own configuration counts.
     """
     dropped = "GIT_" if environment else "GIT_(?!CONFIG)"
     kept = {key: value for key, value in os.environ.items() if not re.match(dropped, key)}

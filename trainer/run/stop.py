@@ -1,4 +1,4 @@
-"""The request to stop a run: a file of its folder, which other processes write and each of its own looks for."""
+"""The request to stop a run: a file in its folder that other processes write and each of its own checks for."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,7 @@ LONGEST_REASON = 4096
 
 
 def request_stop(run_dir: Path, reason: str = "") -> None:
-    """Ask a run to write a checkpoint and leave; every process of it sees this at its next step.
+    """Ask a run to write a checkpoint and exit; each of its processes sees this at its next step.
 
     Args:
         reason: why muster itself asks, in order to start the run again; a request that is there already stays.
@@ -39,7 +39,7 @@ def stop_requested(run_dir: Path) -> bool:
 
 
 def take_stop(run_dir: Path) -> str | None:
-    """The reason of a stop that was requested, which is then forgotten; None: there was no request.
+    """Remove the request to stop and return its reason; None if there is none.
 
     A file that cannot be read, such as a link, counts as the user's request.
     """

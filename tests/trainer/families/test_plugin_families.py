@@ -341,8 +341,8 @@ def test_what_cannot_be_is_refused_by_name(tmp_path, images, family, sections, m
 
 
 PHASES = {
-    "left out": ((Phase("discriminator", "discriminator"),), r"no phase has generator\.0\.weight \(6 parameters"),
-    "twice": ((Phase("all"), Phase("generator", "generator")), r"phases all and generator have parameters in common"),
+    "left out": ((Phase("discriminator", "discriminator"),), r"no phase contains generator\.0\.weight \(6 parameters"),
+    "twice": ((Phase("all"), Phase("generator", "generator")), r"phases all and generator share parameters"),
 }
 
 
