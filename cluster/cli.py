@@ -1,6 +1,6 @@
-"""The `muster` command: its sub-commands, and how their ends become messages and exit codes.
+"""The `muster` command: its sub-commands, and how errors become messages and exit codes.
 
-Commands import what they need in their bodies: torch, Ray and MLflow take seconds, and `muster --help` must not.
+Commands import heavy packages inside their functions: torch, Ray and MLflow take seconds, and `muster --help` must not.
 """
 
 import errno
@@ -32,7 +32,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 ARGUMENTS = "MUSTER_ARGUMENTS"
-"""Variable with the command line's arguments where they hold passwords."""
+"""Environment variable that carries the arguments when they contain passwords."""
 Source = typer.Argument(metavar="CONFIG", help=f"A preset ({', '.join(preset_names())}) or a YAML file.")
 Overrides = typer.Argument(metavar="KEY=VALUE", help="Values to set, such as train.steps=100.")
 
@@ -133,16 +133,16 @@ app.command("doctor")(doctor.doctor)
 
 NOT_OURS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EACCES, errno.EROFS, errno.EINVAL,
             errno.EFBIG)  # fmt: skip
-"""Why a file cannot be used that a path leads to which was typed, or that lies in a folder of somebody else's."""
+"""Errors that mean a path is wrong or not the user's to use: reported in one line, without a traceback."""
 
 
 def main() -> None:
-    """Run the command line. It ends with one of `ExitCode`."""
+    """Run the command line and exit with an `ExitCode`."""
     private_files()
     guard()
     _hide_passwords()
     try:
-        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # as it was while all this was imported
+        if signal.getsignal(signal.SIGINT) == signal.SIG_DFL:  # set by configs.interrupt during the imports
             signal.signal(signal.SIGINT, signal.default_int_handler)
         app()
     except ConfigError as error:
@@ -158,8 +158,8 @@ def main() -> None:
 
 
 def _hide_passwords() -> None:
-    """Take passwords off the command line, which every user of the machine can read: start anew with them in the
-    environment, which nobody else can."""
+    """Take passwords off the command line, which every user of the machine can read: re-execute with the arguments in
+    the environment, which only this user can."""
     if given := os.environ.pop(ARGUMENTS, None):
         sys.argv[1:] = json.loads(given)
         return

@@ -1,4 +1,4 @@
-"""`muster checkpoint`: which checkpoints a run has, what is in one, and whether every byte is as it was written."""
+"""`muster checkpoint`: list a run's checkpoints, show what is in one, verify every byte."""
 
 import contextlib
 import json
@@ -109,7 +109,7 @@ def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False
         if not row["problems"]:
             print(
                 f"{path.name}: {counted(row['files'], 'file')}, {counted(row['bytes'], 'byte')}, every digest "
-                f"is the manifest's"
+                f"matches the manifest"
             )
         for problem in row["problems"]:
             print(f"{path.name}: damaged: {problem}")
@@ -118,12 +118,12 @@ def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False
 
 
 def steps_of(run_dir: Path, step: int | None) -> list[int]:
-    """The run's checkpoints, or that of `step` alone. Raises ConfigError if there is none."""
+    """Steps of the run's checkpoints, or `step` alone. Raises ConfigError if there is no such checkpoint."""
     from trainer.checkpoint.manifest import committed  # no torch
 
     steps = committed(run_dir)
     if not steps or (step is not None and step not in steps):
-        have = f"its checkpoints are at steps {', '.join(map(str, steps))}" if steps else "it has none"
+        have = f"its checkpoints are at steps {', '.join(map(str, steps))}" if steps else "it has none yet"
         raise ConfigError(f"{run_dir} has no checkpoint{'' if step is None else f' of step {step}'}: {have}")
     return steps if step is None else [step]
 

@@ -1,4 +1,4 @@
-"""`muster dashboard`: a page over the runs of this machine."""
+"""`muster dashboard`: web pages that show the runs of this machine."""
 
 import contextlib
 import socket
@@ -27,7 +27,7 @@ def dashboard(
     for each in root:
         if not each.is_dir():
             raise ConfigError(f"--root {shortened(each, 200)}: there is no such folder; `muster train` makes {RUNS}")
-    import uvicorn  # a second, with what the server needs
+    import uvicorn  # takes a second, with the rest of the server
 
     from cluster.server.web.app import create_app
     from cluster.server.web.auth import read_token, token_file
@@ -47,31 +47,31 @@ def dashboard(
         ws="none",
     )
     print(f"http://{shown}:{port}/login#{token}", flush=True)
-    print(f"the link's end is the token, from {token_file()}: keep it to yourself. Ctrl-C ends the server", flush=True)
+    print(f"the link contains the access token of {token_file()}: keep it private. Ctrl-C ends the server", flush=True)
     if host not in ("127.0.0.1", "localhost", "::1"):
-        print("it listens to other machines, and what it sends is not encrypted: use a private network", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn ends in order, and raises it then
+        print("other machines can connect, and the traffic is not encrypted: use a private network", flush=True)
+    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after a clean shutdown
         uvicorn.Server(config).run(sockets=[listening])
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises ConfigError."""
+    """A listening socket. Raises ConfigError if the address cannot be used."""
     try:
         family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0][0]
         listening = socket.socket(family, socket.SOCK_STREAM)
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listening.bind((host, port))
-        listening.listen(512)  # who follows the link at once waits, and is not refused
+        listening.listen(512)  # so that a click on the link before the server is up waits
     except OSError as error:
         raise ConfigError(
-            f"--host {shortened(host, 100)} --port {port}: cannot be listened on ({error.strerror or error}); "
-            "another --port, or 0 for any that is free"
+            f"--host {shortened(host, 100)} --port {port}: cannot listen there ({error.strerror or error}); "
+            "choose another --port, or 0 for any free one"
         ) from None
     return listening
 
 
 def _names(host: str) -> list[str]:
-    """Under which names this machine is asked for there."""
+    """Host names that a browser may use for this server."""
     if host not in ANYWHERE:
         return [f"[{host}]" if ":" in host else host]
     import psutil

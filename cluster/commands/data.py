@@ -1,4 +1,4 @@
-"""`muster data`: prepare text for training, look at what was prepared, show what a step reads."""
+"""`muster data`: prepare text for training, inspect prepared data, show what a step reads."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def _print_inspection(found: dict[str, Any]) -> None:
         print(f"--- {example['file']}, row group {example['row_group']}, window {example['window']}")
         print(example["text"])
     if "problems" in found and not found["problems"]:
-        print("every file is as it was prepared")
+        print("every file matches its SHA-256")
 
 
 @app.command()
@@ -138,7 +138,7 @@ def show(
 
 
 def _cursor(run_dir: Path, global_batch: int, step: int) -> int:
-    """First sequence of a step: as recorded where it was taken (a rollback leaves some out), else as planned."""
+    """Index of a step's first sequence: as recorded if the step was taken (a rollback skips some), else as planned."""
     from trainer.record.lines import read_metrics
 
     cursor, taken = 0, 0

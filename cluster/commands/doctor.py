@@ -1,4 +1,4 @@
-"""`muster doctor`: what is installed and reachable here, what would fail, and how to mend it."""
+"""`muster doctor`: what is installed and reachable here, what would fail, and how to fix it."""
 
 import contextlib
 import importlib.metadata
@@ -37,7 +37,7 @@ STYLES = {"ok": "green", "note": "yellow", "fail": "red"}
 
 
 class Finding(NamedTuple):
-    """What one check saw. `fail`: training would fail; `note`: it works, with less."""
+    """What one check found. `fail`: training would fail; `note`: it works, with limits."""
 
     name: str
     state: Literal["ok", "note", "fail"]
@@ -66,7 +66,7 @@ def doctor(
 
 
 def examine(root: Path, address: str | None) -> Iterator[Finding]:
-    """Run every check. One that breaks is a finding itself."""
+    """Run every check. One that raises is a finding itself."""
     checks: list[tuple[str, Callable[[], Iterator[Finding]]]] = [
         ("python", _python),
         ("packages", _packages),
@@ -127,7 +127,7 @@ def _memory() -> Iterator[Finding]:
     total, free = machine.memory_bytes(), psutil.virtual_memory().available
     found = f"{byte_size(total)}, {byte_size(free)} free"
     if free < 2 * GB:
-        yield Finding("memory", "note", found, "a worker holds 1 GB before it has a model: end what else runs here")
+        yield Finding("memory", "note", found, "a worker takes 1 GB before it has a model: stop other programs")
     else:
         yield Finding("memory", "ok", found)
 
@@ -138,7 +138,9 @@ def _gpus() -> Iterator[Finding]:
     if names:
         yield Finding("gpus", "ok", f"{len(names)}: {', '.join(sorted(set(names)))}")
     elif driver:
-        yield Finding("gpus", "fail", "there is a driver, but torch sees none", "install a torch built for CUDA")
+        yield Finding(
+            "gpus", "fail", "an NVIDIA driver is loaded, but torch sees no GPU", "install torch built for CUDA"
+        )
     else:
         yield Finding("gpus", "ok", "none: trains on the CPU")
 
@@ -154,13 +156,13 @@ def _compiler() -> Iterator[Finding]:
 
 
 def _stale_locks() -> Iterator[Finding]:
-    """A process killed while it compiled a helper leaves a lock on which every later one waits for ever."""
+    """A process killed while compiling an op of DeepSpeed leaves a lock that every later one waits for forever."""
     default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", default))
     locks = sorted(folder.glob("**/lock")) if folder.is_dir() else []
     building = {process.info["name"] for process in psutil.process_iter(["name"])} & {"ninja", "cc1plus", "nvcc"}
     if not locks:
-        yield Finding("deepspeed ops", "ok", "no lock left behind")
+        yield Finding("deepspeed ops", "ok", "no stale lock")
     elif building:
         yield Finding("deepspeed ops", "note", f"being compiled: {locks[0]}", "wait for it")
     else:
@@ -196,27 +198,29 @@ def _disk(root: Path) -> Iterator[Finding]:
             there = there.parent
         free = shutil.disk_usage(there).free
         if not os.access(there, os.W_OK):
-            yield Finding(name, "fail", f"{there} cannot be written", "choose another with run.root or TMPDIR")
+            yield Finding(name, "fail", f"{there} is not writable", "choose another folder with run.root or TMPDIR")
         elif free < GB:
-            yield Finding(name, "fail", f"{byte_size(free)} free in {there}", "free 1 GB or more, or move it")
+            yield Finding(
+                name, "fail", f"{byte_size(free)} free in {there}", "free 1 GB, or use another disk (run.root, TMPDIR)"
+            )
         else:
             yield Finding(name, "ok", f"{byte_size(free)} free in {there}")
 
 
 def _ray(address: str | None) -> Iterator[Finding]:
     if address is None:
-        yield Finding("ray cluster", "ok", "none named: each run starts a private Ray on this machine")
+        yield Finding("ray cluster", "ok", "none given: each run starts a private Ray on this machine")
         return
     try:
         check_reachable(address)
         yield Finding("ray cluster", "ok", f"{address} answers")
     except (OSError, ValueError) as error:
-        mend = "start it with `muster cluster up`, or leave cluster.address and RAY_ADDRESS out"
+        mend = "start it with `muster cluster up`, or unset cluster.address and RAY_ADDRESS"
         yield Finding("ray cluster", "fail", f"{address} does not answer ({error})", mend)
 
 
 def _ray_folders() -> Iterator[Finding]:
-    """Of the sessions that run here, whoever started them; what lies in one that others can write is run."""
+    """Session folders of every Ray on this machine: Ray runs code from them, so others must not be able to write."""
     folders = {
         Path(argument.partition("=")[2])
         for process in psutil.process_iter(["name", "cmdline"])
@@ -225,7 +229,7 @@ def _ray_folders() -> Iterator[Finding]:
         if argument.startswith("--session_dir=")
     }
     if exposed := sorted(folder for folder in folders if open_to_others(folder)):
-        found = f"other users can write into {', '.join(map(str, exposed))}, and so run code as Ray's"
+        found = f"other users can write into {', '.join(map(str, exposed))}, and so run code as Ray's user"
         yield Finding("ray's folders", "note", found, "start Ray with `muster cluster up` and `muster cluster join`")
     else:
         yield Finding(
@@ -245,11 +249,11 @@ def _tracking(root: Path) -> Iterator[Finding]:
     elif uri.startswith(SQLITE):
         path = sqlite_path(uri)
         if not path.exists():
-            yield Finding("mlflow", "ok", f"{path} is made by the first run")
+            yield Finding("mlflow", "ok", f"{path} will be created by the first run")
             return
         with contextlib.closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as store:
             count = store.execute("select count(*) from runs").fetchone()[0]
         yield Finding("mlflow", "ok", f"{path}, {counted(count, 'run')}")
     else:
         mend = "set it to http(s)://server or sqlite:////path.db"
-        yield Finding("mlflow", "fail", f"MLFLOW_TRACKING_URI={uri} is nothing that MLflow 3 records into", mend)
+        yield Finding("mlflow", "fail", f"MLFLOW_TRACKING_URI={uri} is not a store that MLflow 3 can write to", mend)

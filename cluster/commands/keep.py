@@ -1,4 +1,4 @@
-"""`muster runs rm`, `note` and `tag`: what a person does with runs that are there."""
+"""`muster runs rm`, `note` and `tag`: delete and annotate existing runs."""
 
 import json
 import os
@@ -28,12 +28,14 @@ def remove(
     root: Root = RUNS,
 ) -> None:
     """Delete runs with their checkpoints; a tracker keeps its copy. Example: muster runs rm quickstart"""
-    found = {name: removable(name, root) for name in names}  # all are looked at before the first is gone
+    found = {name: removable(name, root) for name in names}  # check them all before deleting the first
     for run_dir in dict.fromkeys(found.values()):
         count, size = _size(run_dir)
         what = f"{run_dir}: {_state(run_dir)}, {counted(count, 'file')}, {byte_size(size)}"
         if not yes and not sys.stdin.isatty():
-            raise ConfigError(f"would delete {what}\nThere is no terminal to ask on: --yes deletes without asking")
+            raise ConfigError(
+                f"would delete {what}\nThere is no terminal to confirm it on: --yes deletes without asking"
+            )
         if not yes and not typer.confirm(f"Delete {what}?"):
             print("nothing deleted")
             continue
@@ -45,16 +47,18 @@ def removable(name: str, root: Path) -> Path:
     """The folder of a run that may be deleted.
 
     Raises:
-        ConfigError: there is none, it is a link or no run's, or the run is being trained.
+        ConfigError: no such run, its folder is a link or not a run's, or it is being trained.
     """
     from trainer.record.lines import EVENTS, in_use, read_events
 
     given = next((folder for folder in (root / name, Path(name)) if is_file(folder / "config.yaml")), None)
     run_dir = run_folder(name, root)
     if given is not None and given.is_symlink():
-        raise ConfigError(f"{given} is a link to {os.readlink(given)}: nothing is deleted through it; name the folder")
+        raise ConfigError(
+            f"{given} is a link to {os.readlink(given)}: nothing is deleted through a link; name the folder itself"
+        )
     if (run_dir / EVENTS).is_symlink() or not read_events(run_dir):
-        raise ConfigError(f"{run_dir} is no run's folder: it has a config.yaml and no record ({EVENTS})")
+        raise ConfigError(f"{run_dir} is not a run's folder: it has a config.yaml but no record ({EVENTS})")
     if who := in_use(read_events(run_dir)):
         raise ConfigError(
             f"{run_dir.name} is being trained by {who}: stop it first.\n"
@@ -64,14 +68,14 @@ def removable(name: str, root: Path) -> Path:
 
 
 def delete(run_dir: Path) -> None:
-    """Delete a run's folder while no other process can train it or send its record. Raises ConfigError if one does."""
+    """Delete a run's folder, locked against training and sending. Raises ConfigError if either is in progress."""
     from trainer.run.folder import run_lock  # torch
     from trainer.tracking.shipper import only_one
 
     with ExitStack() as held:
         held.enter_context(run_lock(run_dir))
         if not held.enter_context(only_one(run_dir, 0.0)):
-            raise ConfigError(f"the record of {run_dir.name} is being sent to its tracker: wait for that, then again")
+            raise ConfigError(f"the record of {run_dir.name} is being sent to its tracker: try again when that is done")
         try:
             shutil.rmtree(run_dir)
         except OSError as error:
@@ -128,7 +132,7 @@ def _say_later(run_dir: Path) -> None:
     from trainer.tracking import read_state
 
     if read_state(run_dir).get("run_id"):
-        print(f"noted; `muster sync {run_dir}` shows it in the tracker, and so does the end of an attempt")
+        print(f"noted; `muster sync {run_dir}` sends it to the tracker, and so does the end of an attempt")
     else:
         print("noted")
 
@@ -141,6 +145,6 @@ def _state(run_dir: Path) -> str:
 
 
 def _size(run_dir: Path) -> tuple[int, int]:
-    """Files and bytes."""
+    """Number of files, and their size in bytes."""
     sizes = [(Path(folder) / name).lstat().st_size for folder, _, names in os.walk(run_dir) for name in names]
     return len(sizes), sum(sizes)

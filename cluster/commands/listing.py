@@ -1,4 +1,4 @@
-"""Lists for people: a table where it fits, else several lines for each entry. Names are never cut."""
+"""Lists on a terminal: a table if it fits, else several lines per entry. Names are never cut."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -11,20 +11,20 @@ from rich.text import Text
 from trainer.record.terminal import Console
 
 LEAST_NOTE = 24
-"""Columns of the terminal that a table must leave for the last column, whose words may wrap."""
+"""Characters that a table must leave for its last column, whose text may wrap."""
 
 
 def listing(console: Console, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
     """Rows of text under their columns, without the columns that are empty in every row.
 
     Args:
-        columns: the first two are of words, the last of words that may be long, those between of numbers.
+        columns: the first two hold text, the last one text that may be long, those between hold numbers.
     """
     used = [i for i in range(len(columns)) if i < 2 or any(row[i] for row in rows)]
     note = len(columns) - 1
     middle = [i for i in used if 2 <= i < note]
     widths = {i: max(len(columns[i]), *(len(row[i]) for row in rows)) for i in used}
-    if not console.is_terminal:  # it has no width, and what reads it wants to find whole names
+    if not console.is_terminal:  # a file or pipe has no width, and its reader wants whole names
         lines = [
             "  ".join(row[i].rjust(widths[i]) if i in middle else row[i].ljust(widths[i]) for i in used).rstrip()
             for row in (columns, *rows)

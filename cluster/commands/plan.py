@@ -23,7 +23,7 @@ from .runs import Json
 
 KINDS = (*DEVICES, "cpu")
 DEAREST = 1_000_000
-"""USD for an hour of one device."""
+"""Highest price accepted, in USD per device-hour."""
 SHOWN = 10
 """Topologies that a search lists."""
 
@@ -56,7 +56,7 @@ def plan(
         return
     devices = gpus or asked.parallel.world_size
     if do_search:
-        # Of the config's own topology only what does not depend on it is used.
+        # The search sets these degrees itself: resolve() must not refuse the config's own.
         alone = {"dp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": 1}
         asked = asked.model_copy(update={"parallel": asked.parallel.model_copy(update=alone)})
         resolved, _ = resolve(asked, vocab_size=planned_vocabulary(asked))
@@ -80,12 +80,12 @@ def plan(
 
 
 def _show_counted(asked: Config, as_json: bool) -> None:
-    """Of a model that the formulas are not of: what can be counted of it. Its plugin brought torch already."""
+    """Show what can be counted of a model without formulas. Its plugin has imported torch already."""
     resolved, notes = resolve(asked)
     from trainer.run.counted import counts  # torch
 
     found = counts(resolved)
-    unknown = "memory, speed and cost: not known, the planner's formulas are of decoders; a run measures them"
+    unknown = "memory, speed and cost: unknown, the planner has formulas for decoders only; a run measures them"
     if as_json:
         print(json.dumps(found | {"unknown": unknown}, indent=1))
         return
@@ -93,14 +93,14 @@ def _show_counted(asked: Config, as_json: bool) -> None:
     console.print(f"{resolved.run.name}: {resolved.model.family}, task {resolved.task}", style="bold")
     for note in notes:
         console.print(f"  {note}", style="dim")
-    cost = f"{flops:,.4g} FLOPs an example in training" if flops else found["flops_unknown"]
+    cost = f"{flops:,.4g} training FLOPs per example" if flops else found["flops_unknown"]
     console.print(f"{found['parameters']:,} parameters, {cost}")
     console.print(f"{counted(resolved.train.steps, 'step')} of {counted(resolved.train.global_batch, 'example')}")
     console.print(unknown)
 
 
 def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> Device:
-    """The device of --gpu. Raises ConfigError where it, --gpus or --usd-per-gpu-hour makes no sense."""
+    """The device of --gpu. Raises ConfigError if it, --gpus or --usd-per-gpu-hour is invalid."""
     if gpu not in KINDS:
         raise ConfigError(f"--gpu {gpu}: should be one of {', '.join(KINDS)}")
     if gpus is not None and not 1 <= gpus <= MOST_PROCESSES:
@@ -111,7 +111,7 @@ def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> 
 
 
 def _spread(config: Config, devices: int) -> Config:
-    """The config over that many devices: the other degrees stay, dp follows."""
+    """The config with parallel.dp set so that it takes this many devices; other degrees stay. Raises ConfigError."""
     parallel = config.parallel
     inner = parallel.tp * parallel.pp * parallel.sp
     if devices % inner:
@@ -122,8 +122,9 @@ def _spread(config: Config, devices: int) -> Config:
     train = config.train
     if train.micro_batch and train.micro_batch * (devices // inner) > train.global_batch:
         raise ConfigError(
-            f"--gpus {devices} gives parallel.dp={devices // inner}, and train.micro_batch ({train.micro_batch}) times "
-            f"that is over train.global_batch ({train.global_batch}): lower the first or raise the last"
+            f"--gpus {devices} gives parallel.dp={devices // inner}, and that times train.micro_batch "
+            f"({train.micro_batch}) is over train.global_batch ({train.global_batch}): lower --gpus or "
+            f"train.micro_batch, or raise train.global_batch"
         )
     return config.model_copy(update={"parallel": parallel.model_copy(update={"dp": devices // inner})})
 
@@ -148,21 +149,21 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     for note in notes:
         console.print(f"  {note}", style="dim")
     console.print(f"{short(counts.total)} parameters, {short(counts.active)} active per token, "
-                  f"{predicted.flops_per_token / 1e9:,.3g} GFLOPs a token in training")  # fmt: skip
-    console.print(f"{predicted.tokens_per_step:,} tokens a step: {counted(micro_batches(config), 'micro-batch')} of "
+                  f"{predicted.flops_per_token / 1e9:,.3g} training GFLOPs per token")  # fmt: skip
+    console.print(f"{predicted.tokens_per_step:,} tokens per step: {counted(micro_batches(config), 'micro-batch')} of "
                   f"{train.micro_batch} x {train.seq_len} on each of "
                   f"{counted(parallel.dp, 'data-parallel rank')}\n")  # fmt: skip
 
-    table = Table("memory of a device", box=None, pad_edge=False)
+    table = Table("memory per device", box=None, pad_edge=False)
     table.add_column("", justify="right")
     named = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
         "weights gathered for use": memory.gathered,
-        f"activations ({train.activation_checkpointing} checkpointing)": memory.activations,
-        "the layer computed again": memory.recomputed, "loss and head": memory.loss,
-        "expert dispatch": memory.dispatch, "reduction of gradients": memory.buckets, "libraries": memory.runtime,
-        "reading data, evaluation": memory.trainer, "a checkpoint's copy": memory.snapshot,
-        "gaps in the C library's heap": memory.gaps,
+        f"activations (checkpointing: {train.activation_checkpointing})": memory.activations,
+        "recomputed layer": memory.recomputed, "loss and head": memory.loss,
+        "expert dispatch": memory.dispatch, "gradient reduction": memory.buckets, "libraries": memory.runtime,
+        "reading data, evaluation": memory.trainer, "checkpoint snapshot": memory.snapshot,
+        "heap fragmentation": memory.gaps,
     }  # fmt: skip
     for name, size in named.items():
         if size:
@@ -171,13 +172,13 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     table.add_row(f"peak, at the {moment}", byte_size(memory.peak), style="bold")
     if math.isfinite(device.memory):
         verdict = Text("fits", "green") if predicted.fits else Text("does not fit", "red")
-        more = "" if predicted.fits else f" in {1 - HEADROOM:.0%} of it: see --search"
-        table.add_row(Text.assemble("of the device, ", verdict, more), byte_size(device.memory))
+        more = "" if predicted.fits else f" in {1 - HEADROOM:.0%} of it: try --search"
+        table.add_row(Text.assemble("device memory, ", verdict, more), byte_size(device.memory))
     if memory.host:
-        table.add_row("in the host's memory, of each process", byte_size(memory.host))
+        table.add_row("host memory, per process", byte_size(memory.host))
     console.print(table)
     if parallel.pp > 1:
-        console.print(f"of rank {memory.stage + 1} of {parallel.pp} of the pipeline, which needs most", style="dim")
+        console.print(f"pipeline rank {memory.stage + 1} of {parallel.pp}, which needs the most memory", style="dim")
     other = "none" if train.activation_checkpointing != "none" else "full"
     twin = predict(
         config.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": other})}), device
@@ -185,30 +186,30 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     console.print(f"with train.activation_checkpointing={other}: peak {byte_size(twin.memory.peak)}, "
                   f"step {duration(twin.step_time)}\n", style="dim")  # fmt: skip
 
-    table = Table("a step", box=None, pad_edge=False)
+    table = Table("step", box=None, pad_edge=False)
     table.add_column("time", justify="right")
-    table.add_column("sent by a device", justify="right")
+    table.add_column("sent per device", justify="right")
     table.add_row("matrix products", duration(predicted.compute_time))
-    table.add_row("moving activations and states", duration(predicted.memory_time))
+    table.add_row("memory traffic (activations, states)", duration(predicted.memory_time))
     if predicted.launch_time:
-        table.add_row("small operations", duration(predicted.launch_time))
+        table.add_row("launch overhead", duration(predicted.launch_time))
     for item in predicted.traffic:
         behind = " (behind the backward pass)" if item.hidden and not device.is_cpu else ""
         table.add_row(item.kind + behind, duration(item.seconds), byte_size(item.sent))
     if predicted.bubble:
         table.add_row("pipeline bubble", f"{predicted.bubble:.0%}")
-    table.add_row("step", duration(predicted.step_time), style="bold")
+    table.add_row("total", duration(predicted.step_time), style="bold")
     console.print(table)
     cost = _cost(predicted, config, price)
     console.print(f"\nMFU {predicted.mfu:.0%}, {short(predicted.tokens_per_second)} tokens/s, "
-                  f"{short(predicted.tokens_per_day)} tokens a day")  # fmt: skip
+                  f"{short(predicted.tokens_per_day)} tokens/day")  # fmt: skip
     priced = f", {cost['usd']:,.0f} USD" if "usd" in cost else ""
     console.print(f"{counted(train.steps, 'step')}, {short(train.steps * predicted.tokens_per_step)} tokens: "
                   f"{duration(3600 * cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
     if config.checkpoint.every == "auto":
         console.print(expected(predicted.devices, predicted.step_time))
     source = device.sources.get("flops", "")
-    console.print(f"Rates: {source}; {device.attained:.0%} of it reached by matrix products. "
+    console.print(f"Rates: {source}; matrix products reach {device.attained:.0%} of that. "
                   "A prediction: muster has not been measured on this device." if not device.is_cpu else
                   f"Rates: {source}", style="dim")  # fmt: skip
 
@@ -216,10 +217,10 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
 def _show_search(found: Found, config: Config, device: Device, devices: int, price: float | None) -> None:
     console = Console(soft_wrap=True)
     fitting = len(found.choices)
-    told = f": {fitting} topologies fit{', the quickest first' if fitting else ''}"
+    told = f": {fitting} topologies fit{', the fastest first' if fitting else ''}"
     console.print(Text.assemble((f"{config.run.name} on {devices} x {device.name}", "bold"), told))
     if found.choices:
-        columns = ("dp", "tp", "pp", "ep", "sp", "zero", "micro", "redo", "memory", "step", "MFU", "tokens/day")
+        columns = ("dp", "tp", "pp", "ep", "sp", "zero", "micro", "ckpt", "memory", "step", "MFU", "tokens/day")
         table = Table(*columns, box=None, pad_edge=False)
         for column in table.columns:
             column.justify = "right"
@@ -228,9 +229,9 @@ def _show_search(found: Found, config: Config, device: Device, devices: int, pri
         for choice in found.choices[:SHOWN]:
             table.add_row(*_row(choice), *([] if price is None else [_usd(choice, price)]))
         console.print(table)
-        console.print(f"\nThe first: {' '.join(found.choices[0].overrides())}", soft_wrap=True)
+        console.print(f"\nThe fastest: {' '.join(found.choices[0].overrides())}", soft_wrap=True)
         console.print(
-            "pp 2v: parallel.pp_schedule=dualpipev. micro: train.micro_batch. redo: train.activation_checkpointing.",
+            "pp 2v: parallel.pp_schedule=dualpipev. micro: train.micro_batch. ckpt: train.activation_checkpointing.",
             style="dim",
         )
     if found.too_large:

@@ -19,7 +19,7 @@ from .listing import show
 
 
 def complete_run(context: typer.Context, incomplete: str) -> list[str]:
-    """Names of runs for the shell."""
+    """Names of runs, for shell completion."""
     found = run_folders(Path(context.params.get("root") or RUNS))
     return [folder.name for folder in found if folder.name.startswith(incomplete)]
 
@@ -35,11 +35,11 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 RUNS = Path("runs")
 SHOWN = 240
-"""Characters of a reason that `muster status` shows; events.jsonl has the whole."""
+"""Characters of a reason that `muster status` shows; events.jsonl has all of it."""
 
 
 def find_run(run: str, root: Path) -> Path | None:
-    """The folder of a run given by name, path or MLflow id (8 of its digits will do); None: there is none."""
+    """The folder of a run given by name, path or MLflow id (8 digits suffice); None: no run, or several by that id."""
     for folder in (root / run, Path(run)):
         if is_file(folder / "config.yaml"):
             return folder.resolve()
@@ -52,17 +52,17 @@ def find_run(run: str, root: Path) -> Path | None:
 
 
 def run_folder(run: str, root: Path) -> Path:
-    """As `find_run`. Raises ConfigError, with the names there are."""
+    """As `find_run`. Raises ConfigError that lists the runs there are."""
     if folder := find_run(run, root):
         return folder
     raise ConfigError(no_run(run, root))
 
 
 def no_run(run: str, root: Path) -> str:
-    """What to say of a run that is not there."""
+    """The message for a run that cannot be found."""
     for folder in (root / run, Path(run)):
         if is_file(folder / "events.jsonl") or is_file(folder / "metrics.jsonl"):
-            return f"{shortened(folder, 200)} is not a whole run: its config.yaml is missing, or is not a file"
+            return f"{shortened(folder, 200)} is not a complete run: its config.yaml is missing, or is not a file"
     names = [folder.name for folder in run_folders(root)]
     near = difflib.get_close_matches(run, names, n=1)
     hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names[:8])}" if names else "it has none"
@@ -104,7 +104,7 @@ def runs(context: typer.Context, root: Root = RUNS, as_json: Json = False) -> No
 
 
 def _trained_on(run: dict[str, Any]) -> tuple[str, str]:
-    """Of a language model the tokens; of others how many of what."""
+    """The columns "tokens" (language models) and "trained on" (count and unit, of all others)."""
     return (f"{run['weight']:,}", "") if run["unit"] == "tokens" else ("", f"{run['weight']:,} {run['unit']}")
 
 
@@ -135,7 +135,7 @@ def status(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
         when = f"attempt {each.attempt}, {ago(each.time)}" + (f", {each.times} in all" if each.times > 1 else "")
         print(f"{kind.replace('_', ' ')}: {clip(each.text, SHOWN)} ({when})")
     if behind:
-        later = "it is tried again" if found["status"] == "RUNNING" else f"`muster sync {run}` sends what is missing"
+        later = "will be retried" if found["status"] == "RUNNING" else f"`muster sync {run}` sends what is missing"
         print(f"tracking: {clip(behind, SHOWN)}; {later}")
     if not attempts:
         return
@@ -170,7 +170,7 @@ def sync(
     if done.records or done.files:
         print(f"{run_dir.name}: sent {counted(done.records, 'record')} and {counted(done.files, 'file')}")
     if done.missing:
-        print(f"muster: {done.missing}\n`muster sync {run}` again sends the rest", file=sys.stderr)
+        print(f"muster: {done.missing}\nRun `muster sync {run}` again to send the rest", file=sys.stderr)
         raise typer.Exit(ExitCode.FAILED)
     if not (done.records or done.files):
         print(f"{run_dir.name}: no record or file was missing; its note, tags and description are up to date")

@@ -1,4 +1,4 @@
-"""Commands over a trained run: `muster generate`, `muster eval`, `muster export`."""
+"""Commands for trained runs: `muster generate`, `muster eval`, `muster export`."""
 
 import contextlib
 import json
@@ -24,8 +24,9 @@ from .checkpoints import steps_of
 from .runs import RUNS, Json, Root, Run, run_folder
 
 BATCH = 8
-"""Sequences that are evaluated at once."""
+"""Sequences evaluated at once."""
 LINE_SECONDS = 10.0
+"""Between lines of progress where there is no terminal."""
 
 if TYPE_CHECKING:
     from trainer.observe.held_out import SourceLoss  # torch
@@ -93,7 +94,7 @@ def evaluate(
     folder, info = tokenizer_of(run_dir, config.data)
     if not info.is_as(read_manifests(source)[0].tokenizer):
         raise ConfigError(
-            f"--data {data} has another tokenizer than run {run_dir.name}: prepare it with the run's own,\n"
+            f"--data {data} was prepared with a different tokenizer from run {run_dir.name}: use the run's own,\n"
             f"`muster data prepare ... --tokenizer {folder / TOKENIZER}`"
         )
     dataset = Dataset(source, config.train.seq_len, config.run.seed, split="held_out")
@@ -117,12 +118,12 @@ def evaluate(
         print(f"{path}: {_line(each)}")
     for item, manifest in zip(dataset.sources, dataset.manifests, strict=True):
         if not manifest.of("held_out"):
-            print(f"{item.path}: nothing is held out of it, so it counts for nothing here")
+            print(f"{item.path}: has no held-out documents, so it is not part of this loss")
     print(f"held-out loss {_line(whole)}")
 
 
 def _of_another_kind(run_dir: Path, data: Path | None, count: int | None, step: int | None) -> dict[str, Any] | None:
-    """What an evaluation of a task finds that does not learn from tokens; None: it does."""
+    """The evaluation of a task that does not learn from tokens; None if it does."""
     import torch
 
     from models.tasks.table import task_class, task_of
@@ -134,14 +135,14 @@ def _of_another_kind(run_dir: Path, data: Path | None, count: int | None, step: 
     if task_class(load_own(run_dir / "config.yaml")).reads == "tokens":
         return None
     module, config, found = load_module(run_dir, step, reads=None)
-    # As the module is: a task may ask in what its network computes.
+    # The module is in fp32, and a task may look at the precision.
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     if data:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
         kind_of(config).ensure(config)
     task, dataset = task_of(config), kind_of(config).open(config, "held_out")
     if dataset is None:
-        raise ConfigError(f"data.path={config.data.path} holds nothing out: name other data with --data")
+        raise ConfigError(f"data.path={config.data.path} has no held-out examples: choose other data with --data")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     module.to(device)
     nets = {phase.name: module.get_submodule(phase.parameters) for phase in task.phases}
@@ -165,7 +166,11 @@ def _in_words(result: dict[str, Any]) -> str:
 
 
 def require_data(run_dir: Path, otherwise: str = "") -> None:
-    """Raise ConfigError if a run's data are no tokens, or not where they were, which names what else there is to do."""
+    """Raise ConfigError if a run does not learn from tokens, or its data are no longer in place.
+
+    Args:
+        otherwise: what the user can do instead of putting the data back, for the message.
+    """
     from trainer.data.manifest import MANIFEST, sources_of
 
     if load(run_dir / "config.yaml").plugins:
@@ -175,7 +180,7 @@ def require_data(run_dir: Path, otherwise: str = "") -> None:
         config = load_own(run_dir / "config.yaml")
         if (reads := task_class(config).reads) != "tokens":
             raise ConfigError(
-                f"{run_dir} learns task={config.task} from {reads}: this is of runs that learn from tokens"
+                f"{run_dir} learns task={config.task} from {reads}: this command is for runs that learn from tokens"
             )
     for source in sources_of(load(run_dir / "config.yaml").data):
         if not is_file(Path(source.path) / MANIFEST):
@@ -205,7 +210,7 @@ def _line(part: "SourceLoss") -> str:
 
 @contextlib.contextmanager
 def _counting(forward: Callable[..., Any], batches: int) -> Iterator[Callable[..., Any]]:
-    """The function, whose calls are counted on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Wrap `forward` to show progress on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
     console = Console(stderr=True, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

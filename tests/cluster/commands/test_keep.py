@@ -96,7 +96,7 @@ def test_rm_follows_no_link_and_takes_no_other_folder(tmp_path):
     assert (elsewhere / "config.yaml").exists()
     (root / "project").mkdir()
     (root / "project" / "config.yaml").write_text("base: quickstart")
-    refuses(root, "project", "is no run's folder")
+    refuses(root, "project", "is not a run's folder")
 
 
 def test_notes_and_tags_are_kept_and_listed(muster, tmp_path):

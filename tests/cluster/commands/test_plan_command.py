@@ -33,7 +33,7 @@ def test_numbers(capsys, monkeypatch):
 def test_table(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "quickstart", "--gpu", "cpu")
     assert code == 0
-    for word in ("quickstart on 1 x cpu", "weights", "activations", "peak", "MFU", "tokens a day"):
+    for word in ("quickstart on 1 x cpu", "weights", "activations", "peak", "MFU", "tokens/day"):
         assert word in out
     _, out, _ = run(capsys, monkeypatch, "moe-8x7b", "--gpus", "8")
     assert "does not fit" in out
@@ -49,8 +49,8 @@ def test_a_given_dp_that_gpus_replaces_is_told(capsys, monkeypatch):
 def test_search(capsys, monkeypatch):
     code, out, _ = run(capsys, monkeypatch, "moe-1b-a300m", "--gpus", "4", "--search")
     assert code == 0
-    assert "topologies fit, the quickest first" in out
-    assert "The first: parallel.dp=" in out
+    assert "topologies fit, the fastest first" in out
+    assert "The fastest: parallel.dp=" in out
     assert "Cannot run" in out
     code, out, _ = run(capsys, monkeypatch, "moe-8x7b", "--gpus", "2", "--gpu", "a100", "--search", "--json")
     found = json.loads(out)

@@ -60,7 +60,7 @@ def test_a_tracker_that_is_down_is_named_and_served_later(muster, make_run, tmp_
     now, at_the_end, then = err.splitlines()
     assert now.startswith(f"cannot send to {uri}: ")
     assert at_the_end.startswith(f"muster: 10 records and the end of the run are not sent to {uri}: ")
-    assert then == "`muster sync run` again sends the rest"
+    assert then == "Run `muster sync run` again to send the rest"
     assert f"tracking: 10 records and the end of the run are not sent to {uri}" in muster("status", "run", *root)[1]
     assert json.loads(muster("status", "run", *root, "--json")[1])["tracking"] in at_the_end
 

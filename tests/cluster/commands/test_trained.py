@@ -88,7 +88,7 @@ def test_a_source_with_nothing_held_out_is_named(mixture, muster, tmp_path):
     assert train_in_process(run_dir) == 0
     code, out, _ = muster("eval", "two", "--root", str(tmp_path), "--sequences", "8")
     assert code == 0
-    assert f"{tmp_path / 'x'}: nothing is held out of it, so it counts for nothing here" in out.splitlines()
+    assert f"{tmp_path / 'x'}: has no held-out documents, so it is not part of this loss" in out.splitlines()
 
 
 def test_a_folder_that_is_two_sources_counts_as_both(mixture, muster, tmp_path):

@@ -220,5 +220,5 @@ def test_a_folder_is_named_as_it_was_given(tmp_path):
         inspect(tmp_path / "x")
     (tmp_path / "run" / "config.yaml").mkdir(parents=True)
     (tmp_path / "run" / "events.jsonl").touch()
-    with pytest.raises(ConfigError, match=r"run is not a whole run: its config\.yaml is missing, or is not a file"):
+    with pytest.raises(ConfigError, match=r"run is not a complete run: its config\.yaml is missing, or is not a file"):
         run_folder("run", tmp_path)
