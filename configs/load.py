@@ -2,7 +2,7 @@
 
 import copy
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from .follow import dotted, follow
 from .reading.parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, read_text, shortened
 from .sections.family import DECODER, UnknownFamily, section_of
 from .sections.model_from import KEY as FROM
-from .sections.model_from import take_model
+from .sections.model_from import ORIGINAL, take_model
 from .sections.run import Config
 from .sweep.designs import DESIGNS
 
@@ -40,16 +40,64 @@ def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     Raises:
         ConfigError: no such file, not YAML, an unknown key, a value out of range.
     """
+    return _config_of(_layers(name), overrides, str(name))
+
+
+def load_apart(text: str, overrides: Iterable[str] = (), where: str = "the config") -> Config:
+    """A config that somebody else has sent: as `load` of a file of this text, but no other file is read for it.
+
+    Raises:
+        ConfigError: as `load`; and where it stands on another file, names plugins, or takes its model from a folder.
+    """
+    try:
+        if len(text.encode(errors="replace")) > MAX_BYTES:
+            raise ValueError(f"it has over {MAX_BYTES:,} bytes")
+        tree = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{where} cannot be read as YAML: {error}") from None
+    tree = _sections(tree or {}, where)
+    base = tree.pop("base", None)
+    if base is not None and base not in preset_names():
+        known = ", ".join(preset_names())
+        raise ConfigError(f"{where}: base={shown(base)}: no file is read here: should be a preset ({known})")
+    below = [] if base is None else _layers(base)
+    return _config_of([*below, (Path(where), tree)], overrides, where, refuse_outside)
+
+
+def refuse_outside(tree: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError if the keys of a config name code to run, or a file that `from_dict` would read."""
+    model, train = (tree.get(key) if isinstance(tree.get(key), Mapping) else {} for key in ("model", "train"))
+    assert isinstance(model, Mapping)
+    assert isinstance(train, Mapping)
+    if tree.get("plugins"):
+        raise ConfigError(f"{where}: plugins={shown(tree['plugins'])}: no code is loaded here: leave it out")
+    if FROM in model:
+        raise ConfigError(f"{where}: model.from={shown(model[FROM])}: no folder is read here: give the model's keys")
+    rope = model.get("rope_scaling")
+    if train.get("init_from") and isinstance(rope, Mapping) and rope.get(ORIGINAL) is None:
+        raise ConfigError(
+            f"{where}: train.init_from={shown(train['init_from'])}: no folder is read here: give "
+            f"model.rope_scaling.{ORIGINAL}"
+        )
+
+
+def _config_of(
+    layers: Sequence["Layer"],
+    overrides: Iterable[str],
+    where: str,
+    check: Callable[[Mapping[str, Any], str], None] = lambda tree, where: None,
+) -> Config:
+    """As `load`, of files that were read; `check` may refuse the keys before a model's folder is read for them."""
     overrides = tuple(overrides)
-    layers = _layers(name)
     tree, preset = _merged(layers), _merged(each for each in layers if _is_preset(each))
     own = _merged(each for each in layers if not _is_preset(each))
     for keys in (tree, own):
         override(keys, overrides, Config, "train.steps=100")
+    check(tree, where)
     # A model loaded from a folder is the user's choice, down to every key.
-    (tree, taken), (own, _) = take_model(tree, str(name)), take_model(own, str(name))
+    (tree, taken), (own, _) = take_model(tree, where), take_model(own, where)
     defaults = follow(tree, preset, dotted(own)) | taken
-    return from_dict(tree, where=str(name)).with_defaults(defaults)
+    return from_dict(tree, where=where).with_defaults(defaults)
 
 
 def one_file(name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
@@ -181,11 +229,7 @@ def _layers(name: str | Path, seen: tuple[Path, ...] = (), read: int = 0) -> lis
     read += path.stat().st_size
     if seen and read > MAX_BYTES:
         raise ConfigError(f"{seen[0]} and its chain of {len(seen)} `base` files have over {MAX_BYTES:,} bytes in total")
-    tree = read_mapping(path)
-    if design := next((name for name in DESIGNS if name in tree), None):
-        raise ConfigError(
-            f"{path} is a sweep (it has {design}), not a run's config: train it with `muster sweep run {path}`"
-        )
+    tree = _sections(read_mapping(path), str(path))
     base = tree.pop("base", None)
     if base is None:
         return [(path, tree)]
@@ -201,8 +245,22 @@ def read_mapping(path: Path) -> dict[str, Any]:
         tree = parse_yaml(read_text(path, MAX_BYTES)) or {}
     except (ValueError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as YAML: {error}") from None
+    return _mapping(tree, str(path))
+
+
+def _mapping(tree: Any, where: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} contains a {type(tree).__name__}, not a mapping of sections")
+        raise ConfigError(f"{where} contains a {type(tree).__name__}, not a mapping of sections")
+    return tree
+
+
+def _sections(tree: Any, where: str) -> dict[str, Any]:
+    """The tree, if it is a run's. Raises ConfigError."""
+    tree = _mapping(tree, where)
+    if design := next((name for name in DESIGNS if name in tree), None):
+        raise ConfigError(
+            f"{where} is a sweep (it has {design}), not a run's config: train it with `muster sweep run {where}`"
+        )
     return tree
 
 

@@ -13,6 +13,7 @@ from configs.sections.parallel import MOST_PROCESSES
 from configs.units import byte_size, duration, short
 from models.planning.cost import has_formulas
 from models.planning.devices import DEVICES, HEADROOM, Device, cpu
+from models.planning.memory import Memory
 from models.planning.plan import Plan, predict
 from models.planning.search import Choice, Found, search
 from models.planning.shards import micro_batches
@@ -56,25 +57,17 @@ def plan(
         return
     devices = gpus or asked.parallel.world_size
     if do_search:
-        # The search sets these degrees itself: resolve() must not refuse the config's own.
-        alone = {"dp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": 1}
-        asked = asked.model_copy(update={"parallel": asked.parallel.model_copy(update=alone)})
-        resolved, _ = resolve(asked, vocab_size=planned_vocabulary(asked))
+        resolved, _ = resolve(in_one_process(asked), vocab_size=planned_vocabulary(asked))
         found = search(resolved, device, devices)
         if as_json:
-            print(json.dumps(_search_json(found, usd_per_gpu_hour), indent=1))
+            print(json.dumps(search_json(found, usd_per_gpu_hour), indent=1))
         else:
             _show_search(found, resolved, device, devices, usd_per_gpu_hour)
         return
-    given = asked.parallel
-    if gpus:
-        asked = _spread(asked, gpus)
-    resolved, notes = resolve(asked, vocab_size=planned_vocabulary(asked))
-    if "dp" in given.model_fields_set and given.dp != asked.parallel.dp:
-        notes.insert(0, f"parallel.dp={asked.parallel.dp}: follows from --gpus {gpus}, not the config's {given.dp}")
+    resolved, notes = resolved_over(asked, gpus, planned_vocabulary(asked))
     predicted = predict(resolved, device)
     if as_json:
-        print(json.dumps(predicted.summary() | _cost(predicted, resolved, usd_per_gpu_hour), indent=1))
+        print(json.dumps(predicted.summary() | cost(predicted, resolved, usd_per_gpu_hour), indent=1))
     else:
         _show(predicted, resolved, notes, usd_per_gpu_hour)
 
@@ -93,8 +86,8 @@ def _show_counted(asked: Config, as_json: bool) -> None:
     console.print(f"{resolved.run.name}: {resolved.model.family}, task {resolved.task}", style="bold")
     for note in notes:
         console.print(f"  {note}", style="dim")
-    cost = f"{flops:,.4g} training FLOPs per example" if flops else found["flops_unknown"]
-    console.print(f"{found['parameters']:,} parameters, {cost}")
+    each = f"{flops:,.4g} training FLOPs per example" if flops else found["flops_unknown"]
+    console.print(f"{found['parameters']:,} parameters, {each}")
     console.print(f"{counted(resolved.train.steps, 'step')} of {counted(resolved.train.global_batch, 'example')}")
     console.print(unknown)
 
@@ -108,6 +101,23 @@ def asked_device(gpu: str, gpus: int | None, usd_per_gpu_hour: float | None) -> 
     if usd_per_gpu_hour is not None and not 0 <= usd_per_gpu_hour <= DEAREST:
         raise ConfigError(f"--usd-per-gpu-hour {usd_per_gpu_hour}: should be a price, 0 to {DEAREST:,}")
     return cpu() if gpu == "cpu" else DEVICES[gpu]
+
+
+def in_one_process(config: Config) -> Config:
+    """For a search, which sets these degrees itself: resolve() must not refuse the config's own."""
+    alone = {"dp": 1, "tp": 1, "pp": 1, "ep": 1, "sp": 1}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=alone)})
+
+
+def resolved_over(asked: Config, gpus: int | None, vocab_size: int | None) -> tuple[Config, list[str]]:
+    """As `resolve`, over that many devices; None: over those of the config's own topology. Raises ConfigError."""
+    given = asked.parallel
+    if gpus:
+        asked = _spread(asked, gpus)
+    resolved, notes = resolve(asked, vocab_size=vocab_size)
+    if "dp" in given.model_fields_set and given.dp != asked.parallel.dp:
+        notes.insert(0, f"parallel.dp={asked.parallel.dp}: follows from --gpus {gpus}, not the config's {given.dp}")
+    return resolved, notes
 
 
 def _spread(config: Config, devices: int) -> Config:
@@ -129,10 +139,32 @@ def _spread(config: Config, devices: int) -> Config:
     return config.model_copy(update={"parallel": parallel.model_copy(update={"dp": devices // inner})})
 
 
-def _cost(predicted: Plan, config: Config, price: float | None) -> dict[str, float]:
+def cost(predicted: Plan, config: Config, price: float | None) -> dict[str, float]:
+    """Hours of the run, device-hours and, with a price of those, USD."""
     hours = config.train.steps * predicted.step_time / 3600
-    cost = {"hours": hours, "device_hours": hours * predicted.devices}
-    return cost if price is None else cost | {"usd": hours * predicted.devices * price}
+    found = {"hours": hours, "device_hours": hours * predicted.devices}
+    return found if price is None else found | {"usd": hours * predicted.devices * price}
+
+
+def memory_parts(memory: Memory, config: Config) -> dict[str, float]:
+    """Bytes of a device's memory by what they are for, as a person reads it; parts of none are left out."""
+    named = {
+        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
+        "weights gathered for use": memory.gathered,
+        f"activations (checkpointing: {config.train.activation_checkpointing})": memory.activations,
+        "recomputed layer": memory.recomputed, "loss and head": memory.loss,
+        "expert dispatch": memory.dispatch, "gradient reduction": memory.buckets, "libraries": memory.runtime,
+        "reading data, evaluation": memory.trainer, "checkpoint snapshot": memory.snapshot,
+        "heap fragmentation": memory.gaps,
+    }  # fmt: skip
+    return {name: size for name, size in named.items() if size}
+
+
+def other_checkpointing(config: Config, device: Device) -> tuple[str, Plan]:
+    """train.activation_checkpointing as it is not, and what that would come to."""
+    other = "none" if config.train.activation_checkpointing != "none" else "full"
+    train = config.train.model_copy(update={"activation_checkpointing": other})
+    return other, predict(config.model_copy(update={"train": train}), device)
 
 
 def _show(predicted: Plan, config: Config, notes: list[str], price: float | None) -> None:
@@ -156,18 +188,8 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
 
     table = Table("memory per device", box=None, pad_edge=False)
     table.add_column("", justify="right")
-    named = {
-        "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
-        "weights gathered for use": memory.gathered,
-        f"activations (checkpointing: {train.activation_checkpointing})": memory.activations,
-        "recomputed layer": memory.recomputed, "loss and head": memory.loss,
-        "expert dispatch": memory.dispatch, "gradient reduction": memory.buckets, "libraries": memory.runtime,
-        "reading data, evaluation": memory.trainer, "checkpoint snapshot": memory.snapshot,
-        "heap fragmentation": memory.gaps,
-    }  # fmt: skip
-    for name, size in named.items():
-        if size:
-            table.add_row(name, byte_size(size))
+    for name, size in memory_parts(memory, config).items():
+        table.add_row(name, byte_size(size))
     moment = max(memory.moments, key=memory.moments.__getitem__)
     table.add_row(f"peak, at the {moment}", byte_size(memory.peak), style="bold")
     if math.isfinite(device.memory):
@@ -179,10 +201,7 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
     console.print(table)
     if parallel.pp > 1:
         console.print(f"pipeline rank {memory.stage + 1} of {parallel.pp}, which needs the most memory", style="dim")
-    other = "none" if train.activation_checkpointing != "none" else "full"
-    twin = predict(
-        config.model_copy(update={"train": train.model_copy(update={"activation_checkpointing": other})}), device
-    )
+    other, twin = other_checkpointing(config, device)
     console.print(f"with train.activation_checkpointing={other}: peak {byte_size(twin.memory.peak)}, "
                   f"step {duration(twin.step_time)}\n", style="dim")  # fmt: skip
 
@@ -200,12 +219,12 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
         table.add_row("pipeline bubble", f"{predicted.bubble:.0%}")
     table.add_row("total", duration(predicted.step_time), style="bold")
     console.print(table)
-    cost = _cost(predicted, config, price)
+    spent = cost(predicted, config, price)
     console.print(f"\nMFU {predicted.mfu:.0%}, {short(predicted.tokens_per_second)} tokens/s, "
                   f"{short(predicted.tokens_per_day)} tokens/day")  # fmt: skip
-    priced = f", {cost['usd']:,.0f} USD" if "usd" in cost else ""
+    priced = f", {spent['usd']:,.0f} USD" if "usd" in spent else ""
     console.print(f"{counted(train.steps, 'step')}, {short(train.steps * predicted.tokens_per_step)} tokens: "
-                  f"{duration(3600 * cost['hours'])}, {cost['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
+                  f"{duration(3600 * spent['hours'])}, {spent['device_hours']:,.1f} device-hours{priced}")  # fmt: skip
     if config.checkpoint.every == "auto":
         console.print(expected(predicted.devices, predicted.step_time))
     source = device.sources.get("flops", "")
@@ -256,13 +275,14 @@ def _row(choice: Choice) -> list[str]:
 
 
 def _usd(choice: Choice, price: float) -> str:
-    return f"{_cost(choice.plan, choice.config, price)['usd']:,.0f}"
+    return f"{cost(choice.plan, choice.config, price)['usd']:,.0f}"
 
 
-def _search_json(found: Found, price: float | None) -> dict:
+def search_json(found: Found, price: float | None) -> dict:
+    """For `--json`."""
     return {
         "choices": [
-            {"overrides": choice.overrides()} | choice.plan.summary() | _cost(choice.plan, choice.config, price)
+            {"overrides": choice.overrides()} | choice.plan.summary() | cost(choice.plan, choice.config, price)
             for choice in found.choices
         ],
         "too_large": found.too_large,

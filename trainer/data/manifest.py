@@ -225,6 +225,11 @@ def planned_vocabulary(config: Config) -> int | None:
     return vocabulary(config.data) if "vocab_size" in type(config.model).model_fields else None
 
 
+def made_vocabulary(data: DataConfig) -> int | None:
+    """Size of the vocabulary that preparing makes itself; None: that of a tokenizer that is given."""
+    return {"bytes": 257, "bpe": data.prepare.vocab_size}.get(data.prepare.tokenizer)
+
+
 def vocabulary(data: DataConfig) -> int:
     """Size of the vocabulary that the data have, or will have once they are prepared.
 
@@ -234,8 +239,8 @@ def vocabulary(data: DataConfig) -> int:
     try:
         return read_manifests(data)[0].tokenizer.vocab_size
     except ConfigError:
-        if data.prepare.tokenizer in ("bytes", "bpe"):
-            return 257 if data.prepare.tokenizer == "bytes" else data.prepare.vocab_size
+        if (found := made_vocabulary(data)) is not None:
+            return found
     from .tokenizer.tokenizer import TokenizerProcess  # what reads manifests does mostly without
 
     with TokenizerProcess(data.prepare.tokenizer, data.limits) as tokenizer:

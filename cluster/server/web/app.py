@@ -30,6 +30,7 @@ from .pages.now import Glance
 from .pages.prometheus import exposition
 from .pages.samples import picture
 from .pages.series import AXES, MOST_METRICS, MOST_POINTS, Columns, Line, NoAxis, lines
+from .plan_routes import plan_routes
 from .static_files import StaticFiles
 
 PAGES = ("", "now", "runs", "run", "compare", "sweep", "plan")
@@ -269,6 +270,7 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
     def login(request: Request) -> Response:
         return shown(request, "login.html")
 
+    app.include_router(plan_routes(index, view, _json))
     app.router.add_route("/api/changes", changes, include_in_schema=False)  # type: ignore[arg-type]
 
     @app.get("/{path:path}", include_in_schema=False)

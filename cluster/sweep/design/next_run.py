@@ -1,7 +1,7 @@
 """The config of the next run: the size, tokens and experts that a fit says are best, as an ordinary run."""
 
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from configs import Config, ConfigError, to_yaml
 from configs.sweep.definition import Count, SweepConfig
@@ -13,6 +13,9 @@ from .cells import cell_of, sizer
 from .plan import trials_of
 from .sizes import conventions
 from .trial import Trial
+
+if TYPE_CHECKING:
+    from models.scaling.predictions import Prediction
 
 FAR = 0.15
 """How far, as a share, the nearest shape may be from the parameters asked for before it is said."""
@@ -31,6 +34,14 @@ class Best(NamedTuple):
     convention: str = "active"
     granularity: int | None = None
     """Width of the dense layer over an expert's; None: as the sweep's variant has it."""
+
+    @classmethod
+    def of(cls, predicted: "Prediction") -> "Best":
+        """What a law predicts."""
+        experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
+        granularity = predicted.shape.get("granularity")
+        split = None if granularity is None or experts == 1 else round(granularity)
+        return cls(predicted.n.value, predicted.d.value, experts, top_k, predicted.convention, split)
 
 
 def config_for(

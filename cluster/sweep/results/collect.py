@@ -1,6 +1,6 @@
 """The table that a fit reads, from the trials' own records: config.yaml, metrics.jsonl, events.jsonl."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,22 +64,35 @@ def collect(planned: Plan) -> Table:
 
     Of trials that differ in their learning rate alone the best one stands for all: the rate was tuned.
     """
-    sweep_dir = planned.sweep.folder.resolve()
-    standings = Ledger(sweep_dir).standings({trial.name: trial.config.train.steps for trial in planned.trials})
+    steps = {trial.name: trial.config.train.steps for trial in planned.trials}
+    return collect_folder(planned.sweep.folder.resolve(), steps, planned.sweep.count)
+
+
+def collect_folder(
+    sweep_dir: Path, steps: Mapping[str, int], count: str, read: Callable[[Path], Config] = load
+) -> Table:
+    """As `collect`, of a sweep's folder.
+
+    Args:
+        steps: train.steps of each trial, by its name.
+        count: how N is counted.
+        read: a trial's config from its file.
+    """
+    standings = Ledger(sweep_dir).standings(steps)
     rows, excluded = [], []
     for name, standing in standings.items():
         if why := _unusable(standing):
             excluded.append((name, why))
         else:
-            rows.append(read_row(sweep_dir / TRIALS / name, standing))
+            rows.append(read_row(sweep_dir / TRIALS / name, standing, read))
     excluded += [(row.name, "its FLOPs could not be counted") for row in rows if not row.flops]
     rows, worse = best_of_rates([row for row in rows if row.flops])
-    return usable(table_of(rows, planned.sweep.count, [*excluded, *worse]))
+    return usable(table_of(rows, count, [*excluded, *worse]))
 
 
-def read_row(run_dir: Path, standing: Standing) -> Row:
+def read_row(run_dir: Path, standing: Standing, read: Callable[[Path], Config] = load) -> Row:
     """A finished trial. Raises ConfigError if its config cannot be read."""
-    config = load(run_dir / "config.yaml")
+    config = read(run_dir / "config.yaml")
     started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
     inputs: list[Mapping[str, Any]] = started[-1].get("inputs", []) if started else []
     assert standing.eval_loss is not None
@@ -147,7 +160,7 @@ def best_of_rates(rows: Sequence[Row]) -> tuple[list[Row], list[tuple[str, str]]
     return best, worse
 
 
-def loss_curves(planned: Plan, table: Table) -> Table:
+def loss_curves(sweep_dir: Path, table: Table, read: Callable[[Path], Config] = load) -> Table:
     """Points of the finished trials' training losses at common FLOPs, for Hoffmann et al.'s approach 1.
 
     A point before a run's end was reached at a learning rate that had not come down yet, so these losses are higher
@@ -155,8 +168,8 @@ def loss_curves(planned: Plan, table: Table) -> Table:
 
     Args:
         table: of `collect`.
+        read: a trial's config from its file.
     """
-    sweep_dir = planned.sweep.folder.resolve()
     if not len(table):
         return table
     ends = 0.2 * table.c.min(), table.c.max()
@@ -164,7 +177,7 @@ def loss_curves(planned: Plan, table: Table) -> Table:
     found: list[tuple[int, float, float]] = []
     for i, name in enumerate(table.run):
         steps = [record for record in read_metrics(sweep_dir / TRIALS / name) if record.get("loss") is not None]
-        last = load(sweep_dir / TRIALS / name / "config.yaml").train.steps
+        last = read(sweep_dir / TRIALS / name / "config.yaml").train.steps
         at = np.array([record["step"] for record in steps]) / last * table.c[i]
         losses = np.array([record["loss"] for record in steps])
         for c in grid[(grid >= 0.1 * table.c[i]) & (grid <= table.c[i] * (1 + 1e-9))]:

@@ -84,9 +84,9 @@ def fit_sweep(
         raise ConfigError(f"--objective {objective}: should be one of {', '.join(OBJECTIVES)}")
     curves = None
     if sweep is not None and sweep.isoflop is None:
-        from .collect import known_plan, loss_curves
+        from .collect import loss_curves
 
-        curves = loss_curves(known_plan(sweep), found)
+        curves = loss_curves(sweep.folder.resolve(), found)
     fits = fit(found, form, OBJECTIVES[objective], bootstraps, curves=curves)
     if form and fits.chosen is None:
         raise fits.reason
@@ -166,13 +166,7 @@ def next_sweep(
     check(found)
     unique = unique or tokens_to_read(sweep, found)
     predicted = Forecast(found, named(form) if form else None, unique=unique).at_budget(budget)
-    experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
-    granularity = predicted.shape.get("granularity")
-    best = Best(
-        predicted.n.value, predicted.d.value, experts, top_k, found.convention,
-        None if granularity is None or experts == 1 else round(granularity),
-    )  # fmt: skip
-    trial, notes = next_trial(sweep, best, known_plan(sweep).vocab_size, budget)
+    trial, notes = next_trial(sweep, Best.of(predicted), known_plan(sweep).vocab_size, budget)
     _require_own(sweep)
     path = out or sweep.folder / f"{trial.config.run.name}.yaml"
     write(trial, path, notes)

@@ -11,17 +11,14 @@ from models.scaling.allocation import Kind, columns_at, kinds, log_losses
 from models.scaling.curves import Curve, compute, curve
 from models.scaling.fitting import Fits
 from models.scaling.forms.dense import Array
-from models.scaling.isoflop import Valley, approach2, valley
-from models.scaling.refusal import Refusal
 from models.scaling.table import Table, budgets
 from trainer.observe.plots.draw import BLUE, GREY, RED, spread
 
 from .figures import Mark, Panel, Picture, Scale, distinct, number, sequence
 from .page import save
+from .valleys import POINTS, is_curved, is_dense, known_valleys, lowest, name, parabola
 
 PAGE = "sweep.html"
-POINTS = 40
-"""Along a line: more cannot be seen."""
 BEYOND = 3.0
 """Lines go on to this factor beyond the table's FLOPs."""
 PANELS, ENTRIES = 3, 9
@@ -78,21 +75,6 @@ def draw(fits: Fits, folder: Path, predictions: Sequence[Prediction] = ()) -> li
     return save([picture for picture in every if picture is not None], Path(folder), PAGE)
 
 
-def name(kind: Kind) -> str:
-    """What a kind is called in a legend: dense, or 8 experts, top 2."""
-    if is_dense(kind):
-        return "dense"
-    words = {"experts": "{:g} experts", "top_k": "top {:g}", "granularity": "G = {:g}", "active_ratio": "{:.3g} active"}
-    shape = {key: value for key, value in kind.shape.items() if np.isfinite(value)}
-    if "experts" in shape and "top_k" in shape:
-        shape.pop("active_ratio", None)  # the same once more
-    return ", ".join(words[key].format(value) for key, value in shape.items()) or "runs"
-
-
-def is_dense(kind: Kind) -> bool:
-    return kind.shape.get("experts", kind.shape.get("active_ratio", 0.0)) == 1.0
-
-
 def _size(table: Table) -> tuple[str, Scale]:
     return f"{CONVENTION[table.convention]} N", "count"
 
@@ -101,20 +83,20 @@ def _isoflop(table: Table, found: Sequence[Kind]) -> Picture | None:
     """Loss against size, a parabola for each budget, and the line through the valleys."""
     groups, index = _by_budget(table), budgets(table)
     panels = []
-    for kind in spread([kind for kind in found if _curved(table, kind, index)], PANELS):
+    for kind in spread([kind for kind in found if is_curved(table, kind, index)], PANELS):
         panel = Panel(_size(table), LOSS, title=name(kind) if len(found) > 1 else "")
-        valleys, known = [], _valleys(table.take(kind.rows))
+        valleys, known = [], known_valleys(table.take(kind.rows))
         for label, colour, of_budget in groups:
             rows = np.intersect1d(kind.rows, of_budget)
             if not len(rows):
                 continue
             panel.marks.append(_runs(table, rows, table.n[rows], table.loss[rows], colour, label))
-            low = _lowest(table, rows, known)
+            low = lowest(table, rows, known)
             if low is None:
                 valleys.append((np.nan, np.nan))  # the line is broken there
                 continue
             valleys.append((low.n, low.loss))
-            panel.marks.append(_parabola(table, rows, low, colour))
+            panel.marks.append(Mark("line", *parabola(table, rows, low), colour))
         n, loss = np.array(valleys).T
         if np.isfinite(n).any():
             panel.marks.append(Mark("line", n, loss, "black", dash=True))
@@ -135,39 +117,6 @@ def _by_budget(table: Table) -> list[Group]:
         c = float(np.exp(np.log(table.c[rows]).mean()))
         groups.append((number(float(f"{c:.2g}"), "flops") if budget in labelled else "", colour, rows))
     return groups
-
-
-def _curved(table: Table, kind: Kind, index: NDArray[np.int64]) -> bool:
-    return any(len(np.unique(table.n[kind.rows[index[kind.rows] == b]])) > 2 for b in np.unique(index[kind.rows]))
-
-
-def _valleys(table: Table) -> tuple[Valley, ...]:
-    """As approach 2 finds them; of fewer than it needs, none."""
-    try:
-        return approach2(table).valleys
-    except Refusal:
-        return ()
-
-
-def _lowest(table: Table, rows: NDArray[np.int64], known: Sequence[Valley]) -> Valley | None:
-    """The valley of one budget's rows, out of those that are known; where none is, by itself."""
-    c, n, d, loss = (getattr(table, key)[rows] for key in ("c", "n", "d", "loss"))
-    if known:
-        near = min(known, key=lambda each: abs(np.log(c).mean() - np.log(each.c)))
-        return near if abs(np.log(c).mean() - np.log(near.c)) < 0.05 else None
-    try:
-        return valley(c, n, d, loss)
-    except Refusal:
-        return None
-
-
-def _parabola(table: Table, rows: NDArray[np.int64], low: Valley, colour: str) -> Mark:
-    """Over the sizes that it was fitted to: those nearest to the best one."""
-    log_n = np.log(table.n[rows])
-    best = log_n[table.loss[rows].argmin()]
-    x = log_n[np.argsort(np.abs(log_n - best), kind="stable")[: low.rows]]
-    x = np.linspace(x.min(), x.max(), POINTS)
-    return Mark("line", np.exp(x), low.loss + low.curvature / 2 * (x - np.log(low.n)) ** 2, colour)
 
 
 def _runs(

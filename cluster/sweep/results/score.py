@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from configs.reading.parse import clip
 from configs.units import scientific
 from models.planning.cost import training_flops_per_token
 from models.scaling.scoring import Score, to_json
-from trainer.files.own_files import no_link
+from trainer.files.own_files import no_link, read_bytes
 from trainer.files.plain_json import dump
 from trainer.record.lines import read_events, summary
 from trainer.record.terminal import Console
 
 PREDICTIONS, SCORES = "predictions.jsonl", "score.json"
+MOST_PREDICTIONS = 16 << 20
+"""Bytes of the first; a prediction takes some 20 kB."""
 
 
 def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path, run: str) -> None:
@@ -33,14 +35,20 @@ def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path
         file.write(dump(line) + "\n")
 
 
-def score_runs(sweep_dir: Path) -> list[Score]:
+def score_runs(
+    sweep_dir: Path, read: Callable[[Path], Config] = load, may_read: Callable[[Path], bool] = lambda path: True
+) -> list[Score]:
     """Every prediction of predictions.jsonl; of several for one run the last that was made before it began.
+
+    Args:
+        read: a run's config from its file.
+        may_read: whether a folder that predictions.jsonl leads to is looked at; what it says is anyone's who wrote it.
 
     Raises:
         ConfigError: there are none.
     """
     try:
-        lines = (sweep_dir / PREDICTIONS).read_text(encoding="utf-8").splitlines()
+        lines = read_bytes(sweep_dir / PREDICTIONS, MOST_PREDICTIONS).decode().splitlines()
     except FileNotFoundError:
         raise ConfigError(
             f"{sweep_dir} has no {PREDICTIONS}: `muster sweep next` predicts a run and writes its config, and "
@@ -49,7 +57,7 @@ def score_runs(sweep_dir: Path) -> list[Score]:
     found: dict[str, Score] = {}
     for line in lines:
         try:
-            each = _score_of(json.loads(line))
+            each = _score_of(json.loads(line), read, may_read)
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
@@ -60,30 +68,33 @@ def score_runs(sweep_dir: Path) -> list[Score]:
     return list(found.values())
 
 
-def _score_of(record: Mapping[str, Any]) -> Score:
+def _score_of(record: Mapping[str, Any], read: Callable[[Path], Config], may_read: Callable[[Path], bool]) -> Score:
     path = Path(record["config"])
-    config = load(path) if path.is_file() else None
-    run_dir = _run_dir(path, config, str(record["run"]))
-    run = summary(run_dir)
-    started = [event["time"] for event in read_events(run_dir) if event["event"] == "attempt_started"]
-    status, loss = run["status"], None
-    budget = float(record["budget"])
-    if status == "FINISHED":
-        loss = run["eval_loss"]
-        if (run_dir / "config.yaml").is_file():
-            budget = _flops(load(run_dir / "config.yaml"))
-        if float(record.get("time", 0.0)) > started[0]:
-            status = "AFTERWARDS"
+    config = read(path) if may_read(path.parent) and path.is_file() else None
+    run_dir = _run_dir(path, config, str(record["run"]), may_read)
+    status, loss, budget = "NEW", None, float(record["budget"])
+    if run_dir is not None:
+        run = summary(run_dir)
+        started = [event["time"] for event in read_events(run_dir) if event["event"] == "attempt_started"]
+        status = run["status"]
+        if status == "FINISHED":
+            loss = run["eval_loss"]
+            if (run_dir / "config.yaml").is_file():
+                budget = _flops(read(run_dir / "config.yaml"))
+            if float(record.get("time", 0.0)) > started[0]:
+                status = "AFTERWARDS"
     predicted = record["run_loss"]
     value, low, high = (float(predicted[key]) for key in ("value", "low", "high"))
     return Score(str(record["run"]), budget, value, low, high,
                  str(record["form"]), loss, status)  # fmt: skip
 
 
-def _run_dir(path: Path, config: Config | None, run: str) -> Path:
+def _run_dir(path: Path, config: Config | None, run: str, may_read: Callable[[Path], bool]) -> Path | None:
+    """Where the run is, or will be; None: only where nothing is read."""
     root = Path(config.run.root if config else "runs").expanduser()
     places = [root / run, path.parent.parent / run, path.parent / run]  # as it says, or beside the sweep
-    return next((place for place in places if (place / "config.yaml").is_file()), places[0])
+    places = [place for place in places if may_read(place)]
+    return next((place for place in places if (place / "config.yaml").is_file()), next(iter(places), None))
 
 
 def _flops(config: Config) -> float:

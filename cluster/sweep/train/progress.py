@@ -13,9 +13,10 @@ from cluster.sweep.design.trial import Plan
 from configs import ConfigError
 from configs.base import LARGEST, Typed, at_most
 from configs.explain import first_reason
-from configs.reading.parse import parse_json, read_text, shortened
+from configs.reading.parse import parse_json, shortened
 from configs.sections.run import folder_name
 from trainer.files.durable import replace_text
+from trainer.files.own_files import read_bytes
 from trainer.record.lines import read_events, status_of
 
 from .trial_state import Ledger, Standing
@@ -69,7 +70,7 @@ def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:
     """The trials of plan.json, and all of it. Raises ConfigError if the sweep never ran, or if it is damaged."""
     path = sweep_dir / PLAN
     try:
-        plan = _Plan.model_validate(parse_json(read_text(path, MAX_PLAN_BYTES)))
+        plan = _Plan.model_validate(parse_json(read_bytes(path, MAX_PLAN_BYTES)))
     except FileNotFoundError:
         raise ConfigError(f"{sweep_dir} has no {PLAN}: nothing has run yet, `muster sweep run` begins") from None
     except (OSError, ValueError) as error:
@@ -152,8 +153,15 @@ class Progress(NamedTuple):
         return sum(each.state in states for each in self.standings.values())
 
 
-def progress(sweep_dir: Path, ledger: Ledger | None = None) -> Progress:
-    """Read a sweep's records. Raises ConfigError if it never ran."""
+def progress(sweep_dir: Path, ledger: Ledger | None = None, kept: Books | None = None) -> Progress:
+    """Read a sweep's records.
+
+    Args:
+        kept: where its devices' time went, if that is known: it takes every line of every trial's record to tell.
+
+    Raises:
+        ConfigError: it never ran.
+    """
     items, tree = read_plan(sweep_dir)
     ledger = ledger or Ledger(sweep_dir)
     standings = ledger.standings({item.name: item.steps for item in items})
@@ -164,7 +172,7 @@ def progress(sweep_dir: Path, ledger: Ledger | None = None) -> Progress:
         for item in items
         if standings[item.name].state in ("waiting", "running", "stopped")
     )
-    kept = books(ledger)
+    kept = kept or books(ledger)
     wall = sum(seconds for seconds, _ in _sessions(events, "cpus", events[-1]["time"] if events else 0.0))
     eta = left / (done / wall) if done and wall and left else None
     return Progress(sweep_dir.name, status_of(events)[0], items, standings, tree["open"], eta, kept)

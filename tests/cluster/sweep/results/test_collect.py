@@ -123,7 +123,7 @@ def test_of_learning_rates_the_best_stands_for_all(tmp_path, tiny_data):
 def test_loss_curves_are_points_at_common_flops(setting, trials):
     trained(setting, trials[2], Record(setting.sweep_dir, 1), loss=2.2)
     planned = known_plan(setting.sweep)
-    points = loss_curves(planned, collect(planned))
+    points = loss_curves(setting.sweep_dir, collect(planned))
     assert set(points.run) == {trials[0].name, trials[2].name}
     c = points.c[[run == trials[2].name for run in points.run]]
     loss = points.loss[[run == trials[2].name for run in points.run]]

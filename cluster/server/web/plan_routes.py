@@ -1,0 +1,90 @@
+"""Routes of the pages Sweep and Plan."""
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
+
+from configs import ConfigError
+from configs.base import MOST_FLOAT
+from configs.reading.parse import clip
+from trainer.record.terminal import visible
+
+from . import plan_responses
+from .heavy import Heavy
+from .index.runs_index import RunsIndex, View
+from .pages import plan
+from .pages.sweep import Sweeps, Swept
+
+LAW, TOPOLOGIES = "cluster.sweep.results.law_page", "cluster.server.web.pages.topologies"
+Flops = Annotated[float | None, Query(gt=0, le=MOST_FLOAT)]
+
+
+def plan_routes(
+    index: RunsIndex, view: Callable[[], View], answer: Callable[[Request, dict[str, Any]], Response]
+) -> APIRouter:
+    """Of the sweeps of an index; `answer` sends JSON."""
+    sweeps, heavy = Sweeps(index.roots), Heavy()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        heavy.close()
+
+    router = APIRouter(lifespan=lifespan)
+
+    def found(id: str) -> Swept:
+        if sweep := sweeps.all(view()).get(id):
+            return sweep
+        raise HTTPException(404, f"there is no sweep {clip(id, 100)} here")
+
+    @router.get("/api/sweeps", response_model=plan_responses.SweepList)
+    def sweep_list(request: Request) -> Response:
+        return answer(request, {"sweeps": sweeps.listed(view())})
+
+    @router.get("/api/sweeps/{id}", response_model=plan_responses.SweepStatus)
+    def sweep(request: Request, id: str) -> Response:
+        try:
+            return answer(request, sweeps.shown(found(id)))
+        except ConfigError as error:
+            raise HTTPException(409, visible(str(error))[:1000]) from None
+
+    @router.get("/api/sweeps/{id}/law", response_model=plan_responses.SweepLaw)
+    def law(request: Request, id: str, budget: Flops = None, max_budget: Flops = None) -> Response:
+        swept = found(id)
+        try:
+            rests_on = sweeps.rests_on(swept)
+        except ConfigError as error:
+            raise HTTPException(409, visible(str(error))[:1000]) from None
+        place = (LAW, swept.folder, budget, max_budget)
+        told = heavy.ask(place, rests_on, LAW, sweeps.question(swept, budget, max_budget))
+        return answer(request, {"working": told.working, "computed": told.at, "law": _plain(told.found)})
+
+    @router.get("/api/plan", response_model=plan_responses.PlanOptions)
+    def options(request: Request) -> Response:
+        return answer(request, plan.options())
+
+    @router.post("/api/plan", response_model=plan_responses.Planned)
+    def planned(request: Request, body: plan_responses.PlanAsked) -> Response:
+        return answer(request, plan.planned(body.model_dump()))
+
+    @router.post("/api/plan/topologies", response_model=plan_responses.Topologies)
+    def topologies(request: Request, body: plan_responses.PlanAsked) -> Response:
+        """To be asked again while it is `working`."""
+        asked = body.model_dump()
+        told = heavy.ask((TOPOLOGIES, body.model_dump_json()), (), TOPOLOGIES, asked)
+        found = told.found or {}
+        content = {"working": told.found is None, "error": found.get("error", ""), "key": found.get("key")}
+        return answer(request, content | {"found": None if "error" in found else told.found})
+
+    return router
+
+
+def _plain(value: Any) -> Any:
+    """The same, its texts without control characters."""
+    if isinstance(value, str):
+        return visible(value[:20_000])
+    if isinstance(value, dict):
+        return {visible(key): _plain(each) for key, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, list) else value

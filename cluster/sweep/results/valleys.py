@@ -1,0 +1,68 @@
+"""The isoFLOP curves of a table: which kinds of models have them, the lowest point of each budget, and its parabola."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.scaling.allocation import Kind
+from models.scaling.forms.dense import Array
+from models.scaling.isoflop import Valley, approach2, valley
+from models.scaling.refusal import Refusal
+from models.scaling.table import Table
+
+POINTS = 40
+"""Along a line: more cannot be seen."""
+
+
+def name(kind: Kind) -> str:
+    """What a kind is called: dense, or 8 experts, top 2."""
+    if is_dense(kind):
+        return "dense"
+    words = {"experts": "{:g} experts", "top_k": "top {:g}", "granularity": "G = {:g}", "active_ratio": "{:.3g} active"}
+    shape = {key: value for key, value in kind.shape.items() if np.isfinite(value)}
+    if "experts" in shape and "top_k" in shape:
+        shape.pop("active_ratio", None)  # the same once more
+    return ", ".join(words[key].format(value) for key, value in shape.items()) or "runs"
+
+
+def is_dense(kind: Kind) -> bool:
+    return kind.shape.get("experts", kind.shape.get("active_ratio", 0.0)) == 1.0
+
+
+def is_curved(table: Table, kind: Kind, index: NDArray[np.int64]) -> bool:
+    """Whether some budget has three sizes of a kind.
+
+    Args:
+        index: of `budgets`.
+    """
+    return any(len(np.unique(table.n[kind.rows[index[kind.rows] == b]])) > 2 for b in np.unique(index[kind.rows]))
+
+
+def known_valleys(table: Table) -> tuple[Valley, ...]:
+    """As approach 2 finds them; of fewer than it needs, none."""
+    try:
+        return approach2(table).valleys
+    except Refusal:
+        return ()
+
+
+def lowest(table: Table, rows: NDArray[np.int64], known: Sequence[Valley]) -> Valley | None:
+    """The valley of one budget's rows, out of those that are known; where none is, by itself."""
+    c, n, d, loss = (getattr(table, key)[rows] for key in ("c", "n", "d", "loss"))
+    if known:
+        near = min(known, key=lambda each: abs(np.log(c).mean() - np.log(each.c)))
+        return near if abs(np.log(c).mean() - np.log(near.c)) < 0.05 else None
+    try:
+        return valley(c, n, d, loss)
+    except Refusal:
+        return None
+
+
+def parabola(table: Table, rows: NDArray[np.int64], low: Valley) -> tuple[Array, Array]:
+    """N and loss along it, over the sizes that it was fitted to: those nearest to the best one."""
+    log_n = np.log(table.n[rows])
+    best = log_n[table.loss[rows].argmin()]
+    x = log_n[np.argsort(np.abs(log_n - best), kind="stable")[: low.rows]]
+    x = np.linspace(x.min(), x.max(), POINTS)
+    return np.exp(x), low.loss + low.curvature / 2 * (x - np.log(low.n)) ** 2
