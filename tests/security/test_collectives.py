@@ -52,7 +52,7 @@ def test_any_bytes_are_json_or_refused(sent):
     try:
         found = _decoded(torch.tensor(list(sent), dtype=torch.uint8), 1)
     except RuntimeError as error:
-        assert str(error).startswith("rank 1 sent what is no JSON")  # noqa: PT017
+        assert str(error).startswith("rank 1 sent something that is not JSON")  # noqa: PT017
     else:
         assert same(json.loads(sent), found)
 
@@ -60,7 +60,7 @@ def test_any_bytes_are_json_or_refused(sent):
 def test_what_is_too_deep_is_refused():
     import torch
 
-    with pytest.raises(RuntimeError, match="rank 2 sent what is no JSON"):
+    with pytest.raises(RuntimeError, match="rank 2 sent something that is not JSON"):
         _decoded(torch.full((10**6,), ord("["), dtype=torch.uint8), 2)
 
 
@@ -75,8 +75,8 @@ def test_bytes_of_any_length_go_to_the_first():
 def test_nonsense_is_refused(how, what):
     [_, said] = in_team(2, strangers.told_nonsense, f"{how} {what}")
     expected = {
-        "pickle": "rank 0 sent what is no JSON",
-        "long": f"rank 0 is about to send {1 << 40:,} bytes; at most {LARGEST:,} are taken",
+        "pickle": "rank 0 sent something that is not JSON",
+        "long": f"rank 0 is about to send {1 << 40:,} bytes; at most {LARGEST:,} are accepted",
         "negative": "rank 0 is about to send -5 bytes",
     }
     assert said.startswith(expected[what])
@@ -85,7 +85,7 @@ def test_nonsense_is_refused(how, what):
 def test_object_collectives_of_any_library_raise(tmp_path):
     """Before anything of a pickle runs, in DeepSpeed, torch or a plugin."""
     first, second = in_team(2, strangers.by_object_collectives, tmp_path / "mark")
-    refused = "object collectives are shut in a run"
+    refused = "object collectives are disabled in a run"
     assert [said.startswith(refused) for said in first] == [False, True, True, True]  # its own is not read
     assert [said.startswith(refused) for said in second] == [True, True, False, True, True]
     assert not (tmp_path / "mark").exists()

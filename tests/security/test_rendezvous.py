@@ -78,7 +78,7 @@ def test_processes_that_do_not_meet_say_why(other):
     with starting([0], **given) as first, starting(ranks, **given | {SECRET: other or ""}) as second:
         for pipe in [*first, *second]:
             said = answer(pipe)
-            assert "not all 2 processes of the run came within cluster.timeout=4 s" in said
+            assert "not all 2 processes of the run joined within cluster.timeout=4 s" in said
             assert f"{SECRET} is the same for all" in said
 
 
@@ -161,7 +161,7 @@ def test_who_joins_as_a_rank_without_the_secret_is_named_and_the_attempt_ends(tm
         said = attack(port, "secret", mark)
         assert re.search(r"joins as [0-9a-f]{64}\n", said)
         assert WORD not in said
-        assert answer(pipe).startswith("what joined this run as rank 1 does not know its secret")
+        assert answer(pipe).startswith("the process that joined this run as rank 1 does not know its secret")
     assert not mark.exists()
 
 
@@ -172,7 +172,7 @@ def test_where_there_is_no_secret_what_he_sends_is_not_run(tmp_path):
     tmp_path.chmod(0o777)
     with starting([0], MASTER_PORT=str(port)) as [pipe]:
         attack(port, "none", mark)
-        assert answer(pipe).startswith("rank 1 sent what is no JSON")
+        assert answer(pipe).startswith("rank 1 sent something that is not JSON")
     assert not mark.exists()
 
 

@@ -1,8 +1,8 @@
-"""Small plain values between the processes of a run: JSON in tensors, where torch's object collectives would unpickle.
+"""Small plain values between the processes of a run, as JSON in tensors: torch's object collectives would unpickle.
 
-torch asks nobody who they are: who joins the process group of a run can send it whatever he likes, and a pickle would
-run as code. So that no library does it unseen, `refuse_pickles` shuts torch's object collectives. The private name that
-it replaces is torch's in 2.11 to 2.13.
+torch authenticates nobody: whatever joins a run's process group can send anything, and unpickling it would run code.
+`refuse_pickles` disables torch's object collectives, so that no library uses them unnoticed. The private name that it
+replaces is that of torch 2.11 to 2.13.
 """
 
 import json
@@ -15,14 +15,14 @@ from torch import distributed as dist
 from torch.distributed import distributed_c10d as c10d
 
 LARGEST = 1 << 28
-"""Bytes that one process may send another: a run's events of years are fewer."""
+"""Bytes that one process may send another: more than the events of a run of years."""
 
 
 def from_chief(value: Callable[[], Any]) -> Any:
-    """Rank 0's value, in every process: what JSON holds (tuples arrive as lists), NaN and infinities too.
+    """Rank 0's value, in every process: anything that JSON holds (tuples arrive as lists), NaN and infinities included.
 
     Raises:
-        RuntimeError: what came is no JSON, or too much.
+        RuntimeError: what arrived is not JSON, or too large.
     """
     chief = dist.get_rank() == 0
     mine = _encoded(value()) if chief else torch.empty(0, dtype=torch.uint8)
@@ -35,10 +35,10 @@ def from_chief(value: Callable[[], Any]) -> Any:
 
 
 def from_all(mine: Any) -> list[Any]:
-    """What each process has, by rank, in every process: what JSON holds, as with `from_chief`.
+    """The values of all processes, by rank, in every process: anything that JSON holds, as with `from_chief`.
 
     Raises:
-        RuntimeError: what came is no JSON, or too much.
+        RuntimeError: what arrived is not JSON, or too large.
     """
     padded, sizes = _padded(_encoded(mine))
     everyone = [torch.empty_like(padded) for _ in sizes]
@@ -47,16 +47,16 @@ def from_all(mine: Any) -> list[Any]:
 
 
 def to_chief(mine: Tensor) -> list[Tensor] | None:
-    """The bytes that each process has, by rank, in rank 0; None in the others. Every process must call it.
+    """The bytes of all processes, by rank, on rank 0; None on the others. Every process must call it.
 
     Args:
-        mine: uint8 [n], on whatever device; n is each process's own.
+        mine: uint8 [n], on any device; n may differ between processes.
 
     Returns:
         Tensors on the CPU.
 
     Raises:
-        RuntimeError: they are too many.
+        RuntimeError: a process sends too many.
     """
     padded, sizes = _padded(mine)
     everyone = [torch.empty_like(padded) for _ in sizes] if dist.get_rank() == 0 else None
@@ -65,19 +65,19 @@ def to_chief(mine: Tensor) -> list[Tensor] | None:
 
 
 def here() -> torch.device:
-    """Where the process group takes tensors from."""
+    """The device that the process group takes tensors from."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def refuse_pickles() -> None:
-    """Let torch's object collectives raise in this process rather than run what another one sent."""
+    """Make torch's object collectives raise in this process instead of running what another one sent."""
     c10d._tensor_to_object = _refuse  # type: ignore[assignment]
 
 
 def _refuse(*_: Any) -> NoReturn:
     raise RuntimeError(
-        "object collectives are shut in a run: they unpickle what another process sent, and run it. "
-        "Send tensors, or JSON by trainer.processes.collectives"
+        "object collectives are disabled in a run: unpickling what another process sent can run code. "
+        "Send tensors, or JSON with trainer.processes.collectives"
     )
 
 
@@ -89,11 +89,11 @@ def _decoded(sent: Tensor, rank: int) -> Any:
     try:
         return json.loads(sent.cpu().numpy().tobytes())
     except (ValueError, RecursionError) as error:
-        raise RuntimeError(f"rank {rank} sent what is no JSON: {error}") from None
+        raise RuntimeError(f"rank {rank} sent something that is not JSON: {error}") from None
 
 
 def _padded(mine: Tensor) -> tuple[Tensor, list[int]]:
-    """(bytes at the length of the longest, on the process group's device; how many those of each rank are)."""
+    """(this process's bytes padded to the most of any rank, on the process group's device; number of each rank's)."""
     length = torch.tensor([mine.numel()], device=here())
     lengths = [torch.empty_like(length) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, length)
@@ -107,5 +107,5 @@ def _sizes(lengths: list[Tensor]) -> list[int]:
     sizes = torch.cat(lengths).tolist()
     for rank, size in enumerate(sizes):
         if not 0 <= size <= LARGEST:
-            raise RuntimeError(f"rank {rank} is about to send {size:,} bytes; at most {LARGEST:,} are taken")
+            raise RuntimeError(f"rank {rank} is about to send {size:,} bytes; at most {LARGEST:,} are accepted")
     return sizes

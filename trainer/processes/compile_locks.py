@@ -1,4 +1,4 @@
-"""Locks that a killed compilation has left: torch and DeepSpeed would wait on them for ever, so they are removed."""
+"""Removes stale locks of killed compilations, on which torch and DeepSpeed would wait for ever."""
 
 import contextlib
 import os
@@ -14,19 +14,19 @@ from configs import ConfigError
 LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "overlay", "tmpfs", "ramfs"}
 """File systems that no other machine writes to."""
 OF_A_CONTAINER = {"overlay", "tmpfs", "ramfs"}
-"""Those of which a container has its own."""
+"""Those that a container does not share."""
 INIT_NAMESPACE = 0xEFFFFFFC
-"""Inode of the first process namespace of a machine (PROC_PID_INIT_INO of the kernel), which sees all processes."""
+"""Inode of a machine's initial PID namespace (the kernel's PROC_PID_INIT_INO), which sees all processes."""
 COMPILES = 900.0
 """Seconds that a compilation may take; DeepSpeed's longest here took 110."""
 SETTLES = 0.5
-"""Seconds between two looks: who releases a lock closes it a moment before it removes it."""
+"""Seconds between two looks: a process that releases a lock closes it a moment before removing it."""
 
 
 class Lock(NamedTuple):
     """Attributes:
     state: `held` by a process of this machine; `stale`: held by nobody; `unknown`: that cannot be told from here.
-    why: in words, for `unknown`.
+    why: the reason, for `unknown`.
     """
 
     path: Path
@@ -37,14 +37,15 @@ class Lock(NamedTuple):
 def mend_compile_locks() -> list[Path]:
     """Remove the locks that nobody holds any more, and say so on stderr; call it before anything may compile.
 
-    torch's FileBaton makes the file `lock` beside what it compiles, keeps it open while it does, and waits as long as
-    the file is there. So a lock that no process has open is stale, if all processes that may have can be seen.
+    torch's FileBaton creates the file `lock` beside what it compiles, keeps it open meanwhile, and waits as long as the
+    file exists. So a lock that no process has open is stale, provided that all processes that may have it open can be
+    seen.
 
     Returns:
-        what was removed.
+        The locks that were removed.
 
     Raises:
-        ConfigError: a lock is older than any compilation, and whether somebody holds it cannot be told from here.
+        ConfigError: a lock is older than any compilation takes, and whether it is held cannot be told from here.
     """
     if not Path("/proc/self/fd").is_dir():
         return []
@@ -75,7 +76,7 @@ def locks() -> list[Path]:
 
 
 def look(path: Path) -> Lock:
-    """Who holds a lock."""
+    """Whether a lock is held."""
     path, owner = path.resolve(), -1
     with contextlib.suppress(OSError):
         owner = path.stat().st_uid
@@ -90,14 +91,14 @@ def look(path: Path) -> Lock:
     elif owner != os.getuid():
         why = "it is another user's"
     elif unseen:
-        why = f"what process {unseen} has open cannot be seen"
+        why = f"the open files of process {unseen} cannot be listed"
     else:
         return Lock(path, "stale")
     return Lock(path, "unknown", why)
 
 
 def _holder(path: Path) -> tuple[int | None, int | None]:
-    """(a process that has a file open, a process of this user of which that cannot be seen)."""
+    """(a process that has the file open, a process of this user whose open files cannot be listed)."""
     wanted, unseen = _identity(path), None
     for pid in psutil.pids():
         try:
@@ -107,7 +108,7 @@ def _holder(path: Path) -> tuple[int | None, int | None]:
                     if os.path.basename(os.readlink(entry.path)) == path.name and _inode(entry.path) == wanted:
                         return pid, None
         except PermissionError:
-            unseen = pid if mine and pid != 1 else unseen  # the first process, often shielded, compiles nothing
+            unseen = pid if mine and pid != 1 else unseen  # PID 1, often protected, compiles nothing
         except (FileNotFoundError, ProcessLookupError):
             continue  # it has ended
     return None, unseen
@@ -141,4 +142,4 @@ def _refuse_old(lock: Lock) -> None:
             f"{lock.path} is the lock of a compilation that began {age / 60:.0f} min ago; this run would wait for it "
             f"for ever.\nWhether anybody holds it cannot be told from here, as {lock.why}: {hint}"
         )
-    print(f"{lock.path}: somebody may be compiling there for {age:.0f} s ({lock.why}); {hint}", file=sys.stderr)
+    print(f"{lock.path}: somebody may have been compiling there for {age:.0f} s ({lock.why}); {hint}", file=sys.stderr)

@@ -1,7 +1,7 @@
-"""What torch.compile leaves for the next attempt, and what it did in this one.
+"""The caches that torch.compile leaves for the next attempt, and statistics of what it did in this one.
 
-The private names of torch's compiler are used here only, as seen in torch 2.11 and 2.13. It takes a second to import:
-a process that compiles nothing does without it.
+Private names of torch's compiler are used here only, as seen in torch 2.11 and 2.13. It takes a second to import, which
+a process that compiles nothing is spared.
 """
 
 import os
@@ -21,13 +21,14 @@ from .compile_locks import LOCAL, file_system
 SETTLED = 10
 """Steps of an attempt after which a recompilation is an event of its own."""
 METRICS = 1024
-"""Compilations between two looks that torch is to remember."""
+"""Compilations that torch is to remember between two steps."""
 
 
 def keep_compiled() -> None:
-    """Let kernels, graphs and what was tuned outlive the attempt, on this machine; what the user has set stays.
+    """Keep compiled kernels, graphs and autotuning results on this machine for later attempts, where the user has not
+    set another folder.
 
-    torch's own place is under /tmp by the user's name, where anybody may have made the folder before.
+    torch's default is a folder in /tmp with the user's name, which anybody else may have created before.
     """
     from torch._dynamo.utils import set_compilation_metrics_limit
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -46,7 +47,7 @@ def load_compiler() -> None:
 
 
 def cache_folder() -> Path:
-    """A folder on this machine's own disk that only this user may write to; if there is none, a new one each time."""
+    """A folder on a local disk that only this user may write to; if there is none, a new one each time."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "muster"
     for folder in (home / "compile", Path(tempfile.gettempdir()) / f"muster-compile-{os.getuid()}"):
         try:
@@ -56,7 +57,7 @@ def cache_folder() -> Path:
         except OSError:
             continue
         private = stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
-        # Over a network the many small files are slow, and locks are not to be trusted.
+        # On a network file system many small files are slow, and locks unreliable.
         if private and file_system(folder.resolve()) in LOCAL:
             return folder
     return make_folder()
@@ -72,7 +73,7 @@ class Compilations:
         self._steps, self._recompilations, self._seconds = 0, 0, 0.0
 
     def after_step(self) -> list[Change]:
-        """An event for each recompilation since the step before, once the first steps of the attempt are over."""
+        """An event for each recompilation since the previous step, after the first `SETTLED` steps of the attempt."""
         self._steps += 1
         reasons = self._look()
         if self._steps <= SETTLED:
@@ -84,13 +85,13 @@ class Compilations:
         return _counts() != self._before
 
     def summary(self) -> dict[str, Any]:
-        """Of event `compiled`: graphs, recompilations, graph breaks, hits and misses of the cache, seconds."""
+        """Fields of event `compiled`: graphs, recompilations, graph breaks, cache hits and misses, seconds."""
         self._look()
         counts = {name: count - self._before[name] for name, count in _counts().items()}
         return counts | {"recompilations": self._recompilations, "seconds": round(self._seconds, 3)}
 
     def _look(self) -> list[str]:
-        """Why something was compiled again, for each time since the last look."""
+        """The reason for each recompilation since the last call."""
         dynamo = _dynamo()
         found = dynamo.get_compilation_metrics() if dynamo else []
         if found:
@@ -102,7 +103,7 @@ class Compilations:
 
 
 def _dynamo() -> Any:
-    """The compiler's part that counts; None where nothing has imported it."""
+    """The compiler's module that holds its counters; None if nothing has imported it."""
     return sys.modules.get("torch._dynamo.utils")
 
 

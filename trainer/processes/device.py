@@ -1,4 +1,4 @@
-"""This process's device, and how it is to behave: its memory on a CPU, the same bits for the same work."""
+"""This process's device, and its settings: freed memory on a CPU, deterministic kernels."""
 
 import contextlib
 import ctypes
@@ -17,8 +17,8 @@ def device() -> torch.device:
 def keep_freed_memory() -> None:
     """On CPU, let glibc keep what torch frees for the next step instead of giving it back to the kernel.
 
-    Every tensor above 128 kB is otherwise mapped and faulted in anew, page by page: seen to slow chains of elementwise
-    operations by four. Nothing happens on another C library.
+    Otherwise every tensor above 128 kB is mapped and faulted in anew, page by page, which was seen to slow down chains
+    of elementwise operations by a factor of four. Without effect on another C library.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -27,8 +27,8 @@ def keep_freed_memory() -> None:
 
 
 def be_deterministic() -> None:
-    """Let this process's device give the same bits for the same work, or raise where no kernel does."""
+    """Make operations on this process's device deterministic, or raise where no kernel is."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it is first used
     torch.use_deterministic_algorithms(True)
-    # For those who read memory that they never wrote; we don't.
+    # Only of use to code that reads memory it never wrote, which ours does not.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

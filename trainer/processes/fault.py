@@ -1,4 +1,4 @@
-"""What kind of failure an exception is, told where it is raised: whoever decides what follows reads a field."""
+"""Classifies an exception where it is raised, so that what decides on a restart reads a field, not a text."""
 
 import torch
 
@@ -9,9 +9,9 @@ NO_MEMORY = ("out of memory", "can't allocate memory")
 BROKEN = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting",  # gloo
     "ncclRemoteError", "Watchdog caught collective operation timeout",
-    "Connection was likely closed",  # the store that ranks meet at
+    "Connection was likely closed",  # the rendezvous store
 )  # fmt: skip
-"""gloo raises RuntimeError for all it meets; NCCL's error is of one type as well, whoever's fault it is."""
+"""gloo raises RuntimeError for every failure; NCCL has one type of error too, whatever the cause."""
 
 
 def fault_of(error: BaseException) -> Fault:

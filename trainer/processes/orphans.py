@@ -1,4 +1,4 @@
-"""Lets a process end with the one that started it, however that ends. Imports nothing that takes time."""
+"""Ends a process when its parent ends, however that happens. Imports nothing that takes time."""
 
 import contextlib
 import ctypes
@@ -10,12 +10,12 @@ PR_SET_PDEATHSIG = 1
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent's thread that started it is gone. Linux only.
+    """Have the kernel kill this process when the thread of its parent that started it ends. Linux only.
 
-    It holds for a program that this process turns into (`os.execv`), and not for its own children.
+    This stays in force after `os.execv`; children do not inherit it.
 
     Args:
-        parent: process id, taken before this process was started: if it is gone already, this process ends here.
+        parent: its process id, read before this process was started; if it has already ended, this process exits here.
     """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -26,9 +26,9 @@ def end_with(parent: int) -> None:
 def sweep_after(folder: str) -> None:
     """Have a folder of `scratch.make_folder` removed, and others that nobody holds, soon after this process was killed.
 
-    A shell waits for that at the end of a pipe; where the folder is gone by then it just ends.
+    A shell waits for that by reading a pipe that this process keeps open; if the folder is gone by then, it just ends.
     """
-    read, _held = os.pipe()  # the other end stays open for as long as this process lives, and in no program it starts
+    read, _held = os.pipe()  # the write end stays open while this process lives, and no program it starts inherits it
     code = "import sys; from trainer.files.scratch import sweep; sweep(sys.argv[1]); sweep()"
     wait = 'trap "" HUP INT TERM; cat >/dev/null; [ -d "$0" ] || exit 0; sleep 2; exec "$@"'
     command = ["sh", "-c", wait, folder, sys.executable, "-P", "-c", code, os.path.dirname(folder)]

@@ -17,13 +17,13 @@ LOGS = "logs"
 
 @contextlib.contextmanager
 def output_kept(run_dir: Path) -> Iterator[None]:
-    """Append stdout and stderr to `logs/attempt-01-rank-0000.log` while the block runs, those of C code and of child
-    processes too. An exception that ends the block is printed there.
+    """Append stdout and stderr to `logs/attempt-01-rank-0000.log` while the block runs, including those of C code and
+    child processes. An exception that ends the block is printed there.
 
-    Every rank must be here before any goes past the first barrier of `trainer.loop.train`, which begins the attempt.
+    Every rank must enter it before any passes the first barrier of `trainer.loop.train`, which begins the attempt.
 
     Raises:
-        BadMachine: the run's folder is not there.
+        BadMachine: the run's folder does not exist here.
     """
     if not run_dir.is_dir():
         raise no_folder(run_dir, [socket.gethostname()], [int(os.environ.get("RANK", "0"))])
@@ -50,7 +50,7 @@ def output_kept(run_dir: Path) -> Iterator[None]:
 
 
 def _point(files: dict[int, int]) -> None:
-    """Let each file descriptor, a key, mean what another one does."""
+    """Redirect each file descriptor (a key) to another (its value)."""
     sys.stdout.flush()
     sys.stderr.flush()
     for number, file in files.items():

@@ -1,4 +1,4 @@
-"""What a warm process is told, and what it answers: a JSON object a line each, checked where it is read. No torch."""
+"""What a warm process is told, and what it answers: one JSON object per line, checked on reading. Without torch."""
 
 from typing import Literal
 
@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from configs.base import Typed
 
 Fault = Literal["memory", "connection", "error"]
-"""A device or machine without memory; a connection that broke, as it does when another process fails; any other."""
+"""Out of memory, on the device or the machine; a broken connection, as when another process fails; anything else."""
 
 
 class Order(Typed):
@@ -21,7 +21,7 @@ class Order(Typed):
     patience: float
     """See `trainer.loop.train`."""
     secret: str | None = None
-    """By which the processes of the attempt find each other, and `store`: see `trainer.processes.rendezvous`."""
+    """This and `store`: how the processes of the attempt find each other, see `trainer.processes.rendezvous`."""
     store: str | None = None
 
 
@@ -32,23 +32,23 @@ class Began(Typed):
 
 
 class Done(Typed):
-    """The second answer, where the process came to an end of its own."""
+    """The second answer, if training ended normally."""
 
     status: Literal["FINISHED", "STOPPED"]
 
 
 class Failed(Typed):
-    """The second answer, where it did not."""
+    """The second answer, if it did not."""
 
     kind: Literal["mistake", "stopped", "broken", "lost"] | Fault
-    """mistake, stopped: the trainer's own words to the user; broken: the machine cannot train; lost: it is gone without
-    a word."""
+    """mistake, stopped: `reason` is the trainer's message to the user; broken: the machine cannot train; lost: the
+    process is gone without an answer."""
     reason: str
     traceback: str = ""
     ranks: list[int] = []
-    """Those of machines that cannot train, where it can be told."""
+    """Those on machines that cannot train, if known."""
     ended: bool = False
-    """It was ended from outside, as the rest of the attempt was."""
+    """The process was ended from outside, like the rest of the attempt."""
 
 
 Outcome = Done | Failed
@@ -56,5 +56,5 @@ _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Outcome)
 
 
 def read_outcome(line: str | bytes) -> Outcome:
-    """Raises ValueError: the line is none."""
+    """Parse the second answer. Raises ValueError if the line is none."""
     return _OUTCOME.validate_json(line)

@@ -1,9 +1,10 @@
-"""How the processes of a run find each other without a stranger among them.
+"""How the processes of a run find each other, and keep strangers out.
 
-torch's store answers whoever reaches it, and gloo and NCCL take whoever its addresses lead to. So what starts the
-processes of an attempt tells each of them a secret, MUSTER_SECRET, which each proves to all others to know. On one
-machine it names a file as well, MUSTER_STORE, in a folder that only this user can enter, and the store has no port.
-Without them the store is that of torch's environment variables, torchrun's; there the user may set a secret.
+torch's store answers anybody who reaches it, and gloo and NCCL connect to whatever addresses it holds. So the launcher
+of an attempt gives its processes a secret, MUSTER_SECRET, and each proves to all others that it knows it. On a single
+machine the launcher also names a file, MUSTER_STORE, in a folder that only this user can enter, and the store has no
+port. Without these variables the store is the one of torch's environment variables, as under torchrun; the user may
+set a secret there.
 """
 
 import contextlib
@@ -26,30 +27,30 @@ LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 
 class Incomplete(RuntimeError):
-    """Not every process of the run has come in time."""
+    """Not every process of the run joined in time."""
 
 
 @contextlib.contextmanager
 def all_expected(timeout_s: float) -> Iterator[None]:
-    """Raise Incomplete where torch's store has waited in vain for the others."""
+    """Turn a timeout of torch's store, which has waited for the others, into Incomplete."""
     try:
         yield
     except dist.DistStoreError as error:
         reason = clip(error, 200)
         raise Incomplete(
-            f"not all {os.environ['WORLD_SIZE']} processes of the run came within cluster.timeout={timeout_s:g} s: see "
-            f"that each was started and reaches {os.environ['MASTER_ADDR']}, and that {SECRET} is the same for all, or "
-            f"set for none\n({reason})"
+            f"not all {os.environ['WORLD_SIZE']} processes of the run joined within cluster.timeout={timeout_s:g} s: "
+            f"check that each was started and can reach {os.environ['MASTER_ADDR']}, and that {SECRET} is the same for "
+            f"all or set for none\n({reason})"
         ) from error
 
 
 def take_secret() -> str:
-    """What the processes of this attempt alone know; '': nothing. No process that is started from here sees it."""
+    """The secret of this attempt, '' if there is none. It leaves the environment, so that no child process sees it."""
     return os.environ.pop(SECRET, "")
 
 
 def open_store(secret: str, timeout_s: float) -> dist.Store | None:
-    """Where the processes leave each other their addresses; None: where torch finds it by the environment."""
+    """The store where the processes exchange their addresses; None: torch's own, by its environment variables."""
     rank, world, timeout = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), timedelta(seconds=timeout_s)
     path = os.environ.pop(STORE, "")
     if world == 1:
@@ -61,13 +62,13 @@ def open_store(secret: str, timeout_s: float) -> dist.Store | None:
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     serves = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # else torchrun's agent does
     store = dist.TCPStore(host, port, world, serves, timeout, master_listen_fd=_listen(host, port) if serves else None)
-    # The keys can be listed by who connects: this keeps out who does not look, and `prove` who does.
+    # Whoever connects can list the keys: the prefix keeps out those who do not look, and `prove` those who do.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return dist.PrefixStore(hmac.digest(secret.encode(), attempt.encode(), "sha256").hex(), store)
 
 
 def prove(secret: str) -> None:
-    """See that every process of the group knows the secret, of which nothing is sent. A collective.
+    """Check that every process of the group knows the secret, without sending any of it. A collective.
 
     Raises:
         RuntimeError: one does not.
@@ -76,13 +77,13 @@ def prove(secret: str) -> None:
     words = from_all(_word(secret, dist.get_rank(), nonces))
     if strangers := [rank for rank, word in enumerate(words) if not _same(word, _word(secret, rank, nonces))]:
         raise RuntimeError(
-            f"what joined this run as rank {', '.join(map(str, strangers))} does not know its secret: somebody else "
-            "reaches the ports of the run"
+            f"the process that joined this run as rank {', '.join(map(str, strangers))} does not know its secret: "
+            "somebody else can reach the ports of the run"
         )
 
 
 def stay_here() -> None:
-    """Let gloo and NCCL listen on the loopback interface only, where all processes are on this machine."""
+    """Make gloo and NCCL listen on the loopback interface only, if all processes are on this machine."""
     local, world = os.environ.get("LOCAL_WORLD_SIZE"), os.environ["WORLD_SIZE"]
     if local != world and os.environ.get("MASTER_ADDR") not in LOOPBACK:
         return
@@ -94,9 +95,9 @@ def stay_here() -> None:
 
 
 def _listen(host: str, port: int) -> int | None:
-    """A socket of the one interface that leads to the others; None: `host` is none of this machine's addresses.
+    """A socket that listens on the interface of `host` alone; None: `host` is not an address of this machine.
 
-    torch itself would listen on all of them.
+    torch itself would listen on all interfaces.
     """
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

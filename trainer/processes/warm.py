@@ -1,10 +1,10 @@
 """A process that has imported what training needs, and forks attempts: `python -P -m trainer.processes.warm`.
 
-Importing torch and DeepSpeed takes seconds, forking what has imported them milliseconds; both share the memory. Each
-attempt is a new process even so: nothing of one that failed can reach the next.
+Importing torch and DeepSpeed takes seconds, forking a process that has imported them milliseconds, and the memory is
+shared. Each attempt is still a new process: nothing of a failed one can affect the next.
 
-It reads an `Order` a line, and answers each with two: `Began`, and how the attempt ended, `Done` or `Failed`. When its
-standard input is closed it ends what it has started, and itself.
+It reads one `Order` per line and answers each with two lines: `Began`, then how the attempt ended, `Done` or `Failed`.
+When its standard input is closed, it kills what it has started, and exits.
 """
 
 import os
@@ -41,7 +41,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
-    if torch.cuda.is_available():  # where attention is compiled in any case
+    if torch.cuda.is_available():  # attention is compiled there in any case
         load_compiler()
     may_fork = _alone() and _forks_may_use_gpus()
     for line in iter(asked.readline, ""):
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def _alone(seconds: float = 3.0) -> bool:
-    """Whether this process has one thread, as a fork should; imports leave some that end soon."""
+    """Whether this process has a single thread, as a fork requires; some threads that imports start end soon."""
     tasks, until = Path("/proc/self/task"), time.monotonic() + seconds
     while tasks.is_dir() and len(list(tasks.iterdir())) > 1:
         if time.monotonic() > until:
@@ -72,7 +72,7 @@ def _alone(seconds: float = 3.0) -> bool:
 
 
 def _forks_may_use_gpus() -> bool:
-    """Whether nothing that was imported has started CUDA, which would be of no use to a fork; a fork is asked."""
+    """Whether no import has initialised CUDA, which would then not work in a fork; a trial fork tells."""
     pid = os.fork()
     if not pid:
         os._exit(torch.cuda._is_in_bad_fork())  # torch 2.11 to 2.13
@@ -80,7 +80,7 @@ def _forks_may_use_gpus() -> bool:
 
 
 def _become_attempt(line: str, said: int) -> NoReturn:
-    """Begin anew as one attempt. What it is told stands in a file without a name: any user can see a command line."""
+    """Replace this process by one attempt. Its order is in an unnamed file, as any user can read a command line."""
     with tempfile.TemporaryFile() as order:
         order.write(line.encode())
         order.seek(0)
@@ -90,13 +90,13 @@ def _become_attempt(line: str, said: int) -> NoReturn:
 
 
 def _wait_for(pid: int, result: int, asked: int) -> Outcome:
-    """What an attempt said, when its process has ended."""
+    """Wait until an attempt's process has ended, and return its outcome."""
     text, ended = b"", None
     while ended is None:
         ready, _, _ = select.select([asked, result], [], [], 0.5)
         if result in ready:
             text += os.read(result, 1 << 16)
-        if asked in ready:  # nothing is asked for while an attempt runs: it was closed
+        if asked in ready:  # no order comes while an attempt runs, so it was closed
             os.kill(pid, signal.SIGKILL)
             sys.exit()
         found, status = os.waitpid(pid, os.WNOHANG)
@@ -111,7 +111,7 @@ def _wait_for(pid: int, result: int, asked: int) -> Outcome:
 
 
 def _attempt(order: Order, said: int) -> NoReturn:
-    """Be one process of an attempt, and end."""
+    """Run as one process of an attempt, and exit."""
     code = 1
     outcome: Outcome
     try:
@@ -130,7 +130,7 @@ def _attempt(order: Order, said: int) -> NoReturn:
         os.set_inheritable(said, False)
         with os.fdopen(said, "w") as file:
             file.write(outcome.model_dump_json())
-        # Without waiting for the other ranks, which a failed one would do for long.
+        # Not after a failure: it would wait a long time for the other ranks.
         if code == 0 and dist.is_initialized():
             dist.destroy_process_group()
         sys.stdout.flush()
