@@ -1,4 +1,4 @@
-"""Shows a run's record in a tracker (MLflow). A process of its own reads the record, so training never waits for it."""
+"""Copies a run's record to a tracker (MLflow) from a process of its own, so that training never waits for it."""
 
 from .start import (
     NoCredentials,

@@ -16,7 +16,7 @@ from .start import GRACE
 from .sweep import ship_sweep
 
 NICE = 5
-"""A quarter of a core that training wants as well: a run's few seconds of work still end soon after training."""
+"""Leaves it a quarter of a core that training wants too, enough to finish its seconds of work soon after training."""
 
 
 def main() -> int:
@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--once", action="store_true", help="send what is missing, then exit")
     parser.add_argument("--attempt", type=int, help="the attempt that this record belongs to")
-    parser.add_argument("--parent-pid", type=int, help="the training process; when it is gone, the attempt has ended")
+    parser.add_argument("--parent-pid", type=int, help="the training process, whose end is the attempt's end")
     parser.add_argument("--grace", type=float, default=GRACE, help="give up after this many seconds without success")
     parser.add_argument("--sweep", action="store_true", help="the folder is a sweep's: send its runs as well")
     args = parser.parse_args()
@@ -46,9 +46,9 @@ def main() -> int:
 
 
 def _stand_back() -> None:
-    """Let training go first, and outlive a signal that is meant for training."""
+    """Yield the CPU to training, and ignore signals that are meant for training."""
     os.nice(NICE)
-    with contextlib.suppress(OSError):  # where sessions are scheduled as groups, nice counts within one only
+    with contextlib.suppress(OSError):  # under autogroup scheduling, nice only counts within a session
         Path("/proc/self/autogroup").write_text(str(NICE))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The files of a run that its tracker gets: each once, and again when it has changed."""
+"""The files of a run that are sent to its tracker: each once, and again when it has changed."""
 
 import os
 import stat
@@ -14,7 +14,7 @@ FINAL = (*LIVE, "plots", "profiles", "stacks", "model", METRICS)
 
 
 class Artifacts:
-    """Sends files, and knows which the tracker holds.
+    """Sends files, and keeps account of those that the tracker holds.
 
     Args:
         without: names at the top of the run's folder that are not sent.
@@ -25,10 +25,10 @@ class Artifacts:
         self.run_dir, self.tracker = run_dir, tracker
         self._without, self._sent = without, sent
         self.held: dict[str, list[int]] = {}
-        """Time of change and size of each file that the tracker holds."""
+        """Modification time (ns) and size (bytes) of each file that the tracker holds."""
 
     def send(self, names: tuple[str, ...]) -> None:
-        """Send what is new or has changed of these files and folders; an empty file tells nothing."""
+        """Send the new and changed files among these files and folders; empty files are skipped."""
         for path in self._files(names):
             name, folder = (p.relative_to(self.run_dir).as_posix() for p in (path, path.parent))
             try:
@@ -40,7 +40,7 @@ class Artifacts:
             except Exception:
                 if path.exists():
                     raise
-                continue  # training has just removed it: an old table, the stacks of a rank that ended
+                continue  # training has just removed it: an old table, or the stacks of a rank that ended
             self.held[name] = signature
             self._sent()
 
@@ -51,7 +51,7 @@ class Artifacts:
         for name in names:
             top = self.run_dir / name
             if name not in self._without and not top.is_symlink():
-                # No link is followed: what one leads to is no part of the run.
+                # No link is followed: its target is not part of the run.
                 below = (Path(folder) / each for folder, _, files in os.walk(top) for each in files)
                 yield from [top] if top.is_file() else sorted(path for path in below if _is_regular(path))
 

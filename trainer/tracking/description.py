@@ -1,4 +1,4 @@
-"""The description of a run in its tracker: what a person noted, the command, its size, a picture of its loss."""
+"""The description of a run in its tracker: the user's note, the command, its size, a plot of its loss."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,19 +15,19 @@ PICTURE = "plots/loss.png"
 def description(
     config: Config, events: Sequence[Mapping[str, Any]], note: str = "", run_id: str = "", picture: bool = False
 ) -> str:
-    """Markdown.
+    """The description, in Markdown.
 
     Args:
         config: resolved.
-        note: what a person says of the run.
-        picture: the run `run_id` of the tracker has one.
+        note: the user's note on the run.
+        picture: the tracker's run `run_id` has a plot of the loss.
     """
     commands = [event["command"] for event in events if event["event"] == "resolved" and "command" in event]
     lines = [note] if note else []
     lines += [f"`{mask(str(commands[-1])).replace('`', '')}`"] if commands else []
     lines.append(size(config))
     if picture:
-        # As MLflow's pages name the artifacts of a run.
+        # The URL of an artifact in MLflow's pages.
         lines.append(f"![loss](get-artifact?path={quote(PICTURE, safe='')}&run_uuid={run_id})")
     return "\n\n".join([*lines, f"<sub>{MARK}</sub>"])
 

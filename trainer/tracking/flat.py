@@ -19,8 +19,8 @@ NAMES = {
     "expert_dead": "router_dead_experts",
     "dropped": "router_dropped",
 }
-"""What the tracker calls them. MLflow's page sorts charts by name, and puts those with a / in their names before all
-others: so nothing but `system/` has one, and the losses come first."""
+"""Their names in the tracker. MLflow's page sorts charts by name, those with a / in the name before all others: so only
+`system/`, which has a page of its own, has one, and the losses come first."""
 ROUTER_METRICS = {
     "expert_maxvio": max,
     "expert_dead": max,
@@ -28,15 +28,15 @@ ROUTER_METRICS = {
     "router_confidence": max,
     "dropped": max,
 }
-"""One value for each MoE layer, and which of them is the worst."""
+"""Metrics with one value per MoE layer, and the function that picks the worst."""
 
 
 def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """The metrics of a record: its numbers, under the names of `NAMES`.
 
-    Of each of `ROUTER_METRICS` the mean and the worst over the MoE layers, which compare runs of different depths; of
-    `rank_time`, which may be of a thousand ranks, the largest and the median. The loads of single experts are left to
-    the pictures in `plots/`: hundreds of charts would hide the others.
+    Each of `ROUTER_METRICS` becomes its mean and its worst over the MoE layers, so that runs of different depths
+    compare; `rank_time`, which may have a thousand ranks, its maximum and median. The loads of single experts are left
+    to the plots in `plots/`: hundreds of charts would hide the others.
     """
     found: dict[str, float] = {}
     for key, value in record.items():
@@ -66,7 +66,7 @@ def tags(details: Mapping[str, Any]) -> dict[str, str]:
 
 
 def notable_tags(events: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What a person should know of a run (`trainer.record.notable`), a tag for each kind: `muster.policy` and so on."""
+    """A run's notable events (`trainer.record.notable`), one tag for each kind: `muster.policy` and so on."""
     found = {}
     for kind, each in notable(events).items():
         when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(each.time))

@@ -1,4 +1,4 @@
-"""MLflow as tracker: a server, or SQLite beside the runs."""
+"""MLflow as the tracker: a server, or SQLite beside the runs."""
 
 import contextlib
 import getpass
@@ -10,15 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-# Read by mlflow at import. One retry and a short timeout: how long to go on is the shipper's decision.
+# Read by mlflow at import. One retry and a short timeout: the shipper decides how long to go on.
 for _name, _value in {
     "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_DISABLE_AGENT_HINT": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    # Else MLflow's client writes large files to the store itself, by links that the server signs: from where a run is,
-    # the store need not be reachable, and should not be.
+    # Otherwise MLflow's client uploads large files straight to the store, by URLs that the server signs; the store need
+    # not be reachable from where a run is, and should not be.
     "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
     "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
@@ -50,16 +50,16 @@ KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"
 
 
 def refuse_elsewhere(place: Path, run_id: str) -> None:
-    """Refuse a folder for a run's files that is not laid out as MLflow's are: whoever made the database, or runs the
-    server, says where they go, and what is there would be overwritten.
+    """Refuse a folder for a run's artifacts that does not have MLflow's layout: whoever made the database, or runs the
+    server, chooses the folder, and files in it would be overwritten.
 
     Raises:
-        ConfigError: it is not PLACE/RUN_ID/artifacts, or leads elsewhere over a link.
+        ConfigError: it is not PLACE/RUN_ID/artifacts, or a link leads elsewhere; or as `require_own`.
     """
     experiment = place.parent.parent
     if not re.fullmatch(r"[0-9a-f]{32}", run_id) or place.resolve() != experiment.resolve() / run_id / "artifacts":
         raise ConfigError(
-            f"the tracker wants this run's files in {place}, which is not a folder that MLflow creates for a run"
+            f"the tracker asks for this run's files in {place}, which is not a folder that MLflow creates for a run"
         )
     require_own(place)
 
@@ -68,12 +68,13 @@ class MlflowTracker:
     """One run in MLflow.
 
     Sending a metric again with the same step, time and value adds nothing (they are the primary key of MLflow's
-    table), with another time it adds a second point that cannot be deleted. So what a run holds is read back from it.
+    table); with a different time it adds a second point, which cannot be deleted. So what a run already holds is read
+    back from it.
 
     Args:
         uri: `http(s)://server`, `sqlite:////path/mlflow.db` or another database.
-        experiment: name; made if it is not there.
-        artifact_root: where a new experiment keeps its files; None: where the server decides.
+        experiment: its name; created if it does not exist.
+        artifact_root: where a new experiment keeps its files; None: the server decides.
     """
 
     def __init__(self, uri: str, experiment: str, artifact_root: Path | None = None) -> None:
@@ -109,8 +110,8 @@ class MlflowTracker:
         self._client.set_tag(run_id, STATUS_TAG, "RUNNING")
         if REASON_TAG in self._client.get_run(run_id).data.tags:
             self._client.delete_tag(run_id, REASON_TAG)
-        # The attempt and what was evaluated are never null, as a loss that is not finite is. Runs that began under an
-        # older version have them by their names in the record, and so has what is not counted in tokens.
+        # The attempt and the evaluated weight are never null, as a loss that is not finite is. Runs begun under an
+        # older version have them under the record's names, and so have tasks that do not count tokens.
         step = max(self._last_step(NAMES["attempt"]), self._last_step("attempt"))
         held = [key for key in self._client.get_run(run_id).data.metrics if key.startswith("eval_")]
         return Sent(run_id, step, max(map(self._last_step, [NAMES["eval_tokens"], *held])))
@@ -123,7 +124,7 @@ class MlflowTracker:
         texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in params.items()}
         data = self._client.get_run(self._run_id).data
         known, tagged = data.params, data.tags
-        if MARK not in tagged.get(MLFLOW_RUN_NOTE, MARK):  # a person has written another on MLflow's page
+        if MARK not in tagged.get(MLFLOW_RUN_NOTE, MARK):  # the user has written another on MLflow's page
             tags = {key: text for key, text in tags.items() if key != MLFLOW_RUN_NOTE}
         for key in tags:
             if not tags[key] and key in tagged:
@@ -175,7 +176,7 @@ class MlflowTracker:
         for key, text in ((STATUS_TAG, status), (REASON_TAG, reason)):
             if text:
                 self._client.set_tag(self._run_id, key, text)
-        # MLflow has no word of its own for a run that was stopped on purpose.
+        # MLflow has no status for a run that was stopped on purpose.
         self._client.set_terminated(self._run_id, "KILLED" if status == "STOPPED" else status, int(time * 1000))
 
     def _experiment(self) -> Experiment:
@@ -189,7 +190,7 @@ class MlflowTracker:
             raise RuntimeError(
                 f"MLflow experiment {self._experiment_name!r} was deleted: restore it or set tracking.experiment"
             )
-        if KIND_TAG not in found.tags:  # else its page is for traces of chats until somebody says otherwise
+        if KIND_TAG not in found.tags:  # otherwise its page is for GenAI traces until somebody changes that
             with contextlib.suppress(MlflowException):  # not everybody may change an experiment
                 self._client.set_experiment_tag(found.experiment_id, KIND_TAG, TRAINING)
         return found
@@ -220,7 +221,7 @@ def _metric_name(key: str) -> str:
 
 @contextlib.contextmanager
 def _schema_lock(uri: str) -> Iterator[None]:
-    """Two runs that make the tables of one SQLite file at once would each fail on the other's."""
+    """A lock on creating the tables of an SQLite file, at which two runs at once would both fail."""
     if not uri.startswith(SQLITE):
         yield
         return

@@ -1,10 +1,10 @@
-"""What a tracker is sent of one run: the lines that count, what a person should know, files; and what it has so far.
+"""Sends one run to a tracker: its final metrics, notable events and files; and keeps account of what was sent.
 
-Each step is shown once. A tracker cannot take a point back, so:
-- what the tracker holds is read back whenever a connection is made, and steps up to there are not sent again: after a
-  restart the first recording of a step stays. Resume is exact, so the second has the same values.
-- where a step's values can change, that is under `train.spike.action: rollback`, steps are held back until a
-  checkpoint at or past them is committed: a rollback never goes behind it. FINISHED and a sync by hand release them.
+Each step is sent once. A tracker cannot delete a point, so:
+- what the tracker holds is read back on every connection, and steps up to there are not sent again: after a restart
+  the first recording of a step stays. Resume is exact, so the second has the same values.
+- if a step's values can still change, that is under `train.spike.action: rollback`, steps are held back until a
+  checkpoint at or past them is committed: a rollback never goes behind it. FINISHED and a manual sync release them.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ GONE = "the training process died without a message (killed, or out of memory)"
 
 
 def open_tracker(run_dir: Path, config: Config, uri: str) -> Tracker:
-    """The tracker of a run; a new experiment in a database keeps its files where a database of its own would lie."""
-    from .mlflow import MlflowTracker  # 2 s of imports, which a wrong call need not wait for
+    """The tracker of a run. In a database, a new experiment keeps its files where the default database would be."""
+    from .mlflow import MlflowTracker  # 2 s of imports, which a mistaken call need not wait for
 
     beside = Path(config.tracking.parent or run_dir).resolve().parent
     return MlflowTracker(uri, config.tracking.experiment, beside / "mlartifacts" if uri.startswith("sqlite") else None)
 
 
 def key_of(run_dir: Path) -> str | None:
-    """What identifies a run, or a sweep, for ever: its name and how its record begins; None: nothing has begun."""
+    """What identifies a run or sweep for ever, a hash of its name and its record's first line; None: no record yet."""
     try:
         with open_file(run_dir / EVENTS) as file:
             return hashlib.sha256(run_dir.resolve().name.encode() + next(read_lines(file), b"")).hexdigest()[:32]
@@ -46,16 +46,16 @@ def key_of(run_dir: Path) -> str | None:
 
 
 class Sender:
-    """Sends the record of a run, as often as it is asked to.
+    """Sends the record of a run, whenever it is asked to.
 
     Args:
-        once: send steps that a rollback could still change, too.
+        once: also send steps that a rollback could still change.
     """
 
     def __init__(self, run_dir: Path, config: Config, uri: str, tracker: Tracker, once: bool) -> None:
         self.run_dir, self.config, self.tracker, self.once = run_dir, config, tracker, once
         self.uri = mask(uri)
-        """As it is written and shown."""
+        """Without its password, as it is written and shown."""
         self.hold = config.train.spike.action == "rollback" and not once
         self.events: list[dict[str, Any]] = []
         self._events_size = -1
@@ -70,10 +70,10 @@ class Sender:
         self._noted: dict[str, str] = {}
         self._state: dict[str, Any] = {}
         self.progress = time.monotonic()
-        """When something last got through."""
+        """When something was last sent successfully (`time.monotonic`)."""
 
     def send_all(self, ended: dict[str, Any] | None) -> None:
-        """Send what is there; after the end, `ended`, that too."""
+        """Send what is recorded so far, and the end of the run once it has `ended`."""
         self._connect()
         self._send(everything=self.once or (ended is not None and ended["status"] == "FINISHED"))
         self._describe()
@@ -83,7 +83,7 @@ class Sender:
         self._save()
 
     def _describe(self) -> None:
-        """What a person should know of it, and what a person says of it, as tags, as far as it is new."""
+        """Send notable events and the user's notes as tags, if they have changed."""
         notes = read_notes(self.run_dir)
         old = self._state.get("tags", [])
         tags = notable_tags(self.events) | dict.fromkeys(old, "") | dict(notes.tags) | self.tags(notes.note)
@@ -93,7 +93,7 @@ class Sender:
             self._state["tags"] = list(notes.tags)
 
     def tags(self, note: str) -> dict[str, str]:
-        """How far it is, and its description."""
+        """The run's progress and its description."""
         drawn = (self.run_dir / PICTURE).exists()
         text = description(self.config, self.events, note, self._state["run_id"], drawn)
         return {"step": f"{max(self._sent[False], 0)}/{self.config.train.steps}", MLFLOW_NOTE: text}
@@ -104,14 +104,14 @@ class Sender:
         self.tracker.finish(ended["status"], ended["time"], ended.get("reason"))
 
     def names(self, ended: bool) -> tuple[str, ...]:
-        """Files and folders that are sent."""
+        """Files and folders to send."""
         return FINAL if ended else LIVE
 
     def params(self) -> dict[str, Any]:
         return flatten(self.config)
 
     def totals(self) -> dict[str, float]:
-        """Metrics at the end: the share of the time that went into steps that count, and where it all went."""
+        """Metrics at the end of the run: its goodput, and the seconds spent in each category."""
         from trainer.record.goodput import goodput, productive, total  # numpy, which most commands need not wait for
 
         seconds = total(goodput(self.run_dir))
@@ -119,15 +119,15 @@ class Sender:
         return {"run_goodput": round(productive(seconds), 6), **books}
 
     def plot(self) -> None:
-        """Make the final pictures."""
+        """Draw the final plots."""
         try:
             made, lines = self.run_dir / "plots" / "loss.png", self.run_dir / METRICS
             if made.exists() and made.stat().st_mtime_ns > lines.stat().st_mtime_ns:
-                return  # a sync by hand of what was sent
+                return  # a manual sync: the plots are there
             from trainer.observe.plots import plot_run  # matplotlib is needed at the end only
 
             plot_run(self.run_dir)
-        except Exception as problem:  # plots are no reason to lose the rest
+        except Exception as problem:  # a failed plot must not keep the rest from being sent
             print(f"no plots: {words(problem)}", file=sys.stderr, flush=True)
 
     def _connect(self) -> None:
@@ -139,7 +139,7 @@ class Sender:
         assert key
         started = [event for event in self.events if event["event"] == "attempt_started"]
         first = self.events[0]
-        begin = min(first.get("began", first["time"]), first["time"])  # of the launch
+        begin = min(first.get("began", first["time"]), first["time"])  # the launch's time
         sent = self.tracker.open(
             RunInfo(
                 self.run_dir.resolve().name, key, known.get("run_id"), begin, key_of(Path(above)) if above else None
@@ -157,7 +157,7 @@ class Sender:
         self._save()
 
     def _send(self, everything: bool) -> None:
-        """Send the lines that count and that no rollback can change any more."""
+        """Send the lines that no rollback has discarded or can still change."""
         index = self.index
         assert index is not None
         index.update()
@@ -185,10 +185,10 @@ class Sender:
         self._save()
 
     def ended(self, attempt: int | None = None, gone: bool = False) -> dict[str, Any] | None:
-        """`attempt_ended` of an attempt, the last if none is given, or what stands for it.
+        """`attempt_ended` of an attempt (by default the last), or a substitute if it died without one; None: it runs.
 
         Args:
-            gone: its process is.
+            gone: its process has ended.
         """
         self.read_events()
         if not self.events:
@@ -201,7 +201,7 @@ class Sender:
                 return event
         if not gone:
             return None
-        seen = summary(self.run_dir)["updated"]  # the last sign of life: it may be sent days later
+        seen = summary(self.run_dir)["updated"]  # the last sign of life, as this may be sent days later
         return {"status": "FAILED", "time": seen or time.time(), "reason": reason or GONE}
 
     def read_events(self) -> None:
@@ -220,7 +220,7 @@ class Sender:
         return f"{held} after the last checkpoint held back, as the run may resume from there"
 
     def note_error(self, error: str, **more: Any) -> dict[str, Any]:
-        """Write it beside what is known of the tracker. Returns all of it."""
+        """Add an error to the tracking state on disk. Returns that state."""
         known = read_state(self.run_dir)
         state = (known if known.get("uri") == self.uri else {"uri": self.uri}) | {"error": error, **more}
         write_state(self.run_dir, state)

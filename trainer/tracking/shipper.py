@@ -1,4 +1,4 @@
-"""Sends a run's record to its tracker: reads it as it grows, repeats until it is through."""
+"""Sends a run's record to its tracker: follows it as it grows, and retries until everything is sent."""
 
 import contextlib
 import os
@@ -24,9 +24,9 @@ from .tracker import Tracker
 
 FIRST_BACKOFF, MAX_BACKOFF = 1.0, 30.0
 LAST_WORD = 3.0
-"""Seconds in which whoever killed a training process may say that it was on purpose."""
+"""Seconds in which whatever killed a training process may record that it was on purpose."""
 PATIENCE = 5.0
-"""Seconds a sync by hand waits for another shipper of the run to end."""
+"""Seconds that a manual sync waits for another shipper of the run to end."""
 
 
 class Shipped(NamedTuple):
@@ -36,7 +36,7 @@ class Shipped(NamedTuple):
     """Lines of metrics.jsonl that were sent."""
     files: int
     missing: str | None
-    """One line that says what the tracker has not; None: it has everything."""
+    """One line that says what the tracker lacks; None: it has everything."""
 
 
 def ship(
@@ -47,17 +47,17 @@ def ship(
     once: bool = True,
     grace: float = GRACE,
 ) -> Shipped:
-    """Send a run's record to the tracker its config names.
+    """Send a run's record to the tracker that its config names.
 
     Args:
         run_dir: the run's folder.
-        attempt: leave when a later attempt than this one starts: its own shipper takes over.
+        attempt: return when a later attempt than this one starts, whose own shipper takes over.
         parent: process id of the training process, the parent of this one.
-        once: send what is there and leave; otherwise follow the record to the end of the attempt.
+        once: send what is there and return; otherwise follow the record to the end of the attempt.
         grace: seconds without success, once nothing more is recorded, after which to give up.
 
     Raises:
-        ConfigError: not a run, or `tracking.uri` is nothing that MLflow takes; as `require_own`.
+        ConfigError: not a run, or MLflow does not accept `tracking.uri`; or as `require_own`.
     """
     run_dir = Path(run_dir)
     if not (run_dir / "config.yaml").is_file():
@@ -74,7 +74,7 @@ def ship(
 
 
 class Shipper(Sender):
-    """The state of one shipper; `run` is its life."""
+    """One shipper: its state, and its main loop `run`."""
 
     def __init__(
         self,
@@ -93,10 +93,14 @@ class Shipper(Sender):
         self._system: SystemMetrics | None = None
         self._gone_at: float | None = None
         self._copied = 0
-        """Bytes of metrics.jsonl that metrics.parquet has."""
+        """Bytes of metrics.jsonl that metrics.parquet holds."""
 
     def run(self) -> str | None:
-        """Send until the attempt has ended and everything is sent, or nothing got through for `grace` seconds."""
+        """Send until the attempt has ended and everything is sent, or nothing could be sent for `grace` seconds.
+
+        Returns:
+            One line that says what the tracker lacks; None: it has everything.
+        """
         finishing, backoff, failing = False, FIRST_BACKOFF, False
         while True:
             ended = self._ended()
@@ -118,7 +122,7 @@ class Shipper(Sender):
                 if ended or self.once:
                     return self.held()
                 failing = False
-            except Exception as problem:  # whatever a tracker's client raises: the record is safe, try again
+            except Exception as problem:  # a tracker's client may raise anything; the record is safe, so try again
                 if not failing:
                     self.note_error(told := f"cannot send to {self.uri}: {words(problem)}", unreachable=True)
                     print(told, file=sys.stderr, flush=True)
@@ -130,14 +134,14 @@ class Shipper(Sender):
             self._wait(backoff if failing else self.config.tracking.interval, wake=not ended)
 
     def _copy_columns(self) -> None:
-        """Also while the tracker does not answer; a disk that is full gets the copy when there is room again."""
+        """Done even while the tracker does not answer; after a full disk, as soon as there is room again."""
         from trainer.record.columns import update_columns  # numpy, which most commands need not wait for
 
         with contextlib.suppress(OSError):
             self._copied = update_columns(self.run_dir, self._copied)
 
     def _tell(self, event: str, reason: str) -> None:
-        """Say it once, where whoever watches the run sees it, while there is somebody to watch."""
+        """Record an event once, for those who watch the run, while the attempt lasts."""
         if self.once or self._ended() or event in self._told:
             return
         self._told.add(event)
@@ -158,7 +162,7 @@ class Shipper(Sender):
         gone = self.parent is not None and os.getppid() != self.parent  # before the last events are read
         if gone and self._gone_at is None:
             self._gone_at = time.monotonic()
-        # Who stopped it says so in the record, a moment after it is gone.
+        # Whatever stopped it records that a moment after it is gone.
         return self.ended(self.attempt, gone and time.monotonic() - (self._gone_at or 0.0) > LAST_WORD)
 
     def _superseded(self) -> bool:
@@ -166,7 +170,7 @@ class Shipper(Sender):
         return own is not None and any(e["event"] == "attempt_started" and e["attempt"] > own for e in self.events)
 
     def _wait(self, seconds: float, wake: bool) -> None:
-        """Sleep, but no longer than until the attempt ends."""
+        """Sleep; with `wake`, at most until the attempt ends."""
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0 and not (wake and self._ended()):
             time.sleep(min(left, 0.2))

@@ -1,4 +1,4 @@
-"""What the training process needs of tracking, without importing MLflow: start the shipper, wait for it at the end."""
+"""The training process's side of tracking, without importing MLflow: start the shipper, wait for it at the end."""
 
 import hashlib
 import json
@@ -21,19 +21,19 @@ from .tracker import Input
 
 STATE, LOG = "tracking.json", "tracking.log"
 MOST_STATE = 16 << 20
-"""Bytes of the state: of each file that was sent it has some hundred."""
+"""Bytes of the state, which has about a hundred for each file that was sent."""
 LAST_CHANCE = 10.0
-"""Seconds in which a tracker that fails as a run ends may come back."""
+"""Seconds that a tracker that does not answer is given to come back as a run ends."""
 GRACE = 60.0
-"""Seconds without success after the end of training, or of a sync by hand, until it is left to a later sync."""
+"""Seconds without success, after training has ended or in a manual sync, until the rest is left to a later sync."""
 
 
 _CREDENTIALS = ("MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_AUTH")
-"""What MLflow shows to any server."""
+"""Credentials that MLflow sends to any server."""
 
 
 class NoCredentials(ConfigError):
-    """The password of the tracker is nowhere to be found, or those at hand are not for it."""
+    """The tracker's password is not to be found, or the credentials at hand are for another server."""
 
 
 class ShipperHandle:
@@ -44,7 +44,7 @@ class ShipperHandle:
         self._run_dir = run_dir
 
     def finish(self, timeout: float = 60.0) -> str | None:
-        """Wait until all is sent; call after `attempt_ended` is recorded.
+        """Wait until everything is sent, for at most `timeout` seconds. Call after `attempt_ended` is recorded.
 
         Returns:
             None if the tracker has everything, otherwise one line that says what is missing and what to do.
@@ -52,13 +52,13 @@ class ShipperHandle:
         began = time.monotonic()
         while (code := self.process.poll()) is None and (waited := time.monotonic() - began) < timeout:
             if waited > LAST_CHANCE and read_state(self._run_dir).get("unreachable"):
-                break  # the end of a run need not wait for a tracker that does not answer
+                break  # a run's end does not wait for a tracker that does not answer
             time.sleep(0.05)
         if code is None:
             return f"tracking: still sending after {waited:.0f} s; {later(self._run_dir)}"
         if code == 0:
             return None
-        error = read_state(self._run_dir).get("error") or f"the shipper ended with code {code}, see {LOG}"
+        error = read_state(self._run_dir).get("error") or f"the shipper exited with code {code}, see {LOG}"
         return f"tracking: {error}; `muster sync {self._run_dir}` sends the rest"
 
 
@@ -72,10 +72,10 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
         sweep: the folder is a sweep's, whose runs are sent as well (`trainer.tracking.sweep`).
 
     Returns:
-        None: there are no credentials for the tracker. Training goes on, and a later sync sends all.
+        The shipper; None if there are no credentials for the tracker: training goes on, and a later sync sends all.
 
     Raises:
-        ConfigError: `tracking.uri` is nothing that MLflow takes.
+        ConfigError: MLflow does not accept `tracking.uri`.
     """
     run_dir = Path(run_dir)
     try:
@@ -85,7 +85,7 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
         print(f"tracking: {error}. Until then nothing is sent; {later(run_dir)}", file=sys.stderr, flush=True)
         return None
     attempt = max(last_attempt(read_events(run_dir)), 1)
-    # -P: a `trainer` folder of the user's in the working directory must not win over this package.
+    # -P: a `trainer` folder in the user's working directory must not shadow this package.
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir)]
     command += ["--attempt", str(attempt), "--parent-pid", str(os.getpid()), "--grace", str(GRACE)]
     command += ["--sweep"] if sweep else []
@@ -97,28 +97,28 @@ def start_shipper(run_dir: str | Path, config: Config, *, sweep: bool = False) -
 
 
 def send_apart(run_dir: str | Path, *, sweep: bool = False) -> subprocess.Popen:
-    """Send what is missing in a process that outlives this one; it says nothing, see `unsent`."""
+    """Send what is missing in a process that outlives this one. It prints nothing: see `unsent`."""
     command = [sys.executable, "-P", "-m", "trainer.tracking", str(run_dir), "--once", *(["--sweep"] if sweep else [])]
     nowhere = subprocess.DEVNULL
     return subprocess.Popen(command, stdin=nowhere, stdout=nowhere, stderr=nowhere, start_new_session=True)
 
 
 def tracking_uri(run_dir: str | Path, config: Config) -> str:
-    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the runs; of a sweep's runs, beside the sweep.
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else SQLite beside the runs; for a sweep's runs, beside the sweep.
 
-    It has the password that config.yaml has not: see `hand_down_password`.
+    It includes the password, which config.yaml does not have: see `hand_down_password`.
 
     Raises:
-        NoCredentials: it is masked, and MLFLOW_TRACKING_URI is not the same with its password; or a file names the
-            server, and MLflow would show it credentials that are kept for another.
-        ConfigError: a folder, which MLflow 3 refuses.
+        NoCredentials: the password is masked, and MLFLOW_TRACKING_URI is not the same URI with its password; or a
+            config file names the server, and MLflow would send it credentials that are kept for another.
+        ConfigError: it is a folder, which MLflow 3 does not accept.
     """
     root = Path(config.tracking.parent or run_dir).resolve().parent
     variable = os.environ.get("MLFLOW_TRACKING_URI")
     uri = config.tracking.uri or variable or sqlite_uri(root / "mlflow.db")
     if "://" not in uri or uri.startswith("file:"):
         raise ConfigError(
-            f"tracking.uri={mask(uri)}: MLflow 3 does not record to a folder; give http(s)://server or "
+            f"tracking.uri={mask(uri)}: MLflow 3 does not record to a folder; set it to http(s)://server or "
             f"sqlite:////absolute/path.db, or leave it out for {root / 'mlflow.db'}"
         )
     _refuse_strange(uri, variable)
@@ -128,7 +128,7 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
         return variable
     bare = re.sub(r"^(https?://)[^/]*@", r"\1", uri)
     if MASK not in bare and (os.environ.get("MLFLOW_TRACKING_PASSWORD") or os.environ.get("MLFLOW_TRACKING_TOKEN")):
-        return bare  # MLflow sends what the variables say
+        return bare  # MLflow sends the credentials of these variables
     raise NoCredentials(
         f"tracking.uri={uri}: a run's files must not contain a password; set MLFLOW_TRACKING_URI to the whole URI "
         "instead"
@@ -136,7 +136,7 @@ def tracking_uri(run_dir: str | Path, config: Config) -> str:
 
 
 def _refuse_strange(uri: str, variable: str | None) -> None:
-    """Raise NoCredentials if whoever wrote a file would be shown what MLflow shows to any server."""
+    """Raise NoCredentials if a config file could make MLflow send the user's credentials to a server of its choice."""
     kept = [name for name in _CREDENTIALS if os.environ.get(name)]
     kept += ["~/.mlflow/credentials"] if Path("~/.mlflow/credentials").expanduser().exists() else []
     if kept and _server(uri) and _server(uri) != _server(variable or ""):
@@ -147,33 +147,33 @@ def _refuse_strange(uri: str, variable: str | None) -> None:
 
 
 def _server(uri: str) -> tuple[str, str, int | None] | None:
-    """Scheme, host and port of a web server's URI; None: it is none."""
+    """Scheme, host and port of a web server's URI; None: it is not one."""
     try:
         found = urlsplit(uri)
         usual = {"http": 80, "https": 443}.get(found.scheme)
         return (found.scheme, found.hostname or "", found.port or usual) if usual else None
-    except ValueError:  # of a host or port: it equals no other
+    except ValueError:  # a malformed host or port, which equals no other
         return "", uri, None
 
 
 SQLITE = ("sqlite:///", "sqlite+pysqlite:///")
-"""How the URI of a database file begins."""
+"""Prefixes of the URI of an SQLite file."""
 
 
 def sqlite_uri(path: Path) -> str:
-    """Where MLflow finds a database file. A path that means something in a URI is escaped, as SQLAlchemy reads it; the
-    driver is named with it, as MLflow would make the folder of the path without the escapes undone."""
+    """MLflow's URI of an SQLite file. A path with characters that are special in a URI is escaped, as SQLAlchemy reads
+    it, and the driver is then named too: without it MLflow would create the folder of the path as escaped."""
     escaped = re.search("[?#%]", str(path))
     return f"{SQLITE[1]}{quote(str(path))}" if escaped else f"{SQLITE[0]}{path}"
 
 
 def sqlite_path(uri: str) -> Path:
-    """The file that a URI of SQLite names."""
+    """The file of an SQLite URI."""
     return Path(unquote(uri.partition(":///")[2].partition("?")[0]))
 
 
 def hand_down_password(config: Config) -> None:
-    """Let the processes that this one starts have the tracker's password: files and command lines get it masked.
+    """Pass the tracker's password to child processes by the environment: files and command lines only have it masked.
 
     Args:
         config: as the user wrote it.
@@ -200,13 +200,14 @@ def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_state(run_dir: str | Path) -> dict[str, Any]:
-    """What the shipper last wrote down: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records), error,
-    unreachable (the last attempt to send failed), and files: time of change and size of each that was sent."""
+    """The state that the shipper last saved: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records),
+    error, unreachable (the last attempt to send failed), tags (the user's, by name) and files (modification time in ns
+    and size in bytes of each one sent)."""
     try:
         state = json.loads(read_bytes(Path(run_dir) / STATE, MOST_STATE))
     except (OSError, ValueError, RecursionError):
         return {}
-    # What is of other types than ours counts for nothing: all is asked of the tracker anew.
+    # Values of another type are ignored: they are read back from the tracker.
     known = state.items() if isinstance(state, dict) else ()
     # Older runs have the password of tracking.uri in it.
     return dict(mask_all({key: value for key, value in known if key not in _STATE or _STATE[key](value)}))
@@ -248,7 +249,7 @@ _STATE: dict[str, Callable[[Any], bool]] = {
 
 
 def write_state(run_dir: Path, state: dict[str, Any]) -> None:
-    """A disk that is full keeps the state before: what was sent since then is asked of the tracker, not sent again."""
+    """Save the state. On a full disk the old one stays: what was sent since is read back from the tracker."""
     try:
         replace_text(run_dir / STATE, json.dumps(state))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Sends a sweep's record as one run of the tracker, and the records of its runs below it: one process, one import."""
+"""Sends a sweep's record as one run of the tracker, with its runs nested below it, from a single process."""
 
 import contextlib
 import subprocess
@@ -19,14 +19,14 @@ from .start import GRACE, read_state, tracking_uri
 
 SWEEP, TRIALS = "sweep.yaml", "trials"
 UNSENT = (TRIALS, "lock", "tracking.json", "tracking.log", "tracking.lock")
-"""Of a sweep's folder: the runs are sent for themselves."""
+"""Files and folders of a sweep's folder that are not sent; its runs are sent as runs."""
 
 
 def sweep_config(sweep_dir: Path) -> Config:
-    """The tracking of a sweep's runs, as its record says.
+    """A config with the `tracking` section of a sweep's runs, from its record.
 
     Raises:
-        ConfigError: no sweep, or it never ran.
+        ConfigError: not a sweep, or it never ran.
     """
     started = [event for event in read_events(sweep_dir) if event["event"] == "attempt_started"]
     if not (sweep_dir / SWEEP).is_file() or not started:
@@ -41,7 +41,7 @@ def trial_folders(sweep_dir: Path) -> list[Path]:
 def ship_sweep(
     sweep_dir: Path, *, attempt: int | None = None, parent: int | None = None, once: bool = True, grace: float = GRACE
 ) -> Shipped:
-    """Send what the tracker has not of a sweep and its runs; all else as `trainer.tracking.shipper.ship`."""
+    """Send what the tracker lacks of a sweep and its runs; arguments as of `trainer.tracking.shipper.ship`."""
     require_own(sweep_dir)
     config = sweep_config(sweep_dir)
     uri = tracking_uri(sweep_dir, config)
@@ -57,14 +57,14 @@ def ship_sweep(
 
 
 def log_to_parent(sweep_dir: Path, files: Sequence[Path] = (), wait: float = 30.0) -> str | None:
-    """Send what has come into a sweep's folder to its run in the tracker, such as a fit and its plots.
+    """Send new files in a sweep's folder, such as a fit and its plots, to the sweep's run in the tracker.
 
     Args:
-        files: what the caller has just written there.
-        wait: seconds; a tracker that is down gets it later, by `muster sync`.
+        files: those that the caller has just written there.
+        wait: seconds; a tracker that is down gets them later, by `muster sync`.
 
     Returns:
-        One line that says what is missing, or None; also where the sweep never ran, or is not tracked.
+        One line that says what is missing; None if nothing is, the sweep never ran, or it is not tracked.
     """
     assert all(path.resolve().is_relative_to(sweep_dir.resolve()) for path in files)
     try:
@@ -82,7 +82,7 @@ def log_to_parent(sweep_dir: Path, files: Sequence[Path] = (), wait: float = 30.
 
 
 class SweepShipper(Shipper):
-    """Sends the sweep first, as its runs name it, and then each run whose record has grown."""
+    """Sends the sweep first, as its runs refer to it, then each run whose record has grown."""
 
     def __init__(self, sweep_dir: Path, config: Config, uri: str, *arguments: Any) -> None:
         super().__init__(sweep_dir, config, uri, *arguments)
@@ -104,12 +104,12 @@ class SweepShipper(Shipper):
         return {key: str(value) for key, value in ends[-1].get("totals", {}).items()} if ends else {}
 
     def plot(self) -> None:
-        """`muster sweep plot` does."""
+        """Nothing: `muster sweep plot` draws a sweep's plots."""
 
     def send_all(self, ended: dict[str, Any] | None) -> None:
         super().send_all(ended)
         for run_dir in trial_folders(self.run_dir):
-            # Its own `muster sync` may be at it; and of a run that was sent, nothing is asked.
+            # A `muster sync` of the run may be sending it; a run that is wholly sent costs no request.
             with only_one(run_dir, 0.0) as free:
                 if free and not self._is_sent(run_dir):
                     self._send_run(run_dir, last=self.once or ended is not None)
@@ -138,7 +138,7 @@ class SweepShipper(Shipper):
             if sender.progress > before:
                 self.progress = max(self.progress, sender.progress)
         if ended:
-            sender.index = None  # another attempt takes the run up again
+            sender.index = None  # another attempt may resume the run
 
     def _is_sent(self, run_dir: Path) -> bool:
         state = read_state(run_dir)

@@ -1,4 +1,4 @@
-"""What the machine of rank 0 does while it trains: CPU, memory, disk, network and GPUs, as MLflow shows them."""
+"""System metrics of rank 0's machine during training: CPU, memory, disk, network and GPUs, named as MLflow does."""
 
 import contextlib
 from collections import deque
@@ -9,18 +9,18 @@ from .tracker import Point
 EVERY = 10.0
 """Seconds between two samples, as in MLflow's own monitor; that one gives up for good when its server fails once."""
 KEPT = 1000
-"""Samples that wait for a tracker that does not answer: three hours; the oldest go first."""
+"""Samples kept while the tracker does not answer: almost three hours; the oldest are dropped first."""
 
 
 class SystemMetrics:
-    """Samples of this machine, which are kept until they are sent.
+    """Samples of this machine, kept until they are sent.
 
     Args:
-        started: Unix seconds from which the samples are counted: their step is the second.
+        started: Unix seconds; a sample's step is the number of seconds since then.
     """
 
     def __init__(self, started: float) -> None:
-        # MLflow's, which take a second to import.
+        # MLflow's monitors, which take a second to import.
         from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
         from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
         from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
@@ -28,21 +28,21 @@ class SystemMetrics:
 
         self._started = started
         self._monitors = [CPUMonitor(), DiskMonitor(), NetworkMonitor()]
-        with contextlib.suppress(Exception):  # no GPU, or no library that asks it
+        with contextlib.suppress(Exception):  # no GPU, or no library to query it
             self._monitors.append(GPUMonitor())
-        self._monitors[0].collect_metrics()  # the first share of a CPU is always 0
+        self._monitors[0].collect_metrics()  # the first CPU utilisation is always 0
         self._monitors[0].clear_metrics()
         self._last = 0.0
         self.waiting: deque[Point] = deque(maxlen=KEPT)
 
     def sample(self, now: float, last: bool = False) -> None:
-        """Take one if it is time, or if it is the last."""
+        """Take a sample if one is due, or if it is the last."""
         if now - self._last < (1.0 if last else EVERY):
             return
         self._last = now
         values: dict[str, float] = {}
         for monitor in self._monitors:
-            with contextlib.suppress(Exception):  # a device that went away is no reason to lose the record
+            with contextlib.suppress(Exception):  # a device that went away must not cost the others
                 monitor.collect_metrics()
                 values |= monitor.aggregate_metrics()
             monitor.clear_metrics()
@@ -50,7 +50,7 @@ class SystemMetrics:
         self.waiting.append(Point(max(0, round(now - self._started)), now, named))
 
     def send(self, log: Callable[[list[Point]], None]) -> None:
-        """Send what waits; what `log` raises is raised, and then all of it waits on."""
+        """Send the kept samples; if `log` raises, that is raised, and they are kept."""
         if points := list(self.waiting):
             log(points)
             self.waiting.clear()

@@ -1,4 +1,4 @@
-"""What a tracker must be able to do: five methods, so that another one than MLflow fits behind them."""
+"""The interface of a tracker: five methods, so that one other than MLflow can stand behind them."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Protocol
 
 
 class RunInfo(NamedTuple):
-    """A run as the tracker is told of it."""
+    """What the tracker is told of a run."""
 
     name: str
     key: str
-    """Identifies the run for ever: a tracker finds its own run by it when `run_id` is not known any more."""
+    """Identifies the run for ever: by it a tracker finds its own run if `run_id` is no longer known."""
     run_id: str | None
     started: float
     """Unix seconds."""
@@ -47,16 +47,17 @@ class Input(NamedTuple):
 
 
 class Tracker(Protocol):
-    """Every method may raise anything; the caller then opens again and repeats, so each must bear repetition."""
+    """Every method may raise anything; the caller then opens again and retries, so each must be idempotent."""
 
     def open(self, run: RunInfo) -> Sent:
-        """Make the run, or take up the existing one as running. The same run id for the life of the run."""
+        """Create the run, or set the existing one to running. A run has one run id for life."""
 
     def describe(self, params: Mapping[str, Any], tags: Mapping[str, str], inputs: Sequence[Input]) -> None:
-        """Parameters (the first value of each stays), tags (the last value stays) and inputs."""
+        """Set parameters (the first value of each stays), tags (the last value stays, an empty one removes the tag) and
+        inputs."""
 
     def log(self, points: Sequence[Point]) -> None:
-        """Add points; a step's point is taken whole or not at all."""
+        """Add points; the metrics of a step are stored together or not at all."""
 
     def artifact(self, path: Path, folder: str) -> None:
         """Keep a file under a folder of the run (empty: its top); a file of the same name is replaced."""
