@@ -1,1 +1,1 @@
-"""Whether machines, links and training itself are well: before the first step and during the run."""
+"""Health checks of machines, links and training itself, before the first step and during the run."""

@@ -1,7 +1,7 @@
-"""How long a step takes, and how much of that is this process's own: by the device's clock where the host runs ahead.
+"""How long a step takes, and how much of it is this process's own time: by CUDA events where the host runs ahead.
 
-On a GPU the host launches work and goes on, so both are told by pairs of CUDA events on the training stream. They are
-read when the device has passed them, in a later step: nothing here waits.
+On a GPU the host launches work and goes on, so both are measured with pairs of CUDA events on the training stream. They
+are read once the device has passed them, in a later step: nothing here waits.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from torch import distributed as dist
 
 
 class Event(Protocol):
-    """What is used of torch.cuda.Event."""
+    """The part of torch.cuda.Event that is used here."""
 
     def record(self) -> None: ...
 
@@ -31,14 +31,15 @@ def _timing_event() -> Event:
 
 
 class Took(NamedTuple):
-    """Of a step: its seconds, and when it ended."""
+    """A step's duration in seconds, and when it ended, in Unix seconds."""
 
     seconds: float
     ended: float
 
 
 def stopwatch(here: torch.device, event: Callable[[], Event] = _timing_event) -> Callable[[], Callable[[], Took]]:
-    """Start to measure. Returns what stops it, which returns what tells the time, once the device is past the stop."""
+    """Start measuring. Returns a function that stops it and returns another, which gives the time measured: call that
+    one once the device has passed the stop."""
     if here.type != "cuda":
         began = time.perf_counter()
 
@@ -53,7 +54,7 @@ def stopwatch(here: torch.device, event: Callable[[], Event] = _timing_event) ->
     def stop_device() -> Callable[[], Took]:
         last = event()
         last.record()
-        # The host reads it as soon as the device is there, or ran behind anyway.
+        # The end is when the host reads it: as soon as the device is done, or later if the host lags behind.
         return lambda: Took(first.elapsed_time(last) / 1000, time.time())
 
     return stop_device
@@ -62,10 +63,10 @@ def stopwatch(here: torch.device, event: Callable[[], Event] = _timing_event) ->
 class OwnTime:
     """This process's seconds in a step, less those in which it waits for others.
 
-    A whole step lasts as long on every rank, as collectives make all wait for the slowest. All of them, and a
-    pipeline's sends and receives, wait in `Work.wait`, whoever calls them (ZeRO's gathers and reductions, the layers of
-    tensor, expert and sequence parallelism), so what is left is reading data and computing: this rank's part of the
-    model and of the optimizer, in every topology. With expert parallelism a rank of much-used experts computes more.
+    A step as a whole takes equally long on every rank, as collectives make all wait for the slowest. All of them, and
+    a pipeline's sends and receives, wait in `Work.wait`, whatever calls them (ZeRO's gathers and reductions, the layers
+    of tensor, expert and sequence parallelism). What is left is reading data and computing this rank's part of the
+    model and the optimizer, in every topology. With expert parallelism a rank with popular experts computes more.
     """
 
     def __init__(self) -> None:
@@ -74,7 +75,7 @@ class OwnTime:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """This process waits for others."""
+        """While the block runs, this process waits for others."""
         start = time.perf_counter()
         try:
             yield
@@ -82,11 +83,11 @@ class OwnTime:
             self._waited += time.perf_counter() - start
 
     def begin(self) -> None:
-        """A step begins."""
+        """Call when a step begins."""
         self._began, self._waited = time.perf_counter(), 0.0
 
     def seconds(self) -> float:
-        """Since then; the step's part that is measured ends here."""
+        """Own seconds since `begin`."""
         return time.perf_counter() - self._began - self._waited
 
 
@@ -97,19 +98,19 @@ COLLECTIVES = (
     "reduce_scatter_single_coalesced", "alltoall", "alltoall_base", "all_to_all_single", "broadcast", "reduce",
     "gather", "scatter", "send", "recv", "recv_anysource", "barrier", "_end_coalescing",
 )  # fmt: skip
-"""Methods of torch's process groups (2.11 to 2.13) by which torch.distributed starts a collective. One that is not
-asynchronous runs on the stream that it was called on, and waits there for the other ranks."""
+"""Methods of torch's process groups (2.11 to 2.13) by which torch.distributed starts a collective. A synchronous one
+runs on the stream that it was called on, and waits there for the other ranks."""
 
 
 class DeviceOwnTime:
-    """The same on a GPU: the device's time from the step's begin to its end, less its waits in between.
+    """The same on a GPU: the device's time from the beginning of a step to its end, less its waits in between.
 
     The training stream waits where a collective runs on it, in `Work.wait`, and where it waits for a stream on which
-    DeepSpeed runs collectives beside the computing. Other streams' waits cost it nothing.
+    DeepSpeed overlaps collectives with computation. Waits of other streams cost it nothing.
 
     Args:
         event: makes an event.
-        training: whether the current stream is the training's.
+        training: whether the current stream is the training stream.
     """
 
     def __init__(self, event: Callable[[], Event], training: Callable[[], bool]) -> None:
@@ -120,7 +121,7 @@ class DeviceOwnTime:
         self._seconds = 0.0
 
     def watch(self) -> None:
-        """Mark what this process does from now on."""
+        """From now on, measure this process's waits."""
         _wrap(dist.Work, "wait", self.waiting)
         _wrap(torch.cuda.Stream, "wait_stream", self.waiting)
         for name in COLLECTIVES:
@@ -128,13 +129,13 @@ class DeviceOwnTime:
                 _wrap(dist.ProcessGroup, name, self.waiting)
 
     def begin(self) -> None:
-        # What fails in a measurement must not fail the step: then this one is not measured.
+        # A failed measurement must not fail the step: the step is then not measured.
         with contextlib.suppress(Exception):
             self._now = None
             self._now = _Marks(self._mark())
 
     def seconds(self) -> float:
-        """Of the last step that the device is done with; 0 before there is one."""
+        """Own seconds of the last step that the device has finished; 0 if there is none yet."""
         with contextlib.suppress(Exception):
             if self._now:
                 self._now.end = self._mark()
@@ -148,7 +149,7 @@ class DeviceOwnTime:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """The training stream, if it is the current one, waits for others."""
+        """While the block runs, the training stream waits for others, if it is the current stream."""
         pair = None
         with contextlib.suppress(Exception):
             if self._now and self._training():
@@ -196,7 +197,7 @@ def _wrap(owner: Any, name: str, around: Callable[[], contextlib.AbstractContext
 
 
 class NoOwnTime:
-    """Of a process alone, which waits for nobody."""
+    """For a single process, which waits for nobody."""
 
     def begin(self) -> None: ...
 

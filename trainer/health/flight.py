@@ -1,7 +1,7 @@
-"""Who is waited for at a hang, by torch's flight recorder: what each process group was asked for, and what came of it.
+"""Which ranks the others wait for in a hang, by torch's flight recorder: the calls of each process group, their states.
 
 On a GPU a collective returns as soon as it is enqueued, so Python's stacks do not tell who waits for whom. The recorder
-does, with gloo as with NCCL. Its private names and the shape of its dumps are those of torch 2.13 (dump version 2.10,
+does, with gloo as with NCCL. Its private names and the format of its dumps are those of torch 2.13 (dump version 2.10,
 torch/csrc/distributed/c10d/FlightRecorderDetail.hpp).
 """
 
@@ -16,20 +16,20 @@ from torch._C import _distributed_c10d as c10d
 REMEMBERED = 2000
 """Calls that the recorder of a process remembers, of all groups together."""
 KEPT = 20
-"""Of each group, the unfinished calls that are kept of a dump."""
+"""Unfinished calls that are kept of a dump, per group."""
 
 Dump = dict[str, Any]
 
 
 def switch_on() -> None:
-    """Let this process record; before it has a process group."""
+    """Make this process record; call it before the process group is created."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(REMEMBERED))
 
 
 def dump() -> Dump | None:
-    """What this process has recorded, without most of what finished; None: it recorded nothing.
+    """What this process has recorded, without most of the finished calls; None: it recorded nothing.
 
-    Of CUDA it asks only whether events have passed. Any thread may call it; it holds the interpreter while it works.
+    Of CUDA it only queries events. Any thread may call it; it holds the GIL meanwhile.
     """
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # the first where torch is built with CUDA
         call = getattr(c10d, name, None)
@@ -40,14 +40,14 @@ def dump() -> Dump | None:
 
 
 def shortened(found: Dump) -> Dump:
-    """Of each group the last finished call, the first unfinished ones and the last; `whole`: nothing was forgotten."""
+    """Each group's last finished, first unfinished and last unfinished calls; `whole`: the recorder dropped none."""
     done = {_call(entry) for entry in found["entries"] if _finished(entry)}
     kept: dict[str, list[Dump]] = {}
     last: dict[tuple[str, bool, bool], Dump] = {}
     for entry in found["entries"]:
         group = entry["process_group"][0]
         last[group, entry["is_p2p"], _call(entry) in done] = entry
-        # What is part of a coalesced call is never said to be finished itself.
+        # The parts of a coalesced call are never marked as finished themselves.
         if _call(entry) not in done and len(kept.setdefault(group, [])) < KEPT:
             kept[group].append(entry)
     chosen = {entry["record_id"]: entry for entries in (*kept.values(), last.values()) for entry in entries}
@@ -62,7 +62,7 @@ def _call(entry: Dump) -> tuple[str, bool, int]:
 
 
 def _finished(entry: Dump) -> bool:
-    # gloo's calls are retired and never `completed`; one of NCCL that is retired all the same ran out of time.
+    # gloo's calls are retired, never `completed`; a call of NCCL that is retired but not completed has timed out.
     return entry["state"] == "completed" or (entry["retired"] and _by_gloo(entry))
 
 
@@ -73,7 +73,7 @@ def _by_gloo(entry: Dump) -> bool:
 class Waiting(NamedTuple):
     """Attributes:
     suspects: the ranks that others wait for and that wait for nobody.
-    where: what the others wait in, for a person.
+    where: the call in which the others wait, as text.
     """
 
     suspects: list[int]
@@ -81,14 +81,14 @@ class Waiting(NamedTuple):
 
 
 def waited_for(dumps: Mapping[int, Dump | None]) -> Waiting:
-    """Who the others wait for, as far as the recorders tell.
+    """The ranks that the others wait for, as far as the recorders tell.
 
-    A rank waits for another in a collective that it has called and the other has not, or that both have called and
-    that has begun on its own device only (NCCL says so under TORCH_NCCL_ENABLE_TIMING=1); and in a transfer that the
-    other has not called. Who is waited for may wait for a third: named are the ends of such chains.
+    A rank waits for another in a collective that it has called and the other has not, or that both have called but
+    that has started on its own device only (NCCL tells under TORCH_NCCL_ENABLE_TIMING=1); and in a send or receive that
+    the other has not called. A rank that is waited for may itself wait for a third: the ends of such chains are named.
 
     Args:
-        dumps: as `dump` made them, of every rank; None: nothing is known of it.
+        dumps: every rank's `dump`; None: nothing is known of that rank.
     """
     said = {rank: dump for rank, dump in dumps.items() if dump}
     edges = [*_in_collectives(said), *_in_transfers(said)]
@@ -98,7 +98,7 @@ def waited_for(dumps: Mapping[int, Dump | None]) -> Waiting:
 
 
 Edge = tuple[int, int, str]
-"""Who waits, for whom, in what."""
+"""The rank that waits, the rank that it waits for, and the call."""
 
 
 class _Group(NamedTuple):
@@ -106,8 +106,8 @@ class _Group(NamedTuple):
 
     Attributes:
         enqueued, completed: number of the last collective that was called, and of the last that finished, from 1.
-        first: the first unfinished one, as the recorder has it; None: there is none, or it is forgotten.
-        title: name, and what the group is for.
+        first: the recorder's entry of the first unfinished one; None: there is none, or the recorder dropped it.
+        title: the group's name, and what it is for.
     """
 
     enqueued: int
@@ -137,15 +137,15 @@ def _state(group: _Group) -> str:
 
 
 def _groups(dump: Dump) -> dict[str, _Group]:
-    """The groups of which a dump has a collective, by name."""
+    """The groups that have a collective in a dump, by name."""
     calls: dict[str, list[Dump]] = {}
     for entry in dump["entries"]:
         if not entry["is_p2p"]:
             calls.setdefault(entry["process_group"][0], []).append(entry)
     found = {}
     for name, entries in calls.items():
-        # By an id that is this process's own; it goes on to count what the recorder has forgotten. Gloo's counts
-        # transfers too, of which the recorder has no entry and each rank has its own number.
+        # The status counts calls that the recorder has dropped too; its key is an id of this process alone. Gloo's
+        # counts sends and receives as well, which the recorder has no entries for and whose number differs by rank.
         status = {} if _by_gloo(entries[0]) else dump["pg_status"].get(str(entries[0]["pg_id"]), {})
         numbers = [entry["collective_seq_id"] for entry in entries]
         done = [entry["collective_seq_id"] for entry in entries if _finished(entry)]
@@ -158,7 +158,7 @@ def _groups(dump: Dump) -> dict[str, _Group]:
 
 
 def _members(said: Mapping[int, Dump], name: str) -> list[int]:
-    """Ranks of a group; empty where no rank says (gloo)."""
+    """The ranks of a group; empty if no dump names them (gloo)."""
     for dump in said.values():
         if ranks := json.loads(dump["pg_config"].get(name, {}).get("ranks") or "[]"):
             return list(ranks)
@@ -167,7 +167,7 @@ def _members(said: Mapping[int, Dump], name: str) -> list[int]:
 
 
 def _in_transfers(said: Mapping[int, Dump]) -> Iterator[Edge]:
-    """Sends and receives of which the other side is not pending: it was not called there."""
+    """Sends and receives whose counterpart is not pending: the other rank has not called it."""
     pending = {rank: list(_transfers(said, rank)) for rank in said}
     for rank, transfers in pending.items():
         for name, peer, call in transfers:
@@ -176,10 +176,10 @@ def _in_transfers(said: Mapping[int, Dump]) -> Iterator[Edge]:
 
 
 def _transfers(said: Mapping[int, Dump], rank: int) -> Iterator[tuple[str, int, str]]:
-    """(group, the other rank, call) of what is pending between two."""
+    """(group, the other rank, call) of each pending send or receive."""
     for entry in said[rank]["entries"]:
         name, call = entry["process_group"][0], entry["profiling_name"].split(":")[-1]
-        # `send 0->1` and `recv 1<-0` count within the group.
+        # The ranks in `send 0->1` and `recv 1<-0` are ranks within the group.
         if entry["is_p2p"] and not _finished(entry) and (found := _PAIR.fullmatch(call)):
             members, peer = _members(said, name), int(found[1])
             yield name, members[peer] if peer < len(members) else peer, call

@@ -1,4 +1,4 @@
-"""What joins the processes of a run: whether sums arrive right, how quick each one's link is, how far clocks differ."""
+"""The links between a run's processes: whether collectives are correct, each one's bandwidth, and clock offsets."""
 
 import time
 from collections.abc import Hashable, Sequence
@@ -8,15 +8,15 @@ from torch import Tensor
 from torch import distributed as dist
 
 EXCHANGED = {"cpu": 1 << 20, "cuda": 1 << 24}
-"""Numbers of 4 bytes that two processes send each other."""
+"""Numbers, of 4 bytes each, that two processes send each other."""
 PARTNERS = 4
-"""Machines, at most, that each machine exchanges with."""
+"""Most machines that each machine exchanges with."""
 Reading = tuple[float, float]
 """Unix seconds before and after a collective."""
 
 
 def sums_are_right(here: torch.device) -> bool:
-    """Whether an all-reduce and an all-gather of known numbers arrive here as they must. A collective."""
+    """Whether an all-reduce and an all-gather of known numbers give the right results here. A collective."""
     rank, world = dist.get_rank(), dist.get_world_size()
     pattern = torch.arange(1 << 16, device=here) % 7 + 1
     summed = (pattern * (rank % 8 + 1)).float()
@@ -28,10 +28,11 @@ def sums_are_right(here: torch.device) -> bool:
 
 
 def rounds(machines: Sequence[Hashable], most: int = PARTNERS) -> list[list[tuple[int, int]]]:
-    """Pairs of ranks that exchange at the same time, round by round; in each, a machine has one partner.
+    """Pairs of ranks that exchange at the same time, round by round; in a round, a machine has one partner.
 
-    Ranks have the same number within their machines. On one machine the ranks are paired as if each had its own. With
-    three machines or more a slow link is slow with every partner, and a sound one is quick with the other sound ones.
+    Ranks are paired with those of the same position within the partner machine; on a single machine, as if each rank
+    had its own. With three machines or more, a slow link is slow with every partner, and a good one is fast with the
+    other good ones.
 
     Args:
         machines: of each rank.
@@ -45,7 +46,7 @@ def rounds(machines: Sequence[Hashable], most: int = PARTNERS) -> list[list[tupl
     groups += [[]] * (len(groups) % 2)
     last = len(groups) - 1
     found = []
-    for turn in range(min(last, most)):  # a tournament's timetable, by the circle method
+    for turn in range(min(last, most)):  # a round-robin tournament, by the circle method
         partners = [(first, (turn - first) % last) for first in range(last)]
         pairs = [(a, last if a == b else b) for a, b in partners if a <= b]
         found.append([pair for a, b in pairs for pair in zip(groups[a], groups[b], strict=False)])
@@ -53,10 +54,10 @@ def rounds(machines: Sequence[Hashable], most: int = PARTNERS) -> list[list[tupl
 
 
 def exchange(machines: Sequence[Hashable], here: torch.device) -> tuple[float | None, list[int]]:
-    """Send numbers to a few partners and get theirs, both at once. A collective.
+    """Exchange numbers with a few partners, both directions at once. A collective.
 
     Returns:
-        Bytes/s each way with the quickest of them (None: there was none), and those whose numbers arrived wrong.
+        Bytes/s each way with the fastest partner (None: there was none), and the partners whose numbers arrived wrong.
     """
     rank, wrong, rates = dist.get_rank(), [], []
     sent, received = (_numbers(rank, here) for _ in range(2))
@@ -65,13 +66,13 @@ def exchange(machines: Sequence[Hashable], here: torch.device) -> tuple[float | 
         if partner is None:
             continue
         times = []
-        for _ in range(3):  # the first connects, and waits for the partner to be here
+        for _ in range(3):  # the first one connects, and waits until the partner is here
             received.fill_(-1)
             start = time.perf_counter()
             swap = [dist.P2POp(dist.isend, sent, partner), dist.P2POp(dist.irecv, received, partner)]
             for work in dist.batch_isend_irecv(swap):
                 work.wait()
-            received[-1].item()  # on a GPU the wait is the device's
+            received[-1].item()  # on a GPU only the device has waited
             times.append(time.perf_counter() - start)
         rates.append(sent.nbytes / min(times[1:]))
         if not torch.equal(received, _numbers(partner, here)):
@@ -84,7 +85,7 @@ def _numbers(rank: int, here: torch.device) -> Tensor:
 
 
 def clock_readings(here: torch.device, times: int = 5) -> list[Reading]:
-    """This clock around collectives that nobody leaves before everybody has come. A collective."""
+    """This process's clock before and after collectives, which no rank leaves before all have entered. A collective."""
     token, found = torch.zeros(1, device=here), []
     for _ in range(times + 1):
         before = time.time()
@@ -95,10 +96,10 @@ def clock_readings(here: torch.device, times: int = 5) -> list[Reading]:
 
 
 def clock_offset(mine: Sequence[Reading], chief: Sequence[Reading]) -> tuple[float, float]:
-    """Seconds that a clock is ahead of rank 0's, and by how many that may be wrong, from the same collectives.
+    """Seconds that a clock is ahead of rank 0's, and the largest error of that, from readings at the same collectives.
 
-    Rank 0 came before this process left, and left after it came: the offset is between the differences of these
-    readings, as in a round trip of NTP (RFC 5905, section 8).
+    Rank 0 entered before this process left, and left after this process entered: these differences bound the offset,
+    as in a round trip of NTP (RFC 5905, section 8).
     """
     bounds = [
         (came - chief_left, left - chief_came)

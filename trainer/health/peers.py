@@ -1,4 +1,4 @@
-"""Which machine is bad: a pure function of what every process of a run measured of itself. Knows no torch."""
+"""Which machine is bad: a pure function of what every process of a run measured of itself. Without torch."""
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
@@ -8,7 +8,7 @@ from statistics import median
 from typing import Literal, NamedTuple
 
 SLOW = 0.5
-"""Share of its peers' median under which a figure is named."""
+"""Fraction of its peers' median below which a figure is reported."""
 CLOCK = 1.0
 """Seconds that a clock may differ from rank 0's: the record's times come from several machines."""
 
@@ -18,7 +18,7 @@ class BadMachine(RuntimeError):
 
     Args:
         reason: for the user, with the names of the machines.
-        hosts: to leave out; empty: something is wrong, and which machine has it cannot be told.
+        hosts: machines to leave out; empty: something is wrong, but it cannot be told on which machine.
         ranks: of the processes there.
     """
 
@@ -40,41 +40,41 @@ def no_folder(run_dir: Path, hosts: list[str], ranks: list[int]) -> BadMachine:
 
 @dataclass(frozen=True)
 class Report:
-    """What one process measured of its device, its machine and what joins it to the others. Rates are per second."""
+    """What one process measured of its device, its machine and its links to the others. Rates are per second."""
 
     rank: int
     host: str
     address: str
-    """Towards rank 0: with the host's name it tells machines apart."""
+    """Its address towards rank 0; together with the host's name it identifies the machine."""
     device: str
-    """Its model: only equal ones are compared."""
+    """Its model; only devices of the same model are compared."""
     identity: str
-    """The very device, where it has a number of its own."""
+    """The device's own UUID, if it has one."""
     product: float
     """FLOP/s."""
     copy: float
-    """Bytes/s, read and written counted."""
+    """Bytes/s, reads and writes both counted."""
     right: bool
     """The matrix product's result was exact."""
     fingerprint: str
     """Of that result."""
     sums_right: bool
-    """An all-reduce and an all-gather gave what they must."""
+    """An all-reduce and an all-gather gave the right results."""
     link: float | None
-    """Bytes/s each way with the quickest partner; None: there was none."""
+    """Bytes/s each way with the fastest partner; None: there was none."""
     wrong_from: list[int]
     """Ranks whose numbers arrived wrong here."""
     sees_folder: bool
-    """A file that rank 0 has just made in the run's folder is there."""
+    """A file that rank 0 has just created in the run's folder is visible here."""
     write: float | None
-    """Bytes/s into the run's folder, on disk; None: not measured by this rank, or there was little room."""
+    """Bytes/s into the run's folder, fsync included; None: not measured by this rank, or too little space was free."""
     free_disk: int | None
     disk_error: str
     disk_full: bool
     clock: tuple[float, float]
-    """Seconds ahead of rank 0's, and by how many that may be wrong."""
+    """Seconds ahead of rank 0's, and the largest error of that."""
     free_memory: int
-    """Of the device."""
+    """Bytes, of the device."""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -83,11 +83,11 @@ class Report:
 
 
 class Verdict(NamedTuple):
-    """One thing that is bad, on one machine.
+    """One problem of one machine.
 
     Attributes:
-        kind: `broken`: no training there; `slow`: it will do, and somebody should look.
-        singled_out: False: something is wrong between machines, and which of them is the bad one cannot be told.
+        kind: `broken`: it cannot train; `slow`: it can, but somebody should look at it.
+        singled_out: False: something is wrong between machines, but it cannot be told which of them is the bad one.
     """
 
     kind: Literal["broken", "slow"]
@@ -99,10 +99,11 @@ class Verdict(NamedTuple):
 
 
 def judge(reports: Sequence[Report]) -> list[Verdict]:
-    """What is bad, the broken first.
+    """All problems, the broken machines first.
 
-    A figure is slow beside the median of the other processes on equal devices (of a disk: of the other machines), of
-    two beside the other. A link is one end's or the other's, so that it takes three to tell.
+    A figure is compared with the median of the other processes on devices of the same model (for a disk, of the other
+    machines); with two, each is compared with the other. A slow link may be either end's fault, so it takes three to
+    tell.
 
     Args:
         reports: of every rank, in order.
@@ -160,7 +161,7 @@ def _name(
     sure: bool = True,
     kind: Literal["broken", "slow"] = "broken",
 ) -> Iterable[Verdict]:
-    """One verdict for each machine that has a bad process."""
+    """One verdict for each machine with a bad process."""
     ranks: dict[Hashable, list[Report]] = {}
     for report, is_bad in zip(reports, bad, strict=True):
         if is_bad:
@@ -170,14 +171,14 @@ def _name(
 
 
 def _odd(values: Sequence[str]) -> tuple[bool, list[bool]]:
-    """Who differs from most. Where no value is that of more than half, all are named, and False."""
+    """(whether more than half have the same value, which ones differ from it); without such a majority, all differ."""
     most, count = next(iter(Counter(values).most_common(1)), ("", 0))
     sure = 2 * count > len(values)
     return sure, [value != most or not sure for value in values]
 
 
 def _exchanges(reports: Sequence[Report]) -> Iterable[Verdict]:
-    """A machine whose exchanges went wrong with more than one other is the bad one; of two, either may be."""
+    """The bad machine is the one with wrong exchanges with the most others; of two, it may be either."""
     machine_of = {report.rank: report.machine for report in reports}
     ends: Counter[tuple[str, str]] = Counter()
     for report in reports:
@@ -189,7 +190,7 @@ def _exchanges(reports: Sequence[Report]) -> Iterable[Verdict]:
 
 
 def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slow"]) -> Iterable[Verdict]:
-    """Who has another version than most; where there is no most, than rank 0."""
+    """Processes whose version differs from that of the majority; without a majority, from rank 0's."""
     values = [report.versions.get(name, "unknown") for report in reports]
     sure, odd = _odd(values)
     usual = values[odd.index(False)] if sure else values[0]
@@ -201,9 +202,9 @@ def _versions(reports: Sequence[Report], name: str, kind: Literal["broken", "slo
 def _behind(
     reports: Sequence[Report], values: Sequence[float | None], what: str, unit: float, words: str
 ) -> Iterable[Verdict]:
-    """Who has less than `SLOW` of the median of the others that have a figure; the slowest of a machine is told.
+    """Processes below `SLOW` of the median of the others that have a figure; for each machine the slowest is reported.
 
-    Processes that share the cores of one machine are not compared with each other: only chance tells them apart.
+    Processes that share one machine's cores are not compared with each other: they differ by chance only.
     """
     have = [(value, report) for value, report in zip(values, reports, strict=True) if value is not None]
     found: dict[Hashable, list[tuple[float, Report, float]]] = {}

@@ -1,4 +1,4 @@
-"""Before the first step every process proves its device, links, disk and clock beside its peers; bad ones are named."""
+"""Before the first step, every process tests its device, links, disk and clock against its peers', to find bad ones."""
 
 import contextlib
 import errno
@@ -32,26 +32,26 @@ from .peers import Report, Verdict, judge, no_folder
 from .rates import Rates, measure
 
 MARK = ".preflight-"
-"""How the names of its files in the run's folder begin."""
+"""Prefix of the names of its files in the run's folder."""
 WRITTEN = 4 << 20
-"""Bytes that each machine writes there, or a quarter of what is free."""
+"""Bytes that each machine writes there, at most a quarter of the free space."""
 LITTLE = 1 << 20
-"""So few tell nothing of a disk's rate."""
+"""Fewer bytes do not measure a disk's rate."""
 PATIENCE = 5.0
-"""Seconds after which a file that another machine made has not come: network file systems remember what was not."""
+"""Seconds to wait for a file that another machine created: NFS caches negative lookups."""
 
 _TOLD = TypeAdapter(tuple[Report, Rates])
-"""What the processes tell one another."""
+"""What the processes tell each other."""
 
 
 def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rates]:
-    """Measure, compare, and record it all as the event `preflight`. A collective.
+    """Measure, compare, and record the results as the event `preflight`. A collective.
 
     Returns:
         What each rank measured of its device.
 
     Raises:
-        BadMachine: one is broken; what is only slow is printed and recorded.
+        BadMachine: a machine is broken; one that is only slow is printed and recorded.
     """
     began, here, me = time.perf_counter(), device(), (socket.gethostname(), _address())
     machines = [tuple(each) for each in from_all(me)]
@@ -83,7 +83,7 @@ def preflight(run_dir: Path, config: Config, record: Record | None) -> list[Rate
 
 
 def refuse(broken: Sequence[Verdict]) -> None:
-    """Raise BadMachine if there are any."""
+    """Raise BadMachine if there are broken machines."""
     if broken:
         sure = [verdict for verdict in broken if verdict.singled_out]
         lines = [_say(verdict) for verdict in broken]
@@ -93,10 +93,10 @@ def refuse(broken: Sequence[Verdict]) -> None:
 
 
 def require_folder(run_dir: Path) -> None:
-    """See that the run's folder, which rank 0 has made, is there for every process. A collective.
+    """Check that every process sees the run's folder, which rank 0 has created. A collective.
 
     Raises:
-        BadMachine: it is not.
+        BadMachine: some do not.
     """
     blind = [who for who in from_all((dist.get_rank(), socket.gethostname(), _appears(run_dir))) if not who[2]]
     if blind:
@@ -105,7 +105,7 @@ def require_folder(run_dir: Path) -> None:
 
 
 def figures(reports: Sequence[Report]) -> list[dict[str, Any]]:
-    """What the event says of each machine: of several processes the lowest figure. Rates are per second, of bytes."""
+    """The event's figures for each machine, of its processes the lowest. Rates are per second; sizes are in bytes."""
     found: dict[tuple[str, str], list[Report]] = {}
     for report in reports:
         found.setdefault(report.machine, []).append(report)
@@ -135,7 +135,7 @@ def _say(verdict: Verdict) -> str:
 
 
 def _address() -> str:
-    """This machine's own address towards rank 0; no packet is sent for it."""
+    """This machine's own address towards rank 0; no packet is sent to find it."""
     target = (os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "1")))
     try:
         family, kind, protocol, _, where = socket.getaddrinfo(*target, type=socket.SOCK_DGRAM)[0]
@@ -147,7 +147,7 @@ def _address() -> str:
 
 
 def _device(here: torch.device) -> tuple[str, str]:
-    """(model, the device's own number where it has one)."""
+    """(model, the device's UUID if it has one)."""
     if here.type == "cuda":
         facts = torch.cuda.get_device_properties(here)
         return facts.name, str(getattr(facts, "uuid", ""))
@@ -167,10 +167,10 @@ def _versions() -> dict[str, str]:
 
 
 def _make_mark(run_dir: Path) -> str | None:
-    """Make a file under a name that nobody can know yet; None: this very process cannot write there."""
+    """Create a file with a name that nobody can know yet; None: rank 0 itself cannot write there."""
     name = MARK + secrets.token_hex(8)
     with contextlib.suppress(OSError):
-        for old in run_dir.glob(f"{MARK}*"):  # of an attempt that was killed
+        for old in run_dir.glob(f"{MARK}*"):  # left by an attempt that was killed
             old.unlink(missing_ok=True)
         (run_dir / name).touch()
         return name
@@ -194,7 +194,7 @@ class _Disk(NamedTuple):
 
 
 def _try_disk(run_dir: Path) -> _Disk:
-    """Write a few MB into the run's folder, on disk, and read them back."""
+    """Write a few MB to the run's folder, fsync, and read them back."""
     path = run_dir / f"{MARK}{socket.gethostname()}-{dist.get_rank()}"
     free = None
     try:
@@ -206,7 +206,7 @@ def _try_disk(run_dir: Path) -> _Disk:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(file.fileno())
             seconds = time.perf_counter() - start
-            if hasattr(os, "posix_fadvise"):  # the bytes that are read are the disk's, not those in memory
+            if hasattr(os, "posix_fadvise"):  # read from the disk, not from the page cache
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         if path.read_bytes() != (data or b"0"):
             return _Disk(None, free, "a file read back differs from what was written")

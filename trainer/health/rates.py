@@ -1,4 +1,4 @@
-"""What each process's device can do: measured in some 100 ms, its matrix product checked against the exact result."""
+"""Rates of each process's device, measured in some 100 ms, with a matrix product checked against the exact result."""
 
 import hashlib
 import math
@@ -16,25 +16,25 @@ from models.planning.devices import DEVICES, Device, cpu
 
 TILE = 512
 SIDE = {"cpu": TILE, "cuda": 8 * TILE}
-"""Of the multiplied matrices: large enough for the device's full rate."""
+"""Rows of the multiplied matrices: enough for the device's full rate."""
 COPIED = {"cpu": 1 << 22, "cuda": 1 << 26}
 """Elements that are copied."""
 SMALL_OPERATIONS = 20
 EXACT = 256
-"""Every whole number up to here is one in each precision, bf16 too."""
+"""Every integer up to here is exact in every precision, bf16 included."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What one process measured, by the median of a few times.
+    """What one process measured, each a median of a few timings.
 
     Attributes:
-        product, bf16: FLOP/s of a matrix product in what weights are held in, and in bf16.
-        copy: bytes/s of a copy, read and write counted.
-        elementwise, launch: as of `models.planning.devices.Device`.
-        link: bytes/s that an all-reduce over all processes sends and receives; None: a lone process.
-        right: whether the product was exactly what it is by arithmetic on the host.
-        fingerprint: of the product's result: equal on every device that is whole.
+        product, bf16: FLOP/s of a matrix product in the precision that weights are held in, and in bf16.
+        copy: bytes/s of a copy, reads and writes both counted.
+        elementwise, launch: as in `models.planning.devices.Device`.
+        link: bytes/s that an all-reduce over all processes sends and receives; None: a single process.
+        right: whether the product was exactly what the host computed.
+        fingerprint: of the product's result: equal on every device that works.
     """
 
     product: float
@@ -48,12 +48,12 @@ class Rates:
 
 
 def measure(here: torch.device, precision: str) -> Rates:
-    """Measure this process's device; draws no number from a generator that others use.
+    """Measure this process's device, without drawing from any shared random generator.
 
     A collective: every process of the group calls it.
 
     Args:
-        precision: what weights are held in.
+        precision: that weights are held in.
     """
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     checked = _Product(here)
@@ -83,8 +83,8 @@ def device_facts(here: torch.device, precision: str, measured: Sequence[Rates]) 
     """The device as the planner knows it; None: a GPU that is not in its table.
 
     Args:
-        precision: what weights are held in.
-        measured: by every process; on CPU the slowest one's rates count.
+        precision: that weights are held in.
+        measured: by every process; on a CPU the slowest one's rates count.
     """
     if here.type == "cuda":
         return gpu_facts(here)
@@ -98,16 +98,16 @@ def device_facts(here: torch.device, precision: str, measured: Sequence[Rates]) 
 
 
 def gpu_facts(here: torch.device) -> Device | None:
-    """A GPU's line in the planner's table; None: it has none."""
+    """A GPU's entry in the planner's table; None: it has none."""
     name = torch.cuda.get_device_name(here).lower()
     return next((device for key, device in DEVICES.items() if key in name), None)
 
 
 class _Product:
-    """A product whose every partial sum is a whole number of at most `EXACT`.
+    """A matrix product whose partial sums are all integers of at most `EXACT`.
 
-    So each precision computes it exactly and in any order, and all devices agree to the bit. The factors hold -1, 0 and
-    1; those of a large product repeat those of a tile, so that the host can tell the result quickly.
+    So every precision computes it exactly, in any order, and all devices agree bit for bit. The factors hold -1, 0 and
+    1; those of a large product repeat a tile, so that the host can compute the result quickly.
     """
 
     def __init__(self, here: torch.device) -> None:
@@ -123,9 +123,9 @@ class _Product:
         self._result = a @ b
 
     def seen_through(self) -> tuple[Tensor, Tensor]:
-        """The last result times a vector of whole numbers, none of them 0, and what it must be (Freivalds, 1977).
+        """The last result times a vector of nonzero integers, and what that must be (Freivalds, 1977).
 
-        One wrong element always shows, several do unless they cancel out.
+        A single wrong element always shows; several do unless they cancel out.
         """
         assert self._result is not None
         numbers = torch.randint(1, 1000, (self.side,), generator=torch.Generator().manual_seed(1)).double()
@@ -136,7 +136,7 @@ class _Product:
 
 
 def factors(side: int) -> tuple[Tensor, Tensor]:
-    """Tiles [TILE, TILE] of two matrices of `side` rows, with so few ones that the sums stay small."""
+    """Tiles [TILE, TILE] of two matrices of `side` rows, sparse enough for the sums to stay small."""
     generator = torch.Generator().manual_seed(side)
     kept = torch.rand(2, TILE, TILE, generator=generator) < math.sqrt(120 / side)
     signs = torch.randint(0, 2, (2, TILE, TILE), generator=generator) * 2 - 1

@@ -8,10 +8,10 @@ from configs.sections.train import SpikeConfig
 
 
 def spike(loss: float, recent: Sequence[float], config: SpikeConfig) -> float | None:
-    """Deviations of `loss` above the mean of the `recent` losses, if it is a spike, else None.
+    """Standard deviations by which `loss` is above the mean of the `recent` losses, if it is a spike, else None.
 
-    No verdict before `config.window` losses are known. The deviation has a floor of 1e-3 of the mean, so that a
-    curve that has gone flat does not turn noise into spikes.
+    None until `config.window` losses are known. The standard deviation has a floor of 1e-3 of the mean, so that noise
+    on a flat curve does not count as spikes.
     """
     if len(recent) < config.window or not math.isfinite(loss):
         return None

@@ -1,4 +1,4 @@
-"""Which rank is slow: each one's own time in a step, told to all of them, and who is behind its peers for long."""
+"""Which ranks are slow: each rank's own time in a step is shared with all, and those that lag their peers are named."""
 
 import socket
 from collections.abc import Sequence
@@ -17,21 +17,21 @@ from trainer.processes.collectives import from_all
 from .clock import own_time
 
 WINDOW = 50
-"""Steps over which ranks are compared: a hiccup is no straggler."""
+"""Steps over which ranks are compared: a single slow step makes no straggler."""
 SLOW = 1.5
-"""Of its peers' median own time, from which a rank is a straggler."""
+"""A rank is a straggler from this multiple of its peers' median own time."""
 
 
 def sum_with_riders(sums: Tensor, riders: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """Add up float64 values over all processes.
+    """Sum float64 values over all processes, in a single all-reduce.
 
     Args:
         sums: on the device.
-        riders: of the host.
+        riders: on the host.
 
     Returns:
-        The sums; the riders' sums and what else rides along: the own seconds of each rank, nothing for a lone process.
-        On a GPU they are those of an earlier step, 0 as long as there is none.
+        The sums; then the sums of the riders, followed by each rank's own seconds (none for a single process). On a GPU
+        these seconds are of an earlier step, 0 if there is none yet.
     """
     world = dist.get_world_size()
     own = [0.0] * (world if world > 1 else 0)
@@ -43,14 +43,14 @@ def sum_with_riders(sums: Tensor, riders: Sequence[float]) -> tuple[Tensor, Tens
 
 
 def slow_ranks(steps: Sequence[Sequence[float]], stage_of: Sequence[int]) -> dict[int, float]:
-    """The ranks whose own time is at least `SLOW` times that of their peers, and how many times.
+    """The ranks whose own time is at least `SLOW` times that of their peers, and the ratio.
 
-    Medians over the steps, beside the lower median over the ranks of the same pipeline stage, as stages differ in what
-    they compute: half of the peers are at least as quick. A rank without peers is never slow.
+    A rank's median over the steps is compared with the lower median over the ranks of its pipeline stage, as stages
+    differ in what they compute: at least half of the peers are as fast as that. A rank without peers is never slow.
 
     Args:
         steps: own seconds of each rank in each step.
-        stage_of: of each rank.
+        stage_of: pipeline stage of each rank.
     """
     typical = [median(times) for times in zip(*steps, strict=True)]
     found = {}
@@ -65,7 +65,7 @@ class Stragglers:
     """The stragglers of an attempt.
 
     Args:
-        stage_of: of each rank, as `slow_ranks`.
+        stage_of: pipeline stage of each rank.
         hosts: of each rank.
     """
 
@@ -75,9 +75,9 @@ class Stragglers:
         self._named: set[int] = set()
 
     def after_step(self, rank_time: list[float]) -> list[Change]:
-        """Who became a straggler, or is none any more, by the last `WINDOW` steps; told once."""
+        """Ranks that became stragglers in the last `WINDOW` steps, or recovered; each change is reported once."""
         if not rank_time or not all(rank_time):
-            return []  # a lone process, or one that has not measured any step yet
+            return []  # a single process, or a rank that has not measured any step yet
         self._steps.append(rank_time)
         if len(self._steps) < WINDOW:
             return []
@@ -95,6 +95,6 @@ class Stragglers:
 
 
 def among_all(config: Config) -> Stragglers:
-    """Those of a process group. A collective."""
+    """The stragglers of the process group. A collective."""
     world = dist.get_world_size()
     return Stragglers([rank * config.parallel.pp // world for rank in range(world)], from_all(socket.gethostname()))

@@ -1,4 +1,4 @@
-"""Ends an attempt that stands still: every rank watches itself, saves its stacks, and one of them records a hang."""
+"""Ends an attempt that hangs: every rank watches itself and saves its stacks, and one of them records the hang."""
 
 import contextlib
 import faulthandler
@@ -24,28 +24,28 @@ from . import flight
 
 STACKS = "stacks"
 FACTOR = 10
-"""A step may take so many times the longest of late: what slows one down (a neighbour, a clock) is within it."""
+"""A step may take up to this multiple of the slowest recent one: a noisy neighbour or a throttled clock stays below."""
 REMEMBERED = 50
-"""Steps that the bound is derived from."""
+"""Recent steps that the bound is derived from."""
 WARM_UP = 2
-"""First steps of an attempt that say nothing of later ones: kernels are compiled, memory is first touched."""
+"""First steps of an attempt, which do not count for the bound: kernels are compiled, memory is first touched."""
 PHASES = ("start", "data", "step", "rollback", "evaluation", "checkpoint", "end")
 """What a rank does, in its order within a step."""
 STEP = ("data", "step")
-"""The phases whose time says how long the next may last. The others are bounded by cluster.timeout, after which other
-ranks would give up a collective with this one anyway."""
+"""The phases whose bound is derived from earlier steps. The others are bounded by cluster.timeout, after which the
+other ranks would give up on a collective anyway."""
 GRACE = 15.0
 """Seconds that the ranks are given to save their stacks."""
 UNKNOWN = (ValueError, LookupError, TypeError, AttributeError)
-"""Raised by what is read of another torch's flight recorder."""
+"""What reading the flight recorder of another version of torch may raise."""
 HELD = 5.0
-"""Seconds past the bound after which C code that holds the interpreter is taken for what stands still."""
+"""Seconds past the bound after which the hang is taken to be in C code that holds the GIL."""
 WAITING = ("/torch/distributed/", "/deepspeed/", "/trainer/health/clock.py", "/torch/cuda/streams.py")
-"""Where a rank stands that waits for others; clock.py wraps what waits, and a host waits for its GPU in the last."""
+"""Files whose frames mean a rank waits for others: clock.py wraps waits, in streams.py a host waits for its GPU."""
 
 
 class Beat(Protocol):
-    """Called wherever a rank gets ahead: the step it works on, and what it is about to do."""
+    """Called wherever a rank makes progress, with its step and the phase that it is about to enter."""
 
     def __call__(self, step: int, phase: str) -> None: ...
 
@@ -54,9 +54,9 @@ def bound(phase: str, took: Sequence[float], floor: float, timeout: float) -> fl
     """Seconds that a phase may last.
 
     Args:
-        took: seconds of the last steps, without the first ones; empty before that.
+        took: seconds of recent steps, without the first `WARM_UP`; empty until there are others.
         floor: cluster.hang_timeout.
-        timeout: cluster.timeout, of all that is no step, and of the first ones.
+        timeout: cluster.timeout, for the first steps and for phases outside of a step.
     """
     if phase not in STEP or not took:
         return timeout
@@ -64,7 +64,7 @@ def bound(phase: str, took: Sequence[float], floor: float, timeout: float) -> fl
 
 
 class Stand(NamedTuple):
-    """Where a rank stood when its stacks were saved."""
+    """Where a rank was when its stacks were saved."""
 
     step: int
     phase: str
@@ -77,16 +77,15 @@ class Stand(NamedTuple):
 
 
 def suspects(stands: Mapping[int, Stand | None], waited_for: Sequence[int] = (), stacks_tell: bool = True) -> list[int]:
-    """The ranks that the others wait for, as far as it can be told; else empty.
+    """The ranks that the others wait for, as far as can be told; empty if it cannot.
 
-    Those that could not even say where they stood (the process is stopped, or its interpreter held), else those that
-    the flight recorders name, else those that are behind, else those that stand outside of a collective while others
-    stand in one.
+    These are the ranks that could not even save their stacks (the process is stopped, or its GIL is held); else those
+    that the flight recorders name; else those that are behind; else those outside a collective while others are in one.
 
     Args:
-        stands: of every rank; None: it did not say.
-        waited_for: by the flight recorders.
-        stacks_tell: whether a rank that waits for others stands in a collective; on a GPU it stands anywhere.
+        stands: of every rank; None: it could not save its stacks.
+        waited_for: ranks that the flight recorders name.
+        stacks_tell: whether a waiting rank's stack shows a collective; on a GPU it may show anything.
     """
     said = {rank: stand for rank, stand in stands.items() if stand}
     if len(said) < len(stands):
@@ -103,9 +102,9 @@ def suspects(stands: Mapping[int, Stand | None], waited_for: Sequence[int] = (),
 def watchdog(run_dir: Path, attempt: int, config: Config) -> Iterator[Beat]:
     """Watch this rank while the block runs; the process group must exist.
 
-    A thread looks at the time since the last beat, which works while the training thread stands in a collective or in
-    a system call. Where C code holds the interpreter itself, faulthandler's own timer, which needs none, saves the
-    stacks and ends the process. When one rank is late, all save their stacks and end with exit code 1.
+    A thread checks the time since the last beat, which works while the training thread is blocked in a collective or a
+    system call. If C code holds the GIL, faulthandler's own timer, which does not need it, saves the stacks and ends
+    the process. When one rank is late, all save their stacks and end with exit code 1.
     """
     folder = run_dir / STACKS
     folder.mkdir(exist_ok=True)
@@ -128,12 +127,12 @@ def stacks_of(run_dir: Path, attempt: int, rank: int) -> Path:
 
 
 def recorder_of(run_dir: Path, attempt: int, rank: int) -> Path:
-    """What a rank's flight recorder said, as JSON."""
+    """The file with a rank's flight recorder dump, as JSON."""
     return stacks_of(run_dir, attempt, rank).with_suffix(".json")
 
 
 def _remove_empty(run_dir: Path, attempt: int) -> None:
-    """What processes have left that were killed."""
+    """Remove the empty files that killed processes left behind."""
     for number in range(1, attempt):
         for path in (run_dir / STACKS).glob(stacks_of(run_dir, number, 0).name.replace("0000", "*")):
             if not _size(path):
@@ -141,14 +140,14 @@ def _remove_empty(run_dir: Path, attempt: int) -> None:
 
 
 class _Watch:
-    """One rank's state: what it does, since when, and how long its steps took."""
+    """One rank's state: its phase, since when, and how long its steps took."""
 
     def __init__(self, run_dir: Path, attempt: int, config: Config, file: Any) -> None:
         self._run_dir, self._attempt, self._file = run_dir, attempt, file
         self._floor, self._timeout = config.cluster.hang_timeout, config.cluster.timeout
         self._rank, self._world = dist.get_rank(), dist.get_world_size()
         self._asked = run_dir / STACKS / f".attempt-{attempt:02d}"
-        """Made by the first rank that is late: the others save their stacks too, and it tells of them."""
+        """Created by the first rank that is late, which then records the hang; the others save their stacks too."""
         self._thread_id = threading.get_ident()
         self._steps, self._in_step = 0, 0.0
         self._took: deque[float] = deque(maxlen=REMEMBERED)
@@ -186,7 +185,7 @@ class _Watch:
                 if waited > allowed and self._is_first():
                     self._tell(step, phase, waited, allowed)
                 else:
-                    self._stop.wait(2 * GRACE)  # Ray or torchrun ends this process with the one that tells
+                    self._stop.wait(2 * GRACE)  # Ray or torchrun ends this process with the one that records the hang
                 os._exit(1)
 
     def _save_stacks(self, step: int, phase: str, waited: float, allowed: float) -> None:
@@ -197,7 +196,7 @@ class _Watch:
         faulthandler.dump_traceback(self._file)
 
     def _save_calls(self) -> None:
-        # Should CUDA not answer, the interpreter is held; this timer ends the process all the same.
+        # If CUDA does not answer, the GIL stays held; this timer ends the process all the same.
         faulthandler.dump_traceback_later(2 * GRACE, file=self._file, exit=True)
         path = recorder_of(self._run_dir, self._attempt, self._rank)
         try:
@@ -215,7 +214,7 @@ class _Watch:
         return False
 
     def _tell(self, step: int, phase: str, waited: float, allowed: float) -> None:
-        """Record the hang, when every rank has saved its stacks or had the time to."""
+        """Record the hang, once every rank has saved its stacks or had the time to."""
         paths = {rank: stacks_of(self._run_dir, self._attempt, rank) for rank in range(self._world)}
         calls = {rank: recorder_of(self._run_dir, self._attempt, rank) for rank in paths}
         until = time.monotonic() + GRACE
@@ -243,7 +242,7 @@ def _size(path: Path) -> int:
 
 
 def read_calls(paths: Mapping[int, Path]) -> flight.Waiting:
-    """Who is waited for, by what the ranks' recorders have saved; nobody where that cannot be read."""
+    """The ranks that are waited for, from the saved dumps of the flight recorders; none if these cannot be read."""
     dumps: dict[int, flight.Dump | None] = dict.fromkeys(paths)
     for rank, path in paths.items():
         with contextlib.suppress(OSError, ValueError):
@@ -251,7 +250,7 @@ def read_calls(paths: Mapping[int, Path]) -> flight.Waiting:
             dumps[rank] = found if found and "entries" in found else None
     try:
         return flight.waited_for(dumps)
-    except UNKNOWN:  # a hang must end also where its recorders are not understood
+    except UNKNOWN:  # a hang must end even if the dumps are not understood
         return flight.Waiting([], "")
 
 
@@ -259,7 +258,7 @@ _FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
 
 
 def read_stand(path: Path) -> Stand | None:
-    """Where the training thread of a rank stood, by its saved stacks; None if it could not say."""
+    """Where a rank's training thread was, from its saved stacks; None if it could not save them."""
     with contextlib.suppress(OSError, ValueError):
         head, *lines = path.read_text(encoding="utf-8").splitlines()
         said = json.loads(head)
