@@ -1,8 +1,8 @@
-"""The events of a run's or sweep's record: which there are, the fields that each has, and their types.
+"""The events in a run's or sweep's record: their names, the fields of each, and the fields' types.
 
-`Record.event` writes through this table and `read_events` reads through it. A field means the same in every event that
-has it. A line of a version before or after this one may have other fields; readers leave out only a line that lacks
-what they need of it, or has something of another type there.
+`Record.event` writes through this table, and `read_events` reads through it. A field means the same in every event. A
+line of an older or newer version may have other fields; readers leave out a line only if a field that they need is
+missing or of another type.
 """
 
 import math
@@ -19,7 +19,7 @@ def _number(value: Any) -> bool:
 
 
 def _measured(value: Any) -> bool:
-    """What is null where it was not finite."""
+    """A number, or null if it was not finite."""
     return value is None or _number(value)
 
 
@@ -71,7 +71,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "experts": _experts,
     "tracking": _mapping,
 }  # fmt: skip
-"""Types of the fields that readers decide by. A line where one has another type is left out."""
+"""Types of the fields that readers act on. A line that has another type in one of them is left out."""
 SHOWN: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("active_parameters", "cache_hits", "cache_misses", "devices", "eval_weight", "failures", "graph_breaks",
@@ -92,14 +92,14 @@ SHOWN: dict[str, Callable[[Any], bool]] = {
     "git_dirty": _truth,
     "machines": lambda value: _list(value) or _count(value),
 }  # fmt: skip
-"""Of those that are shown, or read by whoever asks for them: their types count when they are written."""
+"""Types of the fields that are only shown, or read on demand; they are checked on writing alone."""
 
 
 class Fields(NamedTuple):
-    """What an event has beside time, attempt and event."""
+    """An event's fields besides time, attempt and event."""
 
     needed: tuple[str, ...] = ()
-    """Readers do without them in no case."""
+    """Readers leave out an event that lacks one of these."""
     more: tuple[str, ...] = ()
 
 
@@ -128,7 +128,7 @@ EVENTS: dict[str, Fields] = {
     "export_skipped": _fields(more="reason"),
     "failure": _fields(more="step reason traceback"),
     "attempt_ended": _fields("status", "reason cause step totals"),
-    # As it trains.
+    # During training.
     "evaluation": _fields(more="step eval_loss eval_weight seconds files"),
     "skipped_step": _fields("step", "cursor loss in_a_row"),
     "spike": _fields(more="step cursor loss deviations"),
@@ -148,7 +148,7 @@ EVENTS: dict[str, Fields] = {
     "hang": _fields("reason", "step phase seconds bound suspects stacks"),
     "tracker_failed": _fields(more="reason"),
     "tracker_recovered": _fields(more="reason"),
-    # What the cluster did about it.
+    # The cluster's response.
     "worker_failed": _fields("rank step reason", "kind traceback"),
     "worker_lost": _fields("rank step reason", "kind traceback"),
     "policy": _fields("action reason", "failures"),
@@ -159,20 +159,20 @@ EVENTS: dict[str, Fields] = {
     "trial_ended": _fields("trial status", "kind reason"),
 }
 LAUNCH = ("resolved", "init_from", "config_changed", "forked")
-"""Written by a launch, with the number of the attempt before it, which may have ended long ago."""
+"""Written by a launch, under the number of the previous attempt, which may have ended long ago."""
 ALWAYS = ("time", "attempt", "event")
 METRICS = ("loss", "eval_loss", "lr", "grad_norm", "tokens", "step_time", "data_wait", "tokens_per_second", "tflops",
            "mfu", "memory_gb")  # fmt: skip
 RATE = "_per_second"
-"""Ends the key of a step's rate, which begins with the unit that its task counts in: `tokens_per_second`."""
+"""Suffix of the key of a step's rate, which begins with the unit that its task counts in: `tokens_per_second`."""
 
 NONFINITE, DATA, CHECKPOINT = "nonfinite", "data", "checkpoint"
-"""Causes of `attempt_ended` where the trainer stopped for good: steps without a finite loss or gradient, a damaged page
+"""Causes in `attempt_ended` for which a restart is of no use: steps without a finite loss or gradient, a damaged page
 of the data, a last checkpoint that could not be written."""
 
 
 class WrongEvent(UserWarning):
-    """An event that is written otherwise than `EVENTS` says: an error in the tests, a warning in a run."""
+    """An event is written that does not match `EVENTS`: an error in the tests, a warning in a run."""
 
 
 def wrong_event(record: dict[str, Any]) -> str:
@@ -205,7 +205,7 @@ def as_now(event: dict[str, Any]) -> dict[str, Any]:
 
 
 def wrong_metrics(record: dict[str, Any]) -> str:
-    """As `wrong_event`, of a line of metrics.jsonl."""
+    """As `wrong_event`, for a line of metrics.jsonl."""
     if wrong := _wrong(record, ("step", "attempt", "time")):
         return wrong
     unit = unit_of(record)
@@ -214,7 +214,7 @@ def wrong_metrics(record: dict[str, Any]) -> str:
 
 
 def unit_of(record: Mapping[str, Any]) -> str:
-    """What a line of metrics.jsonl counts: the tokens, images, ... that were trained on, under this key."""
+    """The unit in which a line of metrics.jsonl counts (tokens, images, ...), which is also the key of the count."""
     if "tokens" in record:
         return "tokens"
     return next((key.removesuffix(RATE) for key in record if key.endswith(RATE)), "tokens")
@@ -223,7 +223,7 @@ def unit_of(record: Mapping[str, Any]) -> str:
 def _wrong(record: dict[str, Any], needed: tuple[str, ...]) -> str:
     if missing := [key for key in needed if key not in record]:
         return f"it has no {missing[0]}"
-    for key, value in record.items():  # of every event of every run that is listed
+    for key, value in record.items():  # a hot loop: every event of every run that is listed
         if (fits := FIELDS.get(key)) and not fits(value):
             return _said(key, value)
     return ""

@@ -1,4 +1,4 @@
-"""What the planner said of a run, and what came of it: peak memory and time of a step."""
+"""The planner's prediction for a run beside what was measured: peak memory and time per step."""
 
 import contextlib
 import statistics
@@ -17,15 +17,15 @@ from models.planning.plan import predict
 from trainer.health.rates import Rates, device_facts
 
 SPARE = 2
-"""Times the memory there is that a prediction of the rest, which may be off, is let go on with."""
+"""A predicted total, which may be off, is refused above this multiple of the available memory."""
 WARM_UP = 2
-"""Steps that are left out of the median."""
+"""First steps, which are left out of the median."""
 
 
 class PeakMemory:
-    """Peak memory of this process since a point in time: allocated on a GPU, resident on a CPU less what it was then.
+    """Peak memory of this process since this was created: allocated on a GPU; on a CPU resident, less what it was then.
 
-    Where the system does not tell a process's peak (other than Linux), `bytes` is None.
+    `bytes` is None where the system does not report a process's peak (other than on Linux).
     """
 
     def __init__(self, here: torch.device):
@@ -33,7 +33,7 @@ class PeakMemory:
         if here.type == "cuda":
             torch.cuda.reset_peak_memory_stats(here)
         else:
-            with contextlib.suppress(OSError):  # forgets the peak of the imports
+            with contextlib.suppress(OSError):  # resets the peak, which the imports have raised
                 Path("/proc/self/clear_refs").write_text("5")
             self._before = _peak_resident() or 0
 
@@ -53,15 +53,15 @@ def _peak_resident() -> int | None:
 
 
 def refuse_too_large(config: Config, here: torch.device, there: int | None = None) -> None:
-    """Before anything is allocated, see whether one process can hold its part of the model at all.
+    """Before anything is allocated, check that one process can hold its part of the model at all.
 
     Args:
         config: resolved.
         there: bytes that it may use; None: all memory of the device, or of the machine.
 
     Raises:
-        ConfigError: its weights, gradients and optimizer states alone need more, or all that training holds needs more
-            than twice as much.
+        ConfigError: weights, gradients and optimizer states alone need more, or the predicted total is more than
+            `SPARE` times as much.
     """
     if not has_formulas(config.model):
         return
@@ -80,11 +80,11 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
 
 
 class Forecast:
-    """A prediction made before the model is built, and the measurements to hold it to, from here on.
+    """A prediction made before the model is built, and measurements from here on to compare it with.
 
     Args:
         here: this process's device.
-        measured: gives what each process measured of its own; what it leaves in memory counts as the run's.
+        measured: returns what each process measured of its device; memory that it leaves allocated counts as the run's.
     """
 
     def __init__(self, config: Config, here: torch.device, measured: Callable[[], Sequence[Rates]]):
@@ -98,13 +98,14 @@ class Forecast:
         self._seconds.append(seconds)
 
     def predicted(self) -> dict[str, Any]:
-        """Details of the event `plan`: bytes, seconds; empty where the planner knows not the device or family."""
+        """Details of the event `plan`, in bytes and seconds; empty if the planner lacks the device or family."""
         return self._plan.summary() if self._plan else {}
 
     def measured(self) -> dict[str, Any]:
-        """Details of the event `measured`, this process's; bytes and seconds, None before there is anything to tell.
+        """Details of the event `measured` for this process, in bytes and seconds; None until there are enough steps.
 
-        The peak is that of the whole run so far: evaluation and the checkpoints' copies count, as in the prediction.
+        The peak is that of the whole run so far, including evaluation and the copies for checkpoints, like the
+        prediction.
         """
         times = self._seconds[WARM_UP:]
         measured: dict[str, Any] = {

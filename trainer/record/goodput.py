@@ -1,4 +1,4 @@
-"""Where a run's time went, from its record alone: every second from its first launch on, in one of a few books."""
+"""Where a run's time went, from its record alone: attributes every second since its first launch to one category."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,38 +12,38 @@ from .events import LAUNCH
 from .lines import read_events
 
 BOOKS = ("step", "data_wait", "checkpoint", "evaluation", "startup", "lost", "queue", "paused", "down", "other")
-"""step: forward, backward, optimizer of steps that count. data_wait: without data in such steps. checkpoint: the
-training thread waited for a snapshot. evaluation. startup: from the launch, or from the failure that it follows, to the
-first step. lost: steps that were done again, and what an attempt that died did after its last one. queue: it was
-submitted and had no room on the cluster. paused: it had been stopped on purpose, or had finished, until it was
-launched again; that is no loss, and in no share. down: the same after a failure. other: between steps, and after the
-last one."""
+"""step: forward, backward and optimizer of steps that were not lost. data_wait: waiting for data in such steps.
+checkpoint: the training thread waited for a snapshot. evaluation. startup: from the launch, or from the failure before
+it, to the first step. lost: steps that had to be repeated, and what a crashed attempt did after its last step. queue:
+submitted, but without room on the cluster. paused: from a stop on purpose, or the end of training, to the next launch;
+this is no loss, and left out of all shares. down: the same after a failure. other: between steps, and after the last
+one."""
 
 
 @dataclass
 class Attempt:
-    """One attempt's seconds by book, and what it took."""
+    """One attempt's seconds by category."""
 
     number: int
     began: float
     """Unix seconds, of its launch or of the failure before it."""
     ended: float
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(BOOKS, 0.0))
-    """`paused` or `down` is the time before it."""
+    """Those of `paused` and `down` are before the attempt."""
 
 
 def goodput(run_dir: Path) -> list[Attempt]:
-    """Book every second of a run's life, up to its last sign of life; empty if nothing has started."""
+    """Attribute every second of a run, up to its last sign of life; empty if no attempt has started."""
     return book(read_events(run_dir), read_steps(run_dir))
 
 
 def total(attempts: Sequence[Attempt]) -> dict[str, float]:
-    """Seconds of the whole run by book."""
+    """Seconds of the whole run by category."""
     return {name: sum(attempt.seconds[name] for attempt in attempts) for name in BOOKS}
 
 
 def productive(seconds: dict[str, float]) -> float:
-    """Share of the time that went into steps that count (goodput as in arXiv:2407.21783, section 3.3.4)."""
+    """Share of the time spent in steps that were not lost (goodput as in arXiv:2407.21783, section 3.3.4)."""
     return seconds["step"] / max(unpaused(seconds), 1e-9)
 
 
@@ -53,13 +53,13 @@ def unpaused(seconds: dict[str, float]) -> float:
 
 
 class Steps(NamedTuple):
-    """The training records of a run in the order of the file, superseded ones too; each an array, [records]."""
+    """The training records of a run in file order, superseded ones included; each field is an array, [records]."""
 
     step: np.ndarray
     attempt: np.ndarray
     time: np.ndarray
     seconds: np.ndarray
-    """Of the whole step, and of those `waited` without data."""
+    """Of the whole step, `waited` of them spent waiting for data."""
     waited: np.ndarray
 
     def chosen(self, which: np.ndarray | slice) -> "Steps":
@@ -67,7 +67,7 @@ class Steps(NamedTuple):
 
 
 def read_steps(run_dir: Path) -> Steps:
-    """Those of metrics.jsonl that say how long they took."""
+    """The steps of metrics.jsonl whose durations are known."""
     rows = read_rows(run_dir, ("step_time", "data_wait"))
     seconds, waited = rows.values["step_time"], rows.values["data_wait"]
     steps = Steps(rows.step, rows.attempt, rows.time, seconds, waited)
@@ -75,7 +75,7 @@ def read_steps(run_dir: Path) -> Steps:
 
 
 def book(events: Sequence[dict[str, Any]], steps: Steps) -> list[Attempt]:
-    """As `goodput`, of a record that was read."""
+    """As `goodput`, from a record already read."""
     attempts: list[Attempt] = []
     ended = ""
     lost = _superseded(steps)
@@ -113,7 +113,7 @@ def book(events: Sequence[dict[str, Any]], steps: Steps) -> list[Attempt]:
 def _book_attempt(
     attempt: Attempt, events: Sequence[dict[str, Any]], steps: Steps, lost: np.ndarray, died: bool
 ) -> None:
-    """Book the time from each mark, a step's record or an evaluation's, to the next.
+    """Attribute the time from each mark (the record of a step or an evaluation) to the next.
 
     Args:
         steps, lost: of this attempt.
@@ -138,7 +138,7 @@ def _book_attempt(
     own = order[is_step]
     number, lost, after = steps.step[own], lost[own], stepped[is_step]
     took, rest, waited = took[is_step], rest[is_step], np.minimum(steps.waited[own], took[is_step])
-    # Of steps that were not recorded (train.log_every) the time between records is all there is.
+    # Of steps that are not recorded (train.log_every), only the time between records is known.
     unrecorded = after & (number > np.concatenate([[0], number])[:-1] + 1)
     seconds["lost"] += float(took[lost].sum() + rest[lost & unrecorded].sum())
     seconds["data_wait"] += float(waited[~lost].sum())
@@ -153,6 +153,6 @@ def _book_attempt(
 
 
 def _superseded(steps: Steps) -> np.ndarray:
-    """Which records are of steps that were done again later, [records] of bool."""
+    """Whether each record's step was repeated later, [records] of bool."""
     least = np.minimum.accumulate(steps.step[::-1])[::-1]
     return np.concatenate([steps.step[:-1] >= least[1:], [False]]) if len(least) else np.zeros(0, bool)

@@ -24,16 +24,16 @@ from .events import WrongEvent, as_now, not_in_table, unit_of, wrong_event, wron
 
 METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 MOST_EVENTS = 64 << 20
-"""Bytes of events.jsonl that are read: some 200,000 events, and a run of a million steps has a few thousand."""
+"""Most bytes of events.jsonl that are read: some 200,000 events, where a run of a million steps has a few thousand."""
 RECENT = 100
-"""Records that tell how fast a run is."""
+"""The latest records, which give a run's pace."""
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class Record:
-    """Appends to a run's record. Every line is one `write`, so a reader or a killed process never mixes two lines.
+    """Appends to a run's record. Every line is one `write`, so that lines never mix, even if a writer is killed.
 
-    Lines that a full disk does not take are kept, with their own times, and written before the next that it takes.
+    Lines for which a full disk has no room are kept in memory, with their own times, and written before later ones.
     """
 
     def __init__(self, run_dir: str | Path, attempt: int) -> None:
@@ -49,7 +49,7 @@ class Record:
 
         Args:
             values: `step` and plain, numpy or torch numbers, or (nested) lists of them. Non-finite ones become null.
-            at: when it was, if not now.
+            at: when it was, in Unix seconds; None: now.
         """
         # step, attempt and time stand first, where `MetricsIndex` finds them without parsing the line.
         head = {"step": int(values["step"]), "attempt": self.attempt, "time": time.time() if at is None else at}
@@ -69,7 +69,7 @@ class Record:
             warnings.warn(f"event outside the table of trainer.record.events: {wrong}", WrongEvent, stacklevel=2)
 
     def close(self) -> None:
-        """Write what is still kept, and say on stderr what is lost if the disk is still full."""
+        """Write the lines still kept in memory; if the disk is still full, print those that are lost on stderr."""
         for name, waiting in self._waiting.items():
             with self._lock, suppress(OSError):
                 self._flush(name)
@@ -119,7 +119,7 @@ def _open_append(path: Path) -> int:
 
 
 class Line(NamedTuple):
-    """One line of metrics.jsonl: whose it is, and its bytes [start, end)."""
+    """One line of metrics.jsonl: what it belongs to, and its bytes [start, end)."""
 
     step: int
     attempt: int
@@ -133,22 +133,22 @@ HEAD = re.compile(rb'\{"step": (\d{1,15}), "attempt": (\d{1,15}), "time": (\d{1,
 
 
 class MetricsIndex:
-    """The lines of metrics.jsonl that count, without their values: a long MoE run's file is many GB.
+    """The lines of metrics.jsonl that are not superseded, without their values: a long MoE run's file has many GB.
 
-    When a training step is not after the one before it, the run went back (a restart or a rollback): what had been
-    recorded from that step on is superseded. `lines` is in the order of the file.
+    If a training step does not come after the previous one, the run went back (a restart or a rollback), and what was
+    recorded from that step on is superseded. `lines` is in file order.
     """
 
     def __init__(self, run_dir: str | Path, offset: int = 0) -> None:
         self.path = Path(run_dir) / METRICS
         self.offset = offset
-        """Bytes seen, up to the end of the last whole line."""
+        """Bytes read, up to the end of the last complete line."""
         self.lines: list[Line] = []
         self._step = -1
         self._evaluated: set[int] = set()
 
     def update(self) -> None:
-        """Take in the whole lines appended since the last call. No file yet: nothing."""
+        """Read the complete lines appended since the last call; none if there is no file yet."""
         try:
             with open_file(self.path) as file:
                 file.seek(self.offset)
@@ -177,7 +177,7 @@ class MetricsIndex:
         self.lines.append(line)
 
     def forget_rolled_back(self, events: Sequence[dict[str, Any]]) -> None:
-        """Leave out what a `rollback` event took back and nothing has been recorded in place of yet."""
+        """Drop lines that a `rollback` event has undone but no later line has superseded yet."""
         for event in events:
             if event["event"] == "rollback":
                 to_step, before = event["to_step"], (event["attempt"], event["time"])
@@ -196,7 +196,7 @@ class MetricsIndex:
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
-    """The record as it counts, in step order: each step once, and each step's evaluation (has `eval_loss`) once."""
+    """The records that are not superseded, in step order: each step, and each evaluation (has `eval_loss`), once."""
     index = MetricsIndex(run_dir)
     index.update()
     index.forget_rolled_back(read_events(run_dir))
@@ -204,10 +204,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, Any]]:
 
 
 def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
-    """Every event, oldest first; a torn line is left out, and so, with a word, is one of other types than ours.
+    """Every event, oldest first. Torn lines are left out, and so, with a message, are those that `wrong_event` refuses.
 
     Raises:
-        OSError: it is no plain file, or has more bytes than any run writes.
+        OSError: it is not a regular file, or larger than any run writes.
     """
     path = Path(run_dir) / EVENTS
     try:
@@ -230,19 +230,19 @@ def read_events(run_dir: str | Path) -> list[dict[str, Any]]:
 
 @cache
 def _say_once(words: str) -> None:
-    """The record is read again and again."""
+    """Print a message only once, as the record is read repeatedly."""
     print(words, file=sys.stderr, flush=True)
 
 
 def summary(run_dir: str | Path) -> dict[str, Any]:
-    """A run in one row, from the events and the tail of the metrics: cheap however long the run.
+    """A run in one row, from its events and the tail of its metrics: cheap however long the run is.
 
     Returns:
         `name`; `status` (RUNNING, FINISHED, FAILED, STOPPED, or NEW: no attempt has begun) and its `reason`; `step`,
-        `loss` of the last training record and `eval_loss` of the last evaluation (of a language model in nats per
-        token; None where there is none); what was trained on, `weight` in its `unit`, and the same as `tokens` where
-        it is counted in them, else None; `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix
-        seconds, or None.
+        `loss` of the last training record and `eval_loss` of the last evaluation (for a language model in nats per
+        token; None if there is none); `weight`, how much was trained on, in its `unit`, and `tokens`, the same if that
+        is the unit, else None; `attempts`; `wall_time` in seconds over all attempts; `updated` in Unix seconds, or
+        None.
     """
     run_dir = Path(run_dir)
     return summary_of(run_dir.resolve().name, read_events(run_dir), *last_records(run_dir / METRICS))
@@ -251,7 +251,7 @@ def summary(run_dir: str | Path) -> dict[str, Any]:
 def summary_of(
     name: str, events: Sequence[dict[str, Any]], train: dict[str, Any], evaluation: dict[str, Any]
 ) -> dict[str, Any]:
-    """As `summary`, of a record that was read: its events, and the last record of a step and of an evaluation."""
+    """As `summary`, from a record already read: its events, and the last record of a step and of an evaluation."""
     updated = max((item["time"] for item in (*events[-1:], train, evaluation) if item), default=None)
     status, reason = status_of(events)
     unit = unit_of(train)
@@ -278,7 +278,7 @@ def last_attempt(events: Sequence[dict[str, Any]]) -> int:
 
 
 def pace(run_dir: str | Path) -> float | None:
-    """Seconds from one step to the next of late, with all that comes between; None: too little is recorded."""
+    """Recent seconds per step, including all that happens between steps; None if too little is recorded."""
     try:
         with open(Path(run_dir) / METRICS, "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - (1 << 20)))
@@ -291,9 +291,9 @@ def pace(run_dir: str | Path) -> float | None:
 
 
 def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
-    """Status of a run and its reason, by its last attempt; one whose process is gone without a message has FAILED.
+    """A run's status and its reason, from its last attempt; FAILED if its process is gone without a message.
 
-    A launch that was stopped before the first attempt has an `attempt_ended` without a beginning.
+    A launch that was stopped before the first attempt has an `attempt_ended` without an `attempt_started`.
     """
     started = [event for event in events if event["event"] == "attempt_started"]
     if not started:
@@ -311,7 +311,7 @@ def status_of(events: Sequence[dict[str, Any]]) -> tuple[str, str | None]:
 
 
 def in_use(events: Sequence[dict[str, Any]]) -> str:
-    """Which process trains a run or is about to, as far as can be seen from here; empty if none."""
+    """The process that trains a run, or is about to, as far as can be seen from here; empty if none."""
     started = [event for event in events if event["event"] == "attempt_started"]
     launched = [event for event in events if event["event"] == "resolved" and "pid" in event]
     if started and status_of(events)[0] == "RUNNING":
@@ -351,7 +351,7 @@ def _wall_time(events: Sequence[dict[str, Any]], updated: float | None) -> float
 
 
 def last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Last training and last evaluation record, read from the end; at most 16 MB for an evaluation that is far back."""
+    """Last training and last evaluation record, read from the end; the search for an evaluation stops after 16 MB."""
     train: dict[str, Any] = {}
     try:
         with open_file(path) as file:
@@ -382,9 +382,9 @@ def last_records(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def parse_line(line: bytes) -> dict[str, Any] | None:
-    """A line of the record; None where it is torn or no mapping."""
+    """Parse a line of the record; None if it is torn or not a mapping."""
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):  # torn, not UTF-8, or nested without end
+    except (ValueError, RecursionError):  # torn, not UTF-8, or nested too deeply
         return None
     return record if isinstance(record, dict) else None

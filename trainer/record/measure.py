@@ -1,4 +1,4 @@
-"""What the record says of a step: losses, rates, share of the device's peak, memory."""
+"""A step's line in the record: losses, rates, MFU, memory."""
 
 from typing import Any
 
@@ -16,10 +16,10 @@ from trainer.step import StepOutcome
 
 
 def peak_flops(device: torch.device, precision: str) -> float | None:
-    """Peak matmul rate in FLOP/s of this device, or None where it is not known (CPUs).
+    """Peak matmul rate of this device in FLOP/s; None if it is not known (CPUs).
 
     Args:
-        precision: what weights are held in: training in fp8 is held against bf16's peak.
+        precision: that weights are held in; so fp8 training is compared with the peak of bf16.
     """
     if device.type != "cuda":
         return None
@@ -28,7 +28,7 @@ def peak_flops(device: torch.device, precision: str) -> float | None:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak device memory allocated so far on a GPU, resident memory now of this process on a CPU, in 10^9 bytes."""
+    """In 10^9 bytes: peak memory allocated so far on a GPU; on a CPU, current resident memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return psutil.Process().memory_info().rss / 1e9
@@ -49,8 +49,8 @@ def step_metrics(
 
     Args:
         rate: the step's learning rate.
-        flops_of_example: in training; None: they could not be counted.
-        seconds: its duration, of which `waited` went by without data.
+        seconds: the step's duration, of which `waited` were spent waiting for data.
+        flops_of_example: FLOPs per example in training; None: they could not be counted.
     """
     each, unit = learner.task.counts
     metrics: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What a person should know of a run besides its numbers: failures, decisions, slow ranks, in a few words each."""
+"""What a user should know of a run besides its numbers: failures, decisions, slow ranks, in a few words each."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,26 +11,26 @@ KINDS = (
     "policy", "hang", "worker_lost", "worker_failed", "failure", "preflight", "straggler", "experts_collapsed",
     "checkpoint_failed", "checkpoint_refused", "skipped_step", "spike", "rollback", "bad_page", "not_written",
 )  # fmt: skip
-"""Events that are told of, by their names in events.jsonl."""
+"""The notable events, by their names in events.jsonl."""
 ENDS = {"straggler_recovered": "straggler", "experts_recovered": "experts_collapsed"}
-"""Events that end what another one began: the newer of the two is told."""
+"""Events that end what another event began: the newer of the two is shown."""
 LONGEST = 500
-"""Characters of one text: a tracker's tags are bounded (MLflow 8000), and a person reads the first line."""
+"""Characters of one text: a tracker's tags are limited (MLflow: 8000), and people read the first line."""
 
 
 class Notable(NamedTuple):
-    """All that a run's record has of one kind."""
+    """All events of one kind in a run's record."""
 
     times: int
-    """How often it happened, without what ended it."""
+    """How often it happened, not counting the events that ended it."""
     attempt: int
-    """Of the last time, as are the others."""
+    """Of the last one, like the other fields."""
     time: float
     text: str
 
 
 def notable(events: Sequence[Event]) -> dict[str, Notable]:
-    """What happened, by kind, in the order of `KINDS`: a pure function of the events, so a replay tells the same."""
+    """The notable events by kind, in the order of `KINDS`: a pure function of the events, so replays agree."""
     found: dict[str, list[Event]] = {}
     for event in events:
         kind = ENDS.get(event["event"], event["event"])
@@ -53,7 +53,7 @@ def _worker(these: Sequence[Event]) -> str:
 
 
 def _straggler(these: Sequence[Event]) -> str:
-    """Those that are slow still, in the last attempt that had any."""
+    """The ranks that are still slow, in the last attempt that had any."""
     slow: dict[int, Event] = {}
     for event in these:
         if event["attempt"] != these[-1]["attempt"]:
@@ -64,7 +64,7 @@ def _straggler(these: Sequence[Event]) -> str:
     if not slow:
         return f"none since step {these[-1]['step']}; the last was rank {these[-1]['rank']} on {these[-1]['host']}"
     each = [f"rank {rank} on {event['host']} {event['times_median']:.2f}x" for rank, event in sorted(slow.items())]
-    return f"{', '.join(each)} of its peers' median own time, by step {these[-1]['step']}"
+    return f"{', '.join(each)} its peers' median own time, at step {these[-1]['step']}"
 
 
 def _preflight(these: Sequence[Event]) -> str:
@@ -79,7 +79,7 @@ def _experts(these: Sequence[Event]) -> str:
 
 
 def _plain(these: Sequence[Event]) -> str:
-    """The reason, or all there is."""
+    """The reason; without one, all details."""
     last = these[-1]
     after = f"step {last['step']}: " if "step" in last else ""
     if reason := last.get("reason"):

@@ -1,4 +1,4 @@
-"""Show a run to a person while it trains: one live line on a terminal, a line now and then elsewhere."""
+"""Shows the progress of a run while it trains: one live line on a terminal, a line now and then elsewhere."""
 
 import json
 import math
@@ -31,11 +31,11 @@ SPINNER = "|/-\\"
 BAR = 20
 """Columns of the bar."""
 BAR_FROM = 110
-"""Columns of a terminal from which on there is a bar: beside it the usual line is whole."""
+"""Width of a terminal, in columns, from which the bar is shown: the usual line still fits beside it."""
 LEAST_NEEDED = ("memory", "gradient norm", "FLOPs", "rate", "skipped", "loss")
-"""What a narrow terminal leaves out, in this order; step and time to go always stand."""
-MEASURED = (("peak memory", "peak_memory", byte_size), ("a step", "step_time", duration))
-"""What the event `measured` tells beside its prediction: label, key, how it is written."""
+"""What a narrow terminal leaves out, in this order; step and remaining time are always shown."""
+MEASURED = (("peak memory", "peak_memory", byte_size), ("step time", "step_time", duration))
+"""What is shown of the event `measured` beside the prediction: label, key, formatter."""
 
 
 class ProgressView:
@@ -43,7 +43,7 @@ class ProgressView:
 
     Args:
         total_steps: `train.steps`.
-        tty: keep one live line; None: where the console is a terminal.
+        tty: keep one live line; None: if the console is a terminal.
         quiet_for: without a terminal, seconds between two progress lines (by the record's own times).
     """
 
@@ -74,19 +74,19 @@ class ProgressView:
             self._live.stop()
 
     def refresh(self) -> None:
-        """Draw the live line; the records of many steps may come between two drawings."""
+        """Redraw the live line; the records of many steps may arrive in between."""
         if self._live:
             self._live.refresh()
 
     def waiting(self) -> None:
-        """Before the first step, show on a terminal that time passes."""
+        """Before the first step, show the elapsed time on a terminal."""
         if self._live and self._seconds is None:
             seconds = time.monotonic() - self._began
             self._parts = {"state": f"{SPINNER[int(2 * seconds) % 4]} starting, {seconds:.0f} s"}
             self._live.refresh()
 
     def metrics(self, record: dict[str, Any]) -> None:
-        """Take in one line of metrics.jsonl."""
+        """Show one line of metrics.jsonl."""
         step = record["step"]
         if "eval_loss" in record:
             self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}")
@@ -101,7 +101,7 @@ class ProgressView:
             self._print(f"step {step}/{self.total_steps}  {_joined(self._parts)}")
 
     def event(self, record: dict[str, Any]) -> None:
-        """Take in one line of events.jsonl; what the metrics show already is left out."""
+        """Show one line of events.jsonl, unless the metrics show it already."""
         name = record["event"]
         if name == "attempt_started":
             self._processes = record.get("world_size", 1)
@@ -149,15 +149,15 @@ class ProgressView:
     def _planned(self, record: dict[str, Any]) -> str:
         memory, seconds = record.get("memory"), record.get("step_time")
         peak = memory.get("peak") if isinstance(memory, dict) else None
-        parts = [f"{byte_size(peak)} a process"] if isinstance(peak, int | float) else []
+        parts = [f"{byte_size(peak)} per process"] if isinstance(peak, int | float) else []
         if isinstance(seconds, int | float):
             parts.append(
-                f"{duration(seconds)} a step, {duration(seconds * self.total_steps)} for all {self.total_steps:,}"
+                f"{duration(seconds)} per step, {duration(seconds * self.total_steps)} for all {self.total_steps:,}"
             )
         return ", ".join(parts)
 
     def _told(self, record: dict[str, Any]) -> dict[str, str]:
-        """What a line says of a step, each part under its name."""
+        """The parts of a step's line, by name."""
         parts = {"loss": f"loss {_number(record['loss'], '.4f')}"}
         if self._rate:
             parts["rate"] = f"{self._rate:,.0f} {'tok' if self._unit == 'tokens' else self._unit}/s"
@@ -176,7 +176,7 @@ class ProgressView:
         return parts
 
     def _drawn(self) -> RenderableType:
-        """The live line, as much of it as the terminal is wide."""
+        """The live line, as much of it as fits the terminal."""
         steps, parts = f"{self._step:{len(str(self.total_steps))}}/{self.total_steps}", dict(self._parts)
         room, has_bar = self.console.width - len(steps) - 2, self.console.width >= BAR_FROM
         if has_bar:
@@ -237,7 +237,7 @@ class Follower:
 
 
 class _Tail:
-    """The records appended to a file after this was made, without those that are `wrong`."""
+    """The records appended to a file since this was created, without those that are `wrong`."""
 
     def __init__(self, path: Path, wrong: Callable[[dict[str, Any]], str]) -> None:
         self.path, self.wrong = path, wrong

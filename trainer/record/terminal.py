@@ -1,6 +1,6 @@
-"""What reaches a terminal: control characters in names, reasons and texts are shown there, not obeyed.
+"""Terminal output: control characters in names, reasons and texts are shown, not obeyed.
 
-Whatever is not a terminal (files, pipes) gets the bytes as they are.
+Files and pipes get the bytes unchanged.
 """
 
 import re
@@ -11,18 +11,18 @@ from typing import Any, TextIO
 import rich.console
 from rich.segment import Segment
 
-# All of C0 but tab and line feed, DEL, C1, what turns the direction of text around, and half characters, which are how
-# Python reads bytes of a file's name that are no UTF-8.
+# C0 except tab and line feed, DEL, C1, bidirectional overrides and isolates, and surrogates, in which Python represents
+# bytes of a file name that are not UTF-8.
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def visible(text: str) -> str:
-    """The text with every control character but tab and line feed as Python would write it, such as `\\x1b`."""
+    """The text with every control character except tab and line feed escaped as in Python, such as `\\x1b`."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text.replace("\r\n", "\n"))
 
 
 class Stream:
-    """A text stream for `print` and all else but a `Console`: made visible where it is a terminal at that moment."""
+    """A text stream for `print` and all else but a `Console`: while it is a terminal, text goes through `visible`."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -40,17 +40,17 @@ class Stream:
 
 
 def guard() -> None:
-    """Let everything that this process writes to stdout and stderr go through a `Stream`; once, as it begins."""
+    """Make all that this process writes to stdout and stderr go through a `Stream`. Call it once, at the start."""
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is not None and not isinstance(stream, Stream):
             if reconfigure := getattr(stream, "reconfigure", None):
-                reconfigure(errors="backslashreplace")  # a name that cannot be encoded is no reason to fail
+                reconfigure(errors="backslashreplace")  # a name that cannot be encoded must not raise
             setattr(sys, name, Stream(stream))
 
 
 class Console(rich.console.Console):
-    """Rich's, which writes colours and moves the cursor by itself, but only by itself: it reads no markup.
+    """Rich's console. It writes its own colours and cursor movements, but none from the text: markup is off.
 
     Args:
         file: None: stdout, or stderr.

@@ -83,8 +83,6 @@ def test_status_names_failures_decisions_and_slow_ranks(muster, make_run, tmp_pa
     assert lines[1].startswith("policy: stop: word word")
     assert lines[1].endswith("... (attempt 2, 0 s ago, 2 in all)")
     assert lines[2].startswith("hang: no progress for 60 s in step 61 (attempt 2, ")
-    assert lines[3] == (
-        "straggler: rank 1 on node-1 2.50x of its peers' median own time, by step 50 (attempt 1, 0 s ago)"
-    )
+    assert lines[3] == "straggler: rank 1 on node-1 2.50x its peers' median own time, at step 50 (attempt 1, 0 s ago)"
     found = json.loads(muster("status", "run", "--root", str(tmp_path), "--json")[1])
     assert {kind: each["times"] for kind, each in found["notable"].items()} == {"policy": 2, "hang": 2, "straggler": 1}

@@ -55,14 +55,14 @@ def test_each_kind_by_its_last_with_its_count(tmp_path):
         "policy": (2, 2, "stop: 1 infrastructure failure, cluster.max_failures is 3"),
         "hang": (1, 2, "no progress for 60 s in step 14"),
         "worker_lost": (2, 2, "rank 1, after step 12: no progress"),
-        "straggler": (2, 1, "rank 1 on node-1 2.25x of its peers' median own time, by step 100"),
+        "straggler": (2, 1, "rank 1 on node-1 2.25x its peers' median own time, at step 100"),
         "experts_collapsed": (
             1, 1, "2 collapsed after step 130, where these receive tokens again: layer 4: 7",
         ),
         "spike": (1, 1, "step 131: cursor 9, loss 8.25, deviations 6.125"),
     }  # fmt: skip
     slow(record, 50, 2)
-    assert told(tmp_path)["straggler"] == (3, 2, "rank 2 on node-2 3.25x of its peers' median own time, by step 50")
+    assert told(tmp_path)["straggler"] == (3, 2, "rank 2 on node-2 3.25x its peers' median own time, at step 50")
     slow(record, 100, 2, name="straggler_recovered")
     assert told(tmp_path)["straggler"] == (3, 2, "none since step 100; the last was rank 2 on node-2")
 

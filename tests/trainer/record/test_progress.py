@@ -75,7 +75,7 @@ def test_events_and_evaluations():
         "attempt 1  2 processes on cpu",
         "step 5  held-out loss 2.5000",
         "step 5  checkpoint, 2.5 MB",
-        "planned: 204 MB a process, 100 ms a step, 1 s for all 10",
+        "planned: 204 MB per process, 100 ms per step, 1 s for all 10",
         "peak memory 250 MB (planned 200 MB)",
         "spike  step 6  loss 9.123",
         "step 7  experts collapsed (layer/expert): 0/3, 11/0, 11/1, 11/2, 11/3, 11/4, 11/5, 11/6 and 2 more",
