@@ -1,1 +1,1 @@
-"""Processes on machines: Ray started or joined, and a gang of workers on it."""
+"""Processes on machines: Ray, started or joined, and gangs of workers on it."""

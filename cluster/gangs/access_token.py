@@ -1,10 +1,10 @@
-"""The token that a Ray cluster asks of everyone: made for its owner's eyes only, found again, never printed.
+"""The access token of a Ray cluster: created for its owner's eyes only, reused, never printed.
 
-Ray alone would start a head without a token as open to all. GCS and agents listen on every interface even so: a cluster
-belongs into a private network.
+Left to itself Ray starts a head that requires no token. Even with one, GCS and the agents listen on every interface: a
+cluster belongs on a private network.
 
-A token belongs to its cluster. The addresses that it was made for, or that its owner has named himself, are kept beside
-it as SSH keeps known hosts; one that a file names gets it only if it stands there.
+A token belongs to one cluster. The addresses that it was created for, and those the user has given, are listed in a
+file beside it, like SSH's known_hosts; an address from a config file gets the token only if it is listed there.
 """
 
 import contextlib
@@ -34,26 +34,27 @@ ADDRESS = re.compile(
     r"(?:(https?)://(?:[^@/?#\s\\]*@)?)?([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?(/[^\s\\@?#]*)?"
 )
 LISTENING = "0A"
-"""State of a socket in /proc/net/tcp."""
+"""Of a socket's state in /proc/net/tcp."""
 PATIENCE = 10.0
-"""Seconds in which a cluster has to say whether it asks for a token."""
+"""Seconds to wait for a cluster to say whether it requires a token."""
 LONGEST_ANSWER = 2**16
-"""Bytes of that."""
+"""Bytes read of its answer at most."""
 
 Result = TypeVar("Result")
 
 
 class Address(NamedTuple):
-    """A cluster, and who named it."""
+    """A cluster's address, and where it was given."""
 
     where: str
     """http(s)://host:port of a job API, or host:port of a head."""
     by: Literal["command", "environment", "file", "found"]
-    """The command line or environment is the user's own word; `found`: Ray's `auto`, among processes of any user."""
+    """command, environment: by the user; file: by whoever wrote it; found: by Ray's `auto`, among all users' processes.
+    """
 
 
 def in_config(where: str | None, overrides: Sequence[str] = ()) -> Address | None:
-    """`cluster.address` as a config or a sweep has it; the user's own word where the overrides say this very one."""
+    """`cluster.address` of a config or sweep; it counts as the user's own if the overrides give the same address."""
     if not where:
         return None
     said: dict[str, Any] = {}
@@ -65,7 +66,7 @@ def in_config(where: str | None, overrides: Sequence[str] = ()) -> Address | Non
 
 
 def in_environment(*names: str) -> Address | None:
-    """By the first of these variables that is set."""
+    """The address in the first of these variables that is set; None if none is."""
     return next((Address(os.environ[name], "environment") for name in names if os.environ.get(name)), None)
 
 
@@ -84,10 +85,13 @@ def known_tokens() -> list[str]:
 
 
 def make_token() -> Path:
-    """The token's file, made where there is none, readable by its owner alone; what starts here will ask for it.
+    """Create the token file if there is none, readable by its owner only; Ray started here will require the token.
+
+    Returns:
+        The file.
 
     Raises:
-        ConfigError: tokens are switched off, or the file has none or cannot be made or read.
+        ConfigError: tokens are switched off, or the file is empty or cannot be created or read.
     """
     _refuse_open_mode()
     path = token_file()
@@ -97,13 +101,13 @@ def make_token() -> Path:
 
 
 def make_token_file(path: Path, variable: str) -> None:
-    """Make a token's file where there is none, readable by its owner alone; one that is there is closed to others.
+    """Create a token file if there is none, readable by its owner only; an existing one is closed to others.
 
     Args:
-        variable: in the environment, which names the file.
+        variable: environment variable that chooses the file.
 
     Raises:
-        ConfigError: it has no token, or cannot be made or read.
+        ConfigError: it is empty, or cannot be created or read.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -112,21 +116,24 @@ def make_token_file(path: Path, variable: str) -> None:
     except FileExistsError:
         _check_file(path)
     except OSError as error:
-        raise ConfigError(f"the token's file {path} cannot be made ({error.strerror}): {variable} names it") from None
+        raise ConfigError(
+            f"the token file {path} cannot be created ({error.strerror}): choose another with {variable}"
+        ) from None
 
 
 def use_token(address: Address) -> None:
-    """Show the token to a cluster; Ray does not look for one by itself when it joins by address.
+    """Have Ray present the token to a cluster; it does not look for one by itself when it joins by address.
 
     Raises:
-        ConfigError: there is none, it is switched off, other users can read it, or it was not made for this address.
+        ConfigError: there is no token, tokens are switched off, the file cannot be closed to other users or read, or
+            the token is not known to be for this address.
     """
     _refuse_open_mode()
     if not os.environ.get("RAY_AUTH_TOKEN"):
         if not os.path.lexists(token_file()):
             raise ConfigError(
-                f"no token for the cluster at {mask(address.where)}: copy the one of its head (`muster cluster up` "
-                f"made it) to {token_file()}, or name its file in RAY_AUTH_TOKEN_PATH"
+                f"no token for the cluster at {mask(address.where)}: copy its head's token (created by `muster "
+                f"cluster up`) to {token_file()}, or set RAY_AUTH_TOKEN_PATH to its file"
             )
         _check_file(token_file())
     _refuse_strange(address)
@@ -134,21 +141,21 @@ def use_token(address: Address) -> None:
 
 
 def _check_file(path: Path) -> None:
-    """Close a token's file to other users. Raises ConfigError if that cannot be done, or there is no token in it."""
+    """Close a token file to other users. Raises ConfigError if that fails, or if the file is empty."""
     try:
         found = path.stat()
         if found.st_uid == os.geteuid() and found.st_mode & 0o077:
             path.chmod(0o600)
-            print(f"muster: the token's file {path} was open to other users: now it is not", file=sys.stderr)
+            print(f"muster: the token file {path} was open to other users: its mode is now 0600", file=sys.stderr)
         empty = not path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"the token's file {path} must be text that its owner alone reads: {error}") from None
+        raise ConfigError(f"the token file {path} must be a text file that only its owner can read: {error}") from None
     if empty:
-        raise ConfigError(f"the token's file {path} is empty: remove it, and copy the one of the cluster's head there")
+        raise ConfigError(f"the token file {path} is empty: replace it with the token file of the cluster's head")
 
 
 def remember(*addresses: str) -> None:
-    """Keep addresses as those of the token's cluster, where it can be written."""
+    """List addresses as those of the token's cluster, if the list can be written."""
     with contextlib.suppress(OSError):
         new = [line for line in map(_line, addresses) if line not in _known()]
         if new:
@@ -163,8 +170,8 @@ def _refuse_strange(address: Address) -> None:
     where, known, listening = mask(address.where), _line(address.where) in _known(), _listeners(address.where)
     if address.by != "command" and (others := listening - {0, os.geteuid()}):
         raise ConfigError(
-            f"{where}: user {min(others)} of this machine listens there, not you, and would get your token. If it is "
-            f"your cluster, name it on the command line: --address {where}, or cluster.address={where}"
+            f"{where}: another user of this machine (uid {min(others)}) listens there, and would get your token. If "
+            f"it is your cluster, name it on the command line: --address {where}, or cluster.address={where}"
         )
     if not known and (address.by == "file" or (address.by == "found" and not listening)):
         raise ConfigError(
@@ -186,24 +193,24 @@ def _known() -> set[str]:
 
 
 def _line(where: str) -> str:
-    """A cluster as it stands beside the token, by whose digest: the file may come to hold that of another cluster."""
+    """A line of that list. It begins with the token's digest, since the token file may later hold another's token."""
     token = next(iter(known_tokens()), "")
     scheme, host, port, path = _parts(where)
     return f"{hashlib.sha256(token.encode()).hexdigest()} {scheme}{host}:{port}{path}"
 
 
 def _parts(where: str) -> tuple[str, str, int, str]:
-    """Scheme, host, port and path. Raises ConfigError if it is no address, or one that programs read differently."""
+    """Scheme, host, port and path. Raises ConfigError if it is no address, or one that programs parse differently."""
     found = ADDRESS.fullmatch(where)
     if not found:
-        raise ConfigError(f"{mask(where)!r} is not an address of a cluster: http://HOST:8265, or HOST:6379")
+        raise ConfigError(f"{mask(where)!r} is not a cluster's address: should be http://HOST:8265 or HOST:6379")
     scheme, host, port, path = (part or "" for part in found.groups())
     usual = {"https": "443", "http": "80"}.get(scheme, "0")
     return f"{scheme}://" if scheme else "", host.lower(), int(port or usual), path.rstrip("/")
 
 
 def _listeners(where: str) -> set[int]:
-    """Who listens at an address of this machine, as far as Linux tells; empty for another machine's."""
+    """Ids of the users who listen at an address of this machine, as far as Linux tells; empty for other machines."""
     _, host, port, _ = _parts(where)
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host.strip("[]"), port, type=socket.SOCK_STREAM)}
@@ -226,17 +233,17 @@ def _listeners(where: str) -> set[int]:
 
 
 def _decoded(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """As /proc/net/tcp writes it: words of 32 bits in the machine's order."""
+    """An address as in /proc/net/tcp: hexadecimal 32-bit words in host byte order."""
     words = [bytes.fromhex(address[i : i + 8])[::-1] for i in range(0, len(address), 8)]
     ip = ipaddress.ip_address(b"".join(words))
     return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def own_addresses(port: str | None, given: str | None = None) -> list[str]:
-    """host:port of this machine, by each of its addresses; none where the port is not said.
+    """host:port for each address of this machine; empty if the port is unknown.
 
     Args:
-        given: the one address that it is to be known by.
+        given: the one address to use beside loopback; None: all.
     """
     if not (port or "").isdigit() or port == "0":
         return []
@@ -248,12 +255,12 @@ def own_addresses(port: str | None, given: str | None = None) -> list[str]:
 def _refuse_open_mode() -> None:
     if (mode := os.environ.get("RAY_AUTH_MODE", "token").lower()) != "token":
         raise ConfigError(
-            f"RAY_AUTH_MODE={mode} makes a cluster on which everyone can run code: unset it, or set it to token"
+            f"RAY_AUTH_MODE={mode} makes a cluster on which anyone can run code: unset it, or set it to token"
         )
 
 
 def is_open(url: str) -> bool:
-    """Whether the job API at a URL asks nobody for a token; it says so to everyone.
+    """Whether the job API at a URL requires no token; it tells anyone who asks.
 
     Raises:
         OSError: no such API answers there.
@@ -266,19 +273,19 @@ def is_open(url: str) -> bool:
     try:
         mode = parse_json(within(PATIENCE, ask))["authentication_mode"]
     except urllib.error.HTTPError as error:
-        if error.code == 404:  # before Ray 2.60 nobody was asked for anything
+        if error.code == 404:  # before Ray 2.60 there was no such question, and no token
             return True
         raise
     except (HTTPException, ValueError, KeyError, TypeError) as error:
-        raise ConnectionError(f"it does not say whether it asks for a token: {error}") from error
+        raise ConnectionError(f"it does not say whether it requires a token: {error}") from error
     if not isinstance(mode, str):
-        raise ConnectionError("it does not say whether it asks for a token")
+        raise ConnectionError("it does not say whether it requires a token")
     return mode != "token"
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """What a call returns or raises. Raises TimeoutError if it takes longer: a socket's own limit is for each read, and
-    who sends a byte now and then never reaches it."""
+    """What a call returns or raises. Raises TimeoutError if it takes longer: a socket's own timeout is per read, and a
+    server that sends a byte now and then never reaches it."""
     found: list[Result] = []
     raised: list[BaseException] = []
 
@@ -299,7 +306,7 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
 
 
 def refuse_open(url: str) -> None:
-    """Refuse a cluster whose job API asks nobody for a token.
+    """Refuse a cluster whose job API requires no token.
 
     Raises:
         ConfigError: it is open.
@@ -307,6 +314,6 @@ def refuse_open(url: str) -> None:
     """
     if is_open(url):
         raise ConfigError(
-            f"the cluster at {url} is open: everyone who reaches it can run code on it. Start it with "
+            f"the cluster at {url} is open: anyone who reaches it can run code on it. Start it with "
             f"`muster cluster up`, or with RAY_AUTH_MODE=token and a token"
         )

@@ -1,4 +1,4 @@
-"""A gang of workers on a Ray cluster: reserved whole or not at all, kept through the attempts of a run."""
+"""A gang of workers on a Ray cluster: reserved all or nothing, kept across the attempts of a run."""
 
 import contextlib
 import secrets
@@ -26,14 +26,14 @@ from .worker import Facts, Worker
 RESERVED, STARTED, ENDED = 20.0, 120.0, 15.0
 """Seconds that a placement group, new workers, and the end of an attempt's processes may take."""
 EXPLAINED = 5.0
-"""Seconds in which the failure shows that others follow from: a connection may close before a process is seen dead."""
+"""Grace period, in seconds, to find the root cause: a connection may close before a process is seen dead."""
 ANSWERED = 10.0
-"""Seconds after which a worker that does not answer is taken for unreachable."""
+"""Seconds after which a worker that does not answer counts as unreachable."""
 TICK = 1.0
 
 
 class Member(NamedTuple):
-    """A worker, which of the gang's bundles it has its share of, and where it is."""
+    """A worker, the bundle of the placement group that it is in, and its machine."""
 
     actor: Any
     bundle: int
@@ -43,15 +43,15 @@ class Member(NamedTuple):
 
 
 class Gang:
-    """Workers of equal shares, in the order of their ranks; those of a machine stand in a row.
+    """Workers with equal shares, in rank order; the ranks on one machine are consecutive.
 
-    They hold a placement group with a bundle for each machine. When one is lost, the others stay warm; Ray moves its
-    bundle to where there is room, and the workers missing there are started when the whole gang is gathered again.
+    They hold a placement group with one bundle per machine. When a machine is lost, the other workers stay warm; Ray
+    moves its bundle to where there is room, and `gather` starts the missing workers there.
 
     Args:
         each: what a worker reserves.
-        group: ranks in a row that share a machine wherever one has room for so many.
-        environment: variables of the training processes.
+        group: number of consecutive ranks to keep on one machine wherever they fit.
+        environment: environment variables of the training processes.
     """
 
     def __init__(self, each: Share, group: int, environment: dict[str, str]) -> None:
@@ -70,13 +70,13 @@ class Gang:
         self.dissolve()
 
     def gather(self, workers: int, avoid: Collection[str] = ()) -> bool:
-        """Be so many workers. Those that are there and answer stay, if that is enough.
+        """Bring the gang to this many workers. Those that answer are kept if the missing ones can join them.
 
         Args:
-            avoid: ids of machines that are not to be used.
+            avoid: ids of machines that must not be used.
 
         Returns:
-            False: there is no room for all of them now; those that are there are kept.
+            False: there is no room for all of them now; the present ones are kept.
         """
         avoid = {*avoid, *self.unreached()}
         self.members = [member for member in self.members if member.node not in avoid]
@@ -91,7 +91,7 @@ class Gang:
         return False
 
     def room_for(self, workers: int, avoid: Collection[str]) -> list[int] | None:
-        """How many workers would go to a machine each, if the gang gave up what it holds; None: there is no room."""
+        """Workers per machine if the gang first released what it holds; None: there is no room."""
         held, nothing = self.held(), Node(0.0, 0.0)
         there = [machine for machine in machines() if machine.id not in avoid]
         free = [Node(*(a + b for a, b in zip(m.free, held.get(m.id, nothing), strict=True))) for m in there]
@@ -121,7 +121,7 @@ class Gang:
         return {int(index): node for index, node in table["bundles_to_node_id"].items() if node}
 
     def _whole(self, avoid: Collection[str]) -> bool:
-        """Whether every bundle lies on a living machine that may be used."""
+        """Whether every bundle is on a live machine that may be used."""
         nodes, alive = self._nodes(), {machine.id for machine in machines()}
         return len(nodes) == len(self._counts) and set(nodes.values()) <= alive - set(avoid)
 
@@ -134,7 +134,7 @@ class Gang:
             kind.options(
                 num_cpus=self.each.cpus,
                 num_gpus=self.each.gpus,
-                max_concurrency=4,  # an attempt's end, and its beginning, beside one that cannot be ended
+                max_concurrency=4,  # to end an attempt and start the next beside one that hangs
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._reserved, index),
             ).remote(self.environment)
             for index in bundles
@@ -149,7 +149,7 @@ class Gang:
         return True
 
     def dissolve(self) -> None:
-        """Give up all workers, and wait until the cluster counts what they held as free."""
+        """Release all workers, and wait until the cluster reports what they held as free."""
         if self._reserved is None:
             return
         held, before = self.held(), {machine.id: machine.free for machine in machines()}
@@ -174,7 +174,7 @@ class Gang:
         return found
 
     def unreached(self) -> set[str]:
-        """Let go of workers that do not answer. Returns the machines that Ray has not given up but cannot reach."""
+        """Drop workers that do not answer. Returns the machines that Ray cannot reach but has not declared dead."""
         asked = {member.actor.facts.remote(): member for member in self.members}
         ready, late = ray.wait(list(asked), num_returns=len(asked), timeout=ANSWERED) if asked else ([], [])
         lost = {asked[ref]: True for ref in late}
@@ -193,12 +193,12 @@ class Gang:
 
         Args:
             folder: the user's working directory.
-            patience: seconds that rank 0 waits for another process to let go of the run.
+            patience: seconds that rank 0 waits for another process to release the run.
             meanwhile: called about every second.
 
         Returns:
-            How those ended that came to an end (in `trainer.loop.train`'s words), and the failures of others. All
-            processes have ended then, but for those that nobody could reach.
+            What `trainer.loop.train` returned in the workers that did not fail, and the failures of the others. All
+            processes have ended by then, except those that could not be reached.
 
         Raises:
             Final: a worker found a mistake of the user's, or stopped for good.
@@ -233,7 +233,7 @@ class Gang:
         return ends, failures
 
     def _orders(self, run_dir: Path, folder: str, patience: float) -> list[tuple[int, Member, Order]]:
-        """What each rank is told: torchrun's environment variables, and the run."""
+        """The order for each rank: torchrun's environment variables, and the run."""
         nodes = list(dict.fromkeys(member.node for member in self.members))
         first: Facts = ray.get(self.members[0].actor.facts.remote())
         store: str | None = ray.get(self.members[0].actor.open_store.remote()) if len(nodes) == 1 else None
@@ -248,9 +248,9 @@ class Gang:
             }
             variables |= {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": len(beside)}
             variables |= {"MASTER_ADDR": first.address, "MASTER_PORT": first.port}
-            if member.gpus:  # all of the machine's, of which LOCAL_RANK names one's own, as under torchrun
+            if member.gpus:  # those of all its workers; LOCAL_RANK selects one, as under torchrun
                 variables["CUDA_VISIBLE_DEVICES"] = ",".join(gpu for other in beside for gpu in other.gpus)
-            if len(nodes) > 1 and member.interface:  # else gloo takes the one that the host's name leads to
+            if len(nodes) > 1 and member.interface:  # otherwise gloo takes the one that the host name resolves to
                 variables["GLOO_SOCKET_IFNAME"] = member.interface
             environment = {key: str(value) for key, value in variables.items()}
             order = Order(
@@ -261,7 +261,7 @@ class Gang:
         return orders
 
     def _end(self, running: dict[Any, int]) -> list[Failure]:
-        """End what still runs. Returns what had failed by itself before."""
+        """End the workers that still run. Returns the failures of those that had failed by themselves."""
         for rank in running.values():
             self.members[rank].actor.end.remote()
         ready, _ = ray.wait(list(running), num_returns=len(running), timeout=ENDED) if running else ([], [])

@@ -1,4 +1,4 @@
-"""Ray's folder, where no other user of this machine enters: Ray itself opens what it makes in it to everyone."""
+"""Ray's folder, closed to other users of this machine: Ray itself opens what it creates there to everyone."""
 
 import contextlib
 import os
@@ -13,20 +13,21 @@ import psutil
 from configs import ConfigError, private_folder
 
 LONGEST = 43
-"""Characters of Ray's folder: those of the socket below it may be 107."""
+"""Bytes of the path of Ray's folder: a socket's path below it may have 107."""
 
 
 def ray_parent() -> Path:
-    """Where the Ray of this user's clusters keeps its files, in a folder `ray`, if nothing else is said."""
+    """The folder in which, by default, Ray's folder `ray` of this user's clusters is created."""
     folder = tempfile.gettempdir()
     return Path(folder if len(folder) <= LONGEST - 24 else "/tmp") / f"muster-ray-{os.geteuid()}"
 
 
 def ray_folder(given: str | None) -> Path:
-    """Ray's folder for a machine of a cluster: one that Ray may open to everyone, as nobody else gets that far.
+    """Ray's folder on a machine of a cluster: Ray may open it to everyone, as others cannot enter a folder above it.
 
     Args:
-        given: `--temp-dir`, which is taken as it is below a folder of this user's alone, and else becomes one.
+        given: `--temp-dir`. Used as it is below a folder that only this user can enter; otherwise it becomes such a
+            folder, with Ray's folder in it.
 
     Raises:
         ConfigError: it is open to others, or its path is too long.
@@ -40,8 +41,8 @@ def ray_folder(given: str | None) -> Path:
         if not any(closed(above) for above in folder.parents):
             if folder.exists() and not closed(folder):
                 raise ConfigError(
-                    f"--temp-dir={given} is open to other users, who could run code as this one: name a folder that "
-                    f"is not there yet, or one of mode 0700"
+                    f"--temp-dir={given} is open to other users, who could run code as you: choose a new folder, or "
+                    f"one of mode 0700"
                 )
             folder = private_folder(folder, "--temp-dir=FOLDER") / "ray"
     above = folder.parent.parent
@@ -53,9 +54,9 @@ def ray_folder(given: str | None) -> Path:
 
 
 def remove_dead_sessions(folder: Path) -> None:
-    """Remove what ended sessions left in Ray's folder: jobs' packages, with the secrets that were sent, and logs.
+    """Remove what dead sessions left in Ray's folder: jobs' packages, with any secrets in them, and logs.
 
-    One that is a minute old and that no process names on its command line has ended.
+    A session is dead if it is over a minute old and no process has its name on the command line.
     """
     commands = []
     for process in psutil.process_iter():
@@ -70,7 +71,7 @@ def remove_dead_sessions(folder: Path) -> None:
 
 
 def closed(folder: Path) -> bool:
-    """Whether this user alone enters a folder, or root."""
+    """Whether only this user, or root, can enter a folder."""
     try:
         found = folder.lstat()
     except OSError:

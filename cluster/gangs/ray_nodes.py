@@ -1,4 +1,4 @@
-"""The machines of the Ray cluster that this process is connected to: what is free, what is about to go."""
+"""The machines of the Ray cluster that this process is connected to: what is free, what is about to leave."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from .share import Node
 
 
 class Machine(NamedTuple):
-    """A living machine; `id` is Ray's."""
+    """A live machine; `id` is its node id in Ray."""
 
     id: str
     address: str
@@ -31,6 +31,6 @@ def machines() -> list[Machine]:
 
 
 def draining() -> dict[str, int]:
-    """Machines that will go (a spot instance that is taken back, an autoscaler that shrinks), by id, with the Unix time
-    in ms until which they stay; 0: unknown."""
+    """Machines that are about to leave (a reclaimed spot instance, an autoscaler that scales down): id to the Unix time
+    in ms of the deadline; 0: unknown."""
     return ray_private.draining_nodes()

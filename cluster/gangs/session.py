@@ -1,4 +1,4 @@
-"""Ray for one run: join the cluster that is named, or start a private one on this machine and take it down again."""
+"""Ray for one run: join the given cluster, or start a private one on this machine and shut it down afterwards."""
 
 import contextlib
 import logging
@@ -27,7 +27,7 @@ from .ray_folder import closed, open_to_others, ray_parent
 from .share import Node
 
 SAME_SIGNAL = 0.5
-"""Seconds in which a further signal is the same wish: `timeout` and others send one to a process and to its group."""
+"""Seconds within which a repeated signal counts as one: `timeout` and others send it to a process and to its group."""
 OBJECT_STORE_BYTES = 100 * 2**20
 """Nothing large goes through Ray's object store; its default is a third of the memory."""
 
@@ -44,7 +44,7 @@ class Session:
 def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[Session]:
     """Connect to Ray while the block runs.
 
-    No process of a private Ray outlives the block. They are tied to the calling thread, so that they end even when this
+    No process of a private Ray outlives the block. They are tied to the calling thread, so they end even if this
     process is killed.
 
     Args:
@@ -65,7 +65,7 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
         from . import ray_private
 
         ray_private.silence_errors()
-        # Ray puts the working directory first on its workers' sys.path: there a user's `models/` would win over ours.
+        # Ray puts the working directory first on its workers' sys.path: there a user's `models/` would shadow ours.
         here = os.getcwd()
         stack.callback(os.chdir, here)
         os.chdir(folder)
@@ -101,7 +101,7 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
         else:
             if open_to_others(session := ray_private.session_folder()):
                 print(f"muster: {OPEN.format(session)}", file=sys.stderr, flush=True)
-            # From another machine a dashboard on the head's loopback says nothing.
+            # A dashboard on the head's loopback cannot be reached from another machine.
             with contextlib.suppress(OSError):
                 if dashboard := ray_private.dashboard():
                     refuse_open(f"http://{dashboard}")
@@ -110,20 +110,20 @@ def ray_session(address: Address | None, node: Node, folder: Path) -> Iterator[S
 
 
 OPEN = (
-    "other users of this machine can write into Ray's folder {}, and so run code as this one: start Ray there with "
-    "`muster cluster up` or `join`"
+    "other users of this machine can write into Ray's folder {}, and so run code as you: start Ray there with "
+    "`muster cluster up` or `muster cluster join`"
 )
 
 
 def found_by_ray(address: Address) -> Address:
-    """The address that `auto` leads to, by Ray's search among all processes of this machine; any other as it is.
+    """Resolve `auto` by Ray's search among all processes of this machine; any other address is returned as it is.
 
     Raises:
         ConfigError: there is none.
     """
     if address.where != "auto":
         return address
-    if closed(ray_parent()):  # where `muster cluster up` starts one: before those that others name in /tmp/ray
+    if closed(ray_parent()):  # where `muster cluster up` puts its address: preferred to what others write to /tmp/ray
         os.environ.setdefault("RAY_TMPDIR", str(ray_parent()))
     from .ray_private import address_on_this_machine
 
@@ -134,7 +134,7 @@ def found_by_ray(address: Address) -> Address:
 
 
 def check_reachable(address: str) -> None:
-    """Raise OSError if nothing listens at `host:port`, ValueError if it is none: Ray itself would wait for minutes."""
+    """Raise OSError if nothing listens at `host:port`, ValueError if that is malformed: Ray would wait for minutes."""
     if address == "auto":
         return
     host, _, port = address.rpartition(":")
@@ -168,7 +168,7 @@ def clear_away(folder: Path) -> None:
 
 
 def stop_early() -> None:
-    """End a command that nothing is lost of: what it has started too, and without a traceback."""
+    """End a command that has nothing to lose yet, with the processes it started and without a traceback."""
     end_children()
     print("muster: stopped before training began; run the same command to start", file=sys.stderr, flush=True)
     os._exit(ExitCode.STOPPED)
@@ -179,7 +179,7 @@ def _children() -> set[psutil.Process]:
 
 
 def end_children(before: frozenset[psutil.Process] | set[psutil.Process] = frozenset()) -> None:
-    """Kill the processes below this one, those of `before` excepted: what a private Ray has left behind."""
+    """Kill the descendants of this process except those in `before`: what a private Ray has left behind."""
     left = _children() - before
     for process in left:
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -188,7 +188,7 @@ def end_children(before: frozenset[psutil.Process] | set[psutil.Process] = froze
 
 
 class RayThread(threading.Thread):
-    """Ray's part of a command, off the main thread, which is left to signals and to what a person sees.
+    """Ray's part of a command, off the main thread, which handles signals and the display.
 
     Args:
         address: of the cluster to join; None: start a private one.
@@ -205,7 +205,7 @@ class RayThread(threading.Thread):
         self.connected, self.ended = threading.Event(), threading.Event()
 
     def work(self, session: Session) -> None:
-        """What is done with Ray; sets `connected` when signals are to be handled anew."""
+        """What the command does with Ray; sets `connected` once signal handlers may be installed again."""
         raise NotImplementedError
 
     def run(self) -> None:
@@ -225,11 +225,11 @@ class RayThread(threading.Thread):
         """Start it and wait for its end, in the main thread.
 
         Args:
-            handlers: keeps those of signals for as long as the caller wants them.
+            handlers: keeps the signal handlers for as long as the caller wants them.
             look: called each second.
         """
         self.start()
-        # Ray sets a handler of its own for SIGTERM while it connects: ours comes before it, and after.
+        # Ray installs its own handler of SIGTERM while it connects: ours is installed before that and again after it.
         for phase in (self.connected, self.ended):
             handlers.enter_context(signals(on_signal))
             while not phase.wait(1.0):
@@ -238,7 +238,7 @@ class RayThread(threading.Thread):
 
 @contextlib.contextmanager
 def signals(handle: Callable[[], None]) -> Iterator[None]:
-    """Call `handle` at SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
+    """Call `handle` on SIGINT, SIGTERM and SIGHUP, unless they are ignored (nohup)."""
     last = float("-inf")
 
     def once(*_: object) -> None:

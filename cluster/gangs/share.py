@@ -1,4 +1,4 @@
-"""What each worker process gets of the machines there are: a pure function of their sizes and the config."""
+"""What each worker process gets of the machines: a pure function of their sizes and the config."""
 
 import contextlib
 import math
@@ -11,7 +11,7 @@ from configs import Config, ConfigError, counted, with_workers, worker_counts
 
 
 class Node(NamedTuple):
-    """One machine, with what is free to use on it."""
+    """CPUs and GPUs of one machine: those that are free, or all."""
 
     cpus: float
     gpus: float
@@ -25,18 +25,18 @@ class Share(NamedTuple):
 
     @property
     def threads(self) -> int:
-        """Threads that a worker computes with on the CPU."""
+        """Compute threads of a worker on the CPU."""
         return max(1, int(self.cpus))
 
 
 def group_of(config: Config) -> int:
-    """Ranks in a row that talk most (of tp, sp and ep): they share a machine where one has room for them."""
+    """Number of consecutive ranks that communicate most (tp, sp, ep): they share a machine where they fit."""
     parallel = config.parallel
     return math.lcm(parallel.tp * parallel.sp, parallel.ep)
 
 
 def share(config: Config, nodes: Sequence[Node]) -> Share:
-    """Divide machines among `parallel.world_size` workers, as evenly as they go.
+    """Divide machines among `parallel.world_size` workers, as evenly as possible.
 
     Raises:
         ConfigError: there are more workers than the machines have room for.
@@ -47,18 +47,20 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
         gpus = 1.0 if any(node.gpus for node in nodes) else 0.0
     if gpus and (room := _room(nodes, Share(0.0, gpus))) < world:
         raise ConfigError(
-            f"parallel.* asks for {counted(world, 'process')} with {gpus:g} GPU each, and {_sizes(nodes)} have "
+            f"parallel.* asks for {counted(world, 'process')} with {gpus:g} GPU each, but {_sizes(nodes)} have "
             f"room for {room}:\n"
-            f"lower parallel.dp, set cluster.gpus_per_worker, or join more machines with cluster.address"
+            f"lower parallel.dp, set cluster.gpus_per_worker, or use a larger cluster (cluster.address)"
         )
     if cluster.cpus_per_worker is not None:
         cpus = cluster.cpus_per_worker
         if cpus > 1 and cpus != int(cpus):
-            raise ConfigError(f"cluster.cpus_per_worker={cpus:g}: above 1 it must be whole, such as {int(cpus)}")
+            raise ConfigError(
+                f"cluster.cpus_per_worker={cpus:g}: above 1 it must be a whole number, such as {int(cpus)}"
+            )
         if (room := _room(nodes, Share(cpus, gpus))) < world:
             raise ConfigError(
-                f"parallel.* asks for {counted(world, 'process')} with cluster.cpus_per_worker={cpus:g} each, and "
-                f"{_sizes(nodes)} have room for {room}:\nlower one of them, or leave cluster.cpus_per_worker out"
+                f"parallel.* asks for {counted(world, 'process')} with cluster.cpus_per_worker={cpus:g} each, but "
+                f"{_sizes(nodes)} have room for {room}:\nlower one of them, or unset cluster.cpus_per_worker"
             )
         return Share(cpus, gpus)
     # Whole CPUs where there are enough, else 1/2, 1/3, ... of one.
@@ -72,10 +74,10 @@ def share(config: Config, nodes: Sequence[Node]) -> Share:
 
 
 def share_of_most(config: Config, divide: Callable[[Config], Share]) -> Share:
-    """What each process gets where there are as many as there is room for, of those that cluster.workers allows.
+    """What each process gets with the largest number of processes that cluster.workers allows and that fits.
 
     Args:
-        divide: for a fixed number of processes; raises ConfigError where there is no room for them.
+        divide: the share for a fixed number of processes; raises ConfigError if they do not fit.
     """
     counts = worker_counts(config)
 
@@ -86,16 +88,16 @@ def share_of_most(config: Config, divide: Callable[[Config], Share]) -> Share:
             return False
         return True
 
-    # Where some number of processes has room, so has every smaller one.
+    # If some number of processes fits, so does every smaller one.
     most = bisect_left(counts[:-1], True, key=has_room)
     return divide(with_workers(config, counts[most]))
 
 
 def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
-    """What each worker of a job reserves on a cluster that others use too: of the CPUs those that go with its GPUs.
+    """What each worker of a job reserves on a shared cluster: of the CPUs, those that go with its GPUs.
 
     Args:
-        wait: more machines may join; what does not fit the present ones is taken as it was asked for.
+        wait: more machines may join, so that a job too large for the present ones is accepted as it is.
 
     Raises:
         ConfigError: it asks for more than the cluster has.
@@ -122,8 +124,8 @@ def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
 
 
 def share_of_trial(config: Config, nodes: Sequence[Node], wait: bool = False) -> Share:
-    """What each process of a sweep's trial reserves: as a job, but without GPUs one CPU, of which many small runs side
-    by side make more than one run of many.
+    """What each process of a sweep's trial reserves: as for a job, but a single CPU if there are no GPUs, since many
+    small runs side by side get more done than one run on many CPUs.
 
     Args:
         wait: see `share_of_gang`.
@@ -134,7 +136,7 @@ def share_of_trial(config: Config, nodes: Sequence[Node], wait: bool = False) ->
     cluster = config.cluster
     if cluster.cpus_per_worker is None and not any(node.gpus for node in nodes) and not cluster.gpus_per_worker:
         alone = config.model_copy(update={"cluster": cluster.model_copy(update={"cpus_per_worker": 1.0})})
-        with contextlib.suppress(ConfigError):  # more processes than CPUs: parts of one
+        with contextlib.suppress(ConfigError):  # more processes than CPUs: fractions of one
             return share(alone, nodes)
     return share_of_gang(config, nodes, wait)
 
@@ -147,7 +149,7 @@ def _like(sizes: Sequence[float]) -> str:
 
 
 def capacity(node: Node, each: Share) -> float:
-    """Workers that fit on a machine, where 0 of something reserves nothing."""
+    """Number of workers that fit on a machine; a share of 0 limits nothing."""
 
     def fit(there: float, needed: float) -> float:
         return math.floor(there / needed + 1e-9) if needed else math.inf

@@ -17,29 +17,29 @@ from trainer.files.scratch import make_folder, remove_folder
 from trainer.processes.protocol import Began, Failed, Order, Outcome, read_outcome
 
 ENVIRONMENT = {
-    # A fork has only the thread that forked: no threads of pyarrow's allocator, nor of numpy's BLAS, which would start
-    # as many as OMP_NUM_THREADS says and which training does not use.
+    # A fork keeps only the thread that forked, so pyarrow's allocator and numpy's BLAS must start no others. BLAS would
+    # start OMP_NUM_THREADS of them, and training does not use it.
     "JE_ARROW_MALLOC_CONF": "background_thread:false",
     "OPENBLAS_NUM_THREADS": "1",
 }
-"""What lets `trainer.processes.warm` fork."""
+"""Makes it safe for `trainer.processes.warm` to fork."""
 
 
 class Facts(NamedTuple):
-    """Where a worker is."""
+    """Where a worker runs."""
 
     node: str
     address: str
-    """By which Ray reaches the machine."""
+    """The one by which Ray reaches the machine."""
     interface: str | None
     """The network interface of that address."""
     gpus: tuple[str, ...]
     port: int
-    """One that is free."""
+    """A free one."""
 
 
 class Worker:
-    """Lives as long as the gang, through all attempts of a run; Ray runs its methods side by side."""
+    """Lives as long as the gang, through all attempts of a run; Ray runs its methods concurrently."""
 
     def __init__(self, environment: dict[str, str]) -> None:
         private_files()
@@ -52,7 +52,7 @@ class Worker:
     def _start(self) -> subprocess.Popen[str]:
         command = [sys.executable, "-P", "-m", "trainer.processes.warm"]
         pipe = subprocess.PIPE
-        # In a session of its own, where Ctrl-C in the user's terminal does not reach it.
+        # In a session of its own, so that Ctrl-C in the user's terminal does not reach it.
         return subprocess.Popen(
             command, env=self._environment, text=True, stdin=pipe, stdout=pipe, start_new_session=True
         )
@@ -74,19 +74,19 @@ class Worker:
         )
 
     def open_store(self) -> str:
-        """A file, in a new folder of this user's alone, by which the processes of one attempt find each other."""
+        """The rendezvous file of an attempt's processes, in a new folder that only this user can enter."""
         self.close_store()
         self._folder = make_folder()
         return str(self._folder / "store")
 
     def close_store(self) -> None:
-        """Remove it."""
+        """Remove the rendezvous file."""
         if self._folder:
             remove_folder(self._folder)
             self._folder = None
 
     def train(self, order: Order) -> Outcome:
-        """Be one process of an attempt. Returns how it ended."""
+        """Run one process of an attempt. Returns how it ended."""
         self._ending = False
         try:
             if self._warm.poll() is not None:
