@@ -1,1 +1,1 @@
-"""A run's attempts: started, supervised, and what follows a failure."""
+"""A run's attempts: launching, supervising, and what follows a failure."""

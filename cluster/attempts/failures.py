@@ -1,4 +1,4 @@
-"""What became of the workers of a run. Knows nothing of Ray."""
+"""How the workers of a run failed. Knows nothing of Ray."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,15 +29,16 @@ class Failure:
     """One line."""
     traceback: str = ""
     lost: bool = False
-    """The process is gone without a message: killed, out of memory, or its machine is."""
+    """The process died without a message: it was killed, ran out of memory, or its machine is gone."""
     fault: Fault = "error"
     """What kind of exception ended it."""
     broken: tuple[int, ...] | None = None
-    """Ranks of machines that cannot train (trainer.health.preflight); empty: it cannot be told whose."""
+    """Ranks whose machines failed the preflight checks (trainer.health.preflight); empty: a check failed, but it is not
+    known whose machine is at fault; None: no such failure."""
 
     @property
     def collateral(self) -> bool:
-        """It follows from another's: a connection broke."""
+        """Whether it follows from another worker's failure: a connection broke."""
         return self.fault == "connection"
 
 
@@ -47,7 +48,7 @@ def cause(failures: Sequence[Failure]) -> Failure:
 
 
 def hung(event: dict[str, Any], failure: Failure) -> Failure:
-    """The failure of an attempt that was ended because it stood still.
+    """The failure of an attempt that was ended because it hung.
 
     Args:
         event: `hang`, of `trainer.health.watchdog`.

@@ -1,4 +1,4 @@
-"""`muster train`: check a run, start or join Ray, watch the workers, end with an exit code that says how it went."""
+"""`muster train`: check a run, start or join Ray, watch the workers, return an exit code."""
 
 import contextlib
 import os
@@ -31,7 +31,7 @@ from trainer.tracking import send_apart, unsent
 from .failures import Final
 
 TRACKER = tuple(f"MLFLOW_TRACKING_{name}" for name in ("URI", "USERNAME", "PASSWORD", "TOKEN"))
-"""Variables that say where the record goes, and let it in there."""
+"""Environment variables with the tracker's address and credentials."""
 
 
 def launch(
@@ -42,20 +42,20 @@ def launch(
     Args:
         config: as the user wrote it.
         fork: name of a new run that starts from the last checkpoint of `run.name`.
-        overrides: what of it the user gave on the command line.
-        submitted: as of `prepare_run`.
+        overrides: the part of it that the user gave on the command line.
+        submitted: see `prepare_run`.
 
     Returns:
         The exit code.
 
     Raises:
-        ConfigError: found before any device is held.
+        ConfigError: a mistake of the user's; raised before any device is held.
     """
     address = in_config(config.cluster.address, overrides) or in_environment("RAY_ADDRESS")
     node = this_node()
     if address is None:
         asked, _ = resolve_config(config, prepare=False)
-        share_of_most(asked, lambda config: share(config, [node]))  # before a minute's work for the default data
+        share_of_most(asked, lambda config: share(config, [node]))  # before spending a minute on the default data
         if not node.gpus:
             check_device(asked, torch.device("cpu"))
             refuse_too_large(asked, torch.device("cpu"), memory_bytes())
@@ -65,7 +65,7 @@ def launch(
     out = Console(soft_wrap=True)
     if is_finished(run_dir):
         out.print(
-            f"run {config.run.name} is finished ({counted(config.train.steps, 'step')}): raise train.steps to go on"
+            f"run {config.run.name} is finished ({counted(config.train.steps, 'step')}): raise train.steps to continue"
         )
         return ExitCode.FINISHED
     out.print(f"run {config.run.name}")
@@ -89,7 +89,7 @@ class _Job(RayThread):
 
     def work(self, session: Session) -> None:
         self.connected.set()
-        # Here, as they import Ray, which must find the environment that the session has set.
+        # Imported here because they import Ray, which reads the environment that the session has set.
         from cluster.gangs.gang import Gang
 
         from .supervise import Supervisor
@@ -102,10 +102,10 @@ class _Job(RayThread):
 
 
 def worker_environment(each: Share, threads: str | None = None) -> dict[str, str]:
-    """Variables of the training processes: Ray would give each one thread, torch reads this when it is imported.
+    """Environment of the training processes: Ray would set one thread each, and torch reads the number on import.
 
     Args:
-        threads: of each process; None: as many as it reserves CPUs.
+        threads: threads of each process; None: as many as it reserves CPUs.
     """
     forwarded = {key: os.environ[key] for key in TRACKER if key in os.environ}
     spin = os.environ.get("GOMP_SPINCOUNT", "1000")  # why: trainer/__init__.py
@@ -117,14 +117,14 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
     if not job.stopping and attempts(job.run_dir) > attempts_before:
         job.stopping = True
         request_stop(job.run_dir)
-        print("muster: stopping after this step, with a checkpoint; once more to stop at once", file=sys.stderr)
+        print("muster: stopping after this step, with a checkpoint; a second signal stops at once", file=sys.stderr)
         return
     if job.address is None:
         end_children()
     clear_away(job.folder)
     close_record(job.run_dir, "STOPPED", "stopped at once by a signal")
     if _is_tracked(job.config) and attempts(job.run_dir) > attempts_before:
-        send_apart(job.run_dir)  # what would have sent it was killed
+        send_apart(job.run_dir)  # its own sender was killed
     print(f"muster: stopped at once; {_goes_on(job.run_dir)}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(ExitCode.STOPPED)  # the thread that waits for Ray cannot be interrupted
@@ -132,11 +132,11 @@ def _on_signal(job: _Job, attempts_before: int) -> None:
 
 def _goes_on(run_dir: Path) -> str:
     steps = committed(run_dir)
-    return f"the same command goes on from step {steps[-1]}" if steps else "the same command starts again"
+    return "run the same command to " + (f"continue from step {steps[-1]}" if steps else "start again")
 
 
 def _report(job: _Job, out: Console, attempts_before: int) -> int:
-    """Say how it ended, put right a record that its writer could not close, and return the exit code."""
+    """Print how it ended, close a record that its writer could not close, and return the exit code."""
     if job.error is None:
         last = summary(job.run_dir)
         loss = "" if last["eval_loss"] is None else f", held-out loss {last['eval_loss']:.4f}"
@@ -157,13 +157,13 @@ def _report(job: _Job, out: Console, attempts_before: int) -> int:
         close_record(job.run_dir, "FAILED", message.splitlines()[0])
         if _is_tracked(job.config):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                send_apart(job.run_dir).wait(timeout=90)  # what a killed worker could not
+                send_apart(job.run_dir).wait(timeout=90)  # as a killed worker could not
             _say_unsent(job)
     return code
 
 
 def _is_tracked(config: Config) -> bool:
-    """Whether its record is sent for itself, and not with a sweep's."""
+    """Whether the run's record is sent on its own, not with a sweep's."""
     return config.tracking.enabled and not config.tracking.parent
 
 
@@ -191,7 +191,7 @@ def _traceback(run_dir: Path, lines: int = 12) -> str:
 
 
 def close_record(run_dir: Path, status: str, reason: str) -> None:
-    """End the last attempt in the record where its own process could not, or a launch that none came of."""
+    """Record the end of the last attempt if its process could not, or of a launch that never became an attempt."""
     events = read_events(run_dir)
     with contextlib.suppress(ConfigError), run_lock(run_dir):  # held: someone else trains this run
         last = last_attempt(events)

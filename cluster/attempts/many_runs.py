@@ -1,4 +1,4 @@
-"""Many runs on one cluster, each on a gang that is still warm from the one before."""
+"""Trains many runs on one cluster, reusing warm gangs."""
 
 import queue as queues
 import threading
@@ -18,20 +18,20 @@ from .supervise import Supervisor
 from .tasks import Ended, Source, Task
 
 TICK = 0.2
-"""Seconds between two looks at what has ended, and at what may begin now."""
+"""Seconds between checks for runs that have ended or may start."""
 
 
 class Trials:
-    """Trains runs as they get room, each to its end; a gang that has trained one takes the next of its size.
+    """Trains each run to its end as soon as there is room; a gang that has finished one takes the next of its size.
 
-    Gangs are made where the cluster has room, and given up for one of another size, or when nothing more will come.
-    Nobody overtakes a run that waits for room.
+    Gangs are created where the cluster has room, and released for one of another size or when no more runs will come.
+    Runs start in order: none overtakes one that waits for room.
 
     Args:
-        environment: variables of the training processes, by what each of them reserves.
-        joined: the cluster is one that was joined, whose machines come and go.
+        environment: environment variables of the training processes, given the share that each reserves.
+        joined: whether the cluster was joined, so that machines may come and go.
         folder: the user's working directory.
-        most: processes side by side; None: as many as there is room for.
+        most: maximum number of processes at a time; None: as many as fit.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Trials:
                 if isinstance(ended, BaseException):
                     raise ended
                 yield ended
-        except BaseException:  # else the others would be waited for
+        except BaseException:  # otherwise the other runs would train on to their ends
             self.stop()
             raise
         finally:
             self._give_up(self._slots)
 
     def stop(self) -> None:
-        """Let every run write a checkpoint and end; none begins any more. Any thread may call it."""
+        """Have every run write a checkpoint and end, and start no more. Any thread may call it."""
         self._stopped.set()
         for run_dir in [slot.run_dir for slot in self._slots]:
             if run_dir:
@@ -109,7 +109,7 @@ class Trials:
         total = [machine.total for machine in there]
         free = [_less(machine, self._slots) for machine in there]
         for slot in self._slots:
-            if not slot.gang.members:  # it has not reserved what it is about to
+            if not slot.gang.members:  # it has not reserved its share yet
                 free = waiting.place(slot.asked, free, total) or [Node(0.0, 0.0)] * len(free)
         return waiting.assign(gang, free, total) is not None
 
@@ -162,7 +162,7 @@ class _Slot:
 
 
 def _less(machine: Machine, slots: Sequence["_Slot"]) -> Node:
-    """What is free of a machine, which Ray says a moment late: at most what these do not hold."""
+    """What is free on a machine. Ray reports this with a delay, so it is capped by what these slots do not hold."""
     held = [slot.asked.each for slot in slots for member in slot.gang.members if member.node == machine.id]
     cpus, gpus = sum(each.cpus for each in held), sum(each.gpus for each in held)
     return Node(min(machine.free.cpus, machine.total.cpus - cpus), min(machine.free.gpus, machine.total.gpus - gpus))

@@ -10,8 +10,8 @@ from models.planning.memory import memory
 from .failures import Failure
 
 Kind = Literal["infrastructure", "hang", "memory", "error"]
-"""A process or machine that is gone, one that stands still, a device or machine without memory, an exception of the
-code or data."""
+"""infrastructure: a process or machine is gone; hang: it stands still; memory: a device or machine ran out of memory;
+error: an exception raised by code or data."""
 
 
 class Past(NamedTuple):
@@ -29,7 +29,7 @@ class Past(NamedTuple):
 
 class Decision(NamedTuple):
     """Attributes:
-    reason: for the user, with the numbers it was taken by.
+    reason: for the user, with the numbers behind the decision.
     """
 
     action: Literal["retry", "stop"]
@@ -37,15 +37,15 @@ class Decision(NamedTuple):
 
 
 def kind_of(failure: Failure) -> Kind:
-    """A process that the kernel killed for memory looks as any that is gone."""
-    # Of a connection that broke, only the ends are seen.
+    """Classify a failure. A process killed by the kernel for lack of memory looks like any other that is gone."""
+    # A broken connection does not tell what broke it.
     if failure.lost or failure.collateral or failure.broken is not None:
         return "infrastructure"
     return "memory" if failure.fault == "memory" else "error"
 
 
 def history(events: Sequence[dict[str, Any]]) -> list[Past]:
-    """The failures of a run since its last launch, oldest first: who launches it anew starts afresh."""
+    """The failures of a run since its last launch, oldest first: a new launch starts with a clean slate."""
     found: list[Past] = []
     saved = 0
     for event in events:
@@ -59,13 +59,13 @@ def history(events: Sequence[dict[str, Any]]) -> list[Past]:
 
 
 def decide(past: Sequence[Past], limit: int) -> Decision:
-    """Whether to start a run again after the last of its failures.
+    """Whether to restart a run after its latest failure.
 
-    Infrastructure may fail as often as it likes while checkpoints get ahead (Llama 3 met 419 interruptions in 54 days,
-    arXiv:2407.21783); `limit` (cluster.max_failures) counts those without a new one between. An error is given a second
-    chance, for a link or a disk can fail for a moment; one that comes back without a step taken since would come back
-    for ever. Memory that was too little will be too little again. A hang is most often a link or a device, and shares
-    the budget of infrastructure.
+    Infrastructure may fail any number of times as long as checkpoints advance (Llama 3 met 419 interruptions in 54
+    days, arXiv:2407.21783); `limit` (cluster.max_failures) bounds the failures without a new checkpoint between them.
+    An error gets a second chance, since a link or a disk can fail for a moment; if it recurs before another step is
+    taken, it would recur forever. Running out of memory would happen again. A hang is most often caused by a link or a
+    device, so it counts as infrastructure.
 
     Args:
         past: oldest first, at least one.
@@ -77,7 +77,7 @@ def decide(past: Sequence[Past], limit: int) -> Decision:
         before = [failure.step for failure in past[:-1] if failure.kind == "error"]
         if before and now.step <= max(before):
             return Decision("stop", f"failed twice in a row after step {now.step}")
-        return Decision("retry", f"an error after step {now.step}, the first there")
+        return Decision("retry", f"first error after step {now.step}")
     stuck = hung = 0
     for failure in reversed(past):
         if failure.saved != now.saved:
@@ -91,7 +91,7 @@ def decide(past: Sequence[Past], limit: int) -> Decision:
 
 
 def memory_advice(config: Config, cpu: bool) -> str:
-    """What would need less memory by the planner, for a resolved config that ran out of it; one line."""
+    """Changes that would need less memory according to the planner, for a resolved config that ran out; one line."""
     now = memory(config, cpu).peak
     train, parallel = config.train, config.parallel
     assert train.micro_batch
@@ -113,5 +113,7 @@ def memory_advice(config: Config, cpu: bool) -> str:
             [(section, values)] = change.items()
             [(key, value)] = values.items()
             options.append(f"{section}.{key}={value} ({byte_size(peak)})")
-    planned = f"the plan was {byte_size(now)} per device"
-    return f"{planned}; less: {', '.join(options)}" if options else f"{planned}: use more devices or a smaller model"
+    planned = f"the planner expected {byte_size(now)} per device"
+    return (
+        f"{planned}; less with {', '.join(options)}" if options else f"{planned}: use more devices or a smaller model"
+    )

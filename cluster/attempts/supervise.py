@@ -17,21 +17,21 @@ from .failures import Failure, Final, cause, hung
 from .policy import decide, history, kind_of, memory_advice
 
 PATIENCE = 240.0
-"""Seconds in which a process that was cut off with its machine lets go of the run: Ray ends it when its machine has not
+"""Seconds to wait for a process on an unreachable machine to release the run: Ray ends it once its machine has not
 reached the head for a minute or two."""
 SHRINK_AFTER = 5.0
-"""Seconds in which an elastic run waits for all machines, rather than to begin with fewer."""
+"""Seconds that an elastic run waits for all machines before it starts with fewer."""
 SUSPECTED = 60.0
-"""Seconds in which a machine that did not answer is left out; after as long Ray itself takes it for dead."""
+"""Seconds for which a machine that did not answer is left out; by then Ray itself considers it dead."""
 LOOK_EVERY = 5.0
-"""Seconds between two looks at the cluster while a run trains."""
+"""Seconds between checks of the cluster while a run trains."""
 
 
 class Supervisor:
     """Trains a run on a gang, attempt by attempt.
 
     Args:
-        joined: the cluster is one that was joined, whose machines come and go.
+        joined: whether the cluster was joined, so that machines may come and go.
         folder: the user's working directory.
     """
 
@@ -64,13 +64,13 @@ class Supervisor:
                 return "FINISHED"
             elif (reason := take_stop(self._run_dir)) == "" or not (reason or self._joined):
                 return "STOPPED"
-            else:  # our own request, or a signal at a process of a machine that is taken back
-                reason = reason or "a process was asked to end, and nobody asked the run to"
+            else:  # our own request, or a signal to a process on a machine that is being reclaimed
+                reason = reason or "a process was told to stop, but the run was not"
                 self._note("policy", action="retry", reason=reason)
         return "STOPPED"
 
     def _gather(self) -> bool:
-        """Have as many workers as there is room for, and the run can use; wait for room. False: the user stopped it."""
+        """Gather as many workers as fit and the run can use, waiting for room. False: the user stopped the run."""
         began, told = time.monotonic(), False
         while take_stop(self._run_dir) != "":
             avoid = self._avoided()
@@ -89,12 +89,12 @@ class Supervisor:
                 )
                 needs = f"{counted(self._counts[-1], 'process')} of {counted(each.cpus, 'CPU')}"
                 needs += f" and {counted(each.gpus, 'GPU')}"
-                self._note("waiting", reason=f"for room on the cluster: needs {needs}, free are {room or 'none'}")
+                self._note("waiting", reason=f"for room on the cluster: needs {needs}, free: {room or 'none'}")
             time.sleep(0.5)
         return False
 
     def _has_room(self, workers: int, avoid: set[str]) -> bool:
-        """Whether the cluster has, in use or not, what a gang needs."""
+        """Whether the cluster has what a gang needs, in use or not."""
         total = [machine.total for machine in machines() if machine.id not in avoid]
         return assign(Asked(workers, self._gang.each, self._gang.group), total, total) is not None
 
@@ -113,7 +113,7 @@ class Supervisor:
             self._note("policy", action="resize", reason=reason)
 
     def _look(self) -> None:
-        """While it trains: ask for a checkpoint and an end where machines are about to go, or have come."""
+        """Called during training: request a checkpoint and a stop if machines are about to leave or have joined."""
         if not self._joined or time.monotonic() - self._looked < LOOK_EVERY:
             return
         self._looked = time.monotonic()
@@ -123,9 +123,11 @@ class Supervisor:
             addresses = [machine.address for machine in machines() if machine.id in leaving]
             seconds = [until / 1000 - time.time() for until in leaving.values() if until]
             when = f" in {min(seconds):.0f} s" if seconds else ""
-            request_stop(self._run_dir, f"{', '.join(addresses) or 'a machine'} will go{when}: going on without it")
+            request_stop(
+                self._run_dir, f"{', '.join(addresses) or 'a machine'} will leave{when}: continuing without it"
+            )
         elif more := self._room_for_more():
-            reason = f"there is room for {more} processes, {len(self._gang.members)} train: growing"
+            reason = f"there is room for {more} processes, {len(self._gang.members)} are training: growing"
             request_stop(self._run_dir, reason)
 
     def _room_for_more(self) -> int | None:
@@ -139,10 +141,10 @@ class Supervisor:
 
 
 def judge(run_dir: Path, failures: Sequence[Failure], cpu: bool) -> None:
-    """Record the failures of an attempt and apply `cluster.attempts.policy`. Returns if the run may be started again.
+    """Record the failures of an attempt and apply `cluster.attempts.policy`. Returns if the run may be restarted.
 
     Raises:
-        Final: it must not.
+        Final: it must not be restarted.
     """
     worst, config = cause(failures), read_config(run_dir)
     step, attempt = summary(run_dir)["step"], attempts(run_dir)

@@ -1,4 +1,4 @@
-"""What `cluster.attempts.many_runs` is given to train, and how it says that each ended. Knows nothing of Ray."""
+"""What `cluster.attempts.many_runs` takes, runs to train, and what it yields, how each ended. Knows nothing of Ray."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +12,7 @@ class Task(NamedTuple):
 
     gang: waiting.Gang
     make: Callable[[], Path | None]
-    """Makes the run's folder (`trainer.run.folder.prepare_run`) when there is room for it; None: not to be trained."""
+    """Creates the run's folder (`trainer.run.folder.prepare_run`) once there is room; None: the run is not trained."""
 
 
 class Ended(NamedTuple):
@@ -25,10 +25,10 @@ class Ended(NamedTuple):
 
 
 class Source(Protocol):
-    """What is to be trained, in its order; asked by the thread that iterates over `Trials`."""
+    """Runs to train, in order; called from the thread that iterates over `Trials`."""
 
     def next(self) -> Task | None:
-        """The run that begins when there is room for it; None: none, until another has got further."""
+        """The next run, which starts once there is room; None: none until another run has progressed or ended."""
 
     def more(self) -> bool:
         """Whether `next` may give another run."""

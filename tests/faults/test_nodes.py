@@ -253,7 +253,7 @@ def test_a_machine_that_is_taken_back_is_left_after_a_checkpoint(world, whole):
     [end] = [event for event in events if event["event"] == "attempt_ended"]
     assert end["status"] == "STOPPED"
     assert [event["step"] for event in events if event["event"] == "checkpoint"][-1] == end["step"]
-    assert "will go in " in next(e["reason"] for e in events if e["event"] == "policy" and e["action"] == "retry")
+    assert "will leave in " in next(e["reason"] for e in events if e["event"] == "policy" and e["action"] == "retry")
     assert sizes(run_dir) == [3, 2]
     world.cluster.finish(id, run_dir)
     check_within_tolerance(run_dir, whole)

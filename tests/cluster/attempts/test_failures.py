@@ -32,7 +32,7 @@ def test_failures_are_recorded_and_judged(tmp_path):
         ("worker_lost", "infrastructure"), ("policy", "retry"), ("worker_failed", "error"), ("policy", "retry"),
         ("worker_failed", "error"), ("policy", "stop"),
     ]  # fmt: skip
-    with pytest.raises(Final, match=r"out of memory after step 0; the plan was .* [GM]B per device.*CUDA out"):
+    with pytest.raises(Final, match=r"out of memory after step 0; the planner expected .* [GM]B per device.*CUDA out"):
         judge(tmp_path, [Failure(0, "OutOfMemoryError: CUDA out of memory", fault="memory")], cpu=True)
 
 

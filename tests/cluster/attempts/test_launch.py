@@ -130,7 +130,7 @@ def tell(folder: Path, run_dir: Path, temporary: str) -> Story:
 
 def test_a_signal_while_ray_starts_ends_it_at_once(story):
     assert story.too_early.code == 75, story.too_early
-    assert story.too_early.err == "muster: stopped at once; the same command starts again\n"
+    assert story.too_early.err == "muster: stopped at once; run the same command to start again\n"
     assert not story.too_early.left_over
     ends = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
     assert [(end["attempt"], end["status"]) for end in ends] == [(0, "STOPPED"), (1, "STOPPED")]
@@ -143,7 +143,7 @@ def test_a_signal_stops_it_with_a_checkpoint_and_exit_code_75(story):
     assert end["status"] == "STOPPED"
     saved = [event["step"] for event in story.events_when_stopped if event["event"] == "checkpoint"]
     assert saved[-1] == end["step"] < STEPS
-    assert f"the same command goes on from step {saved[-1]}" in story.stopped.out
+    assert f"run the same command to continue from step {saved[-1]}" in story.stopped.out
     assert "Traceback" not in story.stopped.err
 
 

@@ -133,7 +133,7 @@ def test_a_signal_at_a_process_ends_it_on_a_machine_of_ones_own_only(tmp_path, c
     assert supervisor.run() == "STOPPED"
     supervisor, _ = supervised(tmp_path, [1], [lambda look: None, "FINISHED"], joined=True)
     assert supervisor.run() == "FINISHED"
-    assert policies(tmp_path) == [("retry", "a process was asked to end, and nobody asked the run to")]
+    assert policies(tmp_path) == [("retry", "a process was told to stop, but the run was not")]
 
 
 def test_an_elastic_run_shrinks_and_grows(tmp_path, cluster):
@@ -150,7 +150,7 @@ def test_an_elastic_run_shrinks_and_grows(tmp_path, cluster):
     assert gang.sizes == [4, 2, 4]
     sizes = [reason.partition(";")[0] for action, reason in policies(tmp_path) if action == "resize"]
     assert sizes == [f"{n} processes on 1 machine" for n in (4, 2, 4)]
-    assert ("retry", "there is room for 4 processes, 2 train: growing") in policies(tmp_path)
+    assert ("retry", "there is room for 4 processes, 2 are training: growing") in policies(tmp_path)
 
 
 def test_a_machine_that_will_go_is_left_after_a_checkpoint(tmp_path, cluster):
@@ -164,4 +164,4 @@ def test_a_machine_that_will_go_is_left_after_a_checkpoint(tmp_path, cluster):
     supervisor, gang = supervised(tmp_path, [1], [drain, "FINISHED"])
     assert supervisor.run() == "FINISHED"
     assert gang.avoided == [set(), {"here"}]
-    assert policies(tmp_path) == [("retry", "10.0.0.1 will go: going on without it")]
+    assert policies(tmp_path) == [("retry", "10.0.0.1 will leave: continuing without it")]
