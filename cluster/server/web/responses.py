@@ -47,6 +47,8 @@ class RunRow(BaseModel):
     note: Text = ""
     tags: list[Text] = []
     """`key=value`, or `key` alone where the value is `true`."""
+    colour: Annotated[int, Field(ge=0, le=6)] = 0
+    """The number of its hue, from 1; 0: it has none yet."""
 
 
 class Runs(BaseModel):

@@ -72,6 +72,7 @@ class Run:
     metrics: Section = NOTHING
     """The numbers of its last record of a step and of an evaluation."""
     live: Live | None = None
+    colour: int = 0
 
     @property
     def path(self) -> Path:
@@ -229,6 +230,7 @@ def _row(run: Run, live: Live, problem: str, stopping: bool) -> RunRow:
         data=_data(run.config),
         note=visible(notes.note[:5000]),
         tags=[visible(key if value == "true" else f"{key}={value}") for key, value in notes.tags.items()],
+        colour=run.colour,
     )
 
 

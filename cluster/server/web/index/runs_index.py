@@ -19,7 +19,7 @@ from trainer.record.terminal import visible
 from trainer.tracking.sweep import TRIALS
 
 from ..responses import RunRow
-from . import kept_rows
+from . import colours, kept_rows
 from .config_values import Config, Configs, Section
 from .rows import CONFIG, LIVE, Run, is_folder, is_gone, refresh, signature
 
@@ -34,6 +34,8 @@ AGAIN = 30.0
 PATIENCE = 0.5
 """Seconds of a look that go to runs which were not read before; the next one goes on."""
 KEEP_EVERY = 60.0
+COLOURED = 500
+"""Folders that get the colour of their run in one look."""
 MOST_RUNS = 100_000
 MOST_OTHERS = 1000
 """Folders of no run that are looked at each time."""
@@ -84,6 +86,7 @@ class RunsIndex:
         self._runs: dict[str, Run] = {}
         self._ids: set[str] = set()
         self._unread: list[Run] = []
+        self._uncoloured: list[Run] = []
         self._turn = 0
         self._kept_at = time.monotonic()
         self._process, self._number = secrets.token_hex(4), 0
@@ -124,6 +127,7 @@ class RunsIndex:
             if changed or self.view.left != len(self._unread):
                 self._show()
             self.ready.set()
+            self._keep_colours(COLOURED)
             if time.monotonic() - self._kept_at >= KEEP_EVERY or (not self._unread and not self._loaded):
                 self._loaded = self._loaded or not self._unread
                 self._keep()
@@ -139,7 +143,13 @@ class RunsIndex:
     def keep(self) -> None:
         """Write down the rows of what has ended; as the server ends."""
         with self._lock:
+            self._keep_colours(len(self._uncoloured))
             self._keep()
+
+    def _keep_colours(self, most: int) -> None:
+        now, self._uncoloured = self._uncoloured[:most], self._uncoloured[most:]
+        for run in now:
+            colours.keep(run)
 
     def _keep(self) -> None:
         self._kept_at = time.monotonic()
@@ -249,8 +259,10 @@ class RunsIndex:
 
     def _show(self) -> None:
         self._number += 1
-        read = [Entry(run.row, run.config, run.metrics, run) for run in self._runs.values() if run.row is not None]
-        read.sort(key=lambda entry: (entry.row.started or entry.row.updated or 0.0, entry.row.id))
+        runs = [(run.row.started or run.row.updated or 0.0, run.row.id, run) for run in self._runs.values() if run.row]
+        runs.sort(key=lambda each: each[:2])
+        self._uncoloured += colours.give([run for *_, run in runs])
+        read = [Entry(run.row, run.config, run.metrics, run) for *_, run in runs if run.row]
         place = {entry.row.id: number for number, entry in enumerate(read)}
         self.view = View(f"{self._process}-{self._number}", read, len(self._unread), place)
 

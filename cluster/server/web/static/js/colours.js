@@ -2,7 +2,6 @@
 
 import { runs } from "./api.js";
 
-const HUES = 6;
 let known = new Map();
 const probe = document.createElement("span");
 probe.hidden = true;
@@ -25,9 +24,9 @@ export const channels = (name) => colour(name).match(/[\d.]+/g).slice(0, 3).map(
 /** The theme has changed. */
 export const forget = () => (known = new Map());
 
-/** A run's colour: by its place in the order in which all runs began, so that no filter changes it. */
+/** A run's colour, which it has for ever: the server keeps it in the run's folder. */
 export function runColour(id) {
-  return `--run${((runs.places.get(id) ?? 0) % HUES) + 1}`;
+  return `--run${runs.columns.colour?.[runs.places.get(id)] || 1}`;
 }
 
 /** Colours and dashes of runs that are shown together: of two with the same hue the second is dashed. */
