@@ -4,14 +4,13 @@ import contextlib
 import faulthandler
 import json
 import os
-import re
 import socket
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from torch import distributed as dist
 
@@ -21,6 +20,7 @@ from trainer.files.own_files import no_link
 from trainer.record.lines import Record
 
 from . import flight
+from .stands import Stand, read_stand
 
 STACKS = "stacks"
 FACTOR = 10
@@ -40,8 +40,6 @@ UNKNOWN = (ValueError, LookupError, TypeError, AttributeError)
 """What reading the flight recorder of another version of torch may raise."""
 HELD = 5.0
 """Seconds past the bound after which the hang is taken to be in C code that holds the GIL."""
-WAITING = ("/torch/distributed/", "/deepspeed/", "/trainer/health/clock.py", "/torch/cuda/streams.py")
-"""Files whose frames mean a rank waits for others: clock.py wraps waits, in streams.py a host waits for its GPU."""
 
 
 class Beat(Protocol):
@@ -61,19 +59,6 @@ def bound(phase: str, took: Sequence[float], floor: float, timeout: float) -> fl
     if phase not in STEP or not took:
         return timeout
     return max(floor, FACTOR * max(took))
-
-
-class Stand(NamedTuple):
-    """Where a rank was when its stacks were saved."""
-
-    step: int
-    phase: str
-    frames: list[str]
-    """Of the training thread, innermost first: `file:line in function`."""
-
-    @property
-    def waits(self) -> bool:
-        return bool(self.frames) and any(part in self.frames[0] for part in WAITING)
 
 
 def suspects(stands: Mapping[int, Stand | None], waited_for: Sequence[int] = (), stacks_tell: bool = True) -> list[int]:
@@ -252,21 +237,3 @@ def read_calls(paths: Mapping[int, Path]) -> flight.Waiting:
         return flight.waited_for(dumps)
     except UNKNOWN:  # a hang must end even if the dumps are not understood
         return flight.Waiting([], "")
-
-
-_FRAME = re.compile(r'  File "(.*)", line (\d+) in (.*)')
-
-
-def read_stand(path: Path) -> Stand | None:
-    """Where a rank's training thread was, from its saved stacks; None if it could not save them."""
-    with contextlib.suppress(OSError, ValueError):
-        head, *lines = path.read_text(encoding="utf-8").splitlines()
-        said = json.loads(head)
-        begin = next(i for i, line in enumerate(lines) if said["thread"] in line)
-        frames = []
-        for line in lines[begin + 1 :]:
-            if not (found := _FRAME.match(line)):
-                break
-            frames.append(f"{found[1]}:{found[2]} in {found[3]}")
-        return Stand(said["step"], said["phase"], frames)
-    return None

@@ -30,6 +30,7 @@ from .pages.now import Glance
 from .pages.prometheus import exposition
 from .pages.samples import picture
 from .pages.series import AXES, MOST_METRICS, MOST_POINTS, Columns, Line, NoAxis, lines
+from .pages.stacks import stacks
 from .plan_routes import plan_routes
 from .static_files import StaticFiles
 
@@ -161,6 +162,10 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
         attempt: Annotated[int | None, Query(ge=0, le=10**9)] = None,
     ) -> Response:
         return _json(request, log(found(id).run.path, rank, tail, search, attempt))
+
+    @app.get("/api/runs/{id}/stacks", response_model=responses.Stacks)
+    def hung(request: Request, id: str) -> Response:
+        return _json(request, stacks(found(id).run.path))
 
     @app.get("/api/runs/{id}/events", response_model=responses.Events)
     def events(request: Request, id: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:

@@ -162,6 +162,13 @@ class Log(BaseModel):
     attempt: int | None
 
 
+class Stacks(BaseModel):
+    attempt: int | None
+    reason: str | None
+    time: float | None
+    ranks: list[dict[str, Any]]
+
+
 class Events(BaseModel):
     events: list[dict[str, Any]]
     next: int

@@ -8,7 +8,8 @@ from ranks import run_ranks
 from support import tiny, train_in_process
 
 from configs import to_yaml
-from trainer.health.watchdog import Stand, bound, read_stand, suspects
+from trainer.health.stands import Stand, read_stand
+from trainer.health.watchdog import bound, suspects
 from trainer.record.lines import read_events, read_metrics, summary
 from trainer.run.folder import prepare_run
 

@@ -10,6 +10,7 @@ import { titled } from "../shell.js";
 import { Charts } from "./run_charts.js";
 import { aside, Experts } from "./run_aside.js";
 import { samples } from "./run_samples.js";
+import { Stacks } from "./run_stacks.js";
 import { Config, files, Logs } from "./run_text.js";
 import { edit } from "./runs_peek.js";
 
@@ -107,7 +108,12 @@ class Run {
     if (tab === "experts") return new Experts(id, body, true);
     if (tab === "samples") return { show: (details) => samples(id, details, body) };
     if (tab === "config") return new Config(id, body);
-    if (tab === "logs") return new Logs(id, body);
+    if (tab === "logs") {
+      const above = el("section"), below = el("section");
+      body.append(above, below);
+      const stacks = new Stacks(id, above), logs = new Logs(id, below);
+      return { show: (details) => (stacks.show(details), logs.show(details)), key: (key) => logs.key(key) };
+    }
     return { show: (details) => files(details, body) };
   }
 
