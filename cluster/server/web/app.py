@@ -25,6 +25,7 @@ from .changes import Changes
 from .index.config_values import flat_config
 from .index.runs_index import Entry, RunsIndex, View
 from .pages.columns_of_runs import ColumnsOfRuns
+from .pages.comparison import differing_keys
 from .pages.details import Books, details, events_after, experts, flops_per_token, log
 from .pages.now import Glance
 from .pages.prometheus import exposition
@@ -136,8 +137,9 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
         start: Annotated[float | None, Query(alias="from")] = None,
         end: Annotated[float | None, Query(alias="to")] = None,
         x: str = "step",
+        log: bool = False,
     ) -> Response:
-        found_lines = curves(found(id), metric, _axis(x), points=points, start=start, end=end)
+        found_lines = curves(found(id), metric, _axis(x), points=points, start=start, end=end, log=log)
         return _json(request, {"metrics": {name: line.plain() for name, line in found_lines.items()}, "x": x})
 
     @app.get("/api/runs/{id}/experts", response_model=responses.Experts)
@@ -180,22 +182,17 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
         points: Points = 800,
         start: Annotated[float | None, Query(alias="from")] = None,
         end: Annotated[float | None, Query(alias="to")] = None,
+        log: bool = False,
     ) -> Response:
         entries = [found(id) for id in dict.fromkeys(run)]
         told, without = {}, []
         for entry in entries:
             try:
-                line = curves(entry, [metric], _axis(x), points=points, start=start, end=end)[metric]
+                line = curves(entry, [metric], _axis(x), points=points, start=start, end=end, log=log)[metric]
                 told[entry.row.id] = line.plain()
             except NoAxis:
                 without.append(entry.row.id)
-        flat = [flat_config(entry.config) for entry in entries]
-        names = dict.fromkeys(key for config in flat for key in config)
-        differs = [
-            {"key": key, "values": [config.get(key) for config in flat]}
-            for key in names
-            if key not in ("run.name", "run.root") and any(config.get(key) != flat[0].get(key) for config in flat)
-        ]
+        differs = differing_keys([flat_config(entry.config) for entry in entries])
         return _json(request, {"runs": told, "without": without, "x": x, "metric": metric, "differs": differs})
 
     @app.post("/api/runs/{id}/note", response_model=responses.Done)

@@ -14,7 +14,9 @@ from trainer.record.lines import EVENTS, METRICS, read_events
 
 from ..index.sampling import sample_records
 
-AXES = ("step", "tokens", "time", "flops")
+AXES = ("step", "examples", "tokens", "time", "flops")
+EXAMPLES = ("examples", "sequences")
+"""What the examples that a run has seen are called in its record."""
 MOST_POINTS = 5000
 MOST_METRICS = 200
 """Of one request."""
@@ -167,6 +169,7 @@ def lines(
     axis: str = "step",
     unit: str = "tokens",
     flops_per_token: float | None = None,
+    log: bool = False,
 ) -> dict[str, Line]:
     """The metrics of these names over an axis.
 
@@ -174,27 +177,29 @@ def lines(
         points: about how many each has at most; a bucket's least, greatest and last value are kept.
         start, end: of the axis; None: all there is.
         unit: what the run counts, which is meant by `tokens`.
+        log: the axis is logarithmic, and so are the buckets.
 
     Raises:
-        NoAxis: the record does not say how many tokens or FLOPs a step takes.
+        NoAxis: the record does not say how many examples, tokens or FLOPs a step takes.
         OSError: the record cannot be read.
     """
     if axis == "flops" and not flops_per_token:
         raise NoAxis("the run's record does not say how many FLOPs a token takes")
-    needs = (unit,) if axis in ("tokens", "flops") else ()
+    needs = EXAMPLES if axis == "examples" else (unit,) if axis in ("tokens", "flops") else ()
     found: dict[str, Line] = {}
     listed = [name for name in names if name.rpartition(".")[2] in OF_LISTS and name.rpartition(".")[0]]
     plain = [name for name in names if name not in listed]
     tokens = None
-    if needs:
-        base, values = next(columns.read(folder, needs))
-        tokens = values[unit]
+    for _, values in columns.read(folder, needs) if needs else ():
+        for name, column in values.items():
+            if tokens is None or np.isfinite(column).any():
+                tokens, unit = column, name
     first: float | None = None
     for base, values in columns.read(folder, plain) if plain else ():
         x = _axis(axis, base, tokens, flops_per_token)
         first = float(base.time[0]) if len(base.time) else None
         for name, y in values.items():
-            found[name] = _line(x, y, base.evaluation, points, start, end)
+            found[name] = _line(x, y, base.evaluation, points, start, end, log)
     if listed:
         found |= _of_lists(folder, listed, axis, unit, flops_per_token, first, points, start, end)
     return {name: found[name] for name in names if name in found}
@@ -211,12 +216,20 @@ def _axis(axis: str, base: _Base, tokens: np.ndarray | None, flops_per_token: fl
     known = np.where(np.isnan(tokens), -np.inf, tokens)
     filled = np.maximum.accumulate(known) if len(known) else known  # an evaluation has those of its step
     if len(filled) and not np.isfinite(filled).any():
-        raise NoAxis("the run's record does not say how many tokens it has seen")
+        raise NoAxis(
+            f"the run's record does not say how many {'examples' if axis == 'examples' else 'tokens'} it has seen"
+        )
     return np.where(np.isfinite(filled), filled, 0.0) * (flops_per_token if axis == "flops" and flops_per_token else 1)
 
 
 def _line(
-    x: np.ndarray, y: np.ndarray, evaluation: np.ndarray, points: int, start: float | None, end: float | None
+    x: np.ndarray,
+    y: np.ndarray,
+    evaluation: np.ndarray,
+    points: int,
+    start: float | None,
+    end: float | None,
+    log: bool = False,
 ) -> Line:
     there = ~np.isnan(y)
     own = evaluation if (there & evaluation).sum() > (there & ~evaluation).sum() else ~evaluation
@@ -229,18 +242,24 @@ def _line(
     x, y = x[chosen], y[chosen]
     values = np.flatnonzero(np.isfinite(y))
     last = (float(x[values[-1]]), float(y[values[-1]])) if len(values) else None
-    return Line(*reduced(x, y, points), last, len(x))
+    return Line(*reduced(x, y, points, log), last, len(x))
 
 
-def reduced(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.ndarray]:
+def reduced(x: np.ndarray, y: np.ndarray, points: int, log: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Of each bucket of x the least, the greatest and the last value, in their places; NaN where it has none.
 
     Args:
         x: [rows], ascending or nearly so.
         points: about how many to return; with fewer rows than that, all.
+        log: the buckets are equally wide in log x.
     """
     if len(x) <= points:
         return x, y
+    kept = _kept_rows(np.log(np.maximum(x, x[x > 0].min())) if log and (x > 0).any() else x, y, points)
+    return x[kept], y[kept]
+
+
+def _kept_rows(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
     span = float(x[-1] - x[0])
     buckets = max(points // 3, 1)
     if span <= 0:
@@ -260,8 +279,7 @@ def reduced(x: np.ndarray, y: np.ndarray, points: int) -> tuple[np.ndarray, np.n
     at_last = np.maximum.reduceat(np.where(finite, rows, -1), starts)
     empty = starts[at_last < 0]
     kept = np.concatenate([at_least[at_least < big], at_greatest[at_greatest < big], at_last[at_last >= 0], empty])
-    kept = np.unique(kept)
-    return x[kept], y[kept]
+    return np.unique(kept)
 
 
 def _of_lists(

@@ -80,3 +80,12 @@ def test_zooming_shows_more(tmp_path, points):
     assert (whole.rows, part.rows) == (2000, 41)
     assert len(part.x) == 41
     assert part.last == (1040.0, 0.0)
+
+
+def test_a_logarithmic_axis_shows_how_a_run_began(tmp_path):
+    run = write_run(tmp_path / "run", 2000, loss=lambda step: float(step % 10))
+    linear, log = (lines(Columns(), str(run), ["loss"], points=200, log=log)["loss"] for log in (False, True))
+    assert set(range(1, 9)) <= set(log.x.tolist())
+    assert not set(range(1, 9)) <= set(linear.x.tolist())
+    assert len(log.x) <= 200
+    assert (log.y.min(), log.y.max(), log.last) == (0.0, 9.0, (2000.0, 0.0))

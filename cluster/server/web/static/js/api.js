@@ -7,6 +7,9 @@ export class ApiError extends Error {
   }
 }
 
+/** Whether nothing can be changed from here, as in a page that is a file. */
+export const readOnly = false;
+
 /** `/api/...` with parameters; a list becomes a parameter for each of its values, null is left out. */
 export function address(path, parameters = {}) {
   const query = new URLSearchParams();

@@ -53,6 +53,9 @@ function safelyDecoded(text) {
   }
 }
 
+/** Where the page that is open shows something else, as an address. */
+export const here = (query) => `${location.pathname}?${query}`;
+
 /** The page that is open. */
 export const current = () => now?.page;
 

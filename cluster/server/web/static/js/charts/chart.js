@@ -12,6 +12,9 @@ const MARKS = {
   config: ["M0-4a4 4 0 1 0 .01 0M0-4v8", "--ink2", true], rollback: ["M3.5-3.5l-7 3.5 7 3.5z", "--warning-glyph"],
   straggler: ["M-4 0l4-4 4 4-4 4z", "--warning-glyph"], experts: ["M-4 0a4 4 0 0 1 8 0z", "--warning-glyph"],
 };
+/** A canvas draws in another font until these are here, and is not drawn again by itself. */
+let inFont = false;
+const loaded = Promise.all([FONT, `600 ${FONT}`].map((font) => document.fonts.load(font))).then(() => (inFont = true), () => {});
 /** Of more there is a line instead. */
 const MOST_RINGS = 60;
 /** Pixels between two marks of a kind. */
@@ -40,6 +43,7 @@ export class Chart {
     this.watch = new ResizeObserver(() => this.fit());
     this.watch.observe(this.plot);
     this.plot.addEventListener("keydown", (event) => this.step(event));
+    if (!inFont) loaded.then(() => this.node.isConnected && this.redraw());
   }
 
   destroy() {

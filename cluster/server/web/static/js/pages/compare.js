@@ -1,6 +1,6 @@
 /** Which is better, by how much, which keys differ? */
 
-import { get, runs } from "../api.js";
+import { get, readOnly, runs } from "../api.js";
 import { Chart } from "../charts/chart.js";
 import { curve, valueAt } from "../charts/curves.js";
 import { saveCsv, savePng, saveSvg } from "../charts/export.js";
@@ -114,6 +114,7 @@ class Compare {
   }
 
   adding() {
+    if (readOnly) return null;
     const field = el("input", { type: "search", list: "runs-to-add", placeholder: "Add a run", "aria-label": "Add a run", class: "add-run", on: { change: () => {
       const wanted = field.value.trim(), id = runs.places.has(wanted) ? wanted : runs.columns.id[runs.columns.name.indexOf(wanted)];
       if (id) change({ run: [...this.ids, id] });

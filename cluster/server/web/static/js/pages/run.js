@@ -1,11 +1,11 @@
 /** Is it well, how far, when does it end? */
 
-import { get, post, runPath, runs } from "../api.js";
+import { get, post, readOnly, runPath, runs } from "../api.js";
 import { runColour } from "../colours.js";
 import { dialog, el, empty, glyph, notice, put, word } from "../dom.js";
 import { DASH, ago, clock, compact, duration, loss, percent, whole } from "../format.js";
 import { announce, calmly, fresh, listen } from "../live.js";
-import { change, go, runAddress, state } from "../router.js";
+import { change, go, here, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Charts } from "./run_charts.js";
 import { aside, Experts } from "./run_aside.js";
@@ -79,7 +79,7 @@ class Run {
     const { tab } = this, shown = TABS.filter((name) => name !== "experts" || details.experts);
     const counts = { samples: details.samples.length, files: details.files.length };
     put(this.tabs, shown.map((name) => el("a", {
-      role: "tab", href: `${location.pathname}?tab=${name}`, "aria-selected": String(name === tab), "aria-controls": "section",
+      role: "tab", href: here(`tab=${name}`), "aria-selected": String(name === tab), "aria-controls": "section",
       on: { click: (event) => (event.preventDefault(), change({ tab: name === "charts" ? null : name }, { push: true })) },
     }, name[0].toUpperCase() + name.slice(1), counts[name] ? el("small", {}, counts[name]) : null)));
     if (this.shownTab !== tab) {
@@ -128,21 +128,21 @@ class Run {
     const warned = running ? notable.filter((each) => ["experts_collapsed", "straggler"].includes(each.kind) && each.attempt === row.attempts) : [];
     put(this.head,
       el("div", { class: "title-row" },
-        el("a", { class: "back", href: "/runs" }, "‹ Runs"),
+        !readOnly && el("a", { class: "back", href: "/runs" }, "‹ Runs"),
         el("span", { class: "swatch big", style: { "--own": `var(${runColour(row.id)})` } }),
         el("h1", {}, row.sweep ? `${row.sweep}/${row.name}` : row.name),
         el("span", { class: `now ${kind === "failed" ? "failed" : kind === "lost" ? "warning" : ""}` }, glyph(kind), ` ${stopping ? "stopping after a checkpoint" : kind}${row.attempts > 1 ? `, attempt ${row.attempts}` : ""}`),
         warned.slice(-1).map((each) => el("span", { class: "now warning", title: each.text }, glyph("warning"), ` ${each.kind === "straggler" ? "slow rank" : "dead expert"}`)),
         (row.tags ?? []).map((tag) => el("span", { class: "tag" }, tag)),
         el("div", { class: "space" }),
-        el("div", { class: "buttons" },
+        !readOnly && el("div", { class: "buttons" },
           el("button", { type: "button", on: { click: () => this.edit("note") } }, "Note", el("kbd", {}, "n")),
           el("button", { type: "button", on: { click: () => this.edit("tags") } }, "Tags", el("kbd", {}, "t")),
           el("button", { type: "button", on: { click: () => this.compare() } }, "Compare", el("kbd", {}, "c")),
           running && el("button", { type: "button", disabled: stopping, on: { click: () => this.stop() } }, "Stop after a checkpoint", el("kbd", {}, "s")))),
       el("p", { class: "about" }, about && `${about}. `, el("span", { class: "quiet" }, header.commit && `${header.commit.slice(0, 7)}${header.dirty ? ", changed" : ""}, `, row.started && `${header.commit ? "started" : "Started"} ${clock(row.started)}.`)),
       row.note && el("p", { class: "note quiet" }, row.note),
-      kind === "failed" && notice("failed", el("b", {}, `${row.step ? `Failed at step ${whole(row.step)}` : "Failed before step 1"}. `), row.reason || "No reason is recorded.", ` ${attempts.length > 1 ? `After ${attempts.length} attempts. ` : ""}`, el("a", { href: `${location.pathname}?tab=logs` }, "Its logs"), " say more."),
+      kind === "failed" && notice("failed", el("b", {}, `${row.step ? `Failed at step ${whole(row.step)}` : "Failed before step 1"}. `), row.reason || "No reason is recorded.", ` ${attempts.length > 1 ? `After ${attempts.length} attempts. ` : ""}`, el("a", { href: here("tab=logs") }, "Its logs"), " say more."),
       problems.map((problem) => notice("warning", el("b", {}, "Not all can be read. "), problem)),
       (this.numbers = el("dl", { class: "numbers" })));
     this.sayNumbers();
@@ -205,6 +205,7 @@ class Run {
     if (!this.details) return false;
     const shown = TABS.filter((name) => name !== "experts" || this.details.experts);
     if (this.part?.key?.(key)) return true;
+    if (readOnly && "ntcs[]".includes(key)) return false;
     if (key === "n") this.edit("note");
     else if (key === "t") this.edit("tags");
     else if (key === "c") this.compare();

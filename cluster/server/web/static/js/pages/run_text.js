@@ -1,6 +1,6 @@
 /** A run's texts: config, logs, files. All of it is shown as text and as nothing else. */
 
-import { get, runPath, runs } from "../api.js";
+import { get, readOnly, runPath, runs } from "../api.js";
 import { el, empty, put } from "../dom.js";
 import { DASH, bytes, loss, plain, whole } from "../format.js";
 import { calmly } from "../live.js";
@@ -13,7 +13,7 @@ export class Config {
     this.list = el("datalist", { id: "other-runs" }, runs.columns.id.slice(-500).reverse().filter((each) => each !== id).map((each) => el("option", { value: each })));
     this.count = el("small");
     this.rows = el("div");
-    put(node, el("div", { class: "toolbar" }, el("h2", {}, "Config", this.count), el("div", { class: "space" }), el("label", { class: "quiet" }, "differs from ", this.other), this.list, this.search), this.rows);
+    put(node, el("div", { class: "toolbar" }, el("h2", {}, "Config", this.count), el("div", { class: "space" }), !readOnly && [el("label", { class: "quiet" }, "differs from ", this.other), this.list], this.search), this.rows);
   }
 
   show(details) {

@@ -1,0 +1,1 @@
+"""Runs and comparisons as HTML files that need no server: `muster dashboard --export`."""

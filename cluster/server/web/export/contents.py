@@ -1,0 +1,131 @@
+"""What an exported page is told: the answers that the server would give to it."""
+
+import base64
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.record.lines import read_events
+from trainer.record.terminal import visible
+from trainer.tracking.sweep import TRIALS
+
+from ..index import colours
+from ..index.config_values import Configs, flat_config
+from ..index.rows import Run, refresh, signature
+from ..index.runs_index import Entry
+from ..pages.comparison import differing_keys
+from ..pages.details import Books, details, experts, flops_per_token, log
+from ..pages.samples import picture
+from ..pages.series import EXAMPLES, Columns, lines
+from ..pages.stacks import stacks
+from ..responses import RunRow
+
+MAIN = ("loss", "eval_loss", "grad_norm", "tokens_per_second")
+"""Metrics whose curves are told of in `FINE` points."""
+FINE, COARSE = 2000, 300
+MOST_METRICS, MOST_COMPARED_METRICS = 300, 30
+MOST_LAYERS = 64
+MOST_RANKS, LONGEST_LOG = 8, 1 << 16
+ON_AXES = 4000
+"""Steps of which it is told where they lie on the other axes; what is between them lies between."""
+
+
+def opened(folders: Sequence[Path]) -> list[Entry]:
+    """Runs as the server's index has them, each folder once."""
+    configs, runs = Configs(), {}
+    for folder in dict.fromkeys(folders):
+        sweep = visible(folder.parent.parent.name) if folder.parent.name == TRIALS else None
+        id = (f"{sweep}:" if sweep else "") + visible(folder.name)
+        while id in runs:  # of another root
+            id += "~"
+        run = runs[id] = Run(id, str(folder), sweep)
+        refresh(run, signature(run.folder), configs)
+    for run in colours.give(list(runs.values())):
+        colours.keep(run)
+    return [Entry(run.row, run.config, run.metrics, run) for run in runs.values() if run.row]
+
+
+def contents_of_run(entry: Entry) -> dict[str, Any]:
+    """For the page of one run; as far as its record can be read."""
+    found = details(entry, Books())
+    path, own = entry.run.path, {}
+    for sample in found["samples"]:
+        if sample["kind"] == "picture" and "wrong" not in sample:
+            with contextlib.suppress(OSError):
+                sample["data"] = "data:image/png;base64," + base64.b64encode(picture(path, sample["step"])).decode()
+    for layer in range(min(found["experts"]["layers"], MOST_LAYERS) if found["experts"] else 0):
+        with contextlib.suppress(OSError):
+            own[layer] = experts(path, layer, 200)
+    ranks = found["ranks"] = found["ranks"][:MOST_RANKS]
+    logs = {}
+    for rank in ranks:
+        with contextlib.suppress(OSError):
+            logs[rank] = log(path, rank, LONGEST_LOG, "")
+    curves = _curves(entry, found["metrics"][:MOST_METRICS])
+    found["metrics"] = [name for name in found["metrics"] if name in curves["series"]]
+    more = {}
+    with contextlib.suppress(OSError):
+        more["stacks"] = stacks(path)
+    each = {entry.row.id: {"details": found, "experts": own, "logs": logs, "more": more} | curves}
+    return {"page": "run", "run": entry.row.id, "runs": _table([entry]), "each": each}
+
+
+def contents_of_comparison(entries: Sequence[Entry], metrics: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """For the page that compares runs.
+
+    Args:
+        metrics: names of each run's, by its id.
+    """
+    counted: dict[str, int] = {}
+    for name in (name for own in metrics.values() for name in own):
+        counted[name] = counted.get(name, 0) + 1
+    shared = sorted(counted, key=lambda name: (name not in MAIN, -counted[name]))[:MOST_COMPARED_METRICS]
+    return {
+        "page": "compare",
+        "compared": [entry.row.id for entry in entries],
+        "runs": _table(entries),
+        "keys": {"keys": [], "metrics": shared},
+        "differs": differing_keys([flat_config(entry.config) for entry in entries]),
+        "each": {entry.row.id: _curves(entry, shared) for entry in entries},
+    }
+
+
+def _table(entries: Sequence[Entry]) -> dict[str, Any]:
+    columns = {name: [getattr(entry.row, name) for entry in entries] for name in RunRow.model_fields}
+    return {"count": len(entries), "columns": columns}
+
+
+def _curves(entry: Entry, metrics: Sequence[str]) -> dict[str, Any]:
+    """Points by step, and where steps lie on the other axes."""
+    columns, folder, unit, found = Columns(), entry.run.folder, entry.row.unit, {}
+    names = list(dict.fromkeys([*MAIN, *metrics]))
+    axes: dict[str, list[float]] = {}
+    with contextlib.suppress(OSError):
+        for points, some in ((FINE, names[: len(MAIN)]), (COARSE, names[len(MAIN) :])):
+            told = lines(columns, folder, some, points=points, unit=unit) if some else {}
+            found |= {
+                name: {"x": line.plain()["x"], "y": line.plain()["y"]} for name, line in told.items() if line.rows
+            }
+        axes = _axes(columns, folder, unit)
+    return {"series": found, "axes": axes}
+
+
+def _axes(columns: Columns, folder: str, unit: str) -> dict[str, list[float]]:
+    names = list(dict.fromkeys([unit, *EXAMPLES]))
+    parts = list(columns.read(folder, names))
+    base, values = parts[0][0], {name: column for _, some in parts for name, column in some.items()}
+    rows = np.flatnonzero(~base.evaluation)
+    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ON_AXES)).astype(int))] if len(rows) else rows
+    found = {"step": base.step[rows].tolist(), "time": (base.time[rows] - base.time[:1].sum()).tolist()}
+    counted = {name: values[name][rows] for name in names if len(rows) and np.isfinite(values[name][rows]).all()}
+    if unit in counted:
+        found["tokens"] = counted[unit].tolist()
+        if flops := flops_per_token(read_events(folder)):
+            found["flops"] = (counted[unit] * flops).tolist()
+    for name in EXAMPLES:
+        if name in counted:
+            found["examples"] = counted[name].tolist()
+    return found
