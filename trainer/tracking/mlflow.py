@@ -103,18 +103,20 @@ class MlflowTracker:
             )
             self._run_id = created.info.run_id
             self._show_under(experiment, run.parent)
-            return Sent(self._run_id, -1, -1)
+            return Sent(self._run_id, -1, -1, experiment.experiment_id)
         self._run_id = run_id
         self._show_under(experiment, run.parent)
         self._client.update_run(run_id, status="RUNNING")
         self._client.set_tag(run_id, STATUS_TAG, "RUNNING")
-        if REASON_TAG in self._client.get_run(run_id).data.tags:
+        known = self._client.get_run(run_id)
+        if REASON_TAG in known.data.tags:
             self._client.delete_tag(run_id, REASON_TAG)
         # The attempt and the evaluated weight are never null, as a loss that is not finite is. Runs begun under an
         # older version have them under the record's names, and so have tasks that do not count tokens.
         step = max(self._last_step(NAMES["attempt"]), self._last_step("attempt"))
-        held = [key for key in self._client.get_run(run_id).data.metrics if key.startswith("eval_")]
-        return Sent(run_id, step, max(map(self._last_step, [NAMES["eval_tokens"], *held])))
+        held = [key for key in known.data.metrics if key.startswith("eval_")]
+        evaluation = max(map(self._last_step, [NAMES["eval_tokens"], *held]))
+        return Sent(run_id, step, evaluation, known.info.experiment_id)
 
     def _show_under(self, experiment: Experiment, parent: str | None) -> None:
         if parent and (found := self._find(experiment, parent)):

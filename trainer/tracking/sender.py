@@ -149,7 +149,12 @@ class Sender:
         inputs = [Input(**item) for item in details.get("inputs", ())]
         self.tracker.describe(self.params(), tags(details), inputs)
         self._sent, self._noted = {False: sent.step, True: sent.evaluation}, {}
-        self._state = {"uri": self.uri, "run_id": sent.run_id, "experiment": self.config.tracking.experiment}
+        self._state = {
+            "uri": self.uri,
+            "run_id": sent.run_id,
+            "experiment": self.config.tracking.experiment,
+            "experiment_id": sent.experiment_id,
+        }
         same = known.get("run_id") == sent.run_id
         self._state["tags"] = known.get("tags", []) if same else []
         self._artifacts.held = known.get("files", {}) if same else {}

@@ -200,9 +200,9 @@ def inputs_of(folder: str | Path) -> list[dict[str, Any]]:
 
 
 def read_state(run_dir: str | Path) -> dict[str, Any]:
-    """The state that the shipper last saved: uri, run_id, offset (bytes of metrics.jsonl sent), missing (records),
-    error, unreachable (the last attempt to send failed), tags (the user's, by name) and files (modification time in ns
-    and size in bytes of each one sent)."""
+    """The state that the shipper last saved: uri, run_id, experiment_id, offset (bytes of metrics.jsonl sent), missing
+    (records), error, unreachable (the last attempt to send failed), tags (the user's, by name) and files (modification
+    time in ns and size in bytes of each one sent)."""
     try:
         state = json.loads(read_bytes(Path(run_dir) / STATE, MOST_STATE))
     except (OSError, ValueError, RecursionError):
@@ -239,6 +239,7 @@ def _count(value: Any) -> bool:
 _STATE: dict[str, Callable[[Any], bool]] = {
     "uri": lambda value: isinstance(value, str),
     "run_id": lambda value: isinstance(value, str),
+    "experiment_id": lambda value: isinstance(value, str),
     "error": lambda value: value is None or isinstance(value, str),
     "unreachable": lambda value: isinstance(value, bool),
     "offset": _count,

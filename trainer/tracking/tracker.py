@@ -19,11 +19,13 @@ class RunInfo(NamedTuple):
 
 
 class Sent(NamedTuple):
-    """What a tracker already holds of a run: the last training step and the last evaluated step, -1 for none."""
+    """What a tracker already holds of a run: the last training step and the last evaluated step, -1 for none; and the
+    experiment under which it shows it."""
 
     run_id: str
     step: int
     evaluation: int
+    experiment_id: str
 
 
 class Point(NamedTuple):

@@ -34,6 +34,8 @@ MOST_LOG = 1 << 20
 MOST_SEARCHED = 64 << 20
 """Bytes at the end of a log that are searched."""
 MOST_EVENTS = 500
+WEB = re.compile(r"https?://[^\s\\<>\"'@]{1,500}")
+"""Addresses that become links."""
 FOLDERS = ("", LOGS, SAMPLES, "plots", "profiles", "stacks", "model", "tokenizer")
 """Folders of a run whose files are listed."""
 NAMES = {"step": "in steps", "data_wait": "waiting for data", "down": "down after a failure"}
@@ -375,11 +377,16 @@ def _files(run_dir: Path) -> list[dict[str, Any]]:
 
 def _tracking(run_dir: Path) -> dict[str, Any]:
     state = read_state(run_dir)
-    uri, error = str(state.get("uri") or ""), state.get("error")
-    web = re.fullmatch(r"https?://[^\s\\<>\"']{1,500}", uri)
+    uri, error = re.sub("//[^/@]*@", "//", str(state.get("uri") or "")), state.get("error")
+    run_id, experiment = str(state.get("run_id") or ""), str(state.get("experiment_id") or "")
+    ray = os.environ.get("RAY_ADDRESS", "")
+    page = ""
+    if re.fullmatch("[0-9a-f]{32}", run_id) and re.fullmatch("[0-9]{1,20}", experiment):
+        page = f"/#/experiments/{experiment}/runs/{run_id}"  # older runs do not know their experiment's number
     return {
-        "mlflow": visible(uri) if web else None,
-        "run_id": _text(state.get("run_id")),
+        "mlflow": visible(uri.rstrip("/") + page) if WEB.fullmatch(uri) else None,
+        "ray": visible(ray) if WEB.fullmatch(ray) else None,
+        "run_id": _text(run_id),
         "behind": _text(error) if error else None,
     }
 

@@ -1,7 +1,9 @@
 """What the API tells of runs that were really trained, and what it does to them."""
 
 import gzip
+import json
 import math
+import shutil
 import threading
 import time
 
@@ -133,6 +135,27 @@ def test_a_run_whole(dashboard, trained):
     assert {"config.yaml", "metrics.jsonl", "logs/attempt-01-rank-0000.log"} <= {file["name"] for file in told["files"]}
     assert told["references"]["unigram_entropy"] > 1
     assert told["problems"] == []
+
+
+def test_links_to_the_run_in_mlflow_and_to_ray(dashboard, root, monkeypatch):
+    run = write_run(root / "linked", 1)
+    state = {"uri": "https://user:secret@tracker.example/mlflow/", "run_id": "0f" * 16, "experiment_id": "12"}
+
+    def links():
+        tracking = dashboard.get("/api/runs/linked").json["tracking"]
+        return tracking["mlflow"], tracking["ray"]
+
+    (run / "tracking.json").write_text(json.dumps(state))
+    dashboard.look()
+    assert links() == (f"https://tracker.example/mlflow/#/experiments/12/runs/{'0f' * 16}", None)
+    monkeypatch.setenv("RAY_ADDRESS", "http://head.example:8265")
+    (run / "tracking.json").write_text(json.dumps(state | {"experiment_id": "../x"}))
+    assert links() == ("https://tracker.example/mlflow/", "http://head.example:8265")
+    monkeypatch.setenv("RAY_ADDRESS", "javascript:alert(1)")
+    (run / "tracking.json").write_text(json.dumps(state | {"uri": "sqlite:///runs/mlflow.db"}))
+    assert links() == (None, None)
+    shutil.rmtree(run)
+    dashboard.look()
 
 
 def test_logs_and_their_search(dashboard, trained):

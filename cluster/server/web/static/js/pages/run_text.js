@@ -106,10 +106,12 @@ function marked(line, wanted) {
   return [...parts, line.slice(from)];
 }
 
+const outside = (address) => el("a", { href: address, target: "_blank", rel: "noreferrer" }, address);
+
 export function files({ files: all, tracking, header, row }, node) {
   const facts = [
     ["command", header.command], ["host", header.host], ["commit", header.commit && `${header.commit}${header.dirty ? " with changes" : ""}`],
-    ...Object.entries(header.versions ?? {}), ["MLflow", tracking.mlflow && el("a", { href: tracking.mlflow, target: "_blank", rel: "noreferrer" }, tracking.mlflow)],
+    ...Object.entries(header.versions ?? {}), ["MLflow", tracking.mlflow && outside(tracking.mlflow)], ["Ray", tracking.ray && outside(tracking.ray)],
     ["MLflow is behind", tracking.behind], ["held-out loss", row.eval_loss === null ? null : loss(row.eval_loss)],
   ].filter(([, value]) => value);
   put(node, el("div", { class: "two" },
