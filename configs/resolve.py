@@ -202,8 +202,9 @@ MAY_CHANGE = (
     "parallel.", "cluster.", "tracking.", "checkpoint.", "train.micro_batch", "train.steps", "run.root",
     # The same result, computed differently:
     "train.activation_checkpointing", "train.checkpoint_every_layers",
-    # Monitoring only:
+    # Monitoring only, or beside the weights that are trained:
     "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch", "data.limits.",
+    "optim.ema_decay",
 )  # fmt: skip
 """Keys that may change between attempts of a run; a change of any other key makes it another run."""
 

@@ -1,6 +1,7 @@
 """What one process trains, built the same way for every topology, and the two things done with it: a step, a loss."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,8 +55,24 @@ class Trainee:
         """Of every phase, for a step. Returns the first one's."""
         rates = learning_rates(step, self.config, self.learner.phases)
         for name, rate in rates.items():
-            self.engines[name].set_learning_rate(rate)
+            engine = self.engines[name]
+            engine.set_learning_rate(rate)
+            if engine.ema:
+                engine.ema.step = step
         return next(iter(rates.values()))
+
+    @property
+    def has_ema(self) -> bool:
+        """Whether it keeps an average of any weights."""
+        return any(engine.ema for engine in self.engines.values())
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it every network computes with the average of its weights, if it has one. A collective."""
+        with ExitStack() as stack:
+            for engine in self.engines.values():
+                stack.enter_context(engine.averaged())
+            yield
 
     @property
     def networks(self) -> list[str]:

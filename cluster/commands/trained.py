@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from trainer.observe.held_out import SourceLoss  # torch
 
 Step = Annotated[int | None, typer.Option(help="Checkpoint of this step; the newest if not given.", min=0)]
+Ema = Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights (optim.ema_decay).")]
 
 
 def generate(
@@ -43,6 +44,7 @@ def generate(
     ] = 0.8,
     seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
     step: Step = None,
+    ema: Ema = False,
     root: Root = RUNS,
 ) -> None:
     """Generate text with a trained model. Example: muster generate quickstart --prompt 'def '"""
@@ -53,7 +55,7 @@ def generate(
     from trainer.data.tokenizer.prompts import Prompts  # torch
     from trainer.data.tokenizer.tokenizer import TokenizerProcess
 
-    module, config, _ = load_module(run_dir, step)
+    module, config, _ = load_module(run_dir, step, ema=ema)
     folder, info = tokenizer_of(run_dir, config.data)
     with TokenizerProcess(folder, config.data.limits) as tokenizer:
         how: dict[str, Any] = {"max_new_tokens": max_tokens, "temperature": temperature, "seed": seed}
@@ -67,13 +69,14 @@ def evaluate(
         int | None, typer.Option(help="Number of held-out sequences; all if not given.", min=1)
     ] = None,
     step: Step = None,
+    ema: Ema = False,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:
     """Compute a trained model's held-out loss, per data source. Example: muster eval quickstart --json"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
-    if load(run_dir / "config.yaml").plugins and (result := _of_another_kind(run_dir, data, sequences, step)):
+    if load(run_dir / "config.yaml").plugins and (result := _of_another_kind(run_dir, data, sequences, step, ema)):
         print(json.dumps(result, indent=1) if as_json else _in_words(result))
         return
     from trainer.data.manifest import TOKENIZER, read_manifest, read_manifests
@@ -89,7 +92,7 @@ def evaluate(
     from trainer.data.tokenizer.kept import tokenizer_of
     from trainer.observe.held_out import held_out_loss_by_source, together
 
-    module, config, found = load_module(run_dir, step)
+    module, config, found = load_module(run_dir, step, ema=ema)
     source = config.data.model_copy(update={"path": str(data)}) if data else config.data
     folder, info = tokenizer_of(run_dir, config.data)
     if not info.is_as(read_manifests(source)[0].tokenizer):
@@ -122,7 +125,9 @@ def evaluate(
     print(f"held-out loss {_line(whole)}")
 
 
-def _of_another_kind(run_dir: Path, data: Path | None, count: int | None, step: int | None) -> dict[str, Any] | None:
+def _of_another_kind(
+    run_dir: Path, data: Path | None, count: int | None, step: int | None, ema: bool
+) -> dict[str, Any] | None:
     """The evaluation of a task that does not learn from tokens; None if it does."""
     import torch
 
@@ -134,7 +139,7 @@ def _of_another_kind(run_dir: Path, data: Path | None, count: int | None, step: 
 
     if task_class(load_own(run_dir / "config.yaml")).reads == "tokens":
         return None
-    module, config, found = load_module(run_dir, step, reads=None)
+    module, config, found = load_module(run_dir, step, reads=None, ema=ema)
     # The module is in fp32, and a task may look at the precision.
     config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     if data:
@@ -249,6 +254,7 @@ def export(
         str, typer.Option(metavar="SIZE", help="Maximum size of a weights file, such as 500MB or 2GiB.")
     ] = "5GB",
     step: Step = None,
+    ema: Ema = False,
     root: Root = RUNS,
 ) -> None:
     """Export a trained model as a Hugging Face folder. Example: muster export quickstart --out exported"""
@@ -269,10 +275,11 @@ def export(
 
     from trainer.checkpoint.export import export
 
-    found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes)
+    found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes, ema=ema)
     files = [path for path in out.iterdir() if path.suffix == ".safetensors"]
     size = sum(path.stat().st_size for path in files)
-    print(f"checkpoint of step {found} exported to {out}: {dtype}, {byte_size(size)} in {counted(len(files), 'file')}")
+    weights = "EMA weights of the checkpoint" if ema else "checkpoint"
+    print(f"{weights} of step {found} exported to {out}: {dtype}, {byte_size(size)} in {counted(len(files), 'file')}")
 
 
 def _bytes(option: str, text: str) -> int:

@@ -65,3 +65,7 @@ class OptimConfig(Section):
     """Step schedule: steps between drops; None: a third of the run."""
     step_factor: float = Field(0.1, gt=0, le=1)
     """Step schedule: factor of each drop."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep an exponential moving average of the weights in fp32, with this decay per step, such as 0.999; None: none.
+    Step t, from 1, decays by min(ema_decay, (1 + t) / (10 + t)). Evaluations measure both weights, those being trained
+    (`eval_loss`) and the average (`eval_loss_ema`); samples are drawn with the average."""

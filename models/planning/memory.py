@@ -44,7 +44,7 @@ class Memory:
     gradients: float
     """When the optimizer steps."""
     optimizer: float
-    """States, and fp32 master weights where the weights are not them."""
+    """States, the weights' moving average, and fp32 master weights where the weights are not them."""
     gathered: float
     """ZeRO-3: weights that are gathered for use."""
     activations: float

@@ -112,7 +112,8 @@ def shape(model: ModelConfig) -> tuple[int, int, int, int]:
 
 @dataclass
 class Group:
-    """Parameters that the optimizer treats alike, in order, and how many processes share their states."""
+    """Parameters that the optimizer treats alike, in order, how many processes share their states, and how many of
+    these there are for each weight, its moving average included."""
 
     sizes: list[int]
     shards: int
@@ -150,6 +151,6 @@ def groups(config: Config, stage: int) -> list[Group]:
         if tensor.expert:
             shards = max(1, shards * parallel.tp // parallel.ep)
         optimizer = OPTIMIZERS["adamw" if optim.name == "muon" and not muon else optim.name]
-        states = optimizer.states - (optimizer.has_momentum and not optim.momentum)
+        states = optimizer.states - (optimizer.has_momentum and not optim.momentum) + (optim.ema_decay is not None)
         found.setdefault(key, Group([], shards, states)).sizes.append(tensor.numel)
     return list(found.values())

@@ -33,17 +33,21 @@ NOT_QWEN2S = (
 )
 
 
-def load_module(run_dir: Path, step: int | None = None, reads: str | None = "tokens") -> tuple[nn.Module, Config, int]:
+def load_module(
+    run_dir: Path, step: int | None = None, reads: str | None = "tokens", *, ema: bool = False
+) -> tuple[nn.Module, Config, int]:
     """The model of a run in fp32 on the CPU, from the newest checkpoint that verifies, or from that of `step`.
 
     Args:
         reads: the examples that its task must learn from; None: any.
+        ema: with the moving average of those weights that have one, in place of the weights.
 
     Returns:
         (module in evaluation mode, the run's config, the checkpoint's step).
 
     Raises:
-        ConfigError: a run that learns from other examples, no such checkpoint, or one that is damaged.
+        ConfigError: a run that learns from other examples, no such checkpoint, or one that is damaged, or has no
+            average.
     """
     config = read_config(run_dir)
     config = with_plugins(config)
@@ -72,10 +76,15 @@ def load_module(run_dir: Path, step: int | None = None, reads: str | None = "tok
         refused += problems
     else:
         raise ConfigError(f"no checkpoint of {run_dir} can be used: {refused[0]}")
+    if ema and not reader.averaged:
+        raise ConfigError(
+            f"--ema: the checkpoint of step {candidate} of {run_dir} has no EMA weights: leave it out, or train with "
+            "optim.ema_decay"
+        )
     module = build(config.model)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(reader.weight(name))
+            parameter.copy_(reader.weight(name, averaged=ema))
     learner = Learner(task, _networks(task, module), listens=False)
     fresh = on_device(learner.fresh_memory(), torch.device("cpu"))
     learner.tell(restored(reader.manifest.state.memory, fresh))
@@ -92,17 +101,20 @@ def export(
     step: int | None = None,
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    *,
+    ema: bool = False,
 ) -> int:
     """Write the model and tokenizer of a run as a Hugging Face folder. Returns the checkpoint's step.
 
     Args:
         dtype, shard_bytes: as of `models.hf.folder.export_hf`.
+        ema: as of `load_module`.
 
     Raises:
         ConfigError: as `load_module`; a model that no Hugging Face architecture describes; a tokenizer that
             cannot be used; as `make_empty`.
     """
-    module, config, found = load_module(run_dir, step)
+    module, config, found = load_module(run_dir, step, ema=ema)
     folder, info = tokenizer_of(run_dir, config.data)
     with TokenizerProcess(folder, config.data.limits) as tokenizer:
         tokenizer.trial()

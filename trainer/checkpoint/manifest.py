@@ -18,6 +18,8 @@ READABLE = (1, 2)
 MANIFEST = "manifest.json"
 MASTER = "weight"
 """Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
+EMA = "ema"
+"""Name of the weights' exponential moving average, where there is one, beside them."""
 STEP = "step"
 """The optimizer's step count: a scalar, which older versions kept among the states of one-element tensors."""
 ALWAYS = ("step", "cursor", "tokens", "skipped", "skipped_in_a_row", "rollbacks", "recent_losses", "loss_scale")
@@ -151,7 +153,8 @@ class Manifest(Typed):
 
 
 def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
-    """Raises ValueError where a parameter lacks a moment that it must have, or one has a shape that it cannot have."""
+    """Raises ValueError where a parameter lacks a moment or an average that it must have, or one has a shape that it
+    cannot have."""
     weights = shapes[MASTER]
     moments: dict[str, list[str]] = {name: [] for name in weights}
     for key, tensors in shapes.items():
@@ -165,17 +168,20 @@ def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
             right = {"row_var": of_rows, "col_var": of_columns}.get(key, whole) if len(whole) > 1 else whole
             if shape != right:
                 raise ValueError(f"shapes: {shortened(key)} of {shortened(name)} is {list(shape)}, not {list(right)}")
-            moments[name].append(key)
+            if key != EMA:
+                moments[name].append(key)
+    if (averaged := shapes.get(EMA)) and (bare := weights.keys() - averaged.keys() - frozen):
+        raise ValueError(f"shapes: {shortened(min(bare))} has no {EMA}, but others have")
     # An optimizer keeps one set of moments for every parameter, or one for each kind of them (Muon, Adafactor).
     kinds: dict[tuple[str, ...], int] = {}
     kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items() if name not in frozen}
-    if len(kinds) > 1 and (bare := kinds.get(())) is not None:
-        name = next(name for name in kind if kind[name] == bare)
+    if len(kinds) > 1 and (none := kinds.get(())) is not None:
+        name = next(name for name in kind if kind[name] == none)
         raise ValueError(f"shapes: {shortened(name)} has no moments, but others have")
     for key, tensors in shapes.items():
         first = next((kind[name] for name in tensors if name in kind), None)
         for name in tensors:
-            if key not in (MASTER, STEP) and kind.get(name) != first:
+            if key not in (MASTER, EMA, STEP) and kind.get(name) != first:
                 raise ValueError(f"shapes: {shortened(name)} lacks a moment that others with {shortened(key)} have")
 
 

@@ -69,6 +69,20 @@ def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner,
         state.cursor, state.rollbacks = back.cursor, back.rollbacks
     if record:
         record.event("resumed", step=state.step, cursor=state.cursor, checkpoint=str(reader.path))
+        for reason in _other_averages(reader, engines):
+            record.event("ema_changed", step=state.step, reason=reason)
+
+
+def _other_averages(reader: Reader, engines: Engines) -> list[str]:
+    """What becomes of averages of weights that a checkpoint lacks, or has and the run keeps no longer."""
+    found = []
+    for engine in engines:
+        of, held = engine.prefix.rstrip(".") or "the weights", any(n.startswith(engine.prefix) for n in reader.averaged)
+        if engine.ema and not held:
+            found.append(f"the checkpoint has no average of {of}: it begins with its weights")
+        elif held and not engine.ema:
+            found.append(f"the checkpoint's average of {of} is left out: optim.ema_decay is not set")
+    return found
 
 
 def load(reader: Reader, engines: Engines, state: TrainState) -> None:

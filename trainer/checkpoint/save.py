@@ -20,8 +20,8 @@ from trainer.state import TrainState
 
 from . import store
 from .fragments import fragment_key
-from .manifest import STEP
-from .store import MASTER, CheckpointError, Reader, Snapshot
+from .manifest import EMA, MASTER, STEP
+from .store import CheckpointError, Reader, Snapshot
 
 
 def take_snapshot(*engines: Engine) -> Snapshot:
@@ -44,6 +44,8 @@ def share(*engines: Engine) -> Snapshot:
         if engine.replicated or not (slot.parameter.requires_grad or engine.sharded):
             low, high = slot.numel * rank // world, slot.numel * (rank + 1) // world
         views = {MASTER: slot.view(slot.owner).float()}  # what nothing trains has no fp32 copy
+        if engine.ema and (average := engine.ema.of(slot.owner)) is not None:
+            views[EMA] = slot.view(average)
         for key, value in optimizer.state.get(slot.owner, {}).items():
             if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
                 scalars[engine.prefix + key] = float(value)
@@ -90,7 +92,7 @@ def misfit(engine: Engine, reader: Reader) -> str:
             return problem
         if piece.name in reader.manifest.state.frozen and piece.parameter.requires_grad:
             return f"{reader.path}: nothing trained {piece.name}: begin from the weights alone with train.init_from"
-        own = {key for key in shapes if piece.name in shapes[key]} - {MASTER}
+        own = {key for key in shapes if piece.name in shapes[key]} - {MASTER, EMA}
         if own and not any(kind <= own | scalars for kind in needed):
             names = " or ".join(", ".join(sorted(kind)) for kind in needed)
             return (
@@ -103,7 +105,8 @@ def misfit(engine: Engine, reader: Reader) -> str:
 def restore(engine: Engine, reader: Reader) -> None:
     """Put a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
 
-    Each process reads what it holds: the slices that are its parameters, and its stretches of the states.
+    Each process reads what it holds: the slices that are its parameters, and its stretches of the states. An average
+    of the weights that the checkpoint lacks begins with its weights.
 
     Raises:
         CheckpointError: as `misfit` says.
@@ -127,6 +130,9 @@ def restore(engine: Engine, reader: Reader) -> None:
                 piece.parameter.copy_(weight.view_as(piece.parameter))
                 if slot:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
+            if slot and engine.ema and (average := engine.ema.of(slot.owner)) is not None:
+                key = EMA if slot.name in reader.averaged else MASTER
+                slot.view(average).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
         if slot and piece.parameter.requires_grad:
             where = slot.owner.device if skips_on_device else torch.device("cpu")
             _restore_states(optimizer.state[slot.owner], slot, reader, _scalars(engine, reader), where)
@@ -145,7 +151,7 @@ def _restore_states(
 ) -> None:
     """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches; scalars where it wants them."""
     for key in reader.states:
-        if key == MASTER or slot.name not in reader.manifest.shapes[key]:
+        if key in (MASTER, EMA) or slot.name not in reader.manifest.shapes[key]:
             continue
         shape = reader.shape(key, slot.name)
         if shape == slot.shape:

@@ -1,11 +1,12 @@
 """The checkpoint format: fragments of canonical fp32 state in safetensors shards, committed by a manifest.
 
-A checkpoint holds the fp32 weights and optimizer moments under the plain model's own names, each cut into fragments by
-whoever held them, so any topology writes it and any topology reads it. A fragment is a flat stretch of a slice ("box")
-of the whole tensor; its key is `state/parameter@start`, where the box is not the whole tensor followed by the box,
-as in `weight/model.layers.0.self_attn.q_proj.weight@0[64:128,0:256]`. A rank writes and fsyncs its shard and leaves a
-receipt with the shard's digest; rank 0 collects the receipts and writes the manifest last. The manifest alone makes a
-checkpoint: what has none, or whose files are not the manifest's, is none. No pickle anywhere.
+A checkpoint holds the fp32 weights, their moving average if the run keeps one, and optimizer moments under the plain
+model's own names, each cut into fragments by whoever held them, so any topology writes it and any topology reads it. A
+fragment is a flat stretch of a slice ("box") of the whole tensor; its key is `state/parameter@start`, where the box is
+not the whole tensor followed by the box, as in `weight/model.layers.0.self_attn.q_proj.weight@0[64:128,0:256]`. A rank
+writes and fsyncs its shard and leaves a receipt with the shard's digest; rank 0 collects the receipts and writes the
+manifest last. The manifest alone makes a checkpoint: what has none, or whose files are not the manifest's, is none. No
+pickle anywhere.
 
 Memory: a rank that writes holds a copy of its own share, a rank that reads holds one parameter's slice at a time. The
 shards are mapped, so that the kernel keeps of them what it has room for.
@@ -19,7 +20,7 @@ import shutil
 import stat
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ from trainer.state import TrainState
 from . import fragments
 from .fragments import Box, Run
 from .manifest import (
+    EMA,
     FORMAT,
     MANIFEST,
     MASTER,
@@ -354,8 +356,13 @@ class Reader:
 
     @property
     def states(self) -> list[str]:
-        """Names of the states: `weight` and the optimizer's own."""
+        """Names of the states: `weight`, its average, and the optimizer's own."""
         return list(self.manifest.shapes)
+
+    @property
+    def averaged(self) -> Collection[str]:
+        """Names of the parameters that have an exponential moving average."""
+        return self.manifest.shapes.get(EMA, {}).keys()
 
     def shape(self, key: str, name: str) -> tuple[int, ...]:
         """Shape of the whole tensor. Raises CheckpointError if the checkpoint does not hold it."""
@@ -415,9 +422,10 @@ class Reader:
         stretch = slice(run.offset, run.offset + fragments.size(run.box))
         return self._files[run.file].get_slice(run.key)[stretch].view(fragments.lengths(run.box))
 
-    def weight(self, name: str) -> Tensor:
-        """The whole fp32 weight in its shape."""
-        return self.read(MASTER, name).view(self.shape(MASTER, name))
+    def weight(self, name: str, *, averaged: bool = False) -> Tensor:
+        """The whole fp32 weight in its shape; or its average, where there is one."""
+        key = EMA if averaged and name in self.averaged else MASTER
+        return self.read(key, name).view(self.shape(MASTER, name))
 
 
 def _open(path: Path) -> Any:

@@ -1,6 +1,7 @@
 """One network with its optimizer, split across the processes of a run: what the trainer sees of DeepSpeed."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from configs.sections.optim import OptimConfig
 from trainer.checkpoint.fragments import whole
 
 from . import private
+from .ema import Ema
 from .guard import Guarded, guard
 from .optim import build_optimizer, parameter_groups
 from .parallel import box_of, expert_group_name, keep_routers, plain_name
@@ -32,6 +34,7 @@ class Engine:
         accumulation: micro-batches of this process in a step.
         sharded: whether a process holds only its own part of each working weight (ZeRO-3).
         replicated: whether every process holds every state whole (ZeRO-0).
+        ema: the average of the weights that it trains; None: the optimizer's `ema_decay` is not set.
         deepspeed: DeepSpeed's own engine, for this folder alone.
     """
 
@@ -73,6 +76,8 @@ class Engine:
             private.count_once(self.deepspeed, {id(piece.parameter) for piece in self.pieces() if piece.writes})
         if parallel.zero_stage == 0 and torch.distributed.get_world_size() == 1:
             private.reduce_no_gradients(self.deepspeed)
+        trained = {id(slot.owner): slot.owner for slot in self.slots() if slot.parameter.requires_grad}
+        self.ema = Ema(self.optimizer, trained.values(), optim.ema_decay) if optim.ema_decay else None
 
     def _for_deepspeed(self, module: nn.Module, config: Config) -> tuple[nn.Module, dict[str, Any]]:
         """The module that DeepSpeed is given, and its config."""
@@ -133,6 +138,26 @@ class Engine:
         if self._copies:
             self._copies.refresh()
         private.weights_changed(self.deepspeed)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the network computes with the average of its weights, if it has one. A collective; an error within
+        it ends the attempt, and leaves the average in the weights' place."""
+        if not self.ema:
+            yield
+            return
+        self._exchange(self.ema)
+        yield
+        self._exchange(self.ema)
+
+    @torch.no_grad()
+    def _exchange(self, ema: Ema) -> None:
+        ema.exchange()
+        for slot in self.slots():
+            if slot.working is not None:
+                slot.working.copy_(slot.view(slot.owner))
+        private.use_masters(self.deepspeed)
+        self.parameters_changed()
 
     def pieces(self) -> Iterator[Piece]:
         """Every parameter of this process, in the module's order; those too that nothing trains."""

@@ -143,6 +143,12 @@ def weights_changed(engine: Any) -> None:
         engine.optimizer.checkpoint_event_epilogue()
 
 
+def use_masters(engine: Any) -> None:
+    """Take the fp32 weights over into the working weights, as a step does. A collective; ZeRO 1 and 2 only."""
+    if hasattr(engine.optimizer, "update_lp_params"):
+        engine.optimizer.update_lp_params()
+
+
 def scaler_of(engine: Any) -> Any:
     """fp16's, or None."""
     return getattr(engine.optimizer, "loss_scaler", None)

@@ -27,9 +27,14 @@ def evaluate(
     task, files = trainee.learner.task, []
     seen = None if task.routed is None else ExpertTokens(config, trainee.where, task.routed)
     loss, weight, more = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
+    averaged = {}
+    if trainee.has_ema:
+        with trainee.averaged():
+            ema_loss, _, more_of_ema = trainee.held_out_loss(held_out, device(), None, lambda: beat(step, "evaluation"))
+        averaged = {f"eval_{name}_ema": value for name, value in ({"loss": ema_loss} | more_of_ema).items()}
     if record:
         found = {f"eval_{name}": value for name, value in more.items()}
-        record.metrics({"step": step, "eval_loss": loss, f"eval_{task.counts[1]}": weight} | found)
+        record.metrics({"step": step, "eval_loss": loss, f"eval_{task.counts[1]}": weight} | found | averaged)
     if seen and (pieces := seen.gather()):
         with TokenizerProcess(tokenizer_of(run_dir, config.data)[0], config.data.limits) as tokenizer:
             found = table(pieces, config, tokenizer, step)
@@ -48,11 +53,12 @@ def evaluate(
 
 @torch.no_grad()
 def _drawn(run_dir: Path, trainee: Trainee, held_out: ExampleReader) -> Sample:
-    """`Task.samples`, computed identically by every process: ZeRO-3 gathers weights collectively."""
+    """`Task.samples` with the EMA weights, where there are any, computed identically by every process: ZeRO-3 gathers
+    weights collectively."""
     engines, config = trainee.engines, trainee.config
     for engine in engines.values():
         engine.eval()
-    with kind_of(config).shown(run_dir, config, held_out) as batch:
+    with trainee.averaged(), kind_of(config).shown(run_dir, config, held_out) as batch:
         sample = trainee.learner.task.samples({name: engine.module for name, engine in engines.items()}, batch)
     for engine in engines.values():
         engine.train()

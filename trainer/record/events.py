@@ -121,6 +121,7 @@ EVENTS: dict[str, Fields] = {
         "traffic step_time compute_time memory_time launch_time bubble mfu tokens_per_second tokens_per_day"
     ),
     "resumed": _fields(more="step cursor checkpoint"),
+    "ema_changed": _fields(more="step reason"),
     "flops_unknown": _fields(more="reason"),
     "signal": _fields(more="step reason"),
     "compiled": _fields(more="graphs graph_breaks cache_hits cache_misses recompilations seconds"),

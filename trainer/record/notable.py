@@ -10,6 +10,7 @@ Event = Mapping[str, Any]
 KINDS = (
     "policy", "hang", "worker_lost", "worker_failed", "failure", "preflight", "straggler", "experts_collapsed",
     "checkpoint_failed", "checkpoint_refused", "skipped_step", "spike", "rollback", "bad_page", "not_written",
+    "ema_changed",
 )  # fmt: skip
 """The notable events, by their names in events.jsonl."""
 ENDS = {"straggler_recovered": "straggler", "experts_recovered": "experts_collapsed"}

@@ -89,7 +89,8 @@ class ProgressView:
         """Show one line of metrics.jsonl."""
         step = record["step"]
         if "eval_loss" in record:
-            self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}")
+            ema = f", {_number(record['eval_loss_ema'], '.4f')} with EMA weights" if "eval_loss_ema" in record else ""
+            self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}{ema}")
             return
         self._unit = unit_of(record)
         self._seconds = _smooth(self._seconds, record.get("step_time"))

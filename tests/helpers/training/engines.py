@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from configs import Config
 from models.batch import Batch
@@ -12,6 +13,7 @@ from models.families import build
 from models.moe.balance import RouterTap
 from trainer.checkpoint.fragments import parse_key, runs, within
 from trainer.checkpoint.fragments import whole as full_box
+from trainer.checkpoint.manifest import EMA, MASTER
 from trainer.checkpoint.save import restore, take_snapshot
 from trainer.checkpoint.store import Reader
 from trainer.engine.engine import Engine
@@ -47,6 +49,22 @@ def tokens_on_device(config: Config, step: int) -> torch.Tensor:
     return torch.tensor(tokens_of(config, step), dtype=torch.float64)
 
 
+HELD_OUT = range(10_000, 10_004)
+
+
+class HeldOut:
+    """A split of four sequences."""
+
+    def __init__(self, config: Config):
+        self._config = config
+
+    def __len__(self) -> int:
+        return len(HELD_OUT)
+
+    def examples(self, indices: list[int]) -> Batch:
+        return batch_of(self._config, [-1 if index < 0 else HELD_OUT[index] for index in indices])
+
+
 class EngineRun:
     """An engine, in this process group, and the steps it takes."""
 
@@ -63,6 +81,8 @@ class EngineRun:
             accumulate = self.engine.accumulation
             mine = [self.trainee.part(batch_of(config, next(batches))) for _ in range(accumulate)]
             self.engine.set_learning_rate(learning_rate(step, 20, config.optim))
+            if self.engine.ema:
+                self.engine.ema.step = step
             handle = None
             if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
                 handle = self.engine.module.register_forward_hook(
@@ -73,6 +93,13 @@ class EngineRun:
                 handle.remove()
             outcomes.append((out.loss, out.grad_norm, out.skipped))
         return outcomes
+
+    def loss_of_average(self) -> float | None:
+        """Held-out loss with the averaged weights, over four sequences that are not trained on; None: there is none."""
+        if not self.trainee.has_ema:
+            return None
+        with self.trainee.averaged():
+            return self.trainee.held_out_loss(HeldOut(self.config), torch.device("cpu"))[0]
 
     def fragments(self) -> dict[str, torch.Tensor]:
         return take_snapshot(self.engine).tensors
@@ -108,14 +135,40 @@ def all_losses(configs: list[Config], steps: int) -> list[tuple]:
     return [engine_losses(config, steps) for config in configs]
 
 
+def all_averages(configs: list[Config], steps: int) -> list[tuple]:
+    """`engine_losses` of each, with an evaluation of the averaged weights before the last step: (outcomes, fragments,
+    held-out loss)."""
+    found = []
+    for config in configs:
+        run = EngineRun(config)
+        outcomes = run.steps(1, steps - 1)
+        loss = run.loss_of_average()
+        found.append((outcomes + run.steps(steps, steps), run.fragments(), loss))
+    return found
+
+
 def bare_losses(config: Config, steps: int) -> tuple[list, dict]:
-    """The same training by plain PyTorch in one process, whatever the topology. Returns (outcomes, weights)."""
+    """The same training by plain PyTorch in one process, whatever the topology. Returns (outcomes, weights), the latter
+    with their average as `ema/NAME` if the config asks for one."""
+    outcomes, weights, _ = bare_averages(config, steps)
+    return outcomes, weights
+
+
+def bare_averages(config: Config, steps: int) -> tuple[list, dict, float | None]:
+    """As `bare_losses`, with the averaged weights' held-out loss before the last step."""
     module = build(config.model)
     module.init_weights(0)
+    averaged = AveragedModel(module) if config.optim.ema_decay else None
+    if averaged:
+        averaged.update_parameters(module)  # it begins with the first ones it is given
     tap = RouterTap(module, config.model) if config.model.is_moe else None
     optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
-    size, outcomes = config.train.micro_batch, []
+    size, outcomes, held_out = config.train.micro_batch, [], None
     for step in range(1, steps + 1):
+        if averaged and step == steps:
+            with torch.no_grad():
+                found = averaged.module.eval()(batch_of(config, list(HELD_OUT)))
+            held_out = (found.loss_sum / found.tokens).item()
         first = (step - 1) * config.train.global_batch
         count = -(-config.train.global_batch // size)
         tokens, total, loads = tokens_of(config, step), 0.0, []
@@ -141,7 +194,14 @@ def bare_losses(config: Config, steps: int) -> tuple[list, dict]:
                 short = 1 / len(load) - load
                 chooser.bias = chooser.bias + config.model.router_bias_rate * short.sign() * (short.abs() > 1e-6)
         outcomes.append((total, norm.item(), False))
-    return outcomes, {name: parameter.detach() for name, parameter in module.named_parameters()}
+        if averaged:
+            assert config.optim.ema_decay
+            averaged.multi_avg_fn = get_ema_multi_avg_fn(min(config.optim.ema_decay, (1 + step) / (10 + step)))
+            averaged.update_parameters(module)
+    weights = {name: parameter.detach() for name, parameter in module.named_parameters()}
+    if averaged:
+        weights |= {f"{EMA}/{name}": parameter.detach() for name, parameter in averaged.module.named_parameters()}
+    return outcomes, weights, held_out
 
 
 def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -150,7 +210,8 @@ def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.
     for part in fragments:
         for entry, tensor in part.items():
             state, name, start, box = parse_key(entry)
-            if state == "weight":
+            name = name if state == MASTER else f"{state}/{name}"
+            if name in whole:
                 box = box or full_box(whole[name].shape)
                 for at, run in runs(box, start, start + tensor.numel()):
                     place = whole[name][within(full_box(whole[name].shape), run)]

@@ -160,6 +160,10 @@ DAMAGE: dict[str, tuple[Change, str]] = {
         both(without("exp_avg", NORM), without("exp_avg_sq", NORM)),
         f"{NORM} has no moments, but others have",
     ),
+    "an average of one parameter alone": (
+        manifest("shapes", to=lambda shapes: shapes | {"ema": {NORM: shapes["weight"][NORM]}}),
+        "has no ema, but others have",
+    ),
     # Its files.
     "no files": (manifest("files", to={}), "hold 0 of its"),
     "files are a list": (manifest("files", to=[SHARD]), "files: should be keys and their values"),

@@ -24,7 +24,7 @@ def group():
 def config(stage: int, dp: int, precision: str = "fp32", optim: str = "adamw"):
     return resolved(
         train={"micro_batch": 1, "global_batch": 4, "precision": precision},
-        optim={"name": optim, "warmup": 2},
+        optim={"name": optim, "warmup": 2, "ema_decay": 0.4},
         parallel={"zero_stage": stage, "dp": dp},
     )
 

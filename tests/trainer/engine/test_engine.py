@@ -15,7 +15,7 @@ def config(stage: int, dp: int, optim: str = "adamw", **train):
     lr = {"adamw": 1e-3, "sgd": 0.1, "adagrad": 1e-2, "rmsprop": 1e-4, "lion": 1e-4, "adam": 1e-3}.get(optim, 1e-3)
     return resolved(
         train={"micro_batch": 1, "global_batch": 4} | train,
-        optim={"name": optim, "lr": lr, "warmup": 2, "momentum": 0.9, "eps": 1e-6},
+        optim={"name": optim, "lr": lr, "warmup": 2, "momentum": 0.9, "eps": 1e-6, "ema_decay": 0.4},
         parallel={"zero_stage": stage, "dp": dp},
     )
 

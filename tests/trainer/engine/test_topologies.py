@@ -1,10 +1,11 @@
-"""The matrix: every topology against one process without DeepSpeed: losses and norms of each step, final weights."""
+"""The matrix: every topology against one process without DeepSpeed: losses and norms of each step, final weights, and
+their moving average."""
 
 import functools
 
 import pytest
 import torch
-from engines import all_losses, assemble, bare_losses, pass_on, save_and_continue
+from engines import all_averages, assemble, bare_averages, pass_on, save_and_continue
 from support import tiny
 from teams import in_team
 
@@ -16,8 +17,8 @@ FEW_STEPS = 8
 """Of the topologies of every landing."""
 MODELS = {"dense": {"num_experts": 0, "qkv_bias": True}, "moe": {"num_experts": 4, "shared_expert_size": 32}}
 OPTIMIZERS = {
-    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9},
-    "adamw": {"name": "adamw", "lr": 1e-3, "eps": 1e-6},
+    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "ema_decay": 0.4},  # which it reaches at step 5
+    "adamw": {"name": "adamw", "lr": 1e-3, "eps": 1e-6, "ema_decay": 0.4},
 }
 CLIPPING = {"sgd": 0.0, "adamw": 0.5}
 """AdamW and clipping hide errors of scale, so once without either and once with both (0.5 is always exceeded)."""
@@ -36,7 +37,7 @@ def config(model: str, optim: str, precision: str = "fp32", layers: int = 2, mic
 @functools.cache
 def expected(model: str, optim: str, layers: int, micro: int, steps: int = STEPS):
     """By plain PyTorch in one process."""
-    return bare_losses(config(model, optim, layers=layers, micro=micro), steps)
+    return bare_averages(config(model, optim, layers=layers, micro=micro), steps)
 
 
 V = {"pp": 2, "pp_schedule": "dualpipev"}
@@ -104,16 +105,20 @@ def name(topology: dict) -> str:
 def test_each_kind_of_parallelism_equals_one_process(topology):
     """Of every kind the smallest, on every landing; all others below."""
     cases = [("moe", "sgd"), ("moe" if "ep" in topology else "dense", "adamw")]
-    team = in_team(2, all_losses, [config(*case, **topology) for case in cases], FEW_STEPS)
+    team = in_team(2, all_averages, [config(*case, **topology) for case in cases], FEW_STEPS)
     for number, case in enumerate(cases):
         hold(case, [rank[number] for rank in team], *expected(*case, layers=2, micro=2, steps=FEW_STEPS))
 
 
-def hold(case: tuple[str, str], ranks: list[tuple], outcomes: list[tuple], weights: dict[str, torch.Tensor]) -> None:
-    """Losses and norms of each rank, and the weights that their fragments make, are those of one process."""
-    for found, _ in ranks:
+def hold(
+    case: tuple[str, str], ranks: list[tuple], outcomes: list[tuple], weights: dict[str, torch.Tensor], loss: float
+) -> None:
+    """Losses and norms of each rank, and the weights and averages that their fragments make, are those of one process,
+    and so is the held-out loss with the averages."""
+    for found, _, averaged in ranks:
         check(found, outcomes, loss=1e-5, norm=1e-4)
-    whole = assemble([fragments for _, fragments in ranks], weights)
+        assert averaged == pytest.approx(loss, rel=1e-5)
+    whole = assemble([fragments for _, fragments, _ in ranks], weights)
     for key, weight in weights.items():
         assert (whole[key] - weight).norm() <= 1e-5 * weight.norm() + 1e-7, (case, key)
 
@@ -127,7 +132,7 @@ def test_topology_equals_one_process(topology):
     cases = [(model, optim) for model in models for optim in OPTIMIZERS]
     configs = [config(*case, layers=layers, micro=micro, **topology) for case in cases]
     halves = [config(models[-1], "adamw", "bf16", layers=layers, micro=micro, **topology)]
-    team = in_team(configs[0].parallel.world_size, all_losses, configs + halves, STEPS)
+    team = in_team(configs[0].parallel.world_size, all_averages, configs + halves, STEPS)
     for number, case in enumerate(cases):
         hold(case, [rank[number] for rank in team], *expected(*case, layers, micro))
     # bf16 keeps 8 bits: losses near ln(vocabulary) within 2^-9 of fp32's, as bf16 in one process.
@@ -173,7 +178,7 @@ def test_a_checkpoint_goes_round_all_topologies(tmp_path, name):
     path = tmp_path / "step-00000003"
     went_on = in_team(first.parallel.world_size, save_and_continue, first, path, 3, 6, "first")[0]
     states = read_states(path)
-    assert {key for key, _ in states} == {"weight", "exp_avg", "exp_avg_sq"}
+    assert {key for key, _ in states} == {"weight", "ema", "exp_avg", "exp_avg_sq"}
     for number, settings in enumerate(others):
         again = tmp_path / f"again-{number}" / "step-00000003"
         for outcomes in in_team(settings.parallel.world_size, pass_on, settings, path, again, 3, 6):

@@ -1,0 +1,137 @@
+"""The moving average of the weights against torch's own AveragedModel over a bare loop: how it moves, and when not."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from support import resolved
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from configs.sections.optim import OptimConfig
+from trainer.engine.ema import ema_decay
+from trainer.engine.engine import Engine
+from trainer.engine.optim import build_optimizer, parameter_groups
+from trainer.engine.start import start_processes
+
+STEPS = 12
+DECAY = 0.5
+"""Reached at step 8: (1 + 8) / (10 + 8)."""
+OPTIM = OptimConfig(name="adamw", lr=1e-2, ema_decay=DECAY)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    start_processes(60)
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    found = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 3))
+    found[0].bias.requires_grad_(False)
+    return found
+
+
+def examples(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(step)
+    return torch.randn(6, 4, generator=random), torch.randn(6, 3, generator=random)
+
+
+def bare(steps: int) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(network, its average) after each step."""
+    net = network()
+    averaged = AveragedModel(net)
+    averaged.update_parameters(net)
+    optimizer = build_optimizer(parameter_groups(net, OPTIM), OPTIM)
+    for step in range(1, steps + 1):
+        given, wanted = examples(step)
+        F.mse_loss(net(given), wanted).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        averaged.multi_avg_fn = get_ema_multi_avg_fn(min(DECAY, (1 + step) / (10 + step)))
+        averaged.update_parameters(net)
+        yield net, averaged.module
+
+
+def engine(stage: int, precision: str = "fp32", optim: OptimConfig = OPTIM) -> Engine:
+    config = resolved(
+        train={"micro_batch": 1, "global_batch": 1, "precision": precision, "grad_clip": 0.0},
+        parallel={"zero_stage": stage},
+    )
+    return Engine(network(), config, optim)
+
+
+def take(engine: Engine, step: int, factor: float = 1.0) -> None:
+    given, wanted = examples(step)
+    if engine.ema:
+        engine.ema.step = step
+    made = engine(given.to(torch.bfloat16) if engine.deepspeed.bfloat16_enabled() or engine._copies else given)
+    engine.backward(F.mse_loss(made.float(), wanted) * factor)
+    engine.step()
+
+
+def averages(engine: Engine) -> dict[str, torch.Tensor]:
+    """What is held of each parameter that has an average."""
+    found = {slot.name: slot.view(engine.ema.of(slot.owner)).clone() for slot in engine.slots()
+             if engine.ema and engine.ema.of(slot.owner) is not None}  # fmt: skip
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_it_is_that_of_a_bare_loop(stage):
+    trained = engine(stage)
+    for step, (_, average) in enumerate(bare(STEPS), 1):
+        take(trained, step)
+        wanted = {name: each.detach().flatten() for name, each in average.named_parameters() if each.requires_grad}
+        found = averages(trained)
+        assert found.keys() == wanted.keys()
+        assert max((found[name] - wanted[name]).abs().max() for name in wanted) < 1e-6
+    (net, average), (given, _) = list(bare(STEPS))[-1], examples(0)
+    with torch.no_grad():
+        assert torch.allclose(trained(given), net(given), atol=1e-5)
+        with trained.averaged():
+            assert torch.allclose(trained(given), average(given), atol=1e-5)
+        assert torch.allclose(trained(given), net(given), atol=1e-5)
+        assert not torch.allclose(net(given), average(given), atol=1e-2)
+
+
+@pytest.mark.parametrize(("stage", "optim"), [(0, "adamw"), (0, "muon"), (0, "rmsprop"), (1, "adamw"), (3, "adamw")])
+def test_a_step_that_is_skipped_moves_nothing(stage, optim):
+    trained = engine(stage, optim=OPTIM.model_copy(update={"name": optim}))
+    for step in (1, 2):
+        take(trained, step)
+    before = averages(trained)
+    take(trained, 3, torch.inf)
+    assert all(torch.equal(before[name], now) for name, now in averages(trained).items())
+    take(trained, 4)
+    assert not any(torch.equal(before[name], now) for name, now in averages(trained).items())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_it_follows_the_fp32_weights_and_not_those_in_bf16(stage):
+    """Steps of 1e-6 are far below what a weight in bf16 can show."""
+    trained = engine(stage, "bf16", OPTIM.model_copy(update={"lr": 1e-6, "weight_decay": 0.0}))
+    before = averages(trained)
+    for step in range(1, 4):
+        take(trained, step)
+    moved = [(now - before[name]).abs().max().item() for name, now in averages(trained).items()]
+    assert 1e-7 < min(moved) <= max(moved) < 5e-6
+
+
+def test_exchanging_twice_gives_back_the_same_bits():
+    trained = engine(1, "bf16")
+    take(trained, 1)
+    weights = copy.deepcopy([slot.view(slot.owner) for slot in trained.slots()])
+    working = copy.deepcopy(list(trained.module.parameters()))
+    with trained.averaged():
+        assert not all(map(torch.equal, working, trained.module.parameters()))
+    assert all(map(torch.equal, working, trained.module.parameters()))
+    assert all(map(torch.equal, weights, [slot.view(slot.owner) for slot in trained.slots()]))
+
+
+def test_the_decay_warms_up():
+    assert [ema_decay(0.5, step) for step in (1, 2, 8, 9)] == [2 / 11, 3 / 12, 0.5, 0.5]
+    assert ema_decay(0.9999, 90_000) == 0.9999
