@@ -100,7 +100,8 @@ def _table(entries: Sequence[Entry]) -> dict[str, Any]:
 
 def _curves(entry: Entry, metrics: Sequence[str]) -> dict[str, Any]:
     """Points by step, and where steps lie on the other axes."""
-    columns, folder, unit, found = Columns(), entry.run.folder, entry.row.unit, {}
+    columns, folder, unit = Columns(), entry.run.folder, entry.row.unit
+    found: dict[str, Any] = {}
     names = list(dict.fromkeys([*MAIN, *metrics]))
     axes: dict[str, list[float]] = {}
     with contextlib.suppress(OSError):
