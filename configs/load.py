@@ -66,9 +66,7 @@ def load_apart(text: str, overrides: Iterable[str] = (), where: str = "the confi
 
 def refuse_outside(tree: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if the keys of a config name code to run, or a file that `from_dict` would read."""
-    model, train = (tree.get(key) if isinstance(tree.get(key), Mapping) else {} for key in ("model", "train"))
-    assert isinstance(model, Mapping)
-    assert isinstance(train, Mapping)
+    model, train = (each if isinstance(each := tree.get(key), Mapping) else {} for key in ("model", "train"))
     if tree.get("plugins"):
         raise ConfigError(f"{where}: plugins={shown(tree['plugins'])}: no code is loaded here: leave it out")
     if FROM in model:

@@ -262,7 +262,7 @@ def _scores(folder: Folder, table: Table, levels: Sequence[float], max_budget: f
 def _next_trial(folder: Folder, predicted: Prediction, budget: float) -> dict[str, Any]:
     """What `muster sweep next` would write, as far as it can be known without reading the sweep's base."""
     path = folder.path / SWEEP
-    command = f"muster sweep next {shlex.quote(str(path))} --budget {budget:g}"
+    command = f"muster sweep next {shlex.quote(str(path))} --budget {budget:g}".replace("e+", "e")
     found: dict[str, Any] = {"command": command, "config": None, "notes": [], "why": ""}
     try:
         _refuse_outside(folder.sweep)
