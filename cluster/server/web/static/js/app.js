@@ -5,8 +5,10 @@ import { el, notice } from "./dom.js";
 import { connect, fresh } from "./live.js";
 import * as compare from "./pages/compare.js";
 import * as now from "./pages/now.js";
+import * as plan from "./pages/plan.js";
 import * as run from "./pages/run.js";
 import * as table from "./pages/runs.js";
+import * as sweep from "./pages/sweep.js";
 import { route, start } from "./router.js";
 import { build, main, opened } from "./shell.js";
 
@@ -14,6 +16,8 @@ route("now", now.open);
 route("runs", table.open);
 route("run", run.open);
 route("compare", compare.open);
+route("sweep", sweep.open);
+route("plan", plan.open);
 
 build();
 try {

@@ -6,9 +6,9 @@ import { dialog, el, glyph, put, word } from "./dom.js";
 import { listen, polite, status } from "./live.js";
 import { current, go, runAddress } from "./router.js";
 
-const PAGES = [["now", "Now", "n"], ["runs", "Runs", "r"], ["compare", "Compare", "c"]];
+const PAGES = [["now", "Now", "n"], ["runs", "Runs", "r"], ["compare", "Compare", "c"], ["sweep", "Sweep", "s"], ["plan", "Plan", "p"]];
 const KEYS = {
-  Anywhere: [["/", "find, or filter"], ["?", "these keys"], ["g n", "Now"], ["g r", "Runs"], ["g c", "Compare"], ["d", "light or dark"], ["esc", "back"]],
+  Anywhere: [["/", "find, or filter"], ["?", "these keys"], ["g n", "Now"], ["g r", "Runs"], ["g c", "Compare"], ["g s", "Sweep"], ["g p", "Plan"], ["d", "light or dark"], ["esc", "back"]],
   Lists: [["j k", "down, up"], ["x", "select"], ["↵", "open"], ["space", "peek"], ["c", "compare"], ["t", "tag"], ["n", "note"]],
   Charts: [["drag", "zoom in x"], ["dbl", "zoom out"], ["x", "unit of the x axis"], ["l", "linear, log"], ["[ ]", "previous, next run"], ["m", "find a metric"], ["e", "export"]],
 };
