@@ -24,7 +24,9 @@ def plan_sweep(
         str, typer.Option("--gpu", "--device", metavar="KIND", help=f"Kind of device: {', '.join(KINDS)}.")
     ] = "h100",
     gpus: Gpus = None,
-    usd_per_gpu_hour: Annotated[float | None, typer.Option(metavar="X", help="Price of a device-hour.")] = None,
+    usd_per_gpu_hour: Annotated[
+        float | None, typer.Option(metavar="X", help="Price of one device-hour, in USD.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List a sweep's trials, their cost, and possible problems. Example: muster sweep plan sweep.yaml --gpu cpu"""
@@ -48,7 +50,7 @@ def plan_sweep(
 
 
 def config_of(sweep: SweepConfig) -> Config:
-    """base and set of a sweep, which say where its data are."""
+    """The config of a sweep's base and set, which says where the data are."""
     from .design.arms import arms
 
     return arms(sweep)[0].config

@@ -20,27 +20,27 @@ EXPERTS = ("num_experts", "top_k", "expert_size", "shared_expert_size")
 
 
 class Arm(NamedTuple):
-    """What is trained at several sizes or budgets."""
+    """One architecture with its axis values, trained at several sizes or budgets."""
 
     name: str
     key: str
-    """In `variants`; "" where there are none."""
+    """Its key in `variants`; "" if there are none."""
     variant: str
-    """The same, and which of those that it stands for."""
+    """The key, with a suffix if the variant lists several choices of experts."""
     experts: Experts | None
     tree: dict[str, Any]
     """base, set, the variant's set and the axis values, as nested keys."""
     config: Config
     """The same, validated."""
     values: dict[str, Any]
-    """Of the axes."""
+    """Axis values by config key."""
 
 
 def arms(sweep: SweepConfig) -> list[Arm]:
-    """Every variant, of a design that takes every value of the axes with each combination of them.
+    """Every variant; in a design that trains every axis value, each variant with every combination of them.
 
     Raises:
-        ConfigError: base, set, a variant's set or an axis is no config, or sets what the sweep itself chooses.
+        ConfigError: base, set, a variant's set or an axis is invalid, or sets what the sweep itself chooses.
     """
     base = read_tree(sweep.base)
     if plugins := from_dict(base, where=f"base {sweep.base}").plugins:
@@ -66,7 +66,7 @@ def arms(sweep: SweepConfig) -> list[Arm]:
 
 
 def base_width(sweep: SweepConfig) -> int:
-    """Where the config's optim.lr is right, of rules.lr=inverse_width."""
+    """The hidden size that the config's optim.lr is tuned for, under rules.lr=inverse_width."""
     tree = merge(read_tree(sweep.base), nested(sweep.set))
     own: int = getattr(from_dict(tree, where="set").model, "hidden_size", 1)
     return sweep.rules.base_width or own
@@ -86,7 +86,7 @@ def with_values(sweep: SweepConfig, arm: Arm, values: Mapping[str, Any]) -> Arm:
 
 
 def chosen(sweep: SweepConfig) -> dict[str, str]:
-    """{config key: what of the sweep sets it}."""
+    """{config key: the part of the sweep that sets it}."""
     found = {"run.name": "name", "run.root": "root", "run.seed": "seeds"} | Rules.of(sweep).keys()
     if sweep.sizes_chosen:
         found |= {f"model.{key}": "shape" for key in SHAPE} | {"train.steps": "the design"}
@@ -98,16 +98,16 @@ def chosen(sweep: SweepConfig) -> dict[str, str]:
 
 
 def refuse_chosen(sweep: SweepConfig, tree: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError if keys set what the sweep chooses itself, and say by which key of its own."""
+    """Raise ConfigError if keys set what the sweep chooses itself; it names the part of the sweep that does."""
     given = _dotted(tree)
     for key, by in chosen(sweep).items():
         if key in given:
             instead = f"set {by.split('=')[0]}=fixed to keep your own" if by.endswith("step_law") else "leave it out"
-            raise ConfigError(f"{where}: {key} is what the sweep chooses by {by}: {instead}")
+            raise ConfigError(f"{where}: {key} is already set by the sweep ({by}): {instead}")
 
 
 def blame(sweep: SweepConfig, arm: Arm, message: str) -> str:
-    """Which key of the sweep set each config key that a message names: "" or a last line."""
+    """A last line for a message: which key of the sweep set each config key in it; "" if none did."""
     variant = sweep.variants.get(arm.key, Variant())
     sources = [(by, {key}) for key, by in chosen(sweep).items()] + [(f"axes.{key}", {key}) for key in arm.values]
     sources.append((f"variants.{arm.key}.set", set(_dotted(nested(variant.set)))))
@@ -117,12 +117,12 @@ def blame(sweep: SweepConfig, arm: Arm, message: str) -> str:
     found = []
     for key in named:
         setters = [name for name, keys in sources if any(f"{each}.".startswith(f"{key}.") for each in keys)]
-        found += [f"{key} is of {setters[0]}"] if setters else []
+        found += [f"{key} comes from {setters[0]}"] if setters else []
     return f"\n({'; '.join(found)})" if found else ""
 
 
 def resolved(sweep: SweepConfig, arm: Arm, config: Config, vocab_size: int, name: str) -> Config:
-    """The trial's config as it will be used. Raises ConfigError that names the trial and the sweep's keys."""
+    """The trial's resolved config. Raises ConfigError that names the trial and the sweep's keys."""
     try:
         return resolve(config, vocab_size=vocab_size)[0]
     except ConfigError as error:
@@ -130,7 +130,7 @@ def resolved(sweep: SweepConfig, arm: Arm, config: Config, vocab_size: int, name
 
 
 def _expert_keys(config: Config, experts: Experts | None, variant: str) -> dict[str, Any]:
-    """Of a model whose shape is as the config has it."""
+    """The expert keys of a model that keeps the config's shape."""
     if not experts:
         return {"num_experts": 0, "shared_expert_size": 0}
     width = config.model.intermediate_size or -(-8 * config.model.hidden_size // 3 // 64) * 64
@@ -150,7 +150,7 @@ def _combinations(sweep: SweepConfig) -> list[dict[str, Any]]:
 
 
 def _label(sweep: SweepConfig, key: str, value: Any) -> str:
-    """An axis value as part of a folder's name, such as lr0.001; none where there is one value only."""
+    """An axis value as part of a folder's name, such as lr0.001; "" if the axis has only one value."""
     axis = sweep.axes.get(key)
     if axis and axis.values and len(axis.values) == 1:
         return ""

@@ -1,4 +1,4 @@
-"""What a sweep trains and how much each model reads, before batch, steps and learning rate are chosen."""
+"""The models of a sweep and how much each reads, before batch, steps and learning rate are chosen."""
 
 import math
 from collections import defaultdict
@@ -17,26 +17,26 @@ from .search import optuna_draws, random_draws
 from .sizes import Sizer, spaced
 
 SAME = 0.03
-"""Difference of ln N up to which another architecture takes the very shape of the first one."""
+"""Difference in ln N up to which another architecture takes exactly the first one's shape."""
 
 
 class Cell(NamedTuple):
-    """A model and what it is to read, before batch, steps and learning rate are chosen."""
+    """A model and how much it reads, before batch, steps and learning rate are chosen."""
 
     arm: Arm
     name: str
     keys: dict[str, Any]
-    """Of `model`, that the sweep chose."""
+    """Keys of `model` that the sweep chose."""
     model: ModelConfig
     """Resolved."""
     flops_per_token: float
     sequences: float
-    """To be read."""
+    """Number of sequences to read."""
     budget: float | None
 
 
 def sizer(sweep: SweepConfig, arm: Arm, vocab_size: int) -> Sizer:
-    """Finds the shapes of an arm."""
+    """The `Sizer` of an arm. Raises ConfigError if no width suits every granularity of the sweep."""
     model = arm.config.model
     if model.vocab_size is None:
         model = model.model_copy(update={"vocab_size": -(-vocab_size // 64) * 64})
@@ -50,8 +50,8 @@ def sizer(sweep: SweepConfig, arm: Arm, vocab_size: int) -> Sizer:
 
 
 def sized_cells(sweep: SweepConfig, compared: list[Arm], vocab_size: int) -> list[Cell]:
-    """The cells of isoflop and ladder. The first arm's sizes are those that the other arms come as near to as they can,
-    so that what is compared has the same number of parameters."""
+    """The cells of an isoflop or ladder design. The other arms match the first arm's sizes as closely as they can, so
+    that models with the same number of parameters are compared."""
     design, cells = sweep.design, []
     sizers = [(arm, sizer(sweep, arm, vocab_size)) for arm in compared]
     first = sizers[0][1]
@@ -78,7 +78,7 @@ def _shape_of(keys: dict[str, Any]) -> tuple[int, int]:
 
 
 def _targets(sweep: SweepConfig, found: Sizer, budget: float | None) -> list[float]:
-    """Parameters that are asked for."""
+    """The parameter counts asked for."""
     design = sweep.design
     if isinstance(design, IsoflopDesign) and not design.parameters:
         assert budget
@@ -104,7 +104,7 @@ def cell_of(arm: Arm, name: str, keys: dict[str, Any], found: Sizer, budget: flo
 
 
 def as_it_stands(sweep: SweepConfig, arm: Arm, name: str, vocab_size: int) -> Cell:
-    """The cell of a search: the shape is the config's."""
+    """The cell of a grid or search, whose shape is the config's."""
     config = resolved(sweep, arm, arm.config, vocab_size, name)
     _, flops, units = measures_of(config)
     budget = getattr(sweep.design, "budget", None)
@@ -113,13 +113,13 @@ def as_it_stands(sweep: SweepConfig, arm: Arm, name: str, vocab_size: int) -> Ce
 
 
 def drawn(sweep: SweepConfig, losses: Mapping[str, float]) -> tuple[list[tuple[str, Arm]], int]:
-    """(name, arm) of each trial of a search, and how many more there will be."""
+    """(name, arm) of each trial of a grid or search, and how many are still to be drawn."""
     found, left, compared = [], 0, arms(sweep)
     for arm in compared:
         stem = arm.name or sweep.name
         if isinstance(sweep.design, OptunaDesign):
             if len(sweep.seeds) > 1 or len(sweep.rules.lr_scale) > 1:
-                raise ConfigError("optuna asks for one loss of each trial: leave seeds and rules.lr_scale at one value")
+                raise ConfigError("optuna needs one loss per trial: give seeds and rules.lr_scale one value each")
 
             def loss_of(i: int, stem: str = stem) -> float | None:
                 return losses.get(f"{stem}-{i:03d}")

@@ -1,4 +1,4 @@
-"""What may be wrong with a plan: warnings, for nothing here keeps a trial from running."""
+"""Possible problems of a plan, as warnings: none of them keeps a trial from running."""
 
 import math
 from collections import defaultdict
@@ -15,22 +15,22 @@ from .sizes import conventions
 from .trial import Trial
 
 FEW_STEPS = 100
-"""Under so many a schedule is mostly its ends."""
+"""With fewer steps a schedule is mostly warmup and decay."""
 LARGE_BATCH = 4.0
-"""Times Step Law's batch; within a factor of two or so its optimum is flat."""
+"""Multiple of Step Law's batch; its optimum is flat within about a factor of two."""
 SIDE = 3
-"""Sizes on each side of an optimum that a parabola wants, one at the optimum counted for both."""
+"""Sizes that a parabola needs on each side of the optimum; one at the optimum counts for both."""
 AT = 0.2
-"""Difference of ln N within which a size is at an optimum."""
+"""Difference in ln N within which a size counts as at the optimum."""
 CROWDED = 0.4
-"""Share of an even spacing under which two sizes are hardly two."""
+"""Fraction of an even spacing below which two sizes are nearly the same."""
 UNEQUAL = 0.05
-"""Difference in parameters over which architectures are not compared at equal size."""
+"""Relative difference in parameters above which architectures do not count as equal in size."""
 EPOCHS = 4.0
-"""Repeated data are worth nearly as much as new ones up to here (Muennighoff et al., arXiv:2305.16264)."""
+"""Up to this many, repeated data are worth nearly as much as new data (Muennighoff et al., arXiv:2305.16264)."""
 
 Optimum = Callable[[str, float], float | None]
-"""(variant, budget) to the parameters that are best, counted as sweep.count says; None: unknown."""
+"""(variant, budget) to the best number of parameters, counted as sweep.count says; None: unknown."""
 
 
 def doubts(sweep: SweepConfig, trials: Sequence[Trial], losses: Mapping[str, float]) -> list[str]:
@@ -42,7 +42,7 @@ def doubts(sweep: SweepConfig, trials: Sequence[Trial], losses: Mapping[str, flo
         found += _best_at_edge(sweep, trials, losses)
         if len(sweep.isoflop.budgets) < 3:
             found.append(
-                f"isoflop.budgets has {len(sweep.isoflop.budgets)}: a law needs 3, and one more to be scored on"
+                f"isoflop.budgets has {len(sweep.isoflop.budgets)}: a law needs 3, and one more to be scored against"
             )
     if sweep.sizes_chosen:
         found += _crowded(sweep, trials) + _unequal(sweep, trials)
@@ -54,10 +54,10 @@ def doubts(sweep: SweepConfig, trials: Sequence[Trial], losses: Mapping[str, flo
 
 
 def off_centre(sweep: SweepConfig, trials: Iterable[Trial], optimum: Optimum, source: str) -> list[str]:
-    """Budgets whose optimum, by `optimum`, lies outside of their sizes, at an edge, or with few sizes on a side.
+    """Warnings for budgets whose optimum lies outside their sizes, at the edge, or with few sizes on one side.
 
     Args:
-        source: what the optimum is taken from, for the message.
+        source: where the optimum comes from, for the message.
     """
     outside, narrow = [], []
     for (variant, budget), sizes in _curves(sweep, trials).items():
@@ -81,7 +81,7 @@ def off_centre(sweep: SweepConfig, trials: Iterable[Trial], optimum: Optimum, so
 
 
 def repeated(trials: Iterable[Trial], unique: int) -> list[str]:
-    """Trials that read the data too often.
+    """A warning for trials that read the data too often.
 
     Args:
         unique: tokens of the training split.
@@ -90,8 +90,8 @@ def repeated(trials: Iterable[Trial], unique: int) -> list[str]:
     if not many:
         return []
     return [f"{counted(len(many), 'trial', 'reads/read')} the {unique:,} training tokens over {EPOCHS:g} times "
-            f"({_some(many)}): their loss "
-            "is of repeated data; prepare more, or lower the budgets"]  # fmt: skip
+            f"({_some(many)}), so their "
+            "losses are those of repeated data: prepare more, or lower the budgets"]  # fmt: skip
 
 
 def _n(sweep: SweepConfig, trial: Trial) -> int:
@@ -99,7 +99,7 @@ def _n(sweep: SweepConfig, trial: Trial) -> int:
 
 
 def _curves(sweep: SweepConfig, trials: Iterable[Trial]) -> dict[tuple[str, float], list[int]]:
-    """(variant, budget) to sizes, the smallest first."""
+    """(variant, budget) to sizes, smallest first."""
     curves: dict[tuple[str, float], set[int]] = defaultdict(set)
     for trial in trials:
         curves[trial.variant, trial.budget or 0.0].add(_n(sweep, trial))
@@ -107,7 +107,7 @@ def _curves(sweep: SweepConfig, trials: Iterable[Trial]) -> dict[tuple[str, floa
 
 
 def _by_tokens(sweep: SweepConfig, trials: Sequence[Trial]) -> Optimum:
-    """Where a budget's tokens per parameter are the rule's, between or beyond its sizes."""
+    """The size at which a budget gives the rule's tokens per parameter, inter- or extrapolated from its sizes."""
     assert sweep.isoflop
     rule = math.log(sweep.isoflop.tokens_per_parameter)
     points: dict[tuple[str, float], set[tuple[float, float]]] = defaultdict(set)
@@ -144,7 +144,7 @@ def _best_at_edge(sweep: SweepConfig, trials: Iterable[Trial], losses: Mapping[s
 
 
 def _crowded(sweep: SweepConfig, trials: Iterable[Trial]) -> list[str]:
-    """Sizes that are not those asked for because the shapes leave nothing between."""
+    """Warnings for sizes that miss those asked for because there is no shape in between."""
     design, near, wide = sweep.isoflop, [], []
     for (variant, budget), sizes in _curves(sweep, trials).items() if design else ():
         whole = math.log(sizes[-1] / sizes[0])
@@ -166,7 +166,7 @@ def _crowded(sweep: SweepConfig, trials: Iterable[Trial]) -> list[str]:
 
 
 def _unequal(sweep: SweepConfig, trials: Sequence[Trial]) -> list[str]:
-    """Architectures whose sizes differ from the first one's."""
+    """Warnings for architectures whose sizes differ from the first one's."""
     curves = _curves(sweep, trials)
     first = trials[0].variant if trials else ""
     worst: dict[str, float] = {}
@@ -174,7 +174,7 @@ def _unequal(sweep: SweepConfig, trials: Sequence[Trial]) -> list[str]:
         pairs = zip(sizes, curves[first, budget], strict=False) if (first, budget) in curves else ()
         worst[variant] = max([worst.get(variant, 0.0), *(abs(n / m - 1) for n, m in pairs)])
     return [f"the sizes of {variant} differ from those of {first} by up to {off:.0%} in {sweep.count} parameters: a "
-            "smaller shape.head_dim or shape.ffn_multiple brings them nearer"
+            "smaller shape.head_dim or shape.ffn_multiple brings them closer"
             for variant, off in worst.items() if off > UNEQUAL]  # fmt: skip
 
 
@@ -207,11 +207,9 @@ def _beyond_step_law(sweep: SweepConfig, trials: Sequence[Trial]) -> list[str]:
     held = sum(trial.config.optim.lr >= sweep.rules.max_lr for trial in trials)
     if not found:
         return []
-    also = (
-        f", and rules.max_lr={sweep.rules.max_lr:g} holds {held} of {len(trials)} learning rates down" if held else ""
-    )
-    return [f"Step Law is used outside of what it was fitted to: {', '.join(found)}{also}; rules.lr_scale=[0.5, 1, 2] "
-            "tries its neighbours, rules.lr=fixed takes optim.lr"]  # fmt: skip
+    also = f", and rules.max_lr={sweep.rules.max_lr:g} caps {held} of {len(trials)} learning rates" if held else ""
+    return [f"Step Law is used outside the range that it was fitted on: {', '.join(found)}{also}; "
+            "rules.lr_scale=[0.5, 1, 2] tries its neighbours, rules.lr=fixed uses optim.lr"]  # fmt: skip
 
 
 def _some(items: Sequence[str], shown: int = 3) -> str:

@@ -1,4 +1,4 @@
-"""What a trial's model comes to, whatever its family: the planner's formulas for a decoder, else counted by torch."""
+"""Parameters and FLOPs of a trial's model: by the planner's formulas for a decoder, else counted by torch."""
 
 from typing import NamedTuple
 
@@ -7,21 +7,21 @@ from models.planning.cost import Parameters, has_formulas, parameters, training_
 
 
 class Measures(NamedTuple):
-    """Of one model on its data."""
+    """The measures of one model on its data."""
 
     counts: Parameters
     flops: float
-    """In training, of a token, or of an example where those are not token sequences; 0: not known."""
+    """Training FLOPs per token, or per example if examples are not token sequences; 0: unknown."""
     units: int
-    """Tokens of an example, or 1."""
+    """Tokens per example, or 1."""
 
 
 def measures_of(config: Config) -> Measures:
-    """Of a resolved config."""
+    """The measures of a resolved config's model."""
     if has_formulas(config.model):
         length = config.train.seq_len
         return Measures(parameters(config.model), training_flops_per_token(config.model, length), length)
-    from trainer.run.counted import counts  # torch, which the family's plugin has brought already
+    from trainer.run.counted import counts  # torch, which the family's plugin has imported already
 
     found = counts(config)
     total = found["parameters"]

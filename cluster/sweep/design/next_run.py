@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from models.scaling.predictions import Prediction
 
 FAR = 0.15
-"""How far, as a share, the nearest shape may be from the parameters asked for before it is said."""
+"""Relative difference between the nearest shape and what was asked for above which the user is told."""
 
 
 class Best(NamedTuple):
@@ -27,13 +27,13 @@ class Best(NamedTuple):
     n: float
     """Parameters, counted as `convention` says."""
     d: float
-    """Training tokens; `budget` decides where it is given."""
+    """Training tokens; a given `budget` decides instead."""
     experts: int = 1
     """As model.num_experts counts them; 1: dense."""
     top_k: int = 1
     convention: str = "active"
     granularity: int | None = None
-    """Width of the dense layer over an expert's; None: as the sweep's variant has it."""
+    """Width of the dense layer / width of an expert; None: the sweep's variant's."""
 
     @classmethod
     def of(cls, predicted: "Prediction") -> "Best":
@@ -70,14 +70,14 @@ def next_trial(
         budget: training FLOPs; None: those of `best.d` tokens.
 
     Returns:
-        The trial, in a folder of its own under the sweep's root; and what a person should know, a line each.
+        The trial, in a folder of its own under the sweep's root; and notes for the user, a line each.
 
     Raises:
-        ConfigError: no shape or no whole number of steps does it, or the sweep trains no such architecture.
+        ConfigError: no shape or no whole number of steps fits, or the sweep trains no such architecture.
     """
     if best.convention not in get_args(Count):
         raise ConfigError(
-            f"parameters counted as {best.convention!r} make no shape: say how the table counts them, "
+            f"parameters counted as {best.convention!r} determine no shape: say how the table counts them, "
             f"{', '.join(get_args(Count))}"
         )
     arm = _arm(sweep, best)
@@ -93,7 +93,7 @@ def next_trial(
     notes = []
     got = conventions(trial.counts)[best.convention]
     if abs(off := got / best.n - 1) > FAR:
-        notes.append(f"the nearest shape has {got:,} {best.convention} parameters, {off:+.0%} off what is best")
+        notes.append(f"the nearest shape has {got:,} {best.convention} parameters, {off:+.0%} from the predicted best")
     if budget and abs(trial.tokens / best.d - 1) > FAR:
         notes.append(f"the budget gives this shape {trial.tokens:.4g} tokens; {best.d:.4g} are predicted to be best")
     return trial, tuple(notes)
@@ -116,7 +116,7 @@ def write(trial: Trial, path: Path | None, notes: tuple[str, ...] = ()) -> str:
 
 
 def _arm(sweep: SweepConfig, best: Best) -> Arm:
-    """The architecture of the sweep that is or is most like what is asked for, with its experts."""
+    """The sweep's architecture closest to what is asked for, with the experts asked for."""
     sized = sweep.model_copy(update={"axes": {}})
     known = arms(sized)
     dense = best.experts <= 1
@@ -124,8 +124,9 @@ def _arm(sweep: SweepConfig, best: Best) -> Arm:
     if not fitting:
         names = ", ".join(arm.name or "its base" for arm in known)
         raise ConfigError(
-            f"experts={best.experts}: the sweep trains {names}, no {'dense model' if dense else 'Mixture of Experts'}: "
-            f"add one to variants{', such as dense={}' if dense else ''}"
+            f"experts={best.experts}: the sweep trains {names}, but no "
+            f"{'dense model' if dense else 'Mixture of Experts'}: add one to variants"
+            f"{', such as dense={}' if dense else ''}"
         )
     if dense:
         return fitting[0]

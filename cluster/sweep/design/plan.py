@@ -27,8 +27,8 @@ def plan(sweep: SweepConfig, vocab_size: int, losses: Mapping[str, float] | None
 
     Args:
         vocab_size: the tokenizer's size, for models that name none.
-        losses: held-out loss by trial name of what has finished; NaN: it failed for good. An Optuna search draws the
-            next trials from them, and the grid is checked by them; other designs' trials do not depend on them.
+        losses: held-out loss of each finished trial, by name; NaN: it failed for good. An Optuna search draws its next
+            trials from them, and warnings use them; the trials of other designs do not depend on them.
 
     Raises:
         ConfigError: a trial cannot run, or no whole number of steps spends its budget within 1%.
@@ -46,13 +46,13 @@ def plan(sweep: SweepConfig, vocab_size: int, losses: Mapping[str, float] | None
         found += trials_of(sweep, chain, vocab_size, width, scale, seed)
     names = Counter(trial.name for trial in found)
     if twice := next((name for name, times in names.items() if times > 1), None):
-        raise ConfigError(f"two trials would be named {twice}: a value or a size of the sweep stands twice")
+        raise ConfigError(f"two trials would be named {twice}: a value or size of the sweep is listed twice")
     trials = tuple(found)
     return Plan(sweep, vocab_size, trials, tuple(doubts(sweep, trials, losses)), left)
 
 
 def _chains(sweep: SweepConfig, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """Cells that share a run's stable phase, by their tokens; without WSD's branches each is alone."""
+    """Cells that share a run's stable phase, in order of their tokens; without wsd_branches each is alone."""
     if sweep.rules.schedule != "wsd_branches":
         return [[cell] for cell in cells]
     chains: dict[tuple, list[Cell]] = defaultdict(list)
@@ -61,7 +61,7 @@ def _chains(sweep: SweepConfig, cells: Sequence[Cell]) -> list[list[Cell]]:
     if not any(len(chain) > 1 for chain in chains.values()):
         raise ConfigError(
             "rules.schedule=wsd_branches needs sizes that are trained on several numbers of tokens: a ladder with "
-            "several tokens_per_parameter, or isoflop.parameters at several budgets; set rules.schedule=wsd"
+            "several tokens_per_parameter, or isoflop.parameters at several budgets; otherwise set rules.schedule=wsd"
         )
     return [sorted(chain, key=lambda cell: cell.sequences) for chain in chains.values()]
 
@@ -69,8 +69,8 @@ def _chains(sweep: SweepConfig, cells: Sequence[Cell]) -> list[list[Cell]]:
 def trials_of(
     sweep: SweepConfig, chain: list[Cell], vocab_size: int, width: int, scale: float = 1.0, seed: int = 0
 ) -> list[Trial]:
-    """The trials of one chain, in their order; its batch, learning rate and warmup are the same for all, by the
-    geometric mean of their tokens.
+    """The trials of one chain, in order. They share batch, learning rate and warmup, which are chosen for the geometric
+    mean of their tokens.
 
     Args:
         width: see `base_width`.

@@ -7,11 +7,11 @@ from configs import Config
 from configs.sweep.definition import HyperRules, SweepConfig
 
 STEP_LAW_N, STEP_LAW_D = (6e7, 1.1e9), (2e9, 1e11)
-"""Smallest and largest N and D of the models that Step Law was fitted to; outside it is an extrapolation."""
+"""Smallest and largest N and D of the models that Step Law was fitted to; outside that range it extrapolates."""
 
 
 class Rules(NamedTuple):
-    """The rules of a sweep with the design's defaults filled in; None: as the config has it."""
+    """The rules of a sweep with the design's defaults filled in; None: the config's own value."""
 
     lr: str
     batch: str
@@ -20,7 +20,7 @@ class Rules(NamedTuple):
 
     @classmethod
     def of(cls, sweep: SweepConfig) -> "Rules":
-        """An axis over a key stands for its rule."""
+        """An axis over a key replaces the rule for it."""
         rules, sized = sweep.rules, sweep.sizes_chosen
         steps_chosen = sized or getattr(sweep.design, "budget", None) is not None
         default = "step_law" if sized else "fixed"
@@ -32,7 +32,7 @@ class Rules(NamedTuple):
         )
 
     def keys(self) -> dict[str, str]:
-        """{config key: the rule that sets it}: those that nothing else may set."""
+        """{config key: the rule that sets it}, for keys that nothing else may set."""
         found = {}
         if self.lr == "step_law":
             found["optim.lr"] = "rules.lr=step_law"
@@ -51,33 +51,33 @@ def step_law_lr(n: float, d: float) -> float:
     """Peak learning rate of AdamW (arXiv:2503.04715, eq. 1).
 
     Args:
-        n: parameters without embeddings; of a Mixture of Experts those that are active.
+        n: parameters without embeddings; for a Mixture of Experts the active ones.
         d: training tokens.
     """
     return 1.79 * n**-0.713 * d**0.307
 
 
 def step_law_batch(d: float) -> float:
-    """Tokens of a step (arXiv:2503.04715, eq. 1) of a run of `d` tokens."""
+    """Tokens per step for a run of `d` tokens (arXiv:2503.04715, eq. 1)."""
     return 0.58 * d**0.571
 
 
 def inverse_width_lr(lr: float, base_width: int, width: int) -> float:
-    """muP's learning rate of hidden matrices under Adam (arXiv:2203.03466, table 3): as 1 / width.
+    """muP's learning rate for hidden matrices under Adam (arXiv:2203.03466, table 3): proportional to 1 / width.
 
-    Only that: muP also keeps the embedding's learning rate, scales the head's output and its initial weights, and has
-    attention logits over head_dim instead of its root. Here one learning rate holds for all, so that what it transfers
-    over widths is less than muP proves.
+    This is only a part of muP, which also keeps the embedding's learning rate, scales the head's output and its initial
+    weights, and divides attention logits by head_dim instead of its square root. Here one learning rate applies to all
+    parameters, so it transfers across widths less well than muP proves.
     """
     return lr * base_width / width
 
 
 def learning_rate(rule: str, rules: HyperRules, config: Config, base_width: int, n: float, d: float) -> float:
-    """Of a trial, before rules.lr_scale.
+    """A trial's learning rate, before rules.lr_scale.
 
     Args:
-        config: as it stands without the rule.
-        base_width: where the config's optim.lr is right, of `inverse_width`.
+        config: before the rule is applied.
+        base_width: hidden size that the config's optim.lr is tuned for, under `inverse_width`.
         n: active parameters without embeddings.
         d: training tokens.
     """
@@ -89,7 +89,7 @@ def learning_rate(rule: str, rules: HyperRules, config: Config, base_width: int,
 
 
 def rounded(value: float) -> float:
-    """To four digits, as a person would write it."""
+    """Rounded to four significant digits."""
     return float(f"{value:.4g}")
 
 
@@ -103,14 +103,14 @@ class Course(NamedTuple):
 
 
 def course(rules: Rules, decay: float, steps: int, shortest: int, every: int | str, branch: bool) -> Course:
-    """The schedule of a run, which ends with it.
+    """The schedule of a run, which ends when the run does.
 
     Args:
-        decay: share of the steps in which WSD's learning rate falls.
+        decay: fraction of the steps over which WSD's learning rate decays.
         steps: of the run.
-        shortest: steps of the shortest run of its chain, whose warmup all have; the run's own outside of a chain.
-        every: checkpoint.every as it stands.
-        branch: another run starts from this one, so that its checkpoint at `stable` is written and kept for good.
+        shortest: steps of the shortest run of its chain, whose warmup all share; outside a chain the run's own.
+        every: the config's checkpoint.every.
+        branch: another run starts from this one, so its checkpoint at `stable` is written and kept for good.
     """
     optim: dict[str, Any] = {}
     if rules.warmup is not None:

@@ -1,4 +1,4 @@
-"""Draws of a random search and of Optuna's, each a pure function of the design and of the losses that are known."""
+"""Draws of random and Optuna searches: pure functions of the design and of the losses known so far."""
 
 import math
 import random
@@ -25,7 +25,7 @@ def random_draws(design: RandomDesign, axes: Mapping[str, Axis]) -> list[Values]
 def optuna_draws(
     design: OptunaDesign, axes: Mapping[str, Axis], loss_of: Callable[[int], float | None]
 ) -> tuple[list[Values], int]:
-    """Those of `design.n` draws that can be made: a round needs the losses of the rounds before it.
+    """Those of `design.n` draws that can be made now: a round needs the losses of the rounds before it.
 
     Args:
         loss_of: trial number to its loss; NaN: it failed for good; None: not known yet.
@@ -33,7 +33,7 @@ def optuna_draws(
     Returns:
         The draws, and how many are still to be made.
     """
-    import optuna  # a second to import; lists of trials that are drawn otherwise do without
+    import optuna  # takes a second to import, and other designs do not need it
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     sampler = optuna.samplers.TPESampler(seed=design.seed, n_startup_trials=design.startup)
@@ -98,9 +98,11 @@ def _is_whole(key: str, axis: Axis) -> bool:
     if float in kinds:
         return False
     if int not in kinds:
-        raise ConfigError(f"axes.{key} is a range, and {key} is no number of a config: list its values")
+        raise ConfigError(f"axes.{key} is a range, but {key} does not take numbers: list its values")
     if max(abs(axis.low or 0), abs(axis.high or 0)) > 2**53:
         raise ConfigError(f"axes.{key}: {key} is a whole number: low and high should be under {2**53:,}")
     if axis.low != int(axis.low or 0) or axis.high != int(axis.high or 0):
-        raise ConfigError(f"axes.{key}: {key} is a whole number: low ({axis.low:g}) and high ({axis.high:g}) should be")
+        raise ConfigError(
+            f"axes.{key}: {key} is a whole number: low ({axis.low:g}) and high ({axis.high:g}) should be, too"
+        )
     return True

@@ -1,4 +1,4 @@
-"""A plan as a person reads it and as JSON: trials, FLOPs, device-hours, cost."""
+"""Prints a plan as a table or as JSON: trials, FLOPs, device-hours, cost."""
 
 import heapq
 import math
@@ -20,18 +20,18 @@ from .trial import Plan, Trial
 
 
 class Costs(NamedTuple):
-    """What a plan takes on one kind of device, as `muster plan` predicts each trial."""
+    """What a plan costs on one kind of device, with each trial predicted as by `muster plan`."""
 
     device: Device
     devices: int
-    """Side by side."""
+    """Number of devices in use at a time."""
     hours: dict[str, float]
-    """Of each trial."""
+    """Hours of each trial, by name."""
     device_hours: dict[str, float]
     too_large: tuple[str, ...]
     """Trials that do not fit in the device's memory."""
     wall: float
-    """Hours until all are done, the longest first, each branch after the run it starts from."""
+    """Hours until all are done if the longest start first, each branch after the run that it starts from."""
     price: float | None
 
     @property
@@ -41,7 +41,7 @@ class Costs(NamedTuple):
 
 
 def costs(plan: Plan, device: Device, devices: int | None, price: float | None) -> Costs:
-    """Predict every trial; NaN where the planner has no formulas of its family."""
+    """Predict every trial; NaN where the planner has no formulas for its family."""
     hours, device_hours, large = {}, {}, []
     for trial in plan.trials:
         if not has_formulas(trial.resolved.model):
@@ -104,7 +104,7 @@ def _row(plan: Plan, trial: Trial, found: Costs) -> dict[str, Any]:
 
 
 def off(trial: Trial) -> float | None:
-    """By what share its FLOPs are from its budget."""
+    """Relative difference of its FLOPs from its budget; None if it has no budget."""
     return trial.flops / trial.budget - 1 if trial.budget else None
 
 
@@ -134,18 +134,18 @@ def show(plan: Plan, found: Costs, console: Console | None = None) -> None:
             *values,
         )  # fmt: skip
     width = console.measure(table, options=console.options.update(width=1000)).maximum
-    # Nothing is cut off: a terminal that is narrower wraps.
+    # Nothing is cut off: a narrower terminal wraps the lines.
     Console(width=max(width, console.width), file=console.file).print(table)
     flops = sum(trial.spent for trial in trials)
     priced = "" if found.price is None else f", {found.total * found.price:,.2f} USD"
     console.print(f"\n{counted(len(trials), 'trial')}, {scientific(flops)} FLOPs, {_known(found.total)} "
-                  f"device-hours{priced}; on "
-                  f"{found.devices} side by side {_known(found.wall)} hours")  # fmt: skip
+                  f"device-hours{priced}; "
+                  f"{_known(found.wall)} hours on {counted(found.devices, 'device')}")  # fmt: skip
     if plan.open:
         mean = found.total / max(1, len(trials))
-        console.print(f"{counted(plan.open, 'more trial')} will be chosen by the losses of these: about "
+        console.print(f"{counted(plan.open, 'more trial')} will be chosen by the losses of these, for about "
                       f"{plan.open * mean:,.3g} "
-                      "device-hours more")  # fmt: skip
+                      "more device-hours")  # fmt: skip
     for line in (*plan.warnings, *_too_large(found)):
         console.print(Text.assemble(("warning:", "yellow"), f" {line}"))
 

@@ -11,13 +11,14 @@ from configs.sweep.variants import Experts
 from models.planning.cost import Parameters, parameters, training_flops_per_token
 
 TOLERANCE = 0.01
-"""How far, as a share, a trial's FLOPs may be from its budget."""
+"""Largest relative difference between a trial's FLOPs and its budget."""
 MOST_SHAPES = 20_000
-"""That are compared to find the one of a size: about a second's work. At the usual head sizes there are hundreds."""
+"""Shapes compared at most to find one of a given size: about a second's work. With usual head sizes there are hundreds.
+"""
 MOST_BATCHES = 100_000
-"""On either side of the batch that is wanted, that are tried to find one which spends the budget."""
+"""Batch sizes tried at most on either side of the desired one to find one that spends the budget."""
 DEPTH_WEIGHT = 0.05
-"""Of being off the aspect ratio against being off the size: decides between shapes that are about as near."""
+"""Weight of missing the aspect ratio against missing the size: decides between shapes that are about equally close."""
 
 
 def conventions(counts: Parameters) -> dict[str, int]:
@@ -65,7 +66,7 @@ class Sizer:
         return found
 
     def model(self, keys: dict[str, Any]) -> ModelConfig:
-        """The model of a shape, resolved as far as its cost goes."""
+        """The model of a shape, resolved as far as its cost requires."""
         return self._model.model_copy(update=keys)
 
     def n(self, keys: dict[str, Any]) -> int:
@@ -77,7 +78,7 @@ class Sizer:
         return training_flops_per_token(self.model(keys), self._seq_len)
 
     def by_rule(self, units: int) -> dict[str, Any]:
-        """The shape of that many smallest widths, as deep as the aspect ratio says."""
+        """The shape whose width is `units` times the smallest one, with the depth that the aspect ratio gives."""
         hidden = units * self._unit
         return self.keys(hidden, self._depth(hidden))
 
@@ -85,7 +86,7 @@ class Sizer:
         """The keys of the shape whose parameters are nearest to `target`.
 
         Args:
-            taken: (hidden_size, num_layers) of shapes that are not to be used again.
+            taken: (hidden_size, num_layers) of shapes that must not be used again.
 
         Raises:
             ConfigError: the target is under four fifths of the smallest shape.
@@ -117,8 +118,8 @@ class Sizer:
         return best
 
     def centre(self, budget: float, tokens_per_parameter: float) -> float:
-        """The parameters that spend `budget` FLOPs on `tokens_per_parameter` tokens each, between two shapes of the
-        rule by interpolation. Raises ConfigError if the smallest shape is too large for it."""
+        """The number of parameters for which `budget` FLOPs buy `tokens_per_parameter` tokens each, interpolated
+        between two shapes of the rule. Raises ConfigError if the smallest shape is too large for the budget."""
 
         def ratio(keys: dict[str, Any]) -> float:
             return budget / self.flops(keys) / self.n(keys)
@@ -141,7 +142,7 @@ class Sizer:
         return min(MOST_LAYERS, max(self._rule.min_layers, round(hidden / self._rule.aspect_ratio)))
 
     def _units_at(self, reached: Any) -> int:
-        """The fewest units whose shape by the rule has reached something that grows with the size.
+        """The fewest units whose shape by the rule satisfies `reached`, which holds from some size on.
 
         Raises ConfigError if no model is that wide.
         """
@@ -149,7 +150,7 @@ class Sizer:
         while not reached(self.by_rule(high)):
             high *= 2
             if high * self._unit > MOST_WIDTH:
-                raise ConfigError(f"it asks for a model.hidden_size of over {MOST_WIDTH:,}: ask for smaller sizes")
+                raise ConfigError(f"this needs a model.hidden_size of over {MOST_WIDTH:,}: ask for smaller sizes")
         low = high // 2
         while high - low > 1:
             middle = (low + high) // 2
@@ -158,7 +159,7 @@ class Sizer:
 
 
 def spaced(centre: float, spread: float, sizes: int) -> list[float]:
-    """Sizes from centre / spread to centre * spread, even in the logarithm."""
+    """Sizes from centre / spread to centre * spread, evenly spaced in the logarithm."""
     if sizes == 1:
         return [centre]
     return [centre * spread ** (2 * i / (sizes - 1) - 1) for i in range(sizes)]
@@ -167,12 +168,12 @@ def spaced(centre: float, spread: float, sizes: int) -> list[float]:
 def batch_and_steps(
     sequences: Sequence[float], wanted: float, multiple: int, *, fixed: bool = False
 ) -> tuple[int, list[int]] | None:
-    """A global batch, and the steps of each of several runs with it, that spend what each is to read within TOLERANCE.
+    """A global batch, and each run's steps with it, so that each reads its number of sequences within TOLERANCE.
 
     Args:
-        sequences: what each run is to read.
-        wanted: sequences of a batch; the nearest (in the logarithm) that does it is taken.
-        multiple: the batch is one of it.
+        sequences: number of sequences that each run should read.
+        wanted: desired batch, in sequences; the closest one (in the logarithm) that fits is taken.
+        multiple: the batch is a multiple of this.
         fixed: the batch is `wanted` itself.
 
     Returns:

@@ -15,7 +15,7 @@ class Trial(NamedTuple):
 
     name: str
     variant: str
-    """Architecture: the variant's name and, where it stands for several, which; "" if the sweep names none."""
+    """Architecture: the variant's name, with a suffix if it has several choices of experts; "" if there are none."""
     budget: float | None
     """Training FLOPs asked for; None: its steps were given."""
     flops: float
@@ -32,16 +32,16 @@ class Trial(NamedTuple):
     from_step: int | None = None
     """The step of that checkpoint."""
     values: Mapping[str, Any] = {}
-    """Of the sweep's axes."""
+    """Values of the sweep's axes, by config key."""
 
     @property
     def spent(self) -> float:
-        """Training FLOPs that the trial itself takes: less than `flops` where it starts from another's checkpoint."""
+        """Training FLOPs that the trial itself takes: fewer than `flops` if it starts from another's checkpoint."""
         return self.flops * (1 - (self.from_step or 0) / self.config.train.steps)
 
 
 def gang_of(config: Config, nodes: Sequence[Node], wait: bool = False) -> Gang:
-    """What a trial needs all at once.
+    """The gang that a trial needs.
 
     Args:
         config: resolved.
@@ -62,16 +62,16 @@ class Plan(NamedTuple):
     trials: tuple[Trial, ...]
     warnings: tuple[str, ...]
     open: int
-    """Trials of an Optuna search that the losses of those before will choose."""
+    """Number of trials of an Optuna search that the losses of earlier ones will choose."""
 
     @property
     def widest(self) -> int:
-        """Processes, of one device each, of the trial that has most."""
+        """Largest number of processes, with one device each, of any trial."""
         return max((trial.resolved.parallel.world_size for trial in self.trials), default=1)
 
     def check_gpus(self, gpus: int | None) -> None:
-        """Raise ConfigError if so many devices are too few for a trial."""
+        """Raise ConfigError if this many devices are too few for a trial."""
         if gpus is not None and gpus < self.widest:
             raise ConfigError(
-                f"--gpus {gpus}: a trial takes {self.widest} devices by set.parallel: raise the one, lower the other"
+                f"--gpus {gpus}: a trial takes {self.widest} devices: raise --gpus, or lower the degrees (set.parallel)"
             )

@@ -42,7 +42,7 @@ WRONG = {
     "shapes": (ISOFLOP + "shape: {aspect_ratio: 0.001, slack: 1e30, head_dim: 2}\n", "over 20,000 shapes are near"),
     "no width": (
         HEAD + "isoflop: {budgets: [1e15], tokens_per_parameter: 1e-300}\n",
-        "isoflop.budgets=1e15: it asks for a model.hidden_size of over 16,777,216",
+        "isoflop.budgets=1e15: this needs a model.hidden_size of over 16,777,216",
     ),
     "no steps": (HEAD + "grid: {budget: 1e30}\naxes: {optim.lr: [1]}\n", "train.steps="),
     "layers": (GRID + "axes: {model.num_layers: [1000000000]}\n", "model.num_layers=1000000000: should be less than"),

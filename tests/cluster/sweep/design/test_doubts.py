@@ -81,8 +81,8 @@ def test_batches_and_steps():
 
 def test_step_law_far_from_where_it_was_fitted():
     (line,) = plan_of(isoflop={"budgets": BUDGETS}).warnings
-    assert line.startswith("Step Law is used outside of what it was fitted to: N from ")
-    assert "rules.max_lr=0.02 holds" in line or "rules.max_lr" not in line
+    assert line.startswith("Step Law is used outside the range that it was fitted on: N from ")
+    assert "rules.max_lr=0.02 caps" in line or "rules.max_lr" not in line
     assert plan_of(isoflop={"budgets": BUDGETS}, rules={"lr": "fixed"}).warnings == ()
 
 

@@ -56,13 +56,13 @@ def test_a_chain_ends_as_a_run_of_its_own():
 @pytest.mark.parametrize(
     ("best", "sweep", "message"),
     [
-        (Best(1e6, 1e7, convention="given"), SWEEP, "parameters counted as 'given' make no shape"),
+        (Best(1e6, 1e7, convention="given"), SWEEP, "parameters counted as 'given' determine no shape"),
         (Best(1e2, 1e7), SWEEP, "is below the smallest shape's"),
         (Best(1e6, 1e7, 8, 16), SWEEP, "top_k=16 is over experts=8"),
         (
             Best(1e6, 1e7, 8, 1),
             SWEEP.model_copy(update={"variants": {}}),
-            "experts=8: the sweep trains dense, no Mixture",
+            "experts=8: the sweep trains dense, but no Mixture",
         ),
         (Best(1e6, 1e2), SWEEP, "no whole number of steps"),
     ],

@@ -262,18 +262,18 @@ WRONG = {
                       r"^variants\.a\.set: unknown key model\.qk"),
     "axis": ({"grid": {}, "axes": {"optim.lr": [-1]}}, r"^axes optim\.lr=-1: optim\.lr=-1: should be greater than 0"),
     "chosen": ({"isoflop": {"budgets": [1e13]}, "set": {"train": {"steps": 3}}},
-               r"^set: train\.steps is what the sweep chooses by the design: leave it out"),
+               r"^set: train\.steps is already set by the sweep \(the design\): leave it out"),
     "chosen by a rule": ({"isoflop": {"budgets": [1e13]}, "set": {"optim.lr": 3e-3}},
-                         r"^set: optim\.lr is what the sweep chooses by rules\.lr=step_law: set rules\.lr=fixed"),
+                         r"^set: optim\.lr is already set by the sweep \(rules\.lr=step_law\): set rules\.lr=fixed"),
     "topology": ({"isoflop": {"budgets": [1e14], "sizes": 1}, "set": {"parallel.tp": 7}},
-                 r"^trial dense-1e14-\S+: parallel\.tp=7 .*tp splits attention by heads(.|\n)*parallel\.tp is of set"),
+                 r"^trial dense-1e14-\S+: parallel\.tp=7 .*tp splits attention by heads(.|\n)*\.tp comes from set"),
     "no branches": ({"isoflop": {"budgets": [1e13, 1e16]}, "rules": {"schedule": "wsd_branches"}},
                     r"wsd_branches needs sizes that are trained on several numbers of tokens"),
     "twice": ({"grid": {}, "axes": {"optim.lr": [1e-3, 1e-3]}}, "two trials would be named lr0.001"),
-    "no number": ({"random": {}, "axes": {"optim.name": {"low": 1, "high": 2}}}, r"axes\.optim\.name is a range, and"),
+    "no number": ({"random": {}, "axes": {"optim.name": {"low": 1, "high": 2}}}, r"axes\.optim\.name is a range, but"),
     "half a layer": ({"random": {}, "axes": {"model.num_layers": {"low": 1.5, "high": 2}}}, r"low \(1\.5\)"),
     "width": ({"grid": {}, "variants": {"m": {"experts": 2, "granularity": 5}}}, r"does not divide the width"),
-    "optuna's seeds": ({"optuna": {}, "seeds": [0, 1], "axes": {"optim.lr": [1, 2]}}, "one loss of each trial"),
+    "optuna's seeds": ({"optuna": {}, "seeds": [0, 1], "axes": {"optim.lr": [1, 2]}}, "one loss per trial"),
 }  # fmt: skip
 
 

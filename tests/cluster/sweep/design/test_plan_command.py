@@ -48,7 +48,7 @@ def test_table(file, muster):
     assert lines[1].split() == [
         "trial", "N", "total", "shape", "D", "D/N", "steps", "batch", "lr", "FLOPs", "off", "by", "hours"]  # fmt: skip
     assert sum(line.startswith(("dense-", "moe-")) for line in lines) == 18
-    assert "device-hours; on 1 side by side" in out
+    assert "hours on 1 device\n" in out
     assert "warning: off-centre: by 20 tokens per parameter fewer than 3 sizes" in out
 
 
