@@ -111,13 +111,14 @@ def show_config(
 
 
 app.command("plan")(plan.plan)
-for command in (submit.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.retry):
+for command in (submit.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.retry, jobs.priority):
     app.command(command.__name__)(command)
 app.command("generate")(trained.generate)
 app.command("eval")(trained.evaluate)
 app.command("export")(trained.export)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoint")
+join.app.command("serve")(dashboard.serve)
 app.add_typer(join.app, name="cluster")
 app.add_typer(sweep.app, name="sweep")
 kept = typer.Typer(invoke_without_command=True, callback=runs.runs, rich_markup_mode=None)

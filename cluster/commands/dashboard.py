@@ -1,28 +1,33 @@
-"""`muster dashboard`: web pages that show the runs of this machine."""
+"""`muster dashboard`: web pages that show the runs of this machine; `muster cluster serve`: a cluster's queue as well."""
 
-import contextlib
-import socket
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from configs import ConfigError
+from cluster.gangs.access_token import Address, known_tokens, own_addresses, remember, token_file, use_token
+from cluster.server import serving
+from cluster.server.serving import LOOPBACK, PORT
+from configs import ConfigError, mask
 from configs.reading.parse import shortened
 
 from .runs import RUNS, find_run, run_folder, run_folders
 
-PORT = 8267
-ANYWHERE = ("0.0.0.0", "::", "")
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
+Host = Annotated[str, typer.Option(metavar="NAME", help="Address to listen on, by default this machine only.")]
+Names = Annotated[
+    list[str] | None,
+    typer.Option("--name", metavar="NAME", help="Another host name that browsers use for it, such as a proxy's."),
+]
 
 
 def dashboard(
     root: Annotated[list[Path], typer.Option(help="Folder of runs (run.root); may be given several times.")] = [RUNS],  # noqa: B006
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")] = PORT,
-    host: Annotated[str, typer.Option(metavar="NAME", help="Address to listen on, by default this machine only.")] = (
-        "127.0.0.1"
-    ),
+    port: Port = PORT,
+    host: Host = LOOPBACK,
+    name: Names = None,
     runs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -39,39 +44,64 @@ def dashboard(
     ] = None,
 ) -> None:
     """Serve a web page that shows runs, until Ctrl-C. Example: muster dashboard --root runs"""
-    for each in root:
-        if not each.is_dir():
-            raise ConfigError(f"--root {shortened(each, 200)}: there is no such folder; `muster train` makes {RUNS}")
+    _check_roots(root)
     if export is not None:
         _export(export, runs or (), root)
         return
     if runs:
         raise ConfigError(f"{shortened(runs[0], 100)}: to write the page of a run, name a folder with --export DIR")
-    import uvicorn  # takes a second, with the rest of the server
+    from cluster.server.web import auth
+    from cluster.server.web.app import create_app  # takes a second
 
-    from cluster.server.web.app import create_app
-    from cluster.server.web.auth import read_token, token_file
-
-    token = read_token()
-    listening = _listen(host, port)
-    port = listening.getsockname()[1]
-    shown = "127.0.0.1" if host in ANYWHERE else f"[{host}]" if ":" in host else host
-    config = uvicorn.Config(
-        create_app(root, token, _names(host)),
-        log_level="warning",
-        access_log=False,
-        server_header=False,
-        proxy_headers=False,
-        timeout_graceful_shutdown=2,
-        limit_concurrency=2000,
-        ws="none",
+    token = auth.read_token()
+    listening = serving.listen(host, port)
+    print(f"{serving.url_of(host, listening)}/login#{token}", flush=True)
+    print(
+        f"the link contains the access token of {auth.token_file()}: keep it private. Ctrl-C ends the server",
+        flush=True,
     )
-    print(f"http://{shown}:{port}/login#{token}", flush=True)
-    print(f"the link contains the access token of {token_file()}: keep it private. Ctrl-C ends the server", flush=True)
-    if host not in ("127.0.0.1", "localhost", "::1"):
-        print("other machines can connect, and the traffic is not encrypted: use a private network", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after a clean shutdown
-        uvicorn.Server(config).run(sockets=[listening])
+    serving.warn_of(host)
+    serving.run(create_app(root, token, [*serving.names(host), *(name or ())]), listening)
+
+
+def serve(
+    address: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Ray's head, which runs on this machine.")
+    ] = "127.0.0.1:6379",
+    root: Annotated[list[Path], typer.Option(help="Folder of runs (run.root); may be given several times.")] = [],  # noqa: B006
+    port: Port = PORT,
+    host: Host = LOOPBACK,
+    name: Names = None,
+) -> None:
+    """Run a cluster's server on its head: the queue and the dashboard. Example: muster cluster serve --root /runs"""
+    if not re.fullmatch(r"[^/@]+:\d+", address):
+        raise ConfigError(f"--address {mask(address)!r} is not HOST:PORT of a head, such as 127.0.0.1:6379")
+    _check_roots(root)
+    use_token(Address(address, "command"))
+    from cluster.server.jobs.board import Board
+    from cluster.server.jobs.job_queue import JobQueue, locked, queue_folder
+    from cluster.server.jobs.ray_link import RayLink
+    from cluster.server.jobs.scheduler import Scheduler
+    from cluster.server.web.app import create_app
+
+    here = queue_folder(address)
+    listening = serving.listen(host, port)
+    with locked(here):
+        queue = JobQueue(here)
+        board = Board(queue, Scheduler(queue, RayLink(address, here)))
+        url = serving.url_of(host, listening)
+        own = own_addresses(url.rpartition(":")[2])
+        remember(*own, *(f"http://{each}" for each in own))
+        print(f"the cluster's server: {url} (log in with the token in {token_file()})", flush=True)
+        serving.warn_of(host)
+        token = known_tokens()[0]
+        serving.run(create_app(root, token, [*serving.names(host), *(name or ())], board), listening)
+
+
+def _check_roots(roots: Sequence[Path]) -> None:
+    for each in roots:
+        if not each.is_dir():
+            raise ConfigError(f"--root {shortened(each, 200)}: there is no such folder; `muster train` makes {RUNS}")
 
 
 def _export(folder: Path, runs: Sequence[str], roots: Sequence[Path]) -> None:
@@ -100,31 +130,3 @@ def _export(folder: Path, runs: Sequence[str], roots: Sequence[Path]) -> None:
         raise ConfigError(
             f"--export {shortened(folder, 200)}: it cannot be written ({error.strerror or error})"
         ) from None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises ConfigError if the address cannot be used."""
-    try:
-        family = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0][0]
-        listening = socket.socket(family, socket.SOCK_STREAM)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind((host, port))
-        listening.listen(512)  # so that a click on the link before the server is up waits
-    except OSError as error:
-        raise ConfigError(
-            f"--host {shortened(host, 100)} --port {port}: cannot listen there ({error.strerror or error}); "
-            "choose another --port, or 0 for any free one"
-        ) from None
-    return listening
-
-
-def _names(host: str) -> list[str]:
-    """Host names that a browser may use for this server."""
-    if host not in ANYWHERE:
-        return [f"[{host}]" if ":" in host else host]
-    import psutil
-
-    own = [
-        each.address for entries in psutil.net_if_addrs().values() for each in entries if each.family == socket.AF_INET
-    ]
-    return [*own, socket.gethostname(), socket.getfqdn()]

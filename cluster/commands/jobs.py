@@ -1,6 +1,5 @@
-"""`muster jobs`, `status`, `logs`, `stop`, `retry`: runs as the cluster knows them."""
+"""`muster jobs`, `status`, `logs`, `stop`, `retry`, `priority`: runs as the cluster knows them."""
 
-import asyncio
 import json
 import secrets
 import time
@@ -10,11 +9,11 @@ from typing import Annotated
 
 import typer
 
-from cluster.server.client import Cluster, api_url
-from cluster.server.messages import Known, Retry, Stop
-from cluster.server.outlook import Outlook, gang_words, in_line, outlook
+from cluster.server.client import WAIT, Cluster, api_url
+from cluster.server.messages import Known
+from cluster.server.outlook import Outlook, gang_words
 from cluster.server.waiting import ACTIVE, FINISHED, QUEUED, RUNNING, STOPPED
-from configs import ConfigError, ExitCode, mask
+from configs import ConfigError, ExitCode, counted, mask
 from configs.reading.parse import clip, shortened
 from configs.units import ago, duration
 from trainer.processes.output import LOGS
@@ -39,9 +38,11 @@ RunOrJob = Annotated[
 ]
 WATCH_EVERY = 3.0
 """Seconds between two looks."""
+UNSETTLED = 10.0
+"""Seconds for which a server that has just begun may not know yet whether a job was started."""
 RESTARTS = 15.0
 """Seconds in which a run that failed may have begun again."""
-Address = Annotated[str | None, typer.Option(metavar="URL", help="Job API of the cluster, such as http://HOST:8265.")]
+Address = Annotated[str | None, typer.Option(metavar="URL", help="Server of the cluster, such as http://HOST:8267.")]
 
 
 def jobs(
@@ -49,14 +50,14 @@ def jobs(
     watch: Annotated[bool, typer.Option("--watch", help="Refresh every few seconds until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List a cluster's jobs, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8265"""
+    """List a cluster's jobs, and why they wait or failed. Example: muster jobs --address http://127.0.0.1:8267"""
     cluster = Cluster(api_url(address))
     console = Console()
     before: list[list[str]] | None = None
     while True:
         try:
             rows = _look(cluster, as_json)
-        except (OSError, RuntimeError) as error:
+        except ConfigError as error:
             if not watch:
                 raise
             console.print(f"{mask(cluster.url)} does not answer: {clip(mask(str(error)), SHOWN)}", soft_wrap=True)
@@ -74,12 +75,11 @@ def jobs(
 
 def _look(cluster: Cluster, as_json: bool) -> list[list[str]]:
     """The rows of the list; as JSON they are printed."""
-    found = cluster.jobs()
-    seen = outlook(found, cluster.nodes, cluster.output)
+    found = cluster.board()
     if as_json:
-        rows = [job.entry() | {"outlook": seen[id]._asdict()} for id, job in found.items()]
+        rows = [job.entry() | {"outlook": seen._asdict()} for job, seen in found.values()]
         print(json.dumps(rows, indent=1), flush=True)
-    return [_row(id, job, seen[id]) for id, job in found.items()]
+    return [_row(id, job, seen) for id, (job, seen) in found.items()]
 
 
 def _print_jobs(console: Console, rows: list[list[str]], url: str) -> None:
@@ -111,12 +111,7 @@ def status(
     if isinstance(named, Path):
         runs.status(run, root, as_json)
         return
-    cluster, found = named, named.jobs()
-    job = _known(found, run)
-    waiting = in_line(found)
-    ahead = waiting.index(job.id) if job.id in waiting else 0
-    own = found if job.state == QUEUED else {job.id: job}
-    seen = outlook(own, cluster.nodes, cluster.output)[job.id]
+    job, seen, ahead = named.job(_known(named.jobs(), run).id)
     if as_json:
         print(json.dumps(job.entry() | {"ahead": ahead, "outlook": seen._asdict()}, indent=1))
         return
@@ -155,13 +150,7 @@ def logs(
         for text in _rank_output(Path(job.run_dir), rank, follow, ended):
             print(text, end="", flush=True)
         return
-    if follow:
-        _show_output(cluster, id)
-        return
-    if (output := cluster.output(id)) is None:
-        print(f"{id} has no output on this cluster: it is {job.state}")
-    else:
-        print(output, end="")
+    _show_output(cluster, id, follow)
 
 
 def stop(
@@ -176,12 +165,27 @@ def stop(
     if state not in ACTIVE:
         print(f"{job} is {state} already")
         return
-    cluster.send(Stop(do="stop", id=job, now=now))
-    cluster.wait_for(job, lambda found: found.state not in ACTIVE or found.stopping)
-    while (found := cluster.jobs()[job]).state in ACTIVE:
+    found, until = cluster.stop(job, now), time.monotonic() + UNSETTLED
+    while found.state in ACTIVE:
+        if found.state == QUEUED and time.monotonic() > until:
+            print(f"{job} is {found.state}: it is cancelled, or stopped, as soon as the server reaches Ray")
+            return
         time.sleep(0.5)
+        found, _, _ = cluster.job(job)
     again = f": `muster retry {job}` goes on" if found.state == STOPPED else ""
     print(f"{job} is {found.state}{again}")
+
+
+def priority(
+    job: Job,
+    priority: Annotated[int, typer.Argument(metavar="N", help="Jobs of higher priority go first.")],
+    address: Address = None,
+) -> None:
+    """Change the priority of a job that waits. Example: muster priority job-moe-3f9a1c 5"""
+    cluster = Cluster(api_url(address))
+    changed = cluster.set_priority(_known(cluster.jobs(), job).id, priority)
+    _, _, ahead = cluster.job(changed.id)
+    print(f"{changed.id} has priority {changed.priority}, {counted(ahead, 'job')} before it")
 
 
 def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
@@ -193,9 +197,7 @@ def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
         raise ConfigError(f"{job} is {old.state}: stop it first")
     if old.state == FINISHED:
         raise ConfigError(f"{job} is FINISHED: submit it with more to do, such as train.steps, to go on")
-    new = new_id(old.name)
-    cluster.send(Retry(do="retry", id=job, new=new))
-    accepted(cluster, new, as_json)
+    accepted(cluster, cluster.retry(job, new_id(old.name)), as_json)
 
 
 def new_id(name: str) -> str:
@@ -203,9 +205,9 @@ def new_id(name: str) -> str:
     return f"{PREFIX}{name[:180]}-{secrets.token_hex(3)}"
 
 
-def accepted(cluster: Cluster, id: str, as_json: bool) -> None:
-    """Wait until the queue has a job on its disk, and say where to look."""
-    job = cluster.wait_for(id, lambda _: True)
+def accepted(cluster: Cluster, job: Known, as_json: bool) -> None:
+    """Say where to look for a job that the queue has on its disk."""
+    id = job.id
     if as_json:
         print(json.dumps(job.entry() | {"address": mask(cluster.url)}, indent=1))
         return
@@ -248,28 +250,28 @@ def _state(job: Known) -> str:
     return "STOPPING" if job.state == RUNNING and job.stopping else job.state
 
 
-def _show_output(cluster: Cluster, id: str) -> None:
-    """Print what the job's driver writes until it ends."""
-    job = _known(cluster.jobs(), id)
-    if job.state == QUEUED:
+def _show_output(cluster: Cluster, id: str, follow: bool = True) -> None:
+    """Print what the job's driver has written; and until it ends, if it is to be followed."""
+    job, _, _ = cluster.job(id)
+    if job.state == QUEUED and follow:
         print(f"{id} waits in the queue", flush=True)
-        job = _until(cluster, id, lambda job: job.state != QUEUED)
-    if cluster.output(id) is None:
+    at, there = 0, False
+    while True:
+        piece = cluster.output(id, at, WAIT if follow else 0.0)
+        print(piece.text, end="", flush=True)
+        at, there = piece.next, there or piece.there
+        if piece.ended or (not piece.text and not follow):
+            break
+    if not there:
+        job, _, _ = cluster.job(id)
         print(f"{id} has no output on this cluster: it is {job.state}")
-        return
-
-    async def tail() -> None:
-        async for text in cluster.jobs_api.tail_job_logs(id):
-            print(text, end="", flush=True)
-
-    asyncio.run(tail())
 
 
 def follow(cluster: Cluster, id: str) -> None:
     """Print a job's output, and end with its exit code."""
     try:
         _show_output(cluster, id)
-        job = _until(cluster, id, lambda job: job.state not in ACTIVE)
+        job = _until_ended(cluster, id)
     except KeyboardInterrupt:
         print(f"\n{id} goes on without this command; `muster stop {id}` stops it")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
@@ -277,8 +279,8 @@ def follow(cluster: Cluster, id: str) -> None:
     raise typer.Exit(codes.get(job.state, job.exit_code or ExitCode.FAILED))
 
 
-def _until(cluster: Cluster, id: str, reached: Callable[[Known], bool]) -> Known:
-    while not reached(job := cluster.jobs()[id]):
+def _until_ended(cluster: Cluster, id: str) -> Known:
+    while (job := cluster.job(id)[0]).state in ACTIVE:
         time.sleep(0.5)
     return job
 

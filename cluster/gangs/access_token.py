@@ -9,6 +9,7 @@ file beside it, like SSH's known_hosts; an address from a config file gets the t
 
 import contextlib
 import hashlib
+import hmac
 import ipaddress
 import os
 import re
@@ -47,7 +48,7 @@ class Address(NamedTuple):
     """A cluster's address, and where it was given."""
 
     where: str
-    """http(s)://host:port of a job API, or host:port of a head."""
+    """http(s)://host:port of a server, or host:port of a head."""
     by: Literal["command", "environment", "file", "found"]
     """command, environment: by the user; file: by whoever wrote it; found: by Ray's `auto`, among all users' processes.
     """
@@ -82,6 +83,15 @@ def known_tokens() -> list[str]:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             found.append(file.read_text())
     return [token.strip() for token in found if token.strip()]
+
+
+def proof_of(token: str, nonce: str, host: str, port: int) -> str:
+    """What shows to whoever has sent a nonce that a server has the token.
+
+    It names the address at which the server was asked, so that nobody who listens at another one can pass it on.
+    """
+    said = f"muster server at {host} {port}: {nonce}"
+    return hmac.new(token.encode(), said.encode(), hashlib.sha256).hexdigest()
 
 
 def make_token() -> Path:
@@ -167,7 +177,7 @@ def remember(*addresses: str) -> None:
 
 def _refuse_strange(address: Address) -> None:
     """Raise ConfigError if whoever wrote a file, or another user of this machine, would get the token."""
-    where, known, listening = mask(address.where), _line(address.where) in _known(), _listeners(address.where)
+    where, known, listening = mask(address.where), is_known(address.where), _listeners(address.where)
     if address.by != "command" and (others := listening - {0, os.geteuid()}):
         raise ConfigError(
             f"{where}: another user of this machine (uid {min(others)}) listens there, and would get your token. If "
@@ -179,6 +189,11 @@ def _refuse_strange(address: Address) -> None:
             f"wrote the file would get it.\nIf it is your cluster, name it yourself once: --address {where}, or "
             f"cluster.address={where} on the command line (for a sweep set.cluster.address={where})"
         )
+
+
+def is_known(where: str) -> bool:
+    """Whether an address is remembered as one of the token's cluster."""
+    return _line(where) in _known()
 
 
 def _known_file() -> Path:
@@ -203,7 +218,7 @@ def _parts(where: str) -> tuple[str, str, int, str]:
     """Scheme, host, port and path. Raises ConfigError if it is no address, or one that programs parse differently."""
     found = ADDRESS.fullmatch(where)
     if not found:
-        raise ConfigError(f"{mask(where)!r} is not a cluster's address: should be http://HOST:8265 or HOST:6379")
+        raise ConfigError(f"{mask(where)!r} is not a cluster's address: should be http://HOST:8267 or HOST:6379")
     scheme, host, port, path = (part or "" for part in found.groups())
     usual = {"https": "443", "http": "80"}.get(scheme, "0")
     return f"{scheme}://" if scheme else "", host.lower(), int(port or usual), path.rstrip("/")

@@ -1,4 +1,7 @@
-"""`muster cluster`: a machine of a cluster that asks for a token, in the foreground, by Ray's own `ray start`."""
+"""`muster cluster`: a machine of a cluster that asks for a token, in the foreground, by Ray's own `ray start`.
+
+The head's has the cluster's server beside it.
+"""
 
 import errno
 import os
@@ -6,18 +9,20 @@ import re
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from cluster.server.serving import LOOPBACK, PORT
 from configs import ConfigError, mask
+from configs.reading.parse import shortened
 
 from .access_token import Address, make_token, own_addresses, remember, use_token
+from .head import run_head
 from .ray_folder import ray_folder, remove_dead_sessions
 from .session import check_reachable
 
 RAY_OPTIONS = {"allow_extra_args": True, "ignore_unknown_options": True}
-LOOPBACK = "127.0.0.1"
 NO = ("false", "f", "no", "n", "off", "0")
 """As `ray start` reads them."""
 
@@ -27,18 +32,34 @@ app = typer.Typer(help="Start or join a token-protected Ray cluster.", no_args_i
 @app.command(context_settings=RAY_OPTIONS)
 def up(
     options: typer.Context,
-    dashboard_host: Annotated[str, typer.Option(help="Where the dashboard and the job API listen.")] = LOOPBACK,
+    dashboard_host: Annotated[str, typer.Option(help="Where Ray's own dashboard and job API listen.")] = LOOPBACK,
+    server_host: Annotated[str, typer.Option(help="Where the cluster's server listens: queue and dashboard.")] = (
+        LOOPBACK
+    ),
+    server_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the cluster's server.")] = PORT,
+    root: Annotated[
+        list[Path], typer.Option(help="Folder of runs for its dashboard; may be given several times.")
+    ] = [],  # noqa: B006
 ) -> None:
     """Run the head node until Ctrl-C; passes other options to `ray start`. Example: muster cluster up --port 6379"""
     given = _checked(options.args)
-    ports = [_option(given, "--port", "6379"), _option(given, "--dashboard-port", "8265")]
-    _refuse_taken("--port", ports[0], "")
-    _refuse_taken("--dashboard-port", ports[1], dashboard_host)
+    gcs_port, api_port = _option(given, "--port", "6379"), _option(given, "--dashboard-port", "8265")
+    _refuse_taken("--port", gcs_port, "")
+    _refuse_taken("--dashboard-port", api_port, dashboard_host)
+    _refuse_taken("--server-port", str(server_port), server_host)
+    for folder in root:
+        if not folder.is_dir():
+            raise ConfigError(f"--root {shortened(folder, 200)}: there is no such folder")
     token = make_token()
-    gcs, api = (own_addresses(port, _option(given, "--node-ip-address")) for port in ports)
-    remember(*gcs, *api, *(f"http://{address}" for address in api))
+    ip = _option(given, "--node-ip-address")
+    remember(*own_addresses(gcs_port, ip))
+    for port in (api_port, str(server_port)):
+        remember(*own_addresses(port, ip), *(f"http://{address}" for address in own_addresses(port, ip)))
     print(f"token of this cluster: {token} (give every machine and every user of it a copy)", flush=True)
-    _ray_start("--head", f"--dashboard-host={dashboard_host}", *given)
+    ray = _ray_command("--head", f"--dashboard-host={dashboard_host}", *given)
+    serve = [f"--address={ip or LOOPBACK}:{gcs_port}", f"--host={server_host}", f"--port={server_port}"]
+    serve += [f"--root={folder}" for folder in root]
+    raise typer.Exit(run_head(ray, [sys.executable, "-P", "-m", "cluster.cli", "cluster", "serve", *serve]))
 
 
 @app.command(context_settings=RAY_OPTIONS)
@@ -48,7 +69,7 @@ def join(
     """Join this machine to a cluster until Ctrl-C. Example: muster cluster join 10.0.0.1:6379"""
     if not re.fullmatch(r"[^/@]+:\d+", address):
         raise ConfigError(
-            f"{mask(address)!r} is not HOST:PORT of a head, such as 10.0.0.1:6379 (8265 is the port of its job API)"
+            f"{mask(address)!r} is not HOST:PORT of a head, such as 10.0.0.1:6379 (8267 is the port of its server)"
         )
     given = _checked(options.args)
     use_token(Address(address, "command"))
@@ -57,15 +78,8 @@ def join(
     except (OSError, ValueError) as error:
         raise ConfigError(f"{address}: no head of a cluster answers there ({error}); HOST:PORT is its --port") from None
     remember(address)
-    _ray_start(f"--address={address}", *given)
-
-
-@app.command(hidden=True)
-def queue() -> None:
-    """The queue process, which `muster submit` starts on the head."""
-    from cluster.server.dispatch import serve
-
-    serve()
+    command = _ray_command(f"--address={address}", *given)
+    os.execv(command[0], command)
 
 
 def _option(arguments: list[str], name: str, default: str | None = None) -> str | None:
@@ -100,7 +114,8 @@ def _checked(given: list[str]) -> list[str]:
     return [*options, f"--temp-dir={ray_folder(folder)}"]
 
 
-def _ray_start(*options: str) -> NoReturn:
+def _ray_command(*options: str) -> list[str]:
+    """`ray start`, with all made ready that it finds around it."""
     os.umask(0o077)
     remove_dead_sessions(Path(_option(list(options), "--temp-dir") or ""))
     # Jobs are started as `muster ...`: the one that belongs to this Python.
@@ -108,7 +123,7 @@ def _ray_start(*options: str) -> NoReturn:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ["PYTHONSAFEPATH"] = "1"  # Ray runs `python -m`, which would import what lies in this folder
     command = [sys.executable, "-P", "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
-    os.execv(sys.executable, [*command, *options])
+    return [*command, *options]
 
 
 def _without(option: str, given: list[str]) -> tuple[list[str], str | None]:

@@ -15,6 +15,8 @@ class Machine(NamedTuple):
     address: str
     free: Node
     total: Node
+    name: str = ""
+    """Of its host."""
 
 
 def machines() -> list[Machine]:
@@ -26,7 +28,8 @@ def machines() -> list[Machine]:
                 Node(resources.get("CPU", 0.0), resources.get("GPU", 0.0))
                 for resources in (free_of[node["NodeID"]], node["Resources"])
             )
-            found.append(Machine(node["NodeID"], node["NodeManagerAddress"], free, total))
+            host = node.get("NodeManagerHostname", "")
+            found.append(Machine(node["NodeID"], node["NodeManagerAddress"], free, total, host))
     return found
 
 

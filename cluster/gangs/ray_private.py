@@ -13,7 +13,6 @@ from unittest.mock import patch
 
 import ray
 from ray._private import node, services
-from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]  # compiled
 from ray.experimental import internal_kv
 
 
@@ -84,19 +83,8 @@ def address_on_this_machine() -> str:
     return str(services.canonicalize_bootstrap_address_or_die("auto"))
 
 
-def dashboard_url(address: str) -> str:
-    """URL of the dashboard of the cluster whose head is at host:port, by its own word. Raises whatever gRPC does."""
-    from ray.dashboard.utils import ray_address_to_api_server_url  # much that no other command needs
-
-    return str(ray_address_to_api_server_url(address))
-
-
-def job_api(url: str | None = None) -> Any:
-    """Ray's client of a cluster's job API, which raises JobApiError where Ray's own raises RuntimeError with a text.
-
-    Args:
-        url: None: that of RAY_ADDRESS.
-    """
+def job_api(url: str) -> Any:
+    """Ray's client of a cluster's job API, which raises JobApiError where Ray's own raises RuntimeError with a text."""
     from ray.job_submission import JobSubmissionClient  # much that no other command needs
 
     class Client(JobSubmissionClient):
@@ -104,12 +92,6 @@ def job_api(url: str | None = None) -> Any:
             raise JobApiError(r.status_code, r.text)
 
     return Client(url)
-
-
-def read_token_again() -> None:
-    """Let clients in this process use the token that the environment now names."""
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def free_resources() -> dict[str, dict[str, float]]:
@@ -125,14 +107,6 @@ def draining_nodes() -> dict[str, int]:
 def put(name: str, content: bytes) -> None:
     """Keep something in the memory of the cluster's head."""
     internal_kv._internal_kv_put(name, content)
-
-
-def get(name: bytes) -> bytes | None:
-    return internal_kv._internal_kv_get(name)
-
-
-def names(prefix: str) -> list[bytes]:
-    return internal_kv._internal_kv_list(prefix)
 
 
 def delete(name: bytes) -> None:

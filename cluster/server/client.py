@@ -1,202 +1,190 @@
-"""Reach a cluster's job API and its queue, from anywhere that the API is reachable."""
+"""A cluster's server, as the command line talks to it from anywhere that it is reachable."""
 
-import logging
-import os
+import contextlib
+import hmac
+import http.client
+import json
+import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, urlencode, urlsplit
 
-from cluster.gangs.access_token import Address, in_environment, is_open, refuse_open, remember, use_token, within
-from cluster.gangs.session import check_reachable, found_by_ray
+from pydantic import ValidationError
+
+from cluster.gangs.access_token import (
+    Address,
+    in_environment,
+    is_known,
+    known_tokens,
+    proof_of,
+    remember,
+    token_file,
+    use_token,
+    within,
+)
+from cluster.gangs.session import found_by_ray
 from cluster.gangs.share import Node
 from configs import ConfigError, mask
-from configs.reading.parse import clip, shortened
+from configs.reading.parse import clip, parse_json, shortened
 from configs.units import byte_size
-from trainer.files.scratch import temporary_folder
 
-from .dispatch import MESSAGES, READY
-from .messages import Known, Message
-from .pack import LIMIT, write_zip
-from .waiting import fold, refusals
+from .messages import Known
+from .outlook import Outlook
+from .pack import LIMIT
+from .serving import PORT
 
-T = TypeVar("T")
-QUEUE = "muster-queue-"
-CONNECTING = 30.0
-"""Seconds that Ray's client may take to find out whom it talks to."""
-PATIENCE = 90.0
-"""Seconds a queue may take to start and answer."""
+CONNECTING = 10.0
+"""Seconds that a server may take to say who it is."""
+ANSWERING = 120.0
+"""Seconds that it may take to answer; of a package, to take in each piece and to check it all."""
+PATIENCE = 45.0
+"""Seconds for which a server that has answered once may be away: it is started again when it dies."""
+STARTING = 15.0
+"""The same for one that this user has reached before."""
+LONGEST_HEALTH, LONGEST_ANSWER = 1 << 12, 64 << 20
+"""Bytes of what a server says of itself, and of any other answer."""
+WAIT = 20.0
+"""Seconds for which an answer waits for output."""
+FIELDS = set(Known.model_fields)
+
+
+class Output(NamedTuple):
+    """A piece of what a job's driver has printed."""
+
+    text: str
+    next: int
+    """Where the next piece begins."""
+    there: bool
+    """Whether it has any output on this cluster."""
+    ended: bool
+    """Nothing comes after this piece."""
 
 
 class Cluster:
-    """A cluster's job API.
+    """A cluster's server.
 
     Raises:
-        ConfigError: nothing answers, it is open to everyone, or it refuses the token.
+        ConfigError: nothing answers, it is no server of a cluster, or it refuses the token. So does every method where
+            the server refuses what is asked, with its reason, or is away for longer than it takes to start it again.
     """
 
     def __init__(self, address: Address) -> None:
-        url = address.where
         use_token(address)
-        try:
-            refuse_open(url)
-        except OSError as error:
-            raise _silent(url, error) from None
-        # Ray takes half a second to import, and looks at the environment when it is.
-        from ray.exceptions import AuthenticationError
-
-        from cluster.gangs.ray_private import job_api, read_token_again
-
-        for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
-            logging.getLogger(chatty).setLevel(logging.ERROR)
-        read_token_again()
-        self.url = url
-        self._queue: str | None = None
-        self._sent = ""
-        """Name of the last message."""
-        try:
-            self.jobs_api = within(CONNECTING, lambda: job_api(url))
-        except AuthenticationError:
-            raise ConfigError(
-                f"the cluster at {mask(url)} refuses the token: copy the one of its head to here, or name its file in "
-                f"RAY_AUTH_TOKEN_PATH"
-            ) from None
-        except Exception as error:  # some ten kinds, whatever else listens there
-            raise _silent(url, error) from None
-        remember(url, url.removeprefix("http://"))
+        self.url = address.where
+        self._reached = False
+        told = self._ask("GET", "/api/machines")
+        with self._sense():
+            _ = told["machines"]
+        self._reached = True
+        remember(self.url, self.url.removeprefix("http://"))
 
     def nodes(self) -> list[Node]:
-        """What each machine has. Raises ConfigError if what answers does not say."""
-        from ray.util.state import list_nodes
-
-        try:
-            for _ in range(20):  # a new head knows none for a moment
-                # Ray counts dead machines too, and takes those left out for an answer cut short.
-                found = list_nodes(
-                    address=self.url,
-                    detail=True,
-                    filters=[("state", "=", "ALIVE")],
-                    limit=10_000,
-                    raise_on_missing_output=False,
-                )
-                if found:
-                    break
-                time.sleep(0.5)
-            sizes = [node.resources_total or {} for node in found]
-            return [Node(float(size.get("CPU", 0)), float(size.get("GPU", 0))) for size in sizes]
-        except Exception as error:  # Ray checks nothing of what it is told
-            raise _silent(self.url, error) from None
+        """What each machine has. Raises ConfigError as well where the server does not reach Ray."""
+        for _ in range(40):  # a new head has none for a moment
+            told = self._ask("GET", "/api/machines")
+            with self._sense():
+                found = [Node(float(each["cpus"]), float(each["gpus"])) for each in told["machines"]]
+                if told["reachable"] and found:
+                    return found
+            time.sleep(0.5)
+        raise ConfigError(f"the server at {mask(self.url)} does not reach Ray: {clip(told.get('why') or 'no machine')}")
 
     def jobs(self) -> dict[str, Known]:
-        """All jobs of the queue by id, oldest first. Starts the queue if it does not run."""
-        return fold(self._said())
+        """All jobs of the queue by id, oldest first."""
+        return {id: job for id, (job, _) in self.board().items()}
 
-    def _said(self) -> list[str]:
-        """The lines that the queue has printed: its journal, and what it refused."""
+    def board(self) -> dict[str, tuple[Known, Outlook]]:
+        """All jobs of the queue by id, oldest first, and how each probably goes on."""
+        told = self._ask("GET", "/api/jobs")
+        with self._sense():
+            return {row["id"]: (_job(row), _outlook(row)) for row in told["jobs"]}
+
+    def job(self, id: str) -> tuple[Known, Outlook, int]:
+        """A job, how it probably goes on, and how many wait before it."""
+        row = self._ask("GET", f"/api/jobs/{quote(id, safe='')}")
+        with self._sense():
+            return _job(row), _outlook(row), int(row["ahead"])
+
+    def submit(self, package: Path) -> Known:
+        """Send a job. Raises ConfigError as well where it is larger than what the queue takes."""
+        if (size := package.stat().st_size) > LIMIT:
+            raise ConfigError(f"what is to be sent has {byte_size(size)} and the limit is {byte_size(LIMIT)}")
+        row = self._ask("POST", "/api/jobs", package)
+        with self._sense():
+            return _job(row)
+
+    def stop(self, id: str, now: bool) -> Known:
+        return self._change(id, "stop", {"now": now})
+
+    def retry(self, id: str, new: str) -> Known:
+        return self._change(id, "retry", {"new": new})
+
+    def set_priority(self, id: str, priority: int) -> Known:
+        return self._change(id, "priority", {"priority": priority})
+
+    def output(self, id: str, offset: int = 0, wait: float = 0.0) -> Output:
+        """What a job's driver has printed from an offset on.
+
+        Args:
+            wait: seconds for which the answer may wait for output, where there is none yet.
+        """
+        query = urlencode({"offset": offset, "wait": wait})
+        said = self._ask("GET", f"/api/jobs/{quote(id, safe='')}/log?{query}")
+        with self._sense():
+            return Output(str(said["text"]), int(said["next"]), bool(said["there"]), bool(said["ended"]))
+
+    def _change(self, id: str, what: str, body: Mapping[str, Any]) -> Known:
+        row = self._ask("POST", f"/api/jobs/{quote(id, safe='')}/{what}", json.dumps(body).encode())
+        with self._sense():
+            return _job(row)
+
+    @contextlib.contextmanager
+    def _sense(self) -> Iterator[None]:
+        """Raises ConfigError where an answer has not what it should have."""
         try:
-            if self._queue is None or self.jobs_api.get_job_status(self._queue).is_terminal():
-                self._queue = self._running_queue()
-            return str(self.jobs_api.get_job_logs(self._queue)).splitlines()
-        except ConfigError:
-            raise
-        except (OSError, ValueError, TypeError, KeyError) as error:  # what answers is no job API, or no more
+            yield
+        except (ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise _silent(self.url, error) from None
 
-    def send(self, message: Message) -> None:
-        """Leave the queue a message without files."""
-        with temporary_folder() as folder:
-            path = folder / "message.zip"
-            write_zip(path, folder, [], message.model_dump_json())
-            self.send_file(path)
+    def _ask(self, method: str, path: str, body: bytes | Path | None = None) -> Any:
+        """What the server answers. Whatever is asked of it may be asked twice, as is done while it is away."""
+        until = time.monotonic() + (PATIENCE if self._reached else 0.0)
+        while True:
+            try:
+                send = partial(_request, self.url, method, path, body)
+                status, said, _ = send() if isinstance(body, Path) else within(ANSWERING, send)
+            except UNLIKE as error:
+                if time.monotonic() > until or isinstance(error, ValueError):
+                    raise _silent(self.url, error) from None
+                time.sleep(0.5)
+                continue
+            if status == 200:
+                return said
+            reason = clip(said.get("error") if isinstance(said, dict) else "") or f"it answers {status}"
+            if status in (401, 403):
+                raise ConfigError(
+                    f"the cluster at {mask(self.url)} refuses the token: copy the one of its head to here, or name its "
+                    f"file in RAY_AUTH_TOKEN_PATH"
+                )
+            raise ConfigError(f"the queue of {mask(self.url)} refused it: {reason}")
 
-    def send_file(self, path: Path) -> None:
-        """Leave the queue a message. Ray keeps it for ten minutes, the queue takes it within one.
 
-        Raises:
-            ConfigError: it is larger than what the queue takes.
-        """
-        if (size := path.stat().st_size) > LIMIT:
-            raise ConfigError(f"what is to be sent has {byte_size(size)} and the limit is {byte_size(LIMIT)}")
-        self._sent = f"{MESSAGES}{time.time_ns()}-{os.getpid()}.zip"
-        self.jobs_api._upload_package(f"gcs://{self._sent}", str(path), include_gitignore=False, is_file=True)
+def _job(row: Mapping[str, Any]) -> Known:
+    return Known.model_validate({key: value for key, value in row.items() if key in FIELDS})
 
-    def wait_for(self, id: str, seen: Callable[[Known], object]) -> Known:
-        """The job that the last message was about, once `seen(job)` is true.
 
-        Raises:
-            ConfigError: the queue refused the message.
-            RuntimeError: the queue does not answer.
-        """
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            said = self._said()
-            if reason := refusals(said).get(self._sent):
-                raise ConfigError(f"the queue of {self.url} refused it: {reason}")
-            if (job := fold(said).get(id)) and seen(job):
-                return job
-            time.sleep(0.3)
-        raise self._no_answer()
-
-    def _running_queue(self) -> str:
-        """Id of the queue's own Ray job, started where none runs, once it has read its journal."""
-        number, id, started, refused = 1, f"{QUEUE}1", False, ""
-        deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            status = self._status(id)
-            if status is None:
-                self._start_queue(id)
-                started = True
-            elif status.is_terminal():
-                if started:  # just now: perhaps the queue of a head before has yet to end
-                    said = str(self.jobs_api.get_job_logs(id)).splitlines()
-                    refused = next((line for line in reversed(said) if line.startswith("muster: ")), "")
-                    time.sleep(1)
-                number += 1
-                id = f"{QUEUE}{number}"
-            elif READY in self.jobs_api.get_job_logs(id).splitlines():
-                return id
-            else:
-                time.sleep(0.3)
-        if refused:
-            raise ConfigError(f"the queue of {self.url} does not start: {refused.removeprefix('muster: ')}")
-        self._queue = id
-        raise self._no_answer()
-
-    def _status(self, id: str) -> Any:
-        """Ray's status of a job; None: there is none."""
-        return self._unless_missing(lambda: self.jobs_api.get_job_status(id))
-
-    def output(self, id: str) -> str | None:
-        """What a job's driver has printed; None: it has not started, or on a cluster that is gone."""
-        return self._unless_missing(lambda: str(self.jobs_api.get_job_logs(id)))
-
-    def _unless_missing(self, ask: Callable[[], T]) -> T | None:
-        from cluster.gangs.ray_private import JobApiError
-
-        try:
-            return ask()
-        except JobApiError as error:
-            if error.status == 404:
-                return None
-            raise
-
-    def _start_queue(self, id: str) -> None:
-        try:
-            # Started again whatever ends it, but not when it says itself that it cannot run.
-            loop = "until muster cluster queue; do [ $? = 2 ] && exit 2; sleep 1; done"
-            self.jobs_api.submit_job(submission_id=id, entrypoint=loop)
-        except RuntimeError as error:
-            if "already exists" not in str(error):  # someone else was quicker
-                raise
-
-    def _no_answer(self) -> RuntimeError:
-        tail = self.jobs_api.get_job_logs(self._queue)[-2000:] if self._queue else ""
-        return RuntimeError(f"the queue of {mask(self.url)} did not answer in {PATIENCE:.0f} s\n{tail}")
+def _outlook(row: Mapping[str, Any]) -> Outlook:
+    return Outlook(**{key: row["outlook"][key] for key in Outlook._fields})
 
 
 def api_url(address: str | None, from_config: Address | None = None) -> Address:
-    """The job API of the cluster that is named: an http address, Ray's host:port, or `auto`.
+    """The server of the cluster that is named: by its own URL, by that of Ray's dashboard, Ray's host:port, or `auto`.
+
+    Named by another address than its own it is looked for at the same host's port 8267, and has to prove that it has
+    the token before it gets it.
 
     Args:
         address: as on the command line; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, `from_config`.
@@ -208,27 +196,105 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
     given = named or from_config
     if given is None:
         raise ConfigError(
-            "no cluster is named: --address http://HOST:8265, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or cluster.address; "
+            "no cluster is named: --address http://HOST:8267, RAY_API_SERVER_ADDRESS, RAY_ADDRESS or cluster.address; "
             "`muster cluster up` starts one"
         )
     _check_address(given.where)
-    if given.where.startswith(("http://", "https://")):
-        return given._replace(where=given.where.rstrip("/"))
-    given = found_by_ray(given)
-    if ":" not in (where := given.where):
-        raise ConfigError(f"{where} has no port: --address http://{where}:8265, or {where}:6379 (the head's)")
+    if not given.where.startswith(("http://", "https://")):
+        given = found_by_ray(given)
+        if ":" not in (where := given.where):
+            raise ConfigError(f"{where} has no port: --address http://{where}:8267, or {where}:6379 (the head's)")
+    given = given._replace(where=given.where.rstrip("/"))
     use_token(given)
-    try:
-        check_reachable(given.where)
-        if _answers(f"http://{given.where}"):
-            return given._replace(where=f"http://{given.where}")
-        from cluster.gangs.ray_private import dashboard_url
-
-        url = dashboard_url(given.where)
+    own = given.where if "//" in given.where else f"http://{given.where}"
+    wrong, until = _health(own), time.monotonic() + STARTING
+    while isinstance(wrong, ConnectionRefusedError) and is_known(own) and time.monotonic() < until:
+        time.sleep(0.5)
+        wrong = _health(own)
+    if isinstance(wrong, Health):
+        return wrong.checked(given._replace(where=own))
+    host = urlsplit(own).hostname or ""
+    usual = f"http://{f'[{host}]' if ':' in host else host}:{PORT}"
+    if own != usual and isinstance(found := _health(usual), Health):
+        if not found.proven:
+            raise ConfigError(
+                f"the server at {usual} does not prove that it is your cluster's: if it is, name it yourself, "
+                f"--address {usual}, and copy the token of its head to {token_file()}"
+            )
         remember(given.where)
-        return Address(url, "environment")  # the head's word; its loopback may be somebody else's on this machine
-    except Exception as error:  # of gRPC and Ray, whatever listens there
-        raise _silent(given.where, error) from None
+        return found.checked(Address(usual, "command"))  # the user's word for it, as nobody else has his token
+    raise _silent(given.where, wrong)
+
+
+class Health(NamedTuple):
+    """What a server of ours says of itself to everyone."""
+
+    queue: bool
+    """Whether jobs can be sent to it."""
+    proven: bool
+    """Whether it has the user's token, and listens itself where it was asked."""
+
+    def checked(self, address: Address) -> Address:
+        """Raises ConfigError for a dashboard without a cluster."""
+        if not self.queue:
+            raise ConfigError(
+                f"{mask(address.where)} is `muster dashboard`, without a cluster: `muster cluster serve` has the queue"
+            )
+        return address
+
+
+def _health(url: str) -> Health | Exception | str:
+    """What a server says of itself, without being shown the token; or why it is none of ours."""
+    nonce = secrets.token_hex(16)
+    try:
+        status, said, asked = within(CONNECTING, lambda: _request(url, "GET", f"/health?prove={nonce}", shown=False))
+    except UNLIKE as error:
+        return error
+    if status != 200 or not isinstance(said, dict) or said.get("server") != "muster":
+        return "it is no server of a cluster"
+    token = next(iter(known_tokens()), "")
+    proven = hmac.compare_digest(str(said.get("proof")), proof_of(token, nonce, *asked))
+    return Health(said.get("queue") is True, proven)
+
+
+UNLIKE = (OSError, http.client.HTTPException, ValueError, RecursionError)
+"""What is raised where something answers that is no server of ours, or nothing does."""
+
+
+def _request(
+    url: str, method: str, path: str, body: bytes | Path | None = None, shown: bool = True
+) -> tuple[int, Any, tuple[str, int]]:
+    """(status, the JSON that is answered, the address that was asked). No redirect is followed.
+
+    Args:
+        body: JSON, or the file of a package.
+        shown: show the token.
+
+    Raises:
+        One of UNLIKE.
+    """
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=CONNECTING)
+    with contextlib.closing(connection), contextlib.ExitStack() as stack:
+        connection.connect()
+        asked = connection.sock.getpeername()[:2]
+        connection.sock.settimeout(ANSWERING)
+        headers = {"accept": "application/json"}
+        if shown:
+            headers["authorization"] = f"Bearer {next(iter(known_tokens()), '')}"
+        content: bytes | BinaryIO | None = body if not isinstance(body, Path) else stack.enter_context(body.open("rb"))
+        if isinstance(body, Path):
+            headers |= {"content-type": "application/zip", "content-length": str(body.stat().st_size)}
+        elif body is not None:
+            headers["content-type"] = "application/json"
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have refused it before the end
+            connection.request(method, parts.path.rstrip("/") + path, content, headers)
+        answer, most = connection.getresponse(), LONGEST_ANSWER if shown else LONGEST_HEALTH
+        text = answer.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"its answer has over {byte_size(most)}")
+        return answer.status, parse_json(text), asked
 
 
 def _check_address(where: str) -> None:
@@ -241,17 +307,12 @@ def _check_address(where: str) -> None:
     except ValueError as error:  # a port above 65,535, or half an IPv6 address
         wrong = f"is none ({error})"
     if wrong:
-        raise ConfigError(f"the cluster's address {shortened(mask(where))} {wrong}: --address http://HOST:8265")
+        raise ConfigError(f"the cluster's address {shortened(mask(where))} {wrong}: --address http://HOST:{PORT}")
 
 
-def _answers(url: str) -> bool:
-    try:
-        is_open(url)
-    except OSError:
-        return False
-    return True
-
-
-def _silent(where: str, error: Exception) -> ConfigError:
+def _silent(where: str, error: Exception | str) -> ConfigError:
     reason = clip(error, 200) or type(error).__name__
-    return ConfigError(f"no job API of Ray answers at {mask(where)} ({reason}): --address names it, http://HOST:8265")
+    return ConfigError(
+        f"no server of a cluster answers at {mask(where)} ({reason}), nor at port {PORT} of its host.\n"
+        f"--address http://HOST:{PORT} names it, a tunnel leads to that port, `muster cluster up` or `serve` runs it"
+    )

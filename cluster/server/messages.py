@@ -1,9 +1,9 @@
-"""What may be said to the queue and what stands in its journal: every value typed, bounded, refused with its reason."""
+"""What is said of a job to the queue and in its journal: every value typed, bounded, refused with its reason."""
 
 import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 from pydantic import model_validator as check_all
 
 from configs.base import Typed
@@ -18,8 +18,16 @@ class BadMessage(ValueError):
     """What reached the queue is no message of ours, or asks for what cannot be; the text says why."""
 
 
+class NoJob(BadMessage):
+    """It is about a job that is not there."""
+
+
+class Conflict(BadMessage):
+    """The job, or the queue, is not in a state in which it can be done."""
+
+
 def _job_id(id: str) -> str:
-    # Names a file and a folder, is part of a URL, and is no id of the queue's own Ray jobs.
+    # Names a file and a folder, and is part of a URL.
     if not re.fullmatch(r"job-[A-Za-z0-9._-]{1,196}", id):
         raise ValueError("it is not a name of a job, such as job-moe-3f9a1c")
     return id
@@ -67,7 +75,7 @@ class Job(Typed):
     """That each process reserves."""
     gpus: Part
     group: Workers
-    """See `queue.Gang`."""
+    """See `waiting.Gang`."""
     priority: Annotated[int, Field(ge=-(2**31), lt=2**31)]
 
     @check_all(mode="after")
@@ -108,30 +116,16 @@ class Known(Job):
 
 
 class Submit(Typed):
+    """What a package says of the job that it is for."""
+
     do: Literal["submit"]
     id: Id
     job: Job
 
 
-class Retry(Typed):
-    do: Literal["retry"]
-    id: Id
-    new: Id
-
-
-class Stop(Typed):
-    do: Literal["stop"]
-    id: Id
-    now: bool
-
-
-Message = Submit | Retry | Stop
-_MESSAGE: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="do")])
-
-
-def parse(text: bytes) -> Message:
+def parse(text: bytes) -> Submit:
     """The message that a JSON text is. Raises BadMessage."""
     try:
-        return _MESSAGE.validate_json(text)
+        return Submit.model_validate_json(text)
     except ValidationError as error:
         raise BadMessage(first_reason(error)) from None

@@ -13,7 +13,7 @@ from configs.units import seconds_in
 from trainer.record.lines import pace, read_events, summary
 
 from .messages import Job, Known
-from .waiting import QUEUED, RUNNING, STOPPED, fits, gang_of
+from .waiting import QUEUED, RUNNING, STOPPED, Gang, assign, fits, gang_of
 
 
 class Outlook(NamedTuple):
@@ -61,6 +61,47 @@ def why_waiting(jobs: Mapping[str, Known], nodes: Sequence[Node]) -> dict[str, s
         else:
             found[id] = f"waits for room for {gang_words(job)}, or starts in a moment"
         before.append(id)
+    return found
+
+
+def probable_starts(jobs: Mapping[str, Known], left: Mapping[str, float], nodes: Sequence[Node]) -> dict[str, float]:
+    """Seconds until jobs that wait will start, if those that run end when they are expected to; nobody overtakes.
+
+    Args:
+        left: seconds until running jobs end, of those of which it is known.
+        nodes: what each machine of the cluster has.
+
+    Returns:
+        Of the jobs, the next one first, up to the first of which it cannot be known.
+    """
+    free, held = list(nodes), list[tuple[float, dict[int, int], Gang]]()
+
+    def give(places: Mapping[int, int], gang: Gang, sign: int) -> None:
+        for index, workers in places.items():
+            cpus, gpus = gang.each
+            free[index] = Node(free[index].cpus + sign * workers * cpus, free[index].gpus + sign * workers * gpus)
+
+    for id, job in jobs.items():
+        if job.state == RUNNING:
+            gang = gang_of(job)
+            if (places := assign(gang, free, nodes)) is None:
+                return {}  # it holds other machines than these
+            give(places, gang, -1)
+            if id in left:
+                held.append((left[id], places, gang))
+    held.sort(key=lambda each: each[0])
+    sizes, at, found = Counter(nodes), 0.0, dict[str, float]()
+    for id in in_line(jobs):
+        gang = gang_of(jobs[id])
+        if not fits(gang, sizes):
+            continue
+        while (places := assign(gang, free, nodes)) is None:
+            if not held:
+                return found
+            at, given_back, by = held.pop(0)
+            give(given_back, by, 1)
+        give(places, gang, -1)
+        found[id] = at
     return found
 
 

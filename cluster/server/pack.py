@@ -19,7 +19,7 @@ from trainer.files.own_files import open_file
 from trainer.run import revision
 
 from .ignore import ignored_by, ignored_by_files
-from .messages import BadMessage, Message, parse
+from .messages import BadMessage, Submit, parse
 from .secret_files import holds_secret, is_secret
 
 MESSAGE = "message.json"
@@ -195,7 +195,7 @@ def _read(folder: Path, path: Path) -> tuple[bytes, bool]:
         raise ConfigError(f"{_shown(path)} cannot be read ({error.strerror}): name it in .gitignore") from None
 
 
-def read_message(content: bytes) -> Message:
+def read_message(content: bytes) -> Submit:
     """The message of a zip, which need not be one that `write_zip` has made.
 
     Ray unpacks what is accepted on every machine of the job: so all of it is inflated here once, and counted.

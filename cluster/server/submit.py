@@ -1,4 +1,4 @@
-"""`muster submit`: a run is checked, planned against the cluster, packed with its folder and left to the queue.
+"""`muster submit`: a run is checked, planned against the cluster, packed with its folder and sent to the queue.
 
 `muster sweep submit` (sweep/submit.py) does the same with the functions below."""
 
@@ -104,7 +104,7 @@ def send(
     as_json: bool,
     more: Mapping[str, str],
 ) -> None:
-    """Leave a job and the files that it needs to the queue, and say where to look.
+    """Send a job and the files that it needs to the queue, and say where to look.
 
     Args:
         more: text of files that are sent besides, by name.
@@ -122,8 +122,8 @@ def send(
     with temporary_folder() as folder:
         path = folder / "job.zip"
         pack.write_zip(path, here, packed, message.model_dump_json(), more)
-        cluster.send_file(path)
-    accepted(cluster, id, as_json)
+        sent = cluster.submit(path)
+    accepted(cluster, sent, as_json)
     if wait:
         follow(cluster, id)
 

@@ -1,6 +1,5 @@
 """Which of the waiting jobs may start now: pure functions of jobs and machines. Knows nothing of Ray."""
 
-import contextlib
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -127,17 +126,6 @@ def fold(lines: Iterable[str], refuse: Callable[[str], object] = lambda line: No
         else:
             jobs[job.id] = job
     return jobs
-
-
-def refusals(lines: Iterable[str]) -> dict[str, str]:
-    """Why messages were refused, by their names, as the queue prints it."""
-    found = {}
-    for line in lines:
-        if line.startswith('{"refused": '):
-            with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
-                said = json.loads(line)
-                found[str(said["refused"])] = str(said["reason"])
-    return found
 
 
 def gang_of(job: Job) -> Gang:

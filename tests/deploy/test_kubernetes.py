@@ -3,6 +3,8 @@
 import re
 import shlex
 import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -114,6 +116,23 @@ def test_a_pod_that_ends_has_time_for_a_checkpoint():
     assert given["deadline_remaining_seconds"] == int(wait)
     job = OBJECTS["RayJob", "muster"]["spec"]
     assert yaml.safe_load(job["runtimeEnvYAML"]) == {"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(int(wait))}}
+
+
+def test_the_head_has_the_clusters_server():
+    """In a loop that ends when it says that it cannot run, and goes on when it dies."""
+    (container,) = HEAD["template"]["spec"]["containers"]
+    text = container["lifecycle"]["postStart"]["exec"]["command"][2]
+    (command,) = re.findall(r"until (muster .*?);", text)
+    given = muster_command(command)
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert given["address"] == f"127.0.0.1:{ports['gcs-server']}"
+    assert (given["host"], given["port"], given["name"]) == ("0.0.0.0", ports["muster"], ["muster-head-svc"])
+    assert [str(root) for root in given["root"]] == ["/runs"]
+    loop = text.replace(command, "serve").replace("/proc/1/fd/1", "/dev/null").replace("sleep 1", "sleep 0")
+    serve = 'serve() { echo x >>"$0"; [ $(wc -l <"$0") = 3 ] && return 2; return 137; }; '
+    with tempfile.NamedTemporaryFile() as calls:
+        subprocess.run(["bash", "-c", f"{serve}{loop} wait", calls.name], check=True, timeout=60)
+        assert Path(calls.name).read_text() == "x\n" * 3
 
 
 def test_health_is_where_ray_answers_without_a_token():

@@ -5,6 +5,8 @@ import re
 import pytest
 from manifests import OBJECTS, containers, walk
 
+from cluster.server.serving import PORT
+
 
 def labelled(selector: dict) -> list[dict]:
     """Pod templates that a selector picks."""
@@ -57,9 +59,9 @@ def test_policies_let_in_only_what_is_named():
                 assert peer.get("namespaceSelector") != {}
             for port in rule.get("ports", []):
                 assert port["port"] in ports_of(chosen).values()
-    among, outside = OBJECTS["NetworkPolicy", "ray"]["spec"]["ingress"]
+    among, operator, clients = OBJECTS["NetworkPolicy", "ray"]["spec"]["ingress"]
     assert len(labelled(among["from"][0]["podSelector"])) == 2
-    assert [port["port"] for port in outside["ports"]] == [8265]
+    assert [[port["port"] for port in rule["ports"]] for rule in (operator, clients)] == [[8265], [PORT]]
 
 
 def test_policies_let_out_what_a_pod_calls_and_nothing_else():

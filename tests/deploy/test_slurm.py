@@ -103,6 +103,7 @@ def test_it_ends_as_the_run_ends(tmp_path, code):
     assert join[:3] == ["cluster", "join", f"127.0.0.1:{port}"]
     assert train == ["train", "quickstart", "run.root=/shared runs"]
     assert f"--port={port}" in up
+    assert f"--server-port={port + 10000}" in up
     for arguments in (up, join):
         group = get_command(app).commands["cluster"]
         given = group.commands[arguments[1]].make_context(arguments[1], arguments[2:])

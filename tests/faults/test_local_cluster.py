@@ -47,7 +47,7 @@ def test_nodes_come_go_and_leave_nothing(tmp_path, apart):
         token = cluster.folder / "token"
         assert stat.S_IMODE(token.stat().st_mode) == 0o600
         with pytest.raises(urllib.error.HTTPError) as refused:
-            urllib.request.urlopen(f"{cluster.url}/api/jobs/", timeout=10)
+            urllib.request.urlopen(f"{cluster.url}/api/jobs", timeout=10)
         assert refused.value.code == 401
         assert "no jobs" in cluster.muster("jobs")
         names = cluster.do("exec", "1", "sh", "-c", "cat /proc/sys/kernel/hostname; echo $RAY_ADDRESS").split()
@@ -77,7 +77,7 @@ def test_nodes_come_go_and_leave_nothing(tmp_path, apart):
 
 
 def cannot_reach_head(cluster: LocalCluster, node: str) -> bool:
-    """Whether a connection from a node to the head's job API fails."""
+    """Whether a connection from a node to the cluster's server fails."""
     host, port = cluster.url.removeprefix("http://").split(":")
     code = f"import socket; socket.create_connection(('{host}', {port}), timeout=3)"
     command = [sys.executable, SCRIPT, "--folder", str(cluster.folder), "exec", node, sys.executable, "-c", code]

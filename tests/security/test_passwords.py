@@ -262,7 +262,7 @@ class Sent:
     def jobs(self) -> dict:
         return {}
 
-    def send_file(self, path: Path) -> None:
+    def submit(self, path: Path) -> None:
         self.packages.append(path.read_bytes())
 
     def job(self) -> tuple[Submit, dict[str, str]]:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 
+from cluster.gangs.access_token import proof_of
 from configs import ConfigError
 from configs.reading.parse import clip
 from trainer.files.plain_json import dump
@@ -19,11 +20,13 @@ from trainer.record.terminal import visible
 from trainer.run.notes import read_notes, set_note, set_tags
 from trainer.run.stop import request_stop
 
+from ..jobs.board import Board
 from . import responses
 from .auth import Guard, pause, session_of
 from .changes import Changes
 from .index.config_values import flat_config
 from .index.runs_index import Entry, RunsIndex, View
+from .jobs_api import jobs_router
 from .pages.columns_of_runs import ColumnsOfRuns
 from .pages.comparison import differing_keys
 from .pages.details import Books, details, events_after, experts, flops_per_token, log
@@ -48,12 +51,13 @@ Metrics = Annotated[list[str], Query(max_length=MOST_METRICS)]
 Points = Annotated[int, Query(ge=2, le=MOST_POINTS)]
 
 
-def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -> FastAPI:
+def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), board: Board | None = None) -> FastAPI:
     """The server of these roots of runs.
 
     Args:
         token: who shows it may ask.
         hosts: names, beside those of loopback, under which it may be asked.
+        board: of the queue that it serves; its scheduler runs as long as the server does.
     """
     index = RunsIndex([root.resolve() for root in roots])
     columns, books, static = Columns(), Books(), StaticFiles()
@@ -63,7 +67,11 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         watching = asyncio.create_task(changes.watch())
+        if board:
+            board.scheduler.start()
         yield
+        if board:
+            board.scheduler.end()
         changes.end()
         watching.cancel()
         with contextlib.suppress(asyncio.CancelledError):
@@ -99,13 +107,18 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
         folder, unit = entry.run.folder, entry.row.unit
         return lines(columns, folder, names, axis=axis, unit=unit, flops_per_token=flops, **range)
 
-    @app.get("/health")
-    def health() -> dict[str, str]:
-        return {"status": "ok"}
+    @app.get("/health", response_model=responses.Health)
+    def health(request: Request, prove: Annotated[str, Query(max_length=100)] = "") -> dict[str, Any]:
+        """Whether it runs; where it is asked to, it proves that it has the token, without telling it."""
+        proof = proof_of(token, prove, *request.scope["server"]) if prove else None
+        return {"status": "ok", "server": "muster", "queue": board is not None, "proof": proof}
 
     @app.get("/api/now", response_model=responses.Now)
     def now(request: Request) -> Response:
-        return _json(request, glance.now(view(), index.roots))
+        told = glance.now(view(), index.roots)
+        if board:
+            told |= board.now() | {"problems": [*board.problems(), *told["problems"]]}
+        return _json(request, told)
 
     @app.get("/api/runs", response_model=responses.Runs)
     def runs(request: Request) -> Response:
@@ -236,7 +249,7 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
 
     @app.get("/metrics")
     def metrics() -> Response:
-        text = exposition(view(), glance)
+        text = exposition(view(), glance, board.states() if board else None)
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     @app.post("/login", response_model=responses.Done)
@@ -273,6 +286,8 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = ()) -
         return shown(request, "login.html")
 
     app.include_router(plan_routes(index, view, _json))
+    if board:
+        app.include_router(jobs_router(board, _json, lambda: changes.tell_soon(set())))
     app.router.add_route("/api/changes", changes, include_in_schema=False)  # type: ignore[arg-type]
 
     @app.get("/{path:path}", include_in_schema=False)

@@ -11,6 +11,8 @@ from typing import Any
 
 from cluster.gangs.access_token import make_token_file
 
+from ..pack import LIMIT
+
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -21,6 +23,8 @@ TOKEN_FILE = "MUSTER_DASHBOARD_TOKEN"
 """Variable with the path of the token's file."""
 MOST_BODY = 64 << 10
 """Bytes of a request's body; the longest is a note."""
+BODIES = {"/api/jobs": ("application/zip", LIMIT)}
+"""Kind and most bytes of bodies that are not JSON, by path."""
 OPEN = ("/health", "/login", "/static/login.js", "/static/login.css", "/static/app.css")
 OPEN_FOLDERS = ("/static/fonts/",)
 """What the page that asks for the token consists of."""
@@ -98,7 +102,8 @@ class Guard:
                 extra = [(b"www-authenticate", b"Bearer")] if status == 401 else []
                 await _answer(safe_send, status, json.dumps({"error": why}).encode(), "application/json", extra)
             return
-        await self._app(scope, _bounded(receive), safe_send)
+        _, most = BODIES.get(scope["path"], ("", MOST_BODY))
+        await self._app(scope, _bounded(receive, most), safe_send)
 
     def _refused(self, scope: Scope, headers: Mapping[str, str]) -> tuple[int, str] | None:
         host = headers.get("host", "")
@@ -120,15 +125,16 @@ class Guard:
                 return 403, "the request comes from another page"
             if origin is None and not (bearer or login):
                 return 403, "the request does not say which page it comes from"
-            if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-                return 415, "the body should be JSON, and say so"
+            kind, most = BODIES.get(scope["path"], ("application/json", MOST_BODY))
+            if headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
+                return 415, f"the body should be {kind}, and say so"
             length = headers.get("content-length", "0")
-            if not length.isdigit() or int(length) > MOST_BODY:
-                return 413, f"the body has over {MOST_BODY:,} bytes"
+            if not length.isdigit() or int(length) > most:
+                return 413, f"the body has over {most:,} bytes"
         path = scope["path"]
         if bearer or path in OPEN or path.startswith(OPEN_FOLDERS):
             return None
-        return None if self._has_session(headers) else (401, "log in first: `muster dashboard` prints a link")
+        return None if self._has_session(headers) else (401, "log in first, with the server's token")
 
     def _bearer(self, headers: Mapping[str, str]) -> bool | None:
         """Whether the token that is shown is right; None: none is."""
@@ -157,9 +163,9 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode(errors="surrogateescape")).digest()
 
 
-def _bounded(receive: Receive) -> Receive:
-    """A body of unknown length ends where it is too long: what is parsed is then no JSON."""
-    left = MOST_BODY
+def _bounded(receive: Receive, most: int) -> Receive:
+    """A body of unknown length ends where it is too long: what is parsed is then no JSON, and no zip."""
+    left = most
 
     async def bounded() -> Message:
         nonlocal left

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from trainer.run.notes import MAX_NOTE, MAX_TAGS, MAX_VALUE
 
+from .jobs_models import ClusterState, Machine, ShownJob
+
 Text = Annotated[str, StringConstraints(max_length=10_000)]
 Whole = Annotated[int, Field(ge=0, le=2**53)]
 
@@ -101,7 +103,13 @@ class Goodput(BaseModel):
 class Now(BaseModel):
     problems: list[Problem]
     running: list[RunningRow]
-    waiting: list[dict[str, Any]]
+    waiting: list[ShownJob]
+    """Of the queue, the next one first."""
+    jobs: list[ShownJob]
+    """Those that run, and those of the last day that could be retried."""
+    cluster: ClusterState | None
+    """None: the server has no queue."""
+    machines: list[Machine]
     ended: list[RunRow]
     goodput: Goodput
     disks: list[Disk]
@@ -199,6 +207,15 @@ class Tags(BaseModel):
     model_config = ConfigDict(extra="forbid")
     tags: Annotated[list[Annotated[str, StringConstraints(max_length=MAX_VALUE + 200)]], Field(max_length=MAX_TAGS)]
     """All that the run has from now on."""
+
+
+class Health(BaseModel):
+    status: str
+    server: str
+    queue: bool
+    """Whether jobs can be sent to it."""
+    proof: str | None
+    """See `auth.proof_of`."""
 
 
 class Done(BaseModel):

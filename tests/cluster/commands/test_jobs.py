@@ -6,7 +6,6 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -60,21 +59,24 @@ def cluster(tiny_data, tmp_path_factory) -> Iterator[Cluster]:
         yield found
 
 
-def test_the_job_api_answers_nobody_without_the_token(cluster):
+def test_nobody_is_answered_without_the_token(cluster):
     assert stat.S_IMODE(cluster.token.stat().st_mode) == 0o600
-    for path in ("/api/jobs/", "/api/version", "/api/v0/nodes"):
-        assert status(cluster.url + path) == 401
-        assert status(cluster.url + path, "0" * 64) in (401, 403)
-        assert status(cluster.url + path, cluster.token.read_text()) == 200
+    ours = [cluster.url + path for path in ("/api/jobs", "/api/machines", "/api/now", "/metrics")]
+    rays = [cluster.ray_url + path for path in ("/api/jobs/", "/api/version", "/api/v0/nodes")]
+    for url in (*ours, *rays):
+        assert status(url) == 401
+        assert status(url, "0" * 64) in (401, 403)
+        assert status(url, cluster.token.read_text()) == 200
     body = json.dumps({"entrypoint": "true"}).encode()
-    request = urllib.request.Request(f"{cluster.url}/api/jobs/", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"{cluster.ray_url}/api/jobs/", body, {"Content-Type": "application/json"})
     with pytest.raises(urllib.error.HTTPError) as error:
         urllib.request.urlopen(request, timeout=10)
     assert error.value.code == 401
 
 
-def test_the_dashboard_listens_on_loopback(cluster):
-    port = int(cluster.url.rpartition(":")[2])
+@pytest.mark.parametrize("url", ["url", "ray_url"])
+def test_the_server_and_rays_dashboard_listen_on_loopback(cluster, url):
+    port = int(getattr(cluster, url).rpartition(":")[2])
     below = psutil.Process(cluster.head.pid).children(recursive=True)
     listening = [c.laddr for p in below for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
     assert {address.ip for address in listening if address.port == port} == {"127.0.0.1"}
@@ -136,8 +138,10 @@ def story(cluster) -> Story:
     second = cluster.submit("run.name=second")
     urgent = cluster.submit("run.name=urgent", "--priority", "5")
     cluster.wait(lambda: cluster.steps("first") >= 5)
-    cluster.queue_process().send_signal(signal.SIGKILL)
-    time.sleep(1)
+    server = cluster.server_process()
+    server.send_signal(signal.SIGKILL)
+    server.wait(30)
+    cluster.wait(cluster.reaches_ray)  # the next one
     waiting = {id: cluster.job(id) for id in (first, too_large, second, urgent)}
     cluster.muster("stop", first)
     cluster.muster("stop", second)

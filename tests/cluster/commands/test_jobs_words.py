@@ -9,7 +9,16 @@ from cluster.commands import jobs
 from cluster.commands.listing import show
 from cluster.gangs.share import Node
 from cluster.server.messages import Known
-from cluster.server.outlook import gang_words, how_far, last_words, outlook, told, why_waiting
+from cluster.server.outlook import (
+    Outlook,
+    gang_words,
+    how_far,
+    last_words,
+    outlook,
+    probable_starts,
+    told,
+    why_waiting,
+)
 from configs import ConfigError, from_dict, to_yaml
 from trainer.record.lines import Record
 from trainer.record.terminal import Console
@@ -52,6 +61,22 @@ def test_why_each_job_waits():
     }
     del found["job-runs"]
     assert "starts in a moment" in why_waiting(found, [Node(4, 0)])["job-high"]
+
+
+def test_when_jobs_probably_start():
+    found = {
+        "job-1": JOB.changed(id="job-1", state="RUNNING"),
+        "job-2": JOB.changed(id="job-2", state="RUNNING"),
+        "job-low": JOB.changed(id="job-low", state="QUEUED", submitted=2.0),
+        "job-wide": JOB.changed(id="job-wide", state="QUEUED", workers=2, submitted=3.0, priority=5),
+        "job-huge": JOB.changed(id="job-huge", state="QUEUED", workers=9, priority=9),
+    }
+    nodes = [Node(4, 0)]  # each running job holds 2 CPUs, job-wide wants 4
+    assert probable_starts(found, {"job-1": 50.0, "job-2": 20.0}, nodes) == {"job-wide": 50.0}
+    assert probable_starts(found, {"job-1": 50.0, "job-2": 20.0}, [Node(6, 0)]) == {"job-wide": 20.0, "job-low": 50.0}
+    assert probable_starts(found, {"job-1": 50.0}, nodes) == {}  # nobody knows when job-2 ends
+    assert probable_starts(found, {"job-1": 50.0}, [Node(1, 0)]) == {}
+    assert probable_starts({"job-low": found["job-low"]}, {}, nodes) == {"job-low": 0.0}
 
 
 CRASH = "Traceback (most recent call last):\n  File x\nRuntimeError: boom\n"
@@ -152,20 +177,19 @@ def test_logs_of_a_run_by_name_and_by_its_id(muster, tmp_path, monkeypatch):
 
 
 def test_watch_shows_what_is_new_and_outlives_a_silent_cluster(capsys, monkeypatch):
-    looks = [{"job-a": JOB}, {"job-a": JOB}, OSError("refused"), {"job-a": JOB.changed(state="FAILED", reason="why")}]
+    failed = JOB.changed(state="FAILED", reason="why"), Outlook(why="why")
+    looks = [{"job-a": (JOB, Outlook())}, {"job-a": (JOB, Outlook())}, ConfigError("refused"), {"job-a": failed}]
 
     def look():
         if not looks:
             raise KeyboardInterrupt
         found = looks.pop(0)
-        if isinstance(found, OSError):
+        if isinstance(found, ConfigError):
             raise found
         return found
 
     monkeypatch.setattr(jobs, "api_url", lambda address: address)
-    monkeypatch.setattr(
-        jobs, "Cluster", lambda address: SimpleNamespace(url="http://head", jobs=look, nodes=list, output=str)
-    )
+    monkeypatch.setattr(jobs, "Cluster", lambda address: SimpleNamespace(url="http://head", board=look))
     monkeypatch.setattr(jobs, "WATCH_EVERY", 0.0)
     monkeypatch.setattr(jobs, "ago", lambda then: "1 h ago")
     with pytest.raises(KeyboardInterrupt):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import uvicorn
 
+from cluster.server.jobs.board import Board
 from cluster.server.web.app import create_app
 from trainer.record.lines import Record
 
@@ -76,9 +77,9 @@ class Dashboard:
 
 
 @contextlib.contextmanager
-def serving(roots: Sequence[Path], hosts: Sequence[str] = ()) -> Iterator[Dashboard]:
-    """A server of these roots while the block runs."""
-    app = create_app(roots, TOKEN, hosts)
+def serving(roots: Sequence[Path], hosts: Sequence[str] = (), board: Board | None = None) -> Iterator[Dashboard]:
+    """A server of these roots, and of a queue, while the block runs."""
+    app = create_app(roots, TOKEN, hosts, board)
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -30,6 +30,9 @@ class Cluster:
     """A Ray that `muster cluster up` started, and a user's folder."""
 
     url: str
+    """Of its server."""
+    ray_url: str
+    """Of Ray's own dashboard and job API."""
     user: Path
     runs: Path
     token: Path
@@ -74,19 +77,29 @@ class Cluster:
     def wait(self, reached: Callable[[], object], seconds: float = 120) -> None:
         end = time.monotonic() + seconds
         while not reached():
-            assert time.monotonic() < end, self.muster("jobs")
             assert self.head.poll() is None
+            assert time.monotonic() < end, self.muster("jobs")
             time.sleep(0.3)
 
-    def queue_process(self) -> psutil.Process:
-        """The queue's, below the shell that starts it again."""
+    def server_process(self) -> psutil.Process:
+        """The cluster's server, which `up` starts again."""
         found = []
-        for process in psutil.Process(self.head.pid).children(recursive=True):
+        for process in psutil.Process(self.head.pid).children():
             with contextlib.suppress(psutil.NoSuchProcess):  # a zombie among them
-                if process.cmdline()[-2:] == ["cluster", "queue"] and "muster" in process.cmdline()[-3]:
+                if "serve" in process.cmdline():
                     found.append(process)
-        [queue] = found
-        return queue
+        [server] = found
+        return server
+
+    def reaches_ray(self) -> bool:
+        """Whether its server answers, and reaches Ray."""
+        request = urllib.request.Request(f"{self.url}/api/machines")
+        try:
+            request.add_header("Authorization", f"Bearer {self.token.read_text()}")
+            with urllib.request.urlopen(request, timeout=10) as answer:
+                return bool(json.load(answer)["reachable"])
+        except OSError:
+            return False
 
     def steps(self, run: str) -> int:
         return len(read_metrics(self.runs / run))
@@ -99,27 +112,29 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(folder: Path, user: Path, runs: Path) -> Iterator[Cluster]:
+def started(folder: Path, user: Path, runs: Path, gcs: int = 0) -> Iterator[Cluster]:
     """A head with three CPUs while the block runs.
 
     Args:
         folder: of its token, its queue and its log.
+        gcs: port of the head; 0: one that is free.
     """
-    port, token = free_port(), folder / "token"
+    port, server, token = free_port(), free_port(), folder / "token"
     temporary = tempfile.TemporaryDirectory(prefix="mj-", dir="/tmp")  # Ray's sockets want a short path
     options = (
-        f"--port={free_port()} --dashboard-port={port} --dashboard-agent-listen-port={free_port()} --num-cpus=3 "
+        f"--port={gcs or free_port()} --dashboard-port={port} --dashboard-agent-listen-port={free_port()} --num-cpus=3 "
         f"--num-gpus=0 --ray-client-server-port={free_port()} --node-ip-address=127.0.0.1 --temp-dir={temporary.name} "
-        f"--object-store-memory={100 * 2**20}"
+        f"--object-store-memory={100 * 2**20} --server-port={server}"
     )
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     environment |= {"RAY_AUTH_TOKEN_PATH": str(token), "MUSTER_QUEUE": str(folder / "queue"), "PYTHONPATH": str(ROOT)}
     log = (folder / "head.log").open("w")
     command = [sys.executable, "-P", "-m", "cluster.cli", "cluster", "up", *options.split()]
     head = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log, umask=0)
-    found = Cluster(f"http://127.0.0.1:{port}", user, runs, token, head, Path(temporary.name))
+    urls = f"http://127.0.0.1:{server}", f"http://127.0.0.1:{port}"
+    found = Cluster(*urls, user, runs, token, head, Path(temporary.name))
     try:
-        found.wait(lambda: status(f"{found.url}/api/authentication_mode") == 200, 60)
+        found.wait(found.reaches_ray, 120)
         yield found
     finally:
         # Not by SIGTERM: Ray then takes 20 s to drain the node.

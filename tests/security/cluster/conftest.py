@@ -6,24 +6,26 @@ from types import SimpleNamespace
 
 import pytest
 from muster_cluster import Cluster, started
+from queues import Queue
 
-from cluster.server import dispatch
-from cluster.server.waiting import refusals
+from cluster.gangs.ray_nodes import Machine
+from cluster.gangs.share import Node
+from cluster.server.jobs.ray_process import RayProcess
 
 
 @pytest.fixture
 def queue(tmp_path, monkeypatch):
-    """Makes queues on one folder; `messages` are those that the next tick finds."""
-    messages: dict[bytes, bytes] = {}
-    monkeypatch.setattr(dispatch, "_messages", lambda: list(messages.items()))
-    monkeypatch.setattr(dispatch, "_delete", lambda name: messages.pop(name, None))
-    monkeypatch.setattr(dispatch._Queue, "_ask_for_machines", lambda self, gangs: None)
-    monkeypatch.setattr("cluster.gangs.ray_nodes.machines", list)
+    """Makes queues on one folder, of a cluster that has the given machines."""
+    machines: list[Machine] = []
+    monkeypatch.setattr("cluster.gangs.ray_nodes.machines", lambda: machines)
+    monkeypatch.setattr(RayProcess, "ask", lambda self, gangs: None)
+    monkeypatch.setattr(RayProcess, "_places", lambda self: [])
+    room = Machine("a", "10.0.0.1", Node(8, 0), Node(8, 0), "one")
 
     def make(client=None):
-        return dispatch._Queue(tmp_path, client)
+        return Queue(tmp_path, client)
 
-    return SimpleNamespace(make=make, messages=messages, folder=tmp_path)
+    return SimpleNamespace(make=make, folder=tmp_path, machines=machines, room=room)
 
 
 @pytest.fixture(scope="package")
@@ -32,7 +34,6 @@ def live(tmp_path_factory) -> Iterator[Cluster]:
     folder = tmp_path_factory.mktemp("live")
     (folder / "user").mkdir()
     with started(folder, folder / "user", folder / "runs") as cluster:
-        cluster.muster("jobs")  # starts the queue
         yield cluster
 
 
@@ -42,21 +43,18 @@ class LiveQueue:
 
     cluster: Cluster
 
-    def send(self, content: bytes, name: str) -> None:
+    def send(self, content: bytes) -> None:
+        """Raises ConfigError with the reason for which it is refused."""
         path = self.cluster.user / "message.zip"
         path.write_bytes(content)
         with self.cluster.client() as client:
-            client.jobs_api._upload_package(f"gcs://{dispatch.MESSAGES}{name}.zip", str(path), False, is_file=True)
+            client.submit(path)
 
     def ended(self, id: str) -> str:
         """How a job ended."""
         cluster = self.cluster
-        cluster.wait(lambda: id in cluster.muster("jobs") and cluster.job(id)["state"] not in ("QUEUED", "RUNNING"))
+        cluster.wait(lambda: cluster.job(id)["state"] not in ("QUEUED", "RUNNING"))
         return str(cluster.job(id)["state"])
-
-    def refused(self) -> dict[str, str]:
-        with self.cluster.client() as client:
-            return refusals(client._said())
 
 
 @pytest.fixture

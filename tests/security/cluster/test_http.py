@@ -1,4 +1,4 @@
-"""Nobody gets an answer from a cluster's HTTP servers without the token, whatever the path and the method."""
+"""Nobody gets an answer from Ray's HTTP servers without the token, whatever the path and the method."""
 
 import http.client
 import re
@@ -55,14 +55,14 @@ def test_the_dashboard_and_the_job_api(live):
     assert {"/api/jobs/", "/api/jobs/x/stop", "/api/packages/x/x", "/api/version", "/api/v0/logs"} <= every
     others = ["/nothing", "/api", "/logs", "/static", "/api/jobs/../../etc/passwd", "//api/jobs/"]
     asked = [*sorted(every - PUBLIC), *others]
-    wrong = {key: code for key, code in answers(live.url, asked).items() if code not in REFUSED}
+    wrong = {key: code for key, code in answers(live.ray_url, asked).items() if code not in REFUSED}
     assert wrong == {}
-    assert status(f"{live.url}/api/version", live.token.read_text()) == 200
+    assert status(f"{live.ray_url}/api/version", live.token.read_text()) == 200
 
 
 def test_what_everyone_may_read_tells_nothing(live):
     for path in sorted(PUBLIC - {"/", "/favicon.ico"}):
-        connection = http.client.HTTPConnection(live.url.removeprefix("http://"), timeout=20)
+        connection = http.client.HTTPConnection(live.ray_url.removeprefix("http://"), timeout=20)
         connection.request("GET", path)
         answer = connection.getresponse()
         text = answer.read().decode()

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from types import SimpleNamespace
+import re
 
 import pytest
 from hostile_messages import GOOD, submit, zipped
+from queues import Client
 
-from cluster.gangs.ray_private import JobApiError
-from cluster.gangs.share import Node
 from cluster.server import pack
 from cluster.server.messages import BadMessage
 
@@ -16,53 +15,37 @@ FAILING = zipped(submit("job-p", command="sh tool.sh"), {"work/tool.sh": b"echo 
 
 
 @pytest.fixture
-def room(monkeypatch):
-    """A machine for the next job, and what Ray is given to run: by its name, what lies in Ray's store."""
+def store(monkeypatch):
+    """What Ray is given to run: by its name, what lies in Ray's store."""
     from ray.experimental import internal_kv
 
-    store: dict[str, bytes] = {}
-    monkeypatch.setattr(internal_kv, "_internal_kv_put", store.__setitem__)
-    monkeypatch.setattr(
-        "cluster.gangs.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))]
-    )
-    monkeypatch.setattr("cluster.server.dispatch._placed_drivers", lambda client: set())
-    return store
+    found: dict[str, bytes] = {}
+    monkeypatch.setattr(internal_kv, "_internal_kv_put", found.__setitem__)
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", lambda name: found.pop(name.decode(), None))
+    return found
 
 
-class Client:
-    """A job API that starts everything, and knows of no job afterwards."""
-
-    def __init__(self) -> None:
-        self.started: list[dict] = []
-
-    def submit_job(self, **job) -> None:
-        self.started.append(job)
-
-    def get_job_info(self, id):
-        raise JobApiError(404, "no such job")
-
-
-def test_a_job_runs_its_own_copy_of_what_was_sent(queue, room):
-    client = Client()
-    queue.messages[b"gcs://1"] = GOOD
-    here = queue.make(client)
+def test_a_job_runs_its_own_copy_of_what_was_sent(queue, store):
+    queue.machines.append(queue.room)
+    here = queue.make(client := Client())
+    here.send(GOOD)
     here.tick()
     [job] = client.started
     assert job["runtime_env"]["working_dir"] == "gcs://job-a.zip"
     assert job["entrypoint"] == "cd work && exec cat sent.txt"
-    assert room == {"gcs://job-a.zip": GOOD}
+    assert store == {"gcs://job-a.zip": GOOD}
     assert here.jobs["job-a"].sha256 == hashlib.sha256(GOOD).hexdigest()
     here.tick()
-    queue.messages[b"gcs://2"] = zipped({"do": "retry", "id": "job-a", "new": "job-b"})
+    here.queue.retry("job-a", "job-b")
     here.tick()
-    assert room["gcs://job-b.zip"] == GOOD  # under a name of its own, never what an earlier job has left unpacked
+    assert store["gcs://job-b.zip"] == GOOD  # under a name of its own, never what an earlier job has left unpacked
 
 
-def test_a_run_is_told_when_it_was_submitted(queue, room):
+def test_a_run_is_told_when_it_was_submitted(queue, store):
     """Also the job of an older client, whose command has the overrides."""
-    client = Client()
-    queue.messages[b"gcs://1"] = zipped(submit(command="muster train moe.yaml run.name=a"))
-    here = queue.make(client)
+    queue.machines.append(queue.room)
+    here = queue.make(client := Client())
+    here.send(zipped(submit(command="muster train moe.yaml run.name=a")))
     here.tick()
     when = here.jobs["job-a"].submitted
     assert client.started[0]["entrypoint"] == f"cd work && exec muster train moe.yaml run.name=a --submitted={when}"
@@ -95,34 +78,35 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_package_is_not_started_after_a_restart(queue, room, monkeypatch, change):
-    queue.messages[b"gcs://1"] = GOOD
-    with monkeypatch.context() as patch:
-        patch.setattr("cluster.gangs.ray_nodes.machines", list)
-        queue.make().tick()
+def test_a_changed_package_is_not_started_after_a_restart(queue, store, change):
+    here = queue.make()
+    here.send(GOOD)
+    here.tick()
     do, words = CHANGES[change]
     do(queue.folder / "job-a.zip")
+    queue.machines.append(queue.room)
     here = queue.make(client := Client())
     here.tick()
     assert here.jobs["job-a"].state == "FAILED"
     assert words in here.jobs["job-a"].reason
-    assert (client.started, room) == ([], {})
+    assert (client.started, store) == ([], {})
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_changed_package_is_not_retried(queue, room, capsys, change):
-    queue.messages[b"gcs://1"] = GOOD
+def test_a_changed_package_is_not_retried(queue, store, change):
+    queue.machines.append(queue.room)
     here = queue.make(client := Client())
+    here.send(GOOD)
     here.tick()
     here.tick()
     assert here.jobs["job-a"].state == "LOST"
     do, words = CHANGES[change]
     do(queue.folder / "job-a.zip")
     here = queue.make(client)
-    queue.messages[b"gcs://2"] = zipped({"do": "retry", "id": "job-a", "new": "job-b"})
+    with pytest.raises(BadMessage, match=re.escape(words)):
+        here.queue.retry("job-a", "job-b")
     here.tick()
     assert list(here.jobs) == ["job-a"]
-    assert words in capsys.readouterr().out
     assert len(client.started) == 1
 
 
@@ -131,10 +115,10 @@ def test_a_package_is_never_written_through_a_link(queue, tmp_path_factory):
     other.write_text("kept")
     (queue.folder / "job-a.zip").symlink_to(other)
     (queue.folder / "journal.jsonl").symlink_to(other)
-    queue.messages[b"gcs://1"] = GOOD
-    queue.make().tick()
+    queue.make().send(GOOD)
     assert other.read_text() == "kept"
     assert (queue.folder / "job-a.zip").read_bytes() == GOOD
+    assert not (queue.folder / "journal.jsonl").is_symlink()
 
 
 def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
@@ -158,7 +142,7 @@ def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
 
 @pytest.mark.ray
 def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
-    live_queue.send(FAILING, "package")
+    live_queue.send(FAILING)
     assert live_queue.ended("job-p") == "FAILED"
     assert "as sent\n" in live.muster("logs", "job-p")
     unpacked = list(live.folder.glob(f"ray/session_2*/runtime_resources/working_dir_files/*/{pack.TOP}/tool.sh"))

@@ -10,20 +10,20 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from dashboards import TOKEN, serving
 from hostile_messages import GOOD, HOSTILE, JOB, submit, zipped
 from hypothesis import given, settings
 from hypothesis import strategies as some
 from muster_cluster import ROOT
 from no_hang import ends
+from queues import Client
 
-from cluster.gangs.ray_private import JobApiError
 from cluster.gangs.share import Node, Share
-from cluster.server import dispatch
-from cluster.server.dispatch import MESSAGES
-from cluster.server.messages import MOST_WORKERS, BadMessage, Known, Message, Retry, Submit
+from cluster.server.jobs import job_queue
+from cluster.server.messages import MOST_WORKERS, BadMessage, Conflict, Known, NoJob, Submit
 from cluster.server.pack import read_message
 from cluster.server.submit import job_of
-from cluster.server.waiting import Gang, Waiting, fold, gang_of, place, refusals, startable
+from cluster.server.waiting import Gang, Waiting, fold, gang_of, place, startable
 from configs import ConfigError
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -86,7 +86,7 @@ SIZES = some.sampled_from([0.0, 0.5, 1.0, 8.0, 1e6, -1.0]), some.sampled_from([0
 NODES = some.lists(some.builds(Node, *SIZES), max_size=8)
 
 
-def read_or_refuse(content: bytes) -> Message | None:
+def read_or_refuse(content: bytes) -> Submit | None:
     """Nothing else comes of a message."""
     try:
         return read_message(content)
@@ -107,7 +107,7 @@ def test_any_message_is_taken_or_refused(data):
         some.sampled_from(["do", "id", "job", "new", "now", "x"]), VALUES, max_size=2
     ))  # fmt: skip
     taken = read_or_refuse(zipped(message))
-    if isinstance(taken, Submit):
+    if taken is not None:
         waiting = Waiting(taken.id, gang_of(taken.job), taken.job.priority, 0.0)
         free, total = data.draw(NODES), data.draw(NODES)
         total = (total + [Node(8, 8)] * len(free))[: len(free)]
@@ -174,49 +174,67 @@ def test_many_workers_on_many_machines_are_placed_in_no_time():
         assert startable([Waiting("job-a", Gang(90_000, Share(1, 0), 8), 0, 0)], [], nodes, nodes) == ["job-a"]
 
 
-# The queue's process, without Ray.
+# A server's queue, without Ray.
 
 
-def test_each_message_on_its_own(queue, capsys):
-    for index, make in enumerate(HOSTILE.values()):
-        queue.messages[f"gcs://m-{index}".encode()] = make()
-    queue.messages[b"gcs://z"] = GOOD
+def test_each_message_on_its_own(queue):
     here = queue.make()
-    here.tick()
-    assert not queue.messages
-    assert [(job.id, job.state) for job in here.jobs.values()] == [("job-a", "QUEUED")]
-    said = refusals(capsys.readouterr().out.splitlines())
-    assert said.keys() == {f"m-{index}" for index in range(len(HOSTILE))}
-    assert all(said.values())
+    with serving([], board=here.board) as server:
+
+        def send(content: bytes):
+            shown = {"authorization": f"Bearer {TOKEN}", "content_type": "application/zip"}
+            return server.ask("POST", "/api/jobs", content, **shown)
+
+        for name, make in HOSTILE.items():
+            answer = send(make())
+            assert (name, answer.status) == (name, 400)
+            assert 0 < len(answer.json["error"]) < 400
+        assert send(GOOD).status == 200
+        assert [(job.id, job.state) for job in here.jobs.values()] == [("job-a", "QUEUED")]
+        assert sorted(path.name for path in queue.folder.iterdir()) == ["job-a.zip", "journal.jsonl"]
     assert queue.make().jobs == here.jobs
 
 
-@pytest.mark.parametrize(
-    ("message", "words"),
-    [
-        ({"do": "stop", "id": "job-b", "now": True}, "there is no job job-b"),
-        ({"do": "retry", "id": "job-b", "new": "job-c"}, "there is no job job-b"),
-        ({"do": "retry", "id": "job-a", "new": "job-c"}, "job-a is QUEUED: stop it first"),
-    ],
-)
-def test_what_cannot_be_done_is_refused(queue, capsys, message, words):
+def test_what_cannot_be_done_is_refused(queue):
     here = queue.make()
-    queue.messages |= {b"gcs://1": GOOD, b"gcs://2\n{}": zipped(message)}
+    here.send(GOOD)
     here.tick()
-    assert refusals(capsys.readouterr().out.splitlines()) == {"2 {}": words}
+    for do in (lambda: here.queue.stop("job-b", True), lambda: here.queue.retry("job-b", "job-c")):
+        with pytest.raises(NoJob, match="there is no job job-b"):
+            do()
+    with pytest.raises(Conflict, match="job-a is QUEUED: stop it first"):
+        here.queue.retry("job-a", "job-c")
+    with pytest.raises(Conflict, match="job-a is the id of another job"):
+        here.send(zipped(submit(command="something else")))
     assert list(here.jobs) == ["job-a"]
 
 
-def test_a_queue_has_an_end(queue, capsys, monkeypatch):
-    monkeypatch.setattr(dispatch, "MOST_ACTIVE", 2)
+def test_the_same_twice_is_done_once(queue):
     here = queue.make()
-    queue.messages |= {f"gcs://{index}".encode(): zipped(submit(f"job-{index}")) for index in range(3)}
-    here.tick()
+    assert here.send(GOOD) == here.send(GOOD)
+    first = here.queue.stop("job-a", False)
+    assert first.state == "CANCELLED"
+    assert here.queue.stop("job-a", False) == first
+    again = here.queue.retry("job-a", "job-b")
+    assert here.queue.retry("job-a", "job-b") == again
+    assert here.queue.set_priority("job-b", 7) == here.queue.set_priority("job-b", 7)
+    lines = (queue.folder / "journal.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in lines] == ["job-a", "job-a", "job-b", "job-b"]
+    assert queue.make().jobs == here.jobs
+    assert here.jobs["job-b"].priority == 7
+
+
+def test_a_queue_has_an_end(queue, monkeypatch):
+    monkeypatch.setattr(job_queue, "MOST_ACTIVE", 2)
+    here = queue.make()
+    for index in range(2):
+        here.send(zipped(submit(f"job-{index}")))
+    with pytest.raises(Conflict, match="2 jobs wait or run already"):
+        here.send(zipped(submit("job-2")))
     assert list(here.jobs) == ["job-0", "job-1"]
-    assert refusals(capsys.readouterr().out.splitlines()) == {"2": "2 jobs wait or run already"}
 
 
-class BadClient:
+class BadClient(Client):
     """A job API that raises what nobody expects of it."""
 
     def submit_job(self, **_):
@@ -225,23 +243,20 @@ class BadClient:
     def get_job_info(self, id):
         raise KeyError(id)
 
-    def stop_job(self, id):
-        raise JobApiError(404, "no such job")
-
 
 def test_a_job_that_cannot_be_handled_fails_alone(queue, monkeypatch):
     from ray.experimental import internal_kv
 
     monkeypatch.setattr(internal_kv, "_internal_kv_put", lambda *_: None)
-    monkeypatch.setattr(
-        "cluster.gangs.ray_nodes.machines", lambda: [SimpleNamespace(free=Node(8, 0), total=Node(8, 0))]
-    )
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", lambda *_: None)
+    queue.machines.append(queue.room)
     here = queue.make(BadClient())
-    queue.messages |= {b"gcs://1": zipped(submit("job-a")), b"gcs://2": zipped(submit("job-b"))}
+    for id in ("job-a", "job-b"):
+        here.send(zipped(submit(id)))
     here.tick()
     assert [job.state for job in here.jobs.values()] == ["FAILED", "FAILED"]
     assert here.jobs["job-a"].reason == r"could not be started: an \x1b[31munexpected answer"
-    here._note("job-a", state="RUNNING")
+    here.queue._note("job-a", state="RUNNING")
     here.tick()
     assert here.jobs["job-a"].state == "FAILED"
     assert "KeyError" in here.jobs["job-a"].reason
@@ -252,10 +267,10 @@ def test_a_job_api_that_does_not_answer_ends_no_job(queue):
     def silent(id):
         raise ConnectionError("nobody there")
 
-    here = queue.make(SimpleNamespace(get_job_info=silent))
-    here._note("job-a", **{key: value for key, value in FIRST.items() if key not in ("id", "time")})
-    here._note("job-a", state="RUNNING")
-    assert here._follow("job-a") is None
+    here = queue.make(SimpleNamespace(get_job_info=silent, list_jobs=list))
+    here.send(GOOD)
+    here.queue._note("job-a", state="RUNNING")
+    here.tick()
     assert here.jobs["job-a"].state == "RUNNING"
 
 
@@ -263,16 +278,15 @@ def test_a_job_api_that_does_not_answer_ends_no_job(queue):
 def test_a_million_lines_of_a_journal(queue, capsys, thousands):
     """Torn, endless and foreign ones among them: they are named once, and the newest jobs are kept."""
     with (queue.folder / "journal.jsonl").open("w") as file:
-        file.write(json.dumps(FIRST) + "\n" + "x" * (3 * dispatch.LONGEST_LINE) + "\n" + '{"id": "job-a", "st\n')
+        file.write(json.dumps(FIRST) + "\n" + "x" * (3 * job_queue.LONGEST_LINE) + "\n" + '{"id": "job-a", "st\n')
         for index in range(250 * thousands):
             text = json.dumps(FIRST | {"id": f"job-{index}", "state": "FAILED"})
             file.write(f"{text}\n\n" + '{"id": "job-a", "state": "RUNNING", "time": 2.0}\nnoise\n')
     here = queue.make()
-    assert len(here.jobs) == 1 + dispatch.KEPT_JOBS
+    assert len(here.jobs) == 1 + job_queue.KEPT_JOBS
     assert here.jobs["job-a"].state == "RUNNING"
-    said = capsys.readouterr().out.splitlines()
-    assert said[0].startswith(f"skipped {500 * thousands + 2:,} lines of {queue.folder / 'journal.jsonl'}")
-    assert len(said) == 1 + len(here.jobs)
+    [said] = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"skipped {500 * thousands + 2:,} lines of {queue.folder / 'journal.jsonl'}")
     assert (queue.folder / "journal.jsonl").stat().st_size < 2e6
 
 
@@ -281,36 +295,33 @@ def test_a_million_lines_of_a_journal(queue, capsys, thousands):
 
 @pytest.mark.ray
 def test_a_live_queue_goes_on(live, live_queue):
-    live.muster("jobs")
     names = [name for name in HOSTILE if name not in ("bomb of many", "many files", "endless directory")][::4]
-    for index, name in enumerate([*names, "empty"]):
-        live_queue.send(HOSTILE[name](), f"0-{index}")
-    live_queue.send(zipped(submit("job-live"), {"work/sent.txt": b"as sent"}), "1")
+    for name in [*names, "empty"]:
+        with pytest.raises(ConfigError, match=r"the queue of .* refused it: "):
+            live_queue.send(HOSTILE[name]())
+    live_queue.send(zipped(submit("job-live"), {"work/sent.txt": b"as sent"}))
     assert live_queue.ended("job-live") == "FINISHED"
     assert "as sent" in live.muster("logs", "job-live")
-    refused = live_queue.refused()
-    for index in range(len(names) + 1):
-        assert refused[f"{MESSAGES}0-{index}.zip"]
 
 
 @pytest.mark.ray
 def test_a_live_queue_starts_again_from_a_damaged_journal(live, live_queue):
-    live.muster("jobs")
     [journal] = Path(live.runs.parent).glob("queue/journal.jsonl")
+    before = live.muster("jobs", "--json")
+    server = live.server_process()
     with journal.open("a") as file:
         file.write('{"id": "job-live", "workers": 0}\n{"id": {}}\n' + json.dumps(FIRST | {"id": "job-x", "group": 0}))
-    live.queue_process().send_signal(signal.SIGKILL)
-    live_queue.send(zipped(submit("job-again", command="true")), "2")
+    server.send_signal(signal.SIGKILL)
+    live_queue.send(zipped(submit("job-again", command="true")))
     assert live_queue.ended("job-again") == "FINISHED"
+    ids = [job["id"] for job in json.loads(before)]
+    assert [job["id"] for job in json.loads(live.muster("jobs", "--json"))] == [*ids, "job-again"]
 
 
 @pytest.mark.ray
-def test_who_sends_what_is_refused_is_told(live):
-    with live.client() as cluster:
-        cluster.jobs()
-        cluster.send(Retry(do="retry", id="job-none", new="job-new"))
-        with pytest.raises(ConfigError, match=r"the queue of .* refused it: there is no job job-none"):
-            cluster.wait_for("job-new", lambda _: True)
+def test_who_asks_for_what_is_refused_is_told(live):
+    with live.client() as cluster, pytest.raises(ConfigError, match=r"the queue of .* refused it: there is no job"):
+        cluster.retry("job-none", "job-new")
 
 
 @pytest.mark.parametrize(
@@ -334,9 +345,3 @@ def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(muste
 def test_a_job_that_the_queue_would_refuse_is_not_sent():
     with pytest.raises(ConfigError, match=r"no queue takes this job: priority: should be less than 2147483648"):
         job_of(**JOB | {"priority": 10**30})
-
-
-@pytest.mark.parametrize("value", ["[" * 100_000, "{}", '"a", "reason": ' + "[" * 100_000, "NaN"])
-def test_a_refusal_that_cannot_be_read_is_none(value):
-    good = '{"refused": "b", "reason": "x"}'
-    assert refusals([f'{{"refused": {value}', good]) == {"b": "x"}

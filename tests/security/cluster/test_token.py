@@ -14,11 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 import typer
+from dashboards import TOKEN as SERVER_TOKEN
+from dashboards import serving
 from no_hang import ends
+from queues import Queue
 from second_user import _BECOME_NOBODY, NOBODY, needs_second_user
 
 from cluster.gangs import access_token, join
 from cluster.gangs.access_token import Address
+from cluster.server import client
 from cluster.server.client import Cluster, api_url
 from configs import ConfigError
 
@@ -33,8 +37,12 @@ cluster: {{address: "{address}"}}
 SWEEP = "{{name: s, root: {root}, base: run.yaml, grid: {{}}, axes: {{optim.lr: [1.0e-3]}}}}"
 
 
+HEALTH = {"status": "ok", "server": "muster", "queue": True, "proof": None}
+MACHINES = {"machines": [], "reachable": True, "why": ""}
+
+
 class Spy:
-    """Listens on a port, as a job API that asks for a token or as anything else; keeps every byte that it is sent."""
+    """Listens on a port, as a cluster's server or Ray's job API; keeps every byte that it is sent."""
 
     def __init__(self, redirect: str | None = None) -> None:
         self.seen: list[bytes] = []
@@ -43,15 +51,14 @@ class Spy:
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 spy.seen.append(self.requestline.encode() + bytes(self.headers))
-                if redirect and "authentication_mode" not in self.path:
+                if redirect and not self.path.startswith(("/health", "/api/authentication_mode")):
                     self.send_response(307)
                     self.send_header("Location", redirect + self.path)
                     self.end_headers()
                     return
                 self.send_response(200)
                 self.end_headers()
-                answers = {"authentication_mode": "token", "version": "4", "ray_version": "2.60.0", "ray_commit": "x"}
-                self.wfile.write(json.dumps(answers).encode())
+                self.wfile.write(json.dumps(HEALTH | MACHINES | {"authentication_mode": "token"}).encode())
 
             do_POST = do_PUT = do_GET
 
@@ -100,6 +107,7 @@ def mine(tmp_path, monkeypatch) -> Path:
     (tmp_path / "token").chmod(0o600)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setattr(client, "PORT", 9)  # where nobody listens
     monkeypatch.chdir(tmp_path)
     return tmp_path / "token"
 
@@ -181,8 +189,7 @@ def test_a_redirect_does_not_take_the_token_along(mine):
     with contextlib.suppress(Exception):
         Cluster(api_url(spy.url))
     assert spy.got_token
-    assert other.seen
-    assert not other.got_token
+    assert other.seen == []
 
 
 def test_asking_whether_it_is_open_shows_nothing(mine):
@@ -193,54 +200,55 @@ def test_asking_whether_it_is_open_shows_nothing(mine):
     assert not spy.got_token
 
 
-VERSION = {"version": "4", "ray_version": "2.60.0", "ray_commit": "x", "session_name": "x"}
-FIRST = b'{"authentication_mode": "token"}'
-
-
 @pytest.mark.parametrize(
     "answer",
     [
-        b"", b"[]", b"7", b"null", b"[" * 60_000, b"{}", b"<html>", b"\xff\xfe", b'{"authentication_mode": ["token"]}',
-        b'{"authentication_mode": NaN}', b'{"a": ' + b"9" * 5000 + b"}",
+        b"", b"[]", b"7", b"null", b"[" * 4000, b"{}", b"<html>", b"\xff\xfe", b'{"server": ["muster"]}',
+        b'{"server": NaN}', b'{"a": ' + b"9" * 4000 + b"}", b'{"server": "another", "queue": true}',
     ],
     ids=lambda answer: repr(answer[:30]),
 )  # fmt: skip
 def test_what_is_no_cluster_is_one_message(mine, answer):
     with strange(lambda path: (200, answer)) as url, pytest.raises(ConfigError) as refused:
         Cluster(api_url(url))
-    assert f"no job API of Ray answers at {url} (" in str(refused.value)
+    assert f"no server of a cluster answers at {url} (" in str(refused.value)
+    assert "`muster cluster up` or `serve` runs it" in str(refused.value)
     assert len(str(refused.value)) < 500
+
+
+def test_a_dashboard_without_a_cluster_is_told_from_one(mine):
+    with serving([]) as server, pytest.raises(ConfigError, match="is `muster dashboard`, without a cluster"):
+        api_url(f"http://{server.host}")
 
 
 @pytest.mark.parametrize(
     ("code", "answer"),
-    [(200, b"<html>"), (500, b"x"), (200, b"[]"), (200, b"{}"), (404, b""), (302, b""), (200, b'{"ray_version": 7}')],
+    [(200, b"<html>"), (500, b"x"), (200, b"[]"), (200, b"{}"), (404, b""), (302, b""), (200, b'{"machine": 7}')],
 )
 def test_what_is_one_only_at_first_is_one_message(mine, code, answer):
     def answers(path):
-        return (200, FIRST) if "authentication_mode" in path else (code, answer)
+        return (200, json.dumps(HEALTH).encode()) if path.startswith("/health") else (code, answer)
 
-    with strange(answers) as url, pytest.raises(ConfigError, match="no job API of Ray answers at"):
+    with strange(answers) as url, pytest.raises(ConfigError, match="no server of a cluster answers at"):
         Cluster(api_url(url))
 
 
-@pytest.mark.parametrize(
-    "answer", [{}, {"result": True, "data": {"result": {"result": "x"}}}, [], "<html>", {"result": False}]
-)
+@pytest.mark.parametrize("answer", [{}, {"machines": 7, "jobs": 7}, [], "<html>", {"machines": [{}], "jobs": [{}]}])
 def test_nonsense_after_a_good_start_is_one_message(mine, answer):
+    said = [HEALTH, MACHINES]
+
     def answers(path):
-        said = json.loads(FIRST) if "authentication_mode" in path else VERSION if "version" in path else answer
-        return 200, json.dumps(said).encode()
+        return 200, json.dumps(said.pop(0) if said else answer).encode()
 
     with strange(answers) as url:
         cluster = Cluster(api_url(url))
         for ask in (cluster.nodes, cluster.jobs):
-            with pytest.raises(ConfigError, match="no job API of Ray answers at"):
+            with pytest.raises(ConfigError, match="no server of a cluster answers at"):
                 ask()
 
 
 def test_an_answer_without_an_end_is_not_waited_for(mine, monkeypatch):
-    monkeypatch.setattr(access_token, "PATIENCE", 1.0)
+    monkeypatch.setattr(client, "CONNECTING", 1.0)
     sent_whole = []
 
     def long(size, pause):
@@ -251,9 +259,49 @@ def test_an_answer_without_an_end_is_not_waited_for(mine, monkeypatch):
 
     for size, pause in ((2**16, 0.0), (1, 0.2)):
         with strange(lambda path, size=size, pause=pause: (200, long(size, pause))) as url:
-            with pytest.raises(ConfigError, match="no job API"):
+            with pytest.raises(ConfigError, match="no server of a cluster"):
                 Cluster(api_url(url))
             assert sent_whole == []
+
+
+@pytest.fixture
+def usual(mine, tmp_path, monkeypatch):
+    """A cluster's server, of the user's token, at the port at which it is looked for."""
+    mine.write_text(SERVER_TOKEN)
+    folder = tmp_path / "queue"
+    folder.mkdir()
+    with serving([], board=Queue(folder).board) as server:
+        monkeypatch.setattr(client, "PORT", server.port)
+        yield server
+
+
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_server_is_found_beside_what_was_named(usual, scheme):
+    """By the address of Ray's dashboard or of the head, whoever listens there."""
+    spy, raw = Spy(), Raw()
+    spy.server.RequestHandlerClass.do_GET = lambda self: self.send_error(401)
+    for named in (spy.url.removeprefix("http://"), raw.address):
+        assert api_url(f"{scheme}{named}") == Address(f"http://{usual.host}", "command")
+    assert SERVER_TOKEN.encode() not in raw.seen
+    assert not spy.got_token
+    assert Cluster(api_url(f"{scheme}{raw.address}")).jobs() == {}
+
+
+def test_what_cannot_prove_that_it_has_the_token_is_not_shown_it(usual, mine, monkeypatch):
+    mine.write_text("a" * 64)
+    with pytest.raises(ConfigError, match="does not prove that it is your cluster's"):
+        api_url("127.0.0.1:1")
+    mine.write_text(SERVER_TOKEN)
+    api_url("127.0.0.1:1")
+
+    def passed_on(path):  # by another user's server, who asks the real one
+        answer = usual.ask("GET", path)
+        return answer.status, answer.body
+
+    with strange(passed_on) as url:
+        monkeypatch.setattr(client, "PORT", int(url.rpartition(":")[2]))
+        with pytest.raises(ConfigError, match="does not prove that it is your cluster's"):
+            api_url("127.0.0.1:1")
 
 
 @contextlib.contextmanager
@@ -323,12 +371,15 @@ def test_what_ray_finds_by_itself_must_be_ours(mine):
 
 
 def test_a_head_knows_its_own_addresses(mine, monkeypatch):
-    monkeypatch.setattr(os, "execv", lambda *_: sys.exit(0))
-    for argument in ("--port=7001", "--dashboard-port"):
-        monkeypatch.setattr(sys, "argv", ["muster", "up", argument, "7002"][: 4 if "=" not in argument else 3])
+    monkeypatch.setattr(join, "run_head", lambda *_: 0)
+    for arguments in (["--port=7001"], ["--dashboard-port", "7002"], ["--server-port", "7004"]):
+        monkeypatch.setattr(sys, "argv", ["muster", "up", *arguments])
         with pytest.raises(SystemExit):
             join.app()
-    for where in ("127.0.0.1:7001", "http://127.0.0.1:8265", "http://localhost:7002", "127.0.0.1:6379"):
+    for where in (
+        "127.0.0.1:7001", "http://127.0.0.1:8265", "http://localhost:7002", "127.0.0.1:6379", "http://127.0.0.1:8267",
+        "http://127.0.0.1:7004",
+    ):  # fmt: skip
         access_token.use_token(Address(where, "file"))
     with pytest.raises(ConfigError):
         access_token.use_token(Address("127.0.0.1:7003", "file"))
@@ -376,7 +427,7 @@ def test_an_old_token_is_found_where_it_was(tmp_path, monkeypatch):
 
 
 def test_an_address_without_a_port_is_told_which(mine):
-    with pytest.raises(ConfigError, match=r"10\.0\.0\.1 has no port: --address http://10\.0\.0\.1:8265, or "):
+    with pytest.raises(ConfigError, match=r"10\.0\.0\.1 has no port: --address http://10\.0\.0\.1:8267, or "):
         api_url("10.0.0.1")
 
 
@@ -409,7 +460,7 @@ def test_only_a_head_can_be_joined(mine, monkeypatch, address):
 
 @pytest.mark.parametrize("options", [["--include-dashboard=0"], ["--include-dashboard", "False"], ["--temp-dir="]])
 def test_options_are_judged_before_a_token_is_made(mine, monkeypatch, capsys, options):
-    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(join, "run_head", lambda *_: pytest.fail("Ray was started"))
     mine.unlink()
     with pytest.raises(ConfigError, match=options[0].partition("=")[0]):
         typer.main.get_command(join.app)(["up", *options], standalone_mode=False)

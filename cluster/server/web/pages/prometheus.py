@@ -1,10 +1,14 @@
 """`/metrics`: how the runs that are being trained stand, in Prometheus' text format."""
 
 from collections import Counter
+from collections.abc import Mapping
+from typing import get_args
 
+from ...messages import State
 from ..index.runs_index import View
 from .now import Glance
 
+STATES = get_args(State)
 GAUGES = (
     ("muster_run_step", "Last step that is recorded.", "step"),
     ("muster_run_loss", "Training loss of that step.", "loss"),
@@ -13,8 +17,12 @@ GAUGES = (
 )
 
 
-def exposition(view: View, glance: Glance) -> str:
-    """All gauges, of runs that are being trained, and how many runs there are by status."""
+def exposition(view: View, glance: Glance, jobs: Mapping[str, int] | None = None) -> str:
+    """All gauges, of runs that are being trained, and how many runs there are by status.
+
+    Args:
+        jobs: how many there are in each state, where the server has a queue.
+    """
     running = [entry for entry in view.entries if entry.row.status == "RUNNING"]
     lines: list[str] = []
 
@@ -31,6 +39,8 @@ def exposition(view: View, glance: Glance) -> str:
     )
     counted = Counter(entry.row.status for entry in view.entries)
     gauge("muster_runs", "Runs by status.", [("status", status, counted[status]) for status in sorted(counted)])
+    if jobs is not None:
+        gauge("muster_jobs", "Jobs of the queue by state.", [("state", each, jobs.get(each, 0)) for each in STATES])
     return "\n".join(lines) + "\n"
 
 

@@ -54,7 +54,7 @@ def test_nothing_is_done_without_it(dashboard, path):
 
 
 def test_health_and_the_page_that_asks_for_the_token_are_open(dashboard):
-    assert dashboard.ask("GET", "/health").json == {"status": "ok"}
+    assert dashboard.ask("GET", "/health").json == {"status": "ok", "server": "muster", "queue": False, "proof": None}
     page = dashboard.ask("GET", "/login").body.decode()
     assert "<form" in page
     for name in ("login.js", "login.css"):

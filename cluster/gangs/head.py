@@ -1,0 +1,69 @@
+"""The head of a cluster in the foreground: Ray, and beside it the cluster's server, started again whenever it dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from configs import ExitCode
+from trainer.processes.orphans import end_with
+
+AGAIN = 1.0
+"""Seconds after which the server is started again."""
+ENDING = 10.0
+"""Seconds that it may take to end."""
+
+
+def run_head(ray: Sequence[str], server: Sequence[str]) -> int:
+    """Run both until Ray ends; signals are passed on to it. Neither outlives this process.
+
+    A server that says itself that it cannot run (exit code 2) is not started again.
+
+    Returns:
+        Ray's exit code.
+    """
+    # Of its own group each: a Ctrl-C is for this process, and Ray's reaper kills Ray's whole group.
+    with_this = partial(end_with, os.getpid())
+
+    def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(command, start_new_session=True, preexec_fn=with_this)
+
+    head, beside = start(ray), start(server)
+
+    def pass_on(number: int, _: object) -> None:
+        if number == signal.SIGTERM:
+            head.send_signal(number)
+        else:  # as a terminal does it
+            os.killpg(head.pid, number)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+            signal.signal(number, pass_on)
+    while True:
+        pid, status = os.wait()
+        code = os.waitstatus_to_exitcode(status)
+        if pid == head.pid:
+            break
+        if pid != beside.pid:
+            continue
+        if code == ExitCode.MISTAKE:
+            print("muster: the cluster goes on without its server: see above", file=sys.stderr, flush=True)
+            continue
+        print(f"muster: the cluster's server ended ({code}) and is started again", file=sys.stderr, flush=True)
+        time.sleep(AGAIN)
+        beside = start(server)
+    _end(beside)
+    return code if code >= 0 else 128 - code
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is not None:
+        return
+    process.terminate()
+    try:
+        process.wait(ENDING)
+    except subprocess.TimeoutExpired:
+        process.kill()

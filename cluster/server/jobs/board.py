@@ -1,0 +1,164 @@
+"""What is told of the queue and of the machines: worked out once in a while, however many ask."""
+
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from configs.reading.parse import clip
+from trainer.record.terminal import visible
+
+from ..messages import Known
+from ..outlook import Outlook, gang_words, in_line, outlook, probable_starts
+from ..waiting import FAILED, LOST, QUEUED, RUNNING, STOPPED
+from .job_queue import JobQueue
+from .scheduler import Machine, Scheduler
+
+FRESH = 2.0
+"""Seconds for which what was worked out is told again, unless a job has changed."""
+DAY = 86400.0
+MOST_SHOWN = 200
+LONGEST_WHY = 600
+
+
+class Board:
+    """Answers of a server that has a queue; any thread may ask."""
+
+    def __init__(self, queue: JobQueue, scheduler: Scheduler) -> None:
+        self.queue, self.scheduler = queue, scheduler
+        self._lock = threading.Lock()
+        self._known: tuple[float, int, list[dict[str, Any]]] = (float("-inf"), -1, [])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """All jobs, the oldest first, as the journal has them, each with its `outlook`."""
+        with self._lock:
+            at, version, rows = self._known
+            now = self.queue.version
+            if version != now or time.monotonic() - at > FRESH:
+                rows = self._work_out(self.queue.jobs())
+                self._known = time.monotonic(), now, rows
+            return rows
+
+    def row(self, id: str) -> dict[str, Any]:
+        """One job, as in `rows`. Raises NoJob."""
+        self.queue.job(id)
+        return next(row for row in self.rows() if row["id"] == id)
+
+    def _work_out(self, jobs: Mapping[str, Known]) -> list[dict[str, Any]]:
+        seen = self.scheduler.seen
+        outlooks = outlook(jobs, lambda: seen.nodes, self.scheduler.last_output)
+        left = {id: each.eta for id, each in outlooks.items() if each.eta is not None and jobs[id].state == RUNNING}
+        starts = probable_starts(jobs, left, seen.nodes) if seen.reachable else {}
+        ahead = {id: number for number, id in enumerate(in_line(jobs))}
+        now = time.time()
+        return [
+            job.entry()
+            | {
+                "ahead": ahead.get(id, 0),
+                "outlook": self._of(job, outlooks[id])._asdict()
+                | {"starts": now + starts[id] if id in starts else None},
+            }
+            for id, job in jobs.items()
+        ]
+
+    def _of(self, job: Known, found: Outlook) -> Outlook:
+        if job.state != QUEUED:
+            return found
+        if job.stopping:
+            return found._replace(why="is cancelled as soon as Ray says that it has not been started")
+        if not self.scheduler.seen.reachable:
+            return found._replace(why=f"waits for Ray, which is not reached: {clip(self.scheduler.seen.why)}")
+        return found
+
+    def machines(self) -> dict[str, Any]:
+        """The machines as they were last seen, and whether Ray is reached."""
+        seen = self.scheduler.seen
+        return {
+            "address": self.scheduler.link.address,
+            "reachable": seen.reachable,
+            "why": visible(clip(seen.why)),
+            "since": seen.since,
+            "machines": [_machine(each) for each in seen.machines],
+        }
+
+    def now(self) -> dict[str, Any]:
+        """What the page of what needs a person shows of it: fields of `responses.Now`."""
+        rows, cluster = self.rows(), self.machines()
+        retried = {row.get("retry_of") for row in rows}
+        lately = time.time() - DAY
+        waiting = {row["id"]: row for row in rows if row["state"] == QUEUED}
+        line = [waiting[id] for id in in_line(self.queue.jobs()) if id in waiting]
+        others = [
+            row
+            for row in rows
+            if row["state"] == RUNNING
+            or (row["state"] in (LOST, FAILED, STOPPED) and row["time"] > lately and row["id"] not in retried)
+        ]
+        return {
+            "waiting": [_shown(row) for row in line[:MOST_SHOWN]],
+            "jobs": [_shown(row) for row in others[-MOST_SHOWN:]],
+            "cluster": {key: value for key, value in cluster.items() if key != "machines"},
+            "machines": cluster["machines"],
+        }
+
+    def problems(self) -> list[dict[str, Any]]:
+        """What is wrong with the queue or the cluster, as `responses.Problem`."""
+        seen, found = self.scheduler.seen, []
+        if not seen.reachable:
+            found.append(_problem(
+                "warning", "Ray is not reached", seen.why,
+                "jobs that run go on; those that wait start when it is back: `muster cluster up`", seen.since,
+            ))  # fmt: skip
+        if self.scheduler.problem:
+            found.append(_problem("failed", "the queue cannot be written", self.scheduler.problem,
+                                  "make room on the disk; nothing starts before", None))  # fmt: skip
+        jobs = self.queue.jobs().values()
+        retried = {job.retry_of for job in jobs}
+        for job in jobs:
+            if job.state == LOST and job.id not in retried and job.time > time.time() - DAY:
+                then = f"`muster retry {job.id}` goes on from its last checkpoint"
+                found.append(_problem("failed", f"{job.id} is lost", job.reason or "", then, job.time))
+        return found
+
+    def states(self) -> dict[str, int]:
+        """How many jobs there are in each state."""
+        found: dict[str, int] = {}
+        for job in self.queue.jobs().values():
+            found[job.state] = found.get(job.state, 0) + 1
+        return found
+
+
+def _machine(machine: Machine) -> dict[str, Any]:
+    return {
+        "name": visible(machine.name),
+        "address": visible(machine.address),
+        "cpus": machine.total.cpus,
+        "cpus_free": machine.free.cpus,
+        "gpus": machine.total.gpus,
+        "gpus_free": machine.free.gpus,
+        "uses": [use._asdict() for use in machine.uses],
+    }
+
+
+def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A job of the page."""
+    job = Known.model_validate({key: value for key, value in row.items() if key not in ("ahead", "outlook")})
+    seen = row["outlook"]
+    return {
+        "id": job.id,
+        "run": visible(job.name),
+        "run_dir": visible(job.run_dir),
+        "state": "STOPPING" if job.state == RUNNING and job.stopping else job.state,
+        "why": visible(seen["why"])[:LONGEST_WHY],
+        "priority": job.priority,
+        "gang": gang_words(job),
+        "since": job.submitted if job.state == QUEUED else job.time,
+        "starts": seen["starts"],
+        "step": seen["step"],
+        "steps": seen["steps"],
+        "left": seen["eta"],
+    }
+
+
+def _problem(level: str, what: str, why: str, then: str, since: float | None) -> dict[str, Any]:
+    return {"level": level, "run": None, "what": what, "why": visible(why)[:2000], "then": then, "since": since}
