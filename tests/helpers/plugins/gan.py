@@ -41,6 +41,8 @@ class GanConfig(ModelSection):
     """Peak learning rate of the generator."""
     generator_every: int = Field(1, ge=1)
     """Steps of the discriminator for each of the generator."""
+    generator_ema: float | None = Field(None, gt=0, lt=1)
+    """Decay of an exponential moving average of the generator alone, which then draws the samples; None: as optim's."""
 
 
 class Gan(nn.Module):
@@ -68,9 +70,10 @@ class Adversarial(Task):
     @property
     def phases(self) -> tuple[Phase, ...]:
         model: Any = self.config.model
+        own = {"lr": model.generator_lr} | ({"ema_decay": model.generator_ema} if model.generator_ema else {})
         return (
             Phase("discriminator", "discriminator", {"lr": model.discriminator_lr}),
-            Phase("generator", "generator", {"lr": model.generator_lr}, every=model.generator_every),
+            Phase("generator", "generator", own, every=model.generator_every),
         )
 
     def loss(self, nets: Nets, batch: ImageBatch, phase: str) -> Sums:
