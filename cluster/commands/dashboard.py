@@ -1,4 +1,4 @@
-"""`muster dashboard`: web pages that show the runs of this machine; `muster cluster serve`: a cluster's queue as well."""
+"""`muster dashboard`: web pages of the runs on this machine; `muster cluster serve`: a cluster's queue as well."""
 
 import re
 from collections.abc import Sequence

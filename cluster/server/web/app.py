@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import gzip
 import os
+import time
 from collections.abc import AsyncIterator, Collection, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,7 +99,10 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
 
     def found(id: str) -> Entry:
         view()
-        if entry := index.find(id):
+        until = time.monotonic() + FIRST_LOOK
+        while (entry := index.find(id)) is None and index.view.left and time.monotonic() < until:
+            time.sleep(0.05)  # it may be one that is not read yet
+        if entry:
             return entry
         raise HTTPException(404, f"there is no run {clip(id, 100)} here")
 
@@ -276,6 +280,10 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
         if request.headers.get("if-none-match") == file.etag:
             return Response(status_code=304, headers=headers)
         return Response(file.content, media_type=file.kind, headers=headers)
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    def icon(request: Request) -> Response:  # asked for by browsers where a page names none, as JSON and pictures do
+        return shown(request, "icon.svg")
 
     @app.get("/static/{name:path}")
     def static_file(request: Request, name: str) -> Response:

@@ -25,7 +25,7 @@ MOST_BODY = 64 << 10
 """Bytes of a request's body; the longest is a note."""
 BODIES = {"/api/jobs": ("application/zip", LIMIT)}
 """Kind and most bytes of bodies that are not JSON, by path."""
-OPEN = ("/health", "/login", "/static/login.js", "/static/login.css", "/static/app.css")
+OPEN = ("/health", "/login", "/favicon.ico", "/static/login.js", "/static/login.css", "/static/app.css")
 OPEN_FOLDERS = ("/static/fonts/",)
 """What the page that asks for the token consists of."""
 PAUSE = 0.3

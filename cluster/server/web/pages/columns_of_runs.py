@@ -1,6 +1,7 @@
 """The table of all runs by column: their rows, and any config key or metric beside them."""
 
 import gzip
+import re
 import threading
 import time
 from collections.abc import Sequence
@@ -16,9 +17,9 @@ from ..responses import RunRow
 from .series import Columns
 
 METRIC = "metric:"
-LAST, BEST, MEAN = "last", "best", "mean10"
-MEANED = 10
-"""Records of `mean10`."""
+LAST, BEST, MAX = "last", "best", "max"
+MEAN = re.compile(r"mean([1-9]\d{0,3})")
+"""With the number of records at the end that it is of."""
 PATIENCE = 2.0
 """Seconds of one request that go into reading records; what is left is null, and known the next time."""
 MOST_KNOWN = 200_000
@@ -69,12 +70,12 @@ class ColumnsOfRuns:
         name, _, how = key.removeprefix(METRIC).partition(":")
         if how in ("", LAST):
             return [value_of((entry.metrics,), name) for entry in view.entries]
-        if how not in (BEST, MEAN):
+        if how not in (BEST, MAX) and not MEAN.fullmatch(how):
             return [None] * len(view.entries)
         return [self._of_record(entry, name, how, until) for entry in view.entries]
 
     def _of_record(self, entry: Entry, name: str, how: str, until: float) -> float | None:
-        """The least value of a metric, or the mean of its last ones."""
+        """The least or the greatest value of a metric, or the mean of its last ones."""
         place, now = (entry.run.folder, name, how), entry.run.signature[:4]
         known = self._known.get(place)
         if known is None or known[0] != now:
@@ -87,7 +88,8 @@ class ColumnsOfRuns:
                 values = np.zeros(0)
             value = None
             if len(values):
-                value = float(values.min() if how == BEST else values[-MEANED:].mean())
+                mean = MEAN.fullmatch(how)
+                value = float(values[-int(mean[1]) :].mean() if mean else values.min() if how == BEST else values.max())
             if len(self._known) > MOST_KNOWN:
                 self._known.clear()
             known = self._known[place] = now, value

@@ -371,7 +371,11 @@ def _files(run_dir: Path) -> list[dict[str, Any]]:
     for name in FOLDERS:
         with contextlib.suppress(OSError), below(run_dir, *filter(None, [name])) as folder:
             prefix = f"{name}/" if name else ""
-            found += [{"name": prefix + visible(file), "bytes": size} for file, size in plain_files(folder)[:500]]
+            found += [
+                {"name": prefix + visible(file), "bytes": size}
+                for file, size in plain_files(folder)[:500]
+                if not file.startswith(".")
+            ]
     return found
 
 

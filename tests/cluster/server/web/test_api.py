@@ -84,6 +84,7 @@ def test_curves_over_other_axes(dashboard, trained):
     def x(axis, metric="loss"):
         return dashboard.get(f"/api/runs/trained/series?metric={metric}&x={axis}").json["metrics"][metric]["x"]
 
+    assert x("examples") == [record["sequences"] for record in records]
     assert x("tokens") == [record["tokens"] for record in records]
     assert x("tokens", "eval_loss") == [tokens[record["step"]] for record in evaluated]
     assert x("flops") == pytest.approx([flops * record["tokens"] for record in records])
@@ -183,6 +184,7 @@ def test_keys_and_columns(dashboard, trained):
     assert {"loss", "eval_loss", "grad_norm"} <= set(keys["metrics"])
     asked = (
         "key=optim.lr&key=nothing&key=metric:loss&key=metric:loss:best&key=metric:loss:mean10&key=metric:grad_norm:best"
+        "&key=metric:loss:mean3&key=metric:loss:max&key=metric:loss:mean0&key=metric:loss:mean&key=metric:loss:mean10000"
     )
     told = dashboard.get(f"/api/columns?{asked}").json
     order = dashboard.get("/api/runs").json["columns"]["id"]
@@ -193,6 +195,10 @@ def test_keys_and_columns(dashboard, trained):
     assert told["metric:loss"][mine] == losses[-1]
     assert told["metric:loss:best"][mine] == min(losses)
     assert told["metric:loss:mean10"][mine] == pytest.approx(np.mean(losses[-10:]))
+    assert told["metric:loss:mean3"][mine] == pytest.approx(np.mean(losses[-3:]))
+    assert told["metric:loss:max"][mine] == max(losses)
+    for unknown in ("mean0", "mean", "mean10000"):
+        assert told[f"metric:loss:{unknown}"] == [None, None]
     assert told["metric:grad_norm:best"][other] is None
 
 

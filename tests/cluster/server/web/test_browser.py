@@ -1,6 +1,7 @@
 """The dashboard's pages in a real browser: what they show of real records, and what they do when asked."""
 
 import csv
+import json
 import re
 import shutil
 
@@ -9,6 +10,8 @@ import torch
 from dashboards import TOKEN, serving, write_run
 from support import tiny, train_in_process
 
+from cluster.server.web.export.contents import opened
+from cluster.server.web.export.page import write_pages
 from models.tasks.samples import ImageGrid, Table
 from trainer.observe.samples import write_sample
 from trainer.record.lines import Record, read_metrics
@@ -22,6 +25,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 
+expect.set_options(timeout=20_000)
 HOSTILE = '<img src=x onerror="document.title=1">'
 STEPS = 1200
 
@@ -55,9 +59,27 @@ def dashboard(root, trained):
     for step in (1, 2):
         write_sample(ImageGrid(torch.full((4, 3, 8, 8), step / 4)), drawn / f"step-{step:08d}")
     write_sample(Table(["label", "score"], [[HOSTILE, 0.25]]), drawn / "step-00000003")
+    hung = write_run(root / "hung", 3, status=None)
+    for rank, frames in enumerate(
+        [["torch/distributed/c10d.py", 9, "all_reduce"]] * 2 + [[HOSTILE + ".py", 148, "read_pages"]]
+    ):
+        save_stacks(hung, rank, [frames, ["loop.py", 20, "train"]])
+    record = Record(hung, 1)
+    record.event("hang", reason="no progress", step=4, phase="step", seconds=9.0, bound=2.0, suspects=[2], stacks=[])
+    record.event("attempt_ended", status="FAILED", reason="no progress", step=3)
+    record.close()
     with serving([root]) as server:
         server.look()
         yield server
+
+
+def save_stacks(run_dir, rank, frames):
+    """As the watchdog of a rank does."""
+    (run_dir / "stacks").mkdir(exist_ok=True)
+    head = {"rank": rank, "host": f"host-{rank}", "step": 4, "phase": "step", "thread": "0x0000000000000001"}
+    stack = [f'  File "/a/{file}", line {line} in {name}' for file, line, name in frames]
+    text = "\n".join([json.dumps(head), "Thread 0x0000000000000001 (most recent call first):", *stack, ""])
+    (run_dir / "stacks" / f"attempt-01-rank-{rank:04d}.txt").write_text(text)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +152,7 @@ def test_every_page_is_whole_at_every_width(watched, width, theme):
     page.set_viewport_size({"width": width, "height": 860})
     page.emulate_media(color_scheme=theme)
     shown = {
-        "/": "1 run needs you", "/runs": "Runs", "/run/trained": "trained", "/run/trained?tab=samples": "trained",
+        "/": "2 runs need you", "/runs": "Runs", "/run/trained": "trained", "/run/trained?tab=samples": "trained",
         "/run/trained?tab=config": "trained", "/run/trained?tab=logs": "trained", "/run/trained?tab=files": "trained",
         "/run/failed": "failed", "/run/going?x=tokens&log=1": "going", "/compare": "Compare",
         "/compare?run=trained&run=long&x=time": "2 runs", "/run/nothing": None,
@@ -216,7 +238,7 @@ def test_the_filter(page):
     box.fill("loss > 100")
     expect(page.locator("main")).to_contain_text("No run has loss > 100")
     page.get_by_role("button", name="Clear the filter").click()
-    expect(page.locator("h1")).to_have_text("Runs 10")
+    expect(page.locator("h1")).to_have_text("Runs 11")
 
 
 def test_sort_and_group(page):
@@ -238,6 +260,32 @@ def test_sort_and_group(page):
     expect(rows(page).last).to_contain_text("2.5")
     page.get_by_role("button", name="Runs of 0.5").click()
     expect(rows(page)).to_have_count(4)
+
+
+def test_views_are_addresses_with_names(page):
+    page.goto("/runs?q=dense&columns=eval_loss+metric:loss:mean3&sort=-name&run=long")
+    expect(rows(page)).to_have_count(4)
+    expect(page.locator('[data-key="metric:loss:mean3"]')).to_contain_text("loss:mean3")
+    page.get_by_role("button", name="Save or remove views").click()
+    page.get_by_label("Name of the view").fill(HOSTILE)
+    page.get_by_role("button", name="Save", exact=True).click()
+    page.get_by_role("button", name="All", exact=True).click()
+    expect(page.locator("h1")).to_have_text("Runs 11")
+    assert "run=long" in page.url
+    view = page.locator(".views").get_by_role("button", name=HOSTILE)
+    expect(view).to_have_attribute("aria-pressed", "false")
+    view.click()
+    expect(rows(page)).to_have_count(4)
+    expect(view).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Columns 2").click()
+    page.get_by_label("Records that a mean is of").fill("4")
+    page.get_by_label("Search: Columns").fill("loss:mean4")
+    page.locator("[popover] label", has_text="metric:loss:mean4").click()
+    expect(page.locator('[data-key="metric:loss:mean4"]')).to_be_attached()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Save or remove views").click()
+    page.get_by_role("button", name=f"Remove {HOSTILE}").click()
+    expect(page.locator(".views .choice button")).to_have_count(1)
 
 
 def test_keys_choose_runs_and_compare_them(page):
@@ -288,17 +336,59 @@ def test_compare_and_its_exports(page, root, tmp_path):
     expect(page.locator("h1")).to_contain_text("2 runs")
 
 
+def drag(page, plot, begin, end):
+    """From one share of a plot's width to another."""
+    box = plot.bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * begin, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * end, y, steps=4)
+    page.mouse.up()
+
+
+def test_an_exported_page_needs_no_server(browser, root, dashboard, tmp_path):
+    write_pages(opened([root / name for name in ("trained", "long", HOSTILE.replace("/", ""))]), tmp_path, print)
+    context = browser.new_context(offline=True, viewport={"width": 1440, "height": 900})
+    watched = Watched(context, "nowhere")
+    page = watched.page
+    page.goto(f"file://{tmp_path}/run-trained.html")
+    chart = page.locator(".big-chart .plot")
+    expect(chart).to_have_attribute("aria-label", re.compile("loss by step: train .* at step 8"))
+    expect(page.locator(".grid .chart .plot").first).to_have_attribute("aria-label", re.compile("grad_norm by step"))
+    for axis in ("examples", "tokens"):
+        page.keyboard.press("x")
+        expect(chart).to_have_attribute("aria-label", re.compile(f"loss by {axis}"))
+    assert page.locator(".run-head button").count() == 0
+    page.get_by_role("tab", name="Logs").click()
+    expect(page.locator(".log")).to_contain_text(HOSTILE)
+    page.get_by_label("Find in the log").fill("onerror")
+    expect(page.locator(".log mark")).to_have_text("onerror")
+    page.reload()
+    expect(page.locator(".log")).to_contain_text(HOSTILE)
+    page.goto(f"file://{tmp_path}/compare.html")
+    expect(page.locator("h1")).to_contain_text("3 runs at equal steps")
+    expect(page.locator(".compare-two")).to_contain_text(HOSTILE.replace("/", "")[:8])
+    drag(page, page.locator(".compare .u-over").first, 0.25, 0.5)
+    page.wait_for_function("location.hash.includes('from=')")
+    with page.expect_download() as saved:
+        page.get_by_role("button", name="Export CSV").click()
+    saved.value.save_as(tmp_path / "all.csv")
+    with open(tmp_path / "all.csv", newline="") as file:
+        _, *lines = csv.reader(file)
+    assert STEPS * 0.2 < float(lines[0][0]) < float(lines[-1][0]) < STEPS * 0.55
+    page.get_by_role("link", name="long").click()
+    expect(page.locator("h1")).to_have_text("long")
+    assert [text for text in watched.wrong if not text.startswith(f"asked outside: file://{tmp_path}/")] == []
+    context.close()
+
+
 def test_a_zoom_asks_for_finer_data(watched):
     page = watched.page
     page.goto("/run/long")
     over = page.locator(".big-chart .u-over")
-    box = over.bounding_box()
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + box["width"] * 0.25, y)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * 0.5, y, steps=4)
+    expect(over).to_be_visible()
     with page.expect_response(lambda answer: "/series" in answer.url and "from=" in answer.url) as answered:
-        page.mouse.up()
+        drag(page, over, 0.25, 0.5)
     x = answered.value.json()["metrics"]["loss"]["x"]
     # All of its own steps, where all 1,200 did not fit.
     assert x == list(range(int(x[0]), int(x[-1]) + 1))
@@ -307,6 +397,63 @@ def test_a_zoom_asks_for_finer_data(watched):
     assert "from=" in page.url
     page.keyboard.press("Escape")
     page.wait_for_url(lambda url: "from=" not in url)
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.35e-5, 0.0143), (0.7, 0.75), (1, 200), (3e-9, 5e9), (5e-324, 1e300), (2.5, 2.6), (9, 11)]
+)
+def test_a_logarithmic_axis_has_some_round_ticks(page, low, high):
+    page.goto("/compare")
+    code = "([low, high]) => import('/static/js/charts/chart.js').then((chart) => chart.logTicks(low, high))"
+    ticks = page.evaluate(code, [low, high])
+    assert 2 <= len(ticks) <= 9
+    assert low <= min(ticks) < max(ticks) <= high
+    assert ticks == sorted(ticks)
+
+
+def test_logarithmic_axes(page):
+    page.goto("/run/trained?log=1")
+    expect(page.get_by_role("button", name="log", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(page.locator(".grid .chart .plot").first).to_have_attribute("aria-label", re.compile("grad_norm by step"))
+    page.get_by_role("button", name="log-log").click()
+    expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile("loss by step"))
+    page.keyboard.press("l")
+    page.wait_for_url(lambda url: "log=x" in url and "xy" not in url)
+    expect(page.get_by_role("button", name="log x")).to_have_attribute("aria-pressed", "true")
+    page.goto("/compare?run=trained&run=long&log=xy")
+    expect(page.locator(".compare .plot").first).to_have_attribute("aria-label", re.compile("long"))
+
+
+def test_what_failed_is_asked_for_again(context, dashboard):
+    context.request.post("/login", data={"token": TOKEN}, headers={"origin": f"http://{dashboard.host}"})
+    page, refused = context.new_page(), []
+
+    def refuse(route):
+        refused.append(route.request.url)
+        route.fulfill(status=503, json={"error": "the disk <b>does not answer</b>"})
+
+    page.route("**/series?*", refuse)
+    page.goto("/run/long")
+    expect(page.locator(".run-two .notice")).to_contain_text("the disk <b>does not answer</b>")
+    expect(page.locator(".grid .why").first).to_contain_text("tokens_per_second: the disk <b>does not answer</b>.")
+    page.unroute("**/series?*")
+    expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile("loss by step"))
+    expect(page.locator(".grid .chart .plot").first).to_have_attribute("aria-label", re.compile("by step"))
+    expect(page.locator(".grid .why")).to_have_count(0)
+    expect(page.locator(".run-two .notice")).to_have_count(0)
+    assert len(refused) >= 2
+
+
+def test_stacks_of_a_hang(page):
+    page.goto("/run/hung?tab=logs")
+    stacks = page.locator(".stack")
+    expect(stacks).to_have_count(2)
+    expect(stacks.first).to_contain_text("2 ranks")
+    expect(stacks.first).to_contain_text("waits for others")
+    expect(stacks.last).to_contain_text("1 rank")
+    expect(stacks.last).to_contain_text(f"read_pages /a/{HOSTILE}.py:148")
+    stacks.last.locator("summary").click()
+    expect(stacks.last.locator("pre")).to_contain_text("/a/loop.py:20 in train")
 
 
 def test_a_new_point_arrives_by_itself(page, root, dashboard):

@@ -59,13 +59,17 @@ export class Chart {
    */
   set(shown) {
     this.shown = shown;
-    const { series, log = false } = shown;
+    const { series, log = false, logX = false } = shown;
     const lines = series.filter(({ x }) => x.length);
     this.xs = shown.range ?? [Math.min(...lines.map(({ x }) => x[0])), Math.max(...lines.map(({ x }) => x.at(-1)))];
     if (!(this.xs[0] < this.xs[1])) this.xs = Number.isFinite(this.xs[0]) ? [this.xs[0] - 0.5, this.xs[0] + 0.5] : [0, 1];
+    const positive = lines.flatMap(({ x }) => x.find((value) => value > 0) ?? []);
+    this.logX = logX && positive.length > 0 && this.xs[1] > 0;
+    if (this.logX) this.xs = [Math.max(this.xs[0], Math.min(...positive)), this.xs[1]];
+    if (this.logX && this.xs[0] >= this.xs[1]) this.xs[0] = this.xs[1] / 2;
     this.ys = yRange(series, { zero: this.options.zero ?? true, log });
     if (shown.reference && !log) this.ys = [Math.min(this.ys[0], shown.reference.y), Math.max(this.ys[1], shown.reference.y)];
-    const built = JSON.stringify([log, series.map(({ kind, colour: name, dash, x }) => [kind, name, dash, x.length < 3]), this.padding()]);
+    const built = JSON.stringify([log, this.logX, series.map(({ kind, colour: name, dash, x }) => [kind, name, dash, x.length < 3]), this.padding()]);
     const data = lines.length ? uPlot.join(series.map(({ x, y }) => [x, y])) : [[], ...series.map(() => [])];
     if (this.u && this.built === built) this.u.setData(data);
     else this.build(data, built);
@@ -83,6 +87,8 @@ export class Chart {
     this.built = built;
     const { series, log = false } = this.shown, { small, sync, zoomed, format, xFormat } = this.options;
     const fonts = { font: FONT, stroke: () => colour("--ink3"), ticks: { show: false } };
+    // uPlot's own ticks of a logarithmic axis never end where it begins below 1 and at no power of ten.
+    const logarithmic = { splits: (u, axis, low, high) => logTicks(low, high), filter: (u, splits) => splits };
     this.u = new uPlot({
       width: Math.max(this.plot.clientWidth, 60), height: this.options.height, padding: [8, this.padding(), 0, 0], legend: { show: false },
       cursor: {
@@ -92,10 +98,10 @@ export class Chart {
         bind: { dblclick: () => () => (zoomed?.(null, null), null) },
       },
       select: { show: Boolean(zoomed) },
-      scales: { x: { time: false, range: () => this.xs }, y: { range: () => this.ys, distr: log ? 3 : 1 } },
+      scales: { x: { time: false, range: () => this.xs, distr: this.logX ? 3 : 1 }, y: { range: () => this.ys, distr: log ? 3 : 1 } },
       axes: [
-        { ...fonts, size: 22, gap: 4, space: small ? 64 : 90, grid: { show: false }, border: { show: true, stroke: () => colour("--line2"), width: 1 }, values: (u, splits) => splits.map((value) => (value === null ? null : xFormat(value))) },
-        { ...fonts, size: (u, texts) => Math.max(small ? 38 : 46, ...(texts ?? []).map((text) => 14 + textWidth(text ?? ""))), gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => distinct(splits, format) },
+        { ...fonts, ...(this.logX ? logarithmic : {}), size: 22, gap: 4, space: small ? 64 : 90, grid: { show: false }, border: { show: true, stroke: () => colour("--line2"), width: 1 }, values: (u, splits) => splits.map((value) => (value === null ? null : xFormat(value))) },
+        { ...fonts, ...(log ? logarithmic : {}), size: (u, texts) => Math.max(small ? 38 : 46, ...(texts ?? []).map((text) => 14 + textWidth(text ?? ""))), gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => distinct(splits, format) },
       ],
       series: [{}, ...series.map((each) => drawn(each))],
       hooks: {
@@ -129,7 +135,8 @@ export class Chart {
     if (!labels.length) return Math.max(10, this.options.atLeast ?? 0);
     const inside = Math.max(this.plot.clientWidth - 46, 100);
     return Math.round(Math.max(10, this.options.atLeast ?? 0, ...labels.map(({ end, said }) => {
-      const share = Math.max(0.05, (end[0] - this.xs[0]) / (this.xs[1] - this.xs[0]));
+      const at = (x) => (this.logX ? Math.log(x) : x), [from, to] = this.xs.map(at);
+      const share = Math.max(0.05, (at(end[0]) - from) / (to - from));
       return inside - (inside - 18 - textWidth(said)) / share;
     })));
   }
@@ -283,6 +290,17 @@ function drawn({ kind, colour: name, dash, x, bare }) {
 function shape(kind) {
   const [path, name, open] = MARKS[kind];
   return svg("path", open ? { d: path, fill: "none", stroke: `var(${name})`, "stroke-width": 1.6 } : { d: path, fill: `var(${name})` });
+}
+
+/** At most some six round numbers from `low` to `high`, both above 0. */
+export function logTicks(low, high) {
+  const first = Math.floor(Math.log10(low)), last = Math.ceil(Math.log10(high)), found = [];
+  const every = Math.max(1, Math.ceil((last - first) / 5)), parts = last - first > 3 ? [1] : last - first > 2 ? [1, 3] : [1, 2, 5];
+  for (let power = first; power <= last; power += every) for (const part of parts) found.push(Number(`${part}e${power}`));
+  const inside = found.filter((value) => value >= low && value <= high);
+  if (inside.length > 2) return inside;
+  const step = 10 ** Math.floor(Math.log10((high - low) / 2)), wide = step * (high - low > 8 * step ? 5 : high - low > 4 * step ? 2 : 1);
+  return Array.from({ length: Math.floor(high / wide) - Math.ceil(low / wide) + 1 }, (_, index) => Number(((Math.ceil(low / wide) + index) * wide).toPrecision(12)));
 }
 
 /** Texts of an axis's ticks, of as many digits as tell them apart. */

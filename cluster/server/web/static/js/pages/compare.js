@@ -10,9 +10,8 @@ import { DASH, compact, loss, middle, number, plain, sharedPrefix, whole } from 
 import { calmly, fresh, listen } from "../live.js";
 import { change, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
-import { xFormats } from "./run_charts.js";
+import { AXES, SCALES, scaleOf, toggled, xFormats } from "./run_charts.js";
 
-const AXES = [["step", "step"], ["tokens", "tokens"], ["flops", "FLOPs"], ["time", "time"]];
 const METRICS = [["loss", "loss"], ["eval_loss", "held-out"], ["grad_norm", "grad_norm"], ["tokens_per_second", "tokens/s"]];
 const MOST = 20;
 
@@ -86,12 +85,12 @@ class Compare {
   }
 
   show() {
-    const { ids, axis, metric } = this, log = state().get("log") === "1";
+    const { ids, axis, metric } = this;
     const gone = state().getAll("run").filter((id) => !runs.places.has(id));
     put(this.wrong, gone.length > 0 && notice("warning", `Not here: ${gone.join(", ")}.`));
     for (const button of this.exports.children) button.disabled = !ids.length;
     if (!ids.length) {
-      put(this.title, "Compare ", el("span", { class: "rest" }, "runs over steps, tokens, FLOPs or time"));
+      put(this.title, "Compare ", el("span", { class: "rest" }, "runs over steps, examples, tokens, FLOPs or time"));
       this.chart?.destroy();
       this.differences?.destroy();
       this.chart = this.differences = null;
@@ -103,7 +102,7 @@ class Compare {
     const metrics = METRICS.some(([name]) => name === metric) ? METRICS : [...METRICS, [metric, metric]];
     put(this.bar,
       el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
-      choice("y axis", [["0", "lin"], ["1", "log"]], log ? "1" : "0", (value) => change({ log: value === "1" ? 1 : null })),
+      choice("scale", SCALES, scaleOf(state()), (value) => change({ log: value })),
       el("span", { class: "quiet" }, "metric"), choice("metric", metrics, metric, (name) => change({ metric: name === "loss" ? null : name })),
       (this.more = el("button", { type: "button", "aria-label": "Another metric", "aria-haspopup": "true", on: { click: () => this.chooseMetric() } }, "+")),
       el("label", { class: "smooth quiet" }, "smooth", el("input", { type: "range", min: 0, max: 20, "aria-label": "Smoothing", value: state().get("smooth") ?? 6, on: { change: (event) => change({ smooth: event.target.value === "6" ? null : event.target.value }) } })),
@@ -137,7 +136,7 @@ class Compare {
     const turn = (this.turn = (this.turn ?? 0) + 1);
     let found;
     try {
-      found = await get("/api/compare", { run: ids, metric, x: axis, points: 800, from: zoom?.[0], to: zoom?.[1] });
+      found = await get("/api/compare", { run: ids, metric, x: axis, points: 800, from: zoom?.[0], to: zoom?.[1], log: scaleOf(state()).includes("x") || null });
     } catch (error) {
       if (turn === this.turn && !this.closed) put(this.wrong, notice("warning", error.message));
       return;
@@ -162,7 +161,7 @@ class Compare {
   }
 
   draw(ids, lines) {
-    const { axis, metric, zoom, baseline } = this, log = state().get("log") === "1", level = Number(state().get("smooth") ?? 6);
+    const { axis, metric, zoom, baseline } = this, scale = scaleOf(state()), log = scale.includes("y"), logX = scale.includes("x"), level = Number(state().get("smooth") ?? 6);
     const share = level > 0 ? 0.002 * 1.28 ** (level * 1.5) : 0;
     const looks = together(ids), prefix = sharedPrefix(ids.map((id) => this.name(id))), short = (id) => middle(this.name(id).slice(prefix.length), 24);
     const shown = ids.map((id, index) => [id, looks[index], lines[id]]).filter(([, , line]) => line?.n);
@@ -189,7 +188,7 @@ class Compare {
       Object.assign(main, { id, end: main.end ?? main.last, said: short(id) });
     }
     this.base = base;
-    this.chart.set({ series: [...all.flatMap(({ series }) => series.slice(0, -1)), ...all.map(({ series }) => series.at(-1))], range, log });
+    this.chart.set({ series: [...all.flatMap(({ series }) => series.slice(0, -1)), ...all.map(({ series }) => series.at(-1))], range, log, logX });
     const others = base ? all.filter(({ id }) => id !== baseline).map(({ series }) => {
       const { x, y, colour, dash, label } = series.at(-1);
       const differs = y.map((value, at) => {
@@ -203,7 +202,7 @@ class Compare {
     if (others.length) {
       const zero = { x: range, y: [0, 0], kind: "line", bare: true, colour: base.colour, dash: base.dash, label: `${base.label} (baseline)`, end: base.end && [base.end[0], 0], last: [range[1], 0], said: "baseline" };
       this.differences.options.atLeast = this.chart.padding(); // one crosshair through both
-      this.differences.set({ series: [zero, ...others], range });
+      this.differences.set({ series: [zero, ...others], range, logX });
     }
     this.shown = { name: metric, xName: axisName, series: this.chart.shown.series };
   }
@@ -246,8 +245,8 @@ class Compare {
   key(key) {
     const at = AXES.findIndex(([axis]) => axis === this.axis), { ids } = this;
     if (!ids.length) return false;
-    if (key === "x") change({ x: AXES[(at + 1) % 4][0] === "step" ? null : AXES[(at + 1) % 4][0], from: null, to: null });
-    else if (key === "l") change({ log: state().get("log") === "1" ? null : 1 });
+    if (key === "x") change({ x: AXES[(at + 1) % AXES.length][0] === "step" ? null : AXES[(at + 1) % AXES.length][0], from: null, to: null });
+    else if (key === "l") change({ log: toggled(scaleOf(state())) });
     else if (key === "b") change({ base: ids[(ids.indexOf(this.baseline) + 1) % ids.length] });
     else if (key === "m") this.chooseMetric();
     else if (key === "e") this.save("CSV");

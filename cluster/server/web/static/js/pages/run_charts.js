@@ -9,23 +9,25 @@ import { compact, duration, loss, number, tick, whole } from "../format.js";
 import { calmly } from "../live.js";
 import { change, state } from "../router.js";
 
-const AXES = [["step", "step"], ["tokens", "tokens"], ["flops", "FLOPs"], ["time", "time"]];
+export const AXES = [["step", "step"], ["examples", "examples"], ["tokens", "tokens"], ["flops", "FLOPs"], ["time", "time"]];
+export const SCALES = [["", "lin"], ["y", "log"], ["x", "log x"], ["xy", "log-log"]];
 const FIRST = ["grad_norm", "lr", "tokens_per_second", "step_time", "mfu", "memory_gb", "data_wait", "aux_loss", "z_loss", "router_entropy.mean", "expert_maxvio.max", "tflops"];
 const HIDDEN = new Set(["loss", "eval_loss", "tokens", "sequences", "time", "step", "attempt"]);
 const UNITS = { memory_gb: "GB", data_wait: "s", step_time: "s", tflops: "TFLOP/s" };
 const TIMES = new Set(["data_wait", "step_time"]);
 const POINTS = 800, SMALL_POINTS = 300, AT_ONCE = 24;
 
-export const xFormats = { step: (value) => number(value, 4), tokens: (value) => compact(value), flops: (value) => number(value), time: (value) => (value === 0 ? "0" : duration(value)) };
+export const xFormats = { step: (value) => number(value, 4), examples: (value) => compact(value), tokens: (value) => compact(value), flops: (value) => number(value), time: (value) => (value === 0 ? "0" : duration(value)) };
 
 export class Charts {
   constructor(id, node, controls) {
     Object.assign(this, { id, controls, small: new Map() });
     this.wrong = el("div");
+    this.unread = el("div");
     this.big = el("div", { class: "big-chart" });
     this.grid = el("div", { class: "grid" });
     this.more = el("p", { class: "quiet" });
-    node.append(this.wrong, this.big, this.grid, this.more);
+    node.append(this.wrong, this.unread, this.big, this.grid, this.more);
     this.seen = new IntersectionObserver((entries) => {
       for (const { target, isIntersecting } of entries) target.near = isIntersecting;
       this.load();
@@ -58,6 +60,11 @@ export class Charts {
     return AXES.some(([axis]) => axis === asked) ? asked : "step";
   }
 
+  /** Which axes are logarithmic: "", x, y or xy. */
+  get scale() {
+    return scaleOf(state());
+  }
+
   get zoom() {
     const query = state(), from = query.get("from"), to = query.get("to");
     return from !== null && to !== null && Number(from) < Number(to) ? [Number(from), Number(to)] : null;
@@ -65,16 +72,16 @@ export class Charts {
 
   show(details) {
     this.details = details;
-    const query = state(), { axis } = this, log = query.get("log") === "1";
+    const query = state(), { axis, scale } = this;
     put(this.controls, el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
-      choice("y axis", [["0", "lin"], ["1", "log"]], log ? "1" : "0", (value) => change({ log: value === "1" ? 1 : null })),
+      choice("scale", SCALES, scale, (value) => change({ log: value })),
       el("label", { class: "smooth quiet" }, "smooth", this.smooth),
       el("div", { class: "find-metric with-key" }, this.find, el("kbd", { "aria-hidden": "true" }, "m")),
       this.zoom && el("button", { type: "button", on: { click: () => change({ from: null, to: null }) } }, "All"));
     this.smooth.value = query.get("smooth") ?? "6";
     if (document.activeElement !== this.find) this.find.value = query.get("metric") ?? "";
     this.layOut(query.get("metric") ?? "");
-    const settings = [axis, log, this.share, this.zoom, details.row.updated, details.row.attempts].join();
+    const settings = [axis, scale, this.share, this.zoom, details.row.updated, details.row.attempts].join();
     if (settings === this.settings) return;
     this.settings = settings;
     for (const each of this.small.values()) each.stale = true;
@@ -120,8 +127,8 @@ export class Charts {
   }
 
   parameters(points) {
-    const { axis, zoom } = this;
-    return { x: axis, points, from: zoom?.[0], to: zoom?.[1] };
+    const { axis, zoom, scale } = this;
+    return { x: axis, points, from: zoom?.[0], to: zoom?.[1], log: scale.includes("x") || null };
   }
 
   /** Places of steps on the present axis, as far as the loss's points tell. */
@@ -144,7 +151,7 @@ export class Charts {
 
   async fetchBig() {
     const turn = (this.turn = (this.turn ?? 0) + 1), { axis, zoom, details } = this, { row } = details;
-    const log = state().get("log") === "1";
+    const log = this.scale.includes("y"), logX = this.scale.includes("x");
     let found;
     try {
       found = (await get(runPath(this.id, "/series"), { metric: ["loss", "eval_loss"], ...this.parameters(POINTS) })).metrics;
@@ -155,10 +162,13 @@ export class Charts {
         this.at = over.metrics.loss?.x;
       }
     } catch (error) {
-      if (turn === this.turn && !this.closed) put(this.wrong, notice("warning", el("b", {}, "The curves cannot be read: "), error.message, "."));
+      if (turn !== this.turn || this.closed) return;
+      put(this.unread, notice("warning", el("b", {}, "The curves cannot be read: "), error.message, "."));
+      if (passes(error)) this.again(() => this.fetchBig());
       return;
     }
     if (turn !== this.turn || this.closed) return;
+    put(this.unread);
     const { loss: train, eval_loss: held } = found;
     if (!train?.n && !held?.n) {
       put(this.big, row.status === "NEW" || !row.step ? empty("No step yet", "Its curves begin with its first step.", details.header.command ?? `muster train`) : empty("Nothing in this range", "Zoom out to see the whole run.", null, el("button", { type: "button", on: { click: () => change({ from: null, to: null }) } }, "All")));
@@ -186,7 +196,7 @@ export class Charts {
     }
     if (held?.n) lines.push({ ...held, kind: "ring", colour: "--ink1", label: "held-out", end: held.last, said: held.last && `held-out ${loss(held.last[1])}` });
     this.chart.set({
-      series: lines, range, log,
+      series: lines, range, log, logX,
       attempts: attemptsAt(details, place),
       reference: details.references.unigram_entropy ? { y: details.references.unigram_entropy, label: `unigram entropy ${details.references.unigram_entropy.toFixed(2)}` } : null,
       marks: details.marks.filter(({ kind }) => kind !== "evaluation").map((mark) => ({ ...mark, x: place(mark.step) })).filter(({ x }) => x !== null),
@@ -202,15 +212,21 @@ export class Charts {
     let found;
     try {
       found = (await get(runPath(this.id, "/series"), { metric: names, ...this.parameters(SMALL_POINTS) })).metrics;
-    } catch {
-      return; // the loss's chart says what is wrong
+    } catch (error) {
+      if (this.closed || settings !== this.settings) return;
+      for (const name of names) this.say(name, error.message);
+      if (passes(error)) this.again(this.load);
+      return;
     }
+    this.failures = 0;
     if (this.closed || settings !== this.settings) return this.load();
-    const place = this.place(), own = runColour(this.id), log = state().get("log") === "1";
+    const place = this.place(), own = runColour(this.id), log = this.scale.includes("y"), logX = this.scale.includes("x");
     for (const name of names) {
       const each = this.small.get(name), line = found[name];
       if (!each || !line) continue;
       each.stale = false;
+      each.said?.remove();
+      each.said = null;
       if (each.chart?.options.xName !== axis) {
         each.chart?.destroy();
         const format = TIMES.has(name) ? (value, digits) => (value === 0 ? "0" : duration(value, digits)) : tick;
@@ -220,21 +236,44 @@ export class Charts {
         });
       }
       const range = zoom ?? this.range ?? [Math.min(0, line.x[0] ?? 0), line.x.at(-1) ?? 1];
-      each.chart.set({ series: curve(line, { colour: own, share: this.share, label: name, span: range[1] - range[0] }).map((part) => ({ ...part, end: part.kind === "line" ? part.end ?? part.last : null })), range, log, attempts: attemptsAt(this.details, place) });
+      each.chart.set({ series: curve(line, { colour: own, share: this.share, label: name, span: range[1] - range[0] }).map((part) => ({ ...part, end: part.kind === "line" ? part.end ?? part.last : null })), range, log, logX, attempts: attemptsAt(this.details, place) });
     }
     if ([...this.small.values()].some((each) => each.stale && each.node.near)) this.load();
+  }
+
+  /** Why a small chart is not there, or not as it should be. */
+  say(name, why) {
+    const each = this.small.get(name);
+    if (!each) return;
+    each.said ??= el("p", { class: "quiet why" });
+    put(each.said, !each.chart && el("b", {}, `${name}: `), `${why}.`);
+    if (!each.said.isConnected) each.node.append(each.said);
+  }
+
+  /** Asks once more, after a while that grows. */
+  again(ask) {
+    this.failures = Math.min((this.failures ?? 0) + 1, 6);
+    setTimeout(() => !this.closed && ask(), 500 * 2 ** this.failures);
   }
 
   key(key) {
     const at = AXES.findIndex(([axis]) => axis === this.axis);
     if (key === "x") change({ x: AXES[(at + 1) % AXES.length][0] === "step" ? null : AXES[(at + 1) % AXES.length][0], from: null, to: null });
-    else if (key === "l") change({ log: state().get("log") === "1" ? null : 1 });
+    else if (key === "l") change({ log: toggled(this.scale) });
     else if (key === "m") this.find.select();
     else if (key === "Escape" && this.zoom) change({ from: null, to: null });
     else return false;
     return true;
   }
 }
+
+/** The axes that an address says are logarithmic; 1, as it once was, is y. */
+export const scaleOf = (query) => ({ 1: "y", x: "x", y: "y", xy: "xy" })[query.get("log")] ?? "";
+/** With y logarithmic where it was not, and linear where it was. */
+export const toggled = (scale) => (scale.includes("y") ? scale.replace("y", "") : `${scale}y`);
+
+/** Whether an error may be none the next time: the server did not answer, or could not. */
+const passes = ({ status }) => status === 0 || status >= 500;
 
 /** Where each attempt but the first begins. */
 function attemptsAt({ attempts }, place) {

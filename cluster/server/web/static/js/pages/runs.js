@@ -9,8 +9,9 @@ import { announce, calmly, fresh, listen } from "../live.js";
 import { change, go, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Table } from "../table.js";
-import { COLUMNS, makeColumn, statistics } from "./runs_columns.js";
+import { COLUMNS, MEANED, makeColumn, metricColumns, statistics } from "./runs_columns.js";
 import { Peek } from "./runs_peek.js";
+import { showViews } from "./runs_views.js";
 
 const DEFAULT = ["eval_loss", "strip", "loss", "data", "parameters", "optim.lr", "step", "tokens", "tokens_per_second", "wall_time"];
 const NARROW = 640, MIDDLE = 1100;
@@ -43,8 +44,9 @@ class Runs {
     this.table.left = () => this.held && this.show();
     this.peek = new Peek(() => this.refresh());
     this.area = el("div", { class: "runs-area" }, el("div", { class: "table-side" }, this.table.node, this.none), this.peek.node);
+    this.views = el("div", { class: "views" });
     outlet.append(el("div", { class: "runs" },
-      el("div", { class: "title-row" }, this.title, this.sub),
+      el("div", { class: "title-row" }, this.title, this.sub, el("div", { class: "space" }), this.views),
       el("div", { class: "toolbar" }, el("div", { class: "filter with-key" }, this.input, el("kbd", { "aria-hidden": "true" }, "/")), this.groupButton, this.columnsButton, el("div", { class: "space" }), this.picked, this.compareButton),
       this.wrong, this.area));
     this.input.addEventListener("input", calmly(() => change({ q: this.input.value.trim() }), 120));
@@ -118,7 +120,7 @@ class Runs {
       this.known ??= await get("/api/keys");
       const { keys, metrics } = this.known;
       for (const { name, at, end } of unknown) {
-        const metric = /^metric:(.+?)(:(last|best|mean10))?$/.exec(name)?.[1];
+        const metric = /^metric:(.+?)(:(last|best|max|mean[1-9]\d{0,3}))?$/.exec(name)?.[1];
         if (metric === undefined ? keys.includes(name) : metrics.includes(metric)) continue;
         throw new FilterError(metrics.includes(name) ? `is a metric: write metric:${name}` : "is no key that a run has", at, end);
       }
@@ -205,6 +207,7 @@ class Runs {
         ? empty(`No run has ${text}`, `${whole(all)} runs are here.`, null, el("button", { type: "button", on: { click: () => ((this.input.value = ""), change({ q: null })) } }, "Clear the filter"))
         : empty("No run yet", "The first one shows here as soon as it makes a step.", "muster train quickstart"));
     }
+    showViews(this.views);
     announce(`${places.length} of ${all} runs`);
     if (this.band === 2 && runs.places.has(peek)) this.peek.show(peek);
     else this.peek.hide();
@@ -302,42 +305,48 @@ class Runs {
   async chooseGroup() {
     this.known ??= await get("/api/keys");
     const now = state().get("group") ?? "sweep";
-    pick(this.groupButton, "Group by", ["none", "sweep", "family", "data", "status", ...this.known.keys], (key) => key === now, (key, panel) => {
+    pick(this.groupButton, "Group by", () => ["none", "sweep", "family", "data", "status", ...this.known.keys], (key) => key === now, (key, panel) => {
       panel.hidePopover();
       this.unfolded.clear();
       change({ group: key === "sweep" ? null : key });
-    }, true);
+    }, { single: true });
   }
 
   async chooseColumns() {
     this.known ??= await get("/api/keys");
     const { keys, metrics } = this.known;
-    const all = [...Object.keys(COLUMNS), ...keys, ...metrics.flatMap((name) => [`metric:${name}:last`, `metric:${name}:best`, `metric:${name}:mean10`])];
     const chosen = (key) => this.columnKeys.includes(key);
-    pick(this.columnsButton, "Columns", [...this.columnKeys, ...all.filter((key) => !chosen(key))], chosen, (key) => {
+    let n = MEANED;
+    const count = el("input", { type: "number", min: 1, max: 9999, value: n, "aria-label": "Records that a mean is of", on: { input: () => {
+      n = Math.min(9999, Math.max(1, Math.round(Number(count.value) || MEANED)));
+      list.draw();
+    } } });
+    const all = () => [...this.columnKeys, ...[...Object.keys(COLUMNS), ...keys, ...metrics.flatMap((name) => metricColumns(name, n))].filter((key) => !chosen(key))];
+    const list = pick(this.columnsButton, "Columns", all, chosen, (key) => {
       const changed = chosen(key) ? this.columnKeys.filter((each) => each !== key) : [...this.columnKeys, key];
       change({ columns: changed.join(" ") === DEFAULT.join(" ") ? null : changed.join(" ") || "eval_loss" });
-    });
+    }, { more: el("div", { class: "quiet meaned" }, "means are of the last ", count, " records") });
   }
 }
 
 const bandOf = () => (innerWidth < NARROW ? 0 : innerWidth < MIDDLE ? 1 : 2);
 
-/** A list of names to choose from, with a field that searches them. */
-function pick(anchor, label, all, isChosen, choose, single = false) {
+/** A list of names to choose from, with a field that searches them; `all()` are the names. Returns {draw()}. */
+function pick(anchor, label, all, isChosen, choose, { single = false, more = null } = {}) {
   const list = el("div", { role: "group", "aria-label": label });
   const search = el("input", { type: "search", class: "mono", placeholder: "Key or metric", "aria-label": `Search: ${label}`, on: { input: () => draw() } });
-  const panel = popover(anchor, search, list);
+  const panel = popover(anchor, search, more, list);
   const named = (key) => COLUMNS[key]?.label || (key === "strip" ? "held-out, as a place" : key);
   function draw() {
     const wanted = search.value.trim().toLowerCase();
-    const some = all.filter((key) => named(key).toLowerCase().includes(wanted) || key.toLowerCase().includes(wanted)).slice(0, 60);
+    const some = all().filter((key) => named(key).toLowerCase().includes(wanted) || key.toLowerCase().includes(wanted)).slice(0, 60);
     put(list, some.map((key) => el("label", { class: "check" },
       el("input", { type: single ? "radio" : "checkbox", name: "choice", checked: isChosen(key), on: { change: () => choose(key, panel) } }), named(key))),
       !some.length && el("p", { class: "quiet" }, "No key or metric has that in its name."));
   }
   draw();
   search.focus();
+  return { draw };
 }
 
 /** A name in two halves: the first is cut where there is no room, the end always stays. */

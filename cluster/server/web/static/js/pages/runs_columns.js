@@ -6,6 +6,11 @@ import { el, svg, word } from "../dom.js";
 import { DASH, ago, clock, compact, duration, loss, number, plain, whole } from "../format.js";
 
 const BINS = 10;
+/** Records at the end of a run that a mean is of, unless somebody says otherwise. */
+export const MEANED = 10;
+
+/** What a metric's values come to: the last, the least, the greatest, the mean of the last `n`. */
+export const metricColumns = (name, n) => ["last", "best", "max", `mean${n}`].map((how) => `metric:${name}:${how}`);
 
 /** `kind` is how a value is written; `own`: made from others, no column of the server. */
 export const COLUMNS = {
