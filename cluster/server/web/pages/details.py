@@ -388,7 +388,7 @@ def _tracking(run_dir: Path) -> dict[str, Any]:
     if re.fullmatch("[0-9a-f]{32}", run_id) and re.fullmatch("[0-9]{1,20}", experiment):
         page = f"/#/experiments/{experiment}/runs/{run_id}"  # older runs do not know their experiment's number
     return {
-        "mlflow": visible(uri.rstrip("/") + page) if WEB.fullmatch(uri) else None,
+        "mlflow": visible(uri.rstrip("/") + page if page else uri) if WEB.fullmatch(uri) else None,
         "ray": visible(ray) if WEB.fullmatch(ray) else None,
         "run_id": _text(run_id),
         "behind": _text(error) if error else None,
