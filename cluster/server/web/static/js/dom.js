@@ -67,6 +67,18 @@ export function choice(name, options, chosen, choose) {
   return el("div", { class: "choice", role: "group", "aria-label": name }, buttons);
 }
 
+let unfolded = false;
+/** Controls of the axes; on a narrow page they are behind a button until it is pressed. */
+export function folded(...controls) {
+  const inner = el("div", { class: unfolded ? "axes" : "axes folded" }, ...controls);
+  const button = el("button", { type: "button", class: "bare unfold", "aria-expanded": String(unfolded), on: { click: () => {
+    unfolded = !unfolded;
+    inner.classList.toggle("folded", !unfolded);
+    button.setAttribute("aria-expanded", String(unfolded));
+  } } }, "axes ▾");
+  return [button, inner];
+}
+
 /** What stands where there is nothing: why, and the command that fills it. */
 export function empty(title, text, command, ...more) {
   return el("div", { class: "empty" }, el("h2", {}, title), text && el("p", {}, text), command && el("div", { class: "command" }, el("code", {}, command)), ...more);

@@ -215,12 +215,14 @@ export class Chart {
     this.lane.toggleAttribute("hidden", !known.length);
     put(this.legend, kinds.map((kind) => el("span", {}, svg("svg", { viewBox: "-6 -6 12 12", "aria-hidden": "true" }, shape(kind)), SAID[kind] ?? kind)));
     if (!known.length) return;
-    const { u } = this, left = u.bbox.left / devicePixelRatio, wide = u.bbox.width / devicePixelRatio, last = new Map();
+    const { u } = this, left = u.bbox.left / devicePixelRatio, wide = u.bbox.width / devicePixelRatio, last = new Map(), taken = [];
     put(this.lane, svg("path", { d: `M${left} 9H${left + wide}`, stroke: "var(--line)" }), known.map(({ kind, x, text }) => {
       if (x < this.xs[0] || x > this.xs[1]) return null;
-      const at = left + u.valToPos(x, "x");
+      let at = left + u.valToPos(x, "x");
       if (at - (last.get(kind) ?? -99) < APART) return null;
       last.set(kind, at);
+      while (taken.some((other) => Math.abs(other - at) < APART)) at += APART; // of another kind, at the same step
+      taken.push(at);
       return svg("g", { transform: `translate(${at.toFixed(1)} 9)` }, svg("title", {}, `${SAID[kind] ?? kind} at step ${x}${text ? `: ${text}` : ""}`), shape(kind));
     }));
   }

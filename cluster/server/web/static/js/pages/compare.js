@@ -5,7 +5,7 @@ import { Chart } from "../charts/chart.js";
 import { curve, valueAt } from "../charts/curves.js";
 import { saveCsv, savePng, saveSvg } from "../charts/export.js";
 import { together } from "../colours.js";
-import { choice, el, empty, notice, popover, put } from "../dom.js";
+import { choice, el, empty, folded, notice, popover, put } from "../dom.js";
 import { DASH, compact, loss, middle, number, plain, sharedPrefix, whole } from "../format.js";
 import { calmly, fresh, listen } from "../live.js";
 import { change, runAddress, state } from "../router.js";
@@ -100,12 +100,12 @@ class Compare {
       return;
     }
     const metrics = METRICS.some(([name]) => name === metric) ? METRICS : [...METRICS, [metric, metric]];
-    put(this.bar,
+    put(this.bar, folded(
       el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
       choice("scale", SCALES, scaleOf(state()), (value) => change({ log: value })),
       el("span", { class: "quiet" }, "metric"), choice("metric", metrics, metric, (name) => change({ metric: name === "loss" ? null : name })),
       (this.more = el("button", { type: "button", "aria-label": "Another metric", "aria-haspopup": "true", on: { click: () => this.chooseMetric() } }, "+")),
-      el("label", { class: "smooth quiet" }, "smooth", el("input", { type: "range", min: 0, max: 20, "aria-label": "Smoothing", value: state().get("smooth") ?? 6, on: { change: (event) => change({ smooth: event.target.value === "6" ? null : event.target.value }) } })),
+      el("label", { class: "smooth quiet" }, "smooth", el("input", { type: "range", min: 0, max: 20, "aria-label": "Smoothing", value: state().get("smooth") ?? 6, on: { change: (event) => change({ smooth: event.target.value === "6" ? null : event.target.value }) } }))),
       this.zoom && el("button", { type: "button", on: { click: () => change({ from: null, to: null }) } }, "All"),
       el("div", { class: "space" }), this.adding(),
       el("label", { class: "quiet baseline" }, "Baseline ", el("select", { on: { change: (event) => change({ base: event.target.value }) } }, ids.map((id) => el("option", { value: id, selected: id === this.baseline }, this.name(id))))));
@@ -227,10 +227,10 @@ class Compare {
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
       ? el("div", { class: "wide" }, el("table", { class: "plain keys-table" },
-        el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "for-readers" }, "key")), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), middle(this.name(id).slice(prefix.length), 14))))),
+        el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "for-readers" }, "key")), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), ids.length > 3 ? el("span", { class: "for-readers" }, this.name(id)) : middle(this.name(id).slice(prefix.length), 14))))),
         el("tbody", {}, differs.map(({ key, values }) => el("tr", {}, el("td", { class: "mono" }, key), values.map((value) => {
           const text = value === null ? DASH : plain(value);
-          return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 2 ? 12 : 22));
+          return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 3 ? 8 : ids.length > 2 ? 12 : 22));
         })))))) : el("p", { class: "quiet" }, "None: their configs are the same."));
   }
 

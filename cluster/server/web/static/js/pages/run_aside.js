@@ -6,7 +6,7 @@ import { bar, parts } from "../charts/parts.js";
 import { el, empty, put, svg } from "../dom.js";
 import { bytes, compact, duration, percent, whole } from "../format.js";
 
-const FORMATS = { bytes, seconds: duration, "tokens/s": compact };
+const FORMATS = { bytes, seconds: (value) => duration(value, 3), "tokens/s": compact };
 const BESIDE = 4;
 
 export function aside(id, node) {
@@ -24,15 +24,16 @@ export function aside(id, node) {
   };
 }
 
-function showTime({ goodput }, node) {
+function showTime({ goodput, attempts }, node) {
   if (!goodput.parts.length) return void put(node);
   const wholes = goodput.by_attempt.map(({ parts: own }) => own.reduce((sum, [, seconds]) => sum + seconds, 0)), most = Math.max(...wholes);
+  const why = new Map(attempts.map(({ n, reason }) => [n, reason]));
   put(node,
     el("h2", {}, "Where the time went", el("small", {}, `goodput ${percent(goodput.fraction)}%`)),
     bar(goodput.parts, null, "Where the time went"),
     parts(goodput.parts),
     goodput.by_attempt.length > 1 && el("table", { class: "attempts" }, goodput.by_attempt.slice(-6).map(({ attempt, parts: own, reason }) => el("tr", {},
-      el("td", { class: "quiet" }, attempt), el("td", {}, bar(own, most, `Attempt ${attempt}`)), el("td", { class: "quiet" }, reason ?? "")))));
+      el("td", { class: "quiet" }, attempt), el("td", {}, bar(own, most, `Attempt ${attempt}`)), el("td", { class: "quiet", title: reason ?? why.get(attempt) }, reason ?? why.get(attempt) ?? "")))));
 }
 
 function showPlan({ planned }, node) {

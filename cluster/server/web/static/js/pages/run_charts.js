@@ -4,7 +4,7 @@ import { get, runPath } from "../api.js";
 import { Chart } from "../charts/chart.js";
 import { curve } from "../charts/curves.js";
 import { runColour } from "../colours.js";
-import { choice, el, empty, notice, put } from "../dom.js";
+import { choice, el, empty, folded, notice, put } from "../dom.js";
 import { compact, duration, loss, number, tick, whole } from "../format.js";
 import { calmly } from "../live.js";
 import { change, state } from "../router.js";
@@ -73,9 +73,9 @@ export class Charts {
   show(details) {
     this.details = details;
     const query = state(), { axis, scale } = this;
-    put(this.controls, el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
+    put(this.controls, folded(el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
       choice("scale", SCALES, scale, (value) => change({ log: value })),
-      el("label", { class: "smooth quiet" }, "smooth", this.smooth),
+      el("label", { class: "smooth quiet" }, "smooth", this.smooth)),
       el("div", { class: "find-metric with-key" }, this.find, el("kbd", { "aria-hidden": "true" }, "m")),
       this.zoom && el("button", { type: "button", on: { click: () => change({ from: null, to: null }) } }, "All"));
     this.smooth.value = query.get("smooth") ?? "6";
@@ -199,7 +199,7 @@ export class Charts {
       series: lines, range, log, logX,
       attempts: attemptsAt(details, place),
       reference: details.references.unigram_entropy ? { y: details.references.unigram_entropy, label: `unigram entropy ${details.references.unigram_entropy.toFixed(2)}` } : null,
-      marks: details.marks.filter(({ kind }) => kind !== "evaluation").map((mark) => ({ ...mark, x: place(mark.step) })).filter(({ x }) => x !== null),
+      marks: [...details.marks.filter(({ kind }) => kind !== "evaluation"), ...unsaid(details)].map((mark) => ({ ...mark, x: place(mark.step) })).filter(({ x }) => x !== null),
     });
     this.range = range;
     this.load();
@@ -274,6 +274,13 @@ export const toggled = (scale) => (scale.includes("y") ? scale.replace("y", "") 
 
 /** Whether an error may be none the next time: the server did not answer, or could not. */
 const passes = ({ status }) => status === 0 || status >= 500;
+
+/** Failures of attempts that ended without a word, and so without an event. */
+function unsaid({ attempts, marks }) {
+  const told = marks.filter(({ kind }) => kind === "failure");
+  return attempts.filter(({ status, began, ended }) => status === "FAILED" && !told.some(({ time }) => time >= began && time <= ended + 1))
+    .map(({ to_step: step, reason }) => ({ kind: "failure", step, text: reason })).filter(({ step }) => step !== null);
+}
 
 /** Where each attempt but the first begins. */
 function attemptsAt({ attempts }, place) {

@@ -248,9 +248,15 @@ class Runs {
   paint(row, node) {
     if (row.group !== undefined) return void node.classList.add("group");
     const { status, reason, eval_loss, loss } = runs.columns, kind = status[row.place];
-    if (!["NEW", "FAILED", "UNREADABLE"].includes(kind) || eval_loss[row.place] !== null || (this.band > 0 && loss[row.place] !== null)) return;
+    if (!["NEW", "FAILED", "UNREADABLE"].includes(kind) || eval_loss[row.place] !== null) return;
+    const from = this.table.columns.findIndex(({ key }) => key === "eval_loss"), results = ["eval_loss", "strip"];
+    if (from < 0) return;
+    if (loss[row.place] === null) results.push("loss");
+    if (this.band === 0) results.push("step");
+    let to = from;
+    while (results.includes(this.table.columns[to]?.key)) to++;
     const text = kind === "NEW" ? "resolved, never started" : reason?.[row.place] || "failed, no reason is recorded";
-    const cells = [...node.children].slice(2, 5);
+    const cells = [...node.children].slice(from, to);
     const note = el("div", { role: "gridcell", class: kind === "NEW" ? "why quiet" : "why failed", title: text }, text);
     note.style.gridColumn = `span ${cells.length}`;
     cells[0].before(note);
