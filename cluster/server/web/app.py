@@ -25,11 +25,10 @@ from ..jobs.board import Board
 from . import responses
 from .auth import Guard, pause, session_of
 from .changes import Changes
-from .index.config_values import flat_config
+from .index.config_values import differing_keys, flat_config
 from .index.runs_index import Entry, RunsIndex, View
 from .jobs_api import jobs_router
 from .pages.columns_of_runs import ColumnsOfRuns
-from .pages.comparison import differing_keys
 from .pages.details import Books, details, events_after, experts, flops_per_token, log
 from .pages.now import Glance
 from .pages.prometheus import exposition

@@ -13,10 +13,9 @@ from trainer.record.terminal import visible
 from trainer.tracking.sweep import TRIALS
 
 from ..index import colours
-from ..index.config_values import Configs, flat_config
+from ..index.config_values import Configs, differing_keys, flat_config
 from ..index.rows import Run, refresh, signature
 from ..index.runs_index import Entry
-from ..pages.comparison import differing_keys
 from ..pages.details import Books, details, experts, flops_per_token, log
 from ..pages.samples import picture
 from ..pages.series import EXAMPLES, Columns, lines

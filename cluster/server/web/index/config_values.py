@@ -1,7 +1,7 @@
 """The configs of many runs as flat keys and values, which are mostly the same: each section is parsed and kept once."""
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +14,8 @@ MOST_KEYS = 2000
 """Of one config; the largest of today have some 150."""
 LONGEST_VALUE = 2000
 """Characters of a text that are shown."""
+OF_ONE_RUN = ("run.name", "run.root")
+"""Keys that differ between any two runs."""
 _SECTION = re.compile(r"^(?=[A-Za-z_][A-Za-z0-9_]*:)", flags=re.MULTILINE)
 _SHARED = re.compile(r"[&*!|>%]|^(?:---|\.\.\.)", flags=re.MULTILINE)
 """What may reach from one section into another, or hold lines that look like a section's beginning."""
@@ -93,6 +95,16 @@ def value_of(config: Config, key: str) -> Any:
         if key in section.keys:
             return section.values[section.keys.index(key)]
     return None
+
+
+def differing_keys(configs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Each key that has not the same value in all flat configs, with the value of each; None: it has none."""
+    names = dict.fromkeys(key for config in configs for key in config if key not in OF_ONE_RUN)
+    return [
+        {"key": key, "values": [config.get(key) for config in configs]}
+        for key in names
+        if any(config.get(key) != configs[0].get(key) for config in configs)
+    ]
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
