@@ -1,1 +1,1 @@
-"""From raw text to micro-batches: preparation of token shards and the deterministic reader."""
+"""From raw text and images to micro-batches: preparation of token shards, and deterministic readers."""

@@ -1,6 +1,6 @@
-"""A child process with limits on memory and CPU time, which libraries lack: for reading untrusted files.
+"""A child process with limits on memory and CPU time, for reading untrusted files with libraries that have none.
 
-A child's answer is JSON and bytes, never a pickle: the file that it reads may have taken control of it.
+A child answers in JSON and bytes, never in pickles: the file that it reads may have taken control of it.
 """
 
 import json
@@ -17,7 +17,7 @@ from typing import Any
 
 MIB = 1 << 20
 _ENVIRONMENT = {
-    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own reserves address space far ahead, which the limit counts
+    "ARROW_DEFAULT_MEMORY_POOL": "system",  # Arrow's own pool reserves much address space, which counts
     "TOKENIZERS_PARALLELISM": "false",
     "RUST_BACKTRACE": "0",
 }
@@ -35,11 +35,11 @@ class Child:
 
     Args:
         module: full name of the module with `serve`.
-        descriptors: more file descriptors for it to inherit, passed to `serve` after the pipe.
+        descriptors: further file descriptors that it inherits, passed to `serve` after the pipe's.
     """
 
-    # A program of its own rather than multiprocessing's, which would import the caller's __main__ (and with it torch
-    # and DeepSpeed) again. What a library prints when it panics is not shown to the user, who gets one message.
+    # Not a process of multiprocessing, which would import the caller's __main__ (and with it torch and DeepSpeed)
+    # again. What a library prints when it panics is not shown to the user, who gets one message.
     def __init__(self, module: str, descriptors: Sequence[int] = ()):
         ours, theirs = Pipe()
         with theirs:
@@ -55,7 +55,7 @@ class Child:
                 stdin=subprocess.DEVNULL,
                 stderr=self._errors,
                 env=os.environ | _ENVIRONMENT,
-                start_new_session=True,  # a signal to the process group is for the parent, which may need an answer yet
+                start_new_session=True,  # a signal to the group is for the parent, which may still need an answer
             )
         self.connection: Connection = ours
 
@@ -70,7 +70,7 @@ class Child:
     def died(self) -> ChildDied:
         """Why it ended, once the pipe has closed."""
         self.connection.close()
-        self._process.kill()  # nothing to one that is dead; one that only closed its pipe is not waited for
+        self._process.kill()  # no effect on a dead one; one that has only closed its pipe is not waited for
         code = self._process.wait()
         self._errors.seek(0)
         said = self._errors.read()[-500:].decode(errors="replace").strip()
@@ -101,7 +101,7 @@ class Child:
 
 
 class Bounds:
-    """In a child: limits from here on, on top of what it used when this was created (its imports).
+    """In a child: limits from here on, in addition to what it had used when this was created (its imports).
 
     Only Linux reports and limits the memory of a process; elsewhere only the time is limited.
     """

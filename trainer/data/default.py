@@ -1,4 +1,4 @@
-"""Make sure that a config's data are prepared; `stdlib` is prepared at first use."""
+"""Makes sure that a config's data are prepared; `stdlib` is prepared on first use."""
 
 import contextlib
 import hashlib
@@ -19,16 +19,16 @@ from .tokenizer.tokenizer_files import tokenizer_file
 def ensure_prepared(
     config: Config, *, workers: int | None = None, progress: bool = True
 ) -> tuple[DataConfig, list[str]]:
-    """Resolve `data.path` to prepared folders, preparing `stdlib` where it has not been.
+    """Resolve `data.path` to prepared folders, preparing `stdlib` if it has not been.
 
     Any number of processes may call it at once: one prepares, the others wait.
 
     Returns:
-        `config.data` with prepared folders in `path`, and a line for each that was made or chosen.
+        `config.data` with prepared folders in `path`, and lines that say what was prepared or chosen.
 
     Raises:
-        ConfigError: a path that is not prepared data (with the command that makes it), tokenizers that differ, or one
-            that is not as the manifest says or cannot be used; as `Dataset`.
+        ConfigError: a path is not prepared data (the message has the command that prepares it), tokenizers differ, or
+            one does not match its manifest or cannot be used; or as `Dataset`.
     """
     notes: list[str] = []
     folders: list[Source] = []
@@ -60,7 +60,7 @@ def ensure_prepared(
     if len(nothing) < len(folders):
         Dataset(data, config.train.seq_len, config.run.seed, split="held_out")
     if nothing:
-        what = "the run has no evaluation" if len(nothing) == len(folders) else "the evaluation is of the other data"
+        what = "the run has no evaluation" if len(nothing) == len(folders) else "evaluation is on the other data only"
         notes.append(f"data.path={', '.join(nothing)} has no held-out data, so {what}")
         if progress:
             Meter.say(f"muster: {notes[-1]}")
@@ -68,7 +68,7 @@ def ensure_prepared(
 
 
 def _check_tokenizer(folder: Path, manifest: Manifest, limits: LimitsConfig) -> None:
-    """Test the tokenizer of prepared data, which the run uses only at its first evaluation, once on this machine."""
+    """Test the tokenizer of prepared data, once per machine: the run itself only uses it at its first evaluation."""
     info = manifest.tokenizer
     digest = hashlib.sha256((file := tokenizer_file(folder)).read_bytes()).hexdigest()
     if digest != info.sha256:
@@ -88,14 +88,14 @@ def _check_tokenizer(folder: Path, manifest: Manifest, limits: LimitsConfig) -> 
             f"{file} has {found[0]:,} tokens and {info.eos_token!r} as token {found[1]}, but {folder / MANIFEST} "
             f"has {info.vocab_size:,} and {info.eos_id}: prepare the data again"
         )
-    with contextlib.suppress(OSError):  # without it the next run tries again
+    with contextlib.suppress(OSError):  # without it the next run tests again
         cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         tried.touch()
 
 
 def stdlib_folder(root: str | Path, config: PrepareConfig) -> Path:
-    """Folder of the prepared standard library, named after its inputs, so that another Python version or other settings
-    get a folder of their own."""
+    """Folder of the prepared standard library, named after its inputs, so that every Python version and every choice of
+    settings has its own."""
     settings = hashlib.sha256(f"{FORMAT} {config.model_dump_json()}".encode()).hexdigest()[:8]
     kind = config.tokenizer if config.tokenizer in ("bytes", "bpe") else "file"
     size = f"-{config.vocab_size}" if kind == "bpe" else ""
@@ -103,5 +103,5 @@ def stdlib_folder(root: str | Path, config: PrepareConfig) -> Path:
 
 
 def vocabulary_size(data: DataConfig) -> int:
-    """Vocabulary size of the one tokenizer of all sources. Raises ConfigError as `read_manifests`."""
+    """Vocabulary size of the tokenizer that all sources share. Raises ConfigError as `read_manifests`."""
     return read_manifests(data)[0].tokenizer.vocab_size

@@ -23,19 +23,19 @@ from .tokenizer.tokenizer import TokenizerProcess
 
 
 class ExampleReader(Protocol):
-    """Reads one split. Which examples stand where is a pure function of (seed, index); not for several threads at once.
+    """Reads one split: an example is a pure function of (seed, index). Not for several threads at once.
 
     Attributes:
-        bad_pages: (file, row group) of what was skipped so far.
+        bad_pages: (file, row group) of each page skipped so far.
     """
 
     bad_pages: list[tuple[str, int]]
 
     def __len__(self) -> int:
-        """Examples in one pass; the training split goes on after it."""
+        """Examples in one pass over the data; the training split goes on after it."""
 
     def examples(self, indices: Sequence[int]) -> MicroBatch:
-        """These examples (the cursor counts them); -1 stands for padding of weight zero."""
+        """The examples of these indices, as the cursor counts them; -1 stands for padding of weight zero."""
 
 
 SHOWN = 16
@@ -52,23 +52,23 @@ class Kind:
     """How one kind of examples is read.
 
     Attributes:
-        ensure: checks the data of a config, and makes what can be made: `config.data` as the run will use it, and a
-            line for what was made or chosen. ConfigError if they cannot be read.
-        open: a split; None: it has nothing in it.
-        inputs: what the record says the run reads, with its digest.
+        ensure: checks the data of a config, and prepares what can be. Returns `config.data` as the run will use it, and
+            lines that say what was prepared or chosen. Raises ConfigError if the data cannot be read.
+        open: opens a split; None: it is empty.
+        inputs: the run's data as they are recorded, with their digests.
     """
 
     ensure: Callable[[Config], tuple[DataConfig, list[str]]]
     open: Callable[[Config, Split], ExampleReader | None]
     inputs: Callable[[DataConfig], list[dict[str, Any]]]
     keep: Callable[[Path, DataConfig], None] = lambda run_dir, data: None
-    """Copies to the run's folder what a checkpoint needs of the data to be used without them."""
+    """Copies into the run's folder whatever of the data is needed to use a checkpoint without them."""
     shown: Callable[[Path, Config, ExampleReader], AbstractContextManager[Any]] = _first_held_out
     """What `Task.samples` is given, on the device: by default the first held-out examples."""
 
 
 def kind_of(config: Config) -> Kind:
-    """Of the examples that the run's task learns from."""
+    """The kind of examples that the run's task learns from."""
     return KINDS[task_class(config).reads]
 
 
@@ -101,7 +101,7 @@ def _open_images(config: Config, split: Split) -> ExampleReader | None:
 
 
 def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
-    """Raises ConfigError as `images.reader.Images`, or if there are more classes than the model tells apart."""
+    """Raises ConfigError as `images.reader.Images`, or if the data have more classes than the model."""
     if config.data.path == "stdlib":
         raise ConfigError(
             f"data.path=stdlib is text, but task={config.task} learns from images: set data.path to a Parquet file "

@@ -1,4 +1,4 @@
-"""The manifest of a prepared folder: contents of its shards, their inputs, and what was rejected."""
+"""The manifest of a prepared folder: the contents of its shards, their inputs, and what was rejected."""
 
 import hashlib
 import os
@@ -23,19 +23,19 @@ TOKENIZER = "tokenizer.json"
 REFUSED = "refused.jsonl"
 FORMAT: Final = 1
 MANIFEST_BYTES = 64 << 20
-"""Those of 10 trillion tokens have 40 MB."""
+"""The manifest of 10 trillion tokens has 40 MB."""
 MANIFEST_VALUES = 1 << 21
-"""As many as its bytes have room for where they are shards."""
+"""As many as fit in these bytes if all of them describe shards."""
 MOST_REASONS = 1000
 MAX_VOCABULARY = 1 << 24
-"""What counts tokens, and the embedding, have a row for each; the largest vocabularies in use have a million."""
+"""Token counts and the embedding have a row for each id; the largest vocabularies in use have a million."""
 
 Count = Annotated[int, Field(ge=0, lt=1 << 63)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Shard(Typed):
-    """One Parquet file: a column `tokens`, one row per token. Every row group of a split but its very last holds
+    """One Parquet file: a column `tokens`, one row per token. Every row group of a split except the very last has
     `Manifest.prepare.row_group_tokens` rows."""
 
     file: str
@@ -56,13 +56,13 @@ class Shard(Typed):
 
 
 class SplitStats(Typed):
-    """What one split holds, before tokenization (documents, UTF-8 bytes, characters) and after."""
+    """Size of one split, before tokenization (documents, UTF-8 bytes, characters) and after."""
 
     documents: Count
     bytes: Count
     characters: Count
     tokens: Count
-    """One end-of-text token per document included."""
+    """Including one end-of-text token per document."""
     entropy: float = Field(ge=0)
     """Unigram entropy of the tokens in nats per token: the loss of the best model without context."""
 
@@ -83,14 +83,14 @@ class TokenizerInfo(Typed):
         return self
 
     def is_as(self, other: "TokenizerInfo") -> bool:
-        """Whether what is prepared with either can stand beside the other's."""
+        """Whether data prepared with one can be mixed with data prepared with the other."""
         return (self.sha256, self.eos_id) == (other.sha256, other.eos_id)
 
 
 class Manifest(Typed):
     format: Literal[1] = FORMAT
     fingerprint: str
-    """Of the input files (path, size, modification time) and the settings; equal: nothing to prepare again."""
+    """Of the input files (path, size, modification time) and the settings; if equal, nothing need be prepared again."""
     inputs: Annotated[list[str], FailFast()]
     input_files: Count
     input_bytes: Count
@@ -101,9 +101,9 @@ class Manifest(Typed):
     splits: Annotated[dict[Split, SplitStats], at_most(len(SPLITS))]
     shards: Annotated[list[Shard], FailFast()]
     refused: Annotated[dict[str, Count], at_most(MOST_REASONS)]
-    """Documents or files left out, counted by reason; refused.jsonl names each."""
+    """Number of documents or files left out, by reason; refused.jsonl names each."""
     doubts: list[str] = []
-    """What the tokenizer does to texts that a user should know, with an example."""
+    """What a user should know of how the tokenizer changes texts, with an example."""
 
     @model_validator(mode="after")
     def _is_of_one_piece(self) -> Self:
@@ -130,12 +130,12 @@ class Manifest(Typed):
 
     @property
     def sha256(self) -> str:
-        """Identity of the prepared data: it covers every shard's digest and the tokenizer's."""
+        """Identity of the prepared data, covering the digests of every shard and of the tokenizer."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
 
 def entropy(counts: np.ndarray) -> float:
-    """Entropy in nats of the distribution given by `counts`; 0 when there are none."""
+    """Entropy in nats of the distribution given by `counts`; 0 if all are 0."""
     share = counts[counts > 0] / max(counts.sum(), 1)
     return float(-(share * np.log(share)).sum()) if len(share) else 0.0
 
@@ -151,7 +151,7 @@ def read_manifest(folder: str | Path, given: str = "data.path=") -> Manifest:
         given: prefix of the folder's name in messages, if a user gave it.
 
     Raises:
-        ConfigError: no folder, no manifest (not prepared, or the preparation was cut short), or not one of ours.
+        ConfigError: no folder, no manifest (not prepared, or preparation was interrupted), or not one of ours.
     """
     path = Path(folder) / MANIFEST
     try:
@@ -193,7 +193,7 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
     """The manifest of every source of a mixture.
 
     Raises:
-        ConfigError: a source is not prepared, or two sources have different tokenizers or ends of text.
+        ConfigError: a source is not prepared, or two sources have different tokenizers or end-of-text tokens.
     """
     sources = sources_of(data)
     if not sources:
@@ -208,40 +208,40 @@ def read_manifests(data: DataConfig) -> list[Manifest]:
                 else f"end-of-text tokens ({one.eos_token} and {other.eos_token})"
             )
             raise ConfigError(
-                f"data.path: {sources[0].path} and {source.path} have different {what}.\nPrepare both with one: "
+                f"data.path: {sources[0].path} and {source.path} have different {what}.\nPrepare both with the same: "
                 f"`muster data prepare INPUT... --tokenizer {Path(sources[0].path) / TOKENIZER}`"
             )
     return manifests
 
 
 def without_held_out(data: DataConfig) -> list[str]:
-    """The sources that have no held-out sequence, which takes two tokens. Raises ConfigError as `read_manifests`."""
+    """Sources without a held-out sequence, which takes at least two tokens. Raises ConfigError as `read_manifests`."""
     pairs = zip(sources_of(data), read_manifests(data), strict=True)
     return [source.path for source, manifest in pairs if manifest.splits["held_out"].tokens < 2]
 
 
 def planned_vocabulary(config: Config) -> int | None:
-    """As `vocabulary`; None: the model's family has none, or it is not known, so nothing is asked of the data."""
+    """As `vocabulary`; None if the model's family has none, or is not known: the data are then not looked at."""
     return vocabulary(config.data) if "vocab_size" in type(config.model).model_fields else None
 
 
 def made_vocabulary(data: DataConfig) -> int | None:
-    """Size of the vocabulary that preparing makes itself; None: that of a tokenizer that is given."""
+    """Size of the vocabulary that preparation itself makes; None: it uses an existing tokenizer."""
     return {"bytes": 257, "bpe": data.prepare.vocab_size}.get(data.prepare.tokenizer)
 
 
 def vocabulary(data: DataConfig) -> int:
-    """Size of the vocabulary that the data have, or will have once they are prepared.
+    """Vocabulary size of the data, or the one that they will have once prepared.
 
     Raises:
-        ConfigError: they will have that of a tokenizer that cannot be used.
+        ConfigError: the tokenizer that they will be prepared with cannot be used.
     """
     try:
         return read_manifests(data)[0].tokenizer.vocab_size
     except ConfigError:
         if (found := made_vocabulary(data)) is not None:
             return found
-    from .tokenizer.tokenizer import TokenizerProcess  # what reads manifests does mostly without
+    from .tokenizer.tokenizer import TokenizerProcess  # most readers of manifests do without
 
     with TokenizerProcess(data.prepare.tokenizer, data.limits) as tokenizer:
         return tokenizer.vocab_size

@@ -1,4 +1,4 @@
-"""Describe a prepared folder, verify it, and show examples."""
+"""Describes a prepared folder, verifies it, and shows examples."""
 
 import hashlib
 from pathlib import Path
@@ -23,11 +23,11 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
     Returns:
         Plain values: `folder`, `sha256`, `inputs`, `input_files`, `input_bytes`, `tokenizer`, `splits` (documents,
         bytes, characters, tokens, entropy in nats per token, bytes_per_token, shards, row_groups, file_bytes),
-        `refused`, `doubts`; with verify `problems` (one line per file that is not as it was prepared, empty when all is
-        well); with examples `examples` (text, file, row group, window).
+        `refused`, `doubts`; with `verify` also `problems` (one line per file that has changed since it was prepared);
+        with `examples` also `examples` (text, file, row group, window).
 
     Raises:
-        ConfigError: not prepared data; with examples also shards that do not match the manifest.
+        ConfigError: not prepared data; with `examples` also if shards do not match the manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder, given="")
@@ -77,7 +77,7 @@ def inspect(folder: str | Path, *, verify: bool = False, examples: int = 0, seq_
 
 def _problem(path: Path, sha256: str) -> str | None:
     if not path.is_file():
-        return f"{path} is missing, or is not a file"  # a pipe or a device has no end
+        return f"{path} is missing, or is not a file"  # reading a pipe or a device would not end
     try:
         with open(path, "rb") as file:
             actual = hashlib.file_digest(file, "sha256").hexdigest()

@@ -145,7 +145,7 @@ def test_a_run_of_before_has_its_datas_tokenizer(run, tmp_path):
     kind, run_dir = run
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns(FOLDER))
     config = read_config(run_dir).data
-    with pytest.raises(ConfigError, match=r"keeps no tokenizer, .* data cannot be read: data\.path="):
+    with pytest.raises(ConfigError, match=r"has no copy of its tokenizer .* data cannot be read: data\.path="):
         export(tmp_path / "run", tmp_path / "hf")
     elsewhere = run_dir.parent / "elsewhere"
     folder, info = tokenizer_of(tmp_path / "run", config.model_copy(update={"path": str(elsewhere)}))

@@ -69,7 +69,7 @@ def test_data_without_held_out_documents_are_a_note(tmp_path: Path, capsys: pyte
     assert note in capsys.readouterr().err.replace("\n", "")
     mixed = (Source(path=str(tmp_path / "none")), Source(path=str(tmp_path / "some")))
     [note] = ensure_prepared(config_of(tmp_path, path=mixed))[1]
-    assert "the evaluation is of the other data" in note
+    assert "evaluation is on the other data only" in note
     data = DataConfig(path=mixed)
     held_out = Dataset(data, 16, 0, "held_out")
     assert {held_out.locate(index).source for index in range(len(held_out))} == {1}

@@ -1,4 +1,4 @@
-"""The Parquet files of an image data set: found, checked before a run starts, and identified."""
+"""The Parquet files of an image data set: finds them, checks them before a run starts, and identifies them."""
 
 import hashlib
 from pathlib import Path
@@ -15,12 +15,12 @@ from trainer.data.manifest import Split
 
 IMAGE, LABEL, BYTES = "image", "label", "bytes"
 HELD_OUT = ("validation", "valid", "test")
-"""Name prefixes of files that no run trains on; the first of these that is present is used."""
+"""Name prefixes of files that are never trained on; the first one present is the held-out split."""
 MOST_FILES = 100_000
 FOOTER = 64 << 20
 """Most bytes of a footer."""
 LARGEST_GROUP = 1 << 30
-"""Most bytes that a row group may unpack to: `datasets` writes 100 images per row group."""
+"""Most bytes that a row group may decompress to: `datasets` writes 100 images per row group."""
 
 
 class Group(NamedTuple):
@@ -34,17 +34,17 @@ class Group(NamedTuple):
 class ImageFiles(NamedTuple):
     groups: list[Group]
     labels: np.ndarray
-    """int64 [rows], of all groups one after the other."""
+    """int64 [rows], those of all groups concatenated."""
     sha256: str
-    """Digest of the names, sizes and footers of the files: a footer has offsets, sizes and statistics of everything in
-    the file."""
+    """Digest of the names, sizes and footers of the files; a footer has the offsets, sizes and statistics of all that
+    is in the file."""
 
 
 def image_files(path: str) -> dict[Split, list[Path]]:
     """The Parquet files of each split: those named `validation...` or `test...` are held out, if there are any.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there are none, too many, or none to train on.
     """
     found = Path(path)
     if found.is_file():
@@ -61,7 +61,7 @@ def image_files(path: str) -> dict[Split, list[Path]]:
     others = {file for named in apart.values() for file in named}
     train = [file for file in files if file not in others]
     if not train:
-        raise ConfigError(f"data.path={path} has held-out files only, such as {files[0].name}: add those to train on")
+        raise ConfigError(f"data.path={path} has only held-out files, such as {files[0].name}: add files to train on")
     return {"train": train, "held_out": held_out}
 
 
@@ -69,7 +69,8 @@ def open_files(files: list[Path]) -> ImageFiles:
     """Check every file: its columns, the size of its row groups, and its labels.
 
     Raises:
-        ConfigError: a file that cannot be read, lacks a column, or has labels that are no classes.
+        ConfigError: a file cannot be read, lacks a column, or has labels that are missing or negative; no rows; a row
+            group that is too large.
     """
     groups: list[Group] = []
     labels: list[np.ndarray] = []
@@ -83,7 +84,7 @@ def open_files(files: list[Path]) -> ImageFiles:
                     group = file.metadata.row_group(number)
                     if group.total_byte_size > LARGEST_GROUP:
                         raise ConfigError(
-                            f"{path}: row group {number} unpacks to {group.total_byte_size:,} bytes, over "
+                            f"{path}: row group {number} decompresses to {group.total_byte_size:,} bytes, over "
                             f"{LARGEST_GROUP:,}: write it with smaller row groups"
                         )
                     groups.append(Group(path, number, group.num_rows))
@@ -123,13 +124,13 @@ def _is_binary(kind: pa.DataType) -> bool:
 
 
 def _identity(path: Path) -> bytes:
-    """Name, size and footer of a file. Raises ValueError if its footer is larger than it can be."""
+    """Name, size and digest of the footer of a file. Raises ValueError if the footer is not valid or too large."""
     refuse_pointer(path)
     size = path.stat().st_size
     with open(path, "rb") as file:
         file.seek(max(size - 8, 0))
         length = int.from_bytes(file.read(4), "little")
         if file.read(4) != b"PAR1" or length > min(size - 8, FOOTER):
-            raise ValueError("it does not end like one")
+            raise ValueError("it does not end with a valid footer")
         file.seek(size - 8 - length)
         return f"{path.name}\0{size}\0".encode() + hashlib.sha256(file.read(length)).digest()

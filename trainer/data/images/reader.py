@@ -1,4 +1,4 @@
-"""Read labelled images: any index at any time, a pure function of (seed, index)."""
+"""Reads labelled images at random: an image is a pure function of (seed, index)."""
 
 import io
 from collections import OrderedDict
@@ -28,7 +28,7 @@ BLOCK = 16
 MODES = {1: "L", 3: "RGB"}
 FORMATS = ("PNG", "JPEG")
 LARGEST = 1 << 26
-"""Most pixels of an image before it is resized: a larger one is refused before it is decoded."""
+"""Most pixels of an image before resizing; a larger one is refused before it is decoded."""
 
 
 @dataclass
@@ -47,14 +47,15 @@ class ImageBatch(MicroBatch):
 
 
 class Images:
-    """Images of a Parquet file or a folder of them. Not for several threads at once.
+    """Images of a Parquet file, or of a folder of them. Not for several threads at once.
 
-    The training split goes on epoch after epoch, each in another order: row groups are permuted, BLOCK consecutive ones
-    of that order are shuffled together. The held-out split, `validation*` or `test*` files or else a share
-    `data.prepare.held_out` of all images, has one fixed order, whatever the seed, and ends at `len()`.
+    The training split goes on epoch after epoch, each in a different order: row groups are permuted, and the images of
+    BLOCK consecutive groups of that order are shuffled together. The held-out split (`validation*` or `test*` files, or
+    without them the share `data.prepare.held_out` of all images) has one fixed order, whatever the seed, and ends at
+    `len()`.
 
     Raises:
-        ConfigError: as `files.open_files`; several sources; nothing in the split.
+        ConfigError: as `files.open_files`; several sources; an empty split.
     """
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
@@ -66,7 +67,7 @@ class Images:
         found = open_files(files[split] or files["train"])
         self.groups, self.sha256, self._labels = found.groups, found.sha256, found.labels
         self.bad_pages: list[tuple[str, int]] = []
-        """None: an unreadable image stops the run."""
+        """Always empty: an unreadable image stops the run."""
         share = config.prepare.held_out if not files["held_out"] else 0.0
         rows = len(self._labels)
         held_out = np.zeros(rows, bool)
@@ -97,7 +98,7 @@ class Images:
         return int(self._labels.max()) + 1
 
     def locate(self, index: int) -> tuple[int, int]:
-        """(group, row in it) of example `index`. Raises IndexError beyond the end of the held-out split."""
+        """(group, row in it) of example `index`. Raises IndexError past the end of the held-out split."""
         if index < 0 or (self.split == "held_out" and index >= self._size):
             raise IndexError(f"image {index} of {self._size}")
         epoch, place = divmod(index, self._size)
@@ -110,7 +111,7 @@ class Images:
         """Images stacked; -1 stands for padding, a black image without a label.
 
         Raises:
-            DataError: an image that cannot be read, is none, or has another size than the others.
+            DataError: an image cannot be read, is not a PNG or JPEG, or differs in size from the others.
         """
         images, labels = np.zeros((len(indices), *self.shape), np.uint8), np.full(len(indices), -1, np.int64)
         for i, index in enumerate(indices):
@@ -122,7 +123,7 @@ class Images:
         return ImageBatch(torch.from_numpy(images), torch.from_numpy(labels), ids)
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The groups of an epoch in their order, and how many images its blocks have up to each one's end."""
+        """The groups of an epoch in order, and the cumulative number of images at the end of each block."""
         if epoch not in self._orders:
             order = shuffled(len(self.groups), mix(self._key, epoch))
             sizes = np.array([len(self._rows[group]) for group in order])
@@ -172,7 +173,7 @@ class Images:
         return found
 
     def _bytes(self, group: int) -> list[bytes | None]:
-        """The images of a row group, as they are in the file. Raises DataError."""
+        """The encoded images of a row group. Raises DataError."""
         if group not in self._read:
             self._read[group] = _read_group(self.groups[group])
             if len(self._read) > BLOCK + 2:

@@ -1,4 +1,4 @@
-"""Turn a batch of raw records into tokens of the two splits; `serve` is a worker process of `pool`."""
+"""Turns a batch of raw records into tokens of the two splits; `serve` is a worker process of `pool`."""
 
 import json
 import mmap
@@ -31,9 +31,9 @@ from trainer.data.tokenizer.tokenizer_process import (
 from .splitting import Splitting
 
 LOOKED_AT = 32
-"""Documents of a batch that are decoded again, to see what the tokenizer loses: of a MiB, 3% at most."""
+"""Documents of a batch that are decoded again, to see what the tokenizer loses: at most 3% of a MiB."""
 LOOKED_AT_BYTES = 512
-"""Of each, from its beginning and from a place that is drawn by its hash."""
+"""Of each, from its beginning and from a place chosen by its hash."""
 _BETWEEN = BETWEEN.decode() + ",\0"
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"', re.DOTALL)
 
@@ -51,17 +51,17 @@ class EncodeSpec:
     text_key: str
     splitting: Splitting
     memory: int
-    """Bytes that a process may take for the tokenizer, and for a MiB of text; more for more text."""
+    """Bytes that a process may use for the tokenizer and a MiB of text; more for more text."""
     seconds: int
-    """Processor time likewise."""
+    """CPU seconds, likewise."""
     foreign: bool = False
-    """An existing tokenizer, which may lose text, or give the end of text for its name in a text."""
+    """An existing tokenizer, which may lose text, or find its end-of-text token in a text that contains its name."""
     eos_token: str = ""
 
 
 @dataclass
 class Encoded:
-    """Tokens of one split's documents, each followed by the end of text, and what they were made from."""
+    """Tokens of one split's documents, each followed by the end-of-text token, and the size of the text."""
 
     tokens: np.ndarray
     documents: int = 0
@@ -71,13 +71,13 @@ class Encoded:
 
 @dataclass
 class Losses:
-    """How often the tokens of a text do not give it back, among the documents that were looked at; and how many of all
-    tokens stand for what the vocabulary lacks."""
+    """How many of the documents checked are not restored by decoding their tokens, and how many of all tokens are the
+    unknown token."""
 
     looked_at: int = 0
     lossy: int = 0
     example: list[str] = field(default_factory=list)
-    """File, text, and what its tokens give."""
+    """File, text, and the text that its tokens decode to."""
     unknown: int = 0
     unknown_token: str = ""
 
@@ -134,19 +134,19 @@ def _parsed(data: bytes, text_key: str) -> object:
     try:
         return json.loads(text, object_pairs_hook=hook)
     except ValueError:
-        # Only where it fails: marks and commas between values (RFC 7464), NULs behind the last; a number of thousands
-        # of digits beside the text.
+        # Only if that fails: separators and commas between values (RFC 7464), NULs after the last; a number of
+        # thousands of digits beside the text.
         return json.loads(text.strip(_BETWEEN), object_pairs_hook=hook, parse_int=_integer)
 
 
 @cache
 def _quoted(text_key: str) -> list[bytes]:
-    """How a key, or each that leads to it, stands in JSON."""
+    """A key, and each key on the path to it, as written in JSON."""
     return [b'"%b"' % part.encode("utf-8", "surrogateescape") for part in {text_key, *text_key.split(".")}]
 
 
 def _object(keys: list[str], pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Parse an object. Raises Damaged if a key that leads to the text appears twice in it."""
+    """Parse an object. Raises Damaged if a key on the path to the text appears twice in it."""
     found = dict(pairs)
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
@@ -173,7 +173,7 @@ class Encoder:
     def __call__(
         self, records: list[Record | Refusal], began: Callable[[int], None] = lambda index: None
     ) -> EncodedBatch:
-        """Encode the records. `began` is told the number of each before it is looked at."""
+        """Encode the records. `began` is called with the number of each before it is encoded."""
         spec = self.spec
         parts: dict[Split, list[np.ndarray]] = {split: [] for split in SPLITS}
         batch = EncodedBatch({split: Encoded(np.empty(0, spec.dtype)) for split in SPLITS})
@@ -207,11 +207,11 @@ class Encoder:
         return batch
 
     def encode(self, document: bytes) -> tuple[list[np.ndarray], int]:
-        """Tokens of a document without an end of text, in pieces, and its characters."""
+        """Tokens of a document, in pieces and without the end-of-text token, and its number of characters."""
         pieces, characters, before = [], 0, ""
         for piece in cut(document):
             characters += len(text := piece.decode("utf-8"))
-            if self.spec.byte_level:  # what the tokenizer gives too, some hundred times faster
+            if self.spec.byte_level:  # the same as the tokenizer gives, some hundred times faster
                 pieces.append(np.frombuffer(piece, np.uint8).astype(self.spec.dtype))
                 continue
             with library_errors():
@@ -227,7 +227,7 @@ class Encoder:
         return pieces, characters
 
     def _encode(self, texts: list[str], before: str) -> list[int]:
-        """Tokens of texts that together go on from `before`."""
+        """Tokens of texts that together continue `before`."""
         tokens: list[int] = []
         for text in texts:
             goes_on = before and self._puts_blanks
@@ -240,38 +240,37 @@ class Encoder:
             with library_errors():
                 found = next((pair for text in _windows(document) if (pair := lost(self.tokenizer, text))), None)
         except TokenizerError:
-            return  # encoded it was; that a part cannot be decoded again is for who decodes to say
+            return  # it was encoded; that a part of it cannot be decoded does not matter here
         losses.add(Losses(1, 1, [path, *found]) if found else Losses(1))
 
 
 def _windows(document: bytes) -> Iterator[str]:
-    """The beginning of a document, and a part of the rest, drawn by its hash: all of it if that is no longer."""
+    """The beginning of a document, and a part of the rest chosen by its hash: all of the rest if it is short."""
     yield document[:LOOKED_AT_BYTES].decode("utf-8", errors="ignore")
     if len(document) > LOOKED_AT_BYTES:
         start = LOOKED_AT_BYTES + zlib.crc32(document) % max(len(document) - 2 * LOOKED_AT_BYTES, 1)
-        # From a word on: tokenizers differ in what they make of blanks that a text begins with.
+        # From the start of a word: tokenizers differ in how they treat leading spaces.
         yield document[start : start + LOOKED_AT_BYTES].decode("utf-8", errors="ignore").lstrip()
 
 
 def cut_inside(text: str, name: str) -> list[str]:
-    """A text cut after the first character of each `name` in it, so that no part has the name in it."""
+    """A text cut after the first character of each `name` in it, so that no part contains the name."""
     parts = text.split(name)
     last = len(parts) - 1
     return [name[1:] * (i > 0) + part + name[:1] * (i < last) for i, part in enumerate(parts)]
 
 
 def serve(descriptor: int, progress: int) -> None:
-    """Answer batches that come over an inherited pipe until the other side closes it.
+    """Encode batches that arrive over an inherited pipe until the other side closes it.
 
     Args:
-        progress: a file of 8 bytes that always holds the number of the record that is worked on, for who finds this
-            process dead.
+        progress: a file of 8 bytes with the number of the current record, to be read if this process dies.
     """
     connection, bounds = Connection(descriptor), Bounds()
     spec: EncodeSpec = connection.recv()
     at = memoryview(mmap.mmap(progress, 8)).cast("q")
     bounds.memory(spec.memory)
-    bounds.seconds(spec.seconds + spec.memory / MIB / 32)  # which includes a part for the size of the tokenizer
+    bounds.seconds(spec.seconds + spec.memory / MIB / 32)  # whose memory grows with the tokenizer's size
     encoder = Encoder(spec)
     while True:
         at[0] = -1
@@ -281,7 +280,7 @@ def serve(descriptor: int, progress: int) -> None:
         except EOFError:
             return
         size = sum(len(record.data) for record in records if isinstance(record, Record))
-        # JSON that is mostly characters of four bytes takes 10 times its size, tokens of a piece less.
+        # JSON of mostly four-byte characters takes 10 times its size, the tokens of a piece less.
         bounds.memory(spec.memory + 16 * size)
         bounds.seconds(spec.seconds + 30 * size / MIB)
         batch = encoder(records, lambda index: at.__setitem__(0, index))
@@ -292,7 +291,7 @@ def serve(descriptor: int, progress: int) -> None:
 
 
 def receive(connection: Connection, dtype: str) -> EncodedBatch:
-    """What `serve` answers to a batch. Raises EOFError or OSError where it died."""
+    """Receive the answer of `serve` to a batch. Raises EOFError or OSError if it has died."""
     header, refused, losses = json.loads(connection.recv_bytes())
     splits = {split: Encoded(np.frombuffer(connection.recv_bytes(), dtype), *header[split]) for split in SPLITS}
     return EncodedBatch(splits, [Refusal(*each) for each in refused], Losses(**losses))

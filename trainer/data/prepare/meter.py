@@ -39,7 +39,7 @@ class Meter:
         self._bar.stop()
 
     def describe(self, stage: str) -> None:
-        """Name what is being done."""
+        """Set the description of the current stage."""
         self._stage = stage
         self._bar.update(self._task, description=stage)
 

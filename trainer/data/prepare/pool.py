@@ -1,4 +1,4 @@
-"""Encode batches in several processes, in order and in bounded memory."""
+"""Encodes batches in several processes, in order and in bounded memory."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ from .encode import EncodedBatch, Encoder, EncodeSpec, receive
 Records = list[Record | Refusal]
 
 MAX_DEATHS = 20
-"""How many records may each kill their worker before the tokenizer itself is rejected."""
+"""Records that may each kill their worker before the tokenizer itself is rejected."""
 
 
 def default_workers() -> int:
@@ -26,15 +26,15 @@ def default_workers() -> int:
 def encode_all(batches: Iterator[Records], spec: EncodeSpec, workers: int) -> Generator[EncodedBatch]:
     """Encode every batch; results come in the order of the batches, whatever the number of workers.
 
-    At most `4 * workers` batches and results stand in memory. A record that ends its worker (by what it asks of memory,
-    by hanging or crashing the tokenizer) is refused, and the others of its batch are encoded all the same.
+    At most `4 * workers` batches and results are in memory. A record that kills its worker (by using too much memory,
+    or by making the tokenizer hang or crash) is refused, and the rest of its batch is still encoded.
 
     Args:
-        workers: processes; 0: encode in this one, without any bound.
+        workers: processes; 0: encode in this one, without limits.
 
     Raises:
-        ConfigError: a tokenizer that ends its process over every record, or over many.
-        RuntimeError: a worker process that cannot even start.
+        ConfigError: the tokenizer kills its process on every record, or on many.
+        RuntimeError: a worker process cannot even start.
     """
     if not workers:
         yield from map(Encoder(spec), batches)
@@ -71,11 +71,11 @@ class _Worker(Child):
         self.send(spec)
 
     def send(self, value: object) -> None:
-        with contextlib.suppress(OSError):  # it died: noticed when its answer is due
+        with contextlib.suppress(OSError):  # it has died, which `receive` will notice
             self.connection.send(value)
 
     def record(self) -> int:
-        """Number of the record that it worked on last; -1: none yet."""
+        """Number of the last record that it worked on; -1: none yet."""
         return int.from_bytes(os.pread(self._progress.fileno(), 8, 0), "little", signed=True)
 
     def close(self) -> None:
@@ -112,7 +112,7 @@ class _Workers:
         worker.send(batch)
 
     def _without_the_last(self, worker: _Worker, batch: Records) -> Records:
-        """The batch with the record that ended its worker as a refusal."""
+        """The batch, with the record that killed its worker replaced by a refusal."""
         why, index = worker.died(), worker.record()
         worker.close()
         if index < 0:

@@ -1,4 +1,4 @@
-"""Prepare training data: from raw files to tokenized Parquet shards with a manifest."""
+"""Prepares training data: from raw files to tokenized Parquet shards with a manifest."""
 
 import hashlib
 import json
@@ -57,17 +57,17 @@ def prepare(
 ) -> Manifest:
     """Tokenize raw files into a folder of Parquet shards.
 
-    The result depends on the inputs and the config only, not on the number of workers. It is built beside `out` and
-    renamed at the end, so a preparation that is killed leaves no folder that looks done; one that runs at the same
-    time for the same `out` is waited for. Called again with unchanged inputs it does nothing.
+    The result depends only on the inputs and the config, not on the number of workers. It is built beside `out` and
+    renamed at the end, so a killed preparation leaves no folder that looks complete. If another process is preparing
+    the same `out`, this one waits for it. Called again with unchanged inputs, it does nothing.
 
     Args:
         inputs: files, folders, glob patterns or `stdlib`, see `sources.find_inputs`.
-        out: folder to make; must not exist, be empty, or hold an earlier preparation of the same inputs.
+        out: folder to create; must not exist, be empty, or hold an earlier preparation of the same inputs.
         config: tokenizer, held-out share, seed.
-        limits: what a file or a record may take; what takes more is refused.
+        limits: resources that a file or record may use; one that needs more is refused.
         text_key: key of a JSONL object or column of a Parquet file that holds the text.
-        workers: processes that tokenize; None: one per processor.
+        workers: processes that tokenize; None: one per CPU.
         strict: make the first refused file or document an error instead of counting it.
         progress: report to stderr, as a bar on a terminal, otherwise a line now and then.
 
@@ -75,7 +75,7 @@ def prepare(
         ConfigError: nothing to read, nothing usable, a bad tokenizer, an `out` that is taken, or (strict) a refusal.
     """
     config, limits = config or PrepareConfig(), limits or LimitsConfig()
-    files = find_inputs(inputs)  # before anything is made: a mistyped path leaves nothing behind
+    files = find_inputs(inputs)  # before anything is created: a mistyped path leaves nothing behind
     out = _folder_to_make(out)
     with _locked(out):
         fingerprint = _fingerprint(files, config, limits, text_key)
@@ -85,7 +85,7 @@ def prepare(
             raise ConfigError(f"--out {out}: exists but is not prepared data; choose a new folder")
         if progress and (links := linked_folders(files, inputs)):
             more = f" and {len(links) - 5} more" if len(links) > 5 else ""
-            Meter.say(f"links to folders that are followed: {', '.join(links[:5])}{more}")
+            Meter.say(f"following links to folders: {', '.join(links[:5])}{more}")
         part = out.with_name(f".{out.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(mode=0o700)
@@ -113,7 +113,7 @@ def prepare(
 
 
 def _folder_to_make(out: str | Path) -> Path:
-    """The path of `out`, whose parent is there. Raises ConfigError where no folder can be made."""
+    """The path of `out`, whose parent is created. Raises ConfigError if no folder can be created there."""
     try:
         if not str(out) or not os.path.basename(os.path.normpath(out)).strip("."):
             raise ConfigError(f"--out {str(out)!r} cannot be the name of a folder")
@@ -122,7 +122,7 @@ def _folder_to_make(out: str | Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         _lock_of(path).touch()
     except UnicodeError:
-        raise ConfigError("--out: its path is not UTF-8, so no config could refer to it; choose another") from None
+        raise ConfigError("--out: the path is not UTF-8, so no config could refer to it; choose another") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise ConfigError(f"--out {out} cannot be created ({why}): choose a folder where you can write") from None
@@ -140,7 +140,7 @@ def _build(
     progress: bool,
     splitting: Splitting,
 ) -> Manifest:
-    """Write everything but the manifest into `part`; its `inputs` and `fingerprint` are left to the caller."""
+    """Write everything but the manifest into `part`; the caller fills in its `inputs` and `fingerprint`."""
     total = sum(file.bytes for file in files)
     reasons: Counter[str] = Counter()
     first: Refusal | None = None
@@ -167,10 +167,10 @@ def _build(
         writers = {split: SplitWriter(part, split, dtype, config.row_group_tokens, info.vocab_size) for split in SPLITS}
         meter.describe("tokenize")
         refused = stack.enter_context(open(part / REFUSED, "w", encoding="utf-8", errors="backslashreplace"))
-        # One worker is no gain, so with a tokenizer of our own making, which is as safe as this process, there is none.
+        # A single worker gains nothing, so with a tokenizer of our own, which is safe in this process, there is none.
         workers = 0 if workers <= 1 and info.kind != "file" else workers
         batches = encode_all(_batches(files, reader, meter), spec, workers)
-        stack.callback(batches.close)  # at an error too, before the tokenizer is removed under the workers
+        stack.callback(batches.close)  # after an error too, before the tokenizer's file is removed
         for batch in batches:
             losses.add(batch.losses)
             for refusal in batch.refused:
@@ -234,7 +234,7 @@ def _batches(files: list[Input], reader: Reader, meter: Meter) -> Iterator[Recor
     for file in files:
         for position, item in reader.read(file):
             batch.append(item)
-            # A refusal weighs something too, so that a file of nothing else is reported as it is read.
+            # A refusal counts too, so that progress is reported in a file of nothing else.
             size += RECORD_WEIGHT + (len(item.data) if isinstance(item, Record) else 0)
             if size >= BATCH_BYTES:
                 meter.update(done + position)
@@ -261,7 +261,7 @@ def _settings(config: PrepareConfig, text_key: str) -> str:
     if config.tokenizer not in ("bytes", "bpe"):
         file = tokenizer_file(config.tokenizer)
         tree["tokenizer"] = hashlib.sha256(file.read_bytes()).hexdigest()
-        # They name the end of text, and stay with the data.
+        # They name the end-of-text token, and are kept with the data.
         tree |= {name: hashlib.sha256(content).hexdigest() for name, content in beside(file).items()}
     return json.dumps([text_key, tree], sort_keys=True)
 
@@ -290,7 +290,7 @@ def _lock_of(out: Path) -> Path:
 
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """Hold the lock of an output folder; it is free again when the process ends, however it ends."""
+    """Hold the lock of an output folder; it is released when the process ends, however that happens."""
     path = _lock_of(out)
     lock = lock_file(path)
     try:
@@ -300,19 +300,19 @@ def _locked(out: Path) -> Iterator[None]:
         held = lock.acquire()
     with held:
         yield
-        # Safe to remove only now: whoever still waits for it, or makes a new one, finds the manifest.
+        # Safe to remove only now: a process that still waits for it, or creates a new one, finds the manifest.
         path.unlink(missing_ok=True)
 
 
 def refusals(reason: str, count: int) -> str:
-    """A reason with how often it was one: `2 empty files`, `3 invalid UTF-8`."""
+    """A reason with its count: `2 empty files`, `3 invalid UTF-8`."""
     return (
         counted(count, reason) if reason.endswith((" file", " document", " key", " column")) else f"{count:,} {reason}"
     )
 
 
 def summary(manifest: Manifest) -> str:
-    """What was prepared and what was left out, for a person to read."""
+    """What was prepared and what was left out, as text."""
     lines = [
         f"{counted(manifest.input_files, 'file')}, {counted(manifest.input_bytes, 'byte')}; "
         f"tokenizer {manifest.tokenizer.kind}, {counted(manifest.tokenizer.vocab_size, 'token')}, "

@@ -1,4 +1,4 @@
-"""Write one split as Parquet shards with page checksums, and count what it holds."""
+"""Writes one split as Parquet shards with page checksums, and counts its contents."""
 
 from pathlib import Path
 
@@ -16,13 +16,13 @@ GROUPS_PER_SHARD = 1024
 
 
 def schema(dtype: str) -> pa.Schema:
-    """One column, one token a row: a row group is read straight into a flat array."""
+    """One column, one token per row: a row group is read straight into a flat array."""
     return pa.schema([pa.field(COLUMN, pa.from_numpy_dtype(np.dtype(dtype)), nullable=False)])
 
 
 class SplitWriter:
-    """Cuts a stream of tokens into row groups of equal size (the very last of the split may be shorter) and shards
-    of GROUPS_PER_SHARD row groups. Holds at most one row group and what was added last."""
+    """Cuts a stream of tokens into row groups of equal size (the very last of the split may be shorter) and shards of
+    GROUPS_PER_SHARD row groups. Holds at most one row group and the last addition in memory."""
 
     def __init__(self, folder: Path, split: Split, dtype: str, group_tokens: int, vocab_size: int):
         self.folder, self.split, self.dtype, self.group_tokens = folder, split, dtype, group_tokens
@@ -50,7 +50,7 @@ class SplitWriter:
             self._pending, self._waiting = [rest.copy()], len(rest)
 
     def close(self) -> list[Shard]:
-        """Write what is left and return every shard."""
+        """Write the remaining tokens and return all shards."""
         if self._waiting:
             self._write(np.concatenate(self._pending))
             self._waiting = 0
@@ -69,8 +69,8 @@ class SplitWriter:
     def _write(self, tokens: np.ndarray) -> None:
         if self._writer is None:
             self._path = self.folder / f"{self.split}-{len(self.shards):05d}.parquet"
-            # Byte streams of equal significance compress best: 1.25 bytes a token at a vocabulary of 4096, where
-            # plain pages take 1.64 and dictionary pages 1.45, at equal speed.
+            # Bytes split by significance compress best: 1.25 bytes per token at a vocabulary of 4096, where plain pages
+            # take 1.64 and dictionary pages 1.45, at equal speed.
             self._writer = pq.ParquetWriter(
                 self._path,
                 schema(self.dtype),

@@ -8,25 +8,25 @@ from dataclasses import dataclass
 from trainer.data.manifest import Split
 
 MIN_TAIL = 128
-"""Minimum bytes held out of a document that is split: some forty tokens."""
+"""Fewest bytes held out of a document that is split: some forty tokens."""
 ENOUGH_DOCUMENTS = 1 << 16
-"""To choose one of."""
+"""Documents to choose one from."""
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """A rule by document, independent of the others; small and picklable."""
+    """A rule for each document, independent of the others; small and picklable."""
 
     share: float
-    """Of the documents, held out by the hash of their text."""
+    """Share of the documents that is held out, by the hash of their text."""
     seed: int
     document: int | None = None
-    """Number of one that is held out beside them."""
+    """Number of one more that is held out."""
     tail: float = 0.0
     """Share of each document, from its end, that is held out."""
 
     def __call__(self, document: bytes) -> list[tuple[Split, bytes]]:
-        """The document, or its two parts, each with the split it falls into."""
+        """The document, or its two parts, each with its split."""
         if self.tail:
             at = _tail(document, self.tail)
             return [("train", document[:at]), ("held_out", document[at:])] if at else [("train", document)]
@@ -43,13 +43,13 @@ class Splitting:
 
 
 def number_of(document: bytes, seed: int) -> int:
-    """A hash of (seed, text) below 2^64, so that equal documents never stand on both sides."""
+    """A hash of (seed, text) below 2^64, so that equal documents are never in both splits."""
     return int.from_bytes(hashlib.blake2b(document, digest_size=8, key=str(seed).encode()).digest(), "big")
 
 
 def split_of_few(documents: Iterable[bytes], share: float, seed: int) -> Splitting:
-    """A rule for few documents, of which their hashes hold out none, or all: one of at most a quarter of the text, else
-    the ends of long ones, else one of at most half, else nothing."""
+    """A rule for few documents, where splitting by hash holds out none or all of them. It holds out one of at most a
+    quarter of the text, else the ends of long ones, else one of at most half, else nothing."""
     sizes: Counter[int] = Counter()
     longest = 0
     for document in documents:
@@ -66,7 +66,7 @@ def split_of_few(documents: Iterable[bytes], share: float, seed: int) -> Splitti
 
 
 def _tail(document: bytes, share: float) -> int:
-    """Where the end that is held out begins: at a line, else at a word, else at a character; 0: it is too short."""
+    """Where the held-out end begins: at a line, else at a word, else at a character; 0: the document is too short."""
     if len(document) < 4 * MIN_TAIL:
         return 0
     least = len(document) // 2

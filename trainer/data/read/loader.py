@@ -1,4 +1,4 @@
-"""Read micro-batches ahead of the training thread, and copy them to the device ahead of need."""
+"""Prefetches micro-batches in a thread, and copies them to the device before they are needed."""
 
 import queue
 import threading
@@ -19,19 +19,19 @@ class Loaded(NamedTuple):
     weight: int
     """See `MicroBatch.weight`."""
     copied: torch.cuda.Event | None
-    """On a GPU, what the stream that uses it waits for."""
+    """On a GPU, the event that a stream waits for before it uses the batch."""
 
 
 class Loader:
-    """Iterates over the batches of a list of index lists, which a thread reads ahead.
+    """Iterates over the batches of a list of index lists, which a thread prefetches.
 
-    An error of the thread (a bad page) is raised by `next()` where the batch would have come. Use it as a context
-    manager or call `close()`.
+    An error in the thread (a bad page) is raised by `next()` in place of the batch. Use it as a context manager or call
+    `close()`.
 
     Args:
         dataset: read by the thread alone until `close()`.
-        batches: for each micro-batch the indices of its examples (-1: padding); may be endless.
-        depth: batches held ready at most.
+        batches: the indices of the examples of each micro-batch (-1: padding); may be infinite.
+        depth: most batches held ready.
         here: the device that they are copied to.
     """
 
@@ -99,7 +99,7 @@ class Loader:
 
 
 def _load(batch: MicroBatch, stream: torch.cuda.Stream | None) -> Loaded:
-    """Begin to copy a batch, on a stream of its own, beside the computing."""
+    """Start copying a batch on a stream of its own, overlapped with computation."""
     weight = batch.weight()
     if stream is None:
         return Loaded(batch, weight, None)

@@ -1,8 +1,8 @@
 """The order of training data: pure functions of (seed, index) in constant memory.
 
-Row groups are permuted once an epoch; BLOCK consecutive ones of that order form a block, whose windows are shuffled
-together. So a process that reads on needs only the row groups of one block at a time (8M tokens at 65,536 a group),
-each of which it decodes once, while a batch still mixes BLOCK places of the data; and any index can be found directly.
+Row groups are permuted every epoch; BLOCK consecutive ones of that order form a block, whose windows are shuffled
+together. So a process that reads sequentially needs only the row groups of one block at a time (8M tokens at 65,536 per
+group) and decodes each once, while a batch still mixes BLOCK places of the data, and any index can be located directly.
 """
 
 import hashlib
@@ -67,7 +67,7 @@ def _scramble(x: int) -> int:
 
 def shuffled(size: int, key: int) -> np.ndarray:
     """A pseudo-random permutation of range(size), int64 [size]: the ranks of SplitMix64's outputs. Unlike numpy's own
-    generators it is the same in every version."""
+    generators, it is the same in every version."""
     with np.errstate(over="ignore"):
         x = np.uint64(key) + np.arange(1, size + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -83,10 +83,10 @@ class Place(NamedTuple):
 
 
 class EpochOrder:
-    """Epoch after epoch of one source, each in an order of its own.
+    """Epoch after epoch of one source, each in its own order.
 
     Args:
-        groups: row groups, all of `windows` windows but the last of all, which has `last_windows` (1 to windows).
+        groups: row groups; all have `windows` windows, except the very last, which has `last_windows` (1 to windows).
         key: seed of the order.
     """
 
@@ -99,10 +99,10 @@ class EpochOrder:
         self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
 
     def __call__(self, index: int) -> Place:
-        """Where the window of position `index` (from 0, over all epochs) stands."""
+        """The window at position `index` (from 0, over all epochs)."""
         epoch, position = divmod(index, self.size)
         permutation = Permutation(self.groups, mix(self.key, epoch))
-        # Only the last group is short, so where a block begins follows from where that group came to stand.
+        # Only the last group is short, so a block's start follows from where the permutation has put that group.
         short = permutation.inverse(self.groups - 1) // BLOCK
         whole = BLOCK * self.windows
         block = position // whole
@@ -119,7 +119,7 @@ class EpochOrder:
             members = range(block * BLOCK, min((block + 1) * BLOCK, self.groups))
             groups = [permutation(member) for member in members]
             size = len(groups) * self.windows
-            if self.groups - 1 in groups:  # the short one last, so that the windows it lacks are the highest numbers
+            if self.groups - 1 in groups:  # the short one last, so that the windows it lacks have the highest numbers
                 groups.remove(self.groups - 1)
                 groups.append(self.groups - 1)
                 size -= self.lacking
@@ -131,10 +131,10 @@ class EpochOrder:
 
 
 class Interleave:
-    """Which source each sequence of a mixture comes from, in proportions that hold over every stretch.
+    """The source that each sequence of a mixture comes from, in proportions that hold over every stretch of the run.
 
-    Sequence i goes to the source whose share of [0, 1) holds the fraction of (shift + i * golden ratio), a sequence
-    of low discrepancy; how many came from a source before is counted exactly by a sum of floors, so no state is kept.
+    Sequence i comes from the source whose share of [0, 1) contains the fractional part of (shift + i * golden ratio), a
+    low-discrepancy sequence. How many came from a source before is counted exactly by a floor sum, without any state.
     """
 
     def __init__(self, weights: Sequence[float], key: int):
@@ -144,7 +144,7 @@ class Interleave:
         self._shift = key & _MASK
 
     def __call__(self, index: int) -> tuple[int, int]:
-        """(source, how many sequences before `index` came from that source)."""
+        """(source, number of sequences before `index` that came from that source)."""
         if len(self._bounds) == 2:
             return 0, index
         point = (_GOLDEN * index + self._shift) & _MASK

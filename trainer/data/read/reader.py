@@ -1,4 +1,4 @@
-"""Read training sequences: any index at any time, a pure function of (seed, index)."""
+"""Reads token sequences at random: a sequence is a pure function of (seed, index)."""
 
 import hashlib
 from bisect import bisect_right
@@ -34,13 +34,13 @@ class Location(NamedTuple):
 class Dataset:
     """Sequences of prepared data, packed to full length.
 
-    Window k of a row group takes tokens [k*T, k*T + T + 1): inputs and, one further, labels. So an epoch uses every
-    token of a row group as an input once, except its last, and as a label once, except its first. What is missing at
-    the tail is padded and not trained on.
+    Window k of a row group takes tokens [k*T, k*T + T + 1): the inputs and, shifted by one, the labels. So an epoch
+    uses every token of a row group as an input once, except its last, and as a label once, except its first. A short
+    last window is padded, and the padding is not trained on.
 
-    The training split goes on epoch after epoch, each in another order (`order`), and mixes the sources by weight.
-    The held-out split has one fixed order, whatever the seed: all windows of all sources spread evenly, so that the
-    first N are a fair sample. It ends at `len()`. A source that has none is passed over.
+    The training split goes on epoch after epoch, each in a different order (`order`), and mixes the sources by weight.
+    The held-out split has one fixed order, whatever the seed: the windows of all sources are spread evenly, so that the
+    first N are a fair sample. It ends at `len()`. Sources without held-out sequences are skipped.
 
     Not for several threads at once: give each its own.
 
@@ -51,7 +51,7 @@ class Dataset:
         split: `train` or `held_out`.
 
     Raises:
-        ConfigError: data not prepared, not whole, with different tokenizers, or without a single sequence.
+        ConfigError: data that are not prepared, are damaged, have different tokenizers, or have no sequence at all.
     """
 
     def __init__(self, config: DataConfig, seq_len: int, seed: int, split: Split = "train"):
@@ -61,10 +61,10 @@ class Dataset:
         self.vocab_size = self.manifests[0].tokenizer.vocab_size
         self.eos_id = self.manifests[0].tokenizer.eos_id
         self.bad_pages: list[tuple[str, int]] = []
-        """(file, row group) of each bad page met so far under `data.on_bad_page: skip`."""
+        """(file, row group) of each bad page skipped so far under `data.on_bad_page: skip`."""
         self.shards: list[Shards] = []
         self.orders: list[EpochOrder | None] = []
-        """None where a source has no held-out sequence."""
+        """None for a source without held-out sequences."""
         for number, (source, manifest) in enumerate(zip(self.sources, self.manifests, strict=True)):
             tokens = manifest.prepare.row_group_tokens
             if seq_len > tokens:
@@ -76,7 +76,7 @@ class Dataset:
                 )
             shards = Shards(source.path, manifest, split, BLOCK + BLOCK // 8, config.limits)
             windows, last = self._windows(tokens), self._windows(shards.last_tokens)
-            groups = shards.groups if last else shards.groups - 1  # one token alone has no label
+            groups = shards.groups if last else shards.groups - 1  # a single token has no label
             if groups < 1 and split == "train":
                 raise ConfigError(f"data.path={source.path} has fewer than two training tokens: prepare more text")
             self.shards.append(shards)
@@ -98,11 +98,11 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """Identity of the data: of every source's manifest, which holds the digests of its shards."""
+        """Identity of the data: a digest of every source's manifest, which holds the digests of its shards."""
         return hashlib.sha256("".join(manifest.sha256 for manifest in self.manifests).encode()).hexdigest()
 
     def locate(self, index: int) -> Location:
-        """Location of sequence `index`. Raises IndexError beyond the end of the held-out split."""
+        """Location of sequence `index`. Raises IndexError past the end of the held-out split."""
         source, epoch, group, window = self._place(index)
         file, row_group = self.shards[source].locate(group)
         return Location(source, epoch, file, row_group, window)
@@ -115,12 +115,12 @@ class Dataset:
 
         Returns:
             `input_ids`, `labels`, `position_ids`, int64 [T], and `document_ids`, int64 [T] or None, as in
-            `models.batch.Batch`. Where documents are masked, an end of text has no label: what follows it is
-            another document.
+            `models.batch.Batch`. Where documents are masked, an end-of-text token has no label: the next token belongs
+            to another document.
 
         Raises:
             DataError: a bad page, unless `data.on_bad_page` is `skip`: then no label of the sequence is trained on.
-            IndexError: beyond the end of the held-out split.
+            IndexError: past the end of the held-out split.
         """
         length = self.seq_len
         tokens = self._tokens(index)
@@ -135,7 +135,7 @@ class Dataset:
         labels[ends] = IGNORE
         starts = np.zeros(length, bool)
         starts[1:] = ends[:-1]
-        starts[count:] = False  # all padding is one document more
+        starts[count:] = False  # all padding together is one more document
         starts[count : count + 1] = count > 0
         documents = np.cumsum(starts)
         positions -= np.maximum.accumulate(np.where(starts, positions, 0))

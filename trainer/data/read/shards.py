@@ -22,13 +22,13 @@ from trainer.data.prepare.shard_writer import COLUMN, schema
 
 OPEN_FILES = 16
 EXPANSION = 16
-"""Decoded bytes per byte on disk above which memory is limited: tokens of real text take 2 to 6."""
+"""Decoded bytes per byte on disk above which memory is limited; tokens of real text have 2 to 6."""
 GROUP_FOOTER = 1 << 10
-"""Bytes that a row group takes in a footer, at most; ours take some 100."""
+"""Most bytes of a row group in a footer; ours take some 100."""
 
 
 class DataError(RuntimeError):
-    """Data that were whole when they were prepared cannot be read.
+    """Data cannot be read, although they were intact when they were prepared.
 
     Attributes:
         file: the shard.
@@ -57,12 +57,12 @@ class Shards:
         folder: the prepared folder.
         manifest: its manifest.
         split: which split.
-        cached_groups: decoded row groups that are kept, least recently used first to go.
-        limits: what they may take.
+        cached_groups: decoded row groups in the LRU cache.
+        limits: on the memory that they take.
 
     Raises:
-        ConfigError: a shard that is missing, or whose size, row groups or rows are not the manifest's; row groups that
-            take more memory than the limits and their size on disk allow.
+        ConfigError: a shard is missing, or its size, row groups or rows differ from the manifest's; row groups take
+            more memory than the limits and their size on disk allow.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest, split: Split, cached_groups: int, limits: LimitsConfig):
@@ -88,7 +88,7 @@ class Shards:
         """Tokens of a row group, [n] of the manifest's dtype.
 
         Raises:
-            DataError: a bad page (checksum, decoding, count, token out of range), or a file that cannot be read.
+            DataError: a bad page (checksum, decoding, count, token out of range), or a file cannot be read.
         """
         if group in self._decoded:
             self._decoded.move_to_end(group)
@@ -99,11 +99,11 @@ class Shards:
             self._check_size(source, file, local)
             tokens = file.read_row_group(local, [COLUMN], use_threads=False)[COLUMN].to_numpy()
         except (OSError, ValueError, pa.ArrowException) as error:
-            # What the operating system reports has a number; what Parquet finds wrong has none.
+            # The operating system's errors have an errno; damage that Parquet finds has none.
             damaged = getattr(error, "errno", None) is None
             raise DataError(path, local, clip(error, 200), damaged) from error
         expected = self.last_tokens if group == self.groups - 1 else self.group_tokens
-        # A flipped bit in a page's header, which no checksum covers, ends in an error or in fewer values.
+        # A flipped bit in a page header, which no checksum covers, gives an error or fewer values.
         if len(tokens) != expected:
             raise DataError(path, local, f"{len(tokens)} tokens, but the manifest has {expected}", damaged=True)
         size = self.manifest.tokenizer.vocab_size
@@ -116,17 +116,17 @@ class Shards:
 
     @staticmethod
     def _check_size(source: Any, file: pq.ParquetFile, group: int) -> None:
-        """Raise ValueError where a row group would unpack to more than its tokens, which stand in it as 32-bit integers
+        """Raise ValueError if a row group would decompress to more than its tokens, which it stores as 32-bit integers
         (and perhaps once more, in a dictionary)."""
         metadata = file.metadata.row_group(group)
         chunk = metadata.column(0)
         starts = [at for at in (chunk.dictionary_page_offset, chunk.data_page_offset) if at]
         unpacked = sum(page.unpacked for page in pages(source, min(starts), chunk.total_compressed_size))
         if max(unpacked, chunk.total_uncompressed_size) > 8 * metadata.num_rows + (1 << 16):
-            raise ValueError(f"its {metadata.num_rows:,} tokens unpack to {unpacked:,} bytes")
+            raise ValueError(f"its {metadata.num_rows:,} tokens decompress to {unpacked:,} bytes")
 
     def _file(self, shard: int) -> tuple[Any, pq.ParquetFile]:
-        # Ranged reads, not a memory map: if a mapped file is truncated, the process is killed by SIGBUS.
+        # Ranged reads, not a memory map: truncating a mapped file would kill the process with SIGBUS.
         if shard in self._open:
             self._open.move_to_end(shard)
         else:

@@ -1,1 +1,1 @@
-"""Tokenizers: found, made, run in a process of their own, and kept with a run."""
+"""Tokenizers: found, trained, run in a process of their own, and kept with a run."""

@@ -1,4 +1,4 @@
-"""A run's tokenizer as transformers loads it: it encodes as the data were encoded and ends where training ended."""
+"""A run's tokenizer as transformers loads it: it encodes text as in the data, and has the same end-of-text token."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -24,8 +24,8 @@ _KEPT: dict[str, Callable[[Any], bool]] = {
     "padding_side": lambda value: value in _SIDES,
     "truncation_side": lambda value: value in _SIDES,
 }
-"""Settings that stay, if transformers takes them. Others are those of a class of tokenizers, which would build another
-one than tokenizer.json describes."""
+"""Settings that are kept, if transformers accepts them. Others belong to a class of tokenizers, which would not build
+the one in tokenizer.json."""
 
 
 def hf_tokenizer(
@@ -33,25 +33,25 @@ def hf_tokenizer(
 ) -> tuple[dict[str, bytes], dict[str, int | None]]:
     """The files of an exported tokenizer, and the ids of special tokens for the model's configs.
 
-    Prepared data have an end of text after each document and no other special token. So the exported tokenizer adds
-    none, has no beginning of text, and truncates and pads nothing; what its settings name beside that stays, if the
-    tokenizer has it.
+    Prepared data have an end-of-text token after each document and no other special token. So the exported tokenizer
+    adds no special tokens, has no beginning-of-text token, and neither truncates nor pads; other special tokens that
+    its settings name are kept, if the tokenizer has them.
 
     Args:
-        folder: with tokenizer.json and what belongs to it.
+        folder: with tokenizer.json and the files that belong to it.
         token_to_id: of the tokenizer.
         max_length: longest sequence of the model, in tokens; None: not known.
 
     Returns:
-        ({path in the folder: content}, {"bos_token_id", "eos_token_id" and "pad_token_id": id, None where there is
+        ({path in the folder: content}, {"bos_token_id", "eos_token_id" and "pad_token_id": id, or None if there is
         none}).
 
     Raises:
-        ConfigError: a file that cannot be read.
+        ConfigError: a file cannot be read.
     """
     file = folder / TOKENIZER
     tree, files, given = _tree(file), beside(file), settings(file)
-    files.pop(SPECIAL, None)  # it would say the same as the settings, or contradict them
+    files.pop(SPECIAL, None)  # it would repeat the settings, or contradict them
     files[TOKENIZER] = _plain(tree, file)
 
     def known(token: Any) -> bool:
@@ -73,7 +73,7 @@ def hf_tokenizer(
         **{name: given[name] for name, fits in _KEPT.items() if name in given and fits(given[name])},
     }
     if isinstance(tree.get("pre_tokenizer"), dict) and "add_prefix_space" in tree["pre_tokenizer"]:
-        written["add_prefix_space"] = tree["pre_tokenizer"]["add_prefix_space"]  # else transformers 4 sets it to false
+        written["add_prefix_space"] = tree["pre_tokenizer"]["add_prefix_space"]  # or transformers 4 sets it to false
     files[SETTINGS] = (json.dumps(written, indent=2, ensure_ascii=False) + "\n").encode()
     pad = special.get("pad_token")
     ids = {"bos_token_id": None, "eos_token_id": info.eos_id, "pad_token_id": token_to_id(pad) if pad else None}
@@ -81,7 +81,7 @@ def hf_tokenizer(
 
 
 def is_qwen2s(tokenizer: bytes) -> bool:
-    """Whether a tokenizer.json differs from Qwen2's in nothing but its tokens and merges (tokenization_qwen2.py)."""
+    """Whether a tokenizer.json differs from Qwen2's only in its tokens and merges (tokenization_qwen2.py)."""
     tree = json.loads(tokenizer)
     steps = [{**each, "trim_offsets": None} for each in (tree.get("pre_tokenizer") or {}).get("pretokenizers", [])]
     own: list[dict[str, Any]] = [
@@ -106,8 +106,8 @@ def _tree(file: Path) -> dict[str, Any]:
 
 
 def _plain(tree: Mapping[str, Any], file: Path) -> bytes:
-    """tokenizer.json without what adds special tokens, truncates, pads and draws at random; the file itself if it has
-    nothing of it."""
+    """tokenizer.json without adding special tokens, truncation, padding and dropout; the file itself if it has none of
+    these."""
     own = {key: tree.get(key) for key in ("truncation", "padding", "post_processor", "model")}
     plain = {"truncation": None, "padding": None, "post_processor": _adds_nothing(own["post_processor"])}
     model = own["model"]
@@ -116,7 +116,7 @@ def _plain(tree: Mapping[str, Any], file: Path) -> bytes:
 
 
 def _adds_nothing(processor: Any) -> Any:
-    """A post-processor without its parts that add special tokens; None: nothing is left."""
+    """A post-processor without the parts that add special tokens; None if nothing is left."""
     if not isinstance(processor, dict):
         return None
     if processor.get("type") == "Sequence" and isinstance(processor.get("processors"), list):
@@ -135,7 +135,7 @@ def _are_named(templates: Any) -> bool:
 
 
 def _among(tokens: Any, known: Callable[[Any], bool]) -> Any:
-    """A list of special tokens, or a dict of named ones, without those that the tokenizer has not."""
+    """A list of special tokens, or a dict of named ones, without those that the tokenizer lacks."""
     if isinstance(tokens, dict):
         return {name: content(token) for name, token in tokens.items() if known(token)}
     return [content(token) for token in tokens if known(token)] if isinstance(tokens, list) else None

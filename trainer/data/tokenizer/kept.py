@@ -1,4 +1,4 @@
-"""The tokenizer that a run keeps in its folder: with it and a checkpoint the run needs its data no more."""
+"""The tokenizer that a run keeps in its folder, so that a checkpoint can be used without the data."""
 
 import contextlib
 import shutil
@@ -13,30 +13,30 @@ from .tokenizer_files import FOLDER, INFO, copy_tokenizer, read_info, tokenizer_
 
 
 def keep_tokenizer(run_dir: Path, data: DataConfig) -> None:
-    """Copy the tokenizer of prepared data, and what their manifest says of it, into a run's folder, once.
+    """Copy the tokenizer of prepared data, and their manifest's entry for it, into a run's folder, if not yet there.
 
     Raises:
-        ConfigError: data that are not prepared.
+        ConfigError: the data are not prepared.
         OSError: the folder cannot be written.
     """
     folder, info = run_dir / FOLDER, read_manifests(data)[0].tokenizer
-    with contextlib.suppress(ConfigError):  # a damaged one is written anew
+    with contextlib.suppress(ConfigError):  # a damaged copy is replaced
         if read_info(folder) == info and _is_whole(folder, info):
             return
-    shutil.rmtree(folder, ignore_errors=True)  # cut short, or of data that the run did not begin with
+    shutil.rmtree(folder, ignore_errors=True)  # incomplete, or from other data
     folder.mkdir(mode=0o700)
     copy_tokenizer(tokenizer_file(sources_of(data)[0].path), folder)
     replace_text(folder / INFO, info.model_dump_json(indent=1) + "\n")
 
 
 def tokenizer_of(run_dir: Path, data: DataConfig) -> tuple[Path, TokenizerInfo]:
-    """The folder with a run's tokenizer, and which token ends a document there.
+    """The folder with a run's tokenizer, and the tokenizer's entry in the manifest.
 
     Args:
-        data: of the run; a run that keeps no tokenizer has theirs.
+        data: of the run; their tokenizer is used if the run keeps none.
 
     Raises:
-        ConfigError: neither is there, or not the one that the data were prepared with.
+        ConfigError: neither is there, or it is not the tokenizer that the data were prepared with.
     """
     folder = run_dir / FOLDER
     if info := read_info(folder):
@@ -51,8 +51,8 @@ def tokenizer_of(run_dir: Path, data: DataConfig) -> tuple[Path, TokenizerInfo]:
     except ConfigError as error:
         why = str(error).splitlines()[0]
         raise ConfigError(
-            f"{run_dir} keeps no tokenizer, as runs of older versions, and its data cannot be read: {why}\n"
-            "Put them back where they were; once it is started again it keeps its tokenizer"
+            f"{run_dir} has no copy of its tokenizer (an older version's run), and its data cannot be read: {why}\n"
+            "Put the data back where they were; once the run is started again it keeps a copy"
         ) from None
 
 

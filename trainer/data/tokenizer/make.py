@@ -1,4 +1,4 @@
-"""Make the tokenizer of a preparation: byte level, trained on a sample of the inputs, or an existing file."""
+"""Makes the tokenizer of prepared data: byte-level, trained on a sample of the inputs, or an existing file."""
 
 import hashlib
 import unicodedata
@@ -16,7 +16,7 @@ from .tokenizer import TokenizerProcess, byte_tokenizer, train_bpe
 from .tokenizer_files import copy_tokenizer, end_of_text, tokenizer_file
 
 _PROBES = ("Hello World", "café Größe", "one  two\n\n\tthree\n")
-"""What uncased tokenizers, those without accents and those that split at blanks do not give back."""
+"""Texts that uncased tokenizers, those that strip accents and those that split at whitespace do not restore."""
 
 
 def make_tokenizer(
@@ -27,13 +27,13 @@ def make_tokenizer(
     reader: Reader,
     limits: LimitsConfig,
 ) -> tuple[TokenizerInfo, list[str]]:
-    """Put the tokenizer.json that `config.tokenizer` asks for into `folder`, with what belongs to it.
+    """Put the tokenizer.json that `config.tokenizer` asks for into `folder`, with the files that belong to it.
 
     Returns:
-        What a manifest says of it, and what it does to texts that a user should know.
+        Its entry in the manifest, and what a user should know of how it changes texts.
 
     Raises:
-        ConfigError: an existing tokenizer that cannot be read, takes more than the limits or has no end of text.
+        ConfigError: an existing tokenizer cannot be read, exceeds the limits or has no end-of-text token.
     """
     path, doubts = folder / TOKENIZER, []
     if config.tokenizer in ("bytes", "bpe"):
@@ -68,16 +68,16 @@ def make_tokenizer(
 
 
 def changed(text: str, back: str) -> str:
-    """What a user is told of a tokenizer that loses text."""
-    alike = unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", back)  # on a screen
+    """The message about a tokenizer that changes text."""
+    alike = unicodedata.normalize("NFC", text) == unicodedata.normalize("NFC", back)  # they look alike on a screen
     show = ascii if alike else repr
     return f"the tokenizer changes text: {show(text)} becomes {show(back)}"
 
 
 def _sample(files: list[Input], config: PrepareConfig, splitting: Splitting, reader: Reader) -> Iterator[str]:
-    """Training documents for the tokenizer: files in an order drawn by hash, from each its share of the cap (at least
-    1 MiB, so that of many small files some are taken whole). The cap is 16 MiB, or 2 KiB per token of the vocabulary
-    where that is more."""
+    """Training documents for the tokenizer: files in the order of a hash, from each its share of the cap (at least
+    1 MiB, so that of many small files some are taken whole). The cap is the larger of 16 MiB and 2 KiB per token of the
+    vocabulary."""
     cap = max(1 << 24, config.vocab_size << 11)
     total = max(sum(file.bytes for file in files), 1)
     order = sorted(range(len(files)), key=lambda i: hashlib.blake2b(f"{config.seed}/{i}".encode()).digest())

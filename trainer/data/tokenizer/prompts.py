@@ -1,4 +1,4 @@
-"""Texts for a model to continue: through the tokenizer, the model, and back."""
+"""Texts for a model to continue: encoded, continued by the model, and decoded."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,20 +14,20 @@ from .tokenizer import TokenizerProcess
 
 
 class Prompts:
-    """Texts that a language model is to go on from.
+    """Texts that a language model is to continue.
 
     Args:
-        end: the token between documents: an empty prompt starts from it and a text ends at it.
+        end: the end-of-text token: an empty prompt starts from it, and a continuation ends at it.
     """
 
     def __init__(self, texts: Sequence[str], tokenizer: TokenizerProcess, end: int) -> None:
         self.texts, self._tokenizer, self._end = texts, tokenizer, end
 
     def continued(self, module: nn.Module, **how: Any) -> list[str]:
-        """Each text with what the model adds to it; every process that holds a part of the model must call it.
+        """Each text with the model's continuation; every process that holds a part of the model must call it.
 
         Args:
-            how: of `models.decoder.generate.generate`, whose ConfigError it raises.
+            how: arguments of `models.decoder.generate.generate`, whose ConfigError it raises.
         """
         tokens = [self._tokenizer.encode(text) or [self._end] for text in self.texts]
         added = generate(module, tokens, stop_token=self._end, agree=_as_the_first, **how)
@@ -35,7 +35,7 @@ class Prompts:
 
 
 def _as_the_first(tokens: list[int]) -> list[int]:
-    """The first process's tokens: drawing different ones, processes would not end together, and wait for ever."""
+    """Rank 0's tokens: with different samples, processes would not end together, and would wait for ever."""
     if not dist.is_initialized():
         return tokens
     told = torch.tensor(tokens, device=collectives.here())

@@ -1,4 +1,4 @@
-"""Tokenizers as Hugging Face tokenizer.json: byte level, BPE trained on the data, or an existing one."""
+"""Tokenizers as Hugging Face tokenizer.json: byte-level, a BPE trained on the data, or an existing one."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,19 +14,19 @@ from trainer.data.child import MIB, Child, ChildDied
 from .tokenizer_files import END_OF_TEXT, tokenizer_file
 from .tokenizer_process import plain
 
-# Qwen2's split (Hugging Face tokenization_qwen2.py): unlike GPT-2's it keeps a line end with what follows
-# punctuation and indentation in one piece, which source code is full of, and writes numbers digit by digit.
+# Qwen2's split (Hugging Face tokenization_qwen2.py): unlike GPT-2's it keeps line ends together with the punctuation
+# before them, and indentation in one piece, both frequent in source code, and splits numbers into digits.
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 _TRIAL = "def f(x):\n    return 'für 数据 🙂', 3.14" + "a" * 64 + " " * 64 + "\n" * 8 + "!0" * 32
-"""Words, and runs that patterns with nested repetitions search for ever."""
+"""Words, and runs on which patterns with nested repetitions backtrack for ever."""
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Token b is byte b (0 to 255); 256 is the end of text."""
+    """A tokenizer whose token b is byte b (0 to 255); 256 is the end-of-text token."""
     vocab = {character: byte for byte, character in enumerate(_byte_characters())}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -36,7 +36,7 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE of at most `vocab_size` tokens, the end of text (id 0) and all 256 bytes among them."""
+    """Train a byte-level BPE of at most `vocab_size` tokens, including the end-of-text token (id 0) and all bytes."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -57,17 +57,17 @@ def train_bpe(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 class TokenizerProcess:
-    """A tokenizer.json in a child process of its own: reading it and using it may hang, take any memory or panic.
+    """A tokenizer.json in a child process: loading it and using it may hang, exhaust memory or panic.
 
-    Special tokens that stand in a text are encoded as the characters they are, so a text cannot end a document. Use it
-    as a context manager or call `close()`. Every method raises ConfigError where the tokenizer fails.
+    Names of special tokens in a text are encoded as plain characters, so a text cannot end a document. Use it as a
+    context manager or call `close()`. Every method raises ConfigError if the tokenizer fails.
 
     Args:
         path: a tokenizer.json, or a folder with one (prepared data, a Hugging Face model).
-        limits: what it may take; for each MiB of the file 32 MiB and a second more.
+        limits: on its memory and CPU time; for each MiB of the file 32 MiB and a second more.
 
     Raises:
-        ConfigError: no such file, not a tokenizer, or one that takes more.
+        ConfigError: no such file, not a tokenizer, or one that exceeds the limits.
     """
 
     def __init__(self, path: str | Path, limits: LimitsConfig | None = None):
@@ -79,7 +79,7 @@ class TokenizerProcess:
         bounds = {"memory": tokenizer_memory(limits, size), "seconds": limits.seconds + size / MIB}
         try:
             tokens, self.vocab_size, self.dropout = self._ask("load", str(self.file), **bounds)
-            # What counts tokens, and the embedding, have a row for every id.
+            # Token counts and the embedding have a row for every id.
             if self.vocab_size > 4 * tokens + 1024:
                 raise ConfigError(
                     f"tokenizer {self.file}: its {tokens:,} tokens have ids up to {self.vocab_size - 1:,}; number "
@@ -90,18 +90,18 @@ class TokenizerProcess:
             raise
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of a text as prepared data have them: no special tokens around them."""
+        """Tokens of a text as in prepared data: no special tokens around them."""
         return self._ask("encode", text)
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._ask("decode", list(tokens), skip_special_tokens)
 
     def continued(self, prompt: str, tokens: Sequence[int], added: Sequence[int]) -> str:
-        """A prompt and the tokens that a model added to its own, as one text.
+        """A prompt and the tokens that a model has added to it, as one text.
 
-        They are decoded together: SentencePiece's decoders drop the blank that a text begins with.
+        They are decoded together, as SentencePiece's decoders drop a leading space.
         """
-        for text in (None, ".", "a", "\n"):  # bytes that make no character spoil those of the prompt just before them
+        for text in (None, ".", "a", "\n"):  # invalid bytes right after the prompt can garble its last characters
             head = tokens if text is None else self.encode(text)
             before, whole = self.decode(head), self.decode([*head, *added])
             if whole.startswith(before):
@@ -109,16 +109,16 @@ class TokenizerProcess:
         return prompt + self.decode(added)
 
     def lost(self, text: str) -> tuple[str, str] | None:
-        """The first part of a text that its tokens do not give back, and what they give; None: they give back all."""
+        """The first part of a text that decoding its tokens changes, and what it becomes; None: nothing changes."""
         found = self._ask("lost", text)
         return found and (found[0], found[1])
 
     def trial(self) -> None:
-        """Encode and decode a little, which shows what is wrong with most."""
+        """Encode and decode a short text, which reveals most faults."""
         self.decode(self.encode(_TRIAL))
 
     def save(self, path: Path) -> None:
-        """Write it as it is used here: without truncation, padding and BPE dropout."""
+        """Write it to a file as it is used here: without truncation, padding and BPE dropout."""
         self._ask("save", str(path))
 
     def token_to_id(self, token: str) -> int | None:
@@ -142,7 +142,7 @@ class TokenizerProcess:
             answer = self._child.ask({"do": do, "arguments": arguments} | bounds)
         except ChildDied as error:
             answer = {"error": str(error)}
-        if re.search(r"at line \d+ column \d+$", answer.get("error", "")):  # no JSON, or not that of a tokenizer
+        if re.search(r"at line \d+ column \d+$", answer.get("error", "")):  # not JSON, or not a tokenizer's
             raise ConfigError(
                 f"tokenizer {self.file} cannot be used ({answer['error']}): give a Hugging Face tokenizer.json"
             )
@@ -156,7 +156,7 @@ class TokenizerProcess:
 
 
 def tokenizer_memory(limits: LimitsConfig, size: int) -> int:
-    """Bytes that a process may take for a tokenizer.json of `size` bytes. A BPE of 256,000 tokens took 16 a byte."""
+    """Bytes that a process may use for a tokenizer.json of `size` bytes. A BPE of 256,000 tokens took 16 per byte."""
     return limits.memory * MIB + 32 * size
 
 

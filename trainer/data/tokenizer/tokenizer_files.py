@@ -1,4 +1,4 @@
-"""The files of a tokenizer: found by path or name, read within bounds; and which token ends a document."""
+"""The files of a tokenizer: found by path or name, read within limits; and its end-of-text token."""
 
 import contextlib
 import hashlib
@@ -21,23 +21,23 @@ END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_BYTES = 256 << 20
 """The largest tokenizer.json in use have 35 MB."""
 TOKENIZER_VALUES = 1 << 22
-"""Lists, mappings and what is in them: a BPE of 262,000 tokens, whose 0.5 million merges are pairs, has 1.8 million."""
+"""Lists, mappings and their elements: a BPE of 262,000 tokens, with 0.5 million merges as pairs, has 1.8 million."""
 SETTINGS_BYTES = 4 << 20
-"""Of what stands beside it; the longest chat templates have some 0.1 MB."""
+"""Of each file beside it; the longest chat templates have some 0.1 MB."""
 
 SETTINGS = "tokenizer_config.json"
 SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
-"""A folder of named ones, as transformers 5 writes it."""
+"""A folder of named templates, as transformers 5 writes it."""
 MOST_TEMPLATES = 32
 FOLDER = "tokenizer"
-"""Of a run: its copy."""
+"""The folder of a run's own copy."""
 INFO = "info.json"
-"""In the copy that a run keeps: what the manifest of its data says of the tokenizer."""
+"""In that copy: the tokenizer's entry in the manifest of the data."""
 
 _SLOW = ("tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json", "tiktoken.model")
-"""Files of tokenizers that only libraries of their own read."""
+"""Files of tokenizers that only their own libraries can read."""
 
 _KNOWN_ENDS = (
     END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|end▁of▁sentence|>", "<|eos|>", "[EOS]", "<EOS>", "<|eot_id|>",
@@ -50,7 +50,7 @@ def tokenizer_file(path: str | Path) -> Path:
     or a model in this machine's cache of the Hugging Face Hub. Nothing is fetched.
 
     Raises:
-        ConfigError: there is none, or it is too large for any.
+        ConfigError: there is none, or it is larger than any tokenizer's.
     """
     if not str(path):
         raise ConfigError("the tokenizer's name is empty: give `bytes`, `bpe`, a file, a folder or a model's name")
@@ -63,7 +63,7 @@ def tokenizer_file(path: str | Path) -> Path:
         if (size := file.stat().st_size) > TOKENIZER_BYTES:
             raise ConfigError(f"tokenizer {file} has {size:,} bytes, over {TOKENIZER_BYTES:,}")
         refuse_pointer(file)
-    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has a NUL, or ~ of nobody
+    except (OSError, ValueError, RuntimeError) as error:  # a name that is too long, has a NUL, or ~ of an unknown user
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"tokenizer {str(path)!r}: {error}") from None
@@ -76,7 +76,7 @@ def _in_folder(folder: Path) -> Path:
             return file
     if slow := [name for name in _SLOW if (folder / name).is_file()]:
         raise ConfigError(
-            f"tokenizer {folder}: it has {' and '.join(slow)}, but no existing {TOKENIZER}, which is what is read.\n"
+            f"tokenizer {folder}: it has {' and '.join(slow)}, but no {TOKENIZER}, the only format that is read.\n"
             "transformers writes one: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(NEW)"
         )
     raise ConfigError(f"tokenizer {folder}: no {TOKENIZER} in this folder")
@@ -86,7 +86,7 @@ def _in_cache(name: str) -> Path:
     from huggingface_hub import constants, try_to_load_from_cache  # 0.2 s
 
     fetch = ""
-    with contextlib.suppress(ValueError):  # no name of the Hub
+    with contextlib.suppress(ValueError):  # not a name on the Hub
         found = try_to_load_from_cache(name, TOKENIZER)
         if isinstance(found, str) and os.path.isfile(found):
             return Path(found)
@@ -98,13 +98,13 @@ def _in_cache(name: str) -> Path:
 
 
 def beside(file: Path) -> dict[str, bytes]:
-    """What stands beside a tokenizer.json and belongs to it: settings, names of special tokens, chat templates.
+    """The files beside a tokenizer.json that belong to it: settings, names of special tokens, chat templates.
 
     Returns:
         {path in the folder: content}.
 
     Raises:
-        ConfigError: one cannot be read, or has more than SETTINGS_BYTES; too many.
+        ConfigError: one cannot be read or has more than SETTINGS_BYTES; or there are too many.
     """
     folder = file.parent
     named = [folder / name for name in (SETTINGS, SPECIAL, TEMPLATE)]
@@ -121,14 +121,14 @@ def beside(file: Path) -> dict[str, bytes]:
 
 
 def copy_tokenizer(file: Path, to: Path) -> None:
-    """Copy a tokenizer.json and what belongs to it into a folder that is there. Raises ConfigError as `beside`."""
+    """Copy a tokenizer.json and the files of `beside` into an existing folder. Raises ConfigError as `beside`."""
     for name, found in {TOKENIZER: file.read_bytes(), **beside(file)}.items():
         (to / name).parent.mkdir(mode=0o700, exist_ok=True)
         replace_bytes(to / name, found)
 
 
 def settings(file: Path) -> dict[str, Any]:
-    """tokenizer_config.json beside a tokenizer.json, and from special_tokens_map.json what it does not say.
+    """tokenizer_config.json beside a tokenizer.json, with defaults from special_tokens_map.json.
 
     Raises:
         ConfigError: one cannot be read as JSON.
@@ -147,18 +147,17 @@ def settings(file: Path) -> dict[str, Any]:
 
 
 def content(token: Any) -> str | None:
-    """A special token as settings have it, a string or an object with `content`; None: neither."""
+    """The text of a special token in the settings, a string or an object with `content`; None: neither."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def end_of_text(token_to_id: Callable[[str], int | None], file: Path) -> tuple[str, int]:
-    """The token that ends a document and its id: what prepared data or a run say of this file, else `eos_token` of the
-    settings beside it, else the first of the usual names.
+    """The end-of-text token and its id: the one that prepared data or a run recorded for this file, else `eos_token` of
+    the settings beside it, else the first of the usual names.
 
     Raises:
-        ConfigError: the tokenizer has none of them, or not the one that its settings name; settings that cannot be
-            read.
+        ConfigError: the tokenizer has none of them, or not the one that its settings name; or these cannot be read.
     """
     if (told := _told(file)) and token_to_id(told.eos_token) == told.eos_id:
         return told.eos_token, told.eos_id
@@ -179,7 +178,7 @@ def end_of_text(token_to_id: Callable[[str], int | None], file: Path) -> tuple[s
 
 
 def read_info(folder: Path) -> TokenizerInfo | None:
-    """What a run keeps of its tokenizer; None: nothing. Raises ConfigError if it is damaged."""
+    """The tokenizer's manifest entry that a run has kept; None: none. Raises ConfigError if it is damaged."""
     path = folder / INFO
     if not path.is_file():
         return None
@@ -192,7 +191,7 @@ def read_info(folder: Path) -> TokenizerInfo | None:
 
 
 def _told(file: Path) -> TokenizerInfo | None:
-    """What a manifest or a run's info beside a tokenizer.json says of it, if they speak of this very file."""
+    """The entry for a tokenizer.json in the manifest or a run's info beside it, if it is for this very file."""
     try:
         told = read_manifest(file.parent).tokenizer if file.with_name(MANIFEST).is_file() else read_info(file.parent)
     except ConfigError:  # another program's file of that name

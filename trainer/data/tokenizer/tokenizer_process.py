@@ -1,6 +1,6 @@
-"""Run a tokenizer.json where it can do no harm: `serve` is the child of `tokenizer.TokenizerProcess`.
+"""Runs a tokenizer.json where it can do no harm: `serve` is the child of `tokenizer.TokenizerProcess`.
 
-It imports as little as it can: a process starts in 50 ms.
+It imports as little as possible, so that a process starts in 50 ms.
 """
 
 import json
@@ -17,18 +17,18 @@ from configs.reading.parse import clip
 from trainer.data.child import MIB, Bounds
 
 ANSWER_BYTES = 16 * MIB
-"""An answer may be longer only where its request was."""
+"""An answer may only be longer if its request was long."""
 SHOWN = 24
-"""Characters of a text that was lost."""
+"""Characters shown of a text that was changed."""
 
 
 class TokenizerError(ValueError):
-    """The library refused a file, a text or tokens, or panicked over them."""
+    """The library refused a file, a text or tokens, or panicked on them."""
 
 
 @contextmanager
 def library_errors() -> Iterator[None]:
-    """Whatever tokenizers raises as TokenizerError: it raises bare Exception, and a panic is no Exception at all."""
+    """Turn whatever tokenizers raises into TokenizerError: it raises bare Exception, and panics as a BaseException."""
     try:
         yield
     except BaseException as error:
@@ -38,17 +38,17 @@ def library_errors() -> Iterator[None]:
 
 
 def load(path: str | Path) -> Tokenizer:
-    """Load a tokenizer.json in this process, which has its bounds, or made the file itself. Raises TokenizerError."""
+    """Load a tokenizer.json in this process, which is limited, or wrote the file itself. Raises TokenizerError."""
     return plain(_read(path))
 
 
 def _read(path: str | Path) -> Tokenizer:
     with library_errors():
-        return Tokenizer.from_buffer(Path(path).read_bytes())  # from_file takes no name that is not UTF-8
+        return Tokenizer.from_buffer(Path(path).read_bytes())  # from_file only takes names that are UTF-8
 
 
 def plain(tokenizer: Tokenizer) -> Tokenizer:
-    """Without truncation, padding and BPE dropout; special tokens in a text are encoded as the characters they are."""
+    """Disable truncation, padding and BPE dropout; encode names of special tokens in a text as plain characters."""
     if dropout(tokenizer):
         tokenizer.model.dropout = None
     tokenizer.no_truncation()
@@ -58,33 +58,33 @@ def plain(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def dropout(tokenizer: Tokenizer) -> float:
-    """The share of merges that BPE leaves out at random, which would give one text other tokens each time."""
+    """The BPE dropout rate: with it, a text would be encoded differently each time."""
     return getattr(tokenizer.model, "dropout", None) or 0.0
 
 
 def unknown(tokenizer: Tokenizer) -> int | None:
-    """The token that stands for whatever the vocabulary lacks; None: there is none."""
-    if isinstance(tokenizer.model, models.Unigram):  # which does not tell
-        last = encode(tokenizer, "\U0010fffd")[-1:]  # a character of nobody
+    """The id of the unknown token; None: there is none."""
+    if isinstance(tokenizer.model, models.Unigram):  # it does not expose it
+        last = encode(tokenizer, "\U0010fffd")[-1:]  # a private-use character
         return last[0] if last and not str(tokenizer.id_to_token(last[0])).startswith("<0x") else None
     named = getattr(tokenizer.model, "unk_token", None)
     return tokenizer.token_to_id(named) if named is not None else None
 
 
 def encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Tokens of a text as they stand in prepared data, in prompts and in samples: without special tokens around them.
+    """Tokens of a text as in prepared data, prompts and samples: without special tokens around them.
 
-    The batch call with one text keeps no offsets, and starts no threads beside other processes.
+    The batch call with one text computes no offsets, and starts no threads, which would compete with other processes.
     """
     return tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
 def encode_on(tokenizer: Tokenizer, text: str, before: str) -> list[int]:
-    """Tokens of a text that goes on from `before`: without the blank that some tokenizers put before every text.
+    """Tokens of a text that continues `before`: without the space that some tokenizers put before every text.
 
-    It is encoded behind a character whose tokens stay as they are with the text behind it, if there is such a one.
+    It is encoded after a character whose own tokens do not change when the text follows, if there is one.
     """
-    if not encode(tokenizer, before[-1:]):  # between words, as a line end is to WordPiece
+    if not encode(tokenizer, before[-1:]):  # a separator without tokens, as a line end is to WordPiece
         return encode(tokenizer, text)
     for first in (before[-1:], "\n", "0", "."):
         head = encode(tokenizer, first)
@@ -95,19 +95,19 @@ def encode_on(tokenizer: Tokenizer, text: str, before: str) -> list[int]:
 
 
 def puts_blanks(tokenizer: Tokenizer) -> bool:
-    """Whether two encoded texts, one after the other, are not those texts one after the other."""
+    """Whether the tokens of two texts, concatenated, decode to something else than the two texts concatenated."""
     try:
         with library_errors():
             one, other, both = (encode(tokenizer, text) for text in ("a", "b", "ab"))
             return tokenizer.decode(one + other) != tokenizer.decode(both)
-    except TokenizerError:  # what it makes of real texts is seen with each
+    except TokenizerError:  # failures on real texts are reported for each of them
         return False
 
 
 def lost(tokenizer: Tokenizer, text: str) -> tuple[str, str] | None:
-    """The first part of a text that its tokens do not give back, and what they give; None: they give back all.
+    """The first part of a text that decoding its tokens changes, and what it becomes; None: nothing changes.
 
-    A blank more or less at its beginning counts for nothing, as many tokenizers have it so.
+    A leading space more or less is ignored, as many tokenizers add or drop one.
     """
     back = tokenizer.decode(encode(tokenizer, text), skip_special_tokens=False)
     pairs = [(text, back)]
@@ -121,7 +121,7 @@ def lost(tokenizer: Tokenizer, text: str) -> tuple[str, str] | None:
 
 
 def serve(descriptor: int) -> None:
-    """Answer the requests that come over an inherited pipe until the other side closes it."""
+    """Answer requests that arrive over an inherited pipe until the other side closes it."""
     connection, bounds = Connection(descriptor), Bounds()
     tokenizer: Tokenizer | None = None
     while True:

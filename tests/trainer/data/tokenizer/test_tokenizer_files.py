@@ -209,7 +209,7 @@ def test_a_tokenizer_by_its_name_in_the_cache(cached, raw, muster):
         ("no/such/file.json", ["not `bytes`, `bpe` or an existing tokenizer.json"]),
         ("https://huggingface.co/lab/small", ["not `bytes`, `bpe` or an existing tokenizer.json"]),
         ("~nobody-here/x", ["no user"]),
-        ("slow", ["it has tokenizer.model and vocab.json, but no existing tokenizer.json", "save_pretrained"]),
+        ("slow", ["it has tokenizer.model and vocab.json, but no tokenizer.json", "save_pretrained"]),
         ("empty", ["no tokenizer.json in this folder"]),
     ],
 )
