@@ -20,13 +20,13 @@ from trainer.record.lines import read_events, read_metrics
 from trainer.tracking.sweep import TRIALS
 
 SPACING = 1.25
-"""Ratio of the FLOPs of neighbouring points of loss curves: more than `budgets` takes for one."""
+"""Ratio of the FLOPs of neighbouring points of loss curves: more than `budgets` merges into one."""
 SMOOTHED = 0.05
-"""Share of a run's steps so far whose mean is its training loss at a point of its curve."""
+"""Fraction of a run's steps so far over which the training loss at a point of its curve is averaged."""
 
 
 def known_plan(sweep: SweepConfig) -> Plan:
-    """The plan of a sweep with the vocabulary and the losses that its runs found. Raises ConfigError if none ran."""
+    """The plan of a sweep, with the vocabulary and the losses of its runs. Raises ConfigError if none ran."""
     sweep_dir = sweep.folder.resolve()
     _, tree = read_plan(sweep_dir)
     losses = {
@@ -42,15 +42,15 @@ class Row(NamedTuple):
     config: Config
     """Resolved."""
     loss: float
-    """Held-out, after the last step."""
+    """Held-out loss after the last step."""
     recipe: str
     unique: float
-    """Training tokens that there are."""
+    """Unique training tokens available."""
     measures: Measures
 
     @property
     def tokens(self) -> float:
-        """Of a family that reads none, its examples."""
+        """Training tokens; of a family that does not read tokens, examples."""
         train = self.config.train
         return float(train.steps) * train.global_batch * self.measures.units
 
@@ -60,9 +60,9 @@ class Row(NamedTuple):
 
 
 def collect(planned: Plan) -> Table:
-    """One row for each trial that has finished; the others are in `excluded` with the reason.
+    """One row for each trial that has finished; the others are in `excluded`, with the reason.
 
-    Of trials that differ in their learning rate alone the best one stands for all: the rate was tuned.
+    Of trials that differ only in their learning rate, the best stands for all: the rate counts as tuned.
     """
     steps = {trial.name: trial.config.train.steps for trial in planned.trials}
     return collect_folder(planned.sweep.folder.resolve(), steps, planned.sweep.count)
@@ -145,7 +145,7 @@ def table_of(rows: Sequence[Row], count: str, excluded: Sequence[tuple[str, str]
 
 
 def best_of_rates(rows: Sequence[Row]) -> tuple[list[Row], list[tuple[str, str]]]:
-    """Of rows that differ in optim.lr alone the best, and why the others are left out."""
+    """The best of the rows that differ only in optim.lr, and why the others are left out."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         keys = {key: value for key, value in flatten(row.config).items() if key not in ("run.name", "optim.lr")}
@@ -163,8 +163,8 @@ def best_of_rates(rows: Sequence[Row]) -> tuple[list[Row], list[tuple[str, str]]
 def loss_curves(sweep_dir: Path, table: Table, read: Callable[[Path], Config] = load) -> Table:
     """Points of the finished trials' training losses at common FLOPs, for Hoffmann et al.'s approach 1.
 
-    A point before a run's end was reached at a learning rate that had not come down yet, so these losses are higher
-    than those of runs that end there (arXiv:2203.15556, section 3.1, trains several lengths of each size for that).
+    A point before a run's end was reached before the learning rate had decayed, so these losses are higher than those
+    of runs that end there (arXiv:2203.15556, section 3.1, therefore trains several lengths of each size).
 
     Args:
         table: of `collect`.
@@ -205,7 +205,7 @@ def _unusable(standing: Standing) -> str:
 
 
 def _unique(inputs: Sequence[Mapping[str, Any]]) -> float:
-    """Training tokens of all sources; infinite where the record does not say."""
+    """Training tokens of all sources; infinite if the record does not say."""
     found = [each["profile"].get("splits", {}).get("train", {}).get("tokens") for each in inputs if each["profile"]]
     known = [float(tokens) for tokens in found if tokens]
     return sum(known) if known else float("inf")

@@ -1,4 +1,4 @@
-"""A figure as its marks, and how matplotlib draws it for paper; `page` draws the same for a screen."""
+"""A figure as a list of marks, and how matplotlib draws it for print; `page` draws the same for the screen."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -28,10 +28,10 @@ class Mark:
     kind: Literal["line", "points", "band", "contour"]
     x: Array
     y: Array
-    """Of a contour: its axis, so that z has shape (len(y), len(x))."""
+    """For a contour its y axis, so that z has shape (len(y), len(x))."""
     colour: str = "black"
     label: str = ""
-    """In the legend, once for a figure; "": not there."""
+    """Legend entry, once per figure; "": none."""
     dash: bool = False
     marker: str = "o"
     size: float = 3.5
@@ -40,7 +40,7 @@ class Mark:
     high: Array | None = None
     z: Array | None = None
     text: tuple[str, ...] = ()
-    """What pointing at a point shows."""
+    """Hover text of each point."""
 
 
 @dataclass
@@ -49,11 +49,11 @@ class Panel:
 
     x: tuple[str, Scale]
     y: tuple[str, Scale]
-    """What the axis says, and its scale."""
+    """Label and scale of the axis."""
     marks: list[Mark] = field(default_factory=list)
     title: str = ""
     limits: tuple[tuple[float, float], tuple[float, float]] | None = None
-    """Of x and y; None: all marks. The first panel's y counts for all."""
+    """Limits of x and y; None: fit all marks. The first panel's y limits apply to all panels."""
 
 
 @dataclass
@@ -64,18 +64,18 @@ class Picture:
     caption: str
     panels: list[Panel]
     legend: str = ""
-    """What the legend's entries are, such as "FLOPs"."""
+    """Title of the legend, such as "FLOPs"."""
 
 
 def sequence(count: int) -> list[str]:
-    """Colours in an order that colour-blind readers see, dark to light; the palest are left out."""
+    """Colours whose order colour-blind readers can see, dark to light; the palest are left out."""
     if count < 2:
         return [BLUE][:count]
     return [to_hex(colormaps["viridis"](share)) for share in np.linspace(0.0, 0.88, count)]
 
 
 def distinct(count: int) -> list[str]:
-    """Colours of kinds: Okabe and Ito's while they last."""
+    """Colours for categories: Okabe and Ito's, or a sequence if those are too few."""
     return list(DISTINCT[:count]) if count <= len(DISTINCT) else sequence(count)
 
 
@@ -97,7 +97,7 @@ def number(value: float, scale: Scale) -> str:
 
 
 def ticks(low: float, high: float, scale: Scale, most: int = 6) -> list[float]:
-    """Few round values between two ends."""
+    """A few round values between two ends."""
     if scale != "share" and (decades := np.log10(high / low)) > 1:
         first, last = int(np.floor(np.log10(low))), int(np.ceil(np.log10(high)))
         for within in ((1, 2, 5), (1, 3), (1,)):
@@ -132,7 +132,7 @@ def _ends(values: Array, scale: Scale) -> tuple[float, float]:
 
 
 def paper(picture: Picture) -> Figure:
-    """Drawn by matplotlib."""
+    """The picture, drawn by matplotlib."""
     count = len(picture.panels)
     figure = Figure(figsize=(1.6 + max(4.2, 2.7 * count), HEIGHT))
     shown: dict[str, Any] = {}
@@ -140,7 +140,7 @@ def paper(picture: Picture) -> Figure:
     for i, (panel, axes, limits) in enumerate(zip(picture.panels, every, ends_of(picture), strict=True)):
         axes.set(xscale=_scale(panel.x[1]), yscale=_scale(panel.y[1]), xlim=limits[0], ylim=limits[1])
         axes.set(xlabel=panel.x[0], ylabel="" if i else panel.y[0], title=panel.title)
-        few = 6 if count == 1 else 4  # tick labels stand beside each other
+        few = 6 if count == 1 else 4  # labels of narrow panels would overlap
         for axis, scale, ends, most in (
             (axes.xaxis, panel.x[1], limits[0], few),
             (axes.yaxis, panel.y[1], limits[1], 6),

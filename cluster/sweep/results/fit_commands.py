@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from .plots import Prediction
 
 MOST_BOOTSTRAPS, MOST_DRAWN = 100_000, 50_000_000
-"""Refits, and refits times rows: a number of 8 bytes each."""
-File = Annotated[str | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep; or --table.")]
+"""Most refits, and most refits times rows (8 bytes each)."""
+File = Annotated[str | None, typer.Argument(metavar="[SWEEP.yaml]", help="The sweep's definition; or give --table.")]
 TableFile = Annotated[
     Path | None, typer.Option("--table", metavar="FILE", help="CSV or Parquet file, one run per row.")
 ]
@@ -42,15 +42,17 @@ FormName = Annotated[list[str] | None, typer.Option("--form", metavar="FORM", he
 PredictForm = Annotated[
     str | None,
     typer.Option(
-        "--form", metavar="FORM", help="Fit this form to all runs; default: crossed, near the largest budgets."
+        "--form",
+        metavar="FORM",
+        help="Fit this form to all runs; default: form crossed, fitted near the largest budgets.",
     ),
 ]
-MaxBudget = Annotated[float | None, typer.Option(metavar="C", help="Leave out runs of more training FLOPs.")]
+MaxBudget = Annotated[float | None, typer.Option(metavar="C", help="Leave out runs with more training FLOPs.")]
 Unique = Annotated[
     float | None,
     typer.Option(
         metavar="U",
-        help="Unique tokens available; a model of more repeats them. Default: a sweep's own data, else unlimited.",
+        help="Unique tokens available; training on more repeats them. Default: a sweep's own data, else unlimited.",
     ),
 ]
 Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", help="Training FLOPs; repeatable.")]
@@ -66,7 +68,7 @@ def fit_sweep(
     form: FormName = None,
     max_budget: MaxBudget = None,
     objective: Annotated[str, typer.Option(help="huber_log, least_squares_log or least_squares.")] = "huber_log",
-    bootstraps: Annotated[int, typer.Option(metavar="N", help="Refits for the intervals.")] = 1000,
+    bootstraps: Annotated[int, typer.Option(metavar="N", help="Bootstrap refits for the intervals.")] = 1000,
     as_json: Json = False,
 ) -> None:
     """Fit scaling laws. Example: muster sweep fit --table runs.csv --columns n=params,d=tokens,c=flops,loss=val"""
@@ -75,8 +77,8 @@ def fit_sweep(
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     if bootstraps * len(found) > MOST_DRAWN:
         raise ConfigError(
-            f"--bootstraps {bootstraps} of {len(found):,} rows are over {MOST_DRAWN:,}: lower it, or leave rows out "
-            "with --where"
+            f"--bootstraps {bootstraps} times {len(found):,} rows is over {MOST_DRAWN:,}: lower it, or select fewer "
+            "rows with --where"
         )
     from models.scaling.fitting import OBJECTIVES, fit
 
@@ -140,12 +142,13 @@ def predict_sweep(
 
 
 def next_sweep(
-    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="The sweep.")],
+    file: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="The sweep's definition.")],
     overrides: Overrides = None,
     *,
     budget: Annotated[float, typer.Option("--budget", metavar="C", help="Training FLOPs of the next run.")],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FILE", help="Default: in the sweep's folder.")
+        Path | None,
+        typer.Option("--out", "-o", metavar="FILE", help="Config file to write; default: in the sweep's folder."),
     ] = None,
     convention: Convention = None,
     form: PredictForm = None,
@@ -184,7 +187,10 @@ def plot_sweep(
     file: File = None,
     overrides: Overrides = None,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="FOLDER", help="Default: plots/ of the sweep.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", metavar="FOLDER", help="Folder of the plots; default: plots/ in the sweep's folder."
+        ),
     ] = None,
     budget: Budget = None,
     table: TableFile = None,
@@ -195,7 +201,7 @@ def plot_sweep(
     unique: Unique = None,
     max_budget: MaxBudget = None,
 ) -> None:
-    """Plot a fit, and what `next` predicted, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
+    """Plot a fit and the predictions of `next`, as PNG and HTML. Example: muster sweep plot sweep.yaml"""
     _positive(budget=budget)
     sweep, found = _table(file, overrides, table, columns, where, convention, max_budget)
     if out is None:
@@ -206,7 +212,7 @@ def plot_sweep(
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"--out {out}: no folder can be made there ({error.strerror})") from None
+        raise ConfigError(f"--out {out}: cannot create this folder ({error.strerror})") from None
     from models.scaling.fitting import Fits, Refusal, fit
     from models.scaling.predictions import Forecast
 
@@ -214,7 +220,7 @@ def plot_sweep(
 
     try:
         fits = fit(found, form)
-    except Refusal as refusal:  # the runs can be looked at all the same
+    except Refusal as refusal:  # the runs can still be drawn
         print(f"no law is drawn: {refusal}", file=sys.stderr)
         fits = Fits(found, {}, {}, None)
     else:
@@ -275,7 +281,7 @@ def score_sweep(
 
 
 def predicted_runs(sweep_dir: Path) -> "list[Prediction]":
-    """What `muster sweep next` said of runs before they began, and what came of those that have finished."""
+    """Predictions that `muster sweep next` made before the runs began, with the losses of those that have finished."""
     from .plots import Prediction
     from .score import PREDICTIONS, score_runs
 
@@ -295,7 +301,7 @@ def _table(
     convention: str | None,
     max_budget: float | None,
 ) -> "tuple[SweepConfig | None, Table]":
-    """The sweep, if one is named, and its runs, or those of a file."""
+    """The sweep and a table of its runs, or None and the table of a file."""
     _positive(max_budget=max_budget)
     if (file is None) == (table is None):
         raise ConfigError("name one thing to fit: SWEEP.yaml, or a table with --table FILE")
@@ -322,7 +328,7 @@ def _table(
 
 
 def _positive(**options: float | list[float] | None) -> None:
-    """Raise ConfigError if an option that counts something is no number above 0."""
+    """Raise ConfigError if a given option is not a number above 0, or is too large."""
     for name, value in options.items():
         for each in value if isinstance(value, list) else [] if value is None else [value]:
             if not 0 < each <= MOST_FLOAT:
@@ -330,7 +336,7 @@ def _positive(**options: float | list[float] | None) -> None:
 
 
 def tokens_to_read(sweep: SweepConfig | None, table: "Table") -> float:
-    """Tokens that a sweep's next run has to read: its runs' own data, where some read them more than once."""
+    """Unique tokens for a sweep's next run: those of its runs' data if some run repeated them, otherwise infinite."""
     from models.scaling.allocation import repeats
 
     again = repeats(table)
@@ -353,7 +359,7 @@ def _pairs(option: str, texts: list[str]) -> dict[str, str]:
 
 
 def _send(sweep: SweepConfig, files: list[Path]) -> None:
-    """To the sweep's run in MLflow, if it has one."""
+    """Send files to the sweep's run in MLflow, if it has one."""
     from trainer.tracking.sweep import log_to_parent
 
     if missing := log_to_parent(sweep.folder, files):

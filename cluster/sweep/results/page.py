@@ -1,4 +1,4 @@
-"""Figures as files: a PNG of each for paper, and one HTML page of all, by plotly, that can be pointed at."""
+"""Figures as files: a PNG of each for print, and one interactive HTML page of all, by plotly."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -15,11 +15,11 @@ from trainer.observe.plots.draw import own_style
 from .figures import Mark, Picture, contour_levels, ends_of, paper
 
 SHAPES = {"o": "circle", "D": "diamond", "x": "x"}
-"""Plotly's names of matplotlib's markers."""
+"""Plotly's names for matplotlib's markers."""
 
 
 def save(pictures: Sequence[Picture], folder: Path, page: str) -> list[Path]:
-    """A PNG of each picture, and one HTML page of all that needs nothing else."""
+    """Write a PNG of each picture and one self-contained HTML page of all. Returns the files."""
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for picture in pictures:
@@ -34,7 +34,7 @@ def save(pictures: Sequence[Picture], folder: Path, page: str) -> list[Path]:
 
 
 def _page(pictures: Sequence[Picture]) -> Iterator[str]:
-    """HTML; plotly's own script is in it, so it opens without a network, also from an artifact store."""
+    """HTML that includes plotly's script, so that it opens without a network, also from an artifact store."""
     yield "<!DOCTYPE html><html><head><meta charset='utf-8'><title>Sweep</title></head>"
     yield "<body style='font-family: sans-serif; max-width: 1200px; margin: auto'>"
     for i, picture in enumerate(pictures):
@@ -44,7 +44,7 @@ def _page(pictures: Sequence[Picture]) -> Iterator[str]:
 
 
 def _html(text: str) -> str:
-    """As plotly's labels take it: they know neither mathtext nor line ends."""
+    """A label for plotly, which knows neither mathtext nor newlines."""
     return re.sub(r"\$10\^\{(-?\d+)\}\$", r"10<sup>\1</sup>", text).replace("\n", "<br>")
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a fitted sweep: isoFLOP curves, frontier, contours, residuals, and what experts are worth."""
+"""Pictures of a fitted sweep: isoFLOP curves, frontier, contours, residuals, and the efficiency of experts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ from .valleys import POINTS, is_curved, is_dense, known_valleys, lowest, name, p
 
 PAGE = "sweep.html"
 BEYOND = 3.0
-"""Lines go on to this factor beyond the table's FLOPs."""
+"""Lines extend beyond the table's largest FLOPs by this factor."""
 PANELS, ENTRIES = 3, 9
 CONVENTION = {
     "total": "all parameters", "active": "active parameters", "given": "parameters",
@@ -51,8 +51,8 @@ def draw(fits: Fits, folder: Path, predictions: Sequence[Prediction] = ()) -> li
 
     Returns:
         The files: isoflop.png, frontier.png, contours.png, residuals.png and, of a table with dense and MoE models,
-        efficiency.png, each where the table has what it shows; and sweep.html, all of them to be pointed at. Where no
-        form can be relied on, only isoflop.png and frontier.png, without lines of a form.
+        efficiency.png, each if the table has what it shows; and sweep.html, all of them interactive. If no form can be
+        relied on, only isoflop.png and frontier.png, without lines of a form.
     """
     table = fits.table
     found = kinds(table)
@@ -122,7 +122,7 @@ def _by_budget(table: Table) -> list[Group]:
 def _runs(
     table: Table, rows: NDArray[np.int64], x: Array, y: Array, colour: str, label: str = "", size: float = 3.5
 ) -> Mark:
-    """Points of runs, which say their names when pointed at."""
+    """Points of runs, with their names as hover text."""
     text = tuple(f"{table.run[i]}: N {number(table.n[i], 'count')}, D {number(table.d[i], 'count')}" for i in rows)
     return Mark("points", x, y, colour, label, text=text, size=size)
 
@@ -195,7 +195,7 @@ def _contours(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve]) -> Pic
 
 
 def _residuals(fits: Fits, found: Sequence[Kind]) -> Picture:
-    """By how much runs lie above the fit, against size and FLOPs."""
+    """How far runs lie above the fit, against size and FLOPs."""
     table, best = fits.table, fits.best
     fitted = log_losses(best.form, best.solution.parameters[None], {k: table.columns[k] for k in best.form.needs})[0]
     residual = np.log(table.loss) - fitted

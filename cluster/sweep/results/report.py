@@ -64,7 +64,7 @@ def show_fits(fits: Fits) -> None:
 
 
 def groups(excluded: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
-    """Runs by the reason why they were left out."""
+    """Runs grouped by the reason why they were left out."""
     found: dict[str, list[str]] = {}
     for run, why in excluded:
         found.setdefault(why, []).append(run)
@@ -72,7 +72,7 @@ def groups(excluded: Sequence[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def show_predictions(predictions: Sequence[Prediction], notes: Sequence[str] = ()) -> None:
-    """A line for each budget or model, then warnings and the notes on the table that they rest on."""
+    """Print a row for each budget or model, then warnings and the notes of the table that they are based on."""
     console = Console()
     console.print(
         f"by {predictions[0].form}, N counted as {predictions[0].convention}; 95% intervals in brackets", soft_wrap=True
@@ -86,7 +86,7 @@ def show_predictions(predictions: Sequence[Prediction], notes: Sequence[str] = (
             grid.add_row("  or", _range(rival.loss, ".4f"), "", *_choice(rival))
     console.print(grid)
     if any(each.rivals for each in predictions):
-        console.print("or: kinds of models that cannot be told from the best one", soft_wrap=True)
+        console.print("or: kinds of models that cannot be distinguished from the best one", soft_wrap=True)
     for warning in dict.fromkeys(warning for each in predictions for warning in each.warnings):
         console.print(f"warning: {warning}", soft_wrap=True)
     for note in notes:

@@ -1,4 +1,4 @@
-"""Predictions of runs that `muster sweep next` wrote, beside what those runs reached."""
+"""Predictions that `muster sweep next` wrote, beside the losses that the runs reached."""
 
 import json
 import time
@@ -27,8 +27,8 @@ def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path
     """Append a prediction of a run to the sweep's predictions.jsonl.
 
     Args:
-        prediction: `forecast.Prediction.summary()`.
-        config: of the run.
+        prediction: `models.scaling.predictions.Prediction.summary()`.
+        config: the run's config file.
     """
     line = {"time": time.time(), "run": run, "config": str(config.resolve()), **prediction}
     with open(sweep_dir / PREDICTIONS, "a", encoding="utf-8", opener=no_link) as file:
@@ -38,11 +38,11 @@ def keep_prediction(sweep_dir: Path, prediction: Mapping[str, Any], config: Path
 def score_runs(
     sweep_dir: Path, read: Callable[[Path], Config] = load, may_read: Callable[[Path], bool] = lambda path: True
 ) -> list[Score]:
-    """Every prediction of predictions.jsonl; of several for one run the last that was made before it began.
+    """Every prediction of predictions.jsonl; of several for one run, the last that was made before the run began.
 
     Args:
         read: a run's config from its file.
-        may_read: whether a folder that predictions.jsonl leads to is looked at; what it says is anyone's who wrote it.
+        may_read: whether a folder named in predictions.jsonl, which anyone may have written, may be read.
 
     Raises:
         ConfigError: there are none.
@@ -52,7 +52,7 @@ def score_runs(
     except FileNotFoundError:
         raise ConfigError(
             f"{sweep_dir} has no {PREDICTIONS}: `muster sweep next` predicts a run and writes its config, and "
-            f"--max-budget C holds a fit of the smaller budgets to the larger ones"
+            f"--max-budget C scores a fit of the smaller budgets on the larger ones"
         ) from None
     found: dict[str, Score] = {}
     for line in lines:
@@ -62,7 +62,7 @@ def score_runs(
             if isinstance(error, ConfigError):
                 raise
             reason = ascii(clip(error, 200))
-            raise ConfigError(f"{sweep_dir / PREDICTIONS} has a line that is no prediction: {reason}") from None
+            raise ConfigError(f"{sweep_dir / PREDICTIONS} has a line that is not a prediction: {reason}") from None
         if each.status != "AFTERWARDS" or each.run not in found:
             found[each.run] = each
     return list(found.values())
@@ -90,9 +90,9 @@ def _score_of(record: Mapping[str, Any], read: Callable[[Path], Config], may_rea
 
 
 def _run_dir(path: Path, config: Config | None, run: str, may_read: Callable[[Path], bool]) -> Path | None:
-    """Where the run is, or will be; None: only where nothing is read."""
+    """Where the run is, or will be; None: only in folders that may not be read."""
     root = Path(config.run.root if config else "runs").expanduser()
-    places = [root / run, path.parent.parent / run, path.parent / run]  # as it says, or beside the sweep
+    places = [root / run, path.parent.parent / run, path.parent / run]  # as its config says, or beside the sweep
     places = [place for place in places if may_read(place)]
     return next((place for place in places if (place / "config.yaml").is_file()), next(iter(places), None))
 
@@ -103,9 +103,9 @@ def _flops(config: Config) -> float:
 
 
 def show(found: list[Score], left_out: Sequence[tuple[str, str]] = ()) -> None:
-    """Print a row for each prediction, and why runs have none."""
+    """Print a row for each prediction, and the reasons why runs have none."""
     table = Rows("run", box=None, pad_edge=False)
-    for column in ("FLOPs", "predicted", "interval", "came", "error", "inside"):
+    for column in ("FLOPs", "predicted", "interval", "reached", "error", "inside"):
         table.add_column(column, justify="right")
     for each in found:
         came = each.status if each.loss is None else f"{each.loss:.4f}"

@@ -12,17 +12,17 @@ from models.scaling.refusal import Refusal
 from models.scaling.table import Table
 
 POINTS = 40
-"""Along a line: more cannot be seen."""
+"""Points along a line: more would not be visible."""
 
 
 def name(kind: Kind) -> str:
-    """What a kind is called: dense, or 8 experts, top 2."""
+    """The name of a kind: dense, or 8 experts, top 2."""
     if is_dense(kind):
         return "dense"
     words = {"experts": "{:g} experts", "top_k": "top {:g}", "granularity": "G = {:g}", "active_ratio": "{:.3g} active"}
     shape = {key: value for key, value in kind.shape.items() if np.isfinite(value)}
     if "experts" in shape and "top_k" in shape:
-        shape.pop("active_ratio", None)  # the same once more
+        shape.pop("active_ratio", None)  # follows from the two
     return ", ".join(words[key].format(value) for key, value in shape.items()) or "runs"
 
 
@@ -40,7 +40,7 @@ def is_curved(table: Table, kind: Kind, index: NDArray[np.int64]) -> bool:
 
 
 def known_valleys(table: Table) -> tuple[Valley, ...]:
-    """As approach 2 finds them; of fewer than it needs, none."""
+    """The valleys that approach 2 finds; none if there are too few budgets for it."""
     try:
         return approach2(table).valleys
     except Refusal:
@@ -48,7 +48,7 @@ def known_valleys(table: Table) -> tuple[Valley, ...]:
 
 
 def lowest(table: Table, rows: NDArray[np.int64], known: Sequence[Valley]) -> Valley | None:
-    """The valley of one budget's rows, out of those that are known; where none is, by itself."""
+    """The valley of one budget's rows: among `known`, or fitted to the rows alone if none are known."""
     c, n, d, loss = (getattr(table, key)[rows] for key in ("c", "n", "d", "loss"))
     if known:
         near = min(known, key=lambda each: abs(np.log(c).mean() - np.log(each.c)))
@@ -60,7 +60,7 @@ def lowest(table: Table, rows: NDArray[np.int64], known: Sequence[Valley]) -> Va
 
 
 def parabola(table: Table, rows: NDArray[np.int64], low: Valley) -> tuple[Array, Array]:
-    """N and loss along it, over the sizes that it was fitted to: those nearest to the best one."""
+    """N and loss along a valley's parabola, over the sizes that it was fitted to: those nearest to the best one."""
     log_n = np.log(table.n[rows])
     best = log_n[table.loss[rows].argmin()]
     x = log_n[np.argsort(np.abs(log_n - best), kind="stable")[: low.rows]]

@@ -1,1 +1,1 @@
-"""Train the trials of a sweep, and see how far they are."""
+"""Train the trials of a sweep, and show their progress."""

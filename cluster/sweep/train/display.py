@@ -1,4 +1,4 @@
-"""A sweep's progress for a person: a table that is drawn again and again on a terminal, lines elsewhere."""
+"""A sweep's progress on screen: a live table on a terminal, lines elsewhere."""
 
 import time
 from pathlib import Path
@@ -17,16 +17,16 @@ from .progress import Books, Item, Progress, progress
 from .trial_state import OVER, Ledger, Standing
 
 QUIET_FOR = 30.0
-"""Without a terminal, seconds between two lines while no trial ends."""
+"""Seconds between lines without a terminal while no trial ends."""
 
 
 def show(sweep_dir: Path) -> None:
-    """Print how a sweep stands. Raises ConfigError if it never ran."""
+    """Print a sweep's progress. Raises ConfigError if it never ran."""
     Console(soft_wrap=True).print(render(progress(sweep_dir)))
 
 
 def render(found: Progress) -> RenderableType:
-    """The table of budgets and variants, the trials that run, and the whole."""
+    """The table of budgets and variants, the running trials, failures, and the summary."""
     return Group(groups(found), *running(found), *(Text(line) for line in failures(found)), Text(whole(found)))
 
 
@@ -50,7 +50,7 @@ def groups(found: Progress) -> Table:
 
 
 def running(found: Progress) -> list[RenderableType]:
-    """The trials that train at this moment."""
+    """A table of the trials that are training."""
     own = [(item, found.standings[item.name]) for item in found.items]
     own = [(item, each) for item, each in own if each.state == "running"]
     if not own:
@@ -71,7 +71,7 @@ def failures(found: Progress) -> list[str]:
 
 
 def whole(found: Progress) -> str:
-    """One line: how many are done, how long it will take, and where the devices' time went."""
+    """One line: how many are done, the time left, and where the devices' time went."""
     done, count = found.count("finished"), len(found.items)
     parts = [f"{found.name}: {found.status}, {done}/{counted(count, 'trial')} finished"]
     if failed := found.count("failed", "diverged"):
@@ -86,7 +86,7 @@ def whole(found: Progress) -> str:
 def booked(books: Books) -> str:
     """Where the time went: the largest shares."""
     if not books.total:
-        return "no device was held yet"
+        return "no device time yet"
     parts = sorted(((seconds, name) for name, seconds in books.seconds.items() if name != "step"), reverse=True)
     rest = ", ".join(f"{name.replace('_', ' ')} {seconds / books.total:.0%}" for seconds, name in parts[:4] if seconds)
     return f"{books.in_steps:.0%} of {books.total:,.0f} {books.device}-seconds in steps ({rest})"
@@ -97,7 +97,7 @@ def _some(count: int) -> str:
 
 
 class View:
-    """Follows a sweep that runs here."""
+    """Shows the progress of a sweep that this process runs."""
 
     def __init__(self, sweep_dir: Path, console: Console) -> None:
         self._ledger, self._console = Ledger(sweep_dir), console
@@ -115,7 +115,7 @@ class View:
             self._live.stop()
 
     def update(self, last: bool = False) -> None:
-        """Read the records and show what is new."""
+        """Read the records and print what is new."""
         found = self._read()
         told = [e["reason"] for e in read_events(self._ledger.sweep_dir) if e["event"] == "tracker_failed"
                 and e["time"] > self._began and "reason" in e]  # fmt: skip
@@ -145,7 +145,7 @@ class View:
 
 
 def line(item: Item, each: Standing) -> str:
-    """A trial that has ended."""
+    """The line for a trial that has ended."""
     if each.state != "finished":
         return f"{each.name} {each.state}: {' '.join(each.reason.split())[:300]}"
     loss = "" if each.eval_loss is None else f"held-out loss {each.eval_loss:.4f}, "

@@ -1,4 +1,4 @@
-"""The trials of a sweep that are still to be trained: largest first, each when what it starts from is there."""
+"""The trials of a sweep still to be trained: largest first, each once the checkpoint that it starts from exists."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,14 +29,14 @@ class Job(NamedTuple):
 
 
 class Order:
-    """What `cluster.attempts.many_runs` is to train.
+    """The trials for `cluster.attempts.many_runs` to train.
 
     Args:
-        plan: all trials that are known.
-        over: those that are never trained again, by name: "" where it finished, else why not.
+        plan: all trials known so far.
+        over: trials that are not trained again, by name: "" if finished, else the reason.
         job: how a trial is trained.
-        again: plans anew from the names of those that failed for good; for a search that chooses by losses.
-        record: the sweep's.
+        again: plans again, given the names of trials that failed for good; for a search that chooses by losses.
+        record: the sweep's record.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Order:
         self._waiting: list[Job] = []
         self._training: dict[Path, str] = {}
         self.stopped: list[str] = []
-        """Names of those that ended before their end, because somebody asked them to."""
+        """Names of trials that were stopped by request."""
         self._dirs: dict[str, Path] = {}
         self._add(plan)
 
@@ -75,7 +75,7 @@ class Order:
         return bool(self._waiting) or bool(self._open and not self._stuck)
 
     def ended(self, end: Ended) -> None:
-        """Take note of how a trial ended."""
+        """Record how a trial ended."""
         name = self._training.pop(end.run_dir)
         if end.status == "STOPPED":
             self.stopped.append(name)
@@ -84,11 +84,11 @@ class Order:
         self._record.event("trial_ended", trial=name, status=end.status, kind=end.kind, reason=end.reason)
 
     def training(self) -> list[Path]:
-        """The folders of those that are being trained."""
+        """The folders of the trials in training."""
         return list(self._training)
 
     def failed(self) -> dict[str, str]:
-        """Why, of each that failed for good."""
+        """The reason of each trial that failed for good, by name."""
         return {name: why for name, why in self._over.items() if why}
 
     def _add(self, plan: Plan) -> None:
@@ -97,12 +97,12 @@ class Order:
         jobs = [self._job(trial) for trial in new]
         self._dirs |= {job.trial.name: job.run_dir for job in jobs}
         self._waiting += [job for job in jobs if job.trial.name not in self._over]
-        # The largest gang first, of equals what takes longest: the short ones fill up the end.
+        # Largest gangs first, then the longest trials: short ones fill the gaps at the end.
         self._waiting.sort(key=lambda job: (-job.gang.workers, -job.trial.spent))
         self._open, self._stuck = plan.open, not new
 
     def _start_of(self, trial: Trial) -> tuple[Path | None, str]:
-        """The checkpoint that it begins from, once it is there, and why it never will be."""
+        """The checkpoint that a trial starts from, if it exists yet, and the reason if it never will."""
         if trial.after is None:
             return None, ""
         assert trial.from_step is not None

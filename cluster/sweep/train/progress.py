@@ -1,4 +1,4 @@
-"""How far a sweep is, and where the time of its devices went, from the records alone: `muster sweep status`."""
+"""A sweep's progress, and where its devices' time went, from the records alone: `muster sweep status`."""
 
 import json
 import time
@@ -23,11 +23,11 @@ from .trial_state import Ledger, Standing
 
 PLAN = "plan.json"
 MAX_PLAN_BYTES = 16 * 1024**2
-"""Of the largest sweep that is allowed, with room."""
+"""Ample for the largest sweep allowed."""
 
 
 class Item(Typed):
-    """What plan.json says of a trial."""
+    """A trial in plan.json."""
 
     name: Annotated[str, AfterValidator(folder_name)]
     variant: str
@@ -41,7 +41,7 @@ class Item(Typed):
     from_step: int
     after: str | None
     parameters: Annotated[dict[str, int], at_most(64)]
-    """By every convention."""
+    """Under every convention of counting."""
 
 
 class _Plan(Typed):
@@ -53,7 +53,7 @@ class _Plan(Typed):
 
 
 def write_plan(sweep_dir: Path, plan: Plan) -> None:
-    """Leave what is planned in the sweep's folder, as plan.json."""
+    """Write the plan to the sweep's folder, as plan.json."""
     items = [
         Item(
             name=trial.name, variant=trial.variant, budget=trial.budget, flops=trial.flops, spent=trial.spent,
@@ -72,7 +72,7 @@ def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:
     try:
         plan = _Plan.model_validate(parse_json(read_bytes(path, MAX_PLAN_BYTES)))
     except FileNotFoundError:
-        raise ConfigError(f"{sweep_dir} has no {PLAN}: nothing has run yet, `muster sweep run` begins") from None
+        raise ConfigError(f"{sweep_dir} has no {PLAN}: nothing has run yet, `muster sweep run` starts it") from None
     except (OSError, ValueError) as error:
         why = first_reason(error) if isinstance(error, ValidationError) else str(error)
         raise ConfigError(
@@ -87,9 +87,9 @@ class Books(NamedTuple):
     device: str
     """"CPU core" or "GPU"."""
     total: float
-    """All that the cluster had while `muster sweep run` ran, its own start included."""
+    """Device-seconds of the whole cluster while `muster sweep run` ran, its startup included."""
     seconds: dict[str, float]
-    """By the books of `trainer.record.goodput`, and `idle`: no trial held the device."""
+    """By the categories of `trainer.record.goodput`, and `idle`: no trial held the device."""
 
     @property
     def in_steps(self) -> float:
@@ -98,7 +98,7 @@ class Books(NamedTuple):
 
 
 def books(ledger: Ledger) -> Books:
-    """Book the device-seconds of all sessions so far."""
+    """Attribute the device-seconds of all sessions so far to categories."""
     from trainer.record.goodput import BOOKS  # numpy, which most commands need not wait for
 
     events = read_events(ledger.sweep_dir)

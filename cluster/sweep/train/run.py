@@ -1,4 +1,4 @@
-"""Train the trials of a sweep on the cluster, as many side by side as there is room for: `muster sweep run`."""
+"""Train the trials of a sweep on the cluster, as many at a time as fit: `muster sweep run`."""
 
 import contextlib
 import os
@@ -35,18 +35,18 @@ def run_sweep(sweep: SweepConfig, gpus: int | None = None, overrides: Sequence[s
     """Train until every trial is finished or has failed for good, or the user stops it.
 
     Args:
-        gpus: devices to use at most; None: all that are free.
-        overrides: what of the sweep the user gave on the command line.
+        gpus: maximum number of devices; None: all that are free.
+        overrides: the part of the sweep that the user gave on the command line.
 
     Returns:
-        The exit code: 0 all finished, 75 stopped (the same command goes on), 1 some failed.
+        The exit code: 0 all finished, 75 stopped (the same command continues), 1 some failed.
 
     Raises:
-        ConfigError: found before any device is held.
+        ConfigError: a mistake of the user's; raised before any device is held.
     """
-    require_own(sweep.folder, without=(TRIALS,))  # each of which is looked at when it is trained
+    require_own(sweep.folder, without=(TRIALS,))  # each of them is checked when it is trained
     setting = Setting(sweep)
-    setting.plan().check_gpus(gpus)  # a mistake shows before a minute's work for the default data
+    setting.plan().check_gpus(gpus)  # before spending a minute on the default data
     out = Console(soft_wrap=True)
     with _only_one(setting.sweep_dir):
         setting.prepare_data()
@@ -88,7 +88,7 @@ def _run(setting: Setting, gpus: int | None, address: Address | None, node: Node
     if code in (ExitCode.FAILED, ExitCode.MISTAKE) and session.error:
         print(f"muster: {mask(message)}", file=sys.stderr)
     elif code == ExitCode.STOPPED:
-        out.print(f"stopped with {done} of {counted(count, 'trial')} finished: the same command goes on")
+        out.print(f"stopped with {done} of {counted(count, 'trial')} finished: run the same command to continue")
     else:
         out.print(f"{done} of {counted(count, 'trial')} finished: {setting.sweep_dir}")
     return code
@@ -103,17 +103,17 @@ class _Session(RayThread):
         self.order: Order | None = None
         self.trials: Any = None
         self.code: int | None = None
-        """Set when all that is left is to send the record."""
+        """Set once only the record is left to be sent."""
 
     def work(self, session: Session) -> None:
         from cluster.attempts.many_runs import (
-            Trials,  # imports Ray, which must find the environment that the session has set
+            Trials,  # imports Ray, which reads the environment that the session has set
         )
 
         setting, nodes = self.setting, session.nodes
         plan = setting.plan()
         total = {"cpus": sum(node.cpus for node in nodes), "gpus": sum(node.gpus for node in nodes)}
-        if self.gpus is not None and plan.trials:  # the others' time is not the sweep's
+        if self.gpus is not None and plan.trials:  # the time of the other devices is not the sweep's
             each = setting.job(plan.trials[0], nodes).gang.each._asdict()
             total = {kind: min(count, self.gpus * each[kind]) for kind, count in total.items()}
         self.record.event("cluster", machines=len(nodes), **total)
@@ -155,7 +155,7 @@ def _end_record(session: _Session, code: int, reason: str) -> None:
     kept = books(ledger)
     totals: dict[str, Any] = {state: found.count(state) for state in (*OVER, "stopped", "waiting")}
     totals |= {"trials": len(found.items), "in_steps": f"{kept.in_steps:.4f}", "device_seconds": f"{kept.total:.0f}"}
-    # Trials that failed for good are the sweep's result, too: its counts tell.
+    # Trials that failed for good are part of the sweep's result: the counts show them.
     status = "STOPPED" if code == ExitCode.STOPPED else "FAILED" if session.error else "FINISHED"
     session.record.event("attempt_ended", status=status, reason=reason.splitlines()[0], step=0, totals=totals)
     session.record.close()
@@ -178,11 +178,11 @@ def _outcome(session: _Session) -> tuple[int, str]:
 def _on_signal(session: _Session) -> None:
     """First signal: the running trials write a checkpoint and end. Second, or one before any began: end at once."""
     if session.code is not None:
-        os._exit(session.code)  # what sends the record goes on alone
+        os._exit(session.code)  # the process that sends the record finishes on its own
     if not session.stopping and session.trials is not None:
         session.stopping = True
         session.trials.stop()
-        print("muster: stopping, with a checkpoint of each trial; once more to stop at once", file=sys.stderr)
+        print("muster: stopping, with a checkpoint of each trial; a second signal stops at once", file=sys.stderr)
         return
     if session.address is None:
         end_children()
@@ -192,9 +192,9 @@ def _on_signal(session: _Session) -> None:
         close_record(run_dir, "STOPPED", "stopped at once by a signal")
     session.record.event("attempt_ended", status="STOPPED", reason="stopped at once by a signal", step=0)
     if session.setting.tracking.enabled:
-        send_apart(session.setting.sweep_dir, sweep=True)  # what would have sent it was killed
-    goes_on = "goes on from the last checkpoints" if any(map(attempts, runs)) else "starts again"
-    print(f"muster: stopped at once; the same command {goes_on}", file=sys.stderr)
+        send_apart(session.setting.sweep_dir, sweep=True)  # its own sender was killed
+    goes_on = "continue from the last checkpoints" if any(map(attempts, runs)) else "start again"
+    print(f"muster: stopped at once; run the same command to {goes_on}", file=sys.stderr)
     sys.stderr.flush()
     os._exit(ExitCode.STOPPED)  # the thread that waits for Ray cannot be interrupted
 
@@ -208,5 +208,5 @@ def _only_one(sweep_dir: Path) -> Iterator[None]:
             sweep_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
             stack.enter_context(hold(sweep_dir / "lock", busy))
         except OSError as error:
-            raise ConfigError(f"{sweep_dir}: {error.strerror or error}; choose another root of the sweep") from None
+            raise ConfigError(f"{sweep_dir}: {error.strerror or error}; choose another root for the sweep") from None
         yield

@@ -1,4 +1,4 @@
-"""`muster sweep run` and `status`: train the trials, and see how far they are."""
+"""`muster sweep run` and `status`: train the trials, and show their progress."""
 
 import json
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ File = Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="The sweep's def
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Values to set, such as isoflop.sizes=7.")
 ]
-Gpus = Annotated[int | None, typer.Option(metavar="N", help="Devices to run trials on, side by side.")]
+Gpus = Annotated[int | None, typer.Option(metavar="N", help="Number of devices to run trials on.")]
 
 
 def run_sweep(file: File, overrides: Overrides = None, gpus: Gpus = None) -> None:
@@ -39,7 +39,7 @@ def status_of_sweep(file: File, overrides: Overrides = None, as_json: Json = Fal
 
 
 def strict_json(tree: dict[str, Any]) -> str:
-    """Indented JSON that every reader takes: what is not a finite number is null."""
+    """Indented JSON that every parser accepts: numbers that are not finite become null."""
     from trainer.files.plain_json import dump
 
     return json.dumps(json.loads(dump(tree)), indent=1)

@@ -1,4 +1,4 @@
-"""What a sweep's trials are given beside their plan: prepared data, tracking, what is not watched, devices."""
+"""What a sweep's trials get beside their plan: prepared data, tracking, defaults of unwatched runs, devices."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,8 +28,8 @@ UNWATCHED: dict[str, dict[str, Any]] = {
     "checkpoint": {"every": "auto"},
     "tracking": {"export_model": False},
 }
-"""What a trial has unless the sweep's file says otherwise (its base is made to be watched): a held-out loss at the end
-only, no texts, checkpoints as far apart as pays, no second copy of the model."""
+"""Defaults of a trial, whose base is meant to be watched: a held-out loss at the end only, no samples, checkpoints only
+as often as pays, no exported model. The sweep's file can set them otherwise."""
 
 
 class Setting:
@@ -42,7 +42,7 @@ class Setting:
         self.vocab_size = planned_vocabulary(self.base) or 0
         self._planned: Plan | None = None
         self._losses: dict[str, float] = {}
-        """What it was planned by; all else of a sweep stays as it is."""
+        """The losses that it was planned with; nothing else of a sweep changes."""
         self._data: dict[DataConfig, DataConfig] = {}
         self._said = _dotted(nested(sweep.set)) | set(sweep.axes)
         for variant in sweep.variants.values():
@@ -51,12 +51,12 @@ class Setting:
         named = own.experiment != TrackingConfig().experiment
         told = {"parent": str(self.sweep_dir), "experiment": own.experiment if named else sweep.name}
         self.tracking = own.model_copy(update=told)
-        """Of each trial."""
-        # OMP_NUM_THREADS holds for one run of many threads, not for many runs side by side.
+        """The tracking of each trial."""
+        # The user's OMP_NUM_THREADS is for one run with many threads, not for many runs side by side.
         self.environment = worker_environment
 
     def prepare_data(self) -> None:
-        """Make the default data where they are missing; the sweep's other runs use the same."""
+        """Prepare the default data if they are missing; all runs of the sweep use the same."""
         from trainer.data.kinds import kind_of  # torch
 
         data = self._prepared(self.base)
@@ -76,11 +76,11 @@ class Setting:
         return self._data[config.data]
 
     def plan(self) -> Plan:
-        """By the losses of what has finished, and what failed for good."""
+        """The plan, given the losses of finished trials and those that failed for good."""
         return self.plan_again([name for name, why in self._failed().items() if why])
 
     def plan_again(self, failed: Sequence[str]) -> Plan:
-        """As `plan`, with the names of those that failed for good."""
+        """As `plan`, given the names of those that failed for good."""
         losses = dict.fromkeys(failed, math.nan) | finished_losses(self.sweep_dir)
         if self._planned is None or (self._planned.vocab_size, self._losses) != (self.vocab_size, losses):
             self._planned, self._losses = plan(self.sweep, self.vocab_size, losses), losses
@@ -96,18 +96,18 @@ class Setting:
         return Job(trial, self.config(trial), gang)
 
     def config(self, trial: Trial) -> Config:
-        """A trial's config with what is the same for all."""
+        """A trial's config, with the settings that all trials share."""
         config = trial.config
         changes: dict[str, Any] = {"data": self._prepared(config), "tracking": self.tracking}
         for section, keys in UNWATCHED.items():
             free = {key: value for key, value in keys.items() if f"{section}.{key}" not in self._said}
             if section == "checkpoint" and config.optim.schedule == "wsd":
-                continue  # the plan chose them, where branches start from them
+                continue  # the plan sets them, since branches start from checkpoints
             changes[section] = changes.get(section, getattr(config, section)).model_copy(update=free)
         return config.model_copy(update=changes)
 
     def refuse_changed(self, trials: Sequence[Trial]) -> None:
-        """Raise ConfigError if a trial of the same name was begun with another config."""
+        """Raise ConfigError if a trial of the same name was started with another config."""
         changed: dict[str, dict[str, tuple[Any, Any]]] = {}
         for trial in trials:
             run_dir = self.sweep_dir / TRIALS / trial.name
@@ -115,7 +115,7 @@ class Setting:
                 continue
             now, _ = resolve_config(self.config(trial), prepare=False)
             allowed, refused = differences(read_config(run_dir), now)
-            # More steps are another schedule, not the same run for longer; data that moved `prepare_run` knows.
+            # More steps mean another schedule, not the same run for longer; `prepare_run` handles data that moved.
             refused |= {key: pair for key, pair in allowed.items() if key == "train.steps"}
             if refused.pop("data.path", None) and not refused:
                 continue
@@ -127,18 +127,18 @@ class Setting:
         shown = ", ".join(f"{key} was {was} and is now {becomes}" for key, (was, becomes) in list(keys.items())[:4])
         more = f" (and {len(changed) - 1} more trials)" if len(changed) > 1 else ""
         raise ConfigError(
-            f"trial {name} was begun with another config: {shown}{more}.\nSet them back, give the sweep another name, "
-            f"or delete {self.sweep_dir / TRIALS / name} to train it anew"
+            f"trial {name} was started with another config: {shown}{more}.\nSet them back, give the sweep another "
+            f"name, or delete {self.sweep_dir / TRIALS / name} to train it again"
         )
 
     def over(self, trials: Sequence[Trial]) -> dict[str, str]:
-        """The trials that are never trained again: "" where it finished, else why it failed."""
+        """The trials that are not trained again, by name: "" if finished, else why it failed."""
         standings = Ledger(self.sweep_dir).standings({trial.name: trial.config.train.steps for trial in trials})
         found = {name: "" for name, each in standings.items() if each.state == "finished"}
         return found | {name: why for name, why in self._failed().items() if name in standings}
 
     def _failed(self) -> dict[str, str]:
-        """What would end the same way: a diverged trial; and in a search every one, as later draws rest on it."""
+        """Failed trials that are not retried: the diverged ones, and in a search all, as later draws depend on them."""
         found = {}
         for name, end in last_ends(read_events(self.sweep_dir)).items():
             search = self.sweep.optuna is not None
@@ -147,7 +147,7 @@ class Setting:
         return found
 
     def write_sweep(self) -> None:
-        """Leave what the sweep is in its folder."""
+        """Write the sweep's definition to its folder."""
         replace_text(self.sweep_dir / SWEEP, to_yaml(self.sweep))
 
 

@@ -46,7 +46,7 @@ def submit_sweep(
     from cluster.sweep.design.arms import arms
     from cluster.sweep.design.plan import plan
     from cluster.sweep.design.trial import gang_of
-    from trainer.data.manifest import planned_vocabulary  # numpy, as have the next two
+    from trainer.data.manifest import planned_vocabulary  # imports numpy
 
     from .trial_state import finished_losses
 
@@ -65,13 +65,13 @@ def submit_sweep(
     nodes = cluster.nodes()
     gangs = [gang_of(trial.resolved, nodes, wait=queue) for trial in planned.trials]
     each = Share(max(gang.each.cpus for gang in gangs), max(gang.each.gpus for gang in gangs))
-    # It starts with all that it may have, or with what its widest trial needs, and then takes what is free.
+    # It starts with --gpus devices, or with what its widest trial needs and then takes what is free.
     gang = Gang(gpus or planned.widest, each, max(gang.group for gang in gangs))
     room = int(sum(capacity(node, each) for node in nodes))
     if not queue and place(gang, nodes, nodes) is None:
         raise ConfigError(
-            f"--gpus {gpus}: the cluster has room for {counted(room, 'process')} of {counted(each.cpus, 'CPU')} "
-            f"and {counted(each.gpus, 'GPU')}: "
+            f"--gpus {gang.workers}: the cluster has room for {counted(room, 'process')} of "
+            f"{counted(each.cpus, 'CPU')} and {counted(each.gpus, 'GPU')}: "
             f"lower it, or wait for machines to join with --queue"
         )
 

@@ -1,4 +1,4 @@
-"""How each trial of a sweep stands, by its own record and the sweep's."""
+"""The state of each trial of a sweep, from its own record and the sweep's."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,13 +9,13 @@ from trainer.record.lines import EVENTS, METRICS, read_events, status_of, summar
 from trainer.tracking.sweep import TRIALS
 
 State = Literal["waiting", "running", "stopped", "finished", "diverged", "failed"]
-"""stopped: it has begun, and goes on with the next `muster sweep run`; diverged: too many losses that are not numbers;
-failed: for any other reason, for good."""
+"""stopped: it has begun, and the next `muster sweep run` continues it; diverged: too many losses were not finite;
+failed: for good, for any other reason."""
 OVER = ("finished", "diverged", "failed")
 
 
 class Standing(NamedTuple):
-    """One trial."""
+    """The state of one trial."""
 
     name: str
     state: State
@@ -25,11 +25,11 @@ class Standing(NamedTuple):
     eval_loss: float | None = None
     reason: str = ""
     updated: float = 0.0
-    """Unix seconds of its last sign of life."""
+    """Unix time of its last sign of life."""
 
 
 class Ledger:
-    """Reads the standings again and again, and of trials that have not changed since only once."""
+    """Reads the states of trials again and again, but reads only the records that have changed."""
 
     def __init__(self, sweep_dir: Path) -> None:
         self.sweep_dir = sweep_dir
@@ -37,7 +37,7 @@ class Ledger:
         self._booked: dict[str, tuple[Any, dict[str, float], float]] = {}
 
     def standings(self, steps: Mapping[str, int]) -> dict[str, Standing]:
-        """Every trial's, in the order given.
+        """The state of every trial, in the order given.
 
         Args:
             steps: train.steps of each trial, by its name.
@@ -54,7 +54,7 @@ class Ledger:
         return self._seen[name][1]
 
     def books(self, name: str) -> tuple[dict[str, float], float]:
-        """Seconds of a trial by the books of `trainer.record.goodput`, and the Unix time of its last sign of life."""
+        """Seconds of a trial by category of `trainer.record.goodput`, and the Unix time of its last sign of life."""
         from trainer.record.goodput import goodput, total  # numpy, which most commands need not wait for
 
         run_dir = self.sweep_dir / TRIALS / name
@@ -66,17 +66,17 @@ class Ledger:
 
 
 def _sizes(run_dir: Path) -> list[int]:
-    """Which change whenever something is recorded."""
+    """Sizes of its record files, which change whenever something is recorded."""
     return [path.stat().st_size for part in (EVENTS, METRICS) if (path := run_dir / part).exists()]
 
 
 def standing(run_dir: Path, steps: int, end: Mapping[str, Any] | None, training: bool) -> Standing:
-    """One trial.
+    """The state of one trial.
 
     Args:
         steps: its train.steps.
-        end: the sweep's last `trial_ended` of it.
-        training: the sweep is training it.
+        end: its last `trial_ended` in the sweep's record.
+        training: whether the sweep is training it.
     """
     found, events = summary(run_dir), read_events(run_dir)
     state: State = "stopped" if found["attempts"] else "waiting"
@@ -101,13 +101,13 @@ def standing(run_dir: Path, steps: int, end: Mapping[str, Any] | None, training:
 
 
 def diverged(events: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a run's last attempt was stopped over steps whose loss or gradient was no number."""
+    """Whether a run's last attempt was stopped because its loss or gradient was not finite."""
     ends = [event for event in events if event["event"] == "attempt_ended"]
     return bool(ends) and ends[-1].get("cause") == NONFINITE
 
 
 def finished_losses(sweep_dir: Path) -> dict[str, float]:
-    """Held-out loss of each trial that has finished, nats per token, by the trials' own records."""
+    """Held-out loss of each finished trial, from the trials' own records, in nats per token."""
     runs = [summary(path.parent) for path in sorted((sweep_dir / TRIALS).glob("*/config.yaml"))]
     return {
         run["name"]: run["eval_loss"] for run in runs if run["status"] == "FINISHED" and run["eval_loss"] is not None
@@ -120,7 +120,7 @@ def last_ends(events: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def in_training(events: Sequence[dict[str, Any]]) -> set[str]:
-    """Names of the trials that a sweep trains at this moment, by its own record."""
+    """Names of the trials that a sweep is training, from its own record."""
     if status_of(events)[0] != "RUNNING":
         return set()
     found: set[str] = set()

@@ -254,5 +254,5 @@ def test_a_plan_of_other_types_is_refused(tmp_path, text):
 )
 def test_a_prediction_of_other_types_is_refused(tmp_path, text):
     (tmp_path / PREDICTIONS).write_text(f"{text}\n")
-    with pytest.raises(ConfigError, match="a line that is no prediction"):
+    with pytest.raises(ConfigError, match="a line that is not a prediction"):
         score_runs(tmp_path)

@@ -195,7 +195,7 @@ def test_a_trial_of_the_same_name_and_another_config_is_refused(setting, trials,
     other = Setting(tiny_sweep(tmp_path / "s", tiny_data, **GRID, set={"optim.lr": 0.5, "train.eval_every": 2}))
     with pytest.raises(ConfigError) as error:
         other.refuse_changed(other.plan().trials)
-    assert f"trial {trials[0].name} was begun with another config: optim.lr was 0.001 and is now 0.5" in str(
+    assert f"trial {trials[0].name} was started with another config: optim.lr was 0.001 and is now 0.5" in str(
         error.value
     )
     assert "(and 2 more trials)" in str(error.value)

@@ -99,7 +99,7 @@ def test_kinds_that_cannot_be_told_apart_are_said(muster, tmp_path, better, riva
         assert each["loss"]["low"] <= found["loss"]["high"]
         assert each["n"]["low"] < each["n"]["value"] < each["n"]["high"]
     shown = muster("sweep", "predict", "--table", str(path), "--budget", "3e20")[1]
-    assert ("cannot be told from the best one" in shown) == bool(rivals)
+    assert ("cannot be distinguished from the best one" in shown) == bool(rivals)
 
 
 def test_a_table_is_scored_on_its_largest_budget(muster, table):
@@ -287,8 +287,8 @@ def test_what_is_asked_twice_or_half_is_refused(muster, table, tmp_path):
         ("fit", "--columns", "n=params,n=tokens"): "--columns names n twice",
         ("predict", "--budget", "1e21", "--n", "1e9"): "or both --n and --d of a model",
         ("predict", "--d", "1e9"): "or both --n and --d of a model",
-        ("plot", "--columns", COLUMNS, "--out", str(tmp_path / "file")): "file: no folder can be made there",
-        ("plot", "--columns", COLUMNS, "--out", str(tmp_path / "file" / "x")): "x: no folder can be made there",
+        ("plot", "--columns", COLUMNS, "--out", str(tmp_path / "file")): "file: cannot create this folder",
+        ("plot", "--columns", COLUMNS, "--out", str(tmp_path / "file" / "x")): "x: cannot create this folder",
     }.items():
         code, out, err = muster("sweep", *command, "--table", str(table))
         assert (code, out, len(err.splitlines())) == (2, "", 1)

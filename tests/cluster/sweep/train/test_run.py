@@ -91,7 +91,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def test_it_stops_goes_on_and_is_run_once_at_a_time(story):
     stopped, refused, ended = story.outs
     assert story.codes == [75, 2, 1], "\n".join(story.outs)
-    assert "the same command goes on" in stopped
+    assert "run the same command to continue" in stopped
     assert "sweep story is being run by" in refused
     assert "4 of 8 trials finished" in ended
     assert "Traceback" not in stopped
