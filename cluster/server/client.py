@@ -74,11 +74,9 @@ class Cluster:
     def __init__(self, address: Address) -> None:
         use_token(address)
         self.url = address.where
-        self._reached = False
         told = self._ask("GET", "/api/machines")
         with self._sense():
             _ = told["machines"]
-        self._reached = True
         remember(self.url, self.url.removeprefix("http://"))
 
     def nodes(self) -> list[Node]:
@@ -151,7 +149,7 @@ class Cluster:
 
     def _ask(self, method: str, path: str, body: bytes | Path | None = None) -> Any:
         """What the server answers. Whatever is asked of it may be asked twice, as is done while it is away."""
-        until = time.monotonic() + (PATIENCE if self._reached else 0.0)
+        until = time.monotonic() + PATIENCE
         while True:
             try:
                 send = partial(_request, self.url, method, path, body)
