@@ -1,11 +1,13 @@
 """What is told of the queue and of the machines: worked out once in a while, however many ask."""
 
+import os
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from configs.reading.parse import clip
+from configs.reading.parse import clip, is_folder
 from trainer.record.terminal import visible
 
 from ..messages import Known
@@ -18,6 +20,7 @@ FRESH = 2.0
 """Seconds for which what was worked out is told again, unless a job has changed."""
 DAY = 86400.0
 MOST_SHOWN = 200
+MOST_ROOTS = 50
 LONGEST_WHY = 600
 
 
@@ -81,8 +84,12 @@ class Board:
             "machines": [_machine(each) for each in seen.machines],
         }
 
-    def now(self) -> dict[str, Any]:
-        """What the page of what needs a person shows of it: fields of `responses.Now`."""
+    def now(self, runs: Mapping[str, str]) -> dict[str, Any]:
+        """What the page of what needs a person shows of it: fields of `responses.Now`.
+
+        Args:
+            runs: ids of the runs that are shown, by their folders.
+        """
         rows, cluster = self.rows(), self.machines()
         retried = {row.get("retry_of") for row in rows}
         lately = time.time() - DAY
@@ -95,8 +102,8 @@ class Board:
             or (row["state"] in (LOST, FAILED, STOPPED) and row["time"] > lately and row["id"] not in retried)
         ]
         return {
-            "waiting": [_shown(row) for row in line[:MOST_SHOWN]],
-            "jobs": [_shown(row) for row in others[-MOST_SHOWN:]],
+            "waiting": [_shown(row, runs) for row in line[:MOST_SHOWN]],
+            "jobs": [_shown(row, runs) for row in others[-MOST_SHOWN:]],
             "cluster": {key: value for key, value in cluster.items() if key != "machines"},
             "machines": cluster["machines"],
         }
@@ -120,6 +127,11 @@ class Board:
                 found.append(_problem("failed", f"{job.id} is lost", job.reason or "", then, job.time))
         return found
 
+    def roots(self) -> list[Path]:
+        """Folders that runs and sweeps of jobs lie in, where this machine reaches them; of the newest jobs."""
+        above = dict.fromkeys(Path(job.run_dir).parent for job in reversed(self.queue.jobs().values()))
+        return [root.resolve() for root in list(above)[:MOST_ROOTS] if is_folder(root)]
+
     def states(self) -> dict[str, int]:
         """How many jobs there are in each state."""
         found: dict[str, int] = {}
@@ -140,14 +152,14 @@ def _machine(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _shown(row: Mapping[str, Any]) -> dict[str, Any]:
+def _shown(row: Mapping[str, Any], runs: Mapping[str, str]) -> dict[str, Any]:
     """A job of the page."""
     job = Known.model_validate({key: value for key, value in row.items() if key not in ("ahead", "outlook")})
     seen = row["outlook"]
     return {
         "id": job.id,
         "run": visible(job.name),
-        "run_dir": visible(job.run_dir),
+        "run_id": runs.get(os.path.realpath(job.run_dir)),
         "state": "STOPPING" if job.state == RUNNING and job.stopping else job.state,
         "why": visible(seen["why"])[:LONGEST_WHY],
         "priority": job.priority,

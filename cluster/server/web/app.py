@@ -44,6 +44,8 @@ SMALL = 1 << 10
 """Bytes of an answer below which it is not compressed."""
 FIRST_LOOK = 10.0
 """Seconds that a request waits for the first look at the runs."""
+ROOTS_EVERY = 5.0
+"""Seconds between two looks for roots of jobs, which a job may make as it begins."""
 MOST_COMPARED = 20
 COOKIE = "muster_dashboard"
 WRONG: dict[int | str, dict[str, Any]] = {"4XX": {"model": responses.Failure}}
@@ -91,8 +93,15 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
     guard = Guard(app, token, hosts, COOKIE, login_page)  # to ask it whether a token is right
     app.add_middleware(Guard, token=token, hosts=hosts, cookie=COOKIE, login_page=login_page)  # type: ignore[arg-type]
 
+    known: list[float] = [-1, 0.0]
+    """Version of the queue whose jobs' roots were looked for, and when."""
+
     def view() -> View:
         changes.asked()
+        if board and (board.queue.version != known[0] or time.monotonic() - known[1] > ROOTS_EVERY):
+            known[:] = board.queue.version, time.monotonic()
+            for root in board.roots():
+                index.add(root)
         index.ready.wait(FIRST_LOOK)
         return index.view
 
@@ -120,7 +129,8 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
     def now(request: Request) -> Response:
         told = glance.now(view(), index.roots)
         if board:
-            told |= board.now() | {"problems": [*board.problems(), *told["problems"]]}
+            runs = {entry.run.folder: entry.row.id for entry in index.view.entries}
+            told |= board.now(runs) | {"problems": [*board.problems(), *told["problems"]]}
         return _json(request, told)
 
     @app.get("/api/runs", response_model=responses.Runs)

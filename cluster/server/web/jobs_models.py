@@ -92,7 +92,9 @@ class ShownJob(BaseModel):
 
     id: str
     run: str
-    run_dir: str
+    """Name of its run."""
+    run_id: str | None
+    """What the API calls that run; None: it is not shown here."""
     state: str
     why: str
     priority: int

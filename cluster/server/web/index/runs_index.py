@@ -96,6 +96,14 @@ class RunsIndex:
         self.ready = threading.Event()
         """Set once there is a view."""
 
+    def add(self, root: Path) -> None:
+        """Show the runs of one more root as well, from the next look on."""
+        with self._lock:
+            known = self.roots
+            if root not in known:
+                name = f"{visible(root.name)}{len(known) if root.name in [each.name for each in known] else ''}:"
+                self._roots.append(_Root(root, name if known else ""))
+
     @property
     def unread(self) -> int:
         """Runs that have not been read yet."""

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from dashboards import TOKEN, serving
+from dashboards import TOKEN, serving, write_run
 from hostile_messages import GOOD, submit, zipped
 from queues import Queue
 
@@ -252,6 +252,22 @@ def test_now_tells_of_the_queue_and_the_machines(server, here):
     assert server.get("/api/machines").json["machines"] == told["machines"]
     server.post("/api/jobs/job-low/retry", {"new": "job-again"})
     assert server.get("/api/now").json["problems"] == []
+
+
+def test_runs_of_jobs_are_shown_wherever_their_root_is(tmp_path, monkeypatch):
+    """And a job is told to be that run's."""
+    (tmp_path / "queue").mkdir()
+    here = Queue(tmp_path / "queue")
+    first, second = write_run(tmp_path / "one" / "runs" / "a"), write_run(tmp_path / "two" / "runs" / "a")
+    write_run(tmp_path / "elsewhere" / "b")
+    with serving([tmp_path / "one" / "runs"], board=here.board) as server:
+        assert list(server.rows()) == ["a"]
+        for id, run_dir in (("job-1", first), ("job-2", second), ("job-3", tmp_path / "nowhere" / "c")):
+            here.send(zipped(submit(id, run_dir=str(run_dir))))
+        assert {job["id"]: job["run_id"] for job in server.get("/api/now").json["waiting"]}["job-1"] == "a"
+        assert list(server.rows()) == ["a", "runs1:a"]
+        told = {job["id"]: job["run_id"] for job in server.get("/api/now").json["waiting"]}
+        assert told == {"job-1": "a", "job-2": "runs1:a", "job-3": None}
 
 
 def test_prometheus_counts_jobs_by_state(server, here):
