@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 
 def generator(name: str, seed: int) -> torch.Generator:
@@ -25,7 +26,8 @@ def initial_value(name: str, shape: torch.Size, std: float, seed: int) -> Tensor
 
 def fill(module: nn.Module, seed: int) -> None:
     """Initialise a module that was just built: by its own `init_weights(seed)` or, if it has none, by torch's
-    `reset_parameters` of each of its parts, with a generator seeded by (seed, name) only."""
+    `reset_parameters` of each of its parts, with a generator seeded by (seed, name) only. What a parametrization
+    computes from (torch.nn.utils.parametrize) gets the value that gives this weight back."""
     if own := getattr(module, "init_weights", None):
         own(seed)
         return
@@ -33,7 +35,11 @@ def fill(module: nn.Module, seed: int) -> None:
         for name, part in module.named_modules():
             if reset := getattr(part, "reset_parameters", None):
                 torch.manual_seed(generator(name, seed).initial_seed())
-                reset()
+                with parametrize.cached():  # else `reset` would fill a weight that is computed anew at the next use
+                    reset()
+                    made = {key: getattr(part, key).detach() for key in getattr(part, "parametrizations", ())}
+                for key, value in made.items():
+                    setattr(part, key, value)
 
 
 def initialise(module: nn.Module, std: float, seed: int) -> None:

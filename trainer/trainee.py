@@ -13,6 +13,7 @@ from configs import Config, ConfigError
 from models.families import build
 from models.init import fill
 from models.kernels.uncompiled import leave_uncompiled
+from models.spectral_memory import fill_vectors
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
 from models.tasks.task import Memory, Sums, Value, unless_skipped
@@ -196,6 +197,7 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
             module = build(config.model)
     fill(module, config.run.seed)
     known = load_weights(module, config) if warm and config.train.init_from else {}
+    fill_vectors(module, config.run.seed)
     if config.train.recompute_every:
         module.set_activation_checkpointing(config.train.recompute_every)
     mean = None

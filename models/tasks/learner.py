@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.norm_memory import NormTap
+from models.spectral_memory import SpectralTap
 
 from .task import Memory, Modules, Nets, Phase, Sums, Task, Value
 
@@ -14,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Learner:
-    """Adds to a task what any network may have: BatchNorm's running statistics are memory.
+    """Adds to a task what any network may have: BatchNorm's running statistics and spectral norms' vectors are memory.
 
     Args:
         modules: what this process holds of the model, by `Phase.parameters`.
@@ -35,7 +36,7 @@ class Learner:
         listens: bool = True,
     ):
         self.task, self.modules, self.phases = task, modules, task.phases
-        self._norms = NormTap(modules)
+        self._norms, self._spectral = NormTap(modules), SpectralTap(modules)
         if listens:
             task.attach(modules, mean_over_parts)
         self._extra = task.extra
@@ -81,17 +82,19 @@ class Learner:
 
     def fresh_memory(self) -> dict[str, list]:
         """See `Task.fresh_memory`."""
-        return self.task.fresh_memory(self.modules) | self._norms.fresh()
+        return self.task.fresh_memory(self.modules) | self._norms.fresh() | self._spectral.fresh()
 
     def known_memory(self) -> Shapes:
         """See `Task.known_memory`."""
-        return self.task.known_memory(self.modules) | self._norms.known()
+        return self.task.known_memory(self.modules) | self._norms.known() | self._spectral.known()
 
     def after_step(self, memory: Memory, found: Mapping[str, Tensor], micro_batches: int) -> Memory:
         """See `Task.after_step`; `found`: by `layout`."""
-        return self._norms.after_step(self.task.after_step(memory, found, micro_batches), found)
+        after = self._norms.after_step(self.task.after_step(memory, found, micro_batches), found)
+        return self._spectral.after_step(after)
 
     def tell(self, memory: Memory) -> None:
         """Put memory in the place where the modules use it."""
         self.task.tell(self.modules, memory)
         self._norms.tell(memory)
+        self._spectral.tell(memory)

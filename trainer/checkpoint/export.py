@@ -12,6 +12,7 @@ from configs import Config, ConfigError
 from models.families import build
 from models.hf.folder import SHARD_BYTES, export_hf
 from models.hf.names import QWEN2
+from models.spectral_memory import fill_vectors
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
 from models.tasks.task import Task
@@ -85,6 +86,7 @@ def load_module(
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(reader.weight(name, averaged=ema))
+    fill_vectors(module, config.run.seed)  # which a checkpoint of before they were memory lacks
     learner = Learner(task, _networks(task, module), listens=False)
     fresh = on_device(learner.fresh_memory(), torch.device("cpu"))
     learner.tell(restored(reader.manifest.state.memory, fresh))

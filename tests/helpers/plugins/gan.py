@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
 
 from configs.sections.family import ModelSection
 from models.families import FAMILIES, Family
@@ -41,6 +42,8 @@ class GanConfig(ModelSection):
     """Peak learning rate of the generator."""
     generator_every: int = Field(1, ge=1)
     """Steps of the discriminator for each of the generator."""
+    spectral_norm: bool = False
+    """Whether the discriminator's matrices have a spectral norm of 1 (arXiv:1802.05957)."""
     generator_ema: float | None = Field(None, gt=0, lt=1)
     """Decay of an exponential moving average of the generator alone, which then draws the samples; None: as optim's."""
 
@@ -51,12 +54,13 @@ class Gan(nn.Module):
     def __init__(self, config: GanConfig):
         super().__init__()
         hidden, pixels = 4 * config.width, config.size**2
+        norm = spectral_norm if config.spectral_norm else nn.Identity()
         self.generator = nn.Sequential(
             nn.Linear(config.latents, hidden), nn.BatchNorm1d(hidden), nn.ReLU(),
             nn.Linear(hidden, pixels), nn.Tanh(), nn.Unflatten(1, (1, config.size, config.size)),
         )  # fmt: skip
         self.discriminator = nn.Sequential(
-            nn.Flatten(), nn.Linear(pixels, hidden), nn.LeakyReLU(0.2), nn.Linear(hidden, 1), nn.Flatten(0)
+            nn.Flatten(), norm(nn.Linear(pixels, hidden)), nn.LeakyReLU(0.2), norm(nn.Linear(hidden, 1)), nn.Flatten(0)
         )
 
 
