@@ -70,7 +70,7 @@ export function choice(name, options, chosen, choose) {
 let unfolded = false;
 /** Controls of the axes; on a narrow page they are behind a button until it is pressed. */
 export function folded(...controls) {
-  const inner = el("div", { class: unfolded ? "axes" : "axes folded" }, ...controls);
+  const inner = el("div", { class: unfolded ? "axis-controls" : "axis-controls folded" }, ...controls);
   const button = el("button", { type: "button", class: "bare unfold", "aria-expanded": String(unfolded), on: { click: () => {
     unfolded = !unfolded;
     inner.classList.toggle("folded", !unfolded);

@@ -22,6 +22,7 @@ export function number(value, digits = 3, least = 1e-4) {
 /** 214k, 5.51M, 1.3B */
 export function compact(value, digits = 3) {
   if (!there(value)) return DASH;
+  if (Math.abs(value) >= 1e15) return number(value, digits);
   for (const [size, letter] of [[1e12, "T"], [1e9, "B"], [1e6, "M"], [1e3, "k"]]) {
     if (Math.abs(value) >= size * 0.9995) return Number((value / size).toPrecision(digits)) + letter;
   }

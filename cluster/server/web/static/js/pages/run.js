@@ -16,6 +16,9 @@ import { edit } from "./runs_peek.js";
 
 const TABS = ["charts", "experts", "samples", "config", "logs", "files"];
 
+/** With a full stop at its end. */
+const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);
+
 export function open(outlet, id) {
   return new Run(outlet, id);
 }
@@ -142,7 +145,7 @@ class Run {
           running && el("button", { type: "button", disabled: stopping, on: { click: () => this.stop() } }, "Stop after a checkpoint", el("kbd", {}, "s")))),
       el("p", { class: "about" }, about && `${about}. `, el("span", { class: "quiet" }, header.commit && `${header.commit.slice(0, 7)}${header.dirty ? ", changed" : ""}, `, row.started && `${header.commit ? "started" : "Started"} ${clock(row.started)}.`)),
       row.note && el("p", { class: "note quiet" }, row.note),
-      kind === "failed" && notice("failed", el("b", {}, `${row.step ? `Failed at step ${whole(row.step)}` : "Failed before step 1"}. `), row.reason || "No reason is recorded.", ` ${attempts.length > 1 ? `After ${attempts.length} attempts. ` : ""}`, el("a", { href: here("tab=logs") }, "Its logs"), " say more."),
+      kind === "failed" && notice("failed", el("b", {}, `${row.step ? `Failed at step ${whole(row.step)}` : "Failed before step 1"}. `), sentence(row.reason ?? "No reason is recorded"), ` ${attempts.length > 1 ? `After ${attempts.length} attempts. ` : ""}`, el("a", { href: here("tab=logs") }, "Its logs"), " say more."),
       problems.map((problem) => notice("warning", el("b", {}, "Not all can be read. "), problem)),
       (this.numbers = el("dl", { class: "numbers" })));
     this.sayNumbers();
