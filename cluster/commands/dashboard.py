@@ -11,7 +11,7 @@ from cluster.gangs.access_token import Address, known_tokens, own_addresses, rem
 from cluster.server import serving
 from cluster.server.serving import LOOPBACK, PORT
 from configs import ConfigError, mask
-from configs.reading.parse import shortened
+from configs.reading.parse import is_file, shortened
 
 from .runs import RUNS, find_run, run_folder, run_folders
 
@@ -31,14 +31,15 @@ def dashboard(
     runs: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[RUN]...", help="With --export: names of runs, or paths of their folders; all of them."
+            metavar="[RUN]...",
+            help="With --export: names of runs or sweeps, or paths of their folders; by default all runs.",
         ),
     ] = None,
     export: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Start no server: write the page of each RUN, with the end of its logs, and their comparison as HTML "
+            help="Start no server: write the page of each RUN, with the end of its logs, and of all compared, as HTML "
             "files that open by themselves.",
         ),
     ] = None,
@@ -109,13 +110,16 @@ def _export(folder: Path, runs: Sequence[str], roots: Sequence[Path]) -> None:
     from cluster.server.web.app import MOST_COMPARED
     from cluster.server.web.export.contents import opened
     from cluster.server.web.export.page import write_pages
+    from cluster.sweep.train.progress import PLAN
 
-    if runs:
-        found = [
-            next(filter(None, (find_run(run, root) for root in roots)), None) or run_folder(run, roots[0])
-            for run in runs
-        ]
-    else:
+    found, sweeps = [], []
+    for run in runs:
+        sweep = next((each for root in roots for each in (root / run, Path(run)) if is_file(each / PLAN)), None)
+        if sweep:
+            sweeps.append(sweep.resolve())
+        else:
+            found.append(next(filter(None, (find_run(run, root) for root in roots)), None) or run_folder(run, roots[0]))
+    if not runs:
         found = [each.resolve() for root in roots for each in run_folders(root)]
         if not found:
             raise ConfigError(f"--export: there is no run in {shortened(', '.join(map(str, roots)), 200)}")
@@ -125,7 +129,7 @@ def _export(folder: Path, runs: Sequence[str], roots: Sequence[Path]) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_pages(opened(found), folder, print)
+        write_pages(opened(found), folder, print, sweeps)
     except OSError as error:
         raise ConfigError(
             f"--export {shortened(folder, 200)}: it cannot be written ({error.strerror or error})"

@@ -59,7 +59,7 @@ def plan_routes(
             raise HTTPException(409, visible(str(error))[:1000]) from None
         place = (LAW, swept.folder, budget, max_budget)
         told = heavy.ask(place, rests_on, LAW, sweeps.question(swept, budget, max_budget))
-        return answer(request, {"working": told.working, "computed": told.at, "law": _plain(told.found)})
+        return answer(request, {"working": told.working, "computed": told.at, "law": plain(told.found)})
 
     @router.get("/api/plan", response_model=plan_responses.PlanOptions)
     def options(request: Request) -> Response:
@@ -81,10 +81,10 @@ def plan_routes(
     return router
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The same, its texts without control characters."""
     if isinstance(value, str):
         return visible(value[:20_000])
     if isinstance(value, dict):
-        return {visible(key): _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list) else value
+        return {visible(key): plain(each) for key, each in value.items()}
+    return [plain(each) for each in value] if isinstance(value, list) else value

@@ -2,24 +2,29 @@
 
 import base64
 import contextlib
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from configs import ConfigError
 from trainer.record.lines import read_events
 from trainer.record.terminal import visible
 from trainer.tracking.sweep import TRIALS
 
+from ..heavy import Heavy
 from ..index import colours
 from ..index.config_values import Configs, differing_keys, flat_config
 from ..index.rows import Run, refresh, signature
-from ..index.runs_index import Entry
+from ..index.runs_index import Entry, View
 from ..pages.details import Books, details, experts, flops_per_token, log
 from ..pages.samples import picture
 from ..pages.series import EXAMPLES, Columns, lines
 from ..pages.stacks import stacks
+from ..pages.sweep import Sweeps
+from ..plan_routes import LAW, plain
 from ..responses import RunRow
 
 MAIN = ("loss", "eval_loss", "grad_norm", "tokens_per_second")
@@ -90,6 +95,29 @@ def contents_of_comparison(entries: Sequence[Entry], metrics: Mapping[str, Seque
         "differs": differing_keys([flat_config(entry.config) for entry in entries]),
         "each": {entry.row.id: _curves(entry, shared) for entry in entries},
     }
+
+
+def contents_of_sweep(folder: Path) -> dict[str, Any]:
+    """For the page of a sweep, with its law at its own budget.
+
+    Raises:
+        ConfigError: its records cannot be read.
+    """
+    entries = opened([path.parent for path in sorted((folder / TRIALS).glob("*/config.yaml"))])
+    view = View("exported", entries, place={entry.row.id: place for place, entry in enumerate(entries)})
+    sweeps = Sweeps([folder.parent])
+    if not (found := list(sweeps.all(view).values())):
+        raise ConfigError(f"{visible(folder.name)} has no trial yet")
+    status, question = sweeps.shown(found[0]), sweeps.question(found[0], None, None)
+    heavy = Heavy()
+    try:
+        while (told := heavy.ask((), (), LAW, question)).working:
+            time.sleep(0.05)
+    finally:
+        heavy.close()
+    law = {"working": False, "computed": told.at, "law": plain(told.found)}
+    listed = sweeps.listed(view)
+    return {"page": "sweep", "sweep": status, "sweeps": listed, "law": law, "runs": _table(entries), "each": {}}
 
 
 def _table(entries: Sequence[Entry]) -> dict[str, Any]:

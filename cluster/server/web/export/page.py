@@ -15,9 +15,9 @@ from trainer.files.plain_json import dump
 from ..index.runs_index import Entry
 from ..static_files import STATIC
 from .bundle import bundled
-from .contents import contents_of_comparison, contents_of_run
+from .contents import contents_of_comparison, contents_of_run, contents_of_sweep
 
-STYLES = ("vendor/uPlot.css", "app.css", "pages.css")
+STYLES = ("vendor/uPlot.css", "app.css", "pages.css", "plans.css")
 ENTRY = "js/exported/main.js"
 _FONT = re.compile(r'url\("/static/(fonts/[\w-]+\.woff2)"\)')
 _PAGE = """<!doctype html>
@@ -40,17 +40,21 @@ _PAGE = """<!doctype html>
 """
 
 
-def write_pages(entries: Sequence[Entry], folder: Path, done: Callable[[Path], None]) -> None:
-    """A file for each run, `run-NAME.html`, and `compare.html` where there are several.
+def write_pages(
+    entries: Sequence[Entry], folder: Path, done: Callable[[Path], None], sweeps: Sequence[Path] = ()
+) -> None:
+    """A file for each run, `run-NAME.html`, `compare.html` where there are several, and `sweep-NAME.html`.
 
     Args:
         done: told of each file that is written.
+        sweeps: folders of sweeps.
 
     Raises:
         OSError: one cannot be written.
+        ConfigError: the records of a sweep cannot be read.
     """
     style, script, now = _style(), bundled(ENTRY), time.time()
-    files = _names([entry.row.id for entry in entries])
+    files = _names("run", [entry.row.id for entry in entries])
     metrics = {}
 
     def write(name: str, title: str, told: dict[str, Any]) -> None:
@@ -63,13 +67,15 @@ def write_pages(entries: Sequence[Entry], folder: Path, done: Callable[[Path], N
         write(files[entry.row.id], entry.row.name, told)
     if len(entries) > 1:
         write("compare.html", f"{len(entries)} runs", contents_of_comparison(entries, metrics))
+    for path, name in _names("sweep", [str(path) for path in sweeps], lambda path: Path(path).name).items():
+        write(name, Path(path).name, contents_of_sweep(Path(path)))
 
 
-def _names(ids: Sequence[str]) -> dict[str, str]:
-    """A file's name for each run, of letters that every file system and address takes as they are."""
+def _names(kind: str, ids: Sequence[str], called: Callable[[str], str] = str) -> dict[str, str]:
+    """A file's name for each run or sweep, of letters that every file system and address takes as they are."""
     found: dict[str, str] = {}
     for id in ids:
-        stem = name = "run-" + re.sub(r"[^A-Za-z0-9._-]", "_", id)[:150]
+        stem = name = f"{kind}-" + re.sub(r"[^A-Za-z0-9._-]", "_", called(id))[:150]
         number = 1
         while f"{name}.html".lower() in {other.lower() for other in found.values()}:
             number += 1

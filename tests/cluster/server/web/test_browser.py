@@ -9,9 +9,13 @@ import pytest
 import torch
 from dashboards import TOKEN, serving, write_run
 from support import tiny, train_in_process
+from sweeps import begun, tiny_sweep
+from sweeps import trained as as_trained
 
 from cluster.server.web.export.contents import opened
 from cluster.server.web.export.page import write_pages
+from cluster.sweep.train.progress import write_plan
+from cluster.sweep.train.setting import Setting
 from models.tasks.samples import ImageGrid, Table
 from trainer.observe.samples import write_sample
 from trainer.record.lines import Record, read_metrics
@@ -346,8 +350,14 @@ def drag(page, plot, begin, end):
     page.mouse.up()
 
 
-def test_an_exported_page_needs_no_server(browser, root, dashboard, tmp_path):
-    write_pages(opened([root / name for name in ("trained", "long", HOSTILE.replace("/", ""))]), tmp_path, print)
+def test_an_exported_page_needs_no_server(browser, root, dashboard, tmp_path, tiny_data):
+    setting = Setting(tiny_sweep(tmp_path, tiny_data, grid={}, axes={"optim.lr": [0.001, 0.002]}))
+    (planned, _), record = setting.plan().trials, begun(setting.sweep)
+    setting.write_sweep()
+    write_plan(setting.sweep_dir, setting.plan())
+    as_trained(setting, planned, record, loss=1.25)
+    runs = opened([root / name for name in ("trained", "long", HOSTILE.replace("/", ""))])
+    write_pages(runs, tmp_path, print, [setting.sweep_dir])
     context = browser.new_context(offline=True, viewport={"width": 1440, "height": 900})
     watched = Watched(context, "nowhere")
     page = watched.page
@@ -378,6 +388,9 @@ def test_an_exported_page_needs_no_server(browser, root, dashboard, tmp_path):
     assert STEPS * 0.2 < float(lines[0][0]) < float(lines[-1][0]) < STEPS * 0.55
     page.get_by_role("link", name="long").click()
     expect(page.locator("h1")).to_have_text("long")
+    page.goto(f"file://{tmp_path}/sweep-{setting.sweep.name}.html")
+    expect(page.locator("h1")).to_contain_text("Held-out loss 1.250, of 1 finished trial")
+    expect(page.locator(".trials-table .rows .row")).to_have_count(2)
     assert [text for text in watched.wrong if not text.startswith(f"asked outside: file://{tmp_path}/")] == []
     context.close()
 

@@ -5,13 +5,17 @@ import hashlib
 import json
 import re
 import stat
+import time
 
 import pytest
 import torch
 from dashboards import serving, write_run
+from sweeps import begun, tiny_sweep, trained
 
 from cluster.server.web.export.contents import opened
 from cluster.server.web.export.page import write_pages
+from cluster.sweep.train.progress import write_plan
+from cluster.sweep.train.setting import Setting
 from models.tasks.samples import ImageGrid
 from trainer.observe.samples import write_sample
 from trainer.record.lines import Record
@@ -134,6 +138,32 @@ def test_names_that_are_alike_get_files_of_their_own(root, tmp_path):
         exported.name for exported in exported(tmp_path, *(write_run(root / name) for name in ("a b", "a_b", "A_b")))
     ]
     assert names == ["run-a_b.html", "run-a_b-2.html", "run-A_b-3.html", "compare.html"]
+
+
+def test_a_sweep(root, tmp_path, tiny_data, muster):
+    sweep = tiny_sweep(root, tiny_data, grid={}, axes={"optim.lr": [0.001, 0.002, 0.003]})
+    setting, record = Setting(sweep), begun(sweep)
+    planned = setting.plan()
+    setting.write_sweep()
+    write_plan(setting.sweep_dir, planned)
+    for trial, loss in zip(planned.trials[:2], (2.0, 1.5), strict=True):
+        trained(setting, trial, record, loss=loss)
+    out = tmp_path / "out"
+    code, said, err = muster("dashboard", "--root", str(root), "--export", str(out), sweep.name)
+    (path,) = out.iterdir()
+    assert (code, said, err) == (0, f"{path}\n", "")
+    found = told(path)
+    with serving([root]) as dashboard:
+        dashboard.look()
+        status = dashboard.get(f"/api/sweeps/{sweep.name}").json
+        assert found["sweep"] | {"eta": 0.0} == status | {"eta": 0.0}  # which is from now on
+        assert found["sweeps"] == dashboard.get("/api/sweeps").json["sweeps"]
+        until = time.monotonic() + 300
+        while (law := dashboard.get(f"/api/sweeps/{sweep.name}/law").json)["working"]:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+    assert found["law"]["law"] | {"time": 0} == law["law"] | {"time": 0}  # of a sweep that has not ended: until now
+    assert [trial["eval_loss"] for trial in found["sweep"]["trials"]] == [2.0, 1.5, None]
 
 
 def test_the_command(root, tmp_path, muster):

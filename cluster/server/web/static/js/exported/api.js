@@ -11,6 +11,8 @@ export const runPath = (id, rest = "") => `/api/runs/${encodeURIComponent(id)}${
 export async function get(path, parameters = {}) {
   if (path === "/api/compare") return compared(parameters);
   if (path === "/api/keys") return told.keys;
+  if (path === "/api/sweeps") return { sweeps: told.sweeps };
+  if (path.startsWith("/api/sweeps/")) return path.endsWith("/law") ? told.law : told.sweep;
   const [, name, part] = /^\/api\/runs\/([^/]+)\/?(.*)$/.exec(path) ?? [];
   const id = decodeURIComponent(name ?? ""), run = told.each[id];
   if (!run) throw new ApiError("it is not in this file");

@@ -1,8 +1,9 @@
 /** Nothing changes in a page that is a file. */
 
-import { calmly as soon } from "../live.js";
+import { calmly as soon, polite as said } from "../live.js";
 
 export const calmly = soon;
+export const polite = said;
 export const listen = () => () => {};
 export const fresh = () => {};
 export const announce = () => {};

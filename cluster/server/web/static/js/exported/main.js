@@ -2,9 +2,11 @@
 
 import * as compare from "../pages/compare.js";
 import * as run from "../pages/run.js";
+import * as sweep from "../pages/sweep.js";
 import { told } from "./api.js";
 import { start } from "./router.js";
 import { build, main } from "./shell.js";
 
 build();
-start(told.page === "compare" ? compare.open(main) : run.open(main, told.run));
+const open = { compare: () => compare.open(main), run: () => run.open(main, told.run), sweep: () => sweep.open(main, told.sweep.id) };
+start(open[told.page]());

@@ -21,7 +21,7 @@ export function change(parameters) {
   page?.update?.(state());
 }
 
-export const go = (address) => void (location.href = address);
+export const go = (address) => void (address !== "#" && (location.href = address));
 export const here = (query) => `#${query}`;
 export const current = () => page;
 export const runAddress = (id) => told.files[id] ?? "#";
