@@ -282,8 +282,7 @@ def _open(
         if columns or where:
             raise ConfigError(f"{source} is a sweep: columns and where are for tables of runs")
         sweep = load_sweep(source)
-        planned = known_plan(sweep)
-        table = collect(planned).counted_as(sweep.count)
+        table = collect(known_plan(sweep)).counted_as(sweep.count)
         if not len(table):
             raise ConfigError(f"{source}: no trial has finished yet; `muster sweep run {source}` trains them")
     else:
@@ -291,5 +290,5 @@ def _open(
     if max_budget is not None:
         table = table.up_to(_above_0("max_budget", max_budget))
     if sweep is not None and sweep.isoflop is None:
-        curves = loss_curves(planned, table)
+        curves = loss_curves(sweep.folder.resolve(), table)
     return table, curves, tokens_to_read(sweep, table)
