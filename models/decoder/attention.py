@@ -39,8 +39,7 @@ class Long:
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees, computed once per forward pass and shared by the layers. Nothing set: all "
-    "earlier keys."""
+    """The keys that a query sees, computed once per forward pass, shared by layers. Nothing set: all earlier ones."""
 
     mask: Tensor | None = None
     long: Long | None = None

@@ -30,8 +30,7 @@ class Pattern:
         return cls(config.sliding_window, config.block_sparse)
 
     def sees(self, query: Any, key: Any) -> Any:
-        """Whether the query at one position sees the key at another; positions are numbers or tensors that "
-        "broadcast."""
+        """Whether the query at one position sees the key at another; positions, numbers or tensors, broadcast."""
         seen = query >= key
         if self.window is not None:
             seen = seen & (query - key < self.window)

@@ -1,4 +1,4 @@
-"""config.json of a Hugging Face folder from a decoder's config, and back (no torch)."""
+"""A decoder's config as config.json of a Hugging Face folder, and back (no torch)."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -225,7 +225,7 @@ def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, 
     """The config of a decoder that computes what this config.json describes.
 
     Args:
-        tree: of JSON.
+        tree: the parsed JSON.
         where: the file's name, for messages.
 
     Raises:
@@ -332,7 +332,7 @@ def _rope(given: _HFConfig) -> dict[str, Any]:
     extra = [key for key in ("attention_factor", "mscale", "mscale_all_dim") if key in said]
     if extra or said.get("truncate") is False:
         raise _NotSupported(f"rope scaling {shown(said)} has keys that model.rope_scaling does not support")
-    if given.original_max_position_embeddings:  # there it overrides that of the scaling
+    if given.original_max_position_embeddings:  # at the top level it overrides the scaling's own
         said["original_max_position_embeddings"] = given.original_max_position_embeddings
     said.setdefault("original_max_position_embeddings", given.max_position_embeddings)
     for key in ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ())):

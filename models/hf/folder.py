@@ -99,8 +99,7 @@ def _quantization(tree: dict[str, Any]) -> str:
 
 
 class Weights(Mapping[str, Tensor]):
-    """The tensors of a Hugging Face folder under our names, in fp32, whether its experts are stacked or "
-    "separate; lazy."""
+    """The tensors of a Hugging Face folder under our names, in fp32, with experts stacked or separate there; lazy."""
 
     def __init__(
         self, folder: Path, config: ModelConfig, arch: Architecture, beyond: int = 0, quantization: str = ""
@@ -209,8 +208,7 @@ class Weights(Mapping[str, Tensor]):
 
 
 def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[str, Tensor]:
-    """Parameters, and what an architecture has in addition: balancing biases, or a shared expert of width 0 "
-    "for none."""
+    """Parameters, and what an architecture has in addition: balancing biases; without shared experts one of width 0."""
     state: dict[str, Tensor] = dict(module.named_parameters())
     if not arch.bias:
         return state
@@ -227,7 +225,7 @@ def _state(module: nn.Module, config: ModelConfig, arch: Architecture) -> dict[s
 def _tensors(
     state: Mapping[str, Tensor], arch: Architecture, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name there, size in bytes, and how to get each tensor."""
+    """For each tensor its name in the folder, its size in bytes, and a function that returns it."""
     for name, tensor in state.items():
         # A bf16 bias would choose different experts; transformers keeps it in fp32 too.
         kind = torch.float32 if name.endswith(BIAS) else dtype or tensor.dtype

@@ -1,4 +1,4 @@
-"""Which Hugging Face architecture a decoder is, and its tensors' names there (no torch)."""
+"""The Hugging Face architecture that a decoder matches, and its tensors' names there (no torch)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -189,8 +189,8 @@ def bias_name(layer: int) -> str:
 
 
 def pieces(name: str, shape: tuple[int, ...], arch: Architecture) -> list[tuple[str, tuple]]:
-    """The tensors that make up our parameter `name` there: `(name, index into ours)`, one per expert if ours is
-    stacked."""
+    """The tensors of a Hugging Face folder that make up our parameter `name`: `(their name, index into ours)`, one or
+    two per expert if ours is stacked."""
     before, moe, after = name.rpartition(".mlp.experts.")
     if not moe:
         name = name.replace(".mlp.gate.weight", f".{arch.moe_block}.gate.weight")

@@ -1,4 +1,4 @@
-"""Which safetensors files of a Hugging Face folder hold the model, and its tensors in them."""
+"""Finds the safetensors files of a Hugging Face folder that hold the model, and its tensors in them."""
 
 import math
 from pathlib import Path

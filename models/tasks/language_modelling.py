@@ -1,4 +1,4 @@
-"""Language modelling: the next token's cross-entropy, the balance of routers, and what routers remember."""
+"""Language modelling: the next token's cross-entropy, the routers' balancing losses, and the routers' memory."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -16,18 +16,18 @@ from .samples import Text
 from .task import Change, Memory, Modules, Nets, Sums, Task, Value
 
 BIAS, LOAD = "router.bias", "router.load"
-"""Memory: the balancing biases, and each expert's share of the last step's assignments; [MoE layers, experts]."""
+"""Keys of memory: balancing biases, and each expert's share of the last step's assignments; [MoE layers, experts]."""
 
 
 class LanguageModelling(Task):
-    """Each token from those before it."""
+    """Predicts each token from those before it."""
 
     takes, gives, example = "tokens", "loss of tokens", "sequences"
 
     def __init__(self, config: Config):
         super().__init__(config)
         self.tap: RouterTap | None = None
-        """On the routers; None for dense models, and in a pipeline, whose stages have their own."""
+        """Reads the routers; None for dense models, and in a pipeline, whose stages have their own."""
         self.choosers: list[Chooser] = []
         """Of the MoE layers that this process holds."""
 
@@ -37,8 +37,8 @@ class LanguageModelling(Task):
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
-        """Of the routers, means over micro-batches: the unweighted losses, and of each layer the experts' loads, then
-        entropy, confidence and share of dropped assignments (`models.moe.balance.Heard`)."""
+        """Router statistics, averaged over micro-batches: the unweighted losses, and for each layer the experts' loads,
+        then entropy, confidence and the share of dropped assignments (`models.moe.balance.Heard`)."""
         return router_extra(self.config.model)
 
     def attach(self, modules: Modules, mean_over_parts: Callable[[Tensor], Tensor] | None = None) -> None:
@@ -66,16 +66,16 @@ class LanguageModelling(Task):
 
     @property
     def draws(self) -> bool:
-        """A pipeline's stages have no whole model to sample from: `muster generate` has, from a checkpoint."""
+        """Not in a pipeline, where no process has the whole model; `muster generate` samples from its checkpoints."""
         return self.config.train.sample_tokens > 0 and self.config.parallel.pp == 1
 
     def samples(self, nets: Modules, batch: Any) -> Text:
-        """Each of train.sample_prompts and what the model adds to it; `batch`: see `trainer.data.tokenizer.prompts`."""
+        """Each of train.sample_prompts with the model's continuation; `batch`: see `trainer.data.tokenizer.prompts`."""
         train = self.config.train
         how = {"max_new_tokens": train.sample_tokens, "temperature": train.sample_temperature}
         try:
             texts = batch.continued(nets["model"], seed=self.config.run.seed, **how)
-        except ConfigError as error:  # of logits that are not finite: no reason to end a run
+        except ConfigError as error:  # logits that are not finite, which must not end a run
             texts = [str(error)]
         return Text(("\n" + "-" * 80 + "\n").join(texts) + "\n")
 
@@ -133,7 +133,7 @@ def by_layer(router: Sequence[Sequence[float]]) -> tuple[list[list[float]], tupl
 
 
 def fresh_routers(model: ModelConfig) -> dict[str, list]:
-    """What routers remember before the first step: no bias, and even loads."""
+    """The routers' memory before the first step: no bias, and even loads."""
     layers, experts = model.num_moe_layers, model.num_experts
     found: dict[str, list] = {}
     if layers and model.router_bias_rate is not None:
@@ -144,14 +144,15 @@ def fresh_routers(model: ModelConfig) -> dict[str, list]:
 
 
 def routers_after_step(memory: Memory, load: Tensor, micro_batches: int, config: Config) -> Memory:
-    """What routers remember after a step. All of it stays on the device.
+    """The routers' memory after a step. All of it stays on the device.
 
     A bias moves by `model.router_bias_rate` towards an even load (arXiv:2412.19437, section 2.1.2): b_e += rate *
-    sign(mean load - load_e). Loads are compared as whole numbers of assignments, so that no rounding tips the sign.
+    sign(mean load - load_e). Loads are compared as integer numbers of assignments, so that rounding cannot flip the
+    sign.
 
     Args:
         load: float64 [MoE layers, experts], each expert's share of the assignments over the whole global batch.
-        micro_batches: of the global batch, filled ones included.
+        micro_batches: of the global batch, including those of padding.
     """
     model, train = config.model, config.train
     found = dict(memory)
@@ -166,7 +167,7 @@ def routers_after_step(memory: Memory, load: Tensor, micro_batches: int, config:
 
 
 def tell_routers(found: Iterable[Chooser], memory: Mapping[str, Tensor], model: ModelConfig) -> None:
-    """Hand each chooser, which may be some of the model's only, what it remembers."""
+    """Give each chooser its rows of memory; the choosers may be only some of the model's."""
     order = [i for i in range(model.num_layers) if model.is_moe_layer(i)]
     rows = {key: value.float() for key, value in memory.items()}
     for chooser in found:

@@ -1,4 +1,4 @@
-"""A task and the networks that it trains, as the trainer sees them: losses, what is recorded, what is remembered."""
+"""A task and the networks that it trains, as the trainer sees them: losses, recorded metrics, memory."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,17 +15,17 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 class Learner:
-    """Adds to a task what any network may have: BatchNorm's running statistics and spectral norms' vectors are memory.
+    """Adds to a task's memory what any network may have: BatchNorm's running statistics, spectral norms' vectors.
 
     Args:
-        modules: what this process holds of the model, by `Phase.parameters`.
+        modules: the parts of the model that this process holds, by `Phase.parameters`.
         mean_over_parts: see `Task.attach`.
-        listens: whether it is to be trained or evaluated; False: only filled with memory.
+        listens: the modules are to be trained or evaluated; False: they are only given their memory.
 
     Attributes:
-        phases: of the task; its first is the run's own, whose numbers stand under their own names everywhere, and
-            those of the others under `PHASE.NAME`.
-        layout: names and shapes of what a step measures beside the first phase's loss, norm and whether it was skipped.
+        phases: of the task. Values of the first, the run's own, have plain names everywhere, those of the others
+            `PHASE.NAME`.
+        layout: names and shapes of what a step measures besides the first phase's loss, gradient norm and skipped flag.
     """
 
     def __init__(
@@ -48,20 +48,20 @@ class Learner:
             self.layout |= {f"{phase.name}.grad_norm": (), f"{phase.name}.skipped": ()}
 
     def loss(self, nets: Nets, batch: Any, phase: Phase) -> tuple[Sums, Tensor]:
-        """(`Task.loss`, [loss, *extra, *what is remembered of the passes] in float64, without gradient)."""
+        """(`Task.loss`, [loss, *extra, *BatchNorm's statistics of the passes] in float64, without gradient)."""
         sums = self.task.loss(nets, batch, phase.name)
         values = [sums.loss.detach().double().view(1)]
         for name, shape in self._extra.items():
             value = sums.extra[name].detach()
-            assert value.shape == shape, f"extra {name} has the shape {tuple(value.shape)}, it is declared as {shape}"
+            assert value.shape == shape, f"extra {name} has shape {tuple(value.shape)}, but is declared as {shape}"
             values.append(value.double().reshape(-1))
         if self._norms:
             values += [value.reshape(-1) for value in self._norms.collect((batch.example_ids >= 0).any())]
         return sums, torch.cat(values)
 
     def joined(self, found: Mapping[str, Tensor]) -> Tensor:
-        """[first phase's loss, *`layout` but for the norms of gradients] of what `loss` gave of each phase that was
-        due, added up; the others' values are 0."""
+        """[first phase's loss, *`layout` without gradient norms and skipped flags], from the sums of `loss` over each
+        phase that was due; the other phases' values are 0."""
         if len(self.phases) == 1:
             return found[self.phases[0].name]
         own = 1 + sum(torch.Size(shape).numel() for shape in self._extra.values())
@@ -70,7 +70,7 @@ class Learner:
         return torch.cat([part[:own] for part in parts] + [sum(part[own:] for part in parts)])  # type: ignore[list-item]
 
     def metrics(self, found: Mapping[str, Value], weight: float, step: int) -> dict[str, Value]:
-        """What the record says of a step beside the first phase's loss; `found`: by `layout`."""
+        """A step's recorded metrics besides the first phase's loss; `found`: values by `layout`."""
         metrics = self.task.metrics({name: found[name] for name in self._extra}, weight)
         for phase in self.phases[1:]:
             if step % phase.every == 0:
@@ -89,12 +89,12 @@ class Learner:
         return self.task.known_memory(self.modules) | self._norms.known() | self._spectral.known()
 
     def after_step(self, memory: Memory, found: Mapping[str, Tensor], micro_batches: int) -> Memory:
-        """See `Task.after_step`; `found`: by `layout`."""
+        """See `Task.after_step`; `found`: values by `layout`."""
         after = self._norms.after_step(self.task.after_step(memory, found, micro_batches), found)
         return self._spectral.after_step(after)
 
     def tell(self, memory: Memory) -> None:
-        """Put memory in the place where the modules use it."""
+        """Write memory to where the modules use it."""
         self.task.tell(self.modules, memory)
         self._norms.tell(memory)
         self._spectral.tell(memory)

@@ -1,4 +1,4 @@
-"""What a task shows of its networks to a person at an evaluation: a text, a grid of images or a table."""
+"""What a task shows of its networks at an evaluation: a text, a grid of images or a table."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -9,7 +9,7 @@ from .task import Task
 
 
 class Tasks(dict[str, type[Task]]):
-    """Makes the name of a task known to `configs` when the task is added."""
+    """Registers the name of a task with `configs` when the task is added."""
 
     def __setitem__(self, name: str, task: type[Task]) -> None:
         TASK_NAMES.add(name)
@@ -21,7 +21,7 @@ TASKS["language_modelling"] = LanguageModelling
 
 
 def task_of(config: Config) -> Task:
-    """What the run learns. Raises ConfigError as `task_class`."""
+    """The run's task. Raises ConfigError as `task_class`."""
     return task_class(config)(config)
 
 
@@ -38,7 +38,7 @@ def task_class(config: Config) -> type[Task]:
 
 
 def check_pair(config: Config) -> None:
-    """Raise ConfigError if the family's network is not what the task learns with, or either is not known."""
+    """Raise ConfigError if the family's network does not fit the task, or either is not known."""
     family = family_of(config.model)  # first: the default task is the family's
     task = task_class(config)
     if (task.takes, task.gives) == (family.takes, family.gives):
@@ -47,6 +47,7 @@ def check_pair(config: Config) -> None:
     fitting = [f"task={name}" for name, each in TASKS.items() if (each.takes, each.gives) == there]
     fitting += [f"model.family={name}" for name, each in FAMILIES.items() if (each.takes, each.gives) == wanted]
     raise ConfigError(
-        f"task={config.task} needs a network from {task.takes} to {task.gives}, model.family={config.model.family} "
-        f"goes from {family.takes} to {family.gives}: set {' or '.join(fitting) or 'another of either'}"
+        f"task={config.task} needs a network from {task.takes} to {task.gives}, but that of model.family="
+        f"{config.model.family} goes from {family.takes} to {family.gives}: set "
+        f"{' or '.join(fitting) or 'another task or family'}"
     )

@@ -1,4 +1,4 @@
-"""The contract between a task and the trainer: its phases, and what a micro-batch comes to in each of them."""
+"""The interface between a task and the trainer: its phases, and the loss of a micro-batch in each of them."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,17 +13,17 @@ from configs import Config
 from .samples import Sample
 
 Nets = Mapping[str, Callable[..., Any]]
-"""What each phase trains, by the phase's name: called as the module that it is."""
+"""The network that each phase trains, by the phase's name; called like the module itself."""
 Modules = Mapping[str, nn.Module]
-"""What this process holds of the model, by `Phase.parameters`, as the engine has changed it."""
+"""The parts of the model that this process holds, by `Phase.parameters`, as the engine has changed them."""
 Memory = dict[str, Tensor]
-"""What is no gradient's and stays from step to step, such as biases of routers, by plain names."""
+"""State that no gradient trains and that is kept from step to step, such as router biases, by plain names."""
 Value = Any
 """A number, or lists of them."""
 
 
 class Change(NamedTuple):
-    """What a step has to tell beside its numbers."""
+    """An event that a step gives rise to."""
 
     event: str
     """Its name in events.jsonl."""
@@ -31,14 +31,14 @@ class Change(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of one micro-batch. The objective of a step is the sum of its losses over the sum of its weights, over the whole
-    global batch, so that an example weighs the same wherever it falls.
+    """Sums over one micro-batch. A step's objective is the sum of all losses divided by the sum of all weights in the
+    global batch, so that an example counts the same in whichever micro-batch it is.
 
     Attributes:
-        loss: scalar, differentiable, summed over what is learned from.
-        weight: scalar: the tokens, images, nodes or pairs that it is summed over.
-        extra: more sums, for the record: by the names and in the shapes of `Task.extra`.
-        penalty: scalar, differentiable: its mean over micro-batches, whatever they weigh, is added to the objective.
+        loss: scalar, differentiable, summed over tokens, images, nodes or pairs.
+        weight: scalar: how many of them were summed over.
+        extra: further sums for the record, with the names and shapes of `Task.extra`.
+        penalty: scalar, differentiable: its unweighted mean over micro-batches is added to the objective.
     """
 
     loss: Tensor
@@ -52,10 +52,10 @@ class Phase:
     """Parameters that one optimizer updates, and when.
 
     Attributes:
-        name: of the phase, and of what it trains in `Nets`.
+        name: of the phase, and of its network in `Nets`.
         parameters: the submodule of the model that it trains, such as `generator`; empty: the whole model.
-        optimizer: keys of the config's section `optim` that are its own.
-        every: it is due at each step that this divides.
+        optimizer: keys of the config's section `optim` that it overrides.
+        every: it is due at every step that this divides.
     """
 
     name: str = "model"
@@ -65,11 +65,11 @@ class Phase:
 
 
 class Task:
-    """What is learned from what: a subclass gives `loss`, and of the rest what it needs.
+    """What is learned from what. A subclass must define `loss`; everything else is optional.
 
     Attributes:
         reads: the kind of examples that it learns from: an entry of `trainer.data.kinds.KINDS`.
-        takes, gives: what a network of its takes and gives: `tokens`, `images`, `classes`, ...; a family says the same.
+        takes, gives: inputs and outputs of its network: `tokens`, `images`, `classes`, ...; the family's must match.
         example: what the record calls its examples.
     """
 
@@ -83,33 +83,34 @@ class Task:
 
     @property
     def counts(self) -> tuple[int, str]:
-        """What one example counts in rates and totals, and the unit of `Sums.weight`: a sequence its tokens. The record
-        has the total under this name, the rate under `UNIT_per_second`, and `eval_UNIT` of an evaluation."""
+        """How much one example counts in totals and rates, and the unit, that of `Sums.weight`: a sequence counts its
+        tokens. The record has the total under the unit's name, the rate as `UNIT_per_second`, and `eval_UNIT` for an
+        evaluation."""
         return 1, "examples"
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """In their order within a step; the first one's loss is that of the run."""
+        """The phases, in their order within a step; the first one's loss is the run's."""
         return (Phase(),)
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of what `loss` gives in `Sums.extra`; () for a number."""
+        """Names and shapes of what `loss` returns in `Sums.extra`; () for a number."""
         return {}
 
     def attach(self, modules: Modules, mean_over_parts: Callable[[Tensor], Tensor] | None = None) -> None:
-        """Listen to what this process trains, where a loss needs to know more of it than it returns.
+        """Install hooks on this process's modules, if the loss needs more than their forward pass returns.
 
         Args:
             mean_over_parts: differentiable mean over the processes that hold parts of the same examples.
         """
 
     def loss(self, nets: Nets, batch: Any, phase: str) -> Sums:
-        """Of a micro-batch in one of the phases."""
+        """The loss of a micro-batch in one of the phases."""
         raise NotImplementedError
 
     def evaluate(self, nets: Nets, batch: Any) -> Sums:
-        """Of held-out examples."""
+        """The loss of held-out examples."""
         return self.loss(nets, batch, self.phases[0].name)
 
     @property
@@ -118,43 +119,43 @@ class Task:
         return type(self).samples is not Task.samples
 
     def samples(self, nets: Modules, batch: Any) -> Sample:
-        """What an evaluation shows to a person, without gradients; every process computes the same.
+        """What an evaluation shows; called without gradients, and computed identically by every process.
 
         Args:
-            nets: what each phase trains, by the phase's name, in evaluation mode.
-            batch: the first held-out examples, or what else `trainer.data.kinds.Kind.shown` gives.
+            nets: the network of each phase, by the phase's name, in evaluation mode.
+            batch: the first held-out examples, or whatever `trainer.data.kinds.Kind.shown` gives instead.
         """
         raise NotImplementedError
 
     @property
     def routed(self) -> list[int] | None:
-        """The MoE layers whose `choices` this process knows, where an evaluation is to show the tokens that each expert
-        takes; None: the model has none, in no process."""
+        """The MoE layers whose `choices` this process knows, for an evaluation to show the tokens that each expert
+        takes; None: the model has no MoE layers, in any process."""
         return None
 
     def choices(self) -> list[Tensor]:
-        """[S, k] of each of the `routed` layers in the last forward pass, which is then forgotten."""
+        """The chosen experts of each `routed` layer in the last forward pass, [S, k]; they are then discarded."""
         return []
 
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
-        """What the record says of `Sums.extra`: by default the mean of each by weight.
+        """What is recorded of `Sums.extra`: by default each sum divided by the weight.
 
         Args:
-            extra: added up over the global batch.
+            extra: summed over the global batch.
         """
         return {name: value / max(weight, 1) for name, value in extra.items()}
 
     def watch(self, counts: Any, extra: Mapping[str, Value]) -> tuple[Any, list[Change]]:
-        """Follow what a step measured over many steps: (counts after it, what is to be recorded as events).
+        """Follow a measurement over many steps: (counts after this step, events to record).
 
         Args:
-            counts: rows of whole numbers, as it returned them of the step before; empty at first.
+            counts: rows of integers, as returned for the previous step; empty at first.
         """
         return [], []
 
     @property
     def counted(self) -> tuple[int, int]:
-        """Shape of what `watch` counts: rows and columns."""
+        """Shape of the counts of `watch`: rows and columns."""
         return 0, 0
 
     def fresh_memory(self, modules: Modules) -> dict[str, list]:
@@ -162,36 +163,36 @@ class Task:
         return {}
 
     def known_memory(self, modules: Modules) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all the memory that a checkpoint may hold, of which a config may use only some."""
+        """Names and shapes of all memory that a checkpoint may hold; a config may use only some of it."""
         return {}
 
     def after_step(self, memory: Memory, extra: Mapping[str, Tensor], micro_batches: int) -> Memory:
         """Memory after a step that was not skipped. All of it stays on the device.
 
         Args:
-            extra: float64, added up over the global batch.
-            micro_batches: of the global batch, filled ones included.
+            extra: float64, summed over the global batch.
+            micro_batches: of the global batch, including those of padding.
         """
         return memory
 
     def tell(self, modules: Modules, memory: Memory) -> None:
-        """Put memory in the place where the modules use it."""
+        """Write memory to where the modules use it."""
 
 
 def unless_skipped(skipped: Tensor, before: Memory, after: Memory) -> Memory:
-    """Memory after a step: as it was before, where the step was skipped (a bool on the device)."""
+    """Memory after a step: unchanged if the step was skipped (a bool on the device)."""
     return {name: torch.where(skipped, before[name], value) for name, value in after.items()}
 
 
 class Trained(Protocol):
-    """What has parameters: a module, or an engine over one."""
+    """Anything with parameters: a module, or the engine of one."""
 
     def parameters(self) -> Iterator[Tensor]: ...
 
 
 @contextmanager
 def trained_only(nets: Mapping[str, Trained], name: str) -> Iterator[None]:
-    """Within it, gradients are made for one of the phases' networks alone, though they pass through others."""
+    """Within the block, only one phase's network accumulates gradients, though they flow through the others."""
     others = [p for other, net in nets.items() if other != name for p in net.parameters() if p.requires_grad]
     for parameter in others:
         parameter.requires_grad_(False)
