@@ -13,21 +13,21 @@ RANGE, POINTS = np.log(1e4), 400
 """The optimum is searched within about this factor of the table's sizes, first on a grid of this many sizes, then
 between them."""
 SHAPE = ("experts", "top_k", "granularity", "active_ratio")
-"""Columns that tell kinds of models apart."""
+"""Columns that distinguish kinds of models."""
 
 
 class Kind(NamedTuple):
-    """Models of one kind (dense, or so many experts), and what a token costs them.
+    """Models of one kind (dense, or with a given number of experts), and their cost per token.
 
-    ln(C / (N D)) is a polynomial in ln N, fitted to the table's rows: ln 6 where C is 6 N D, and what attention and
-    head add where the FLOPs are counted exactly.
+    ln(C / (N D)) is a polynomial in ln N, fitted to the table's rows: ln 6 if C is 6 N D, and more if exact FLOPs
+    include attention and the head.
     """
 
     shape: dict[str, float]
     cost: NDArray[np.float64]
     rows: NDArray[np.int64]
     unique: float = np.inf
-    """Unique tokens available; a model of more tokens repeats them."""
+    """Unique tokens available; a model trained on more repeats them."""
 
     def log_tokens(self, log_n: Array, budget: float) -> Array:
         """ln D that spends a budget at sizes N."""
@@ -53,7 +53,7 @@ def kinds(table: Table) -> list[Kind]:
         rows = np.flatnonzero((keys == key).all(axis=1))
         log_n, ratio = np.log(table.n[rows]), np.log(table.c[rows] / (table.n[rows] * table.d[rows]))
         sizes = len(np.unique(table.n[rows]))
-        # A cost that does not vary is not fitted to noise; extrapolated, a line is safer than a parabola.
+        # A constant cost is not fitted to noise; for extrapolation a line is safer than a parabola.
         degree = 0 if np.ptp(ratio) < 1e-3 or sizes < 2 else 1
         found.append(Kind(dict(zip(names, key.tolist(), strict=False)), np.polyfit(log_n, ratio, degree), rows))
     return found

@@ -24,7 +24,7 @@ class Curve(NamedTuple):
 
 
 def curve(fit: Fit, table: Table, kind: Kind, c: Array) -> Curve:
-    """The lowest loss at each budget; by a form that knows no tokens, the loss at the tokens of the kind's runs."""
+    """The lowest loss at each budget; for a form without tokens, the loss at the median tokens of the kind's runs."""
     parameters = np.concatenate([fit.solution.parameters[None], fit.samples[:SAMPLES]])
     if "d" in fit.form.needs:
         found = [optimum(fit.form, parameters, table, float(budget), kind) for budget in c]

@@ -24,13 +24,13 @@ class Held(NamedTuple):
     """Error of a fit to the smaller budgets at a larger one."""
 
     origin: int
-    """Budgets that it was fitted to."""
+    """Number of budgets that it was fitted to."""
     distance: float
     """In ln C, from the last of them."""
     error: float
     """Observed minus predicted ln L at the best runs, or ln N*."""
     std: float
-    """Standard error of that, by refits and noise."""
+    """Standard error of that, from refits and noise."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Drift:
 
     @classmethod
     def of(cls, held: Sequence[Held], slope: float, holds: float = HOLDS) -> "Drift":
-        """From errors on held-back budgets.
+        """The posterior, given errors on held-out budgets.
 
         Args:
-            slope: of the frontier in ln C, what the prior's scale is a share of.
-            holds: prior probability that there is none.
+            slope: of the frontier per unit of ln C; the prior's scale is a fraction of it.
+            holds: prior probability of no drift.
         """
         relative = np.geomspace(0.02, 30, 50)
         # A half-t with 4 degrees of freedom, on a logarithmic grid.
@@ -58,14 +58,14 @@ class Drift:
         for origin in {each.origin for each in held}:
             _, distance, error, std = np.array([each for each in held if each.origin == origin]).T
             variance = std**2 + np.outer(grid, distance) ** 2 + 1e-14
-            # The errors of one fit at several budgets are one observation: together they count as one.
+            # The errors of one fit at several budgets depend on each other: together they count as one observation.
             log_mass += (-0.5 * np.log(variance) - 0.5 * error**2 / variance).mean(axis=1)
         mass = np.exp(log_mass - log_mass.max())
         return cls(grid, mass / mass.sum(), tuple(held))
 
     @property
     def std(self) -> float:
-        """Of the error, per unit of ln C."""
+        """Standard deviation of the error per unit of ln C."""
         return float(np.sqrt(self.grid**2 @ self.mass))
 
     def record(self) -> dict[str, Any]:
@@ -79,14 +79,14 @@ class Window:
     """Fits of one form to the first budgets of a table."""
 
     origin: int
-    """Budgets that it knows."""
+    """Number of budgets that they are fitted to."""
     rows: NDArray[np.bool_]
     parameters: Array
     """Shape (P,)."""
     samples: Array
     """Refits, shape (B, P)."""
     spread: float
-    """Factor on deviations of the refits."""
+    """Factor on the refits' deviations."""
     noise: float
     """Standard deviation of one run's ln L."""
 
@@ -105,11 +105,11 @@ def fit_windows(
     refits: int,
     generator: np.random.Generator,
 ) -> list[Window]:
-    """Fits and refits of every window as two batches of one optimisation; the first takes `refits`, the others "
-    "fewer."""
+    """Fits and refits of every window, each as one batch of the optimiser; the first window gets `refits`, the others
+    fewer."""
     x, origins = columns(form, table), list(masks)
     rows = np.array([masks[origin] for origin in origins])
-    # Windows differ from the whole: other starts about it find another basin where there is one.
+    # A window's optimum may lie in another basin than the whole table's: the other starts can find it.
     starts = np.tile(start, (4, 1))
     theta = len(form.linear)
     starts[1:, theta:] += 0.1 * generator.normal(size=(3, form.size - theta))
@@ -118,7 +118,7 @@ def fit_windows(
     best = values.reshape(4, -1).argmin(axis=0)
     parameters = found.reshape(4, len(rows), -1)[best, np.arange(len(rows))]
     if objective.scale == "log" and np.isfinite(objective.delta):
-        # Huber's own tuning for runs of this noise: refits of a nearly L1 objective scatter half as much again.
+        # Huber's usual tuning constant for this noise: refits of a nearly L1 objective scatter half as much again.
         noise = _noise(form, table, rows[0], parameters[0])
         objective = Objective("log", max(objective.delta, 1.345 * noise))
         parameters, _, _ = minimise(form, x, table.loss, rows.astype(float), parameters, objective)
@@ -138,9 +138,9 @@ def fit_windows(
 
 
 def _noise(form: Form, table: Table, rows: NDArray[np.bool_], parameters: Array) -> float:
-    """Standard deviation of one run's ln L, by the median residual."""
+    """Standard deviation of one run's ln L, from the median residual."""
     residual = form.log_loss(parameters[None], columns(form, table, rows))[0] - np.log(table.loss[rows])
-    # As many residuals as coefficients are near zero whatever the noise, under a nearly L1 objective.
+    # Under a nearly L1 objective, as many residuals as coefficients are near zero whatever the noise.
     return 1.4826 * float(np.median(np.sort(np.abs(residual))[form.size :]))
 
 
@@ -149,7 +149,7 @@ def columns(form: Form, table: Table, rows: Any = slice(None)) -> dict[str, Arra
 
 
 def deviation(refits: Array) -> float:
-    """Standard deviation, by the quantiles that a few stray refits do not move."""
+    """Standard deviation, from quantiles that a few stray refits do not move."""
     low, high = np.percentile(refits, [16, 84])
     return float(high - low) / 2
 
@@ -165,7 +165,8 @@ def held_loss(form: Form, table: Table, window: Window, rows: NDArray[np.bool_],
 def held_size(
     form: Form, table: Table, window: Window, rows: NDArray[np.bool_], distance: float, kind: Kind
 ) -> Held | None:
-    """By the parabola of ln L in ln N; None: it has no lowest point among the sizes, or is one of unlike data."""
+    """The error in ln N*, against a parabola of ln L in ln N; None if there are fewer than four sizes, the parabola has
+    no minimum among them, or the form models repeated tokens."""
     if "unique" in form.needs:
         return None
     log_n = np.log(table.n[rows])
@@ -178,7 +179,7 @@ def held_size(
     lowest = -slope / (2 * bend)
     if bend <= 0 or not design[:, 1].min() <= lowest <= design[:, 1].max():
         return None
-    # By the delta method.
+    # Delta method.
     gradient = np.array([slope / (2 * bend**2), -1 / (2 * bend), 0.0])
     seen = scale * window.noise * np.sqrt(gradient @ gram @ gradient)
     budget = float(np.exp(np.log(table.c[rows]).mean()))

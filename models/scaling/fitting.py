@@ -49,7 +49,7 @@ class Fit:
     residual: float
     """Root mean square of ln L - ln loss."""
     cross_validation: float | None = None
-    """Root mean square of ln L - ln loss on held-back budgets, rolling origin; None: too few budgets."""
+    """Root mean square of ln L - ln loss on held-out budgets, rolling origin; None: too few budgets."""
 
     @property
     def undetermined(self) -> Refusal | None:
@@ -87,15 +87,15 @@ class Fits:
     refused: dict[str, Refusal]
     """By form or approach: why it was not fitted, or cannot be relied on."""
     chosen: str | None
-    """Of the forms not refused, the one with the lowest error on held-back budgets; with too few budgets, by Schwarz'
+    """Of the forms not refused, one with nearly the lowest error on held-out budgets; with too few budgets, by Schwarz'
     criterion. None: all were refused."""
     approach1: tuple[PowerLaw, PowerLaw] | None = None
-    """Of N and D."""
+    """Power laws of N and D."""
     approach1_of: str = ""
-    """What the best run of each budget was found by."""
+    """What the best run of each budget was chosen by: final losses, or loss curves."""
     approach2: Approach2 | None = None
     kinds: dict[str, "Fits"] = field(default_factory=dict)
-    """Of a table with several kinds of models, each kind alone, by its experts."""
+    """For a table with several kinds of models, the fits of each kind alone, by its experts."""
 
     @property
     def best(self) -> Fit:
@@ -106,7 +106,7 @@ class Fits:
 
     @property
     def reason(self) -> Refusal:
-        """Why no form is chosen, where none is: that of each."""
+        """Why no form is chosen, if none is: the reasons of all forms."""
         forms = {name: why for name, why in self.refused.items() if name not in ("approach1", "approach2")}
         return refused(forms, "no form can be relied on")
 
@@ -138,15 +138,16 @@ def fit(
     seed: int = 0,
     curves: Table | None = None,
 ) -> Fits:
-    """Fit every form that the table has the columns for, and choose one by its error on held-back budgets.
+    """Fit every form that the table has the columns for, and choose one by its error on held-out budgets.
 
     Args:
-        forms: names out of FORMS; None: all that fit.
+        forms: names from FORMS; None: all that the table has the columns for.
         bootstraps: refits for the coefficients' intervals.
-        curves: points of the runs' loss curves at common FLOPs: approach 1, where the runs end at no common budgets.
+        curves: points of the runs' loss curves at common FLOPs, for approach 1 if the runs do not end at common
+            budgets.
 
     Returns:
-        Also where every form is refused: then with the reasons, and approaches 1 and 2.
+        The fits, even if every form is refused: then the reasons, and approaches 1 and 2.
 
     Raises:
         Refusal: mixed recipes or too few budgets.
@@ -189,7 +190,7 @@ def fit(
     sound = {name: each for name, each in fits.items() if name not in left_out}
     errors = {name: each.cross_validation for name, each in sound.items() if each.cross_validation is not None}
     chosen = None
-    if errors:  # of forms whose errors are within a twentieth of the least, the one with the fewest coefficients
+    if errors:  # of the forms within 5% of the lowest error, the one with the fewest coefficients
         near = [name for name, error in errors.items() if error <= 1.05 * min(errors.values())]
         chosen = min(near, key=lambda name: fits[name].form.size)
     elif sound:
@@ -218,7 +219,7 @@ def fit_form(
         samples = samples[converged]
         each = [form.coefficients(sample) for sample in samples]
         for name in each[0] if each else ():
-            with np.errstate(invalid="ignore"):  # of samples beyond any number, as at the edge of an exponent
+            with np.errstate(invalid="ignore"):  # of samples that overflow, as at the edge of an exponent
                 low, high = np.percentile([one[name] for one in each], [2.5, 97.5])
             intervals[name] = (float(low), float(high))
     residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
@@ -244,10 +245,10 @@ def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[
 
 
 def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -> float | None:
-    """Root mean square error in ln L of each budget by the fit to all smaller ones; every budget counts the same.
+    """Root mean square error in ln L, predicting each budget from the fit to all smaller ones; budgets weigh the same.
 
     Returns:
-        None: fewer than two budgets could be held back.
+        None if fewer than two budgets could be held out.
     """
     x, groups = _columns(form, table), _groups(table)
     errors = []
@@ -271,7 +272,7 @@ def named(form: str) -> Form:
 
 
 def check(table: Table) -> None:
-    """Raises Refusal where no law can be fitted: mixed recipes, too few budgets."""
+    """Raise Refusal if no law can be fitted: mixed recipes, too few budgets."""
     recipes = sorted(set(table.recipe))
     if len(recipes) > 1:
         raise Refusal(
@@ -304,7 +305,7 @@ def _columns(form: Form, table: Table) -> Columns:
     missing = [name for name in form.needs if name not in known or not np.isfinite(known[name]).all()]
     if missing:
         raise Refusal("columns", f"{form.name} needs the column {' and '.join(missing)}")
-    # A single corpus for all runs shows, by the tokens read, what repetition is worth.
+    # `unique` may be the same for all runs: the tokens read then show what repetition is worth.
     level = [name for name in form.needs if name != "unique" and len(np.unique(known[name])) < 2]
     if level:
         raise Refusal("columns", f"{form.name} needs more than one value of {' and '.join(level)}")

@@ -1,19 +1,17 @@
-"""Intervals for extrapolation beyond a sweep: the law of its largest budgets, refitted, and its drift on those held
-back.
+"""Intervals for extrapolation beyond a sweep: the law of its largest budgets, refitted, and its drift on held-out ones.
 
 A law of few coefficients that is fitted to all runs of a sweep is never quite right, and its error grows with the
-distance from the data; its bootstrap knows nothing of that. Here, instead:
-1. The law is fitted where it is used: to the runs near the best of their budget, of the last few budgets.
+distance from the data, of which a bootstrap shows nothing. So here:
+1. The law is fitted where it is used: to the runs near the best of their budget, in the last few budgets.
 2. It is `Crossed`, which contains approach 3 but does not tie the frontier's slope to the curvature of the valleys.
-3. Refits weigh every run by an exponential variable (Bayesian bootstrap, Rubin 1981: no refit loses a budget), under
+3. Refits weight every run by an exponential variable (Bayesian bootstrap, Rubin 1981: no refit loses a budget), under
    Huber's loss with a delta of 1.345 standard deviations of the noise; their spread is widened by
-   sqrt(runs / (runs - coefficients)) and Student's t, as regression's degrees of freedom ask for.
-4. The same is done with the last budgets held back (rolling origin). What the errors there show beyond the refits'
-   spread and a run's noise is drift: ln L leaves the law by tau times the distance in ln C (and in ln N, from the best
-   size), with a posterior of tau that is integrated over. Most of its prior says that there is none. ln N* has a drift
-   of its own.
-5. Where runs are so few or noisy that refits scatter more than the drift, approach 3 for all budgets counts as much, if
-   it fits about as well.
+   sqrt(runs / (runs - coefficients)) and Student's t, as the degrees of freedom of a regression require.
+4. The same is done with the last budgets held out (rolling origin). Errors there in excess of the refits' spread and a
+   run's noise are drift: ln L departs from the law by tau times the distance in ln C (and in ln N, from the best size),
+   and the posterior of tau is integrated over. Most of its prior mass is at no drift. ln N* has its own drift.
+5. If runs are so few or noisy that the refits scatter more than the drift, approach 3 on all budgets gets equal weight,
+   provided that it fits about as well.
 """
 
 from dataclasses import dataclass
@@ -32,9 +30,9 @@ from .refusal import Refusal
 from .table import Table
 
 NOISY = 0.1
-"""Scatter of the refits, in slopes of the frontier, over which more runs and fewer coefficients are worth a bias."""
+"""Scatter of the refits, in slopes of the frontier, above which more runs and fewer coefficients are worth a bias."""
 ALIKE = 1.5
-"""Residuals of approach 3 for all budgets over those of `Crossed` for the last few, up to which it may hold for all."""
+"""Approach 3 on all budgets is used if its noise is below this multiple of that of `Crossed` on the last few."""
 REFITS = 400
 DRAWS = 8000
 
@@ -49,7 +47,7 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Extrapolation:
-    """The law near the frontier of a sweep's largest budgets, and how far it is to be trusted beyond."""
+    """The law near the frontier of a sweep's largest budgets, and how far it can be trusted beyond them."""
 
     table: Table
     kind: Kind
@@ -91,7 +89,7 @@ class Extrapolation:
     def _interval(
         self, found: list[tuple[float, Array, Drift]], budget: float, level: float, aside: float = 0.0
     ) -> Interval:
-        """From a logarithm, its refits and its drift by each law.
+        """The interval of a quantity, from its logarithm, refits and drift under each law.
 
         Args:
             aside: distance from the frontier in ln N.
@@ -102,7 +100,7 @@ class Extrapolation:
         for (value, refits, drift), law in zip(found, self.laws, strict=True):
             count = DRAWS // len(found)
             freedom = law.window.freedom
-            # Student's t: the runs' noise is known by their residuals only.
+            # Student's t: the runs' noise is estimated from their residuals.
             widen = law.window.spread * np.sqrt(freedom / generator.chisquare(freedom, count))
             draw = value + generator.choice(refits - value, count) * widen
             tau = generator.choice(drift.grid, count, p=drift.mass)
@@ -120,12 +118,12 @@ def extrapolate(
     refits: int = REFITS,
     seed: int = 0,
 ) -> Extrapolation:
-    """Fit the law of a sweep's largest budgets and see how it did on budgets held back.
+    """Fit the law of a sweep's largest budgets, and measure its error on held-out budgets.
 
     Args:
-        form: another form, for all runs, such as a ladder of sizes or a table with experts needs; None: `Crossed`.
-        kind: of model that is asked for; None: the table's first.
-        refits: of the last fit; those with budgets held back take fewer.
+        form: another form, for all runs, as a ladder of sizes or a table with experts needs; None: `Crossed`.
+        kind: the kind of model to predict; None: the table's first.
+        refits: of the last fit; those with budgets held out take fewer.
 
     Raises:
         Refusal: fewer runs than the form needs.
@@ -136,7 +134,7 @@ def extrapolate(
         start = solve(form, columns(form, table), table.loss, objective).parameters
         laws = [sweep.law(form, start, np.ones(len(table), dtype=bool))]
     else:
-        # Without valleys nothing tells which runs are far from the frontier, or how the last budgets alone behave.
+        # Without valleys nothing shows which runs are far from the frontier, or how the last budgets alone behave.
         near = (sweep.above < NEAR) | (not sweep.valleys)
         dense = {"n": table.n[near], "d": table.d[near]}
         crossed = Crossed(*(float(np.exp(np.log(each).mean())) for each in (table.n, table.d)))

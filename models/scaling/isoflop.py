@@ -14,7 +14,7 @@ from .refusal import Refusal
 from .table import Table, budgets
 
 WINDOWS = (2.0, 3.0, 4.0, 10.0)
-"""A parabola is fitted to sizes within such a factor of the best one: narrower suits skewed valleys, wider noise."""
+"""A parabola is fitted to sizes within one of these factors of the best: narrow suits skewed valleys, wide noise."""
 
 
 class Frontier(Monomials):
@@ -105,7 +105,7 @@ def valley(c: Array, n: Array, d: Array, loss: Array, window: float = WINDOWS[-1
     gram = np.linalg.pinv(design.T @ design)
     beta = gram @ (design.T @ y)
     if beta[2] <= 0:
-        raise Refusal("concave", f"{where}: the loss is concave in ln N; more sizes or seeds would show its valley")
+        raise Refusal("concave", f"{where}: the loss is concave in ln N: add sizes or seeds to find its valley")
     low = -beta[1] / (2 * beta[2])
     if not x.min() < low < x.max():
         end = "smallest" if low <= x.min() else "largest"
@@ -139,9 +139,9 @@ def power_law(c: Array, y: Array, std: Array | None = None) -> PowerLaw:
 
 
 def approach2(table: Table) -> Approach2:
-    """Hoffmann et al.'s second approach: a parabola for each budget, power laws through their lowest points.
+    """Hoffmann et al.'s second approach: a parabola for each budget, and power laws through their lowest points.
 
-    Of the WINDOWS that leave out the fewest budgets, it takes the one whose ln N* scatter least about their power law.
+    Of the WINDOWS that lose the fewest budgets, it uses the one whose ln N* scatter least about their power law.
 
     Raises:
         Refusal: fewer than three budgets have a usable parabola.
@@ -169,7 +169,7 @@ def approach2(table: Table) -> Approach2:
         frontier = form.coefficients(found.parameters)
     std = np.array([each.std for each in valleys])
     known = np.isfinite(std).all() and (std > 0).all()
-    # A valley's error is not known better than by a factor: none counts more than ten times the median.
+    # A valley's standard error is itself uncertain: none weighs more than ten times the median.
     std = np.clip(std, np.median(std) / 3.2, None) if known else np.ones(len(std))
     return Approach2(tuple(valleys), tuple(refused), power_law(c, n, std), power_law(c, d, std), frontier)
 
@@ -190,7 +190,7 @@ def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:
     """Hoffmann et al.'s first approach: the best run at each budget, and power laws of its N and D.
 
     Args:
-        table: finished runs, or points of loss curves with the FLOPs spent until there.
+        table: finished runs, or points of loss curves with the FLOPs spent up to there.
 
     Raises:
         Refusal: fewer than three budgets whose best size has smaller and larger ones beside it.
@@ -211,7 +211,7 @@ def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:
 
 
 def best_approach1(table: Table, curves: Table | None) -> tuple[tuple[PowerLaw, PowerLaw], str]:
-    """Approach 1 by final losses, which are lower than those of runs on their way; else by curves; and which it was.
+    """Approach 1 from final losses, which are lower than those in mid-run, else from loss curves; and which it was.
 
     Raises:
         Refusal: as `approach1`.

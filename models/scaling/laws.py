@@ -1,4 +1,4 @@
-"""A form fitted to a sweep's largest budgets, with what the same fit got wrong with some of them held back."""
+"""A form fitted to a sweep's largest budgets, with the errors of the same fit when some of them are held out."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,23 +15,24 @@ from .refusal import Refusal
 from .table import Table, budgets
 
 NEAR, BEST = 0.1, 0.05
-"""ln L above the best of its budget: over NEAR a run is far from the frontier, under BEST it stands for it."""
+"""ln L above the best of its budget: above NEAR a run is far from the frontier, below BEST it represents it."""
 RECENT = 4
 """Budgets that a law is fitted to: the fewest that show a floor with one to spare."""
 ORIGINS, HORIZONS = 4, 3
-"""Origins that are looked at, and budgets beyond each."""
+"""Most origins that are tried, and most budgets beyond each."""
 SPARE, LEAST_SPARE = 4, 2
-"""Runs more than coefficients: what earlier budgets are taken in for, and what a fit needs."""
+"""Runs in excess of coefficients: with fewer than SPARE earlier budgets are added, with fewer than LEAST_SPARE nothing
+is fitted."""
 VALLEY, SHARED = 3, 0.75
-"""Runs that a budget's valley takes, and the share of runs in one that makes an isoFLOP design."""
+"""Fewest runs of a budget's valley, and the share of runs in valleys that makes an isoFLOP design."""
 YOUNG = 2.3
-"""Errors of fits to fewer than RECENT budgets over their standard errors, as laws without drift show (2.1 to 2.5)."""
+"""Factor on the standard errors of fits to fewer than RECENT budgets: 2.1 to 2.5 was seen for laws without drift."""
 
 
 def group(table: Table) -> tuple[NDArray[np.int64], bool]:
     """The budget of each run, shape (rows,), and whether runs of other sizes share it, as in an isoFLOP design.
 
-    Budgets may be met loosely; where runs share none, as on a ladder of sizes, those within a factor of 2 count as one.
+    Runs may miss their budget somewhat; if they share none, as on a ladder of sizes, those within a factor of 2 do.
     """
     found = [budgets(table, tolerance) for tolerance in (0.1, 0.3, 0.6)]
     shared = [np.mean([_is_valley(table, index == budget) for budget in index]) for index in found]
@@ -47,7 +48,7 @@ def _is_valley(table: Table, rows: NDArray[np.bool_]) -> bool:
 
 @dataclass(frozen=True)
 class Law:
-    """A form fitted to some of a sweep's runs, and what fits like it got wrong beyond theirs."""
+    """A form fitted to some of a sweep's runs, and the errors of such fits beyond their own runs."""
 
     form: Form
     window: Window
@@ -81,7 +82,7 @@ class Law:
 
 
 class Sweep:
-    """A table by budgets."""
+    """A table, grouped by budget."""
 
     def __init__(self, table: Table, kind: Kind, objective: Objective, refits: int, seed: int) -> None:
         self.table, self.kind, self.objective, self.refits, self.seed = table, kind, objective, refits, seed
@@ -97,12 +98,12 @@ class Sweep:
         """FLOPs of the largest budget."""
 
     def law(self, form: Form, start: Array, usable: NDArray[np.bool_], recent: int | None = None) -> Law:
-        """The fit to the last `recent` budgets, and its drift by the same fits with the last budgets held back.
+        """The fit to the last `recent` budgets, and its drift, from the same fit with the last budgets held out.
 
         Args:
             start: parameters near the optimum, shape (P,).
-            usable: runs that may be fitted, shape (rows,).
-            recent: None: all.
+            usable: runs that may be used for the fit, shape (rows,).
+            recent: None: all budgets.
 
         Raises:
             Refusal: fewer runs than the form needs.
@@ -131,7 +132,7 @@ class Sweep:
                 distance = float(self.centre[budget] - self.centre[window.origin - 1])
                 loss = held_loss(form, self.table, window, rows & (self.above < BEST), distance)
                 size = held_size(form, self.table, window, rows & (self.above < NEAR), distance, self.kind)
-                # Fits to few budgets tell of drift in full only where nothing else does.
+                # Fits to few budgets count in full as evidence of drift only if there is no other.
                 doubt = YOUNG if window.origin < RECENT < self.count else 1.0
                 losses.append(loss._replace(std=doubt * loss.std))
                 sizes += [size._replace(std=doubt * size.std)] if size else []

@@ -18,7 +18,7 @@ LEVEL = 0.95
 
 
 class Rival(NamedTuple):
-    """A kind of model that may be the best of a budget as well; see `Prediction`."""
+    """Another kind of model that may be the best at a budget; see `Prediction`."""
 
     shape: Mapping[str, float]
     loss: Interval
@@ -50,13 +50,13 @@ class Prediction:
     convention: str
     level: float
     method: Mapping[str, Any]
-    """How the interval was made."""
+    """How the interval was computed."""
     unique: float | None = None
-    """Tokens that there are to read; None: as many as are read."""
+    """Unique tokens available; None: no limit."""
     warnings: tuple[str, ...] = ()
     rivals: tuple[Rival, ...] = ()
-    """Kinds of models whose interval of the loss begins below the end of the best one's, by their loss: with `shape`,
-    the experts and top_k among which the best is at this level."""
+    """Other kinds of models whose loss interval overlaps that of the best one, by their loss: with `shape`, the kinds
+    among which the best one is at this level."""
 
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
@@ -75,11 +75,10 @@ class Forecast:
     Args:
         form: None: `Crossed` near the largest budgets, and Muennighoff et al.'s law where runs repeat tokens; or
             another, on all runs.
-        unique: tokens that there are to read, of which a model of more tokens repeats some; infinite: as many as it
-            reads.
+        unique: unique tokens available; a model trained on more repeats some; infinite: no limit.
 
     Raises:
-        Refusal: by each method, where the runs do not determine the law, or not what repeated tokens are worth.
+        Refusal: by each method, if the runs do not determine the law, or not the value of repeated tokens.
     """
 
     def __init__(self, table: Table, form: Form | None = None, seed: int = 0, unique: float = np.inf) -> None:
@@ -97,7 +96,7 @@ class Forecast:
         """The compute-optimal model of a budget and its loss; of several kinds of models, the best.
 
         Args:
-            unique: tokens that there are to read; None: as the forecast has it.
+            unique: unique tokens available; None: as for the whole forecast.
         """
         laws = [self._law(index, unique) for index in range(len(self.kinds))]
         found = [law.at_budget(budget, LEVEL) for law in laws]
@@ -117,7 +116,7 @@ class Forecast:
 
         Args:
             shape: of one of the table's kinds of models; None: the first.
-            unique: tokens that there are to read; None: as the forecast has it.
+            unique: unique tokens available; None: as for the whole forecast.
         """
         law = self._law(0 if shape is None else [kind.shape for kind in self.kinds].index(dict(shape)), unique)
         _check_repeats(law, d, "the model")
@@ -125,7 +124,7 @@ class Forecast:
         return _prediction(self.table, law, budget, law.at_size(n, d, LEVEL), Interval(n, n, n), Interval(d, d, d))
 
     def _law(self, index: int, unique: float | None) -> Extrapolation:
-        """Of the runs of one kind alone: what a law of experts assumes of others does not touch it."""
+        """The law of one kind's runs alone, free of what a law of experts assumes of other kinds."""
         if index not in self._laws:
             kind = self.kinds[index]
             table = self.table.take(kind.rows)
@@ -140,7 +139,7 @@ def predict(table: Table, budget: float, form: str | None = None, unique: float 
 
     Args:
         form: name of a law; None: as the runs allow.
-        unique: tokens that there are to read; infinite: as many as a model reads.
+        unique: unique tokens available; infinite: no limit.
 
     Raises:
         ConfigError: no such law, or a table that no law can be fitted to.
@@ -151,7 +150,7 @@ def predict(table: Table, budget: float, form: str | None = None, unique: float 
 
 
 def _trusted(table: Table, form: Form | None, kind: Kind, seed: int) -> Extrapolation:
-    """The law of one kind's runs, of forms that the runs determine. Raises Refusal if there are none."""
+    """The law of one kind's runs, from the forms that the runs determine. Raises Refusal if there are none."""
     again = repeats(table)
     if form is None and again.any():
         try:
@@ -203,7 +202,7 @@ def _smaller(table: Table, kind: Kind, seed: int) -> str:
 
 
 def _check_repeats(law: Extrapolation, d: float, what: str) -> None:
-    """Raises Refusal where tokens are repeated that the law takes for new ones."""
+    """Raise Refusal if the law would take repeated tokens for new ones."""
     if d > 1.01 * law.kind.unique and not all("unique" in each.form.needs for each in law.laws):
         why = law.notes[0] if law.notes else "no run of the table repeats any (no row with d above unique)"
         raise Refusal(

@@ -18,10 +18,9 @@ class Refusal(ConfigError):
 
     Attributes:
         kind: `edge`: the optimum lies at the grid's edge; `concave`: the parabola opens downwards; `few_sizes`,
-            `few_budgets`, `few_rows`: less than the form has to be told by; `mixed_recipes`: losses that cannot be
-            compared; `floor`: E (or another coefficient) stands at its bound; `columns`: something the form needs is
-            not in the table; `convergence`: no optimum was reached; `repeats`: nothing tells what repeated tokens are
-            worth.
+            `few_budgets`, `few_rows`: fewer than the form needs; `mixed_recipes`: losses that cannot be compared;
+            `floor`: E (or another coefficient) is at its bound; `columns`: something that the form needs is not in
+            the table; `convergence`: no optimum was reached; `repeats`: the value of repeated tokens is unknown.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:
@@ -38,7 +37,7 @@ def edge(form: Form, at_bound: Sequence[str]) -> Refusal | None:
 
 
 def refused(each: Mapping[str, Refusal], conclusion: str) -> Refusal:
-    """One refusal out of those of every form or kind of models."""
+    """Combines the refusals of all forms, or of all kinds of models, into one."""
     first, *others = each.values()
     if not others:
         return first

@@ -1,4 +1,4 @@
-"""Predicted losses beside the losses that came: of runs above the budgets that a law was fitted to."""
+"""Predicted losses beside actual ones, for runs above the budgets that a law was fitted to."""
 
 from typing import Any, NamedTuple
 
@@ -26,11 +26,11 @@ class Score(NamedTuple):
     loss: float | None
     """None: the run has not finished."""
     status: str
-    """Of the run; "AFTERWARDS": the prediction was made when the run had ended, and is none."""
+    """Of the run; "AFTERWARDS": the prediction was made after the run had ended, so it is none."""
 
     @property
     def error(self) -> float | None:
-        """(what came - what was predicted) / what was predicted."""
+        """(actual - predicted) / predicted."""
         return None if self.loss is None else self.loss / self.predicted - 1
 
     @property
@@ -44,13 +44,13 @@ class Score(NamedTuple):
 
 
 def score(table: Table, max_budget: float, form: str | None = None) -> tuple[list[Score], list[tuple[str, str]]]:
-    """Hold a fit of the budgets up to `max_budget` to the runs above it: each run, and the best of each budget.
+    """Test a fit to the budgets up to `max_budget` on the runs above it: on each run, and on the best of each budget.
 
     Returns:
-        The scores; and (run, why) of what cannot be predicted.
+        The scores; and (run, reason) for each that cannot be predicted.
 
     Raises:
-        ConfigError: nothing lies above, or what lies below cannot be fitted.
+        ConfigError: no runs are above, or those below cannot be fitted.
     """
     above = table.c > 1.01 * max_budget
     if not above.any() or above.all():
@@ -95,7 +95,7 @@ def score(table: Table, max_budget: float, form: str | None = None) -> tuple[lis
 
 
 def to_json(found: list[Score]) -> dict[str, Any]:
-    """Plain values, and how many of those that count lie inside."""
+    """The scores as plain values, with how many of those that count are inside their intervals."""
     counted = [each for each in found if each.counts]
     errors = [abs(each.error) for each in counted if each.error is not None]
     return {

@@ -23,10 +23,10 @@ CONVENTIONS = ("total", "active", "without_embeddings", "with_head")
 """Ways to count N: all parameters; active ones; active without embedding and head; active without the embedding."""
 REQUIRED = ("n", "d", "c", "loss")
 MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2, 50_000, 1_000, 1_000
-"""Of a table that is read; a fit's bootstrap holds a thousand numbers for each row."""
+"""Limits of a table that is read; a fit's bootstrap holds a thousand numbers for each row."""
 MAX_TABLE_CELLS = 2_000_000
 MAX_UNPACKED = 8 * MAX_TABLE_CELLS + MAX_TABLE_BYTES
-"""Bytes that the pages of a Parquet file may unpack to: as many numbers, and as much text as in a CSV file."""
+"""Most bytes that the pages of a Parquet file may decompress to: as many numbers, and as much text as in a CSV file."""
 NONE = ("", "NA", "N/A", "n/a", "#N/A", "NULL", "null", "None", "NaN", "nan", "-")
 """Cells that hold no number."""
 LONGEST_LINE = 1024**2
@@ -61,8 +61,8 @@ class Table:
     counts: Mapping[str, Array] = field(default_factory=dict)
     """N in every convention that is known."""
     extra: Mapping[str, Array] = field(default_factory=dict)
-    """PROPERTIES that are known: experts (1: dense), top_k, granularity, active_ratio, unique (tokens; nan: of new ones
-    only)."""
+    """PROPERTIES that are known: experts (1: dense), top_k, granularity, active_ratio, unique (tokens; nan: none are
+    repeated)."""
     run: tuple[str, ...] = ()
     """The run of each row, the unit of the bootstrap."""
     recipe: tuple[str, ...] = ()
@@ -86,7 +86,7 @@ class Table:
 
     @property
     def columns(self) -> dict[str, Array]:
-        """By name, as the forms ask for them."""
+        """Columns by name, as the forms need them."""
         return {"n": self.n, "d": self.d, "c": self.c, **self.extra}
 
     def take(self, rows: NDArray[Any]) -> "Table":
@@ -109,7 +109,7 @@ class Table:
         return replace(self, n=self.counts[convention], convention=convention)
 
     def up_to(self, budget: float) -> "Table":
-        """The runs of at most so many FLOPs, or a little more. Raises ConfigError if there are none."""
+        """The runs of at most so many FLOPs, with 1% of tolerance. Raises ConfigError if there are none."""
         over = self.c > 1.01 * budget
         if over.all():
             raise ConfigError(
@@ -118,7 +118,7 @@ class Table:
         return self.without(over, f"over --max-budget {budget:g}")
 
     def without(self, wrong: NDArray[np.bool_], why: str | Callable[[int], str]) -> "Table":
-        """Leave rows out and keep their reason."""
+        """Leave rows out, and note the reason."""
         if not wrong.any():
             return self
         reasons = [(self.run[i], why if isinstance(why, str) else why(i)) for i in np.flatnonzero(wrong).tolist()]
@@ -128,10 +128,11 @@ class Table:
 def budgets(table: Table, tolerance: float = 0.1) -> NDArray[np.int64]:
     """The budget of each row as an index from 0 (the smallest), shape (rows,).
 
-    Rows whose FLOPs follow each other within the tolerance stand at one budget, as trials are rounded to whole steps.
+    In the order of their FLOPs, rows within the tolerance of the next belong to one budget: trials are rounded to whole
+    steps.
 
     Args:
-        tolerance: largest relative gap between neighbours of one budget.
+        tolerance: largest relative gap between neighbours in a budget.
     """
     order = np.argsort(table.c, kind="stable")
     gaps = np.diff(np.log(table.c[order])) > np.log1p(tolerance)
@@ -153,15 +154,15 @@ def read_table(
     """A table of runs from a CSV file (also .csv.gz; commas, semicolons or tabs between cells) or a Parquet file.
 
     Args:
-        columns: our name to the file's, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
-            active_ratio, unique and the conventions of N; what is not named is looked for under our name.
-        where: file's columns to the value that rows must have, or several with commas between; "": an empty cell.
-            Blanks around names and values do not count.
+        columns: {our name: the file's}, for any of n, d, c, loss, run, recipe, experts, top_k, granularity,
+            active_ratio, unique and the conventions of N; others are looked for under our name.
+        where: {column of the file: the value that rows must have, or several, separated by commas}; "": an empty cell.
+            Spaces around names and values are ignored.
 
     Without c it is 6 n d; without d it is c / (6 n); both are noted.
 
     Raises:
-        ConfigError: no such file or column, or a column that holds no numbers.
+        ConfigError: no such file or column, or a column has cells that are not numbers.
     """
     asked = [
         *(columns.values() if isinstance(columns, Mapping) else ()),
@@ -177,7 +178,7 @@ def table_of_columns(
     columns: Mapping[str, str] | None = None,
     where: Mapping[str, Any] | None = None,
 ) -> Table:
-    """As `read_table`, of a table of Arrow that was read from `path`, or comes from elsewhere, which it then names."""
+    """As `read_table`, for an Arrow table; messages name `path` as where it comes from."""
     data = [name.strip() for name in table.column_names]
     if twice := next((name for name, times in Counter(data).items() if times > 1), None):
         raise ConfigError(f"{path}: two columns have the name {shortened(twice)}")
@@ -239,10 +240,10 @@ def table_of_columns(
 
 
 def usable(table: Table) -> Table:
-    """The table without rows that no logarithm can be taken of, or whose properties no model has.
+    """The table without rows that have no logarithm, or properties that no model can have.
 
     Raises:
-        ConfigError: none is left.
+        ConfigError: no row is left.
     """
     values = {name: getattr(table, name) for name in REQUIRED} | dict(table.extra)
     right = {name: np.isfinite(values[name]) & (values[name] > 0) for name in REQUIRED}
@@ -261,12 +262,12 @@ def usable(table: Table) -> Table:
 
 
 def _dense(extra: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...]]:
-    """Properties where a dense model's experts are 1, and what else is empty of it too; and a note of that."""
+    """Properties with 1 for a dense model's experts, and for its other properties if empty; and notes that say so."""
     if "experts" not in extra:
         return dict(extra), ()
     experts = extra["experts"]
     none = np.isnan(experts) | (experts == 0)
-    for name in ("top_k", "active_ratio"):  # what these say of a MoE is not overruled
+    for name in ("top_k", "active_ratio"):  # a row that is a MoE by one of these stays one
         if name in extra:
             none &= np.isnan(extra[name]) | (extra[name] == 1)
     found, filled = {**extra, "experts": np.where(none, 1.0, experts)}, []
@@ -284,7 +285,7 @@ def _dense(extra: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[str, ...
 
 
 def _read(path: Path, wanted: Set[str]) -> Any:
-    """A file as a table of Arrow, of numbers and short texts; ConfigError where a column that is wanted has neither."""
+    """A file as an Arrow table of numbers and short texts; ConfigError if a column that is wanted has neither."""
     if not is_file(path):
         raise ConfigError(f"--table {shortened(str(path), 200)}: no such file")
     import pyarrow as pa  # a laptop's `muster --help` does without it
@@ -302,7 +303,7 @@ def _read(path: Path, wanted: Set[str]) -> Any:
 
 
 def _check_size(names: Sequence[str], rows: int) -> None:
-    """Raises ValueError: a table has two columns of one name, or more rows, columns or cells than is read."""
+    """Raise ValueError if a table has two columns of one name, or too many rows, columns or cells."""
     if twice := next((name for name, times in Counter(names).items() if times > 1), None):
         raise ValueError(f"two columns have the name {shortened(twice)}")
     if rows > MAX_TABLE_ROWS:
@@ -355,7 +356,7 @@ def _parquet(path: Path, wanted: Set[str]) -> Any:
                 f"column {shortened(unread[0].name)} is of type {shortened(unread[0].type)}, neither numbers nor text"
             )
         _check_unpacked(file.metadata, source, names)
-        # Texts as numbers of a dictionary, as they are in the file: one long text may stand in every row.
+        # Texts stay dictionary-encoded, as in the file: every row may have the same long text.
         found = parquet.ParquetFile(source, read_dictionary=texts).read(columns=names)
     for name in texts:
         for chunk in found.column(name).chunks:
@@ -366,7 +367,7 @@ def _parquet(path: Path, wanted: Set[str]) -> Any:
 
 
 def _check_unpacked(metadata: Any, source: Any, names: Sequence[str]) -> None:
-    """Raises ValueError where pages unpack to more than is read, whatever the footer tells of them."""
+    """Raise ValueError if pages decompress to more than `MAX_UNPACKED`, whatever the footer says of them."""
     from configs.reading.parquet_pages import pages
 
     unpacked = 0
@@ -378,7 +379,7 @@ def _check_unpacked(metadata: Any, source: Any, names: Sequence[str]) -> None:
             found = pages(source, start, chunk.total_compressed_size)
             unpacked += max(chunk.total_uncompressed_size, sum(page.unpacked for page in found))
             if unpacked > MAX_UNPACKED:
-                raise ValueError(f"its pages unpack to over {MAX_UNPACKED:,} bytes")
+                raise ValueError(f"its pages decompress to over {MAX_UNPACKED:,} bytes")
 
 
 def _text(cell: Any) -> str:

@@ -1,4 +1,4 @@
-"""Approach 3 with an exponent more in each term, so that the frontier's slope and the valleys' curvature are free."""
+"""Approach 3 with one more exponent in each term, which frees the frontier's slope from the valleys' curvature."""
 
 from collections.abc import Mapping
 
@@ -11,11 +11,11 @@ class Crossed(Monomials):
     """L = E + A / (N^alpha D^alpha_D) + B / (D^beta N^beta_N): approach 3 where alpha_D = beta_N = 0.
 
     Args:
-        n, d: where the terms are A and B inside, for the sake of the numbers; `coefficients` are those of N = D = 1.
+        n, d: where the terms equal the internal A and B, for better conditioning; `coefficients` are for N = D = 1.
     """
 
     name = "crossed"
-    source = "Hoffmann et al., arXiv:2203.15556, eq. 2, with an exponent more in each term"
+    source = "Hoffmann et al., arXiv:2203.15556, eq. 2, with one more exponent in each term"
     needs = ("n", "d")
     linear = ("E", "A", "B")
     nonlinear = ("alpha", "beta", "alpha_D", "beta_N")

@@ -10,7 +10,7 @@ Array = NDArray[np.float64]
 Columns = Mapping[str, Array]
 """Columns of a table by name (n, d, c, experts, ...), each of shape (rows,)."""
 D_REF = 1e9
-"""Tokens at which gamma states what depends on D."""
+"""Tokens at which gamma holds the exponents that depend on D."""
 
 
 class Form:
@@ -30,7 +30,7 @@ class Form:
     nonlinear: tuple[str, ...]
     """Names of gamma."""
     bounds: tuple[tuple[float, float], ...]
-    """Of each gamma: the grid of the search lies inside, and no fit leaves them."""
+    """Of each gamma: the search's grid lies inside, and no fit leaves them."""
 
     @property
     def size(self) -> int:
@@ -145,7 +145,7 @@ class Kaplan(Monomials):
     def coefficients(self, parameters: Array) -> dict[str, float]:
         found = super().coefficients(parameters)
         alpha_n = found["ratio"] * found["alpha_D"]
-        with np.errstate(over="ignore"):  # at the edge of its exponents N_c is beyond any number
+        with np.errstate(over="ignore"):  # at the edge of its exponents N_c overflows
             n_c = float(np.exp(parameters[0] / found["ratio"]))
         return {"N_c": n_c, "D_c": found["B"], "alpha_N": alpha_n, "alpha_D": found["alpha_D"]}
 

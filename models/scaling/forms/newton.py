@@ -11,7 +11,7 @@ from .dense import Array, Columns, Form, Monomials
 EXACT = 1e-9
 """A residual that counts as zero: a table without noise has an optimum too."""
 FLOOR = float(np.log(1e-6))
-"""Least mean of ln(theta phi / sum): below it, a term has left the form."""
+"""Least mean of ln(theta phi / sum): below it, a term has vanished from the form."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ LEAST_SQUARES = Objective(scale="linear", delta=np.inf)
 
 
 class Descent:
-    """Fits of one form to the same rows with weights (and losses) of their own.
+    """Fits of one form to the same rows, each with its own weights (and losses).
 
     f = ln L has the gradient u = power * sum_j s_j z_j, s_j being the share of term j, z_j = d ln(theta_j phi_j) / dp,
     and the curvature power * sum_j s_j z_j z_j^T - u u^T / power where z does not depend on p (products of powers; for
@@ -52,12 +52,12 @@ class Descent:
         self.fixed = form.gradients(self.low[None], x) if isinstance(form, Monomials) else None
 
     def run(self, p: Array, iterations: int) -> tuple[Array, Array, Array]:
-        """From p (B, P): where it ends, the objective there, and the largest scaled entry of the gradient."""
+        """Descend from p (B, P). Returns the ends, the objective there, and the gradient's largest scaled entry."""
         p = self._within(p, np.full((len(p), self.terms), -np.inf))
         end, values, steepness = p.copy(), np.zeros(len(p)), np.zeros(len(p))
         active = np.arange(len(p))
         state = self._state(p, active)
-        # mix: how much of the majoriser stands in the Hessian (1: all); ridge: damping, relative to its diagonal.
+        # mix: share of the majoriser in the Hessian; ridge: damping, relative to its diagonal.
         mix, ridge = np.ones(len(p)), np.full(len(p), 1e-3)
         for _ in range(iterations):
             gradient, hessian, scaled = self._derivatives(p, state, active, mix)
@@ -72,7 +72,7 @@ class Descent:
             diagonal = np.einsum("bpp->bp", hessian)
             diagonal += ridge[:, None] * np.abs(diagonal) + 1e-14
             step = -np.linalg.solve(hessian, gradient[..., None])[..., 0]
-            # A term that its exponents took below the floor stays: lifting it would turn every step down.
+            # A term that its exponents took below the floor stays: lifting it would make every step be rejected.
             least = p[:, : self.terms] + np.minimum(FLOOR - state[-1], 0.0)
             trial = self._within(p + np.clip(step, -2.0, 2.0), least)
             tried = self._state(trial, active)
@@ -157,7 +157,7 @@ class Descent:
         outer = mix[:, None] * majoriser + (1 - mix[:, None]) * newton
         hessian = np.matmul(u * outer[:, None], u.transpose(0, 2, 1))
         self._add_curvature(hessian, (1 - mix)[:, None, None] * power[:, None, None] * pull[:, None] * shares, z)
-        # What a parameter could gain alone, against what its residuals amount to.
+        # What a parameter alone could gain, relative to the size of its residuals.
         spread = np.sqrt(np.einsum("bpn,bn->bp", u**2, majoriser))
         noise = np.sqrt(np.einsum("bn,bn->b", majoriser, residual**2 + EXACT**2))[:, None]
         inner = (p[:, self.terms :] > self.low + 1e-12), (p[:, self.terms :] < self.high - 1e-12)

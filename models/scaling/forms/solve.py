@@ -23,11 +23,11 @@ CHUNK = 128
 GRID = {1: 96, 2: 28, 3: 14, 4: 8, 5: 6, 6: 4}
 """Points along each gamma."""
 BLOCKS = {1: 8, 2: 4, 3: 3, 4: 2, 5: 2, 6: 2}
-"""Blocks along each gamma, of which the best point each is polished."""
+"""Blocks along each gamma; the best point of each block is polished."""
 CANDIDATES = 48
-"""Points of the grid that are polished, at most."""
+"""Most points of the grid that are polished."""
 FINALISTS, PATIENCE = 8, 2000
-"""Polished points that descend further where the best has not converged, and their steps: the kinks of a nearly L1
+"""Polished points that descend further if the best has not converged, and their most steps: the kinks of a nearly L1
 objective in six exponents can take hundreds."""
 
 
@@ -46,13 +46,13 @@ class Solution:
     """Polished candidates that ended at this optimum."""
     candidates: int
     at_bound: tuple[str, ...]
-    """Coefficients that stand at the edge of what is allowed."""
+    """Coefficients at the edge of what is allowed."""
 
 
 def solve(
     form: Form, x: Columns, loss: Array, objective: Objective = HUBER_LOG, weights: Array | None = None
 ) -> Solution:
-    """Fit a form from cold: grid, variable projection, polish.
+    """Fit a form from scratch: grid, variable projection, polish.
 
     Args:
         x: the columns that the form needs, each of shape (rows,).
@@ -63,7 +63,7 @@ def solve(
     starts = _starts(form, x, loss, weights)
     every = np.broadcast_to(weights, (len(starts), len(loss)))
     if np.isfinite(objective.delta):
-        # First with a Huber that most residuals are inside of, where local minima of the nearly L1 one are none.
+        # First with a Huber delta above most residuals, which smooths away local minima of the nearly L1 objective.
         scale = np.median(np.abs(form.log_loss(starts[:1], x)[0] - np.log(loss)))
         unit = 1.0 if objective.scale == "log" else float(np.median(loss))
         wide = Objective(objective.scale, max(objective.delta, 3 * unit * float(scale)))
@@ -105,7 +105,7 @@ def refit(
 
 
 def at_bound(form: Form, x: Columns, parameters: Array) -> tuple[str, ...]:
-    """Names of the coefficients at the edge of what is allowed: a term of nothing, an exponent at its bound."""
+    """Names of the coefficients at the edge of what is allowed: a term that has vanished, an exponent at its bound."""
     terms = len(form.linear)
     logs = parameters[:terms, None] + form.log_terms(parameters[None, terms:], x)[0]
     shares = (logs - np.logaddexp.reduce(logs, axis=0)).mean(axis=1)
@@ -123,7 +123,7 @@ def _starts(form: Form, x: Columns, loss: Array, weights: Array) -> Array:
     axes = []
     for low, high in form.bounds:
         count = GRID[len(form.bounds)]
-        # Exponents are positive and of any size; what may be negative lies evenly.
+        # Positive exponents may have any size and are spaced logarithmically; those that may be negative evenly.
         inner = np.geomspace(low, high, count + 2) if low > 0 else np.linspace(low, high, count + 2)
         axes.append(inner[1:-1])
     gamma = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")], axis=1)
@@ -137,7 +137,7 @@ def _starts(form: Form, x: Columns, loss: Array, weights: Array) -> Array:
         robust = weights / np.maximum(1.0, residual / (3 * scale)) ** 2
     chosen = _basins(error, [len(axis) for axis in axes])
     theta, gamma = theta[chosen], gamma[chosen]
-    # A coefficient that the projection set to nothing starts small, from where the polish can bring it back.
+    # A coefficient that the projection set to zero starts small, so that the polish can bring it back.
     typical = np.exp(np.median(form.log_terms(gamma, x), axis=-1))
     target = np.exp(np.median(np.log(loss)) / form.power(gamma))[:, None]
     theta = np.maximum(theta, 1e-3 * target / typical)
@@ -147,7 +147,7 @@ def _starts(form: Form, x: Columns, loss: Array, weights: Array) -> Array:
 def _basins(error: Array, shape: list[int]) -> NDArray[np.int64]:
     """Indices of the grid's local minima and of the best point in each block of the grid, best first.
 
-    The blocks are for what the squared error cannot show: under outliers its basin need not be the objective's.
+    The blocks are there because, with outliers, the basin of the squared error need not be that of the objective.
     """
     grid = np.pad(error.reshape(shape), 1, constant_values=np.inf)
     inner = tuple(slice(1, -1) for _ in shape)
@@ -188,7 +188,7 @@ def _project(form: Form, gamma: Array, x: Columns, loss: Array, weights: Array) 
 
 
 def _nonnegative(gram: Array, right: Array, total: float) -> tuple[Array, Array]:
-    """min |phi theta - 1|^2 over theta >= 0 for small J, by trying every set of coefficients that are not zero."""
+    """min |phi theta - 1|^2 over theta >= 0 for small J, by trying every set of nonzero coefficients."""
     batch, terms = right.shape
     best, error = np.zeros((batch, terms)), np.full(batch, total)
     for count in range(1, terms + 1):

@@ -1,11 +1,11 @@
-"""Functional forms of the scaling laws of sparse models: the loss as a function of size, tokens and experts too.
+"""Functional forms of scaling laws of sparse models: the loss as a function of size, tokens and experts.
 
-Signs and bases are the papers' own, so that coefficients can be laid beside the published ones. Which N a law was
-written for stands at `counts`; it can be fitted to any convention.
+Signs and bases are the papers' own, so that coefficients compare directly with the published ones. `counts` is the N
+that a law was written for; it can be fitted with any convention.
 
-Where a law has an exponent that itself depends on ln N, the two coefficients can only be told apart far from N = 1. So
-gamma holds that exponent at a size in the middle of what is trained, which keeps the search's grid small and its steps
-straight; `coefficients` gives it as the paper does.
+If a law has an exponent that itself depends on ln N, its two coefficients are nearly collinear: all N are far from 1.
+So gamma holds that exponent at a typical size, which keeps the search's grid small and its steps straight;
+`coefficients` gives it as the paper does.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ import numpy as np
 from .dense import D_REF, Array, Columns, Form, Monomials
 
 N_REF = 1e8
-"""Where gamma states the exponents that depend on N."""
+"""Size at which gamma holds the exponents that depend on N."""
 
 
 def saturated(experts: Array, start: Array | float, most: Array | float) -> Array:
-    """Ehat, how many experts E are worth: E_start for one, never more than E_max (Clark et al.).
+    """Ehat, the effective number of experts: E_start for one expert, never more than E_max (Clark et al.).
 
     1 / Ehat = 1 / (E - 1 + 1 / (1 / E_start - 1 / E_max)) + 1 / E_max; all arguments broadcast.
     """
@@ -31,8 +31,9 @@ def saturated(experts: Array, start: Array | float, most: Array | float) -> Arra
 class Clark(Form):
     """L = E + 10^d N^a Ehat^(b + c log10 N): the law of routed models, with an irreducible floor.
 
-    With E = 0 it is the published one, log10 L = a log10 N + b log10 Ehat + c log10 N log10 Ehat + d. N is the
-    model's without the further experts, and all runs see the same number of tokens. A dense model has one expert.
+    With E = 0 it is the published law, log10 L = a log10 N + b log10 Ehat + c log10 N log10 Ehat + d. N is the
+    model's size without the additional experts, and all runs see the same number of tokens. A dense model has one
+    expert.
     """
 
     name = "clark"
@@ -117,7 +118,7 @@ class ClarkSeparable(Clark):
 
 
 class ClarkUnsaturated(Clark):
-    """L = E + 10^d N^a E^(b + c log10 N): experts help without end, less the larger the model."""
+    """L = E + 10^d N^a E^(b + c log10 N): more experts always help, but less the larger the model."""
 
     name = "clark_unsaturated"
     source = "Clark et al., arXiv:2202.01169, eq. 1, with a floor"
@@ -127,7 +128,7 @@ class ClarkUnsaturated(Clark):
 
 
 class ClarkPower(Clark):
-    """L = E + 10^d N^a E^b: a power law in size and in experts. The least that a law of routed models can be."""
+    """L = E + 10^d N^a E^b: a power law in size and in experts, the simplest law of routed models."""
 
     name = "clark_power"
     source = "Clark et al., arXiv:2202.01169, eq. 1, with a floor and c = 0"
@@ -139,8 +140,8 @@ class ClarkPower(Clark):
 class Ludziejewski(Monomials):
     """L = a Ehat^delta N^(alpha + gamma ln Ehat) + b Ehat^omega D^(beta + zeta ln Ehat) + c, N being active parameters.
 
-    Dense and sparse in one law (E = 1: dense). Ehat saturates as Clark's, with E_start and E_max fixed: a joint sweep
-    has too few values of E to tell them, and over few values the six exponents take up what they would do.
+    Dense and sparse models in one law (E = 1: dense). Ehat saturates as in Clark's, with E_start and E_max fixed: a
+    joint sweep has too few values of E to determine them, and over few values the six exponents absorb their effect.
     """
 
     name = "ludziejewski"
@@ -178,7 +179,7 @@ class Abnar(Monomials):
     """L = a / N^alpha + b / D^beta + c / (1 - S)^lambda + d / ((1 - S)^delta N^gamma) + e, N being all parameters.
 
     1 - S = top_k / experts is the share of the experts that a token passes, `active_ratio` (1: dense). The paper's own
-    lambda is negative. With lambda at 0 the terms c and e are one, and only their sum means something.
+    lambda is negative. With lambda at 0 the terms c and e merge, and only their sum is meaningful.
     """
 
     name = "abnar"
@@ -206,8 +207,8 @@ class Abnar(Monomials):
 class Krajewski(Monomials):
     """L = c + (g / G^gamma + a) / N^alpha + b / D^beta, N being all parameters without embeddings.
 
-    G, the granularity, says how many times narrower than the dense layer an expert is. The number of experts must be
-    the same times G in all rows.
+    G, the granularity, is how many times narrower than the dense layer an expert is. The number of experts must be the
+    same multiple of G in all rows.
     """
 
     name = "krajewski"

@@ -191,7 +191,7 @@ def test_tables_take_neither_long_nor_much_memory(tmp_path):
     for name, content in texts.items():
         (tmp_path / name).write_bytes(content)
     told = {
-        "text.parquet": "its pages unpack to over", "wide.parquet": "20,000 rows of 203 columns, over 2,000,000 cells",
+        "text.parquet": "its pages decompress to", "wide.parquet": "20,000 rows of 203 columns, over 2,000,000 cells",
         "twice.parquet": "two columns have the name n", "cr.csv": "it has over 50,000 rows",
         "all cr.csv": "it has over 50,000 rows", "wide.csv": "it has over 2,000,000 cells",
         "twice.csv": "two columns have the name n", "line.csv": "a line is longer than 1,048,576 bytes",
@@ -227,7 +227,7 @@ def test_a_footer_that_lies_of_a_tables_pages(tmp_path, monkeypatch):
             known = {key: getattr(chunks[i], key) for key in (*names, "total_compressed_size")}
             return SimpleNamespace(**known, total_uncompressed_size=0)
 
-    with pa.OSFile(str(path)) as source, pytest.raises(ValueError, match="its pages unpack to over 1,500 bytes"):
+    with pa.OSFile(str(path)) as source, pytest.raises(ValueError, match="its pages decompress to over 1,500 bytes"):
         _check_unpacked(Lies(), source, list(columns))
 
 
