@@ -1,4 +1,4 @@
-"""For scripts and notebooks: train a run, read runs as data frames, fit scaling laws and predict by them."""
+"""For scripts and notebooks: train a run, read runs as data frames, fit scaling laws and predict with them."""
 
 import json
 import math
@@ -37,9 +37,9 @@ __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "ru
 
 CHOICE = re.compile(r"--(columns|where) (\w+=\.\.\.(?:,\w+=\.\.\.)*)(?: \(or \w+=\))?")
 OPTION = re.compile(r"(?<![^\s(])--(columns|where|table|form|convention|max-budget|unique|root)\b( names)? ?")
-"""Options of the command line in a message: one that asks for names, and any other."""
+"""Command-line options in a message: those whose argument is names, and any other."""
 Source: TypeAlias = str | Path | pd.DataFrame
-"""A sweep's YAML file, a CSV or Parquet file with a run in each row, or a data frame of the same."""
+"""A sweep's YAML file, a CSV or Parquet file with one run per row, or such a table as a data frame."""
 
 
 def train(
@@ -49,21 +49,21 @@ def train(
     on_metrics: Callable[[dict[str, Any]], object] | None = None,
     fork: str | None = None,
 ) -> Path:
-    """Train a run, or go on with it, by `muster train` in a process of its own, whose output is printed.
+    """Train a run, or resume it, with `muster train` in a process of its own, whose output is printed.
 
     Args:
         config: a preset's name or a YAML file.
-        overrides: {"train.steps": 100}, ["train.steps=100"], or one of these texts.
-        on_metrics: called with each record as it is written, on a thread of its own: those of steps have `loss`, those
-            of evaluations `eval_loss`. A step that is done again comes again. If it raises, the run stops after its
-            step, with a checkpoint, and the error is raised here.
+        overrides: {"train.steps": 100}, ["train.steps=100"], or one such string.
+        on_metrics: called with each record as it is written, on a separate thread: records of steps have `loss`, those
+            of evaluations `eval_loss`. A step that is repeated is reported again. If it raises, the run stops after the
+            step in progress, with a checkpoint, and the error is raised here.
         fork: name of a new run that starts from the last checkpoint of `run.name`.
 
     Returns:
-        The run's folder; also where it was stopped, and the same call goes on.
+        The run's folder, also if the run was stopped; the same call then resumes it.
 
     Raises:
-        ConfigError: a mistake in what was asked.
+        ConfigError: a mistake in the arguments or the config.
         RuntimeError: the run failed.
     """
     if isinstance(overrides, str):
@@ -83,10 +83,10 @@ def train(
 
 
 def _muster(*arguments: str) -> tuple[int, str]:
-    """The exit code of a `muster` command, and its last message; an interrupt is the command's, which gets it too."""
+    """Run a `muster` command and return its exit code and last message. Ctrl-C reaches it too, and it is waited for."""
     message: list[str] = []
     interrupt = None
-    # One of its own for each run: a process that has been part of one Ray cannot start another.
+    # A new process for each run: one that has been part of one Ray cannot start another.
     with subprocess.Popen(
         [sys.executable, "-P", "-m", "cluster.cli"],
         env={**os.environ, ARGUMENTS: json.dumps(arguments)},  # which may hold passwords
@@ -111,7 +111,7 @@ def _muster(*arguments: str) -> tuple[int, str]:
 
 
 class _Told(ProgressView):
-    """Hands the metrics of a run to a function, until it raises."""
+    """Passes the metrics of a run to a function, until it raises."""
 
     def __init__(self, run_dir: Path, function: Callable[[dict[str, Any]], object] | None) -> None:
         super().__init__(0, tty=False)
@@ -132,15 +132,15 @@ class _Told(ProgressView):
 
 
 def runs(root: str | Path = RUNS, keys: Sequence[str] | str = ()) -> pd.DataFrame:
-    """The runs in a folder, a row each, by their names: what `trainer.record.lines.summary` says of them.
+    """The runs in a folder, one row each, indexed by name, as `trainer.record.lines.summary` describes them.
 
-    One whose record cannot be read is named on stderr and left out.
+    A run whose record cannot be read is named on stderr and left out.
 
     Args:
-        keys: of their configs, such as `optim.lr`, each a column; or one of them.
+        keys: config keys to add as columns, such as `optim.lr`; or a single one.
 
     Raises:
-        ConfigError: a root that is no folder, a run's config cannot be read, or it lacks a key.
+        ConfigError: root is not a folder, a run's config cannot be read, or it lacks a key.
     """
     keys = [keys] if isinstance(keys, str) else keys
     if root != RUNS and not Path(root).is_dir():
@@ -161,12 +161,12 @@ def runs(root: str | Path = RUNS, keys: Sequence[str] | str = ()) -> pd.DataFram
 
 
 def metrics(run: str | Path, root: str | Path = RUNS) -> pd.DataFrame:
-    """The record of a run as it counts, a row for each step, with what an evaluation after it found.
+    """The metrics of a run, one row per step, with those of an evaluation after it.
 
-    metrics.jsonl keeps steps that were done again after a restart or a rollback: here only their last lines are.
+    metrics.jsonl also keeps steps that were repeated after a restart or a rollback: here only the last of each counts.
 
     Args:
-        run: a name under `root`, or a folder.
+        run: a name under `root`, or the run's folder.
 
     Raises:
         ConfigError: there is no such run.
@@ -188,7 +188,7 @@ def fit(source: Source, *, forms: str | Sequence[str] | None = None, seed: int =
         which: columns, where and max_budget, see `predict`.
 
     Returns:
-        `best.coefficients`, `best.intervals`; `refused`: why the others are not to be relied on.
+        Among others `best.coefficients`, `best.intervals`, and `refused`: why other laws cannot be relied on.
 
     Raises:
         ConfigError: no such file, column or law. Its subclass Refusal: no law can be fitted to these runs.
@@ -204,16 +204,16 @@ def predict(
     """The loss and the best size at a budget of training FLOPs, as `muster sweep predict` does.
 
     Args:
-        form: name of a law; None: as the runs allow.
-        unique: tokens that there are to read; None: a sweep's own data, else endless.
-        which: `columns`, our names (n, d, c, loss, ...) to those of the file; `where`, columns to the value that rows
-            must have, "" for an empty cell; `max_budget`, FLOPs of the largest run that counts.
+        form: name of a law; None: chosen from the runs.
+        unique: unique tokens available; None: those of a sweep's own data, else unlimited.
+        which: `columns` maps our names (n, d, c, loss, ...) to the file's; `where` maps columns to the value that rows
+            must have, "" for an empty cell; `max_budget` leaves out runs with more training FLOPs.
 
     Returns:
-        `loss`, `run_loss`, `n` and `d`, each with `value`, `low` and `high`.
+        `loss` and `run_loss` in nats per token, `n` and `d`, each with `value`, `low` and `high`.
 
     Raises:
-        ConfigError: as `fit`, or a budget that is no number above 0.
+        ConfigError: as `fit`, or the budget is not a number above 0.
     """
     budget = _above_0("budget", budget)
     unique = unique if unique is None or unique == math.inf else _above_0("unique", unique)
@@ -223,7 +223,7 @@ def predict(
 
 
 def _above_0(name: str, value: Any) -> float:
-    """A number that counts something. Raises ConfigError."""
+    """A finite number above 0. Raises ConfigError."""
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
@@ -246,7 +246,7 @@ def _argument(option: re.Match[str]) -> str:
 
 @contextmanager
 def _by_argument() -> Iterator[None]:
-    """Have messages name arguments in the place of the command line's options."""
+    """Make messages name the arguments of a function instead of command-line options."""
     try:
         yield
     except ConfigError as error:
@@ -257,7 +257,7 @@ def _by_argument() -> Iterator[None]:
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
-    """A data frame as a table of Arrow. Raises ConfigError for a column of mixed types, or two of one name."""
+    """A data frame as an Arrow table. Raises ConfigError for a column of mixed types, or two of the same name."""
     if twice := [name for name, again in zip(frame.columns, frame.columns.duplicated(), strict=True) if again]:
         raise ConfigError(f"the data frame has two columns named {twice[0]}")
     try:
@@ -272,10 +272,10 @@ def _open(
     where: Mapping[str, str] | None = None,
     max_budget: float | None = None,
 ) -> tuple[Table, Table | None, float]:
-    """The runs, points of their loss curves where the design needs them, and the tokens that there are to read."""
+    """The runs, points of their loss curves if the design needs them, and the unique tokens available."""
     sweep = curves = None
     if not isinstance(source, str | Path | pd.DataFrame):
-        raise ConfigError(f"source={clip(repr(source), 80)}: should be a file's path or a data frame")
+        raise ConfigError(f"source={clip(repr(source), 80)}: should be the path of a file, or a data frame")
     if isinstance(source, pd.DataFrame):
         table = table_of_columns(_arrow(source), "the data frame", columns, where)
     elif Path(source).suffix in (".yaml", ".yml"):
