@@ -1,9 +1,9 @@
-"""Write hashes/*.txt, which the images install: versions of constraints.txt, with the SHA-256 of every file of each.
+"""Write hashes/*.txt, which the images install: the versions of constraints.txt, with the SHA-256 of each file.
 
     python deploy/lock.py       # after a change of constraints.txt; needs uv, and PyPI
 
-They hold on every platform and for every Python from 3.11 on. What constraints.txt leaves open, such as CUDA's
-libraries, which only Linux has, keeps the version it has there until it no longer fits.
+They hold on every platform and for every Python from 3.11 on. Packages that constraints.txt does not list, such as
+CUDA's libraries, which only Linux has, keep the version that is in the file until it no longer fits.
 """
 
 import re
@@ -15,11 +15,11 @@ HASHES = DEPLOY / "hashes"
 COMPILE = ("uv", "pip", "compile", "--quiet", "--no-config", "--universal", "--python-version=3.11",
            "--generate-hashes", "--no-header", "--no-annotate", "-c", DEPLOY / "constraints.txt")  # fmt: skip
 OF_TORCH = re.compile(r"torch|triton|nvidia-.+|cuda-.+")
-"""PyPI's torch and what only that brings along: another build of it, for CPUs, is on another index."""
+"""PyPI's torch and the packages that only it needs: the CPU build of torch is on another index."""
 
 
 def names(file: Path) -> list[str]:
-    """The packages that a file of requirements pins."""
+    """The packages that a requirements file pins."""
     return re.findall(r"^([A-Za-z0-9._-]+)==", file.read_text(), flags=re.MULTILINE)
 
 

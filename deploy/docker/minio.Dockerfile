@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# MinIO as a user without rights, for compose: a new volume takes the owner of the folder that it is mounted at.
+# MinIO as an unprivileged user, for compose: a new volume takes the owner of the folder that it is mounted on.
 ARG PYTHON=python:3.11-slim-bookworm
 
 FROM ${PYTHON} AS folder
