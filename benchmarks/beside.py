@@ -1,10 +1,10 @@
 """Step times of this checkout and of an earlier commit, in turn: `python benchmarks/beside.py COMMIT [--turns 9]`.
 
-Each turn trains the quickstart for a few steps without Ray, from a worktree of the commit and from here, in either
-order; what counts is the median step of each turn, and the median over turns of their ratio (above 1: this checkout is
+Each turn trains the quickstart for a few steps without Ray, from a worktree of the commit and from here, in
+alternating order. The result is the median over turns of the ratio of their median steps (above 1: this checkout is
 faster). On some machines a process is slow from its first step to its last, whichever code it runs (0.26 s or 0.31 s a
-step on the one in RESULTS.md): the fastest turns are compared too, and five turns are few. The losses must be the same
-to the last bit.
+step on the one in RESULTS.md): the fastest turns are compared, too, and five turns are too few. The losses must be
+equal to the last bit.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 KEYS = ["tracking.enabled=false", "train.eval_every=0", "train.sample_tokens=0", "checkpoint.every=0", "optim.warmup=1"]
 WARM = 3
-"""Steps that do not count."""
+"""Warm-up steps, which do not count."""
 
 
 def measure(code: Path, folder: Path, name: str, data: str, steps: int, precision: str) -> tuple[float, list[float]]:

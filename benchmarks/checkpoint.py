@@ -1,8 +1,8 @@
 """Saving a checkpoint: DeepSpeed's own `save_checkpoint`, plain and decoupled, against ours, side by side in one run.
 
 The contestants train the same model of about 36M parameters. The plain, foreground and background ones share one
-engine and take turns: a step, a save, and more steps until what was saved is on the disk. DeepSpeed's decoupled writer
-is a setting of the engine, so it has processes of its own, which take their turn too. Peak memory is measured apart, in
+engine and take turns: a step, a save, and more steps until the save is on disk. DeepSpeed's decoupled writer is a
+setting of the engine, so it has processes of its own, which also take turns. Peak memory is measured separately, in
 fresh processes for each contestant. Run: `python benchmarks/checkpoint.py`; `--processes 1 4 --rounds 5`.
 """
 
@@ -33,7 +33,7 @@ PLAIN, DECOUPLED = "DeepSpeed save_checkpoint", "DeepSpeed decoupled writer"
 FRONT, BACK = "muster, foreground", "muster, background"
 SHARED = [PLAIN, FRONT, BACK]
 AFTER = 3
-"""Steps after a save that are timed to see what the writer beside them costs."""
+"""Steps timed after a save, to see what the writer costs them."""
 
 
 def run_config(processes: int) -> Any:
@@ -49,7 +49,7 @@ def run_config(processes: int) -> Any:
 
 
 class Trainee:
-    """One rank: an engine over random tokens, and each contestant's way to save it."""
+    """One rank: an engine trained on random tokens, and each contestant's way to save it."""
 
     def __init__(self, processes: int, decoupled: bool, folder: Path):
         import torch
@@ -127,8 +127,8 @@ class Trainee:
         lost = time.perf_counter() - start - AFTER * plain
         wait()
         if name == BACK:
-            call = self.savers[name].stalled  # with what the optimizer had to wait for the copy
-        # Once more with nothing beside it, to see how long until the disk has it.
+            call = self.savers[name].stalled  # includes the optimizer's wait for the copy
+        # Once more without steps beside it, to see how long it takes to reach the disk.
         dist.barrier()
         stall, start = call + self.committing, time.perf_counter()
         self.save(name)()
@@ -141,14 +141,14 @@ class Trainee:
         return {"stall": stall, "cpu": used, "lost": lost, "written": written, "durable": durable, "step": plain}
 
     def growth(self, name: str) -> float:
-        """Most memory that a save takes beyond what training holds, in 10^6 bytes: anonymous and shared, writer too."""
+        """Peak memory of a save above what training holds, in 10^6 bytes: anonymous and shared, the writer included."""
         with Peak() as peak:
             self.save(name)()
         return peak.growth
 
 
 class Peak:
-    """Watches the anonymous and shared memory of this process and its children; pages of files are the kernel's."""
+    """Samples the anonymous and shared memory of this process and its children; file pages belong to the kernel."""
 
     def __enter__(self) -> "Peak":
         self.base = self.peak = self.now()
@@ -172,7 +172,7 @@ class Peak:
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         for process in ["self", *children]:
             for line in Path(f"/proc/{process}/status").read_text().splitlines():
-                # What a child shares with its parent is counted with the parent.
+                # Memory that a child shares with its parent is counted for the parent.
                 if line.startswith("RssAnon") or (process == "self" and line.startswith("RssShmem")):
                     total += int(line.split()[1])
         return total * 1024 / 1e6
@@ -202,7 +202,7 @@ def serve(rank: int, processes: int, port: int, decoupled: bool, folder: Path, p
         trainee.engine.destroy()
     except BaseException:
         traceback.print_exc()
-        if decoupled:  # or DeepSpeed's writer would outlive this process
+        if decoupled:  # otherwise DeepSpeed's writer would outlive this process
             trainee.engine.deepspeed.checkpoint_engine.ckpt_process.kill()
     os._exit(0)
 
@@ -254,7 +254,7 @@ def compete(processes: int, rounds: int, decoupled: bool, folder: Path) -> None:
         for kind in sorted({name == DECOUPLED for name in names}):
             teams[kind] = Team(processes, kind, folder)
             stack.callback(teams[kind].end)
-        for _ in range(rounds + 1):  # the first is a warm-up, in which all make their buffers
+        for _ in range(rounds + 1):  # the first is a warm-up, in which all allocate their buffers
             for name in list(results):
                 try:
                     answers = teams[name == DECOUPLED].ask("turn", name)
@@ -290,7 +290,7 @@ def main() -> None:
     parser.add_argument("--processes", nargs="*", type=int, default=[1, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--no-decoupled", action="store_true", help="leave DeepSpeed's decoupled writer out")
-    parser.add_argument("--folder", type=Path, help="where to write, on the file system that is to be measured")
+    parser.add_argument("--folder", type=Path, help="where to write: a folder on the file system to be measured")
     args = parser.parse_args()
     from models.planning.cost import parameters
 

@@ -1,8 +1,8 @@
-"""The longest sequence that fits in a given memory, and what attention to a part of the keys costs.
+"""The longest sequence that fits in a given memory, and the cost of attention to a part of the keys.
 
-Every row has a process of its own (or `sp` of them), which measures what it is told to: resident memory at its highest
-during the forward and backward pass of one sequence, less what stood before it (libraries, weights, gradients). glibc
-is told to give back what is freed, so that the peak is what was needed. The search begins at the planner's estimate.
+Every row has a process of its own (or `sp` of them), which measures the peak resident memory during the forward and
+backward pass of one sequence, minus what was resident before (libraries, weights, gradients). glibc is told to return
+freed memory at once, so that the peak is what was needed. The search starts at the planner's estimate.
 Run: `python benchmarks/context.py [--memory GB]` (CPU, some 10 minutes).
 """
 
@@ -25,9 +25,10 @@ MODEL: dict[str, Any] = {
     "intermediate_size": 704, "max_positions": 2**20,
 }  # fmt: skip
 UNIT = 64
-"""Lengths are multiples of it."""
+"""Lengths are multiples of this."""
 CLOSE, TRIALS = 0.97, 6
-"""Share of the memory from which on a length counts as the longest, and measurements after which the search ends."""
+"""Fraction of the memory from which a length counts as the longest, and the number of measurements that end the search.
+"""
 CONTEXTS: dict[str, dict[str, Any]] = {
     "no checkpointing": {"every": 0},
     "selective, every 2nd layer": {"every": 2},
@@ -49,7 +50,9 @@ LONGEST_DENSE = 16384
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory", type=float, default=0.15, help="GB that a process may grow by")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 16384, 65536], help="for the patterns")
+    parser.add_argument(
+        "--lengths", type=int, nargs="*", default=[4096, 16384, 65536], help="lengths for the attention patterns"
+    )
     parser.add_argument("--rows", nargs="*", default=list(CONTEXTS), help="only these of the first table")
     parser.add_argument("--serve", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -120,7 +123,7 @@ def longest(attempt: Callable[[int], dict[str, float]], guess: int, memory: floa
 
 
 class Workers:
-    """`sp` processes that measure one length after another: the most memory of any, the time of all."""
+    """`sp` processes that measure one length after another: the maximum of their memory, the sum of their time."""
 
     def __init__(self, sp: int = 1, **settings: Any):
         self._folder = tempfile.TemporaryDirectory()
@@ -156,7 +159,7 @@ class Workers:
 
 
 def serve(kind: str, rank: int, sp: int, store: str, **settings: Any) -> None:
-    """Answer each length on standard input by GB grown by and CPU seconds of one forward and backward pass."""
+    """Answer each length on standard input with the growth in GB and the CPU seconds of a forward and backward pass."""
     import torch
 
     torch.set_num_threads(1)
@@ -165,9 +168,9 @@ def serve(kind: str, rank: int, sp: int, store: str, **settings: Any) -> None:
         step, keys = _model(settings["every"], rank, sp, store), lambda length: (length + 1) / 2
     else:
         step, keys = _attention(settings)
-    libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: a fixed one, also where the process group has set another
+    libc.mallopt(-3, 1 << 17)  # M_MMAP_THRESHOLD: fixed, even if the process group has set another
     libc.mallopt(-1, 1 << 17)  # M_TRIM_THRESHOLD
-    step(128 * sp)  # allocates gradients and what libraries keep
+    step(128 * sp)  # allocates gradients and the libraries' buffers
     for line in sys.stdin:
         length = int(line)
         libc.malloc_trim(0)

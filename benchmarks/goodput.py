@@ -4,10 +4,10 @@ Run: `python benchmarks/goodput.py measure FOLDER --mtbf 60 90 --every 10 100 au
 then `python benchmarks/goodput.py report FOLDER`, which prints tables and writes FOLDER/goodput.png.
 
 A measurement is a real run of `muster train` or, with --without-ray, of the same warm process
-(`trainer.processes.warm`) in a loop that starts it again. What trains is killed by `kill -9` after a life of random,
-exponentially distributed length; nobody steps in. What counts is the time from the beginning of the first step to the
-end of the last one, as `trainer.record.goodput` books it. The model is the quickstart's, without evaluations. The
-simulator lives the very same lives, at the step times that were measured.
+(`trainer.processes.warm`) in a loop that restarts it. The training process is killed by `kill -9` after a random,
+exponentially distributed time; nobody intervenes. What counts is the time from the start of the first step to the end
+of the last one, as attributed by `trainer.record.goodput`. The model is the quickstart's, without evaluations. The
+simulator uses the same lifetimes and the measured step times.
 """
 
 import argparse
@@ -51,7 +51,7 @@ QUIET = ["train.eval_every=0", "train.eval_sequences=8", "train.sample_tokens=0"
 
 
 def measure(folder: Path, mtbf: float, every: str, seed: int, seconds: float, without_ray: bool) -> Path:
-    """Train for about `seconds` from the first step on while the process is killed again and again."""
+    """Train for about `seconds` from the first step on while the process is killed repeatedly."""
     run_dir = folder / f"every-{every}-mtbf-{mtbf:g}-seed-{seed}"
     settings = [f"run.root={folder}", f"run.name={run_dir.name}", "train.steps=100000", f"checkpoint.every={every}",
                 "cluster.max_failures=1000", *QUIET]  # fmt: skip
@@ -104,7 +104,7 @@ def keep(settings: list[str]) -> int:
 
 
 class Killer:
-    """Kills each attempt after a life of its own, by the run's record."""
+    """Kills each attempt after a lifetime of its own, following the run's record."""
 
     def __init__(self, run_dir: Path, draw: random.Random, mtbf: float) -> None:
         self._run_dir, self._draw, self._mtbf = run_dir, draw, mtbf
@@ -112,12 +112,12 @@ class Killer:
         self.first_step: float | None = None
         """When the first step began, in Unix seconds."""
         self.has_stepped = False
-        """Whether the attempt that lives has taken a step."""
+        """Whether the current attempt has taken a step."""
         self.kills: list[tuple[int, float]] = []
         """Of which attempt, and when."""
 
     def look(self) -> None:
-        """Look what the run is doing, and kill it if its time has come."""
+        """Check what the run is doing, and kill it if its time has come."""
         if self._until < time.time() and (self.has_stepped or self._attempt > 1):
             os.kill(self._pid, signal.SIGKILL)
             self.kills.append((self._attempt, time.time()))
@@ -150,30 +150,30 @@ def each_step(steps: Steps) -> list[Step]:
     return [Step(*values) for values in zip(*(column.tolist() for column in steps), strict=True)]
 
 
-# What a measured run tells.
+# Reading a measured run.
 
 
 @dataclass
 class Run:
-    """One measured run, from the beginning of its first step to the end of its last."""
+    """One measured run, from the start of its first step to the end of its last."""
 
     mtbf: float
     """Mean seconds from an attempt's start to its kill, as asked."""
     every: str
     gaps: list[float]
-    """Seconds that each killed attempt lived; the first from its first step on."""
+    """Lifetime in seconds of each killed attempt; the first counts from its first step."""
     last_life: float
     """Seconds of the attempt that was not killed, counted likewise."""
     wall: float
     books: dict[str, float]
-    """Seconds, of `trainer.record.goodput`."""
+    """Seconds by category of `trainer.record.goodput`."""
     step_s: float
-    """Median step that no write ran beside."""
+    """Median step without a write in progress."""
     step_times: list[tuple[float, bool]]
-    """Of all steps in their order, and those that a kill cut short (`step_s`): seconds, whether a write ran beside."""
+    """Seconds of all steps in order, those cut short by a kill as `step_s`, and whether a write was in progress."""
     between_s: float
     costs: list[float]
-    """What the step beside a checkpoint's write took longer, of each checkpoint."""
+    """For each checkpoint, the extra seconds of the step during its write."""
     writes: list[float]
     downs: list[float]
     """From a kill to the next attempt's start."""
@@ -182,7 +182,7 @@ class Run:
     intervals: list[int]
     """Steps between checkpoints of an attempt."""
     choices: list[tuple[int, int]]
-    """Of `auto`: after so many steps taken, lost ones too, so many between checkpoints."""
+    """For `auto`: steps between checkpoints, by the steps taken so far, lost ones included."""
 
 
 def read(run_dir: Path) -> Run:
@@ -254,11 +254,11 @@ def constants_of(runs: Sequence[Run]) -> Constants:
     )
 
 
-# What is said of them.
+# The report.
 
 
 class Point(NamedTuple):
-    """Runs of the same rate and interval, in the picture."""
+    """Runs with the same failure rate and interval, for the picture."""
 
     mtbf: float
     interval: float
@@ -269,7 +269,7 @@ class Point(NamedTuple):
 
 
 def report(folder: Path) -> None:
-    """Print the tables of all measured runs in a folder, and draw the picture."""
+    """Print the tables of all measured runs in a folder and draw the picture."""
     runs = [read(path.parent) for path in sorted(folder.glob("*/measured.json"))]
     constants = constants_of(runs)
     print("measured constants (medians, s):", {key: round(value, 3) for key, value in vars(constants).items()})
@@ -305,15 +305,15 @@ def report(folder: Path) -> None:
 
 
 def _relive(run: Run, constants: Constants) -> Life:
-    """Simulate a run with the lives and the step times that it had (the machine has quick minutes and slow ones), and
-    the costs, writes and restarts of all runs."""
+    """Simulate a run with its own lifetimes and step times (the machine has fast and slow minutes), and the costs,
+    writes and restarts of all runs."""
     own = replace(constants, step=run.step_s)
     step_times = (seconds - constants.cost * beside for seconds, beside in run.step_times)
     return simulate(own, _every(run), iter(run.gaps), 10**9, step_times, run.last_life)
 
 
 def _every(run: Run) -> int | Callable[[int], int]:
-    """The steps between checkpoints; of `auto` as it chose them while the run went on."""
+    """The steps between checkpoints; for `auto` as it chose them during the run."""
     if run.every != "auto":
         return int(run.every)
     return lambda taken: next(every for after, every in reversed(run.choices) if after <= taken)
@@ -325,7 +325,7 @@ def _best(constants: Constants, mtbf: float) -> int:
 
 
 def _long(constants: Constants, every: int, mtbf: float, failures: int = 2000) -> float:
-    """Simulated goodput of a run that is long enough for some thousand failures."""
+    """Simulated goodput of a run long enough for some thousand failures."""
     period = constants.step + constants.between + constants.cost / every
     return simulate(constants, every, poisson(mtbf, seed=1), math.ceil(failures * mtbf / period)).goodput
 
@@ -367,7 +367,8 @@ def _table(head: list[str], rows: list[list[str]]) -> None:
 
 
 def _draw(constants: Constants, points: list[Point], path: Path) -> None:
-    """Goodput against the interval, a line for each rate with what was measured; and against the rate at its best."""
+    """Goodput against the interval, a line for each failure rate with the measurements; and at the best interval
+    against the rate."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -9,29 +9,29 @@ from typing import NamedTuple
 
 @dataclass(frozen=True)
 class Constants:
-    """What a run's record tells of it, all in seconds."""
+    """Durations taken from a run's record, in seconds."""
 
     step: float
-    """A step's own time: what counts."""
+    """A step's own time: the productive part."""
     between: float = 0.0
-    """From the end of a step to the beginning of the next."""
+    """From the end of a step to the start of the next."""
     cost: float = 0.0
-    """That training loses to a checkpoint: it stands still, or steps beside the writing take longer."""
+    """Time that training loses to a checkpoint: it pauses, or steps are slower during the write."""
     write: float = 0.0
-    """From the beginning of a checkpoint, which is that of `cost`, until it is committed."""
+    """From the start of a checkpoint, where `cost` starts, too, until it is committed."""
     down: float = 0.0
-    """From a failure until there is something that can fail again."""
+    """From a failure until a process is up that can fail again."""
     startup: float = 0.0
     """From there to the first step; this may be cut short by a failure."""
 
 
 @dataclass(frozen=True)
 class Life:
-    """A simulated run, in seconds, from the beginning of its first step to the end of its last."""
+    """A simulated run, in seconds, from the start of its first step to the end of its last."""
 
     wall: float
     productive: float
-    """In steps, each counted once."""
+    """Time in steps, each counted once."""
     lost: float
     """From when the last committed checkpoint was taken, or an attempt's first step, until a failure."""
     failures: int
@@ -49,7 +49,7 @@ def poisson(mtbf: float, seed: int) -> Iterator[float]:
 
 
 class Progress(NamedTuple):
-    """What a checkpoint keeps."""
+    """The state that a checkpoint keeps."""
 
     step: int = 0
     productive: float = 0.0
@@ -66,14 +66,14 @@ def simulate(
     step_times: Iterator[float] | None = None,
     last_life: float = math.inf,
 ) -> Life:
-    """Live through a run of `steps` steps.
+    """Simulate a run of `steps` steps.
 
     Args:
-        every: steps between checkpoints; or those between them once so many steps have been taken, lost ones too.
-        gaps: seconds from each attempt's start to the failure that ends it, if it lives so long. The first attempt
-            starts with its first step. None fails after the last of them.
-        step_times: seconds of each step that is taken, in order; `constants.step` without them and after the last.
-        last_life: seconds after which the run is left, from the start of the attempt after the last failure.
+        every: steps between checkpoints; or a function of the steps taken so far, lost ones included, that gives them.
+        gaps: seconds from each attempt's start to the failure that ends it, if the attempt lasts that long. The first
+            attempt starts with its first step. After the last gap nothing fails.
+        step_times: seconds of each step taken, in order; `constants.step` without them and after the last.
+        last_life: seconds after which the run is abandoned, from the start of the attempt after the last failure.
     """
     now, failures, lost, kept = 0.0, 0, 0.0, Progress()
     alive, fails_at, taken = 0.0, next(gaps, math.inf), 0
@@ -103,12 +103,12 @@ def simulate(
 
 
 def closed_form(constants: Constants, every: int, mtbf: float) -> float:
-    """The goodput of a run without end whose attempts fail after exponentially distributed times.
+    """The goodput of an endless run whose attempts fail after exponentially distributed times.
 
     As Daly 2006 (Future Generation Computer Systems 22:303), section 4, whose total time is
-    `mtbf e^(restart / mtbf) (e^((work + cost) / mtbf) - 1) work_total / work`, with two additions: a write in the
-    background delays every commit alike, as a longer restart would, and nothing can fail while nothing is up. It is the
-    work of the expected number of commits in an attempt over the expected time from one start to the next.
+    `mtbf e^(restart / mtbf) (e^((work + cost) / mtbf) - 1) work_total / work`, with two additions: a background
+    write delays every commit equally, as a longer restart would, and nothing can fail while nothing is up. It is the
+    work of the expected number of commits per attempt divided by the expected time from one start to the next.
 
     Args:
         mtbf: mean seconds from an attempt's start to its failure.

@@ -1,11 +1,11 @@
-"""Everything that is to be known of muster on one GPU, in one go: is it right, is it fast, where does the time go.
+"""All checks and measurements of muster on one GPU, in one go: is it right, is it fast, where does the time go.
 
-Parts run most important first within `--minutes`, in processes of their own, so that one that fails or hangs costs
-only itself. Every result is one line of JSON in `--out` (results.jsonl) as soon as it is there; at the end they are
+Parts run within `--minutes`, the most important first, in processes of their own, so that one that fails or hangs does
+not affect the others. Every result is written at once as a line of JSON to `--out` (results.jsonl); at the end they are
 printed as tables. Checks share the device, measurements have it alone. Needs torch and DeepSpeed; Ray, MLflow, pyarrow,
-transformers, torchao and Liger (`pip install ".[gpu]"`) are used where they are installed.
+transformers, torchao and Liger (`pip install ".[gpu]"`) are used if installed.
 
-Run: `python benchmarks/gpu.py --minutes 8`; `--dry` does all of it in miniature on a CPU; `--only fast.dense layer`.
+Run: `python benchmarks/gpu.py --minutes 8`; `--dry` runs everything in miniature on a CPU; `--only fast.dense layer`.
 """
 
 import argparse
@@ -38,13 +38,14 @@ FIRST = (
     "fast.matmul", "fast.dense", "fast.moe", "fast.big", "layer.main", "fast.transformers", "fast.trainer.moe",
     "fast.trainer.dense", "fast.profile.moe", "around.checkpoint", "around.start", "fast.bare", "fast.loss",
 )  # fmt: skip
-"""Parts before all others; those follow module by module."""
+"""Parts that run first; the others follow module by module."""
 PATIENCE, PATIENCE_ALONE = 2.0, 1.5
-"""A part is ended after so many times the seconds that it was expected to take; one that runs alone delays the rest."""
+"""Multiples of its expected seconds after which a part is ended; the second is for parts that run alone and delay the
+rest."""
 LANES = 5
 """Processes that share the device for checks."""
 START = 60.0
-"""Seconds that a process takes to import and to open the device."""
+"""Seconds that a process takes to import everything and open the device."""
 
 
 def seconds_allowed(part: Part, dry: bool) -> float:
@@ -76,7 +77,7 @@ class Results:
 
 
 class Lane:
-    """Runs parts one after the other in a process, which is started anew after a part that broke it."""
+    """Runs parts one after another in a process, which is restarted after a part that broke it."""
 
     def __init__(self, results: Results, out: Path, arguments: argparse.Namespace, began: float, until: float) -> None:
         self._results, self._out, self._arguments = results, out, arguments
@@ -89,7 +90,7 @@ class Lane:
             left = left[done:]
 
     def _process(self, queue: Sequence[Part]) -> int:
-        """Run a process over parts until it ends or one has to be ended. Returns how many are done with."""
+        """Run a process over parts until it ends or must be ended. Returns how many parts are done with."""
         if self._until - time.monotonic() < 5:
             for part in queue:
                 self._tell(part.name, {"skipped": "no time left"})
@@ -98,7 +99,7 @@ class Lane:
         command = [sys.executable, __file__, "--worker", *names, "--out", str(self._out)]
         command += ["--dry"] * self._arguments.dry
         log = (self._out / f"{names[0]}.log").open("wb")
-        # Each process would start as many compilers as there are cores.
+        # By default each process would start as many compilers as there are cores.
         environment = os.environ | ({} if queue[0].alone else {"TORCHINDUCTOR_COMPILE_THREADS": "4"})
         process = subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=log, stdin=subprocess.DEVNULL, env=environment
@@ -148,7 +149,7 @@ class Lane:
 
 
 def end(process: subprocess.Popen) -> None:
-    """Kill a process and all that it started, which would go on using the device."""
+    """Kill a process and all that it started, which would otherwise keep using the device."""
     with contextlib.suppress(psutil.Error):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -157,7 +158,7 @@ def end(process: subprocess.Popen) -> None:
 
 
 def worker(names: Sequence[str], out: Path, dry: bool) -> None:
-    """Run parts in this process; rows go to standard output, whatever else is printed to standard error."""
+    """Run parts in this process; rows go to standard output, and everything else that is printed to standard error."""
     told = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     import torch
@@ -182,7 +183,7 @@ def worker(names: Sequence[str], out: Path, dry: bool) -> None:
             print(json.dumps({"part": name} | row), file=told, flush=True)
             if device == "cuda" and _broken(torch):
                 told.close()
-                os._exit(3)  # nothing works on the device any more in this process
+                os._exit(3)  # the device is unusable in this process from now on
         seconds = round(time.monotonic() - start, 1)
         torch._dynamo.reset()
         gc.collect()
@@ -191,7 +192,7 @@ def worker(names: Sequence[str], out: Path, dry: bool) -> None:
             torch.cuda.reset_peak_memory_stats()
         print(json.dumps({"done": name, "seconds": seconds}), file=told, flush=True)
     told.close()
-    os._exit(0)  # process groups and background threads of what was measured wait for nobody
+    os._exit(0)  # do not wait for process groups and background threads of what was measured
 
 
 def _broken(torch: Any) -> bool:
@@ -229,7 +230,7 @@ def surroundings() -> Row:
 
 
 def chosen(everything: Sequence[Part], only: Sequence[str] | None, without: Sequence[str]) -> list[Part]:
-    """Parts whose name is one of `only` or begins with one and a dot, in the order of `only`."""
+    """Parts whose name is in `only`, or starts with such a name and a dot, in the order of `only`."""
 
     def named(part: Part, names: Iterable[str]) -> bool:
         return any(part.name == name or part.name.startswith(f"{name}.") for name in names)
@@ -239,7 +240,7 @@ def chosen(everything: Sequence[Part], only: Sequence[str] | None, without: Sequ
 
 
 def lanes(checks: Sequence[Part], count: int) -> list[list[Part]]:
-    """Checks spread over lanes of about equal length, in their order."""
+    """Checks distributed over lanes of about equal length, in order."""
     spread: list[list[Part]] = [[] for _ in range(count)]
     for part in checks:
         min(spread, key=lambda lane: sum(p.seconds for p in lane)).append(part)
@@ -247,7 +248,7 @@ def lanes(checks: Sequence[Part], count: int) -> list[list[Part]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """Rows of one part as a Markdown table; columns in the order in which they first come."""
+    """Rows of one part as a Markdown table; columns in order of first appearance."""
     rows = [{key: value for key, value in row.items() if key not in ("part", "time", "seconds")} for row in rows]
     rows = [row for row in rows if row and not any(isinstance(value, list | dict) for value in row.values())]
     if not rows:
@@ -265,12 +266,12 @@ def table(rows: Sequence[Row]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=8.0, help="of the whole run")
+    parser.add_argument("--minutes", type=float, default=8.0, help="time limit of the whole run")
     parser.add_argument("--dry", action="store_true", help="everything in miniature, on the CPU")
     parser.add_argument("--only", nargs="+", metavar="PART", help="parts, or sections: " + ", ".join(MODULES))
     parser.add_argument("--without", nargs="+", default=[], metavar="PART", help="parts or sections to leave out")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results.jsonl and the logs")
-    parser.add_argument("--list", action="store_true", help="name the parts and the seconds that each should take")
+    parser.add_argument("--list", action="store_true", help="list the parts and the seconds that each should take")
     parser.add_argument("--worker", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -288,7 +289,7 @@ def main() -> None:
     results.add({"part": "surroundings", "time": 0.0} | surroundings())
     until = began + 60 * args.minutes - 2
     checks, measured = [part for part in mine if not part.alone], [part for part in mine if part.alone]
-    share = 0.35 if measured and not args.dry else 1.0  # of the time, for checks; the rest is for what is measured
+    share = 0.35 if measured and not args.dry else 1.0  # fraction of the time for checks; the rest is for measurements
     over = began + (until - began) * share
     threads = []
     for lane in lanes(checks, 1 if args.dry else LANES):

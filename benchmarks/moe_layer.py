@@ -1,11 +1,11 @@
 """One MoE layer, forward and backward: ours, transformers' Qwen3-MoE block, DeepSpeed's MoE, and a dense SwiGLU.
 
 Every contestant is a process of its own with SwiGLU experts of the same size; they take turns, one step each on new
-tokens, so that a noisy machine is noisy for all. The first E channels of a token are its router logits (the gate is a
-unit matrix): log p + Gumbel noise, so that experts are drawn from p, even or Zipf's, the same for all. The dense layer
-has the width of the k experts of a token. "products alone" are torch's batched products of even loads, with no router
-and nothing sent to experts: what remains if all else were free.
-Run: `python benchmarks/moe_layer.py [--json FILE]`, on a GPU where one is.
+tokens, so that noise of the machine affects all of them. The first E channels of a token are its router logits (the
+gate is an identity matrix): log p + Gumbel noise, so that experts are drawn from p, even or Zipf's, the same for all.
+The dense layer is as wide as the k experts of a token. "products alone" are torch's batched products of even loads,
+without router and dispatch: the cost if all else were free.
+Run: `python benchmarks/moe_layer.py [--json FILE]`, on a GPU if there is one.
 """
 
 import argparse
@@ -32,13 +32,13 @@ CONTESTANTS = [
 ]  # fmt: skip
 GPU_ONLY = ["transformers sonicmoe", "transformers deepgemm"]
 HOPELESS = 10
-"""Times the quickest of its kind: what a contestant may take, or it is left out of the cells that follow."""
+"""Multiple of the fastest contestant's time above which a contestant is left out of the following cells."""
 MOST_ROUNDS = 16
 """The first half of them is warm-up: oneDNN compiles a kernel for every new shape of a bf16 product."""
 
 
 class Cell(NamedTuple):
-    """One layer and one load of it; `hidden` and `width` are the model's and an expert's."""
+    """One layer with one load; `hidden` is the model's width, `width` an expert's."""
 
     precision: str
     tokens: int
@@ -152,7 +152,7 @@ def layer_for(name: str, cell: Cell) -> Any:
 
 
 def why_not(name: str, cell: Cell) -> str | None:
-    """Reason not to try: work or memory out of all proportion, known from the load alone."""
+    """The reason not to try a contestant: work or memory out of all proportion, known from the load alone."""
     import torch
 
     size = 2 if cell.precision == "bf16" else 4
@@ -171,7 +171,7 @@ def why_not(name: str, cell: Cell) -> str | None:
 
 
 class Memory:
-    """Peak of this process beyond what it held when this was made, in MB."""
+    """Peak memory of this process above what it held when this object was created, in MB."""
 
     def __init__(self) -> None:
         import torch
@@ -236,8 +236,8 @@ def prepare(name: str, cell: Cell, clock: Callable[[], float]) -> Callable[[int]
 
 
 def serve(name: str, threads: int, cpu_time: bool, pipe: Any) -> None:
-    """A contestant's process. Told a cell, it answers (seconds of the first step, peak MB) or why it does not run; told
-    a seed, the seconds of a step."""
+    """A contestant's process. Given a cell, it answers (seconds of the first step, peak MB) or why it does not run;
+    given a seed, the seconds of a step."""
     import torch
 
     from trainer.processes.device import device, keep_freed_memory
@@ -257,11 +257,11 @@ def serve(name: str, threads: int, cpu_time: bool, pipe: Any) -> None:
         reason = why_not(name, told)
         if reason is None:
             try:
-                if told.precision not in ready:  # libraries and their workspaces are nobody's memory
+                if told.precision not in ready:  # memory of libraries and their workspaces does not count
                     prepare(name, told._replace(tokens=64, experts=8, load="even"), clock)(0)
                     ready.add(told.precision)
                 if device().type == "cuda":
-                    prepare(name, told, clock)(0)  # what is compiled or tuned once
+                    prepare(name, told, clock)(0)  # compiles and tunes what is needed once
                 memory = Memory()
                 step = prepare(name, told, clock)
                 pipe.send((step(0), memory.peak()))
@@ -276,8 +276,8 @@ def kind_of(name: str) -> str:
 
 
 def compete(cell: Cell, pipes: dict[str, Any], out: set[str], seconds: float) -> dict[str, dict[str, Any]]:
-    """All contestants in turn for about so many seconds, at least once beside the step that measures the memory. Names
-    that are hopeless are added to `out`."""
+    """Run all contestants in turn for about this many seconds, at least once beside the step that measures memory.
+    Names of those that are far too slow are added to `out`."""
     rows: dict[str, dict[str, Any]] = {}
     best: dict[str, float] = {}
     for name, pipe in pipes.items():
@@ -316,7 +316,7 @@ HEADER = (
 
 
 def table_line(cell: Cell, rows: dict[str, dict[str, Any]]) -> str:
-    """Ratios over 1: ours is quicker."""
+    """Ratios above 1: ours is faster."""
     mine = rows["muster"]["seconds"]
     peers = {n: r["seconds"] for n, r in rows.items() if kind_of(n) == "transformers" and "seconds" in r}
     best = min(peers, key=peers.__getitem__) if peers else ""
@@ -344,11 +344,13 @@ def main() -> None:
     parser.add_argument("--load", nargs="*", choices=["even", "zipf"], default=["even", "zipf"])
     parser.add_argument("--hidden", type=int, help="default: 512, on a GPU 2048")
     parser.add_argument("--width", type=int, help="of an expert; default: 256, on a GPU 768")
-    parser.add_argument("--seconds", type=float, default=3.0, help="for each cell, first steps apart")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each cell, without first steps")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--cpu-time", action="store_true", help="of the process, not the clock: where others work too")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="measure CPU time, not the wall clock's, for a shared machine"
+    )
     parser.add_argument("--only", nargs="*", help="contestants whose name starts with one of these, and muster")
-    parser.add_argument("--json", type=Path, help="one line for each cell is written to this file")
+    parser.add_argument("--json", type=Path, help="write one line per cell to this file")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # for every contestant; why: trainer/__init__.py
@@ -365,7 +367,7 @@ def main() -> None:
         processes.append(context.Process(target=serve, args=(name, args.threads, args.cpu_time, theirs), daemon=True))
         processes[-1].start()
         theirs.close()
-    print(f"hidden {sizes[0]}, experts of {sizes[1]}, {args.threads} threads; ratios over 1: muster is quicker")
+    print(f"hidden {sizes[0]}, experts of {sizes[1]}, {args.threads} threads; ratios above 1: muster is faster")
     lines = args.json.open("w") if args.json else None
     for precision, tokens in itertools.product(precisions, args.tokens):
         out = {name for name in names if name.endswith("autocast") and precision == "fp32"}

@@ -2,13 +2,13 @@
 
 A small experiment, run by the real trainer: models of 1.7M to 5.2M parameters, a twentieth of an epoch of this
 machine's own Python standard library, three seeds, one learning rate for all. It can show that each variant trains and
-balances as it should, and differences that are large beside the spread over seeds. It cannot rank variants that lie
-within that spread, nor foretell another size or a longer training: experts take time to specialise, balancing methods
-are known to differ by hundredths of a nat, and nothing was tuned for any variant. Equal FLOPs are not equal time.
-Held-out text is other files of the same library.
+balances as it should, and differences that are large compared with the spread over seeds. It cannot rank variants
+within that spread, nor predict another size or longer training: experts take time to specialise, balancing methods are
+known to differ by hundredths of a nat, and nothing was tuned for any variant. Equal FLOPs are not equal time. Held-out
+text is other files of the same library.
 
-Run: `python benchmarks/moe_vs_dense.py --plot benchmarks/moe_vs_dense.png`. A run that was stopped goes on where it
-stood; `--table` shows what there is. CPU; each trial is a run in a folder of its own below runs/.
+Run: `python benchmarks/moe_vs_dense.py --plot benchmarks/moe_vs_dense.png`. A run that was stopped continues where it
+stopped; `--table` shows the results so far. CPU; each trial is a run in a folder of its own below runs/.
 """
 
 import argparse
@@ -42,14 +42,14 @@ from trainer.record.lines import read_metrics, summary
 from trainer.run.folder import is_finished, prepare_run, read_config
 
 BUDGET = 4e12
-"""Training FLOPs of a trial: some 240 steps."""
+"""Training FLOPs of a trial: about 240 steps."""
 WIDTH = 320
-"""Of the SwiGLU that a token passes: the dense layer, or its top_k experts and the shared one together."""
+"""Width of the SwiGLU that a token passes: the dense layer, or its top_k experts and the shared one together."""
 AUX, BIAS_RATE = 0.01, 0.01
-"""As in Switch Transformers; ten times DeepSeek-V3's rate, as there are a few hundred steps to get anywhere in."""
+"""As in Switch Transformers; ten times DeepSeek-V3's rate, because there are only a few hundred steps."""
 SHARED: dict[str, Any] = {
     "model": {"num_layers": 4, "hidden_size": 128, "num_heads": 4, "num_kv_heads": 2, "z_loss_weight": 0.0},
-    # Micro-batches of a quarter of the step, so that balancing them and balancing the global batch are two things.
+    # A micro-batch is a quarter of a step, so that balancing it differs from balancing the global batch.
     "train": {"global_batch": 8, "micro_batch": 2, "seq_len": 256, "precision": "fp32", "eval_sequences": 256,
               "sample_tokens": 0},
     "optim": {"lr": 2e-3, "schedule": "cosine"},
@@ -62,7 +62,7 @@ TOP2 = {"num_experts": 8, "top_k": 2, "expert_size": WIDTH // 2, "aux_loss_weigh
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "dense": ("dense", {"intermediate_size": WIDTH}),
     "switch": ("top-1 of 8 (Switch)", {
-        # A renormalised weight of one expert is 1 whatever the router says: it would learn nothing.
+        # The renormalised weight of a single expert is always 1: the router would learn nothing.
         "num_experts": 8, "top_k": 1, "expert_size": WIDTH, "norm_topk_prob": False, "capacity_factor": 1.25,
         "router_jitter": 0.01, "aux_loss_weight": AUX}),
     "fine": ("top-4 of 32, a shared expert", {
@@ -86,14 +86,14 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="variants")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="trials side by side, which share the cores"
+        "--workers", type=int, default=os.cpu_count() or 1, help="trials at a time, which share the cores"
     )
-    parser.add_argument("--table", action="store_true", help="train nothing: show the trials that are finished")
+    parser.add_argument("--table", action="store_true", help="train nothing, only show the finished trials")
     parser.add_argument("--plot", type=Path, help="draw held-out loss and MaxVio into this PNG file")
     arguments = parser.parse_args()
     root = Path("runs") / f"moe_vs_dense-{arguments.budget:.3g}".replace("+", "")
     if not arguments.table:
-        # Seed by seed, so that whatever has been stopped early still compares all variants.
+        # Seed by seed, so that an interrupted run still compares all variants.
         pairs = [(variant, seed) for seed in arguments.seeds for variant in arguments.only]
         try:
             train_all(pairs, arguments.budget, root, arguments.workers)
@@ -136,7 +136,7 @@ def train_all(pairs: Sequence[tuple[str, int]], budget: float, root: Path, worke
     trials = [trial_config(variant, seed, budget, root, str(data.path), vocabulary) for variant, seed in pairs]
     if off := {t.run.name: t.train.steps for t in trials if abs(spent(t, vocabulary) / budget - 1) > 0.01}:
         print(f"more than 1% off the budget, raise --budget: {off} steps", file=sys.stderr)
-    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # of the processes started below
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))  # for the processes started below
     context = multiprocessing.get_context("spawn")
     turn = context.Value("i", 0)
     team = [context.Process(target=work, args=(trials, turn), daemon=True) for _ in range(workers)]
@@ -149,15 +149,15 @@ def train_all(pairs: Sequence[tuple[str, int]], budget: float, root: Path, worke
     except KeyboardInterrupt:
         turn.value = len(trials)
         for process in team:
-            process.terminate()  # the trainer writes a checkpoint and leaves
+            process.terminate()  # the trainer writes a checkpoint and exits
             process.join()
-        sys.exit("stopped; the same command goes on from here")
+        sys.exit("stopped; run the same command to continue")
     if any(process.exitcode for process in team):
-        print("a trial failed, see above: the table is of the others", file=sys.stderr)
+        print("a trial failed, see above: the table leaves it out", file=sys.stderr)
 
 
 def work(trials: Sequence[Config], turn: Any) -> None:
-    """Train, one after the other, trials that no other process has taken."""
+    """Train one after another the trials that no other process has taken."""
     from trainer.loop import train  # imports DeepSpeed, which only these processes need
 
     while True:
@@ -173,7 +173,7 @@ def work(trials: Sequence[Config], turn: Any) -> None:
             continue
         if train(run_dir) != "FINISHED":
             return
-        shutil.rmtree(run_dir / "checkpoints")  # 20 to 70 MB that nobody goes on from
+        shutil.rmtree(run_dir / "checkpoints")  # 20 to 70 MB that nothing resumes from
         took, loss = time.perf_counter() - start, summary(run_dir)["eval_loss"]
         steps = trials[mine].train.steps
         print(f"{mine + 1}/{len(trials)} {run_dir.name}: held-out {loss:.4f}, {steps} steps, {took:.0f} s", flush=True)
@@ -181,22 +181,22 @@ def work(trials: Sequence[Config], turn: Any) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """What a finished trial came to; router figures are means over the last tenth of its steps, NaN when dense."""
+    """The results of a finished trial; router figures are means over the last tenth of its steps, NaN if dense."""
 
     config: Config
     seed: int
     loss: float
     """Held-out, nats per token."""
     maxvio: float
-    """Largest load over the even one, less 1, of a global batch; mean over layers."""
+    """Largest load / even load - 1, in a global batch; mean over layers."""
     dead: int
     """Experts of all layers that took under `models.moe.collapse.STARVED` of their fair share."""
     dropped: float
-    """Share of the assignments."""
+    """Fraction of the assignments."""
 
 
 def read_trials(root: Path, variant: str, seeds: Sequence[int]) -> list[Trial]:
-    """Of one variant, those that are finished."""
+    """The finished trials of one variant."""
     folders = [(seed, root / f"{variant}-seed{seed}") for seed in seeds]
     return [read_trial(folder, seed) for seed, folder in folders if folder.is_dir() and is_finished(folder)]
 
@@ -218,7 +218,7 @@ def read_trial(run_dir: Path, seed: int) -> Trial:
 
 
 def table(results: dict[str, list[Trial]], budget: float) -> str:
-    """Markdown: what was held equal, and a line per variant."""
+    """Markdown: what was kept equal, and a row per variant."""
     first = next(iter(results.values()))[0].config
     model, train = first.model, first.train
     entropy = read_manifest(Path(str(first.data.path))).splits["held_out"].entropy
@@ -263,7 +263,7 @@ def table(results: dict[str, list[Trial]], budget: float) -> str:
 
 
 def spread(values: Sequence[float], *, digits: int = 3, signed: bool = False, unit: str = "") -> str:
-    """Mean ± standard deviation (n - 1); empty where there is nothing."""
+    """Mean ± standard deviation (n - 1); empty without values."""
     if not values or any(value != value for value in values):
         return ""
     mean = f"{statistics.mean(values):{'+' if signed else ''}.{digits}f}"

@@ -1,11 +1,11 @@
-"""What the planner predicts beside what is measured: memory of states and in all, and time of a step.
+"""The planner's predictions beside measurements: memory of states, total memory, and time of a step.
 
 Every config is trained for a few steps by the trainer's own engine and step, in processes of its own. States are the
-sum of the tensors' storages that the engine holds when the optimizer is about to step; the total is the process's
-peak resident memory less what it was before the model was built, with freed memory given back at once. Then as many
-steps are timed with freed memory kept, as the trainer does. `--keep` keeps it from the beginning: the total then holds
-the gaps in glibc's heap as well. `--runs`: whole runs of the trainer instead, data, evaluation and checkpoints
-included, by what their records say. Run: `python benchmarks/planner.py [NAME ...]`.
+sum of the tensor storages that the engine holds just before the optimizer steps; the total is the process's peak
+resident memory minus that before the model was built, with freed memory returned at once. Then as many steps are timed
+with freed memory kept, as the trainer does. `--keep` keeps it from the start: the total then includes the fragmentation
+of glibc's heap. `--runs`: whole runs of the trainer instead, data, evaluation and checkpoints included, measured from
+their records. Run: `python benchmarks/planner.py [NAME ...]`.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def random_batch(config: Any) -> Any:
 
 
 def states(engine: Any) -> dict[str, int]:
-    """Bytes of unique storages that hold weights, optimizer states and gradients; the reduction's bucket apart."""
+    """Bytes of unique storages that hold weights, optimizer states and gradients, without the reduction's bucket."""
     parameters, optimizer, base = list(engine.module.parameters()), engine.deepspeed.optimizer, engine.optimizer
     stepped = [p for group in base.param_groups for p in group["params"]]
     stepped += getattr(optimizer, "fp32_partitioned_groups_flat", [])
@@ -251,13 +251,13 @@ def whole_runs(names: list[str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", help="only runs whose name holds one of these words")
-    parser.add_argument("--steps", type=int, default=4, help="for memory, and as many again for the time")
+    parser.add_argument("names", nargs="*", help="only runs whose name contains one of these words")
+    parser.add_argument("--steps", type=int, default=4, help="steps for memory, and again as many for the time")
     parser.add_argument("--runs", action="store_true", help="whole runs of the trainer")
     parser.add_argument("--keep", action="store_true", help="keep freed memory, as the trainer does")
-    parser.add_argument("--verbose", action="store_true", help="the parts as well")
+    parser.add_argument("--verbose", action="store_true", help="also print the parts")
     args = parser.parse_args()
-    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 thread a process\n")
+    print(f"{time.strftime('%Y-%m-%d')}, {platform.machine()}, 1 thread per process\n")
     if args.runs:
         whole_runs(args.names)
         return

@@ -1,9 +1,9 @@
 """How long `muster runs` takes over many runs, and `muster status` over a run of a million steps.
 
-Run: `python benchmarks/records.py FOLDER [--before CHECKOUT]`. FOLDER is made: folders of runs in the format that
-training writes, with numbers that are made up. CHECKOUT is another version of this repository, whose commands are timed
-in turn with this one's on the same folders. Seconds are of the whole command, Python's start included: the wall
-clock's, and those of the processor, which say more on a machine that is shared.
+Run: `python benchmarks/records.py FOLDER [--before CHECKOUT]`. FOLDER is created: folders of runs in the format that
+training writes, with made-up numbers. CHECKOUT is another version of this repository, whose commands are timed in turn
+with this one's on the same folders. Seconds are those of the whole command, Python's start included: wall-clock time,
+and CPU time, which says more on a shared machine.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BEGAN = 1.79e9
 KEPT = (".summaries.json", "metrics.parquet")
-"""What this version keeps beside the records."""
+"""Files that this version keeps beside the records."""
 
 
 def write_run(run_dir: Path, steps: int, every: int) -> None:
@@ -83,7 +83,7 @@ def write_run(run_dir: Path, steps: int, every: int) -> None:
 
 
 def seconds(checkout: Path, command: list[str]) -> tuple[float, float]:
-    """Seconds by the wall clock, and of the processor, that a command takes."""
+    """Wall-clock and CPU seconds of a command."""
     code = "import sys; from cluster.cli import main; sys.argv[0] = 'muster'; main()"
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     environment = os.environ | {"PYTHONPATH": str(checkout)}

@@ -1,7 +1,7 @@
 """Seconds from kill -9 of a training process to the next finished step: muster beside stock Ray Train V2.
 
 Both train the quickstart model on two processes with DeepSpeed (ZeRO-1, fp32), write a checkpoint every few steps, and
-lose a process several times, at times drawn from a seed; they take turns, one run each. The peer is used as its manual
+lose a process several times, at times drawn from a seed; they take turns, one run each. Ray Train is used as its manual
 says: `TorchTrainer` with a failure budget, DeepSpeed's checkpoint reported with `ray.train.report` and read back by
 `ray.train.get_checkpoint`. Each has a private Ray of its own. Run: `python benchmarks/recovery.py` (ten minutes).
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 EVERY = 20
-"""Steps between checkpoints, of both."""
+"""Steps between checkpoints, for both."""
 BATCH, SEQ_LEN = 8, 256
 
 
@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=5, help="in each run")
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--data", help="a folder that `muster data prepare` made; else the standard library's text")
+    parser.add_argument("--data", help="folder made by `muster data prepare`; default: the standard library's text")
     parser.add_argument("--peer", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def measure(contestant: str, folder: Path, options: argparse.Namespace, chance: random.Random) -> list[float]:
-    """Start a run, kill one of its processes again and again. Returns the seconds of each recovery."""
+    """Start a run and kill one of its processes repeatedly. Returns the seconds of each recovery."""
     environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
     environment |= {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
     if contestant == "muster":
@@ -115,7 +115,7 @@ def wait(steps: Path, process: subprocess.Popen, number: int, folder: Path) -> N
 
 
 def peer(folder: Path) -> None:
-    """Train through stock Ray Train V2, until it is ended."""
+    """Train with stock Ray Train V2 until the process is killed."""
     os.environ["RAY_TRAIN_V2_ENABLED"] = "1"
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig

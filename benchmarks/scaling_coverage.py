@@ -2,9 +2,9 @@
 
 Planted: an isoFLOP sweep of K budgets (a factor of sqrt(10) apart, the largest 3e20) by J sizes (within a factor of 3
 of the best one) with noise on ln L; the truth is the law's own, at 3.2 and 10 times the largest budget.
-Real: the 15 tables of Porian et al. (arXiv:2406.19146), the top two budgets of each held out, against the lowest loss
-trained there. Beside ours: the bootstrap of approach 3 over runs, and that bootstrap widened by a factor which brings
-its errors on earlier held-back budgets to 1.96 standard errors.
+Real: the 15 tables of Porian et al. (arXiv:2406.19146), with the top two budgets of each held out, against the lowest
+loss trained there. Compared with ours: the bootstrap of approach 3 over runs, and that bootstrap widened by the factor
+that brings its errors on earlier held-back budgets to 1.96 standard errors.
 
 Run: `python benchmarks/scaling_coverage.py --seeds 200` (half an hour on one core).
 """
@@ -46,13 +46,13 @@ def interacting(n: np.ndarray, d: np.ndarray) -> np.ndarray:
 
 
 def bent(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Powers that grow weaker beyond 3e8 parameters and 1e10 tokens."""
+    """Exponents that weaken beyond 3e8 parameters and 1e10 tokens."""
     size, data = 406.4 / n**0.34 * (1 + (n / 3e8) ** 0.6) ** 0.2, 410.7 / d**0.28 * (1 + (d / 1e10) ** 0.6) ** 0.15
     return 1.69 + size + data
 
 
 def joint(n: np.ndarray, d: np.ndarray) -> np.ndarray:
-    """Kaplan's way to add, over another floor."""
+    """Kaplan's form of the sum, with another floor."""
     return 1.6 + ((406.4 / n**0.34) ** 1.5 + (410.7 / d**0.28) ** 1.5) ** (1 / 1.5)
 
 
@@ -102,7 +102,7 @@ def _best_size(law: Law, c: float) -> float:
 
 
 class Covered(NamedTuple):
-    """Shares of seeds and targets, and median widths."""
+    """Fractions of seeds and targets covered, and median widths."""
 
     loss: float
     size: float
@@ -185,7 +185,7 @@ METHODS = {"approach 3, bootstrap": usual, "the same, calibrated": calibrated, "
 
 
 def real(method: Callable[[Table, np.ndarray], list[tuple[float, float]]]) -> dict[str, list[tuple[bool, float]]]:
-    """By set: of each held-out budget, whether the lowest loss lay inside, and the interval's relative width."""
+    """For each set and held-out budget: whether the lowest loss lay inside, and the interval's relative width."""
     found = {}
     for name, table in porian():
         index = budgets(table)

@@ -1,8 +1,8 @@
 """Seconds of one core to fit L = E + A / N^alpha + B / D^beta to 240 runs: from cold, and 4,000 bootstrap refits.
 
-Beside it the PyPI package `chinchilla` (a grid of 3,125 starts as in its README, each minimised by BFGS), which lives
-in an environment of its own (`python -m venv peer; peer/bin/pip install chinchilla`). Both minimise Huber(1e-3) on log
-loss over the same simulated runs; the objective that each reaches is printed too.
+It is compared with the PyPI package `chinchilla` (a grid of 3,125 starts as in its README, each minimised by BFGS), in
+an environment of its own (`python -m venv peer; peer/bin/pip install chinchilla`). Both minimise Huber(1e-3) on log
+loss over the same simulated runs; the objective that each reaches is printed, too.
 
 Run: `python benchmarks/scaling_fit.py --peer peer/bin/python`.
 """

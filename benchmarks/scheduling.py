@@ -1,7 +1,7 @@
 """Many tiny runs on a cluster of many simulated nodes: throughput, latency, nothing lost, nothing trained twice.
 
 Each node is a raylet of its own with one CPU; the runs go through `cluster.attempts.many_runs` (a gang for each node,
-warm between runs). On the way a training process is killed and a node is lost. What happened is read from the runs' own
+warm between runs). Meanwhile a training process is killed and a node is lost. What happened is read from the runs' own
 records.
 Run: `python benchmarks/scheduling.py` (500 runs on 8 nodes; ten minutes on two cores).
 """
@@ -91,9 +91,9 @@ def measure(folder: Path, count: int, nodes: int) -> None:
     own = [time - starts(events[run_dir])[0] for run_dir, time in zip(begun, first, strict=True)]
     waited = sorted(time - start for time in first)
     print(f"{count} runs of {STEPS} steps, {nodes} nodes of one CPU; prepared in {prepared - began:.0f} s")
-    print(f"{took:.0f} s: {count / took:.2f} runs a second")
+    print(f"{took:.0f} s: {count / took:.2f} runs per second")
     print(f"from submission to the first step: median {statistics.median(waited):.0f} s, last {waited[-1]:.0f} s")
-    print(f"of that in the run's own start: median {statistics.median(own):.2f} s")
+    print(f"of that for the run's own start: median {statistics.median(own):.2f} s")
     print(f"finished {finished}, with every step once {whole}")
     print(f"attempts: {sum(attempts)}; {attempts.count(1)} runs had one")
     if (finished, whole) != (count, count):

@@ -1,8 +1,8 @@
 """Tokens/s and peak memory: muster, transformers' Qwen3-MoE and bare loops, side by side in one run.
 
 Every contestant is a process of its own that trains the same architecture on the same batch sizes with fp32 master
-weights and fused AdamW. They take turns, a few steps each, so that a noisy machine is noisy for all; ratios are taken
-turn by turn. Run: `python benchmarks/throughput.py` (CPU sizes), `--gpu dense-1b` or `--gpu moe-1b` on a GPU.
+weights and fused AdamW. They take turns, a few steps each, so that noise of the machine affects all of them; ratios are
+taken turn by turn. Run: `python benchmarks/throughput.py` (CPU sizes), `--gpu dense-1b` or `--gpu moe-1b` on a GPU.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def run_config(size: dict[str, Any], precision: str, compiled: bool, **sections:
 
 
 class MasterWeights:
-    """AdamW over fp32 copies of low-precision weights, as a plain mixed-precision loop writes it."""
+    """AdamW over fp32 copies of low-precision weights, as in a plain mixed-precision loop."""
 
     def __init__(self, parameters: list, lr: float):
         import torch
@@ -101,7 +101,7 @@ def optimizer_for(module: Any, master: bool) -> Callable[[], None]:
 
 
 def hugging_face(size: dict[str, Any], precision: str, experts: str, autocast: bool = False) -> Callable[[], None]:
-    """transformers' model under a plain loop. Returns a function that takes one step."""
+    """transformers' model in a plain loop. Returns a function that takes one step."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -171,7 +171,7 @@ def objective(out: Any, tap: Any) -> Any:
 
 
 def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], None]:
-    """Our own model under a bare PyTorch loop."""
+    """Our own model in a bare PyTorch loop."""
     import torch
 
     from trainer.processes.device import device
@@ -192,7 +192,7 @@ def bare(size: dict[str, Any], precision: str, compiled: bool) -> Callable[[], N
 
 
 def random_batch(size: dict[str, Any]) -> Any:
-    """New tokens at every step, as in training: expert loads never repeat, and oneDNN compiles a bf16 kernel for every
+    """New tokens at every step, as in training: expert loads never repeat, so oneDNN compiles a bf16 kernel for every
     new shape, which a repeated batch would hide."""
     import torch
 
@@ -205,7 +205,7 @@ def random_batch(size: dict[str, Any]) -> Any:
 
 
 def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int) -> Callable[[], None]:
-    """A bare loop over the very DeepSpeed engine that the trainer uses."""
+    """A bare loop over the same DeepSpeed engine that the trainer uses."""
     from trainer.engine.engine import Engine
     from trainer.engine.start import start_processes
     from trainer.processes.device import device
@@ -226,7 +226,7 @@ def engine_loop(size: dict[str, Any], precision: str, compiled: bool, stage: int
 
 
 def serve_trainer(size: dict[str, Any], precision: str, compiled: bool, stage: int, pipe: Any, folder: str) -> None:
-    """The whole trainer on real Parquet data, held at a gate before each turn."""
+    """The whole trainer on real Parquet data, made to wait before each turn."""
     from trainer import loop
     from trainer.run.folder import prepare_run
     from trainer.trainee import Trainee
@@ -277,7 +277,7 @@ def peak_memory() -> float:
 
 
 def serve(kind: str, arguments: dict[str, Any], size: dict[str, Any], threads: int, pipe: Any) -> None:
-    """A contestant's process: build, then take the steps it is told to, and answer with the seconds."""
+    """A contestant's process: build, then take as many steps as it is told, and answer with the seconds."""
     import torch
 
     from trainer.processes.device import keep_freed_memory

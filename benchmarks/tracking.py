@@ -1,8 +1,8 @@
-"""What the record and its shipping to MLflow cost, with a tracker that is well, slow, answering 500, or down.
+"""The cost of the record and of shipping it to MLflow, with a tracker that is healthy, slow, answering 500, or down.
 
 Run: `python benchmarks/tracking.py`: a record's time on the training thread, CPU time of the shipping process, and the
-step times of live runs that differ in their tracker only. They take turns; whoever has none is stopped with its
-shipper. `--outage 600` instead trains one run through ten minutes of 500s.
+step times of live runs that differ only in their tracker. They take turns; those whose turn it is not are suspended,
+shippers included. `--outage 600` instead trains one run through ten minutes of 500s.
 """
 
 import argparse
@@ -98,7 +98,7 @@ class LiveRun:
             "run": {"name": name, "root": str(root)},
             "data": {"path": str(data)},
             "checkpoint": {"every": 0},
-            "cluster": {"hang_timeout": 36_000},  # its clock goes on while it is stopped
+            "cluster": {"hang_timeout": 36_000},  # its clock runs on while it is suspended
             "tracking": {"enabled": uri is not None, "uri": uri, "interval": 1.0, "export_model": False},
         }
         tree["train"] |= {"steps": 10**6, "eval_every": 0}
@@ -118,14 +118,16 @@ class LiveRun:
         return max((record["step"] for record in read_metrics(self.run_dir)), default=0)
 
     def send(self, number: int) -> None:
-        """A signal, to the shipper as well."""
+        """Send a signal to the run and its shipper."""
         for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
             process.send_signal(number)
 
     def step_time(self, since: float) -> tuple[float, int]:
         """(Seconds from a record to the next, median since a time, number of them)."""
         times = [record["time"] for record in read_metrics(self.run_dir) if record["time"] > since]
-        between = [after - before for before, after in itertools.pairwise(times[1:])]  # without what it was stopped in
+        between = [
+            after - before for before, after in itertools.pairwise(times[1:])
+        ]  # without the one that it was suspended in
         return statistics.median(between), len(between)
 
     def stop(self) -> None:
@@ -133,13 +135,13 @@ class LiveRun:
         self.process.wait(180)
 
     def waiting(self) -> int:
-        """Records that the tracker has not, as far as its shipper knows."""
+        """Number of records that the tracker lacks, as far as the shipper knows."""
         left = MetricsIndex(self.run_dir, read_state(self.run_dir).get("offset", 0))
         left.update()
         return len(left.lines)
 
     def kill(self) -> None:
-        """End it, with its shipper, if it is there still: a benchmark that fails leaves nothing behind."""
+        """End the run and its shipper if they still run: a benchmark that fails leaves nothing behind."""
         if self.process.poll() is None:
             self.send(signal.SIGKILL)
             self.process.wait()
@@ -149,7 +151,7 @@ class LiveRun:
         missed, until = self.waiting(), time.monotonic() + 300
         command = [sys.executable, "-P", "-m", "trainer.tracking", str(self.run_dir), "--once"]
         while subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode:
-            assert time.monotonic() < until  # its own shipper may be sending still
+            assert time.monotonic() < until  # its own shipper may still be sending
         assert_all_shown(root, self.run_dir)
         return f"{missed} of {self.steps()} records were missing at its end; afterwards each is shown once"
 
@@ -179,7 +181,7 @@ def turns(rounds: int, steps: int) -> None:
         for name in ("off", *servers):
             runs[name] = LiveRun(root, data, name, servers[name].uri if name in servers else None)
             ends.callback(runs[name].kill)
-            time.sleep(10)  # for its shipper to have begun
+            time.sleep(10)  # for its shipper to start
             runs[name].send(signal.SIGSTOP)
         took: dict[str, list[float]] = {name: [] for name in runs}
         counts = dict.fromkeys(runs, 0)
@@ -244,10 +246,12 @@ def outage(seconds: float, around: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--outage", type=float, metavar="SECONDS", help="one run through so many seconds of 500s")
+    parser.add_argument(
+        "--outage", type=float, metavar="SECONDS", help="train one run through this many seconds of 500s"
+    )
     parser.add_argument("--around", type=float, default=120.0, help="seconds before and after an outage")
     parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=20, help="of a turn")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a turn")
     asked = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
     if asked.outage:

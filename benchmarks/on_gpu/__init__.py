@@ -14,10 +14,10 @@ class Setting:
     """Where a part runs.
 
     Attributes:
-        device: "cuda", or "cpu" where no GPU is or a dry run was asked for.
+        device: "cuda", or "cpu" if there is no GPU or a dry run was asked for.
         dry: everything in miniature.
-        folder: of its own, for what it writes.
-        seconds: that it may take; a part that tries several sizes stops trying in time.
+        folder: the part's own folder, for what it writes.
+        seconds: time that it may take; a part that tries several sizes stops trying in time.
     """
 
     device: str
@@ -31,10 +31,10 @@ class Part:
     """One thing to find out.
 
     Attributes:
-        name: as `--only` names it; what stands before the dot is its section: `right`, `fast`, `layer`, `around`.
-        run: yields rows; raising loses none of those before.
-        seconds: that it takes on a GPU, about; it is ended at `PATIENCE` (`PATIENCE_ALONE`) times that.
-        alone: times something, so nothing else may run on the device.
+        name: as given to `--only`; the section stands before the dot: `right`, `fast`, `layer`, `around`.
+        run: yields rows; those yielded before it raises are kept.
+        seconds: time that it takes on a GPU, approximately; it is ended at `PATIENCE` (`PATIENCE_ALONE`) times that.
+        alone: whether it measures times, so that nothing else may run on the device.
     """
 
     name: str

@@ -1,6 +1,6 @@
-"""What stands around a step: resuming, warm processes, starting, checkpoints, data.
+"""What surrounds a step: resuming, warm processes, starting, checkpoints, data.
 
-The trainer runs as it does for everyone, `python -m trainer CONFIG`, in processes of its own.
+The trainer runs as it does for users, `python -m trainer CONFIG`, in processes of its own.
 """
 
 import contextlib
@@ -32,16 +32,16 @@ if importlib.util.find_spec("pyarrow") is None:
     sys.path.append(PATHS[-1])
 
 FORKS = {"JE_ARROW_MALLOC_CONF": "background_thread:false", "OPENBLAS_NUM_THREADS": "1"}
-"""What lets `trainer.processes.warm` fork, as in `cluster.gangs.worker.ENVIRONMENT`, which needs Ray to be read."""
+"""Makes it safe for `trainer.processes.warm` to fork; as `cluster.gangs.worker.ENVIRONMENT`, whose import needs Ray."""
 OF_THIS_PROCESS = {
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "DS_ACCELERATOR",
     "TORCHINDUCTOR_COMPILE_THREADS",
 }  # fmt: skip
-"""Variables that no other process should get."""
+"""Environment variables that no other process should get."""
 
 
 class Length(NamedTuple):
-    """Of a run that is killed: its steps, the one after which it is killed, and those between its checkpoints."""
+    """A run that is killed: its steps, the step after which it is killed, and the steps between its checkpoints."""
 
     steps: int
     killed: int
@@ -53,7 +53,7 @@ def length_of(setting: Setting) -> Length:
 
 
 def environment(setting: Setting, **more: str) -> dict[str, str]:
-    """Of a process that trains alone."""
+    """The environment of a process that trains alone."""
     kept = {key: value for key, value in os.environ.items() if key not in OF_THIS_PROCESS}
     hidden = {"CUDA_VISIBLE_DEVICES": ""} if setting.device == "cpu" else {}
     paths = [*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -61,7 +61,7 @@ def environment(setting: Setting, **more: str) -> dict[str, str]:
 
 
 def data_folder(setting: Setting, tokens: int = 0) -> Path:
-    """Prepared data: files of this Python's standard library, in bytes; as many tokens as are asked for, about."""
+    """Prepared data: files of this Python's standard library as bytes, with about as many tokens as asked for."""
     from configs.sections.data import PrepareConfig
     from trainer.data.prepare.prepare import prepare
 
@@ -81,7 +81,7 @@ def data_folder(setting: Setting, tokens: int = 0) -> Path:
 
 
 def run_config(setting: Setting, name: str, **over: dict[str, Any]) -> Path:
-    """The file of a run's config: a small MoE model in bf16 on prepared data."""
+    """The config file of a run: a small MoE model in bf16 on prepared data."""
     if setting.dry:
         sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 2, "expert_size": 64}
         train = {"seq_len": 64, "global_batch": 4}
@@ -104,7 +104,7 @@ def run_config(setting: Setting, name: str, **over: dict[str, Any]) -> Path:
 
 
 def trainer(setting: Setting, config: Path, *overrides: str, **variables: str) -> subprocess.Popen:
-    """Start the trainer; what it says goes to a file beside the config."""
+    """Start the trainer; its output goes to a file beside the config."""
     log = config.with_suffix(".log").open("ab")
     command = [sys.executable, "-P", "-m", "trainer", str(config), *overrides]
     return subprocess.Popen(
@@ -114,7 +114,7 @@ def trainer(setting: Setting, config: Path, *overrides: str, **variables: str) -
 
 
 def ended(process: subprocess.Popen, config: Path, seconds: float) -> None:
-    """Wait for a trainer that should end well. Raises RuntimeError with the end of what it said."""
+    """Wait for a trainer to succeed. Raises RuntimeError with the end of its output."""
     try:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
@@ -143,7 +143,7 @@ def events_of(setting: Setting, name: str) -> list[dict[str, Any]]:
 
 
 def tensors_of(setting: Setting, name: str, step: int) -> dict[str, torch.Tensor]:
-    """Everything that a checkpoint holds."""
+    """Every tensor of a checkpoint."""
     from safetensors.torch import load_file
 
     from trainer.checkpoint.store import folder
@@ -153,7 +153,7 @@ def tensors_of(setting: Setting, name: str, step: int) -> dict[str, torch.Tensor
 
 
 def resume(setting: Setting) -> Iterator[Row]:
-    """A run that was killed and started again beside one that was not; a GPU's checkpoint on a CPU."""
+    """A run that was killed and resumed, compared with one that was not; a checkpoint from the GPU on a CPU."""
     length, configs = length_of(setting), {name: run_config(setting, name) for name in ("straight", "killed")}
     started: list[subprocess.Popen] = []
     try:
@@ -174,7 +174,7 @@ def resume(setting: Setting) -> Iterator[Row]:
             started.append(trainer(setting, configs["killed"]))
             ended(started[2], configs["killed"], setting.seconds)
             went_on = [event["step"] for event in events_of(setting, "killed") if event["event"] == "resumed"]
-            before = at // length.every * length.every  # or the one before, if this was not written yet
+            before = at // length.every * length.every  # or the one before, if this one was not written yet
             good = went_on in ([before], [before - length.every])
             return {"ok": good, "killed_after": at, "went_on_from": str(went_on)}
 
@@ -193,7 +193,7 @@ def resume(setting: Setting) -> Iterator[Row]:
 
 
 def same_record(setting: Setting) -> Row:
-    """Losses and gradient norms of both runs, step by step; where they are not equal, from where on and by how much."""
+    """Compare losses and gradient norms of both runs step by step; if they differ, from which step and by how much."""
     one, other, last = steps_of(setting, "straight"), steps_of(setting, "killed"), length_of(setting).steps
     assert list(one) == list(range(1, last + 1)), f"{len(one)} steps"
     assert sorted(other) == list(one), f"{len(other)} steps"
@@ -213,7 +213,7 @@ def same_tensors(setting: Setting) -> Row:
 
 
 def on_cpu(setting: Setting, configs: dict[str, Path]) -> Row:
-    """One step more, once on the device and once on a CPU, both from checkpoints that the device wrote."""
+    """One more step, on the device and on a CPU, both from checkpoints that the device wrote."""
     last = length_of(setting).steps
     more = f"train.steps={last + 1}"
     processes = [
@@ -328,7 +328,7 @@ def large_config(setting: Setting, **over: dict[str, Any]) -> Any:
 
 
 def checkpoint(setting: Setting) -> Iterator[Row]:
-    """How long training stands still for a checkpoint, what is written, and how much slower steps are beside it."""
+    """How long a checkpoint stalls training, what is written, and how much slower steps are during the write."""
     from models.planning.cost import parameters
     from trainer.checkpoint.save import Saver
     from trainer.state import TrainState
@@ -381,7 +381,7 @@ def checkpoint(setting: Setting) -> Iterator[Row]:
 
 
 def data(setting: Setting) -> Iterator[Row]:
-    """Tokens per second that the reader gives, beside what a model of 10^9 parameters takes."""
+    """Tokens per second that the reader delivers, beside those that a model of 10^9 parameters consumes."""
     from configs.sections.data import DataConfig
     from models.planning.devices import DEVICES
     from models.planning.plan import predict

@@ -1,4 +1,4 @@
-"""What the checks on a GPU share: rows, errors, a small model, what the compiler and the profiler tell."""
+"""Shared by the checks on a GPU: rows, errors, a small model, reports of the compiler and the profiler."""
 
 import contextlib
 import logging
@@ -29,13 +29,13 @@ MOE = {"num_experts": 8, "top_k": 2}
 
 
 def attempt(name: str, check: Check) -> Row:
-    """The row of one check, or how it failed. Raises only where the device is broken for all that follows."""
+    """The row of one check, or how it failed. Raises only if the device is unusable for all that follows."""
     try:
         return {"check": name} | check()
     except Exception as error:
         traceback.print_exc()
         if torch.cuda.is_available() and torch.cuda.is_initialized():
-            torch.cuda.synchronize()  # raises what a kernel left behind, if one did
+            torch.cuda.synchronize()  # raises the pending error of a kernel, if there is one
         where = traceback.extract_tb(error.__traceback__)[-1]
         said = " ".join(str(error).split())[:500]
         at = f"{Path(where.filename).name}:{where.lineno}"
@@ -43,19 +43,19 @@ def attempt(name: str, check: Check) -> Row:
 
 
 def within(error: float, allowed: float, **more: Any) -> Row:
-    """A row that is right if the error is no larger than allowed; NaN is larger."""
+    """A row that is ok if the error is at most what is allowed; NaN is not."""
     return {"ok": bool(error <= allowed), "error": float(error), "allowed": allowed} | more
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    """L2 norm of the difference over that of the reference."""
+    """L2 norm of the difference / L2 norm of the reference."""
     a, b = value.detach().double().cpu(), reference.detach().double().cpu()
     assert a.shape == b.shape, f"{tuple(a.shape)} beside {tuple(b.shape)}"
     return float((a - b).norm() / b.norm().clamp(min=1e-30))
 
 
 def relative_all(values: dict[str, Tensor], references: dict[str, Tensor]) -> tuple[float, float, str]:
-    """`relative` over all tensors together, and that of the tensor that is furthest off, with its name."""
+    """`relative` over all tensors together, and that of the worst tensor, with its name."""
     assert values.keys() == references.keys()
     total = squares = worst = 0.0
     name = ""
@@ -79,7 +79,7 @@ def cosine(values: dict[str, Tensor], references: dict[str, Tensor]) -> float:
 
 
 def small_config(setting: Setting, model: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Config:
-    """A resolved config of a small decoder; `model` and the other sections lie over it."""
+    """A resolved config of a small decoder, overridden by `model` and the other sections."""
     if setting.dry:
         sizes = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "num_kv_heads": 4, "vocab_size": 128}
         train = {"seq_len": 64, "global_batch": 2, "micro_batch": 2}
@@ -96,7 +96,7 @@ def small_config(setting: Setting, model: dict[str, Any] | None = None, **sectio
 
 
 def random_batch(config: Config, seed: int = 0, documents: int = 0) -> Batch:
-    """Random tokens on the CPU; `documents` in each row, cut at random, 0: rows are documents."""
+    """Random tokens on the CPU; `documents` per row, cut at random; 0: each row is one document."""
     generator = torch.Generator().manual_seed(seed)
     size, length = config.train.micro_batch or 1, config.train.seq_len
     ids = torch.randint(0, config.model.vocab_size or 0, (size, length + 1), generator=generator)
@@ -110,7 +110,7 @@ def random_batch(config: Config, seed: int = 0, documents: int = 0) -> Batch:
 
 
 def random_documents(size: int, length: int, documents: int, generator: torch.Generator) -> Tensor:
-    """[B, T] ids of as many documents in each row, of random lengths."""
+    """[B, T] document ids: that many documents in each row, of random lengths."""
     rows = []
     for _ in range(size):
         starts = torch.zeros(length, dtype=torch.int64)
@@ -120,7 +120,7 @@ def random_documents(size: int, length: int, documents: int, generator: torch.Ge
 
 
 def plain_model(config: Config, device: str, *, quick: bool = False) -> nn.Module:
-    """The model with its first weights, as training builds it; `quick`: drawn on the device instead."""
+    """The model with its initial weights, as training builds it; `quick`: drawn on the device instead."""
     with torch.device(device):
         module = build(config.model)
     if quick:
@@ -133,7 +133,7 @@ def plain_model(config: Config, device: str, *, quick: bool = False) -> nn.Modul
 
 
 def objective(tap: RouterTap | None, out: LossOutput, config: Config) -> Tensor:
-    """What a step minimises: the mean loss of a token, and the routers' losses."""
+    """What a step minimises: the mean loss per token, and the routers' losses."""
     loss = out.loss_sum / out.tokens
     if router := tap.collect() if tap else None:
         loss = loss + config.model.aux_loss_weight * router.aux_loss + config.model.z_loss_weight * router.z_loss
@@ -153,14 +153,14 @@ def gradients(module: nn.Module) -> dict[str, Tensor]:
 
 
 def exact_products() -> Row:
-    """That fp32 products are fp32: TF32 is off. The older names, which every torch since 1.7 reads."""
+    """Check that fp32 products are fp32, without TF32, by the older names, which every torch since 1.7 has."""
     precision = torch.get_float32_matmul_precision()
     exact = precision == "highest" and not torch.backends.cuda.matmul.allow_tf32
     return {"ok": exact, "precision": precision}
 
 
 def kernels(work: Callable[[], Any], like: Sequence[str]) -> str:
-    """Names of the kernels that ran on the GPU and hold one of the words, as the profiler tells; empty on a CPU."""
+    """Names of the kernels on the GPU that contain one of the words, according to the profiler; empty on a CPU."""
     if not torch.cuda.is_available():
         return ""
     from torch.profiler import ProfilerActivity, profile
@@ -178,7 +178,7 @@ def kernels(work: Callable[[], Any], like: Sequence[str]) -> str:
 
 
 def dynamo_counts() -> Row:
-    """Graphs compiled since `fresh_dynamo`, and what broke them."""
+    """Graphs compiled since `fresh_dynamo`, and the reasons for graph breaks."""
     from torch._dynamo.utils import counters
 
     breaks = dict(counters["graph_break"])
@@ -195,7 +195,7 @@ def fresh_dynamo() -> None:
 
 
 class Recompiles(logging.Handler):
-    """Listens to why dynamo compiled something again."""
+    """Collects the reasons why dynamo recompiled something."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -216,7 +216,7 @@ class Recompiles(logging.Handler):
 
 
 def with_gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dout: Tensor | None) -> list[Tensor]:
-    """The output and the gradients of the inputs; without `dout` the output alone."""
+    """The output and the gradients of the inputs; only the output without `dout`."""
     if dout is None:
         with torch.no_grad():
             return [attend(*inputs)]
@@ -226,10 +226,10 @@ def with_gradients(attend: Callable[..., Tensor], inputs: Sequence[Tensor], dout
 
 
 class Trained:
-    """An engine over the small model as training builds it, without data and run folder."""
+    """An engine over the small model as training builds it, without data or a run's folder."""
 
     def __init__(self, config: Config, device: str, *, quick: bool = False):
-        """`quick`: first values are drawn on the device, which for large models saves the most of the time."""
+        """`quick`: initial weights are drawn on the device, which saves most of the time for large models."""
         from trainer.engine.engine import Engine
         from trainer.engine.start import start_processes
 
@@ -250,7 +250,7 @@ class Trained:
         return outcome(values.tolist(), self.learner.layout)
 
     def weights(self) -> dict[str, Tensor]:
-        """The fp32 weights, on the CPU, by what a checkpoint calls them."""
+        """The fp32 weights on the CPU, by their names in a checkpoint."""
         from trainer.checkpoint.save import take_snapshot
         from trainer.checkpoint.store import MASTER
 

@@ -1,4 +1,4 @@
-"""How fast training is on the device: whole steps with each switch on and off, and where their time goes."""
+"""Speed of training on the device: whole steps with each switch on and off, and where their time goes."""
 
 import contextlib
 import statistics
@@ -61,7 +61,7 @@ def largest(size: str) -> Callable[[Setting], Iterator[Row]]:
 
 
 def profile(way: Way, rows: int) -> Callable[[Setting], Iterator[Row]]:
-    """Kernels by name, the device's idle time, and host syncs of two steps."""
+    """Kernels by name, the device's idle time and host syncs, in two steps."""
 
     def run(setting: Setting) -> Iterator[Row]:
         from torch.autograd import DeviceType
@@ -112,7 +112,7 @@ def profile(way: Way, rows: int) -> Callable[[Setting], Iterator[Row]]:
 
 
 def trainer(size: str, rows: int, accumulate: int, steps: int = 7, **train: Any) -> Callable[[Setting], Iterator[Row]]:
-    """The whole trainer, `python -m trainer`, on tokens of Python's own sources: what its record says."""
+    """The whole trainer, `python -m trainer`, on tokens of Python's own sources, measured from its record."""
 
     def run(setting: Setting) -> Iterator[Row]:
         import json
@@ -145,7 +145,7 @@ def trainer(size: str, rows: int, accumulate: int, steps: int = 7, **train: Any)
             command = [sys.executable, "-m", "trainer", str(path)]
             process = subprocess.Popen(command, stdout=log, stderr=log, env=environment(setting))
             try:
-                # Killed after so many steps: the last checkpoint of such a model fills a disk.
+                # Killed before the last checkpoint, which fills a disk for such a model.
                 while len(lines) < few[2] and process.poll() is None and time.perf_counter() - start < setting.seconds:
                     time.sleep(0.05)
                     with contextlib.suppress(OSError, ValueError):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import Part, Row, Setting
 from .rig import peak, seconds_of
 
-# Liger reads it when it is imported; trying its fused experts' tile sizes would take minutes for each cell.
+# Liger reads it on import; tuning the tile sizes of its fused experts would take minutes per cell.
 os.environ.setdefault("LIGER_FUSED_MOE_AUTOTUNE", "0")
 
 HIDDEN, WIDTH = 2048, 1024
@@ -24,9 +24,9 @@ CELLS = [
 
 
 def contestants(cell: Any, setting: Setting, compiled: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """Layers by name, each when it is asked for, as all of them together would fill the device.
+    """Layers by name, each built when asked for, because all of them together would fill the device.
 
-    The dense layer comes first, as all others are compared with it; Liger's, which compiles the longest, last.
+    The dense layer comes first, because the others are compared with it; Liger's, which compiles the longest, last.
     """
     import moe_layer
 
@@ -87,7 +87,7 @@ def liger(layer: Any) -> Any:
 
 
 def grouped_products(cell: Any, setting: Setting) -> Callable[[], Any]:
-    """The grouped products alone, of even loads, tokens already sorted."""
+    """Only the grouped products, for even loads and sorted tokens."""
     from models.moe.experts import grouped_mm
 
     slots, e = cell.tokens * cell.top_k, cell.experts

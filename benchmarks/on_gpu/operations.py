@@ -1,4 +1,4 @@
-"""Attention, experts and compiled layers by themselves: against plain arithmetic, and against eager mode."""
+"""Attention, experts and compiled layers in isolation: against plain arithmetic, and against eager mode."""
 
 import inspect
 import math
@@ -62,10 +62,10 @@ def heads(setting: Setting, length: int, dtype: torch.dtype, size: int = 64, row
 def beside_reference(
     attend: Callable[..., Tensor], inputs: Sequence[Tensor], seen: Tensor, *, backward: bool = True
 ) -> Row:
-    """An attention's output and gradients beside masked softmax in fp32 of the same inputs.
+    """Output and gradients of an attention against masked softmax in fp32 of the same inputs.
 
-    Allowed in fp32: rounding of sums over some thousand keys. In bf16: three times what the same reference is off when
-    it is computed in bf16, and no less than 0.005.
+    Allowed in fp32: rounding of sums over some thousand keys. In bf16: three times the error of the same reference
+    computed in bf16, but at least 0.005.
     """
     *qkv, dout = inputs
     wide = [x.float() for x in qkv]
@@ -85,7 +85,7 @@ def beside_reference(
 
 
 def flexible(setting: Setting) -> Iterator[Row]:
-    """`models.kernels.flex` beside masked softmax."""
+    """`models.kernels.flex` against masked softmax."""
     fp32, bf16 = torch.float32, torch.bfloat16
     window = Pattern(window=100)
     sparse = Pattern(sparse=BlockSparse(block=64, local_blocks=2, global_blocks=1, stride=4))
@@ -99,7 +99,7 @@ def flexible(setting: Setting) -> Iterator[Row]:
         ("documents, block-sparse", sparse, 3, 2048, fp32),
         ("documents, window", window, 5, 1000, fp32),
     ]
-    if setting.dry:  # on a CPU it runs as it stands, and has no backward pass
+    if setting.dry:  # on a CPU it runs uncompiled, and has no backward pass
         cases = [(name, pattern, documents, 160, dtype) for name, pattern, documents, _, dtype in cases[::3]]
     previous = ""
     for name, pattern, documents, length, dtype in cases:
@@ -132,7 +132,7 @@ def flexible(setting: Setting) -> Iterator[Row]:
 
 
 def attention(setting: Setting) -> Iterator[Row]:
-    """SDPA's backends and variable-length attention beside masked softmax."""
+    """SDPA's backends and variable-length attention against masked softmax."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     words = ("flash", "fmha", "cudnn", "attention", "sdp", "softmax", "cutlass")
@@ -154,7 +154,7 @@ def attention(setting: Setting) -> Iterator[Row]:
                         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
                         if not gqa:
                             k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
-                        with sdpa_kernel(backend):  # it alone: SDPA raises where it cannot
+                        with sdpa_kernel(backend):  # only this one: SDPA raises if it is not supported
                             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=gqa)
                         return y.transpose(1, 2)
 
@@ -179,7 +179,7 @@ def attention(setting: Setting) -> Iterator[Row]:
 
 
 def variable_length(setting: Setting, length: int) -> Row:
-    """torch's `varlen_attn` over documents beside masked softmax."""
+    """torch's `varlen_attn` over documents against masked softmax."""
     from torch.nn.attention import varlen
 
     inputs = heads(setting, length, torch.bfloat16)
@@ -214,11 +214,11 @@ def variable_length(setting: Setting, length: int) -> Row:
 
 
 def routing_of(load: str, tokens: int, experts: int, top_k: int) -> moe.Routing:
-    """Choices of distinct experts for each token, and weights, on the CPU.
+    """Distinct experts for each token, and their weights, on the CPU.
 
     Args:
-        load: `even`, `skewed` (an expert is twice as likely as the next), `empty` (a quarter of them, the first and
-            the last too, get nothing), `dropped` (even, every fifth assignment left out).
+        load: `even`, `skewed` (each expert is twice as likely as the next), `empty` (a quarter of the experts, the
+            first and last included, get nothing), `dropped` (even, with every fifth assignment left out).
     """
     generator = torch.Generator().manual_seed(tokens + experts + top_k)
     scores = torch.rand(tokens, experts, generator=generator).log().neg().log().neg()  # Gumbel noise
@@ -238,7 +238,7 @@ def routing_of(load: str, tokens: int, experts: int, top_k: int) -> moe.Routing:
 
 
 def expert_loop(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, choice: Tensor) -> Tensor:
-    """Every expert by itself; an assignment that is dropped has the weight 0."""
+    """Every expert on its own; a dropped assignment has weight 0."""
     y = torch.zeros_like(x)
     for expert in range(len(gate_up)):
         token, place = (choice == expert).nonzero(as_tuple=True)
@@ -251,7 +251,7 @@ def expert_loop(x: Tensor, gate_up: Tensor, down: Tensor, weight: Tensor, choice
 def expert_check(
     setting: Setting, dtype: torch.dtype, load: str, experts: int, top_k: int, *, padded: bool = False
 ) -> Row:
-    """Grouped (or padded) experts, output and all gradients, beside the loop in fp64 of the same inputs."""
+    """Output and all gradients of grouped (or padded) experts, against the loop in fp64 on the same inputs."""
     tokens, hidden, width = (64, 32, 32) if setting.dry else (1024, 256, 128)
     generator = torch.Generator().manual_seed(0)
 
@@ -277,7 +277,7 @@ def expert_check(
     if dtype != torch.float32:
         loop = with_gradients(partial(expert_loop, choice=choice), here, dout.to(setting.device))
         allowed = [max(2 * relative(a, b), 4e-3) for a, b in zip(loop, true, strict=True)]
-    if kept is not None:  # the gradient of a weight whose assignment is dropped is nobody's
+    if kept is not None:  # the gradient of a dropped assignment's weight is undefined
         mask = routing.kept.to(torch.float64)  # type: ignore[union-attr]
         found[4], true[4] = found[4].double().cpu() * mask, true[4] * mask
     errors = [relative(a, b) for a, b in zip(found, true, strict=True)]
@@ -294,7 +294,7 @@ def expert_check(
 
 
 def grouped(setting: Setting) -> Iterator[Row]:
-    """`models.moe.experts` beside a loop over the experts."""
+    """`models.moe.experts` against a loop over the experts."""
     for dtype in (torch.bfloat16, torch.float32):
         for load in ("even", "skewed", "empty", "dropped"):
             for experts, top_k in ((8, 1), (8, 2), (64, 2), (64, 8)):
@@ -309,7 +309,7 @@ def grouped(setting: Setting) -> Iterator[Row]:
 
 
 def compiled(setting: Setting) -> Iterator[Row]:
-    """Layers that torch compiled beside those that it did not."""
+    """Layers compiled by torch against eager ones."""
     bf16, fp32 = "bf16", "fp32"
     capacity = MOE | {"capacity_factor": 1.0}
     cases: list[tuple[str, dict[str, Any], str, int, int]] = [
@@ -340,16 +340,16 @@ def compiled(setting: Setting) -> Iterator[Row]:
 
 
 def reported(row: Row) -> Row:
-    """The row of a check that may fail: what nobody does, measured to learn whether a newer torch does it right."""
+    """The row of a check that may fail: of something unused, to learn whether a newer torch does it right."""
     row = {key: value for key, value in row.items() if key != "ok"}
     return row | {"not_run": row.pop("failed")} if "failed" in row else row
 
 
 @contextmanager
 def experts_in_graph() -> Iterator[None]:
-    """Compiled layers take experts into their graphs, of which torch 2.11 gave wrong gradients on an H200.
+    """Compile experts into the graphs of layers, which gave wrong gradients with torch 2.11 on an H200.
 
-    Nothing compiled before is taken from a cache, whose key may lack what is changed along with this.
+    The compilation cache is off: its key may not cover what is changed here.
     """
     kept, moe_block.left_out = moe_block.left_out, lambda x: False
     try:
@@ -361,7 +361,7 @@ def experts_in_graph() -> Iterator[None]:
 
 @contextmanager
 def as_on_gpu() -> Iterator[None]:
-    """Without the hand-made kernels for CPUs, which no compiler sees, and with experts outside of compiled layers."""
+    """Without our own CPU kernels, which the compiler cannot see into, and with experts outside compiled layers."""
     kept = moe._on_cpu, attention_module.LONGEST_KERNEL, moe_block.left_out
     moe._on_cpu, attention_module.LONGEST_KERNEL = moe.grouped_experts, 0
     moe_block.left_out = lambda x: True
@@ -372,10 +372,10 @@ def as_on_gpu() -> Iterator[None]:
 
 
 def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: int, recompute: int) -> Row:
-    """Loss and gradients of compiled layers and eager ones, over two batches; how many graphs, and what broke them.
+    """Loss and gradients of compiled and eager layers over two batches; the number of graphs, and what broke them.
 
-    In bf16, where a compiled layer rounds less often, both are held to the eager model in fp32: compiled layers may be
-    twice as far from it as eager ones, as choices that fall the other way weigh most and are few.
+    In bf16, where a compiled layer rounds less often, both are compared with the eager model in fp32: compiled layers
+    may be twice as far from it as eager ones, because the few router choices that flip dominate the error.
     """
     from trainer.engine.precision import WorkingCopies
 
@@ -397,7 +397,7 @@ def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: 
                     layer.compile(dynamic=False, backend=backend)
             losses, chosen = [], []
             for batch in batches:
-                module.zero_grad()  # adding up gradients is compiled by itself
+                module.zero_grad()  # gradient accumulation is compiled separately
                 out = module(batch)
                 chosen += [chooser.heard.choice for chooser in choosers(module) if chooser.heard]
                 loss = objective(tap, out, config)
@@ -408,7 +408,7 @@ def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: 
     equal = (choices[-1] == choices[-2]).all(-1).float().mean().item()
     error, worst, name = relative_all(found[-1][1], found[-2][1])
     off = max(abs(a - b) / abs(b) for a, b in zip(found[-1][0], found[-2][0], strict=True))
-    # A choice that fell the other way by rounding moves the gradients by more than rounding.
+    # A router choice that rounding flips moves the gradients by more than rounding.
     allowed = 1e-3 if equal == 1 else 5e-2
     more: Row = {}
     if kind == "bf16":
@@ -418,9 +418,9 @@ def against_eager(setting: Setting, tree: dict[str, Any], kind: str, documents: 
     row = within(error, allowed, loss_error=off, worst=worst, worst_in=name, equal_choices=equal, **more)
     row |= dynamo_counts()
     row["ok"] = row["ok"] and off <= (1e-3 if kind == "bf16" else 1e-4) and equal > (0.95 if kind == "bf16" else 0.99)
-    # Experts are left out of MoE layers' graphs, and break them.
+    # Experts are left out of the graphs of MoE layers, which breaks them.
     if not config.model.is_moe:
-        # On a GPU the loss is compiled by itself, and so is FlexAttention's mask.
+        # On a GPU the loss and FlexAttention's mask are compiled separately.
         others = 1 + (documents > 0) if setting.device == "cuda" else 0
         row["ok"] = row["ok"] and row["breaks"] == 0 and row["graphs"] <= 1 + others
     if again.reasons:

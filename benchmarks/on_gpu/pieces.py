@@ -1,4 +1,4 @@
-"""How fast the pieces of a training step are, each alone: products, attention, loss and optimizer."""
+"""Speed of the pieces of a training step, each alone: matrix products, attention, loss and optimizer."""
 
 import contextlib
 import gc
@@ -13,7 +13,7 @@ from .rig import run_config, seconds_of
 
 
 def matmul(setting: Setting) -> Iterator[Row]:
-    """The ceiling: products of the sizes that training has, random numbers in."""
+    """The upper bound: matrix products of the sizes used in training, on random numbers."""
     h, dt = setting.device, torch.bfloat16
     sizes = [(8192, 8192, 8192), (32768, 4096, 2048), (32768, 2048, 2048), (32768, 8192, 3072), (2048, 4096, 32768)]
     for m, n, k in [(128, 64, 64)] if setting.dry else sizes:
@@ -32,7 +32,7 @@ def matmul(setting: Setting) -> Iterator[Row]:
 
 
 def attention(setting: Setting) -> Iterator[Row]:
-    """Causal attention by each of torch's kernels, forward, and forward with backward; FLOPs of the causal half."""
+    """Causal attention by each of torch's kernels, forward, and forward with backward; FLOPs count the causal half."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     from models.decoder.pattern import Pattern
@@ -169,7 +169,7 @@ def loss(setting: Setting) -> Iterator[Row]:
 
 
 def optimizer(setting: Setting) -> Iterator[Row]:
-    """Clipping and fused AdamW over the fp32 weights of dense-1b: each alone, in bytes moved."""
+    """Clipping and fused AdamW over the fp32 weights of dense-1b: each alone, with the bytes moved."""
     from models.families import build
 
     config = run_config("dense-1b", setting).model

@@ -1,4 +1,4 @@
-"""What training is timed with: sizes of models, ways to take a step, the clock, and races between ways."""
+"""Tools for timing training: model sizes, ways to take a step, the clock, and comparisons between ways."""
 
 import gc
 import math
@@ -36,12 +36,12 @@ DRY_SIZES: dict[str, dict[str, Any]] = {
 
 
 def peak(setting: Setting) -> float:
-    """Of bf16, FLOP/s, as the planner's table has it; not a number for a GPU that it lacks."""
+    """Peak bf16 FLOP/s from the planner's table; NaN for a GPU that is not in it."""
     return peak_flops(torch.device("cuda"), "bf16") or math.nan if setting.device == "cuda" else 1e11
 
 
 def seconds_of(work: Callable[[], object], setting: Setting, repeats: int = 10, warm_up: int = 3) -> float:
-    """Median seconds of a call; on a GPU by events, the L2 cache emptied between two calls."""
+    """Median seconds of a call; on a GPU by events, with the L2 cache flushed between calls."""
     if setting.device != "cuda":
         import time
 
@@ -69,8 +69,8 @@ class Way:
     """One way to take a training step.
 
     Attributes:
-        by: `engine` is the trainer's DeepSpeed engine, `bare` a plain loop over our model, `transformers` theirs.
-        stage: of ZeRO, for `engine`.
+        by: `engine`: the trainer's DeepSpeed engine; `bare`: a plain loop over our model; `transformers`: over theirs.
+        stage: ZeRO stage, for `engine`.
         switches: names of `SWITCHES`.
     """
 
@@ -110,7 +110,7 @@ def run_config(size: str, setting: Setting, rows: int = 4, accumulate: int = 1, 
 
 
 def flops_per_token(config: Any) -> tuple[float, float]:
-    """Of training: causal attention counted exactly, and as PaLM counted it (arXiv:2204.02311, appendix B), whole."""
+    """Training FLOPs with causal attention counted exactly, and in full as in PaLM (arXiv:2204.02311, appendix B)."""
     from models.planning.cost import training_flops_per_token
 
     model, length = config.model, config.train.seq_len
@@ -265,13 +265,13 @@ def fp8_rowwise(module: Any) -> None:
 
 
 def plain_sums(module: Any) -> None:
-    """Gradients are added to fp32 ones by torch's own kernel for two types."""
+    """Add gradients to the fp32 ones with torch's own mixed-type kernel."""
     precision._add.cache_clear()
     precision._add = lambda: torch.Tensor.add_  # type: ignore[assignment]
 
 
 def budget(share: float) -> Callable[[Any], None]:
-    """The compiler keeps this share of the activations that it would keep, and computes the cheapest others again."""
+    """Have the compiler keep this fraction of the activations that it would keep, and recompute the cheapest others."""
 
     def switch(module: Any) -> None:
         torch._functorch.config.activation_memory_budget = share
@@ -290,7 +290,7 @@ SWITCHES: dict[str, Callable[[Any], None]] = {
 
 
 def measure(way: Way, setting: Setting, rows: int, accumulate: int = 2, steps: int = 3) -> Iterator[Row]:
-    """Tokens/s, MFU and peak memory of a way to train; where memory does not suffice, of half the micro-batch."""
+    """Tokens/s, MFU and peak memory of a way to train; with half the micro-batch if memory does not suffice."""
     row = attempt(way, setting, rows, accumulate, steps)
     yield row
     if row.get("not_run", "").startswith("out of memory") and rows > 4:
@@ -346,7 +346,7 @@ def attempt(way: Way, setting: Setting, rows: int, accumulate: int, steps: int) 
 
 
 def race(ways: list[tuple[Way, int]], **given: Any) -> Callable[[Setting], Iterator[Row]]:
-    """A part that measures ways one after the other, each with its micro-batch."""
+    """A part that measures ways one after another, each with its micro-batch."""
 
     def run(setting: Setting) -> Iterator[Row]:
         for way, rows in ways:

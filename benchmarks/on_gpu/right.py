@@ -1,7 +1,7 @@
-"""Is what a GPU computes right: against the CPU, against plain loops, against itself.
+"""Are a GPU's results right: compared with the CPU, with plain loops, and with itself.
 
-Every check says the error that was measured and the largest that is allowed. A check that raises is one failed row;
-those after it go on. Errors are relative: the L2 norm of the difference over that of the reference.
+Every check reports the measured error and the largest one allowed. A check that raises is one failed row; the following
+ones still run. Errors are relative: the L2 norm of the difference divided by that of the reference.
 """
 
 import contextlib
@@ -48,9 +48,9 @@ from .operations import attention, compiled, flexible, grouped
 
 
 class ForcedChoice:
-    """Makes routers choose what they chose in another model, and counts how often they would have anyway.
+    """Makes routers repeat the choices of another model, and counts how often they would have made them anyway.
 
-    Scores of a token that are all but equal change places by rounding; that is no error, and would hide one.
+    Rounding can swap experts with nearly equal scores; that is no error, but it would hide one.
     """
 
     def __init__(self) -> None:
@@ -135,14 +135,14 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 def model(setting: Setting) -> Iterator[Row]:
-    """The whole model in fp32, GPU beside CPU."""
+    """The whole model in fp32, GPU against CPU."""
     yield attempt("fp32 products are exact", exact_products)
     for name, tree in MODELS.items():
         yield attempt(name, partial(against_cpu, setting, tree))
 
 
 def patterns(setting: Setting) -> Iterator[Row]:
-    """The same where a query sees some keys only: FlexAttention on the GPU, masks on the CPU."""
+    """The same if a query sees only some keys: FlexAttention on the GPU, masks on the CPU."""
     small = 2 if setting.dry else 8
     sparse = {"block": 16, "local_blocks": 2, "global_blocks": 1, "stride": 0}
     cases: dict[str, tuple[dict[str, Any], int]] = {
@@ -167,7 +167,7 @@ PLAIN_SGD = {"name": "sgd", "lr": 1.0, "momentum": 0.0, "nesterov": False, "weig
 
 
 def gradient_of_step(config: Config, device: str) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradient of a step of the engine, from how far plain SGD moves the fp32 weights."""
+    """Loss and gradient of a step of the engine, the gradient from how far plain SGD moves the fp32 weights."""
     trained = Trained(config, device)
     before = trained.weights()
     outcome = trained.step(random_batch(config))
@@ -178,7 +178,7 @@ def gradient_of_step(config: Config, device: str) -> tuple[float, dict[str, Tens
 
 
 def precision(setting: Setting) -> Iterator[Row]:
-    """bf16 and fp16 through DeepSpeed beside fp32, and fp16's loss scale."""
+    """bf16 and fp16 through DeepSpeed against fp32, and fp16's loss scale."""
     stages = [("bf16", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp16", 1), ("fp16", 2), ("fp16", 3)]
     for kind, tree in (("dense", {}), ("moe", MOE)):
         wide = None
@@ -211,7 +211,7 @@ def precision(setting: Setting) -> Iterator[Row]:
 
 
 def loss_scale(setting: Setting, stage: int) -> Row:
-    """fp16: steps that overflow change nothing, the scale falls until one does not, a resumed run has the same."""
+    """fp16: steps that overflow change nothing, the scale falls until one does not, and a resumed run has the same."""
 
     def config(seed: int) -> Config:
         return small_config(
@@ -257,7 +257,7 @@ def loss_scale(setting: Setting, stage: int) -> Row:
 
 
 def bare_losses(config: Config, device: str, steps: int) -> list[float]:
-    """Losses of a loop without DeepSpeed."""
+    """Losses of a plain loop without DeepSpeed."""
     from trainer.engine.optim import build_optimizer, parameter_groups
 
     module = plain_model(config, device)
@@ -285,7 +285,7 @@ def engine_losses(config: Config, device: str, steps: int) -> list[float]:
 
 
 def stages(setting: Setting) -> Iterator[Row]:
-    """ZeRO's stages, offload and the optimizers in one process beside a bare loop, in fp32."""
+    """ZeRO's stages, offload and the optimizers in one process against a plain loop, in fp32."""
     steps = 4 if setting.dry else 10
     optimizers: dict[str, dict[str, Any]] = {
         "sgd": PLAIN_SGD | {"lr": 0.1, "momentum": 0.9},
@@ -400,7 +400,7 @@ def five_steps(config: Config, device: str, documents: int) -> tuple[dict[str, T
 
 
 def memory(setting: Setting) -> Iterator[Row]:
-    """Peak memory beside the planner's prediction."""
+    """Peak memory against the planner's prediction."""
     if setting.dry:
         sizes: dict[str, Any] = {"num_layers": 2, "hidden_size": 64, "num_heads": 4, "vocab_size": 256}
         train: dict[str, Any] = {"seq_len": 64, "global_batch": 2, "micro_batch": 2}
@@ -418,7 +418,7 @@ def memory(setting: Setting) -> Iterator[Row]:
 
 
 def peak(setting: Setting, config: Config) -> Row:
-    """Peak memory of three steps beside the prediction."""
+    """Peak memory of three steps against the prediction."""
     from models.planning.cost import parameters
     from models.planning.memory import memory as predicted_memory
     from trainer.record.forecast import PeakMemory
@@ -439,7 +439,7 @@ def peak(setting: Setting, config: Config) -> Row:
     assert measured is not None
     del trained
     gc.collect()
-    if setting.device == "cuda":  # what an engine before this one had left may have gone meanwhile
+    if setting.device == "cuda":  # what an earlier engine left may have been freed meanwhile
         base = min(base, torch.cuda.memory_allocated())
     measured -= base
     row: Row = {
@@ -447,7 +447,7 @@ def peak(setting: Setting, config: Config) -> Row:
         "ratio": measured / predicted.allocated,
         "parameters": parameters(config.model).total,
     }  # fmt: skip
-    if setting.device == "cuda":  # a process on a CPU has more in its memory than tensors
+    if setting.device == "cuda":  # on a CPU the process's memory holds more than tensors
         row = within(abs(row["ratio"] - 1), 0.15) | row
         row["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9
     return row

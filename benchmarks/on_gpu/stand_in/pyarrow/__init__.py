@@ -1,6 +1,6 @@
-"""As much of pyarrow as the trainer needs for text files and its own shards, for machines that have no pyarrow.
+"""The part of pyarrow that the trainer needs for text files and its own shards, for machines without pyarrow.
 
-It is found only where the folder above is put on the path. What it writes is numpy's format, and only it can read it.
+It is found only if the folder above is on the path. It writes numpy's format, which only it can read.
 """
 
 from pathlib import Path
