@@ -1,1 +1,1 @@
-"""The queue of a cluster: jobs submitted, packed, scheduled and listed."""
+"""A cluster's server and its clients: jobs are submitted, packed, queued, scheduled and listed."""

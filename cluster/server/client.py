@@ -44,6 +44,8 @@ PATIENCE = 45.0
 """Seconds for which a server that has answered once may be away: it is started again when it dies."""
 STARTING = 15.0
 """The same for one that this user has reached before."""
+LOOKING = 30.0
+"""Seconds that it may take to look at the machines; a new head has none for a moment."""
 LONGEST_HEALTH, LONGEST_ANSWER = 1 << 12, 64 << 20
 """Bytes of what a server says of itself, and of any other answer."""
 WAIT = 20.0
@@ -80,15 +82,20 @@ class Cluster:
         remember(self.url, self.url.removeprefix("http://"))
 
     def nodes(self) -> list[Node]:
-        """What each machine has. Raises ConfigError as well where the server does not reach Ray."""
-        for _ in range(40):  # a new head has none for a moment
-            told = self._ask("GET", "/api/machines")
+        """Total resources of each machine, as of now. Raises ConfigError if the server cannot reach Ray."""
+        until, asked = time.monotonic() + LOOKING, None
+        while True:
+            told = self._ask("GET", "/api/machines")  # which makes the server look again
             with self._sense():
+                asked = float(told["time"]) if asked is None else asked
                 found = [Node(float(each["cpus"]), float(each["gpus"])) for each in told["machines"]]
-                if told["reachable"] and found:
+                if told["reachable"] and found and told["seen"] >= asked:
                     return found
-            time.sleep(0.5)
-        raise ConfigError(f"the server at {mask(self.url)} does not reach Ray: {clip(told.get('why') or 'no machine')}")
+            if time.monotonic() > until:
+                break
+            time.sleep(0.2)
+        why = clip(told.get("why") or "it does not say which machines there are")
+        raise ConfigError(f"the server at {mask(self.url)} does not reach Ray: {why}")
 
     def jobs(self) -> dict[str, Known]:
         """All jobs of the queue by id, oldest first."""

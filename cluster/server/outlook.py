@@ -165,30 +165,40 @@ def _some(ids: Sequence[str]) -> str:
 
 
 def outlook(
-    jobs: Mapping[str, Known], nodes: Callable[[], Sequence[Node]], output: Callable[[str], str | None]
+    jobs: Mapping[str, Known], nodes: Sequence[Node], running: Callable[[Known], Outlook]
 ) -> dict[str, Outlook]:
-    """Of every job.
+    """The outlook of every job.
 
     Args:
-        nodes: called for what each machine has, if a job waits.
-        output: called with the id of a running job whose folder is not reached; gives what its driver printed, or None.
+        nodes: total resources of each machine.
+        running: called for the outlook of each job that runs, such as `running_outlook`.
     """
-    waiting = why_waiting(jobs, nodes()) if in_line(jobs) else {}
+    waiting = why_waiting(jobs, nodes)
     found = {}
     for id, job in jobs.items():
         if job.state == QUEUED:
             found[id] = Outlook(why=waiting[id])
-        elif job.state != RUNNING:
-            found[id] = Outlook(why=why_ended(job))
-        else:
-            try:
-                each = how_far(job)
-            except (ConfigError, OSError) as error:  # a folder that is being written, or is no run's
-                each = Outlook(why=clip(mask(str(error))))
-            if each.step is None:
-                each = each._replace(**{k: v for k, v in told(output(id) or "")._asdict().items() if v})
+        elif job.state == RUNNING:
+            each = running(job)
             found[id] = each._replace(why=_stopping(job) or each.why)
+        else:
+            found[id] = Outlook(why=why_ended(job))
     return found
+
+
+def running_outlook(job: Known, output: Callable[[str], str]) -> Outlook:
+    """The outlook of a running job, from its run's folder, or from its output where the folder cannot be reached.
+
+    Args:
+        output: called with the job's id; returns the end of what its driver printed.
+    """
+    try:
+        each = how_far(job)
+    except (ConfigError, OSError) as error:  # a folder that is being written, or is not a run's
+        each = Outlook(why=clip(mask(str(error))))
+    if each.step is None:
+        each = each._replace(**{key: value for key, value in told(output(job.id))._asdict().items() if value})
+    return each
 
 
 def _stopping(job: Known) -> str:

@@ -11,7 +11,7 @@ from configs.reading.parse import clip, is_folder
 from trainer.record.terminal import visible
 
 from ..messages import Known
-from ..outlook import Outlook, gang_words, in_line, outlook, probable_starts
+from ..outlook import Outlook, gang_words, in_line, outlook, probable_starts, running_outlook
 from ..waiting import FAILED, LOST, QUEUED, RUNNING, STOPPED
 from .job_queue import JobQueue
 from .scheduler import Machine, Scheduler
@@ -31,6 +31,7 @@ class Board:
         self.queue, self.scheduler = queue, scheduler
         self._lock = threading.Lock()
         self._known: tuple[float, int, list[dict[str, Any]]] = (float("-inf"), -1, [])
+        self._running: dict[str, tuple[float, Outlook]] = {}
 
     def rows(self) -> list[dict[str, Any]]:
         """All jobs, the oldest first, as the journal has them, each with its `outlook`."""
@@ -49,7 +50,8 @@ class Board:
 
     def _work_out(self, jobs: Mapping[str, Known]) -> list[dict[str, Any]]:
         seen = self.scheduler.seen
-        outlooks = outlook(jobs, lambda: seen.nodes, self.scheduler.last_output)
+        self._running = {id: each for id, each in self._running.items() if id in jobs and jobs[id].state == RUNNING}
+        outlooks = outlook(jobs, seen.nodes, self._outlook_of_running)
         left = {id: each.eta for id, each in outlooks.items() if each.eta is not None and jobs[id].state == RUNNING}
         starts = probable_starts(jobs, left, seen.nodes) if seen.reachable else {}
         ahead = {id: number for number, id in enumerate(in_line(jobs))}
@@ -64,6 +66,13 @@ class Board:
             for id, job in jobs.items()
         ]
 
+    def _outlook_of_running(self, job: Known) -> Outlook:
+        at, known = self._running.get(job.id, (float("-inf"), Outlook()))
+        if time.monotonic() - at > FRESH:
+            known = running_outlook(job, self.scheduler.last_output)
+            self._running[job.id] = time.monotonic(), known
+        return known
+
     def _of(self, job: Known, found: Outlook) -> Outlook:
         if job.state != QUEUED:
             return found
@@ -74,13 +83,16 @@ class Board:
         return found
 
     def machines(self) -> dict[str, Any]:
-        """The machines as they were last seen, and whether Ray is reached."""
+        """The machines as they were last seen, and whether Ray is reached; the scheduler is told to look again."""
+        self.queue.woken.set()
         seen = self.scheduler.seen
         return {
             "address": self.scheduler.link.address,
             "reachable": seen.reachable,
             "why": visible(clip(seen.why)),
             "since": seen.since,
+            "seen": seen.at,
+            "time": time.time(),
             "machines": [_machine(each) for each in seen.machines],
         }
 

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -80,12 +80,14 @@ class JobQueue:
     Attributes:
         version: changes with every change of a job.
         woken: set with every change, for the scheduler to wait on.
+        on_change: called with every change, by the thread that makes it.
     """
 
     def __init__(self, here: Path) -> None:
         self.here = here
         self.version = 0
         self.woken = threading.Event()
+        self.on_change: Callable[[], None] = lambda: None
         self._lock = threading.RLock()
         self._journal: int | None = None
         self._jobs = self._read_journal()
@@ -271,6 +273,7 @@ class JobQueue:
         self._jobs[id] = job
         self.version += 1
         self.woken.set()
+        self.on_change()
         return job
 
     def _append(self, line: bytes) -> None:

@@ -76,6 +76,8 @@ class Seen:
     """Why it is not reachable."""
     since: float = 0.0
     """Unix seconds since when it is, or is not."""
+    at: float = 0.0
+    """Unix seconds when the look at the machines began."""
     machines: tuple[Machine, ...] = ()
     dashboard: str | None = None
     """URL of Ray's own dashboard."""
@@ -128,6 +130,7 @@ class Scheduler(threading.Thread):
             if self._ending.is_set():
                 break
             self.queue.woken.wait(pause)
+            self._ending.wait(TICK - (time.monotonic() - began))  # however often it is woken
         self.link.close()
 
     def end(self) -> None:
@@ -143,7 +146,7 @@ class Scheduler(threading.Thread):
         if before.reachable or why != before.why:
             print(f"muster: Ray at {self.link.address} is not reached: {why}", file=sys.stderr, flush=True)
             since = time.time() if before.reachable else before.since
-            self.seen = Seen(False, why, since, before.machines, before.dashboard)
+            self.seen = Seen(False, why, since, before.at, before.machines, before.dashboard)
 
     def tick(self) -> None:
         """Look once, and do what is to be done.
@@ -161,6 +164,7 @@ class Scheduler(threading.Thread):
             for id, job in self.queue.jobs().items()
             if job.state == QUEUED and not job.stopping
         ]
+        began = time.time()
         places = bool(waiting and running) or time.monotonic() - self._placed_at > PLACES_EVERY
         seen = self.link.call("look", jobs=running, places=places)
         drivers = {id: self._judge(id, seen["jobs"][id]) for id in running}
@@ -173,7 +177,7 @@ class Scheduler(threading.Thread):
                     self._uses.get(each["id"], ()))
             for each in seen["machines"]
         )  # fmt: skip
-        self._saw(machines)
+        self._saw(machines, began)
         if waiting:
             placed = {place["driver"] for place in seen["places"] or []}
             starting = [gang_of(self.queue.job(id)) for id, driver in drivers.items() if driver not in placed]
@@ -210,12 +214,12 @@ class Scheduler(threading.Thread):
             for id in unsettled:
                 self.queue.settle(id, started=id in known)
 
-    def _saw(self, machines: tuple[Machine, ...]) -> None:
+    def _saw(self, machines: tuple[Machine, ...], at: float) -> None:
         before, hello = self.seen, self.link.connected
         if not before.reachable:
             print(f"muster: Ray at {self.link.address} is reached", file=sys.stderr, flush=True)
         since = before.since if before.reachable else time.time()
-        self.seen = Seen(True, "", since, machines, hello.dashboard if hello else None)
+        self.seen = Seen(True, "", since, at, machines, hello.dashboard if hello else None)
 
     def _used(self, places: Sequence[dict[str, Any]]) -> dict[str, tuple[Use, ...]]:
         """By machine, what each driver reserves of it."""

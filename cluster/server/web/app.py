@@ -304,7 +304,8 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
 
     app.include_router(plan_routes(index, view, _json))
     if board:
-        app.include_router(jobs_router(board, _json, lambda: changes.tell_soon(set())))
+        app.include_router(jobs_router(board, _json))
+        board.queue.on_change = lambda: changes.tell_soon(set())
     app.router.add_route("/api/changes", changes, include_in_schema=False)  # type: ignore[arg-type]
 
     @app.get("/{path:path}", include_in_schema=False)

@@ -39,12 +39,11 @@ ZIP = {"requestBody": {"required": True, "content": {"application/zip": {"schema
 Answer = Callable[[Request, dict[str, Any]], Response]
 
 
-def jobs_router(board: Board, answer: Answer, changed: Callable[[], None]) -> APIRouter:
+def jobs_router(board: Board, answer: Answer) -> APIRouter:
     """The routes of a queue.
 
     Args:
-        answer: makes a response of what it is told.
-        changed: called after a job has changed.
+        answer: makes the response from a JSON object.
     """
     router, queue, scheduler = APIRouter(prefix="/api"), board.queue, board.scheduler
     receiving = [0]
@@ -58,7 +57,6 @@ def jobs_router(board: Board, answer: Answer, changed: Callable[[], None]) -> AP
             raise HTTPException(STATUS[type(error)], visible(str(error))[:1000]) from None
         except OSError as error:
             raise HTTPException(507, f"the queue cannot be written: {error.strerror}") from None
-        changed()
         return board.row(job.id)
 
     @router.get("/jobs", response_model=models.Jobs)

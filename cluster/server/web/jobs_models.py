@@ -68,6 +68,10 @@ class ClusterState(BaseModel):
     """Why Ray is not reached."""
     since: float
     """Since when it is, or is not."""
+    seen: float
+    """When the machines were last looked at."""
+    time: float
+    """When this was answered."""
 
 
 class Machines(ClusterState):

@@ -129,6 +129,8 @@ class Story:
     """What the jobs were while the first one ran."""
     output: str
     """What `muster logs --follow` printed of the urgent one."""
+    machines: list[dict]
+    """As the server told while the first one ran."""
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +145,12 @@ def story(cluster) -> Story:
     server.wait(30)
     cluster.wait(cluster.reaches_ray)  # the next one
     waiting = {id: cluster.job(id) for id in (first, too_large, second, urgent)}
+    cluster.wait(lambda: any(machine["uses"] for machine in cluster.machines()))
+    machines = cluster.machines()
     cluster.muster("stop", first)
     cluster.muster("stop", second)
     cluster.muster("stop", too_large)
-    return Story(first, second, urgent, waiting, cluster.muster("logs", urgent, "--follow"))
+    return Story(first, second, urgent, waiting, cluster.muster("logs", urgent, "--follow"), machines)
 
 
 def test_gangs_wait_whole_and_in_order(cluster, story):
@@ -166,6 +170,12 @@ def test_gangs_wait_whole_and_in_order(cluster, story):
     assert "started" not in second
     ended = [event for event in read_events(cluster.runs / "first") if event["event"] == "attempt_ended"][-1]["time"]
     assert urgent["started"] >= ended >= first["started"]
+
+
+def test_the_machines_and_what_uses_them_are_told(cluster, story):
+    [machine] = story.machines
+    assert (machine["cpus"], machine["cpus_free"], machine["gpus"]) == (3, 1, 0)
+    assert machine["uses"] == [{"by": story.first, "workers": 2, "cpus": 2, "gpus": 0}]
 
 
 def test_stop_writes_a_checkpoint_first(cluster, story):

@@ -16,6 +16,7 @@ from cluster.server.outlook import (
     last_words,
     outlook,
     probable_starts,
+    running_outlook,
     told,
     why_waiting,
 )
@@ -122,9 +123,9 @@ def test_a_run_whose_folder_is_elsewhere_is_known_by_its_output():
     assert told(output.partition("step 7")[0])[:3] == (5, 20, 4320.0)
     assert told("nothing yet\n")[0] is None
     running = {"job-a": JOB.changed(state="RUNNING", stopping="checkpoint")}
-    [seen] = outlook(running, list, lambda id: output).values()
+    [seen] = outlook(running, [], lambda job: running_outlook(job, lambda id: output)).values()
     assert seen == (7, 20, 12.0, "stops after a checkpoint")
-    [seen] = outlook({"job-a": JOB.changed(state="FAILED", reason="no such file")}, list, str).values()
+    [seen] = outlook({"job-a": JOB.changed(state="FAILED", reason="no such file")}, [], lambda job: Outlook()).values()
     assert seen.why == "no such file"
 
 

@@ -93,13 +93,20 @@ class Cluster:
 
     def reaches_ray(self) -> bool:
         """Whether its server answers, and reaches Ray."""
-        request = urllib.request.Request(f"{self.url}/api/machines")
         try:
-            request.add_header("Authorization", f"Bearer {self.token.read_text()}")
-            with urllib.request.urlopen(request, timeout=10) as answer:
-                return bool(json.load(answer)["reachable"])
+            return bool(self._machines()["reachable"])
         except OSError:
             return False
+
+    def machines(self) -> list[dict]:
+        """What the server tells of them."""
+        return self._machines()["machines"]
+
+    def _machines(self) -> dict:
+        request = urllib.request.Request(f"{self.url}/api/machines")
+        request.add_header("Authorization", f"Bearer {self.token.read_text()}")
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
 
     def steps(self, run: str) -> int:
         return len(read_metrics(self.runs / run))

@@ -54,3 +54,33 @@ def test_mistakes(muster, arguments, told):
     code, out, err = muster("dashboard", *arguments)
     assert (code, out) == (2, "")
     assert told in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--address", "127.0.0.1"], "--address '127.0.0.1' is not HOST:PORT of a head, such as 127.0.0.1:6379"),
+        (["--address", "http://127.0.0.1:8265"], "is not HOST:PORT of a head"),
+        (["--root", "nowhere"], "--root nowhere: there is no such folder"),
+        ([], "no token for the cluster at 127.0.0.1:6379"),
+    ],
+)
+def test_mistakes_of_a_clusters_server(muster, tmp_path, monkeypatch, arguments, told):
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    code, out, err = muster("cluster", "serve", *arguments)
+    assert (code, out) == (2, "")
+    assert told in err
+
+
+def test_a_second_server_of_a_queue_does_not_start(muster, tmp_path, monkeypatch):
+    from cluster.server.jobs.job_queue import locked
+
+    (tmp_path / "token").write_text("0" * 64)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.setenv("MUSTER_QUEUE", str(tmp_path / "queue"))
+    with locked(tmp_path / "queue"):
+        code, _, err = muster("cluster", "serve", "--port", "0")
+    assert code == 2
+    assert f"another queue keeps its state in {tmp_path / 'queue'}: set MUSTER_QUEUE" in err
