@@ -8,6 +8,7 @@ from torch import Tensor
 
 from configs import Config, ConfigError, ModelConfig
 from models.batch import Batch
+from models.loss import IGNORE
 from models.moe.balance import RouterTap
 from models.moe.collapse import after_step as count_starved
 from models.moe.router import Chooser, choosers
@@ -85,6 +86,10 @@ class LanguageModelling(Task):
 
     def choices(self) -> list[Tensor]:
         return self.tap.choices() if self.tap else []
+
+    def routed_tokens(self, batch: Batch) -> Tensor:
+        """Those that have a label."""
+        return batch.input_ids.where(batch.labels != IGNORE, IGNORE).flatten()
 
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
         if not extra:

@@ -137,6 +137,10 @@ class Task:
         """The chosen experts of each `routed` layer in the last forward pass, [S, k]; they are then discarded."""
         return []
 
+    def routed_tokens(self, batch: Any) -> Tensor:
+        """[S] ids of the tokens that `choices` of a batch stand for; below 0: not to be shown."""
+        raise NotImplementedError
+
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
         """What is recorded of `Sums.extra`: by default each sum divided by the weight.
 

@@ -25,7 +25,7 @@ def evaluate(
     """Evaluate between two steps. A collective: every process takes part, rank 0 writes the results."""
     start, config, folder = time.perf_counter(), trainee.config, run_dir / "samples"
     task, files = trainee.learner.task, []
-    seen = None if task.routed is None else ExpertTokens(config, trainee.where, task.routed)
+    seen = None if task.routed is None else ExpertTokens(config, trainee.where, task)
     loss, weight, more = trainee.held_out_loss(held_out, device(), seen, lambda: beat(step, "evaluation"))
     averaged = {}
     if trainee.has_ema:

@@ -15,8 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from configs import Config
-from models.batch import Batch
-from models.loss import IGNORE
+from models.tasks.task import Task
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.engine.parallel import Place
 from trainer.files.own_files import write_text
@@ -51,26 +50,28 @@ class ExpertTokens:
     its part of each sequence, a pipeline stage its own layers.
     """
 
-    def __init__(self, config: Config, where: Place, layers: Sequence[int]):
-        parallel = config.parallel
-        self._layers, self._k = list(layers), config.model.top_k
+    def __init__(self, config: Config, where: Place, task: Task):
+        """For a task with `routed` layers."""
+        parallel, self._task = config.parallel, task
+        self._layers, self._k = task.routed or [], config.model.top_k
         self._left = -(-LOOKED_AT // (parallel.dp * parallel.sp)) if where.tp == 0 else 0
         self._tokens: list[Tensor] = []
         self._choices: list[Tensor] = []
 
-    def add(self, batch: Batch, choices: Sequence[Tensor]) -> None:
+    def add(self, batch: Any, choices: Sequence[Tensor]) -> None:
         """Add a batch just evaluated.
 
         Args:
-            choices: one [B * T, k] per MoE layer; tokens without a label (padding) are left out.
+            choices: one [S, k] per MoE layer.
         """
         if not (self._left and choices):
             return
         assert len(choices) == len(self._layers)
-        scored = (batch.labels.flatten() != IGNORE).nonzero()[: self._left, 0]
-        self._left -= len(scored)
-        self._tokens.append(batch.input_ids.flatten()[scored].int())
-        self._choices.append(torch.stack([choice_Sk[scored] for choice_Sk in choices]).short())
+        token_S = self._task.routed_tokens(batch)
+        shown = (token_S >= 0).nonzero()[: self._left, 0]
+        self._left -= len(shown)
+        self._tokens.append(token_S[shown].int())
+        self._choices.append(torch.stack([choice_Sk[shown] for choice_Sk in choices]).short())
 
     def gather(self) -> list[Piece] | None:
         """What was added in all processes, on rank 0; None on the others. Every process must call it."""

@@ -26,3 +26,14 @@ def measures_of(config: Config) -> Measures:
     found = counts(config)
     total = found["parameters"]
     return Measures(Parameters(total, total, 0, 0, 0, 0, 0, total, 0), found["flops_per_example"] or 0.0, 1)
+
+
+def unit_of(config: Config) -> str:
+    """What `Measures.units` counts: tokens, or the examples of a plugin's task, such as images."""
+    if has_formulas(config.model):
+        return "tokens"
+    from models.tasks.table import task_of  # as above
+
+    task = task_of(config)
+    units, unit = task.counts
+    return unit if units == 1 else task.example

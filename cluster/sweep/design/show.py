@@ -15,6 +15,7 @@ from models.planning.devices import HEADROOM, Device
 from models.planning.plan import predict
 from trainer.record.terminal import Console
 
+from .measures import unit_of
 from .sizes import conventions
 from .trial import Plan, Trial
 
@@ -75,10 +76,10 @@ def _wall(plan: Plan, hours: dict[str, float], devices: int) -> float:
 
 
 def to_json(plan: Plan, found: Costs) -> dict[str, Any]:
-    """Plain numbers: FLOPs, tokens, hours."""
+    """Plain numbers: FLOPs, tokens (or what else the task counts), hours."""
     totals = {
         "trials": len(plan.trials), "open": plan.open, "flops": sum(trial.spent for trial in plan.trials),
-        "tokens": sum(trial.tokens for trial in plan.trials), "device_hours": found.total, "hours": found.wall,
+        _unit(plan): sum(trial.tokens for trial in plan.trials), "device_hours": found.total, "hours": found.wall,
     }  # fmt: skip
     if found.price is not None:
         totals["usd"] = found.total * found.price
@@ -93,7 +94,8 @@ def _row(plan: Plan, trial: Trial, found: Costs) -> dict[str, Any]:
     train, model, n = trial.config.train, trial.resolved.model, conventions(trial.counts)
     return {
         "name": trial.name, "variant": trial.variant, "seed": trial.config.run.seed, "parameters": n,
-        "tokens": trial.tokens, "tokens_per_parameter": trial.tokens / n[plan.sweep.count], "steps": train.steps,
+        _unit(plan): trial.tokens, f"{_unit(plan)}_per_parameter": trial.tokens / n[plan.sweep.count],
+        "steps": train.steps,
         "global_batch": train.global_batch, "seq_len": train.seq_len, "lr": trial.config.optim.lr,
         "warmup": trial.config.optim.warmup, "budget": trial.budget, "flops": trial.flops, "off": off(trial),
         "spent": trial.spent, "hours": found.hours[trial.name], "device_hours": found.device_hours[trial.name],
@@ -101,6 +103,11 @@ def _row(plan: Plan, trial: Trial, found: Costs) -> dict[str, Any]:
         "model": {key: getattr(model, key, None) for key in (
             "num_layers", "hidden_size", "num_heads", "intermediate_size", "num_experts", "top_k", "expert_size")},
     }  # fmt: skip
+
+
+def _unit(plan: Plan) -> str:
+    """What D counts: all trials of a sweep learn the same task."""
+    return unit_of(plan.trials[0].resolved) if plan.trials else "tokens"
 
 
 def off(trial: Trial) -> float | None:

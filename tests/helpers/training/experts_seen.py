@@ -11,6 +11,6 @@ from trainer.trainee import build_trainee
 
 def seen_pieces(config: Config) -> list[expert_tokens.Piece] | None:
     trainee = build_trainee(config, torch.device("cpu"))
-    seen = ExpertTokens(config, trainee.where, [chooser.layer for chooser in trainee.learner.task.choosers])
+    seen = ExpertTokens(config, trainee.where, trainee.learner.task)
     trainee.held_out_loss(Dataset(config.data, config.train.seq_len, 0, split="held_out"), torch.device("cpu"), seen)
     return seen.gather()

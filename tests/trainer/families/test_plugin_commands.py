@@ -14,12 +14,14 @@ from tracker import kept_files, recorded, shown
 
 from cluster import cli
 from cluster.sweep.design.plan import plan
+from cluster.sweep.design.show import costs, to_json
 from cluster.sweep.results.collect import collect, known_plan
 from cluster.sweep.train.progress import write_plan
 from cluster.sweep.train.setting import Setting
 from configs import ConfigError, from_dict, load
 from configs.load import dump_yaml
 from configs.sweep.definition import sweep_from_dict
+from models.planning.devices import DEVICES
 from models.tasks.table import TASKS
 from models.tasks.task import Phase
 from trainer.checkpoint.export import load_module
@@ -107,6 +109,10 @@ def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
     assert [trial.counts.total for trial in planned.trials] == [375, 375, 1323, 1323]
     assert planned.trials[-1].flops == (2 * 5184 + 3 * 20832) * 16 * STEPS
     assert [trial.tokens for trial in planned.trials] == [16 * STEPS] * 4
+    told = to_json(planned, costs(planned, DEVICES["h100"], 1, None))
+    assert (told["totals"]["images"], told["trials"][0]["images"]) == (4 * 16 * STEPS, 16 * STEPS)
+    assert told["trials"][0]["images_per_parameter"] == 16 * STEPS / 375
+    assert "token" not in json.dumps(told)
     assert planned.trials[0].resolved.model.width == 4
     bad = {"name": "widths", "base": str(base), "grid": {}, "axes": {"model.widht": [4, 8]}}
     with pytest.raises(ConfigError, match=r"did you mean model\.width\?"):

@@ -17,6 +17,8 @@ from models.families import build
 from models.loss import IGNORE
 from models.moe import collapse
 from models.moe.balance import RouterTap
+from models.tasks.table import task_of
+from models.tasks.task import Task
 from trainer.data.read.reader import Dataset
 from trainer.data.tokenizer.tokenizer import byte_tokenizer
 from trainer.observe import expert_tokens
@@ -151,12 +153,19 @@ def test_every_topology_sees_the_same_tokens(tiny_data, topology):
 def test_no_more_tokens_are_kept_than_looked_at(tiny_data, monkeypatch):
     config = settings(tiny_data)
     monkeypatch.setattr(expert_tokens, "LOOKED_AT", 50)
-    seen = ExpertTokens(config, build_place(), [1])
+    seen = ExpertTokens(config, build_place(), task_of_one_layer(config))
     held_out = Dataset(config.data, 32, 0, split="held_out")
     for index in range(3):
         seen.add(held_out.examples([index]), [torch.zeros(32, 2, dtype=torch.int64)])
     (piece,) = seen.gather() or []
     assert (piece[0].shape, piece[1][1].shape) == ((50,), (50, 2))
+
+
+def task_of_one_layer(config: Config) -> Task:
+    task = task_of(config)
+    task.attach({"": build(config.model)})
+    task.choosers = task.choosers[:1]
+    return task
 
 
 def build_place():
