@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -16,11 +17,12 @@ from models.kernels.uncompiled import leave_uncompiled
 from models.spectral_memory import fill_vectors
 from models.tasks.learner import Learner
 from models.tasks.table import task_of
-from models.tasks.task import Memory, Sums, Value, unless_skipped
+from models.tasks.task import AVERAGED, Memory, Sums, Value, unless_skipped
 
 from .checkpoint.init_from import load_weights
-from .checkpoint.memory import as_rows, on_device, restored, wrong_shapes
+from .checkpoint.memory import as_rows, on_device, restored, with_averages, wrong_shapes
 from .data.kinds import ExampleReader
+from .engine.ema import Ema
 from .engine.engine import Engine
 from .engine.parallel import Place, place
 from .engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
@@ -62,6 +64,18 @@ class Trainee:
                 engine.ema.step = step
         return next(iter(rates.values()))
 
+    @cached_property
+    def _averaged(self) -> list[tuple[str, Ema, int]]:
+        """Names of the memory that is averaged, with the average of the weights that it belongs to, and every how many
+        steps these change."""
+        return [
+            (name, ema, phase.every)
+            for phase in self.learner.phases
+            if (ema := self.engines[phase.name].ema)
+            for name in self.learner.statistics
+            if not phase.parameters or name.startswith(f"{phase.parameters}.")
+        ]
+
     @property
     def has_ema(self) -> bool:
         """Whether it keeps an average of any weights."""
@@ -73,7 +87,9 @@ class Trainee:
         with ExitStack() as stack:
             for engine in self.engines.values():
                 stack.enter_context(engine.averaged())
+            self.learner.tell(with_averages(self._memory))
             yield
+            self.learner.tell(self._memory)
 
     @property
     def networks(self) -> list[str]:
@@ -87,8 +103,12 @@ class Trainee:
         return [piece.name for piece in pieces if not piece.parameter.requires_grad]
 
     def remember(self, rows: Mapping[str, list[list[float]]]) -> None:
-        """Put a checkpoint's memory in place of this one, as far as the config asks for it."""
-        self._tell(restored(rows, on_device(self.learner.fresh_memory(), self.device)))
+        """Put a checkpoint's memory in place of this one, as far as the config asks for it. An average that it lacks
+        begins with what it is the average of."""
+        fresh, averaged = self.learner.fresh_memory(), [name for name, *_ in self._averaged]
+        fresh |= {AVERAGED + name: fresh[name] for name in averaged}
+        rows = {AVERAGED + name: rows[name] for name in averaged if name in rows} | dict(rows)
+        self._tell(restored(rows, on_device(fresh, self.device)))
 
     def memory(self) -> dict[str, list[list[float]]]:
         """What is remembered after the last step launched: waits for the device."""
@@ -119,6 +139,9 @@ class Trainee:
         if self._memory:
             before, (extra, skipped) = self._memory, extra_of(values, self.learner.layout)
             after = self.learner.after_step(before, extra, len(batches) * self.config.parallel.dp)
+            for name, ema, every in self._averaged:
+                if number % every == 0:
+                    after[AVERAGED + name] = before[AVERAGED + name].lerp(after[name], ema.share)
             self._tell(unless_skipped(skipped, before, after))
         return values
 

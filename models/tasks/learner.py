@@ -9,7 +9,7 @@ from torch import Tensor
 from models.norm_memory import NormTap
 from models.spectral_memory import SpectralTap
 
-from .task import Memory, Modules, Nets, Phase, Sums, Task, Value
+from .task import AVERAGED, Memory, Modules, Nets, Phase, Sums, Task, Value
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -80,13 +80,20 @@ class Learner:
                 metrics |= {f"{name}_{phase.name}": value for name, value in own.items()}
         return metrics
 
+    @property
+    def statistics(self) -> Shapes:
+        """Names and shapes of what of the memory is averaged as weights are: running statistics, which belong to
+        them."""
+        return self._norms.known()
+
     def fresh_memory(self) -> dict[str, list]:
         """See `Task.fresh_memory`."""
         return self.task.fresh_memory(self.modules) | self._norms.fresh() | self._spectral.fresh()
 
     def known_memory(self) -> Shapes:
         """See `Task.known_memory`."""
-        return self.task.known_memory(self.modules) | self._norms.known() | self._spectral.known()
+        averaged = {f"{AVERAGED}{name}": shape for name, shape in self.statistics.items()}
+        return self.task.known_memory(self.modules) | self.statistics | averaged | self._spectral.known()
 
     def after_step(self, memory: Memory, found: Mapping[str, Tensor], micro_batches: int) -> Memory:
         """See `Task.after_step`; `found`: values by `layout`."""

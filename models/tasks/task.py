@@ -18,6 +18,8 @@ Modules = Mapping[str, nn.Module]
 """The parts of the model that this process holds, by `Phase.parameters`, as the engine has changed them."""
 Memory = dict[str, Tensor]
 """State that no gradient trains and that is kept from step to step, such as router biases, by plain names."""
+AVERAGED = "ema."
+"""Begins the name of a memory's own moving average, where the weights beside it have one."""
 Value = Any
 """A number, or lists of them."""
 

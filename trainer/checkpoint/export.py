@@ -26,7 +26,7 @@ from trainer.run.folder import read_config
 from trainer.run.plugins import with_plugins
 
 from . import store
-from .memory import on_device, restored, wrong_memory
+from .memory import on_device, restored, with_averages, wrong_memory
 
 NOT_QWEN2S = (
     "AutoTokenizer builds Qwen2's tokenizer for this architecture, and tokenizer.json is a different one: load it with "
@@ -89,7 +89,8 @@ def load_module(
     fill_vectors(module, config.run.seed)  # which a checkpoint of before they were memory lacks
     learner = Learner(task, _networks(task, module), listens=False)
     fresh = on_device(learner.fresh_memory(), torch.device("cpu"))
-    learner.tell(restored(reader.manifest.state.memory, fresh))
+    rows = reader.manifest.state.memory
+    learner.tell(restored(with_averages(rows) if ema else rows, fresh))
     return module.eval(), config, candidate
 
 

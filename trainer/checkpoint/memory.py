@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 from configs.reading.parse import shortened
 from models.tasks.learner import Learner
-from models.tasks.task import Memory
+from models.tasks.task import AVERAGED, Memory
 from trainer.state import TrainState
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
+Rows = Mapping[str, list[list[float]]]
 
 
 def on_device(memory: Mapping[str, list], here: torch.device) -> Memory:
@@ -23,7 +26,12 @@ def as_rows(memory: Memory) -> dict[str, list[list[float]]]:
     return {name: value.reshape(_rows(value.shape)).tolist() for name, value in memory.items()}
 
 
-def restored(rows: Mapping[str, list[list[float]]], fresh: Memory) -> Memory:
+def with_averages(rows: Mapping[str, T]) -> dict[str, T]:
+    """A memory in which what has a moving average is that average."""
+    return {**rows, **{name.removeprefix(AVERAGED): value for name, value in rows.items() if name.startswith(AVERAGED)}}
+
+
+def restored(rows: Rows, fresh: Memory) -> Memory:
     """A checkpoint's memory in place of that before the first step, as far as the config asks for it."""
     found = on_device({name: rows[name] for name in fresh if name in rows}, torch.device("cpu"))
     return {name: found[name].view_as(value).to(value.device) if name in found else value

@@ -10,6 +10,7 @@ from configs import Config, ConfigError
 from configs.reading.parse import clip, shortened
 from configs.sections.family import ModelSection
 from models.families import build
+from models.tasks.task import AVERAGED
 
 from . import store
 from .store import CheckpointError, Reader
@@ -40,7 +41,7 @@ def load_same(module: nn.Module, config: Config) -> Rows:
                 parameter.copy_(reader.weight(name))
             except CheckpointError as error:
                 raise ConfigError(f"train.init_from: {error}") from None
-    return dict(reader.manifest.state.memory)
+    return {name: rows for name, rows in reader.manifest.state.memory.items() if not name.startswith(AVERAGED)}
 
 
 def _open(module: nn.Module, config: Config, digests: bool) -> Reader:

@@ -31,6 +31,11 @@ class Ema:
         # Not called for a step that is skipped, unless the optimizer itself does, on the device.
         optimizer.register_step_post_hook(self._update)
 
+    @property
+    def share(self) -> float:
+        """Of what is new in the average, in the step that comes next."""
+        return 1 - ema_decay(self._decay, self.step)
+
     def of(self, weight: Tensor) -> Tensor | None:
         """The average of one of the optimizer's parameters, of its shape; None for any other tensor."""
         return self._pairs[id(weight)][1] if id(weight) in self._pairs else None
@@ -44,9 +49,8 @@ class Ema:
     def _update(self, optimizer: Any, *_: Any) -> None:
         pairs = [self._pairs[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
         weights, averages = [weight for weight, _ in pairs], [average for _, average in pairs]
-        share = 1 - ema_decay(self._decay, self.step)
         skipped = getattr(optimizer, "found_inf", None)
         if skipped is None:
-            torch._foreach_lerp_(averages, weights, share)
+            torch._foreach_lerp_(averages, weights, self.share)
         else:
-            torch._foreach_lerp_(averages, weights, [share * (1 - skipped)] * len(weights))
+            torch._foreach_lerp_(averages, weights, [self.share * (1 - skipped)] * len(weights))

@@ -38,6 +38,21 @@ def test_it_is_of_the_phase_that_asks_for_it(clean):
     assert Reader(folder(clean["convnet"], STEPS)).averaged == set()
 
 
+def test_running_statistics_are_averaged_with_the_weights_they_belong_to(clean):
+    run_dir, name = clean["gan"], "generator.1.running_mean"
+    before, now, still = (Reader(folder(run_dir, step)).manifest.state.memory for step in (2, 4, 5))
+    assert {key for key in now if key.startswith("ema.")} == {f"ema.{name}", "ema.generator.1.running_var"}
+    old, new, found = (torch.tensor(rows, dtype=torch.float64) for rows in (
+        before[f"ema.{name}"], now[name], now[f"ema.{name}"],
+    ))  # fmt: skip
+    assert torch.allclose(found, old + (1 - (1 + 4) / (10 + 4)) * (new - old), atol=1e-12)
+    assert not torch.allclose(found, new, atol=1e-6)
+    assert still[f"ema.{name}"] == now[f"ema.{name}"]
+    assert still[name] != now[name]  # it is passed through in every step
+    module, _, _ = load_module(run_dir, step=4, reads=None, ema=True)
+    assert torch.equal(module.generator[1].running_mean.double(), found[0].float().double())
+
+
 def test_samples_are_drawn_with_it(clean):
     run_dir, config = clean["gan"], read_with_plugins(clean["gan"])
     with Image.open(drawn(run_dir)) as image:
@@ -83,12 +98,15 @@ def test_a_run_begins_and_ends_one_as_it_goes_on(tmp_path, images):
     run_dir = on_to(2, None)
     on_to(3, 0.2)
     reader, before = Reader(folder(run_dir, 3)), Reader(folder(run_dir, 2))
+    one, other = (where.manifest.state.memory["1.running_mean"][0][0] for where in (before, reader))
+    assert reader.manifest.state.memory["ema.1.running_mean"][0][0] == pytest.approx(one + 0.8 * (other - one))
     for name, found in average(run_dir, 3).items():
         old, new = before.read("weight", name), reader.read("weight", name)
         assert torch.allclose(found, old + 0.8 * (new - old), atol=1e-7)
     assert reader.averaged == before.manifest.shapes["weight"].keys()
     on_to(4, None)
     assert Reader(folder(run_dir, 4)).averaged == set()
+    assert not any(name.startswith("ema.") for name in Reader(folder(run_dir, 4)).manifest.state.memory)
     assert [(event["step"], event["reason"]) for event in read_events(run_dir) if event["event"] == "ema_changed"] == [
         (2, "the checkpoint has no average of the weights: it begins with its weights"),
         (3, "the checkpoint's average of the weights is left out: optim.ema_decay is not set"),
