@@ -115,7 +115,7 @@ def main() -> None:
     print("| command | version | first | then (median) | processor, first | then |\n|---|---|---|---|---|---|")
     for label, command in commands.items():
         for path in (path for kept in KEPT for path in args.folder.rglob(kept)):
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         checkouts = {"before": args.before.resolve()} if args.before else {}
         checkouts["this"] = ROOT
         taken: dict[str, list[tuple[float, float]]] = {name: [] for name in checkouts}

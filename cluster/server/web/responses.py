@@ -148,7 +148,9 @@ class Line(BaseModel):
     y: list[float | None]
     last: tuple[float, float | None] | None
     n: int
-    """Rows of the record in the range."""
+    """Steps of the record in the range."""
+    infinite: list[tuple[float, int]]
+    """Where a value is infinite, and its sign; the first hundred."""
 
 
 class Series(BaseModel):

@@ -13,7 +13,7 @@ import pytest
 from tracker import assert_all_shown, end, faulty_server, kept_files, make_run, recorded, shown, started, take_steps
 
 from configs import ConfigError, from_dict, to_yaml
-from trainer.record import columns
+from trainer.record.columns import parts, read_columns
 from trainer.record.lines import read_events
 from trainer.tracking import Input, RunInfo, inputs_of, read_state, shipper, start_shipper, tracking_uri, unsent
 from trainer.tracking.flat import scalars
@@ -392,7 +392,7 @@ def test_the_columns_are_written_behind_the_run_also_while_the_tracker_is_down(r
     run_dir, _ = make_run(root, "columns", tracking={"uri": "http://127.0.0.1:1"})
     record = started(run_dir, 1)
     take_steps(record, range(1, 41))
-    monkeypatch.setattr(columns, "TAIL", 1000)
+    monkeypatch.setattr(parts, "TAIL", 1000)
     assert ship(run_dir, grace=0.0).missing
-    assert (run_dir / columns.COLUMNS).exists()
-    assert columns.read_columns(run_dir, ["loss"])["step"].tolist() == list(range(1, 41))
+    assert list((run_dir / parts.COLUMNS).glob("0*.parquet"))
+    assert read_columns(run_dir, ["loss"])["step"].tolist() == list(range(1, 41))

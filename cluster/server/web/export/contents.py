@@ -21,7 +21,7 @@ from ..index.rows import Run, refresh, signature
 from ..index.runs_index import Entry, View
 from ..pages.details import Books, details, experts, flops_per_token, log
 from ..pages.samples import picture
-from ..pages.series import EXAMPLES, Columns, lines
+from ..pages.series import EXAMPLES, Columns, Kept, began, lines
 from ..pages.stacks import stacks
 from ..pages.sweep import Sweeps
 from ..plan_routes import LAW, plain
@@ -143,12 +143,17 @@ def _curves(entry: Entry, metrics: Sequence[str]) -> dict[str, Any]:
 
 def _axes(columns: Columns, folder: str, unit: str) -> dict[str, list[float]]:
     names = list(dict.fromkeys([unit, *EXAMPLES]))
-    parts = list(columns.read(folder, names))
-    base, values = parts[0][0], {name: column for _, some in parts for name, column in some.items()}
-    rows = np.flatnonzero(~base.evaluation)
-    rows = rows[np.unique(np.linspace(0, len(rows) - 1, min(len(rows), ON_AXES)).astype(int))] if len(rows) else rows
-    found = {"step": base.step[rows].tolist(), "time": (base.time[rows] - base.time[:1].sum()).tolist()}
-    counted = {name: values[name][rows] for name in names if len(rows) and np.isfinite(values[name][rows]).all()}
+
+    def some_lines(kept: Kept) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        train = kept.columns.train
+        count = len(train.row)
+        rows = np.unique(np.linspace(0, count - 1, min(count, ON_AXES)).astype(int))
+        times = train.time[rows] - (began(kept.columns) or 0.0)
+        return train.step[rows], times, kept.columns.values(names, train.row[rows])
+
+    steps, times, values = columns.read(folder, some_lines)
+    found = {"step": steps.tolist(), "time": times.tolist()}
+    counted = {name: values[name] for name in names if len(steps) and np.isfinite(values[name]).all()}
     if unit in counted:
         found["tokens"] = counted[unit].tolist()
         if flops := flops_per_token(read_events(folder)):

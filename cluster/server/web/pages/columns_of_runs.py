@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.files.plain_json import dump
+from trainer.record.columns.live import LiveColumns
 
 from ..index.config_values import value_of
 from ..index.runs_index import Entry, View
@@ -82,15 +83,29 @@ class ColumnsOfRuns:
             if time.monotonic() > until or name not in entry.metrics.keys:
                 return known[1] if known else None
             try:
-                ((_, found),) = self._columns.read(entry.run.folder, [name])
-                values = found[name][np.isfinite(found[name])]
+                value = self._columns.read(entry.run.folder, lambda kept: _value(kept.columns, name, how))
             except OSError:
-                values = np.zeros(0)
-            value = None
-            if len(values):
-                mean = MEAN.fullmatch(how)
-                value = float(values[-int(mean[1]) :].mean() if mean else values.min() if how == BEST else values.max())
+                value = None
             if len(self._known) > MOST_KNOWN:
                 self._known.clear()
             known = self._known[place] = now, value
         return known[1]
+
+
+def _value(columns: LiveColumns, name: str, how: str) -> float | None:
+    trained, evaluated = columns.counts([name])[name]
+    lines = columns.train if trained >= max(evaluated, 1) else columns.evaluations
+    if mean := MEAN.fullmatch(how):
+        wanted, found = int(mean[1]), np.zeros(0)
+        for begin in (max(0, len(lines.row) - 4 * wanted), 0):  # of a rare metric all lines
+            if len(found) < wanted:
+                found = columns.values([name], lines.row[begin:])[name]
+                found = found[np.isfinite(found)]
+        found = found[-wanted:]
+        return float(found.mean()) if len(found) else None
+    if lines is columns.train:
+        found = columns.levels([name])[name]["low" if how == BEST else "high"]
+    else:
+        found = columns.values([name], lines.row)[name]
+    found = found[np.isfinite(found)]
+    return float(found.min() if how == BEST else found.max()) if len(found) else None

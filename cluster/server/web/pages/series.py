@@ -1,6 +1,6 @@
 """A run's metrics over steps, tokens, FLOPs or time, reduced to what a chart can show."""
 
-import os
+import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trainer.record.columns import COLUMNS, counting, read_rows
-from trainer.record.lines import EVENTS, METRICS, read_events
+from trainer.record.columns.live import Lines, LiveColumns
+from trainer.record.columns.parts import DamagedCopy
+from trainer.record.lines import METRICS
 
 from ..index.sampling import sample_records
 
@@ -22,119 +23,94 @@ MOST_METRICS = 200
 """Of one request."""
 MOST_KEPT = 64 << 20
 """Bytes of columns that are kept for the next request."""
+WHOLE = 1 << 16
+"""Lines up to which each is looked at; of more, their levels."""
+FIRST = 1 << 14
+"""Lines that are looked at of more than these where the axis is logarithmic."""
+AT_ONCE = 1 << 21
+"""Values that are read at once."""
 SAMPLED = 400
 """Records that are read for metrics which are lists."""
 OF_LISTS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "max": np.max, "min": np.min}
 """What a list of numbers becomes, as `router_entropy.mean`."""
+MOST_INFINITE = 100
+TRIES = 5
+"""Times that a run's copy of its numbers may change or turn out to be damaged while it is read."""
 
 
 class NoAxis(ValueError):
     """The run's record does not say what the axis needs."""
 
 
-class _Base(NamedTuple):
-    """The lines that count, in the order of steps, an evaluation after its step; each [lines]."""
+class Kept:
+    """What is kept of a run."""
 
-    order: np.ndarray
-    """Their numbers in the file."""
-    step: np.ndarray
-    time: np.ndarray
-    evaluation: np.ndarray
-
-
-class _Kept:
-    """Columns of one run's record, as it was when they were read."""
-
-    def __init__(self, signature: tuple[int, ...]) -> None:
-        self.signature = signature
-        self.base: _Base | None = None
-        self.columns: dict[str, np.ndarray] = {}
+    def __init__(self, folder: str) -> None:
+        self.columns = LiveColumns(folder)
+        self.lock = threading.Lock()
+        self._weights: dict[str, np.ndarray] = {}
+        self._recounted = 0
 
     def size(self) -> int:
-        arrays = [*(self.base or ()), *self.columns.values()]
-        return sum(array.nbytes for array in arrays)
+        return self.columns.size() + sum(values.nbytes for values in self._weights.values())
+
+    def weights(self, units: Sequence[str], axis: str) -> np.ndarray:
+        """What was trained on up to each training line, in the first of these units that the record has.
+
+        Raises:
+            NoAxis: it has none.
+            DamagedCopy: refresh the columns, and try again.
+        """
+        if self._recounted != self.columns.recounted:
+            self._weights.clear()
+            self._recounted = self.columns.recounted
+        rows = self.columns.train.row
+        for unit in units:
+            known = self._weights.get(unit, np.zeros(0))
+            if len(known) < len(rows):
+                new = np.nan_to_num(self.columns.values([unit], rows[len(known) :])[unit], posinf=0.0)
+                known = self._weights[unit] = np.maximum.accumulate(np.concatenate([known, new]))
+            if not len(known) or known[-1] > 0.0:
+                return known
+            del self._weights[unit]
+        raise NoAxis(
+            f"the run's record does not say how many {'examples' if axis == 'examples' else 'tokens'} it has seen"
+        )
 
 
 class Columns:
     """Reads columns of runs' records and keeps those that were asked for last."""
 
     def __init__(self, most: int = MOST_KEPT) -> None:
-        self._kept: OrderedDict[str, _Kept] = OrderedDict()
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
         self._most = most
         self._lock = threading.Lock()
-        self._reading: dict[str, threading.Lock] = {}
 
-    def read(self, folder: str, names: Sequence[str]) -> Iterator[tuple[_Base, dict[str, np.ndarray]]]:
-        """The columns of these names, some at a time as memory allows, each [lines] as the base's.
+    @contextlib.contextmanager
+    def of(self, folder: str) -> Iterator[Kept]:
+        """What is known of a run, for one thread at a time."""
+        with self._lock:
+            kept = self._kept.setdefault(folder, Kept(folder))
+            self._kept.move_to_end(folder)
+        with kept.lock:  # one request reads, the others find it read
+            yield kept
+        with self._lock:
+            total = sum(each.size() for each in self._kept.values())
+            while total > self._most and self._kept:
+                total -= self._kept.popitem(last=False)[1].size()
+
+    def read(self, folder: str, what: Callable[[Kept], Any]) -> Any:
+        """What a function makes of the columns of a run as they are now.
 
         Raises:
             OSError: the record cannot be read.
         """
-        with self._lock:
-            reading = self._reading.setdefault(folder, threading.Lock())
-            if len(self._reading) > 1000:
-                self._reading = {folder: reading}
-        wanted = list(names)
-        while True:
-            with reading:  # one request reads, the others find it read
-                kept = self._of(folder)
-                rows = len(kept.base.order) if kept.base else 0
-                some = max(1, min(len(wanted), (self._most // 2) // (8 * max(rows, 1)))) if kept.base else 1
-                now, wanted = wanted[:some], wanted[some:]
-                missing = [name for name in now if name not in kept.columns]
-                if missing or kept.base is None:
-                    self._fill(kept, folder, missing)
-                assert kept.base is not None
-                found = {name: kept.columns[name] for name in now}
-                base = kept.base
-            self._forget(folder)
-            yield base, found
-            if not wanted:
-                return
-
-    def _of(self, folder: str) -> _Kept:
-        now = _signature(folder)
-        with self._lock:
-            kept = self._kept.get(folder)
-            if kept is None or kept.signature != now:
-                kept = self._kept[folder] = _Kept(now)
-            self._kept.move_to_end(folder)
-            return kept
-
-    def _fill(self, kept: _Kept, folder: str, names: Sequence[str]) -> None:
-        rows = read_rows(folder, names)
-        counts = np.flatnonzero(counting(rows, read_events(folder)))
-        order = counts[np.lexsort((rows.evaluation[counts], rows.step[counts]))]
-        if kept.base is not None and not np.array_equal(kept.base.order, order):
-            kept.columns.clear()  # it has grown since
-        kept.base = _Base(order.astype(np.int32), rows.step[order], rows.time[order], rows.evaluation[order])
-        for name in names:
-            kept.columns[name] = rows.values[name][order]
-
-    def _forget(self, folder: str) -> None:
-        with self._lock:
-            total = sum(kept.size() for kept in self._kept.values())
-            for other in list(self._kept):
-                if total <= self._most:
-                    break
-                gone = self._kept[other]
-                if other == folder:
-                    total -= sum(array.nbytes for array in gone.columns.values())
-                    gone.columns = {}
-                else:
-                    total -= gone.size()
-                    del self._kept[other]
-
-
-def _signature(folder: str) -> tuple[int, ...]:
-    found = []
-    for name in (METRICS, EVENTS, COLUMNS):
-        try:
-            status = os.lstat(f"{folder}/{name}")
-            found += [status.st_mtime_ns, status.st_size, status.st_ino]
-        except (OSError, ValueError):
-            found += [0, -1, 0]
-    return tuple(found[:6])  # the copy is another form of the same
+        with self.of(folder) as kept:
+            for _ in range(TRIES):
+                kept.columns.refresh()
+                with contextlib.suppress(DamagedCopy):
+                    return what(kept)
+        raise OSError(f"{folder}: its columns cannot be read")
 
 
 class Line(NamedTuple):
@@ -144,6 +120,8 @@ class Line(NamedTuple):
     y: np.ndarray
     last: tuple[float, float] | None
     rows: int
+    infinite: list[tuple[float, int]]
+    """Where a value is infinite, and its sign."""
 
     def plain(self) -> dict[str, Any]:
         return {
@@ -151,6 +129,7 @@ class Line(NamedTuple):
             "y": _nulls(self.y),
             "last": None if self.last is None else [float(self.last[0]), float(self.last[1])],
             "n": self.rows,
+            "infinite": self.infinite,
         }
 
 
@@ -185,64 +164,117 @@ def lines(
     """
     if axis == "flops" and not flops_per_token:
         raise NoAxis("the run's record does not say how many FLOPs a token takes")
-    needs = EXAMPLES if axis == "examples" else (unit,) if axis in ("tokens", "flops") else ()
-    found: dict[str, Line] = {}
     listed = [name for name in names if name.rpartition(".")[2] in OF_LISTS and name.rpartition(".")[0]]
     plain = [name for name in names if name not in listed]
-    tokens = None
-    for _, values in columns.read(folder, needs) if needs else ():
-        for name, column in values.items():
-            if tokens is None or np.isfinite(column).any():
-                tokens, unit = column, name
+    found: dict[str, Line] = {}
     first: float | None = None
-    for base, values in columns.read(folder, plain) if plain else ():
-        x = _axis(axis, base, tokens, flops_per_token)
-        first = float(base.time[0]) if len(base.time) else None
-        for name, y in values.items():
-            found[name] = _line(x, y, base.evaluation, points, start, end, log)
+    if plain:
+        shown = Shown(axis, unit, flops_per_token or 1.0, start, end, points, log)
+        found, first = columns.read(folder, lambda kept: (shown.lines(kept, plain), began(kept.columns)))
     if listed:
         found |= _of_lists(folder, listed, axis, unit, flops_per_token, first, points, start, end)
     return {name: found[name] for name in names if name in found}
 
 
-def _axis(axis: str, base: _Base, tokens: np.ndarray | None, flops_per_token: float | None) -> np.ndarray:
-    if axis == "step":
-        return base.step.astype(float)
-    if axis == "time":
-        return base.time - (base.time[0] if len(base.time) else 0.0)
-    assert tokens is not None
-    if len(tokens) != len(base.step):  # it has grown between two readings
-        tokens = np.resize(tokens, len(base.step)) if len(tokens) else np.full(len(base.step), np.nan)
-    known = np.where(np.isnan(tokens), -np.inf, tokens)
-    filled = np.maximum.accumulate(known) if len(known) else known  # an evaluation has those of its step
-    if len(filled) and not np.isfinite(filled).any():
-        raise NoAxis(
-            f"the run's record does not say how many {'examples' if axis == 'examples' else 'tokens'} it has seen"
-        )
-    return np.where(np.isfinite(filled), filled, 0.0) * (flops_per_token if axis == "flops" and flops_per_token else 1)
+def began(columns: LiveColumns) -> float | None:
+    """Time of the first line, in the order of steps."""
+    firsts = [(each.step[0], each.time[0]) for each in (columns.train, columns.evaluations) if len(each.step)]
+    return float(min(firsts, key=lambda first: first[0])[1]) if firsts else None
 
 
-def _line(
-    x: np.ndarray,
-    y: np.ndarray,
-    evaluation: np.ndarray,
-    points: int,
-    start: float | None,
-    end: float | None,
-    log: bool = False,
-) -> Line:
-    there = ~np.isnan(y)
-    own = evaluation if (there & evaluation).sum() > (there & ~evaluation).sum() else ~evaluation
-    dense = 2 * (there & own).sum() > own.sum()  # a step without a value is a gap; of a rare metric it is none
-    chosen = own if dense else there & own
-    if start is not None:
-        chosen = chosen & (x >= start)
-    if end is not None:
-        chosen = chosen & (x <= end)
-    x, y = x[chosen], y[chosen]
-    values = np.flatnonzero(np.isfinite(y))
-    last = (float(x[values[-1]]), float(y[values[-1]])) if len(values) else None
-    return Line(*reduced(x, y, points, log), last, len(x))
+class Shown(NamedTuple):
+    """What is asked of a run's curves, as the arguments of `lines`."""
+
+    axis: str
+    unit: str
+    factor: float
+    start: float | None
+    end: float | None
+    points: int
+    log: bool
+
+    def lines(self, kept: Kept, names: Sequence[str]) -> dict[str, Line]:
+        """Raises DamagedCopy: refresh the columns, and try again."""
+        columns, found = kept.columns, {}
+        counts = columns.counts(names)
+        of_train = [name for name in names if counts[name][0] >= max(counts[name][1], 1)]
+        of_evaluations = [name for name in names if name not in {*of_train}]
+        for lines, own, column in ((columns.train, of_train, 0), (columns.evaluations, of_evaluations, 1)):
+            x = self._x(kept, lines)
+            begin, end = self._range(x)
+            whole = lines is columns.evaluations or end - begin <= WHOLE
+            some = max(1, AT_ONCE // max(end - begin, 1)) if whole else len(own)
+            for first in range(0, len(own), max(some, 1)):
+                chosen = own[first : first + some]
+                near = end if whole else begin + FIRST if self.log else begin
+                values = columns.values(chosen, lines.row[begin:near])
+                levels = {} if whole else columns.levels(chosen, near, end)
+                for name in chosen:
+                    dense = 2 * counts[name][column] > len(lines.row)
+                    at, y, rows = np.arange(begin, near), values[name], None
+                    if not whole:
+                        rows = int(np.count_nonzero(~np.isnan(y)) + levels[name]["count"].sum())
+                        rows = end - begin if dense else rows
+                        more_at, more_y = _flat(levels[name], dense)
+                        at, y = np.concatenate([at, more_at]), np.concatenate([y, more_y])
+                    found[name] = self._line(x[at], y, dense, rows)
+        return found
+
+    def _x(self, kept: Kept, lines: Lines) -> np.ndarray:
+        columns = kept.columns
+        if self.axis == "step":
+            return lines.step
+        if self.axis == "time":
+            return lines.time - (began(columns) or 0.0)
+        weights = kept.weights(EXAMPLES if self.axis == "examples" else (self.unit,), self.axis)
+        if lines is not columns.train:  # an evaluation has what its step has
+            weights = np.concatenate([[0.0], weights])[np.searchsorted(columns.train.step, lines.step, "right")]
+        return weights * (self.factor if self.axis == "flops" else 1.0)
+
+    def _range(self, x: np.ndarray) -> tuple[int, int]:
+        """The first line of what is asked for, and the one after the last."""
+        if self.start is None and self.end is None:
+            return 0, len(x)
+        inside = np.flatnonzero(self._inside(x))
+        return (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+
+    def _inside(self, x: np.ndarray) -> np.ndarray:
+        inside = np.ones(len(x), bool)
+        if self.start is not None:
+            inside &= x >= self.start
+        if self.end is not None:
+            inside &= x <= self.end
+        return inside
+
+    def _line(self, x: np.ndarray, y: np.ndarray, dense: bool, rows: int | None = None) -> Line:
+        """A curve of some values.
+
+        Args:
+            dense: a step without a value is a gap; of a rare metric it is none.
+            rows: steps of which these are some; None: they are all.
+        """
+        chosen = self._inside(x)
+        if not dense:
+            chosen &= ~np.isnan(y)
+        x, y = x[chosen].astype(float), y[chosen]
+        infinite = np.flatnonzero(np.isinf(y))[:MOST_INFINITE]
+        values = np.flatnonzero(np.isfinite(y))
+        last = (float(x[values[-1]]), float(y[values[-1]])) if len(values) else None
+        told = [(float(x[at]), int(np.sign(y[at]))) for at in infinite]
+        return Line(*reduced(x, y, self.points, self.log), last, len(x) if rows is None else rows, told)
+
+
+def _flat(levels: np.ndarray, dense: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers of lines and their values: of each level the least, greatest, last and last infinite one."""
+    finite = levels[~np.isnan(levels["last"])]
+    infinite = levels[levels["infinite"] != 0]
+    at = [finite["low_at"], finite["high_at"], finite["last_at"], infinite["infinite_at"]]
+    y = [finite["low"], finite["high"], finite["last"], np.inf * infinite["infinite"]]
+    if dense:
+        gaps = levels[levels["count"] == 0]
+        at, y = [*at, gaps["first"]], [*y, np.full(len(gaps), np.nan)]
+    unique, which = np.unique(np.concatenate(at), return_index=True)
+    return unique, np.concatenate(y)[which]
 
 
 def reduced(x: np.ndarray, y: np.ndarray, points: int, log: bool = False) -> tuple[np.ndarray, np.ndarray]:
@@ -306,7 +338,8 @@ def _of_lists(
     for name in names:
         key, _, how = name.rpartition(".")
         y = np.array([_over(record.get(key), how) for record in records], float)
-        found[name] = _line(x, y, np.zeros(len(x), bool), points, start, end)
+        shown = Shown(axis, unit, 1.0, start, end, points, False)
+        found[name] = shown._line(x, y, dense=bool(2 * np.count_nonzero(~np.isnan(y)) > len(y)))
     return found
 
 

@@ -70,7 +70,7 @@ def test_curves_are_the_record(dashboard, trained):
         assert line["x"] == [record["step"] for record in own]
         assert line["y"] == [record[name] for record in own]
         assert line["last"] == [own[-1]["step"], own[-1][name]]
-    assert told["metrics"]["nothing"] == {"x": [], "y": [], "last": None, "n": 0}
+    assert told["metrics"]["nothing"] == {"x": [], "y": [], "last": None, "n": 0, "infinite": []}
     part = dashboard.get("/api/runs/trained/series?metric=loss&from=3&to=5").json["metrics"]["loss"]
     assert part["x"] == [3, 4, 5]
 

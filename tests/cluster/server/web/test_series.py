@@ -1,12 +1,16 @@
 """Curves reduced to what a chart shows: no spike is lost, no gap is bridged, and what does not count is left out."""
 
+import random
+
 import numpy as np
 import pytest
 from dashboards import write_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.server.web.pages import series
 from cluster.server.web.pages.series import Columns, lines, reduced
+from trainer.record.columns import parts
 from trainer.record.lines import Record, read_metrics
 
 
@@ -69,7 +73,8 @@ def test_little_memory_for_columns_changes_nothing(tmp_path):
         for name, line in lines(plenty, str(run), names, points=40).items():
             other = lines(little, str(run), names, points=40)[name]
             assert (other.x.tolist(), other.y.tolist()) == (line.x.tolist(), line.y.tolist())
-    assert sum(kept.size() for kept in little._kept.values()) < 120 * 30
+    assert little._kept == {}
+    assert len(plenty._kept) == 1
 
 
 @pytest.mark.parametrize("points", [50, 800])
@@ -82,7 +87,67 @@ def test_zooming_shows_more(tmp_path, points):
     assert part.last == (1040.0, 0.0)
 
 
-def test_a_logarithmic_axis_shows_how_a_run_began(tmp_path):
+def test_of_a_long_run_levels_are_shown_and_its_copy_is_read_where_it_is_asked_for(tmp_path, monkeypatch):
+    """What is shown are records, the extremes and the end of the range among them; near by, every one is."""
+    for name, size in {"TAIL": 4000, "FULL": 4000, "ROW_GROUP": 512}.items():
+        monkeypatch.setattr(parts, name, size)
+    monkeypatch.setattr(series, "WHOLE", 300)
+    draw = random.Random(1)
+    run = write_run(
+        tmp_path / "run",
+        6000,
+        loss=lambda step: draw.random(),
+        rare=lambda step: 1.0 * step if step % 97 == 0 else None,
+    )
+    known = {record["step"]: record for record in read_metrics(run) if "loss" in record}
+    columns = Columns()
+    read = []
+    monkeypatch.setattr(parts.Copy, "read", lambda self, part, names, groups=None, own=parts.Copy.read: (
+        read.append((names, groups)), own(self, part, names, groups))[1])  # fmt: skip
+    for start, end in [(None, None), (1000, 3500), (1234, 4321), (2000, 2100)]:
+        for axis, factor in (("step", 1.0), ("tokens", 8.0)):
+            del read[:]
+            low, high = (None if each is None else each * factor for each in (start, end))
+            found = lines(columns, str(run), ["loss", "rare"], points=60, start=low, end=high, axis=axis)
+            own = {step: record for step, record in known.items() if (start or 0) <= step <= (end or 6000)}
+            losses = [record["loss"] for record in own.values()]
+            x, y = found["loss"].x, found["loss"].y
+            assert len(x) <= 101
+            assert (np.diff(x) > 0).all()
+            assert [known[step / factor]["loss"] for step in x.tolist()] == y.tolist()
+            assert (y.min(), y.max()) == (min(losses), max(losses))
+            assert found["loss"].last == (max(own) * factor, losses[-1])
+            assert found["loss"].rows == len(own)
+            rare = [step for step in own if step % 97 == 0]
+            assert [step * factor for step in rare][-1] == found["rare"].x[-1]
+            assert set(found["rare"].x / factor) <= set(rare)
+            if axis == "step":  # parts of the copy, and of those some groups of lines
+                assert sum(len(groups) for names, groups in read if "loss" in names) <= 3
+
+
+def test_a_metric_of_evaluations_and_gaps_of_a_long_run(tmp_path, monkeypatch):
+    for name, size in {"TAIL": 4000, "FULL": 4000, "ROW_GROUP": 512}.items():
+        monkeypatch.setattr(parts, name, size)
+    monkeypatch.setattr(series, "WHOLE", 300)
+    run = write_run(tmp_path / "run", 3000, loss=lambda step: None if 1000 < step <= 1800 else 1.0 * step, status=None)
+    record = Record(run, 1)
+    for step in range(3001, 6001):
+        record.metrics({"step": step, "loss": 1.0 * step})
+        if step % 100 == 0:
+            record.metrics({"step": step, "eval_loss": -1.0 * step, "loss": 0.0})
+    record.close()
+    found = lines(Columns(), str(run), ["loss", "eval_loss"], points=100)
+    assert found["eval_loss"].x.tolist() == [float(step) for step in range(3000, 6001, 100)]
+    gap = found["loss"].x[np.isnan(found["loss"].y)]
+    assert 1000 < gap.min() < gap.max() <= 1800
+    assert not ((found["loss"].x > 1256) & (found["loss"].x < 1544) & ~np.isnan(found["loss"].y)).any()
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_logarithmic_axis_shows_how_a_run_began(tmp_path, monkeypatch, long):
+    if long:
+        monkeypatch.setattr(series, "WHOLE", 500)
+        monkeypatch.setattr(series, "FIRST", 200)
     run = write_run(tmp_path / "run", 2000, loss=lambda step: float(step % 10))
     linear, log = (lines(Columns(), str(run), ["loss"], points=200, log=log)["loss"] for log in (False, True))
     assert set(range(1, 9)) <= set(log.x.tolist())
