@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .columns import read_rows
+from .columns import read_some_rows
 from .events import LAUNCH
 from .lines import read_events
 
@@ -52,6 +52,10 @@ def unpaused(seconds: dict[str, float]) -> float:
     return sum(value for name, value in seconds.items() if name != "paused")
 
 
+BLOCK = 1 << 16
+"""Records that are booked at a time."""
+
+
 class Steps(NamedTuple):
     """The training records of a run in file order, superseded ones included; each field is an array, [records]."""
 
@@ -66,12 +70,20 @@ class Steps(NamedTuple):
         return Steps(*(column[which] for column in self))
 
 
+NO_STEPS = Steps(np.zeros(0, np.int64), np.zeros(0, np.int64), *np.zeros((3, 0)))
+
+
 def read_steps(run_dir: Path) -> Steps:
     """The steps of metrics.jsonl whose durations are known."""
-    rows = read_rows(run_dir, ("step_time", "data_wait"))
-    seconds, waited = rows.values["step_time"], rows.values["data_wait"]
-    steps = Steps(rows.step, rows.attempt, rows.time, seconds, waited)
-    return steps.chosen(~rows.evaluation & ~np.isnan(seconds) & ~np.isnan(waited))
+    columns: list[list[np.ndarray]] = [[] for _ in Steps._fields]
+    for rows in read_some_rows(run_dir, ("step_time", "data_wait")):
+        seconds, waited = rows.values["step_time"], rows.values["data_wait"]
+        some = Steps(rows.step, rows.attempt, rows.time, seconds, waited)
+        some = some.chosen(~rows.evaluation & ~np.isnan(seconds) & ~np.isnan(waited))
+        for column, values in zip(columns, some, strict=True):
+            column.append(values)
+    # Each is let go of as it is put together: a long run's are in memory once.
+    return Steps(*(np.concatenate(columns.pop(0)) for _ in Steps._fields)) if columns[0] else NO_STEPS
 
 
 def book(events: Sequence[dict[str, Any]], steps: Steps) -> list[Attempt]:
@@ -79,14 +91,15 @@ def book(events: Sequence[dict[str, Any]], steps: Steps) -> list[Attempt]:
     attempts: list[Attempt] = []
     ended = ""
     lost = _superseded(steps)
-    order = np.argsort(steps.attempt, kind="stable")
-    by_attempt = steps.attempt[order]
+    if (np.diff(steps.attempt) < 0).any():
+        order = np.argsort(steps.attempt, kind="stable")
+        steps, lost = steps.chosen(order), lost[order]
     launches = {e.get("began", e["time"]): e.get("submitted") for e in events if e["event"] == "resolved"}
     for start in (event for event in events if event["event"] == "attempt_started"):
         number = start["attempt"]
         own = [event for event in events if event["attempt"] == number and event["time"] >= start["time"]]
         own = [event for event in own if event["event"] not in LAUNCH]
-        which = order[np.searchsorted(by_attempt, number) : np.searchsorted(by_attempt, number, "right")]
+        which = slice(*np.searchsorted(steps.attempt, [number, number + 1]))
         mine = steps.chosen(which)
         before = attempts[-1].ended if attempts else None
         launched = max((time for time in launches if time <= start["time"]), default=start["time"])
@@ -113,43 +126,74 @@ def book(events: Sequence[dict[str, Any]], steps: Steps) -> list[Attempt]:
 def _book_attempt(
     attempt: Attempt, events: Sequence[dict[str, Any]], steps: Steps, lost: np.ndarray, died: bool
 ) -> None:
-    """Attribute the time from each mark (the record of a step or an evaluation) to the next.
+    """Book the time from each mark, a step's record or an evaluation's, to the next.
 
     Args:
         steps, lost: of this attempt.
     """
     seconds = attempt.seconds
-    evaluations = [event for event in events if event["event"] == "evaluation"]
+    if (np.diff(steps.time) < 0).any():  # a clock that was set back
+        order = np.argsort(steps.time, kind="stable")
+        steps, lost = steps.chosen(order), lost[order]
+    evaluations = sorted((e for e in events if e["event"] == "evaluation"), key=lambda e: e["time"])
+    place = np.searchsorted(steps.time, [event["time"] for event in evaluations], "right")
+    before = _Before(attempt.began, 0, False)
+    count = len(steps.step)
+    for begin in range(0, max(count, 1), BLOCK):
+        own = slice(begin, begin + BLOCK)
+        after_some = (place > begin) | (begin == 0)
+        some = [evaluations[number] for number in np.flatnonzero(after_some & (place <= begin + BLOCK))]
+        before = _book_marks(seconds, before, attempt.began, some, steps.chosen(own), lost[own])
+    end = "startup" if not count else "lost" if died else "other"
+    seconds[end] += max(attempt.ended - before.at, 0.0)
+    stall = min(sum(e.get("stall_s", 0.0) for e in events if e["event"] == "checkpoint"), seconds["other"])
+    seconds["checkpoint"] += stall
+    seconds["other"] -= stall
+
+
+class _Before(NamedTuple):
+    """Where the marks before some end."""
+
+    at: float
+    step: int
+    stepped: bool
+    """Whether one of them is a step's."""
+
+
+def _book_marks(
+    seconds: dict[str, float],
+    before: _Before,
+    began: float,
+    evaluations: Sequence[dict[str, Any]],
+    steps: Steps,
+    lost: np.ndarray,
+) -> _Before:
     is_step = np.repeat([True, False], [len(steps.step), len(evaluations)])
     took = np.concatenate([steps.seconds, [event.get("seconds", 0.0) for event in evaluations]])
     time = np.concatenate([steps.time, [event["time"] for event in evaluations]])
     order = np.argsort(time, kind="stable")
     time, is_step = time[order], is_step[order]
-    at = np.maximum(time, attempt.began)
-    span = np.maximum(time - np.concatenate([[attempt.began], at])[:-1], 0.0)
+    at = np.concatenate([[before.at], np.maximum(time, began)])
+    span = np.maximum(time - at[:-1], 0.0)
     took = np.minimum(took[order], span)
     rest = span - took
-    stepped = np.concatenate([[False], np.logical_or.accumulate(is_step)])[:-1]
+    stepped = np.logical_or.accumulate(np.concatenate([[before.stepped], is_step]))
     evaluated = ~is_step
     seconds["evaluation"] += float(took[evaluated].sum())
-    seconds["startup"] += float(rest[~stepped].sum())
-    seconds["other"] += float(rest[evaluated & stepped].sum())
+    seconds["startup"] += float(rest[~stepped[:-1]].sum())
+    seconds["other"] += float(rest[evaluated & stepped[:-1]].sum())
 
     own = order[is_step]
-    number, lost, after = steps.step[own], lost[own], stepped[is_step]
+    lost, after = lost[own], stepped[:-1][is_step]
+    number = np.concatenate([[before.step], steps.step[own]])
     took, rest, waited = took[is_step], rest[is_step], np.minimum(steps.waited[own], took[is_step])
-    # Of steps that are not recorded (train.log_every), only the time between records is known.
-    unrecorded = after & (number > np.concatenate([[0], number])[:-1] + 1)
+    # Of steps that were not recorded (train.log_every) the time between records is all there is.
+    unrecorded = after & (np.diff(number) > 1)
     seconds["lost"] += float(took[lost].sum() + rest[lost & unrecorded].sum())
     seconds["data_wait"] += float(waited[~lost].sum())
     seconds["step"] += float((took - waited)[~lost].sum() + rest[~lost & unrecorded].sum())
     seconds["other"] += float(rest[after & ~unrecorded].sum())
-
-    end = "startup" if not len(own) else "lost" if died else "other"
-    seconds[end] += max(attempt.ended - float(at[-1] if len(at) else attempt.began), 0.0)
-    stall = min(sum(e.get("stall_s", 0.0) for e in events if e["event"] == "checkpoint"), seconds["other"])
-    seconds["checkpoint"] += stall
-    seconds["other"] -= stall
+    return _Before(float(at[-1]), int(number[-1]), bool(stepped[-1]))
 
 
 def _superseded(steps: Steps) -> np.ndarray:

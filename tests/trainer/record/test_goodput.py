@@ -1,6 +1,7 @@
 """Every second of a run stands in one book: written-out lives with a kill, a restart and a pause, and a real run."""
 
 import json
+import random
 import signal
 import time
 
@@ -9,6 +10,7 @@ import pytest
 from faults import kill_at_step
 from support import tiny, train_in_process
 
+from trainer.record import goodput as goodput_module
 from trainer.record.goodput import BOOKS, Steps, book, goodput, productive, read_steps, total
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run
@@ -107,6 +109,34 @@ def test_a_run_still_going_and_one_that_never_took_a_step():
     [attempt] = book(events, of())
     assert attempt.seconds == dict.fromkeys(BOOKS, 0.0) | {"startup": 9}
     assert book([event(0, 0, "resolved", began=0)], of()) == []
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_long_record_is_booked_some_marks_at_a_time(monkeypatch, seed):
+    """Attempts that were killed or went back, steps that were not recorded, and a clock that was set back."""
+    draw = random.Random(seed)
+    rows, events, now, step = [], [], 1000.0, 0
+    for attempt in range(1, 5):
+        events.append(event(now, attempt, "attempt_started"))
+        for _ in range(draw.randrange(60)):
+            step, now = step + draw.choice([1, 1, 1, 5]), now + draw.random() * 2
+            if seed > 3 and draw.random() < 0.05:
+                now -= 5.0
+            rows.append((step, attempt, now, draw.random(), draw.random() / 4))
+            if draw.random() < 0.2:
+                now += draw.choice([0.0, 0.5])
+                events.append(event(now, attempt, "evaluation", seconds=0.3))
+            if draw.random() < 0.1:
+                events.append(event(now, attempt, "checkpoint", stall_s=0.01))
+        if draw.random() < 0.5:
+            events.append(event(now + 1.0, attempt, "attempt_ended", status="FAILED"))
+        step, now = max(0, step - draw.randrange(10)), now + 3.0
+    whole = book(events, of(*rows))
+    monkeypatch.setattr(goodput_module, "BLOCK", 3)
+    for mine, known in zip(book(events, of(*rows)), whole, strict=True):
+        assert (mine.number, mine.began, mine.ended) == (known.number, known.began, known.ended)
+        assert mine.seconds == pytest.approx(known.seconds)
+    assert total(whole)["step"] > 0
 
 
 def test_a_records_fields_may_stand_in_any_order_with_others_between(tmp_path):

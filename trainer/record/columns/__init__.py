@@ -11,6 +11,6 @@ metrics.jsonl, is none.
 """
 
 from .parts import update_columns
-from .rows import read_columns, read_rows
+from .rows import read_columns, read_rows, read_some_rows
 
-__all__ = ["read_columns", "read_rows", "update_columns"]
+__all__ = ["read_columns", "read_rows", "read_some_rows", "update_columns"]

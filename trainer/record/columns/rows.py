@@ -1,7 +1,7 @@
 """The record by column: what `trainer.record.lines.read_metrics` reads, without parsing a line twice."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,21 +70,31 @@ def counting(rows: Rows, events: Sequence[dict[str, Any]]) -> np.ndarray:
 
 def read_rows(run_dir: str | Path, names: Sequence[str]) -> Rows:
     """Every line with these numbers, superseded ones too; a copy that is missing or too old is made first."""
+    return rows_of(list(_pieces(run_dir, names)), names)
+
+
+def read_some_rows(run_dir: str | Path, names: Sequence[str]) -> Iterator[Rows]:
+    """As `read_rows`, some lines at a time: a long record is not in memory whole."""
+    for piece in _pieces(run_dir, names):
+        yield rows_of([piece], names)
+
+
+def _pieces(run_dir: str | Path, names: Sequence[str]) -> Iterator[dict[str, np.ndarray]]:
     run_dir = Path(run_dir)
     with contextlib.suppress(OSError):  # a folder that cannot be written, or a disk that is full: it takes longer
         update_columns(run_dir)
     wanted = list(dict.fromkeys((*KEYS, *names)))
-    pieces, end = [], 0
+    end = 0
     with Copy(run_dir) as copy:
         for part in copy.parts:
             try:
-                pieces.append(copy.read(part, wanted))
+                piece = copy.read(part, wanted)
             except DamagedCopy:
                 break
+            yield piece
             end = part.end
     for parsed in parsed_lines(run_dir, end):
-        pieces.append({name: parsed.columns[name] for name in wanted if name in parsed.columns})
-    return rows_of(pieces, names)
+        yield {name: parsed.columns[name] for name in wanted if name in parsed.columns}
 
 
 def rows_of(pieces: Sequence[dict[str, np.ndarray]], names: Sequence[str] = ()) -> Rows:
