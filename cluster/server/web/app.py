@@ -152,7 +152,7 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
 
     @app.get("/api/runs/{id}", response_model=responses.Details)
     def run(request: Request, id: str) -> Response:
-        return _json(request, details(found(id), books))
+        return _json(request, details(found(id), books, columns))
 
     @app.get("/api/runs/{id}/series", response_model=responses.Series)
     def series(

@@ -54,7 +54,7 @@ def opened(folders: Sequence[Path]) -> list[Entry]:
 
 def contents_of_run(entry: Entry) -> dict[str, Any]:
     """For the page of one run; as far as its record can be read."""
-    found = details(entry, Books())
+    found = details(entry, Books(), Columns())
     path, own = entry.run.path, {}
     for sample in found["samples"]:
         if sample["kind"] == "picture" and "wrong" not in sample:

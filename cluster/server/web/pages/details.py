@@ -5,12 +5,14 @@ import itertools
 import os
 import re
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from configs.reading.parse import shortened
+from trainer.record.columns.parse import MOST_NAMES
 from trainer.record.goodput import BOOKS, Attempt, book, productive, read_steps, total, unpaused
 from trainer.record.lines import METRICS, last_records, read_events
 from trainer.record.notable import notable
@@ -23,7 +25,7 @@ from ..index.runs_index import Entry
 from ..index.sampling import sample_records
 from .folders import below, opened, plain_files
 from .samples import SAMPLES, samples
-from .series import OF_LISTS
+from .series import OF_LISTS, Columns
 
 LOGS = "logs"
 LOG = re.compile(r"attempt-(\d{1,9})-rank-(\d{1,9})\.log")
@@ -34,6 +36,8 @@ MOST_LOG = 1 << 20
 MOST_SEARCHED = 64 << 20
 """Bytes at the end of a log that are searched."""
 MOST_EVENTS = 500
+SHORT = 0.1
+"""Seconds that it may take to work out where a run's time went, whenever something is recorded."""
 WEB = re.compile(r"https?://[^\s\\<>\"'@]{1,500}")
 """Addresses that become links."""
 FOLDERS = ("", LOGS, SAMPLES, "plots", "profiles", "stacks", "model", "tokenizer")
@@ -42,7 +46,7 @@ NAMES = {"step": "in steps", "data_wait": "waiting for data", "down": "down afte
 """Books of goodput as a person reads them, where their own names do not do."""
 
 
-def details(entry: Entry, books: "Books") -> dict[str, Any]:
+def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
     """All that the page of a run shows but its curves."""
     run, problems = entry.run, []
 
@@ -56,6 +60,9 @@ def details(entry: Entry, books: "Books") -> dict[str, Any]:
     events = read(lambda: read_events(run.folder), [])
     train, evaluation = read(lambda: last_records(run.path / METRICS), ({}, {}))
     booked = read(lambda: books.of(run.folder), [])
+    metrics, left_out = read(lambda: metric_names(run.path, train, evaluation, columns), ([], 0))
+    if left_out:
+        problems.append(f"{left_out:,} more metrics than the {MOST_NAMES:,} that are read")
     whole = total(booked)
     config = flat_config(entry.config)
     if not config:
@@ -75,7 +82,7 @@ def details(entry: Entry, books: "Books") -> dict[str, Any]:
             ],
         },
         "planned": _planned(events),
-        "metrics": read(lambda: metric_names(run.path, train, evaluation), []),
+        "metrics": metrics,
         "samples": read(lambda: samples(run.path), []),
         "ranks": read(lambda: sorted({rank for _, rank, _ in _logs(run.path)}), []),
         "files": _files(run.path),
@@ -95,22 +102,37 @@ class Books:
 
     def __init__(self, most: int = 2000) -> None:
         self._most = most
-        self._known: OrderedDict[str, tuple[tuple[int, ...], list[Attempt]]] = OrderedDict()
+        self._known: OrderedDict[str, _Booked] = OrderedDict()
         self._lock = threading.Lock()
 
     def of(self, folder: str) -> list[Attempt]:
-        """Raises OSError if the record cannot be read."""
-        now = signature(folder)[:4]
+        """As it was a moment ago where it takes long to work out: a twentieth of a core at the most.
+
+        Raises:
+            OSError: the record cannot be read.
+        """
+        now, at = signature(folder)[:4], time.monotonic()
         with self._lock:
             known = self._known.get(folder)
-        if known is None or known[0] != now:
-            known = now, book(read_events(folder), read_steps(Path(folder)))
+        lately = known is not None and known.took > SHORT and at - known.at < 20 * known.took
+        if known is None or (known.signature != now and not lately):
+            attempts = book(read_events(folder), read_steps(Path(folder)))
+            ended = time.monotonic()
+            known = _Booked(now, attempts, ended, ended - at)
             with self._lock:
                 self._known[folder] = known
                 self._known.move_to_end(folder)
                 if len(self._known) > self._most:
                     self._known.popitem(last=False)
-        return known[1]
+        return known.attempts
+
+
+class _Booked(NamedTuple):
+    signature: tuple[int, ...]
+    attempts: list[Attempt]
+    at: float
+    took: float
+    """Seconds."""
 
 
 def parts(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
@@ -265,8 +287,13 @@ def _planned(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def metric_names(run_dir: Path, train: Mapping[str, Any], evaluation: Mapping[str, Any]) -> list[str]:
-    """Metrics of a run that have a curve: numbers, and lists of numbers by what they become."""
+def metric_names(
+    run_dir: Path, train: Mapping[str, Any], evaluation: Mapping[str, Any], columns: Columns
+) -> tuple[list[str], int]:
+    """Metrics of a run that have a curve: numbers, and lists of numbers by what they become; and how many more it has.
+
+    Raises OSError.
+    """
     names: dict[str, None] = {}
     for record in (train, evaluation, *sample_records(run_dir / METRICS, 20)):
         for key, value in record.items():
@@ -276,7 +303,9 @@ def metric_names(run_dir: Path, train: Mapping[str, Any], evaluation: Mapping[st
                 names[key] = None
             elif isinstance(value, list) and any(type(each) in (int, float) for each in value):
                 names |= dict.fromkeys(f"{key}.{how}" for how in OF_LISTS)
-    return list(names)[:10_000]
+    known, left_out = columns.read(str(run_dir), lambda kept: (kept.columns.names(), kept.columns.left_out))
+    names |= dict.fromkeys(known)
+    return list(names)[:MOST_NAMES], left_out + max(len(names) - MOST_NAMES, 0)
 
 
 def _logs(run_dir: Path) -> list[tuple[int, int, str]]:

@@ -12,8 +12,9 @@ import pytest
 from dashboards import serving, write_run
 from support import tiny, train_in_process
 
+from cluster.server.web.pages import details
 from trainer.record.goodput import goodput, productive, total
-from trainer.record.lines import read_events, read_metrics, summary
+from trainer.record.lines import Record, read_events, read_metrics, summary
 from trainer.run.folder import prepare_run
 
 STEPS = 8
@@ -269,3 +270,25 @@ def test_a_run_is_stopped_after_a_checkpoint(dashboard, root, tiny_data):
     assert checkpoints[-1] == row["step"]
     told = dashboard.get("/api/runs/live/series?metric=loss").json["metrics"]["loss"]
     assert told["last"][0] == row["step"]
+
+
+def test_three_thousand_metrics_are_listed_and_each_has_its_curve(dashboard, root, monkeypatch):
+    """Those too that are in hardly any record, and those that began late; what is left out is said."""
+    record = Record(write_run(root / "wide", 30, of=60), 2)
+    for step in range(31, 61):
+        more = {f"metric_{number}": float(step * number) for number in range(2998)}
+        record.metrics({"step": step, "loss": 1.0 / step} | more | ({"once": 7.0} if step == 33 else {}))
+    record.close()
+    dashboard.look()
+    told = dashboard.get("/api/runs/wide").json
+    assert set(told["metrics"]) > {"loss", "once", *(f"metric_{number}" for number in range(2998))}
+    curves = dashboard.get("/api/runs/wide/series?metric=metric_2997&metric=once&metric=loss").json["metrics"]
+    assert curves["metric_2997"]["x"] == list(range(31, 61))
+    assert curves["metric_2997"]["last"] == [60.0, 60.0 * 2997]
+    assert (curves["once"]["x"], curves["once"]["y"]) == ([33.0], [7.0])
+    assert told["problems"] == []
+    named = len(told["metrics"])
+    monkeypatch.setattr(details, "MOST_NAMES", 2000)
+    told = dashboard.get("/api/runs/wide").json
+    assert len(told["metrics"]) == 2000
+    assert told["problems"] == [f"{named - 2000:,} more metrics than the 2,000 that are read"]
