@@ -37,6 +37,7 @@ export class Table {
     this.watch.disconnect();
   }
 
+  /** Its rows are drawn with them by `setRows` or `draw(true)`: those that it has may be of other data. */
   setColumns(columns, sort) {
     this.columns = columns;
     this.node.style.setProperty("--columns", columns.map((column) => column.width).join(" "));
@@ -49,7 +50,6 @@ export class Table {
         : el("span", {}, column.label);
       return el("div", { role: "columnheader", class: column.class ?? "", "aria-sort": order, "data-key": column.key }, column.head?.(), label);
     }));
-    this.draw(true);
   }
 
   setRows(rows, keep) {

@@ -3,7 +3,9 @@
 export const readOnly = true;
 export const told = JSON.parse(document.getElementById("told").textContent);
 
-export class ApiError extends Error {}
+export class ApiError extends Error {
+  status = 400;
+}
 
 export const runPath = (id, rest = "") => `/api/runs/${encodeURIComponent(id)}${rest}`;
 

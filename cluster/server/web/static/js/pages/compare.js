@@ -226,7 +226,7 @@ class Compare {
         el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×")))))));
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
-      ? el("div", { class: "wide" }, el("table", { class: "plain keys-table" },
+      ? el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Keys that differ" }, el("table", { class: "plain keys-table" },
         el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "for-readers" }, "key")), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), ids.length > 3 ? el("span", { class: "for-readers" }, this.name(id)) : middle(this.name(id).slice(prefix.length), 14))))),
         el("tbody", {}, differs.map(({ key, values }) => el("tr", {}, el("td", { class: "mono" }, key), values.map((value) => {
           const text = value === null ? DASH : plain(value);

@@ -58,6 +58,7 @@ class Run {
       this.show();
       announce(`${found.row.name}: ${word(found.row.status)}, step ${found.row.step}`);
     } catch (error) {
+      if (error.status === undefined) throw error;
       if (this.closed || (this.details && error.status !== 404)) return;
       put(this.head, error.status === 404
         ? empty(this.details ? "This run is gone" : "There is no such run", error.message, "muster runs", el("p", {}, el("a", { href: "/runs" }, "All runs")))

@@ -74,7 +74,8 @@ class Runs {
       this.more.clear();
       this.known = null;
       await this.show({ calm: true });
-    } catch {
+    } catch (error) {
+      if (error.status === undefined) throw error;
       // The line at the top says it; what is known stays.
     }
   }
@@ -146,8 +147,11 @@ class Runs {
     if (turn !== this.turn) return;
     put(this.wrong);
     this.input.removeAttribute("aria-invalid");
-    this.held = calm && this.table.hovered && this.table.rows.length > 0;
-    if (this.held) return void this.table.draw(true); // what is under the pointer stays there
+    this.held = calm && this.table.hovered && this.table.rows.length > 0 && this.found();
+    if (this.held) { // what is under the pointer stays there
+      this.setColumns();
+      return void this.table.draw(true);
+    }
     const places = [];
     for (let place = 0; place < runs.count; place++) if (test(place)) places.push(place);
     this.layOut(places, group, sort);
@@ -166,29 +170,56 @@ class Runs {
     const groups = new Map(), rows = [];
     for (const place of places) {
       const value = keyed[place];
-      if (none(value)) rows.push({ place, value: values[place] });
+      if (none(value)) rows.push(this.row(place, { value: values[place] }));
       else if (groups.has(String(value))) groups.get(String(value)).places.push(place);
       else groups.set(String(value), { group: String(value), key: group, places: [place] });
     }
     for (const each of groups.values()) {
       each.places.sort((a, b) => by(values[a], values[b]) || b - a);
-      const found = new Map();
-      each.statistics = (column) => {
-        if (!found.has(column)) found.set(column, statistics(each.places.map((place) => this.values(column)[place])));
-        return found.get(column);
-      };
+      this.gather(each);
       const first = key === group ? keyed[each.places[0]] : values[each.places[0]];
       each.value = group === "sweep" || key === group ? first : each.statistics(key).mean ?? first;
       rows.push(each);
     }
     const newest = (row) => row.place ?? row.places.at(-1);
     rows.sort((a, b) => by(a.value, b.value) || newest(b) - newest(a));
-    const flat = rows.flatMap((row) => (this.unfolded.has(row.group) ? [row, ...row.places.map((place) => ({ place, inner: true }))] : [row]));
-    this.band = bandOf();
+    const flat = rows.flatMap((row) => (this.unfolded.has(row.group) ? [row, ...row.places.map((place) => this.row(place, { inner: true }))] : [row]));
+    Object.assign(this, { band: bandOf(), shown: { places, ids: places.map((place) => runs.columns.id[place]), group, sort } });
+    this.setColumns();
+    this.table.setRows(flat, (row) => (row.group !== undefined ? `group ${row.group}` : row.id));
+  }
+
+  row(place, more) {
+    return { place, id: runs.columns.id[place], ...more };
+  }
+
+  /** A group's ids, and what its runs' values come to. */
+  gather(group) {
+    const found = new Map();
+    group.ids = group.places.map((place) => runs.columns.id[place]);
+    group.statistics = (column) => {
+      if (!found.has(column)) found.set(column, statistics(group.places.map((place) => this.values(column)[place])));
+      return found.get(column);
+    };
+  }
+
+  /** Finds the runs of the rows that are shown among those that there are now; false: one is gone. */
+  found() {
+    const { rows } = this.table, here = ({ ids, id }) => (ids ?? [id]).every((each) => runs.places.has(each));
+    if (!rows.every(here)) return false;
+    for (const row of rows) {
+      if (row.group === undefined) row.place = runs.places.get(row.id);
+      else this.gather(Object.assign(row, { places: row.ids.map((id) => runs.places.get(id)) }));
+    }
+    this.shown.places = this.shown.ids.map((id) => runs.places.get(id)).filter((place) => place !== undefined);
+    return true;
+  }
+
+  setColumns() {
+    const { places, group, sort } = this.shown;
     const shown = this.columnKeys.filter((each) => each !== "strip" || this.band === 2);
     const keys = this.band === 0 ? ["eval_loss", "step"] : this.band === 1 ? shown.slice(0, 7) : shown;
     this.table.setColumns([this.selecting(), this.naming(group), ...keys.map((each) => makeColumn(each, this, places))], sort);
-    this.table.setRows(flat, (row) => (row.group !== undefined ? `group ${row.group}` : runs.columns.id[row.place]));
   }
 
   say(places, text, group) {
@@ -234,7 +265,7 @@ class Runs {
       cell: (row) => {
         if (row.group !== undefined) return [el("b", { class: "cut", title: row.group }, row.group), el("span", { class: "tag" }, group === "sweep" ? `sweep, ${row.places.length} trials` : `${row.places.length} runs`)];
         const { id, name, status, tags, sweep } = runs.columns, place = row.place;
-        const shown = row.inner || !sweep?.[place] ? name[place] : `${sweep[place]}/${name[place]}`;
+        const own = name[place] ?? "", shown = row.inner || !sweep?.[place] ? own : `${sweep[place]}/${own}`;
         return [
           el("span", { class: row.inner ? "state inner" : "state" }, glyph(word(status[place]), true)),
           el("a", { href: runAddress(id[place]), tabindex: "-1", title: shown, class: "cut" }, cut(shown)),
