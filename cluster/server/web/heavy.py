@@ -3,15 +3,17 @@
 import contextlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 from configs.reading.parse import clip
+from trainer.files.plain_json import dump
 
 MOST_KEPT = 32
 MOST_WAITING = 16
@@ -19,6 +21,19 @@ LONGEST = 64 << 20
 """Bytes of an answer."""
 PATIENCE = 600.0
 """Seconds that a piece of work may take; it limits itself to fewer of a core."""
+
+
+def answer_one(work: Callable[[dict[str, Any]], dict[str, Any]], seconds: int, memory: int) -> None:
+    """What such a module does: read its question, and write what `work` makes of it.
+
+    Args:
+        seconds: of a core, after which the process is ended.
+        memory: bytes that it may take.
+    """
+    os.nice(10)  # runs may be trained on this machine
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    sys.stdout.write(dump(work(json.load(sys.stdin))))
 
 
 class Answer(NamedTuple):
@@ -105,9 +120,8 @@ class Heavy:
                     self._kept.popitem(last=False)
 
     def _answer(self, work: Work) -> dict[str, Any]:
-        # One thread of arithmetic, and after whatever else wants the core: runs may be trained on this machine.
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        command = ["nice", "-n", "10", sys.executable, "-P", "-m", work.module]
+        command = [sys.executable, "-P", "-m", work.module]
         try:
             with self._lock:
                 if self._closed:

@@ -1,22 +1,20 @@
 """What a page shows of a sweep's law, as JSON: by the functions of `muster sweep fit`, `predict`, `score` and `next`.
 
-It is a process of its own (`python -m cluster.sweep.results.law_page`), which takes a question on stdin: a fit takes
-seconds of a core. Whoever made the sweep's folder may not be whoever looks at it, so nothing outside of the roots is
-read, and nothing that a config names is run.
+It is a process of its own (`python -m cluster.sweep.results.law_page`): a fit takes seconds of a core. Whoever made the
+sweep's folder may not be whoever looks at it, so nothing outside of the roots is read, and nothing that a config names
+is run.
 """
 
-import json
 import math
 import os
-import resource
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cluster.server.web.heavy import answer_one
 from cluster.sweep.design.next_run import Best, next_trial
 from cluster.sweep.train.progress import Books, books, read_plan
 from cluster.sweep.train.trial_state import Ledger
@@ -33,7 +31,6 @@ from models.scaling.predictions import Forecast, Prediction
 from models.scaling.scoring import score, to_json
 from models.scaling.table import Table, budgets
 from trainer.files.own_files import read_bytes
-from trainer.files.plain_json import dump
 from trainer.tracking.sweep import SWEEP, TRIALS
 
 from .collect import collect_folder, loss_curves
@@ -42,7 +39,7 @@ from .score import PREDICTIONS, score_runs
 from .valleys import POINTS, is_dense, known_valleys, lowest, name, parabola
 
 SECONDS, MEMORY = 300, 4 << 30
-"""Of a core, and bytes: a fit of what no sweep has does not take the machine."""
+"""Of a core, and bytes: no sweep's fit takes as much."""
 BEYOND = 3.0
 """Lines go on to this factor beyond the largest budget, or the one that is predicted."""
 
@@ -293,20 +290,16 @@ def _refuse_outside(sweep: SweepConfig) -> None:
             raise ConfigError("its shape follows from plugins or another model's folder, which are not read here")
 
 
-def main() -> None:
-    """Answer one question: {"folder", "roots", "budget", "max_budget"}; what cannot be told is {"error": why}."""
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    asked = json.load(sys.stdin)
+def answer(asked: Mapping[str, Any]) -> dict[str, Any]:
+    """As `told`, of {"folder", "roots", "budget", "max_budget"}; what cannot be told is {"error": why}."""
     try:
         folder = Folder(Path(asked["folder"]), [Path(root) for root in asked["roots"]])
-        answer = told(folder, asked["budget"], asked["max_budget"])
+        return told(folder, asked["budget"], asked["max_budget"])
     except ConfigError as error:
-        answer = {"error": str(error)}
+        return {"error": str(error)}
     except OSError as error:
-        answer = {"error": f"{Path(str(error.filename or '')).name}: {error.strerror or error}"}
-    sys.stdout.write(dump(answer))
+        return {"error": f"{Path(str(error.filename or '')).name}: {error.strerror or error}"}
 
 
 if __name__ == "__main__":
-    main()
+    answer_one(answer, SECONDS, MEMORY)

@@ -1,5 +1,6 @@
 """Sweeps for the tests: small ones, and records of trials as training would leave them."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,36 @@ from trainer.record.lines import Record
 TINY = {
     "num_layers": 2, "hidden_size": 32, "num_heads": 2, "num_kv_heads": 2, "num_experts": 0, "intermediate_size": 64,
 }  # fmt: skip
+
+
+BUDGETS = [3e9, 6e9, 1.2e10, 2.4e10]
+ISOFLOP = {
+    "isoflop": {"budgets": BUDGETS, "sizes": 4, "spread": 2}, "rules": {"lr": "fixed", "batch": "fixed"},
+    "shape": {"head_dim": 4, "aspect_ratio": 8, "ffn_multiple": 4}, "set": {"train.global_batch": 32},
+}  # fmt: skip
+"""Sections of a tiny sweep of enough sizes and budgets for a law."""
+
+
+def planted(trial: Any, noise: float) -> float:
+    """A loss by a law of the trial's size and tokens."""
+    return float((1.6 + 40 / trial.counts.active**0.3 + 90 / trial.tokens**0.3) * math.exp(noise))
+
+
+def made(
+    root: Path, data: Path, name: str, count: int | None = None, loss: Any = lambda trial: 2.0, **sections: Any
+) -> tuple[Any, tuple, Record]:
+    """A sweep of which the first trials have finished; its setting, all of its trials, and its record."""
+    from cluster.sweep.train.progress import write_plan
+    from cluster.sweep.train.setting import Setting
+
+    sweep = tiny_sweep(root, data, **sections).model_copy(update={"name": name})
+    setting = Setting(sweep)
+    trials, record = setting.plan().trials, begun(sweep)
+    setting.write_sweep()
+    write_plan(setting.sweep_dir, setting.plan())
+    for trial in trials[:count]:
+        trained(setting, trial, record, loss=loss(trial))
+    return setting, trials, record
 
 
 def tiny_sweep(root: Path, data: Path, **sections: Any) -> SweepConfig:

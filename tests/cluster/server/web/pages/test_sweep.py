@@ -6,40 +6,17 @@ import time
 import numpy as np
 import pytest
 from dashboards import serving
-from sweeps import begun, tiny_sweep, trained
+from sweeps import BUDGETS, ISOFLOP, made, planted, trained
 
 from cluster.sweep.results.collect import collect, known_plan
 from cluster.sweep.results.score import keep_prediction
-from cluster.sweep.train.progress import progress, to_json, write_plan
-from cluster.sweep.train.setting import Setting
+from cluster.sweep.train.progress import progress, to_json
 from models.scaling.fitting import fit
 from models.scaling.predictions import Forecast
 from trainer.record.lines import Record
 
 AXES = {"optim.lr": [0.001, 0.002], "train.steps": [4, 8]}
-BUDGETS = [3e9, 6e9, 1.2e10, 2.4e10]
-ISOFLOP = {
-    "isoflop": {"budgets": BUDGETS, "sizes": 4, "spread": 2}, "rules": {"lr": "fixed", "batch": "fixed"},
-    "shape": {"head_dim": 4, "aspect_ratio": 8, "ffn_multiple": 4}, "set": {"train.global_batch": 32},
-}  # fmt: skip
 SECRET = 7.654321
-
-
-def law(trial, noise):
-    return float((1.6 + 40 / trial.counts.active**0.3 + 90 / trial.tokens**0.3) * np.exp(noise))
-
-
-def made(root, data, name, count=None, loss=lambda trial: 2.0, **sections):
-    """A sweep whose first trials have finished."""
-    sweep = tiny_sweep(root, data, **sections).model_copy(update={"name": name})
-    setting = Setting(sweep)
-    planned = setting.plan()
-    record = begun(sweep)
-    setting.write_sweep()
-    write_plan(setting.sweep_dir, planned)
-    for trial in planned.trials[:count]:
-        trained(setting, trial, record, loss=loss(trial))
-    return setting, planned.trials, record
 
 
 def asked(dashboard, path):
@@ -61,7 +38,7 @@ def grid(root, tiny_data):
 @pytest.fixture(scope="module")
 def isoflop(root, tiny_data):
     generator = np.random.default_rng(0)
-    return made(root, tiny_data, "sizes", loss=lambda trial: law(trial, generator.normal(0, 0.004)), **ISOFLOP)
+    return made(root, tiny_data, "sizes", loss=lambda trial: planted(trial, generator.normal(0, 0.004)), **ISOFLOP)
 
 
 @pytest.fixture(scope="module")

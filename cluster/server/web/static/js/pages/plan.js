@@ -9,7 +9,8 @@ import { change, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Results, days } from "./plan_results.js";
 
-const OWN = "", FIRST = "moe-8x7b";
+/** In place of a preset's name. */
+const OWN = "own", FIRST = "moe-8x7b";
 /** Keys with a field of their own: [key, label]; the others are written as `KEY=VALUE`. */
 const SIZE = [["train.global_batch", "global_batch"], ["train.seq_len", "seq_len"], ["train.steps", "steps"]];
 const DEGREES = [["parallel.dp", "dp"], ["parallel.tp", "tp"], ["parallel.pp", "pp"], ["parallel.ep", "ep"], ["parallel.sp", "sp"], ["parallel.zero_stage", "ZeRO"]];
@@ -28,7 +29,7 @@ export function open(outlet) {
 
 class Plan {
   constructor(outlet) {
-    Object.assign(this, { text: state().get("yaml") ?? "", fields: new Map() });
+    Object.assign(this, { text: state().get("yaml") ?? "", fields: new Map() }); // a text that is too long for the address is here alone
     this.title = el("h1", {}, "Plan");
     this.buttons = el("div", { class: "buttons" });
     this.form = el("form", { class: "plan-form", "aria-label": "What is planned", on: { submit: (event) => event.preventDefault() } });
@@ -57,13 +58,19 @@ class Plan {
   }
 
   update() {
+    this.text = state().get("yaml") ?? this.text;
     if (this.options) this.ask();
   }
 
   get preset() {
     const asked = state().get("preset");
-    if (asked === OWN || (asked === null && this.text)) return OWN;
+    if (asked === OWN) return OWN;
     return this.options.presets.includes(asked) ? asked : this.options.presets.includes(FIRST) ? FIRST : this.options.presets[0];
+  }
+
+  /** The text as an address holds it. */
+  get short() {
+    return this.text.length <= MOST_IN_ADDRESS ? this.text : null;
   }
 
   get overrides() {
@@ -81,24 +88,24 @@ class Plan {
   /** Sets one key, or takes it out. */
   set(key, value) {
     const others = this.overrides.filter((each) => parted(each)[0] !== key);
-    const known = { preset: this.preset === OWN ? null : this.preset, gpus: this.asked.gpus };
+    const known = { preset: this.preset, gpus: this.asked.gpus };
     if (key === "parallel.dp" && value) known.gpus = null; // it follows from the other
     change({ ...known, set: value === "" ? others : [...others, `${key}=${value}`] }, { push: true });
   }
 
   option(name, value) {
     const set = name === "gpus" ? this.overrides.filter((each) => parted(each)[0] !== "parallel.dp") : this.overrides;
-    change({ preset: this.preset === OWN ? null : this.preset, gpus: this.asked.gpus, set, [name]: value }, { push: true });
+    change({ preset: this.preset, gpus: this.asked.gpus, set, [name]: value }, { push: true });
   }
 
   take(choice) {
     const topology = choice.overrides.filter((each) => parted(each)[0] !== "parallel.dp");
-    change({ preset: this.preset === OWN ? null : this.preset, gpus: choice.devices, set: [...this.overrides.filter((each) => !SEARCHED.has(parted(each)[0])), ...topology] }, { push: true });
+    change({ preset: this.preset, gpus: choice.devices, set: [...this.overrides.filter((each) => !SEARCHED.has(parted(each)[0])), ...topology] }, { push: true });
   }
 
   build() {
     const { presets, devices } = this.options;
-    const preset = el("select", { on: { change: (event) => change({ preset: event.target.value || null, set: null, gpus: this.asked.gpus, yaml: event.target.value === OWN && this.text.length <= MOST_IN_ADDRESS ? this.text || "{}" : null }, { push: true }) } }, presets.map((name) => el("option", { value: name }, name)), el("option", { value: OWN }, "a config of my own"));
+    const preset = el("select", { on: { change: (event) => change({ preset: event.target.value, set: null, gpus: this.asked.gpus, yaml: event.target.value === OWN ? this.short : null }, { push: true }) } }, presets.map((name) => el("option", { value: name }, name)), el("option", { value: OWN }, "my own YAML"));
     this.yaml = el("textarea", { rows: 8, spellcheck: "false", placeholder: "base: quickstart\nmodel: {num_layers: 8}", on: { change: () => this.paste() } });
     const kinds = el("select", { on: { change: (event) => this.option("gpu", event.target.value) } }, devices.map(({ name, memory }) => el("option", { value: name }, memory ? `${name.toUpperCase()}, ${bytes(memory)}` : "CPU core")));
     const redo = el("select", { on: { change: (event) => this.set(REDO, event.target.value) } }, ["none", "selective", "full"].map((each) => el("option", { value: each }, each)));
@@ -132,14 +139,14 @@ class Plan {
 
   paste() {
     this.text = this.yaml.value;
-    change({ yaml: this.text.length <= MOST_IN_ADDRESS ? this.text || "{}" : null, preset: null }, { push: true });
+    change({ preset: OWN, yaml: this.short }, { push: true });
     this.ask();
   }
 
   setOthers() {
     const own = this.overrides.filter((each) => FIELDS.has(parted(each)[0]));
     const others = this.others.value.split("\n").map((line) => line.trim()).filter(Boolean);
-    change({ preset: this.preset === OWN ? null : this.preset, gpus: this.asked.gpus, set: [...own, ...others] }, { push: true });
+    change({ preset: this.preset, gpus: this.asked.gpus, set: [...own, ...others] }, { push: true });
   }
 
   async load() {

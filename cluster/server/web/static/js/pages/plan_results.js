@@ -65,18 +65,18 @@ export class Results {
   }
 
   showStep(plan, { without }) {
-    const { step_time: step } = plan, parts = [["matrix products", plan.compute_time, "--part2", true], ["moving states", plan.memory_time, "--part4", true], ["small operations", plan.launch_time, "--part1", true]].filter(([, took]) => took > 0);
+    const { step_time: step } = plan, parts = [["matrix products", plan.compute_time, "--part2"], ["moving states", plan.memory_time, "--ink3"], ["small operations", plan.launch_time, "--line2"]].filter(([, took]) => took > 0);
     const waits = step - parts.reduce((sum, [, took]) => sum + took, 0), share = (took) => `${(100 * took) / step}%`;
     const sends = Object.entries(plan.traffic), sent = sends.reduce((sum, [, { seconds: took }]) => sum + took, 0), letters = innerWidth < 900 ? innerWidth / 9 : innerWidth / 19;
     const label = (name, took) => {
       const text = `${name} ${seconds(took)}`;
       return text.length < (letters * took) / step ? text : "";
     };
-    const inked = { "--part2": "var(--page)", "--part4": "var(--page)", "--part1": "var(--ink1)", "--part3": "var(--ink1)" };
+    const inked = { "--line2": "var(--ink1)" };
     put(this.step, el("h2", {}, "A step", el("small", {}, plan.hidden.length ? "sending overlaps computing" : "")),
       el("div", { class: "timeline", role: "img", "aria-label": [...parts, ["waits", waits]].map(([name, took]) => `${name} ${seconds(took)}`).concat(sends.map(([name, { seconds: took }]) => `${name} ${seconds(took)}`)).join(", ") },
-        el("span", {}, "compute"), el("div", { class: "lane-of" }, parts.map(([name, took, hue]) => el("span", { title: `${name}: ${seconds(took)}`, style: { width: share(took), background: `var(${hue})`, color: inked[hue] } }, label(name, took))), waits > 0.002 * step && el("span", { class: "waits", title: `waits: ${seconds(waits)}`, style: { width: share(waits) } }, waits > 0.1 * step ? `waits ${seconds(waits)}` : "")),
-        sends.length > 0 && [el("span", {}, "send"), el("div", { class: "lane-of" }, el("span", { style: { width: share(Math.max(0, step - sent)), padding: 0, border: 0 } }), sends.map(([name, { seconds: took, sent: size }], index) => el("span", { title: `${name}: ${seconds(took)}, ${bytes(size)} out of each device`, style: { width: share(Math.min(took, step)), background: `var(${index % 2 ? "--part3" : "--part1"})`, color: "var(--ink1)" } }, label(name, took))))],
+        el("span", {}, "compute"), el("div", { class: "lane-of" }, parts.map(([name, took, hue]) => el("span", { title: `${name}: ${seconds(took)}`, style: { width: share(took), background: `var(${hue})`, color: inked[hue] ?? "var(--page)" } }, label(name, took))), waits > 0.002 * step && el("span", { class: "waits", title: `waits: ${seconds(waits)}`, style: { width: share(waits) } }, waits > 0.1 * step ? `waits ${seconds(waits)}` : "")),
+        sends.length > 0 && [el("span", {}, "send"), el("div", { class: "lane-of" }, el("span", { style: { width: share(Math.max(0, step - sent)), padding: 0, border: 0 } }), sends.map(([name, { seconds: took, sent: size }], index) => el("span", { title: `${name}: ${seconds(took)}, ${bytes(size)} out of each device`, style: { width: share(Math.min(took, step)), background: `var(${index % 2 ? "--line" : "--line2"})`, color: "var(--ink1)" } }, label(name, took))))],
         el("div", { class: "time-axis" }, el("span", {}, "0"), el("span", {}, seconds(step)))),
       plan.bubble > 0 && el("p", { class: "quiet" }, `Pipeline bubble ${percent(plan.bubble)}% of the step.`),
       sends.length > 0 && el("p", { class: "quiet" }, sends.map(([name, { sent: size }]) => `${name} ${bytes(size)}`).join(", ") + " out of each device."),
@@ -100,9 +100,9 @@ export class Results {
     const degree = (keys, key) => el("td", { class: keys[`parallel.${key}`] === "1" ? "number ones" : "number" }, keys[`parallel.${key}`], key === "pp" && keys["parallel.pp_schedule"] === "dualpipev" ? "v" : "");
     this.shown = shown;
     this.active = Math.min(this.active, shown.length - 1);
-    const heads = [["", ""], ...["dp", "tp", "pp", "ep", "sp", "ZeRO", "micro"].map((name) => [name, "number"]), ["recompute", ""], ["memory", "number"], [limit ? `of ${bytes(limit)}` : "", ""], ["step", "number"], ["MFU", "number"], ["takes", "number"], ...(priced ? [["USD", "number"]] : [])];
+    const heads = [["take it", "hide"], ...["dp", "tp", "pp", "ep", "sp", "ZeRO", "micro"].map((name) => [name, "number"]), ["recompute", ""], ["memory", "number"], limit ? [`of ${bytes(limit)}`, ""] : ["memory, drawn", "hide"], ["step", "number"], ["MFU", "number"], ["takes", "number"], ...(priced ? [["USD", "number"]] : [])];
     put(this.table, el("h2", {}, "Topologies that fit", el("small", {}, choices.length ? `${choices.length}, the quickest first; ▸ the one above` : "none")), choices.length > 0 && el("div", { class: "wide" }, el("table", { class: "plain topologies" },
-      el("thead", {}, el("tr", {}, heads.map(([name, kind]) => el("th", { class: kind }, name)))),
+      el("thead", {}, el("tr", {}, heads.map(([name, kind]) => (kind === "hide" ? el("th", {}, el("span", { class: "for-readers" }, name)) : el("th", { class: kind }, name))))),
       el("tbody", {}, shown.map((choice, index) => el("tr", { class: index === this.active ? "active" : "", "aria-selected": String(choice === now), on: { click: () => choice !== now && this.take(choice) } },
         el("td", {}, choice === now ? "▸" : el("button", { type: "button", class: "bare take", title: "Take it", "aria-label": `Take topology ${index + 1}`, on: { click: (event) => (event.stopPropagation(), this.take(choice)) } }, "‣")), ["dp", "tp", "pp", "ep", "sp"].map((key) => degree(choice.keys, key)), el("td", { class: "number" }, choice.keys["parallel.zero_stage"]), el("td", { class: "number" }, choice.keys["train.micro_batch"]), el("td", {}, choice.keys["train.activation_checkpointing"]),
         el("td", { class: "number" }, bytes(choice.memory.peak)), el("td", { class: "mem" }, limit && el("div", {}, el("span", { style: { width: `${(100 * choice.memory.peak) / limit}%` } }))), el("td", { class: "number" }, el("b", {}, seconds(choice.step_time))), el("td", { class: "number" }, percent(choice.mfu), el("span", { class: "unit" }, "%")), el("td", { class: "number" }, days(choice.hours)), priced && el("td", { class: "number" }, choice.usd >= 1e5 ? compact(choice.usd) : whole(choice.usd))))))),

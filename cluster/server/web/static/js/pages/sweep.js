@@ -211,7 +211,7 @@ class Sweep {
       el("span", { class: "quiet" }, [parts, spent].filter(Boolean).join("; ")), failed > 0 && el("span", { class: "failed" }, `${failed} failed`),
       el("div", { class: "space" }),
       law && this.bySize && el("span", { class: "quiet" }, law.working ? (law.law ? `law of ${clock(law.computed)}; a newer one is being worked out` : "the law is being worked out") : law.computed ? `law of ${clock(law.computed)}` : ""),
-      !readOnly && this.bySize && levels.length > 3 && [el("span", { class: "quiet" }, "Fit on budgets to"), choice("Fit on budgets to", levels.slice(2).slice(-4).map((level) => [level, flops(level)]), this.chosenLevel(levels), (level) => change({ max: level === levels.at(-1) ? null : Number(level.toPrecision(4)), at: null }, { push: true }))],
+      !readOnly && this.bySize && levels.length > 3 && el("span", { class: "quiet fit-on" }, "Fit on budgets to ", choice("Fit on budgets to", levels.slice(2).slice(-4).map((level) => [level, flops(level)]), this.chosenLevel(levels), (level) => change({ max: level === levels.at(-1) ? null : Number(level.toPrecision(4)), at: null }, { push: true }))),
       !readOnly && this.bySize && known?.budget && el("label", { class: "quiet predict-at" }, "Predict at ", (this.field = el("input", { type: "text", id: "predict-at", class: "number", inputmode: "decimal", value: flops(this.budget ?? known.budget), "aria-label": "Predict at, training FLOPs", on: { change: (event) => this.ask(event.target) } })), el("span", { class: "unit" }, "FLOPs")));
     if (this.field) this.field.defaultValue = this.field.value;
     if (focused) this.field?.focus();

@@ -1,0 +1,37 @@
+"""A real browser for tests of pages, and what goes wrong in it."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from dashboards import TOKEN, Dashboard
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+class Watched:
+    """A page of which everything wrong is noted."""
+
+    def __init__(self, context: Any, host: str) -> None:
+        self.page, self.wrong = context.new_page(), []
+        self.page.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(said.text))
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", lambda request: self._note(request.url, host))
+
+    def _note(self, url: str, host: str) -> None:
+        if not url.startswith((f"http://{host}/", "blob:", "data:")):
+            self.wrong.append(f"asked outside: {url}")
+
+
+@contextlib.contextmanager
+def logged_in(browser: Any, dashboard: Dashboard) -> Iterator[Watched]:
+    """A page of a dashboard; at the end nothing has gone wrong in it."""
+    context = browser.new_context(base_url=f"http://{dashboard.host}", viewport={"width": 1440, "height": 900})
+    context.set_default_timeout(30_000)
+    answer = context.request.post("/login", data={"token": TOKEN}, headers={"origin": f"http://{dashboard.host}"})
+    assert answer.ok
+    found = Watched(context, dashboard.host)
+    yield found
+    assert found.wrong == []
+    context.close()
