@@ -19,8 +19,8 @@ NAMES = {
     "expert_dead": "router_dead_experts",
     "dropped": "router_dropped",
 }
-"""Their names in the tracker. MLflow's page sorts charts by name, those with a / in the name before all others: so only
-`system/`, which has a page of its own, has one, and the losses come first."""
+"""Their names in the tracker. MLflow's page sorts charts by name, those with a / in the name before all others except
+`system/`, which comes last: so no other name has one, and the losses come first."""
 ROUTER_METRICS = {
     "expert_maxvio": max,
     "expert_dead": max,

@@ -274,7 +274,7 @@ def test_import_refuses_what_deepseek_style_models_have_beside_their_experts(tmp
         import_hf(tmp_path)
 
 
-def test_layers_for_the_prediction_of_more_tokens_are_left_out(tmp_path):
+def test_multi_token_prediction_layers_are_left_out(tmp_path):
     """As transformers leaves them out, for the layer that GLM-4.5 has: its key alone is no reason to refuse."""
     config, batch = tiny.config(**DEEPSEEK), tiny.batch()
     module = biased(config)
@@ -296,7 +296,7 @@ def test_layers_for_the_prediction_of_more_tokens_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-def test_heads_that_config_json_does_not_count_are_those_of_transformers(model_type):
+def test_missing_head_counts_are_those_of_transformers(model_type):
     sizes = {"hidden_size": 2048, "num_attention_heads": 32, "num_hidden_layers": 2, "vocab_size": 99}
     if model_type == "glm4_moe":
         sizes["partial_rotary_factor"] = 1.0
@@ -310,7 +310,7 @@ def test_heads_that_config_json_does_not_count_are_those_of_transformers(model_t
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Mixtral", "Qwen2", "Qwen2Moe", "Qwen3", "Qwen3Moe"])
-def test_keys_that_config_json_lacks_mean_what_transformers_takes(tmp_path, kind):
+def test_missing_keys_of_config_json_have_the_defaults_of_transformers(tmp_path, kind):
     """The window of a model that slides, the base of its positions and the eps of its norms have defaults there."""
     sizes = {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -44,7 +44,7 @@ def test_the_index_is_the_authority(sharded):
     check_same(folder, tensors)
 
 
-def test_what_else_lies_beside_one_file_is_not_read(tmp_path):
+def test_files_beside_a_single_file_are_not_read(tmp_path):
     config = tiny.config(num_experts=0)
     module = tiny.model(config)
     export_hf(module, config, tmp_path)
@@ -70,7 +70,7 @@ def refusal(folder):
     return str(caught.value)
 
 
-def test_what_nothing_decides_is_refused_by_name(sharded):
+def test_ambiguous_files_are_refused_by_name(sharded):
     folder, tensors = sharded
     save_file(tensors, folder / "model.safetensors")
     assert "the only file that transformers would read, and model.safetensors.index.json, which names" in refusal(
@@ -140,7 +140,7 @@ def test_a_tied_head_is_the_embedding(tmp_path):
     assert f'1 missing ["{embedding}"]' in refusal(tmp_path)
 
 
-def test_adapters_and_quantized_weights_are_called_so(sharded):
+def test_adapters_and_quantized_weights_are_recognised(sharded):
     folder, tensors = sharded
     config = json.loads((folder / "config.json").read_text())
     for path in folder.glob("model*"):

@@ -1,4 +1,4 @@
-"""`model.from`: the model's keys and the tokenizer of a folder, under what the config says beside it."""
+"""`model.from`: the model's keys and the tokenizer of a folder, overridden by the keys beside it."""
 
 import json
 import subprocess
@@ -19,7 +19,7 @@ def folder(tmp_path):
     return tmp_path / "hf"
 
 
-def test_it_takes_the_place_of_what_lies_below_and_not_of_what_stands_beside(folder, tmp_path):
+def test_it_replaces_keys_of_the_base_but_not_those_beside_it(folder, tmp_path):
     expected = {"qkv_bias": True, "qk_norm": False, "num_layers": 2, "hidden_size": 32, "num_experts": 0, "head_dim": 8}
     (tmp_path / "mine.yaml").write_text(f"base: quickstart\nmodel: {{from: {folder}, dropout: 0.1}}\n")
     (tmp_path / "over.yaml").write_text("base: mine.yaml\nmodel: {loss_chunk: 128}\n")
@@ -173,24 +173,24 @@ def test_mistakes(source, told):
 @pytest.mark.parametrize(
     "tree", [None, 0, "0", [], [["model", {}]], {"model": None}, {"model": "from"}, {"model": ["from"]}]
 )
-def test_what_is_no_config_is_explained_as_such(tree):
+def test_a_file_that_is_not_a_config_is_explained(tree):
     with pytest.raises(ConfigError, match="config: "):
         from_dict(tree)
 
 
 @pytest.mark.parametrize("data", [None, [], "stdlib", {"prepare": None}, {"prepare": "bpe"}])
-def test_a_section_of_data_that_is_none_is_explained_as_such(folder, data):
+def test_a_data_section_that_is_not_one_is_explained(folder, data):
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match="config: data"):
         from_dict({"model": {"from": str(folder)}, "data": data})
 
 
-def test_a_file_in_the_folder_is_no_folder(folder):
+def test_a_file_in_place_of_its_folder_is_refused(folder):
     with pytest.raises(ConfigError, match=r'model.from=".*config.json" is a file: give its folder'):
         load("quickstart", [f"model.from={folder / 'config.json'}"])
 
 
-def test_a_model_that_is_not_read_is_named_with_those_that_are(folder):
+def test_an_unsupported_model_is_named_with_the_supported_ones(folder):
     tree = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(tree | {"model_type": "gpt2"}))
     with pytest.raises(

@@ -15,7 +15,7 @@ def config(experts: int = 8, top_k: int = 2, **changes) -> ModelConfig:
 
 
 def listen(logits: Tensor, config: ModelConfig, sequences: int = 1) -> Heard:
-    """What is heard of a router that chooses by its scores alone."""
+    """The statistics of a router that chooses by its scores alone."""
     scores = logits.softmax(-1) if config.router == "softmax" else logits.sigmoid()
     return heard(config, sequences, logits, scores, scores.topk(config.top_k, dim=-1).indices, None)
 

@@ -49,7 +49,7 @@ def test_equals_loop(grouped, dtype, tolerance, tokens, top_k):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_experts_of_no_token_have_zero_gradients(dtype):
+def test_experts_without_tokens_have_zero_gradients(dtype):
     (x, gate_up, down, weight), choice, dy = case(dtype, 70, 8, 1)
     for kept, used in ((None, [6]), (torch.zeros_like(choice, dtype=torch.bool), [])):
         y = apply_experts(x, gate_up, down, Routing(torch.full_like(choice, 6), weight, kept))

@@ -79,7 +79,7 @@ def test_capacity_takes_the_first_in_token_order():
     assert routed(capacity_factor=1.0)[0].kept is None, "dropped at evaluation"
 
 
-def test_hash_spreads_evenly_and_knows_no_gate():
+def test_hash_spreads_evenly_and_has_no_gate():
     choice = hash_choice(torch.arange(8000), 8, 2, salt(1))
     assert torch.bincount(choice[:, 0]).float().std() < 3 * 1000**0.5
     assert (choice[:, 0] != choice[:, 1]).all()

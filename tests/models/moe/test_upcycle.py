@@ -115,6 +115,6 @@ def test_draws_depend_on_seed_name_and_expert_only(dense):
         ({"expert_size": 24, "num_experts": 6, "expert_groups": 2}, r"model.expert_groups \(3\)"),
     ],
 )
-def test_widths_that_are_no_slices_are_refused(dense, changes, message):
+def test_widths_that_cannot_be_sliced_are_refused(dense, changes, message):
     with pytest.raises(ConfigError, match=message):
         upcycled(dense, config(**changes))

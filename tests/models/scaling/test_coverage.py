@@ -1,4 +1,4 @@
-"""Intervals of predictions cover what comes as often as they say, at budgets that were held out."""
+"""Prediction intervals cover actual losses as often as they claim, at held-out budgets."""
 
 from pathlib import Path
 

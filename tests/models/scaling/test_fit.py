@@ -1,4 +1,4 @@
-"""Fits of a table: the form chosen on held-back budgets, approaches 1 and 2, typed refusals."""
+"""Fits of a table: the form chosen on held-out budgets, approaches 1 and 2, typed refusals."""
 
 import subprocess
 import sys
@@ -38,7 +38,7 @@ def test_kaplans_law_is_chosen_where_it_holds():
     assert fit(isoflop(Kaplan(), law, noise=0.0005), bootstraps=0).chosen == "kaplan"
 
 
-def test_of_too_few_budgets_to_hold_any_back_the_fit_decides():
+def test_with_too_few_budgets_to_hold_any_out_the_fit_decides():
     """By Schwarz' criterion, not for its few coefficients."""
     found = fit(isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 3), noise=0.0005), bootstraps=0)
     assert {each.cross_validation for each in found.fits.values()} == {None}
@@ -157,7 +157,7 @@ def test_no_such_form():
         fit(TABLE, ["hoffman"])
 
 
-def test_a_floor_at_nothing_is_refused():
+def test_a_floor_of_zero_is_refused():
     """Losses that fall faster than any power law with a floor; the form without one stays."""
     table = replace(TABLE, loss=TABLE.loss * np.exp(-0.02 * np.log(TABLE.c / TABLE.c[0]) ** 2))
     assert fit(table, ["approach3"], bootstraps=0).reason.kind == "floor"

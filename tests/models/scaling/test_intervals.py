@@ -34,7 +34,7 @@ def test_crossed_contains_approach_3():
     assert form.coefficients(p) == pytest.approx(known | {"alpha_D": 0, "beta_N": 0})
 
 
-def test_drift_follows_what_held_back_budgets_show():
+def test_drift_follows_errors_on_held_out_budgets():
     def drift(*errors: float) -> Drift:
         return Drift.of([Held(4 + i, 1.0, error, 0.001) for i, error in enumerate(errors)], slope=0.05)
 

@@ -101,7 +101,7 @@ def test_planted_coefficients_are_found(form):
 
 
 def test_a_flat_valley_is_descended_to_its_end():
-    """Abnar's e and c trade places almost freely, under noise of a percent for many hundreds of steps."""
+    """Abnar's e and c are nearly interchangeable: under noise of a percent the descent takes many hundreds of steps."""
     loss = losses(Abnar())
     loss = loss * np.exp(0.01 * np.random.default_rng(0).normal(size=len(loss)))
     assert solve(Abnar(), PLANTED["abnar"][1], loss).converged

@@ -1,4 +1,4 @@
-"""What others measured and published, found again from their runs (data/README.md)."""
+"""Published results, reproduced from the published runs (data/README.md)."""
 
 import csv
 from dataclasses import replace
@@ -106,7 +106,7 @@ def test_clark_held_out_models_with_a_form_chosen_on_smaller_ones():
 
 @pytest.mark.slow
 def test_sldbench_split_with_all_of_its_training_rows():
-    """Among them are other numbers of experts per token and of routed layers, which the laws here know nothing of."""
+    """They differ in experts per token and in routed layers too, which the laws here do not model."""
     r2, error = held_out()
     assert error < 1.1
     assert r2 > 0.833

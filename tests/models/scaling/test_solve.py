@@ -79,7 +79,7 @@ def test_refits_are_those_of_the_rows_drawn():
         assert found[draw] == pytest.approx(alone.parameters, rel=1e-3)
 
 
-def test_a_floor_of_nothing_is_named():
+def test_a_floor_of_zero_is_named():
     form, law = LAWS["approach3"]
     table = isoflop(form, law | {"E": 1e-9}, noise=0.0)
     assert "E" in solve(form, table.columns, table.loss).at_bound
@@ -136,7 +136,7 @@ def test_the_tie_between_terms_of_repeated_data_holds():
 
 
 def test_a_law_that_is_not_quite_right_is_fitted_to_its_optimum():
-    """Smooth misfit of a percent, as real losses have: nearly L1 there, and the floor wants to leave the form."""
+    """A smooth misfit of a percent, as real losses have: the objective is nearly L1, and the floor tends to vanish."""
     form = Ludziejewski()
     n, d, experts = (
         part.ravel()

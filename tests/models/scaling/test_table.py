@@ -74,7 +74,7 @@ def test_mistakes(tmp_path, text, columns, words):
     assert words in str(error.value)
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_files_that_are_not_tables(tmp_path):
     with pytest.raises(ConfigError, match="no such file"):
         read_table(tmp_path / "missing.csv")
     path = tmp_path / "broken.parquet"
@@ -83,13 +83,13 @@ def test_a_file_that_is_none(tmp_path):
         read_table(path)
 
 
-def test_budgets_hold_what_rounding_parts():
+def test_budgets_that_differ_by_rounding_are_one():
     c = np.array([1.0e15, 3.02e15, 0.995e15, 2.98e15, 1.004e15, 9e15])
     table = Table(np.ones(6), np.ones(6), c, np.ones(6))
     assert budgets(table).tolist() == [0, 1, 0, 1, 0, 2]
 
 
-def test_blanks_around_names_and_values_do_not_count(tmp_path):
+def test_spaces_around_names_and_values_are_ignored(tmp_path):
     path = csv(tmp_path, "n, d , loss, recipe\n1e6, 2e7, 4.5, a\n1e6, 2e7, 4.6,  b\n")
     assert read_table(path, {" n ": "n "}, {"recipe ": " b"}).loss.tolist() == [4.6]
     assert read_table(path).recipe == ("a", "b")
@@ -107,7 +107,7 @@ def test_an_empty_cell_can_be_chosen(tmp_path):
     assert read_table(tmp_path / "r.parquet", where={"recipe": ""}).loss.tolist() == [4.0]
 
 
-def test_rows_of_models_that_there_are_not_are_left_out(tmp_path):
+def test_rows_of_impossible_models_are_left_out(tmp_path):
     rows = {
         "dense": ",,,,", "zero": "0,,,,", "one": "1,1,1,1,", "moe": "8,2,1,0.25,inf",
         "half": "1.5,1,1,1,", "negative": "-4,1,1,1,", "endless": "inf,1,1,1,", "unknown": "nan,2,1,0.25,",
@@ -127,7 +127,7 @@ def test_rows_of_models_that_there_are_not_are_left_out(tmp_path):
     assert "2 rows with experts empty or 0: treated as dense, experts=1" in table.notes
 
 
-def test_a_table_of_which_no_row_can_be_used(tmp_path):
+def test_a_table_without_a_usable_row(tmp_path):
     path = csv(tmp_path, "n,d,loss\n1e6,2e7,-3.5\n1e6,0,4\n")
     with pytest.raises(ConfigError, match=r"no row can be used: 2 rejected, such as row 1: loss=-3\.5"):
         read_table(path)
@@ -137,7 +137,7 @@ def test_a_table_of_which_no_row_can_be_used(tmp_path):
 
 
 @pytest.mark.parametrize("between", [",", ";", "\t"])
-def test_what_stands_between_the_cells_of_a_text_table(tmp_path, between):
+def test_separators_of_a_text_table(tmp_path, between):
     rows = ["n,d,loss,recipe", "1e6,1e8,3.5,a", "2e6,1e8,NA,a", "3e6,1e8,3.1,b"]
     (tmp_path / "t.csv").write_text("\n".join(rows).replace(",", between))
     table = read_table(tmp_path / "t.csv")

@@ -53,7 +53,7 @@ def test_other_settings_get_another_folder(tmp_path: Path):
     assert len({stdlib_folder(tmp_path, config) for config in settings}) == 4
 
 
-def test_what_is_not_prepared_is_an_error_with_the_command(tmp_path: Path, raw: Path):
+def test_unprepared_data_are_an_error_with_the_command(tmp_path: Path, raw: Path):
     for path in (str(tmp_path / "nowhere"), str(raw), str(raw / "000.txt")):
         with pytest.raises(ConfigError, match="muster data prepare"):
             ensure_prepared(config_of(tmp_path, path=path))

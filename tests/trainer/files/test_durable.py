@@ -1,4 +1,4 @@
-"""A file that is replaced is old or new, whole, its owner's, and on the disk."""
+"""A replaced file is either the old or the new one, complete, private to its owner, and durable."""
 
 import os
 
@@ -7,7 +7,7 @@ import pytest
 from trainer.files.durable import replace_text, replacing
 
 
-def test_whoever_reads_during_a_write_finds_the_old_file(tmp_path):
+def test_a_reader_during_a_write_finds_the_old_file(tmp_path):
     path = tmp_path / "state.json"
     replace_text(path, "old")
     with replacing(path) as file:
@@ -34,7 +34,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
     assert os.listdir(tmp_path) == ["state.json"]
 
 
-def test_it_is_its_owners_whatever_the_umask(tmp_path):
+def test_only_the_owner_has_access_whatever_the_umask(tmp_path):
     before = os.umask(0)
     try:
         replace_text(tmp_path / "state.json", "x")

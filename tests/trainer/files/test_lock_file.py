@@ -1,4 +1,4 @@
-"""A lock file keeps other processes out, leads nowhere, and is free when its process is gone."""
+"""A lock file keeps other processes out, is never a link, and is released when its process ends."""
 
 import os
 import subprocess
@@ -39,14 +39,14 @@ def test_another_process_is_kept_out_until_the_holder_is_killed(tmp_path, holder
         pass
 
 
-def test_what_stands_in_the_file_stays(tmp_path):
+def test_the_content_of_the_file_stays(tmp_path):
     (tmp_path / "lock").write_text("kept")
     with lock_file(tmp_path / "lock"):
         pass
     assert (tmp_path / "lock").read_text() == "kept"
 
 
-def test_it_is_no_link_and_its_owners(tmp_path):
+def test_links_are_refused_and_only_the_owner_has_access(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "other")
     with pytest.raises(OSError, match="symbolic links"):
         lock_file(tmp_path / "link", patience=0).acquire()

@@ -1,4 +1,4 @@
-"""Who is waited for, by dumps of torch's flight recorder: as NCCL makes them, and real ones of two processes."""
+"""The ranks that others wait for, by flight recorder dumps: as NCCL makes them, and real ones of two processes."""
 
 import json
 from typing import Any
@@ -66,13 +66,13 @@ WAITS = recorded(DONE, entry(WORLD, 2, "scheduled"))
     ],
     ids=["not called", "all called", "unknown", "a chain", "ahead", "not begun", "never in the group"],
 )
-def test_who_is_waited_for(dumps, suspects, where):
+def test_the_ranks_that_are_waited_for(dumps, suspects, where):
     found = waited_for(dict(enumerate(dumps)))
     assert found == (suspects, where)
 
 
-def test_what_the_recorder_forgot_is_still_counted():
-    """Its status goes on; a group of which it has nothing left may have been entered."""
+def test_calls_that_the_recorder_dropped_are_still_counted():
+    """The group's status goes on counting; a group without any entry left may have been entered."""
 
     def status(enqueued: int) -> dict[str, Any]:
         return {"0": {"last_enqueued_collective": str(enqueued), "last_completed_collective": "899"}}
@@ -84,7 +84,7 @@ def test_what_the_recorder_forgot_is_still_counted():
     assert found == ([1], "collective 900 of group 0 (default_pg)")
 
 
-def test_transfers_of_a_pipeline():
+def test_sends_and_receives_of_a_pipeline():
     """Stages wait for those before them; the first, which did not send, waits for nobody."""
     stages = [recorded(transfer("send 0->1", 1, "completed")), recorded(transfer("recv 1<-0", 2)),
               recorded(transfer("recv 2<-1", 1)), recorded(transfer("recv 3<-2", 1))]  # fmt: skip
@@ -109,7 +109,7 @@ def test_a_dump_is_short():
     ["", "[]", '"text"', '{"entries": [{}]}', '{"entries": [null]}', '{"entries": 3, "whole": true}', '{"error": "x"}'],
 )
 def test_a_hang_ends_where_a_recorder_is_not_understood(tmp_path, spoiled):
-    """Another torch's, or one whose file the disk had no room for: of the other ranks what can be said is said."""
+    """From another version of torch, or lost to a full disk: what the other ranks' dumps show is still reported."""
     paths = {rank: tmp_path / f"{rank}.json" for rank in range(4)}
     for rank, dump in enumerate([WAITS, WAITS, recorded(DONE)]):
         paths[rank].write_text(json.dumps(dump))

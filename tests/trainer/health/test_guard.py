@@ -31,7 +31,7 @@ def test_a_non_finite_loss_is_a_skipped_step_and_no_spike(config, loss):
     assert spike(loss, WINDOW, config) is None
 
 
-def test_noise_on_a_flat_curve_is_none(config):
+def test_noise_on_a_flat_curve_is_no_spike(config):
     """The deviation counts as at least 1e-3 of the mean: 2.0 may rise to 2.012."""
     assert spike(2.011, [2.0] * 8, config) is None
     assert spike(2.014, [2.0] * 8, config) == pytest.approx(7.0)

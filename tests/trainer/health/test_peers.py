@@ -1,4 +1,4 @@
-"""Who is bad, from what every process measured of itself."""
+"""Which machine is bad, from what every process measured of itself."""
 
 from dataclasses import replace
 
@@ -27,7 +27,7 @@ def told(reports):
 
 
 @pytest.mark.parametrize("reports", [machines(1), machines(2), machines(1, 8), machines(16, 8)])
-def test_sound_machines_are_not_named(reports):
+def test_good_machines_are_not_named(reports):
     assert judge(reports) == []
 
 
@@ -68,7 +68,7 @@ def test_another_result_is_only_compared_on_equal_devices():
     assert told([report(0), report(1), replace(reports[2], device="A100")]) == []
 
 
-def test_of_two_results_nobody_knows_the_wrong_one():
+def test_of_two_results_the_wrong_one_is_unknown():
     reports = [report(0), report(1, fingerprint="bb")]
     assert told(reports) == [("broken", "product", f"node-{i}", [i], False) for i in (0, 1)]
 
@@ -143,7 +143,7 @@ def test_processes_that_share_cores_are_compared_with_other_machines():
     assert told(both) == [("slow", "product", "b", [2, 3], True)]
 
 
-def test_another_model_is_not_slow():
+def test_another_device_model_is_not_slow():
     assert told([report(0), report(1), report(2, device="A100", product=1e14, copy=1e11)]) == []
 
 

@@ -1,4 +1,4 @@
-"""Before the first step, in real processes: sound machines train, a bad one is named by every rank, and why."""
+"""Before the first step, in real processes: good machines train; every rank names a bad one, with the reason."""
 
 import os
 import pickle
@@ -25,7 +25,7 @@ def the_event(folder):
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_sound_machines(tmp_path, world):
+def test_good_machines(tmp_path, world):
     assert in_team(world, bad.checked, [tmp_path] * world, resolved()) == [world] * world
     event = the_event(tmp_path)
     assert event["broken"] == []
@@ -62,7 +62,7 @@ def test_every_rank_names_the_bad_one(tmp_path, fault, reason):
     assert the_event(tmp_path)["broken"] == text.split("; ")
 
 
-def test_a_folder_of_its_own_is_not_the_runs(tmp_path):
+def test_a_folder_that_is_not_shared_is_not_the_runs(tmp_path):
     for name in ("shared", "other"):
         (tmp_path / name).mkdir()
     folders = [tmp_path / "shared", tmp_path / "other", tmp_path / "shared"]
@@ -71,7 +71,7 @@ def test_a_folder_of_its_own_is_not_the_runs(tmp_path):
     assert told == [(reason, ["node-1"], [1])] * 3
 
 
-def test_a_folder_that_one_cannot_write_to(tmp_path):
+def test_a_folder_that_one_process_cannot_write_to(tmp_path):
     [text, hosts, _] = in_team(3, bad.checked, [tmp_path] * 3, resolved(), bad.cannot_write, (1,))[0]
     assert text == "node-1 (rank 1): the run's folder cannot be written: Read-only file system"
     assert hosts == ["node-1"]
@@ -110,7 +110,7 @@ def test_torchrun_says_it_once_with_exit_code_1(tmp_path, tiny_data):
     assert ended == [(1, "muster: node-1 (rank 1): a matrix product gave a wrong result\n"), (1, "")]
 
 
-def test_a_folder_that_is_not_there_at_all(tmp_path, tiny_data):
+def test_a_folder_that_does_not_exist(tmp_path, tiny_data):
     config = tiny(run={"name": "run", "root": "runs"}, data={"path": str(tiny_data)}, parallel={"dp": 2})
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     ended = run_ranks(tmp_path, ["c.yaml"], before=bad.own_machine, given=(bad.blind, (1,)))
@@ -134,7 +134,7 @@ def test_sums_stay_exact_in_any_order_and_precision(side):
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 8, 9])
-def test_everyone_has_one_partner_at_a_time(count):
+def test_every_rank_has_one_partner_at_a_time(count):
     found = rounds(range(count), most=count)
     met = [tuple(sorted(pair)) for pairs in found for pair in pairs]
     assert sorted(met) == [(a, b) for a in range(count) for b in range(a + 1, count)]
@@ -162,7 +162,7 @@ def test_an_offset_and_its_bound():
     assert abs(ahead - 10) <= error
 
 
-def test_a_killed_preflights_files_go(tmp_path):
+def test_files_of_a_killed_preflight_are_removed(tmp_path):
     (tmp_path / f"{MARK}left").touch()
     assert in_team(1, bad.checked, [tmp_path], resolved()) == [1]
     assert not [name for name in os.listdir(tmp_path) if name.startswith(MARK)]

@@ -1,4 +1,4 @@
-"""A rank that is slower than the others is named, though every whole step lasts as long on all of them."""
+"""A rank that is slower than the others is named, although a whole step takes equally long on all of them."""
 
 import socket
 
@@ -20,7 +20,7 @@ def test_the_slow_are_named_with_their_factor():
     assert slow_ranks([[1.0, 1.1, 1.4, 1.0]] * 50, [0] * 4) == {}
 
 
-def test_a_hiccup_names_nobody():
+def test_a_single_slow_step_names_nobody():
     assert slow_ranks([[1.0, 1.0]] * 49 + [[1.0, 500.0]], [0, 0]) == {}
 
 
@@ -29,7 +29,7 @@ def test_stages_of_a_pipeline_are_compared_with_themselves():
     assert slow_ranks([[1.0, 3.0]] * 50, [0, 1]) == {}
 
 
-def test_each_is_told_once_and_when_it_is_over():
+def test_each_is_reported_once_and_when_it_recovers():
     stragglers = Stragglers([0, 0], ["a", "b"])
     told = []
     for step in range(1, 4 * WINDOW + 1):
@@ -43,7 +43,7 @@ def test_trackers_are_shown_the_slowest_and_the_median():
 
 
 class Device:
-    """A stream that has got so far, and its events: each takes the time that stands when it is recorded."""
+    """A stream at some point in time, and its events: each takes the time at which it is recorded."""
 
     def __init__(self) -> None:
         self.now, self.done, self.made, self.training, self.broken = 0.0, 0.0, 0, True, False

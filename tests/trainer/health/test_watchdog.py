@@ -1,4 +1,4 @@
-"""A run that stands still: how long it may, who is named, and the stacks that two real processes leave."""
+"""A run that hangs: its time limit, the rank that is named, and the stacks that two real processes leave."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_a_step_is_bounded_by_the_steps_before_it():
 
 
 @pytest.mark.parametrize("phase", ["start", "rollback", "evaluation", "checkpoint", "end"])
-def test_what_is_no_step_has_the_time_of_a_collective(phase):
+def test_phases_outside_a_step_have_the_time_of_a_collective(phase):
     assert bound(phase, [0.1] * 50, floor=5, timeout=1800) == 1800
 
 
@@ -76,7 +76,7 @@ def losses(run_dir):
 
 
 @pytest.mark.slow
-def test_two_processes_one_of_which_stands_still(tmp_path, tiny_data):
+def test_two_processes_one_of_which_hangs(tmp_path, tiny_data):
     config = tiny(
         run={"name": "still", "root": str(tmp_path / "runs")},
         data={"path": str(tiny_data)},

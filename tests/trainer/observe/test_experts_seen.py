@@ -1,4 +1,4 @@
-"""What a person sees of the experts: which tokens they take, in every topology, and when one collapses."""
+"""What a user sees of the experts: the tokens that they take, in every topology, and when one collapses."""
 
 import json
 import math
@@ -150,7 +150,7 @@ def test_every_topology_sees_the_same_tokens(tiny_data, topology):
     assert table(first, config, byte_tokenizer(), 1) == expected
 
 
-def test_no_more_tokens_are_kept_than_looked_at(tiny_data, monkeypatch):
+def test_at_most_the_examined_tokens_are_kept(tiny_data, monkeypatch):
     config = settings(tiny_data)
     monkeypatch.setattr(expert_tokens, "LOOKED_AT", 50)
     seen = ExpertTokens(config, build_place(), task_of_one_layer(config))
@@ -183,7 +183,7 @@ def follow(loads: list[list[list[float]]]) -> tuple[list[list[int]], list[tuple]
     return starved, events
 
 
-def test_collapse_by_a_written_out_sequence():
+def test_collapse_on_a_hand_written_sequence():
     even, one, both = [0.25] * 4, [0.5, 0.248, 0.25, 0.002], [0.002, 0.0, 0.5, 0.498]
     edge = [0.2525, 0.25, 0.495, 0.0025]  # exactly 1% of an even share is not under it
     loads = [[even, one]] * 99 + [[even, edge]] + [[both, one]] * 100 + [[even, one]] + [[both, even]] * 2

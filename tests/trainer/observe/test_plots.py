@@ -1,4 +1,4 @@
-"""Every record gives its pictures, however odd or short."""
+"""Every record can be plotted, however odd or short."""
 
 import math
 import random
@@ -71,7 +71,7 @@ def test_a_single_step_and_nothing_finite(tmp_path, values):
     check(tmp_path, NAMES)
 
 
-def test_what_is_counted_in_images_is_drawn_so():
+def test_a_task_that_counts_images_is_plotted_in_images():
     train = [{"step": step, "loss": 1.0, "images": 8 * step, "images_per_second": 2.0 * step} for step in (1, 2)]
     assert run._throughput(train).axes[0].get_ylabel() == "images / s"
     assert run._throughput(train).axes[0].lines[0].get_ydata().tolist() == [2.0, 4.0]
@@ -79,7 +79,7 @@ def test_what_is_counted_in_images_is_drawn_so():
     assert (axes.get_ylabel(), axes.child_axes[0].get_xlabel()) == ("loss", "images")
 
 
-def test_nothing_recorded_is_no_plots(tmp_path):
+def test_without_a_record_there_are_no_plots(tmp_path):
     assert plot_run(tmp_path) == []
 
 

@@ -31,7 +31,7 @@ def test_the_folder_is_the_users_own_and_stays(cache):
 
 
 @pytest.mark.parametrize("why", ["over a network", "others may write", "another's", "a link"])
-def test_another_folder_where_it_is_not(cache, tmp_path, monkeypatch, why):
+def test_another_folder_if_it_is_not_private_and_local(cache, tmp_path, monkeypatch, why):
     cache.parent.mkdir(parents=True)
     if why == "over a network":
         monkeypatch.setattr(compiled, "file_system", lambda path: "nfs4" if path == cache else "ext4")
@@ -51,7 +51,7 @@ def test_another_folder_where_it_is_not(cache, tmp_path, monkeypatch, why):
     assert cache_folder() == tmp_path / "muster-new"
 
 
-def test_what_the_user_has_set_stays(cache, monkeypatch):
+def test_the_users_settings_are_kept(cache, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/mine")
     monkeypatch.setenv("TRITON_CACHE_DIR", "")
     del os.environ["TRITON_CACHE_DIR"]

@@ -1,4 +1,4 @@
-"""A lock that a killed compilation left is removed, one that is held stays, one that nobody can tell is refused."""
+"""A killed compilation's lock is removed, a held one stays, and an old one that may be either is refused."""
 
 import os
 import signal
@@ -56,7 +56,7 @@ def root(tmp_path, monkeypatch):
     return tmp_path / "extensions"
 
 
-def test_one_left_by_a_killed_process_goes(root, capsys):
+def test_a_lock_left_by_a_killed_process_is_removed(root, capsys):
     lock = root / "cpu_adam" / "lock"
     left_behind(lock)
     assert look(lock).state == "stale"
@@ -68,7 +68,7 @@ def test_one_left_by_a_killed_process_goes(root, capsys):
     assert mend_compile_locks() == []
 
 
-def test_one_that_is_held_stays(root):
+def test_a_held_lock_stays(root):
     lock = root / "cpu_adam" / "lock"
     process = holding(lock)
     try:
@@ -82,7 +82,7 @@ def test_one_that_is_held_stays(root):
     assert mend_compile_locks() == [lock]
 
 
-def test_where_torch_keeps_them(tmp_path, monkeypatch):
+def test_locks_are_found_where_torch_keeps_them(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     lock = Path(_get_build_directory("op", False)) / "lock"
@@ -91,7 +91,7 @@ def test_where_torch_keeps_them(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_one_that_torch_itself_has_left(root):
+def test_a_lock_that_torch_itself_has_left(root):
     process = subprocess.Popen([sys.executable, "-c", COMPILE], start_new_session=True, stderr=subprocess.DEVNULL)
     lock, until = root / "slow" / "lock", time.monotonic() + 60
     while not lock.exists():
@@ -105,7 +105,7 @@ def test_one_that_torch_itself_has_left(root):
 
 
 @pytest.mark.parametrize("where", ["nfs", "fuse.sshfs"])
-def test_what_another_machine_may_hold_is_left_while_it_may_compile_then_refused(root, monkeypatch, capsys, where):
+def test_a_lock_that_another_machine_may_hold_is_left_alone_then_refused(root, monkeypatch, capsys, where):
     monkeypatch.setattr(compile_locks, "file_system", lambda path: where)
     lock = root / "cpu_adam" / "lock"
     left_behind(lock)
@@ -124,7 +124,7 @@ def test_what_another_machine_may_hold_is_left_while_it_may_compile_then_refused
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root may give a file away")
-def test_another_users_is_not_removed(root):
+def test_another_users_lock_is_not_removed(root):
     lock = root / "cpu_adam" / "lock"
     left_behind(lock)
     os.chown(lock, 12345, 12345)
@@ -132,7 +132,7 @@ def test_another_users_is_not_removed(root):
     assert mend_compile_locks() == []
 
 
-def test_a_run_removes_it_before_its_plugins_compile(root, tmp_path, tiny_data):
+def test_a_run_removes_stale_locks_before_its_plugins_compile(root, tmp_path, tiny_data):
     plugin = tmp_path / "compiles.py"
     plugin.write_text(
         "import os\nfrom torch.utils.file_baton import FileBaton\n"

@@ -1,4 +1,4 @@
-"""What a process prints while it trains: in the run's folder, by whatever means it was written."""
+"""What a process prints while it trains is in the run's folder, however it was written."""
 
 import socket
 import subprocess
@@ -59,7 +59,7 @@ def test_a_killed_process_leaves_what_it_had_printed(tmp_path):
     assert (tmp_path / "logs" / "attempt-01-rank-0000.log").read_text().splitlines()[1:] == ["the last words"]
 
 
-def test_a_folder_that_is_not_there_is_a_bad_machines(tmp_path, monkeypatch):
+def test_a_missing_folder_is_a_bad_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     with (
         pytest.raises(BadMachine, match=r"gone does not exist on .*run\.root") as caught,

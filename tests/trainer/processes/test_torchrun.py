@@ -28,7 +28,7 @@ Path(f"seen-{rank}").write_text(f"{configs.__path__[0]}\\n{models.__path__[0]}")
 
 
 def surroundings() -> dict[str, str]:
-    """Without what an earlier test in this process has set for a group of its own."""
+    """The environment, without the variables that an earlier test has set for its process group."""
     of_a_group = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return {key: value for key, value in os.environ.items() if key not in of_a_group} | {"OMP_NUM_THREADS": "1"}
 

@@ -81,7 +81,7 @@ def wait_for_steps(run_dir: Path, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_attempts_equal_those_of_a_process_of_their_own(warm, run):
+def test_attempts_equal_those_of_separate_processes(warm, run):
     own = run("own")
     assert train_in_process(own) == 0
     for name in ("first", "second"):
@@ -162,7 +162,7 @@ def test_no_fork_where_cuda_was_started(monkeypatch, started):
 
 
 @pytest.mark.slow
-def test_one_that_may_not_fork_starts_anew(run):
+def test_a_process_that_may_not_fork_executes_itself_again(run):
     one = run("one")
     found = Warm({"JE_ARROW_MALLOC_CONF": "background_thread:true"})  # a second thread, which no fork would have
     found.start(one)
@@ -175,6 +175,6 @@ def test_one_that_may_not_fork_starts_anew(run):
     "line",
     ["", "{}", '{"status": "NEW"}', '{"kind": "lost"}', '{"kind": "odd", "reason": ""}', '{"status": "STOPPED"'],
 )
-def test_an_answer_that_is_none_is_not_taken_for_one(line):
+def test_a_malformed_answer_is_not_taken_for_one(line):
     with pytest.raises(ValueError, match="validation error"):
         read_outcome(line)

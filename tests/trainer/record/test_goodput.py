@@ -1,4 +1,4 @@
-"""Every second of a run stands in one book: written-out lives with a kill, a restart and a pause, and a real run."""
+"""Every second of a run is in one category: hand-written runs with a kill, a restart and a pause, and a real run."""
 
 import json
 import random
@@ -26,7 +26,7 @@ def event(time: float, attempt: int, name: str, **details) -> dict:
     return {"time": time, "attempt": attempt, "event": name, **details}
 
 
-def test_a_life_written_out():
+def test_a_hand_written_run():
     """Launched at 0, killed at 40, started again by the supervisor, stopped at 80, launched anew at 100."""
     events = [
         event(5, 0, "resolved", began=0),
@@ -64,7 +64,7 @@ def test_a_life_written_out():
 @pytest.mark.parametrize(
     ("status", "book_of_the_gap"), [("STOPPED", "paused"), ("FINISHED", "paused"), ("FAILED", "down"), ("", "down")]
 )
-def test_only_what_nobody_wanted_is_down_time(status, book_of_the_gap):
+def test_a_stop_on_purpose_is_not_down_time(status, book_of_the_gap):
     events = [
         event(0, 0, "resolved", began=0), event(1, 1, "attempt_started"),
         event(9, 1, "attempt_ended", status=status) if status else event(9, 1, "worker_lost"),
@@ -96,7 +96,7 @@ def test_time_in_the_queue_and_for_room():
     assert sum(total([first, second, third]).values()) == pytest.approx(140)
 
 
-def test_steps_that_were_not_recorded_are_steps():
+def test_steps_that_were_not_recorded_are_counted():
     """With train.log_every=10 the time between two records is that of ten steps."""
     events = [event(0, 0, "resolved", began=0), event(1, 1, "attempt_started"), event(40, 1, "attempt_ended")]
     [attempt] = book(events, of((10, 1, 20, 2, 0), (20, 1, 40, 2, 0)))

@@ -1,4 +1,4 @@
-"""What a person should know of a run stands in MLflow's tags, once for each kind, whatever was sent again."""
+"""A run's notable events are in MLflow's tags, once for each kind, even if they are sent again."""
 
 import json
 from pathlib import Path
@@ -67,13 +67,13 @@ def test_each_kind_by_its_last_with_its_count(tmp_path):
     assert told(tmp_path)["straggler"] == (3, 2, "none since step 100; the last was rank 2 on node-2")
 
 
-def test_an_event_that_it_does_not_know_the_words_of():
+def test_an_event_without_a_text_of_its_own():
     event = {"time": 1.0, "attempt": 1, "event": "not_written", "files": ["a"], "seconds": 2.0}
     assert notable([event])["not_written"].text == "files ['a'], seconds 2"
     assert notable([event | {"reason": "the disk is full"}])["not_written"].text == "the disk is full"
 
 
-def test_machines_that_proved_themselves_are_no_news():
+def test_machines_that_passed_preflight_are_not_notable():
     event = {"time": 1.0, "attempt": 1, "event": "preflight", "broken": [], "slow": [], "machines": [{"host": "a"}]}
     assert notable([event]) == {}
     bad = event | {"broken": ["node-3: wrong products"], "slow": ["node-1: link at 0.3 of its peers' median"]}

@@ -1,4 +1,4 @@
-"""The progress view: what a person is shown of a record."""
+"""The progress view: what a user is shown of a record."""
 
 import io
 import re

@@ -119,7 +119,7 @@ def test_after_a_restart_the_later_attempt_counts(tmp_path):
     assert [r["attempt"] for r in read_metrics(tmp_path) if "loss" in r] == [1] * 5 + [2] * 2
 
 
-def test_a_rollback_takes_back_what_came_after(tmp_path, clock):
+def test_a_rollback_undoes_later_records(tmp_path, clock):
     record = Record(tmp_path, 1)
     for step in range(1, 9):
         record.metrics({"step": step, "loss": float(step)})
@@ -200,7 +200,7 @@ def test_a_process_that_is_gone_without_a_word_has_failed(tmp_path):
     assert summary(tmp_path)["status"] == "RUNNING"  # of a process on another machine nothing is known
 
 
-def test_lines_of_writers_at_once_do_not_mix(tmp_path):
+def test_lines_of_concurrent_writers_do_not_mix(tmp_path):
     code = (
         "import sys; from trainer.record.lines import Record; r = Record(sys.argv[1], int(sys.argv[2]))\n"
         "for i in range(300): r.event('checkpoint', step=i, pruned=['x' * 5000])"
@@ -218,7 +218,7 @@ def test_older_records_called_a_run_that_was_stopped_killed(tmp_path):
     assert read_events(tmp_path)[-1]["status"] == "STOPPED"
 
 
-def test_how_fast_a_run_is_of_late(tmp_path):
+def test_the_recent_pace_of_a_run(tmp_path):
     assert pace(tmp_path) is None
     record = Record(tmp_path, 1)
     record.metrics({"step": 1, "loss": 1.0}, at=0.0)

@@ -1,4 +1,4 @@
-"""run.json: what a resume depends on outlives a crash that takes the end of the logs; runs from before it go on."""
+"""run.json: what a resume depends on survives a crash that loses the end of the logs; older runs resume without it."""
 
 import json
 import signal
@@ -92,7 +92,7 @@ def test_other_data_are_refused_where_the_log_is_lost(tmp_path, tiny_data):
         make(tmp_path, tiny_data, steps=2)
 
 
-def test_which_rollback_holds():
+def test_which_rollback_applies():
     backs = [{"to_step": 10, "cursor": 48, "rollbacks": 1}, {"to_step": 20, "cursor": 90, "rollbacks": 2},
              {"to_step": 10, "cursor": 99, "rollbacks": 3}]  # fmt: skip
     state = DurableState.model_validate({"rollbacks": backs})

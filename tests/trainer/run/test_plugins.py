@@ -1,4 +1,4 @@
-"""A user's own modules: they add to the tables, their mistakes are messages, and they never take our place."""
+"""A user's own modules: they add to the tables, their mistakes are messages, and they never shadow ours."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_a_file_adds_a_family(plugin):
     assert type(build(resolved(model={"family": "mine"}).model)).__name__ == "Mine"
 
 
-def test_a_family_that_the_plugins_do_not_bring_is_named(plugin):
+def test_a_family_that_no_plugin_defines_is_named(plugin):
     asked = from_dict({"model": {"family": "other"}, "plugins": [str(plugin(FAMILY))]})
     config, _ = resolve(with_plugins(asked))
     with pytest.raises(ConfigError, match=r"^model\.family=other: no such family; known: decoder, .*mine"):
@@ -94,12 +94,12 @@ def test_a_bad_file_is_a_mistake_every_time(plugin, tmp_path, text, message):
 
 
 @pytest.mark.parametrize("name", ["no_such_package_xyz", "json.nothing", ""])
-def test_a_module_that_is_not_there(name):
+def test_a_missing_module(name):
     with pytest.raises(ConfigError, match=f"^plugins: {name}: "):
         load_plugins([name])
 
 
-def test_files_named_like_ours_do_not_take_their_place(plugin, tmp_path):
+def test_files_named_like_ours_do_not_shadow_them(plugin, tmp_path):
     """As a worker does it: ours are imported first, the user's folder stands at the end of the path."""
     for name in ("models", "configs", "trainer"):
         plugin("raise RuntimeError('the wrong one')", f"{name}/__init__.py")

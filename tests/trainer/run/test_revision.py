@@ -37,7 +37,7 @@ def test_commit_and_whether_a_tracked_file_differs(repository):
     assert revision.of(repository) == {"git_commit": commit, "git_dirty": True}
 
 
-def test_what_is_packed_for_a_cluster_knows_its_commit(repository, tmp_path):
+def test_a_folder_packed_for_a_cluster_knows_its_commit(repository, tmp_path):
     said = revision.of(repository)
     target = tmp_path / "job.zip"
     pack.write_zip(target, repository, pack.files(repository), "{}")
@@ -48,7 +48,7 @@ def test_what_is_packed_for_a_cluster_knows_its_commit(repository, tmp_path):
     assert json.loads((tmp_path / "job" / "work" / revision.SENT).read_text()) == said
 
 
-def test_nothing_to_tell(tmp_path, monkeypatch):
+def test_folders_without_a_commit(tmp_path, monkeypatch):
     assert revision.of(tmp_path) == {}
     assert revision.of(tmp_path / "missing") == {}
     git(tmp_path, "init", "-q")

@@ -1,4 +1,4 @@
-"""A run as its user has it: exact resume through every kind of end, refusals, and what the record says."""
+"""A run as its user sees it: exact resume after every kind of end, refusals, and what the record says."""
 
 import json
 import signal

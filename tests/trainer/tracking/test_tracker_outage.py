@@ -1,4 +1,4 @@
-"""A run whose tracker answers 500, does not answer, or is gone trains as one without, and is shown whole afterwards."""
+"""A run whose tracker answers 500, does not answer or is gone trains as if untracked, and is complete in it later."""
 
 import os
 import signal
@@ -67,7 +67,7 @@ def wait_for(condition, seconds=100.0):
 
 
 @pytest.mark.slow
-def test_a_broken_server_holds_up_no_step_and_misses_none(tmp_path, make, gates):
+def test_a_broken_server_delays_no_step_and_misses_none(tmp_path, make, gates):
     """Healthy; then 500; then a request is held while ten steps are taken; then nobody listens, the training process is
     killed, and its second attempt ends before the server is back."""
     clean = make("clean", enabled=False)

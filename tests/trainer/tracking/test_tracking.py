@@ -85,7 +85,7 @@ def test_a_restart_repeats_no_step_and_keeps_the_run(root):
     assert [step for step, *_ in shown(root, run_dir, "eval_loss")[1]] == [10, 20, 30, 40]
 
 
-def test_nothing_is_sent_twice_when_what_was_written_down_is_lost(root):
+def test_nothing_is_sent_twice_when_the_state_is_lost(root):
     run_dir, _ = make_run(root, "forgetful")
     record = started(run_dir, 1)
     take_steps(record, range(1, 13))
@@ -100,7 +100,7 @@ def test_nothing_is_sent_twice_when_what_was_written_down_is_lost(root):
     assert [step for step, *_ in points] == list(range(1, 16))
 
 
-def test_killed_between_sending_and_writing_it_down(root):
+def test_killed_between_sending_and_saving_the_state(root):
     run_dir, _ = make_run(root, "killed")
     take_steps(started(run_dir, 1), range(1, 26))
     killer = """if True:
@@ -206,7 +206,7 @@ def test_a_server_that_fails_loses_and_repeats_nothing(root, server, monkeypatch
     assert (root / "served").is_dir()
 
 
-def test_a_server_that_stays_down_is_named_and_served_later(root, server, monkeypatch):
+def test_a_server_that_stays_down_is_named_and_gets_the_rest_later(root, server, monkeypatch):
     monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)
     run_dir, _ = make_run(root, "down", tracking={"uri": server.uri})
     record = started(run_dir, 1)
@@ -224,7 +224,7 @@ def test_a_server_that_stays_down_is_named_and_served_later(root, server, monkey
     assert read_state(run_dir)["error"] is None
 
 
-def test_a_tracker_that_fails_is_said_in_the_record_while_training_goes_on(root, server, monkeypatch):
+def test_a_failing_tracker_is_recorded_while_training_goes_on(root, server, monkeypatch):
     monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)
     run_dir, _ = make_run(root, "said", tracking={"uri": server.uri, "interval": 0.05})
     record = started(run_dir, 1)
@@ -250,7 +250,7 @@ def told(run_dir, name):
     return [event for event in read_events(run_dir) if event["event"] == name]
 
 
-def test_what_is_not_sent_is_known_without_an_error(root):
+def test_unsent_records_are_known_without_an_error(root):
     run_dir, _ = make_run(root, "unsent")
     record = started(run_dir, 1)
     assert unsent(run_dir) is None
@@ -261,7 +261,7 @@ def test_what_is_not_sent_is_known_without_an_error(root):
 
 
 def test_a_run_that_was_killed_on_purpose_has_not_failed(root, monkeypatch):
-    """Who killed it says so a moment after its process is gone."""
+    """Whatever killed it records that a moment after its process is gone."""
     monkeypatch.setattr(shipper, "LAST_WORD", 60.0)  # the machine may be busy
     monkeypatch.setattr(shipper.signal, "signal", lambda *_: None)  # a thread may not
     run_dir, _ = make_run(root, "purpose", tracking={"interval": 0.05})
@@ -322,7 +322,7 @@ def test_a_training_process_that_is_killed_leaves_a_failed_run(root):
 
 
 def is_over(pid):
-    """Also where nobody has yet taken note of its end, whose command line is empty then."""
+    """True for a zombie too, whose command line is empty."""
     try:
         return not Path(f"/proc/{pid}/cmdline").read_bytes()
     except FileNotFoundError:
@@ -349,7 +349,7 @@ def test_uri(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["plain", "a b", "50%", "a%20b", "a?b", "a#b", "a?b=c&d#%41", "ü;'"])
-def test_a_folders_name_is_none_of_a_uri(name):
+def test_a_folders_name_is_not_read_as_a_uri(name):
     path = Path("/runs", name, "mlflow.db")
     uri = sqlite_uri(path)
     assert sqlite_path(uri) == path

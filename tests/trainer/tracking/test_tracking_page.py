@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("quiet_shipper")
 
 
 def as_mlflow_sorts(names):
-    """The charts of a run's page (getBaseChartAndSectionConfigs of MLflow 3.17): sections by what stands before the
-    last /, sorted, then what has none, then the machine's."""
+    """The charts of a run's page (getBaseChartAndSectionConfigs of MLflow 3.17): sections by the part of a name
+    before the last /, sorted, then names without one, then system metrics."""
     section = {name: name.rpartition("/")[0] for name in names}
     last = {"": 1, "system": 2}
     return sorted(names, key=lambda name: (last.get(section[name], 0), section[name], name))

@@ -1,4 +1,4 @@
-"""A sweep is one run of the tracker, its runs stand below it; nothing is sent twice, and what is missing later."""
+"""A sweep is one run of the tracker with its runs nested below; nothing is sent twice, and what is missing later."""
 
 import json
 
@@ -83,7 +83,7 @@ def test_a_run_that_goes_on_is_taken_up_again(sweep):
     assert (len(runs), runs["two"].info.status, runs["two"].data.metrics["loss"]) == (2, "FINISHED", 0.05)
 
 
-def test_a_tracker_that_is_down_is_served_later(sweep, muster, monkeypatch):
+def test_a_tracker_that_is_down_gets_the_rest_later(sweep, muster, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")

@@ -1,4 +1,4 @@
-"""Encoding with tokenizers of others: a long document stays one text, its end is ours alone, what is lost is said."""
+"""Encoding with existing tokenizers: a long document stays one text, only we end it, and lost text is reported."""
 
 import json
 
@@ -65,7 +65,7 @@ def test_a_long_document_is_one_text(one):
         assert back(one, text).removeprefix(" ") == text
 
 
-def test_what_is_short_is_encoded_as_it_was(one):
+def test_a_short_text_is_encoded_as_by_the_tokenizer(one):
     for text in ("some words", " in\n", "def f(x):\n    return x\n"):
         assert tokens_of(one, text) == encode(one.tokenizer, text)
 
@@ -75,7 +75,7 @@ def test_cut_inside():
     assert cut_inside("abc", "</s>") == ["abc"]
 
 
-def test_what_becomes_the_end_of_text_is_refused(tmp_path):
+def test_text_that_becomes_the_end_of_text_is_refused(tmp_path):
     tokenizer = odd.byte_level(TEXTS, ["</s>"])
     tokenizer.normalizer = normalizers.Replace("END", "</s>")
     tree = json.loads(tokenizer.to_str())
@@ -118,7 +118,7 @@ def test_a_tokenizer_that_loses_text_is_told_of(tmp_path, muster):
 
 
 @pytest.mark.parametrize("kind", ["llama", "chat", "llama3"])
-def test_one_that_loses_nothing_is_not(tmp_path, kind):
+def test_a_tokenizer_that_loses_nothing_is_not(tmp_path, kind):
     assert prepared(tmp_path, odd.ALL[kind](tmp_path / "t", TEXTS), [*TEXTS, "\n\n  x\t数据 🙂\r\n"]).doubts == []
 
 
@@ -175,7 +175,7 @@ def test_a_cut_changes_no_token(tmp_path, kind, between):
     assert tokens_of(made, text) == encode(made.tokenizer, text)
 
 
-def test_an_empty_name_is_no_folder(tmp_path, monkeypatch):
+def test_an_empty_tokenizer_name_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(odd.chat(tmp_path / "here", TEXTS))
     with pytest.raises(ConfigError, match="the tokenizer's name is empty"):
         prepared(tmp_path, "", TEXTS)

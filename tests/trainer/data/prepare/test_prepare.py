@@ -234,7 +234,7 @@ def test_strict_names_the_first_bad_input(tmp_path: Path):
         assert not (tmp_path / "out").exists()
 
 
-def test_damage_in_the_middle_keeps_what_stands_before(tmp_path: Path):
+def test_damage_in_the_middle_keeps_what_comes_before(tmp_path: Path):
     lines = [json.dumps({"text": f"document {number} {os.urandom(30).hex()}"}) for number in range(20000)]
     blob = gzip.compress("\n".join(lines).encode())
     (tmp_path / "cut.jsonl.gz").write_bytes(blob[: len(blob) // 2])

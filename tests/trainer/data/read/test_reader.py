@@ -231,7 +231,7 @@ def rewrite(copy: Path, group_size: int, rows: int | None = None) -> None:
     (copy / MANIFEST).write_text(json.dumps(tree))
 
 
-def test_shards_that_are_not_the_manifests_are_refused(copy: Path):
+def test_shards_that_differ_from_the_manifest_are_refused(copy: Path):
     config = DataConfig(path=str(copy))
     path = copy / read_manifest(copy).of("train")[0].file
     clean, manifest = path.read_bytes(), (copy / MANIFEST).read_text()
@@ -261,7 +261,7 @@ def test_shards_that_are_not_the_manifests_are_refused(copy: Path):
     refused("muster data prepare")
 
 
-def test_what_cannot_be_a_sequence_is_refused(prepared: Path, tmp_path: Path):
+def test_unusable_data_are_refused(prepared: Path, tmp_path: Path):
     with pytest.raises(ConfigError, match="row_group_tokens=4096"):
         Dataset(DataConfig(path=str(prepared)), 1001, 0)
     with pytest.raises(ConfigError, match="does not exist"):

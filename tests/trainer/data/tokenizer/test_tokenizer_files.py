@@ -37,7 +37,7 @@ def settle(folder, **changes):
     path.write_text(json.dumps({key: value for key, value in tree.items() if value is not ...}))
 
 
-def test_the_settings_name_the_end(tmp_path, raw):
+def test_the_settings_name_the_end_of_text(tmp_path, raw):
     made = odd.chat(tmp_path / "t", TEXTS)
     assert go(raw, "a", made).eos_token == "<|im_end|>"
     settle(made, eos_token={"__type": "AddedToken", "content": "<|im_start|>", "special": True})
@@ -108,7 +108,7 @@ def test_named_chat_templates_are_kept(tmp_path, raw):
         go(raw, "b", made)
 
 
-def test_what_is_too_large_beside_it_is_refused(tmp_path, raw):
+def test_files_beside_it_that_are_too_large_are_refused(tmp_path, raw):
     made = odd.chat(tmp_path / "t", TEXTS)
     with (made / "chat_template.jinja").open("wb") as file:
         file.truncate(1 << 30)
@@ -125,7 +125,7 @@ def process(request, tmp_path_factory):
 
 @settings(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.sampled_from([" ", "  ", "\n", "some", "words", "(x):", "größe"]), max_size=12), st.integers(0, 12))
-def test_a_continuation_keeps_its_blanks(process, parts, cut):
+def test_a_continuation_keeps_its_spaces(process, parts, cut):
     prompt, text = "".join(parts[:cut]), "".join(parts)
     before, tokens = process.encode(prompt), process.encode(text)
     assert process.token_to_id("<s>") not in tokens
@@ -134,14 +134,14 @@ def test_a_continuation_keeps_its_blanks(process, parts, cut):
         assert found.lstrip(" ") == text.lstrip(" ")  # the first of a text is not for every tokenizer to tell
 
 
-def test_the_first_blank(process):
+def test_the_leading_space(process):
     tokens = process.encode("some words")
     prompt = process.encode("some")
     assert tokens[: len(prompt)] == prompt
     assert process.continued("some", prompt, tokens[len(prompt) :]) == "some words"
 
 
-def test_a_prompt_stays_what_it_is_before_bytes_that_are_no_text(tmp_path):
+def test_a_prompt_is_kept_before_bytes_that_are_not_text(tmp_path):
     with TokenizerProcess(odd.llama(tmp_path, TEXTS)) as process:
         stray = process.token_to_id("<0x80>")
         for prompt in ("数", "some 数", "数据 "):
@@ -153,7 +153,7 @@ def test_a_prompt_stays_what_it_is_before_bytes_that_are_no_text(tmp_path):
             assert process.continued(prompt, tokens, []) == prompt
 
 
-def test_one_blank_less_at_the_beginning_is_no_loss(tmp_path):
+def test_a_missing_leading_space_is_no_loss(tmp_path):
     tokenizer = odd.byte_level(TEXTS, ["</s>"])
     tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
     with TokenizerProcess(odd.write(tmp_path, tokenizer, None)) as process:
@@ -213,7 +213,7 @@ def test_a_tokenizer_by_its_name_in_the_cache(cached, raw, muster):
         ("empty", ["no tokenizer.json in this folder"]),
     ],
 )
-def test_what_names_no_tokenizer(cached, raw, muster, given, words):
+def test_names_of_no_tokenizer_are_refused(cached, raw, muster, given, words):
     for path in ("slow/tokenizer.model", "slow/vocab.json", "empty/README.md", "../hub/x"):
         (cached / path).parent.mkdir(exist_ok=True)
         (cached / path).touch()
@@ -223,7 +223,7 @@ def test_what_names_no_tokenizer(cached, raw, muster, given, words):
     assert not (cached / "a").exists()
 
 
-def test_what_lies_here_comes_before_the_cache(cached, raw):
+def test_a_local_folder_comes_before_the_cache(cached, raw):
     odd.llama(cached / "lab" / "small", TEXTS)
     assert go(raw, "a", "lab/small").eos_token == "</s>"
 
