@@ -1,4 +1,4 @@
-"""What README shows for scripts and notebooks: it runs, and gives what the commands give."""
+"""What the README shows for scripts and notebooks runs, and gives the same results as the commands."""
 
 import os
 import re
@@ -32,7 +32,7 @@ def frame():
 
 
 def run_script(folder, code):
-    """What a script printed."""
+    """Run a script and return what it printed."""
     (folder / "script.py").write_text(code)
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_"))}
     done = subprocess.run(
@@ -93,7 +93,7 @@ def test_a_callback_that_raises_stops_the_run_with_a_checkpoint(tmp_path, tiny_d
     assert list((tmp_path / "runs" / "api" / "checkpoints").glob("step-*/manifest.json"))
 
 
-def test_steps_that_were_done_again_count_once(tmp_path, tiny_data):
+def test_repeated_steps_count_once(tmp_path, tiny_data):
     run_dir = prepare_run(
         tiny(run={"root": str(tmp_path), "name": "again"}, data={"path": str(tiny_data)}, train={"steps": 3})
     )
@@ -139,7 +139,7 @@ def test_a_frame_and_a_file_are_fitted_and_predicted_alike(tmp_path, frame):
         api.fit(renamed, max_budget=1e18)
 
 
-def test_what_is_like_a_number_or_a_name_is_one(frame):
+def test_numbers_given_as_text_and_columns_named_by_numbers_are_accepted(frame):
     numbered = frame.rename(columns={"params": 0})
     names = {"n": 0, "d": "tokens", "c": "flops", "loss": "val"}
     expected = api.predict(frame, 1e21, columns=COLUMNS, max_budget=5e19).loss
@@ -187,7 +187,7 @@ def test_a_sweep_is_read_by_its_file(tmp_path, tiny_data):
         api.fit(tmp_path / "sweep.yaml", columns=COLUMNS)
     fits = api.fit(tmp_path / "sweep.yaml")
     assert sorted(fits.table.loss) == [3.0, 4.0, 5.0]
-    assert fits.chosen is None  # three runs of one size tell no law
+    assert fits.chosen is None  # three runs of one size determine no law
     with pytest.raises(ConfigError):
         api.predict(tmp_path / "sweep.yaml", 1e12)
     assert sorted(api.runs(sweep.folder / "trials").eval_loss) == [3.0, 4.0, 5.0]

@@ -38,7 +38,7 @@ MISTAKES = [
 
 
 def test_mistakes_that_need_no_torch_wait_for_none(tmp_path):
-    """One process for all of them: what one imported, the next would have."""
+    """All in one process: an import by one of them would show in the next."""
     (tmp_path / "runs" / "empty").mkdir(parents=True)
     (tmp_path / "runs" / "empty" / "config.yaml").write_text("run: {name: empty}")
     script = (
@@ -55,7 +55,7 @@ def test_mistakes_that_need_no_torch_wait_for_none(tmp_path):
 
 
 def test_training_imports_no_compiler():
-    """torch's takes a second, and most runs on CPUs compile nothing."""
+    """Importing torch's compiler takes a second, and most runs on CPUs compile nothing."""
     script = "import sys, trainer.loop; assert not {'torch._dynamo', 'torch._inductor'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 

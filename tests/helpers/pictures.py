@@ -17,7 +17,7 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 def write_images(path: Path, count: int = 96, classes: int = 3, size: int = 12, rows: int = 16) -> Path:
-    """A Parquet file of grey images: a bright bar whose place tells the class, in noise."""
+    """A Parquet file of grey images with noise: the position of a bright bar is the class."""
     draw = np.random.default_rng(0)
     images, labels = [], []
     for i in range(count):

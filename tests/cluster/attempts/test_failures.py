@@ -1,4 +1,4 @@
-"""How the ends of workers read, and what follows from them."""
+"""How workers' failures are recorded and judged."""
 
 import pytest
 from support import resolved
@@ -36,7 +36,7 @@ def test_failures_are_recorded_and_judged(tmp_path):
         judge(tmp_path, [Failure(0, "OutOfMemoryError: CUDA out of memory", fault="memory")], cpu=True)
 
 
-def test_a_connection_that_broke_is_no_error_of_the_user(tmp_path):
+def test_a_broken_connection_is_not_the_users_error(tmp_path):
     (tmp_path / "config.yaml").write_text(to_yaml(resolved()))
     for _ in range(3):
         judge(tmp_path, [PEER], cpu=True)

@@ -33,13 +33,13 @@ plugins: [users_own]
 
 @dataclass
 class Command:
-    """One `muster train`, ended."""
+    """One `muster train` that has ended."""
 
     code: int
     out: str
     err: str
     left_over: list[int]
-    """Of its processes, those alive after it."""
+    """Its processes that are still alive after it."""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Story:
 
 
 class Launch:
-    """A `muster train` that runs."""
+    """A running `muster train`."""
 
     def __init__(self, folder: Path, run_dir: Path, temporary: str) -> None:
         self.run_dir, self.seen = run_dir, set()
@@ -69,14 +69,14 @@ class Launch:
         )  # fmt: skip
 
     def wait_for_steps(self, count: int) -> None:
-        """Return when so many more steps are recorded."""
+        """Return once this many more steps are recorded."""
         while len(read_metrics(self.run_dir)) < self.before + count:
             assert self.process.poll() is None, self.process.communicate()
             self.watch()
             time.sleep(0.1)
 
     def signal_group(self) -> None:
-        """As `timeout` and schedulers do it: to the command and to all processes of its group, itself included."""
+        """As `timeout` and schedulers do: signal the command and then all processes of its group, itself included."""
         self.watch()
         self.process.send_signal(signal.SIGTERM)
         os.killpg(self.process.pid, signal.SIGTERM)
@@ -137,7 +137,7 @@ def test_a_signal_while_ray_starts_ends_it_at_once(story):
 
 
 def test_a_signal_stops_it_with_a_checkpoint_and_exit_code_75(story):
-    """Its processes of Ray get none, and live until the checkpoint is written."""
+    """Ray's processes do not get the signal, and live until the checkpoint is written."""
     assert story.stopped.code == 75, story.stopped
     _, end = [event for event in story.events_when_stopped if event["event"] == "attempt_ended"]
     assert end["status"] == "STOPPED"

@@ -1,4 +1,4 @@
-"""What follows a failure, over written-out histories."""
+"""What follows a failure, for given histories."""
 
 import pytest
 from support import resolved
@@ -11,12 +11,12 @@ def lost(step: int, saved: int) -> Past:
     return Past("infrastructure", step, saved)
 
 
-def test_infrastructure_may_fail_for_ever_while_checkpoints_get_ahead():
+def test_infrastructure_may_fail_forever_while_checkpoints_advance():
     past = [lost(step + 3, step) for step in range(0, 4000, 10)]
     assert all(decide(past[: i + 1], 3).action == "retry" for i in range(len(past)))
 
 
-def test_infrastructure_that_lets_no_checkpoint_through_has_a_budget():
+def test_infrastructure_failures_without_a_new_checkpoint_have_a_budget():
     past = [lost(7, 0)] + [lost(13, 10)] * 4
     assert [decide(past[: i + 1], 3).action for i in range(5)] == ["retry"] * 4 + ["stop"]
     assert (

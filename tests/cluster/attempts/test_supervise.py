@@ -1,4 +1,4 @@
-"""The supervisor's transitions, over a written-out story of machines and attempts; real ones are in tests/faults."""
+"""The supervisor's transitions, for a given story of machines and attempts; real ones are in tests/faults."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -20,10 +20,10 @@ GONE = Failure(1, "the process is gone (signal SIGKILL)", lost=True)
 
 
 class Told:
-    """A gang that has as many workers as it is told to have room for, and attempts that end as told.
+    """A gang with room for as many workers as it is told, and attempts that end as told.
 
     Args:
-        rooms: workers that there is room for, from one attempt to the next; 0: none until it is asked again.
+        rooms: number of workers that fit, for each attempt; 0: none until it is asked again.
         attempts: how each ends, or what happens in it.
     """
 
@@ -66,7 +66,7 @@ class Told:
 
 @pytest.fixture
 def cluster(monkeypatch):
-    """Machines and draining ones, as tests set them."""
+    """Machines, and those draining, as set by tests."""
     found = {"machines": [Machine("here", "10.0.0.1", Node(0.0, 0.0), Node(4.0, 0.0))], "draining": {}}
     monkeypatch.setattr(supervise, "machines", lambda: found["machines"])
     monkeypatch.setattr(supervise, "draining", lambda: found["draining"])
@@ -89,10 +89,10 @@ def test_a_lost_process_is_followed_by_an_attempt_that_waits_for_the_lock(tmp_pa
     supervisor, gang = supervised(tmp_path, [1], [GONE, "FINISHED"])
     assert supervisor.run() == "FINISHED"
     assert gang.patience == [0.0, PATIENCE]
-    assert gang.avoided == [set(), {"there"}]  # which did not answer after the failure
+    assert gang.avoided == [set(), {"there"}]  # it did not answer after the failure
 
 
-def test_a_machine_that_cannot_train_is_left_out_where_others_will_do(tmp_path, cluster):
+def test_a_machine_that_cannot_train_is_left_out_if_the_others_suffice(tmp_path, cluster):
     bad = Failure(0, "host-0: wrong products", broken=(0,))
     supervisor, _ = supervised(tmp_path, [1], [bad, "FINISHED"])
     with pytest.raises(Final, match="host-0: wrong products; without it the cluster is too small"):
@@ -105,7 +105,7 @@ def test_a_machine_that_cannot_train_is_left_out_where_others_will_do(tmp_path, 
     assert kinds == ["infrastructure"] * 2
 
 
-def test_a_failure_too_many_ends_it(tmp_path, cluster):
+def test_one_failure_too_many_ends_the_run(tmp_path, cluster):
     supervisor, gang = supervised(tmp_path, [1], [GONE] * 5)
     with pytest.raises(Final, match=r"4 infrastructure failures .*; rank 1: the process is gone"):
         supervisor.run()
@@ -113,14 +113,14 @@ def test_a_failure_too_many_ends_it(tmp_path, cluster):
 
 
 @pytest.mark.parametrize("joined", [True, False])
-def test_the_users_stop_ends_it(tmp_path, cluster, joined):
+def test_the_users_stop_ends_the_run(tmp_path, cluster, joined):
     supervisor, gang = supervised(tmp_path, [1], [lambda look: request_stop(tmp_path), "FINISHED"], joined)
     assert supervisor.run() == "STOPPED"
     assert not stop_requested(tmp_path)
     assert len(gang.sizes) == 1
 
 
-def test_a_stop_while_it_waits_for_room_ends_it(tmp_path, cluster):
+def test_a_stop_while_waiting_for_room_ends_the_run(tmp_path, cluster):
     supervisor, gang = supervised(tmp_path, [1, 0], [GONE])
     gang.gather = lambda workers, avoid: bool(request_stop(tmp_path))  # type: ignore[method-assign]
     assert supervisor.run() == "STOPPED"
@@ -128,7 +128,7 @@ def test_a_stop_while_it_waits_for_room_ends_it(tmp_path, cluster):
     assert "needs 1 process of 1 CPU and" in waiting["reason"]
 
 
-def test_a_signal_at_a_process_ends_it_on_a_machine_of_ones_own_only(tmp_path, cluster):
+def test_a_signal_to_a_process_ends_the_run_only_on_a_private_ray(tmp_path, cluster):
     supervisor, _ = supervised(tmp_path, [1], [lambda look: None, "FINISHED"], joined=False)
     assert supervisor.run() == "STOPPED"
     supervisor, _ = supervised(tmp_path, [1], [lambda look: None, "FINISHED"], joined=True)
@@ -153,7 +153,7 @@ def test_an_elastic_run_shrinks_and_grows(tmp_path, cluster):
     assert ("retry", "there is room for 4 processes, 2 are training: growing") in policies(tmp_path)
 
 
-def test_a_machine_that_will_go_is_left_after_a_checkpoint(tmp_path, cluster):
+def test_a_machine_about_to_leave_is_left_after_a_checkpoint(tmp_path, cluster):
     def drain(look):
         cluster["draining"] = {"elsewhere": 0}
         look()

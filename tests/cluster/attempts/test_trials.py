@@ -1,4 +1,4 @@
-"""Many runs on a few warm gangs of a real Ray: each trained once, a mistake is one run's own."""
+"""Many runs on a few warm gangs of a real Ray: each is trained once, and a mistake fails only its own run."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -13,7 +13,7 @@ from trainer.record.lines import read_events, read_metrics
 @pytest.mark.slow
 def test_every_run_is_trained_once(tmp_path, tiny_data):
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        ended = process.submit(train_all, tmp_path, tiny_data).result(900)  # 2 minutes at a load of 6 a core
+        ended = process.submit(train_all, tmp_path, tiny_data).result(900)  # takes 2 minutes at a load of 6 per core
     statuses = [(name, status) for name, status, _ in ended]
     assert sorted(statuses[:4]) == [("a", "FINISHED"), ("b", "FINISHED"), ("c", "FINISHED"), ("wrong", "FAILED")]
     assert sorted(statuses[4:]) == [("a", "FINISHED"), ("d", "FINISHED")]

@@ -1,4 +1,4 @@
-"""`muster checkpoint`: what there is, what is in it, and which file is damaged."""
+"""`muster checkpoint`: which checkpoints there are, what is in one, and which file is damaged."""
 
 import functools
 import json
@@ -19,7 +19,7 @@ def muster(muster):
 
 @pytest.fixture
 def run_dir(tmp_path):
-    """A run with checkpoints of steps 2, 4 and 6, each by two ranks."""
+    """A run with checkpoints of steps 2, 4 and 6, each written by two ranks."""
     folder = tmp_path / "first"
     for step in (2, 4, 6):
         path, shapes = store.folder(folder, step), {"weight": {"a": [2, 5]}, "exp_avg": {"a": [2, 5]}}

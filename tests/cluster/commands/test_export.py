@@ -1,4 +1,4 @@
-"""`muster export` and `eval` over a run that was trained: the options, the old spelling, progress."""
+"""`muster export` and `eval` of a trained run: the options, the old spelling, progress."""
 
 import json
 import shutil
@@ -44,7 +44,7 @@ def test_dtype_and_shards_are_as_asked(muster, run_dir, tmp_path):
 
 def test_the_old_spelling_works_and_is_said_to_be_old(muster, run_dir, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, said, err = export(muster, run_dir, "--to", "hf")  # the name of a format was a folder's, too
+    code, said, err = export(muster, run_dir, "--to", "hf")  # in the old spelling a format's name is a folder
     assert code == 0
     assert "write --out hf" in err
     assert "in 1 file\n" in said
@@ -61,7 +61,7 @@ def test_the_old_spelling_works_and_is_said_to_be_old(muster, run_dir, tmp_path,
         assert (code, what in err, err.count("\n")) == (2, True, 1), err
 
 
-def test_data_that_were_moved_are_named_by_what_needs_them(muster, run_dir, tiny_data, tmp_path):
+def test_commands_that_need_data_name_the_folder_they_were_moved_from(muster, run_dir, tiny_data, tmp_path):
     copy = tmp_path / "one"
     shutil.copytree(run_dir, copy)
     moved = tmp_path / "data"
@@ -84,7 +84,7 @@ def test_sizes(text, size):
 
 def test_eval_says_how_far_it_is(muster, run_dir, monkeypatch):
     code, out, err = muster("eval", "one", "--root", str(run_dir.parent), "--sequences", "20", "--json")
-    assert (code, err) == (0, "")  # it took no ten seconds
+    assert (code, err) == (0, "")  # it took less than ten seconds
     monkeypatch.setattr(commands, "LINE_SECONDS", 0.0)
     code, again, err = muster("eval", "one", "--root", str(run_dir.parent), "--sequences", "20", "--json")
     assert json.loads(again) == json.loads(out)

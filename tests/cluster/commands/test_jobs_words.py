@@ -1,4 +1,4 @@
-"""What is said of jobs: why they wait or failed, how far they are; a real cluster is in test_jobs.py."""
+"""How jobs are described: why they wait or failed, how far they are; a real cluster is in test_jobs.py."""
 
 import io
 from types import SimpleNamespace
@@ -31,7 +31,7 @@ JOB = Known(
 
 
 def test_output_of_a_rank_is_that_of_the_newest_attempt(tmp_path):
-    """By its number: the hundredth is after the ninety-ninth."""
+    """Attempts are ordered by number: the hundredth comes after the ninety-ninth."""
     (tmp_path / "logs").mkdir()
     for attempt in ("01", "99", "100"):
         (tmp_path / "logs" / f"attempt-{attempt}-rank-0002.log").write_text(attempt)
@@ -97,7 +97,7 @@ CRASH = "Traceback (most recent call last):\n  File x\nRuntimeError: boom\n"
         ("\n \n", ""),
     ],
 )
-def test_why_a_job_failed_is_what_it_said(output, said):
+def test_the_reason_of_a_failed_job_is_its_own_message(output, said):
     assert last_words(output) == said.replace("***", last_words("muster: http://me:secret@host")[10:-5])
     assert "secret" not in last_words(output)
 
@@ -140,7 +140,7 @@ def test_names_are_whole_however_narrow_the_terminal(width, terminal):
     show(console, ("job", "state", "step", "eta", "why"), [[LONG, "FAILED", "1/2", "", "because " * 20]])
     assert LONG in out.getvalue()
     assert out.getvalue().split().count("because") == 20
-    assert ("eta" in out.getvalue()) is False  # nobody has one
+    assert ("eta" in out.getvalue()) is False  # no job has one
     if not terminal:
         assert len(out.getvalue().splitlines()) == 2
 
@@ -203,7 +203,7 @@ def test_watch_shows_what_is_new_and_outlives_a_silent_cluster(capsys, monkeypat
 
 
 def test_a_run_is_followed_while_it_may_go_on(tmp_path, monkeypatch):
-    assert jobs._has_ended(tmp_path)  # nobody has launched it
+    assert jobs._has_ended(tmp_path)  # it was never launched
     record = Record(tmp_path, 0)
     record.event("resolved")
     assert not jobs._has_ended(tmp_path)

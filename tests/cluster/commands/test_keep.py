@@ -1,4 +1,4 @@
-"""`muster runs rm`, `note`, `tag`: what is asked, what is refused, and that nothing leads out of the run's folder."""
+"""`muster runs rm`, `note`, `tag`: confirmation, refusals, and that nothing outside the run's folder is touched."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def make_run(root: Path, name: str, status: str = "FINISHED") -> Path:
     return run_dir
 
 
-def test_rm_deletes_what_it_was_told(muster, tmp_path):
+def test_rm_deletes_the_named_runs(muster, tmp_path):
     one, two, three = (make_run(tmp_path, name) for name in ("one", "two", "three"))
     code, _, err = muster("runs", "rm", "one", "--root", str(tmp_path))
     assert (code, one.exists()) == (2, True)
@@ -65,7 +65,7 @@ def refuses(tmp_path: Path, name: str, words: str) -> None:
     assert (tmp_path / name).exists()
 
 
-def test_rm_refuses_a_run_that_lives(tmp_path):
+def test_rm_refuses_a_run_in_training(tmp_path):
     make_run(tmp_path, "trains", status="")
     refuses(tmp_path, "trains", f"process {os.getpid()} on")
     held = make_run(tmp_path, "held")
@@ -77,7 +77,7 @@ def test_rm_refuses_a_run_that_lives(tmp_path):
     Record(starts, 1).event("resolved")
     refuses(tmp_path, "starts", "is being trained by")
     Record(starts, 1).event("worker_failed", rank=0, step=1, reason="x")
-    refuses(tmp_path, "starts", "is being trained by")  # its supervisor decides
+    refuses(tmp_path, "starts", "is being trained by")  # its supervisor is deciding what to do
     Record(starts, 1).event("policy", action="stop", reason="twice")
     keep.remove(["starts"], yes=True, root=tmp_path)
     assert not starts.exists()
@@ -114,14 +114,14 @@ def test_notes_and_tags_are_kept_and_listed(muster, tmp_path):
 
 
 @pytest.mark.parametrize("tag", ["novalue", "=x", "mlflow.note.content=x", "reason=x", "a/b=x", "k=" + "v" * 2000])
-def test_a_tag_that_cannot_be_is_refused(muster, tmp_path, tag):
+def test_an_invalid_tag_is_refused(muster, tmp_path, tag):
     run_dir = make_run(tmp_path, "one")
     code, _, err = muster("runs", "tag", "one", "good=1", tag, "--root", str(tmp_path))
     assert (code, read_notes(run_dir).tags) == (2, {})
     assert err.startswith("muster: ")
 
 
-def test_notes_go_through_no_link_and_bad_ones_count_for_nothing(tmp_path):
+def test_notes_are_not_written_through_links_and_damaged_ones_are_ignored(tmp_path):
     run_dir, secret = make_run(tmp_path, "one"), tmp_path / "secret"
     secret.write_text('{"note": "of another file"}')
     (run_dir / NOTES).symlink_to(secret)

@@ -1,4 +1,4 @@
-"""`muster sync` sends what a tracker has missed, says how much, and what is wrong where it cannot; `muster status`."""
+"""`muster sync` sends what a tracker is missing, and says how much, or why it cannot; `muster status`."""
 
 import json
 
@@ -47,7 +47,7 @@ def test_it_sends_what_is_missing_and_says_how_much(muster, make_run, tmp_path):
     assert "did you mean run?" in err
 
 
-def test_a_tracker_that_is_down_is_named_and_served_later(muster, make_run, tmp_path, monkeypatch):
+def test_a_tracker_that_is_down_is_named_and_synced_later(muster, make_run, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)
     uri = f"http://127.0.0.1:{free_port()}"

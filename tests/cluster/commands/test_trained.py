@@ -1,4 +1,4 @@
-"""`muster eval` of a run on a mixture: every source is told, and all of them count by their tokens."""
+"""`muster eval` of a run on a mixture: every source is reported, and each is weighted by its tokens."""
 
 import json
 import math
@@ -15,7 +15,7 @@ from trainer.run.folder import prepare_run
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]:
-    """A run on two prepared folders of one tokenizer, which packs the one more densely than the other."""
+    """A run on two prepared folders with the same tokenizer, which packs one more densely than the other."""
     root = tmp_path_factory.mktemp("mixture")
     texts = {
         "words": [f"the same few words again and again {number}\n" * 20 for number in range(40)],
@@ -35,7 +35,7 @@ def mixture(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Path]]
     return run_dir, folders
 
 
-def test_a_mixture_is_told_by_source_and_whole(mixture, muster):
+def test_a_mixture_is_evaluated_by_source_and_as_a_whole(mixture, muster):
     run_dir, folders = mixture
 
     def evaluate(*arguments: str) -> dict:

@@ -1,4 +1,4 @@
-"""`muster cluster`: what cannot be started or joined is one message, before Ray is asked."""
+"""`muster cluster`: a head that cannot be started or joined gives one message, before Ray is started."""
 
 import socket
 

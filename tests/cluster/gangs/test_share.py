@@ -53,7 +53,7 @@ def test_too_much_is_a_config_error_with_numbers(config, words):
     assert len(str(error.value).splitlines()) <= 3
 
 
-def test_an_elastic_run_takes_the_most_that_there_is_room_for():
+def test_an_elastic_run_takes_as_many_workers_as_fit():
     elastic = resolve(from_dict({"model": {"vocab_size": 320}, "cluster": {"workers": [2, 8]}}))[0]
     asked = []
 

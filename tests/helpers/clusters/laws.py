@@ -10,10 +10,10 @@ HOFFMANN = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
 
 
 def isoflop(form: Form, law: dict[str, float], budgets=(1e18, 1e21, 6), sizes=7, noise=0.002, seed=0, **extra) -> Table:
-    """Budgets (least, most, how many) by sizes within a factor of 5 of 20 tokens a parameter, noise on the log loss.
+    """Budgets (smallest, largest, number) by sizes within a factor of 5 of 20 tokens per parameter; noise on log loss.
 
     Args:
-        extra: further columns, each drawn for every run from the values given.
+        extra: additional columns, drawn for each run from the given values.
     """
     generator = np.random.default_rng(seed)
     c = np.repeat(np.geomspace(*budgets), sizes)

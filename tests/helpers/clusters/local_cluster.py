@@ -1,4 +1,4 @@
-"""Real Ray nodes on this machine, as `deploy/local-cluster` starts them, with `muster` as their user has it."""
+"""Real Ray nodes on this machine, started by `deploy/local-cluster`, and `muster` commands for them."""
 
 import contextlib
 import json
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def missing() -> str | None:
-    """Why this machine cannot give each node a network of its own; None: it can."""
+    """The reason why this machine cannot give each node a network of its own; None: it can."""
     if os.geteuid():
         return "network namespaces need root"
     return None if shutil.which("ip") else "network namespaces need iproute2"
@@ -63,7 +63,7 @@ class LocalCluster:
         return done.stdout
 
     def muster(self, *arguments: str) -> str:
-        """Run the command line on the host, which no node of the cluster shares its network with."""
+        """Run the command line on the host, whose network no node of the cluster shares."""
         environment = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "MLFLOW_"))}
         environment |= {"RAY_API_SERVER_ADDRESS": self.url, "RAY_AUTH_TOKEN_PATH": str(self.folder / "token")}
         command = [sys.executable, "-P", "-m", "cluster.cli", *arguments]
@@ -74,7 +74,7 @@ class LocalCluster:
 
     @contextlib.contextmanager
     def hidden(self, number: int, folder: Path) -> Iterator[None]:
-        """Let a node that runs see an empty folder in place of one of the machine's, as if a mount were missing."""
+        """Make a running node see an empty folder instead of one of the machine's, as if a mount were missing."""
         network = self.url.split(".")[2]
         pids = subprocess.run(["ip", "netns", "pids", f"muster-{network}-{number}"], capture_output=True, text=True)
         inside = ["nsenter", f"--target={pids.stdout.split()[0]}", "--mount"]  # `ip netns exec` gave it its own mounts
@@ -95,7 +95,7 @@ class LocalCluster:
         """Wait until a job has ended, which it must as FINISHED."""
         begun = asked = time.monotonic()
         active = ("QUEUED", "RUNNING")
-        # The record is cheaper to ask than the cluster, but does not know of an end without a word.
+        # Reading the record is cheaper than asking the cluster, but a job that died silently is not in it.
         while summary(run_dir)["status"] != "FINISHED" and (now := time.monotonic()) < begun + patience_s:
             if now > asked + 20:
                 asked = now
@@ -120,7 +120,7 @@ def steps_of(run_dir: Path) -> tuple[int, int]:
 
 
 def ranks_of(run_dir: Path, attempt: int) -> dict[int, Process]:
-    """Where the processes of an attempt run, as the first line of what each printed says."""
+    """Where the processes of an attempt run, from the first line of each one's output."""
     found = {}
     for path in (run_dir / "logs").glob(f"attempt-{attempt:02d}-rank-*.log"):
         if said := re.search(r"^\S+ \S+ node-(\d+) pid (\d+)$", path.read_text(errors="replace"), re.MULTILINE):

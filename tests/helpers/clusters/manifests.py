@@ -1,4 +1,4 @@
-"""What deploy/ says to Kubernetes and to compose, as trees, and the commands that it names."""
+"""The manifests and compose file of deploy/ as trees, and the commands in them."""
 
 import re
 import shlex
@@ -88,7 +88,7 @@ def pins() -> dict[str, str]:
 
 @cache
 def built(overlay: Path) -> list[dict]:
-    """What an overlay becomes."""
+    """The manifests that an overlay builds."""
     kubectl, kustomize = shutil.which("kubectl"), shutil.which("kustomize")
     if not (kubectl or kustomize):
         pytest.skip("neither kubectl nor kustomize is installed")

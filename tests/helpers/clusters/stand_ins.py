@@ -1,4 +1,4 @@
-"""Stand-ins for Slurm's commands and for muster, small programs on a PATH: what a dry run of a batch script meets."""
+"""Stand-ins for Slurm's commands and for muster: small programs on the PATH, for a dry run of a batch script."""
 
 import sys
 from pathlib import Path
@@ -55,10 +55,10 @@ def write_stand_ins(folder: Path, code: int, seconds: float, lost: bool = False)
 
     Args:
         lost: `muster cluster join` ends at once.
-        code: what `muster train` exits with, by itself after `seconds` or at SIGTERM.
+        code: exit code of `muster train`, on its own after `seconds` or on SIGTERM.
 
     Returns:
-        The file in which each of them leaves a line when it is called.
+        The file to which each of them appends a line when called.
     """
     log = folder / "calls"
     values = {"python": sys.executable, "log": str(log), "code": code, "seconds": seconds, "lost": lost}

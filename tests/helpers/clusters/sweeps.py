@@ -1,4 +1,4 @@
-"""Sweeps for the tests: small ones, and records of trials as training would leave them."""
+"""Small sweeps for tests, and records of trials as training would write them."""
 
 import math
 from pathlib import Path
@@ -70,7 +70,7 @@ def trained(
     status: str = "FINISHED",
     steps: int | None = None,
 ) -> Path:
-    """Leave what a training of the trial would: loss None is one that is not a number."""
+    """Write what training the trial would; loss None: one that is not a number."""
     from trainer.run.folder import prepare_run
 
     run_dir = prepare_run(setting.config(trial), began=1000.0)

@@ -17,8 +17,8 @@ from trainer.tracking.mlflow import MlflowClient
 class FaultyServer:
     """MLflow's own server in this process, over the SQLite store of a folder of runs.
 
-    `fault(path)` says what goes wrong with a request: None, "before" (it is refused with 500) or "after" (it is carried
-    out, and answered with 500). It may take its time: so long the client waits for an answer.
+    `fault(path)` chooses the fault of a request: None, "before" (it is refused with 500) or "after" (it is carried out,
+    but answered with 500). It may block, which delays the answer.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class FaultyServer:
             "_MLFLOW_SERVER_SERVE_ARTIFACTS": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         }
-        from mlflow.server import app  # reads them
+        from mlflow.server import app  # reads these variables
 
         self._app = app
         self.fault: Callable[[str], str | None] = lambda path: None
@@ -38,11 +38,11 @@ class FaultyServer:
         self.uri = f"http://127.0.0.1:{self._port}"
 
     def up(self) -> None:
-        """Listen, on the same port as before."""
+        """Listen on the same port as before."""
         from werkzeug.serving import make_server
 
         self._server = make_server("127.0.0.1", self._port, self._faulty, threaded=True)
-        self._server.daemon_threads = True  # a held request does not hold `down`
+        self._server.daemon_threads = True  # a held request does not block `down`
         self._port = self._server.server_port
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
         self._thread.start()
@@ -67,7 +67,7 @@ class FaultyServer:
 
 @contextmanager
 def faulty_server(folder: Path) -> Iterator[FaultyServer]:
-    """A server for tests; clients of it do not try again by themselves."""
+    """A server for tests, whose clients do not retry on their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
         server = FaultyServer(folder)
@@ -78,7 +78,7 @@ def faulty_server(folder: Path) -> Iterator[FaultyServer]:
 
 
 def shown(root: Path, run_dir: Path, key: str = "loss", experiment: str = "muster") -> tuple[Any, list[tuple]]:
-    """The MLflow run that a run has, just one, found by its name; `[(step, time in ms, value)]` of a metric of it."""
+    """The one MLflow run of a run, found by its name, and `[(step, time in ms, value)]` of one of its metrics."""
     client = MlflowClient(tracking_uri=f"sqlite:///{root}/mlflow.db")
     found = client.get_experiment_by_name(experiment)
     (run,) = client.search_runs([found.experiment_id], f"attributes.run_name = '{run_dir.name}'")
@@ -91,7 +91,7 @@ def recorded(run_dir: Path, key: str = "loss") -> list[tuple]:
 
 
 def assert_all_shown(root: Path, run_dir: Path, experiment: str = "muster") -> Any:
-    """Each step and each evaluation once, with the values and times of the record. Returns the MLflow run."""
+    """Check that each step and evaluation is there once, with the record's values and times. Returns the MLflow run."""
     for key in ("loss", "eval_loss", "tokens"):
         run, points = shown(root, run_dir, key, experiment)
         assert points == recorded(run_dir, key)

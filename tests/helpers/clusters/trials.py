@@ -12,7 +12,7 @@ from cluster.server.waiting import Gang
 
 
 class InOrder:
-    """Runs of one process and one CPU each, one after the other."""
+    """A source of runs of one process and one CPU each, in order."""
 
     def __init__(self, run_dirs: list[Path]) -> None:
         self._left = list(run_dirs)
@@ -25,7 +25,7 @@ class InOrder:
 
 
 def train_all(root: Path, data: Path) -> list[tuple[str, str, str]]:
-    """Five runs on two gangs, two of them twice: (name, status, reason) as they end."""
+    """Train five runs on two gangs, two of them twice; returns (name, status, reason) as they end."""
     from trainer.run.folder import prepare_run
 
     runs = {}

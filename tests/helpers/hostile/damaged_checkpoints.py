@@ -1,6 +1,6 @@
-"""How a checkpoint is changed: its manifest, its shards, or both, with digests that match what was written.
+"""Changes to a checkpoint: its manifest, its shards, or both, with digests that match.
 
-A hostile writer makes the digests match, so every change does, unless it is of the manifest's own files.
+A hostile writer makes the digests match, so every change here does, except those of the manifest's list of files.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ def text(content: bytes | str) -> Change:
 
 
 def replaced(old: str, new: str) -> Change:
-    """One stretch of the manifest's text is another: what no tree of JSON can say."""
+    """Replace a piece of the manifest's text, for changes that no JSON tree can express."""
 
     def change(path: Path) -> None:
         before = (path / "manifest.json").read_text()
@@ -47,7 +47,7 @@ GONE = object()
 
 
 def manifest(*keys: Any, to: Any) -> Change:
-    """A value of the manifest is `to`, or gone, or what `to` makes of it."""
+    """Set a value of the manifest to `to` or to `to(value)`, or remove it."""
 
     def change(path: Path) -> None:
         tree = place = tree_of(path)
@@ -63,7 +63,7 @@ def manifest(*keys: Any, to: Any) -> Change:
 
 
 def seal(path: Path) -> None:
-    """Let the manifest have the sizes and digests of the files as they now are."""
+    """Write the present sizes and digests of the files into the manifest."""
     tree = tree_of(path)
     for name, entry in tree["files"].items():
         data = (path / name).read_bytes()
@@ -92,7 +92,7 @@ def safetensors(header: bytes | dict[str, Any], data: bytes = b"") -> bytes:
 
 
 def header(edit: Callable[[dict[str, Any]], Any]) -> Change:
-    """The shard's header is changed, and the numbers after it are not."""
+    """Change the shard's header, but not the numbers after it."""
 
     def make(data: bytes) -> bytes:
         head, numbers = parts(data)
@@ -107,12 +107,12 @@ def entry(key: str, **values: Any) -> Change:
 
 
 def renamed(old: str, new: str) -> Change:
-    """A fragment has another key."""
+    """Rename the key of a fragment."""
     return header(lambda head: {new if key == old else key: value for key, value in head.items()})
 
 
 def tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
-    """The shard's tensors are changed, and written as safetensors writes them."""
+    """Change the shard's tensors, and write them as safetensors does."""
 
     def change(path: Path) -> None:
         from safetensors.torch import load_file, save_file
@@ -134,7 +134,7 @@ def both(*changes: Change) -> Change:
 
 
 def file(make: Callable[[Path], Any], name: str = SHARD) -> Change:
-    """Something else stands in a file's place."""
+    """Put something else in a file's place."""
 
     def change(path: Path) -> None:
         (path / name).rename(path / "aside")

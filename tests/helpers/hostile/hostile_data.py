@@ -1,4 +1,4 @@
-"""Small files that unpack to far more than they are, and the cost of reading them in processes of their own."""
+"""Small files that unpack to something far larger, and the cost of reading them in separate processes."""
 
 import gzip
 import subprocess
@@ -16,18 +16,18 @@ import zstandard
 
 MIB = 1 << 20
 PROCESSOR_S = 120
-"""After which what does not end is killed."""
+"""Seconds after which a process that has not ended is killed."""
 
 
 class Ended(NamedTuple):
     code: int
     said: str
     peak: int
-    """Resident MiB, all processes together."""
+    """Resident MiB of all processes together."""
 
 
 def muster(*arguments: object) -> Ended:
-    """Run a command line and watch what it and its children take; it is killed if it does not end."""
+    """Run a command line and measure the resources of it and its children; it is killed if it does not end."""
     command = [sys.executable, "-c", "from cluster.cli import main; main()", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         said: list[str] = []
@@ -85,7 +85,7 @@ def parquet_bombs(folder: Path) -> None:
 
 
 def tell_less(bomb: Path, copy: Path) -> None:
-    """Copy a file of one column chunk, with a footer that tells of 1000 bytes in it."""
+    """Copy a file of one column chunk, with a footer that claims it has 1000 bytes."""
     data = bomb.read_bytes()
     start = len(data) - 8 - int.from_bytes(data[-8:-4], "little")
     pages, footer = data[:start], data[start:-8]

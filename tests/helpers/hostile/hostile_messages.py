@@ -30,7 +30,7 @@ def zipped(message: object, files: dict[str, bytes] | None = None, method: int =
 
 
 def patched(content: bytes, name: bytes, offset: int, form: str, *values: int, local: bool = False) -> bytes:
-    """A zip with other numbers in the header of a member: in the directory, or before the member itself."""
+    """A zip with changed numbers in a member's header: in the directory, or before the member itself."""
     changed = bytearray(content)
     at = (content.index(name) - 30) if local else (content.rindex(name) - 46)
     struct.pack_into(form, changed, at + offset, *values)
@@ -45,7 +45,7 @@ def member(name: str, mode: int = 0o100644, **changes: Any) -> bytes:
         entry.external_attr = mode << 16
         for key, value in changes.items():
             setattr(entry, key, value)
-        with warnings.catch_warnings(action="ignore"):  # of a name that is there
+        with warnings.catch_warnings(action="ignore"):  # about a duplicate name
             archive.writestr(entry, b"x")
     return file.getvalue()
 
@@ -149,7 +149,7 @@ HOSTILE: dict[str, Callable[[], bytes]] = {
 
 
 def _directory(count: int) -> bytes:
-    """As many names as fit into few bytes, in a zip that says it has two."""
+    """As many names as fit into few bytes, in a zip that claims to have two."""
     (start,) = struct.unpack("<L", GOOD[-6:-2])
     entries = GOOD[start : start + 46 + len("message.json")] * count
     return GOOD[:start] + entries + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2, 2, len(entries), start, 0)

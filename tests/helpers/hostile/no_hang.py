@@ -1,4 +1,4 @@
-"""An end for what might last for ever, far beyond what it takes, so that a slow machine fails no test."""
+"""A time limit for what might hang, so generous that no test fails on a slow machine."""
 
 import contextlib
 import signal
@@ -9,7 +9,7 @@ PROCESSOR_S, CLOCK_S = 60, 600
 
 @contextlib.contextmanager
 def ends() -> Iterator[None]:
-    """The block fails after a minute of the processor's time, or ten of waiting. In the main thread only."""
+    """Fail the block after a minute of CPU time, or ten of wall-clock time. In the main thread only."""
 
     def give_up(number: int, _: object) -> None:
         raise AssertionError(f"it did not end: {signal.Signals(number).name}")

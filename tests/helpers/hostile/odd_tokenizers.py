@@ -1,4 +1,4 @@
-"""Tokenizers as others make them: SentencePiece's and Llama 3's way, a chat model's, one that loses text."""
+"""Tokenizers as others build them: like SentencePiece's and Llama 3's, a chat model's, one that loses text."""
 
 import json
 from collections.abc import Iterable
@@ -24,7 +24,7 @@ def write(folder: Path, tokenizer: Tokenizer, settings: dict[str, Any] | None, *
 
 
 def llama(folder: Path, texts: Iterable[str], vocab_size: int = 400) -> Path:
-    """SentencePiece with bytes to fall back on, as Llama 2 has it: `</s>` ends, `<s>` begins what is encoded."""
+    """SentencePiece with byte fallback, as in Llama 2: encoded text begins with `<s>`; `</s>` is the end of text."""
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<unk>", "<s>", "</s>", *BYTES]
@@ -60,7 +60,7 @@ TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] 
 
 
 def chat(folder: Path, texts: Iterable[str]) -> Path:
-    """A chat model's, byte level: `<|im_end|>` ends, `<|endoftext|>` pads, the template in a file of its own."""
+    """A chat model's, byte level: `<|im_end|>` is the end, `<|endoftext|>` the padding, a separate template file."""
     tokenizer = byte_level(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     settings = {
         "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "bos_token": None, "mask_token": "<missing>",
@@ -73,8 +73,8 @@ def chat(folder: Path, texts: Iterable[str]) -> Path:
 
 
 def llama3(folder: Path, texts: Iterable[str]) -> Path:
-    """Byte level with a beginning of text from a sequence of post-processors; truncates and pads; no settings but
-    special_tokens_map.json."""
+    """Byte level with a beginning-of-text token from a sequence of post-processors; truncates and pads; no settings
+    except special_tokens_map.json."""
     tokenizer = byte_level(texts, ["<s>", "<|eot_id|>"], add_prefix_space=True)
     begin = {**BOS_FIRST, "special_tokens": [("<s>", tokenizer.token_to_id("<s>"))]}
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(), processors.TemplateProcessing(**begin)])
@@ -86,7 +86,7 @@ def llama3(folder: Path, texts: Iterable[str]) -> Path:
 
 
 def metaspace(folder: Path, texts: Iterable[str]) -> Path:
-    """Unigram over `▁`, as T5 and newer SentencePiece tokenizers have it, with no settings."""
+    """Unigram over `▁`, as in T5 and newer SentencePiece tokenizers, without settings."""
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tokenizer.decoder = decoders.Metaspace(prepend_scheme="first", split=False)
@@ -99,7 +99,7 @@ def metaspace(folder: Path, texts: Iterable[str]) -> Path:
 
 
 def uncased(folder: Path, texts: Iterable[str]) -> Path:
-    """BERT's: lower case without accents, blanks and line ends are one."""
+    """BERT's: lower case without accents; all whitespace is alike."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True, strip_accents=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -113,14 +113,14 @@ def uncased(folder: Path, texts: Iterable[str]) -> Path:
 
 
 def dropping(folder: Path, texts: Iterable[str]) -> Path:
-    """Byte level with BPE dropout, as for the training of translators: random at each call."""
+    """Byte level with BPE dropout, as in training translation models: random at each call."""
     tokenizer = byte_level(texts, ["</s>"])
     tokenizer.model.dropout = 0.5
     return write(folder, tokenizer, None)
 
 
 def with_a_small_alphabet(folder: Path, texts: Iterable[str], unk_token: str | None) -> Path:
-    """BPE over characters: one that is not of the texts becomes `unk_token`, or nothing."""
+    """BPE over characters: one that is not in the texts becomes `unk_token`, or nothing."""
     tokenizer = Tokenizer(models.BPE(unk_token=unk_token))
     tokenizer.decoder = decoders.Fuse()
     special = ["</s>", *([unk_token] if unk_token else [])]

@@ -1,4 +1,4 @@
-"""Another user of the same machine, for the tests of what he may not do."""
+"""Another user of the same machine, to test what that user must not be able to do."""
 
 import os
 import subprocess
@@ -31,18 +31,18 @@ needs_second_user = pytest.mark.skipif(
 def as_second_user(
     code: str, *arguments: object, imports: Sequence[str] = (), timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run Python code as a user without any rights of ours, with umask 0. Returns its output and exit code.
+    """Run Python code as a user with none of our permissions, with umask 0. Returns its output and exit code.
 
     Args:
         arguments: its sys.argv[1:].
-        imports: modules that are imported while it is still ours: he may be unable to read the interpreter's folder.
+        imports: modules to import while still running as us: the user may be unable to read the interpreter's folder.
     """
     command = [sys.executable, "-c", _BECOME_NOBODY, code, ",".join(["traceback", *imports]), *map(str, arguments)]
     return subprocess.run(command, env={"PATH": os.defpath}, text=True, capture_output=True, timeout=timeout)
 
 
 def let_in(folder: Path) -> Path:
-    """Open a test's folder and pytest's above it, so that what keeps him out is the code under test. Returns it."""
+    """Open a test's folder and pytest's above it, so that only the code under test keeps others out. Returns it."""
     for above in (folder, *folder.parents):
         if above.stat().st_uid == os.geteuid() and above not in (Path("/"), Path.home(), *Path.home().parents):
             above.chmod(above.stat().st_mode | 0o055)

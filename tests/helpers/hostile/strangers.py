@@ -1,4 +1,4 @@
-"""What processes of a group do in the tests of what others may send them: `in_team` runs these by name."""
+"""What the processes of a group do in tests of hostile messages: `in_team` runs these functions by name."""
 
 import os
 import pickle
@@ -15,7 +15,7 @@ from trainer.processes.collectives import from_all, from_chief, to_chief
 
 
 class Payload:
-    """Its pickle, once loaded, makes a file."""
+    """Its pickle creates a file when loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -25,13 +25,13 @@ class Payload:
 
 
 def sent_around(values: list[Any]) -> tuple[list[Any], list[list[Any]]]:
-    """What arrives of values that rank 0 has, and of values that all have."""
+    """What arrives when rank 0 sends values, and when all do."""
     alone = [from_chief(lambda value=value: value if dist.get_rank() == 0 else "another's") for value in values]
     return alone, [from_all([dist.get_rank(), value]) for value in values]
 
 
 def bytes_to_chief(sizes: list[int]) -> list[list[int]] | None:
-    """Each rank sends so many bytes, all of them its rank plus one."""
+    """Each rank sends that many bytes, each of them its rank plus one."""
     rank = dist.get_rank()
     found = to_chief(torch.full((sizes[rank],), rank + 1, dtype=torch.uint8))
     return found and [part.tolist() for part in found]
@@ -45,7 +45,7 @@ def says(call: Any) -> str:
 
 
 def told_nonsense(kind: str) -> str:
-    """What `from_all` and `from_chief` say in a group whose rank 0 sends something else than they expect."""
+    """What `from_all` and `from_chief` raise if rank 0 sends something other than they expect."""
     if dist.get_rank():
         return says((lambda: from_chief(dict)) if kind.startswith("chief") else lambda: from_all("mine"))
     pickled = pickle.dumps(Payload(Path("/nowhere")))
@@ -65,7 +65,7 @@ def told_nonsense(kind: str) -> str:
 
 
 def by_object_collectives(mark: Path) -> list[str]:
-    """What those say that receive a payload through each of torch's object collectives."""
+    """What ranks raise that receive a payload through each of torch's object collectives."""
     rank, world = dist.get_rank(), dist.get_world_size()
     payload = Payload(mark)
 
@@ -90,13 +90,13 @@ def _shut(*_: Any, **__: Any) -> None:
 
 
 class Shut(pickle.Unpickler):
-    """Of which torch makes classes of its own."""
+    """A class that torch can derive its own unpicklers from."""
 
     load = _shut
 
 
 def forbid_pickles() -> None:
-    """Let every reader of pickles raise in this process, and say where; our own guard is out of the way."""
+    """Make every reader of pickles in this process raise and say where, with our own guard removed."""
     collectives.refuse_pickles = lambda: None
     collectives.c10d._tensor_to_object = collectives.c10d._unpickler = _shut
     pickle.load = pickle.loads = pickle._load = pickle._loads = torch.load = _shut
@@ -109,14 +109,14 @@ def train_without_pickles(run_dir: Path) -> str:
 
 
 def proves(secrets: list[str]) -> str:
-    """What each rank says when the group proves that it knows the secret, where each has its own."""
+    """What each rank raises when the group must prove that it knows the secret, but each has its own."""
     return says(lambda: rendezvous.prove(secrets[dist.get_rank()]))
 
 
 def start_alone(rank: int, environment: dict[str, str], pipe: Any) -> None:
-    """Be one process of a starting attempt, and say through a pipe what came of it.
+    """Be one process of a starting attempt, and report the outcome through a pipe.
 
-    It says the addresses of its listening ports, or why it did not start.
+    It reports the addresses of its listening ports, or why it did not start.
     """
     os.environ |= environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)

@@ -29,15 +29,15 @@ class ConvNetConfig(ModelSection):
 
     family: str = "convnet"
     classes: int = Field(10, ge=2)
-    """Labels are below it."""
+    """Number of classes; labels are below it."""
     channels: int = Field(1, ge=1)
-    """Of an image."""
+    """Channels of an image."""
     width: int = Field(16, ge=1, le=4096)
     """Channels after the first convolution; each stage has twice as many as the one before."""
     stages: int = Field(2, ge=1, le=6)
-    """Each halves height and width."""
+    """Stages, each of which halves height and width."""
     frozen: int = Field(0, ge=0)
-    """Of these, from the first, that keep the weights that they begin with."""
+    """Number of stages, from the first, that keep their initial weights."""
 
 
 class ConvNet(nn.Sequential):

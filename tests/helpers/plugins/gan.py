@@ -1,11 +1,11 @@
-"""A family of two networks and a task of two phases in one file: a GAN that draws images.
+"""A family of two networks and a task of two phases in one file: a GAN that generates images.
 
     plugins: [gan.py]
     model: {family: gan, size: 12, width: 16}
     data: {path: images.parquet, images: {channels: 1}}
 
-The discriminator and the generator have an optimizer each: `model.discriminator_lr`, `model.generator_lr`, the rest is
-that of `optim`. The generator is updated at every `model.generator_every`-th step.
+The discriminator and the generator have an optimizer each, with `model.discriminator_lr`, `model.generator_lr` and
+otherwise the keys of `optim`. The generator is updated at every `model.generator_every`-th step.
 """
 
 from typing import Any
@@ -33,9 +33,9 @@ class GanConfig(ModelSection):
     size: int = Field(12, ge=4, le=64)
     """Height and width of an image."""
     width: int = Field(16, ge=1, le=4096)
-    """Hidden units, by 4."""
+    """A quarter of the hidden units."""
     latents: int = Field(8, ge=1)
-    """Numbers that an image is made of."""
+    """Size of the latent vector that an image is generated from."""
     discriminator_lr: float = Field(2e-3, gt=0)
     """Peak learning rate of the discriminator."""
     generator_lr: float = Field(1e-3, gt=0)
@@ -45,7 +45,7 @@ class GanConfig(ModelSection):
     spectral_norm: bool = False
     """Whether the discriminator's matrices have a spectral norm of 1 (arXiv:1802.05957)."""
     generator_ema: float | None = Field(None, gt=0, lt=1)
-    """Decay of an exponential moving average of the generator alone, which then draws the samples; None: as optim's."""
+    """Decay of an exponential moving average of the generator only, which then generates the samples; None: optim's."""
 
 
 class Gan(nn.Module):

@@ -44,7 +44,7 @@ def wrong_sums() -> None:
 
 
 def garbled_link() -> None:
-    """Send other numbers than those that are asked for."""
+    """Send numbers other than those asked for."""
     original = links._numbers
     links._numbers = lambda rank, here: original(rank, here) + (rank == dist.get_rank())
 
@@ -63,7 +63,7 @@ def other_torch() -> None:
 
 
 def slow_link(seconds: float) -> None:
-    """Let this process be slow to send and receive."""
+    """Make this process slow to send and receive."""
     original = dist.batch_isend_irecv
 
     def wrapped(operations):
@@ -74,7 +74,7 @@ def slow_link(seconds: float) -> None:
 
 
 def own_machine(fault: Any = nothing, ranks: tuple[int, ...] = (), *arguments: Any) -> None:
-    """Let each process pass for a machine, and put a fault into some."""
+    """Make each process look like a machine of its own, and put a fault into some."""
     rank = int(os.environ["RANK"])
     other_host(f"node-{rank}")
     if rank in ranks:
@@ -82,10 +82,10 @@ def own_machine(fault: Any = nothing, ranks: tuple[int, ...] = (), *arguments: A
 
 
 def checked(folders: list[Path], config: Config, fault: Any = nothing, ranks: Any = (), *arguments: Any) -> Any:
-    """Preflight with a folder for each rank, as if on machines of their own.
+    """Run the preflight with a folder for each rank, as if each were on a machine of its own.
 
     Returns:
-        the number of rates, or what BadMachine says.
+        the number of rates, or the message of BadMachine.
     """
     own_machine(fault, ranks, *arguments)
     record = Record(folders[0], 1) if dist.get_rank() == 0 else None
@@ -105,7 +105,7 @@ def trained(run_dir: Path, fault: Any = nothing, ranks: Any = (), *arguments: An
 
 
 def random_states(folder: Path, config: Config) -> bool:
-    """Whether no generator of this process has moved in a preflight."""
+    """Whether a preflight leaves every random generator of this process as it was."""
 
     def states() -> list[Any]:
         return [torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()]
@@ -116,7 +116,7 @@ def random_states(folder: Path, config: Config) -> bool:
 
 
 def timetable(machines: list[str]) -> list[int]:
-    """Swap numbers by `links.rounds`. Returns those that arrived wrong."""
+    """Exchange numbers with `links.rounds`. Returns those that arrived wrong."""
     return links.exchange(machines, torch.device("cpu"))[1]
 
 
@@ -128,5 +128,5 @@ def cannot_write() -> None:
 
 
 def blind() -> None:
-    """See no folder that another process has made."""
+    """Make this process see no folder that another process has created."""
     preflight._appears = lambda path: False

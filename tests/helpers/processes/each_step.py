@@ -6,7 +6,7 @@ from trainer.trainee import Trainee
 
 
 def before_each_step(do: Callable[[int], None]) -> None:
-    """Call `do` with the number of each step that this process begins, before the step's learning rate is set."""
+    """Call `do` with the number of each step as this process begins it, before the step's learning rate is set."""
     original = Trainee.set_learning_rate
 
     def wrapped(self: Trainee, step: int) -> float:

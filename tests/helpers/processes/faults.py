@@ -1,4 +1,4 @@
-"""Faults that a test puts into a training process of its own, before it trains."""
+"""Faults that a test injects into a training process before it trains."""
 
 import ctypes
 import errno
@@ -52,7 +52,7 @@ def kill_at_step(step: int, number: int) -> None:
 
 
 def hang_up_under_nohup(step: int) -> None:
-    """Let this process ignore SIGHUP, as nohup starts a program, and send it one when it begins the given step."""
+    """Make this process ignore SIGHUP, as under nohup, and send it one when it begins the given step."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     kill_at_step(step, signal.SIGHUP)
 
@@ -62,7 +62,7 @@ def _at_step(step: int, do: Callable[[], None]) -> None:
 
 
 def wait_at_gates(folder: Path, steps: Sequence[int], grace: float, killed_in: int | None = None) -> None:
-    """Begin each of these steps when the test has made the file `folder`/STEP, and let the shipper give up early.
+    """Begin each of these steps once the test has created the file `folder`/STEP, and make the shipper give up early.
 
     Args:
         killed_in: step at whose beginning the process kills itself.
@@ -87,7 +87,7 @@ def set_variable(name: str, value: str) -> None:
 
 
 def killed(kill: Kill | None) -> None:
-    """Let the process that a schedule names kill -9 itself at the moment it names."""
+    """Make the process that a schedule names kill -9 itself at the scheduled moment."""
     if kill is None or os.environ["RANK"] != str(kill.rank):
         return
     armed = threading.Event()
@@ -115,7 +115,7 @@ def killed(kill: Kill | None) -> None:
 
 
 def stand_still(rank: int, step: int) -> None:
-    """Let one rank of several stand still when it begins the given step."""
+    """Make one of several ranks hang when it begins the given step."""
     if os.environ["RANK"] == str(rank):
         _at_step(step, stand_here)
 
@@ -125,7 +125,7 @@ def stand_here() -> None:
 
 
 def hold_interpreter(step: int) -> None:
-    """Let this process stand still in C code at the given step, so that no other thread of it runs."""
+    """Make this process hang in C code at the given step, so that none of its other threads runs."""
     _at_step(step, hold_here)
 
 
@@ -134,7 +134,7 @@ def hold_here() -> None:
 
 
 def slow_down(rank: int, window: int, seconds: float = 0.3) -> None:
-    """Let one rank of several lose time in each step, and compare ranks over a shorter window."""
+    """Make one of several ranks slow in each step, and compare ranks over a shorter window."""
     straggler.WINDOW = window
     if os.environ["RANK"] == str(rank):
         before_each_step(lambda step: time.sleep(seconds))
@@ -151,7 +151,7 @@ def trained(run_dir: Path, fault: Callable[..., None] | None = None, ranks: Sequ
 
 
 def first_checkpoint(of_first: int, of_others: int) -> None:
-    """With `checkpoint.every: auto`, let rank 0 begin with another interval than the other ranks, and keep to it."""
+    """With `checkpoint.every: auto`, make rank 0 start with a different interval from the other ranks, and keep it."""
     cadence.FIRST = of_first if os.environ["RANK"] == "0" else of_others
     cadence.CHANGE = float("inf")
 
@@ -198,7 +198,7 @@ def spike_and_kill(spike: int, killed: int) -> None:
 
 
 def collapse_soon(step: int | None = None) -> None:
-    """Call an expert with less than 95% of an even share starved, and a collapse what lasts for three steps."""
+    """Treat an expert with less than 95% of an even share as starved, and three such steps as a collapse."""
     collapse.STARVED, collapse.COLLAPSED = 0.95, 3
     if step:
         kill_at_step(step, signal.SIGTERM)
@@ -218,7 +218,7 @@ def _between(first: int, last: int, begin: Callable[[], None], end: Callable[[],
 
 
 def fill(ballast: Path) -> None:
-    """Write a file until its disk has no byte left."""
+    """Write a file until its disk is full."""
     with ballast.open("wb", buffering=0) as file:
         try:
             while True:
@@ -235,7 +235,7 @@ def full_disk(folder: Path, first: int, last: int) -> None:
 
 
 def small_files(size: int, first: int, last: int) -> None:
-    """Let this process write no file larger than `size` bytes, for a range of steps."""
+    """Limit the files that this process writes to `size` bytes, for a range of steps."""
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(soft: int) -> None:
@@ -245,9 +245,9 @@ def small_files(size: int, first: int, last: int) -> None:
 
 
 def _dump_with(unfinished: list[int]) -> Dump | None:
-    """A dump once the unfinished calls in it are those of tensors of these lengths.
+    """A dump, once the unfinished calls in it are those of tensors of these lengths.
 
-    gloo records a call, and that it has finished, a moment after the caller goes on.
+    gloo records a call, and its end, a moment after the caller has continued.
     """
     until = time.monotonic() + 20
     while True:

@@ -1,4 +1,4 @@
-"""Which samples each process of a run trained on, as it saw them: a plugin of the run writes it down."""
+"""Which samples each process of a run trained on, as it saw them, recorded by a plugin of the run."""
 
 import json
 import os
@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 SAMPLE_TOKENS = 32
-"""Of each sample's text, its end of text included: a window of this length is one sample, whole."""
+"""Length of each sample's text, its end-of-text token included: a window of this length is exactly one sample."""
 _NAME = "sample {:05d} "
 
 
 def text_of(number: int) -> str:
-    """A sample's text: its number, and letters of its own."""
+    """A sample's text: its number, and letters that depend on it."""
     head = _NAME.format(number)
     letters = (chr(97 + (number * 7 + place * place) % 26) for place in range(SAMPLE_TOKENS - 1 - len(head)))
     return head + "".join(letters)
@@ -28,7 +28,7 @@ def number_of(tokens: list[int]) -> int:
 
 
 def plugin(path: Path, folder: Path) -> str:
-    """Write a plugin that lets each process of a run keep a ledger in `folder`. Returns what `plugins:` takes."""
+    """Write a plugin that makes each process of a run keep a ledger in `folder`. Returns the value for `plugins:`."""
     path.write_text(f"import sys\nsys.path.append({str(Path(__file__).parent)!r})\n\nimport ledger\n\n")
     with path.open("a") as file:
         file.write(f"ledger.keep({str(folder)!r})\n")
@@ -36,7 +36,7 @@ def plugin(path: Path, folder: Path) -> str:
 
 
 def keep(folder: str) -> None:
-    """Append a line for each step that this process finishes: attempt, step, rank, samples in their order.
+    """Append a line for each step that this process finishes: attempt, step, rank, samples in order.
 
     The samples are read from the tokens that the model was given, the attempt from the run's record.
     """

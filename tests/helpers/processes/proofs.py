@@ -17,7 +17,7 @@ from trainer.record.lines import read_events, read_metrics
 
 
 def prepare_samples(folder: Path, count: int) -> Path:
-    """Prepare `count` samples, some of them held out, as byte tokens: eight to a row group, one to a window."""
+    """Prepare `count` samples, some of them held out, as byte tokens: eight per row group, one per window."""
     raw = folder / "raw.jsonl"
     raw.write_text("".join(json.dumps({"text": text_of(number)}) + "\n" for number in range(count)))
     settings = PrepareConfig(tokenizer="bytes", held_out=0.2, row_group_tokens=8 * SAMPLE_TOKENS)
@@ -34,7 +34,7 @@ def samples_in(data: Path) -> list[int]:
 
 
 def losses(run_dir: Path) -> list[tuple]:
-    """The loss record: every value that does not tell of time."""
+    """The loss record: every value that is not a time."""
     keys = ("step", "loss", "eval_loss", "grad_norm", "aux_loss", "z_loss", "lr", "tokens", "sequences")
     return [tuple(record.get(key) for key in keys) for record in read_metrics(run_dir)]
 
@@ -50,7 +50,7 @@ def digest(run_dir: Path, step: int) -> str:
 
 
 def attempts_from(run_dir: Path) -> dict[int, int]:
-    """The step after which each attempt went on."""
+    """The step after which each attempt resumed."""
     found: dict[int, int] = {}
     for event in read_events(run_dir):
         if event["event"] == "attempt_started":
@@ -61,7 +61,7 @@ def attempts_from(run_dir: Path) -> dict[int, int]:
 
 
 def rolled_back(run_dir: Path) -> list[int]:
-    """For each attempt after the first, how many committed checkpoints lay after the step that it went on from."""
+    """For each attempt after the first, the number of committed checkpoints after the step that it resumed from."""
     found: list[int] = []
     saved: set[int] = set()
     starts = attempts_from(run_dir)
@@ -76,7 +76,7 @@ def rolled_back(run_dir: Path) -> list[int]:
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Of all ledgers; the last line of a killed process may be torn."""
+    """The lines of all ledgers; the last one of a killed process may be incomplete."""
     found = []
     for path in sorted((run_dir / "ledger").iterdir()):
         found += [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
@@ -86,8 +86,8 @@ def lines(run_dir: Path) -> list[dict[str, Any]]:
 def order_of_use(run_dir: Path, world: int) -> list[int]:
     """The samples that made the final weights, in the order of the data, as the processes saw them.
 
-    A step counts as its last attempt took it: what an attempt did after the step that a later one went on from, a
-    rollback has taken back. For runs with one micro-batch a step.
+    The last attempt to take a step counts: what an attempt did after the step that a later one resumed from was rolled
+    back. For runs with one micro-batch per step.
     """
     kept = _kept(run_dir)
     assert [sorted(ranks) for _, ranks in sorted(kept.items())] == [list(range(world))] * len(kept)
@@ -95,7 +95,7 @@ def order_of_use(run_dir: Path, world: int) -> list[int]:
 
 
 def use_by_step(run_dir: Path) -> list[list[int]]:
-    """The samples of each step that made the final weights, sorted: for runs whose processes came and went."""
+    """The sorted samples of each step that made the final weights: for runs whose number of processes changed."""
     return [
         sorted(sample for samples in ranks.values() for sample in samples)
         for _, ranks in sorted(_kept(run_dir).items())
@@ -103,7 +103,7 @@ def use_by_step(run_dir: Path) -> list[list[int]]:
 
 
 def _kept(run_dir: Path) -> dict[int, dict[int, list[int]]]:
-    """What each rank read for each step, by the attempt that counts."""
+    """What each rank read for each step, in the attempt that counts."""
     starts = attempts_from(run_dir)
     kept: dict[int, dict[int, list[int]]] = defaultdict(dict)
     for line in lines(run_dir):
@@ -116,7 +116,7 @@ def _kept(run_dir: Path) -> dict[int, dict[int, list[int]]]:
 
 
 def check_each_sample_once_per_epoch(used: list[int], samples: list[int]) -> None:
-    """Every whole epoch has each sample once; the last, cut short, none twice."""
+    """Check that each complete epoch has every sample once, and the incomplete last one none twice."""
     assert len(used) > 2 * len(samples)
     for start in range(0, len(used), len(samples)):
         epoch = used[start : start + len(samples)]

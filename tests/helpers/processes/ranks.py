@@ -1,4 +1,4 @@
-"""`python -m trainer` as the ranks of one launch, in cheap processes whose ends and output are seen one by one."""
+"""`python -m trainer` as the ranks of one launch, in cheap processes, each with its own exit code and output."""
 
 import multiprocessing
 import os
@@ -30,7 +30,7 @@ def run_ranks(
 ) -> list[tuple[int | None, str]]:
     """Run `trainer.__main__` in `folder` as each rank of a group, forked from a process that has imported everything.
 
-    torchrun would add its own report and end with 1, whatever the ranks ended with.
+    torchrun would add its own report and exit with 1, whatever the ranks' exit codes.
 
     Args:
         before: module-level function called first in each, with `given` (to inject a fault).

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 MOMENTS = ("step", "update", "shard", "receipt")
-"""As a step begins, once its weights are updated, and, in the next checkpoint, with a shard written or before the
+"""When a step begins; when its weights are updated; and, in the next checkpoint, when a shard is written or before the
 receipt that the commit waits for."""
 
 
 class Kill(NamedTuple):
-    """Of one process of one attempt.
+    """The kill of one process of one attempt.
 
     Attributes:
-        step: at which it happens, or from which on the next checkpoint is waited for.
+        step: when it happens, or from when on it waits for the next checkpoint.
     """
 
     step: int
@@ -22,7 +22,8 @@ class Kill(NamedTuple):
 
 
 def kills(seed: int, count: int, steps: int, world: int, moments: Sequence[str] = MOMENTS) -> list[Kill]:
-    """One for each attempt, none before the last, so that all are reached; the first few have every moment once."""
+    """One kill per attempt, none at an earlier step than the one before, so that all are reached; the first few cover
+    every moment once."""
     draw = random.Random(seed)
     drawn = [*draw.sample(moments, len(moments)), *draw.choices(moments, k=count)][:count]
     at = sorted(draw.randint(2, steps) for _ in range(count))

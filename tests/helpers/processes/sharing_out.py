@@ -9,9 +9,9 @@ ROOT = Path(__file__).parents[3]
 
 
 class OneRay(LoadFileScheduling):
-    """All tests of a file run in one process, as they share fixtures; so do all files that start a Ray.
+    """Runs all tests of a file in one process, since they share fixtures, and all files that start Ray in one process.
 
-    Not by `--dist loadgroup`: xdist 3.8 groups nothing under pytest 9.2, and does not say so.
+    `--dist loadgroup` would not do: under pytest 9.2, xdist 3.8 silently groups nothing.
     """
 
     def _split_scope(self, nodeid: str) -> str:
@@ -21,5 +21,5 @@ class OneRay(LoadFileScheduling):
 
 @cache
 def starts_ray(file: Path) -> bool:
-    # By its text: the process that shares out the tests imports none of them, and so sees no marker.
+    # Searches the text: the process that distributes tests does not import them, and so sees no markers.
     return "pytest.mark.ray" in file.read_text()

@@ -1,4 +1,4 @@
-"""Helpers of the tests: tiny data and configs, two long-lived processes, and runs in cheap processes of their own."""
+"""Test helpers: tiny data and configs, two long-lived processes, and runs in cheap separate processes."""
 
 import multiprocessing
 import os
@@ -101,7 +101,7 @@ def _serve(rank: int, world: int, port: int, pipe: Any) -> None:
             pipe.send(("ok", function(*arguments)))
         except BaseException:
             pipe.send(("error", f"rank {rank}: {traceback.format_exc()}"))
-        groups.mpu = None  # else the next engine takes the ranks' places from the last pipeline
+        groups.mpu = None  # otherwise the next engine takes its ranks' coordinates from the last pipeline
     torch.distributed.destroy_process_group()
 
 
@@ -130,5 +130,5 @@ def _train(run_dir: Path, before: Callable[..., None] | None, arguments: tuple) 
     from trainer.loop import train
 
     status = train(run_dir)
-    # As `python -m trainer` does: threads of torch must not keep a finished process.
+    # As in `python -m trainer`: torch's threads must not keep a finished process alive.
     raise SystemExit(0 if status == "FINISHED" else 75)

@@ -1,4 +1,4 @@
-"""Where a training process lets the host wait for the device: counted on a CPU, an error on a GPU."""
+"""Where a training process makes the host wait for the device: counted on a CPU, an error on a GPU."""
 
 import json
 import sys
@@ -19,12 +19,12 @@ METHODS = (
     "item", "tolist", "numpy", "cpu", "nonzero", "masked_select", "unique", "unique_consecutive", "argwhere", "equal",
     "allclose", "__bool__", "__int__", "__float__", "__index__", "__contains__",
 )  # fmt: skip
-"""Of a tensor, those that need its values on the host."""
+"""Methods of a tensor that need its values on the host."""
 OPERATORS = (
     "_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "bincount",
     "repeat_interleave", "equal", "is_nonzero", "histc",
 )  # fmt: skip
-"""The same below Python, and those whose result has a shape that depends on values."""
+"""The same below Python, and operators whose output shape depends on values."""
 
 
 class Operators(TorchDispatchMode):
@@ -32,7 +32,7 @@ class Operators(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        return True  # or torch would run what is compiled, FlexAttention too, as it stands
+        return True  # otherwise torch would run compiled code, FlexAttention included, uncompiled
 
     def __init__(self, found: Callable[[str], None]) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if isinstance(function, HigherOrderOperator):  # FlexAttention, which waits for nothing
+        if isinstance(function, HigherOrderOperator):  # FlexAttention, which never waits
             return function(*args, **kwargs)
         name = function.overloadpacket.__name__
         masks = name in ("index", "index_put", "index_put_") and any(
@@ -52,9 +52,9 @@ class Operators(TorchDispatchMode):
 
 
 def watch_syncs(first: int, last: int, path: Path) -> None:
-    """Write where this process's training thread waits from step `first` on until `last` begins: {place: times}.
+    """Write where this process's training thread waits from step `first` until `last` begins: {place: times}.
 
-    Experts take the way of accelerators. On a GPU what waits raises.
+    Experts take the code path of accelerators. On a GPU, waiting raises.
     """
     block.apply_experts = experts.grouped_experts
     training, counted = threading.get_ident(), Counter[str]()

@@ -45,5 +45,5 @@ def read_all(*inputs: Path | str, text_key: str = "text") -> tuple[list[str], li
 
 
 def detail(path: Path) -> str:
-    """Why a file, or the first thing in it, is refused, in the reader's own words."""
+    """The reader's reason for refusing a file, or the first item in it."""
     return read_all(path)[1][0].detail

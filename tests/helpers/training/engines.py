@@ -24,7 +24,7 @@ from trainer.trainee import build_trainee
 
 
 def batch_of(config: Config, indices: list[int]) -> Batch:
-    """Random tokens, a pure function of each sequence's index; every fifth sequence is mostly untrained on."""
+    """Random tokens, a pure function of each sequence's index; most labels of every fifth sequence are masked."""
     length, rows, labels = config.train.seq_len, [], []
     for index in indices:
         tokens = torch.randint(0, 256, (length + 1,), generator=torch.Generator().manual_seed(max(index, 0)))
@@ -53,7 +53,7 @@ HELD_OUT = range(10_000, 10_004)
 
 
 class HeldOut:
-    """A split of four sequences."""
+    """A held-out split of four sequences."""
 
     def __init__(self, config: Config):
         self._config = config
@@ -95,7 +95,7 @@ class EngineRun:
         return outcomes
 
     def loss_of_average(self) -> float | None:
-        """Held-out loss with the averaged weights, over four sequences that are not trained on; None: there is none."""
+        """Held-out loss with the averaged weights, over four sequences; None: there are no averaged weights."""
         if not self.trainee.has_ema:
             return None
         with self.trainee.averaged():
@@ -106,7 +106,7 @@ class EngineRun:
 
 
 def stale_copies(module: nn.Module) -> list[str]:
-    """Names of the parameters of which layers compute with a bf16 copy that is not the parameter as it is now."""
+    """Names of the parameters whose bf16 copy, with which layers compute, differs from the parameter's value."""
     return [
         f"{layer_name}.{name}"
         for layer_name, layer in module.named_modules()
@@ -116,7 +116,7 @@ def stale_copies(module: nn.Module) -> list[str]:
 
 
 def engine_over_another_start(config: Config) -> tuple[list[str], torch.Tensor]:
-    """(`stale_copies` of a new engine, a weight in it), where each process has filled the module in its own way."""
+    """(`stale_copies` of a new engine, one of its weights), if each process initialised the module differently."""
     module = build(config.model)
     module.init_weights(dist.get_rank())
     engine = Engine(module, config)
@@ -131,13 +131,13 @@ def engine_losses(config: Config, steps: int, spoil: int | None = None) -> tuple
 
 
 def all_losses(configs: list[Config], steps: int) -> list[tuple]:
-    """`engine_losses` of each."""
+    """`engine_losses` of each config."""
     return [engine_losses(config, steps) for config in configs]
 
 
 def all_averages(configs: list[Config], steps: int) -> list[tuple]:
-    """`engine_losses` of each, with an evaluation of the averaged weights before the last step: (outcomes, fragments,
-    held-out loss)."""
+    """`engine_losses` of each config, with an evaluation of the averaged weights before the last step: (outcomes,
+    fragments, held-out loss)."""
     found = []
     for config in configs:
         run = EngineRun(config)
@@ -148,8 +148,8 @@ def all_averages(configs: list[Config], steps: int) -> list[tuple]:
 
 
 def bare_losses(config: Config, steps: int) -> tuple[list, dict]:
-    """The same training by plain PyTorch in one process, whatever the topology. Returns (outcomes, weights), the latter
-    with their average as `ema/NAME` if the config asks for one."""
+    """The same training in plain PyTorch in one process, whatever the topology. Returns (outcomes, weights),
+    with the weights' average as `ema/NAME` if the config asks for one."""
     outcomes, weights, _ = bare_averages(config, steps)
     return outcomes, weights
 
@@ -160,7 +160,7 @@ def bare_averages(config: Config, steps: int) -> tuple[list, dict, float | None]
     module.init_weights(0)
     averaged = AveragedModel(module) if config.optim.ema_decay else None
     if averaged:
-        averaged.update_parameters(module)  # it begins with the first ones it is given
+        averaged.update_parameters(module)  # the average starts from the first weights it is given
     tap = RouterTap(module, config.model) if config.model.is_moe else None
     optimizer = build_optimizer(parameter_groups(module, config.optim), config.optim)
     size, outcomes, held_out = config.train.micro_batch, [], None
@@ -205,7 +205,7 @@ def bare_averages(config: Config, steps: int) -> tuple[list, dict, float | None]
 
 
 def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Whole weights from the fragments of all processes; NaN where there is none, and an error where there are two."""
+    """Whole weights from the fragments of all processes; NaN where one is missing, an error where two overlap."""
     whole = {name: torch.full(weight.shape, torch.nan) for name, weight in weights.items()}
     for part in fragments:
         for entry, tensor in part.items():
@@ -221,7 +221,7 @@ def assemble(fragments: list[dict[str, torch.Tensor]], weights: dict[str, torch.
 
 
 def save_and_continue(config: Config, path, first: int, last: int, world_tag: str) -> list:
-    """Train to `first`, write a checkpoint, go on to `last`; returns the later outcomes."""
+    """Train to `first`, write a checkpoint, continue to `last`; returns the later outcomes."""
     from trainer.checkpoint.store import commit, write_shard
     from trainer.state import TrainState
 
@@ -235,7 +235,7 @@ def save_and_continue(config: Config, path, first: int, last: int, world_tag: st
 
 
 def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict, list]:
-    """Load a checkpoint into a fresh engine, take its fragments, go on to `last`."""
+    """Load a checkpoint into a fresh engine, take its fragments, continue to `last`."""
     run = EngineRun(config)
     restore(run.engine, Reader(path))
     fragments = run.fragments()
@@ -243,7 +243,7 @@ def load_and_continue(config: Config, path, first: int, last: int) -> tuple[dict
 
 
 def load_again(config: Config, path, first: int, last: int) -> tuple[list, list]:
-    """What the steps after a checkpoint gave that an engine wrote in passing: at first, and from it again."""
+    """Outcomes of the steps after a checkpoint: in the engine that wrote it, and in one resumed from it."""
     went_on = save_and_continue(config, path, first, last, "back")
     run = EngineRun(config)
     run.steps(1, last)
@@ -252,7 +252,7 @@ def load_again(config: Config, path, first: int, last: int) -> tuple[list, list]
 
 
 def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]:
-    """Load a checkpoint of `step` into a fresh engine, write it again to `target`, go on to `last`."""
+    """Load a checkpoint of `step` into a fresh engine, write it again to `target`, continue to `last`."""
     from trainer.checkpoint.store import commit, write_shard
     from trainer.state import TrainState
 
@@ -266,7 +266,7 @@ def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]
 
 
 def write_run(config: Config, run_dir: Path) -> None:
-    """Leave a run's checkpoints of steps 1 and 2."""
+    """Write a run's checkpoints of steps 1 and 2."""
     from trainer.checkpoint.store import commit, folder, write_shard
     from trainer.state import TrainState
 
@@ -281,7 +281,7 @@ def write_run(config: Config, run_dir: Path) -> None:
 
 
 def resume_each(config: Config, run_dirs: list[Path]) -> list[int]:
-    """Resume runs, one after the other, in one engine. Returns the step that each goes on from."""
+    """Resume runs one after another in one engine. Returns the step that each resumes from."""
     from trainer.checkpoint.resume import resume
     from trainer.record.lines import Record
     from trainer.state import TrainState

@@ -42,7 +42,7 @@ class PipelineRun:
 
 
 def pipeline_losses(configs: list[Config], steps: int) -> list[tuple[list[StepOutcome], dict[str, torch.Tensor]]]:
-    """[(outcomes, this process's fragments)], for several configs one after the other."""
+    """[(outcomes, this process's fragments)], for several configs one after another."""
     runs = []
     for config in configs:
         run = PipelineRun(config)
@@ -72,10 +72,10 @@ def pipeline_skips(config: Config, where: str) -> tuple[dict, StepOutcome, dict,
 
 
 def pipeline_evaluation(config: Config) -> tuple[list[float], dict, dict, list[StepOutcome]]:
-    """Evaluate eight sequences before, between and after training steps; gradients and weights stay as they are.
+    """Evaluate eight sequences before, between and after training steps; gradients and weights stay unchanged.
 
     Returns:
-        ([loss, tokens] before any step, added up over all processes; fragments before and after an evaluation; the
+        ([loss, tokens] before any step, summed over all processes; fragments before and after an evaluation; the
         outcomes of the training steps around it).
     """
     run = PipelineRun(config)

@@ -1,4 +1,4 @@
-"""Short runs of the families that the plugins beside bring, and what is read of them."""
+"""Short runs of the families in tests/helpers/plugins, and what is read from them."""
 
 from pathlib import Path
 from typing import Any
@@ -55,13 +55,13 @@ MEASURED = (
 
 
 def numbers(run_dir: Path) -> list[tuple[int, str, float]]:
-    """(step, name, value) of all that a run measured, as it was measured last."""
+    """(step, name, value) of every metric of a run, as last measured."""
     last = {(m["step"], key): m[key] for m in read_metrics(run_dir) for key in MEASURED if key in m}
     return [(*key, value) for key, value in sorted(last.items())]
 
 
 def state(run_dir: Path, step: int = STEPS) -> dict[Any, Any]:
-    """All that the next step depends on."""
+    """Everything that the next step depends on."""
     reader = Reader(folder(run_dir, step))
     tensors = {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}
     found = reader.manifest.state

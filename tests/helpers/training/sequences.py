@@ -25,7 +25,7 @@ PROMPTS = [[1, 2, 3], [4, 5]]
 
 
 def batch_of(config: Config, indices: list[int]) -> Batch:
-    """Sequences of two documents each, which end at other places in every sequence."""
+    """Sequences of two documents each, with different boundaries in every sequence."""
     batch = plain_batch(config, indices)
     places = batch.position_ids
     ends = torch.tensor([5 + index % (config.train.seq_len - 6) for index in indices])[:, None]
@@ -33,7 +33,7 @@ def batch_of(config: Config, indices: list[int]) -> Batch:
 
 
 def train(config: Config, steps: int) -> dict[str, Any]:
-    """In every process of a team: what it measured, and its fragments of the final weights."""
+    """Run in every process of a team: its measurements, and its fragments of the final weights."""
     sp, here, group = config.parallel.sp, place(config, dist.get_rank()), sequence_group(config)
     module = build(config.model)
     module.init_weights(0)

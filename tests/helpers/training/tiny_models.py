@@ -20,7 +20,7 @@ def config(**changes: Any) -> ModelConfig:
 
 
 def model(config: ModelConfig, seed: int = 0) -> nn.Module:
-    """A model with weights large enough that every part of it shows in the logits."""
+    """A model with weights so large that every part of it affects the logits."""
     module = build(config.model_copy(update={"init_std": 0.2}))
     module.init_weights(seed)
     return module
@@ -45,6 +45,6 @@ def batch(
 
 
 def gradients(module: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of every parameter by name."""
+    """The gradient of every parameter, by name."""
     names, parameters = zip(*module.named_parameters(), strict=True)
     return dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))

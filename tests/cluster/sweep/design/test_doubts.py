@@ -1,4 +1,4 @@
-"""What a plan warns of."""
+"""Warnings of a plan."""
 
 import math
 import re
@@ -24,7 +24,7 @@ def warnings_of(losses=None, **keys):
 BUDGETS = [1e15, 3e15, 1e16]
 
 
-def test_a_centred_plan_is_not_doubted():
+def test_a_centred_plan_gives_no_warning():
     assert warnings_of(isoflop={"budgets": BUDGETS}, variants={"dense": {}, "moe": {"experts": 4}}) == []
     assert warnings_of(isoflop={"budgets": BUDGETS, "sizes": 7}) == []
     large = plan_of(isoflop={"budgets": [7e18, 1e19, 2e19], "spread": 2}, shape={}, set={"train.seq_len": 2048})

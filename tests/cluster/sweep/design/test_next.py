@@ -1,4 +1,4 @@
-"""The next run's config: its size, its budget to 1%, its experts; a run like any other."""
+"""The next run's config: its size, its budget within 1%, its experts; an ordinary run."""
 
 import pytest
 

@@ -171,7 +171,7 @@ def test_branches(design, every):
             step, steps, kept = after.from_step, before.config.train.steps, before.config.checkpoint
             assert step % kept.every == 0
             assert [s for s in range(kept.every, steps, kept.every) if s % kept.keep_every == 0] == [step]
-            for s in (1, step // 2, step):  # up to there both are the same run
+            for s in (1, step // 2, step):  # up to this step both are the same run
                 rates = [learning_rate(s, t.config.train.steps, t.config.optim) for t in (before, after)]
                 assert rates[0] == rates[1]
             assert learning_rate(step, steps, before.config.optim) == before.config.optim.lr

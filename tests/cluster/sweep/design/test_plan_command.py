@@ -62,7 +62,7 @@ def test_branches_and_searches(file, muster):
     assert "optim.betas=[0.9, 0.9" in out
 
 
-def test_finished_trials_are_heard(file, muster):
+def test_finished_trials_are_taken_into_account(file, muster):
     out = json.loads(muster("sweep", "plan", file, "--json")[1])
     for trial in out["trials"]:
         run = Path("runs/tiny/trials") / trial["name"]

@@ -1,4 +1,4 @@
-"""The table of a fit comes from the trials' own records; so do the standings, the books and what is refused."""
+"""A fit's table comes from the trials' own records; so do their states, the use of device time, and refusals."""
 
 import json
 
@@ -35,19 +35,19 @@ def setting(tmp_path, tiny_data):
     return Setting(tiny_sweep(tmp_path / "s", tiny_data, **GRID))
 
 
-def test_a_sweep_is_planned_once_by_what_is_known(setting):
+def test_a_sweep_is_planned_again_only_when_what_is_known_changes(setting):
     planned = setting.plan_again(["moe-steps4"])
     assert setting.plan_again(["moe-steps4"]) is planned
     assert setting.plan() is not planned
     planned = setting.plan()
     assert setting.plan() is planned
-    setting.vocab_size += 64  # as the data tell when they are made
+    setting.vocab_size += 64  # as if known only once the data are prepared
     assert setting.plan().vocab_size == planned.vocab_size + 64
 
 
 @pytest.fixture
 def trials(setting):
-    """Four trials: one finished, one finished without a number, one failed, one waiting."""
+    """Four trials: one finished, one finished with a loss that is not a number, one failed, one waiting."""
     planned, record = setting.plan(), begun(setting.sweep)
     write_plan(setting.sweep_dir, planned)
     first, second, third, _ = planned.trials
@@ -108,7 +108,7 @@ def test_data_that_repeat_have_a_column_of_their_own(setting, trials):
     assert "data abababab" in table.recipe[0]
 
 
-def test_of_learning_rates_the_best_stands_for_all(tmp_path, tiny_data):
+def test_the_best_learning_rate_stands_for_all(tmp_path, tiny_data):
     rules = {"lr_scale": [0.5, 1, 2], "lr": "fixed", "batch": "fixed"}
     setting = Setting(tiny_sweep(tmp_path / "s", tiny_data, grid={}, axes={"train.steps": [4]}, rules=rules))
     planned, record = setting.plan(), begun(setting.sweep)
@@ -236,7 +236,7 @@ def test_one_process_runs_a_sweep(setting, trials):
         pass
 
 
-def test_optuna_does_not_try_again_what_its_draws_rest_on(tmp_path, tiny_data):
+def test_optuna_does_not_retry_trials_that_later_draws_depend_on(tmp_path, tiny_data):
     axes = {"optim.lr": {"low": 1e-4, "high": 1e-2, "log": True}}
     setting = Setting(tiny_sweep(tmp_path / "s", tiny_data, optuna={"n": 4, "startup": 2, "round": 1}, axes=axes))
     planned, record = setting.plan(), begun(setting.sweep)

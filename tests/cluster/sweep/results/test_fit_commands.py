@@ -61,7 +61,7 @@ def test_predict_at_a_budget_and_at_a_size(muster, table):
 
 
 def with_experts(folder, dense, moe, factor):
-    """A table of two kinds of models; the losses of those with 8 experts are multiplied by the factor."""
+    """A table of two kinds of models; losses of those with 8 experts are multiplied by `times`."""
     rows = [
         f"{n},{d},{c},{loss * times},{experts}"
         for runs, experts, times in ((dense, 1, 1.0), (moe, 8, factor))
@@ -86,7 +86,7 @@ def test_a_given_model_is_predicted_for_each_kind(muster, tmp_path):
 
 
 @pytest.mark.parametrize(("better", "rivals"), [(0.9, []), (0.999, [1])])
-def test_kinds_that_cannot_be_told_apart_are_said(muster, tmp_path, better, rivals):
+def test_kinds_that_cannot_be_distinguished_are_reported(muster, tmp_path, better, rivals):
     dense, moe = (isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002, seed=seed) for seed in (0, 1))
     path = with_experts(tmp_path, dense, moe, better)
     code, out, err = muster("sweep", "predict", "--table", str(path), "--budget", "3e20", "--json")
@@ -114,14 +114,14 @@ def test_a_table_is_scored_on_its_largest_budget(muster, table):
 
 
 def write(path, runs, *names):
-    """A table as CSV, with some of its further columns."""
+    """Write a table as CSV, with some of its extra columns."""
     columns = [runs.n, runs.d, runs.c, runs.loss, *(runs.extra[name] for name in names)]
     lines = [",".join(f"{value:.10g}" for value in row) for row in zip(*columns, strict=True)]
     path.write_text("\n".join([",".join(["n", "d", "c", "loss", *names]), *lines]) + "\n")
     return str(path)
 
 
-def test_where_every_form_is_refused_fit_lists_plot_draws_and_predict_refuses(muster, tmp_path):
+def test_if_every_form_is_refused_fit_lists_plot_draws_and_predict_refuses(muster, tmp_path):
     runs = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
     path = write(tmp_path / "runs.csv", replace(runs, loss=runs.loss * (runs.c / runs.c[0]) ** 0.1))
     code, out, err = muster("sweep", "fit", "--table", path, "--bootstraps", "20")
@@ -149,7 +149,7 @@ def test_too_few_budgets_are_drawn(muster, tmp_path):
 
 
 def test_json_is_strict(muster, tmp_path):
-    """Three sizes leave a parabola without an error: null, and no NaN that only Python reads."""
+    """With three sizes a parabola has no error estimate: null in the JSON, and not NaN, which only Python reads."""
     path = write(tmp_path / "runs.csv", isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), sizes=3))
     code, out, _ = muster("sweep", "fit", "--table", path, "--bootstraps", "20", "--json")
     assert code == 0
@@ -175,7 +175,7 @@ def optimum_of(budget, unique):
 
 @pytest.fixture(scope="module")
 def repeated(tmp_path_factory):
-    """Every model on three numbers of unique tokens."""
+    """Every model trained with three numbers of unique tokens."""
     runs = isoflop(DataConstrained(), REPEATED, budgets=(1e18, 1e20, 5), noise=0.002, sizes=15, unique=(2e8, 1e9, 1e12))
     return write(tmp_path_factory.mktemp("repeated") / "runs.csv", runs, "unique")
 
@@ -206,8 +206,8 @@ def test_one_corpus_for_all_runs_is_repeated_data_too(muster, tmp_path):
     assert found["n"]["low"] < n < found["n"]["high"]
 
 
-def test_runs_that_repeat_too_little_to_tell_are_left_out_and_said(muster, tmp_path):
-    """And what would repeat tokens is refused, rather than predicted as if they were new."""
+def test_runs_with_too_little_repetition_are_left_out_and_reported(muster, tmp_path):
+    """A prediction that would repeat tokens is refused, not made as if they were new."""
     runs = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
     unique = np.where(np.arange(len(runs)) == 3, runs.d / 1.5, runs.d)
     path = write(tmp_path / "runs.csv", replace(runs, extra={"unique": unique}), "unique")
@@ -230,7 +230,7 @@ def test_repeated_data_are_scored_as_each_run_had_them(muster, repeated):
     assert found["mean_absolute_error"] < 0.005
 
 
-def test_without_runs_that_repeat_nothing_says_what_repeating_is_worth(muster, table):
+def test_without_repeating_runs_the_value_of_repeated_tokens_is_unknown(muster, table):
     options = ("--columns", COLUMNS, "--budget", "1e21")
     code, _, err = muster("sweep", "predict", "--table", str(table), *options, "--unique", "1e9")
     assert code == 2
@@ -274,7 +274,7 @@ def test_mistakes(muster, table, arguments, words):
     assert "Traceback" not in err
 
 
-def test_what_is_asked_twice_or_half_is_refused(muster, table, tmp_path):
+def test_duplicate_or_incomplete_options_are_refused(muster, table, tmp_path):
     (tmp_path / "file").touch()
     for command, words in {
         (

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: which there are, what their lines are, and that the page needs no network."""
+"""Pictures of a sweep: which are drawn, what their lines show, and that the page needs no network."""
 
 from dataclasses import replace
 
@@ -59,7 +59,7 @@ def test_a_moe_sweep_shows_what_experts_are_worth(tmp_path):
 
 
 @pytest.mark.parametrize("table", [DENSE, DENSE.take(np.arange(2)), moe()], ids=["dense", "two runs", "experts"])
-def test_without_a_form_to_rely_on_the_runs_are_drawn_all_the_same(tmp_path, table):
+def test_without_a_reliable_form_the_runs_are_still_drawn(tmp_path, table):
     doubt = {"approach3": Refusal("floor", "a coefficient lies at an edge")}
     written = [path.stem for path in draw(Fits(table, {}, doubt, None), tmp_path, [Prediction(1e22, 2.1, 2.0, 2.2)])]
     assert written == [*(["isoflop"] if len(table) > 2 else []), "frontier", "sweep"]

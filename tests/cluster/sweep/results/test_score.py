@@ -1,4 +1,4 @@
-"""A prediction is held to the run that it was made for, and a fit to the budgets that it has not seen."""
+"""Predictions are scored on the runs that they were made for, and fits on budgets that they have not seen."""
 
 import json
 import time
@@ -33,7 +33,7 @@ def sweep(tmp_path, tiny_data):
 
 
 def write_run(sweep, name, loss=None):
-    """The config of a run that was predicted, and its record if it has finished with a loss."""
+    """Write the config of a predicted run, and its record if it has finished with a loss."""
     setting = Setting(sweep)
     trial = setting.plan().trials[0]
     run = trial.config.run.model_copy(update={"name": name, "root": sweep.root})
@@ -102,7 +102,7 @@ def simulated():
     return Table(n=n, d=d, c=c, loss=law(n, d) * np.exp(rng.normal(0, 1e-3, 20)), convention="active")
 
 
-def test_budgets_above_are_held_to_a_fit_of_those_below():
+def test_a_fit_of_smaller_budgets_is_scored_on_larger_ones():
     found, left_out = score(simulated(), 1e17)
     assert left_out == []
     assert len(found) == 6  # five runs, and the best of the budget

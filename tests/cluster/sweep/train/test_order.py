@@ -33,7 +33,7 @@ def make(tmp_path, tiny_data):
 
 
 def take(order):
-    """The folder of the next trial, begun; None: none now."""
+    """Start the next trial and return its folder; None: none now."""
     task = order.next()
     return task and task.make()
 
@@ -41,7 +41,7 @@ def take(order):
 AXES = {"grid": {}, "axes": {"train.steps": [3, 9, 6]}}
 
 
-def test_the_longest_goes_first_of_the_largest_gangs(make):
+def test_largest_gangs_first_then_longest_trials(make):
     order, _, _ = make(workers=lambda trial: 2 if trial.config.train.steps == 3 else 1, **AXES)
     names = []
     while order.more():
