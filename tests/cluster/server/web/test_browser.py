@@ -59,8 +59,18 @@ def dashboard(root, trained):
     write_run(root / "long", STEPS, of=STEPS, loss=curved)
     write_run(root / "failed", 3, status="FAILED", of=9, lr=0.25)
     write_run(root / HOSTILE.replace("/", ""), 2)
-    write_run(root / "going", 5, of=40, status=None)
-    drawn = write_run(root / "drawn") / "samples"
+    going = write_run(root / "going", 5, of=40, status=None)
+    again = Record(going, 2)
+    again.event("attempt_started", world_size=1, device="cpu")
+    again.close()
+    (going / "logs").mkdir()
+    for attempt in (1, 2):
+        (going / "logs" / f"attempt-{attempt:02d}-rank-0000.log").write_text(f"of attempt {attempt}\n")
+    drawn = write_run(root / "drawn", 0) / "samples"
+    record = Record(root / "drawn", 1)
+    for step in (1, 2, 3):
+        record.metrics({"step": step, "loss": 1.0 / step, "images": 4 * step, "images_per_second": 64.0})
+    record.close()
     for step in (1, 2):
         write_sample(ImageGrid(torch.full((4, 3, 8, 8), step / 4)), drawn / f"step-{step:08d}")
     write_sample(Table(["label", "score"], [[HOSTILE, 0.25]]), drawn / "step-00000003")
@@ -205,6 +215,10 @@ def test_texts_stay_texts(page):
     expect(page.locator(".log")).to_contain_text(HOSTILE)
     page.get_by_label("Find in the log").fill("onerror")
     expect(page.locator(".log mark")).to_have_text("onerror")
+    page.goto("/run/going?tab=logs")
+    expect(page.locator(".log")).to_contain_text("of attempt 2")
+    page.get_by_label("Attempt").select_option("attempt 1")
+    expect(page.locator(".log")).to_contain_text("of attempt 1")
     assert page.locator("main img").count() == 0
     assert page.title() != "1"
 
@@ -215,9 +229,14 @@ def test_pictures_and_tables_of_samples(page):
     image = page.get_by_alt_text("What the model made at step 2")
     page.wait_for_function("image => image.complete && image.naturalWidth === 17", arg=image.element_handle())
     expect(page.locator(".sample table")).to_contain_text(HOSTILE)
+    expect(page.locator(".numbers")).to_contain_text("images/s64")
     page.get_by_role("button", name="Enlarge step 1").click()
     expect(page.locator("dialog img")).to_have_attribute("src", "/api/runs/drawn/samples/1.png")
     page.keyboard.press("Escape")
+    page.keyboard.press("1")
+    page.get_by_role("button", name="images", exact=True).click()
+    expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile("at images 12"))
+    expect(page.locator(".big-chart .unit")).to_have_text("by images")
 
 
 PWNED = "</script><script>window.pwned = 1</script><img src=x onerror=window.pwned=1><b>bold</b>\x1b[31m\u202e\u2028"

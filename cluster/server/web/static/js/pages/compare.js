@@ -168,7 +168,7 @@ class Compare {
     const range = zoom ?? [Math.min(0, ...shown.map(([, , { x }]) => x[0])), Math.max(0, ...shown.map(([, , { x }]) => x.at(-1)))];
     const all = shown.map(([id, { name, dash }, line]) => ({ id, series: curve(line, { colour: name, dash, share, label: short(id), span: range[1] - range[0] }) }));
     const axisName = AXES.find(([each]) => each === axis)[1];
-    const isLoss = metric === "loss" || metric === "eval_loss";
+    const isLoss = (metric === "loss" || metric === "eval_loss") && ids.every((id) => runs.row(id).unit === "tokens");
     const unit = `${isLoss ? "nats per token, " : ""}by ${axisName}${prefix ? `; all are ${prefix}…` : ""}`;
     const base = all.find(({ id }) => id === baseline)?.series.at(-1);
     const settings = [axis, metric, unit, innerWidth < 640].join();

@@ -156,15 +156,15 @@ class Run {
     const { row, goodput, marks, attempts } = this.details, running = row.status === "RUNNING";
     const saved = marks.findLast((mark) => mark.kind === "checkpoint");
     const evaluated = marks.findLast((mark) => mark.kind === "evaluation");
-    const rate = row.tokens_per_second && row.tokens && row.step ? row.tokens_per_second / (row.tokens / row.step) : null;
+    const rate = row.rate && row.weight && row.step ? row.rate / (row.weight / row.step) : null;
     const left = running && row.steps && rate ? Math.max(0, (row.steps - row.step) / rate) : null;
-    const mean = row.tokens && row.wall_time ? `${compact(row.tokens / row.wall_time)} mean` : "";
+    const mean = row.weight && row.wall_time ? `${compact(row.weight / row.wall_time)} mean` : "";
     const age = saved ? ago(saved.time) : DASH;
     const all = [
       ["held-out loss", loss(row.eval_loss), evaluated && row.eval_loss !== null ? `step ${whole(evaluated.step)}` : ""],
       row.eval_loss === null ? ["train loss", loss(row.loss), ""] : null,
       ["step", whole(row.step), row.steps ? `of ${whole(row.steps)}` : ""],
-      ["tokens/s", compact(row.tokens_per_second), mean],
+      [`${row.unit}/s`, compact(row.rate), mean],
       ["goodput", goodput.fraction === null ? DASH : `${percent(goodput.fraction)}%`, `${attempts.length} attempt${attempts.length === 1 ? "" : "s"}`],
       running ? ["last checkpoint", age, saved ? `step ${whole(saved.step)}` : ""] : ["checkpoint at step", saved ? whole(saved.step) : DASH, ""],
       running ? ["time left", duration(left), left === null ? "" : `ends ${clock(Date.now() / 1000 + left)}`] : ["took", duration(row.wall_time), row.updated ? `ended ${clock(row.updated)}` : ""],

@@ -10,6 +10,8 @@ import { calmly } from "../live.js";
 import { change, state } from "../router.js";
 
 export const AXES = [["step", "step"], ["examples", "examples"], ["tokens", "tokens"], ["flops", "FLOPs"], ["time", "time"]];
+/** The same of a run that counts images or nodes. */
+const axesOf = (unit) => AXES.map(([axis, label]) => [axis, axis === "tokens" ? unit : label]);
 export const SCALES = [["", "lin"], ["y", "log"], ["x", "log x"], ["xy", "log-log"]];
 const FIRST = ["grad_norm", "lr", "tokens_per_second", "step_time", "mfu", "memory_gb", "data_wait", "aux_loss", "z_loss", "router_entropy.mean", "expert_maxvio.max", "tflops"];
 const HIDDEN = new Set(["loss", "eval_loss", "tokens", "sequences", "time", "step", "attempt"]);
@@ -60,6 +62,10 @@ export class Charts {
     return AXES.some(([axis]) => axis === asked) ? asked : "step";
   }
 
+  get axisName() {
+    return this.axis === "tokens" ? this.details.row.unit : this.axis;
+  }
+
   /** Which axes are logarithmic: "", x, y or xy. */
   get scale() {
     return scaleOf(state());
@@ -73,7 +79,7 @@ export class Charts {
   show(details) {
     this.details = details;
     const query = state(), { axis, scale } = this;
-    put(this.controls, folded(el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
+    put(this.controls, folded(el("span", { class: "quiet" }, "x"), choice("x axis", axesOf(this.details.row.unit), axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
       choice("scale", SCALES, scale, (value) => change({ log: value })),
       el("label", { class: "smooth quiet" }, "smooth", this.smooth)),
       el("div", { class: "find-metric with-key" }, this.find, el("kbd", { "aria-hidden": "true" }, "m")),
@@ -176,12 +182,12 @@ export class Charts {
       this.chart = null;
       return;
     }
-    if (!this.chart || this.chart.options.xName !== axis) {
+    if (!this.chart || this.chart.options.xName !== this.axisName) {
       this.chart?.destroy();
       put(this.big);
       this.chart = new Chart(this.big, {
-        name: "loss", unit: `nats per token, by ${AXES.find(([each]) => each === axis)[1]}`, height: Math.max(220, Math.min(300, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
-        xName: axis, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], format: (value, digits = 4) => number(value, digits), zoomed: (from, to) => change({ from, to }),
+        name: "loss", unit: `${row.unit === "tokens" ? "nats per token, " : ""}by ${axesOf(row.unit).find(([each]) => each === axis)[1]}`, height: Math.max(220, Math.min(300, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
+        xName: this.axisName, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], format: (value, digits = 4) => number(value, digits), zoomed: (from, to) => change({ from, to }),
       });
     }
     const own = runColour(this.id), place = this.place();
@@ -227,12 +233,12 @@ export class Charts {
       each.stale = false;
       each.said?.remove();
       each.said = null;
-      if (each.chart?.options.xName !== axis) {
+      if (each.chart?.options.xName !== this.axisName) {
         each.chart?.destroy();
         const format = TIMES.has(name) ? (value, digits) => (value === 0 ? "0" : duration(value, digits)) : tick;
         each.chart = new Chart(each.node, {
           name, unit: TIMES.has(name) ? "" : UNITS[name] ?? "", height: 104, small: true, sync: "run", format,
-          xName: axis, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], zoomed: (from, to) => change({ from, to }),
+          xName: this.axisName, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], zoomed: (from, to) => change({ from, to }),
         });
       }
       const range = zoom ?? this.range ?? [Math.min(0, line.x[0] ?? 0), line.x.at(-1) ?? 1];

@@ -53,29 +53,37 @@ export class Logs {
   constructor(id, node) {
     this.id = id;
     this.rank = 0;
+    this.attempt = null; // the newest
     this.select = el("select", { "aria-label": "Rank", on: { change: () => ((this.rank = Number(this.select.value)), this.load()) } });
+    this.attempts = el("select", { "aria-label": "Attempt", on: { change: () => ((this.attempt = Number(this.attempts.value) || null), this.load()) } });
     this.search = el("input", { type: "search", class: "mono", placeholder: "Find in the log", "aria-label": "Find in the log", on: { input: calmly(() => this.load(), 250) } });
     this.said = el("small");
     this.text = el("pre", { class: "log", tabindex: "0", "aria-label": "Log" });
     this.node = node;
-    put(node, el("div", { class: "toolbar" }, el("h2", {}, "Logs", this.said), el("div", { class: "space" }), this.select, this.search), this.text);
+    put(node, el("div", { class: "toolbar" }, el("h2", {}, "Logs", this.said), el("div", { class: "space" }), this.attempts, this.select, this.search), this.text);
   }
 
-  show({ ranks, row }) {
+  show({ ranks, row, attempts }) {
     if (!ranks.length) return void put(this.node, empty("No logs", "A run's output is kept once it has started.", null));
     if (this.ranks !== ranks.join()) {
       this.ranks = ranks.join();
       put(this.select, ranks.map((rank) => el("option", { value: rank, selected: rank === this.rank }, `rank ${rank}`)));
       if (!ranks.includes(this.rank)) this.rank = ranks[0];
     }
-    this.running = row.status === "RUNNING";
+    const numbers = readOnly ? [] : attempts.map(({ n }) => n).reverse(); // a file has the newest alone
+    this.attempts.hidden = numbers.length < 2;
+    if (this.numbers !== numbers.join()) {
+      this.numbers = numbers.join();
+      put(this.attempts, numbers.map((n, index) => el("option", { value: index ? n : 0, selected: n === this.attempt }, `attempt ${n}`)));
+    }
+    this.running = row.status === "RUNNING" && !this.attempt;
     this.load();
   }
 
   async load() {
     const turn = (this.turn = (this.turn ?? 0) + 1), wanted = this.search.value.trim();
     try {
-      const { text, truncated, attempt } = await get(runPath(this.id, "/log"), { rank: this.rank, tail: 131072, search: wanted });
+      const { text, truncated, attempt } = await get(runPath(this.id, "/log"), { rank: this.rank, tail: 131072, search: wanted, attempt: this.attempt });
       if (turn !== this.turn) return;
       const end = this.text.scrollTop + this.text.clientHeight >= this.text.scrollHeight - 40;
       const lines = text.split("\n");
