@@ -20,7 +20,7 @@ TEXTS = {
     "halves": "\ud800 and \udfff",
     "quotes": "\"';--\\ ${7*7} {{7*7}} %s \n",
 }
-PAGES = ("", "/series?metric=loss", "/experts", "/log", "/events")
+PAGES = ("", "/series?metric=loss", "/experts", "/log", "/events", "/stacks")
 
 
 @pytest.fixture
@@ -122,7 +122,11 @@ def test_no_link_is_followed(tmp_path, root, dashboard):
     run = write_run(root / "config-yaml")
     (run / "config.yaml").unlink()
     (run / "config.yaml").symlink_to(tmp_path / "secret")
-    for folder, name in (("logs", "attempt-01-rank-0000.log"), ("samples", "step-00000004.txt")):
+    for folder, name in (
+        ("logs", "attempt-01-rank-0000.log"),
+        ("samples", "step-00000004.txt"),
+        ("stacks", "attempt-1-rank-0.txt"),
+    ):
         run = write_run(root / f"{folder}-linked")
         (tmp_path / folder).mkdir()
         (tmp_path / folder / name).write_text(SECRET)
@@ -133,7 +137,7 @@ def test_no_link_is_followed(tmp_path, root, dashboard):
     rows = dashboard.rows()
     assert "linked" not in rows
     for id in rows:
-        for page in PAGES:
+        for page in (*PAGES, "/samples/4.png"):
             body = dashboard.get(f"/api/runs/{id}{page}").body
             assert SECRET.encode() not in body
             assert b"77.0" not in body
