@@ -559,6 +559,8 @@ def test_logarithmic_axes(page):
     page.keyboard.press("l")
     page.wait_for_url(lambda url: "log=x" in url and "xy" not in url)
     expect(page.get_by_role("button", name="log x")).to_have_attribute("aria-pressed", "true")
+    page.goto("/run/trained?x=flops&log=x")
+    expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile(r"train \S+ at flops \d\S*e\d"))
     page.goto("/compare?run=trained&run=long&log=xy")
     expect(page.locator(".compare .plot").first).to_have_attribute("aria-label", re.compile("long"))
 

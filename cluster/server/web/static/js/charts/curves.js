@@ -22,12 +22,14 @@ export function smoothed(x, y, width) {
   return out;
 }
 
-/** Series of one metric: `share` of the shown range over which it is smoothed; 0: not at all. */
-export function curve(line, { colour, dash, share = 0.02, label, span }) {
+/** Series of one metric: `share` of the shown range over which it is smoothed, on a logarithmic axis of its logarithm; 0: not at all. */
+export function curve(line, { colour, dash, share = 0.02, label, span, logX = false }) {
   const base = { x: line.x, y: line.y, colour, dash, label, last: line.last };
-  const range = span ?? (line.x.at(-1) ?? 0) - (line.x[0] ?? 0);
+  const least = logX ? line.x.find((value) => value > 0) : undefined;
+  const along = least ? line.x.map((value) => Math.log(Math.max(value, least))) : line.x;
+  const range = (least ? undefined : span) ?? (along.at(-1) ?? 0) - (along[0] ?? 0);
   if (share <= 0 || line.x.length < 16 || !(range > 0) || steady(line.y)) return [{ ...base, kind: "line" }];
-  const smooth = smoothed(line.x, line.y, Math.max(share * range, 1e-12));
+  const smooth = smoothed(along, line.y, Math.max(share * range, 1e-12));
   const at = smooth.findLastIndex((value) => value !== null);
   return [{ ...base, kind: "raw" }, { ...base, y: smooth, kind: "line", end: at < 0 ? null : [line.x[at], smooth[at]] }];
 }

@@ -166,7 +166,7 @@ class Compare {
     const looks = together(ids), prefix = sharedPrefix(ids.map((id) => this.name(id))), short = (id) => middle(this.name(id).slice(prefix.length), 24);
     const shown = ids.map((id, index) => [id, looks[index], lines[id]]).filter(([, , line]) => line?.n);
     const range = zoom ?? [Math.min(0, ...shown.map(([, , { x }]) => x[0])), Math.max(0, ...shown.map(([, , { x }]) => x.at(-1)))];
-    const all = shown.map(([id, { name, dash }, line]) => ({ id, series: curve(line, { colour: name, dash, share, label: short(id), span: range[1] - range[0] }) }));
+    const all = shown.map(([id, { name, dash }, line]) => ({ id, series: curve(line, { colour: name, dash, share, label: short(id), span: range[1] - range[0], logX }) }));
     const axisName = AXES.find(([each]) => each === axis)[1];
     const isLoss = (metric === "loss" || metric === "eval_loss") && ids.every((id) => runs.row(id).unit === "tokens");
     const unit = `${isLoss ? "nats per token, " : ""}by ${axisName}${prefix ? `; all are ${prefix}…` : ""}`;

@@ -19,7 +19,7 @@ const UNITS = { memory_gb: "GB", data_wait: "s", step_time: "s", tflops: "TFLOP/
 const TIMES = new Set(["data_wait", "step_time"]);
 const POINTS = 800, SMALL_POINTS = 300, AT_ONCE = 24;
 
-export const xFormats = { step: (value) => number(value, 4), examples: (value) => compact(value), tokens: (value) => compact(value), flops: (value) => number(value), time: (value) => (value === 0 ? "0" : duration(value)) };
+export const xFormats = { step: (value) => number(value, 4), examples: (value) => compact(value), tokens: (value) => compact(value), flops: (value) => (value === 0 ? "0" : value.toExponential(2).replace(/\.?0+e/, "e").replace("e+", "e")), time: (value) => (value === 0 ? "0" : duration(value)) };
 
 export class Charts {
   constructor(id, node, controls) {
@@ -194,7 +194,7 @@ export class Charts {
     const end = axis === "step" && row.status === "RUNNING" && row.steps ? row.steps : null;
     const all = [...(train?.x ?? []), ...(held?.x ?? [])];
     const range = zoom ?? [Math.min(0, ...all.slice(0, 1)), Math.max(end ?? 0, train?.x.at(-1) ?? 0, held?.x.at(-1) ?? 0)];
-    const lines = train?.n ? curve(train, { colour: own, share: this.share, label: "train", span: range[1] - range[0] }) : [];
+    const lines = train?.n ? curve(train, { colour: own, share: this.share, label: "train", span: range[1] - range[0], logX }) : [];
     const last = lines.at(-1);
     if (last) {
       last.end ??= last.last;
@@ -242,7 +242,7 @@ export class Charts {
         });
       }
       const range = zoom ?? this.range ?? [Math.min(0, line.x[0] ?? 0), line.x.at(-1) ?? 1];
-      each.chart.set({ series: curve(line, { colour: own, share: this.share, label: name, span: range[1] - range[0] }).map((part) => ({ ...part, end: part.kind === "line" ? part.end ?? part.last : null })), range, log, logX, attempts: attemptsAt(this.details, place) });
+      each.chart.set({ series: curve(line, { colour: own, share: this.share, label: name, span: range[1] - range[0], logX }).map((part) => ({ ...part, end: part.kind === "line" ? part.end ?? part.last : null })), range, log, logX, attempts: attemptsAt(this.details, place) });
     }
     if ([...this.small.values()].some((each) => each.stale && each.node.near)) this.load();
   }
