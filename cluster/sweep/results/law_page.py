@@ -267,9 +267,10 @@ def _next_trial(folder: Folder, predicted: Prediction, budget: float) -> dict[st
     except ConfigError as error:
         return found | {"why": str(error)}
     config, model = trial.config, trial.resolved.model
-    shape = {key: getattr(model, key) for key in ("num_layers", "hidden_size", "num_heads", "num_experts", "top_k")}
+    keys = ("num_layers", "hidden_size", "num_heads", *(("num_experts", "top_k") if model.is_moe else ()))
+    shape = {key: getattr(model, key) for key in keys}
     used = {
-        "run.name": config.run.name, **{f"model.{key}": value for key, value in shape.items() if value},
+        "run.name": config.run.name, **{f"model.{key}": value for key, value in shape.items()},
         "train.steps": config.train.steps, "train.global_batch": config.train.global_batch,
         "train.seq_len": config.train.seq_len, "optim.lr": config.optim.lr, "optim.warmup": config.optim.warmup,
     }  # fmt: skip

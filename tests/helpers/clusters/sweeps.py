@@ -15,11 +15,16 @@ TINY = {
 
 
 BUDGETS = [3e9, 6e9, 1.2e10, 2.4e10]
-ISOFLOP = {
-    "isoflop": {"budgets": BUDGETS, "sizes": 4, "spread": 2}, "rules": {"lr": "fixed", "batch": "fixed"},
-    "shape": {"head_dim": 4, "aspect_ratio": 8, "ffn_multiple": 4}, "set": {"train.global_batch": 32},
-}  # fmt: skip
-"""Sections of a tiny sweep of enough sizes and budgets for a law."""
+
+
+def isoflop_of(data: Path) -> dict[str, Any]:
+    """Sections of a tiny sweep of enough sizes and budgets for a law, which stands on a preset alone."""
+    train = {"global_batch": 32, "seq_len": 32, "precision": "fp32", "eval_sequences": 4}
+    return {
+        "base": "dense-small", "isoflop": {"budgets": BUDGETS, "sizes": 4, "spread": 2},
+        "rules": {"lr": "fixed", "batch": "fixed"}, "shape": {"head_dim": 4, "aspect_ratio": 8, "ffn_multiple": 4},
+        "set": {"train": train, "data": {"path": str(data)}, "tracking": {"enabled": False}},
+    }  # fmt: skip
 
 
 def planted(trial: Any, noise: float) -> float:

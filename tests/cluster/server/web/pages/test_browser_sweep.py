@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from browsers import CHROMIUM, logged_in
 from dashboards import serving
-from sweeps import ISOFLOP, made, planted, trained
+from sweeps import isoflop_of, made, planted, trained
 
 from trainer.record.lines import Record
 
@@ -35,7 +35,9 @@ def grid(root, tiny_data):
 @pytest.fixture(scope="module")
 def sizes(root, tiny_data):
     noise = np.random.default_rng(0)
-    setting, trials, _ = made(root, tiny_data, "sizes", loss=lambda t: planted(t, noise.normal(0, 0.004)), **ISOFLOP)
+    setting, trials, _ = made(
+        root, tiny_data, "sizes", loss=lambda t: planted(t, noise.normal(0, 0.004)), **isoflop_of(tiny_data)
+    )
     return setting, trials
 
 

@@ -1,16 +1,20 @@
 """What the API tells of sweeps: how trials stand and what their law says, by the functions of `muster sweep`."""
 
 import json
+import shlex
 import time
 
 import numpy as np
 import pytest
 from dashboards import serving
-from sweeps import BUDGETS, ISOFLOP, made, planted, trained
+from sweeps import BUDGETS, isoflop_of, made, planted, trained
 
+from cluster.sweep.results import law_page
 from cluster.sweep.results.collect import collect, known_plan
 from cluster.sweep.results.score import keep_prediction
 from cluster.sweep.train.progress import progress, to_json
+from configs import ConfigError, flatten, load
+from configs.sweep.definition import sweep_from_dict
 from models.scaling.fitting import fit
 from models.scaling.predictions import Forecast
 from trainer.record.lines import Record
@@ -38,7 +42,9 @@ def grid(root, tiny_data):
 @pytest.fixture(scope="module")
 def isoflop(root, tiny_data):
     generator = np.random.default_rng(0)
-    return made(root, tiny_data, "sizes", loss=lambda trial: planted(trial, generator.normal(0, 0.004)), **ISOFLOP)
+    return made(
+        root, tiny_data, "sizes", loss=lambda trial: planted(trial, generator.normal(0, 0.004)), **isoflop_of(tiny_data)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +83,7 @@ def test_trials_stand_as_muster_sweep_status_says(dashboard, grid):
     assert dashboard.get("/api/sweeps/none").status == 404
 
 
-def test_the_law_is_that_of_the_command_line(dashboard, isoflop):
+def test_the_law_is_that_of_the_command_line(dashboard, isoflop, muster):
     setting, trials, _ = isoflop
     told = asked(dashboard, "/api/sweeps/sizes/law")
     found = told["law"]
@@ -103,10 +109,13 @@ def test_the_law_is_that_of_the_command_line(dashboard, isoflop):
     held = found["score"]["held_back"]
     assert held["until"] == pytest.approx(BUDGETS[-2], rel=0.02)
     assert {each["run"] for each in held["scores"]} > {t.name for t in trials if t.budget == BUDGETS[-1]}
-    assert "base.yaml, which is not read here" in found["next"]["why"]
-    assert found["next"]["command"].startswith(f"muster sweep next {setting.sweep_dir}/sweep.yaml --budget ")
     again = dashboard.get("/api/sweeps/sizes/law").json
     assert again == told, "it was not worked out again"
+    assert muster(*shlex.split(found["next"]["command"])[1:])[0] == 0
+    (path,) = setting.sweep_dir.glob("*-next-*.yaml")
+    written = flatten(load(path))
+    assert found["next"]["config"] == {key: written[key] for key in found["next"]["config"]}
+    assert found["next"]["config"].keys() > {"run.name", "model.hidden_size", "train.steps", "optim.lr"}
 
 
 def test_too_little_for_a_law_is_said(dashboard, grid):
@@ -118,6 +127,21 @@ def test_too_little_for_a_law_is_said(dashboard, grid):
         assert dashboard.get(f"/api/sweeps/grid/law?{wrong}").status == 400
     none = asked(dashboard, "/api/sweeps/grid/law?max_budget=1")["law"]
     assert "--max-budget 1 leaves no run" in none["error"]
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {"base": "below.yaml"}, {"set": {"plugins": ["x.py"]}}, {"set": {"model.from": "folder"}},
+        {"set": {"model": {"from": "folder"}}}, {"variants": {"a": {"set": {"train.init_from": "folder"}}}},
+        {"axes": {"train.init_from": ["folder"]}}, {"axes": {"plugins": [["x.py"]]}},
+    ],
+)  # fmt: skip
+def test_the_next_trial_of_what_names_files_or_code_is_not_made(named):
+    sweep = sweep_from_dict({"base": "dense-small", "isoflop": {"budgets": [1e13]}})
+    law_page._refuse_outside(sweep)
+    with pytest.raises(ConfigError, match=r"not read here|is read here|is loaded here"):
+        law_page._refuse_outside(sweep_from_dict(sweep.model_dump(exclude_none=True) | named))
 
 
 @pytest.fixture

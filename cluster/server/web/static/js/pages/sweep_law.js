@@ -21,7 +21,7 @@ export const told = (message) => {
 };
 const nameOf = (law) => LAWS[law] ?? (law[0].toUpperCase() + law.slice(1)).replace("_", ", ").replaceAll("_", " ");
 /** Why a law is refused, without what the heading says. */
-const refusal = ({ name, refused }) => (refused.replace(`${name}: `, "").replace(/^(.+) at the edge of what is allowed; the data do not determine it$/, (_, names) => `${names.replaceAll(" and ", ", ")} not determined`).replace(/ needs the column /, " needs ")).split("\n")[0];
+const refusal = ({ name, refused }) => (refused.replace(`${name}: `, "").replace(/^approach [12]: /, "").replace(/^(.+) at the edge of what is allowed; the data do not determine it$/, (_, names) => `${names.replaceAll(" and ", ", ")} not determined`).replace(/ needs the column /, " needs ")).split("\n")[0];
 
 export class Law {
   constructor(node) {
