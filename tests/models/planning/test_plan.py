@@ -121,6 +121,22 @@ def test_states_of_optimizers(optim, each):
     assert memory(asked, cpu=True).optimizer == each * parameters(asked.model).total
 
 
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_an_average_of_weights_is_one_state_more(stage):
+    """Sharded as the others, and in a checkpoint as well."""
+
+    def more(key: str, cpu: bool) -> float:
+        without, kept = (
+            memory(config(optim={"ema_decay": decay}, parallel={"dp": 4, "zero_stage": stage}), cpu)
+            for decay in (None, 0.999)
+        )
+        return getattr(kept, key) - getattr(without, key)
+
+    count = parameters(config().model).total
+    assert more("optimizer", cpu=False) == pytest.approx(4 * count / (4 if stage else 1), rel=0.01)
+    assert more("snapshot", cpu=True) == more("host", cpu=False) == pytest.approx(4 * count / 4, rel=0.01)
+
+
 LAYERS = {
     "dense": {},
     "moe": MODELS["moe"],

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import odd_tokenizers as odd
 import pytest
+import torch
 import transformers
 from hypothesis import given
 from hypothesis import settings as settings_
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from support import tiny, train_in_process
 
 from configs import ConfigError
 from configs.sections.data import PrepareConfig
 from models.hf.names import ARCHITECTURES
 from trainer.checkpoint.export import NOT_QWEN2S, export
+from trainer.checkpoint.store import Reader
+from trainer.checkpoint.store import folder as checkpoint
 from trainer.data.manifest import read_manifest
 from trainer.data.prepare.prepare import prepare
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer, is_qwen2s
@@ -24,6 +28,7 @@ from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.data.tokenizer.tokenizer_files import FOLDER
 from trainer.data.tokenizer.tokenizer_process import encode, load
+from trainer.record.lines import read_metrics
 from trainer.run.folder import prepare_run, read_config
 
 WORDS = ["red", "green", "blue", "Über", "fox", "dog"]
@@ -50,7 +55,7 @@ def settings(root, name, path, **train):
         data={"path": str(path), "document_mask": True},
         train={"steps": 60, "global_batch": 16, "sample_tokens": 8, "sample_prompts": ["red .", ""], "eval_every": 60}
         | train,
-        optim={"lr": 2e-2, "warmup": 5},
+        optim={"lr": 2e-2, "warmup": 5, "ema_decay": 0.9},
         checkpoint={"every": 0},
     )
 
@@ -131,6 +136,32 @@ def test_the_commands_need_no_data(run, muster):
     code, out, err = muster("eval", str(run_dir), "--data", str(run_dir.parent / "elsewhere"), "--json")
     assert (code, err) == (0, "")
     assert json.loads(out)["loss"] > 0
+
+
+def test_the_commands_take_its_average(run, muster, tmp_path):
+    """After 60 steps of a decay of 0.9 it has learned as well that no text follows a full stop."""
+    _, run_dir = run
+    reader = Reader(checkpoint(run_dir, 60))
+    code, out, err = muster("export", str(run_dir), "--out", str(tmp_path / "hf"), "--ema")
+    assert (code, err) == (0, "")
+    assert out.startswith("EMA weights of the checkpoint of step 60 exported to ")
+    held = load_file(tmp_path / "hf" / "model.safetensors")
+    for name in reader.manifest.shapes["weight"]:
+        assert torch.equal(held[name], reader.weight(name, averaged=True))
+        assert not torch.equal(held[name], reader.weight(name))
+    arguments = [str(run_dir), "--prompt", "red green .", "--max-tokens", "20", "--temperature", "0", "--ema"]
+    assert muster("generate", *arguments) == (0, "red green .\n", "")
+    [recorded] = [m for m in read_metrics(run_dir) if "eval_loss" in m]
+    data = str(run_dir.parent / "elsewhere")
+    losses = {
+        flag: json.loads(muster("eval", str(run_dir), "--data", data, "--json", "--sequences", "4", *flag)[1])["loss"]
+        for flag in ((), ("--ema",))
+    }
+    assert losses == {
+        (): pytest.approx(recorded["eval_loss"], rel=1e-5),
+        ("--ema",): pytest.approx(recorded["eval_loss_ema"], rel=1e-5),
+    }
+    assert abs(recorded["eval_loss"] - recorded["eval_loss_ema"]) > 0.001
 
 
 def test_a_run_is_a_tokenizer_for_more_data(run, tmp_path):
