@@ -72,7 +72,7 @@ class Sweep {
     this.table = new Table({ label: "Trials", opened: (row) => row.run && go(runAddress(row.run)), chosen: () => {}, sorted: (key) => change({ sort: key }), height: ROW });
     this.tableBox = el("div", { class: "trials-table" }, this.table.node);
     this.axesNode = el("div");
-    outlet.append(el("div", { class: "sweep" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.others), this.progress, this.wrong, this.lawNode, this.axesNode, el("section", {}, this.trialsHead, this.tableBox)));
+    outlet.append(el("div", { class: "sweep" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.others), this.progress, this.wrong, this.lawNode, this.axesNode, (this.trials = el("section", { hidden: true }, this.trialsHead, this.tableBox))));
     this.soon = calmly(() => this.refresh(), 1000);
     this.unlisten = listen((ids) => (!ids.size || [...ids].some((run) => run.startsWith(`${id}:`))) && this.soon());
     this.timer = setInterval(() => this.found?.status === "RUNNING" && this.soon(), 10_000); // the sweep's own record is no run's
@@ -238,6 +238,7 @@ class Sweep {
   }
 
   showTrials() {
+    this.trials.hidden = false;
     const { found } = this, several = this.variants.length > 1, count = (trial) => trial.parameters[found.count] ?? null;
     const values = {
       name: (trial) => trial.name, n: count, tokens: (trial) => trial.tokens, step: (trial) => trial.step / trial.steps, loss: (trial) => trial.loss, eval_loss: (trial) => trial.eval_loss, budget: (trial) => trial.budget ?? trial.flops, state: (trial) => Object.keys(KINDS).indexOf(trial.state),
