@@ -43,7 +43,9 @@ def keep_compiled() -> None:
 
 
 def load_compiler() -> None:
-    """Import it now, for the forks of this process."""
+    """Import torch's compiler now, so that the forks of this process have it."""
+    import torch._dynamo
+    import torch._inductor.compile_fx  # noqa: F401
 
 
 def cache_folder() -> Path:

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,3 +100,12 @@ def test_the_next_attempt_compiles_nothing(tmp_path, tiny_data):
     assert (second["cache_misses"], second["cache_hits"]) == (0, first["cache_misses"] + first["cache_hits"])
     assert second["graphs"] == first["graphs"]
     assert second["seconds"] < first["seconds"]
+
+
+@pytest.mark.slow
+def test_forks_get_the_compiler_from_their_parent():
+    """In a process of its own, as another test may have imported it here."""
+    code = "import sys; from trainer.processes.compiled import load_compiler; load_compiler(); "
+    code += "print({'torch._dynamo', 'torch._inductor.compile_fx'} <= sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"
