@@ -1,4 +1,4 @@
-"""`muster jobs`, `status`, `logs`, `stop`, `retry`, `priority`: runs as the cluster knows them."""
+"""Commands about the jobs of a cluster: `muster jobs`, `status`, `logs`, `stop`, `retry`, `priority`."""
 
 import json
 import secrets
@@ -39,7 +39,7 @@ RunOrJob = Annotated[
 WATCH_EVERY = 3.0
 """Seconds between two looks."""
 UNSETTLED = 10.0
-"""Seconds for which a server that has just begun may not know yet whether a job was started."""
+"""Seconds for which a server that has just started may not know whether a job is running."""
 RESTARTS = 15.0
 """Seconds in which a run that failed may have begun again."""
 Address = Annotated[str | None, typer.Option(metavar="URL", help="Server of the cluster, such as http://HOST:8267.")]
@@ -206,7 +206,7 @@ def new_id(name: str) -> str:
 
 
 def accepted(cluster: Cluster, job: Known, as_json: bool) -> None:
-    """Say where to look for a job that the queue has on its disk."""
+    """Print where to find a job that the queue has accepted."""
     id = job.id
     if as_json:
         print(json.dumps(job.entry() | {"address": mask(cluster.url)}, indent=1))
@@ -251,7 +251,7 @@ def _state(job: Known) -> str:
 
 
 def _show_output(cluster: Cluster, id: str, follow: bool = True) -> None:
-    """Print what the job's driver has written; and until it ends, if it is to be followed."""
+    """Print a job's output, with `follow` until it ends."""
     job, _, _ = cluster.job(id)
     if job.state == QUEUED and follow:
         print(f"{id} waits in the queue", flush=True)

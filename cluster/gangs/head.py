@@ -1,4 +1,4 @@
-"""The head of a cluster in the foreground: Ray, and beside it the cluster's server, started again whenever it dies."""
+"""`muster cluster up`: Ray's head and the cluster's server as child processes; the server is restarted when it dies."""
 
 import os
 import signal
@@ -12,20 +12,20 @@ from configs import ExitCode
 from trainer.processes.orphans import end_with
 
 AGAIN = 1.0
-"""Seconds after which the server is started again."""
+"""Seconds before the server is restarted."""
 ENDING = 10.0
-"""Seconds that it may take to end."""
+"""Seconds that it may take to shut down."""
 
 
 def run_head(ray: Sequence[str], server: Sequence[str]) -> int:
-    """Run both until Ray ends; signals are passed on to it. Neither outlives this process.
+    """Run both until Ray ends. Signals are forwarded to Ray; neither process outlives this one.
 
-    A server that says itself that it cannot run (exit code 2) is not started again.
+    A server that exits with code 2, because it cannot run, is not restarted.
 
     Returns:
         Ray's exit code.
     """
-    # Of its own group each: a Ctrl-C is for this process, and Ray's reaper kills Ray's whole group.
+    # A process group each: Ctrl-C reaches this process only, and Ray's reaper kills all of Ray's group.
     with_this = partial(end_with, os.getpid())
 
     def start(command: Sequence[str]) -> subprocess.Popen[bytes]:
@@ -36,7 +36,7 @@ def run_head(ray: Sequence[str], server: Sequence[str]) -> int:
     def pass_on(number: int, _: object) -> None:
         if number == signal.SIGTERM:
             head.send_signal(number)
-        else:  # as a terminal does it
+        else:  # to the whole group, as a terminal does
             os.killpg(head.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

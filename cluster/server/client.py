@@ -1,4 +1,4 @@
-"""A cluster's server, as the command line talks to it from anywhere that it is reachable."""
+"""HTTP client of a cluster's server, for the command line."""
 
 import contextlib
 import hmac
@@ -37,40 +37,39 @@ from .pack import LIMIT
 from .serving import PORT
 
 CONNECTING = 10.0
-"""Seconds that a server may take to say who it is."""
+"""Seconds for a server to connect and to identify itself."""
 ANSWERING = 120.0
-"""Seconds that it may take to answer; of a package, to take in each piece and to check it all."""
+"""Seconds for an answer; while a package is sent, for each piece of it."""
 PATIENCE = 45.0
-"""Seconds for which a server that has answered once may be away: it is started again when it dies."""
+"""Seconds for which requests are repeated while the server is down: it is restarted when it dies."""
 STARTING = 15.0
-"""The same for one that this user has reached before."""
+"""Seconds to wait for a server that this user has reached before and that refuses connections now."""
 LOOKING = 30.0
-"""Seconds that it may take to look at the machines; a new head has none for a moment."""
+"""Seconds to wait for a fresh list of machines; a new head has none at first."""
 LONGEST_HEALTH, LONGEST_ANSWER = 1 << 12, 64 << 20
-"""Bytes of what a server says of itself, and of any other answer."""
+"""Most bytes of /health, and of any other answer."""
 WAIT = 20.0
-"""Seconds for which an answer waits for output."""
+"""Seconds for which the server waits for output before it answers."""
 FIELDS = set(Known.model_fields)
 
 
 class Output(NamedTuple):
-    """A piece of what a job's driver has printed."""
+    """A piece of a job's output."""
 
     text: str
     next: int
-    """Where the next piece begins."""
+    """Offset of the next piece."""
     there: bool
-    """Whether it has any output on this cluster."""
+    """Whether the cluster has any output of it."""
     ended: bool
-    """Nothing comes after this piece."""
+    """Whether this is the last piece."""
 
 
 class Cluster:
     """A cluster's server.
 
-    Raises:
-        ConfigError: nothing answers, it is no server of a cluster, or it refuses the token. So does every method where
-            the server refuses what is asked, with its reason, or is away for longer than it takes to start it again.
+    Every method raises ConfigError if the server refuses the request, with its reason, if it refuses the token, or if
+    it does not answer for longer than a restart takes.
     """
 
     def __init__(self, address: Address) -> None:
@@ -85,7 +84,7 @@ class Cluster:
         """Total resources of each machine, as of now. Raises ConfigError if the server cannot reach Ray."""
         until, asked = time.monotonic() + LOOKING, None
         while True:
-            told = self._ask("GET", "/api/machines")  # which makes the server look again
+            told = self._ask("GET", "/api/machines")  # this makes the server query Ray again
             with self._sense():
                 asked = float(told["time"]) if asked is None else asked
                 found = [Node(float(each["cpus"]), float(each["gpus"])) for each in told["machines"]]
@@ -102,19 +101,19 @@ class Cluster:
         return {id: job for id, (job, _) in self.board().items()}
 
     def board(self) -> dict[str, tuple[Known, Outlook]]:
-        """All jobs of the queue by id, oldest first, and how each probably goes on."""
+        """All jobs of the queue by id, oldest first, with their outlook."""
         told = self._ask("GET", "/api/jobs")
         with self._sense():
             return {row["id"]: (_job(row), _outlook(row)) for row in told["jobs"]}
 
     def job(self, id: str) -> tuple[Known, Outlook, int]:
-        """A job, how it probably goes on, and how many wait before it."""
+        """A job, its outlook, and how many jobs will start before it."""
         row = self._ask("GET", f"/api/jobs/{quote(id, safe='')}")
         with self._sense():
             return _job(row), _outlook(row), int(row["ahead"])
 
     def submit(self, package: Path) -> Known:
-        """Send a job. Raises ConfigError as well where it is larger than what the queue takes."""
+        """Submit a job. Raises ConfigError if its package is too large."""
         if (size := package.stat().st_size) > LIMIT:
             raise ConfigError(f"what is to be sent has {byte_size(size)} and the limit is {byte_size(LIMIT)}")
         row = self._ask("POST", "/api/jobs", package)
@@ -131,10 +130,10 @@ class Cluster:
         return self._change(id, "priority", {"priority": priority})
 
     def output(self, id: str, offset: int = 0, wait: float = 0.0) -> Output:
-        """What a job's driver has printed from an offset on.
+        """A job's output from an offset on.
 
         Args:
-            wait: seconds for which the answer may wait for output, where there is none yet.
+            wait: seconds for which the server may wait for output if there is none yet.
         """
         query = urlencode({"offset": offset, "wait": wait})
         said = self._ask("GET", f"/api/jobs/{quote(id, safe='')}/log?{query}")
@@ -148,14 +147,14 @@ class Cluster:
 
     @contextlib.contextmanager
     def _sense(self) -> Iterator[None]:
-        """Raises ConfigError where an answer has not what it should have."""
+        """Turns errors from a malformed answer into a ConfigError."""
         try:
             yield
         except (ValidationError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise _silent(self.url, error) from None
 
     def _ask(self, method: str, path: str, body: bytes | Path | None = None) -> Any:
-        """What the server answers. Whatever is asked of it may be asked twice, as is done while it is away."""
+        """The server's answer. Requests are idempotent, and repeated while the server is down."""
         until = time.monotonic() + PATIENCE
         while True:
             try:
@@ -186,16 +185,16 @@ def _outlook(row: Mapping[str, Any]) -> Outlook:
 
 
 def api_url(address: str | None, from_config: Address | None = None) -> Address:
-    """The server of the cluster that is named: by its own URL, by that of Ray's dashboard, Ray's host:port, or `auto`.
+    """URL of a cluster's server, given its own URL, that of Ray's dashboard, the host:port of Ray's head, or `auto`.
 
-    Named by another address than its own it is looked for at the same host's port 8267, and has to prove that it has
-    the token before it gets it.
+    Unless it is its own, the server is expected at port 8267 of the same host, and must prove that it has the token
+    before the token is sent there.
 
     Args:
-        address: as on the command line; else RAY_API_SERVER_ADDRESS, RAY_ADDRESS, `from_config`.
+        address: from the command line; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, then `from_config`.
 
     Raises:
-        ConfigError: none is named, nothing answers there, or the token is not for it.
+        ConfigError: no address is given, no server answers there, or the token must not be sent there.
     """
     named = Address(address, "command") if address else in_environment("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
     given = named or from_config
@@ -227,20 +226,20 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
                 f"--address {usual}, and copy the token of its head to {token_file()}"
             )
         remember(given.where)
-        return found.checked(Address(usual, "command"))  # the user's word for it, as nobody else has his token
+        return found.checked(Address(usual, "command"))  # as good as named by the user: nobody else has the token
     raise _silent(given.where, wrong)
 
 
 class Health(NamedTuple):
-    """What a server of ours says of itself to everyone."""
+    """What a server tells everyone about itself."""
 
     queue: bool
-    """Whether jobs can be sent to it."""
+    """Whether it has a job queue."""
     proven: bool
-    """Whether it has the user's token, and listens itself where it was asked."""
+    """Whether it has the user's token, and itself listens at the address that was asked."""
 
     def checked(self, address: Address) -> Address:
-        """Raises ConfigError for a dashboard without a cluster."""
+        """Returns the address. Raises ConfigError for a dashboard without a queue."""
         if not self.queue:
             raise ConfigError(
                 f"{mask(address.where)} is `muster dashboard`, without a cluster: `muster cluster serve` has the queue"
@@ -249,7 +248,7 @@ class Health(NamedTuple):
 
 
 def _health(url: str) -> Health | Exception | str:
-    """What a server says of itself, without being shown the token; or why it is none of ours."""
+    """Ask a server about itself, without sending the token. Returns an error or a reason if it is not one of ours."""
     nonce = secrets.token_hex(16)
     try:
         status, said, asked = within(CONNECTING, lambda: _request(url, "GET", f"/health?prove={nonce}", shown=False))
@@ -263,20 +262,19 @@ def _health(url: str) -> Health | Exception | str:
 
 
 UNLIKE = (OSError, http.client.HTTPException, ValueError, RecursionError)
-"""What is raised where something answers that is no server of ours, or nothing does."""
+"""Raised if nothing answers, or something that is not one of our servers."""
 
 
 def _request(
     url: str, method: str, path: str, body: bytes | Path | None = None, shown: bool = True
 ) -> tuple[int, Any, tuple[str, int]]:
-    """(status, the JSON that is answered, the address that was asked). No redirect is followed.
+    """(status, JSON body, the server's (host, port)) of a response. Redirects are not followed.
 
     Args:
-        body: JSON, or the file of a package.
-        shown: show the token.
+        body: JSON, or the path of a package.
+        shown: send the token.
 
-    Raises:
-        One of UNLIKE.
+    Raises one of UNLIKE.
     """
     parts = urlsplit(url)
     kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
@@ -293,7 +291,7 @@ def _request(
             headers |= {"content-type": "application/zip", "content-length": str(body.stat().st_size)}
         elif body is not None:
             headers["content-type"] = "application/json"
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may have refused it before the end
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer before it has read all
             connection.request(method, parts.path.rstrip("/") + path, content, headers)
         answer, most = connection.getresponse(), LONGEST_ANSWER if shown else LONGEST_HEALTH
         text = answer.read(most + 1)

@@ -1,4 +1,4 @@
-"""Which files .gitignore and .rayignore leave out, found in a time that no pattern can make long."""
+"""Which files .gitignore and .rayignore exclude, matched in linear time whatever the pattern."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -9,7 +9,7 @@ from configs.reading.parse import read_text, shortened
 
 NAMES = (".gitignore", ".rayignore")
 MAX_BYTES = 64 * 2**10
-"""Of such a file."""
+"""Most bytes of such a file."""
 
 Ignored = Callable[[Path], bool]
 
@@ -22,10 +22,10 @@ _ANY_FOLDERS = "(?:/.+)?"
 
 
 def ignored_by_files(folder: Path) -> list[Ignored]:
-    """What says whether a folder's own .gitignore, or .rayignore, leaves out a path below it.
+    """Predicates for the paths that a folder's own .gitignore and .rayignore exclude.
 
     Raises:
-        ConfigError: one of them is too large, not UTF-8, or has a pattern that is none.
+        ConfigError: one of them is too large, is not UTF-8, or has an invalid pattern.
         OSError: it cannot be read.
     """
     found = []
@@ -39,7 +39,7 @@ def ignored_by_files(folder: Path) -> list[Ignored]:
 
 
 def ignored_by(folder: Path, patterns: Iterable[str]) -> Ignored:
-    """What says whether patterns, as git has them, leave out a path below a folder. Raises ValueError."""
+    """A predicate for the paths below a folder that git patterns exclude. Raises ValueError."""
     from cluster.gangs.ray_private import pattern_to_regex
 
     rules: list[tuple[re.Pattern[str], bool]] = []
@@ -47,7 +47,7 @@ def ignored_by(folder: Path, patterns: Iterable[str]) -> Ignored:
         try:
             expression, leaves_out = pattern_to_regex(pattern)
             if expression is not None:
-                rules.insert(0, (re.compile(linear(expression), re.DOTALL), leaves_out))  # the last that matches holds
+                rules.insert(0, (re.compile(linear(expression), re.DOTALL), leaves_out))  # the last match wins
         except (re.error, IndexError, OverflowError, RecursionError) as error:
             raise ValueError(f"the pattern {shortened(repr(pattern), 100)}: {error}") from None
 

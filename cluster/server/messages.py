@@ -1,4 +1,4 @@
-"""What is said of a job to the queue and in its journal: every value typed, bounded, refused with its reason."""
+"""Jobs as clients send them and as the journal stores them: every value is typed and bounded."""
 
 import re
 from typing import Annotated, Any, Literal, Self
@@ -15,15 +15,15 @@ MOST_WORKERS = 100_000
 
 
 class BadMessage(ValueError):
-    """What reached the queue is no message of ours, or asks for what cannot be; the text says why."""
+    """A request to the queue is malformed or cannot be fulfilled; the text says why."""
 
 
 class NoJob(BadMessage):
-    """It is about a job that is not there."""
+    """There is no such job."""
 
 
 class Conflict(BadMessage):
-    """The job, or the queue, is not in a state in which it can be done."""
+    """The state of the job or of the queue does not allow it."""
 
 
 def _job_id(id: str) -> str:
@@ -34,7 +34,7 @@ def _job_id(id: str) -> str:
 
 
 def _printable(text: str) -> str:
-    # It is shown on terminals and stands in a command: no control or format characters, no ends of lines.
+    # Shown on terminals and part of a command: no control or format characters, no line breaks.
     if not text.isprintable() or not text:
         raise ValueError("it is empty or holds characters that do not print")
     return text
@@ -60,19 +60,19 @@ State = Literal["QUEUED", "RUNNING", "FINISHED", "STOPPED", "FAILED", "CANCELLED
 
 
 class Job(Typed):
-    """What a sender says of a job."""
+    """A job as its sender describes it."""
 
     name: Annotated[str, StringConstraints(max_length=255), AfterValidator(folder_name)]
-    """Of its run."""
+    """Name of its run or sweep."""
     run_dir: Annotated[str, StringConstraints(max_length=4096), AfterValidator(_printable), AfterValidator(_absolute)]
     command: Annotated[str, StringConstraints(max_length=2**15), AfterValidator(_printable)]
-    """A line of shell, in the copy of the sender's folder."""
+    """Shell command, run in the copy of the sender's folder."""
     workers: Workers
-    """Processes that it starts with."""
+    """Number of processes that it starts with."""
     most: Workers
-    """Processes that it may come to have."""
+    """Most processes that it may have."""
     cpus: Part
-    """That each process reserves."""
+    """CPUs that each process reserves."""
     gpus: Part
     group: Workers
     """See `waiting.Gang`."""
@@ -86,7 +86,7 @@ class Job(Typed):
 
 
 class Known(Job):
-    """A job as the journal knows it."""
+    """A job as the journal stores it."""
 
     id: Id
     state: State
@@ -94,7 +94,7 @@ class Known(Job):
     time: Time
     started: Time | None = None
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")] | None = None
-    """Of its package."""
+    """Digest of its package."""
     retry_of: Id | None = None
     stopping: Literal["now", "checkpoint"] | None = None
     exit_code: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
@@ -103,20 +103,20 @@ class Known(Job):
     @check_all(mode="before")
     @classmethod
     def _of_older_journals(cls, entry: Any) -> Any:
-        """They lack `most`."""
+        """Older journals lack `most`."""
         return {"most": entry["workers"]} | entry if isinstance(entry, dict) and "workers" in entry else entry
 
     def entry(self) -> dict[str, Any]:
-        """What the journal says of it, its id first."""
+        """Its entry in the journal; the id comes first."""
         return {"id": self.id} | self.model_dump(exclude_unset=True)
 
     def changed(self, **changes: Any) -> "Known":
-        """Raises ValidationError: there is no such job."""
+        """A changed copy. Raises ValidationError."""
         return Known.model_validate(self.entry() | changes)
 
 
 class Submit(Typed):
-    """What a package says of the job that it is for."""
+    """The message in a package: a new job."""
 
     do: Literal["submit"]
     id: Id
@@ -124,7 +124,7 @@ class Submit(Typed):
 
 
 def parse(text: bytes) -> Submit:
-    """The message that a JSON text is. Raises BadMessage."""
+    """Parse a message. Raises BadMessage."""
     try:
         return Submit.model_validate_json(text)
     except ValidationError as error:

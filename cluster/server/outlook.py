@@ -1,4 +1,4 @@
-"""What a person wants to know of a job of the queue: how far its run is, and why it waits or has failed."""
+"""What a user wants to know about a job: its progress, and why it is queued or failed."""
 
 import re
 from collections import Counter
@@ -17,15 +17,15 @@ from .waiting import QUEUED, RUNNING, STOPPED, Gang, assign, fits, gang_of
 
 
 class Outlook(NamedTuple):
-    """Of one job."""
+    """Progress and prospects of one job."""
 
     step: int | None = None
-    """None: no step of its run is known here."""
+    """None if unknown."""
     steps: int | None = None
     eta: float | None = None
-    """Seconds until it is finished."""
+    """Seconds until it finishes."""
     why: str = ""
-    """It waits, has failed, or is not what it was asked to be."""
+    """Why it is queued, failed, or not as requested."""
 
 
 def gang_words(job: Job) -> str:
@@ -36,16 +36,16 @@ def gang_words(job: Job) -> str:
 
 
 def in_line(jobs: Mapping[str, Known]) -> list[str]:
-    """The jobs that wait, the next one first."""
+    """Ids of the queued jobs, next to start first."""
     waiting = [(-job.priority, job.submitted, id) for id, job in jobs.items() if job.state == QUEUED]
     return [id for *_, id in sorted(waiting)]
 
 
 def why_waiting(jobs: Mapping[str, Known], nodes: Sequence[Node]) -> dict[str, str]:
-    """Why each job of the queue has not started.
+    """Why each queued job has not started.
 
     Args:
-        nodes: what each machine of the cluster has.
+        nodes: total resources of each machine.
     """
     sizes, found, before = Counter(nodes), dict[str, str](), list[str]()
     running = [id for id, job in jobs.items() if job.state == RUNNING]
@@ -65,14 +65,14 @@ def why_waiting(jobs: Mapping[str, Known], nodes: Sequence[Node]) -> dict[str, s
 
 
 def probable_starts(jobs: Mapping[str, Known], left: Mapping[str, float], nodes: Sequence[Node]) -> dict[str, float]:
-    """Seconds until jobs that wait will start, if those that run end when they are expected to; nobody overtakes.
+    """Seconds until queued jobs will start, if running jobs end as expected.
 
     Args:
-        left: seconds until running jobs end, of those of which it is known.
-        nodes: what each machine of the cluster has.
+        left: seconds until running jobs finish, where known.
+        nodes: total resources of each machine.
 
     Returns:
-        Of the jobs, the next one first, up to the first of which it cannot be known.
+        By job id, in the order of the queue, up to the first job for which it cannot be known.
     """
     free, held = list(nodes), list[tuple[float, dict[int, int], Gang]]()
 
@@ -85,7 +85,7 @@ def probable_starts(jobs: Mapping[str, Known], left: Mapping[str, float], nodes:
         if job.state == RUNNING:
             gang = gang_of(job)
             if (places := assign(gang, free, nodes)) is None:
-                return {}  # it holds other machines than these
+                return {}  # it runs on machines that are not among these
             give(places, gang, -1)
             if id in left:
                 held.append((left[id], places, gang))
@@ -106,7 +106,7 @@ def probable_starts(jobs: Mapping[str, Known], left: Mapping[str, float], nodes:
 
 
 def how_far(job: Job) -> Outlook:
-    """Of a job that runs, by the folder of its run or sweep; nothing where this machine does not reach it."""
+    """Outlook of a running job from the folder of its run or sweep; empty if this machine cannot reach it."""
     run_dir = Path(job.run_dir)
     if is_file(run_dir / "config.yaml"):
         found, events = summary(run_dir), read_events(run_dir)
@@ -127,7 +127,7 @@ _LINE = re.compile(r"^step (\d{1,15})/(\d{1,15})  (.*)$", re.MULTILINE)
 
 
 def told(output: str) -> Outlook:
-    """How far a job is by what `muster train` last printed of it."""
+    """Progress of a job, from the output of `muster train`."""
     lines = list(_LINE.finditer(output[-(1 << 16) :]))
     if not lines:
         return Outlook()
@@ -136,7 +136,7 @@ def told(output: str) -> Outlook:
 
 
 def last_words(output: str) -> str:
-    """What a command said of its failure, in one line: its own message, or else the last line of its output."""
+    """Why a command failed, in one line: its own message, or else the last line of its output."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
     said = [i for i, line in enumerate(lines) if line.startswith("muster: ")]
     crashed = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
@@ -152,7 +152,7 @@ def last_words(output: str) -> str:
 
 
 def why_ended(job: Known) -> str:
-    """Why a job is over, where there is more to say than its state."""
+    """Why a job ended, if there is more to say than its state."""
     if job.reason:
         return job.reason
     if job.state == STOPPED:

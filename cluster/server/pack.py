@@ -1,4 +1,4 @@
-"""The user's folder as one zip that a cluster can unpack: what .gitignore leaves out stays at home."""
+"""Packs the user's folder, without what .gitignore excludes, into a zip, and checks such zips."""
 
 import errno
 import json
@@ -24,12 +24,12 @@ from .secret_files import holds_secret, is_secret
 
 MESSAGE = "message.json"
 TOP = "work"
-"""Ray puts the unpacked zip on its workers' sys.path, where a user's own `models/` would win over ours: so all of it
-lies one folder down."""
+"""Folder of all files in the zip. Ray puts the unpacked zip on its workers' sys.path, where a user's `models/` would
+shadow ours."""
 LIMIT = 100 * 2**20
-"""Bytes. Ray keeps the zip in the memory of the head, and refuses 512 MiB."""
+"""Most bytes of a zip, and of its contents. Ray keeps it in the memory of the head, and refuses 512 MiB."""
 JOB = ".muster-job"
-"""Folder of a job's config. Of a folder that was sent before, which a job may submit in turn, it is left out."""
+"""Folder of a job's config. Left out when a job submits its own folder in turn."""
 LEFT_OUT = [".git", ".hg", ".svn", ".venv", "venv", "__pycache__", JOB]
 MOST_FILES, SHOWN = 10_000, 20
 SECRETS = "secrets: --with FILE sends one"
@@ -38,21 +38,21 @@ SPECIAL = "not regular files"
 
 _LONGEST_MESSAGE = 2**17
 _MOST_DIRECTORY = 4 * 2**20
-"""Bytes of a zip's central directory: what reads it makes an object of every 46."""
+"""Most bytes of a zip's central directory; every 46 of them become an object."""
 
 
 def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = ()) -> list[Path]:
-    """The files below a folder that .gitignore and .rayignore, in any folder, do not name; relative, sorted.
+    """The files to send: all below a folder that no .gitignore or .rayignore excludes; relative paths, sorted.
 
-    A link to a file or a folder among them stands for what it leads to. Left out, and named on stderr, are secrets,
-    links that lead elsewhere or into themselves, and what is no regular file.
+    Links to files and folders among them are followed. Secrets, links that lead elsewhere or into themselves, and
+    special files are left out, and listed on stderr.
 
     Args:
-        without: folders below it that are left out too.
-        insisted: files below it that are sent even so.
+        without: folders below it to leave out.
+        insisted: files below it to send in any case.
 
     Raises:
-        ConfigError: a file cannot be read or sent, there are too many, or one of `insisted` is not there.
+        ConfigError: a file cannot be read or sent, there are too many, or one of `insisted` does not exist.
     """
     folder = folder.resolve()
     names = [f"/{path.relative_to(folder)}" for path in without if path.is_relative_to(folder) and path != folder]
@@ -76,7 +76,7 @@ def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = 
 
 
 def _tree(folder: Path, names: list[str]) -> dict[Path, list[os.DirEntry[str]]]:
-    """What the ignore files leave of each folder, links not followed."""
+    """The entries of each folder that no ignore file excludes. Links are not followed."""
     found: dict[Path, list[os.DirEntry[str]]] = {}
     todo = [(folder, [ignored_by(folder, [*LEFT_OUT, *names])])]
     while todo:
@@ -91,7 +91,7 @@ def _tree(folder: Path, names: list[str]) -> dict[Path, list[os.DirEntry[str]]]:
 def _followed(
     folder: Path, tree: Mapping[Path, list[os.DirEntry[str]]], tokens: list[bytes]
 ) -> tuple[set[Path], dict[str, list[Path]]]:
-    """The files to send by the names that links give them, and by reason what is left out; all relative."""
+    """The files to send, under the names that links give them, and what is left out by reason; relative paths."""
     regular = {here / each.name for here in tree for each in tree[here] if each.is_file(follow_symlinks=False)}
     secret = {file for file in regular if is_secret(file.relative_to(folder)) or holds_secret(file, tokens)}
     found: set[Path] = set()
@@ -126,7 +126,7 @@ def _followed(
 
 
 def _tell(left: Mapping[str, list[Path]]) -> None:
-    """Say on stderr what is not sent."""
+    """List on stderr what is not sent."""
     parts = []
     for why, paths in left.items():
         if paths:
@@ -141,7 +141,7 @@ def _shown(path: object) -> str:
 
 
 def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None:
-    """Raise ConfigError, with the largest files, if they are more than goes to a cluster."""
+    """Raise ConfigError, with the largest files, if files exceed the limit in bytes."""
     sizes = {path: (folder / path).stat().st_size for path in packed}
     if (total := sum(sizes.values())) > limit:
         largest = sorted(sizes, key=lambda path: -sizes[path])[:5]
@@ -155,17 +155,17 @@ def check_size(folder: Path, packed: Iterable[Path], limit: int = LIMIT) -> None
 def write_zip(
     target: Path, folder: Path, packed: Iterable[Path], message: str, more: Mapping[str, str] | None = None
 ) -> None:
-    """Write `message.json`, and the files below TOP, with the git commit that they were packed at.
+    """Write a zip with `message.json`, and below TOP the files and their git commit.
 
     Args:
-        more: text of further files below TOP, by name.
+        more: text of additional files below TOP, by name.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(MESSAGE, message)
-        top = zipfile.ZipInfo(f"{TOP}/")  # there even if the folder is empty
+        top = zipfile.ZipInfo(f"{TOP}/")  # exists even if the folder is empty
         top.external_attr = (stat.S_IFDIR | 0o700) << 16 | 0x10
         archive.writestr(top, "")
         if (packed := list(packed)) and (commit := revision.of(folder)):
@@ -174,7 +174,7 @@ def write_zip(
             archive.writestr(f"{TOP}/{name}", text)
         for path in packed:
             content, executable = _read(folder, path)
-            # Zip knows no time before 1980, which some filesystems and build tools give.
+            # Zip has no dates before 1980, which some file systems and build tools set.
             entry = zipfile.ZipInfo.from_file(folder / path, f"{TOP}/{path.as_posix()}", strict_timestamps=False)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (stat.S_IFREG | (0o700 if executable else 0o600)) << 16
@@ -182,10 +182,10 @@ def write_zip(
 
 
 def _read(folder: Path, path: Path) -> tuple[bytes, bool]:
-    """A file's content, and whether its owner may execute it. Raises ConfigError if it is not what it was."""
+    """A file's content, and whether it is executable. Raises ConfigError if it was replaced meanwhile."""
     real = Path(os.path.realpath(folder / path))
     try:
-        with open_file(real) as file:  # a pipe that has taken its place since would be waited for
+        with open_file(real) as file:  # does not block if it has become a pipe
             if not real.is_relative_to(folder.resolve()):
                 raise OSError(errno.EINVAL, "not a file")
             return file.read(), bool(os.fstat(file.fileno()).st_mode & stat.S_IXUSR)
@@ -196,13 +196,13 @@ def _read(folder: Path, path: Path) -> tuple[bytes, bool]:
 
 
 def read_message(content: bytes) -> Submit:
-    """The message of a zip, which need not be one that `write_zip` has made.
+    """The message of a zip from a client, which need not be one that `write_zip` has made.
 
-    Ray unpacks what is accepted on every machine of the job: so all of it is inflated here once, and counted.
+    Ray unpacks an accepted zip on every machine of the job, so everything is inflated here once, and counted.
 
     Raises:
-        BadMessage: it is damaged, holds more than LIMIT or what `write_zip` does not write (a file outside of TOP, one
-            of two names, a link, an encrypted or overlapping member), or says what `messages` refuses.
+        BadMessage: it is damaged, exceeds LIMIT, contains what `write_zip` does not write (a file outside of TOP, a
+            duplicate name, a link, an encrypted or overlapping member), or its message is invalid.
     """
     if len(content) > LIMIT:
         raise BadMessage(f"it has {byte_size(len(content))} and the limit is {byte_size(LIMIT)}")
@@ -228,8 +228,8 @@ def read_message(content: bytes) -> Submit:
 
 
 def _check_end(content: bytes) -> None:
-    """Raise BadMessage unless a zip's last bytes are those of a plain one: no comment, no zip64, a directory of at most
-    _MOST_DIRECTORY bytes. All that reads it then reads the same."""
+    """Raise BadMessage unless a zip ends like a plain one: no comment, no zip64, a directory of at most _MOST_DIRECTORY
+    bytes. Every program then reads it alike."""
     if len(content) < 22:
         raise BadMessage("it is not a zip")
     mark, disk, start_disk, here, count, size, offset, comment = struct.unpack("<4s4H2LH", content[-22:])
@@ -242,7 +242,7 @@ def _check_end(content: bytes) -> None:
 
 
 def _check_members(archive: zipfile.ZipFile, content: bytes) -> None:
-    """Raise BadMessage if a member is none that `write_zip` writes, by what is said of it."""
+    """Raise BadMessage if a member's metadata is not as `write_zip` writes it."""
     members = archive.infolist()
     names = [member.filename for member in members]
     if len(names) > MOST_FILES:
@@ -280,9 +280,9 @@ def _check_members(archive: zipfile.ZipFile, content: bytes) -> None:
 
 
 def _unlike_ours(member: zipfile.ZipInfo) -> str:
-    """What tells a member from all that `write_zip` writes; empty: nothing."""
+    """How a member differs from all that `write_zip` writes; empty if it does not."""
     kind, marks = stat.S_IFMT(member.external_attr >> 16), (member.external_attr >> 16) & 0o7000
-    if member.flag_bits & ~0x0806:  # all but: the name is UTF-8; how hard it was deflated
+    if member.flag_bits & ~0x0806:  # except: UTF-8 name, deflate options
         return "is encrypted, or written as a stream"
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         return f"is compressed by method {member.compress_type}"
@@ -292,7 +292,7 @@ def _unlike_ours(member: zipfile.ZipInfo) -> str:
 
 
 def _is_ours(name: str) -> bool:
-    """Whether a name is plain, of a possible length, and lies below TOP."""
+    """Whether a name is plain, not too long, and below TOP."""
     parts = name.removesuffix("/").split("/")
     plain = all(part not in ("", ".", "..") and len(os.fsencode(part)) < 256 for part in parts)
     return (

@@ -1,4 +1,4 @@
-"""Which files of a user's folder are secrets that no job needs: keys, passwords, tokens, by usual names or content."""
+"""Detects files with secrets that no job needs (keys, passwords, tokens), by common names or by content."""
 
 import re
 from collections.abc import Iterable
@@ -9,13 +9,13 @@ FOLDERS = {
     ".aws", ".azure", ".gnupg", ".huggingface", ".kaggle", ".kube", ".muster", ".oci", ".password-store", ".ray",
     ".secrets", ".ssh", ".terraform.d", ".env", ".env.d",
 }  # fmt: skip
-"""All that is below one of these."""
+"""Everything below one of these is secret."""
 PATHS = (
     ".cargo/credentials*", ".config/gcloud/*", ".config/gh/*", ".config/git/credentials", ".config/rclone/*",
     ".config/wandb/*", ".docker/config.json", ".m2/settings*.xml", ".mc/config.json", ".mlflow/credentials",
     ".streamlit/secrets.toml", "huggingface/stored_tokens", "huggingface/token", "wandb/settings",
 )  # fmt: skip
-"""Ends of a path."""
+"""Patterns for the end of a path."""
 NAMES = (
     ".env*", "*.env", ".netrc*", "_netrc", ".git_credentials*", ".pypirc*", ".npmrc*", ".pgpass*", "pgpass.conf",
     ".my.cnf", ".mylogin.cnf", ".s3cfg", ".boto", ".dockercfg", ".dockerconfigjson", "*htpasswd", ".databrickscfg",
@@ -31,7 +31,7 @@ NAMES = (
     "ssh_host_*_key", "deploy_key*", "*.pem", "*.key", "*.p8", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.ppk",
     "*.kdbx", "*.agekey",
 )  # fmt: skip
-"""With - as _ in them."""
+"""Patterns for names, with - replaced by _."""
 CONTENTS = re.compile(
     rb"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----(?:\s|\\n)+[A-Za-z0-9+/=:, -]{16}"
     rb"|(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])"
@@ -44,11 +44,11 @@ MARKS = (
     b"PRIVATE KEY", b"AKIA", b"ASIA", b"hf_", b"ghp_", b"gho_", b"ghs_", b"ghu_", b"ghr_", b"github_pat_", b"glpat-",
     b"sk-", b"xox",
 )  # fmt: skip
-"""Of which any match has one: without, the search would take 10 ms of every file."""
+"""Every match contains one of these. Without this check the search would take 10 ms per file."""
 SHOWN = ("*.pub", "*.example", "*.sample", "*.template", "*.tmpl", "*.dist", "*.defaults")
-"""Public keys, and what shows which keys a file has."""
+"""Public keys, and templates without values."""
 WRITTEN = ("*.py", "*.pyi", "*.ipynb", "*.md", "*.rst", "*.tex", "*.html")
-"""Code and prose about secrets, unless their name begins as that of a file of variables."""
+"""Code and prose about secrets, unless the name begins with .env."""
 COPIES = (
     "~",
     ".bak",
@@ -66,15 +66,15 @@ COPIES = (
     ".gpg",
     ".enc",
 )
-"""What editors, people and packers append."""
+"""Suffixes of backups and archives."""
 COPIED = re.compile(r"[ _-]?\(\d{1,3}\)(?=\.|$)| \(copy\)(?=\.|$)| - copy(?=\.|$)|^copy of |\.\d{1,3}$")
-"""What file managers and log rotation add."""
+"""Added by file managers and log rotation."""
 SEARCHED = 64 * 2**10
-"""Bytes of a file's beginning that are searched for secrets."""
+"""Bytes at the beginning of a file that are searched for secrets."""
 
 
 def is_secret(path: PurePath) -> bool:
-    """Whether a file, by its path below the user's folder, is one that only its owner is to have."""
+    """Whether a file is secret by its path below the user's folder."""
     *above, name = (part.lower() for part in path.parts)
     if not FOLDERS.isdisjoint(above):
         return True
@@ -86,16 +86,16 @@ def is_secret(path: PurePath) -> bool:
 
 
 def _of_the_original(name: str) -> str:
-    """The name of the file that one of this name is a copy of."""
+    """The name of the original, if this is the name of a copy."""
     before = ""
     while name != before:
         before = name
         name = COPIED.sub("", name.strip()) or name
-        if len(name) > 2 and name.startswith("#") and name.endswith("#"):  # Emacs's, of what is not saved
+        if len(name) > 2 and name.startswith("#") and name.endswith("#"):  # an auto-save file of Emacs
             name = name[1:-1]
         if ending := next((ending for ending in COPIES if name.endswith(ending)), None):
             name = name.removesuffix(ending)
-            if ending.startswith(".sw"):  # vim's, of `.env`: `..env.swp`
+            if ending.startswith(".sw"):  # a swap file of vim: `..env.swp`
                 name = name.removeprefix(".")
     return name
 
@@ -105,7 +105,7 @@ def _is_one_of(name: str, patterns: Iterable[str]) -> bool:
 
 
 def holds_secret(file: Path, tokens: Iterable[bytes]) -> bool:
-    """Whether a file begins with, or has near its beginning, a key, or a cluster's token. Raises OSError."""
+    """Whether the first SEARCHED bytes of a file contain a key or one of the tokens. Raises OSError."""
     with file.open("rb") as opened:
         content = opened.read(SEARCHED)
     found = any(mark in content for mark in MARKS) and CONTENTS.search(content)

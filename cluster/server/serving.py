@@ -8,7 +8,7 @@ from configs import ConfigError
 from configs.reading.parse import shortened
 
 PORT = 8267
-"""Of the dashboard, and of a cluster's server."""
+"""Default port of the dashboard and of a cluster's server."""
 LOOPBACK = "127.0.0.1"
 ANYWHERE = ("0.0.0.0", "::", "")
 

@@ -1,6 +1,6 @@
-"""`muster submit`: a run is checked, planned against the cluster, packed with its folder and sent to the queue.
+"""`muster submit`: check a run, plan it against the cluster, and send it with the working directory to the queue.
 
-`muster sweep submit` (sweep/submit.py) does the same with the functions below."""
+`muster sweep submit` (sweep/train/submit.py) uses the functions below."""
 
 import os
 import shlex
@@ -88,7 +88,7 @@ def submit(
 
 
 def job_of(**values: Any) -> messages.Job:
-    """What the queue is told of a job. Raises ConfigError if it would refuse it."""
+    """A job as the queue takes it. Raises ConfigError if the queue would refuse it."""
     try:
         return messages.Job.model_validate(values)
     except ValidationError as error:
@@ -104,14 +104,14 @@ def send(
     as_json: bool,
     more: Mapping[str, str],
 ) -> None:
-    """Send a job and the files that it needs to the queue, and say where to look.
+    """Send a job and its files to the queue, and print where to find it.
 
     Args:
-        more: text of files that are sent besides, by name.
-        wait: show its output, and end as it ends.
+        more: text of additional files, by name.
+        wait: print its output, and exit with its exit code.
 
     Raises:
-        ConfigError: it is there already, or the files are too large.
+        ConfigError: the run is queued or running already, or the files are too large.
     """
     for id, other in cluster.jobs().items():
         if other.run_dir == job.run_dir and other.state in ACTIVE:
@@ -129,7 +129,7 @@ def send(
 
 
 def check_root(key: str, root: str) -> None:
-    """Raise ConfigError if what a job writes would lie where nobody finds it."""
+    """Raise ConfigError for a relative path, which would be in the job's temporary folder."""
     if not Path(root).is_absolute():
         raise ConfigError(
             f"{key}={root} would lie in a temporary folder of the job: name a folder that every machine "
@@ -138,7 +138,7 @@ def check_root(key: str, root: str) -> None:
 
 
 def path_in(here: Path, config: str) -> str:
-    """A sweep's base as the job names it, from its copy of this folder. Raises ConfigError if it has none."""
+    """A sweep's base relative to the folder that is sent. Raises ConfigError if it is outside of it."""
     if not Path(config).suffix and config in preset_names():
         return config
     path = Path(config).resolve()
@@ -148,8 +148,8 @@ def path_in(here: Path, config: str) -> str:
 
 
 def needs(config: Config) -> dict[str, list[str]]:
-    """The files and folders that a run reads, by the key that names them."""
-    begun = committed(Path(config.run.root).expanduser() / config.run.name)  # and needs no weights to begin from
+    """Files and folders that a run reads, by config key."""
+    begun = committed(Path(config.run.root).expanduser() / config.run.name)  # so it resumes from its own checkpoint
     data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
     return {
         "data.path": [path for path in data if path != "stdlib"],
@@ -159,7 +159,7 @@ def needs(config: Config) -> dict[str, list[str]]:
 
 
 def check_sent(needed: Mapping[str, list[str]], here: Path, packed: list[Path]) -> None:
-    """Raise ConfigError if .gitignore leaves at home what is needed."""
+    """Raise ConfigError if a file that is needed is not among those that are sent."""
     for key, paths in needed.items():
         for path in paths:
             if os.path.isabs(os.path.expanduser(path)):

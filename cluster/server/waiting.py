@@ -1,4 +1,4 @@
-"""Which of the waiting jobs may start now: pure functions of jobs and machines. Knows nothing of Ray."""
+"""Which queued jobs may start now: pure functions of jobs and machines. Does not know Ray."""
 
 import json
 from collections import Counter
@@ -15,20 +15,20 @@ FINISHED: State = "FINISHED"
 STOPPED: State = "STOPPED"
 FAILED: State = "FAILED"
 CANCELLED: State = "CANCELLED"
-"""Never started."""
+"""Stopped before it was started."""
 LOST: State = "LOST"
-"""The cluster that ran it is gone."""
+"""It was running on a cluster that is gone."""
 ACTIVE = (QUEUED, RUNNING)
 _ENOUGH = 10**9
 """Workers on a machine, where each reserves nothing of it."""
 
 
 class Gang(NamedTuple):
-    """What a job needs all at once.
+    """The processes that a job needs at the same time.
 
     Attributes:
-        group: ranks in a row that talk most (a tensor-, sequence- or expert-parallel group): they share a machine
-            wherever one has room for so many.
+        group: number of consecutive ranks that communicate most (a tensor-, sequence- or expert-parallel group); they
+            share a machine if any has room for them.
     """
 
     workers: int
@@ -37,25 +37,25 @@ class Gang(NamedTuple):
 
 
 class Waiting(NamedTuple):
-    """A job of the queue."""
+    """A queued job."""
 
     id: str
     gang: Gang
     priority: int
-    """The higher goes first; of equals the older."""
+    """Higher starts first; among equals, the older."""
     since: float
 
 
 def startable(waiting: Sequence[Waiting], starting: Sequence[Gang], free: list[Node], total: list[Node]) -> list[str]:
-    """The jobs to start now, in order.
+    """Ids of the jobs to start now, in order.
 
-    Nobody overtakes a job that must wait for others to end: small jobs would keep a large one waiting for ever. One
-    that waits for machines to join holds up nobody.
+    No job overtakes one that waits for others to end: small jobs would starve a large one. A job that does not fit on
+    the present machines, and waits for more to join, blocks nobody.
 
     Args:
-        starting: gangs of jobs that were started and hold nothing yet.
-        free: what is free of each machine.
-        total: what each machine has.
+        starting: gangs of jobs that were started but do not hold their resources yet.
+        free: free resources of each machine.
+        total: total resources of each machine.
     """
     for gang in starting:
         free = place(gang, free, total) or free
@@ -72,13 +72,13 @@ def startable(waiting: Sequence[Waiting], starting: Sequence[Gang], free: list[N
 
 
 def fits(gang: Gang, sizes: Mapping[Node, int]) -> bool:
-    """Whether a gang has room on machines that are empty, given how many there are of each size."""
+    """Whether a gang fits on idle machines, given the number of machines of each size."""
     rooms = _rooms(gang, sizes, sizes)
     return sum(rooms[node] * count for node, count in sizes.items()) >= gang.workers
 
 
 def place(gang: Gang, free: Sequence[Node], total: Sequence[Node]) -> list[Node] | None:
-    """What is left free once the whole gang is placed; None: it does not fit."""
+    """Free resources after the whole gang is placed; None if it does not fit."""
     places = assign(gang, free, total)
     if places is None:
         return None
@@ -88,14 +88,14 @@ def place(gang: Gang, free: Sequence[Node], total: Sequence[Node]) -> list[Node]
 
 
 def assign(gang: Gang, free: Sequence[Node], total: Sequence[Node]) -> dict[int, int] | None:
-    """How many workers go to which machine, by its index, with the groups unbroken; None: the gang does not fit."""
+    """Number of workers by index of the machine, without splitting groups; None if the gang does not fit."""
     room_of = _rooms(gang, free, total)
     rooms = sorted(((room_of[node], index) for index, node in enumerate(free)), key=lambda room: (-room[0], room[1]))
     need, places = gang.workers, dict[int, int]()
     for position, (room, index) in enumerate(rooms):
         if room <= 0:
             return None
-        if room >= need:  # the tightest machine that takes all that is left, else the roomiest: few, and few halves
+        if room >= need:  # best fit for what is left; until then the roomiest: few machines, little fragmentation
             _, index = min((room, index) for room, index in rooms[position:] if room >= need)
             return places | {index: need}
         places[index] = room
@@ -104,16 +104,16 @@ def assign(gang: Gang, free: Sequence[Node], total: Sequence[Node]) -> dict[int,
 
 
 def _rooms(gang: Gang, free: Iterable[Node], total: Iterable[Node]) -> dict[Node, int]:
-    """Workers that fit on a machine with so much free, with the groups unbroken; of each size once, there are few."""
+    """Number of workers that fit on a machine, without splitting groups, by its free resources."""
     group = gang.group if any(capacity(node, gang.each) >= gang.group for node in set(total)) else 1
     return {node: int(min(capacity(node, gang.each), _ENOUGH)) // group * group for node in set(free)}
 
 
 def fold(lines: Iterable[str], refuse: Callable[[str], object] = lambda line: None) -> dict[str, Known]:
-    """Jobs by id, from the queue's journal: a JSON object a line, later ones over earlier.
+    """Jobs by id, from the lines of a journal: JSON objects, later ones update earlier ones.
 
     Args:
-        refuse: called with each line that is none of a job, or would make of one what it cannot be; it is skipped.
+        refuse: called with each line that is skipped because it is malformed or would make a job invalid.
     """
     jobs: dict[str, Known] = {}
     for line in lines:
@@ -121,7 +121,7 @@ def fold(lines: Iterable[str], refuse: Callable[[str], object] = lambda line: No
             entry = json.loads(line) if line.startswith('{"id": ') else {}
             known = jobs.get(entry["id"])
             job = known.changed(**entry) if known else Known.model_validate(entry)
-        except (ValueError, TypeError, KeyError, RecursionError):  # cut by a crash, or none of a job
+        except (ValueError, TypeError, KeyError, RecursionError):  # truncated by a crash, or not about a job
             refuse(line)
         else:
             jobs[job.id] = job
@@ -129,5 +129,5 @@ def fold(lines: Iterable[str], refuse: Callable[[str], object] = lambda line: No
 
 
 def gang_of(job: Job) -> Gang:
-    """What a job needs to begin."""
+    """The processes that a job needs to start."""
     return Gang(job.workers, Share(job.cpus, job.gpus), job.group)

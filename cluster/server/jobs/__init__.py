@@ -1,1 +1,1 @@
-"""The queue itself, in the cluster's server: its journal, its scheduler and the process that talks to Ray."""
+"""The job queue of a cluster's server: journal, scheduler, and the child process that talks to Ray."""

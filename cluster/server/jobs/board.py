@@ -1,4 +1,4 @@
-"""What is told of the queue and of the machines: worked out once in a while, however many ask."""
+"""The queue and the machines as clients see them: computed once every few seconds, however many ask."""
 
 import os
 import threading
@@ -17,7 +17,7 @@ from .job_queue import JobQueue
 from .scheduler import Machine, Scheduler
 
 FRESH = 2.0
-"""Seconds for which what was worked out is told again, unless a job has changed."""
+"""Seconds for which an answer is reused while no job changes."""
 DAY = 86400.0
 MOST_SHOWN = 200
 MOST_ROOTS = 50
@@ -25,7 +25,7 @@ LONGEST_WHY = 600
 
 
 class Board:
-    """Answers of a server that has a queue; any thread may ask."""
+    """Answers about a queue. Thread-safe."""
 
     def __init__(self, queue: JobQueue, scheduler: Scheduler) -> None:
         self.queue, self.scheduler = queue, scheduler
@@ -34,7 +34,7 @@ class Board:
         self._running: dict[str, tuple[float, Outlook]] = {}
 
     def rows(self) -> list[dict[str, Any]]:
-        """All jobs, the oldest first, as the journal has them, each with its `outlook`."""
+        """All jobs, oldest first: their entries in the journal, with `ahead` and `outlook`."""
         with self._lock:
             at, version, rows = self._known
             now = self.queue.version
@@ -44,7 +44,7 @@ class Board:
             return rows
 
     def row(self, id: str) -> dict[str, Any]:
-        """One job, as in `rows`. Raises NoJob."""
+        """One of `rows`. Raises NoJob."""
         self.queue.job(id)
         return next(row for row in self.rows() if row["id"] == id)
 
@@ -83,7 +83,7 @@ class Board:
         return found
 
     def machines(self) -> dict[str, Any]:
-        """The machines as they were last seen, and whether Ray is reached; the scheduler is told to look again."""
+        """The machines as of the last query, and whether Ray answers; wakes the scheduler for the next query."""
         self.queue.woken.set()
         seen = self.scheduler.seen
         return {
@@ -97,10 +97,10 @@ class Board:
         }
 
     def now(self, runs: Mapping[str, str]) -> dict[str, Any]:
-        """What the page of what needs a person shows of it: fields of `responses.Now`.
+        """The queue's fields of `responses.Now`.
 
         Args:
-            runs: ids of the runs that are shown, by their folders.
+            runs: ids of the runs that the server shows, by folder.
         """
         rows, cluster = self.rows(), self.machines()
         retried = {row.get("retry_of") for row in rows}
@@ -121,7 +121,7 @@ class Board:
         }
 
     def problems(self) -> list[dict[str, Any]]:
-        """What is wrong with the queue or the cluster, as `responses.Problem`."""
+        """Problems of the queue and the cluster, as `responses.Problem`."""
         seen, found = self.scheduler.seen, []
         if not seen.reachable:
             found.append(_problem(
@@ -140,12 +140,12 @@ class Board:
         return found
 
     def roots(self) -> list[Path]:
-        """Folders that runs and sweeps of jobs lie in, where this machine reaches them; of the newest jobs."""
+        """Folders that contain the runs and sweeps of jobs, as far as this machine reaches them; newest jobs first."""
         above = dict.fromkeys(Path(job.run_dir).parent for job in reversed(self.queue.jobs().values()))
         return [root.resolve() for root in list(above)[:MOST_ROOTS] if is_folder(root)]
 
     def states(self) -> dict[str, int]:
-        """How many jobs there are in each state."""
+        """Number of jobs by state."""
         found: dict[str, int] = {}
         for job in self.queue.jobs().values():
             found[job.state] = found.get(job.state, 0) + 1
@@ -165,7 +165,7 @@ def _machine(machine: Machine) -> dict[str, Any]:
 
 
 def _shown(row: Mapping[str, Any], runs: Mapping[str, str]) -> dict[str, Any]:
-    """A job of the page."""
+    """A job as `ShownJob`."""
     job = Known.model_validate({key: value for key, value in row.items() if key not in ("ahead", "outlook")})
     seen = row["outlook"]
     return {

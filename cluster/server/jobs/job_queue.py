@@ -1,7 +1,7 @@
-"""The jobs of a cluster and the journal of what became of each, on the disk of the cluster's head.
+"""The jobs of a cluster and their journal, on the disk of the cluster's head. Knows neither Ray nor HTTP.
 
-The state is what the journal says. An entry is on disk before it counts: who was told of a change finds it again after
-any crash. Knows nothing of Ray and of HTTP.
+The journal is the state. An entry is fsynced before it takes effect, so that a change that was acknowledged survives
+any crash.
 """
 
 import contextlib
@@ -28,24 +28,26 @@ from ..messages import BadMessage, Conflict, Job, Known, NoJob, Submit
 from ..waiting import ACTIVE, CANCELLED, FAILED, QUEUED, RUNNING, fold
 
 KEPT_PACKAGES, KEPT_JOBS = 100, 2000
-"""Of jobs that have ended."""
+"""How many packages and jobs are kept of those that have ended."""
 MOST_ACTIVE = 1000
-"""Jobs that wait or run."""
+"""Most jobs that are queued or running."""
 LONGEST_LINE = 2**17
-"""Bytes of a line of the journal: more than the longest that is written."""
+"""Most bytes of a journal line that are read; no entry is as long."""
 COMPACTED_AFTER = 20_000
-"""Lines that are appended to the journal before it is written anew, with what is kept."""
+"""Appended entries after which the journal is compacted."""
 UPLOAD = ".upload-"
-"""Beginning of the names of packages that are still being received."""
+"""Prefix of the names of packages that are still being received."""
 
 
 class NotWritten(OSError):
-    """The journal cannot be written, so that nothing has changed."""
+    """The journal cannot be written; nothing has changed."""
 
 
 def queue_folder(address: str) -> Path:
-    """Where the queue of the cluster whose head is at host:port keeps its state: MUSTER_QUEUE, or a folder for each
-    cluster, which a new head at the old address finds again, by whichever of the machine's addresses it was named."""
+    """State folder of the queue whose Ray head is at host:port: MUSTER_QUEUE, or one per address under ~/.muster/queue.
+
+    A new head at the same address finds the folder again, whichever of the machine's addresses named it before.
+    """
     if given := os.environ.get("MUSTER_QUEUE"):
         return Path(given)
     host, _, port = address.rpartition(":")
@@ -61,7 +63,7 @@ def _own_hosts(port: str) -> list[str]:
 
 @contextlib.contextmanager
 def locked(here: Path) -> Iterator[None]:
-    """Hold a queue's folder, made private, during the block. Raises ConfigError: another server holds it."""
+    """Make a queue's folder private and hold its lock. Raises ConfigError if another server holds it."""
     private_folder(here, "MUSTER_QUEUE")
     try:
         held = lock_file(here / "lock", patience=0).acquire()
@@ -72,15 +74,15 @@ def locked(here: Path) -> Iterator[None]:
 
 
 class JobQueue:
-    """The jobs of a cluster. Any thread may call any method; what a method has returned is on disk.
+    """The jobs of a cluster. Thread-safe; when a method returns, its change is on disk.
 
     Args:
-        here: the folder of its state, which nothing else writes to (`locked`).
+        here: state folder, which nothing else writes to (see `locked`).
 
     Attributes:
-        version: changes with every change of a job.
-        woken: set with every change, for the scheduler to wait on.
-        on_change: called with every change, by the thread that makes it.
+        version: incremented with every change of a job.
+        woken: set on every change; the scheduler waits for it.
+        on_change: called on every change, by the thread that makes it.
     """
 
     def __init__(self, here: Path) -> None:
@@ -96,10 +98,10 @@ class JobQueue:
             left.unlink(missing_ok=True)
         self._rewrite()
 
-    # What there is.
+    # Reading.
 
     def jobs(self) -> dict[str, Known]:
-        """All jobs by id, the oldest first."""
+        """All jobs by id, oldest first."""
         with self._lock:
             return dict(self._jobs)
 
@@ -114,22 +116,22 @@ class JobQueue:
         with self._lock:
             return [id for id, job in self._jobs.items() if job.state in states]
 
-    # What is asked of it. The same twice is done once.
+    # Requests, all of them idempotent.
 
     def upload(self) -> Path:
-        """A new name in the queue's folder for a package that is being received."""
+        """A new path in the queue's folder for a package that is being received."""
         return self.here / f"{UPLOAD}{os.urandom(8).hex()}"
 
     def submit(self, message: Submit, received: Path, sha256: str) -> Known:
-        """Take in a new job.
+        """Add a job.
 
         Args:
-            received: the file of its package, from `upload`; it is renamed, or stays where the job is there already.
-            sha256: of its package.
+            received: its package, at a path from `upload`; renamed if the job is new.
+            sha256: digest of the package.
 
         Raises:
-            Conflict: another package has this id, or there are too many jobs.
-            OSError: it cannot be written.
+            Conflict: another job has this id, or the queue is full.
+            OSError: the package or the journal cannot be written.
         """
         fsync(received)
         with self._lock:
@@ -143,11 +145,11 @@ class JobQueue:
             return self._enqueue(message.id, message.job, sha256)
 
     def stop(self, id: str, now: bool) -> Known:
-        """Ask for the end of a job, after a checkpoint or at once; one that has not been started never is.
+        """Cancel a queued job, or ask a running one to stop: after a checkpoint, or at once.
 
         Raises:
-            NoJob: there is none of this id.
-            OSError: it cannot be written.
+            NoJob: there is no such job.
+            NotWritten: the journal cannot be written.
         """
         with self._lock:
             job = self.job(id)
@@ -159,16 +161,16 @@ class JobQueue:
             return self._note(id, stopping=wanted)
 
     def retry(self, id: str, new: str) -> Known:
-        """Queue a job that has ended once more, as it was sent.
+        """Queue a job that has ended again, as it was sent.
 
         Args:
             new: id of the new job.
 
         Raises:
-            NoJob: there is none of this id.
-            Conflict: it has not ended, `new` is the id of another job, or there are too many.
-            BadMessage: its package is kept no longer, or was changed.
-            OSError: it cannot be written.
+            NoJob: there is no such job.
+            Conflict: it has not ended, `new` is the id of another job, or the queue is full.
+            BadMessage: its package was deleted or changed.
+            OSError: the package or the journal cannot be written.
         """
         with self._lock:
             if known := self._retried(id, new):
@@ -183,12 +185,12 @@ class JobQueue:
             return self._retried(id, new) or self._enqueue(new, old, old.sha256, retry_of=id)
 
     def set_priority(self, id: str, priority: int) -> Known:
-        """Change the priority of a job that waits.
+        """Change the priority of a queued job.
 
         Raises:
-            NoJob: there is none of this id.
-            Conflict: it does not wait.
-            OSError: it cannot be written.
+            NoJob: there is no such job.
+            Conflict: it is not queued.
+            NotWritten: the journal cannot be written.
         """
         with self._lock:
             job = self.job(id)
@@ -196,13 +198,13 @@ class JobQueue:
                 raise Conflict(f"{id} is {job.state}: only the priority of a job that waits can be changed")
             return job if job.priority == priority else self._note(id, priority=priority)
 
-    # What the scheduler does.
+    # For the scheduler.
 
     def begin(self, id: str) -> Known | None:
-        """A job that waits and is to be started now; until `settle` it can be stopped, but not cancelled.
+        """Begin to start a queued job: until `settle`, only Ray knows whether it runs, so `stop` cannot cancel it.
 
         Returns:
-            None: it does not wait any more.
+            The job, or None if it is no longer to be started.
         """
         with self._lock:
             job = self._jobs[id]
@@ -212,7 +214,7 @@ class JobQueue:
             return job
 
     def settle(self, id: str, started: bool) -> None:
-        """Note whether Ray has started a job that was QUEUED, as it says itself."""
+        """Record whether Ray has started a job that is QUEUED."""
         with self._lock:
             job = self._jobs[id]
             if started and job.state == QUEUED:
@@ -222,12 +224,12 @@ class JobQueue:
             self._unsettled.discard(id)
 
     def unsettled(self) -> list[str]:
-        """Jobs that may have been started just before a crash, or while Ray was lost: nobody knows but Ray."""
+        """Queued jobs that Ray may have started already: just before a crash, or as the connection to it was lost."""
         with self._lock:
             return list(self._unsettled)
 
     def end(self, id: str, **how: Any) -> None:
-        """Note the end of a job, unless it has ended."""
+        """Record how a job ended, unless it has ended already."""
         with self._lock:
             if self._jobs[id].state in ACTIVE:
                 self._note(id, **how)
@@ -237,7 +239,7 @@ class JobQueue:
         return self.here / f"{id}.zip"
 
     def content(self, job: Known) -> bytes:
-        """A job's package, as it was sent. Raises BadMessage."""
+        """A job's package. Raises BadMessage if it was deleted or changed."""
         return read_package(self.package(job.id), job.id, job.sha256)
 
     # The journal.
@@ -247,7 +249,7 @@ class JobQueue:
             raise Conflict(f"{MOST_ACTIVE} jobs wait or run already")
 
     def _retried(self, id: str, new: str) -> Known | None:
-        """What a retry has made of it before. Raises Conflict: something else has."""
+        """The job that this very retry has made already. Raises Conflict if `new` is another job."""
         if (known := self._jobs.get(new)) is not None and known.retry_of != id:
             raise Conflict(f"{new} is the id of another job")
         return known
@@ -265,7 +267,7 @@ class JobQueue:
         return known
 
     def _note(self, id: str, **changes: Any) -> Known:
-        """Into the journal, and then into the state. Raises NotWritten: into neither."""
+        """Append an entry to the journal, then apply it. Raises NotWritten; then nothing has changed."""
         entry = {"id": id} | changes | {"time": time.time()}
         known = self._jobs.get(id)
         job = known.changed(**entry) if known else Known.model_validate(entry)
@@ -286,12 +288,12 @@ class JobQueue:
             os.fsync(file)
         except OSError as error:
             with contextlib.suppress(OSError):
-                os.ftruncate(file, end)  # the next line would go on where half of this one ends
+                os.ftruncate(file, end)  # else the next entry would continue half a line
             raise NotWritten(error.errno, error.strerror, str(self.here / "journal.jsonl")) from None
         self._appended += 1
 
     def _rewrite(self) -> None:
-        """The journal anew, with an entry for each job."""
+        """Replace the journal by one entry per job."""
         with replacing(self.here / "journal.jsonl") as file:
             file.writelines(json.dumps(job.entry()).encode() + b"\n" for job in self._jobs.values())
         if self._journal is not None:
@@ -300,7 +302,7 @@ class JobQueue:
         self._appended = 0
 
     def _read_journal(self) -> dict[str, Known]:
-        """The jobs that are kept: those that wait or run, and the newest of the others."""
+        """The jobs to keep: all that are queued or running, and the newest that have ended."""
         path, bad = self.here / "journal.jsonl", Counter[str]()
 
         def skip(line: str) -> None:
@@ -324,7 +326,7 @@ class JobQueue:
 
 
 def read_package(path: Path, id: str, sha256: str | None) -> bytes:
-    """A job's package. Raises BadMessage: it is gone, a link, or not what was sent."""
+    """Read a job's package. Raises BadMessage if it is missing, a link, or has another digest."""
     try:
         with open_file(path) as file:
             content = file.read()
@@ -336,7 +338,7 @@ def read_package(path: Path, id: str, sha256: str | None) -> bytes:
 
 
 def _lines(file: IO[bytes]) -> Iterator[str]:
-    """Of a journal; those that are too long are cut, and say nothing then."""
+    """The lines of a journal; overlong ones are truncated, which makes them invalid."""
     while line := file.readline(LONGEST_LINE):
         yield line.decode(errors="replace")
         while line and not line.endswith(b"\n"):

@@ -1,4 +1,4 @@
-"""The server's line to the process that is connected to Ray: started when it is needed, and anew when it is gone."""
+"""The server's end of the connection to `ray_process`, which is started on demand and replaced when it is gone."""
 
 import json
 import os
@@ -13,21 +13,21 @@ from cluster.gangs.session import check_reachable
 from configs.reading.parse import clip
 
 CONNECTING = 120.0
-"""Seconds that it may take to connect, on a machine that is busy; it imports Ray."""
+"""Seconds that the process may take to import Ray and connect, on a busy machine."""
 ANSWERING = 120.0
-"""Seconds that it may take to do what it is asked."""
+"""Seconds that it may take for a request."""
 
 
 class Unreachable(Exception):
-    """Ray does not answer: its head is gone, or its process here is. Nobody knows whether what was asked was done."""
+    """Ray does not answer, or the process is gone. Whether the request was executed is unknown."""
 
 
 class Failed(Exception):
-    """Ray has answered that it cannot be done."""
+    """Ray refused the request."""
 
 
 def result(said: dict[str, Any]) -> Any:
-    """What a reply of the process is. Raises Unreachable or Failed."""
+    """The result in an answer of the process. Raises Unreachable or Failed."""
     if "away" in said:
         raise Unreachable(str(said["away"]))
     if "error" in said:
@@ -36,7 +36,7 @@ def result(said: dict[str, Any]) -> Any:
 
 
 class Hello(NamedTuple):
-    """What a new connection says."""
+    """What a new connection reports."""
 
     logs: Path
     """Folder of the drivers' output."""
@@ -45,10 +45,10 @@ class Hello(NamedTuple):
 
 
 class RayLink:
-    """A connection to the Ray at host:port, for one thread.
+    """A connection to the Ray head at host:port. Not thread-safe.
 
     Attributes:
-        connected: what the present connection has said; None: there is none.
+        connected: what the connection reported; None if there is none.
     """
 
     def __init__(self, address: str, here: Path) -> None:
@@ -58,7 +58,7 @@ class RayLink:
         self._rest = b""
 
     def connect(self) -> Hello:
-        """Raises Unreachable, with the reason."""
+        """Start the process. Raises Unreachable."""
         try:
             check_reachable(self.address)
         except (OSError, ValueError) as error:
@@ -73,7 +73,7 @@ class RayLink:
         return self.connected
 
     def call(self, what: str, **arguments: Any) -> Any:
-        """What the process makes of a request. Raises Unreachable or Failed."""
+        """Execute a request. Raises Unreachable or Failed."""
         if self._process is None or self._process.stdin is None:
             raise Unreachable("not connected")
         try:

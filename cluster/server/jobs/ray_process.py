@@ -1,12 +1,12 @@
-"""The process beside the cluster's server that is connected to Ray: it does what it is told, line by line.
+"""The child process of a cluster's server that is connected to Ray, and executes requests one by one.
 
-Whoever is connected to Ray is ended by Ray when the head is lost, and may wait for it for minutes. So the server is
-not: this process is, and `ray_link` starts another when it is gone.
+Ray ends a process that is connected to it when the head is lost, and its calls may block for minutes. So the server
+itself is not connected; this process is, and `ray_link` replaces it when it is gone.
 
     python -P -m cluster.server.jobs.ray_process HOST:PORT PARENT
 
-Reads a JSON object a line, `{"do": name, ...}`, and answers each with one: `{"ok": ...}`, `{"error": text}`, or
-`{"away": text}` where Ray does not answer. The first that it writes says whether it is connected.
+Reads requests from stdin, a JSON object per line, `{"do": name, ...}`, and answers each with one line: `{"ok": ...}`,
+`{"error": text}`, or `{"away": text}` if Ray does not answer. The first line that it writes says whether it connected.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from trainer.processes.orphans import end_with
 from .job_queue import read_package
 
 LONGEST_MESSAGE = 1 << 16
-"""Characters of what Ray says of a job."""
+"""Most characters of Ray's message about a job that are passed on."""
 
 
 class RayProcess:
-    """What may be asked for, by the names of the methods.
+    """A connection to Ray; each public method is a request.
 
     Raises:
-        ConfigError: the cluster is open to everyone.
-        Exception: of gRPC, Ray and its HTTP clients, whatever listens there.
+        ConfigError: the cluster asks nobody for a token.
+        Exception: whatever gRPC, Ray or its HTTP client raise, depending on what listens there.
     """
 
     def __init__(self, address: str) -> None:
@@ -52,27 +52,27 @@ class RayProcess:
         self.client = ray_private.job_api(self.url)
 
     def hello(self) -> dict[str, Any]:
-        """Where things are: Ray's session folder, URL of its dashboard."""
+        """Folder of the drivers' output, and URL of Ray's dashboard."""
         from cluster.gangs import ray_private
 
         return {"logs": str(ray_private.session_folder() / "logs"), "dashboard": self.url}
 
     def known(self) -> list[str]:
-        """Ids of all jobs that were started by Ray's job API."""
+        """Ids of all jobs that Ray's job API knows."""
         return [job.submission_id for job in self.client.list_jobs() if job.submission_id]
 
     def look(self, jobs: list[str], places: bool) -> dict[str, Any]:
-        """The machines, and how jobs stand.
+        """The machines, and the status of jobs.
 
         Args:
-            places: also by which drivers they are used.
+            places: also list the placement groups.
         """
         from cluster.gangs.ray_nodes import machines
 
         found: dict[str, Any] = {"jobs": {id: self._job(id) for id in jobs}, "places": None}
         if places:
             found["places"] = self._places()
-        # After the places: what is placed in between counts twice then, as starting and as taken, and never as free.
+        # After the placement groups: one that is created in between then counts twice, and never as free.
         found["machines"] = [
             {"id": each.id, "name": each.name, "address": each.address, "free": each.free, "total": each.total}
             for each in machines()
@@ -100,7 +100,7 @@ class RayProcess:
             return {"wrong": f"{type(error).__name__}: {clip(error)}"}
 
     def _places(self) -> list[dict[str, Any]]:
-        """Each placement group that stands: its driver, and what it reserves of which machine."""
+        """Each placement group that was created: its driver, and what it reserves on which machine."""
         from ray.util.state import list_placement_groups
 
         groups = list_placement_groups(
@@ -123,10 +123,10 @@ class RayProcess:
         ]  # fmt: skip
 
     def start(self, id: str, package: str, sha256: str, **job: Any) -> None:
-        """Start a job, whose package is checked once more as it is read. Nothing is done where it was started."""
+        """Start a job, after its package was checked once more. Does nothing if it was started already."""
         from cluster.gangs import ray_private
 
-        # A name for each job: of one that it knows Ray would run what lies unpacked already, whoever changed it.
+        # A name per job: under a known name Ray would run what is unpacked already, even if somebody changed it.
         name = f"gcs://{id}.zip"
         try:
             ray_private.put(name, read_package(Path(package), id, sha256))
@@ -138,11 +138,11 @@ class RayProcess:
                 raise
 
     def stop(self, id: str) -> None:
-        """SIGTERM to a job's driver, once; SIGKILL after the time that the job's environment says."""
+        """Let Ray send SIGTERM to a job, once, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S."""
         self.client.stop_job(id)
 
     def signal(self, id: str) -> None:
-        """One more SIGTERM to a job's driver, which Ray runs on the head as it does this process."""
+        """Send another SIGTERM to a job's driver, which runs on the head like this process."""
         import ray
 
         info = self.client.get_job_info(id)
@@ -152,7 +152,7 @@ class RayProcess:
                 os.kill(int(driver.pid), signal.SIGTERM)
 
     def ask(self, gangs: list[tuple[int, float, float]]) -> None:
-        """Tell Ray's autoscaler what must fit: workers, CPUs and GPUs of each, by gang."""
+        """Ask Ray's autoscaler for room for these gangs: (workers, CPUs and GPUs of each worker)."""
         from ray.autoscaler.sdk import request_resources
 
         bundles = []
@@ -165,7 +165,7 @@ ASKED = ("hello", "known", "look", "start", "stop", "signal", "ask")
 
 
 def reply(process: RayProcess, asked: dict[str, Any]) -> dict[str, Any]:
-    """What is answered to a request."""
+    """Execute a request. Returns the answer."""
     from ray.exceptions import RayError
 
     assert asked["do"] in ASKED
@@ -178,13 +178,13 @@ def reply(process: RayProcess, asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Answer until the input ends."""
+    """Execute requests until stdin ends."""
     address, parent = sys.argv[1:]
     end_with(int(parent))
     private_files()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's, which ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the server, and the server this process
     with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)  # whatever Ray prints is no answer
+        os.dup2(2, 1)  # so that what Ray prints is not taken for an answer
 
         def answer(said: dict[str, Any]) -> None:
             answers.write(json.dumps(said) + "\n")

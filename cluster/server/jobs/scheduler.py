@@ -1,4 +1,4 @@
-"""Starts jobs when their gang fits whole, and follows them to their end: a thread beside the server's event loop."""
+"""The thread that starts jobs when their whole gang fits, and follows them to their end."""
 
 import contextlib
 import sys
@@ -23,21 +23,21 @@ from .job_queue import JobQueue, NotWritten
 from .ray_link import Failed, Hello, Unreachable
 
 TICK, IDLE = 0.5, 2.0
-"""Seconds between two looks at Ray: while jobs wait or run, and while none does."""
+"""Seconds between two queries of Ray: while jobs are queued or running, and otherwise."""
 AWAY, LONG_AWAY = 1.0, 10.0
-"""The same while Ray does not answer, at first and after a while."""
+"""The same while Ray does not answer: at first, and at most."""
 PLACES_EVERY = 5.0
-"""Seconds between two looks at what uses the machines, where no job waits."""
+"""Seconds between two queries of the placement groups while no job is queued."""
 MOST_BUNDLES = 100_000
-"""Processes that the autoscaler is asked to find room for."""
+"""Most processes that the autoscaler is asked for."""
 LAST_OUTPUT = 1 << 16
-"""Bytes of a driver's output that are searched for why it failed, and for how far it is."""
+"""Bytes at the end of a driver's output that are searched for its progress and for why it failed."""
 STOP_WAIT = 3600
-"""Seconds that Ray gives a job between SIGTERM and SIGKILL: time for a checkpoint, where its default is 3."""
+"""Seconds between Ray's SIGTERM and SIGKILL: time for a checkpoint. Ray's default is 3."""
 
 
 class Link(Protocol):
-    """As `ray_link.RayLink`."""
+    """The interface of `ray_link.RayLink`."""
 
     address: str
     connected: Hello | None
@@ -48,17 +48,16 @@ class Link(Protocol):
 
 
 class Use(NamedTuple):
-    """What one driver reserves of a machine."""
+    """What one driver reserves on a machine."""
 
     by: str
-    """Id of its job, or Ray's of a driver that is no job of the queue."""
-    workers: int
+    """Id of its job; `driver ID` if it is not a job of the queue."""
     cpus: float
     gpus: float
 
 
 class Machine(NamedTuple):
-    """A living machine of the cluster, as it was last seen."""
+    """A machine of the cluster, as of the last query."""
 
     name: str
     address: str
@@ -69,31 +68,31 @@ class Machine(NamedTuple):
 
 @dataclass(frozen=True)
 class Seen:
-    """The cluster as it was last seen."""
+    """The cluster, as of the last query."""
 
     reachable: bool = False
     why: str = "it has not been reached yet"
-    """Why it is not reachable."""
+    """Why it cannot be reached."""
     since: float = 0.0
-    """Unix seconds since when it is, or is not."""
+    """Unix time since which `reachable` has been as it is."""
     at: float = 0.0
-    """Unix seconds when the look at the machines began."""
+    """Unix time at which the last query of the machines began."""
     machines: tuple[Machine, ...] = ()
     dashboard: str | None = None
     """URL of Ray's own dashboard."""
 
     @property
     def nodes(self) -> list[Node]:
-        """What each machine has."""
+        """Total resources of each machine."""
         return [machine.total for machine in self.machines]
 
 
 class Scheduler(threading.Thread):
-    """Does all that takes Ray.
+    """Everything that the server does with Ray.
 
     Attributes:
-        seen: the cluster as it was last seen.
-        problem: why the queue does not go on, beside that Ray is not reached.
+        seen: the cluster, as of the last query.
+        problem: why nothing can be started although Ray answers; else empty.
     """
 
     def __init__(self, queue: JobQueue, link: Link) -> None:
@@ -105,9 +104,9 @@ class Scheduler(threading.Thread):
         self._ending = threading.Event()
         self._asked_for: list[Gang] | None = None
         self._stopped: set[str] = set()
-        """Jobs whose end Ray was asked for by this connection."""
+        """Jobs that Ray was asked to stop over this connection."""
         self._drivers: dict[str, str] = {}
-        """Ids of jobs, by Ray's of their drivers."""
+        """Job ids, by Ray's ids of their drivers."""
         self._uses: dict[str, tuple[Use, ...]] = {}
         self._placed_at = 0.0
 
@@ -119,7 +118,7 @@ class Scheduler(threading.Thread):
             try:
                 self.tick()
                 pause = TICK if self.queue.ids(QUEUED, RUNNING) else IDLE
-                pause = max(pause, 4 * (time.monotonic() - began))  # with very many jobs a look takes long
+                pause = max(pause, 4 * (time.monotonic() - began))  # with very many jobs a query takes long
                 self.problem, away = "", AWAY
             except NotWritten as error:
                 self.problem = f"{error.filename} cannot be written: {error.strerror}"
@@ -130,18 +129,20 @@ class Scheduler(threading.Thread):
             if self._ending.is_set():
                 break
             self.queue.woken.wait(pause)
-            self._ending.wait(TICK - (time.monotonic() - began))  # however often it is woken
+            self._ending.wait(
+                TICK - (time.monotonic() - began)
+            )  # at most one query per TICK, however often it is woken
         self.link.close()
 
     def end(self) -> None:
-        """Let the thread end; jobs go on."""
+        """End the thread. Jobs are not affected."""
         self._ending.set()
         self.queue.woken.set()
 
     def _away(self, error: Exception) -> None:
         why = clip(error) if isinstance(error, Unreachable | Failed) else f"{type(error).__name__}: {clip(error)}"
         if not isinstance(error, Unreachable):
-            self.link.close()  # whatever it is, a new connection begins anew
+            self.link.close()  # start over with a new connection
         before = self.seen
         if before.reachable or why != before.why:
             print(f"muster: Ray at {self.link.address} is not reached: {why}", file=sys.stderr, flush=True)
@@ -149,11 +150,11 @@ class Scheduler(threading.Thread):
             self.seen = Seen(False, why, since, before.at, before.machines, before.dashboard)
 
     def tick(self) -> None:
-        """Look once, and do what is to be done.
+        """Query Ray once, record what has changed, and start what can be started.
 
         Raises:
             Unreachable: Ray does not answer.
-            Failed: it cannot do what every Ray does.
+            Failed: Ray refused a query.
             NotWritten: the journal cannot be written.
         """
         if self.link.connected is None:
@@ -191,12 +192,12 @@ class Scheduler(threading.Thread):
             self._ask_for_machines([])
 
     def output(self, id: str) -> Path | None:
-        """The file of what a job's driver has printed; None: there is none on this machine."""
+        """File of a job's output; None if it is not on this machine."""
         path = self._logs / f"job-driver-{id}.log" if self._logs else None
         return path if path and path.is_file() else None
 
     def last_output(self, id: str) -> str:
-        """The end of what a job's driver has printed; empty: it has printed nothing here."""
+        """The end of a job's output; empty if there is none on this machine."""
         with contextlib.suppress(OSError):
             if path := self.output(id):
                 with open_file(path) as file:
@@ -205,7 +206,7 @@ class Scheduler(threading.Thread):
         return ""
 
     def _begin_anew(self, hello: Hello) -> None:
-        """A new connection: perhaps to a new head, and perhaps this server is new."""
+        """Take stock after a new connection, which may be to a new head, or of a new server."""
         self._logs = hello.logs
         self._asked_for, self._placed_at = None, 0.0
         self._stopped, self._drivers, self._uses = set(), {}, {}
@@ -222,14 +223,14 @@ class Scheduler(threading.Thread):
         self.seen = Seen(True, "", since, at, machines, hello.dashboard if hello else None)
 
     def _used(self, places: Sequence[dict[str, Any]]) -> dict[str, tuple[Use, ...]]:
-        """By machine, what each driver reserves of it."""
+        """By machine id, what each driver reserves on it."""
         found: dict[str, dict[str, Use]] = {}
         for place in places:
             by = self._drivers.get(place["driver"], f"driver {place['driver']}")
             for node, cpus, gpus in place["bundles"]:
                 own = found.setdefault(node, {})
-                before = own.get(by, Use(by, 0, 0.0, 0.0))
-                own[by] = Use(by, before.workers + 1, before.cpus + cpus, before.gpus + gpus)
+                before = own.get(by, Use(by, 0.0, 0.0))
+                own[by] = Use(by, before.cpus + cpus, before.gpus + gpus)
         return {node: tuple(uses.values()) for node, uses in found.items()}
 
     def _start(self, id: str) -> None:
@@ -252,7 +253,7 @@ class Scheduler(threading.Thread):
         self.queue.settle(id, started=True)
 
     def _judge(self, id: str, info: dict[str, Any]) -> str | None:
-        """Note the end of a running job, or pass on that it is to end. Returns Ray's id of its driver, if any."""
+        """Record the end of a running job, or pass a stop request on. Returns Ray's id of its driver, if any."""
         if "silent" in info:
             return None
         if "gone" in info:
@@ -283,18 +284,18 @@ class Scheduler(threading.Thread):
                 self.link.call("signal", id=id)
 
     def _why_failed(self, id: str, code: int | None, message: str) -> str:
-        """In the words of its driver, if it had any; Ray's message ends with the last few lines of its output."""
+        """Its driver's own message if there is one; the last lines of its output are in Ray's message."""
         if code is None:
             return clip(message)
         if code < 0 or code > 128:  # of a shell
             return f"its driver was killed by signal {-code if code < 0 else code - 128}"
         output = message.partition("\n")[2]
-        if "muster: " not in output:  # it stands before a traceback
+        if "muster: " not in output:  # it is printed before a traceback
             output = self.last_output(id) or output
         return last_words(output) or f"exit code {code}"
 
     def _ask_for_machines(self, gangs: list[Gang]) -> None:
-        """Tell Ray's autoscaler what must fit, beside what runs: it sees no job that has not started."""
+        """Tell Ray's autoscaler about queued gangs, which it cannot see; its request replaces the one before."""
         running = [gang_of(self.queue.job(id)) for id in self.queue.ids(RUNNING)] if gangs else []
         asked: list[Gang] = []
         left = MOST_BUNDLES
@@ -308,5 +309,5 @@ class Scheduler(threading.Thread):
 
 
 def command_of(job: Known) -> str:
-    """A job's line of shell. A run is told when it was submitted: what it waited is in its goodput."""
+    """A job's shell command. A run is told when it was submitted, as its goodput counts the time in the queue."""
     return f"{job.command} --submitted={job.submitted}" if job.command.startswith("muster train ") else job.command

@@ -1,4 +1,4 @@
-"""The queue's part of the API: jobs come in, are stopped, retried and followed. No request waits for Ray."""
+"""The job API of a cluster: submit, list, stop, retry, reprioritise and follow jobs. No request waits for Ray."""
 
 import asyncio
 import codecs
@@ -23,16 +23,16 @@ from ..waiting import ACTIVE
 from . import jobs_models as models
 
 MOST_UPLOADS = 16
-"""Packages that are received at one time."""
+"""Most packages that are received at the same time."""
 CHECKED_AT_ONCE = 2
-"""Packages that are in memory at one time, each of up to LIMIT."""
+"""Most packages that are in memory at the same time, each of up to LIMIT bytes."""
 SILENCE = 60.0
-"""Seconds without a byte after which a sender is let go."""
+"""Seconds without a byte after which an upload is aborted."""
 PIECE = 1 << 18
-"""Bytes of output in an answer."""
+"""Most bytes of output in a response."""
 LONGEST_WAIT = 30.0
 LOOK_EVERY = 0.5
-"""Seconds between two looks for output that is waited for."""
+"""Seconds between two checks for output that a request waits for."""
 STATUS: dict[type[Exception], int] = {NoJob: 404, Conflict: 409, BadMessage: 400}
 ZIP = {"requestBody": {"required": True, "content": {"application/zip": {"schema": {"type": "string"}}}}}
 
@@ -50,7 +50,7 @@ def jobs_router(board: Board, answer: Answer) -> APIRouter:
     checking = asyncio.Semaphore(CHECKED_AT_ONCE)
 
     def done(do: Callable[[], Known]) -> dict[str, Any]:
-        """The job that was changed, as it is told. Raises HTTPException."""
+        """Make a change. Returns the job as it is now. Raises HTTPException."""
         try:
             job = do()
         except BadMessage as error:
@@ -106,7 +106,7 @@ def jobs_router(board: Board, answer: Answer) -> APIRouter:
         offset: Annotated[int, Query(ge=0, le=2**53)] = 0,
         wait: Annotated[float, Query(ge=0, le=LONGEST_WAIT)] = 0.0,
     ) -> Response:
-        """Output from `offset` on; where there is none, the answer comes when there is, or after `wait` seconds."""
+        """Output from `offset` on. If there is none, waits for it for up to `wait` seconds."""
         until = asyncio.get_running_loop().time() + wait
         while True:
             piece = await run_in_threadpool(lambda: done_reading(lambda: output(id, offset)))
@@ -115,7 +115,7 @@ def jobs_router(board: Board, answer: Answer) -> APIRouter:
             await asyncio.sleep(LOOK_EVERY)
 
     def output(id: str, offset: int) -> dict[str, Any]:
-        job = queue.job(id)  # before the file: of what has ended all is written
+        job = queue.job(id)  # read before the file: the output of a job that has ended is complete
         over = job.state not in ACTIVE
         path = scheduler.output(id)
         text, next, rest = _piece(path, offset, over) if path else ("", offset, False)
@@ -131,7 +131,7 @@ def jobs_router(board: Board, answer: Answer) -> APIRouter:
 
 
 def done_reading(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Raises HTTPException where there is no such job."""
+    """As `read`. Raises HTTPException if there is no such job."""
     try:
         return read()
     except NoJob as error:
@@ -139,7 +139,7 @@ def done_reading(read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 async def _receive(request: Request, path: Path) -> None:
-    """Write a request's body to a file. Raises HTTPException: it is too long, or does not come."""
+    """Write a request's body to a file. Raises HTTPException if it is too long or stalls."""
     size, more = 0, True
     with os.fdopen(no_link(str(path), os.O_WRONLY | os.O_CREAT | os.O_EXCL), "wb") as file:
         while more:
@@ -159,10 +159,10 @@ async def _receive(request: Request, path: Path) -> None:
 
 
 def _piece(path: Path, offset: int, over: bool) -> tuple[str, int, bool]:
-    """(text of a file from an offset on, where the next begins, whether there is more).
+    """(text of a file from an offset on, offset of the next piece, whether there is more).
 
     Args:
-        over: nothing more is written to it. Else half a character at its end is left for the next piece.
+        over: the file is complete. If not, half a character at its end is left for the next piece.
     """
     with contextlib.suppress(OSError), open_file(path) as file:
         file.seek(offset)

@@ -1,4 +1,4 @@
-"""What the API of a cluster's queue takes and returns. Times are Unix seconds."""
+"""Requests and responses of a cluster's job API. Times are in Unix seconds."""
 
 from typing import Annotated
 
@@ -8,42 +8,41 @@ from ..messages import Id, Known
 
 
 class JobOutlook(BaseModel):
-    """How a job probably goes on."""
+    """Progress and prospects of a job."""
 
     step: int | None
-    """Of its run; of a sweep the trials that are finished. None: nothing is known of it here."""
+    """Last step of its run, or finished trials of its sweep; None if unknown."""
     steps: int | None
     eta: float | None
-    """Seconds until it is finished."""
+    """Seconds until it finishes."""
     why: str
-    """It waits, has failed, or is not what it was asked to be."""
+    """Why it is queued, failed, or not as requested."""
     starts: float | None
-    """When it probably starts, if what runs ends when it is expected to."""
+    """When it will start if running jobs end as expected; None if unknown."""
 
 
 class JobRow(Known):
-    """A job as the journal has it, and how it probably goes on."""
+    """A job's entry in the journal, and its outlook."""
 
     ahead: int
-    """Jobs that wait before it."""
+    """Number of jobs that will start before it."""
     outlook: JobOutlook
 
 
 class Jobs(BaseModel):
-    """All jobs that are kept, the oldest first."""
+    """All jobs that are kept, oldest first."""
 
     jobs: list[JobRow]
     reachable: bool
-    """Whether the server reaches Ray; else what it says of jobs that run is what it knew last."""
+    """Whether Ray answers; if not, running jobs are as last known."""
     why: str
 
 
 class Use(BaseModel):
-    """What one driver reserves of a machine."""
+    """What one driver reserves on a machine."""
 
     by: str
-    """Id of a job, or `driver ID` of what is none of the queue."""
-    workers: int
+    """Id of a job; `driver ID` if it is not a job of the queue."""
     cpus: float
     gpus: float
 
@@ -59,17 +58,17 @@ class Machine(BaseModel):
 
 
 class ClusterState(BaseModel):
-    """The cluster as it was last seen."""
+    """The cluster, as of the last query."""
 
     address: str
     """host:port of Ray's head."""
     reachable: bool
     why: str
-    """Why Ray is not reached."""
+    """Why Ray cannot be reached."""
     since: float
-    """Since when it is, or is not."""
+    """Since when `reachable` has been as it is."""
     seen: float
-    """When the machines were last looked at."""
+    """When the machines were last queried."""
     time: float
     """When this was answered."""
 
@@ -79,37 +78,37 @@ class Machines(ClusterState):
 
 
 class JobLog(BaseModel):
-    """A piece of what a job's driver has printed."""
+    """A piece of a job's output."""
 
     text: str
     next: int
-    """Where the next piece begins, in bytes."""
+    """Offset of the next piece, in bytes."""
     there: bool
-    """Whether there is any output on this cluster."""
+    """Whether the cluster has any output of it."""
     ended: bool
-    """Nothing comes after this piece."""
+    """Whether this is the last piece."""
     state: str
 
 
 class ShownJob(BaseModel):
-    """A job on the page of what needs a person."""
+    """A job on the Now page."""
 
     id: str
     run: str
     """Name of its run."""
     run_id: str | None
-    """What the API calls that run; None: it is not shown here."""
+    """Id of that run on this server; None if it is not shown."""
     state: str
     why: str
     priority: int
     gang: str
     since: float
-    """It was submitted, or has been in its state."""
+    """When it was submitted; of other states, when it last changed."""
     starts: float | None
     step: int | None
     steps: int | None
     left: float | None
-    """Seconds until it is finished."""
+    """Seconds until it finishes."""
 
 
 class _Asked(BaseModel):
@@ -118,7 +117,7 @@ class _Asked(BaseModel):
 
 class StopJob(_Asked):
     now: bool = False
-    """Without a checkpoint."""
+    """Stop without a checkpoint."""
 
 
 class RetryJob(_Asked):

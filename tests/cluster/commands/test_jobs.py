@@ -175,7 +175,7 @@ def test_gangs_wait_whole_and_in_order(cluster, story):
 def test_the_machines_and_what_uses_them_are_told(cluster, story):
     [machine] = story.machines
     assert (machine["cpus"], machine["cpus_free"], machine["gpus"]) == (3, 1, 0)
-    assert machine["uses"] == [{"by": story.first, "workers": 2, "cpus": 2, "gpus": 0}]
+    assert machine["uses"] == [{"by": story.first, "cpus": 2, "gpus": 0}]
 
 
 def test_stop_writes_a_checkpoint_first(cluster, story):
