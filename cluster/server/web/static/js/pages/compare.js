@@ -155,8 +155,10 @@ class Compare {
     const rows = ids.map((id) => runs.row(id)).filter((row) => row.eval_loss !== null).sort((a, b) => a.eval_loss - b.eval_loss);
     const data = new Set(ids.map((id) => runs.row(id).data));
     const by = AXES.find(([name]) => name === axis)[1];
-    const start = ids.length === 1 ? "1 run. " : `${ids.length} runs at equal ${by === "step" ? "steps" : by}. `;
-    const best = rows.length > 1 ? `${this.name(rows[0].id)} is best: ${loss(rows[0].eval_loss)}, ${(rows[1].eval_loss - rows[0].eval_loss).toFixed(3)} below the next.` : ids.length === 1 ? "Add another to compare it with." : "";
+    const start = ids.length === 1 ? "1 run. " : `${ids.length} runs by ${by === "step" ? "steps" : by}. `;
+    const [first, next] = rows, unequal = next && first.tokens !== next.tokens; // a longer run is lower anyway
+    const after = unequal ? `, after ${compact(first.tokens)} ${first.unit} against ${compact(next.tokens)}` : "";
+    const best = next ? `${this.name(first.id)} ends lowest: ${loss(first.eval_loss)}, ${(next.eval_loss - first.eval_loss).toFixed(3)} below the next${after}.` : ids.length === 1 ? "Add another to compare it with." : "";
     put(this.title, start, el("span", { class: "rest" }, data.size > 1 ? "They have different data: their losses do not compare." : best));
   }
 
