@@ -134,11 +134,13 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
         return _json(request, told)
 
     @app.get("/api/runs", response_model=responses.Runs)
-    def runs(request: Request) -> Response:
+    def runs(request: Request, since: Annotated[str, Query(max_length=50)] = "") -> Response:
         seen = view()
         etag = f'"{seen.version}"'
         if etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers={"etag": etag})
+        if since and (changes_since := of_runs.changes(seen, since)) is not None:
+            return _json(request, changes_since)
         plain, packed = of_runs.table(seen)
         return _sent(request, plain, packed, {"etag": etag})
 

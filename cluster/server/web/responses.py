@@ -61,6 +61,11 @@ class Runs(BaseModel):
     """Runs that have not been read yet."""
     version: str
     columns: dict[str, list[Any]]
+    places: list[int] | None = None
+    """Where the rows belong among all runs, if these are only those that have changed or come since the version that
+    was asked with; the others stand around them in their order."""
+    gone: list[str] | None = None
+    """Ids of rows that are there no more, likewise."""
 
 
 class Checkpoint(BaseModel):

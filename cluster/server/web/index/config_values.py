@@ -74,9 +74,12 @@ class Configs:
 
     def section(self, keys: Iterable[str], values: Iterable[Any]) -> Section:
         """A section whose keys and plain values are those of others with the same ones."""
+        return Section(self.shape(keys), tuple(self._shared(value) for value in values))
+
+    def shape(self, keys: Iterable[str]) -> tuple[str, ...]:
+        """These keys, as one object with the same ones of others."""
         names = tuple(keys)
-        shape = self._shapes.setdefault(names, names)
-        return Section(shape, tuple(self._shared(value) for value in values))
+        return self._shapes.setdefault(names, names)
 
     def _shared(self, value: Any) -> Any:
         if not isinstance(value, str | int | bool):  # one number of a run's end is hardly another's

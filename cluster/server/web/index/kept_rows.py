@@ -47,8 +47,9 @@ def load(root: Path, configs: Configs) -> dict[str, Run]:
         kept = _FILE.validate_python(json.loads(read_bytes(root / KEPT, MOST_BYTES)), strict=False)
         if kept.format != FORMAT:
             return {}
+        shapes = [configs.shape(names) for names in kept.shapes]
         sections = [
-            configs.section(kept.shapes[shape], values)
+            Section(shapes[shape], tuple(values))  # whose values are others' too stand in the file once
             for shape, values in kept.sections
             if len(kept.shapes[shape]) == len(values)
         ]
@@ -57,7 +58,7 @@ def load(root: Path, configs: Configs) -> dict[str, Run]:
         return {
             path: Run(
                 id=each.row.id,
-                folder=str(root / path),
+                folder=f"{root}/{path}",
                 sweep=each.row.sweep,
                 signature=tuple(each.signature),
                 row=each.row,

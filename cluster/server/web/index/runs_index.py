@@ -4,6 +4,8 @@ A look at ten thousand runs costs a core a fifth of a second, and hardly any has
 or were lately are looked at each time, the others in turn, and a root's own list when its time of change says so.
 """
 
+import contextlib
+import gc
 import os
 import secrets
 import stat
@@ -37,6 +39,8 @@ KEEP_EVERY = 60.0
 COLOURED = 500
 """Folders that get the colour of their run in one look."""
 MOST_RUNS = 100_000
+MOST_VERSIONS = 200
+"""Versions of which is known what has changed since."""
 MOST_OTHERS = 1000
 """Folders of no run that are looked at each time."""
 
@@ -59,6 +63,17 @@ class View:
     left: int = 0
     place: dict[str, int] = field(default_factory=dict)
     """Of each id in `entries`."""
+    history: Sequence[tuple[str, frozenset[str]]] = ()
+    """Versions up to this one, and what changed, came or went with each."""
+
+    def since(self, version: str) -> set[str] | None:
+        """The ids of runs that have changed, come or gone since a version; None: it is not known any more."""
+        found: set[str] = set()
+        for known, changed in reversed(self.history):
+            if known == version:
+                return found
+            found |= changed
+        return None
 
 
 @dataclass
@@ -92,7 +107,7 @@ class RunsIndex:
         self._process, self._number = secrets.token_hex(4), 0
         self._lock = threading.Lock()
         self._loaded = False
-        self.view = View(version=f"{self._process}-0")
+        self.view = View(version=(none := f"{self._process}-0"), history=((none, frozenset()),))
         self.ready = threading.Event()
         """Set once there is a view."""
 
@@ -128,7 +143,7 @@ class RunsIndex:
         Returns:
             The ids of runs that have changed, come or gone.
         """
-        with self._lock:
+        with self._lock, _no_garbage_collection() if not self.ready.is_set() else contextlib.nullcontext():
             changed = self._find()
             changed |= self._check()
             changed |= self._read(patience)
@@ -193,7 +208,7 @@ class RunsIndex:
         """Each folder of a run, and the sweep that it is a trial of."""
         for name in _names(str(root.path)):
             folder = f"{root.path}/{name}"
-            if folder in self._runs or _is_file(f"{folder}/{CONFIG}"):
+            if folder in self._runs or name in root.kept or _is_file(f"{folder}/{CONFIG}"):
                 yield folder, None
             elif _is_file(f"{folder}/{PLAN}") and is_folder(trials := f"{folder}/{TRIALS}"):
                 root.changed[trials] = _changed_at(trials)
@@ -272,7 +287,22 @@ class RunsIndex:
         self._uncoloured += colours.give([run for *_, run in runs])
         read = [Entry(run.row, run.config, run.metrics, run) for *_, run in runs if run.row]
         place = {entry.row.id: number for number, entry in enumerate(read)}
-        self.view = View(f"{self._process}-{self._number}", read, len(self._unread), place)
+        version, before = f"{self._process}-{self._number}", self.view
+        now = {entry.row.id: entry.row for entry in read}
+        rows = {entry.row.id: entry.row for entry in before.entries}
+        changed = {id for id, row in now.items() if rows.get(id) is not row} | (rows.keys() - now.keys())
+        history = (*before.history[-MOST_VERSIONS:], (version, frozenset(changed)))
+        self.view = View(version, read, len(self._unread), place, history)
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Where millions of objects come to stay, looking through them again and again takes a third of the time."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def _names(folder: str) -> list[str]:

@@ -40,12 +40,18 @@ class ColumnsOfRuns:
         """As `responses.Runs` in JSON, and the same compressed."""
         with self._lock:
             if self._table[0] != view.version:
-                rows = [entry.row for entry in view.entries]
-                columns = {name: [getattr(row, name) for row in rows] for name in RunRow.model_fields}
-                told = {"count": len(rows), "left": view.left, "version": view.version, "columns": columns}
-                plain = dump(told).encode()
+                plain = dump(_told(view, view.entries)).encode()
                 self._table = view.version, plain, gzip.compress(plain, 1)
             return self._table[1:]
+
+    def changes(self, view: View, since: str) -> dict[str, Any] | None:
+        """As `responses.Runs`, of the rows that are others than in a version; None: the whole table is as well."""
+        changed = view.since(since)
+        if changed is None or 2 * len(changed) > len(view.entries):
+            return None
+        places = sorted(view.place[id] for id in changed if id in view.place)
+        gone = sorted(changed - view.place.keys())
+        return _told(view, [view.entries[place] for place in places]) | {"places": places, "gone": gone}
 
     def keys(self, view: View) -> dict[str, Any]:
         """As `responses.Keys`."""
@@ -90,6 +96,11 @@ class ColumnsOfRuns:
                 self._known.clear()
             known = self._known[place] = now, value
         return known[1]
+
+
+def _told(view: View, entries: Sequence[Entry]) -> dict[str, Any]:
+    columns = {name: [getattr(entry.row, name) for entry in entries] for name in RunRow.model_fields}
+    return {"count": len(view.entries), "left": view.left, "version": view.version, "columns": columns}
 
 
 def _value(columns: LiveColumns, name: str, how: str) -> float | None:

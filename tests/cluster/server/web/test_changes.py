@@ -1,5 +1,6 @@
 """Pages are told what has changed: soon, at most once a second, all of them, and a slow one holds up nobody."""
 
+import shutil
 import socket
 import threading
 import time
@@ -123,3 +124,49 @@ def test_two_hundred_at_once(dashboard):
     assert {answer.status for answer in answers} == {200}
     assert len({answer.body for number, answer in enumerate(answers) if number % len(paths) == 3}) == 1
     assert threading.active_count() < 100
+
+
+def merged(table, answer):
+    """The table of a page that takes an answer in, as static/js/api.js does."""
+    changed = answer["columns"]
+    gone = {*answer["gone"], *changed["id"]}
+    kept = [place for place, id in enumerate(table["id"]) if id not in gone]
+    rows = {
+        place: {name: values[number] for name, values in changed.items()}
+        for number, place in enumerate(answer["places"])
+    }
+    others = iter(kept)
+    for place in range(answer["count"]):
+        if place not in rows:
+            old = next(others)
+            rows[place] = {name: values[old] for name, values in table.items()}
+    assert next(others, None) is None
+    return {name: [rows[place][name] for place in range(answer["count"])] for name in table}
+
+
+def test_of_a_table_only_what_has_changed_is_sent(dashboard, tmp_path):
+    for name in "cdefghi":
+        write_run(tmp_path / name)
+    dashboard.look()
+    first = dashboard.get("/api/runs").json
+    table, version = first["columns"], first["version"]
+    assert "places" not in first
+    record = Record(tmp_path / "b", 1)
+    record.metrics({"step": 5, "loss": 3.0})
+    dashboard.look()
+    answer = dashboard.get(f"/api/runs?since={version}").json
+    assert (answer["columns"]["id"], answer["places"], answer["gone"]) == (["b"], [table["id"].index("b")], [])
+    table = merged(table, answer)
+    write_run(tmp_path / "0")
+    dashboard.look()
+    shutil.rmtree(tmp_path / "c")
+    dashboard.look()
+    for since, before in ((answer["version"], table), (version, first["columns"])):
+        later = dashboard.get(f"/api/runs?since={since}").json
+        assert later["gone"] == ["c"]
+        assert len(later["places"]) < 3
+        assert merged(before, later) == dashboard.get("/api/runs").json["columns"]
+    same = dashboard.get(f"/api/runs?since={later['version']}").json
+    assert (same["places"], same["gone"], same["columns"]["id"]) == ([], [], [])
+    assert dashboard.get("/api/runs?since=of-another-server").json == dashboard.get("/api/runs").json
+    record.close()

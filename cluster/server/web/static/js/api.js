@@ -55,6 +55,17 @@ export async function post(path, body = {}) {
   return (await ask(path, options)).body;
 }
 
+/** A table whose rows `changed` stand at `places`, and around them the others, which are as they were. */
+function merged(columns, changed, places, gone, count) {
+  const not = new Set([...changed.id, ...gone]);
+  const kept = columns.id.flatMap((id, place) => (not.has(id) ? [] : [place]));
+  const from = new Int32Array(count).fill(-1);
+  places.forEach((place, number) => (from[place] = -2 - number));
+  let next = 0;
+  for (let place = 0; place < count; place++) if (from[place] === -1) from[place] = kept[next++];
+  return Object.fromEntries(Object.keys(changed).map((name) => [name, Array.from(from, (place) => (place < 0 ? changed[name][-2 - place] : columns[name][place]))]));
+}
+
 /** All runs by column; kept, and asked for again only if they have changed. */
 export const runs = {
   count: 0,
@@ -63,11 +74,14 @@ export const runs = {
   places: new Map(),
   etag: null,
 
+  /** Asks for what has changed since the last answer. */
   async refresh() {
-    const answer = await ask("/api/runs", { headers: this.etag ? { "if-none-match": this.etag } : {} });
+    const since = this.etag?.slice(1, -1);
+    const answer = await ask(address("/api/runs", { since }), { headers: this.etag ? { "if-none-match": this.etag } : {} });
     if (answer.status === 304) return false;
-    const { count, left, columns } = answer.body;
-    Object.assign(this, { count, left: left ?? 0, columns, etag: answer.etag });
+    const { count, left, version, places, gone } = answer.body;
+    const columns = places ? merged(this.columns, answer.body.columns, places, gone, count) : answer.body.columns;
+    Object.assign(this, { count, left: left ?? 0, columns, etag: `"${version}"` });
     this.places = new Map(columns.id.map((id, place) => [id, place]));
     return true;
   },
