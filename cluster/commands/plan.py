@@ -229,7 +229,7 @@ def _show(predicted: Plan, config: Config, notes: list[str], price: float | None
         console.print(expected(predicted.devices, predicted.step_time))
     source = device.sources.get("flops", "")
     console.print(f"Rates: {source}; matrix products reach {device.attained:.0%} of that. "
-                  "A prediction: muster has not been measured on this device." if not device.is_cpu else
+                  "A prediction: of GPUs, only one H200 has been measured." if not device.is_cpu else
                   f"Rates: {source}", style="dim")  # fmt: skip
 
 

@@ -76,7 +76,8 @@ class Gang:
             avoid: ids of machines that must not be used.
 
         Returns:
-            False: there is no room for all of them now; the present ones are kept.
+            False: there is no room for all of them now. The present ones are kept, unless the room was lost while the
+            gang was being moved.
         """
         avoid = {*avoid, *self.unreached()}
         self.members = [member for member in self.members if member.node not in avoid]

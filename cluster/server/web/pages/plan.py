@@ -110,8 +110,8 @@ def _config(asked: dict[str, Any]) -> Config:
     config = load_apart(text or f"base: {preset}", asked["overrides"], PASTED if text else preset)
     if not has_formulas(config.model):
         raise ConfigError(
-            f"model.family={visible(config.model.family)}: the planner's formulas are of decoders; its own "
-            "plugin, which is not loaded here, counts it in `muster plan`"
+            f"model.family={visible(config.model.family)}: the planner's formulas cover decoders only; "
+            "`muster plan` loads the plugin of this family, which this page does not"
         )
     return config
 
