@@ -170,3 +170,31 @@ def test_of_a_table_only_what_has_changed_is_sent(dashboard, tmp_path):
     assert (same["places"], same["gone"], same["columns"]["id"]) == ([], [], [])
     assert dashboard.get("/api/runs?since=of-another-server").json == dashboard.get("/api/runs").json
     record.close()
+
+
+def test_a_client_that_reads_no_answer_holds_up_nobody(dashboard, tmp_path):
+    """Nor do a hundred of them, for which there is no thread each."""
+    write_run(tmp_path / "long", 3000, **{f"metric_{number}": float(number) for number in range(3)})
+    dashboard.look()
+    metrics = "&".join(f"metric=metric_{number}" for number in range(3))
+    path = f"/api/runs/long/series?{metrics}&points=5000"
+    whole = dashboard.get(path)
+    assert len(whole.body) > 100_000
+    asked = f"GET {path} HTTP/1.1\r\nhost: {dashboard.host}\r\nauthorization: Bearer {TOKEN}\r\n\r\n".encode()
+    before = threading.active_count()
+    slow = []
+    for _ in range(100):
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        client.connect(("127.0.0.1", dashboard.port))
+        client.sendall(asked)
+        slow.append(client)
+    assert dashboard.get("/api/runs").status == 200
+    assert dashboard.get(path).body == whole.body
+    assert threading.active_count() < before + 50  # those that Starlette has for all requests
+    told = b""
+    while not told.endswith(whole.body[-20:]):  # it is still sent whole to one that begins to read
+        told += slow[0].recv(1 << 16)
+    assert told.endswith(whole.body)
+    for client in slow:
+        client.close()
