@@ -25,6 +25,37 @@ class Watched:
 
 
 @contextlib.contextmanager
+def launched() -> Iterator[Any]:
+    """A browser."""
+    from playwright.sync_api import sync_playwright  # which is not installed everywhere
+
+    with sync_playwright() as driver:
+        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield found
+        found.close()
+
+
+def rows(page: Any) -> Any:
+    """Those of a page's table that are in sight."""
+    return page.locator(".table .rows .row")
+
+
+def names(page: Any) -> list[str]:
+    """Of the runs and groups in the table of runs."""
+    return page.locator(".table .rows .row .name a, .table .rows .row.group b").all_text_contents()
+
+
+def drag(page: Any, plot: Any, begin: float, end: float) -> None:
+    """From one share of a plot's width to another."""
+    box = plot.bounding_box()
+    y = box["y"] + box["height"] / 2
+    page.mouse.move(box["x"] + box["width"] * begin, y)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * end, y, steps=4)
+    page.mouse.up()
+
+
+@contextlib.contextmanager
 def logged_in(browser: Any, dashboard: Dashboard) -> Iterator[Watched]:
     """A page of a dashboard; at the end nothing has gone wrong in it."""
     context = browser.new_context(base_url=f"http://{dashboard.host}", viewport={"width": 1440, "height": 900})

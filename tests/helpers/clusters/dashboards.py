@@ -137,3 +137,12 @@ def write_run(
         record.event("attempt_ended", status=status, reason=f"why {run_dir.name} ended", step=steps)
     record.close()
     return run_dir
+
+
+def write_stacks(run_dir: Path, rank: int, frames: Sequence[tuple[str, int, str]]) -> None:
+    """Where a rank stood, as its watchdog saves it; each frame is a file below /a, a line and a function."""
+    (run_dir / "stacks").mkdir(exist_ok=True)
+    head = {"rank": rank, "host": f"host-{rank}", "step": 4, "phase": "step", "thread": "0x0000000000000001"}
+    stack = [f'  File "/a/{file}", line {line} in {name}' for file, line, name in frames]
+    text = "\n".join([json.dumps(head), "Thread 0x0000000000000001 (most recent call first):", *stack, ""])
+    (run_dir / "stacks" / f"attempt-01-rank-{rank:04d}.txt").write_text(text)

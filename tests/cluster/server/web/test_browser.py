@@ -1,32 +1,23 @@
 """The dashboard's pages in a real browser: what they show of real records, and what they do when asked."""
 
 import csv
-import json
 import re
-import shutil
-from urllib.parse import quote
 
 import pytest
 import torch
-from dashboards import TOKEN, serving, write_run
+from browsers import CHROMIUM, Watched, drag, launched, names, rows
+from dashboards import TOKEN, serving, write_run, write_stacks
 from support import tiny, train_in_process
-from sweeps import begun, tiny_sweep
-from sweeps import trained as as_trained
 
-from cluster.server.web.export.contents import opened
-from cluster.server.web.export.page import write_pages
-from cluster.sweep.train.progress import write_plan
-from cluster.sweep.train.setting import Setting
 from models.tasks.samples import ImageGrid, Table
 from trainer.observe.samples import write_sample
 from trainer.record.lines import Record, read_metrics
 from trainer.run.folder import prepare_run
-from trainer.run.notes import Notes, read_notes, write_notes
+from trainer.run.notes import read_notes
 
 pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 
@@ -76,9 +67,9 @@ def dashboard(root, trained):
     write_sample(Table(["label", "score"], [[HOSTILE, 0.25]]), drawn / "step-00000003")
     hung = write_run(root / "hung", 3, status=None)
     for rank, frames in enumerate(
-        [["torch/distributed/c10d.py", 9, "all_reduce"]] * 2 + [[HOSTILE + ".py", 148, "read_pages"]]
+        [("torch/distributed/c10d.py", 9, "all_reduce")] * 2 + [(HOSTILE + ".py", 148, "read_pages")]
     ):
-        save_stacks(hung, rank, [frames, ["loop.py", 20, "train"]])
+        write_stacks(hung, rank, [frames, ("loop.py", 20, "train")])
     record = Record(hung, 1)
     record.event("hang", reason="no progress", step=4, phase="step", seconds=9.0, bound=2.0, suspects=[2], stacks=[])
     record.event("attempt_ended", status="FAILED", reason="no progress", step=3)
@@ -88,36 +79,10 @@ def dashboard(root, trained):
         yield server
 
 
-def save_stacks(run_dir, rank, frames):
-    """As the watchdog of a rank does."""
-    (run_dir / "stacks").mkdir(exist_ok=True)
-    head = {"rank": rank, "host": f"host-{rank}", "step": 4, "phase": "step", "thread": "0x0000000000000001"}
-    stack = [f'  File "/a/{file}", line {line} in {name}' for file, line, name in frames]
-    text = "\n".join([json.dumps(head), "Thread 0x0000000000000001 (most recent call first):", *stack, ""])
-    (run_dir / "stacks" / f"attempt-01-rank-{rank:04d}.txt").write_text(text)
-
-
 @pytest.fixture(scope="module")
 def browser():
-    with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with launched() as found:
         yield found
-        found.close()
-
-
-class Watched:
-    """A page of which everything wrong is noted."""
-
-    def __init__(self, context, host):
-        self.page, self.wrong, self.asked = context.new_page(), [], []
-        self.page.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(said.text))
-        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
-        self.page.on("request", lambda request: self.note(request.url, host))
-
-    def note(self, url, host):
-        self.asked.append(url)
-        if not url.startswith((f"http://{host}/", "blob:", "data:")):
-            self.wrong.append(f"asked outside: {url}")
 
 
 @pytest.fixture
@@ -140,14 +105,6 @@ def watched(context, dashboard):
 @pytest.fixture
 def page(watched):
     return watched.page
-
-
-def rows(page):
-    return page.locator(".table .rows .row")
-
-
-def names(page):
-    return page.locator(".table .rows .row .name a, .table .rows .row.group b").all_text_contents()
 
 
 def test_a_browser_logs_in_by_the_link(context, dashboard):
@@ -237,112 +194,6 @@ def test_pictures_and_tables_of_samples(page):
     page.get_by_role("button", name="images", exact=True).click()
     expect(page.locator(".big-chart .plot")).to_have_attribute("aria-label", re.compile("at images 12"))
     expect(page.locator(".big-chart .unit")).to_have_text("by images")
-
-
-PWNED = "</script><script>window.pwned = 1</script><img src=x onerror=window.pwned=1><b>bold</b>\x1b[31m\u202e\u2028"
-
-
-@pytest.fixture
-def strangers(tmp_path, browser):
-    """A dashboard, and a logged-in page of it, over a run in which every text is a stranger's."""
-    run = write_run(tmp_path / "runs" / PWNED.replace("/", "").replace("\x1b", ""), 3, status=None)
-    record = Record(run, 2)
-    record.event("resolved", derived=[f"{PWNED}=1: {PWNED}"], command=PWNED)
-    record.event("attempt_started", world_size=1, device=PWNED, host=PWNED, versions={PWNED: PWNED}, git_commit=PWNED)
-    record.event("failure", reason=PWNED, traceback=PWNED, step=2)
-    record.event("straggler", rank=0, host=PWNED, step=3, times_median=2.0)
-    record.event("config_changed", changed={PWNED: [PWNED, PWNED]})
-    record.metrics({"step": 4, "loss": 0.5, "tokens": 40, PWNED: 1.0, "__proto__": 2.0, "constructor": 3.0})
-    record.event("hang", reason=PWNED, step=4, phase=PWNED, seconds=9.0, bound=2.0, suspects=[0], stacks=[PWNED])
-    record.event("attempt_ended", status="FAILED", reason=PWNED, step=4)
-    record.close()
-    write_notes(run, Notes(PWNED, {"project": PWNED}))
-    (run / "config.yaml").write_text(json.dumps({"train": {"steps": 9, PWNED: PWNED}, PWNED: [PWNED]}))
-    save_stacks(run, 0, [[PWNED.replace("\u2028", ""), 1, PWNED.replace("\u2028", "")]])
-    write_sample(Table([PWNED], [[PWNED]]), run / "samples" / "step-00000001")
-    for name in ("samples/step-00000002.txt", "samples/step-00000003.png", "logs/attempt-02-rank-0000.log"):
-        (run / name).parent.mkdir(exist_ok=True)
-        (run / name).write_text(PWNED)
-    write_run(tmp_path / "runs" / "other")
-    with serving([run.parent]) as server:
-        server.look()
-        context = browser.new_context(base_url=f"http://{server.host}")
-        context.request.post("/login", data={"token": TOKEN}, headers={"origin": f"http://{server.host}"})
-        yield server, Watched(context, server.host), run
-        context.close()
-
-
-def test_nothing_of_a_stranger_is_more_than_text(strangers, tmp_path):
-    server, watched, run = strangers
-    page, (id, other) = watched.page, (quote(each, safe="") for each in server.rows())
-    where, text = f"/run/{id}", quote(PWNED)
-    tabs = [f"{where}?tab={tab}" for tab in ("experts", "samples", "config", "logs", "files", text)]
-    paths = [
-        "/", "/runs", f"/runs?columns=name+{text}+metric:{text}&group={text}&sort={text}", f"/runs?q={text}",
-        f"/runs?peek={id}&run={id}", where, f"{where}?metric={text}&x={text}", f"{where}?log={text}&from={text}&to=9",
-        *tabs, f"/compare?run={id}&run={other}&metric={text}", f"/compare?run={id}&run={other}&base={text}&x={text}",
-        f"/sweep/{text}", f"/{text}",
-    ]  # fmt: skip
-    for path in paths:
-        page.goto(path)
-        expect(page.locator("h1, .empty h2").first).to_be_visible() if path != paths[-1] else None
-        page.wait_for_load_state("networkidle") if "/run" in path or "compare" in path else None
-        untouched(page, path)
-    page.goto(where)
-    expect(page.locator("h1")).to_contain_text("window.pwned")
-    for number, inside in (("2", ".sample"), ("3", ".config"), ("4", ".stack"), ("5", ".facts")):
-        page.keyboard.press(number)
-        expect(page.locator(inside).first).to_contain_text("window.pwned")
-        untouched(page, number)
-    written = []
-    write_pages(opened([run, run.parent / "other"]), tmp_path, written.append)
-    for file in written:
-        page.goto(f"file://{file}")
-        expect(page.locator("h1")).to_be_visible()
-        untouched(page, file.name)
-    assert [text for text in watched.wrong if "40" not in text and "file://" not in text] == []
-
-
-def untouched(page, where):
-    assert page.evaluate("window.pwned === undefined"), where
-    assert page.locator("img[src=x]").count() == page.locator("main script, main b:text-is('bold')").count() == 0, where
-
-
-def test_what_is_under_the_pointer_stays_there(strangers):
-    server, watched, run = strangers
-    page = watched.page
-    write_run(run.parent / "third", lr=0.5)
-    server.look()
-    page.goto("/runs?sort=name&columns=step+optim.lr")
-    expect(rows(page)).to_have_count(3)
-    shown = rows(page).all_text_contents()
-    rows(page).last.hover()
-    write_run(run.parent / "another", lr=0.25)
-    record = Record(run.parent / "another", 1)
-    record.event("resolved", began=1.0, derived=[], command="")  # so that it stands before all others
-    record.close()
-    with page.expect_response(lambda answer: "/api/columns" in answer.url):
-        server.look()
-    page.evaluate("new Promise((done) => setTimeout(done, 100))")
-    assert rows(page).all_text_contents() == shown
-    page.mouse.move(5, 5)
-    expect(rows(page)).to_have_count(4)
-    assert watched.wrong == []
-
-
-def test_a_run_that_is_deleted_while_its_pages_are_open(strangers):
-    server, watched, run = strangers
-    page = watched.page
-    page.goto("/run/other")
-    expect(page.locator(".numbers")).to_contain_text("of 4")
-    table = page.context.new_page()
-    table.goto("/runs")
-    expect(rows(table)).to_have_count(2)
-    shutil.rmtree(run.parent / "other")
-    server.look()
-    expect(page.locator("main")).to_contain_text("This run is gone")
-    expect(rows(table)).to_have_count(1)
-    assert watched.wrong == ["Failed to load resource: the server responded with a status of 404 (Not Found)"]
 
 
 def test_the_filter(page):
@@ -464,61 +315,6 @@ def test_compare_and_its_exports(page, root, tmp_path):
         assert (tmp_path / kind).read_bytes().startswith(start)
     page.get_by_role("button", name="Leave out long").click()
     expect(page.locator("h1")).to_contain_text("2 runs")
-
-
-def drag(page, plot, begin, end):
-    """From one share of a plot's width to another."""
-    box = plot.bounding_box()
-    y = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + box["width"] * begin, y)
-    page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] * end, y, steps=4)
-    page.mouse.up()
-
-
-def test_an_exported_page_needs_no_server(browser, root, dashboard, tmp_path, tiny_data):
-    setting = Setting(tiny_sweep(tmp_path, tiny_data, grid={}, axes={"optim.lr": [0.001, 0.002]}))
-    (planned, _), record = setting.plan().trials, begun(setting.sweep)
-    setting.write_sweep()
-    write_plan(setting.sweep_dir, setting.plan())
-    as_trained(setting, planned, record, loss=1.25)
-    runs = opened([root / name for name in ("trained", "long", HOSTILE.replace("/", ""))])
-    write_pages(runs, tmp_path, print, [setting.sweep_dir])
-    context = browser.new_context(offline=True, viewport={"width": 1440, "height": 900})
-    watched = Watched(context, "nowhere")
-    page = watched.page
-    page.goto(f"file://{tmp_path}/run-trained.html")
-    chart = page.locator(".big-chart .plot")
-    expect(chart).to_have_attribute("aria-label", re.compile("loss by step: train .* at step 8"))
-    expect(page.locator(".grid .chart .plot").first).to_have_attribute("aria-label", re.compile("grad_norm by step"))
-    for axis in ("examples", "tokens"):
-        page.keyboard.press("x")
-        expect(chart).to_have_attribute("aria-label", re.compile(f"loss by {axis}"))
-    assert page.locator(".run-head button").count() == 0
-    page.get_by_role("tab", name="Logs").click()
-    expect(page.locator(".log")).to_contain_text(HOSTILE)
-    page.get_by_label("Find in the log").fill("onerror")
-    expect(page.locator(".log mark")).to_have_text("onerror")
-    page.reload()
-    expect(page.locator(".log")).to_contain_text(HOSTILE)
-    page.goto(f"file://{tmp_path}/compare.html")
-    expect(page.locator("h1")).to_contain_text("3 runs by steps")
-    expect(page.locator(".compare-two")).to_contain_text(HOSTILE.replace("/", "")[:8])
-    drag(page, page.locator(".compare .u-over").first, 0.25, 0.5)
-    page.wait_for_function("location.hash.includes('from=')")
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Export CSV").click()
-    saved.value.save_as(tmp_path / "all.csv")
-    with open(tmp_path / "all.csv", newline="") as file:
-        _, *lines = csv.reader(file)
-    assert STEPS * 0.2 < float(lines[0][0]) < float(lines[-1][0]) < STEPS * 0.55
-    page.get_by_role("link", name="long").click()
-    expect(page.locator("h1")).to_have_text("long")
-    page.goto(f"file://{tmp_path}/sweep-{setting.sweep.name}.html")
-    expect(page.locator("h1")).to_contain_text("Held-out loss 1.250, of 1 finished trial")
-    expect(page.locator(".trials-table .rows .row")).to_have_count(2)
-    assert [text for text in watched.wrong if not text.startswith(f"asked outside: file://{tmp_path}/")] == []
-    context.close()
 
 
 def test_a_zoom_asks_for_finer_data(watched):
