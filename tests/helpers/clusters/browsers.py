@@ -15,9 +15,14 @@ class Watched:
 
     def __init__(self, context: Any, host: str) -> None:
         self.page, self.wrong = context.new_page(), []
-        self.page.on("console", lambda said: said.type in ("error", "warning") and self.wrong.append(said.text))
+        self.page.on("console", lambda said: self._said(said.type, said.text))
         self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
         self.page.on("request", lambda request: self._note(request.url, host))
+
+    def _said(self, kind: str, text: str) -> None:
+        # That a font came seconds before the first text is drawn tells of a busy machine, not of the page.
+        if kind in ("error", "warning") and "preloaded using link preload but not used" not in text:
+            self.wrong.append(text)
 
     def _note(self, url: str, host: str) -> None:
         if not url.startswith((f"http://{host}/", "blob:", "data:")):
