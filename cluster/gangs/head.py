@@ -50,9 +50,9 @@ def run_head(ray: Sequence[str], server: Sequence[str]) -> int:
         if pid != beside.pid:
             continue
         if code == ExitCode.MISTAKE:
-            print("muster: the cluster goes on without its server: see above", file=sys.stderr, flush=True)
+            print("muster: the cluster continues without its server: see above", file=sys.stderr, flush=True)
             continue
-        print(f"muster: the cluster's server ended ({code}) and is started again", file=sys.stderr, flush=True)
+        print(f"muster: the cluster's server died ({code}) and is restarted", file=sys.stderr, flush=True)
         time.sleep(AGAIN)
         beside = start(server)
     _end(beside)

@@ -170,8 +170,8 @@ class Cluster:
             reason = clip(said.get("error") if isinstance(said, dict) else "") or f"it answers {status}"
             if status in (401, 403):
                 raise ConfigError(
-                    f"the cluster at {mask(self.url)} refuses the token: copy the one of its head to here, or name its "
-                    f"file in RAY_AUTH_TOKEN_PATH"
+                    f"the cluster at {mask(self.url)} refuses the token: copy the token of its head to here, or name "
+                    f"its file in RAY_AUTH_TOKEN_PATH"
                 )
             raise ConfigError(f"the queue of {mask(self.url)} refused it: {reason}")
 
@@ -255,7 +255,7 @@ def _health(url: str) -> Health | Exception | str:
     except UNLIKE as error:
         return error
     if status != 200 or not isinstance(said, dict) or said.get("server") != "muster":
-        return "it is no server of a cluster"
+        return "it is not a cluster's server"
     token = next(iter(known_tokens()), "")
     proven = hmac.compare_digest(str(said.get("proof")), proof_of(token, nonce, *asked))
     return Health(said.get("queue") is True, proven)
@@ -316,6 +316,7 @@ def _check_address(where: str) -> None:
 def _silent(where: str, error: Exception | str) -> ConfigError:
     reason = clip(error, 200) or type(error).__name__
     return ConfigError(
-        f"no server of a cluster answers at {mask(where)} ({reason}), nor at port {PORT} of its host.\n"
-        f"--address http://HOST:{PORT} names it, a tunnel leads to that port, `muster cluster up` or `serve` runs it"
+        f"no cluster server answers at {mask(where)} ({reason}), nor on port {PORT} of that host.\n"
+        f"Give its address (--address http://HOST:{PORT}; a tunnel must forward that port), or start it: `muster "
+        "cluster up`, or `muster cluster serve` if Ray is running already"
     )

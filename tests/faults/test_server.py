@@ -157,7 +157,7 @@ def test_a_server_outlives_its_ray_and_goes_on_with_the_next(folder):
             hand_in("job-cancelled", 1)
         server.wait(lambda: not server.ask("/api/machines")["reachable"])
         told = server.ask("/api/now")
-        assert told["problems"][0]["what"] == "Ray is not reached"
+        assert told["problems"][0]["what"] == "Ray does not answer"
         assert told["problems"][0]["why"]
         assert [job["id"] for job in told["waiting"]] == ["job-waits", "job-cancelled"]
         assert server.state("job-runs") == "RUNNING"  # nobody knows better

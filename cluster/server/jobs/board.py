@@ -77,9 +77,9 @@ class Board:
         if job.state != QUEUED:
             return found
         if job.stopping:
-            return found._replace(why="is cancelled as soon as Ray says that it has not been started")
+            return found._replace(why="will be cancelled unless Ray has started it already")
         if not self.scheduler.seen.reachable:
-            return found._replace(why=f"waits for Ray, which is not reached: {clip(self.scheduler.seen.why)}")
+            return found._replace(why=f"waits for Ray, which does not answer: {clip(self.scheduler.seen.why)}")
         return found
 
     def machines(self) -> dict[str, Any]:
@@ -125,17 +125,17 @@ class Board:
         seen, found = self.scheduler.seen, []
         if not seen.reachable:
             found.append(_problem(
-                "warning", "Ray is not reached", seen.why,
-                "jobs that run go on; those that wait start when it is back: `muster cluster up`", seen.since,
+                "warning", "Ray does not answer", seen.why,
+                "running jobs continue; queued jobs start when it is back: `muster cluster up`", seen.since,
             ))  # fmt: skip
         if self.scheduler.problem:
-            found.append(_problem("failed", "the queue cannot be written", self.scheduler.problem,
-                                  "make room on the disk; nothing starts before", None))  # fmt: skip
+            found.append(_problem("failed", "the journal cannot be written", self.scheduler.problem,
+                                  "free disk space: nothing starts until then", None))  # fmt: skip
         jobs = self.queue.jobs().values()
         retried = {job.retry_of for job in jobs}
         for job in jobs:
             if job.state == LOST and job.id not in retried and job.time > time.time() - DAY:
-                then = f"`muster retry {job.id}` goes on from its last checkpoint"
+                then = f"`muster retry {job.id}` resumes from its last checkpoint"
                 found.append(_problem("failed", f"{job.id} is lost", job.reason or "", then, job.time))
         return found
 

@@ -71,7 +71,7 @@ class Seen:
     """The cluster, as of the last query."""
 
     reachable: bool = False
-    why: str = "it has not been reached yet"
+    why: str = "not connected yet"
     """Why it cannot be reached."""
     since: float = 0.0
     """Unix time since which `reachable` has been as it is."""
@@ -145,7 +145,7 @@ class Scheduler(threading.Thread):
             self.link.close()  # start over with a new connection
         before = self.seen
         if before.reachable or why != before.why:
-            print(f"muster: Ray at {self.link.address} is not reached: {why}", file=sys.stderr, flush=True)
+            print(f"muster: cannot reach Ray at {self.link.address}: {why}", file=sys.stderr, flush=True)
             since = time.time() if before.reachable else before.since
             self.seen = Seen(False, why, since, before.at, before.machines, before.dashboard)
 
@@ -218,7 +218,7 @@ class Scheduler(threading.Thread):
     def _saw(self, machines: tuple[Machine, ...], at: float) -> None:
         before, hello = self.seen, self.link.connected
         if not before.reachable:
-            print(f"muster: Ray at {self.link.address} is reached", file=sys.stderr, flush=True)
+            print(f"muster: connected to Ray at {self.link.address}", file=sys.stderr, flush=True)
         since = before.since if before.reachable else time.time()
         self.seen = Seen(True, "", since, at, machines, hello.dashboard if hello else None)
 

@@ -71,7 +71,7 @@ def jobs_router(board: Board, answer: Answer) -> APIRouter:
     @router.post("/jobs", response_model=models.JobRow, openapi_extra=ZIP)
     async def submit(request: Request) -> Response:
         if receiving[0] >= MOST_UPLOADS:
-            raise HTTPException(503, f"{MOST_UPLOADS} packages are being received: try again in a moment")
+            raise HTTPException(503, f"{MOST_UPLOADS} uploads are in progress: try again in a moment")
         path = queue.upload()
         receiving[0] += 1
         try:
@@ -146,9 +146,9 @@ async def _receive(request: Request, path: Path) -> None:
             try:
                 message = await asyncio.wait_for(request.receive(), SILENCE)
             except TimeoutError:
-                raise HTTPException(408, f"no byte came in {SILENCE:.0f} s") from None
+                raise HTTPException(408, f"no data for {SILENCE:.0f} s") from None
             if message["type"] == "http.disconnect":
-                raise HTTPException(400, "its sender has gone")
+                raise HTTPException(400, "the client disconnected")
             piece, more = message.get("body", b""), message.get("more_body", False)
             if (size := size + len(piece)) > LIMIT:
                 raise HTTPException(413, f"it has more than {byte_size(LIMIT)}, which is the limit")

@@ -60,13 +60,13 @@ def test_a_server_that_dies_is_started_again(begin):
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 128 + signal.SIGTERM
     wait_for(lambda: gone(pids("server")[-1]))
-    assert process.communicate()[1].count("ended (-9) and is started again") == 3
+    assert process.communicate()[1].count("died (-9) and is restarted") == 3
 
 
 def test_a_server_that_says_that_it_cannot_run_is_not(begin):
     process, pids = begin(server="sys.exit(2)")
     wait_for(lambda: pids("server") and pids("ray"))
-    assert "goes on without its server" in process.stderr.readline()
+    assert "continues without its server" in process.stderr.readline()
     assert process.poll() is None
     os.kill(pids("ray")[0], signal.SIGKILL)
     assert process.wait(60) == 128 + signal.SIGKILL

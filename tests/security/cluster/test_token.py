@@ -211,8 +211,8 @@ def test_asking_whether_it_is_open_shows_nothing(mine):
 def test_what_is_no_cluster_is_one_message(mine, answer):
     with strange(lambda path: (200, answer)) as url, pytest.raises(ConfigError) as refused:
         Cluster(api_url(url))
-    assert f"no server of a cluster answers at {url} (" in str(refused.value)
-    assert "`muster cluster up` or `serve` runs it" in str(refused.value)
+    assert f"no cluster server answers at {url} (" in str(refused.value)
+    assert "`muster cluster serve` if Ray is running already" in str(refused.value)
     assert len(str(refused.value)) < 500
 
 
@@ -229,7 +229,7 @@ def test_what_is_one_only_at_first_is_one_message(mine, code, answer):
     def answers(path):
         return (200, json.dumps(HEALTH).encode()) if path.startswith("/health") else (code, answer)
 
-    with strange(answers) as url, pytest.raises(ConfigError, match="no server of a cluster answers at"):
+    with strange(answers) as url, pytest.raises(ConfigError, match="no cluster server answers at"):
         Cluster(api_url(url))
 
 
@@ -243,7 +243,7 @@ def test_nonsense_after_a_good_start_is_one_message(mine, answer):
     with strange(answers) as url:
         cluster = Cluster(api_url(url))
         for ask in (cluster.nodes, cluster.jobs):
-            with pytest.raises(ConfigError, match="no server of a cluster answers at"):
+            with pytest.raises(ConfigError, match="no cluster server answers at"):
                 ask()
 
 
@@ -259,7 +259,7 @@ def test_an_answer_without_an_end_is_not_waited_for(mine, monkeypatch):
 
     for size, pause in ((2**16, 0.0), (1, 0.2)):
         with strange(lambda path, size=size, pause=pause: (200, long(size, pause))) as url:
-            with pytest.raises(ConfigError, match="no server of a cluster"):
+            with pytest.raises(ConfigError, match="no cluster server"):
                 Cluster(api_url(url))
             assert sent_whole == []
 

@@ -247,16 +247,16 @@ def test_what_a_thread_says_of_a_ray_that_comes_and_goes(tmp_path, ray, capfd):
         seen._away(error.value)
     assert (seen.seen.reachable, seen.seen.why) == (False, "nobody there")
     [problem] = here.board.problems()
-    assert (problem["what"], problem["why"]) == ("Ray is not reached", "nobody there")
+    assert (problem["what"], problem["why"]) == ("Ray does not answer", "nobody there")
     here.send(GOOD)
     here.queue._unsettled.clear()
-    assert here.board.row("job-a")["outlook"]["why"] == "waits for Ray, which is not reached: nobody there"
+    assert here.board.row("job-a")["outlook"]["why"] == "waits for Ray, which does not answer: nobody there"
     ray.gone = ""
     seen.tick()
     assert seen.seen.reachable
     assert here.board.problems() == []
     said = capfd.readouterr().err.splitlines()
     assert said == [
-        "muster: Ray at 127.0.0.1:6379 is not reached: nobody there",
-        "muster: Ray at 127.0.0.1:6379 is reached",
+        "muster: cannot reach Ray at 127.0.0.1:6379: nobody there",
+        "muster: connected to Ray at 127.0.0.1:6379",
     ]

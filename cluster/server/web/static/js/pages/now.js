@@ -69,9 +69,9 @@ class Now {
         !this.all && problems.length > MOST && el("li", {}, el("button", { type: "button", class: "bare", on: { click: () => ((this.all = true), this.show(this.found)) } }, `${problems.length - MOST} more`))),
       runs.count > 0 && el("section", { class: "running" }, el("h2", {}, "Running", el("small", {}, running.length || "")), running.length ? this.running(running) : el("p", { class: "quiet" }, "No run makes steps now. ", el("code", {}, "muster train PRESET"), " starts one.")),
       waiting.length > 0 && el("section", { class: "waiting" }, el("h2", {}, "Waiting", el("small", {}, `${waiting.length}, in the order they start`)), this.waiting(waiting)),
-      jobs.length > 0 && el("section", { class: "jobs" }, el("h2", {}, "Jobs", el("small", {}, "those that run, and those of the last day that can be retried")), this.jobs(jobs)));
+      jobs.length > 0 && el("section", { class: "jobs" }, el("h2", {}, "Jobs", el("small", {}, "running, or ended in the last day and can be retried")), this.jobs(jobs)));
     put(this.right,
-      cluster && el("section", { class: "machines" }, el("h2", {}, "Machines", el("small", {}, cluster.reachable ? machines.length : "as they were last seen")), machines.length ? this.machines(machines, jobs) : el("p", { class: "quiet" }, cluster.reachable ? "None has joined." : "Ray is not reached.")),
+      cluster && el("section", { class: "machines" }, el("h2", {}, "Machines", el("small", {}, cluster.reachable ? machines.length : "as last seen")), machines.length ? this.machines(machines, jobs) : el("p", { class: "quiet" }, cluster.reachable ? "None has joined." : "Ray does not answer.")),
       ended.length > 0 && el("section", {}, el("h2", {}, "Ended in the last day", el("small", {}, "held-out loss")), el("table", { class: "plain ended" }, ended.map((row) => el("tr", {},
         el("td", { class: "shape" }, glyph(word(row.status), true)), el("td", {}, el("a", { href: runAddress(row.id), title: row.name }, middle(row.name, 28))),
         el("td", { class: "number" }, row.status === "FAILED" && row.eval_loss === null ? el("span", { class: "failed" }, row.step ? `step ${whole(row.step)}` : "before step 1") : loss(row.eval_loss)), el("td", { class: "number quiet" }, clock(row.updated)))))),
@@ -164,18 +164,18 @@ class Now {
   stop(job) {
     const runs = job.state !== "QUEUED";
     this.confirm(runs ? `Stop ${job.run} after a checkpoint?` : `Cancel ${job.run}?`,
-      runs ? "It finishes the step it is in, writes a checkpoint and ends. A retry goes on from there." : "It has not started and never will. A retry queues it again.",
+      runs ? "It finishes the current step, writes a checkpoint and ends. A retry resumes from there." : "It has not started yet. A retry queues it again.",
       runs ? "Keep it running" : "Keep it waiting", runs ? "Stop after a checkpoint" : "Cancel the job", () => post(jobPath(job.id, "/stop"), { now: false }));
   }
 
   retry(job) {
     const id = `job-${job.id.slice(4).replace(/-[0-9a-f]{6}$/, "")}-${[...crypto.getRandomValues(new Uint8Array(3))].map((byte) => byte.toString(16).padStart(2, "0")).join("")}`;
-    this.confirm(`Retry ${job.run}?`, "It is queued again as it was sent, and goes on from the run's last checkpoint.", "Leave it", "Retry", () => post(jobPath(job.id, "/retry"), { new: id }));
+    this.confirm(`Retry ${job.run}?`, "It is queued again as it was sent, and resumes from the run's last checkpoint.", "Leave it", "Retry", () => post(jobPath(job.id, "/retry"), { new: id }));
   }
 
   priority(job) {
     const input = el("input", { type: "number", step: 1, value: job.priority, "aria-label": "Priority", class: "priority" });
-    this.confirm(`Priority of ${job.run}`, ["The higher goes first; of equals the older. ", input], "Leave it", "Set priority", () => {
+    this.confirm(`Priority of ${job.run}`, ["Higher starts first; among equals, the older. ", input], "Leave it", "Set priority", () => {
       if (!input.value.trim() || !Number.isInteger(Number(input.value))) throw new Error("A priority is a whole number.");
       return post(jobPath(job.id, "/priority"), { priority: Number(input.value) });
     });
