@@ -43,7 +43,7 @@ ANSWERING = 120.0
 PATIENCE = 45.0
 """Seconds for which requests are repeated while the server is down: it is restarted when it dies."""
 STARTING = 15.0
-"""Seconds to wait for a server that this user has reached before and that refuses connections now."""
+"""Seconds to wait for a server that this user has reached before and that refuses or drops connections now."""
 LOOKING = 30.0
 """Seconds to wait for a fresh list of machines; a new head has none at first."""
 LONGEST_HEALTH, LONGEST_ANSWER = 1 << 12, 64 << 20
@@ -212,7 +212,7 @@ def api_url(address: str | None, from_config: Address | None = None) -> Address:
     use_token(given)
     own = given.where if "//" in given.where else f"http://{given.where}"
     wrong, until = _health(own), time.monotonic() + STARTING
-    while isinstance(wrong, ConnectionRefusedError) and is_known(own) and time.monotonic() < until:
+    while isinstance(wrong, ConnectionError) and is_known(own) and time.monotonic() < until:
         time.sleep(0.5)
         wrong = _health(own)
     if isinstance(wrong, Health):

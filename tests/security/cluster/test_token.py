@@ -478,3 +478,17 @@ def test_what_is_no_address_is_told_before_a_token_is_looked_for(where, words):
         api_url(where)
     assert str(refused.value).startswith("the cluster's address ")
     assert words in str(refused.value)
+
+
+def test_a_known_server_that_drops_connections_is_waited_for(mine, monkeypatch):
+    """It is being restarted; a stranger is not waited for."""
+    spy, health = Spy(), client._health
+    errors: list[Exception] = []
+    monkeypatch.setattr(client, "_health", lambda url: errors.pop(0) if errors else health(url))
+    errors[:] = [ConnectionResetError("reset by peer"), ConnectionRefusedError("refused")]
+    with pytest.raises(ConfigError, match="reset by peer"):
+        api_url(spy.url)
+    access_token.remember(spy.url)
+    errors[:] = [ConnectionResetError("reset by peer"), ConnectionRefusedError("refused")]
+    assert api_url(spy.url).where == spy.url
+    assert errors == []
