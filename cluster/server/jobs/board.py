@@ -93,6 +93,7 @@ class Board:
             "since": seen.since,
             "seen": seen.at,
             "time": time.time(),
+            "dashboard": seen.dashboard,
             "machines": [_machine(each) for each in seen.machines],
         }
 

@@ -71,6 +71,8 @@ class ClusterState(BaseModel):
     """When the machines were last queried."""
     time: float
     """When this was answered."""
+    dashboard: str | None
+    """URL of Ray's own dashboard, as the head has it."""
 
 
 class Machines(ClusterState):

@@ -249,7 +249,8 @@ def test_now_tells_of_the_queue_and_the_machines(server, here):
     told = server.get("/api/now").json
     assert [(job["id"], job["state"]) for job in told["jobs"]] == [("job-low", "LOST")]
     assert [problem["what"] for problem in told["problems"]] == ["job-low is lost"]
-    assert server.get("/api/machines").json["machines"] == told["machines"]
+    answer = server.get("/api/machines").json
+    assert (answer["machines"], answer["dashboard"]) == (told["machines"], "http://127.0.0.1:8265")
     server.post("/api/jobs/job-low/retry", {"new": "job-again"})
     assert server.get("/api/now").json["problems"] == []
 
