@@ -44,6 +44,10 @@ def up(
     """Run the head node until Ctrl-C; passes other options to `ray start`. Example: muster cluster up --port 6379"""
     given = _checked(options.args)
     gcs_port, api_port = _option(given, "--port", "6379"), _option(given, "--dashboard-port", "8265")
+    if gcs_port == "0":  # any that is free: the server has to be told which
+        with socket.create_server(("", 0)) as probe:
+            gcs_port = str(probe.getsockname()[1])
+        given = [*_without("--port", given)[0], f"--port={gcs_port}"]
     _refuse_taken("--port", gcs_port, "")
     _refuse_taken("--dashboard-port", api_port, dashboard_host)
     _refuse_taken("--server-port", str(server_port), server_host)

@@ -69,5 +69,5 @@ def logged_in(browser: Any, dashboard: Dashboard) -> Iterator[Watched]:
     assert answer.ok
     found = Watched(context, dashboard.host)
     yield found
-    assert found.wrong == []
+    assert found.wrong == [], found.wrong
     context.close()

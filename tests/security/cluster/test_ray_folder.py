@@ -5,14 +5,17 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
+from muster_cluster import free_port
 from second_user import NOBODY, as_second_user, let_in, needs_second_user
 
 from cluster.commands.doctor import _ray_folders
+from cluster.gangs import join
 from cluster.gangs.ray_folder import (
     LONGEST,
     open_to_others,
@@ -97,7 +100,8 @@ def test_another_folder_for_ray_is_refused(common, muster, monkeypatch, prepare,
     prepare(common)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(common / "token"))
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
-    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("Ray was started"))
+    for module, name in ((os, "execv"), (join, "run_head")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("Ray was started"))
     option = [] if given is None else [f"--temp-dir={common / given if given else ''}"]
     for command in (["up"], ["join", "127.0.0.1:1"]):
         code, _, err = muster("cluster", *command, *option)
@@ -113,18 +117,29 @@ def test_ray_is_started_in_it(common, muster, monkeypatch, given):
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     started, before = [], os.umask(0o022)
 
-    def execv(program, arguments):
+    def start(arguments):
         started.append((arguments, os.umask(0o022)))
-        raise SystemExit(0)
+        return 0
 
-    monkeypatch.setattr(os, "execv", execv)
+    def run_head(ray, server):
+        [address] = [each for each in server if each.startswith("--address=127.0.0.1:")]
+        assert f"--port={address.rpartition(':')[2]}" in ray
+        assert not address.endswith(":0")
+        return start(ray)
+
+    monkeypatch.setattr(join, "run_head", run_head)
+    monkeypatch.setattr(os, "execv", lambda program, arguments: sys.exit(start(arguments)))
     try:
         with socket.create_server(("127.0.0.1", 0)) as head:
-            for command in (["up", "--port=0"], ["join", f"127.0.0.1:{head.getsockname()[1]}"]):
+            for command in (
+                ["up", "--port=0", "--dashboard-port=0", f"--server-port={free_port()}"],
+                ["join", f"127.0.0.1:{head.getsockname()[1]}"],
+            ):
                 assert muster("cluster", *command, "--num-cpus=1", *given)[0] == 0
     finally:
         os.umask(before)
     folder = common / "x" / "ray" if given else ray_parent() / "ray"
+    assert len(started) == 2
     for arguments, umask in started:
         assert [each for each in arguments if each.startswith("--temp-dir")] == [f"--temp-dir={folder}"]
         assert "--num-cpus=1" in arguments

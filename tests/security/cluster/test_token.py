@@ -372,6 +372,7 @@ def test_what_ray_finds_by_itself_must_be_ours(mine):
 
 def test_a_head_knows_its_own_addresses(mine, monkeypatch):
     monkeypatch.setattr(join, "run_head", lambda *_: 0)
+    monkeypatch.setattr(join, "_refuse_taken", lambda *_: None)  # a cluster may be up on this machine
     for arguments in (["--port=7001"], ["--dashboard-port", "7002"], ["--server-port", "7004"]):
         monkeypatch.setattr(sys, "argv", ["muster", "up", *arguments])
         with pytest.raises(SystemExit):
