@@ -32,6 +32,7 @@ export function go(address) {
 }
 
 function show() {
+  if (!outlet) return; // a key was pressed before the first answer came: `start` shows what the address says by then
   const path = location.pathname.replace(/^\/$/, "/now");
   const [, prefix, ...rest] = path.split("/");
   const name = rest.map(safelyDecoded).join("/");

@@ -213,3 +213,13 @@ def test_keys_lead_to_both_pages(page):
         page.keyboard.press("g")
         page.keyboard.press(letter)
         expect(page.get_by_role("link", name=name, exact=True)).to_have_attribute("aria-current", "page")
+
+
+def test_a_key_before_the_first_answer_leads_to_its_page(page):
+    page.route("**/api/runs*", lambda route: page.wait_for_timeout(800) or route.continue_())
+    page.goto("/now", wait_until="commit")
+    expect(page.get_by_role("link", name="Plan", exact=True)).to_be_visible()
+    page.keyboard.press("g")
+    page.keyboard.press("p")
+    expect(page.get_by_role("link", name="Plan", exact=True)).to_have_attribute("aria-current", "page")
+    expect(page).to_have_url(re.compile("/plan"))
