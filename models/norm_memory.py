@@ -4,7 +4,8 @@ Each BatchNorm normalises over a micro-batch, which is the same examples whateve
 move once per step, by the mean of the micro-batches' statistics over all processes.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 Shapes = dict[str, tuple[int, ...]]
+Layer = TypeVar("Layer", bound=nn.Module)
 MOMENTUM = 0.1
 """torch's default, for layers without a momentum (`momentum=None`: a cumulative mean, which cannot be updated once per
 step)."""
@@ -22,6 +24,17 @@ def batch_norms(module: nn.Module) -> Iterator[tuple[str, _BatchNorm]]:
     for name, part in module.named_modules():
         if isinstance(part, _BatchNorm) and part.track_running_stats:
             yield name, part
+
+
+def by_full_name(
+    modules: Mapping[str, nn.Module], layers: Callable[[nn.Module], Iterable[tuple[str, Layer]]]
+) -> dict[str, Layer]:
+    """What `layers` yields of each module as (name, layer), by names with the module's prefix before them."""
+    return {
+        ".".join(filter(None, (prefix, name))): layer
+        for prefix, module in modules.items()
+        for name, layer in layers(module)
+    }
 
 
 class NormTap:
@@ -35,11 +48,7 @@ class NormTap:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
-        self._layers = {
-            ".".join(filter(None, (prefix, name))): layer
-            for prefix, module in modules.items()
-            for name, layer in batch_norms(module)
-        }
+        self._layers = by_full_name(modules, batch_norms)
         self._momentum = {name: layer.momentum or MOMENTUM for name, layer in self._layers.items()}
         self._heard: dict[str, Tensor] = {}
         for name, layer in self._layers.items():

@@ -15,8 +15,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .init import generator
+from .norm_memory import Shapes, by_full_name
 
-Shapes = dict[str, tuple[int, ...]]
 VECTORS = ("_u", "_v")
 FIRST_ITERATIONS = 15
 """Over the weights that a run begins with, as many as torch makes."""
@@ -54,11 +54,7 @@ class SpectralTap:
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]):
-        self._norms = {
-            ".".join(filter(None, (prefix, name))): norm
-            for prefix, module in modules.items()
-            for name, norm in _spectral_norms(module)
-        }
+        self._norms = by_full_name(modules, _spectral_norms)
         self._iterations = {name: norm.n_power_iterations for name, norm in self._norms.items()}
         for norm in self._norms.values():
             for vector in VECTORS:

@@ -16,11 +16,10 @@ import numpy as np
 
 from cluster.server.web.heavy import answer_one
 from cluster.sweep.design.next_run import Best, next_trial
-from cluster.sweep.train.progress import Books, books, read_plan
+from cluster.sweep.train.progress import Books, books, read_mapping, read_plan
 from cluster.sweep.train.trial_state import Ledger
 from configs import Config, ConfigError, preset_names
 from configs.load import from_dict, refuse_outside
-from configs.reading.parse import MAX_BYTES, parse_yaml
 from configs.sweep.definition import SweepConfig, nested, sweep_from_dict
 from configs.units import scientific
 from models.planning.cost import has_formulas
@@ -30,7 +29,6 @@ from models.scaling.fitting import Fits, check, fit
 from models.scaling.predictions import Forecast, Prediction
 from models.scaling.scoring import score, to_json
 from models.scaling.table import Table, budgets
-from trainer.files.own_files import read_bytes
 from trainer.tracking.sweep import SWEEP, TRIALS
 
 from .collect import collect_folder, loss_curves
@@ -58,7 +56,7 @@ class Folder:
                 raise ConfigError(f"{each.name} is no folder")
         self.items, plan = read_plan(path)
         self.vocab_size: int = plan["vocab_size"]
-        self.sweep: SweepConfig = sweep_from_dict(_mapping(path / SWEEP), SWEEP)
+        self.sweep: SweepConfig = sweep_from_dict(read_mapping(path / SWEEP), SWEEP)
 
     def may_read(self, folder: Path) -> bool:
         found = folder.resolve()
@@ -68,7 +66,7 @@ class Folder:
         """The config of a run."""
         if not self.may_read(path):
             raise ConfigError(f"{path.name} lies in none of the folders of runs")
-        tree = _mapping(path)
+        tree = read_mapping(path)
         model = tree.get("model")
         family = model.get("family", "decoder") if isinstance(model, Mapping) else "decoder"
         if family != "decoder":
@@ -88,18 +86,6 @@ class Folder:
     def books(self) -> Books:
         """Where the devices' time went."""
         return books(Ledger(self.path))
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    try:
-        tree = parse_yaml(read_bytes(path, MAX_BYTES).decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path.name}: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{path.name} cannot be read as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path.name} is no mapping")
-    return tree
 
 
 def told(folder: Folder, budget: float | None = None, max_budget: float | None = None) -> dict[str, Any]:

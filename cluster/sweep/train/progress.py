@@ -13,7 +13,7 @@ from cluster.sweep.design.trial import Plan
 from configs import ConfigError
 from configs.base import LARGEST, Typed, at_most
 from configs.explain import first_reason
-from configs.reading.parse import parse_json, shortened
+from configs.reading.parse import MAX_BYTES, parse_json, parse_yaml, shortened
 from configs.sections.run import folder_name
 from trainer.files.durable import replace_text
 from trainer.files.own_files import read_bytes
@@ -64,6 +64,19 @@ def write_plan(sweep_dir: Path, plan: Plan) -> None:
     ]  # fmt: skip
     tree = {"vocab_size": plan.vocab_size, "open": plan.open, "warnings": list(plan.warnings), "trials": items}
     replace_text(sweep_dir / PLAN, json.dumps(tree, indent=1))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A YAML file of a sweep's folder, read through no link. Raises ConfigError."""
+    try:
+        tree = parse_yaml(read_bytes(path, MAX_BYTES).decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path.name} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path.name} cannot be read as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path.name} is no mapping")
+    return tree
 
 
 def read_plan(sweep_dir: Path) -> tuple[list[Item], dict[str, Any]]:

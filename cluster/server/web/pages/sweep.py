@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.sweep.results.score import PREDICTIONS
-from cluster.sweep.train.progress import PLAN, Books, Progress, progress, to_json
+from cluster.sweep.train.progress import PLAN, Books, Progress, progress, read_mapping, to_json
 from cluster.sweep.train.trial_state import Ledger
 from configs import ConfigError
-from configs.reading.parse import MAX_BYTES, parse_yaml, shortened
+from configs.reading.parse import shortened
 from configs.sweep.definition import SweepConfig, sweep_from_dict
-from trainer.files.own_files import read_bytes
 from trainer.record.lines import EVENTS
 from trainer.record.terminal import visible
 from trainer.tracking.sweep import SWEEP, TRIALS
@@ -159,15 +158,7 @@ class Sweeps:
 
 def definition(sweep: Swept) -> SweepConfig:
     """As it was run. Raises ConfigError."""
-    try:
-        tree = parse_yaml(read_bytes(sweep.folder / SWEEP, MAX_BYTES).decode("utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{SWEEP} cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ConfigError(f"{SWEEP} cannot be read as YAML: {error}") from None
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{SWEEP} is no mapping")
-    return sweep_from_dict(tree, SWEEP)
+    return sweep_from_dict(read_mapping(sweep.folder / SWEEP), SWEEP)
 
 
 def _id_of(entry: Entry) -> str:

@@ -175,13 +175,19 @@ def scheduler(tmp_path: Path, ray: Scripted) -> Scheduler:
     return Scheduler(JobQueue(tmp_path), ray)
 
 
-def test_a_job_whose_start_was_not_answered_is_started_once(tmp_path, ray):
-    """Ray is lost, and the server too, between the start and its answer."""
+def lost_at_a_start(tmp_path: Path, ray: Scripted) -> Scheduler:
+    """Ray went away between the start of job-a and its answer."""
     Queue(tmp_path).send(GOOD)
     here = scheduler(tmp_path, ray)
     ray.lose_at = "start"
     with pytest.raises(Unreachable):
         here.tick()
+    return here
+
+
+def test_a_job_whose_start_was_not_answered_is_started_once(tmp_path, ray):
+    """Ray is lost, and the server too, between the start and its answer."""
+    here = lost_at_a_start(tmp_path, ray)
     assert here.queue.job("job-a").state == "QUEUED"
     ray.lose_at = ""
     here = scheduler(tmp_path, ray)
@@ -192,11 +198,7 @@ def test_a_job_whose_start_was_not_answered_is_started_once(tmp_path, ray):
 
 
 def test_a_job_that_was_cancelled_while_nobody_knew_whether_it_runs_is_stopped(tmp_path, ray):
-    Queue(tmp_path).send(GOOD)
-    here = scheduler(tmp_path, ray)
-    ray.lose_at = "start"
-    with pytest.raises(Unreachable):
-        here.tick()
+    here = lost_at_a_start(tmp_path, ray)
     ray.lose_at, ray.gone = "", "the head is gone"
     here = scheduler(tmp_path, ray)
     with pytest.raises(Unreachable):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from browsers import CHROMIUM, Watched, drag, launched, names, rows
+from browsers import CHROMIUM, Watched, drag, names, rows
 from dashboards import TOKEN, serving, write_run, write_stacks
 from support import tiny, train_in_process
 
@@ -77,12 +77,6 @@ def dashboard(root, trained):
     with serving([root]) as server:
         server.look()
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture

@@ -1,9 +1,8 @@
 """The queue and the machines on the page of what needs a person, in a real browser, and what is done from there."""
 
-import shutil
-
 import pytest
-from dashboards import TOKEN, serving, write_run
+from browsers import CHROMIUM, logged_in
+from dashboards import serving, write_run
 from hostile_messages import submit, zipped
 from queues import Queue
 
@@ -12,9 +11,8 @@ from cluster.gangs.share import Node
 from cluster.server.jobs.ray_process import RayProcess
 
 pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 
@@ -64,23 +62,14 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(params=[1440, 400])
-def page(here, request):
-    with serving([], board=here.board) as server, sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        context = browser.new_context(
-            base_url=f"http://{server.host}", viewport={"width": request.param, "height": 900}
-        )
-        context.set_default_timeout(30_000)
-        context.request.post("/login", data={"token": TOKEN}, headers={"origin": f"http://{server.host}"})
-        found, wrong = context.new_page(), []
-        found.on("console", lambda said: said.type in ("error", "warning") and wrong.append(said.text))
-        found.on("pageerror", lambda error: wrong.append(str(error)))
+def page(here, browser, request):
+    with serving([], board=here.board) as server, logged_in(browser, server) as watched:
+        found = watched.page
+        found.set_viewport_size({"width": request.param, "height": 900})
         found.goto("/now")
         expect(found.locator(".machines")).to_contain_text("gpu-01")
         yield found
         assert found.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        browser.close()
-        assert wrong == []
 
 
 def test_jobs_are_moved_cancelled_stopped_and_retried_from_the_page(here, page):

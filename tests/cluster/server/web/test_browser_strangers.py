@@ -5,7 +5,7 @@ import shutil
 from urllib.parse import quote
 
 import pytest
-from browsers import CHROMIUM, Watched, launched, rows
+from browsers import CHROMIUM, Watched, rows
 from dashboards import TOKEN, serving, write_run, write_stacks
 
 from cluster.server.web.export.contents import opened
@@ -23,12 +23,6 @@ if CHROMIUM is None:
 
 expect.set_options(timeout=20_000)
 PWNED = "</script><script>window.pwned = 1</script><img src=x onerror=window.pwned=1><b>bold</b>\x1b[31m\u202e\u2028"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 @pytest.fixture

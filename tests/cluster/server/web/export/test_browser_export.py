@@ -4,7 +4,7 @@ import csv
 import re
 
 import pytest
-from browsers import CHROMIUM, Watched, drag, launched
+from browsers import CHROMIUM, Watched, drag
 from dashboards import write_run
 from sweeps import begun, tiny_sweep
 from sweeps import trained as as_trained
@@ -23,12 +23,6 @@ if CHROMIUM is None:
 expect.set_options(timeout=20_000)
 HOSTILE = '<img src=x onerror="document.title=1">'
 STEPS = 1200
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with launched() as found:
-        yield found
 
 
 def test_an_exported_page_needs_no_server(browser, root, tmp_path, tiny_data):

@@ -14,7 +14,7 @@ from sweeps import isoflop_of, made, planted, trained
 from trainer.record.lines import Record
 
 pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-from playwright.sync_api import expect, sync_playwright
+from playwright.sync_api import expect
 
 if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
@@ -54,14 +54,6 @@ def dashboard(root, grid, sizes):
         server.look()
         server.get("/api/sweeps/sizes/law")  # it is worked out while the other tests go on
         yield server
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as driver:
-        found = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield found
-        found.close()
 
 
 @pytest.fixture
