@@ -12,7 +12,7 @@ test: $(INSTALLED)  ## every test that is quick; of three processes one begins w
 	$(BIN)/pytest -q -m "not slow" -n 3
 
 test-all: test  ## the slow proofs too, one after the other
-	$(BIN)/pytest -q -m slow
+	$(BIN)/pytest -q -m slow --timeout 3600
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -282,6 +282,7 @@ def test_what_other_processes_run_stands_in_the_helpers():
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NEVER_IMPORTED = {
     "mypy", "ruff", "types-psutil", "types-pyyaml",  # tools of `make check`
+    "pytest-timeout",  # of all tests
     "pytest-xdist",  # of `make test`
 }  # fmt: skip
 BROUGHT_ALONG = {
