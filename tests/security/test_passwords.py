@@ -136,6 +136,7 @@ def test_a_runs_files_have_no_password_and_its_shipper_has(run_dir, tmp_path):
     assert flatten(read_config(run_dir))["tracking.uri"] == mask(URI)
 
 
+@pytest.mark.slow
 def test_a_run_whose_password_is_not_here_trains_and_says_so(run_dir, monkeypatch, tmp_path):
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     with pytest.raises(NoCredentials, match="MLFLOW_TRACKING_URI to the whole URI"):
@@ -329,6 +330,7 @@ def test_a_sweep_as_a_job_carries_its_definition(sent, tmp_path):
     assert load_sweep(SWEEP) == load_sweep("sub/sweep.yaml", [*given, "set.cluster.address=null"])
 
 
+@pytest.mark.slow
 def test_without_muster_a_password_on_the_command_line_is_refused(tmp_path):
     whole = [sys.executable, "-P", "-m", "trainer", "quickstart", f"run.root={tmp_path}", f"tracking.uri={URI}"]
     done = subprocess.run(whole, env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True, capture_output=True, timeout=90)

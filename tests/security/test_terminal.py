@@ -222,6 +222,7 @@ def test_nobody_listens(tmp_path):
     assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_torchrun_tells_a_mistake(tmp_path):
     environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
     code, sent = on_a_terminal(["-m", "trainer", "quickstart", f"optim.{EVIL}=1"], tmp_path, **environment)

@@ -144,6 +144,7 @@ def test_families_are_a_table():
         del FAMILIES["mine"]
 
 
+@pytest.mark.slow
 def test_compiled_layers_share_their_graphs_and_change_nothing():
     def run(layers: int) -> int:
         config = tiny.config(num_layers=layers, dropout=0.1)

@@ -59,6 +59,7 @@ def test_approaches_1_and_2_find_the_exponent():
     assert found.approach1_of == "final losses"
 
 
+@pytest.mark.slow
 def test_approach_1_of_a_ladder_is_by_loss_curves():
     """Its runs end at no common budgets: one run at each says nothing of the best size."""
     expected = HOFFMANN["beta"] / (HOFFMANN["alpha"] + HOFFMANN["beta"])

@@ -121,6 +121,7 @@ BIG: dict[str, Change] = {
 }
 
 
+@pytest.mark.slow
 def test_bombs_take_neither_long_nor_much_memory(original, tmp_path):
     """In a process that may take 500 MB more than it has at the start, so that more is an error."""
     if not Path("/proc/self/status").exists():

@@ -221,6 +221,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_bombs_of_many_kinds_in_a_child_process(tmp_path):
     """Each of these took all memory there was, or did not end."""
     bombs = {

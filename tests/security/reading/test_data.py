@@ -49,6 +49,7 @@ def go(inputs, out: Path, config: PrepareConfig = SMALL, **options) -> Manifest:
 # Raw files.
 
 
+@pytest.mark.slow
 def test_bombs_are_refused_by_name_and_the_rest_goes_on(tmp_path):
     (bombs := tmp_path / "bombs").mkdir()
     text_bombs(bombs)
@@ -101,6 +102,7 @@ def test_strict_makes_a_bomb_an_error(tmp_path):
         go([tmp_path / "blank.jsonl.zst"], tmp_path / "out", strict=True)
 
 
+@pytest.mark.slow
 def test_a_dictionary_that_names_one_text_a_million_times_is_read_one_by_one(tmp_path):
     """What it unpacks to stays within its budget, but 64 rows at once would not fit into the memory."""
     named = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20, np.int32)), pa.array(["x" * (2 * MIB)]))

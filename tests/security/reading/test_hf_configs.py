@@ -312,6 +312,7 @@ def test_a_number_that_fp32_does_not_hold_is_refused(folder):
         assert any(torch.equal(row, mixed[0].float()) for row in found if row.shape == mixed[0].shape)
 
 
+@pytest.mark.slow
 def test_headers_are_bounded_together(folder):
     """Each may be within the bound, and their tensors may be empty."""
     empty = {f"e{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for i in range(MAX_TENSORS)}

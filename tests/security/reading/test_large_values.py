@@ -98,6 +98,7 @@ CHECKPOINTS: dict[str, tuple[tuple[str, ...], Any, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_manifests_of_checkpoints(saved, tmp_path):
     paths = [
         changed(saved / "manifest.json", tmp_path / name / saved.name, at, value)
@@ -124,6 +125,7 @@ def fragmented(saved: Path, to: Path, shape: list[int], keys: list[str], numel: 
     return to
 
 
+@pytest.mark.slow
 def test_fragments_of_checkpoints(saved, tmp_path):
     """Stretches of one slice that follow each other cost the same in every shape; slices of many corners do not."""
     shape, many = [2, 2, 2, 2, 2, 2500], 80_000
@@ -183,6 +185,7 @@ PREPARED: dict[str, tuple[tuple[str, ...], Any, str]] = {
 }
 
 
+@pytest.mark.slow
 def test_manifests_of_prepared_data(prepared, tmp_path):
     paths = [
         changed(prepared / "manifest.json", tmp_path / name, at, value) for name, (at, value, _) in PREPARED.items()
@@ -193,6 +196,7 @@ def test_manifests_of_prepared_data(prepared, tmp_path):
         assert len(said) < 500
 
 
+@pytest.mark.slow
 def test_plans_of_sweeps(tmp_path):
     plan = {"vocab_size": 64, "open": 0, "warnings": [], "trials": []}
     wrong = {

@@ -167,6 +167,7 @@ for path in sys.argv[1:]:
 """In a process that may hold 500 MB more than its imports."""
 
 
+@pytest.mark.slow
 def test_tables_take_neither_long_nor_much_memory(tmp_path):
     numbers = {name: [1.0] * 3 for name in ("n", "d", "loss")}
     tables = {

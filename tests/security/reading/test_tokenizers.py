@@ -190,6 +190,7 @@ NAMES = [
 ODD = st.sampled_from([None, [], {}, 0, -1, 2**40, "", "a", "(" * 50, "(a*)*b", [["a", "b"]], [["", 0.0]], True, 1e300])
 
 
+@pytest.mark.slow
 @settings(
     max_examples=20, deadline=None, derandomize=True, database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
@@ -241,6 +242,7 @@ def test_a_record_that_ends_its_worker_is_refused_and_the_rest_goes_on(plain, tm
     assert "memory" in refused.detail
 
 
+@pytest.mark.slow
 def test_a_tokenizer_that_fails_over_every_record_is_refused(plain, tmp_path):
     grows = {"normalizer": {"type": "Sequence", "normalizers": DOUBLED}}
     path = write(tmp_path / TOKENIZER, plain, grows)

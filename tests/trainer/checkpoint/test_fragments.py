@@ -237,6 +237,7 @@ print(held, writing.growth, sum(t.nbytes for t in mine) / 2**20, reading.growth)
 """
 
 
+@pytest.mark.slow
 def test_memory_follows_the_share_and_not_the_model(tmp_path):
     """Anonymous memory, as what is mapped from a file the kernel drops when it needs the room.
 

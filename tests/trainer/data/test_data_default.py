@@ -23,6 +23,7 @@ def config_of(root: Path, **data) -> Config:
     return Config(run=RunConfig(root=str(root)), data=DataConfig(**data))
 
 
+@pytest.mark.slow
 def test_stdlib_is_prepared_once_by_processes_that_start_together(tmp_path: Path):
     code = (
         "import sys; from configs import from_dict; from trainer.data.default import ensure_prepared\n"

@@ -53,6 +53,7 @@ def write_config(folder: Path, data: Path, name: str, steps: int, **sections) ->
     return f"{name}.yaml"
 
 
+@pytest.mark.slow
 def test_two_processes_from_a_hostile_folder(tmp_path, tiny_data):
     for package in ("configs", "models"):
         (tmp_path / package).mkdir()

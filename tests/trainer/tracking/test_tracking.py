@@ -100,6 +100,7 @@ def test_nothing_is_sent_twice_when_the_state_is_lost(root):
     assert [step for step, *_ in points] == list(range(1, 16))
 
 
+@pytest.mark.slow
 def test_killed_between_sending_and_saving_the_state(root):
     run_dir, _ = make_run(root, "killed")
     take_steps(started(run_dir, 1), range(1, 26))
@@ -276,6 +277,7 @@ def test_a_run_that_was_killed_on_purpose_has_not_failed(root, monkeypatch):
     assert (run.info.status, run.data.tags["muster.status"]) == ("KILLED", "STOPPED")
 
 
+@pytest.mark.slow
 def test_two_runs_start_a_store_at_once_and_outlive_signals(tmp_path):
     """The processes as training starts them; both runs meet a database that is not there yet."""
     runs = [make_run(tmp_path, name) for name in ("left", "right")]

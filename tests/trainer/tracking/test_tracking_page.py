@@ -22,6 +22,7 @@ def as_mlflow_sorts(names):
     return sorted(names, key=lambda name: (last.get(section[name], 0), section[name], name))
 
 
+@pytest.mark.slow
 def test_mlflows_page_of_a_run(root, monkeypatch):
     """Losses first, experts after them, the machine last; where the time went; its real times, however late it is sent;
     what it is; and a page for training."""

@@ -83,6 +83,7 @@ def test_a_run_that_goes_on_is_taken_up_again(sweep):
     assert (len(runs), runs["two"].info.status, runs["two"].data.metrics["loss"]) == (2, "FINISHED", 0.05)
 
 
+@pytest.mark.slow
 def test_a_tracker_that_is_down_gets_the_rest_later(sweep, muster, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)

@@ -121,6 +121,7 @@ def write(path, runs, *names):
     return str(path)
 
 
+@pytest.mark.slow
 def test_if_every_form_is_refused_fit_lists_plot_draws_and_predict_refuses(muster, tmp_path):
     runs = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
     path = write(tmp_path / "runs.csv", replace(runs, loss=runs.loss * (runs.c / runs.c[0]) ** 0.1))

@@ -157,6 +157,7 @@ def test_an_exported_tokenizer_has_no_dropout(tmp_path):
     assert Tokenizer.from_buffer(files["tokenizer.json"]).model.dropout is None
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_half_a_million_merges_is_exported(tmp_path):
     merges = "[" + '["a", "b"],' * 500_000 + '["a", "b"]]'
     (tmp_path / "tokenizer.json").write_text(f'{{"model": {{"type": "BPE", "dropout": 0.1, "merges": {merges}}}}}')

@@ -358,6 +358,7 @@ def test_preparing_again(raw: Path, tmp_path: Path, texts: dict[str, str]):
         go(inputs, raw)
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_never_looks_done(raw: Path, tmp_path: Path):
     big = tmp_path / "big.jsonl"
     with open(big, "w") as file:
