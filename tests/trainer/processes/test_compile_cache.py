@@ -99,7 +99,6 @@ def test_the_next_attempt_compiles_nothing(tmp_path, tiny_data):
     assert first["cache_misses"] > 0
     assert (second["cache_misses"], second["cache_hits"]) == (0, first["cache_misses"] + first["cache_hits"])
     assert second["graphs"] == first["graphs"]
-    assert second["seconds"] < first["seconds"]
 
 
 @pytest.mark.slow
