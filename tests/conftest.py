@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: prepared data, and processes that are started once."""
 
 import os
+import signal
 import sys
 
 # Before torch is imported, here and in every process the tests start: two cores are all there is.
@@ -14,6 +15,11 @@ from sharing_out import OneRay, starts_ray
 from support import Pair, prepare_tiny
 
 from cluster import cli
+
+# As on a terminal, in all that the tests start: under nohup, or behind a script's `&`, they would be ignored.
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.hookimpl(optionalhook=True)  # without xdist there is no such hook
