@@ -25,7 +25,7 @@ from ..pages.series import EXAMPLES, Columns, Kept, began, lines
 from ..pages.stacks import stacks
 from ..pages.sweep import Sweeps
 from ..plan_routes import LAW, plain
-from ..responses import RunRow
+from ..responses import ROW
 
 MAIN = ("loss", "eval_loss", "grad_norm", "tokens_per_second")
 """Metrics whose curves are told of in `FINE` points."""
@@ -121,7 +121,7 @@ def contents_of_sweep(folder: Path) -> dict[str, Any]:
 
 
 def _table(entries: Sequence[Entry]) -> dict[str, Any]:
-    columns = {name: [getattr(entry.row, name) for entry in entries] for name in RunRow.model_fields}
+    columns = {name: [getattr(entry.row, name) for entry in entries] for name in ROW}
     return {"count": len(entries), "columns": columns}
 
 

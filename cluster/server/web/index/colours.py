@@ -4,6 +4,7 @@ import contextlib
 import os
 import stat
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .rows import Run
 
@@ -41,7 +42,7 @@ def give(runs: Sequence[Run]) -> list[Run]:
 
 def _show(run: Run) -> None:
     if run.row and run.row.colour != run.colour:
-        run.row = run.row.model_copy(update={"colour": run.colour})
+        run.row = replace(run.row, colour=run.colour)
 
 
 def _free(runs: Sequence[Run], place: int) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field, TypeAdapter
+from pydantic import FailFast, Field, TypeAdapter
 
 from configs.base import Typed
 from trainer.files.durable import replace_text
@@ -33,12 +33,14 @@ class _Kept(Typed):
 
 class _File(Typed):
     format: int
-    shapes: list[list[str]]
-    sections: list[tuple[Index, list[Any]]]
-    runs: dict[str, _Kept]
+    shapes: Annotated[list[list[str]], FailFast()]
+    sections: Annotated[list[tuple[Index, list[Any]]], FailFast()]
+    runs: dict[str, Any]
+    """Of what each is, `_RUN` checks: it stops at the first that is wrong, and hands on one at a time."""
 
 
 _FILE = TypeAdapter(_File)
+_RUN = TypeAdapter(_Kept)
 
 
 def load(root: Path, configs: Configs) -> dict[str, Run]:
@@ -55,18 +57,16 @@ def load(root: Path, configs: Configs) -> dict[str, Run]:
         ]
         if len(sections) != len(kept.sections):
             return {}
-        return {
-            path: Run(
-                id=each.row.id,
-                folder=f"{root}/{path}",
-                sweep=each.row.sweep,
-                signature=tuple(each.signature),
-                row=each.row,
-                config=tuple(sections[number] for number in each.config),
-                metrics=sections[each.metrics],
-            )
-            for path, each in kept.runs.items()
-        }
+        found = {}
+        while kept.runs:
+            path, value = kept.runs.popitem()
+            each = _RUN.validate_python(value, strict=False)
+            config = tuple(sections[number] for number in each.config)
+            found[path] = Run(
+                each.row.id, f"{root}/{path}", each.row.sweep, tuple(each.signature), each.row, config,
+                sections[each.metrics],
+            )  # fmt: skip
+        return found
     except (OSError, ValueError, IndexError, RecursionError):
         return {}
 
@@ -92,7 +92,7 @@ def save(root: Path, runs: Sequence[Run]) -> None:
             path = run.folder[len(str(root)) + 1 :]
             kept[path] = {
                 "signature": run.signature,
-                "row": dict(run.row),
+                "row": run.row.plain(),
                 "config": numbers(run.config),
                 "metrics": number(run.metrics),
             }

@@ -205,7 +205,7 @@ def _row(run: Run, live: Live, problem: str, stopping: bool) -> RunRow:
         found["reason"] = "was asked to stop, after a checkpoint"
     notes = read_notes(run.path)
     steps, family = value_of(run.config, "train.steps"), value_of(run.config, "model.family")
-    return RunRow.model_construct(
+    return RunRow(
         id=run.id,
         name=visible(folder),
         status=visible(found["status"])[:40],

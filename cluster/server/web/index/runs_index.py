@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -226,9 +226,9 @@ class RunsIndex:
             id += "~"
         run = Run(id, folder, visible(sweep) if sweep else None)
         if kept is not None and kept.row is not None and kept.signature == signature(folder):
-            same = kept.row.id == id and kept.row.sweep == run.sweep
-            row = kept.row if same else kept.row.model_copy(update={"id": id, "sweep": run.sweep})
-            run = Run(id, folder, run.sweep, kept.signature, row, kept.config, kept.metrics)
+            if (kept.id, kept.sweep) != (id, run.sweep):
+                kept.id, kept.sweep, kept.row = id, run.sweep, replace(kept.row, id=id, sweep=run.sweep)
+            run = kept
         else:
             self._unread.append(run)
         self._ids.add(id)
@@ -302,6 +302,7 @@ def _no_garbage_collection() -> Iterator[None]:
     try:
         yield
     finally:
+        gc.freeze()  # nor are they looked through later
         gc.enable()
 
 

@@ -14,7 +14,7 @@ from trainer.record.columns.live import LiveColumns
 
 from ..index.config_values import value_of
 from ..index.runs_index import Entry, View
-from ..responses import RunRow
+from ..responses import ROW
 from .series import Columns
 
 METRIC = "metric:"
@@ -99,7 +99,7 @@ class ColumnsOfRuns:
 
 
 def _told(view: View, entries: Sequence[Entry]) -> dict[str, Any]:
-    columns = {name: [getattr(entry.row, name) for entry in entries] for name in RunRow.model_fields}
+    columns = {name: [getattr(entry.row, name) for entry in entries] for name in ROW}
     return {"count": len(view.entries), "left": view.left, "version": view.version, "columns": columns}
 
 

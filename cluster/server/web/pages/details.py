@@ -68,7 +68,7 @@ def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
     if not config:
         read(lambda: Configs().read(run.path / CONFIG), ())
     return {
-        "row": dict(entry.row),
+        "row": entry.row.plain(),
         "config": config,
         "header": _header(events, config),
         "attempts": _attempts(events),

@@ -63,7 +63,7 @@ class Glance:
             "jobs": [],
             "cluster": None,
             "machines": [],
-            "ended": [dict(entry.row) for entry in ended[:MOST_ENDED]],
+            "ended": [entry.row.plain() for entry in ended[:MOST_ENDED]],
             "goodput": {"seconds": meant(whole) if whole else 0.0, "parts": parts(whole) if whole else []},
             "disks": disks,
             "left": view.left,
@@ -102,7 +102,7 @@ class Glance:
         left = None
         if pace is not None and row.steps is not None:
             left = max(row.steps - row.step, 0) * pace
-        return dict(row) | {
+        return row.plain() | {
             "spark": [loss for _, loss in spark[::-every][::-1]],
             "goodput": self.goodput(entry),
             "checkpoint": None
