@@ -287,6 +287,7 @@ NEVER_IMPORTED = {
 }  # fmt: skip
 BROUGHT_ALONG = {
     "click",  # Ray's and MLflow's command lines, which the manifests of deploy/ are held against
+    "prometheus-client",  # Ray's, which reads what /metrics answers
     "werkzeug",  # part of MLflow's server, which a test runs with faults put in
 }
 

@@ -9,6 +9,8 @@ from ..index.runs_index import View
 from .now import Glance
 
 STATES = get_args(State)
+STATUSES = ("RUNNING", "FINISHED", "FAILED", "STOPPED", "NEW", "UNREADABLE")
+"""They are told at 0 too: an alert on what is absent would never fire."""
 GAUGES = (
     ("muster_run_step", "Last step that is recorded.", "step"),
     ("muster_run_loss", "Training loss of that step.", "loss"),
@@ -38,7 +40,11 @@ def exposition(view: View, glance: Glance, jobs: Mapping[str, int] | None = None
         [("run", entry.row.id, glance.goodput(entry)) for entry in running],
     )
     counted = Counter(entry.row.status for entry in view.entries)
-    gauge("muster_runs", "Runs by status.", [("status", status, counted[status]) for status in sorted(counted)])
+    gauge(
+        "muster_runs",
+        "Runs by status.",
+        [("status", status, counted[status]) for status in dict.fromkeys((*STATUSES, *counted))],
+    )
     if jobs is not None:
         gauge("muster_jobs", "Jobs of the queue by state.", [("state", each, jobs.get(each, 0)) for each in STATES])
     return "\n".join(lines) + "\n"
