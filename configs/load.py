@@ -49,6 +49,11 @@ def load_apart(text: str, overrides: Iterable[str] = (), where: str = "the confi
     Raises:
         ConfigError: as `load`; and where it stands on another file, names plugins, or takes its model from a folder.
     """
+    return _config_of(_layers_apart(text, where), overrides, where, refuse_outside)
+
+
+def _layers_apart(text: str, where: str) -> list["Layer"]:
+    """The preset that a config somebody else has sent stands on, and its own keys. Raises ConfigError."""
     try:
         if len(text.encode(errors="replace")) > MAX_BYTES:
             raise ValueError(f"it has over {MAX_BYTES:,} bytes")
@@ -61,7 +66,7 @@ def load_apart(text: str, overrides: Iterable[str] = (), where: str = "the confi
         known = ", ".join(preset_names())
         raise ConfigError(f"{where}: base={shown(base)}: no file is read here: should be a preset ({known})")
     below = [] if base is None else _layers(base)
-    return _config_of([*below, (Path(where), tree)], overrides, where, refuse_outside)
+    return [*below, (Path(where), tree)]
 
 
 def refuse_outside(tree: Mapping[str, Any], where: str) -> None:
@@ -104,7 +109,15 @@ def one_file(name: str | Path, overrides: Iterable[str] = ()) -> dict[str, Any]:
     A file of them is the same config, as `load` reads it, wherever the file lies. Nothing is derived: paths and the
     model's folder are still relative to the working directory. Raises ConfigError as `load`, but checks no value.
     """
-    layers = _layers(name)
+    return _one_tree(_layers(name), overrides)
+
+
+def one_file_apart(text: str, overrides: Iterable[str] = (), where: str = "the config") -> dict[str, Any]:
+    """As `one_file`, of a config that somebody else has sent: see `load_apart`, which is to have accepted it."""
+    return _one_tree(_layers_apart(text, where), overrides)
+
+
+def _one_tree(layers: Sequence["Layer"], overrides: Iterable[str]) -> dict[str, Any]:
     tree = _merged(each for each in layers if not _is_preset(each))
     override(tree, overrides, Config, "train.steps=100")
     presets = [each[0].stem for each in layers if _is_preset(each)]

@@ -4,7 +4,7 @@
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from cluster.commands.jobs import Address, accepted, follow, new_id
 from cluster.commands.runs import Json
 from cluster.gangs.access_token import in_config
-from cluster.gangs.share import group_of, share_of_gang, share_of_most
+from cluster.gangs.share import Node, group_of, share_of_gang, share_of_most
 from configs import Config, ConfigError, counted, load, preset_names, resolve, worker_counts
 from configs.explain import first_reason
 from configs.load import dump_yaml, model_source, one_file
@@ -58,23 +58,42 @@ def submit(
     here = Path.cwd()
     check_root("run.root", asked.run.root)
     asked, _ = resolve(asked, vocab_size=planned_vocabulary(asked))
+    check_workers(asked)
+    cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))
+    job = job_of_run(asked, cluster.nodes(), queue, priority)
+    packed = pack.files(here, [Path(asked.run.root)], insisted or ())
+    taken = model_source(config, overrides or ())
+    check_sent(needs(asked) | {"model.from": [taken] if taken else []}, here, packed)
+    file = dump_yaml(one_file(config, [*(overrides or ()), *kept_keys(job)]))
+    send(cluster, here, packed, job, wait, as_json, {CONFIG: file})
+
+
+def check_workers(asked: Config) -> None:
+    """Raise ConfigError if a run asks for more processes than a job may have."""
     if (most := asked.parallel.world_size) > messages.MOST_WORKERS:
         raise ConfigError(
             f"the run asks for {counted(most, 'process')}, and a job has at most {messages.MOST_WORKERS}: lower "
             f"parallel.dp"
         )
-    cluster = Cluster(api_url(address, in_config(asked.cluster.address, overrides or ())))
-    counts, nodes = worker_counts(asked), cluster.nodes()
+
+
+def job_of_run(asked: Config, nodes: Sequence[Node], queue: bool, priority: int) -> messages.Job:
+    """The job that trains a run whose config is the package's CONFIG.
+
+    Args:
+        asked: its resolved config; `run.root` is an absolute path.
+        nodes: total resources of each machine of the cluster.
+        queue: accept it even if it is too large for them.
+
+    Raises:
+        ConfigError: it is too large for the machines, or the queue would refuse it.
+    """
+    counts = worker_counts(asked)
     fewest = counts[-1]
     each = share_of_most(asked, lambda c: share_of_gang(c, nodes, wait=queue and c.parallel.world_size == fewest))
-    root = Path(asked.run.root)
-    packed = pack.files(here, [root], insisted or ())
-    taken = model_source(config, overrides or ())
-    check_sent(needs(asked) | {"model.from": [taken] if taken else []}, here, packed)
-    kept = ["cluster.address=null", f"cluster.cpus_per_worker={each.cpus:g}", f"cluster.gpus_per_worker={each.gpus:g}"]
-    job = job_of(
+    return job_of(
         name=asked.run.name,
-        run_dir=str(root / asked.run.name),
+        run_dir=str(Path(asked.run.root) / asked.run.name),
         command=shlex.join(["muster", "train", CONFIG]),
         workers=fewest,  # it starts when so many fit, with as many more as there is room for
         most=counts[0],
@@ -83,8 +102,11 @@ def submit(
         group=group_of(asked),
         priority=priority,
     )
-    file = dump_yaml(one_file(config, [*(overrides or ()), *kept]))
-    send(cluster, here, packed, job, wait, as_json, {CONFIG: file})
+
+
+def kept_keys(job: messages.Job) -> list[str]:
+    """Overrides by which a run takes what its job has reserved, on the cluster that it is started on."""
+    return ["cluster.address=null", f"cluster.cpus_per_worker={job.cpus:g}", f"cluster.gpus_per_worker={job.gpus:g}"]
 
 
 def job_of(**values: Any) -> messages.Job:
@@ -113,9 +135,7 @@ def send(
     Raises:
         ConfigError: the run is queued or running already, or the files are too large.
     """
-    for id, other in cluster.jobs().items():
-        if other.run_dir == job.run_dir and other.state in ACTIVE:
-            raise ConfigError(f"{job.name} is {id} ({other.state}): stop it, or choose another name")
+    check_new(job, cluster.jobs())
     pack.check_size(here, packed)
     id = new_id(job.name)
     message = messages.Submit(do="submit", id=id, job=job)
@@ -126,6 +146,13 @@ def send(
     accepted(cluster, sent, as_json)
     if wait:
         follow(cluster, id)
+
+
+def check_new(job: messages.Job, jobs: Mapping[str, messages.Known]) -> None:
+    """Raise ConfigError if a job of the same run is queued or running."""
+    for id, other in jobs.items():
+        if other.run_dir == job.run_dir and other.state in ACTIVE:
+            raise ConfigError(f"{job.name} is {id} ({other.state}): stop it, or choose another name")
 
 
 def check_root(key: str, root: str) -> None:

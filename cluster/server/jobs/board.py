@@ -141,9 +141,10 @@ class Board:
         return found
 
     def roots(self) -> list[Path]:
-        """Folders that contain the runs and sweeps of jobs, as far as this machine reaches them; newest jobs first."""
+        """Folders that contain the runs and sweeps of jobs, as the jobs name them and as far as this machine reaches
+        them; newest jobs first."""
         above = dict.fromkeys(Path(job.run_dir).parent for job in reversed(self.queue.jobs().values()))
-        return [root.resolve() for root in list(above)[:MOST_ROOTS] if is_folder(root)]
+        return [root for root in list(above)[:MOST_ROOTS] if is_folder(root)]
 
     def states(self) -> dict[str, int]:
         """Number of jobs by state."""

@@ -101,7 +101,7 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
         if board and (board.queue.version != known[0] or time.monotonic() - known[1] > ROOTS_EVERY):
             known[:] = board.queue.version, time.monotonic()
             for root in board.roots():
-                index.add(root)
+                index.add(root.resolve())
         index.ready.wait(FIRST_LOOK)
         return index.view
 
@@ -304,7 +304,7 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
     def login(request: Request) -> Response:
         return shown(request, "login.html")
 
-    app.include_router(plan_routes(index, view, _json))
+    app.include_router(plan_routes(index, view, _json, board, roots))
     if board:
         app.include_router(jobs_router(board, _json))
         board.queue.on_change = lambda: changes.tell_soon(set())

@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ..messages import Id, Known
 
+PriorityOfJob = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+
 
 class JobOutlook(BaseModel):
     """Progress and prospects of a job."""
@@ -128,4 +130,4 @@ class RetryJob(_Asked):
 
 
 class Priority(_Asked):
-    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)]
+    priority: PriorityOfJob

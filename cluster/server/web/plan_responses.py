@@ -6,6 +6,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from configs.reading.parse import MAX_BYTES
 
+from .jobs_models import PriorityOfJob
+
 MOST_OVERRIDES = 100
 
 
@@ -83,8 +85,8 @@ class SweepLaw(BaseModel):
     law: dict[str, Any] | None
 
 
-class PlanAsked(BaseModel):
-    """What is to be planned: a preset's name or a config's text, and changes of it."""
+class SentConfig(BaseModel):
+    """A preset's name or a config's text, and changes of it."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -94,9 +96,22 @@ class PlanAsked(BaseModel):
     overrides: Annotated[
         list[Annotated[str, StringConstraints(max_length=4000)]], Field(max_length=MOST_OVERRIDES)
     ] = []
+
+
+class PlanAsked(SentConfig):
+    """What is to be planned, and on what."""
+
     gpu: Annotated[str, StringConstraints(max_length=40)] = "h100"
     gpus: int | None = None
     usd_per_gpu_hour: float | None = None
+
+
+class RunAsked(SentConfig):
+    """A run that is to be queued."""
+
+    priority: PriorityOfJob = 0
+    queue: bool = False
+    """Accept it even if the cluster is too small now."""
 
 
 class PlanOptions(BaseModel):
@@ -104,6 +119,8 @@ class PlanOptions(BaseModel):
 
     presets: list[str]
     devices: list[dict[str, Any]]
+    roots: list[str] | None
+    """Folders that a run may be submitted to; None: the server has no queue."""
 
 
 class Planned(BaseModel):
@@ -121,6 +138,10 @@ class Planned(BaseModel):
     notes: list[str] = []
     device: dict[str, Any] = {}
     commands: dict[str, str] = {}
+    overrides: list[str] = []
+    """Those of the run as it was planned."""
+    run: str = ""
+    """Its name."""
 
 
 class Topologies(BaseModel):

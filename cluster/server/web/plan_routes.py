@@ -1,7 +1,8 @@
 """Routes of the pages Sweep and Plan."""
 
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, FastAPI, HTTPException, Query, Request, Response
@@ -11,20 +12,34 @@ from configs.base import MOST_FLOAT
 from configs.reading.parse import clip
 from trainer.record.terminal import visible
 
-from . import plan_responses
+from ..jobs.board import Board
+from ..messages import BadMessage
+from . import jobs_models, plan_responses
 from .heavy import Heavy
 from .index.runs_index import RunsIndex, View
 from .pages import plan
+from .pages.submission import run_roots, submitted
 from .pages.sweep import Sweeps, Swept
 
 LAW, TOPOLOGIES = "cluster.sweep.results.law_page", "cluster.server.web.pages.topologies"
+NO_QUEUE = "this server has no queue: submit from the dashboard of a cluster (`muster cluster up`)"
 Flops = Annotated[float | None, Query(gt=0, le=MOST_FLOAT)]
 
 
 def plan_routes(
-    index: RunsIndex, view: Callable[[], View], answer: Callable[[Request, dict[str, Any]], Response]
+    index: RunsIndex,
+    view: Callable[[], View],
+    answer: Callable[[Request, dict[str, Any]], Response],
+    board: Board | None,
+    roots: Sequence[Path],
 ) -> APIRouter:
-    """Of the sweeps of an index; `answer` sends JSON."""
+    """Of the sweeps of an index.
+
+    Args:
+        answer: sends JSON.
+        board: of the queue to which runs are submitted, if there is one.
+        roots: folders that they may be submitted to, beside those of its jobs.
+    """
     sweeps, heavy = Sweeps(index.roots), Heavy()
 
     @contextlib.asynccontextmanager
@@ -63,7 +78,8 @@ def plan_routes(
 
     @router.get("/api/plan", response_model=plan_responses.PlanOptions)
     def options(request: Request) -> Response:
-        return answer(request, plan.options())
+        offered = [visible(str(root)) for root in run_roots(board, roots)] if board else None
+        return answer(request, plan.options() | {"roots": offered})
 
     @router.post("/api/plan", response_model=plan_responses.Planned)
     def planned(request: Request, body: plan_responses.PlanAsked) -> Response:
@@ -77,6 +93,18 @@ def plan_routes(
         found = told.found or {}
         content = {"working": told.found is None, "error": found.get("error", ""), "key": found.get("key")}
         return answer(request, content | {"found": None if "error" in found else told.found})
+
+    @router.post("/api/submit", response_model=jobs_models.JobRow)
+    def submit(request: Request, body: plan_responses.RunAsked) -> Response:
+        if board is None:
+            raise HTTPException(409, NO_QUEUE)
+        try:
+            job = submitted(board, run_roots(board, roots), body.model_dump())
+        except (ConfigError, BadMessage) as error:
+            raise HTTPException(409, visible(str(error))[:2000]) from None
+        except OSError as error:
+            raise HTTPException(507, f"the queue cannot be written: {error.strerror}") from None
+        return answer(request, board.row(job.id))
 
     return router
 

@@ -55,8 +55,8 @@ def planned(asked: dict[str, Any]) -> dict[str, Any]:
     """The plan of what the form says, as `plan_responses.Planned`."""
     try:
         device = asked_device(asked["gpu"], asked["gpus"], asked["usd_per_gpu_hour"])
-        config = _config(asked)
-        resolved, notes = resolved_over(config, asked["gpus"], _vocabulary(config))
+        config = sent_config(asked)
+        resolved, notes = resolved_over(config, asked["gpus"], known_vocabulary(config))
         found = predict(resolved, device)
         other, twin = other_checkpointing(resolved, device)
     except ConfigError as error:
@@ -79,7 +79,7 @@ def planned(asked: dict[str, Any]) -> dict[str, Any]:
         "notes": [visible(note)[:500] for note in notes],
         "device": {"name": device.name, "rates": device.sources.get("flops", ""), "attained": device.attained,
                    "measured": device.sources.get("attained", "").startswith("measured") or device.is_cpu},
-        "commands": _commands(asked, resolved),
+        "commands": _commands(asked, resolved), "overrides": _overrides(asked, resolved), "run": resolved.run.name,
     }  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def topologies(asked: dict[str, Any]) -> dict[str, Any]:
     """Every topology that fits, as `muster plan --search --json`; or as `refused`."""
     try:
         device = asked_device(asked["gpu"], asked["gpus"], asked["usd_per_gpu_hour"])
-        config = _config(asked)
-        resolved, _ = resolve(in_one_process(config), vocab_size=_vocabulary(config))
+        config = sent_config(asked)
+        resolved, _ = resolve(in_one_process(config), vocab_size=known_vocabulary(config))
         devices = asked["gpus"] or config.parallel.world_size
         return search_json(search(resolved, device, devices), asked["usd_per_gpu_hour"])
     except ConfigError as error:
@@ -102,12 +102,22 @@ def refused(error: ConfigError) -> dict[str, Any]:
     return {"error": text, "key": named[0] if named else None}
 
 
-def _config(asked: dict[str, Any]) -> Config:
-    """Raises ConfigError, also of a family that the planner has no formulas for."""
+def sent_text(asked: dict[str, Any]) -> tuple[str, str]:
+    """The YAML of a form, and what messages call it. Raises ConfigError."""
     preset, text = asked["preset"], asked["text"]
     if not text and preset not in preset_names():
         raise ConfigError(f"no preset {visible(preset)[:100]!r}: choose one of {', '.join(preset_names())}")
-    config = load_apart(text or f"base: {preset}", asked["overrides"], PASTED if text else preset)
+    return (text, PASTED) if text else (f"base: {preset}", preset)
+
+
+def sent_config(asked: dict[str, Any]) -> Config:
+    """The config of a form, for which nothing but presets is read.
+
+    Raises:
+        ConfigError: it is invalid, names code or a file, or its family is a plugin's, which is not loaded.
+    """
+    text, where = sent_text(asked)
+    config = load_apart(text, asked["overrides"], where)
     if not has_formulas(config.model):
         raise ConfigError(
             f"model.family={visible(config.model.family)}: the planner's formulas cover decoders only; "
@@ -116,19 +126,26 @@ def _config(asked: dict[str, Any]) -> Config:
     return config
 
 
-def _vocabulary(config: Config) -> int | None:
+def known_vocabulary(config: Config) -> int | None:
     """What preparing the data would make: no data are read."""
     return made_vocabulary(config.data)
+
+
+def _overrides(asked: dict[str, Any], resolved: Config) -> list[str]:
+    """Those with which the run takes as many devices as were planned."""
+    if not asked["gpus"]:
+        return list(asked["overrides"])
+    kept = [key for key in asked["overrides"] if not key.startswith("parallel.dp=")]
+    return [*kept, f"parallel.dp={resolved.parallel.dp}"]
 
 
 def _commands(asked: dict[str, Any], resolved: Config) -> dict[str, str]:
     """The same on a command line, and the run that is planned."""
     name = FILE if asked["text"] else asked["preset"]
-    keys = [shlex.quote(key) for key in asked["overrides"]]
-    plan = ["muster", "plan", name, *keys, "--gpu", asked["gpu"]]
+    keys = [shlex.quote(key) for key in _overrides(asked, resolved)]
+    plan = ["muster", "plan", name, *map(shlex.quote, asked["overrides"]), "--gpu", asked["gpu"]]
     if asked["gpus"]:
         plan += ["--gpus", str(asked["gpus"])]
-        keys = [key for key in keys if not key.startswith("parallel.dp=")] + [f"parallel.dp={resolved.parallel.dp}"]
     if asked["usd_per_gpu_hour"] is not None:
         plan += ["--usd-per-gpu-hour", f"{asked['usd_per_gpu_hour']:g}"]
     return {"plan": " ".join(plan), **{verb: " ".join(["muster", verb, name, *keys]) for verb in ("submit", "train")}}

@@ -1,6 +1,9 @@
 """The queue and the machines on the page of what needs a person, in a real browser, and what is done from there."""
 
+import zipfile
+
 import pytest
+import yaml
 from browsers import CHROMIUM, logged_in
 from dashboards import serving, write_run
 from hostile_messages import submit, zipped
@@ -62,14 +65,19 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(params=[1440, 400])
-def page(here, browser, request):
-    with serving([], board=here.board) as server, logged_in(browser, server) as watched:
+def watched(here, browser, request):
+    with serving([here.queue.here.parent / "runs"], board=here.board) as server, logged_in(browser, server) as watched:
         found = watched.page
         found.set_viewport_size({"width": request.param, "height": 900})
         found.goto("/now")
         expect(found.locator(".machines")).to_contain_text("gpu-01")
-        yield found
+        yield watched
         assert found.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+@pytest.fixture
+def page(watched):
+    return watched.page
 
 
 def test_jobs_are_moved_cancelled_stopped_and_retried_from_the_page(here, page):
@@ -113,6 +121,36 @@ def test_jobs_are_moved_cancelled_stopped_and_retried_from_the_page(here, page):
 def test_a_job_leads_to_its_run(page):
     page.locator('.jobs tr[data-job="job-dense-aaaaaa"]').get_by_role("link", name="dense").click()
     expect(page.locator("h1")).to_contain_text("dense")
+
+
+def test_a_plan_is_submitted_once_it_has_been_confirmed(here, watched, page):
+    page.goto("/plan?preset=quickstart&gpu=cpu&gpus=16&set=train.global_batch%3D16")
+    page.get_by_role("button", name="Submit this").click()
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("button", name="Do not submit")).to_be_focused()
+    before = set(here.jobs)
+    page.keyboard.press("Enter")
+    expect(dialog).to_have_count(0)
+    page.get_by_role("button", name="Submit this").click()
+    dialog.get_by_label("run.name").fill("dense")
+    dialog.get_by_label("priority").fill("7")
+    dialog.get_by_role("button", name="Submit", exact=True).click()
+    expect(dialog.get_by_role("alert")).to_contain_text("there is a run dense in")
+    assert set(here.jobs) == before
+    assert ["409" in text for text in watched.wrong] == [True]  # the browser itself tells the refusal
+    watched.wrong.clear()
+    dialog.get_by_label("run.name").fill("from-a-page")
+    dialog.get_by_role("button", name="Submit", exact=True).click()
+    expect(dialog).to_contain_text("job-from-a-page-")
+    [new] = set(here.jobs) - before
+    job = here.jobs[new]
+    assert (job.name, job.priority, job.workers, job.state) == ("from-a-page", 7, 16, "QUEUED")
+    assert job.command == "muster train .muster-job/run.yaml"
+    with zipfile.ZipFile(here.queue.package(new)) as archive:
+        run = yaml.safe_load(archive.read("work/.muster-job/run.yaml"))
+    assert (run["base"], run["train"], run["parallel"]) == ("quickstart", {"global_batch": 16}, {"dp": 16})
+    dialog.get_by_role("button", name="To the queue").click()
+    expect(page.locator(".waiting tbody tr").first).to_contain_text("from-a-page")
 
 
 def test_what_cannot_be_done_is_said(here, page):

@@ -88,6 +88,9 @@ export function notice(kind, ...text) {
   return el("div", { class: kind === "failed" ? "notice failed" : "notice", role: "note" }, glyph(kind), el("div", {}, ...text));
 }
 
+/** Text in which what stands between backquotes is code. */
+export const coded = (text) => text.split("`").map((part, at) => (at % 2 ? el("code", {}, part) : part));
+
 /** A dialog that is open until it is closed; returns it. `Escape` closes it. */
 export function dialog(title, ...content) {
   const node = el("dialog", { "aria-label": typeof title === "string" ? title : undefined, on: { close: () => node.remove() } }, el("h2", {}, title), ...content);

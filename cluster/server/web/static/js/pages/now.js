@@ -3,7 +3,7 @@
 import { get, post, runs } from "../api.js";
 import { bar, parts } from "../charts/parts.js";
 import { runColour } from "../colours.js";
-import { dialog, el, empty, glyph, notice, put, svg, word } from "../dom.js";
+import { coded, dialog, el, empty, glyph, notice, put, svg, word } from "../dom.js";
 import { DASH, ago, bytes, clock, compact, duration, loss, middle, percent, whole } from "../format.js";
 import { announce, calmly, fresh, listen } from "../live.js";
 import { go, runAddress } from "../router.js";
@@ -87,7 +87,7 @@ class Now {
     return el("li", { class: `problem ${level}`, "data-index": index, "data-run": known ? run : undefined },
       glyph(level, true),
       el("div", { class: "who" }, name !== null && el("b", {}, known && el("span", { class: "swatch", style: { "--own": `var(${runColour(run)})` } }), known ? el("a", { href: runAddress(run), title: name }, middle(name, 23)) : name), el("div", { class: level }, what)),
-      el("div", { class: "why" }, el("div", {}, why), el("div", { class: "quiet" }, then.split("`").map((part, at) => (at % 2 ? el("code", {}, part) : part)))),
+      el("div", { class: "why" }, el("div", {}, why), el("div", { class: "quiet" }, coded(then))),
       el("div", { class: "since quiet number" }, since ? ago(since) : ""),
       el("div", { class: "do" }, known && el("button", { type: "button", "data-problem": `${run} ${what}`, "aria-label": `Log of ${name}`, on: { click: () => go(`${runAddress(run)}?tab=logs`) } }, "Log")));
   }

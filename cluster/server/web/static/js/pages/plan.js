@@ -2,12 +2,13 @@
 
 import { get, post } from "../api.js";
 import { command, copy } from "../copy.js";
-import { dialog, el, notice, put } from "../dom.js";
+import { coded, dialog, el, notice, put } from "../dom.js";
 import { bytes, compact, whole } from "../format.js";
 import { announce, calmly } from "../live.js";
 import { change, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Results, days } from "./plan_results.js";
+import { queueing } from "./plan_submit.js";
 
 /** In place of a preset's name. */
 const OWN = "own", FIRST = "moe-8x7b";
@@ -240,11 +241,15 @@ class Plan {
   }
 
   submit() {
-    const { commands, plan } = this.told, own = this.preset === OWN;
-    const shown = dialog("Submit this run",
+    const { commands, plan } = this.told, own = this.preset === OWN, { roots } = this.options;
+    const typed = [
       el("p", { class: "quiet" }, `${own ? "Save the config as config.yaml. " : ""}To a cluster’s queue, from a machine that has its address:`), command(commands.submit, "the command that submits it"),
       el("p", { class: "quiet" }, "Or here, on this machine’s devices:"), command(commands.train, "the command that trains it"),
-      !plan.fits && el("div", { class: "notice" }, el("div", {}, "The plan says that it does not fit.")),
+    ];
+    const doubt = !plan.fits && notice("warning", "The plan says that it does not fit.");
+    if (roots?.length) return void queueing({ sent: this.asked, told: this.told, roots, doubt, typed, title: this.title.firstChild.textContent });
+    const why = roots ? "This server shows no folder of runs yet, which a page submits to: `muster cluster up --root /shared/runs` names one." : "This server has no queue. The dashboard of a cluster, `muster cluster up`, submits from this page.";
+    const shown = dialog("Submit this run", doubt, el("p", {}, coded(why)), typed,
       el("div", { class: "buttons" }, el("button", { type: "button", autofocus: true, on: { click: () => shown.close() } }, "Close", el("kbd", {}, "esc"))));
   }
 
