@@ -165,7 +165,7 @@ def usual(table: Table, targets: np.ndarray) -> list[tuple[float, float]]:
 
 
 def calibrated(table: Table, targets: np.ndarray) -> list[tuple[float, float]]:
-    index, scores = budgets(table), []
+    index, scores = budgets(table).level, []
     for origin in range(max(3, index.max() - 3), index.max() + 1):
         rows = index == origin
         each = bootstrapped(table.take(index < origin), np.array([table.c[rows].mean()]), 100)[0]
@@ -188,7 +188,7 @@ def real(method: Callable[[Table, np.ndarray], list[tuple[float, float]]]) -> di
     """For each set and held-out budget: whether the lowest loss lay inside, and the interval's relative width."""
     found = {}
     for name, table in porian():
-        index = budgets(table)
+        index = budgets(table).level
         held = [index == index.max() - 1, index == index.max()]
         bounds = method(table.take(index < index.max() - 1), np.array([table.c[rows].mean() for rows in held]))
         lowest = [table.loss[rows].min() for rows in held]

@@ -281,17 +281,24 @@ def check(table: Table) -> None:
             f"({', '.join(each or '(empty)' for each in recipes[:3])}), whose losses cannot be compared: choose "
             "one with --where recipe=..." + ("" if all(recipes) else " (or recipe=)"),
         )
-    if (count := len(_groups(table))) < LEAST_BUDGETS:
+    if len(_groups(table)) < LEAST_BUDGETS:
         raise Refusal(
             "few_budgets",
-            f"{counted(len(table), 'run')} at {counted(count, 'budget')}: a scaling law needs at least {LEAST_BUDGETS} "
+            f"{counted(len(table), 'run')} {budgets_in_words(table)}: a scaling law needs at least {LEAST_BUDGETS} "
             f"budgets",
         )
 
 
+def budgets_in_words(table: Table) -> str:
+    """Such as "at 5 budgets", or "in 7 octaves of FLOPs" if the runs share none."""
+    index, common = budgets(table)
+    count = len(set(index.tolist()))
+    return f"at {counted(count, 'budget')}" if common else f"in {counted(count, 'octave')} of FLOPs"
+
+
 def _groups(table: Table) -> list[NDArray[np.int64]]:
     """The rows of each budget, smallest first."""
-    index = budgets(table)
+    index = budgets(table).level
     return [np.flatnonzero(index == b) for b in range(int(index.max()) + 1 if len(table) else 0)]
 
 

@@ -144,8 +144,9 @@ def approach2(table: Table) -> Approach2:
     Of the WINDOWS that lose the fewest budgets, it uses the one whose ln N* scatter least about their power law.
 
     Raises:
-        Refusal: fewer than three budgets have a usable parabola.
+        Refusal: fewer than three budgets have a usable parabola, or the runs share no budgets.
     """
+    _require_common(table, "approach 2")
     tried = [_valleys(table, window) for window in WINDOWS]
     most = max(len(valleys) for valleys, _ in tried)
     full = [each for each in tried if len(each[0]) == most]
@@ -175,7 +176,7 @@ def approach2(table: Table) -> Approach2:
 
 
 def _valleys(table: Table, window: float) -> tuple[list[Valley], list[Refusal]]:
-    index = budgets(table)
+    index, _ = budgets(table)
     valleys, refused = [], []
     for budget in range(int(index.max()) + 1):
         rows = index == budget
@@ -193,9 +194,11 @@ def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:
         table: finished runs, or points of loss curves with the FLOPs spent up to there.
 
     Raises:
-        Refusal: fewer than three budgets whose best size has smaller and larger ones beside it.
+        Refusal: fewer than three budgets whose best size has smaller and larger ones beside it, or the runs share no
+            budgets.
     """
-    index = budgets(table)
+    _require_common(table, "approach 1")
+    index, _ = budgets(table)
     every = [np.flatnonzero(index == b) for b in range(int(index.max()) + 1)]
     best = [
         low for rows in every
@@ -208,6 +211,11 @@ def approach1(table: Table) -> tuple[PowerLaw, PowerLaw]:
             "power law needs 3",
         )
     return power_law(table.c[best], table.n[best]), power_law(table.c[best], table.d[best])
+
+
+def _require_common(table: Table, what: str) -> None:
+    if not budgets(table).common:
+        raise Refusal("few_budgets", f"{what}: it compares runs of the same budget, but these runs share none")
 
 
 def best_approach1(table: Table, curves: Table | None) -> tuple[tuple[PowerLaw, PowerLaw], str]:

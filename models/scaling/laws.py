@@ -12,7 +12,7 @@ from .forms.dense import Array, Form
 from .forms.newton import Objective
 from .forms.solve import at_bound
 from .refusal import Refusal
-from .table import Table, budgets
+from .table import SHARED, Budgets, Table, budgets
 
 NEAR, BEST = 0.1, 0.05
 """ln L above the best of its budget: above NEAR a run is far from the frontier, below BEST it represents it."""
@@ -23,27 +23,18 @@ ORIGINS, HORIZONS = 4, 3
 SPARE, LEAST_SPARE = 4, 2
 """Runs in excess of coefficients: with fewer than SPARE earlier budgets are added, with fewer than LEAST_SPARE nothing
 is fitted."""
-VALLEY, SHARED = 3, 0.75
-"""Fewest runs of a budget's valley, and the share of runs in valleys that makes an isoFLOP design."""
+VALLEY = 3
+"""Fewest sizes of a budget's valley."""
 YOUNG = 2.3
 """Factor on the standard errors of fits to fewer than RECENT budgets: 2.1 to 2.5 was seen for laws without drift."""
 
 
-def group(table: Table) -> tuple[NDArray[np.int64], bool]:
-    """The budget of each run, shape (rows,), and whether runs of other sizes share it, as in an isoFLOP design.
-
-    Runs may miss their budget somewhat; if they share none, as on a ladder of sizes, those within a factor of 2 do.
-    """
-    found = [budgets(table, tolerance) for tolerance in (0.1, 0.3, 0.6)]
-    shared = [np.mean([_is_valley(table, index == budget) for budget in index]) for index in found]
-    if max(shared) >= SHARED:
-        return found[int(np.argmax(shared))], True
-    octave = np.floor(np.log2(table.c / table.c.min()) + 1e-6)
-    return np.unique(octave, return_inverse=True)[1], False
-
-
-def _is_valley(table: Table, rows: NDArray[np.bool_]) -> bool:
-    return bool(rows.sum() >= VALLEY and table.c[rows].max() < 2 * table.c[rows].min())
+def has_valleys(table: Table, found: Budgets) -> bool:
+    """Whether most runs share their budget with runs of other sizes, as in an isoFLOP design."""
+    if not found.common:
+        return False
+    sizes = np.array([len(np.unique(table.n[found.level == b])) for b in range(int(found.level.max()) + 1)])
+    return bool((sizes[found.level] >= VALLEY).mean() >= SHARED)
 
 
 @dataclass(frozen=True)
@@ -86,7 +77,8 @@ class Sweep:
 
     def __init__(self, table: Table, kind: Kind, objective: Objective, refits: int, seed: int) -> None:
         self.table, self.kind, self.objective, self.refits, self.seed = table, kind, objective, refits, seed
-        self.index, self.valleys = group(table)
+        found = budgets(table)
+        self.index, self.valleys = found.level, has_valleys(table, found)
         self.count = int(self.index.max()) + 1
         log_loss = np.log(table.loss)
         best = np.full(self.count, np.inf)

@@ -44,7 +44,8 @@ class Score(NamedTuple):
 
 
 def score(table: Table, max_budget: float, form: str | None = None) -> tuple[list[Score], list[tuple[str, str]]]:
-    """Test a fit to the budgets up to `max_budget` on the runs above it: on each run, and on the best of each budget.
+    """Test a fit to the budgets up to `max_budget` on the runs above it: on each, and on the best of each
+    budget that several share.
 
     Returns:
         The scores; and (run, reason) for each that cannot be predicted.
@@ -86,9 +87,11 @@ def score(table: Table, max_budget: float, form: str | None = None) -> tuple[lis
             add(held.run[i], i, shape)
         else:
             left_out.append((held.run[i], "the smaller budgets have no model of this kind"))
-    index = budgets(held)
-    for level in range(int(index.max()) + 1):
-        rows = np.flatnonzero(index == level)
+    level, common = budgets(table)
+    level = level[above]
+    for rows in [np.flatnonzero(level == each) for each in np.unique(level)] if common else []:
+        if len(rows) < 2:  # a single run is not the best of anything
+            continue
         best = int(rows[held.loss[rows].argmin()])
         add(f"best of {scientific(float(held.c[best]))}", best, None)
     return found, left_out

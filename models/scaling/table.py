@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ MAX_TABLE_BYTES, MAX_TABLE_ROWS, MAX_TABLE_COLUMNS, LONGEST_TEXT = 16 * 1024**2,
 MAX_TABLE_CELLS = 2_000_000
 MAX_UNPACKED = 8 * MAX_TABLE_CELLS + MAX_TABLE_BYTES
 """Most bytes that the pages of a Parquet file may decompress to: as many numbers, and as much text as in a CSV file."""
+GAPS, SHARED = (0.1, 0.3, 0.6), 0.75
+"""Relative gaps in FLOPs that may separate budgets, and the share of runs in common budgets that makes them so."""
 NONE = ("", "NA", "N/A", "n/a", "#N/A", "NULL", "null", "None", "NaN", "nan", "-")
 """Cells that hold no number."""
 LONGEST_LINE = 1024**2
@@ -125,20 +127,42 @@ class Table:
         return replace(self.take(~wrong), excluded=(*self.excluded, *reasons))
 
 
-def budgets(table: Table, tolerance: float = 0.1) -> NDArray[np.int64]:
-    """The budget of each row as an index from 0 (the smallest), shape (rows,).
+class Budgets(NamedTuple):
+    """The budget of each row."""
 
-    In the order of their FLOPs, rows within the tolerance of the next belong to one budget: trials are rounded to whole
-    steps.
+    level: NDArray[np.int64]
+    """From 0 (the smallest), shape (rows,)."""
+    common: bool
+    """Whether runs share budgets; if not, each "budget" is an octave of FLOPs."""
 
-    Args:
-        tolerance: largest relative gap between neighbours in a budget.
+
+def budgets(table: Table) -> Budgets:
+    """The budgets of a table's runs: clusters of FLOPs with gaps between them, else octaves.
+
+    Trials miss their budget somewhat (whole steps, sizes of whole heads), so that several widths of a gap are tried;
+    that of the most runs in clusters of two or more wins. A cluster's own spread is at most half of the gaps beside it:
+    runs at random FLOPs chain into clusters, too.
     """
-    order = np.argsort(table.c, kind="stable")
-    gaps = np.diff(np.log(table.c[order])) > np.log1p(tolerance)
-    index = np.empty(len(table), dtype=np.int64)
-    index[order] = np.concatenate([[0], np.cumsum(gaps)]) if len(table) else []
-    return index
+    if not len(table):
+        return Budgets(np.empty(0, dtype=np.int64), False)
+    log_c = np.log(table.c)
+    order = np.argsort(log_c, kind="stable")
+    steps = np.diff(log_c[order])
+    found: list[tuple[float, NDArray[np.int64]]] = []
+    for tolerance in GAPS:
+        cuts = np.flatnonzero(steps > np.log1p(tolerance))
+        first, last = np.append(0, cuts + 1), np.append(cuts, len(order) - 1)
+        gaps = np.concatenate([[np.inf], steps[cuts], [np.inf]])
+        spread = log_c[order[last]] - log_c[order[first]]
+        tight = (first < last) & (spread < np.log(2)) & (2 * spread <= np.minimum(gaps[:-1], gaps[1:]))
+        index = np.empty(len(table), dtype=np.int64)
+        index[order] = np.repeat(np.arange(len(first)), last - first + 1)
+        found.append((float(tight[index].mean()), index))
+    shared, index = max(found, key=lambda each: each[0])
+    if shared >= SHARED:
+        return Budgets(index, True)
+    octave = np.floor((log_c - log_c.min()) / np.log(2) + 1e-6)
+    return Budgets(np.unique(octave, return_inverse=True)[1], False)
 
 
 def resampled(table: Table, count: int, generator: np.random.Generator) -> Array:

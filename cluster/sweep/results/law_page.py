@@ -140,7 +140,7 @@ def _fits(folder: Folder, table: Table) -> Fits:
 
 def _levels(table: Table) -> list[float]:
     """The budgets of a table, smallest first."""
-    index = budgets(table)
+    index = budgets(table).level
     return [float(np.exp(np.log(table.c[index == level]).mean())) for level in range(int(index.max()) + 1)]
 
 
@@ -160,12 +160,12 @@ def _named(shape: Mapping[str, float]) -> str:
 
 def _curves(table: Table) -> list[dict[str, Any]]:
     """Of each kind of models, and each budget: its runs, and the parabola through them with its lowest point."""
-    index, found = budgets(table), []
+    (index, common), found = budgets(table), []
     for kind in kinds(table):
         known, of_kind = known_valleys(table.take(kind.rows)), []
         for level in np.unique(index[kind.rows]):
             rows = kind.rows[index[kind.rows] == level]
-            low = lowest(table, rows, known)
+            low = lowest(table, rows, known) if common else None
             x, y = parabola(table, rows, low) if low else (np.empty(0), np.empty(0))
             runs = [
                 {"run": table.run[i], "n": table.n[i], "d": table.d[i], "c": table.c[i], "loss": table.loss[i]}

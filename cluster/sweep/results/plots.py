@@ -81,9 +81,9 @@ def _size(table: Table) -> tuple[str, Scale]:
 
 def _isoflop(table: Table, found: Sequence[Kind]) -> Picture | None:
     """Loss against size, a parabola for each budget, and the line through the valleys."""
-    groups, index = _by_budget(table), budgets(table)
+    groups, shared = _by_budget(table), budgets(table)
     panels = []
-    for kind in spread([kind for kind in found if is_curved(table, kind, index)], PANELS):
+    for kind in spread([kind for kind in found if is_curved(table, kind, shared)], PANELS):
         panel = Panel(_size(table), LOSS, title=name(kind) if len(found) > 1 else "")
         valleys, known = [], known_valleys(table.take(kind.rows))
         for label, colour, of_budget in groups:
@@ -108,7 +108,7 @@ def _isoflop(table: Table, found: Sequence[Kind]) -> Picture | None:
 
 def _by_budget(table: Table) -> list[Group]:
     """The rows of each budget; of many budgets only some are in the legend."""
-    index = budgets(table)
+    index = budgets(table).level
     colours = sequence(int(index.max()) + 1)
     labelled = set(spread(range(len(colours)), ENTRIES))
     groups = []
@@ -226,7 +226,7 @@ def _efficiency(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve]) -> P
         return None
     far = np.geomspace(table.c.min() / 1e2, table.c.max() * 1e4, 3 * POINTS)
     reference = curve(fits.best, table, dense, far)
-    index = budgets(table)
+    index = budgets(table).level
     panel = Panel(FLOPS, ("compute efficiency C(dense) / C", "factor"))
     colours = distinct(len(found))
     for kind, each, colour in zip(found, curves, colours, strict=True):

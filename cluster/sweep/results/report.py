@@ -7,7 +7,7 @@ from rich.table import Table as Grid
 from rich.text import Text
 
 from configs import counted
-from models.scaling.fitting import Fits
+from models.scaling.fitting import Fits, budgets_in_words
 from models.scaling.intervals import Interval
 from models.scaling.predictions import Prediction, Rival
 from trainer.record.terminal import Console
@@ -18,7 +18,7 @@ def show_fits(fits: Fits) -> None:
     console = Console()
     table = fits.table
     console.print(
-        f"{counted(len(table), 'run')} at {counted(len(fits.summary()['budgets']), 'budget')}, "
+        f"{counted(len(table), 'run')} {budgets_in_words(table)}, "
         f"{table.c.min():.3g} to {table.c.max():.3g} "
         f"FLOPs; N counted as {table.convention}",
         soft_wrap=True,

@@ -9,7 +9,7 @@ from models.scaling.allocation import Kind
 from models.scaling.forms.dense import Array
 from models.scaling.isoflop import Valley, approach2, valley
 from models.scaling.refusal import Refusal
-from models.scaling.table import Table
+from models.scaling.table import Budgets, Table
 
 POINTS = 40
 """Points along a line: more would not be visible."""
@@ -30,13 +30,12 @@ def is_dense(kind: Kind) -> bool:
     return kind.shape.get("experts", kind.shape.get("active_ratio", 0.0)) == 1.0
 
 
-def is_curved(table: Table, kind: Kind, index: NDArray[np.int64]) -> bool:
-    """Whether some budget has three sizes of a kind.
-
-    Args:
-        index: of `budgets`.
-    """
-    return any(len(np.unique(table.n[kind.rows[index[kind.rows] == b]])) > 2 for b in np.unique(index[kind.rows]))
+def is_curved(table: Table, kind: Kind, found: Budgets) -> bool:
+    """Whether some common budget has three sizes of a kind."""
+    index = found.level
+    return found.common and any(
+        len(np.unique(table.n[kind.rows[index[kind.rows] == b]])) > 2 for b in np.unique(index[kind.rows])
+    )
 
 
 def known_valleys(table: Table) -> tuple[Valley, ...]:

@@ -20,7 +20,7 @@ def test_real_tables():
     inside, widths = [], []
     for number in range(1, 16):
         table = read_table(PORIAN, COLUMNS, {"set": str(number)})
-        index = budgets(table)
+        index = budgets(table).level
         below = table.take(index < index.max() - 1)
         forecast = Forecast(below)
         for held in (index == index.max() - 1, index == index.max()):

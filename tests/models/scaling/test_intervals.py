@@ -10,9 +10,9 @@ from models.scaling.drift import HOLDS, Drift, Held
 from models.scaling.forms.crossed import Crossed
 from models.scaling.forms.dense import Approach3
 from models.scaling.intervals import extrapolate
-from models.scaling.laws import RECENT, group
+from models.scaling.laws import RECENT, has_valleys
 from models.scaling.refusal import Refusal
-from models.scaling.table import Table
+from models.scaling.table import Table, budgets
 
 HOFFMANN = LAWS["Hoffmann et al."]
 
@@ -98,10 +98,29 @@ def test_budgets_are_told_from_ladders():
     generator = np.random.default_rng(0)
     loose = Table(n=table.n, d=table.d, c=table.c * np.exp(generator.normal(0, 0.1, len(table))), loss=table.loss)
     for each in (table, loose):
-        index, valleys = group(each)
-        assert valleys
-        assert np.bincount(index).tolist() == [5] * 6
-    assert not group(ladder(0.003))[1]
+        found = budgets(each)
+        assert has_valleys(each, found)
+        assert np.bincount(found.level).tolist() == [5] * 6
+    assert not budgets(ladder(0.003)).common
+
+
+@pytest.mark.parametrize("count", [40, 150, 400])
+def test_runs_at_random_flops_share_no_budget(count):
+    """However many there are: their FLOPs chain into clusters."""
+    generator = np.random.default_rng(count)
+    for _ in range(20):
+        c = np.exp(generator.uniform(np.log(1e18), np.log(1e20), count))
+        index, common = budgets(Table(n=np.sqrt(c), d=np.sqrt(c) / 6, c=c, loss=np.ones(count)))
+        assert not common
+        assert index.max() + 1 in (6, 7)
+
+
+def test_pairs_of_sizes_share_budgets_without_a_valley():
+    table = sweep(HOFFMANN, 6, 2, 0.003, 0)
+    found = budgets(table)
+    assert found.common
+    assert np.bincount(found.level).tolist() == [2] * 6
+    assert not has_valleys(table, found)
 
 
 def test_a_ladder_takes_all_runs():

@@ -130,7 +130,7 @@ def test_loss_curves_are_points_at_common_flops(setting, trials):
     assert np.all(np.diff(c) > 0)
     assert np.all(np.diff(loss) <= 0)
     assert loss[-1] == 4.0
-    assert len(np.unique(budgets(points))) == len(np.unique(points.c))
+    assert len(np.unique(budgets(points).level)) == len(np.unique(points.c))
 
 
 def test_standings_and_books(setting, trials, capsys):

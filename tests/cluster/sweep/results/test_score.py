@@ -111,3 +111,20 @@ def test_a_fit_of_smaller_budgets_is_scored_on_larger_ones():
     assert found[-1].run == "best of 1e18"
     with pytest.raises(ConfigError, match="choose a value with runs on both sides"):
         score(simulated(), 1e20)
+
+
+def test_a_single_run_is_not_the_best_of_its_budget():
+    table = simulated()
+    one_left = table.take(np.arange(len(table)) < 16)
+    found, _ = score(one_left, 1e17)
+    assert [each.run for each in found] == ["row 16"]
+
+
+def test_runs_at_random_flops_have_no_best_of_a_budget():
+    rng = np.random.default_rng(0)
+    c = np.exp(rng.uniform(np.log(1e18), np.log(1e20), 60))
+    n = np.sqrt(c / 6 / 20) * np.exp(rng.uniform(-1, 1, 60))
+    d = c / (6 * n)
+    found, _ = score(Table(n=n, d=d, c=c, loss=law(n, d) * np.exp(rng.normal(0, 1e-3, 60))), 6e19)
+    assert 3 < len(found) == (c > 6.06e19).sum()
+    assert all(each.run.startswith("row") for each in found)
