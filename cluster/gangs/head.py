@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 
 from configs import ExitCode
@@ -34,10 +35,12 @@ def run_head(ray: Sequence[str], server: Sequence[str]) -> int:
     head, beside = start(ray), start(server)
 
     def pass_on(number: int, _: object) -> None:
-        if number == signal.SIGTERM:
-            head.send_signal(number)
-        else:  # to the whole group, as a terminal does
-            os.killpg(head.pid, number)
+        # Not by `head.send_signal`, which takes the exit code of one that has just ended from the `os.wait` below.
+        with suppress(ProcessLookupError):
+            if number == signal.SIGTERM:
+                os.kill(head.pid, number)
+            else:  # to the whole group, as a terminal does
+                os.killpg(head.pid, number)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup

@@ -28,10 +28,10 @@ def begin(tmp_path):
     """Starts a head of two programs that write their ids into files; the process, and what the files have."""
     started: list[subprocess.Popen] = []
 
-    def start(ray: str = "time.sleep(600)", server: str = "time.sleep(600)"):
+    def start(ray: str = "time.sleep(600)", server: str = "time.sleep(600)", again: float = 0.0):
         note = "open({!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
         both = [program(note.format(str(tmp_path / name)) + body) for name, body in (("ray", ray), ("server", server))]
-        code = "import cluster.gangs.head as head; head.AGAIN = 0.0\n" + RUN.format(ray=both[0], server=both[1])
+        code = f"import cluster.gangs.head as head; head.AGAIN = {again}\n" + RUN.format(ray=both[0], server=both[1])
         process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
         started.append(process)
         return process, lambda name: [int(pid) for pid in _lines(tmp_path / name)]
@@ -95,3 +95,13 @@ def test_neither_outlives_it(begin):
     wait_for(lambda: pids("server") and pids("ray"))
     process.kill()
     wait_for(lambda: gone(pids("server")[0]) and gone(pids("ray")[0]))
+
+
+def test_a_signal_that_comes_after_ray_has_ended_neither_hides_its_end_nor_fails(begin):
+    process, pids = begin(server="sys.exit(1)", again=3.0)
+    assert "died (1) and is restarted" in process.stderr.readline()
+    wait_for(lambda: pids("ray"))
+    os.kill(pids("ray")[0], signal.SIGKILL)  # unseen until those three seconds are over
+    wait_for(lambda: gone(pids("ray")[0]))
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 128 + signal.SIGKILL
