@@ -134,9 +134,9 @@ def _curves(entry: Entry, metrics: Sequence[str]) -> dict[str, Any]:
     with contextlib.suppress(OSError):
         for points, some in ((FINE, names[: len(MAIN)]), (COARSE, names[len(MAIN) :])):
             told = lines(columns, folder, some, points=points, unit=unit) if some else {}
-            found |= {
-                name: {"x": line.plain()["x"], "y": line.plain()["y"]} for name, line in told.items() if line.rows
-            }
+            for name, line in told.items():
+                if line.rows:
+                    found[name] = {key: value for key, value in line.plain().items() if key in ("x", "y", "infinite")}
         axes = _axes(columns, folder, unit)
     return {"series": found, "axes": axes}
 

@@ -1,6 +1,5 @@
 """The dashboard's pages in a real browser: what they show of real records, and what they do when asked."""
 
-import csv
 import re
 
 import pytest
@@ -286,29 +285,6 @@ def test_keys_choose_runs_and_compare_them(page):
     page.keyboard.type("long")
     page.keyboard.press("Enter")
     expect(page.locator("h1")).to_have_text("long")
-
-
-def test_compare_and_its_exports(page, root, tmp_path):
-    page.goto("/compare?run=dense-lr0.001-seed0&run=dense-lr0.5-seed2&run=long")
-    expect(page.locator(".keys-table")).to_contain_text("optim.lr")
-    expect(page.locator(".compare .plot").first).to_have_attribute("aria-label", re.compile("long"))
-    expect(page.locator(".compare .plot")).to_have_count(2)
-    with page.expect_download() as saved:
-        page.get_by_role("button", name="Export CSV").click()
-    saved.value.save_as(tmp_path / "all.csv")
-    with open(tmp_path / "all.csv", newline="") as file:
-        head, *lines = csv.reader(file)
-    column = head.index("dense-lr0.5-seed2")
-    own = {float(line[0]): float(line[column]) for line in lines if line[column]}
-    record = {each["step"]: each["loss"] for each in read_metrics(root / "dense-lr0.5-seed2") if "loss" in each}
-    assert own == record
-    for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg")):
-        with page.expect_download() as saved:
-            page.get_by_role("button", name=kind).click()
-        saved.value.save_as(tmp_path / kind)
-        assert (tmp_path / kind).read_bytes().startswith(start)
-    page.get_by_role("button", name="Leave out long").click()
-    expect(page.locator("h1")).to_contain_text("2 runs")
 
 
 def test_a_zoom_asks_for_finer_data(watched):

@@ -69,7 +69,7 @@ def test_it_tells_what_the_server_tells(root, tmp_path):
         assert differ <= {"row"}
         for name in ("loss", "eval_loss", "grad_norm"):
             line = dashboard.get(f"/api/runs/a/series?metric={name}").json["metrics"][name]
-            assert own["series"][name] == {"x": line["x"], "y": line["y"]}
+            assert own["series"][name] == {key: line[key] for key in ("x", "y", "infinite")}
         for axis in ("tokens", "time"):
             line = dashboard.get(f"/api/runs/a/series?metric=loss&x={axis}").json["metrics"]["loss"]
             assert own["axes"][axis] == line["x"]
@@ -77,7 +77,7 @@ def test_it_tells_what_the_server_tells(root, tmp_path):
         comparison = dashboard.get("/api/compare?run=a&run=b").json
         assert compared["differs"] == comparison["differs"]
         for id, line in comparison["runs"].items():
-            assert compared["each"][id]["series"]["loss"] == {"x": line["x"], "y": line["y"]}
+            assert compared["each"][id]["series"]["loss"] == {key: line[key] for key in ("x", "y", "infinite")}
     assert compared["files"] == {"a": "run-a.html", "b": "run-b.html"}
     assert stat.S_IMODE(one.stat().st_mode) == 0o600
 

@@ -10,6 +10,7 @@ const FONT = '11px "Inter", system-ui, sans-serif';
 const MARKS = {
   checkpoint: ["M-3-3h6v6h-6z", "--ink3"], spike: ["M0-4.5L4.5 3.5h-9z", "--warning-glyph"], failure: ["M-3.5-3.5l7 7m0-7l-7 7", "--failed", true],
   config: ["M0-4a4 4 0 1 0 .01 0M0-4v8", "--ink2", true], rollback: ["M3.5-3.5l-7 3.5 7 3.5z", "--warning-glyph"],
+  infinite: ["M0-4L3.5 3h-7z", "--warning-glyph"], nan: ["M-3-3l6 6m0-6l-6 6", "--warning-glyph", true],
   straggler: ["M-4 0l4-4 4 4-4 4z", "--warning-glyph"], experts: ["M-4 0a4 4 0 0 1 8 0z", "--warning-glyph"],
 };
 /** A canvas draws in another font until these are here, and is not drawn again by itself. */
@@ -19,7 +20,7 @@ const loaded = Promise.all([FONT, `600 ${FONT}`].map((font) => document.fonts.lo
 const MOST_RINGS = 60;
 /** Pixels between two marks of a kind. */
 const APART = 9;
-const SAID = { config: "config changed", straggler: "slow rank", experts: "dead experts" };
+const SAID = { config: "config changed", straggler: "slow rank", experts: "dead experts", nan: "no number" };
 
 export class Chart {
   /**
@@ -54,7 +55,8 @@ export class Chart {
   }
 
   /**
-   * `series`: [{x, y, kind: raw|line|ring, colour, dash, label, end: [x, y], said, bare}]; `range`: of x, or what there is;
+   * `series`: [{x, y, kind: raw|line|ring|edge, colour, dash, label, end: [x, y], said, bare}], where an edge that is `upper`
+   * and the one after it bound a band; `range`: of x, or what there is;
    * `attempts`: [{x, label}]; `reference`: {y, label}; `marks`: [{kind, x, text}]; `log`.
    */
   set(shown) {
@@ -104,6 +106,7 @@ export class Chart {
         { ...fonts, ...(log ? logarithmic : {}), size: (u, texts) => Math.max(small ? 38 : 46, ...(texts ?? []).map((text) => 14 + textWidth(text ?? ""))), gap: 6, space: Math.max(26, this.options.height / 6.5), grid: { stroke: () => colour("--line"), width: 1 }, values: (u, splits) => distinct(splits, format) },
       ],
       series: [{}, ...series.map((each) => drawn(each))],
+      bands: series.flatMap((each, index) => (each.upper ? { series: [index + 1, index + 2], fill: colour(each.colour, 0.16) } : [])),
       hooks: {
         drawClear: [() => this.behind()],
         draw: [() => this.over()],
@@ -206,14 +209,45 @@ export class Chart {
       }
     }
     ctx.restore();
+    this.unfinite();
     this.mark();
+  }
+
+  /** Where a line is infinite, a triangle at that end of the plot; where it has no number, a cross at the bottom. */
+  unfinite() {
+    const { ctx, bbox } = this.u, ratio = devicePixelRatio, half = 3.5 * ratio;
+    ctx.save();
+    ctx.lineWidth = 1.5 * ratio;
+    for (const { x, sign } of this.breaks()) {
+      const at = this.u.valToPos(x, "x", true);
+      if (at < bbox.left - 1 || at > bbox.left + bbox.width + 1) continue;
+      const edge = sign > 0 ? bbox.top : bbox.top + bbox.height, way = sign > 0 ? 1 : -1;
+      ctx.fillStyle = ctx.strokeStyle = colour("--warning-glyph");
+      if (sign) {
+        ctx.beginPath();
+        ctx.moveTo(at, edge);
+        ctx.lineTo(at - half, edge + 2 * way * half);
+        ctx.lineTo(at + half, edge + 2 * way * half);
+        ctx.fill();
+      } else {
+        line(ctx, at - half, edge - 2 * half - ratio, at + half, edge - ratio);
+        line(ctx, at - half, edge - ratio, at + half, edge - 2 * half - ratio);
+      }
+    }
+    ctx.restore();
+  }
+
+  breaks() {
+    return this.shown.series.flatMap(({ kind, breaks = [] }, index, all) => (kind === "line" && all[index - 1]?.kind === "raw" ? [] : breaks.map(([x, sign]) => ({ x, sign }))));
   }
 
   mark() {
     const marks = this.shown.marks ?? [], known = marks.filter(({ kind }) => MARKS[kind]);
     const kinds = [...new Set(known.map(({ kind }) => kind))];
     this.lane.toggleAttribute("hidden", !known.length);
-    put(this.legend, kinds.map((kind) => el("span", {}, svg("svg", { viewBox: "-6 -6 12 12", "aria-hidden": "true" }, shape(kind)), SAID[kind] ?? kind)));
+    const signs = this.options.small ? [] : this.breaks().map(({ sign }) => Math.abs(sign));
+    const legend = [...(signs.includes(1) ? ["infinite"] : []), ...(signs.includes(0) ? ["nan"] : []), ...kinds];
+    put(this.legend, legend.map((kind) => el("span", {}, svg("svg", { viewBox: "-6 -6 12 12", "aria-hidden": "true" }, shape(kind)), SAID[kind] ?? kind)));
     if (!known.length) return;
     const { u } = this, left = u.bbox.left / devicePixelRatio, wide = u.bbox.width / devicePixelRatio, last = new Map(), taken = [];
     put(this.lane, svg("path", { d: `M${left} 9H${left + wide}`, stroke: "var(--line)" }), known.map(({ kind, x, text }) => {
@@ -255,18 +289,21 @@ export class Chart {
 
   describe() {
     const { name, xName, format, xFormat, xExact = xFormat } = this.options;
-    const told = this.shown.series.filter(({ kind, x }) => kind !== "raw" && x.length).map(({ label, last, x, y }) => {
+    const told = this.shown.series.filter(({ kind, x }) => kind !== "raw" && kind !== "edge" && x.length).map(({ label, last, x, y }) => {
       const values = y.filter((value) => value !== null);
       const end = last ?? [x.at(-1), y.at(-1)];
       return `${label ?? name} ${format(end[1])} at ${xName} ${xExact(end[0])}${values.length > 1 ? `, between ${format(values.reduce((a, b) => Math.min(a, b)))} and ${format(values.reduce((a, b) => Math.max(a, b)))}` : ""}`;
     });
+    const breaks = this.breaks(), infinite = breaks.filter(({ sign }) => sign).length, gaps = breaks.length - infinite;
+    if (infinite) told.push(`infinite at ${infinite}${infinite < 100 ? "" : " or more"} of its points, first at ${xName} ${xExact(breaks.find(({ sign }) => sign).x)}`);
+    if (gaps) told.push(`no number from ${xName} ${xExact(breaks.find(({ sign }) => !sign).x)}${gaps > 1 ? ` and in ${gaps - 1} more gap${gaps > 2 ? "s" : ""}` : ""}`);
     this.plot.setAttribute("aria-label", `${name} by ${xName}: ${told.join("; ") || "nothing yet"}`);
   }
 
   /** The same as a table, of at most 200 rows. */
   table() {
     const { name, xName, format, xFormat, xExact = xFormat } = this.options;
-    const lines = this.shown.series.filter(({ kind, dash, label }, index, all) => kind !== "line" || !all.some((other) => other.kind === "raw" && other.label === label));
+    const lines = this.shown.series.filter(({ kind, label }, index, all) => kind !== "edge" && (kind !== "line" || !all.some((other) => other.kind === "raw" && other.label === label)));
     const all = [...new Set(lines.flatMap(({ x }) => x))].sort((a, b) => a - b), every = Math.max(1, Math.ceil(all.length / 200));
     const kept = all.filter((_, index) => index % every === 0 || index === all.length - 1);
     const shown = dialog(name, el("table", { class: "plain" },
@@ -281,6 +318,7 @@ export class Chart {
 }
 
 function drawn({ kind, colour: name, dash, x, bare }) {
+  if (kind === "edge") return { stroke: "transparent", width: 0, points: { show: false } };
   if (kind === "raw") return { stroke: () => colour(name, 0.28), width: 1, points: { show: false } };
   if (kind === "ring" && x.length > MOST_RINGS) return { stroke: () => colour("--ink2"), width: 1.25, points: { show: false } };
   if (kind === "ring") {

@@ -24,7 +24,7 @@ export function smoothed(x, y, width) {
 
 /** Series of one metric: `share` of the shown range over which it is smoothed, on a logarithmic axis of its logarithm; 0: not at all. */
 export function curve(line, { colour, dash, share = 0.02, label, span, logX = false }) {
-  const base = { x: line.x, y: line.y, colour, dash, label, last: line.last };
+  const base = { x: line.x, y: line.y, colour, dash, label, last: line.last, breaks: breaks(line) };
   const least = logX ? line.x.find((value) => value > 0) : undefined;
   const along = least ? line.x.map((value) => Math.log(Math.max(value, least))) : line.x;
   const range = (least ? undefined : span) ?? (along.at(-1) ?? 0) - (along[0] ?? 0);
@@ -32,6 +32,13 @@ export function curve(line, { colour, dash, share = 0.02, label, span, logX = fa
   const smooth = smoothed(along, line.y, Math.max(share * range, 1e-12));
   const at = smooth.findLastIndex((value) => value !== null);
   return [{ ...base, kind: "raw" }, { ...base, y: smooth, kind: "line", end: at < 0 ? null : [line.x[at], smooth[at]] }];
+}
+
+/** Where a line has no finite number: [x, 1 or -1 where it is infinite, 0 where a gap begins]. */
+function breaks({ x, y, infinite = [] }) {
+  const at = new Set(infinite.map(([place]) => place));
+  const gaps = x.filter((place, index) => y[index] === null && !at.has(place) && (index === 0 || y[index - 1] !== null || at.has(x[index - 1])));
+  return [...infinite, ...gaps.map((place) => [place, 0])];
 }
 
 /** Whether values hardly turn, as a learning rate does: there is nothing to smooth. */

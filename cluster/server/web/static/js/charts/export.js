@@ -24,7 +24,8 @@ export function saveCsv({ xName, series }, name) {
     if (!rows.has(at)) rows.set(at, new Array(series.length).fill(""));
     rows.get(at)[column] = y[index] ?? "";
   }));
-  const heads = series.map(({ label, kind }, index) => {
+  const heads = series.map(({ label, kind, name: own }, index) => {
+    if (kind === "edge") return cell(own);
     const raw = kind === "raw" || !series.some((other, at) => at !== index && other.label === label);
     return cell(raw ? label : `${label} (smoothed)`);
   });
@@ -64,9 +65,18 @@ export function saveSvg(chart, name) {
     text(8, 18, `${options.name} ${options.unit ?? ""}`, { fill: colour("--ink1"), "font-size": 13 }),
     ticks(1).filter((value) => value >= ys[0] && value <= ys[1]).map((value) => [svg("path", { d: `M${box.left} ${y(value)}h${box.width}`, stroke: colour("--line") }), text(box.left - 6, y(value) + 4, options.format(value), { "text-anchor": "end" })]),
     ticks(0).filter((value) => value >= xs[0] && value <= xs[1]).map((value) => text(x(value), box.top + box.height + 16, options.xFormat(value), { "text-anchor": "middle" })),
-    svg("g", { "clip-path": "url(#plot)", fill: "none" }, shown.series.map((each) => svg("path", { d: path(each, x, y), stroke: colour(each.colour), "stroke-width": each.kind === "raw" ? 1 : 1.75, "stroke-opacity": each.kind === "raw" ? 0.28 : 1, "stroke-dasharray": each.dash?.join(" ") }))),
+    svg("g", { "clip-path": "url(#plot)", fill: "none" }, shown.series.map((each, index) => (each.kind === "edge" ? each.upper && band(each, shown.series[index + 1], x, y) : svg("path", { d: path(each, x, y), stroke: colour(each.colour), "stroke-width": each.kind === "raw" ? 1 : 1.75, "stroke-opacity": each.kind === "raw" ? 0.28 : 1, "stroke-dasharray": each.dash?.join(" ") })))),
     shown.series.filter(({ end, said }) => end && said).map(({ end, said, colour: own }) => text(x(end[0]) + 8, y(end[1]) + 4, said, { fill: colour(own), "font-weight": 600 })));
   save(new Blob([new XMLSerializer().serializeToString(node)], { type: "image/svg+xml" }), `${name}.svg`);
+}
+
+/** Between two edges, each unbroken piece by itself. */
+function band(edge, other, x, y) {
+  const pieces = [[]];
+  edge.x.forEach((at, index) => (edge.y[index] === null ? pieces.push([]) : pieces.at(-1).push(index)));
+  const point = (line, index) => `${x(line.x[index]).toFixed(1)} ${y(line.y[index]).toFixed(1)}`;
+  const drawn = pieces.filter((piece) => piece.length > 1).map((piece) => `M${[...piece.map((index) => point(edge, index)), ...piece.toReversed().map((index) => point(other, index))].join("L")}Z`);
+  return svg("path", { d: drawn.join(""), fill: colour(edge.colour), "fill-opacity": 0.16 });
 }
 
 function path({ x: xs, y: ys }, x, y) {

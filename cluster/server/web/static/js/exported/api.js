@@ -50,10 +50,10 @@ export const runs = {
 
 /** A metric's points over an axis, those between `from` and `to`. */
 function line(run, metric, { x: axis = "step", from = -Infinity, to = Infinity }) {
-  const { x: steps, y } = Object.hasOwn(run.series, metric) ? run.series[metric] : { x: [], y: [] }, place = placed(run, axis);
+  const { x: steps, y, infinite } = Object.hasOwn(run.series, metric) ? run.series[metric] : { x: [], y: [], infinite: [] }, place = placed(run, axis);
   const at = steps.map(place), kept = at.map((_, index) => index).filter((index) => at[index] >= (from ?? -Infinity) && at[index] <= (to ?? Infinity));
   const end = kept.findLast((index) => y[index] !== null);
-  return { x: kept.map((index) => at[index]), y: kept.map((index) => y[index]), last: end === undefined ? null : [at[end], y[end]], n: kept.length };
+  return { x: kept.map((index) => at[index]), y: kept.map((index) => y[index]), infinite: infinite.map(([step, sign]) => [place(step), sign]), last: end === undefined ? null : [at[end], y[end]], n: kept.length };
 }
 
 /** From a step to its place on an axis. */

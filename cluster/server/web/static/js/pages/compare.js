@@ -10,6 +10,7 @@ import { DASH, compact, loss, middle, number, plain, sharedPrefix, whole } from 
 import { calmly, fresh, listen } from "../live.js";
 import { change, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
+import { groupName, grouped, groupings, meanOf, spread } from "./compare_groups.js";
 import { AXES, SCALES, scaleOf, toggled, xFormats } from "./run_charts.js";
 
 const METRICS = [["loss", "loss"], ["eval_loss", "held-out"], ["grad_norm", "grad_norm"], ["tokens_per_second", "tokens/s"]];
@@ -74,6 +75,11 @@ class Compare {
     return this.ids.includes(asked) ? asked : this.ids[0];
   }
 
+  /** A key, or what stands for all but the seeds; null: each run is a line. */
+  get by() {
+    return state().get("group");
+  }
+
   get zoom() {
     const query = state(), from = query.get("from"), to = query.get("to");
     return from !== null && to !== null && Number(from) < Number(to) ? [Number(from), Number(to)] : null;
@@ -108,8 +114,18 @@ class Compare {
       el("label", { class: "smooth quiet" }, "smooth", el("input", { type: "range", min: 0, max: 20, "aria-label": "Smoothing", value: state().get("smooth") ?? 6, on: { change: (event) => change({ smooth: event.target.value === "6" ? null : event.target.value }) } }))),
       this.zoom && el("button", { type: "button", on: { click: () => change({ from: null, to: null }) } }, "All"),
       el("div", { class: "space" }), this.adding(),
+      ids.length > 1 && (this.groupSelect = el("select", { class: "group-by", "aria-label": "Group", on: { change: (event) => change({ group: event.target.value }) } })),
       el("label", { class: "quiet baseline" }, "Baseline ", el("select", { on: { change: (event) => change({ base: event.target.value }) } }, ids.map((id) => el("option", { value: id, selected: id === this.baseline }, this.name(id))))));
+    this.offerGroups();
     this.load();
+  }
+
+  /** The keys by which these runs can be grouped, as far as they are known. */
+  offerGroups() {
+    if (!this.groupSelect) return;
+    const known = groupings(this.found?.differs ?? []), by = this.by ?? "";
+    const options = known.some(([each]) => each === by) ? known : [...known, groupName(by)];
+    put(this.groupSelect, options.map(([value, label]) => el("option", { value, selected: value === by }, label)));
   }
 
   adding() {
@@ -136,7 +152,7 @@ class Compare {
     const turn = (this.turn = (this.turn ?? 0) + 1);
     let found;
     try {
-      found = await get("/api/compare", { run: ids, metric, x: axis, points: 800, from: zoom?.[0], to: zoom?.[1], log: scaleOf(state()).includes("x") || null });
+      found = await get("/api/compare", { run: ids, metric, x: axis, points: this.by ? 2000 : 800, from: zoom?.[0], to: zoom?.[1], log: scaleOf(state()).includes("x") || null });
     } catch (error) {
       if (turn === this.turn && !this.closed) put(this.wrong, notice("warning", error.message));
       return;
@@ -146,6 +162,8 @@ class Compare {
     const without = ids.filter((id) => !found.runs[id]?.n);
     put(this.wrong, without.length > 0 && notice("warning", `${without.map((id) => this.name(id)).join(", ")}: nothing of ${metric} by ${axis} is recorded.`));
     this.found = found;
+    this.groups = grouped(ids, found.differs, this.by);
+    this.offerGroups();
     this.say(ids, axis);
     this.draw(ids, found.runs);
     this.tables(ids, baseline, found.differs);
@@ -155,11 +173,22 @@ class Compare {
     const rows = ids.map((id) => runs.row(id)).filter((row) => row.eval_loss !== null).sort((a, b) => a.eval_loss - b.eval_loss);
     const data = new Set(ids.map((id) => runs.row(id).data));
     const by = AXES.find(([name]) => name === axis)[1];
+    if (this.groups) {
+      const means = this.groups.map(({ label, ids: own }) => ({ label, ...this.ends(own) })).filter(({ n }) => n).sort((a, b) => a.mean - b.mean);
+      const lowest = means.length > 1 ? `${means[0].label} ends lowest: ${band(means[0])}.` : means.length ? `They end at ${band(means[0])}.` : "";
+      put(this.title, `${ids.length} runs in ${this.groups.length} group${this.groups.length === 1 ? "" : "s"} by ${by === "step" ? "steps" : by}. `, el("span", { class: "rest" }, data.size > 1 ? "They have different data: their losses do not compare." : lowest));
+      return;
+    }
     const start = ids.length === 1 ? "1 run. " : `${ids.length} runs by ${by === "step" ? "steps" : by}. `;
     const [first, next] = rows, unequal = next && first.tokens !== next.tokens; // a longer run is lower anyway
     const after = unequal ? `, after ${compact(first.tokens)} ${first.unit} against ${compact(next.tokens)}` : "";
     const best = next ? `${this.name(first.id)} ends lowest: ${loss(first.eval_loss)}, ${(next.eval_loss - first.eval_loss).toFixed(3)} below the next${after}.` : ids.length === 1 ? "Add another to compare it with." : "";
     put(this.title, start, el("span", { class: "rest" }, data.size > 1 ? "They have different data: their losses do not compare." : best));
+  }
+
+  /** Held-out losses at the end of runs: how many, their mean and standard deviation. */
+  ends(ids) {
+    return spread(ids.map((id) => runs.row(id).eval_loss).filter((value) => value !== null));
   }
 
   draw(ids, lines) {
@@ -168,11 +197,17 @@ class Compare {
     const looks = together(ids), prefix = sharedPrefix(ids.map((id) => this.name(id))), short = (id) => middle(this.name(id).slice(prefix.length), 24);
     const shown = ids.map((id, index) => [id, looks[index], lines[id]]).filter(([, , line]) => line?.n);
     const range = zoom ?? [Math.min(0, ...shown.map(([, , { x }]) => x[0])), Math.max(0, ...shown.map(([, , { x }]) => x.at(-1)))];
-    const all = shown.map(([id, { name, dash }, line]) => ({ id, series: curve(line, { colour: name, dash, share, label: short(id), span: range[1] - range[0], logX }) }));
+    const alone = ([id, { name, dash }, line], label) => curve(line, { colour: name, dash, share, label, span: range[1] - range[0], logX });
+    const all = !this.groups ? shown.map((each) => ({ ids: [each[0]], label: short(each[0]), series: alone(each, short(each[0])) })) : this.groups.flatMap(({ label, ids: own }) => {
+      const members = shown.filter(([id]) => own.includes(id)), [first] = members;
+      if (!first) return [];
+      const named = `${label}${own.length > 1 ? ` (${own.length})` : ""}`, of = (member) => alone(member, named).at(-1);
+      return { ids: own, label: named, series: members.length > 1 ? meanOf(members.map(of), { colour: first[1].name, dash: first[1].dash, label: named }) : alone(first, named) };
+    });
     const axisName = AXES.find(([each]) => each === axis)[1];
     const isLoss = (metric === "loss" || metric === "eval_loss") && ids.every((id) => runs.row(id).unit === "tokens");
-    const unit = `${isLoss ? "nats per token, " : ""}by ${axisName}${prefix ? `; all are ${prefix}…` : ""}`;
-    const base = all.find(({ id }) => id === baseline)?.series.at(-1);
+    const unit = `${isLoss ? "nats per token, " : ""}by ${axisName}${this.groups ? "; mean and standard deviation" : prefix ? `; all are ${prefix}…` : ""}`;
+    const base = all.find(({ ids: own }) => own.includes(baseline))?.series.at(-1);
     const settings = [axis, metric, unit, innerWidth < 640].join();
     if (this.settings !== settings) {
       this.settings = settings;
@@ -185,13 +220,13 @@ class Compare {
       this.chart = new Chart(this.overlay, { ...options, name: metric, unit, height: tall, zero: !isLoss, tip: true, format: (value, digits = 4) => (Math.abs(value) >= 1000 ? compact(value, digits) : number(value, digits)), beside: (each, x, value) => this.beside(each, x, value) });
       this.differences = new Chart(this.difference, { ...options, name: "Difference from the baseline", unit: isLoss ? "nats per token; below zero is better" : "", height: tall * 0.5, zero: false, format: signed });
     }
-    for (const { id, series } of all) {
+    for (const { label, series } of all) {
       const main = series.at(-1);
-      Object.assign(main, { id, end: main.end ?? main.last, said: short(id) });
+      Object.assign(main, { end: main.end ?? main.last, said: middle(label, 32) });
     }
     this.base = base;
     this.chart.set({ series: [...all.flatMap(({ series }) => series.slice(0, -1)), ...all.map(({ series }) => series.at(-1))], range, log, logX });
-    const others = base ? all.filter(({ id }) => id !== baseline).map(({ series }) => {
+    const others = base ? all.filter(({ series }) => series.at(-1) !== base).map(({ series }) => {
       const { x, y, colour, dash, label } = series.at(-1);
       const differs = y.map((value, at) => {
         const other = valueAt(base.x, base.y, x[at]);
@@ -210,7 +245,7 @@ class Compare {
   }
 
   beside(each, x, value) {
-    if (!this.base || each.id === this.baseline) return "baseline";
+    if (!this.base || each === this.base) return "baseline";
     const other = valueAt(this.base.x, this.base.y, x);
     return other === null ? "" : signed(value - other);
   }
@@ -220,12 +255,12 @@ class Compare {
     const prefix = sharedPrefix(ids.map((id) => this.name(id)));
     put(this.list, el("h2", {}, "Runs", el("small", {}, "held-out loss at the end")), el("table", { class: "plain" },
       el("thead", {}, el("tr", {}, ["run", "loss", "difference", "tokens", "leave out"].map((name, index) => el("th", { class: index ? "number" : "" }, index === 4 ? el("span", { class: "for-readers" }, name) : name)))),
-      el("tbody", {}, rows.map((row, index) => el("tr", {},
-        el("td", {}, swatch(looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
+      (this.groups ?? [{ ids }]).map(({ label, ids: members }) => el("tbody", {}, label && this.groupRow(label, members, baseline, looks[ids.indexOf(members[0])]), rows.map((row, index) => members.includes(row.id) && el("tr", {},
+        el("td", { class: label ? "member" : "" }, swatch(label ? looks[ids.indexOf(members[0])] : looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
         el("td", { class: "number" }, el("b", {}, loss(row.eval_loss))),
         el("td", { class: "number quiet" }, row.id === baseline || row.eval_loss === null || own.eval_loss === null ? "" : decimals(row.eval_loss - own.eval_loss)),
         el("td", { class: "number quiet" }, compact(row.tokens)),
-        el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×")))))));
+        el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×"))))))));
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
       ? el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Keys that differ" }, el("table", { class: "plain keys-table" },
@@ -234,6 +269,13 @@ class Compare {
           const text = value === null ? DASH : plain(value);
           return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 3 ? 8 : ids.length > 2 ? 12 : 22));
         })))))) : el("p", { class: "quiet" }, "None: their configs are the same."));
+  }
+
+  groupRow(label, ids, baseline, look) {
+    const ends = this.ends(ids), base = !ids.includes(baseline) && this.ends(this.groups.find((each) => each.ids.includes(baseline)).ids);
+    return el("tr", {}, el("td", { title: label }, swatch(look), el("b", {}, middle(label, 30)), ` ${ids.length} run${ids.length === 1 ? "" : "s"}`),
+      el("td", { class: "number" }, ends ? [el("b", {}, loss(ends.mean)), ends.n > 1 && el("span", { class: "unit" }, `±${loss(ends.deviation)}`)] : DASH),
+      el("td", { class: "number quiet" }, ends && base ? decimals(ends.mean - base.mean) : ""), el("td"), el("td"));
   }
 
   save(kind) {
@@ -259,6 +301,7 @@ class Compare {
 }
 
 const swatch = ({ name, dash }) => el("span", { class: dash ? "swatch dashed" : "swatch", style: { "--own": `var(${name})` } });
+const band = ({ n, mean, deviation }) => (n > 1 ? `${loss(mean)} ± ${loss(deviation)}` : loss(mean));
 const signed = (value) => (value === 0 ? "0" : `${value > 0 ? "+" : "−"}${number(Math.abs(value), 3)}`);
 /** A difference of losses, of as many decimals as losses have. */
 const decimals = (value) => (Math.abs(value) < 5e-4 ? "0.000" : `${value > 0 ? "+" : "−"}${loss(Math.abs(value))}`);

@@ -319,7 +319,8 @@ class Runs {
 
   compare() {
     const picked = [...this.selected];
-    if (picked.length > 1) go(`/compare?${new URLSearchParams(picked.map((id) => ["run", id]))}`);
+    const by = state().get("group");
+    if (picked.length > 1) go(`/compare?${new URLSearchParams([...picked.map((id) => ["run", id]), ...(by?.includes(".") ? [["group", by]] : [])])}`);
   }
 
   key(key) {
