@@ -3,17 +3,15 @@
 import contextlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 from configs.reading.parse import clip
-from trainer.files.plain_json import dump
 
 MOST_KEPT = 32
 MOST_WAITING = 16
@@ -21,19 +19,6 @@ LONGEST = 64 << 20
 """Bytes of an answer."""
 PATIENCE = 600.0
 """Seconds that a piece of work may take; it limits itself to fewer of a core."""
-
-
-def answer_one(work: Callable[[dict[str, Any]], dict[str, Any]], seconds: int, memory: int) -> None:
-    """What such a module does: read its question, and write what `work` makes of it.
-
-    Args:
-        seconds: of a core, after which the process is ended.
-        memory: bytes that it may take.
-    """
-    os.nice(10)  # runs may be trained on this machine
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    sys.stdout.write(dump(work(json.load(sys.stdin))))
 
 
 class Answer(NamedTuple):
@@ -55,7 +40,7 @@ class Work(NamedTuple):
 
 
 class Heavy:
-    """Asks modules that are run as `python -m`: a question as JSON on stdin, the answer as JSON on stdout."""
+    """Asks modules that are run as `python -m` and end with `trainer.processes.answering.answer_one`."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from cluster.server.web.heavy import answer_one
 from cluster.sweep.design.next_run import Best, next_trial
 from cluster.sweep.train.progress import Books, books, read_mapping, read_plan
 from cluster.sweep.train.trial_state import Ledger
@@ -29,6 +28,7 @@ from models.scaling.fitting import Fits, check, fit
 from models.scaling.predictions import Forecast, Prediction
 from models.scaling.scoring import score, to_json
 from models.scaling.table import Table, budgets
+from trainer.processes.answering import answer_one
 from trainer.tracking.sweep import SWEEP, TRIALS
 
 from .collect import collect_folder, loss_curves

@@ -1,6 +1,7 @@
 """A search of topologies as a process of its own: it takes seconds of a core."""
 
-from ..heavy import answer_one
+from trainer.processes.answering import answer_one
+
 from .plan import topologies
 
 SECONDS, MEMORY = 120, 2 << 30
