@@ -148,9 +148,14 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
     def keys(request: Request) -> Response:
         return _json(request, of_runs.keys(view()))
 
-    @app.get("/api/columns")
-    def more_columns(request: Request, key: Annotated[list[str], Query(max_length=50)]) -> Response:
-        return _json(request, of_runs.columns(view(), key))
+    @app.get("/api/columns", response_model=responses.RunColumns)
+    def more_columns(
+        request: Request,
+        key: Annotated[list[str], Query(max_length=50)],
+        since: Annotated[str, Query(max_length=50)] = "",
+        run: Annotated[str, Query(max_length=10_000)] = "",
+    ) -> Response:
+        return _json(request, of_runs.columns(view(), key, since, run))
 
     @app.get("/api/runs/{id}", response_model=responses.Details)
     def run(request: Request, id: str) -> Response:

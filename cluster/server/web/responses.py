@@ -79,6 +79,19 @@ class Runs(BaseModel):
     """Ids of rows that are there no more, likewise."""
 
 
+class RunColumns(BaseModel):
+    """Columns of config keys and metrics, beside those of `Runs`."""
+
+    version: str
+    ids: list[str] | None
+    """Of the runs whose values these are: those that have changed or come since the version that was asked with; None:
+    of all, in their order."""
+    gone: list[str]
+    late: int
+    """Runs whose records have not been read yet: their values are older, or null."""
+    columns: dict[str, list[Any]]
+
+
 class Checkpoint(BaseModel):
     step: int
     time: float

@@ -66,27 +66,43 @@ class ColumnsOfRuns:
                 self._keys = view.version, told
             return self._keys[1]
 
-    def columns(self, view: View, keys: Sequence[str]) -> dict[str, Any]:
-        """A value for each run, in the order of the table, under each key."""
+    def columns(self, view: View, keys: Sequence[str], since: str = "", run: str = "") -> dict[str, Any]:
+        """As `responses.RunColumns`: a value for each run, for those that are others than in a version, or for one."""
+        changed = {run} if run else view.since(since) if since else None
+        entries: Sequence[Entry] = view.entries
+        told: dict[str, Any] = {"version": view.version, "ids": None, "gone": []}
+        if changed is not None:
+            entries = [view.entries[place] for place in sorted(view.place[id] for id in changed if id in view.place)]
+            told |= {"ids": [entry.row.id for entry in entries], "gone": sorted(changed - view.place.keys())}
+        late: set[str] = set()
         until = time.monotonic() + PATIENCE
-        return {key: self._column(view, key, until) for key in keys}
+        told["columns"] = {key: self._column(entries, key, until, late) for key in keys}
+        return told | {"late": len(late)}
 
-    def _column(self, view: View, key: str, until: float) -> list[Any]:
+    def _column(self, entries: Sequence[Entry], key: str, until: float, late: set[str]) -> list[Any]:
         if not key.startswith(METRIC):
-            return [value_of(entry.config, key) for entry in view.entries]
+            return [value_of(entry.config, key) for entry in entries]
         name, _, how = key.removeprefix(METRIC).partition(":")
         if how in ("", LAST):
-            return [value_of((entry.metrics,), name) for entry in view.entries]
+            return [value_of((entry.metrics,), name) for entry in entries]
         if how not in (BEST, MAX) and not MEAN.fullmatch(how):
-            return [None] * len(view.entries)
-        return [self._of_record(entry, name, how, until) for entry in view.entries]
+            return [None] * len(entries)
+        return [self._of_record(entry, name, how, until, late) for entry in entries]
 
-    def _of_record(self, entry: Entry, name: str, how: str, until: float) -> float | None:
-        """The least or the greatest value of a metric, or the mean of its last ones."""
+    def _of_record(self, entry: Entry, name: str, how: str, until: float, late: set[str]) -> float | None:
+        """The least or the greatest value of a metric, or the mean of its last ones.
+
+        Args:
+            until: when records are read no longer.
+            late: gets the ids of the runs whose values are not of now because of that.
+        """
         place, now = (entry.run.folder, name, how), entry.run.signature[:4]
         known = self._known.get(place)
         if known is None or known[0] != now:
-            if time.monotonic() > until or name not in entry.metrics.keys:
+            if name not in entry.metrics.keys:
+                return known[1] if known else None
+            if time.monotonic() > until:
+                late.add(entry.row.id)
                 return known[1] if known else None
             try:
                 value = self._columns.read(entry.run.folder, lambda kept: _value(kept.columns, name, how))

@@ -12,7 +12,7 @@ import pytest
 from dashboards import serving, write_run
 from support import tiny, train_in_process
 
-from cluster.server.web.pages import details
+from cluster.server.web.pages import columns_of_runs, details
 from trainer.record.goodput import goodput, productive, total
 from trainer.record.lines import Record, read_events, read_metrics, summary
 from trainer.run.folder import prepare_run
@@ -187,7 +187,9 @@ def test_keys_and_columns(dashboard, trained):
         "key=optim.lr&key=nothing&key=metric:loss&key=metric:loss:best&key=metric:loss:mean10&key=metric:grad_norm:best"
         "&key=metric:loss:mean3&key=metric:loss:max&key=metric:loss:mean0&key=metric:loss:mean&key=metric:loss:mean10000"
     )
-    told = dashboard.get(f"/api/columns?{asked}").json
+    whole = dashboard.get(f"/api/columns?{asked}").json
+    assert (whole["ids"], whole["gone"], whole["late"]) == (None, [], 0)
+    told = whole["columns"]
     order = dashboard.get("/api/runs").json["columns"]["id"]
     mine, other = order.index("trained"), order.index("failed")
     losses = [record["loss"] for record in read_metrics(trained) if "loss" in record]
@@ -201,6 +203,36 @@ def test_keys_and_columns(dashboard, trained):
     for unknown in ("mean0", "mean", "mean10000"):
         assert told[f"metric:loss:{unknown}"] == [None, None]
     assert told["metric:grad_norm:best"][other] is None
+    one = dashboard.get(f"/api/columns?{asked}&run=failed").json
+    assert (one["ids"], one["columns"]) == (["failed"], {key: [values[other]] for key, values in told.items()})
+    none = dashboard.get(f"/api/columns?{asked}&since={whole['version']}").json
+    assert (none["ids"], none["columns"]) == ([], {key: [] for key in told})
+
+
+def test_columns_of_what_has_changed(tmp_path, monkeypatch):
+    for number in range(5):
+        write_run(tmp_path / f"run-{number}", lr=0.1 * number)
+    with serving([tmp_path]) as server:
+        server.look()
+        asked = "/api/columns?key=optim.lr&key=metric:loss:best"
+        before = server.get(asked).json
+        assert before["columns"]["optim.lr"] == [0.1 * number for number in range(5)]
+        shutil.rmtree(tmp_path / "run-1")
+        write_run(tmp_path / "new", lr=7.0)
+        record = Record(tmp_path / "run-3", 1)
+        record.metrics({"step": 5, "loss": 0.01})
+        record.close()
+        server.look()
+        after = server.get(f"{asked}&since={before['version']}").json
+        values = dict(zip(after["ids"], zip(*after["columns"].values(), strict=True), strict=True))
+        assert values == {"new": (7.0, 0.25), "run-3": (pytest.approx(0.3), 0.01)}
+        assert after["gone"] == ["run-1"]
+        assert after["version"] == server.get("/api/runs").json["version"]
+        for unknown in ("x", before["version"] + "9"):
+            assert server.get(f"{asked}&since={unknown}").json["ids"] is None
+        monkeypatch.setattr(columns_of_runs, "PATIENCE", -1.0)
+        late = server.get("/api/columns?key=metric:loss:max").json
+        assert (late["columns"]["metric:loss:max"], late["late"]) == ([None] * 5, 5)
 
 
 def test_comparison(dashboard):

@@ -104,8 +104,9 @@ def test_what_is_under_the_pointer_stays_there(strangers):
     record = Record(run.parent / "another", 1)
     record.event("resolved", began=1.0, derived=[], command="")  # so that it stands before all others
     record.close()
-    with page.expect_response(lambda answer: "/api/columns" in answer.url):
+    with page.expect_response(lambda answer: "/api/columns" in answer.url) as answered:
         server.look()
+    assert answered.value.json()["ids"] == ["another"]
     page.evaluate("new Promise((done) => setTimeout(done, 100))")
     assert rows(page).all_text_contents() == shown
     page.mouse.move(5, 5)

@@ -10,6 +10,7 @@ import { change, go, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Table } from "../table.js";
 import { COLUMNS, MEANED, makeColumn, metricColumns, statistics } from "./runs_columns.js";
+import { MoreColumns } from "./runs_more.js";
 import { Peek } from "./runs_peek.js";
 import { showViews } from "./runs_views.js";
 
@@ -22,7 +23,7 @@ export function open(outlet) {
 
 class Runs {
   constructor(outlet) {
-    this.more = new Map(); // columns that are asked for by their keys, in the order of all runs
+    this.more = new MoreColumns(() => this.show({ calm: true }));
     this.known = null; // {keys, metrics}
     this.unfolded = new Set();
     this.title = el("h1", {}, "Runs");
@@ -61,6 +62,7 @@ class Runs {
 
   close() {
     this.unlisten();
+    this.more.close();
     this.table.close();
     this.peek.close();
     removeEventListener("resize", this.resized);
@@ -71,7 +73,6 @@ class Runs {
       const changed = await runs.refresh();
       fresh();
       if (!changed) return;
-      this.more.clear();
       this.known = null;
       await this.show({ calm: true });
     } catch (error) {
@@ -100,17 +101,12 @@ class Runs {
 
   /** Values of one column in the order of all runs. */
   values(key) {
-    return runs.columns[key] ?? this.more.get(key) ?? [];
+    return runs.columns[key] ?? this.more.values(key) ?? [];
   }
 
-  /** Asks for the columns that are not here yet. */
-  async need(keys) {
-    const missing = [...new Set(keys)].filter((key) => !(key in runs.columns) && !this.more.has(key) && !COLUMNS[key]?.own && key !== "none");
-    if (!missing.length) return;
-    const { etag } = runs;
-    const found = await get("/api/columns", { key: missing });
-    if (etag !== runs.etag) return this.need(keys);
-    for (const key of missing) this.more.set(key, found[key] ?? []);
+  /** Asks for what is missing of these columns. */
+  need(keys) {
+    return this.more.need(keys.filter((key) => !(key in runs.columns) && !COLUMNS[key]?.own && key !== "none"));
   }
 
   /** The test that the filter's text says; throws FilterError. */

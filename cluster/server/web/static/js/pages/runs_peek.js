@@ -8,7 +8,7 @@ import { dialog, el, glyph, notice, put, word } from "../dom.js";
 import { clock, compact, duration, loss, plain, whole } from "../format.js";
 import { runAddress } from "../router.js";
 
-const SHOWN = ["optim.lr", "train.global_batch", "train.steps", "model.num_layers", "model.hidden_size", "model.num_experts", "train.seed"];
+const SHOWN = ["optim.lr", "train.global_batch", "train.steps", "model.num_layers", "model.hidden_size", "model.num_experts", "run.seed"];
 
 export class Peek {
   constructor(changed) {
@@ -62,9 +62,9 @@ export class Peek {
       row.tags?.length > 0 && el("p", { class: "tags" }, row.tags.map((tag) => el("span", { class: "tag" }, tag))));
     this.drop();
     try {
-      const [series, columns] = await Promise.all([
+      const [series, { columns }] = await Promise.all([
         get(runPath(id, "/series"), { metric: ["loss", "eval_loss"], points: 240 }),
-        get("/api/columns", { key: SHOWN }),
+        get("/api/columns", { key: SHOWN, run: id }),
       ]);
       if (this.id !== id || !this.node.isConnected) return;
       const { loss: train, eval_loss: held } = series.metrics;
@@ -72,9 +72,8 @@ export class Peek {
         this.chart = new Chart(place, { name: "loss", height: 150, small: true, zero: false });
         this.chart.set({ series: [...curve(train, { colour: runColour(id), share: 0.03, label: "train" }), ...(held?.n ? [{ ...held, kind: "ring", colour: runColour(id), label: "held-out" }] : [])] });
       }
-      const at = runs.places.get(id);
-      const keys = SHOWN.filter((key) => columns[key]?.[at] !== null && columns[key]?.[at] !== undefined);
-      if (keys.length) put(config, el("h2", {}, "Config"), el("table", { class: "plain" }, keys.map((key) => el("tr", {}, el("td", { class: "mono" }, key), el("td", { class: "mono number" }, plain(columns[key][at]))))));
+      const keys = SHOWN.filter((key) => columns[key][0] !== null && columns[key][0] !== undefined);
+      if (keys.length) put(config, el("h2", {}, "Config"), el("table", { class: "plain" }, keys.map((key) => el("tr", {}, el("td", { class: "mono" }, key), el("td", { class: "mono number" }, plain(columns[key][0]))))));
     } catch (error) {
       if (this.id === id) put(place, el("p", { class: "quiet" }, `Its curve cannot be read: ${error.message}.`));
     }
