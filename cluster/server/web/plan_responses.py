@@ -68,6 +68,8 @@ class SweepStatus(BaseModel):
     """How N is counted."""
     axes: list[str]
     seeds: int
+    unit: str
+    """What its `tokens` count: tokens, or images or nodes of a plugin's family."""
     status: str
     counts: dict[str, int]
     open: int

@@ -24,8 +24,12 @@ def measures_of(config: Config) -> Measures:
     from trainer.run.counted import counts  # torch, which the family's plugin has imported already
 
     found = counts(config)
-    total = found["parameters"]
-    return Measures(Parameters(total, total, 0, 0, 0, 0, 0, total, 0), found["flops_per_example"] or 0.0, 1)
+    return counted_measures(found["parameters"], found["flops_per_example"] or 0.0)
+
+
+def counted_measures(total: int, flops: float) -> Measures:
+    """The measures of a model without formulas, of so many parameters and training FLOPs per example (0: unknown)."""
+    return Measures(Parameters(total, total, 0, 0, 0, 0, 0, total, 0), flops, 1)
 
 
 def unit_of(config: Config) -> str:

@@ -69,7 +69,11 @@ def collect(planned: Plan) -> Table:
 
 
 def collect_folder(
-    sweep_dir: Path, steps: Mapping[str, int], count: str, read: Callable[[Path], Config] = load
+    sweep_dir: Path,
+    steps: Mapping[str, int],
+    count: str,
+    read: Callable[[Path], Config] = load,
+    measure: Callable[[str, Config], Measures] = lambda name, config: measures_of(config),
 ) -> Table:
     """As `collect`, of a sweep's folder.
 
@@ -77,6 +81,7 @@ def collect_folder(
         steps: train.steps of each trial, by its name.
         count: how N is counted.
         read: a trial's config from its file.
+        measure: the measures of a trial's model, by its name and config.
     """
     standings = Ledger(sweep_dir).standings(steps)
     rows, excluded = [], []
@@ -84,21 +89,22 @@ def collect_folder(
         if why := _unusable(standing):
             excluded.append((name, why))
         else:
-            rows.append(read_row(sweep_dir / TRIALS / name, standing, read))
+            rows.append(read_row(sweep_dir / TRIALS / name, standing, read, measure))
     excluded += [(row.name, "its FLOPs could not be counted") for row in rows if not row.flops]
     rows, worse = best_of_rates([row for row in rows if row.flops])
     return usable(table_of(rows, count, [*excluded, *worse]))
 
 
-def read_row(run_dir: Path, standing: Standing, read: Callable[[Path], Config] = load) -> Row:
+def read_row(
+    run_dir: Path, standing: Standing, read: Callable[[Path], Config], measure: Callable[[str, Config], Measures]
+) -> Row:
     """A finished trial. Raises ConfigError if its config cannot be read."""
     config = read(run_dir / "config.yaml")
     started = [event for event in read_events(run_dir) if event["event"] == "attempt_started"]
     inputs: list[Mapping[str, Any]] = started[-1].get("inputs", []) if started else []
     assert standing.eval_loss is not None
-    return Row(
-        run_dir.name, config, standing.eval_loss, recipe_of(config, inputs), _unique(inputs), measures_of(config)
-    )
+    measures = measure(run_dir.name, config)
+    return Row(run_dir.name, config, standing.eval_loss, recipe_of(config, inputs), _unique(inputs), measures)
 
 
 def recipe_of(config: Config, inputs: Sequence[Mapping[str, Any]]) -> str:

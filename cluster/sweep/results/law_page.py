@@ -14,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from cluster.sweep.design.measures import Measures, counted_measures, measures_of
 from cluster.sweep.design.next_run import Best, next_trial
 from cluster.sweep.train.progress import Books, books, read_mapping, read_plan
 from cluster.sweep.train.trial_state import Ledger
 from configs import Config, ConfigError, preset_names
 from configs.load import from_dict, refuse_outside
+from configs.sections.family import DECODER
 from configs.sweep.definition import SweepConfig, nested, sweep_from_dict
 from configs.units import scientific
 from models.planning.cost import has_formulas
@@ -63,25 +65,34 @@ class Folder:
         return any(found.is_relative_to(root) for root in self.roots)
 
     def read(self, path: Path) -> Config:
-        """The config of a run."""
+        """The config of a run whose family has formulas."""
+        config = self.read_trial(path)
+        if not has_formulas(config.model):
+            raise ConfigError(f"the family {config.model.family} is counted by its plugin, which is not loaded here")
+        return config
+
+    def read_trial(self, path: Path) -> Config:
+        """The config of a trial; of a plugin's family as it stands there, as the plugin is not loaded to check it."""
         if not self.may_read(path):
             raise ConfigError(f"{path.name} lies in none of the folders of runs")
         tree = read_mapping(path)
         model = tree.get("model")
-        family = model.get("family", "decoder") if isinstance(model, Mapping) else "decoder"
-        if family != "decoder":
-            raise ConfigError(
-                f"the family {family} is counted by its plugin, which is not loaded here: `muster sweep fit` fits it"
-            )
+        if isinstance(model, Mapping) and model.get("family", DECODER) != DECODER:
+            tree.pop("plugins", None)
         refuse_outside(tree, path.name)
-        config = from_dict(tree, where=f"{path.parent.name}/{path.name}")
-        assert has_formulas(config.model)
-        return config
+        return from_dict(tree, where=f"{path.parent.name}/{path.name}")
+
+    def measure(self, trial: str, config: Config) -> Measures:
+        """Of a plugin's family as the sweep's plan has them."""
+        if has_formulas(config.model):
+            return measures_of(config)
+        item = next(item for item in self.items if item.name == trial)
+        return counted_measures(item.parameters["total"], item.flops / item.tokens)
 
     def table(self) -> Table:
         trials = {item.name: item.steps for item in self.items}
         there = {trial: steps for trial, steps in trials.items() if not (self.path / TRIALS / trial).is_symlink()}
-        return collect_folder(self.path, there, self.sweep.count, self.read)
+        return collect_folder(self.path, there, self.sweep.count, self.read_trial, self.measure)
 
     def books(self) -> Books:
         """Where the devices' time went."""
@@ -134,7 +145,7 @@ def told(folder: Folder, budget: float | None = None, max_budget: float | None =
 
 def _fits(folder: Folder, table: Table) -> Fits:
     bootstraps = min(1000, MOST_BOOTSTRAPS, MOST_DRAWN // len(table))
-    curves = None if folder.sweep.isoflop else loss_curves(folder.path, table, folder.read)
+    curves = None if folder.sweep.isoflop else loss_curves(folder.path, table, folder.read_trial)
     return fit(table, bootstraps=bootstraps, curves=curves)
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -126,12 +128,27 @@ def test_a_fit_reads_parameters_and_examples(tmp_path, images):
     setting = Setting(sweep_from_dict(tree_of_sweep | {"axes": {"model.width": [4, 8]}}))
     planned, record = setting.plan(), begun(setting.sweep)
     write_plan(setting.sweep_dir, planned)
+    setting.write_sweep()
     for trial, loss in zip(planned.trials, (1.5, 1.0), strict=True):
         as_trained(setting, trial, record, loss=loss)
     table = collect(known_plan(setting.sweep)).counted_as("total")
     assert (table.n.tolist(), table.d.tolist(), table.loss.tolist()) == ([375, 1323], [16 * STEPS] * 2, [1.5, 1.0])
     assert table.c.tolist() == [trial.flops for trial in planned.trials]
     assert "5 held-out examples" in table.recipe[0]
+    # A page, which loads no plugin, has the same from the sweep's plan.
+    for path in (setting.sweep_dir / "trials").glob("*/config.yaml"):
+        path.write_text(path.read_text().replace("convnet.py", "gone.py"))
+    code = f"""
+from cluster.sweep.results.law_page import Folder
+from pathlib import Path
+import sys
+table = Folder(Path({str(setting.sweep_dir)!r}), [Path({str(tmp_path)!r})]).table()
+assert "torch" not in sys.modules
+print([each.tolist() for each in (table.n, table.d, table.c, table.loss)], list(table.recipe))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    columns = [each.tolist() for each in (table.n, table.d, table.c, table.loss)]
+    assert shown.strip() == f"{columns} {list(table.recipe)}"
 
 
 def test_a_tracker_gets_what_is_counted_and_drawn(tmp_path, clean, quiet_shipper):

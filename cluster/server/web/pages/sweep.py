@@ -104,6 +104,7 @@ class Sweeps:
             "design": design.design.__class__.__name__.removesuffix("Design").lower() if design else None,
             "count": design.count if design else "active", "axes": axes, "trials": trials,
             "seeds": len(design.seeds) if design else 1,
+            "unit": next((entry.row.unit for entry in sweep.entries.values() if entry.row.step), "tokens"),
         }  # fmt: skip
 
     def progress(self, sweep: Swept) -> Progress:

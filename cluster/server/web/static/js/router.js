@@ -1,5 +1,7 @@
 /** Pages by address. What a page shows is in its address, so that it can be sent and gone back to. */
 
+import { el } from "./dom.js";
+
 const routes = [];
 let outlet = null, now = null, before = () => {};
 
@@ -75,3 +77,6 @@ export function start(node, changed) {
 }
 
 export const runAddress = (id) => `/run/${encodeURIComponent(id)}`;
+
+/** A link to a run, by its id; without one, a text. */
+export const linked = (id, props, text) => (id ? el("a", { ...props, href: runAddress(id) }, text) : el("span", { ...props, class: "quiet" }, text));

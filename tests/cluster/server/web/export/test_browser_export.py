@@ -70,5 +70,18 @@ def test_an_exported_page_needs_no_server(browser, root, tmp_path, tiny_data):
     page.goto(f"file://{tmp_path}/sweep-{setting.sweep.name}.html")
     expect(page.locator("h1")).to_contain_text("Held-out loss 1.250, of 1 finished trial")
     expect(page.locator(".trials-table .rows .row")).to_have_count(2)
+    assert page.locator("main a").count() == 0  # its trials were not exported
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    page.keyboard.press("Escape")
+    expect(page.locator("h1")).to_contain_text("Held-out loss 1.250")
+    write_pages(opened([setting.sweep_dir / "trials" / planned.name]), tmp_path, print, [setting.sweep_dir])
+    page.reload()
+    page.locator(".trials-table").get_by_role("link", name=planned.name).click()
+    expect(page.locator("h1")).to_contain_text(planned.name)
+    with page.expect_download() as saved:
+        page.keyboard.press("e")
+    saved.value.save_as(tmp_path / "loss.csv")
+    assert (tmp_path / "loss.csv").read_text().startswith("step,train,held-out\n")
     assert [text for text in watched.wrong if not text.startswith(f"asked outside: file://{tmp_path}/")] == []
     context.close()

@@ -120,7 +120,7 @@ def test_the_law_is_that_of_the_command_line(dashboard, isoflop, muster):
 
 def test_too_little_for_a_law_is_said(dashboard, grid):
     found = asked(dashboard, "/api/sweeps/grid/law")["law"]
-    assert found["missing"] == "2 runs at 2 budgets: a scaling law needs at least 3 budgets"
+    assert found["missing"] == "2 runs in 2 octaves of FLOPs: a scaling law needs at least 3 budgets"
     assert [each["run"] for each in found["excluded"]] == [trial.name for trial in grid[1][2:]]
     assert found["time"]["total"] >= found["time"]["seconds"]["step"] > 0
     for wrong in ("budget=0", "budget=x", "budget=1e400", "max_budget=-1", "max_budget=nan"):

@@ -1,6 +1,7 @@
 /** The one page of a file. What it shows is behind the # of its address. */
 
 import { told } from "./api.js";
+import { el } from "../dom.js";
 
 let page = null;
 
@@ -21,10 +22,12 @@ export function change(parameters) {
   page?.update?.(state());
 }
 
-export const go = (address) => void (address !== "#" && (location.href = address));
+export const go = (address) => void (location.href = address);
 export const here = (query) => `#${query}`;
 export const current = () => page;
-export const runAddress = (id) => told.files[id] ?? "#";
+/** Of a run that was exported beside it; others have none. */
+export const runAddress = (id) => told.files[id];
+export const linked = (id, props, text) => (told.files[id] ? el("a", { ...props, href: told.files[id] }, text) : el("span", { ...props, class: "quiet" }, text));
 
 export function start(shown) {
   page = shown;

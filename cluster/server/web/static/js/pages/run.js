@@ -34,7 +34,7 @@ class Run {
     const soon = calmly(() => this.refresh(), 400);
     this.unlisten = listen((ids) => (!ids.size || ids.has(id)) && soon());
     this.timer = setInterval(() => this.details && this.sayNumbers(), 1000);
-    titled(id, [["[ ]", "previous, next run"], ["1 – 6", "sections"], ["x", "axis"], ["l", "log"], ["drag", "zoom"], ["esc", "back"]]);
+    titled(id, [["[ ]", "previous, next run"], ["1 – 6", "sections"], ["x", "axis"], ["l", "log"], ["drag", "zoom"], ["e", "export"], ["esc", "back"]]);
     this.refresh();
   }
 

@@ -3,6 +3,7 @@
 import { get, runPath } from "../api.js";
 import { Chart } from "../charts/chart.js";
 import { curve } from "../charts/curves.js";
+import { saveCsv } from "../charts/export.js";
 import { runColour } from "../colours.js";
 import { choice, el, empty, folded, notice, put } from "../dom.js";
 import { compact, duration, loss, number, tick, whole } from "../format.js";
@@ -267,6 +268,7 @@ export class Charts {
     if (key === "x") change({ x: AXES[(at + 1) % AXES.length][0] === "step" ? null : AXES[(at + 1) % AXES.length][0], from: null, to: null });
     else if (key === "l") change({ log: toggled(this.scale) });
     else if (key === "m") this.find.select();
+    else if (key === "e" && this.chart) saveCsv({ xName: this.axisName, series: this.chart.shown.series }, `${this.id.replace(/[^\w.-]/g, "_")}-loss`);
     else if (key === "Escape" && this.zoom) change({ from: null, to: null });
     else return false;
     return true;

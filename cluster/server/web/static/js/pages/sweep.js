@@ -4,11 +4,11 @@ import { get, readOnly } from "../api.js";
 import { choice, el, empty, glyph, notice, put } from "../dom.js";
 import { DASH, ago, clock, compact, duration, loss, middle, number, percent, plain, whole } from "../format.js";
 import { announce, calmly, fresh, listen } from "../live.js";
-import { change, go, runAddress, state } from "../router.js";
+import { change, go, linked, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
 import { Table } from "../table.js";
 import { Axes } from "./sweep_axes.js";
-import { Law, flops, short, told } from "./sweep_law.js";
+import { Law, flops, nats, short, told } from "./sweep_law.js";
 
 const KINDS = { finished: "finished", running: "running", waiting: "waiting", stopped: "stopped", failed: "failed", diverged: "failed" };
 const KEYS = [["t", "trials"], ["p", "predict at"], ["j k", "down, up"], ["↵", "open trial"], ["esc", "back"]];
@@ -69,7 +69,7 @@ class Sweep {
     this.wrong = el("div");
     this.lawNode = el("div");
     this.trialsHead = el("h2", { id: "trials", tabindex: "-1" }, "Trials");
-    this.table = new Table({ label: "Trials", opened: (row) => row.run && go(runAddress(row.run)), chosen: () => {}, sorted: (key) => change({ sort: key }), height: ROW });
+    this.table = new Table({ label: "Trials", opened: (row) => this.enter(row), chosen: () => {}, sorted: (key) => change({ sort: key }), height: ROW });
     this.tableBox = el("div", { class: "trials-table" }, this.table.node);
     this.axesNode = el("div");
     outlet.append(el("div", { class: "sweep" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.others), this.progress, this.wrong, this.lawNode, this.axesNode, (this.trials = el("section", { hidden: true }, this.trialsHead, this.tableBox))));
@@ -169,7 +169,7 @@ class Sweep {
     }
     if (this.known && (this.bySize || this.known.chosen)) {
       this.drawn ??= new Law(this.lawNode);
-      this.drawn.show(this.known, { byName: this.byName, colours: this.colours });
+      this.drawn.show(this.known, { byName: this.byName, colours: this.colours, unit: found.unit });
     }
     this.showTrials();
   }
@@ -245,11 +245,11 @@ class Sweep {
       ...Object.fromEntries(found.axes.map((key) => [key, (trial) => trial.values[key]])),
     };
     const columns = [
-      { key: "name", label: "trial", width: "minmax(200px, 2fr)", class: "name", sortable: true, cell: (trial) => [el("span", { class: "state" }, glyph(KINDS[trial.state] ?? "not started", true)), several && el("span", { class: "swatch", style: { "--own": this.colours.get(trial.variant), "margin-right": "7px" } }), trial.run ? el("a", { href: runAddress(trial.run), title: trial.name, "data-focus": "name" }, middle(trial.name, 34)) : el("span", { class: "quiet", title: trial.name }, middle(trial.name, 34))] },
+      { key: "name", label: "trial", width: "minmax(200px, 2fr)", class: "name", sortable: true, cell: (trial) => [el("span", { class: "state" }, glyph(KINDS[trial.state] ?? "not started", true)), several && el("span", { class: "swatch", style: { "--own": this.colours.get(trial.variant), "margin-right": "7px" } }), linked(trial.run, { title: trial.name, "data-focus": "name" }, middle(trial.name, 34))] },
       ...found.axes.map((key) => ({ key, label: key.split(".").at(-1), title: key, width: "minmax(64px, 1fr)", class: "number", sortable: true, cell: (trial) => cell(trial.values[key]) })),
       { key: "budget", label: "FLOPs", width: "72px", class: "number", sortable: true, cell: (trial) => flops(trial.budget ?? trial.flops) },
       { key: "n", label: `N, ${found.count.replaceAll("_", " ")}`, width: "minmax(80px, 0.7fr)", class: "number", sortable: true, cell: (trial) => compact(count(trial)) },
-      { key: "tokens", label: "tokens", width: "72px", class: "number", sortable: true, cell: (trial) => compact(trial.tokens) },
+      { key: "tokens", label: found.unit, width: "72px", class: "number", sortable: true, cell: (trial) => compact(trial.tokens) },
       { key: "step", label: "step", width: "minmax(110px, 0.8fr)", class: "number", sortable: true, cell: (trial) => (trial.step ? [whole(trial.step), el("span", { class: "unit" }, ` of ${whole(trial.steps)}`)] : el("span", { class: "missing" }, `of ${whole(trial.steps)}`)) },
       { key: "loss", label: "train loss", width: "76px", class: "number quiet", sortable: true, cell: (trial) => loss(trial.loss) },
       { key: "eval_loss", label: "held-out loss", width: "minmax(96px, 2fr)", class: "result", sortable: true, cell: (trial) => this.result(trial) },
@@ -262,13 +262,18 @@ class Sweep {
       const of = values[key], sign = descending ? -1 : 1;
       rows = rows.toSorted((a, b) => compared(of(a), of(b), sign));
     }
-    const settings = JSON.stringify([asked, found.axes, found.count, several, few === columns]);
+    const settings = JSON.stringify([asked, found.axes, found.count, found.unit, several, few === columns]);
     if (this.settings !== settings) this.table.setColumns(few, asked);
     else this.table.columns = few;
     this.settings = settings;
     this.tableBox.style.height = `${Math.min(rows.length, SHOWN) * ROW + 44}px`;
     this.table.setRows(rows, (trial) => trial.name);
-    put(this.trialsHead, "Trials", el("small", {}, `${whole(rows.length)}, on held-out data in nats per token`));
+    put(this.trialsHead, "Trials", el("small", {}, `${whole(rows.length)}, on held-out data${nats(found.unit)}`));
+  }
+
+  enter(trial) {
+    const address = trial?.run && runAddress(trial.run);
+    if (address) go(address);
   }
 
   result(trial) {
@@ -285,8 +290,8 @@ class Sweep {
       this.field.focus();
       this.field.select();
     } else if (key === "j" || key === "k") this.table.move(key === "j" ? 1 : -1);
-    else if (key === "Enter" && this.table.rows[this.table.active]?.run) go(runAddress(this.table.rows[this.table.active].run));
-    else if (key === "Escape") go("/sweep");
+    else if (key === "Enter") this.enter(this.table.rows[this.table.active]);
+    else if (key === "Escape" && !readOnly) go("/sweep");
     else return false;
     return true;
   }

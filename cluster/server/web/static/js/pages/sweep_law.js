@@ -4,7 +4,7 @@ import { Plane } from "../charts/plane.js";
 import { command } from "../copy.js";
 import { dialog, el, put, svg } from "../dom.js";
 import { DASH, compact, loss, middle, number, percent, plain } from "../format.js";
-import { runAddress } from "../router.js";
+import { linked } from "../router.js";
 
 /** Of models whose experts are as wide as the dense layer that is not worth a word. */
 export const short = (kind) => kind.replace(/, G = 1$/, "");
@@ -41,8 +41,8 @@ export class Law {
     this.frontier?.destroy();
   }
 
-  show(law, { byName, colours }) {
-    Object.assign(this, { law, byName, colours });
+  show(law, { byName, colours, unit }) {
+    Object.assign(this, { law, byName, colours, unit });
     const kinds = law.kinds ?? [];
     this.charts.hidden = !kinds.length;
     if (!this.charts.hidden) {
@@ -68,7 +68,7 @@ export class Law {
   showCurves(kinds) {
     const curved = kinds.map((kind, index) => ({ ...kind, colour: this.colourOf(kind, index) })).filter((kind) => kind.budgets.some(({ runs }) => runs.length > 2)).slice(0, this.all ? 12 : CURVES);
     const left = kinds.length - curved.length;
-    put(this.leftHead, "Loss by size, one curve a budget", el("small", {}, `held-out, nats per token, by ${this.law.convention.replaceAll("_", " ")} parameters; ◆ lowest point`, left > 0 && !this.all && kinds.length > CURVES ? el("button", { type: "button", class: "bare", on: { click: () => ((this.all = true), this.show(this.law, this)) } }, `${left} more`) : ""));
+    put(this.leftHead, "Loss by size, one curve a budget", el("small", {}, `held-out${nats(this.unit)}, by ${this.law.convention.replaceAll("_", " ")} parameters; ◆ lowest point`, left > 0 && !this.all && kinds.length > CURVES ? el("button", { type: "button", class: "bare", on: { click: () => ((this.all = true), this.show(this.law, this)) } }, `${left} more`) : ""));
     const key = JSON.stringify(curved.map(({ name, colour }) => [name, colour]));
     if (this.drawnKinds !== key) {
       for (const { plane } of this.curves) plane.destroy();
@@ -133,7 +133,7 @@ export class Law {
         const trial = this.byName.get(each.run), miss = each.inside === false, off = each.error;
         const said = each.status === "AFTERWARDS" ? "predicted afterwards" : each.loss === null ? { RUNNING: "running", NEW: "not begun", FAILED: "failed", STOPPED: "stopped" }[each.status] ?? each.status : null;
         return el("tr", {},
-          el("td", {}, this.swatch(each.run), trial?.run ? el("a", { href: runAddress(trial.run) }, middle(each.run, 26)) : middle(each.run, 26), each.next && el("span", { class: "tag" }, "next")),
+          el("td", {}, this.swatch(each.run), linked(trial?.run, {}, middle(each.run, 26)), each.next && el("span", { class: "tag" }, "next")),
           el("td", { class: "number" }, loss(each.predicted)),
           el("td", {}, svg("svg", { class: "interval", viewBox: "0 0 160 14", role: "img", "aria-label": `${loss(each.low)} to ${loss(each.high)}` },
             svg("rect", { x: x(each.low), y: 4.5, width: Math.max(1, x(each.high) - x(each.low)), height: 5, rx: 2.5, fill: "var(--line2)" }), svg("path", { d: `M${x(each.predicted)} 2v10`, stroke: "var(--ink2)", "stroke-width": 1.4 }),
@@ -177,7 +177,7 @@ export class Law {
     const range = ({ low, high }, write) => `${write(low)} – ${write(high)}`, config = next?.config;
     const rows = [
       ["model", prediction.kind === "runs" ? null : short(prediction.kind)], ["parameters", compact(prediction.n.value), prediction.n.low < prediction.n.high && range(prediction.n, (value) => compact(value))],
-      ["tokens", compact(prediction.d.value), prediction.d.low < prediction.d.high && range(prediction.d, (value) => compact(value))], ["loss of one run", loss(prediction.run_loss.value), range(prediction.run_loss, loss)],
+      [this.unit, compact(prediction.d.value), prediction.d.low < prediction.d.high && range(prediction.d, (value) => compact(value))], ["loss of one run", loss(prediction.run_loss.value), range(prediction.run_loss, loss)],
       ...Object.entries(config ?? {}).filter(([key]) => key !== "run.name").map(([key, value]) => [key, plain(typeof value === "number" ? Number(value.toPrecision(4)) : value), null, true]),
     ].filter(([, value]) => value !== null);
     const warnings = [...prediction.warnings, ...(next?.notes ?? []), ...(next?.why ? [next.why] : [])];
@@ -187,6 +187,9 @@ export class Law {
       warnings.map((text) => el("p", { class: "quiet" }, `${told(text)}.`)), next && command(next.command, "the command that writes its config"));
   }
 }
+
+/** The unit of losses, after a comma; of what is no text none is known. */
+export const nats = (unit) => (unit === "tokens" ? ", nats per token" : "");
 
 /** Of values on a logarithmic axis, with some room. */
 function ends(values) {
