@@ -16,7 +16,7 @@ from .reading.parse import FLOAT, MAX_BYTES, MAX_DEPTH, is_file, parse_yaml, rea
 from .sections.family import DECODER, UnknownFamily, section_of
 from .sections.model_from import KEY as FROM
 from .sections.model_from import ORIGINAL, take_model
-from .sections.run import Config
+from .sections.run import OURS, Config
 from .sweep.designs import DESIGNS
 
 PRESETS = Path(__file__).parent / "presets"
@@ -139,7 +139,21 @@ Validated = TypeVar("Validated", bound=BaseModel)
 def from_dict(tree: Mapping[str, Any], where: str = "config") -> Config:
     """Validate a nested mapping. Raises ConfigError with the key, what was given and what would be right."""
     tree, taken = take_model(tree, where)
-    return validated(Config, tree, where).with_defaults(taken)
+    try:
+        return validated(Config, tree, where).with_defaults(taken)
+    except ConfigError:
+        if not _may_be_a_plugins(tree):
+            raise
+        later = {**tree, "model": validated(UnknownFamily, tree["model"], f"{where}: model")}
+        return validated(Config, later, where).with_defaults(taken)
+
+
+def _may_be_a_plugins(tree: Any) -> bool:
+    """Whether a plugin that is not loaded yet may bring another family of the name of one of ours: its keys are checked
+    then."""
+    model = tree.get("model") if isinstance(tree, Mapping) and tree.get("plugins") else None
+    family = model.get("family") if isinstance(model, Mapping) else None
+    return isinstance(family, str) and section_of(family) is OURS.get(family)
 
 
 def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Validated:
@@ -152,14 +166,14 @@ def validated(model: type[Validated], tree: Mapping[str, Any], where: str) -> Va
 
 
 def with_family(config: Config) -> Config:
-    """The config with the keys of its family checked, now that the plugin which defines it is loaded.
+    """The config with the keys of its family checked, now that the plugin which may define it is loaded.
 
     Raises:
         ConfigError: an unknown key of the family, or a value out of range.
     """
-    if config.model.is_known or section_of(config.model.family) is UnknownFamily:
+    if (section := section_of(config.model.family)) is UnknownFamily or isinstance(config.model, section):
         return config
-    tree = {"model": config.model.model_dump(), "task": config.task}
+    tree = {"model": config.model.model_dump(exclude_unset=True), "task": config.task}
     checked = validated(Config, tree, "config")
     return config.model_copy(update={"model": checked.model, "task": checked.task})
 

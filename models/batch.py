@@ -1,4 +1,4 @@
-"""One micro-batch: what all kinds have in common, and the one for token sequences."""
+"""One micro-batch: what all kinds have in common, and one class for each kind of examples."""
 
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
@@ -68,3 +68,40 @@ class Batch(MicroBatch):
     def weight(self) -> int:
         """The number of labels that are trained on."""
         return int((self.labels != IGNORE).sum())
+
+
+@dataclass
+class ImageBatch(MicroBatch):
+    """B images of one size.
+
+    Attributes:
+        images: [B, C, H, W] uint8.
+        labels: [B] int64; -1: padding.
+        example_ids: [B] int64.
+    """
+
+    images: Tensor
+    labels: Tensor
+    example_ids: Tensor
+
+    @property
+    def inputs(self) -> Tensor:
+        """What a network sees: fp32 in [-1, 1]."""
+        return self.images.float() / 127.5 - 1
+
+
+@dataclass
+class RowBatch(MicroBatch):
+    """B rows of F features.
+
+    Attributes:
+        inputs: [B, F] fp32.
+        labels: classes [B] int64, -1: padding; or K numbers each [B, K] fp32, standardised as the features are.
+        example_ids: [B] int64.
+        scale: of such numbers, [2, K] fp32: the mean and the standard deviation that they were standardised by.
+    """
+
+    inputs: Tensor
+    labels: Tensor
+    example_ids: Tensor
+    scale: Tensor | None = None

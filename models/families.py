@@ -7,11 +7,25 @@ from typing import Any
 from torch import nn
 
 from configs import Config, ModelConfig
+from configs.sections.families.mlp import MlpConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 
 from .decoder.model import Decoder
 from .hf.names import Architecture, architecture
+from .mlp import Mlp
 from .planning.cost import training_flops_per_token
+
+Words = str | tuple[str, ...]
+"""What a network takes or gives: one kind of inputs or outputs, or several."""
+
+
+def one_by_one(words: Words) -> tuple[str, ...]:
+    return (words,) if isinstance(words, str) else words
+
+
+def in_both(some: Words, others: Words) -> list[str]:
+    """The kinds that stand in both, in the order of the first."""
+    return [word for word in one_by_one(some) if word in one_by_one(others)]
 
 
 @dataclass(frozen=True)
@@ -24,14 +38,14 @@ class Family:
             returns a `LossOutput`; other families need only what their task calls (`init_weights` is called if there is
             one).
         section: its keys under `model:`. It also says how the network may be split.
-        takes, gives: what the network does, in the words of `models.tasks.task.Task`.
+        takes, gives: what the network does, in the words of `models.tasks.task.Task`; each one or several.
         hf: the Hugging Face architecture of a config, ConfigError if none matches; None: the family has none.
     """
 
     build: Callable[[Any], nn.Module]
     section: type[ModelSection] = ModelConfig
-    takes: str = "tokens"
-    gives: str = "loss of tokens"
+    takes: Words = "tokens"
+    gives: Words = "loss of tokens"
     hf: Callable[[ModelConfig], Architecture] | None = None
     flops: Callable[[Config], float] | None = None
     """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`)."""
@@ -51,6 +65,7 @@ class Families(dict[str, Family]):
 
 FAMILIES = Families()
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
+FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, takes=("rows", "images"), gives=("classes", "numbers"))
 
 
 def family_of(config: ModelSection) -> Family:

@@ -2,7 +2,9 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +33,11 @@ def fill(module: nn.Module, seed: int) -> None:
     if own := getattr(module, "init_weights", None):
         own(seed)
         return
+    reset(module, seed)
+
+
+def reset(module: nn.Module, seed: int) -> None:
+    """torch's own initial values of each part, as `fill` gives them."""
     with torch.random.fork_rng(devices=[]):
         for name, part in module.named_modules():
             if reset := getattr(part, "reset_parameters", None):
@@ -40,6 +47,29 @@ def fill(module: nn.Module, seed: int) -> None:
                     made = {key: getattr(part, key).detach() for key in getattr(part, "parametrizations", ())}
                 for key, value in made.items():
                     setattr(part, key, value)
+
+
+WAYS: dict[str, Callable[..., Tensor]] = {
+    "xavier_uniform": nn.init.xavier_uniform_,
+    "xavier_normal": nn.init.xavier_normal_,
+    "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
+    "he_normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "orthogonal": nn.init.orthogonal_,
+    "truncated_normal": partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04),
+}
+"""Initial values of matrices and convolutions by name: arXiv:1312.6120, 1502.01852, and Glorot and Bengio (2010)."""
+
+
+def fill_by(way: str, module: nn.Module, seed: int) -> None:
+    """As `reset`, but for the weights of linear and convolutional layers one of `WAYS`, and 0 for their biases; the way
+    `torch` changes nothing."""
+    reset(module, seed)
+    for name, part in module.named_modules() if way in WAYS else ():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            with torch.no_grad():
+                WAYS[way](part.weight, generator=generator(name, seed))
+                if part.bias is not None:
+                    part.bias.zero_()
 
 
 def initialise(module: nn.Module, std: float, seed: int) -> None:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from .decoder.layers import dropout as of_tokens
 from .decoder.layers import dropout_keys, uniform_bits
 
 
@@ -24,6 +25,29 @@ def normal(seed: int, example_ids: Tensor, use: str, shape: tuple[int, ...]) -> 
     """[B, *shape] fp32, standard normal, as `uniform` (Box and Muller, 1958)."""
     radius = uniform(seed, example_ids, f"{use}/radius", shape).log().mul(-2).sqrt()
     return radius * torch.cos(2 * math.pi * uniform(seed, example_ids, f"{use}/angle", shape))
+
+
+def dropout_keys_of(seed: int, example_ids: Tensor) -> Tensor:
+    """[B] int64 for `dropout`: one for each (seed, example)."""
+    return _keys(seed, example_ids, "dropout")
+
+
+def dropout(x: Tensor, keys: Tensor | None, site: int, rate: float, dims: int | None = None) -> Tensor:
+    """Zero a fraction `rate` of x and scale the rest; which ones depends on (key, site, place in the example) only.
+
+    Args:
+        x: [B, ...].
+        keys: [B] from `dropout_keys_of`; None: no dropout (evaluation).
+        site: number of this dropout within the network, from 1.
+        dims: dimensions after the first that have values of their own: 1 drops whole channels (spatial dropout,
+            arXiv:1411.4280), 0 whole examples (stochastic depth, arXiv:1603.09382); None: all.
+    """
+    if keys is None or rate == 0:
+        return x
+    shape = x.shape[1:] if dims is None else x.shape[1 : 1 + dims]
+    ones = x.new_ones(len(x), 1, math.prod(shape))
+    kept = of_tokens(ones, keys[:, None], site, rate)
+    return x * kept.view(len(x), *shape, *[1] * (x.dim() - 1 - len(shape)))
 
 
 def _keys(seed: int, example_ids: Tensor, use: str) -> Tensor:

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from configs import ConfigError, counted, load
+from configs import Config, ConfigError, counted, load
 from configs.reading.parse import is_file, shortened
 from configs.units import byte_size, duration
+from models.planning.cost import has_formulas
 from trainer.files.own_files import make_empty
 from trainer.record.terminal import Console
 
@@ -76,7 +77,8 @@ def evaluate(
     """Compute a trained model's held-out loss, per data source. Example: muster eval quickstart --json"""
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
-    if load(run_dir / "config.yaml").plugins and (result := _of_another_kind(run_dir, data, sequences, step, ema)):
+    config = load(run_dir / "config.yaml")
+    if of_other_tasks(config) and (result := _of_another_kind(run_dir, data, sequences, step, ema)):
         print(json.dumps(result, indent=1) if as_json else _in_words(result))
         return
     from trainer.data.manifest import TOKENIZER, read_manifest, read_manifests
@@ -131,13 +133,13 @@ def _of_another_kind(
     """The evaluation of a task that does not learn from tokens; None if it does."""
     import torch
 
-    from models.tasks.table import task_class, task_of
+    from models.tasks.table import reads, task_of
     from trainer.checkpoint.export import load_module
     from trainer.data.kinds import kind_of
     from trainer.observe.held_out import held_out_metrics
     from trainer.run.plugins import load_own
 
-    if task_class(load_own(run_dir / "config.yaml")).reads == "tokens":
+    if reads(load_own(run_dir / "config.yaml")) == "tokens":
         return None
     module, config, found = load_module(run_dir, step, reads=None, ema=ema)
     # The module is in fp32, and a task may look at the precision.
@@ -170,6 +172,11 @@ def _in_words(result: dict[str, Any]) -> str:
     return ", ".join([f"held-out loss {result['loss']:.4f} over {result['weight']:,} {result['unit']}", *numbers])
 
 
+def of_other_tasks(config: Config) -> bool:
+    """Whether a run may learn from other examples than tokens, which torch must be imported to know."""
+    return bool(config.plugins) or not has_formulas(config.model)
+
+
 def require_data(run_dir: Path, otherwise: str = "") -> None:
     """Raise ConfigError if a run does not learn from tokens, or its data are no longer in place.
 
@@ -178,16 +185,17 @@ def require_data(run_dir: Path, otherwise: str = "") -> None:
     """
     from trainer.data.manifest import MANIFEST, sources_of
 
-    if load(run_dir / "config.yaml").plugins:
-        from models.tasks.table import task_class
+    config = load(run_dir / "config.yaml")
+    if of_other_tasks(config):
+        from models.tasks.table import reads
         from trainer.run.plugins import load_own  # torch
 
         config = load_own(run_dir / "config.yaml")
-        if (reads := task_class(config).reads) != "tokens":
+        if (found := reads(config)) != "tokens":
             raise ConfigError(
-                f"{run_dir} learns task={config.task} from {reads}: this command is for runs that learn from tokens"
+                f"{run_dir} learns task={config.task} from {found}: this command is for runs that learn from tokens"
             )
-    for source in sources_of(load(run_dir / "config.yaml").data):
+    for source in sources_of(config.data):
         if not is_file(Path(source.path) / MANIFEST):
             raise ConfigError(
                 f"the data of run {run_dir.name} are no longer in {source.path}: put them back{otherwise}"

@@ -1,6 +1,6 @@
-"""What a run reads: prepared token shards, their weights, and how raw text becomes them."""
+"""What a run reads: prepared token shards, their weights, and how raw text becomes them; images; rows."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, field_validator
 
@@ -57,19 +57,40 @@ class ImagesConfig(Section):
     """Height and width that images are resized to; None: all must already have the same size."""
     channels: Literal[1, 3] = 3
     """3: RGB; 1: greyscale; images are converted."""
+    crop: int = Field(0, ge=0, le=2**16)
+    """Augmentation: pad each training image by this many black pixels on every side and crop it at random to its size.
+    """
+    flip: bool = False
+    """Augmentation: mirror half of the training images, left to right."""
+
+
+class RowsConfig(Section):
+    """How rows of numbers are read, for tasks that learn from rows."""
+
+    labels: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] = ("label",)
+    """Columns that are predicted: one of classes (whole numbers from 0), or one or more of numbers."""
+    features: Annotated[tuple[str, ...], Field(min_length=1, max_length=100_000)] | None = None
+    """Columns that they are predicted from; None: all other columns, which must hold numbers."""
+    standardise: bool = True
+    """Shift and scale features, and predicted numbers, to mean 0 and variance 1 in the training split."""
 
 
 class DataConfig(Section):
     path: str | tuple[Source, ...] = "stdlib"
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
-    Hugging Face `datasets` writes them; no preparation is needed."""
+    Hugging Face `datasets` writes them; no preparation is needed. Rows: the same, with a column of numbers each."""
+    kind: Literal["rows", "images"] | None = None
+    """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
+    rows: RowsConfig = RowsConfig()
+    """How rows are read."""
     document_mask: bool = True
     """Attention stays within a document and positions restart at each document."""
     on_bad_page: Literal["stop", "skip"] = "stop"
-    """What happens when a page fails its checksum: the run stops, or its sequences get weight zero and are counted."""
+    """What happens when a page fails its checksum, or an image cannot be decoded: the run stops, or what is in it gets
+    weight zero and is counted."""
     prefetch: int = Field(4, gt=0, le=2**16)
     """Micro-batches read ahead of the training thread."""
     prepare: PrepareConfig = PrepareConfig()

@@ -43,8 +43,9 @@ class UnknownFamily(ModelSection):
 
 
 SECTIONS: dict[str, type[ModelSection]] = {}
-"""Config class by family name: `models.families.FAMILIES` fills it."""
-TASK_NAMES = {"language_modelling"}
+"""Config class by family name, except the decoder's: `configs.sections.run` has ours, `models.families.FAMILIES` adds
+those of plugins."""
+TASK_NAMES = {"language_modelling", "classification", "regression"}
 """What `task` may be: `models.tasks.table.TASKS` adds those of plugins."""
 
 

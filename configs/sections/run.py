@@ -10,12 +10,17 @@ from configs.base import Section, file_path
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
-from .family import by_family
+from .families.mlp import MlpConfig
+from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
 from .optim import OptimConfig
 from .parallel import ParallelConfig
 from .tracking import TrackingConfig
 from .train import TrainConfig
+
+OURS: dict[str, type[ModelSection]] = {"mlp": MlpConfig}
+"""Families of this project other than the decoder; a plugin may replace one."""
+SECTIONS |= OURS
 
 LONGEST = 200
 """Longest name of a run or a sweep: the names of files derived from it are longer."""

@@ -1,6 +1,6 @@
 """How long, at which batch size and precision a run trains, and what it monitors."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -53,6 +53,10 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16", "fp8"] = "bf16"
     """Precision of weights and activations in the forward and backward pass; master weights are always fp32. `fp8`:
     bf16, but the linear layers (except experts, routers and the head) multiply in fp8 with per-tensor scaling."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Classification: share of each target that is spread evenly over all classes (arXiv:1512.00567, section 7)."""
+    class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
+    """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
     grad_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0: no clipping."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"

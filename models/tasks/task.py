@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
+from models.families import Words
 
 from .samples import Sample
 
@@ -71,17 +72,23 @@ class Task:
 
     Attributes:
         reads: the kind of examples that it learns from: an entry of `trainer.data.kinds.KINDS`.
-        takes, gives: inputs and outputs of its network: `tokens`, `images`, `classes`, ...; the family's must match.
+        takes, gives: inputs and outputs of its network: `tokens`, `images`, `classes`, ...; each one or several, of
+            which the family must have one.
         example: what the record calls its examples.
     """
 
     reads: ClassVar[str] = "tokens"
     example: ClassVar[str] = "examples"
-    takes: ClassVar[str]
-    gives: ClassVar[str]
+    takes: ClassVar[Words]
+    gives: ClassVar[Words]
 
     def __init__(self, config: Config):
         self.config = config
+
+    @classmethod
+    def kind(cls, config: Config) -> str:
+        """The kind of examples that a run learns from: `reads`, unless the family decides. Raises ConfigError."""
+        return cls.reads
 
     @property
     def counts(self) -> tuple[int, str]:

@@ -151,3 +151,25 @@ def test_misspelt_preset():
 def test_a_config_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         load("quickstart").train.steps = 3  # type: ignore[misc]
+
+
+def test_a_plugins_family_may_have_the_name_of_one_of_ours(tmp_path, monkeypatch):
+    from configs.load import with_family
+    from configs.sections.family import SECTIONS, ModelSection
+
+    (tmp_path / "mine.yaml").write_text("plugins: [mine.py]\nmodel: {family: mlp, depth: 3}\n")
+    monkeypatch.setitem(SECTIONS, "mlp", SECTIONS["mlp"])
+    config = load(tmp_path / "mine.yaml")
+    assert (config.model.is_known, config.model.depth) == (False, 3)
+    with pytest.raises(ConfigError, match=r"unknown key model\.depth"):
+        with_family(config)  # the plugin has brought no such family
+
+    class Mine(ModelSection):
+        default_task = "counting"
+        depth: int = 1
+
+    SECTIONS["mlp"] = Mine
+    for found in (with_family(config), load(tmp_path / "mine.yaml")):
+        assert (type(found.model), found.model.depth, found.task) == (Mine, 3, "counting")
+    with pytest.raises(ConfigError, match=r"unknown key model\.hidden"):
+        load(tmp_path / "mine.yaml", ["model.hidden=[3]"])

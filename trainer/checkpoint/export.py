@@ -14,6 +14,7 @@ from models.hf.folder import SHARD_BYTES, export_hf
 from models.hf.names import QWEN2
 from models.spectral_memory import fill_vectors
 from models.tasks.learner import Learner
+from models.tasks.table import reads as kind_read
 from models.tasks.table import task_of
 from models.tasks.task import Task
 from trainer.data.manifest import TOKENIZER
@@ -53,10 +54,9 @@ def load_module(
     config = read_config(run_dir)
     config = with_plugins(config)
     task = task_of(config)
-    if reads not in (None, task.reads):
+    if reads not in (None, found := kind_read(config)):
         raise ConfigError(
-            f"{run_dir} learns task={config.task} from {task.reads}: generate and export are of runs that learn from "
-            f"{reads}"
+            f"{run_dir} learns task={config.task} from {found}: generate and export are of runs that learn from {reads}"
         )
     steps = store.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]

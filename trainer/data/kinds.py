@@ -1,15 +1,17 @@
 """The kinds of examples that a task can learn from: the table of their readers. A plugin adds one to `KINDS`."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from configs import Config, ConfigError
+from configs import Config, ConfigError, counted
 from configs.sections.data import DataConfig
 from models.batch import MicroBatch
-from models.tasks.table import task_class
+from models.families import one_by_one
+from models.tasks.table import reads, task_class
 from trainer.processes.device import device
 from trainer.tracking import inputs_of
 from trainer.tracking.tracker import Input
@@ -17,6 +19,7 @@ from trainer.tracking.tracker import Input
 from .default import ensure_prepared
 from .manifest import Split, sources_of, without_held_out
 from .read.reader import Dataset
+from .rows.reader import Rows
 from .tokenizer.kept import keep_tokenizer, tokenizer_of
 from .tokenizer.prompts import Prompts
 from .tokenizer.tokenizer import TokenizerProcess
@@ -69,7 +72,7 @@ class Kind:
 
 def kind_of(config: Config) -> Kind:
     """The kind of examples that the run's task learns from."""
-    return KINDS[task_class(config).reads]
+    return KINDS[reads(config)]
 
 
 def _open_tokens(config: Config, split: Split) -> Dataset | None:
@@ -92,8 +95,12 @@ def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
 
 
 def _open_images(config: Config, split: Split) -> ExampleReader | None:
+    return _unless_empty(lambda: _images(config.data, config.run.seed, split), split)
+
+
+def _unless_empty(opened: Callable[[], ExampleReader], split: Split) -> ExampleReader | None:
     try:
-        return _images(config.data, config.run.seed, split)
+        return opened()
     except ConfigError:
         if split == "held_out":
             return None
@@ -101,27 +108,87 @@ def _open_images(config: Config, split: Split) -> ExampleReader | None:
 
 
 def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
-    """Raises ConfigError as `images.reader.Images`, or if the data have more classes than the model."""
-    if config.data.path == "stdlib":
-        raise ConfigError(
-            f"data.path=stdlib is text, but task={config.task} learns from images: set data.path to a Parquet file "
-            "of images, or a folder of them"
-        )
+    """Raises ConfigError as `images.reader.Images`, or if the model has other sizes."""
+    _refuse_text(config, "images")
     images = _images(config.data)
-    most = getattr(config.model, "classes", None)
-    if most is not None and images.classes > most:
+    _check_sizes(config, math.prod(images.shape), images.classes)
+    channels = getattr(config.model, "channels", images.shape[0])
+    if channels != images.shape[0]:
         raise ConfigError(
-            f"model.classes is {most}, but data.path={images.path} has labels up to {images.classes - 1}: set "
-            f"model.classes={images.classes}"
+            f"model.channels is {channels}, but data.images.channels is {images.shape[0]}: set them to the same number"
         )
     shape = " x ".join(map(str, images.shape))
-    return config.data, [f"data.path={images.path}: {len(images):,} images of {shape}, {images.classes} classes"]
+    notes = [f"data.path={images.path}: {len(images):,} images of {shape}, {images.classes} classes"]
+    if count := images.unlabelled[0]:
+        notes.append(f"{counted(count, 'image')} left out, without a label: the first is {images.unlabelled[1]}")
+    return config.data, notes
+
+
+def _rows(config: Config, split: Split = "train") -> Rows:
+    numbers = "numbers" in one_by_one(task_class(config).gives)
+    return Rows(config.data, config.run.seed, split, numbers)
+
+
+def _open_rows(config: Config, split: Split) -> ExampleReader | None:
+    return _unless_empty(lambda: _rows(config, split), split)
+
+
+def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
+    """Raises ConfigError as `rows.reader.Rows`, or if the model has other sizes."""
+    _refuse_text(config, "rows")
+    rows = _rows(config)
+    _check_sizes(config, len(rows.names), rows.classes)
+    predicted, outputs = len(config.data.rows.labels), getattr(config.model, "outputs", None)
+    if not rows.classes and outputs not in (None, predicted):
+        raise ConfigError(
+            f"model.outputs is {outputs}, but data.rows.labels are {predicted}: set model.outputs={predicted}"
+        )
+    what = f"{rows.classes} classes" if rows.classes else f"{counted(predicted, 'number')} to predict"
+    notes = [
+        f"data.path={rows.path}: {len(rows):,} rows of {counted(len(rows.names), 'feature')}, {what}",
+        rows.left_out,
+    ]
+    return config.data, list(filter(None, notes))
+
+
+def _refuse_text(config: Config, what: str) -> None:
+    if config.data.path == "stdlib":
+        raise ConfigError(
+            f"data.path=stdlib is text, but task={config.task} learns from {what}: set data.path to a Parquet file "
+            f"of {what}, or a folder of them"
+        )
+
+
+def _check_sizes(config: Config, inputs: int, classes: int) -> None:
+    """Raise ConfigError if a model has too few classes, or other inputs than an example has."""
+    for key in ("classes", "outputs"):
+        most = getattr(config.model, key, None)
+        if most is not None and classes > most:
+            raise ConfigError(
+                f"model.{key} is {most}, but data.path={config.data.path} has labels up to {classes - 1}: set "
+                f"model.{key}={classes}"
+            )
+    if (own := getattr(config.model, "inputs", inputs)) != inputs:
+        raise ConfigError(
+            f"model.inputs is {own}, but an example of data.path={config.data.path} has {inputs} numbers: set "
+            f"model.inputs={inputs}"
+        )
+    if (weights := config.train.class_weights) and len(weights) != (count := getattr(config.model, "outputs", classes)):
+        raise ConfigError(f"train.class_weights has {len(weights)} weights for {count} classes: give one for each")
 
 
 def _image_inputs(data: DataConfig) -> list[dict[str, Any]]:
     images = _images(data)
-    path, profile = Path(images.path), {"images": len(images), "classes": images.classes}
-    return [Input(path.name, "training", str(path), images.sha256, profile)._asdict()]
+    return _input(images.path, images.sha256, {"images": len(images), "classes": images.classes})
+
+
+def _row_inputs(data: DataConfig) -> list[dict[str, Any]]:
+    rows = Rows(data, 0, numbers=True)  # classes are numbers too
+    return _input(rows.path, rows.sha256, {"rows": len(rows), "features": len(rows.names)})
+
+
+def _input(path: str, sha256: str, profile: dict[str, Any]) -> list[dict[str, Any]]:
+    return [Input(Path(path).name, "training", path, sha256, profile)._asdict()]
 
 
 KINDS: dict[str, Kind] = {
@@ -133,4 +200,7 @@ KINDS: dict[str, Kind] = {
         _prompts,
     ),
     "images": Kind(_ensure_images, _open_images, _image_inputs),
+    "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
 }
+"""Images and rows are read without preparation: labelled images in Parquet, as Hugging Face `datasets` writes them, and
+Parquet with a column of numbers for each feature and label."""

@@ -83,9 +83,9 @@ class Engine:
         """The module that DeepSpeed is given, and its config."""
         return module, engine_config(config)
 
-    def __call__(self, batch: Any) -> Any:
-        """The network's forward pass over a micro-batch."""
-        return self.deepspeed(batch)
+    def __call__(self, *inputs: Any) -> Any:
+        """The network's forward pass over a micro-batch, called like the module itself."""
+        return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
         """Add a micro-batch's gradients; DeepSpeed divides them by `accumulation`, and averages over processes."""

@@ -96,7 +96,7 @@ def zero_section(config: Config) -> dict[str, Any]:
 def keep_routers(module: nn.Module) -> None:
     """Let the MoE blocks that AutoEP put in place of ours ask our own choosers, in fp32, instead of its router."""
     for layer in module.modules():
-        router = getattr(getattr(layer, "mlp", None), "router", None)
+        router: Any = next((each.router for each in layer.children() if hasattr(each, "router")), None)
         if isinstance(chooser := getattr(layer, "chooser", None), Chooser) and router is not None:
             router.gate.__class__ = Router
             router.forward = functools.partial(_as_autoep_asks, chooser, router.gate)

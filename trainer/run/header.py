@@ -9,7 +9,7 @@ from configs import Config
 from configs.units import short
 from models.families import build
 from models.planning.cost import has_formulas, parameters
-from models.tasks.table import task_of
+from models.tasks.table import reads, task_of
 from trainer.data.manifest import read_manifests, sources_of
 
 
@@ -43,7 +43,7 @@ def _model(config: Config) -> str:
 
 def _data(config: Config) -> list[str]:
     """How often each source is read, with a remark if a small one is read more than once."""
-    if task_of(config).reads != "tokens":
+    if reads(config) != "tokens":
         return []  # the notes of `Kind.ensure` describe them
     train, sources = config.train, sources_of(config.data)
     tokens = train.steps * train.global_batch * train.seq_len

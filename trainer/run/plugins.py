@@ -50,7 +50,7 @@ def load_own(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     if not config.plugins:
         return config
     load_plugins(config.plugins)
-    return load(name, overrides)  # now that the keys are known
+    return with_family(load(name, overrides))  # now that the keys are known
 
 
 def with_plugins(config: Config) -> Config:

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 
 from configs.sections.family import ModelSection
+from models.batch import ImageBatch
 from models.families import FAMILIES, Family
 from models.noise import normal
 from models.tasks.samples import ImageGrid
 from models.tasks.table import TASKS
 from models.tasks.task import Modules, Nets, Phase, Sums, Task
-from trainer.data.images.reader import ImageBatch
 
 
 class GanConfig(ModelSection):

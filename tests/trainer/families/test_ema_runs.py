@@ -35,7 +35,7 @@ def test_it_is_of_the_phase_that_asks_for_it(clean):
         wanted = before[name] + share * (weights[4].read("weight", name) - before[name])
         assert torch.allclose(found, wanted, atol=1e-7)
         assert torch.equal(found, still[name])
-    assert Reader(folder(clean["convnet"], STEPS)).averaged == set()
+    assert Reader(folder(clean["small_convnet"], STEPS)).averaged == set()
 
 
 def test_running_statistics_are_averaged_with_the_weights_they_belong_to(clean):
@@ -74,24 +74,25 @@ def test_an_evaluation_measures_both_weights(clean, muster):
     assert abs(record["eval_loss"] - record["eval_loss_ema"]) > 1e-4
     code, out, _ = muster("eval", str(clean["gan"]), "--sequences", "5", "--json", "--ema")
     assert (code, json.loads(out)["loss"]) == (0, pytest.approx(record["eval_loss_ema"], rel=1e-6))
-    assert not any("ema" in key for m in read_metrics(clean["convnet"]) for key in m)
+    assert not any("ema" in key for m in read_metrics(clean["small_convnet"]) for key in m)
 
 
 def test_a_run_without_one_has_none_to_give(clean, muster):
-    code, _, err = muster("eval", str(clean["convnet"]), "--ema")
+    code, _, err = muster("eval", str(clean["small_convnet"]), "--ema")
     assert code == 2
     assert (
-        f"the checkpoint of step {STEPS} of {clean['convnet']} has no EMA weights: leave it out, or train with" in err
+        f"the checkpoint of step {STEPS} of {clean['small_convnet']} has no EMA weights: leave it out, or train with"
+        in err
     )
     with pytest.raises(ConfigError, match="has no EMA weights"):
-        load_module(clean["convnet"], reads=None, ema=True)
+        load_module(clean["small_convnet"], reads=None, ema=True)
 
 
 def test_a_run_begins_and_ends_one_as_it_goes_on(tmp_path, images):
     """The trained weights know nothing of it."""
 
     def on_to(step: int, decay: float | None) -> Path:
-        run_dir = make("convnet", tmp_path, images, train={"steps": step}, optim={"ema_decay": decay})
+        run_dir = make("small_convnet", tmp_path, images, train={"steps": step}, optim={"ema_decay": decay})
         assert train_in_process(run_dir) == 0
         return run_dir
 

@@ -38,16 +38,26 @@ FAMILIES = pytest.mark.parametrize("family", MODELS)
 
 REFUSED = {
     "ZeRO-3 and two engines": ("gan", {"parallel": {"zero_stage": 3}}, r"parallel\.zero_stage=3: .* 2 phases"),
-    "a cut": ("convnet", {"parallel": {"tp": 2}}, r"model\.family=convnet cannot be split by tp"),
-    "padding in a BatchNorm": ("convnet", {"train": {"micro_batch": 5}}, r"train\.micro_batch \(5\) does not divide"),
-    "layers computed again": (
-        "convnet", {"train": {"activation_checkpointing": "full"}}, r"train\.activation_checkpointing=full: .*convnet",
+    "a cut": ("small_convnet", {"parallel": {"tp": 2}}, r"model\.family=small_convnet cannot be split by tp"),
+    "padding in a BatchNorm": (
+        "small_convnet",
+        {"train": {"micro_batch": 5}},
+        r"train\.micro_batch \(5\) does not divide",
     ),
-    "too few classes": ("convnet", {"model": {"classes": 2}}, r"set model\.classes=3"),
-    "a key of another family": ("convnet", {"model": {"num_layers": 2}}, r"unknown key model\.num_layers"),
-    "text": ("convnet", {"data": {"path": "stdlib"}}, r"data\.path=stdlib is text, but task=classification"),
-    "no file": ("convnet", {"data": {"path": "/no/such.parquet"}}, r"data\.path=/no/such\.parquet does not exist"),
-}  # fmt: skip
+    "layers computed again": (
+        "small_convnet",
+        {"train": {"activation_checkpointing": "full"}},
+        r"train\.activation_checkpointing=full: .*convnet",
+    ),
+    "too few classes": ("small_convnet", {"model": {"classes": 2}}, r"set model\.classes=3"),
+    "a key of another family": ("small_convnet", {"model": {"num_layers": 2}}, r"unknown key model\.num_layers"),
+    "text": ("small_convnet", {"data": {"path": "stdlib"}}, r"data\.path=stdlib is text, but task=classification"),
+    "no file": (
+        "small_convnet",
+        {"data": {"path": "/no/such.parquet"}},
+        r"data\.path=/no/such\.parquet does not exist",
+    ),
+}
 
 
 @pytest.mark.parametrize(("family", "sections", "message"), REFUSED.values(), ids=REFUSED)
@@ -72,16 +82,16 @@ def test_every_parameter_is_of_one_phase(clean, monkeypatch, phases, message):
 
 
 def test_a_task_and_a_family_that_do_not_match(tmp_path, images):
-    asked = from_dict(tree("convnet", tmp_path, images) | {"task": "language_modelling"})
+    asked = from_dict(tree("small_convnet", tmp_path, images) | {"task": "language_modelling"})
     with pytest.raises(ConfigError, match=r"task=language_modelling needs .* tokens .*: set task=classification or"):
         prepare_run(asked)
 
 
 def test_commands_know_a_plugin(clean, tmp_path, images, capsys):
     file = tmp_path / "convnet.yaml"
-    file.write_text(dump_yaml(tree("convnet", tmp_path, images)))
-    assert load(file).model.family == "convnet"
-    root = str(clean["convnet"].parent)
+    file.write_text(dump_yaml(tree("small_convnet", tmp_path, images)))
+    assert load(file).model.family == "small_convnet"
+    root = str(clean["small_convnet"].parent)
 
     def said(*words: str) -> str:
         with pytest.raises(SystemExit) as end:
@@ -91,18 +101,18 @@ def test_commands_know_a_plugin(clean, tmp_path, images, capsys):
 
     assert "width: 32" in said("config", str(file), "model.width=32")
     planned = json.loads(said("plan", str(file), "--json"))
-    assert planned["parameters"] == sum(p.numel() for p in parameters_of(clean["convnet"]))
+    assert planned["parameters"] == sum(p.numel() for p in parameters_of(clean["small_convnet"]))
     assert planned["flops_per_example"] == 2 * 5184 + 3 * 20832
     listed = said("runs", "--root", root)
-    assert "convnet" in listed
+    assert "small_convnet" in listed
     assert "96 images" in listed
     assert "tokens" not in listed
-    assert "FINISHED" in said("status", str(clean["convnet"]))
+    assert "FINISHED" in said("status", str(clean["small_convnet"]))
 
 
 def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
     base = tmp_path / "convnet.yaml"
-    base.write_text(dump_yaml(tree("convnet", tmp_path, images)))
+    base.write_text(dump_yaml(tree("small_convnet", tmp_path, images)))
     axes = {"model.width": [4, 8], "optim.lr": [0.01, 0.02]}
     planned = plan(sweep_from_dict({"name": "widths", "base": str(base), "grid": {}, "axes": axes}), 0)
     assert [trial.name for trial in planned.trials] == [
@@ -123,7 +133,7 @@ def test_a_grid_over_keys_of_a_plugin(tmp_path, images):
 
 def test_a_fit_reads_parameters_and_examples(tmp_path, images):
     base = tmp_path / "convnet.yaml"
-    base.write_text(dump_yaml(tree("convnet", tmp_path, images)))
+    base.write_text(dump_yaml(tree("small_convnet", tmp_path, images)))
     tree_of_sweep = {"name": "widths", "root": str(tmp_path), "base": str(base), "grid": {}}
     setting = Setting(sweep_from_dict(tree_of_sweep | {"axes": {"model.width": [4, 8]}}))
     planned, record = setting.plan(), begun(setting.sweep)
@@ -152,7 +162,7 @@ print([each.tolist() for each in (table.n, table.d, table.c, table.loss)], list(
 
 
 def test_a_tracker_gets_what_is_counted_and_drawn(tmp_path, clean, quiet_shipper):
-    run_dir = shutil.copytree(clean["convnet"], tmp_path / "runs" / "convnet")
+    run_dir = shutil.copytree(clean["small_convnet"], tmp_path / "runs" / "small_convnet")
     config = (run_dir / "config.yaml").read_text()
     (run_dir / "config.yaml").write_text(re.sub(r"(?m)^(tracking:\n  enabled: )false", r"\1true", config))
     assert ship(run_dir).missing is None
@@ -165,7 +175,7 @@ def test_a_tracker_gets_what_is_counted_and_drawn(tmp_path, clean, quiet_shipper
 
 def test_a_classifier_writes_no_text(clean):
     with pytest.raises(ConfigError, match=r"learns task=classification from images: generate and export are of"):
-        load_module(clean["convnet"])
+        load_module(clean["small_convnet"])
 
 
 @FAMILIES
@@ -176,14 +186,14 @@ def test_an_evaluation_of_its_own_finds_what_training_found(clean, muster, famil
     assert (code, found["step"], found["weight"], found["unit"]) == (0, STEPS, record["eval_images"], "images")
     assert found["loss"] == pytest.approx(record["eval_loss"], rel=1e-6)
     assert found["metrics"] == pytest.approx(
-        {k: record[f"eval_{k}"] for k in ("accuracy", "fooled") if f"eval_{k}" in record}
+        {k: record[f"eval_{k}"] for k in ("accuracy", "macro_f1", "fooled") if f"eval_{k}" in record}
     )
     code, out, _ = muster("eval", str(clean[family]), "--sequences", "5")
     assert out.startswith(f"held-out loss {record['eval_loss']:.4f} over 5 images, ")
 
 
 def test_commands_say_what_they_are_not_for(clean, muster):
-    run_dir = str(clean["convnet"])
+    run_dir = str(clean["small_convnet"])
     assert "data.path=/no/such does not exist" in muster("eval", run_dir, "--data", "/no/such")[2]
     for command in (("data", "show", run_dir, "--step", "1"), ("generate", run_dir, "--prompt", "a")):
         code, _, err = muster(*command)

@@ -37,8 +37,8 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, images, clean, f
     assert numbers(run_dir) == numbers(clean[family])
 
 
-ZERO = [("convnet", 1), ("gan", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-    ("convnet", 0), ("convnet", 2), ("convnet", 3), ("gan", 0), ("gan", 1),
+ZERO = [("small_convnet", 1), ("gan", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    ("small_convnet", 0), ("small_convnet", 2), ("small_convnet", 3), ("gan", 0), ("gan", 1),
 ])]  # fmt: skip
 
 
@@ -58,15 +58,17 @@ def test_two_processes_measure_what_one_does(tmp_path, images, clean, family, ze
 
 
 def test_a_classifier_shows_a_table(clean):
-    config = read_with_plugins(clean["convnet"])
+    config = read_with_plugins(clean["small_convnet"])
     opened = kind_of(config).open(config, "held_out")
-    with drawn(clean["convnet"]).open() as file:
+    with drawn(clean["small_convnet"]).open() as file:
         rows = list(csv.DictReader(file))
     batch = opened.examples(range(len(rows)))
     assert [(int(row["example"]), int(row["label"])) for row in rows] == list(enumerate(batch.labels.tolist()))
     # 5 were evaluated: of a run that has learned something, their accuracy is that of the rows.
     right = [row["label"] == row["found"] for row in rows[:5]]
-    assert [sum(right) / 5] == [m["eval_accuracy"] for m in read_metrics(clean["convnet"]) if "eval_accuracy" in m]
+    assert [sum(right) / 5] == [
+        m["eval_accuracy"] for m in read_metrics(clean["small_convnet"]) if "eval_accuracy" in m
+    ]
 
 
 def test_a_gan_shows_a_grid_of_images(clean):
@@ -85,22 +87,22 @@ def test_a_gan_shows_a_grid_of_images(clean):
 )
 def test_what_nothing_trains_is_kept_too(tmp_path, images, clean, topology):
     """From the weights of another run, through a stop at a step, to an end with the very same."""
-    start = {"init_from": str(clean["convnet"])}
-    run_dir = make("convnet", tmp_path, images, model={"frozen": 1}, train=start, parallel=topology)
+    start = {"init_from": str(clean["small_convnet"])}
+    run_dir = make("small_convnet", tmp_path, images, model={"frozen": 1}, train=start, parallel=topology)
     world = topology.get("dp", 1)
     assert in_team(world, trained, run_dir, kill_at_step, [0], 3, signal.SIGTERM) == ["STOPPED"] * world
     assert in_team(world, trained, run_dir) == ["FINISHED"] * world
-    before, after = Reader(folder(clean["convnet"], STEPS)), Reader(folder(run_dir, STEPS))
+    before, after = Reader(folder(clean["small_convnet"], STEPS)), Reader(folder(run_dir, STEPS))
     names = set(before.manifest.shapes["weight"])
     assert {n for n in names if torch.equal(before.weight(n), after.weight(n))} == {"0.weight", "1.weight", "1.bias"}
     assert names == set(after.manifest.shapes["weight"])
 
 
 def test_a_run_begins_from_another_of_its_family(tmp_path, images, clean):
-    source = str(clean["convnet"])
-    run_dir = make("convnet", tmp_path, images, train={"init_from": source, "steps": 1}, optim={"lr": 1e-12})
+    source = str(clean["small_convnet"])
+    run_dir = make("small_convnet", tmp_path, images, train={"init_from": source, "steps": 1}, optim={"lr": 1e-12})
     assert train_in_process(run_dir) == 0
-    before, after = Reader(folder(clean["convnet"], STEPS)), Reader(folder(run_dir, 1))
+    before, after = Reader(folder(clean["small_convnet"], STEPS)), Reader(folder(run_dir, 1))
     assert all(torch.allclose(after.weight(n), before.weight(n), atol=1e-9) for n in before.manifest.shapes["weight"])
     old, new = (where.manifest.state.memory["1.running_mean"][0] for where in (before, after))
     moved = [abs(a - b) for a, b in zip(new, old, strict=True)]
@@ -108,20 +110,27 @@ def test_a_run_begins_from_another_of_its_family(tmp_path, images, clean):
 
 
 WRONG_STARTS = {
-    "another family": ("gan", {}, r"is of model\.family=convnet, this run's is gan"),
-    "another shape": ("convnet", {"model": {"width": 16}}, r"the model's is \[16, 1, 3, 3\]: set model\.width=8"),
-    "no MLPs": ("convnet", {"train": {"upcycle": {}}}, r"train\.upcycle makes experts of a decoder's MLPs, model"),
+    "another family": ("gan", {}, r"is of model\.family=small_convnet, this run's is gan"),
+    "another shape": ("small_convnet", {"model": {"width": 16}}, r"the model's is \[16, 1, 3, 3\]: set model\.width=8"),
+    "no MLPs": (
+        "small_convnet",
+        {"train": {"upcycle": {}}},
+        r"train\.upcycle makes experts of a decoder's MLPs, model",
+    ),
 }
 
 
 @pytest.mark.parametrize(("family", "sections", "message"), WRONG_STARTS.values(), ids=WRONG_STARTS)
 def test_a_start_that_does_not_fit_is_refused(tmp_path, images, clean, family, sections, message):
-    sections = sections | {"train": sections.get("train", {}) | {"init_from": str(clean["convnet"])}}
+    sections = sections | {"train": sections.get("train", {}) | {"init_from": str(clean["small_convnet"])}}
     with pytest.raises(ConfigError, match=message):
         make(family, tmp_path, images, **sections)
 
 
-BF16 = [("gan", 0), *(pytest.param(*case, marks=SLOW) for case in [("convnet", 0), ("convnet", 1), ("gan", 1)])]
+BF16 = [
+    ("gan", 0),
+    *(pytest.param(*case, marks=SLOW) for case in [("small_convnet", 0), ("small_convnet", 1), ("gan", 1)]),
+]
 
 
 @pytest.mark.parametrize(("family", "zero"), BF16)
@@ -170,14 +179,14 @@ def test_a_step_waits_for_nothing_but_the_one_before(tmp_path, images, family):
 
 
 def test_flops_are_those_of_the_layers(images, tmp_path, clean):
-    config = read_with_plugins(clean["convnet"])
+    config = read_with_plugins(clean["small_convnet"])
     # 12 x 12 pixels to 6 x 6 of 8 channels, to 3 x 3 of 16, to 3 classes; the first layer hands no gradient on.
     first, others = 2 * 36 * 8 * 9, 2 * (9 * 16 * 8 * 9 + 16 * 3)
     assert flops_of_example(config, lambda: examples(config)) == 2 * first + 3 * others
-    [event] = [m for m in read_metrics(clean["convnet"]) if m["step"] == 3]
+    [event] = [m for m in read_metrics(clean["small_convnet"]) if m["step"] == 3]
     assert (event["images"], event["examples"], event["images_per_second"]) == (48, 48, 16 / event["step_time"])
-    assert [m["eval_images"] for m in read_metrics(clean["convnet"]) if "eval_loss" in m] == [5]
-    assert not any("token" in key or "sequence" in key for m in read_metrics(clean["convnet"]) for key in m)
+    assert [m["eval_images"] for m in read_metrics(clean["small_convnet"]) if "eval_loss" in m] == [5]
+    assert not any("token" in key or "sequence" in key for m in read_metrics(clean["small_convnet"]) for key in m)
     assert event["tflops"] == pytest.approx((2 * first + 3 * others) * 16 / event["step_time"] / 1e12)
 
 
@@ -195,7 +204,7 @@ def test_counted_flops_of_a_decoder_are_its_formula():
 def test_mfu_is_flops_over_the_peak(clean, monkeypatch):
     from trainer.record import measure
 
-    config = read_with_plugins(clean["convnet"])
+    config = read_with_plugins(clean["small_convnet"])
     monkeypatch.setattr(measure, "peak_flops", lambda *_: 1e9)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     found = measure.step_metrics(

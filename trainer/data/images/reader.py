@@ -3,7 +3,6 @@
 import io
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import accumulate
 
 import numpy as np
@@ -11,17 +10,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
-from torch import Tensor
 
 from configs import ConfigError
 from configs.reading.parse import clip
 from configs.sections.data import DataConfig
-from models.batch import MicroBatch
+from models.batch import ImageBatch
 from trainer.data.manifest import Split, sources_of
+from trainer.data.parquet_files import files_of_splits, held_out_rows
 from trainer.data.read.order import mix, shuffled
 from trainer.data.read.shards import DataError
 
-from .files import BYTES, IMAGE, Group, image_files, open_files
+from .files import BYTES, IMAGE, NEEDS, Group, open_files
 
 BLOCK = 16
 """Row groups that are shuffled together and kept in memory."""
@@ -29,21 +28,6 @@ MODES = {1: "L", 3: "RGB"}
 FORMATS = ("PNG", "JPEG")
 LARGEST = 1 << 26
 """Most pixels of an image before resizing; a larger one is refused before it is decoded."""
-
-
-@dataclass
-class ImageBatch(MicroBatch):
-    """B images of one size.
-
-    Attributes:
-        images: [B, C, H, W] uint8.
-        labels: [B] int64; -1: padding.
-        example_ids: [B] int64.
-    """
-
-    images: Tensor
-    labels: Tensor
-    example_ids: Tensor
 
 
 class Images:
@@ -63,16 +47,16 @@ class Images:
         if len(sources := sources_of(config)) > 1:
             raise ConfigError(f"data.path has {len(sources)} sources, but images are read from exactly one")
         self.path = sources[0].path
-        files = image_files(self.path)
+        files = files_of_splits(self.path, NEEDS)
         found = open_files(files[split] or files["train"])
         self.groups, self.sha256, self._labels = found.groups, found.sha256, found.labels
+        self.unlabelled = found.unlabelled
+        """See `ImageFiles`: images that belong to no split."""
         self.bad_pages: list[tuple[str, int]] = []
-        """Always empty: an unreadable image stops the run."""
+        """(file, row group) of images that could not be decoded so far, under `data.on_bad_page: skip`."""
         share = config.prepare.held_out if not files["held_out"] else 0.0
-        rows = len(self._labels)
-        held_out = np.zeros(rows, bool)
-        held_out[shuffled(rows, mix("held out", config.prepare.seed))[: round(share * rows)]] = True
-        chosen = held_out if split == "held_out" and share else ~held_out
+        held_out = held_out_rows(len(self._labels), share, config.prepare.seed)
+        chosen = (held_out if split == "held_out" and share else ~held_out) & (self._labels >= 0)
         self._ends = list(accumulate(group.rows for group in self.groups))
         self._rows = [
             np.flatnonzero(chosen[end - group.rows : end]) for group, end in zip(self.groups, self._ends, strict=True)
@@ -84,8 +68,7 @@ class Images:
         self._read: OrderedDict[int, list[bytes | None]] = OrderedDict()
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        first = self._decoded(*self.locate(0))
-        self.shape = first.shape
+        self.shape = self._first_shape()
         """[C, H, W] of each image."""
 
     def __len__(self) -> int:
@@ -108,19 +91,50 @@ class Images:
         return int(group), int(row)
 
     def examples(self, indices: Sequence[int]) -> ImageBatch:
-        """Images stacked; -1 stands for padding, a black image without a label.
+        """Images stacked; -1 stands for padding, a black image without a label. So does one that cannot be decoded,
+        under `data.on_bad_page: skip`.
 
         Raises:
             DataError: an image cannot be read, is not a PNG or JPEG, or differs in size from the others.
         """
         images, labels = np.zeros((len(indices), *self.shape), np.uint8), np.full(len(indices), -1, np.int64)
-        for i, index in enumerate(indices):
-            if index >= 0:
-                group, row = self.locate(index)
-                images[i] = self._decoded(group, row)
-                labels[i] = self._labels[self._ends[group] - self.groups[group].rows + row]
         ids = torch.tensor(indices, dtype=torch.int64)
+        for i, index in enumerate(indices):
+            if index < 0:
+                continue
+            group, row = self.locate(index)
+            try:
+                images[i] = self._augmented(self._decoded(group, row), index)
+                labels[i] = self._labels[self._ends[group] - self.groups[group].rows + row]
+            except DataError as error:
+                if self.config.on_bad_page == "stop" or not error.damaged:
+                    raise
+                ids[i] = -1
+                if (page := (str(error.file), error.row_group)) not in self.bad_pages:
+                    self.bad_pages.append(page)
         return ImageBatch(torch.from_numpy(images), torch.from_numpy(labels), ids)
+
+    def _augmented(self, pixels_CHW: np.ndarray, index: int) -> np.ndarray:
+        """As `data.images.crop` and `flip` ask for, a function of (seed, index)."""
+        settings = self.config.images
+        if self.split == "held_out" or not (settings.crop or settings.flip):
+            return pixels_CHW
+        draw, (_, height, width), around = mix(self._key, "augment", index), self.shape, settings.crop
+        draw, top = divmod(draw, 2 * around + 1)
+        draw, left = divmod(draw, 2 * around + 1)
+        padded = np.pad(pixels_CHW, ((0, 0), (around, around), (around, around)))
+        cropped = padded[:, top : top + height, left : left + width]
+        return cropped[:, :, ::-1] if settings.flip and draw % 2 else cropped
+
+    def _first_shape(self) -> tuple[int, ...]:
+        """That of the first image; of the first that can be decoded, if others are skipped. Raises ConfigError."""
+        for index in range(min(BLOCK, self._size)):
+            try:
+                return self._decoded(*self.locate(index)).shape
+            except DataError as error:
+                if self.config.on_bad_page == "stop" or not error.damaged:
+                    raise ConfigError(str(error)) from None
+        raise ConfigError(f"data.path={self.path}: none of the first {min(BLOCK, self._size)} images can be decoded")
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The groups of an epoch in order, and the cumulative number of images at the end of each block."""
@@ -150,7 +164,7 @@ class Images:
         where = self.groups[group]
         data = self._bytes(group)[row]
         if data is None:
-            raise DataError(where.file, where.number, f"row {row} has a path but no bytes", damaged=False)
+            raise DataError(where.file, where.number, f"row {row} has a path but no bytes", damaged=True)
         settings = self.config.images
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
@@ -161,7 +175,7 @@ class Images:
                 drawn = drawn.resize((settings.size, settings.size), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             reason = f"row {row} is not a readable PNG or JPEG: {clip(error, 150)}"
-            raise DataError(where.file, where.number, reason, damaged=False) from None
+            raise DataError(where.file, where.number, reason, damaged=True) from None
         pixels = np.asarray(drawn)
         found = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         if found.shape != getattr(self, "shape", found.shape):

@@ -1,0 +1,1 @@
+"""Keys under `model:` of the families other than the decoder, one file each."""

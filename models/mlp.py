@@ -1,0 +1,52 @@
+"""The multilayer perceptron."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs.sections.families.mlp import MlpConfig
+
+from .init import fill_by
+from .noise import dropout
+
+
+class SwiGLU(nn.Module):
+    """[..., 2n] -> [..., n]: one half gated by swish of the other (arXiv:2002.05202)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "prelu": nn.PReLU,
+    "swish": nn.SiLU, "gelu": nn.GELU, "swiglu": SwiGLU,
+}  # fmt: skip
+NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+
+
+class Mlp(nn.Module):
+    """From [B, inputs], or images of as many values, to [B, outputs]: classes' logits, or numbers."""
+
+    def __init__(self, config: MlpConfig):
+        super().__init__()
+        self.config, widths = config, (config.inputs, *config.hidden)
+        twice = 2 if config.activation == "swiglu" else 1
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(before, twice * width), NORMS[config.norm](twice * width), ACTIVATIONS[config.activation]()
+            )
+            for before, width in zip(widths, config.hidden, strict=False)
+        )
+        self.head = nn.Linear(widths[-1], config.outputs)
+
+    def init_weights(self, seed: int) -> None:
+        fill_by(self.config.init, self, seed)
+
+    def forward(self, inputs: Tensor, keys: Tensor | None = None) -> Tensor:
+        """`keys`: of `models.noise.dropout`."""
+        x = inputs.flatten(1).to(self.head.weight.dtype)
+        for site, layer in enumerate(self.layers, 1):
+            x = dropout(layer(x), keys, site, self.config.dropout)
+        return self.head(x)

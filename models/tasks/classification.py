@@ -1,0 +1,133 @@
+"""Classification and regression of rows and images: the class, or the numbers, that belong to an example."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from configs import Config, ConfigError
+from models.batch import ImageBatch, RowBatch
+from models.families import Words, family_of, in_both
+from models.noise import dropout_keys_of
+
+from .samples import Table
+from .task import Modules, Nets, Sums, Task, Value
+
+Examples = ImageBatch | RowBatch
+
+
+class Labelled(Task):
+    """What both have in common. A network is called with a batch's inputs and, in training, dropout's keys; both are
+    [B, ...], and it returns [B, classes or numbers]."""
+
+    takes: ClassVar[Words] = ("rows", "images")
+
+    @classmethod
+    def kind(cls, config: Config) -> str:
+        """`data.kind`, else the first that the family takes. Raises ConfigError if it takes no such examples."""
+        possible = in_both(family_of(config.model).takes, cls.takes)
+        kind = config.data.kind or possible[0]
+        if kind not in possible:
+            raise ConfigError(
+                f"data.kind={kind}: model.family={config.model.family} with task={config.task} learns from "
+                f"{' or '.join(possible)}: set data.kind={possible[0]}, or another model.family"
+            )
+        return kind
+
+    @property
+    def counts(self) -> tuple[int, str]:
+        return 1, self.kind(self.config)
+
+    def loss(self, nets: Nets, batch: Examples, phase: str) -> Sums:
+        keys = dropout_keys_of(self.config.run.seed, batch.example_ids)
+        return self.compared(nets["model"](batch.inputs, keys).float(), batch, training=True)
+
+    def evaluate(self, nets: Nets, batch: Examples) -> Sums:
+        return self.compared(nets["model"](batch.inputs).float(), batch, training=False)
+
+    def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
+        """The loss of what the network gave, fp32 [B, classes or numbers]."""
+        raise NotImplementedError
+
+
+class Classification(Labelled):
+    """The label of an example, by cross-entropy in nats. Evaluations measure it without label smoothing and weights of
+    classes. Recorded besides: `accuracy`, and `macro_f1`, the mean F1 over the classes that occur."""
+
+    gives = "classes"
+
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """Per class: examples found to be of it rightly, found to be of it, and labelled so."""
+        return {"by_class": (3, self._classes)}
+
+    @property
+    def _classes(self) -> int:
+        model: Any = self.config.model
+        return getattr(model, "outputs", None) or model.classes  # a plugin's family may call them so
+
+    def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
+        train, labels = self.config.train, batch.labels
+        smoothing = train.label_smoothing if training else 0.0
+        losses = F.cross_entropy(found, labels, reduction="none", ignore_index=-1, label_smoothing=smoothing)
+        if training and train.class_weights:
+            losses = losses * losses.new_tensor(train.class_weights)[labels.clamp(min=0)]
+        numbers = torch.arange(self._classes, device=labels.device)
+        labelled, chosen = labels[:, None] == numbers, found.argmax(1)[:, None] == numbers
+        chosen = chosen & (labels >= 0)[:, None]
+        by_class = torch.stack([(chosen & labelled).sum(0), chosen.sum(0), labelled.sum(0)])
+        return Sums(losses.sum(), (labels >= 0).sum(), {"by_class": by_class})
+
+    def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
+        by_class = list(zip(*extra["by_class"], strict=True))
+        f1 = [2 * right / (chosen + labelled) for right, chosen, labelled in by_class if chosen + labelled]
+        accuracy = sum(right for right, *_ in by_class) / max(weight, 1)
+        return {"accuracy": accuracy, "macro_f1": sum(f1) / max(len(f1), 1)}
+
+    def samples(self, nets: Modules, batch: Examples) -> Table:
+        sure, found = nets["model"](batch.inputs).float().softmax(1).max(1)
+        columns = [x.tolist() for x in (batch.example_ids, batch.labels, found, sure)]
+        return Table(["example", "label", "found", "probability"], list(zip(*columns, strict=True)))
+
+
+class Regression(Labelled):
+    """The numbers that belong to an example, by the squared error, averaged over them, in units of their variance if
+    data.rows.standardise. Recorded besides: `r2`, the share of the variance that is explained, averaged over the
+    numbers, and `rmse` in their own units."""
+
+    takes, gives = "rows", "numbers"
+
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """Per number: sums of the squared error, of the number and of its square, and of the squared error in its own
+        units."""
+        model: Any = self.config.model
+        return {"by_number": (4, model.outputs)}
+
+    def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
+        assert isinstance(batch, RowBatch)
+        assert batch.scale is not None
+        real = (batch.example_ids >= 0)[:, None]
+        errors, numbers = (found - batch.labels).square() * real, batch.labels.double() * real
+        own = errors.double() * batch.scale[1].double().square()
+        by_number = torch.stack([errors.double().sum(0), numbers.sum(0), numbers.square().sum(0), own.sum(0)])
+        return Sums(errors.mean(1).sum(), real.sum(), {"by_number": by_number})
+
+    def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
+        errors, sums, squares, own = extra["by_number"]
+        spread = [square - total**2 / max(weight, 1) for total, square in zip(sums, squares, strict=True)]
+        found = {"rmse": (sum(own) / len(own) / max(weight, 1)) ** 0.5}
+        if min(spread) > 1e-9 * max(weight, 1):  # else there is no variance to explain
+            found["r2"] = sum(1 - error / each for error, each in zip(errors, spread, strict=True)) / len(errors)
+        return found
+
+    def samples(self, nets: Modules, batch: Examples) -> Table:
+        assert isinstance(batch, RowBatch)
+        assert batch.scale is not None
+        mean, deviation = batch.scale
+        rows = torch.cat([batch.labels, nets["model"](batch.inputs).float()]).unflatten(0, (2, -1)) * deviation + mean
+        columns = [batch.example_ids.tolist(), *(column.tolist() for kind in rows for column in kind.T)]
+        names = [f"{kind} {each}" for kind in ("label", "found") for each in self.config.data.rows.labels]
+        return Table(["example", *names], list(zip(*columns, strict=True)))

@@ -1,0 +1,90 @@
+"""The Parquet files of a data set that is read without preparation: those of each split, and their identity."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from configs import ConfigError
+from configs.reading.lfs import refuse_pointer
+from configs.reading.parse import clip
+
+from .manifest import Split
+from .read.order import mix, shuffled
+
+HELD_OUT = ("validation", "valid", "test")
+"""Name prefixes of files that are never trained on; the first one present is the held-out split."""
+MOST_FILES = 100_000
+FOOTER = 64 << 20
+"""Most bytes of a footer."""
+LARGEST_GROUP = 1 << 30
+"""Most bytes that a row group may decompress to: `datasets` writes 100 images per row group."""
+
+
+def files_of_splits(path: str, needs: str) -> dict[Split, list[Path]]:
+    """The Parquet files of each split: those named `validation...` or `test...` are held out, if there are any.
+
+    Args:
+        needs: what a file must hold, for messages.
+
+    Raises:
+        ConfigError: there are none, too many, or none to train on.
+    """
+    found = Path(path)
+    if found.is_file():
+        return {"train": [found], "held_out": []}
+    files = sorted(found.rglob("*.parquet"))[: MOST_FILES + 1] if found.is_dir() else []
+    if not files or len(files) > MOST_FILES:
+        what = "does not exist" if not found.exists() else f"has over {MOST_FILES}" if files else "has no *.parquet"
+        raise ConfigError(f"data.path={path} {what}: set it to a Parquet file of {needs}, or a folder of them")
+    apart = {name: [file for file in files if file.name.startswith(name)] for name in HELD_OUT}
+    held_out = next((named for named in apart.values() if named), [])
+    others = {file for named in apart.values() for file in named}
+    train = [file for file in files if file not in others]
+    if not train:
+        raise ConfigError(f"data.path={path} has only held-out files, such as {files[0].name}: add files to train on")
+    return {"train": train, "held_out": held_out}
+
+
+def held_out_rows(rows: int, share: float, seed: int) -> np.ndarray:
+    """Bool [rows]: which rows of files without held-out ones are held out."""
+    held_out = np.zeros(rows, bool)
+    held_out[shuffled(rows, mix("held out", seed))[: round(share * rows)]] = True
+    return held_out
+
+
+def identity(path: Path) -> bytes:
+    """Name, size and digest of the footer of a file. Raises ValueError if the footer is not valid or too large."""
+    refuse_pointer(path)
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        file.seek(max(size - 8, 0))
+        length = int.from_bytes(file.read(4), "little")
+        if file.read(4) != b"PAR1" or length > min(size - 8, FOOTER):
+            raise ValueError("it does not end with a valid footer")
+        file.seek(size - 8 - length)
+        return f"{path.name}\0{size}\0".encode() + hashlib.sha256(file.read(length)).digest()
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Turn an error in reading a Parquet file into a ConfigError that names it."""
+    try:
+        yield
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} is not a Parquet file: {clip(error, 200)}") from None
+
+
+def check_groups(path: Path, sizes: Sequence[int]) -> None:
+    """Raise ConfigError if a row group decompresses to too many bytes."""
+    for number, size in enumerate(sizes):
+        if size > LARGEST_GROUP:
+            raise ConfigError(
+                f"{path}: row group {number} decompresses to {size:,} bytes, over {LARGEST_GROUP:,}: write it with "
+                "smaller row groups"
+            )

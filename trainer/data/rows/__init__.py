@@ -1,0 +1,1 @@
+"""Rows of numbers in Parquet: a label, or numbers to predict, and features."""

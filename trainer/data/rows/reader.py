@@ -1,0 +1,209 @@
+"""Reads rows of numbers, all of them into memory: a row is a pure function of (seed, index)."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from configs import ConfigError, counted
+from configs.reading.parse import shortened
+from configs.sections.data import DataConfig, RowsConfig
+from models.batch import RowBatch
+from trainer.data.manifest import Split, sources_of
+from trainer.data.parquet_files import check_groups, files_of_splits, held_out_rows, identity, readable
+from trainer.data.read.order import mix, shuffled
+
+NEEDS = "rows (a column of numbers for each feature, and data.rows.labels)"
+MOST_BYTES = 4 << 30
+"""Most bytes of all rows as float64."""
+
+
+class Table(NamedTuple):
+    """The rows of some files; float64, in which NaN is a missing number."""
+
+    features: np.ndarray
+    """[rows, F]"""
+    labels: np.ndarray
+    """[rows, K]"""
+    names: tuple[str, ...]
+    """Of the features."""
+    sha256: str
+    """As `ImageFiles.sha256`."""
+    starts: list[tuple[int, str]]
+    """Number of the first row of each file, and the file's name."""
+
+    @property
+    def whole(self) -> np.ndarray:
+        """Bool [rows]: nothing is missing or infinite."""
+        return np.isfinite(self.features).all(1) & np.isfinite(self.labels).all(1)
+
+    @property
+    def left_out(self) -> str:
+        """How many rows are not whole, and where the first one is; empty: none."""
+        if not (bad := ~self.whole).any():
+            return ""
+        unlabelled, first = int((~np.isfinite(self.labels)).any(1).sum()), int(bad.argmax())
+        start, name = max(each for each in self.starts if each[0] <= first)
+        return (
+            f"{counted(int(bad.sum()), 'row')} left out, {unlabelled:,} without a label and the others with a missing "
+            f"or infinite number: the first is row {first - start} of {name}"
+        )
+
+
+class Rows:
+    """Rows of a Parquet file, or of a folder of them. Not for several threads at once.
+
+    The training split goes on epoch after epoch, each in a different order; the held-out split (`validation*` or
+    `test*` files, or without them the share `data.prepare.held_out` of all rows) has one order and ends at `len()`.
+    Rows that are not whole belong to neither.
+
+    Args:
+        numbers: the labels are numbers, not classes.
+
+    Attributes:
+        classes: largest label + 1; 0: the labels are numbers.
+        left_out: see `Table.left_out`.
+
+    Raises:
+        ConfigError: no such files, a column is missing or holds no numbers, a label is not a class; several sources; an
+            empty split.
+    """
+
+    bad_pages: list[tuple[str, int]] = []
+    """All rows are read before a run starts."""
+
+    def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
+        self.split, self.seed = split, seed
+        if len(sources := sources_of(config)) > 1:
+            raise ConfigError(f"data.path has {len(sources)} sources, but rows are read from exactly one")
+        self.path = sources[0].path
+        files = files_of_splits(self.path, NEEDS)
+        table = trained = read_table(files["train"], config.rows)
+        share = 0.0 if files["held_out"] else config.prepare.held_out
+        apart = held_out_rows(len(table.labels), share, config.prepare.seed)
+        chosen = ~apart if split == "train" else apart
+        if split == "held_out" and files["held_out"]:
+            table = read_table(files["held_out"], config.rows, trained.names)
+            chosen = np.ones(len(table.labels), bool)
+        chosen, fitted = chosen & table.whole, ~apart & trained.whole
+        if not (chosen.any() and fitted.any()):
+            raise ConfigError(f"data.path={self.path} has no row to {'train on' if split == 'train' else 'hold out'}")
+        self.names, self.sha256, self.left_out = table.names, table.sha256, table.left_out
+        mean, deviation = _scale(trained.features[fitted], config.rows.standardise)
+        self.features = torch.from_numpy(((table.features[chosen] - mean) / deviation).astype(np.float32))
+        labels, self.classes, self.scale = table.labels[chosen], 0, None
+        if numbers:
+            mean, deviation = _scale(trained.labels[fitted], config.rows.standardise)
+            self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
+            self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
+        else:
+            self.labels = torch.from_numpy(_classes(labels, config.rows, self.path))
+            self.classes = int(self.labels.max()) + 1
+        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Rows in one pass; training goes on after it."""
+        return len(self.labels)
+
+    def locate(self, index: int) -> int:
+        """The row of example `index`. Raises IndexError past the end of the held-out split."""
+        if self.split == "held_out":
+            if not 0 <= index < len(self):
+                raise IndexError(f"row {index} of {len(self)}")
+            return index
+        epoch, place = divmod(index, len(self))
+        if epoch not in self._orders:
+            self._orders[epoch] = shuffled(len(self), mix(self.seed, "rows", epoch))
+            if len(self._orders) > 2:
+                self._orders.popitem(last=False)
+        return int(self._orders[epoch][place])
+
+    def examples(self, indices: Sequence[int]) -> RowBatch:
+        """Rows stacked; -1 stands for padding: zeros without a label."""
+        rows = torch.tensor([self.locate(index) if index >= 0 else 0 for index in indices])
+        ids = torch.tensor(indices, dtype=torch.int64)
+        features, labels = self.features[rows], self.labels[rows]
+        features[ids < 0] = 0
+        labels[ids < 0] = -1 if self.scale is None else 0
+        return RowBatch(features, labels, ids, self.scale)
+
+
+def read_table(files: Sequence[Path], config: RowsConfig, names: Sequence[str] = ()) -> Table:
+    """Read rows.
+
+    Args:
+        names: of the features; empty: those of `config`, which of the first file are by default all but the labels.
+
+    Raises:
+        ConfigError: a file cannot be read, lacks a column, or has a feature or label that is no number; too many rows.
+    """
+    digest, size = hashlib.sha256(), 0
+    features, labels, starts, rows = [], [], [], 0
+    for path in files:
+        with readable(path):
+            digest.update(identity(path))
+            with pq.ParquetFile(path) as file:
+                schema, metadata = file.schema_arrow, file.metadata
+                names = names or config.features or [each for each in schema.names if each not in config.labels]
+                _check_columns(path, schema, names, config.labels)
+                check_groups(path, [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)])
+                size += 8 * metadata.num_rows * (len(names) + len(config.labels))
+                if size > MOST_BYTES:
+                    raise ConfigError(f"{path.parent}: the rows take over {MOST_BYTES:,} bytes of memory")
+                table = file.read([*names, *config.labels], use_threads=False)
+        starts.append((rows, path.name))
+        rows += table.num_rows
+        features.append(_numbers(table, names))
+        labels.append(_numbers(table, config.labels))
+    return Table(np.concatenate(features), np.concatenate(labels), tuple(names), digest.hexdigest(), starts)
+
+
+def _check_columns(path: Path, schema: pa.Schema, names: Sequence[str], labels: Sequence[str]) -> None:
+    for key, each in [*(("labels", each) for each in labels), *(("features", each) for each in names)]:
+        if schema.names.count(each) != 1:
+            there = shortened(", ".join(schema.names), 200)
+            raise ConfigError(f"{path} has not one column {each} (it has {there}): set data.rows.{key}")
+        kind = schema.field(each).type
+        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+            raise ConfigError(
+                f"{path}: column {each} is {shortened(str(kind), 60)}, not numbers: leave it out of data.rows.{key}, "
+                "or make numbers of it"
+            )
+    if not names:
+        raise ConfigError(f"{path} has no columns but the labels ({', '.join(labels)}): it needs {NEEDS}")
+
+
+def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
+    """[rows, names] float64."""
+    columns = [table[name].cast(pa.float64()).to_numpy() for name in names]
+    return np.stack(columns, axis=1).astype(np.float64)
+
+
+def _scale(values: np.ndarray, standardise: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column; (0, 1) unless asked for, and a deviation of 1 where it is 0."""
+    if not standardise:
+        return np.zeros(values.shape[1]), np.ones(values.shape[1])
+    deviation = values.std(0)
+    return values.mean(0), np.where(deviation > 0, deviation, 1.0)
+
+
+def _classes(labels: np.ndarray, config: RowsConfig, path: str) -> np.ndarray:
+    """[rows] int64. Raises ConfigError."""
+    if len(config.labels) > 1:
+        raise ConfigError(
+            f"data.rows.labels has {len(config.labels)} columns, but task=classification predicts one: name one, or "
+            "set task=regression"
+        )
+    found = labels[:, 0]
+    if (wrong := (found < 0) | (found != np.floor(found)) | (found >= 2**24)).any():
+        raise ConfigError(
+            f"data.path={path}: column {config.labels[0]} has {found[wrong][0]:g}, but classes are whole numbers from "
+            "0: correct it, or set task=regression"
+        )
+    return found.astype(np.int64)
