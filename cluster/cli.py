@@ -49,7 +49,7 @@ def muster(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Train Mixture-of-Experts Transformers: Ray schedules, DeepSpeed trains, MLflow records."""
+    """Train Mixture-of-Experts Transformers and other models: Ray schedules, DeepSpeed trains, MLflow records."""
 
 
 @app.command()

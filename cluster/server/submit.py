@@ -1,4 +1,4 @@
-"""`muster submit`: check a run, plan it against the cluster, and send it with the working directory to the queue.
+"""`muster submit`: check a run, plan it for the cluster, and send it to the queue with the working directory.
 
 `muster sweep submit` (sweep/train/submit.py) uses the functions below."""
 
@@ -26,13 +26,13 @@ from .client import Cluster, api_url
 from .waiting import ACTIVE
 
 CONFIG, SWEEP = f"{pack.JOB}/run.yaml", f"{pack.JOB}/sweep.yaml"
-"""Files of a job that hold its config, with all that was asked for on the command line. They are in a folder of their
-own, as the preset's name in `base` could be that of a file beside them."""
+"""Files of a job that hold its config, command-line overrides included. They have a folder to themselves: beside the
+user's files, a preset named in `base` could be mistaken for a file of that name."""
 
-Wait = Annotated[bool, typer.Option("--wait", help="Show its output, and exit with its exit code.")]
+Wait = Annotated[bool, typer.Option("--wait", help="Print the job's output, and exit with its exit code.")]
 Queue = Annotated[bool, typer.Option("--queue", help="Queue it even if the cluster is too small now.")]
 With = Annotated[
-    list[str] | None, typer.Option("--with", metavar="FILE", help="Send FILE even if it is a secret or ignored.")
+    list[str] | None, typer.Option("--with", metavar="FILE", help="Send FILE even if it is ignored or may be a secret.")
 ]
 Priority = Annotated[int, typer.Option(metavar="N", help="Jobs of higher priority go first.")]
 
@@ -95,7 +95,7 @@ def job_of_run(asked: Config, nodes: Sequence[Node], queue: bool, priority: int)
         name=asked.run.name,
         run_dir=str(Path(asked.run.root) / asked.run.name),
         command=shlex.join(["muster", "train", CONFIG]),
-        workers=fewest,  # it starts when so many fit, with as many more as there is room for
+        workers=fewest,  # it starts once this many fit, with as many more as there is room for
         most=counts[0],
         cpus=each.cpus,
         gpus=each.gpus,
@@ -110,11 +110,11 @@ def kept_keys(job: messages.Job) -> list[str]:
 
 
 def job_of(**values: Any) -> messages.Job:
-    """A job as the queue takes it. Raises ConfigError if the queue would refuse it."""
+    """A job in the form that the queue accepts. Raises ConfigError if the queue would refuse it."""
     try:
         return messages.Job.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"no queue takes this job: {first_reason(error)}") from None
+        raise ConfigError(f"the queue would refuse this job: {first_reason(error)}") from None
 
 
 def send(
@@ -130,10 +130,10 @@ def send(
 
     Args:
         more: text of additional files, by name.
-        wait: print its output, and exit with its exit code.
+        wait: print the job's output, and exit with its exit code.
 
     Raises:
-        ConfigError: the run is queued or running already, or the files are too large.
+        ConfigError: the run is already queued or running, or the files are too large.
     """
     check_new(job, cluster.jobs())
     pack.check_size(here, packed)
@@ -152,31 +152,34 @@ def check_new(job: messages.Job, jobs: Mapping[str, messages.Known]) -> None:
     """Raise ConfigError if a job of the same run is queued or running."""
     for id, other in jobs.items():
         if other.run_dir == job.run_dir and other.state in ACTIVE:
-            raise ConfigError(f"{job.name} is {id} ({other.state}): stop it, or choose another name")
+            raise ConfigError(f"{job.name} is already job {id} ({other.state}): stop it, or choose another name")
 
 
 def check_root(key: str, root: str) -> None:
     """Raise ConfigError for a relative path, which would be in the job's temporary folder."""
     if not Path(root).is_absolute():
         raise ConfigError(
-            f"{key}={root} would lie in a temporary folder of the job: name a folder that every machine "
-            f"of the cluster reaches, such as {key}=/shared/runs"
+            f"{key}={root} is a relative path, which would be inside the job's temporary folder: name a folder that "
+            f"every machine of the cluster can reach, such as {key}=/shared/runs"
         )
 
 
 def path_in(here: Path, config: str) -> str:
-    """A sweep's base relative to the folder that is sent. Raises ConfigError if it is outside of it."""
+    """Path of a sweep's base config, relative to the folder that is sent. Raises ConfigError if it is outside it."""
     if not Path(config).suffix and config in preset_names():
         return config
     path = Path(config).resolve()
     if not path.is_relative_to(here):
-        raise ConfigError(f"{config} is not below {here}, which is what the cluster gets: start from above it")
+        raise ConfigError(
+            f"{config} is not inside {here}, the folder that is sent to the cluster: run the command from a folder "
+            "that contains it"
+        )
     return str(path.relative_to(here))
 
 
 def needs(config: Config) -> dict[str, list[str]]:
     """Files and folders that a run reads, by config key."""
-    begun = committed(Path(config.run.root).expanduser() / config.run.name)  # so it resumes from its own checkpoint
+    begun = committed(Path(config.run.root).expanduser() / config.run.name)  # if so, it resumes from its own checkpoint
     data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
     return {
         "data.path": [path for path in data if path != "stdlib"],
@@ -186,7 +189,7 @@ def needs(config: Config) -> dict[str, list[str]]:
 
 
 def check_sent(needed: Mapping[str, list[str]], here: Path, packed: list[Path]) -> None:
-    """Raise ConfigError if a file that is needed is not among those that are sent."""
+    """Raise ConfigError if a needed file is not among those that are sent."""
     for key, paths in needed.items():
         for path in paths:
             if os.path.isabs(os.path.expanduser(path)):
@@ -194,7 +197,7 @@ def check_sent(needed: Mapping[str, list[str]], here: Path, packed: list[Path]) 
             inside = Path(os.path.normpath(path))
             if not any(file == inside or inside in file.parents for file in packed):
                 raise ConfigError(
-                    f"{key}={path} is not sent: it is not in {here}, .gitignore names it, or it is a secret. Give the "
-                    f"absolute path of a place that the cluster reaches, take it out of .gitignore, or name it: "
-                    f"--with FILE"
+                    f"{key}={path} is not sent: it is not in {here}, .gitignore excludes it, or it looks like a "
+                    f"secret. Give an absolute path that the cluster can reach, take it out of .gitignore, or send it "
+                    f"with --with FILE"
                 )

@@ -246,11 +246,11 @@ def test_a_retried_job_goes_on_from_its_checkpoint(cluster, story):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["root=runs"], "root=runs would lie in a temporary folder"),
+        (["root=runs"], "root=runs is a relative path"),
         (["--gpus", "1"], "a trial takes 2 devices"),
         (["--gpus", "4"], "--gpus 4: the cluster has room for 3 processes of 1 CPU and"),
         (["set.data.path=secret.txt"], "data.path=secret.txt is not sent"),
-        (["base=../outside.yaml"], "outside.yaml is not below"),
+        (["base=../outside.yaml"], "outside.yaml is not inside"),
     ],
 )
 def test_a_mistake_in_a_sweep_is_found_before_it_is_sent(cluster, arguments, words):

@@ -343,5 +343,5 @@ def test_more_processes_than_a_job_has_are_refused_before_anything_is_sent(muste
 
 
 def test_a_job_that_the_queue_would_refuse_is_not_sent():
-    with pytest.raises(ConfigError, match=r"no queue takes this job: priority: should be less than 2147483648"):
+    with pytest.raises(ConfigError, match=r"the queue would refuse this job: priority: should be less than 2147483648"):
         job_of(**JOB | {"priority": 10**30})
