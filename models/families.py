@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from configs import Config, ModelConfig
+from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 
@@ -14,6 +15,7 @@ from .decoder.model import Decoder
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
+from .vision.convnet import ConvNet
 
 Words = str | tuple[str, ...]
 """What a network takes or gives: one kind of inputs or outputs, or several."""
@@ -65,6 +67,7 @@ class Families(dict[str, Family]):
 
 FAMILIES = Families()
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
+FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, takes="images", gives="classes")
 FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, takes=("rows", "images"), gives=("classes", "numbers"))
 
 

@@ -10,6 +10,7 @@ from configs.base import Section, file_path
 from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
+from .families.convnet import ConvNetConfig
 from .families.mlp import MlpConfig
 from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
@@ -18,7 +19,7 @@ from .parallel import ParallelConfig
 from .tracking import TrackingConfig
 from .train import TrainConfig
 
-OURS: dict[str, type[ModelSection]] = {"mlp": MlpConfig}
+OURS: dict[str, type[ModelSection]] = {"mlp": MlpConfig, "convnet": ConvNetConfig}
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS
 

@@ -117,6 +117,12 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
         raise ConfigError(
             f"model.channels is {channels}, but data.images.channels is {images.shape[0]}: set them to the same number"
         )
+    if (least := getattr(config.model, "smallest", 1)) > min(images.shape[1:]):
+        raise ConfigError(
+            f"data.path={images.path} has images of {images.shape[2]} x {images.shape[1]}, too small for the stages of "
+            f"model.family={config.model.family}, which need {least} x {least}: set data.images.size={least}, or other "
+            "stages"
+        )
     shape = " x ".join(map(str, images.shape))
     notes = [f"data.path={images.path}: {len(images):,} images of {shape}, {images.classes} classes"]
     if count := images.unlabelled[0]:

@@ -83,3 +83,22 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_weighs_nothing(tmp_pat
         images(everything)
     with pytest.raises(ConfigError, match="none of the first 16 images can be decoded"):
         images(everything, skip=True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"architecture": "vgg11"}, r"images of 12 x 12, too small .* need 32 x 32: set data\.images\.size=32"),
+        ({"channels": 3}, r"model\.channels is 3, but data\.images\.channels is 1"),
+        ({"outputs": 2}, r"model\.outputs is 2, but .* labels up to 2: set model\.outputs=3"),
+    ],
+)
+def test_a_convnet_that_does_not_fit_the_images_is_refused(tmp_path, keys, message):
+    path = write_images(tmp_path / "x.parquet", 6)
+    tree = {
+        "model": {"family": "convnet", "channels": 1, **keys},
+        "data": {"path": str(path), "images": {"channels": 1}},
+    }
+    config = from_dict(tree)
+    with pytest.raises(ConfigError, match=message):
+        kind_of(config).ensure(config)
