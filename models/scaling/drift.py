@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .allocation import Kind, log_losses, optimum
 from .forms.dense import Array, Form
-from .forms.newton import Objective
+from .forms.newton import Objective, Prior
 from .forms.solve import minimise
 from .table import Table
 
@@ -114,19 +114,39 @@ def fit_windows(
     theta = len(form.linear)
     starts[1:, theta:] += 0.1 * generator.normal(size=(3, form.size - theta))
     starts = np.repeat(starts, len(rows), axis=0)
-    found, values, _ = minimise(form, x, table.loss, np.tile(rows, (4, 1)).astype(float), starts, objective)
+    scale, share = np.array(form.scales), rows.mean(axis=1)
+
+    def prior(noise: float, window: NDArray[np.int64], deviates: Array | float = 0.0) -> Prior | None:
+        if np.isinf(scale).all():
+            return None
+        # Weights are scaled to a mean of 1 over all rows, those of no weight too.
+        precision = (noise**2 / share[window])[:, None] * scale**-2.0
+        return Prior(np.broadcast_to(np.where(np.isinf(scale), 0.0, scale) * deviates, precision.shape), precision)
+
+    each = np.arange(len(rows))
+    known = prior(_noise(form, table, rows[0], start), np.tile(each, 4))
+    found, values, _ = minimise(
+        form, x, table.loss, np.tile(rows, (4, 1)).astype(float), starts, objective, prior=known
+    )
     best = values.reshape(4, -1).argmin(axis=0)
     parameters = found.reshape(4, len(rows), -1)[best, np.arange(len(rows))]
+    noise = _noise(form, table, rows[0], parameters[0])
     if objective.scale == "log" and np.isfinite(objective.delta):
         # Huber's usual tuning constant for this noise: refits of a nearly L1 objective scatter half as much again.
-        noise = _noise(form, table, rows[0], parameters[0])
         objective = Objective("log", max(objective.delta, 1.345 * noise))
-        parameters, _, _ = minimise(form, x, table.loss, rows.astype(float), parameters, objective)
+        parameters, _, _ = minimise(
+            form, x, table.loss, rows.astype(float), parameters, objective, prior=prior(noise, each)
+        )
     _, run = np.unique(np.array(table.run), return_inverse=True)
     weights = generator.exponential(size=(max(refits, HELD_REFITS), int(run.max()) + 1))[:, run]
     counts = [refits] + [HELD_REFITS] * (len(rows) - 1)
     batch = np.concatenate([weights[:many] * mask for many, mask in zip(counts, rows, strict=True)])
-    samples, _, _ = minimise(form, x, table.loss, batch, np.repeat(parameters, counts, axis=0), objective, 40)
+    # A refit draws the prior's mean, as it draws the weights of the runs (randomised maximum a posteriori).
+    deviates = generator.normal(size=(len(batch), len(scale))) if np.isfinite(scale).any() else 0.0
+    samples, _, _ = minimise(
+        form, x, table.loss, batch, np.repeat(parameters, counts, axis=0), objective, 40,
+        prior(noise, np.repeat(each, counts), deviates),
+    )  # fmt: skip
     ends = np.split(samples, np.cumsum(counts)[:-1])
     windows = []
     for i, origin in enumerate(origins):

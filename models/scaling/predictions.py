@@ -15,6 +15,8 @@ from .refusal import Refusal, edge, refused
 from .table import Table
 
 LEVEL = 0.95
+WIDEST = 10.0
+"""Factor from the low to the high end of N's interval above which no best size is named."""
 
 
 class Rival(NamedTuple):
@@ -41,9 +43,10 @@ class Prediction:
     run_loss: Interval
     """Of one run, which has noise of its own."""
     n: Interval
-    """Parameters, in the table's convention; the best for the budget, or those given."""
+    """Parameters, in the table's convention; the best for the budget, or those given. The value is NaN if none can be
+    named: if the interval spans more than a factor of ten."""
     d: Interval
-    """Training tokens."""
+    """Training tokens, likewise."""
     shape: Mapping[str, float]
     """experts, top_k, ... of the best kind of model, where the table has several."""
     form: str
@@ -57,6 +60,16 @@ class Prediction:
     rivals: tuple[Rival, ...] = ()
     """Other kinds of models whose loss interval overlaps that of the best one, by their loss: with `shape`, the kinds
     among which the best one is at this level."""
+
+    @property
+    def unnamed(self) -> str:
+        """Why no best size is named; empty: one is."""
+        if not np.isnan(self.n.value):
+            return ""
+        return (
+            f"no best size is named for {self.budget:.3g} FLOPs: it may be any from {self.n.low:.2g} to "
+            f"{self.n.high:.2g}; runs of other sizes with equal FLOPs (a sweep's `isoflop`) would determine it"
+        )
 
     def summary(self) -> dict[str, Any]:
         """For `--json`."""
@@ -104,10 +117,12 @@ class Forecast:
             _check_repeats(law, each["d"].value, f"the best model of {budget:.3g} FLOPs")
         best, *others = sorted(range(len(laws)), key=lambda each: found[each]["loss"].value)
         rivals = [
-            Rival(laws[each].kind.shape, **found[each]) for each in others
+            Rival(laws[each].kind.shape, **_named(found[each])) for each in others
             if found[each]["loss"].low <= found[best]["loss"].high
         ]  # fmt: skip
-        return replace(_prediction(self.table, laws[best], budget, **found[best]), rivals=tuple(rivals))
+        prediction = _prediction(self.table, laws[best], budget, **_named(found[best]))
+        warnings = (*prediction.warnings, *([prediction.unnamed] if prediction.unnamed else []))
+        return replace(prediction, rivals=tuple(rivals), warnings=warnings)
 
     def at_size(
         self, n: float, d: float, shape: Mapping[str, float] | None = None, unique: float | None = None
@@ -201,6 +216,13 @@ def _smaller(table: Table, kind: Kind, seed: int) -> str:
     return ""
 
 
+def _named(found: Mapping[str, Interval]) -> dict[str, Interval]:
+    """Without a value of N and D where their interval is too wide to name one."""
+    if found["n"].high <= WIDEST * found["n"].low:
+        return dict(found)
+    return dict(found) | {key: found[key]._replace(value=np.nan) for key in ("n", "d")}
+
+
 def _check_repeats(law: Extrapolation, d: float, what: str) -> None:
     """Raise Refusal if the law would take repeated tokens for new ones."""
     if d > 1.01 * law.kind.unique and not all("unique" in each.form.needs for each in law.laws):
@@ -233,7 +255,7 @@ def _warnings(law: Extrapolation, budget: float, n: float) -> tuple[str, ...]:
     if (times := budget / law.last) > 100:
         found.append(f"{budget:.3g} FLOPs are {times:,.0f} times the largest fitted budget")
     sizes = law.table.n
-    if not sizes.min() / 30 < n < sizes.max() * 30:
+    if n < sizes.min() / 30 or n > sizes.max() * 30:
         found.append(f"N = {n:.3g} is far from the fitted sizes ({sizes.min():.3g} to {sizes.max():.3g})")
     if max(len(each.loss_drift.held) for each in law.laws) < 2:
         found.append("too few budgets to hold any back: the interval assumes that the law is right")

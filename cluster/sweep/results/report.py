@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 from rich.table import Table as Grid
 from rich.text import Text
 
@@ -96,12 +97,15 @@ def show_predictions(predictions: Sequence[Prediction], notes: Sequence[str] = (
 def _choice(found: Prediction | Rival) -> tuple[str, str, str, str]:
     """N, D, their ratio and the kind of model."""
     shape = " ".join(f"{key}={value:g}" for key, value in found.shape.items() if key != "active_ratio")
-    return _range(found.n, ".3g"), _range(found.d, ".3g"), f"{found.d.value / found.n.value:.3g}", shape
+    ratio = "" if np.isnan(found.n.value) else f"{found.d.value / found.n.value:.3g}"
+    return _range(found.n, ".3g"), _range(found.d, ".3g"), ratio, shape
 
 
 def _range(estimate: Interval, digits: str) -> str:
     if estimate.low == estimate.high:
         return f"{estimate.value:{digits}}"
+    if np.isnan(estimate.value):
+        return _ends(estimate, digits)
     return f"{estimate.value:{digits}} {_ends(estimate, digits)}"
 
 

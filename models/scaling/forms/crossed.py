@@ -21,8 +21,12 @@ class Crossed(Monomials):
     nonlinear = ("alpha", "beta", "alpha_D", "beta_N")
     bounds = ((0.01, 2.0), (0.01, 2.0), (-0.6, 0.6), (-0.6, 0.6))
 
-    def __init__(self, n: float = 1.0, d: float = 1.0) -> None:
-        self.log_n, self.log_d = np.log(n), np.log(d)
+    def __init__(self, n: float = 1.0, d: float = 1.0, interaction: float = np.inf) -> None:
+        self.log_n, self.log_d, self.interaction = np.log(n), np.log(d), interaction
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return np.inf, np.inf, self.interaction, self.interaction
 
     def exponents(self, x: Columns) -> Array:
         z = np.zeros((3, 4, len(x["n"])))

@@ -33,6 +33,11 @@ class Form:
     """Of each gamma: the search's grid lies inside, and no fit leaves them."""
 
     @property
+    def scales(self) -> tuple[float, ...]:
+        """Standard deviation of each gamma's normal prior about zero; infinite: flat."""
+        return (np.inf,) * len(self.nonlinear)
+
+    @property
     def size(self) -> int:
         """Number of parameters."""
         return len(self.linear) + len(self.nonlinear)

@@ -1,7 +1,7 @@
 """Newton's method for a batch of fits of one form, on Huber's or the squared residual."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,15 @@ HUBER_LOG = Objective()
 LEAST_SQUARES = Objective(scale="linear", delta=np.inf)
 
 
+class Prior(NamedTuple):
+    """A normal prior of gamma, in units of the objective: it adds precision (gamma - mean)^2 / 2."""
+
+    mean: Array
+    """Shape (B, G)."""
+    precision: Array
+    """Shape (B, G); 0: none."""
+
+
 class Descent:
     """Fits of one form to the same rows, each with its own weights (and losses).
 
@@ -42,10 +51,13 @@ class Descent:
     Args:
         log_loss: shape (B, rows).
         weights: shape (B, rows).
+        prior: of gamma; None: flat within its bounds.
     """
 
-    def __init__(self, form: Form, x: Columns, log_loss: Array, weights: Array, objective: Objective) -> None:
-        self.form, self.x, self.objective = form, x, objective
+    def __init__(
+        self, form: Form, x: Columns, log_loss: Array, weights: Array, objective: Objective, prior: Prior | None = None
+    ) -> None:
+        self.form, self.x, self.objective, self.prior = form, x, objective, prior
         self.log_loss, self.weights = log_loss, weights / weights.mean(axis=1, keepdims=True)
         self.terms, self.gammas = len(form.linear), len(form.nonlinear)
         self.low, self.high = np.array(form.bounds, dtype=float).reshape(-1, 2).T
@@ -115,6 +127,8 @@ class Descent:
             near = np.minimum(size, delta)
             costs = near * (size - 0.5 * near)
         value = np.einsum("bn,bn->b", costs, self.weights[active])
+        if self.prior:
+            value += 0.5 * (self.prior.precision[active] * (gamma - self.prior.mean[active]) ** 2).sum(axis=1)
         return (
             np.where(np.isfinite(value), value, np.inf),
             residual,
@@ -159,6 +173,11 @@ class Descent:
         self._add_curvature(hessian, (1 - mix)[:, None, None] * power[:, None, None] * pull[:, None] * shares, z)
         # What a parameter alone could gain, relative to the size of its residuals.
         spread = np.sqrt(np.einsum("bpn,bn->bp", u**2, majoriser))
+        if self.prior:
+            precision = self.prior.precision[active]
+            gradient[:, self.terms :] += precision * (gamma - self.prior.mean[active])
+            np.einsum("bpp->bp", hessian)[:, self.terms :] += precision
+            spread[:, self.terms :] = np.hypot(spread[:, self.terms :], np.sqrt(precision))
         noise = np.sqrt(np.einsum("bn,bn->b", majoriser, residual**2 + EXACT**2))[:, None]
         inner = (p[:, self.terms :] > self.low + 1e-12), (p[:, self.terms :] < self.high - 1e-12)
         down = np.concatenate([means > FLOOR + 1e-3, inner[0]], axis=1)

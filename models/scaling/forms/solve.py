@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .dense import Array, Columns, Form
-from .newton import FLOOR, HUBER_LOG, Descent, Objective
+from .newton import FLOOR, HUBER_LOG, Descent, Objective, Prior
 
 TOLERANCE = 1e-6
 """Largest scaled gradient of a converged fit."""
@@ -206,7 +206,14 @@ def _nonnegative(gram: Array, right: Array, total: float) -> tuple[Array, Array]
 
 
 def minimise(
-    form: Form, x: Columns, loss: Array, weights: Array, start: Array, objective: Objective, iterations: int = 200
+    form: Form,
+    x: Columns,
+    loss: Array,
+    weights: Array,
+    start: Array,
+    objective: Objective,
+    iterations: int = 200,
+    prior: Prior | None = None,
 ) -> tuple[Array, Array, Array]:
     """Descend from each start to a local optimum.
 
@@ -214,6 +221,7 @@ def minimise(
         loss: shape (rows,) or (B, rows).
         weights: shape (B, rows).
         start: shape (B, J + G).
+        prior: of gamma, for weights of mean 1.
 
     Returns:
         Parameters (B, J + G), the objective (B,), and the largest scaled entry of the gradient (B,).
@@ -222,7 +230,8 @@ def minimise(
     ends = []
     for begin in range(0, len(start), CHUNK):
         part = slice(begin, begin + CHUNK)
-        descent = Descent(form, x, log_loss[part], weights[part], objective)
+        known = Prior(prior.mean[part], prior.precision[part]) if prior else None
+        descent = Descent(form, x, log_loss[part], weights[part], objective, known)
         ends.append(descent.run(np.array(start[part], dtype=float), iterations))
     found, values, gradients = (np.concatenate(each) for each in zip(*ends, strict=True))
     return found, values, gradients

@@ -125,7 +125,7 @@ def test_pairs_of_sizes_share_budgets_without_a_valley():
 
 def test_a_ladder_takes_all_runs():
     found = extrapolate(ladder(0.003))
-    assert [law.form.name for law in found.laws] == ["crossed", "approach3"]
+    assert [law.form.name for law in found.laws] == ["crossed"]
     assert all(law.window.rows.all() for law in found.laws)
     n, d = 3e9, 6e10
     assert found.at_size(n, d).low < HOFFMANN(np.array(n), np.array(d)) < found.at_size(n, d).high

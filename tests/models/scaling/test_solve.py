@@ -6,7 +6,7 @@ from laws import HOFFMANN, isoflop
 from scipy.optimize import least_squares, minimize
 
 from models.scaling.forms.dense import Approach3, DataConstrained, Gadre, Kaplan
-from models.scaling.forms.newton import HUBER_LOG, LEAST_SQUARES, Objective
+from models.scaling.forms.newton import HUBER_LOG, LEAST_SQUARES, Objective, Prior
 from models.scaling.forms.solve import at_bound, minimise, refit, solve
 from models.scaling.forms.sparse import Ludziejewski
 
@@ -151,3 +151,25 @@ def test_a_law_that_is_not_quite_right_is_fitted_to_its_optimum():
     starts = found.parameters + np.random.default_rng(1).normal(0, 0.02, (6, form.size))
     _, values, _ = minimise(form, x, np.exp(log_loss), np.ones((6, len(n))), starts, HUBER_LOG, 2000)
     assert found.value <= values.min() * (1 + 1e-6)
+
+
+def test_a_prior_of_the_exponents_is_part_of_the_objective():
+    """Against scipy's least squares with the prior as two more residuals; a flat one changes nothing."""
+    form, table = Approach3(), isoflop(Approach3(), HOFFMANN, noise=0.005)
+    weights, start = np.ones((1, len(table))), form.parameters(HOFFMANN)[None]
+    squares, mean, scale = Objective("log", np.inf), np.array([[0.45, 0.2]]), 0.02
+
+    def fitted(scale: float) -> np.ndarray:
+        prior = Prior(mean, np.full((1, 2), scale**-2.0) * 0.005**2)
+        return minimise(form, table.columns, table.loss, weights, start, squares, prior=prior)[0][0]
+
+    def residuals(p):
+        return [
+            *(form.log_loss(p[None], table.columns)[0] - np.log(table.loss)), *(0.005 * (p[3:] - mean[0]) / scale)
+        ]  # fmt: skip
+
+    found, expected = fitted(scale), least_squares(residuals, start[0], xtol=1e-12, ftol=1e-12, x_scale="jac").x
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    flat = minimise(form, table.columns, table.loss, weights, start, squares)[0][0]
+    assert (fitted(np.inf) == flat).all()
+    assert np.abs(found[3:] - flat[3:]).min() > 1e-3

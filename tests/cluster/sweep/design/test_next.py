@@ -1,12 +1,16 @@
 """The next run's config: its size, its budget within 1%, its experts; an ordinary run."""
 
+import numpy as np
 import pytest
+from scaling_coverage import LAWS
+from scaling_tables import Design, ladder, planted
 
 from cluster.sweep.design.next_run import Best, config_for, next_trial, write
 from cluster.sweep.design.sizes import conventions
 from configs import ConfigError, load, resolve
 from configs.sweep.definition import sweep_from_dict
 from models.planning.cost import parameters, training_flops_per_token
+from models.scaling.predictions import Forecast
 
 SWEEP = sweep_from_dict({
     "name": "s", "root": "elsewhere", "base": "dense-small", "isoflop": {"budgets": [1e13]}, "seeds": [3, 4],
@@ -70,3 +74,10 @@ def test_a_chain_ends_as_a_run_of_its_own():
 def test_refused(best, sweep, message):
     with pytest.raises(ConfigError, match=message):
         next_trial(sweep, best, 512)
+
+
+def test_no_run_is_written_of_a_size_that_is_not_named():
+    design = Design(ladder(1e8 * 4.0 ** np.arange(5), (20, 40)), 0.01)
+    predicted = Forecast(planted(LAWS["Hoffmann et al."], design, 0)).at_budget(1e23)
+    with pytest.raises(ConfigError, match=r"^no best size is named for 1e\+23 FLOPs: it may be any from .* approach3$"):
+        Best.of(predicted)

@@ -6,6 +6,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from laws import HOFFMANN, isoflop
+from scaling_coverage import LAWS
+from scaling_tables import Design, ladder, planted
 
 from models.scaling.forms.dense import Approach3, DataConstrained
 
@@ -294,3 +296,21 @@ def test_duplicate_or_incomplete_options_are_refused(muster, table, tmp_path):
         code, out, err = muster("sweep", *command, "--table", str(table))
         assert (code, out, len(err.splitlines())) == (2, "", 1)
         assert words in err
+
+
+def test_a_best_size_that_the_runs_do_not_determine_is_a_range(muster, tmp_path):
+    design = Design(ladder(1e8 * 4.0 ** np.arange(5), (20, 40)), 0.01)
+    runs = planted(LAWS["Hoffmann et al."], design, 0)
+    path = tmp_path / "ladder.csv"
+    path.write_text(
+        "n,d,loss\n" + "".join(f"{n},{d},{loss}\n" for n, d, loss in zip(runs.n, runs.d, runs.loss, strict=True))
+    )
+    code, out, err = muster("sweep", "predict", "--table", str(path), "--budget", "1e23", "--json")
+    assert (code, err) == (0, "")
+    [found] = json.loads(out)["predictions"]
+    assert (found["n"]["value"], found["d"]["value"]) == (None, None)
+    assert found["n"]["high"] > 10 * found["n"]["low"]
+    shown = muster("sweep", "predict", "--table", str(path), "--budget", "1e23")[1]
+    assert "nan" not in shown
+    assert f"[{found['n']['low']:.3g}, {found['n']['high']:.3g}]" in shown
+    assert "warning: no best size is named for 1e+23 FLOPs" in shown

@@ -179,9 +179,9 @@ class Sweep {
     const line = (main, rest) => put(this.title, `${main} `, el("span", { class: "rest" }, rest));
     const finished = found.trials.filter((trial) => trial.state === "finished" && trial.eval_loss !== null);
     if (known?.prediction && this.bySize) {
-      const { prediction, budget } = known, came = known.score.predicted?.scores.find((each) => each.loss !== null && each.status === "FINISHED" && Math.abs(Math.log(each.budget / budget)) < 0.03);
+      const { prediction, budget } = known, { value, low, high } = prediction.n, came = known.score.predicted?.scores.find((each) => each.loss !== null && each.status === "FINISHED" && Math.abs(Math.log(each.budget / budget)) < 0.03);
       const kind = prediction.kind === "runs" ? "" : `${short(prediction.kind)}, `;
-      line(`Best for ${flops(budget)} FLOPs: ${kind}${compact(prediction.n.value)} parameters.`, `Predicted ${loss(prediction.run_loss.value)} (${loss(prediction.run_loss.low)} to ${loss(prediction.run_loss.high)})${came ? `; it came to ${loss(came.loss)}` : ""}.`);
+      line(`Best for ${flops(budget)} FLOPs: ${kind}${value === null ? `${compact(low)} to ${compact(high)}` : compact(value)} parameters.`, `Predicted ${loss(prediction.run_loss.value)} (${loss(prediction.run_loss.low)} to ${loss(prediction.run_loss.high)})${came ? `; it came to ${loss(came.loss)}` : ""}.`);
     } else if (found.axes.length && finished.length) {
       const best = finished.reduce((a, b) => (a.eval_loss <= b.eval_loss ? a : b));
       const where = found.axes.map((key) => `${key.split(".").at(-1)} ${plain(best.values[key])}`).join(", ");
