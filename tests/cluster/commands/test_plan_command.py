@@ -80,9 +80,9 @@ def test_refused(capsys, monkeypatch, arguments, message):
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from cluster.cli import main; main()"
 NAMES = {
-    "model.family=llama": "model.family=llama: no such family; known: decoder (a plugin may add one)",
+    "model.family=llama": "model.family=llama: no such family; known: convnet, decoder, mlp (a plugin may add one)",
     "model.family=decodr": "model.family=decodr: no such family; did you mean decoder?",
-    "task=classification": "task=classification: no such task; known: language_modelling (a plugin may add one)",
+    "task=clasification": "task=clasification: no such task; did you mean classification?",
 }
 
 
