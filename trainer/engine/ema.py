@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights: updated by the optimizer's steps, sharded as its weights are."""
+"""Exponential moving average (EMA) of the weights: updated at every optimizer step, sharded like the weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,40 +8,40 @@ from torch import Tensor
 
 
 def ema_decay(decay: float, step: int) -> float:
-    """Decay of the step of this number, from 1: min(decay, (1 + step) / (10 + step)), the warm-up of TensorFlow's
+    """Decay at optimizer step `step`, counted from 1: min(decay, (1 + step) / (10 + step)), the warm-up of TensorFlow's
     ExponentialMovingAverage and of diffusers' EMAModel."""
     return min(decay, (1 + step) / (10 + step))
 
 
 class Ema:
-    """The average of the fp32 weights that an optimizer of this process steps. It begins with the weights as they are.
+    """The average of the fp32 weights that an optimizer updates in this process. It starts as a copy of the weights.
 
     Args:
-        optimizer: torch's, which may step some of its parameters at a time.
+        optimizer: torch's own, which may update some of its parameters at a time.
         weights: all of its parameters.
-        decay: the limit of `ema_decay`.
+        decay: upper limit, see `ema_decay`.
 
     Attributes:
-        step: number of the optimizer step that comes next, to be set before it.
+        step: number of the next optimizer step, to be set before it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], decay: float):
         self._pairs = {id(weight): (weight, weight.detach().clone()) for weight in weights}
         self._decay, self.step = decay, 1
-        # Not called for a step that is skipped, unless the optimizer itself does, on the device.
+        # The hook does not run for a skipped step, unless the optimizer itself skips it, on the device.
         optimizer.register_step_post_hook(self._update)
 
     @property
     def share(self) -> float:
-        """Of what is new in the average, in the step that comes next."""
+        """Weight of the new values in the average at the next step, 1 - decay."""
         return 1 - ema_decay(self._decay, self.step)
 
     def of(self, weight: Tensor) -> Tensor | None:
-        """The average of one of the optimizer's parameters, of its shape; None for any other tensor."""
+        """The average of one of the optimizer's parameters, in its shape; None for any other tensor."""
         return self._pairs[id(weight)][1] if id(weight) in self._pairs else None
 
     def exchange(self) -> None:
-        """Put the averages in place of the weights, and the weights in place of the averages; nothing is copied."""
+        """Swap the weights and their averages, without copying."""
         for weight, average in self._pairs.values():
             weight.data, average.data = average.data, weight.data
 

@@ -27,25 +27,25 @@ class Engine:
     A process may hold several: one for each network that has an optimizer of its own.
 
     Attributes:
-        module: the network, of which DeepSpeed may have replaced layers.
-        optimizer: torch's, over what this process holds of the fp32 weights.
-        prefix: what its parameters' names begin with in a checkpoint.
+        module: the network; DeepSpeed may have replaced some of its layers.
+        optimizer: torch's own, over this process's share of the fp32 weights.
+        prefix: prefix of its parameters' names in a checkpoint.
         device: where the network is.
-        accumulation: micro-batches of this process in a step.
+        accumulation: micro-batches per step in this process.
         sharded: whether a process holds only its own part of each working weight (ZeRO-3).
-        replicated: whether every process holds every state whole (ZeRO-0).
-        ema: the average of the weights that it trains; None: the optimizer's `ema_decay` is not set.
-        deepspeed: DeepSpeed's own engine, for this folder alone.
+        replicated: whether every process holds all optimizer states in full (ZeRO-0).
+        ema: moving average of the trained weights; None if the optimizer's `ema_decay` is not set.
+        deepspeed: DeepSpeed's own engine, used only within this folder.
     """
 
     def __init__(self, module: nn.Module, config: Config, optim: OptimConfig | None = None, prefix: str = "") -> None:
-        """The process group must exist, and all processes make their engines in the same order.
+        """The process group must exist, and all processes must create their engines in the same order.
 
         Args:
-            module: a plain network, filled; its parameters are those that this engine's optimizer updates.
-            config: of the run, resolved.
-            optim: this network's own optimizer, where it is not config.optim.
-            prefix: what its parameters' names begin with in a checkpoint, where the run has other networks.
+            module: a plain network with its initial weights; this engine's optimizer updates its parameters.
+            config: the run's resolved config.
+            optim: config of this network's own optimizer, if it is not config.optim.
+            prefix: prefix of its parameters' names in a checkpoint, if the run has other networks.
         """
         optim, parallel = optim or config.optim, config.parallel
         experts = expert_group_name(config) if parallel.ep > 1 else None
@@ -65,14 +65,14 @@ class Engine:
         self.accumulation: int = settings["gradient_accumulation_steps"]
         self.sharded, self.replicated = parallel.zero_stage == 3, self.optimizer is self.deepspeed.optimizer
         if self._copies:
-            self._copies.refresh()  # DeepSpeed has sent rank 0's parameters to all
+            self._copies.refresh()  # DeepSpeed has broadcast rank 0's parameters
         self._tp_rank = private.tensor_parallel_rank() if parallel.tp > 1 else 0
         self._ep_rank = private.expert_parallel_rank(self.module)
         keep_routers(self.module)
         if parallel.tp > 1:
             private.compare_no_inputs(self.deepspeed)
         if parallel.tp > 1 and parallel.ep > 1:
-            # What a checkpoint takes from each process is each element once.
+            # The pieces that processes write to a checkpoint hold each element exactly once.
             private.count_once(self.deepspeed, {id(piece.parameter) for piece in self.pieces() if piece.writes})
         if parallel.zero_stage == 0 and torch.distributed.get_world_size() == 1:
             private.reduce_no_gradients(self.deepspeed)
@@ -80,7 +80,7 @@ class Engine:
         self.ema = Ema(self.optimizer, trained.values(), optim.ema_decay) if optim.ema_decay else None
 
     def _for_deepspeed(self, module: nn.Module, config: Config) -> tuple[nn.Module, dict[str, Any]]:
-        """The module that DeepSpeed is given, and its config."""
+        """The module and the config to give to DeepSpeed."""
         return module, engine_config(config)
 
     def __call__(self, *inputs: Any) -> Any:
@@ -88,11 +88,11 @@ class Engine:
         return self.deepspeed(*inputs)
 
     def backward(self, loss: Tensor) -> None:
-        """Add a micro-batch's gradients; DeepSpeed divides them by `accumulation`, and averages over processes."""
+        """Accumulate a micro-batch's gradients; DeepSpeed divides by `accumulation`, and averages over processes."""
         self.deepspeed.backward(loss)
 
     def step(self) -> None:
-        """To be called after each micro-batch: the last of a step updates the weights."""
+        """Call after each micro-batch; the last one of a step updates the weights."""
         self.deepspeed.step()
 
     def train(self) -> None:
@@ -102,7 +102,7 @@ class Engine:
         self.deepspeed.eval()
 
     def parameters(self) -> Iterator[Tensor]:
-        """All that a pass may make gradients of: the network's parameters, and the copies that it uses of them."""
+        """All tensors that can receive gradients: the network's parameters, and the working copies of them if any."""
         yield from self.module.parameters()
         yield from self._copies.copies if self._copies else ()
 
@@ -111,9 +111,9 @@ class Engine:
             group["lr"] = rate
 
     def norm_and_skipped(self) -> Tensor:
-        """Of the step just launched, on the device: [gradient norm before clipping, 1 where it was skipped], float64.
+        """[gradient norm before clipping, 1 if skipped else 0] of the step just launched: float64 [2], on the device.
 
-        With ZeRO DeepSpeed has waited for the device in its own step, to know whether there is an overflow.
+        With ZeRO, DeepSpeed's own step has already waited for the device, to check for an overflow.
         """
         if isinstance(self.optimizer, Guarded):
             values: tuple[Any, Any] = self.optimizer.norm, self.optimizer.not_finite
@@ -129,20 +129,20 @@ class Engine:
         return private.loss_scale_state(private.scaler_of(self.deepspeed)) if self._fp16 else None
 
     def restore_loss_scale(self, state: dict[str, Any] | None) -> None:
-        """Go on with a loss scale and what it counts; its settings are the config's."""
+        """Restore the loss scale and its counters; the scaler's settings come from the config."""
         if state is not None and self._fp16:
             private.restore_loss_scale(private.scaler_of(self.deepspeed), state)
 
     def parameters_changed(self) -> None:
-        """To be called when parameters were written by anyone but the optimizer."""
+        """Call after anything but the optimizer has written to the parameters."""
         if self._copies:
             self._copies.refresh()
         private.weights_changed(self.deepspeed)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the network computes with the average of its weights, if it has one. A collective; an error within
-        it ends the attempt, and leaves the average in the weights' place."""
+        """Within this context the network computes with the average of its weights, if it keeps one. A collective. An
+        exception is expected to end the attempt: it leaves the averages in place of the weights."""
         if not self.ema:
             yield
             return
@@ -160,7 +160,7 @@ class Engine:
         self.parameters_changed()
 
     def pieces(self) -> Iterator[Piece]:
-        """Every parameter of this process, in the module's order; those too that nothing trains."""
+        """Every parameter of this process, frozen ones too, in the module's order."""
         for name, parameter in self.module.named_parameters():
             plain, part = plain_name(name)
             if plain not in self._shapes and not parameter.requires_grad:
@@ -171,11 +171,11 @@ class Engine:
             yield Piece(self.prefix + plain, shape, box, parameter, writes)
 
     def slots(self) -> Iterator[Slot]:
-        """Every stretch of them whose states this process holds, in the same order."""
+        """Every stretch of these parameters whose states this process holds, in the same order."""
         for piece in self.pieces():
             if held := private.stretch(self.deepspeed, piece.parameter):
                 yield Slot(**vars(piece), **vars(held))
 
     def destroy(self) -> None:
-        """Let go of what DeepSpeed has hung on the module and the process; the engine can't be used any more."""
+        """Remove what DeepSpeed has attached to the module and the process; the engine cannot be used afterwards."""
         self.deepspeed.destroy()

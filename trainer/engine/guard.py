@@ -1,4 +1,4 @@
-"""What DeepSpeed lacks at ZeRO-0: clipping by the global norm, and skipping a step whose norm is not finite."""
+"""What DeepSpeed lacks at ZeRO-0: clipping by the global norm, and skipping steps whose norm is not finite."""
 
 from typing import Any
 
@@ -9,23 +9,23 @@ from .precision import WorkingCopies
 
 
 class Guarded:
-    """Mixin over a torch optimizer for ZeRO-0: clip by the global norm, and skip a step whose norm is not finite.
+    """Mixin over a torch optimizer for ZeRO-0: clip by the global norm, and skip steps whose norm is not finite.
 
-    DeepSpeed does both inside its ZeRO and bf16 optimizers, and neither for a plain one in fp32 (there a single NaN
-    gradient ends the run's weights).
+    DeepSpeed does both inside its ZeRO and bf16 optimizers, and neither for a plain optimizer in fp32, where a single
+    NaN gradient would ruin the weights.
     """
 
     param_groups: list[dict[str, Any]]
     max_norm = 0.0
     norm: Tensor
-    """Of the last step's gradient, before clipping."""
+    """Gradient norm of the last step, before clipping."""
     not_finite: Tensor
-    """1 where that norm is not finite, and so the step was skipped; else 0."""
+    """1 if that norm is not finite, so that the step was skipped; else 0."""
     copies: WorkingCopies | None = None
-    """Of the parameters, which follow them."""
+    """Copies of the parameters, refreshed after every step."""
     found_inf: Tensor | None = None
-    """1 where the norm is not finite. Optimizers that support torch.amp.GradScaler look here, on the device, whether to
-    leave weights and states alone."""
+    """1 if the norm is not finite. Optimizers that support torch.amp.GradScaler read it, on the device, to decide
+    whether to leave weights and states unchanged."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -44,6 +44,6 @@ class Guarded:
 
 
 def guard(optimizer: Any, max_norm: float, copies: WorkingCopies | None = None) -> None:
-    """Let an optimizer clip by the global norm (0: not), skip a step whose norm is not finite, and refresh copies."""
+    """Make an optimizer clip by the global norm (0: never), skip steps whose norm is not finite, refresh `copies`."""
     optimizer.__class__ = type(f"Guarded{type(optimizer).__name__}", (Guarded, type(optimizer)), {})
     optimizer.max_norm, optimizer.copies = max_norm, copies

@@ -1,4 +1,4 @@
-"""Optimizers and their parameter groups: torch's own where torch has them, Lion and a batched Muon beside them."""
+"""Optimizers and their parameter groups: torch's own where torch has them, plus Lion and a batched Muon."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -14,11 +14,11 @@ def parameter_groups(module: nn.Module, config: OptimConfig, experts: str | None
     """Split the parameters into those that decay and those that do not (norms, biases, embeddings).
 
     Args:
-        experts: name of the process group of expert parallelism; experts are then groups of their own, marked for
-            DeepSpeed, which averages and shares them out among fewer ranks.
+        experts: name of the expert-parallel process group; experts then get groups of their own, marked for DeepSpeed,
+            which averages and shards them over fewer ranks.
 
-    A group's order is the module's, so that every process and every topology builds the same groups. For Muon the
-    matrices inside the layers are groups of their own (`use_muon`); embeddings and the head take AdamW, as its author
+    Parameters are in the module's order, so that every process and every topology builds the same groups. For Muon the
+    matrices inside the layers get groups of their own (`use_muon`); embeddings and the head use AdamW, as its author
     advises (https://kellerjordan.github.io/posts/muon/).
     """
     embeddings = {
@@ -65,9 +65,9 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[set[str]]:
-    """What the optimizer keeps of a parameter from step to step: the kinds of parameters, each with its states' names.
+    """Names of the states that the optimizer keeps for a parameter, one set for each kind of parameter.
 
-    Of these it goes on; if a parameter has a state and not all of them, the next step fails.
+    If a parameter has some of its states but not all, the next step fails.
     """
     momentum = {"momentum_buffer"} if optimizer.defaults.get("momentum") else set()
     match optimizer:
@@ -89,10 +89,10 @@ def moments(optimizer: torch.optim.Optimizer) -> list[set[str]]:
 
 
 class Adagrad(torch.optim.Optimizer):
-    """torch's Adagrad with its state made at the first step.
+    """torch's Adagrad, with its state created at the first step.
 
-    torch.optim.Adagrad makes it at construction, so ZeRO, which swaps the parameters afterwards, builds another one
-    from the defaults and loses each group's own weight decay.
+    torch.optim.Adagrad creates it at construction, so ZeRO, which swaps the parameters afterwards, builds a new
+    optimizer from the defaults and loses each group's own weight decay.
     """
 
     def __init__(self, params: Iterable[Any], lr: float, eps: float, weight_decay: float = 0.0):
@@ -120,9 +120,9 @@ class Adagrad(torch.optim.Optimizer):
 
 
 class SGD(torch.optim.SGD):
-    """torch's SGD with momentum that begins at zero.
+    """torch's SGD, with momentum that starts at zero.
 
-    torch.optim.SGD makes it of the first gradient, and leaves it uninitialised where the device skips that step.
+    torch.optim.SGD starts it from the first gradient, and leaves it uninitialised if the device skips that step.
     """
 
     def _init_group(self, group, params, grads, momentum_buffer_list):
@@ -163,7 +163,7 @@ class Lion(torch.optim.Optimizer):
 
 
 def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
-    """Overwrite a weight or a state, unless the device has found that the step is to be skipped."""
+    """Overwrite a weight or a state, unless `found_inf` says, on the device, that the step is skipped."""
     if found_inf is None:
         target.copy_(value)
     else:
@@ -171,7 +171,7 @@ def _write(target: Tensor, value: Tensor, found_inf: Tensor | None) -> None:
 
 
 def newton_schulz(update: Tensor, steps: int = 5) -> Tensor:
-    """Nearest semi-orthogonal matrix, roughly, of each matrix in `update` [..., rows, columns], in bf16.
+    """Approximately the nearest semi-orthogonal matrix to each matrix in `update` [..., rows, columns], in bf16.
 
     Quintic iteration and coefficients of Jordan et al. (https://kellerjordan.github.io/posts/muon/).
     """
@@ -190,9 +190,9 @@ def newton_schulz(update: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon on the groups marked `use_muon`, AdamW on the others, one learning rate for both.
 
-    torch.optim.Muon takes 2-D parameters only; fused experts [experts, rows, columns] are as many matrices, so the
+    torch.optim.Muon takes 2-D parameters only; fused experts [experts, rows, columns] are one matrix per expert, so the
     orthogonalisation here is batched. A matrix's update is scaled by 0.2 sqrt(max(rows, columns)), which matches the
-    size of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), as torch's `adjust_lr_fn="match_rms_adamw"` does.
+    RMS of AdamW's (Moonlight, arXiv 2502.16982, section 2.2), as torch's `adjust_lr_fn="match_rms_adamw"` does.
     """
 
     _step_supports_amp_scaling = True
@@ -235,6 +235,6 @@ class Muon(torch.optim.Optimizer):
         square = (state["exp_avg_sq"] * beta2).addcmul_(gradient, gradient, value=1 - beta2)
         for key, value in (("step", step), ("exp_avg", average), ("exp_avg_sq", square)):
             _write(state[key], value, self.found_inf)
-        step = step.double()  # as a plain number would be
+        step = step.double()  # the precision of a Python float
         denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
         return average * (-group["lr"] / (1 - beta1**step)) / denominator

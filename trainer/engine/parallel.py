@@ -1,7 +1,7 @@
-"""Parallelism from outside: what DeepSpeed is told about the plain model, and what each process holds of it.
+"""Parallelism from outside: how DeepSpeed is told to split the plain model, and which part of it each process holds.
 
-Order: the plain model is built and filled; its shapes are noted; DeepSpeed replaces MoE blocks (AutoEP), then splits
-linear layers (AutoTP), then shares out states (ZeRO). Names and shapes in checkpoints stay those of the plain model.
+Order: the plain model is built and initialised; its shapes are recorded; DeepSpeed replaces MoE blocks (AutoEP), then
+splits linear layers (AutoTP), then shards states (ZeRO). Names and shapes in checkpoints stay those of the plain model.
 """
 
 import functools
@@ -20,7 +20,7 @@ from trainer.checkpoint.fragments import Box
 
 @dataclass(frozen=True)
 class Place:
-    """Where a process stands in the topology."""
+    """A process's coordinates in the topology."""
 
     dp: int
     tp: int
@@ -37,7 +37,7 @@ def place(config: Config, rank: int) -> Place:
 
 
 def expert_group_name(config: Config) -> str:
-    """DeepSpeed's name for the process group of expert parallelism."""
+    """DeepSpeed's name for the expert-parallel process group."""
     return f"ep_size_{config.parallel.ep}"
 
 
@@ -56,7 +56,7 @@ def engine_sections(config: Config) -> dict[str, Any]:
             "expert_w2": "down_proj",
             "expert_w3": None,
             "top_k": model.top_k,
-            # Of its own router, which `keep_routers` replaces.
+            # For AutoEP's own router, which `keep_routers` replaces.
             "score_func": "softmax",
             "route_norm": False,
         }
@@ -65,7 +65,7 @@ def engine_sections(config: Config) -> dict[str, Any]:
         if model.shared_expert_gate:
             sections["expert_parallel"]["shared_experts_gate_pattern"] = "shared_expert_gate"
     if parallel.tp > 1:
-        # Each rank normalises its own heads, so the gradients of the heads' norms must be added up over the ranks.
+        # Each rank normalises its own heads, so the gradients of the QK-norm weights must be summed over the ranks.
         specs = [
             {"patterns": [r".*\.[qk]_norm\.weight$"], "partition_type": "skip", "grad_allreduce": True},
             {"patterns": [r".*\.([qkv]|gate|up)_proj\.weight$"], "partition_type": "column"},
@@ -80,9 +80,9 @@ def engine_sections(config: Config) -> dict[str, Any]:
 
 
 def zero_section(config: Config) -> dict[str, Any]:
-    """What DeepSpeed's ZeRO is told beyond its stage."""
+    """DeepSpeed's ZeRO settings other than the stage."""
     parallel = config.parallel
-    # ZeRO 1 and 2 make these buffers anew at every step, by default of 5e8 elements, however small the model.
+    # ZeRO 1 and 2 allocate buffers of this size at every step; the default is 5e8 elements, however small the model.
     section: dict[str, Any] = {"reduce_bucket_size": REDUCE_BUCKET}
     if parallel.hpz > 1:
         section["zero_hpz_partition_size"] = parallel.hpz
@@ -94,7 +94,7 @@ def zero_section(config: Config) -> dict[str, Any]:
 
 
 def keep_routers(module: nn.Module) -> None:
-    """Let the MoE blocks that AutoEP put in place of ours ask our own choosers, in fp32, instead of its router."""
+    """Make the MoE blocks that AutoEP put in place of ours use our own choosers, in fp32, instead of its router."""
     for layer in module.modules():
         router: Any = next((each.router for each in layer.children() if hasattr(each, "router")), None)
         if isinstance(chooser := getattr(layer, "chooser", None), Chooser) and router is not None:
@@ -105,9 +105,9 @@ def keep_routers(module: nn.Module) -> None:
 def _as_autoep_asks(
     chooser: Chooser, gate: nn.Module, x_SH: Tensor, expert_bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What AutoEP's TokenChoiceTopKRouter returns: weights [S, k], choices [S, k], tokens of each expert [E] int32.
+    """What AutoEP's TokenChoiceTopKRouter returns: weights [S, k], choices [S, k], tokens per expert [E] int32.
 
-    Assignments that are dropped travel with the others, with weight 0.
+    Dropped assignments are dispatched like the others, with weight 0.
     """
     routing = chooser(gate, x_SH)
     counts_E = torch.zeros(chooser.config.num_experts, dtype=torch.int32, device=x_SH.device)
@@ -124,7 +124,7 @@ _RENAMED = (
 
 
 def plain_name(name: str) -> tuple[str, str]:
-    """The plain model's name of a parameter, and which of an expert's three matrices it is (else empty)."""
+    """The plain model's name for a parameter, and which of an expert's three matrices it is (empty if none)."""
     if found := _EXPERT_WEIGHT.match(name):
         return f"{found[1]}.{'down_proj' if found[2] == 'w2' else 'gate_up_proj'}", found[2]
     for replaced, plain in _RENAMED:
@@ -136,9 +136,9 @@ def box_of(shape: tuple[int, ...], local: tuple[int, ...], part: str, tp: int, e
     """Which slice of a whole parameter a process holds.
 
     Args:
-        shape: of the whole parameter.
-        local: of the process's own.
-        part: as from `plain_name`.
+        shape: shape of the whole parameter.
+        local: shape of the process's own part.
+        part: as returned by `plain_name`.
         tp, ep: the process's ranks in its tensor- and expert-parallel groups.
     """
     if part:

@@ -26,27 +26,27 @@ from .settings import engine_config
 
 
 class OneStage(PlainNames, PipelineModule):
-    """DeepSpeed's pipeline with a stage on each rank: one forward, one backward."""
+    """DeepSpeed's pipeline with one stage per rank, on the 1F1B (one forward, one backward) schedule."""
 
 
 class TwoStages(PlainNames, DualPipeVModule):
-    """DeepSpeed's pipeline in a V, with two stages on each rank, the first and the last of all on the first."""
+    """DeepSpeed's V-shaped pipeline (DualPipeV): two stages per rank; the first rank holds the first and last stage."""
 
 
 def cut(module: nn.Module, config: Config) -> Stages:
     """This process's stages of a whole module on the meta device.
 
     Raises:
-        ConfigError: it is of a family that cannot be cut.
+        ConfigError: the model's family cannot be split into stages.
     """
     if not isinstance(module, Decoder):
         raise ConfigError(
-            f"parallel.pp={config.parallel.pp}: only the family decoder can be cut into stages, model.family is "
+            f"parallel.pp={config.parallel.pp}: only model.family=decoder can be split into pipeline stages, not "
             f"{config.model.family}: set parallel.pp=1"
         )
     parallel = config.parallel
     held = stages_of_rank(parallel, place(config, dist.get_rank()).pp)
-    # A stage takes the parts of a module for its own.
+    # A stage takes over a module's parts, so each gets a copy.
     return Stages(Stage(copy.deepcopy(module), index, parallel.stages) for index in held)
 
 
@@ -62,22 +62,22 @@ class Pipeline(Engine):
                 rf"(?:{'|'.join(map(str, held))})\." + settings["expert_parallel"]["moe_layer_pattern"]
             )
         kind = TwoStages if parallel.pp_schedule == "dualpipev" else OneStage
-        # As many modules as stages: one each. DeepSpeed builds its own only, so the others need not be there.
+        # One module per stage. DeepSpeed builds only this rank's own, so the others may be None.
         layers = [held.get(index) for index in range(parallel.stages)]
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its seeds, topology and partition
             return kind(layers, num_stages=parallel.pp, partition_method="uniform"), settings
 
     @property
     def stages(self) -> list[Stage]:
-        """Those that this process runs, in the order of layers."""
+        """The stages that this process runs, in the order of layers."""
         return [part for part in self.module.children() if isinstance(part, Stage)]
 
     def train_step(self, batches: Sequence[Batch]) -> None:
-        """Forward and backward over a step's micro-batches, which the stages have been fed, and the update."""
+        """Forward and backward over a step's micro-batches, already fed to the stages, and the optimizer update."""
         self.deepspeed.train_batch(_inputs(batches))
 
     def evaluate(self, batches: Sequence[Batch]) -> None:
-        """Forward over micro-batches that the stages have been fed, without gradients; the engine is training after."""
+        """Forward over micro-batches already fed to the stages, without gradients; then back to training mode."""
         private.evaluate(self.deepspeed, _inputs(batches), len(batches))
         self.train()
 
@@ -88,12 +88,12 @@ def pipeline_step(
     """Launch one optimizer step, as `step.train_step` does.
 
     Args:
-        batches: this data-parallel rank's micro-batches, the same on all its stages; at least as many as stages, where
-            a rank holds two.
-        tokens, riders: as there.
+        batches: this data-parallel rank's micro-batches, the same on all its stages; at least as many as stages if a
+            rank holds two.
+        tokens, riders: as in `step.train_step`.
     """
     stages, dp, accumulate = engine.stages, config.parallel.dp, len(batches)
-    # DeepSpeed divides the last stage's loss by the micro-batches of a process, and averages over data-parallel ranks.
+    # DeepSpeed divides the last stage's loss by a process's micro-batches, and averages over data-parallel ranks.
     factor = loss_factor(tokens, accumulate * dp)
     for stage in stages:
         stage.feed(batches, loss_factor=factor, balance_factor=1 / accumulate)
@@ -102,13 +102,13 @@ def pipeline_step(
 
 
 def pipeline_loss(engine: Pipeline, batches: Sequence[Batch]) -> LossOutput:
-    """Evaluate this data-parallel rank's batches, all of one shape with the training's, without gradients.
+    """Evaluate this data-parallel rank's batches, all of the same shape as in training, without gradients.
 
     Args:
-        batches: at least as many as stages, where a rank holds two.
+        batches: at least as many as stages if a rank holds two.
 
     Returns:
-        their loss and tokens on the last stage's rank and zeros on others, so that a sum over all processes is right.
+        their loss and tokens on the last stage's rank, zeros on all others: the sum over all processes is the total.
     """
     stages = engine.stages
     for stage in stages:
@@ -120,16 +120,16 @@ def pipeline_loss(engine: Pipeline, batches: Sequence[Batch]) -> LossOutput:
 
 
 def _inputs(batches: Sequence[Batch]) -> Any:
-    """What DeepSpeed asks for on the first and the last stage; the stages have read their micro-batches themselves."""
+    """What DeepSpeed reads on the first and the last stage; the stages themselves already have their micro-batches."""
     return iter([(batch.input_ids, batch.labels) for batch in batches])
 
 
 def _sums(stages: Sequence[Stage], micro_batches: int) -> Tensor:
-    """This process's part of what `step.packed` makes of all micro-batches, in float64.
+    """This process's part of the sums that `step.packed` makes over all micro-batches, in float64.
 
     Args:
-        stages: this process's.
-        micro_batches: of the whole step; the router's values are means over them.
+        stages: this process's stages.
+        micro_batches: number in the whole step; the router's values are means over them.
     """
     device, moe_layers = next(stages[0].parameters()).device, stages[0].moe_layers
     sums = torch.zeros(3, dtype=torch.float64, device=device)

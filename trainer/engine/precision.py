@@ -1,4 +1,4 @@
-"""Lower precision where DeepSpeed has none: bf16 copies of fp32 parameters at ZeRO-0, and products in fp8."""
+"""Lower precision where DeepSpeed has none: bf16 copies of fp32 parameters at ZeRO-0, and fp8 matrix multiplication."""
 
 import functools
 import importlib.util
@@ -12,16 +12,16 @@ from configs import Config, ConfigError
 from models.moe.router import Router
 
 FP8 = 16
-"""Rows and columns of a product in fp8 are multiples of this."""
+"""Both sides of a matrix multiplied in fp8 must be multiples of this."""
 
 
 class WorkingCopies:
-    """Lets every layer of a module use copies of its parameters, which keep their names, places and fp32 gradients.
+    """Makes every layer of a module use copies of its parameters, which keep their names, places and fp32 gradients.
 
-    The copies are made once a step, not in every forward pass, and a copy's gradient is added to its parameter's as
-    soon as it is there, so that no second set of gradients stands. Micro-batches add up in fp32; what one pass uses
-    twice, tied embeddings, adds up its two gradients in the lower precision, as at ZeRO 1 to 3. Each layer's class gets
-    properties over its parameters, which is also how torch's parametrizations work. Routers keep theirs as they are:
+    The copies are updated once per step, not cast in every forward pass. A copy's gradient is added to its parameter's
+    as soon as it is computed, so that no second set of gradients is kept. Micro-batches are summed in fp32; a parameter
+    that one pass uses twice (tied embeddings) sums its two gradients in the lower precision, as at ZeRO 1 to 3. Each
+    layer's class gets properties that shadow its parameters, as in torch's parametrizations. Routers get no copies:
     they compute in fp32.
     """
 
@@ -38,7 +38,7 @@ class WorkingCopies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Take over the parameters as they are now; to be called whenever they have changed."""
+        """Copy the current parameters; call whenever they have changed."""
         torch._foreach_copy_(self.copies, self._masters)
 
 
@@ -60,13 +60,13 @@ def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
 
 @functools.cache
 def _add() -> Callable[[Tensor, Tensor], Tensor]:
-    """In-place addition of another type; torch's own kernel reads value by value where types differ."""
+    """In-place addition across dtypes, compiled: torch's own kernel reads value by value if the dtypes differ."""
     return torch.compile(Tensor.add_, dynamic=True)
 
 
 @functools.cache
 def _working_class(kind: type[nn.Module], names: tuple[str, ...]) -> Any:
-    """One class for all such layers: a compiler compiles again for each class it meets."""
+    """One class for all such layers: the compiler recompiles for every new class."""
 
     def working(name: str) -> property:
         return property(lambda layer: layer.working[name])
@@ -75,36 +75,37 @@ def _working_class(kind: type[nn.Module], names: tuple[str, ...]) -> Any:
 
 
 def check_precision(module: nn.Module, config: Config) -> None:
-    """Raise ConfigError if train.precision=fp8 and it cannot be had; `module` may be on the meta device."""
+    """Raise ConfigError if train.precision=fp8 cannot be used for the model; `module` may be on the meta device."""
     if config.train.precision != "fp8":
         return
     if importlib.util.find_spec("torchao") is None:
         raise ConfigError("train.precision=fp8 needs torchao: pip install 'muster-train[gpu]', or set it to bf16")
     linear = linear_maps(module)
     if not linear:
-        raise ConfigError("train.precision=fp8: the model has no linear layer that it is for; set it to bf16")
+        raise ConfigError("train.precision=fp8: the model has no linear layer that it applies to; set it to bf16")
     for name, layer in linear.items():
         if layer.in_features % FP8 or layer.out_features % FP8:
             raise ConfigError(
-                f"train.precision=fp8 multiplies matrices whose sides are multiples of {FP8}, and {name} is "
+                f"train.precision=fp8 needs matrices whose sides are multiples of {FP8}, but {name} is "
                 f"{layer.out_features} x {layer.in_features}: change the sizes under model, or set it to bf16"
             )
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """Raise ConfigError if a device does not train in train.precision."""
+    """Raise ConfigError if a device cannot train in train.precision."""
     if config.train.precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision=fp16 needs a GPU, and this run is on CPUs: set it to bf16 or fp32")
+        raise ConfigError("train.precision=fp16 needs a GPU, but this run is on CPUs: set it to bf16 or fp32")
 
 
 def multiply_in_fp8(module: nn.Module) -> None:
-    """Let linear layers multiply in fp8, each tensor scaled by its own largest value (arXiv:2209.05433), by torchao.
+    """Make linear layers multiply in fp8 with torchao, each tensor scaled by its own absmax (arXiv:2209.05433).
 
-    Weights, their names, what goes in and what comes out stay as they are. Raises ConfigError on a GPU that has no fp8.
+    Weights, their names, and the dtypes of inputs and outputs do not change. Raises ConfigError on a GPU without fp8.
     """
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
-            f"train.precision=fp8: {torch.cuda.get_device_name()} has no fp8, an H100 or newer has; set it to bf16"
+            f"train.precision=fp8: {torch.cuda.get_device_name()} has no fp8 support, an H100 or newer does; set it to "
+            "bf16"
         )
     from torchao.float8 import convert_to_float8_training  # an optional package
 
@@ -113,7 +114,7 @@ def multiply_in_fp8(module: nn.Module) -> None:
 
 
 def linear_maps(module: nn.Module) -> dict[str, nn.Linear]:
-    """Linear maps inside the layers, but routers and those to a single number."""
+    """Linear layers inside the blocks, except routers and those with a single output."""
     return {
         name: part
         for name, part in module.named_modules()

@@ -1,6 +1,6 @@
-"""DeepSpeed 0.19.8, imported quietly, and every name of it that it does not document: they stand nowhere else.
+"""DeepSpeed 0.19.8, imported quietly, and every use of its undocumented names: no other file has any.
 
-What they are names of may change with any release, which is why pyproject.toml pins it below the next minor one.
+Internals may change with any release, which is why pyproject.toml pins DeepSpeed below the next minor version.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from deepspeed.utils import groups
 
 # Its warnings repeat what the run's own record says (skipped steps, untested optimizers).
 logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-# Its collectives go by the names torch 2.13 is about to retire, a warning for every call.
+# It calls collectives by names that torch 2.13 deprecates, with a warning for every call.
 warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-# DeepSpeed would compile a helper for shared-memory collectives on CPU at the first start: a minute, a compiler, and a
-# lock that a killed process leaves behind for ever. gloo does the same work.
+# DeepSpeed would compile a helper for shared-memory collectives on CPU at the first start. That takes a minute and a
+# compiler, and a process killed meanwhile leaves a lock behind for ever. gloo does the same work.
 if os.environ["DS_ACCELERATOR"] == "cpu":
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
@@ -36,7 +36,7 @@ VERSION: str = deepspeed.__version__
 
 
 def initialize(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any]) -> Any:
-    """DeepSpeed's engine over a module, without what it prints: the memory of the machine, four times."""
+    """DeepSpeed's engine over a module, without its output: it prints the machine's memory four times."""
     with contextlib.redirect_stdout(io.StringIO()):
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)
     return engine
@@ -59,21 +59,22 @@ def expert_parallel_rank(module: nn.Module) -> int:
 
 
 def compare_no_inputs(engine: Any) -> None:
-    """AutoTP compares the first inputs over the ranks, as tensors in tuples; ours are a dataclass, and a pure function
-    of the cursor."""
+    """Remove AutoTP's comparison of the first inputs across ranks: it expects tuples of tensors, ours are a dataclass,
+    and a pure function of the cursor anyway."""
     engine.first_dataloader_check.remove()
 
 
 def reduce_no_gradients(engine: Any) -> None:
-    """At ZeRO-0 it would flatten and copy every gradient, for nobody else in a lone process."""
+    """Switch off the all-reduce of gradients: at ZeRO-0 it would flatten and copy each one, for nothing in a single
+    process."""
     engine.enable_backward_allreduce = False
 
 
 def count_once(engine: Any, counted: set[int]) -> None:
-    """Let the global gradient norm at ZeRO 1 and 2 be that of the parameters with these ids, over all processes.
+    """Make the global gradient norm at ZeRO 1 and 2 that of the parameters with these ids, over all processes.
 
-    DeepSpeed adds up its own by tensor-parallel rank, and so counts only some of the experts when expert and tensor
-    parallelism meet.
+    DeepSpeed chooses what it counts by tensor-parallel rank, and so misses some of the experts when expert and tensor
+    parallelism are combined.
     """
     optimizer = engine.optimizer
 
@@ -86,13 +87,13 @@ def count_once(engine: Any, counted: set[int]) -> None:
                     total += torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
         torch.distributed.all_reduce(total)
         found = total.sqrt().float()
-        return torch.where(found.isfinite(), found, -1.0)  # DeepSpeed's sign for a norm that is not finite
+        return torch.where(found.isfinite(), found, -1.0)  # DeepSpeed's marker for a norm that is not finite
 
     optimizer.scaled_global_norm = norm
 
 
 def local_shape(parameter: Any) -> tuple[int, ...]:
-    """A parameter's shape in this process, before ZeRO-3 shares it out."""
+    """A parameter's shape in this process, before ZeRO-3 shards it."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -107,11 +108,11 @@ class Stretch:
     offset: int
     """First element of the stretch in `owner`, flattened."""
     working: Tensor | None = None
-    """The same elements of the working weight, 1-D, where a process holds no others (ZeRO-3)."""
+    """The same elements of the working weight, 1-D, if the process holds no others of it (ZeRO-3); else None."""
 
 
 def stretch(engine: Any, parameter: Any) -> Stretch | None:
-    """At any ZeRO stage; None if other processes hold all of the parameter."""
+    """This process's stretch of a parameter at any ZeRO stage; None if other processes hold all of it."""
     optimizer = engine.optimizer
     if hasattr(parameter, "ds_tensor"):
         size = parameter.ds_tensor.ds_numel
@@ -136,21 +137,21 @@ def stretch(engine: Any, parameter: Any) -> Stretch | None:
 
 
 def weights_changed(engine: Any) -> None:
-    """At ZeRO-3 forget the gathered weights and those that hpZ gathers from, and gather anew the small ones that it
-    keeps whole. A collective there."""
+    """At ZeRO-3, drop gathered weights and hpZ's copies of the shards, and gather again the small weights that it keeps
+    whole. A collective at ZeRO-3."""
     if hasattr(engine.optimizer, "checkpoint_event_epilogue"):
         engine.optimizer.checkpoint_event_prologue()
         engine.optimizer.checkpoint_event_epilogue()
 
 
 def use_masters(engine: Any) -> None:
-    """Take the fp32 weights over into the working weights, as a step does. A collective; ZeRO 1 and 2 only."""
+    """Copy the fp32 weights into the working weights, as a step does. A collective; ZeRO 1 and 2 only."""
     if hasattr(engine.optimizer, "update_lp_params"):
         engine.optimizer.update_lp_params()
 
 
 def scaler_of(engine: Any) -> Any:
-    """fp16's, or None."""
+    """The fp16 loss scaler, or None."""
     return getattr(engine.optimizer, "loss_scaler", None)
 
 
@@ -160,14 +161,14 @@ def loss_scale_state(scaler: Any) -> dict[str, Any]:
 
 
 def restore_loss_scale(scaler: Any, state: dict[str, Any]) -> None:
-    """Go on with a loss scale and what it counts; its settings are the config's."""
+    """Restore the loss scale and its counters; the scaler's settings come from the config."""
     counts = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
     vars(scaler).update({key: state[key] for key in counts if key in state})
 
 
 def evaluate(engine: Any, inputs: Any, micro_batches: int) -> None:
     """Run a pipeline forward over some micro-batches, without gradients."""
-    # DualPipeVEngine finds a micro-batch's second buffer by the number of a training step's.
+    # DualPipeVEngine finds a micro-batch's second buffer by the number of micro-batches in a training step.
     of_a_step, engine.micro_batches = engine.micro_batches, micro_batches
     engine.eval_batch(inputs, reduce_output=None, bcast_loss=False, num_micro_batches=micro_batches)
     engine.micro_batches = of_a_step

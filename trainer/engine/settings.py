@@ -1,4 +1,4 @@
-"""The DeepSpeed config of a run: micro-batches, clipping, precision; the sections of the topology stand beside it."""
+"""The DeepSpeed config of a run: micro-batches, clipping, precision, and the topology's sections from `parallel`."""
 
 import math
 from typing import Any

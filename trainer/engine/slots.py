@@ -1,4 +1,4 @@
-"""Which stretch of which parameter's fp32 weights and optimizer states a process holds, at any topology."""
+"""Which stretch of which parameter's fp32 weights and optimizer states a process holds, in any topology."""
 
 from dataclasses import dataclass
 
@@ -9,17 +9,17 @@ from trainer.checkpoint.fragments import Box
 
 @dataclass(frozen=True)
 class Piece:
-    """What this process holds of one parameter: at ZeRO-3 still to be shared out, else as it is used."""
+    """This process's slice of one parameter, before ZeRO-3 shards it."""
 
     name: str
-    """The plain model's own name of the parameter."""
+    """The parameter's name in the plain model."""
     shape: tuple[int, ...]
     """Shape of the whole parameter in the plain model."""
     box: Box
-    """The slice of it that is this process's parameter: all of it, without tensor and expert parallelism."""
+    """This process's slice of the whole parameter; all of it without tensor and expert parallelism."""
     parameter: nn.Parameter
     writes: bool
-    """Whether a checkpoint takes it from this process; other tensor-parallel ranks hold the same."""
+    """Whether this process writes it to a checkpoint: of tensor-parallel ranks with the same slice, only one does."""
 
 
 @dataclass(frozen=True)
@@ -27,14 +27,14 @@ class Slot(Piece):
     """The stretch of one parameter whose fp32 master weights and optimizer states this process holds."""
 
     start: int
-    """First element, in the flattened slice, of the stretch."""
+    """First element of the stretch in the flattened slice."""
     numel: int
     owner: Tensor
-    """Tensor that the optimizer keys its state by; of a parameter that nothing trains, what holds it."""
+    """Tensor that the optimizer keys its state by; for a frozen parameter, the tensor that holds it."""
     offset: int
     """First element of the stretch in `owner`, flattened."""
     working: Tensor | None
-    """The same stretch of the working weight, 1-D, where a process holds no more of it (ZeRO-3)."""
+    """The same stretch of the working weight, 1-D, if the process holds no more of it (ZeRO-3); else None."""
 
     def view(self, tensor: Tensor) -> Tensor:
         """The stretch of `tensor`, which has `owner`'s size, as a 1-D view."""

@@ -1,4 +1,4 @@
-"""A process joins the others of its run, and DeepSpeed takes over their process group."""
+"""Join the process group of a run, and hand it to DeepSpeed."""
 
 import os
 from datetime import timedelta
@@ -13,12 +13,12 @@ from .private import deepspeed
 
 
 def start_processes(timeout_s: float) -> None:
-    """Join the process group named by torchrun's environment variables (a lone process is its own group).
+    """Join the process group named by torchrun's environment variables (a single process forms its own group).
 
     From here on torch's object collectives raise.
 
     Raises:
-        RuntimeError: not all have come within the time, or what has joined as another rank does not know the attempt's
+        RuntimeError: not all processes joined in time, or one that joined as another rank does not know the attempt's
             secret (trainer.processes.rendezvous).
     """
     for key, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():

@@ -1,4 +1,4 @@
-"""The moving average of the weights against torch's own AveragedModel over a bare loop: how it moves, and when not."""
+"""The moving average of the weights against torch's own AveragedModel over a bare loop, skipped steps included."""
 
 import copy
 from collections.abc import Iterator
@@ -73,7 +73,7 @@ def take(engine: Engine, step: int, factor: float = 1.0) -> None:
 
 
 def averages(engine: Engine) -> dict[str, torch.Tensor]:
-    """What is held of each parameter that has an average."""
+    """This process's share of every average, by parameter name."""
     found = {slot.name: slot.view(engine.ema.of(slot.owner)).clone() for slot in engine.slots()
              if engine.ema and engine.ema.of(slot.owner) is not None}  # fmt: skip
     assert found
@@ -81,7 +81,7 @@ def averages(engine: Engine) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_it_is_that_of_a_bare_loop(stage):
+def test_average_equals_a_bare_loops(stage):
     trained = engine(stage)
     for step, (_, average) in enumerate(bare(STEPS), 1):
         take(trained, step)
@@ -99,7 +99,7 @@ def test_it_is_that_of_a_bare_loop(stage):
 
 
 @pytest.mark.parametrize(("stage", "optim"), [(0, "adamw"), (0, "muon"), (0, "rmsprop"), (1, "adamw"), (3, "adamw")])
-def test_a_step_that_is_skipped_moves_nothing(stage, optim):
+def test_a_skipped_step_leaves_the_average_unchanged(stage, optim):
     trained = engine(stage, optim=OPTIM.model_copy(update={"name": optim}))
     for step in (1, 2):
         take(trained, step)
@@ -111,8 +111,8 @@ def test_a_step_that_is_skipped_moves_nothing(stage, optim):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_it_follows_the_fp32_weights_and_not_those_in_bf16(stage):
-    """Steps of 1e-6 are far below what a weight in bf16 can show."""
+def test_average_is_of_the_fp32_weights_not_the_bf16_ones(stage):
+    """Steps of 1e-6 are far below the resolution of a bf16 weight."""
     trained = engine(stage, "bf16", OPTIM.model_copy(update={"lr": 1e-6, "weight_decay": 0.0}))
     before = averages(trained)
     for step in range(1, 4):
@@ -121,7 +121,7 @@ def test_it_follows_the_fp32_weights_and_not_those_in_bf16(stage):
     assert 1e-7 < min(moved) <= max(moved) < 5e-6
 
 
-def test_exchanging_twice_gives_back_the_same_bits():
+def test_exchanging_twice_restores_every_bit():
     trained = engine(1, "bf16")
     take(trained, 1)
     weights = copy.deepcopy([slot.view(slot.owner) for slot in trained.slots()])

@@ -59,7 +59,7 @@ def test_two_processes_equal_bare_loop(pair, stage, optim, clip):
 
 @pytest.mark.parametrize("optim", ["adam", "adagrad", "rmsprop", "lion"])
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), 3])
-def test_optimizers_are_not_changed_by_zero(stage, optim):
+def test_optimizers_equal_bare_loop_at_every_stage(stage, optim):
     settings = config(stage, 1, optim)
     made, fragments = engine_losses(settings, 4)
     check(made, bare_losses(settings, 4), [fragments])
@@ -72,8 +72,8 @@ def test_whole_matrix_optimizers_at_stage_0(optim):
     check(made, bare_losses(settings, 4), [fragments])
 
 
-def test_batch_that_does_not_divide_is_filled_with_weight_zero(pair):
-    """5 sequences, micro-batches of 2, two processes: 4 micro-batches, the last of padding alone."""
+def test_indivisible_batch_is_padded_with_weight_zero(pair):
+    """5 sequences, micro-batches of 2, two processes: 4 micro-batches, the last one all padding."""
     settings = config(1, 2, "sgd", global_batch=5, micro_batch=2, grad_clip=0.0)
     dense = settings.model_copy(update={"model": settings.model.model_copy(update={"num_experts": 0})})
     results = pair(engine_losses, dense, 4)
@@ -89,7 +89,7 @@ def test_batch_that_does_not_divide_is_filled_with_weight_zero(pair):
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("dp", [1, 2])
 def test_bf16_at_stage_0_is_mixed_precision(pair, optim, dp):
-    """Losses within bf16's noise of fp32, and fp32 masters: steps far below a bf16 weight's resolution are kept."""
+    """Losses are within bf16's noise of fp32's, and fp32 masters keep steps far below a bf16 weight's resolution."""
     settings = config(0, dp, optim, precision="bf16")
     small = settings.model_copy(update={"optim": settings.optim.model_copy(update={"lr": 1e-6})})
     results = pair(engine_losses, small, STEPS) if dp == 2 else [engine_losses(small, STEPS)]

@@ -1,4 +1,4 @@
-"""Training with products in fp8: near bf16's, the same at every ZeRO stage, and refused in one message."""
+"""Training with fp8 matrix multiplication: close to bf16, the same at every ZeRO stage, and refused in one message."""
 
 import importlib.util
 
@@ -27,7 +27,7 @@ def losses(precision: str, stage: int = 0, **train) -> list[float]:
 
 
 @needs_torchao
-def test_near_bf16():
+def test_losses_are_close_to_bf16():
     fp8, bf16 = losses("fp8"), losses("bf16")
     assert fp8 != bf16
     assert fp8 == pytest.approx(bf16, rel=1e-2)
@@ -35,17 +35,17 @@ def test_near_bf16():
 
 @needs_torchao
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_the_same_at_every_stage(stage):
+def test_losses_are_the_same_at_every_zero_stage(stage):
     assert losses("fp8", stage) == pytest.approx(losses("fp8"), rel=2e-3)
 
 
 @needs_torchao
-def test_layers_computed_again_compute_the_same():
+def test_activation_checkpointing_changes_nothing():
     assert losses("fp8", activation_checkpointing="full") == losses("fp8")
 
 
 @needs_torchao
-def test_only_linear_layers_of_the_blocks(monkeypatch):
+def test_only_linear_layers_inside_the_blocks_use_fp8(monkeypatch):
     from torchao.float8.float8_linear import Float8Linear
 
     start_processes(60)
@@ -62,13 +62,13 @@ def check(**model) -> None:
         check_precision(build(config.model), config)
 
 
-def test_refused(monkeypatch):
+def test_unsupported_configs_are_refused(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="needs torchao"):
         check()
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     check()
-    with pytest.raises(ConfigError, match=r"multiples of 16, and model.layers.0.mlp.gate_proj is 40 x 64"):
+    with pytest.raises(ConfigError, match=r"multiples of 16, but model.layers.0.mlp.gate_proj is 40 x 64"):
         check(**DENSE | {"intermediate_size": 40})
     with pytest.raises(ConfigError, match="fp8 works with dp, ep and ZeRO only"):
         resolved(train={"precision": "fp8"}, parallel={"tp": 2})

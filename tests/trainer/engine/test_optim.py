@@ -1,4 +1,4 @@
-"""Optimizers against torch's own and hand-written ones, and which parameters decay or go to Muon."""
+"""Optimizers against torch's own and hand-written ones, and which parameters get weight decay or Muon."""
 
 from itertools import chain
 
@@ -27,7 +27,7 @@ def train(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, gradients: 
 
 
 def both(ours, theirs, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same steps by two optimizers, each made by a function of the parameter."""
+    """The weights after the same steps by two optimizers, each built by a function of the parameter."""
     gradients = [weights(*shape, seed=10 + i) for i in range(STEPS)]
     a, b = (nn.Parameter(weights(*shape)) for _ in range(2))
     return train(a, ours(a), gradients), train(b, theirs(b), gradients)
@@ -44,7 +44,7 @@ def built(parameter: nn.Parameter, use_muon: bool = True, **config) -> torch.opt
 
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24), (16, 16), (1, 8)])
 @pytest.mark.parametrize("nesterov", [True, False])
-def test_muon_is_torchs(shape, nesterov):
+def test_muon_equals_torchs(shape, nesterov):
     ours, theirs = both(
         lambda p: built(p, name="muon", momentum=0.95, nesterov=nesterov),
         lambda p: torch.optim.Muon(
@@ -52,13 +52,13 @@ def test_muon_is_torchs(shape, nesterov):
         ),
         *shape,
     )
-    # Both orthogonalise in bf16 but round at other places: 2^-8 of the way that the weights went, and some.
+    # Both orthogonalise in bf16 but round in different places: 2^-8 of the distance the weights moved, and a margin.
     moved = (theirs - weights(*shape)).norm()
     assert (ours - theirs).norm() <= 0.02 * moved
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 40), (3, 40, 24)])
-def test_muon_takes_each_expert_as_a_matrix_of_its_own(shape):
+def test_muon_treats_each_expert_as_its_own_matrix(shape):
     gradients = [weights(*shape, seed=10 + i) for i in range(STEPS)]
     gradients[1][2] *= 1e-4  # one expert that saw few tokens: its update is as large as the others'
     stacked = nn.Parameter(weights(*shape))
@@ -83,7 +83,7 @@ def test_muon_of_a_zero_gradient_only_decays():
     torch.testing.assert_close(made, weights(4, 6) * (1 - 0.02 * 0.1))
 
 
-def test_the_other_groups_of_muon_are_adamw():
+def test_muons_other_groups_use_adamw():
     ours, theirs = both(
         lambda p: built(p, use_muon=False, name="muon"),
         lambda p: torch.optim.AdamW([p], lr=0.02, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1),
@@ -122,7 +122,7 @@ THEIRS = {
 
 
 @pytest.mark.parametrize("name", THEIRS)
-def test_equals_torchs(name):
+def test_optimizer_equals_torchs(name):
     """Whatever kernel it runs on: torch's plain loop over parameters is the oracle."""
     ours, theirs = both(lambda p: built(p, name=name), THEIRS[name], 8, 8)
     torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
@@ -137,7 +137,7 @@ def test_sgd_without_momentum():
 
 
 def test_adagrad_keeps_each_groups_own_decay_when_its_parameters_are_swapped():
-    """As ZeRO does: torch's Adagrad has its state by then and would be built anew."""
+    """As ZeRO does: by then torch's Adagrad has its state, and would be built again from its defaults."""
     groups = [{"params": [nn.Parameter(weights(4))], "weight_decay": decay, "use_muon": False} for decay in (0.1, 0.0)]
     optimizer = build_optimizer(groups, OptimConfig(name="adagrad"))
     swapped = [nn.Parameter(weights(4)) for _ in optimizer.param_groups]
@@ -207,7 +207,7 @@ def test_muon_leaves_out_embeddings_head_and_vectors(tied):
     assert "model.embed_tokens.weight" in groups[False, False]
 
 
-def test_biases_do_not_decay_and_frozen_parameters_stand_in_no_group():
+def test_biases_do_not_decay_and_frozen_parameters_are_in_no_group():
     module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     module[1].weight.requires_grad_(False)
     groups = parameter_groups(module, OptimConfig())
@@ -215,7 +215,7 @@ def test_biases_do_not_decay_and_frozen_parameters_stand_in_no_group():
     assert found == [(0.1, [(4, 3)]), (0.0, [(4,), (2,)])]
 
 
-def test_one_rate_for_all_groups_of_muon():
+def test_all_groups_of_muon_share_one_learning_rate():
     """`set_learning_rate` sets every group's rate: each must use it at its next step."""
     matrix, vector = nn.Parameter(weights(4, 4)), nn.Parameter(weights(4))
     optimizer = Muon(
@@ -236,7 +236,7 @@ def test_one_rate_for_all_groups_of_muon():
 
 @pytest.mark.parametrize("use_muon", [True, False])
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd", "adagrad", "rmsprop", "adafactor", "lion", "muon"])
-def test_a_step_whose_gradient_is_not_finite_leaves_no_trace(name, use_muon):
+def test_a_non_finite_gradient_leaves_weights_and_states_unchanged(name, use_muon):
     """The first one too, before there is any state."""
     gradients = [weights(6, 8, seed=10 + i) for i in range(STEPS)]
     spoiled = weights(6, 8)

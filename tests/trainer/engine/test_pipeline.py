@@ -24,7 +24,7 @@ from trainer.checkpoint.fragments import parse_key, runs, whole
 from trainer.checkpoint.store import Reader, folder
 from trainer.record.lines import read_metrics
 
-# The router losses weigh much, so that a stage that lost theirs would be seen.
+# Router losses have large weights, so that a stage that lost theirs would show.
 MOE = {"num_layers": 4, "aux_loss_weight": 0.1, "z_loss_weight": 0.1}
 DENSE = {"num_layers": 4, "num_experts": 0}
 SGD = {"name": "sgd", "lr": 0.1, "momentum": 0.9}
@@ -44,7 +44,7 @@ def config(model: dict, optim: dict, pp: int = 2, dp: int = 1, ep: int = 1, sche
 
 
 def assembled(fragments: list[dict], weights: dict) -> dict[str, torch.Tensor]:
-    """Whole weights from the fragments of all processes, NaN where there are none."""
+    """Whole weights from the fragments of all processes, NaN where no process has any."""
     found = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
     for process in fragments:
         for key, stretch in process.items():
@@ -58,12 +58,12 @@ def assembled(fragments: list[dict], weights: dict) -> dict[str, torch.Tensor]:
 
 @cache
 def alone(settings: str, steps: int) -> tuple[list, dict]:
-    """What one process makes of a config, given as JSON, whose topology is of no account to it."""
+    """Outcomes and weights of one process for a config, given as JSON; its topology is ignored."""
     return bare_losses(Config.model_validate_json(settings), steps)
 
 
 def check(configs: list[Config], processes: list, steps: int, rel: float = 1e-5, norm_rel: float = 1e-5) -> None:
-    """`processes`: of each, what `pipeline_losses` made of the configs."""
+    """`processes`: for each process, the results of `pipeline_losses` for the configs."""
     for i, settings in enumerate(configs):
         plain = settings.model_copy(update={"parallel": ParallelConfig(zero_stage=1)})
         expected, weights = alone(plain.model_dump_json(), steps)
@@ -83,7 +83,7 @@ def check(configs: list[Config], processes: list, steps: int, rel: float = 1e-5,
 
 
 def check_router(settings: Config, first) -> None:
-    """What the routers measured in the first step, against the plain model."""
+    """Compare what the routers measured in the first step with the plain model's."""
     module = build(settings.model)
     module.init_weights(0)
     tap, size, stats = RouterTap(module, settings.model), settings.train.micro_batch, []
@@ -101,7 +101,7 @@ def check_router(settings: Config, first) -> None:
 
 
 def test_two_stages_equal_bare_loop(pair):
-    """Of 20 steps with 4, 2 and 1 micro-batches."""
+    """Over 20 steps with 4, 2 and 1 micro-batches."""
     configs = [
         config(DENSE | {"dropout": 0.1}, SGD),
         config(MOE | {"first_dense_layers": 2}, SGD, activation_checkpointing="full", micro_batch=2),
@@ -143,7 +143,7 @@ def test_two_stages_of_two_data_parallel_ranks_equal_bare_loop():
 
 
 @pytest.mark.slow
-def test_bf16_is_within_its_noise(pair):
+def test_bf16_is_within_its_rounding_noise(pair):
     configs = [config(MOE, SGD, precision="bf16"), config(MOE, ADAMW, precision="bf16")]
     configs += [config(MOE, SGD, schedule="dualpipev", precision="bf16")]
     check(configs, pair(pipeline_losses, configs, 8), 8, rel=2e-3, norm_rel=2e-2)
@@ -152,7 +152,7 @@ def test_bf16_is_within_its_noise(pair):
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_on_one_stage_is_skipped_on_all(pair, where, precision, schedule):
+def test_a_non_finite_loss_or_gradient_on_one_stage_skips_the_step_on_all(pair, where, precision, schedule):
     results = pair(pipeline_skips, config(MOE, ADAMW, precision=precision, schedule=schedule), where)
     for before, bad, after, later in results:
         assert bad.skipped
@@ -164,7 +164,7 @@ def test_what_is_not_finite_on_one_stage_is_skipped_on_all(pair, where, precisio
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-def test_evaluation_leaves_training_alone(pair, schedule):
+def test_evaluation_does_not_change_training(pair, schedule):
     size = {"1f1b": 2, "dualpipev": 1}[schedule]
     settings = config(MOE | {"dropout": 0.1}, ADAMW, schedule=schedule, micro_batch=size)
     expected, _ = bare_losses(settings, 4)
@@ -180,7 +180,7 @@ def test_evaluation_leaves_training_alone(pair, schedule):
 
 @pytest.mark.slow
 def test_a_run_changes_to_a_v_and_back(tmp_path, tiny_data):
-    """Losses, evaluations and the last checkpoint, which each attempt reads from the one before."""
+    """Losses, evaluations and the last checkpoint stay the same, each attempt resuming from the previous one's."""
     sections = {
         "data": {"path": str(tiny_data)},
         "model": TINY_MODEL | MOE | {"router_bias_rate": 0.02},
@@ -209,8 +209,8 @@ def test_a_run_changes_to_a_v_and_back(tmp_path, tiny_data):
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
-def test_the_planner_knows_what_a_v_waits_for_and_keeps(ranks):
-    """Against DeepSpeed's own instructions, followed with a clock for each rank: forward takes 1, backward 2."""
+def test_planner_predicts_the_bubble_and_activations_of_a_v(ranks):
+    """Against DeepSpeed's own instructions, simulated with a clock for each rank: forward takes 1, backward 2."""
     count = 2 * ranks + 3
     model = {"num_layers": 2 * ranks}
     settings = config(model, SGD, pp=ranks, schedule="dualpipev", global_batch=count)
@@ -223,7 +223,7 @@ def test_the_planner_knows_what_a_v_waits_for_and_keeps(ranks):
 
 
 def follow(ranks: int, count: int) -> tuple[list[int], list[list[list[int]]]]:
-    """(clock of each rank at the end, for each the micro-batches that its two stages keep after each forward pass)."""
+    """(each rank's clock at the end, and the micro-batches its two stages hold after each of its forward passes)."""
     programs = [
         deque(order for step in DualPipeVSchedule(count, ranks, rank).steps() for order in step)
         for rank in range(ranks)

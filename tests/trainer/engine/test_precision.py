@@ -1,4 +1,4 @@
-"""bf16 at ZeRO-0: copies that follow their parameters, and gradients as of a cast that is part of the graph."""
+"""bf16 at ZeRO-0: copies that follow their parameters, and the gradients of a cast that is part of the graph."""
 
 import pytest
 import tiny_models as tiny
@@ -46,7 +46,7 @@ def with_copies(module: nn.Module) -> nn.Module:
 
 
 def gradients(module: nn.Module, model, seeds: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """(of every parameter, after a backward pass over the batch of each seed; the last loss)."""
+    """(gradient of every parameter after a backward pass over the batch of each seed; the last loss)."""
     tap = RouterTap(module, model) if model.is_moe else None
     for parameter in module.parameters():
         parameter.grad = None
@@ -71,7 +71,7 @@ MODELS = {
 
 @pytest.mark.parametrize("recompute", [0, 1])
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_are_those_of_a_cast_in_the_graph(name, recompute):
+def test_gradients_equal_those_of_a_cast_in_the_graph(name, recompute):
     model = tiny.config(**MODELS[name])
     ours, theirs = with_copies(tiny.model(model).train()), cast_in_graph(tiny.model(model).train())
     for module in (ours, theirs):
@@ -79,14 +79,14 @@ def test_gradients_are_those_of_a_cast_in_the_graph(name, recompute):
     (found, loss), (wanted, expected) = (gradients(module, model, [0]) for module in (ours, theirs))
     assert torch.equal(loss, expected)
     assert found.keys() == wanted.keys()
-    if name == "tied":  # the table's two gradients are added up before they are fp32
+    if name == "tied":  # the table's two gradients are summed before they are cast to fp32
         wanted["model.embed_tokens.weight"] = wanted["model.embed_tokens.weight"].to(BF16).float()
     for key, gradient in wanted.items():
         assert found[key].dtype == torch.float32
         assert torch.equal(found[key], gradient), key
 
 
-def test_micro_batches_add_up_in_fp32():
+def test_micro_batches_are_summed_in_fp32():
     model = tiny.config()
     module = with_copies(tiny.model(model).train())
     first, second, both = (gradients(module, model, seeds)[0] for seeds in ([0], [1], [0, 1]))
@@ -96,7 +96,7 @@ def test_micro_batches_add_up_in_fp32():
     assert not torch.equal(both[down], both[down].to(BF16).float()), "bf16 would have done"
 
 
-def test_names_places_and_types_stay():
+def test_parameters_keep_their_names_places_and_dtypes():
     model = tiny.config()
     module = tiny.model(model)
     before, state = dict(module.named_parameters()), module.state_dict()
@@ -192,7 +192,7 @@ def test_copies_follow_a_restored_checkpoint_and_a_rollback(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_what_is_evaluated_and_sampled_after_a_step_has_the_new_weights(tied):
+def test_evaluation_and_samples_after_a_step_use_the_new_weights(tied):
     settings = config(model={"tie_embeddings": tied})
     run = EngineRun(settings)
     run.steps(1, 2)
@@ -208,7 +208,7 @@ def test_what_is_evaluated_and_sampled_after_a_step_has_the_new_weights(tied):
 
 @pytest.mark.parametrize("model", [{}, {"tie_embeddings": True}, {"num_experts": 16, "top_k": 1}])
 def test_two_processes_equal_one(pair, model):
-    """Their gradients are of the same micro-batches, scaled by a power of two: only the fp32 sums' order differs."""
+    """Gradients are of the same micro-batches, scaled by a power of two: only the order of the fp32 sums differs."""
     alone, _ = engine_losses(config(model=model), 5)
     together = pair(engine_losses, config(dp=2, model=model), 5)
     assert together[0][0] == together[1][0]
@@ -218,8 +218,8 @@ def test_two_processes_equal_one(pair, model):
     assert [loss for loss, _, _ in alone] == pytest.approx([loss for loss, _, _ in fp32], rel=2e-3)
 
 
-def test_copies_are_of_what_rank_0_sent(pair):
-    """DeepSpeed gives all processes rank 0's parameters, whatever another machine made of the seed."""
+def test_copies_are_of_rank_0s_broadcast_weights(pair):
+    """DeepSpeed gives all processes rank 0's parameters, even if another machine initialised others from the seed."""
     (stale, weight), (others_stale, others_weight) = pair(engine_over_another_start, config(dp=2))
     assert torch.equal(weight, others_weight)
     assert stale == others_stale == []

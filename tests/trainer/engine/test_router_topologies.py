@@ -1,4 +1,4 @@
-"""Every router and every way of balancing, under expert parallelism and the others, against one process."""
+"""Every router and balancing method, under expert parallelism and all others, against one process."""
 
 import functools
 
@@ -60,7 +60,7 @@ TOPOLOGIES = [
 
 
 def test_every_router_equals_one_process_in_a_few_steps():
-    """On every landing; all others below."""
+    """The quick subset; the full matrix is below."""
     check({"tp": 2, "ep": 2}, [(router, "sgd") for router in ROUTERS], steps=5)
 
 
@@ -69,7 +69,7 @@ def test_every_router_equals_one_process_in_a_few_steps():
 def test_router_equals_one_process(topology):
     cases = [(router, optim) for router in ROUTERS for optim in OPTIMIZERS]
     if topology.get("sp", 1) > 1:
-        cases = [case for case in cases if case[0] != "switch"]  # refused: its capacity is that of whole sequences
+        cases = [case for case in cases if case[0] != "switch"]  # refused: its capacity is defined over whole sequences
     check(topology, cases, STEPS)
 
 

@@ -1,6 +1,6 @@
 """fp16's dynamic loss scale: DeepSpeed's own scaler, as our engine config sets it, saved with a run and restored.
 
-DeepSpeed refuses fp16 on a CPU, so the scaler stands here without its engine.
+DeepSpeed refuses fp16 on a CPU, so the scaler is tested without an engine.
 """
 
 import json
@@ -45,7 +45,7 @@ def scales(scaler, overflows):
 
 
 def saved(scaler):
-    """The state as a checkpoint holds it: through TrainState and JSON."""
+    """The state as a checkpoint stores it: through TrainState and JSON."""
     text = json.dumps(TrainState(step=3, loss_scale=loss_scale_state(scaler)).to_dict())
     return TrainState(**json.loads(text)).loss_scale
 
@@ -59,8 +59,8 @@ def test_halves_at_the_second_overflow_and_doubles_after_the_window():
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 700, 1500])
-def test_a_restored_scaler_goes_on_as_if_never_stopped(at):
-    """Stopped after `at` steps: with half its patience used, just halved, within a window, after it grew."""
+def test_a_restored_scaler_continues_as_if_never_stopped(at):
+    """Stopped after `at` steps: with its hysteresis half used, just halved, within a window, after it grew."""
     steps = [i in (0, 1, 5, 900, 901, 902) for i in range(2500)]
     whole = scales(new_scaler(), steps)
     assert len(set(whole)) > 3

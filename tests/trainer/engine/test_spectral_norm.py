@@ -1,4 +1,4 @@
-"""Spectral norms at every ZeRO stage equal a bare loop, with gradients of two micro-batches added up."""
+"""Spectral norms at every ZeRO stage equal a bare loop, with gradients summed over two micro-batches."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def micro_batches(step: int) -> torch.Tensor:
 
 
 def ended(tap: SpectralTap) -> list[float]:
-    """The vectors after a step, put back where the next one begins."""
+    """The vectors after a step, given back for the next one to start from."""
     memory = tap.after_step({})
     tap.tell(memory)
     return torch.cat(list(memory.values())).tolist()
@@ -55,7 +55,7 @@ def bare() -> list[list[float]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_the_vectors_are_those_of_a_bare_loop(stage, precision):
+def test_vectors_equal_a_bare_loops(stage, precision):
     train = {"micro_batch": 1, "global_batch": 2, "precision": precision, "grad_clip": 0.0}
     engine = Engine(network(), resolved(train=train, parallel={"zero_stage": stage}), OPTIM)
     tap, found = SpectralTap({"": engine.module}), []

@@ -17,7 +17,7 @@ FEW_STEPS = 8
 """Of the topologies of every landing."""
 MODELS = {"dense": {"num_experts": 0, "qkv_bias": True}, "moe": {"num_experts": 4, "shared_expert_size": 32}}
 OPTIMIZERS = {
-    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "ema_decay": 0.4},  # which it reaches at step 5
+    "sgd": {"name": "sgd", "lr": 0.1, "momentum": 0.9, "ema_decay": 0.4},  # the warm-up reaches it at step 5
     "adamw": {"name": "adamw", "lr": 1e-3, "eps": 1e-6, "ema_decay": 0.4},
 }
 CLIPPING = {"sgd": 0.0, "adamw": 0.5}
@@ -36,7 +36,7 @@ def config(model: str, optim: str, precision: str = "fp32", layers: int = 2, mic
 
 @functools.cache
 def expected(model: str, optim: str, layers: int, micro: int, steps: int = STEPS):
-    """By plain PyTorch in one process."""
+    """Computed by plain PyTorch in one process."""
     return bare_averages(config(model, optim, layers=layers, micro=micro), steps)
 
 
@@ -103,7 +103,7 @@ def name(topology: dict) -> str:
 
 @pytest.mark.parametrize("topology", ONE_OF_EACH, ids=name)
 def test_each_kind_of_parallelism_equals_one_process(topology):
-    """Of every kind the smallest, on every landing; all others below."""
+    """The smallest of every kind; the full matrix is below."""
     cases = [("moe", "sgd"), ("moe" if "ep" in topology else "dense", "adamw")]
     team = in_team(2, all_averages, [config(*case, **topology) for case in cases], FEW_STEPS)
     for number, case in enumerate(cases):
@@ -113,8 +113,8 @@ def test_each_kind_of_parallelism_equals_one_process(topology):
 def hold(
     case: tuple[str, str], ranks: list[tuple], outcomes: list[tuple], weights: dict[str, torch.Tensor], loss: float
 ) -> None:
-    """Losses and norms of each rank, and the weights and averages that their fragments make, are those of one process,
-    and so is the held-out loss with the averages."""
+    """Check that each rank's losses and norms, the weights and averages assembled from all fragments, and the held-out
+    loss with the averages equal those of one process."""
     for found, _, averaged in ranks:
         check(found, outcomes, loss=1e-5, norm=1e-4)
         assert averaged == pytest.approx(loss, rel=1e-5)
@@ -172,8 +172,8 @@ ROUND = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ROUND)
-def test_a_checkpoint_goes_round_all_topologies(tmp_path, name):
-    """Weights and both moments bit-equal after each hand-over, and the loss goes on as if nothing had happened."""
+def test_a_checkpoint_passes_through_all_topologies(tmp_path, name):
+    """Weights and both moments are bit-equal after each change, and losses continue as in the first topology."""
     first, *others = [config(name.split(",")[0], "adamw", **topology) for topology in ROUND[name]]
     path = tmp_path / "step-00000003"
     went_on = in_team(first.parallel.world_size, save_and_continue, first, path, 3, 6, "first")[0]

@@ -56,7 +56,7 @@ def bare():
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_two_engines_train_as_a_bare_loop_does(stage):
+def test_two_engines_equal_bare_loop(stage):
     config = resolved(train={"micro_batch": 1, "global_batch": 1, "precision": "fp32"}, parallel={"zero_stage": stage})
     nets = networks()
     engines = {name: Engine(nets[name], config, OPTIM[name], prefix=f"{name}.") for name in nets}
@@ -82,7 +82,7 @@ def test_two_engines_train_as_a_bare_loop_does(stage):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_one_networks_turn_leaves_no_gradient_in_another(precision):
+def test_training_one_network_leaves_no_gradient_in_the_other(precision):
     config = resolved(train={"micro_batch": 1, "global_batch": 1, "precision": precision}, parallel={"zero_stage": 0})
     nets = networks()
     engines = {name: Engine(nets[name], config, OPTIM[name], prefix=f"{name}.") for name in nets}

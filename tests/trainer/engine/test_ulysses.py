@@ -72,7 +72,7 @@ def test_four_processes_equal_bare_loop(monkeypatch):
 
 
 def test_long_sequences_with_documents(monkeypatch):
-    """Beyond the length up to which attention takes a mask."""
+    """Longer than attention builds an explicit mask for."""
     check(
         [
             config(1, 2, 1, "sgd", model, seq_len=1024, global_batch=2, micro_batch=2)
@@ -84,7 +84,7 @@ def test_long_sequences_with_documents(monkeypatch):
 
 
 @pytest.mark.slow
-def test_bf16_stays_within_its_noise(monkeypatch):
+def test_bf16_stays_within_its_rounding_noise(monkeypatch):
     monkeypatch.setattr(engines, "batch_of", batch_of)
     settings = config(1, 2, 2, "sgd", precision="bf16")
     outcomes = in_team(2, train_all, [settings], 6)[0][0]["outcomes"]
