@@ -312,5 +312,6 @@ def test_a_best_size_that_the_runs_do_not_determine_is_a_range(muster, tmp_path)
     assert found["n"]["high"] > 10 * found["n"]["low"]
     shown = muster("sweep", "predict", "--table", str(path), "--budget", "1e23")[1]
     assert "nan" not in shown
-    assert f"[{found['n']['low']:.3g}, {found['n']['high']:.3g}]" in shown
+    assert f"[{found['n']['low']:.3g}," in shown
+    assert f"{found['n']['high']:.3g}]" in shown
     assert "warning: no best size is named for 1e+23 FLOPs" in shown
