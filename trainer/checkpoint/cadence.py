@@ -20,18 +20,19 @@ PRIOR = 419 / (54 * 86_400 * 16_384)
 DECADES = 0.5
 """Half of the prior mass lies within this many decades of that rate; the tails are heavy."""
 MOST_LOST = 1800.0
-"""Most seconds between checkpoints, however rare failures are: the most work that a user is ready to lose."""
+"""Most seconds between checkpoints, however rare failures are: the most work that a user is willing to lose."""
 WRITES = 4.0
-"""The interval is at least this many times the duration of a background write: one is in progress at most a quarter of
-the time, however little the steps seem to slow down."""
+"""The interval is at least this many times the duration of a background write, so that writes take up at most a quarter
+of the time, however little they seem to slow down the steps."""
 YOUNG = 0.5
-"""While nothing has failed, the interval is at most this fraction of the run's time so far: if the prior is wrong, the
-first failure costs a third of it, not half an hour, for some fifteen more checkpoints in a run's first hour."""
+"""While nothing has failed, the interval is at most this fraction of the run's time so far. If the prior is wrong, the
+first failure then loses at most a third of the run, not half an hour; the price is about fifteen more checkpoints in a
+run's first hour."""
 FIRST = 10
-"""Steps before the first checkpoint of a run, which measures the cost, and shows early that the disk accepts it."""
+"""Steps before a run's first checkpoint, which measures the cost, and shows early whether the disk can be written."""
 CHANGE = 1.5
-"""Factor by which a new interval must differ from the current one: costs are noisy, and near the optimum it matters
-little (an interval half as long again loses 8% more time to checkpoints and failures)."""
+"""Factor by which a new interval must differ from the current one: costs are noisy, and near the optimum the interval
+matters little (one 50% longer loses 8% more time to checkpoints and failures)."""
 RECENT = 9
 """How many recent checkpoints the median cost is taken over."""
 
@@ -54,10 +55,10 @@ def daly(cost: float, mtbf: float) -> float:
 
 
 def failure_rate(failures: int, device_seconds: float) -> float:
-    """Failures per device-second: the posterior's median, of a Poisson count and a prior around `PRIOR`.
+    """Failures per device-second: the posterior median for a Poisson count and a prior centred on `PRIOR`.
 
-    The prior is Cauchy's distribution over the rate's logarithm: it dominates while little is known, and its tails are
-    so heavy that one or two failures move the rate to the observed one, even a million times higher.
+    The prior is a Cauchy distribution over the logarithm of the rate: it dominates while little is known, but its tails
+    are so heavy that one or two failures move the estimate to the observed rate, even one a million times higher.
     """
     decades = [number / 100 for number in range(-1000, 1001)]
     rates = [PRIOR * 10**decade for decade in decades]
@@ -74,13 +75,13 @@ class Past(NamedTuple):
     """Failures observed in a run."""
 
     failures: int
-    """Attempts that infrastructure or a hang ended."""
+    """Attempts that ended by an infrastructure failure or a hang."""
     device_seconds: float
-    """In attempts, the devices of each counted."""
+    """Sum over attempts of duration times number of devices."""
 
 
 def past(events: Sequence[dict[str, Any]], attempt: int) -> Past:
-    """The failures of the attempts before this one, and the time in which they came.
+    """The failures of earlier attempts, and the device time over which they occurred.
 
     Without a supervisor (torchrun), an attempt that ended without a record counts as lost.
     """
@@ -98,11 +99,11 @@ def past(events: Sequence[dict[str, Any]], attempt: int) -> Past:
 
 
 class Choice(NamedTuple):
-    """Steps between checkpoints, and the numbers that they follow from."""
+    """Steps between checkpoints, and the numbers behind the choice."""
 
     every: int
     interval_s: float
-    """Seconds between checkpoints, of which `every` steps are the nearest."""
+    """Seconds between checkpoints; `every` is this, rounded to whole steps."""
     by: str
     """`daly`, or the bound that the interval was clipped to: `write`, `most_lost`, `age`."""
     step_s: float
@@ -116,10 +117,10 @@ def choose(cost: float, write: float, step: float, mtbf: float, age: float = mat
 
     Args:
         cost: seconds that training loses to a checkpoint.
-        write: seconds from the beginning of one until it is committed.
-        step: seconds of a step.
+        write: seconds from the start of a checkpoint until it is committed.
+        step: seconds per step.
         mtbf: mean seconds between failures.
-        age: seconds in which nothing has failed, if nothing ever has.
+        age: seconds that the run has trained without any failure; infinity if it has failed.
     """
     bounds = {"daly": daly(max(cost, 1e-6), mtbf), "write": WRITES * write, "most_lost": MOST_LOST}
     bounds["age"] = max(YOUNG * age, bounds["write"])
@@ -133,21 +134,21 @@ def is_due(asked: int | str, step: int, saved: int, chosen: int) -> bool:
 
     Args:
         asked: checkpoint.every.
-        saved: step of the last checkpoint, or where the attempt began.
-        chosen: steps between them, by rank 0's `Cadence`; for `auto` only.
+        saved: step of the last checkpoint, or the step at which the attempt began.
+        chosen: steps between checkpoints, from rank 0's `Cadence`; for `auto` only.
     """
     return step - saved >= chosen if asked == "auto" else bool(asked) and step % int(asked) == 0
 
 
 class Cadence:
-    """Rank 0's choice as a run goes on, with an event `cadence` for each that is new.
+    """Rank 0's choice of the interval during a run; each new choice is recorded as an event `cadence`.
 
-    What a checkpoint costs is measured: the time in which training stood still for it, and what the steps beside its
-    writing took longer than those before, on this rank or, through the collectives, on any.
+    A checkpoint's cost is measured: the time that training stalled for it, plus the extra time of the steps that ran
+    during its write compared with those before, on this rank or, through the collectives, on any.
 
     Args:
-        events: of the run; what an earlier attempt has measured holds until there is something newer.
-        devices: of this attempt.
+        events: the run's events; an earlier attempt's measurements hold until there are newer ones.
+        devices: number of devices of this attempt.
     """
 
     def __init__(self, events: Sequence[dict[str, Any]], devices: int, record: Record) -> None:
@@ -155,7 +156,7 @@ class Cadence:
         self._began = time.monotonic()
         self._steps: deque[float] = deque(maxlen=50)
         self._beside: list[float] | None = None
-        """Seconds of the steps beside a write whose cost is still open."""
+        """Seconds of the steps during the current write, whose cost is not known yet."""
         self._took: deque[tuple[float, float]] = deque(maxlen=RECENT)
         """Cost and duration of the last writes."""
         self.every = FIRST
@@ -163,15 +164,15 @@ class Cadence:
         if earlier := [event for event in events if event["event"] == "cadence"]:
             last = earlier[-1]
             self.every = last["every"]
-            self._took.extend([(last["cost_s"], last["write_s"])] * (RECENT // 2))  # one new one shall not outweigh it
+            self._took.extend([(last["cost_s"], last["write_s"])] * (RECENT // 2))  # one new one must not outweigh it
             self._decide(last["cost_s"], last["write_s"], last["step_s"])
 
     def step_took(self, seconds: float, beside_write: bool, took: tuple[float, float] | None) -> None:
         """Record a finished step.
 
         Args:
-            beside_write: a checkpoint was being written when it began.
-            took: of the last checkpoint that was written, as `Saver.took`.
+            beside_write: whether a checkpoint was being written when the step began.
+            took: times of the last checkpoint that was written, as in `Saver.took`.
         """
         if self._beside is not None and beside_write:
             self._beside.append(seconds)
@@ -180,7 +181,7 @@ class Cadence:
         self._steps.append(seconds)
 
     def began_write(self, took: tuple[float, float] | None) -> None:
-        """Record that a checkpoint's write has begun, so the previous one has ended; `took` as above."""
+        """Record that a checkpoint's write has begun, so the previous one has ended; `took` as in `step_took`."""
         self._close(took)
         self._beside = []
 
@@ -189,7 +190,7 @@ class Cadence:
         if beside is None or took is None or not self._steps:
             return
         stalled, write = took
-        typical = median(list(self._steps)[-8:])  # a recent median: machines are faster at some hours than at others
+        typical = median(list(self._steps)[-8:])  # a recent median: a machine's speed varies over the day
         self._took.append((max(stalled, sum(beside) - len(beside) * typical), write))
         cost, write = (median(values) for values in zip(*self._took, strict=True))
         self._decide(cost, write, median(self._steps))
@@ -206,10 +207,10 @@ class Cadence:
 
 
 def expected(devices: int, step: float) -> str:
-    """What `auto` expects before anything is measured, in one line; `step` in seconds."""
+    """What `auto` expects before anything is measured, as one line; `step` in seconds."""
     mtbf = 1 / (PRIOR * devices)
     choice = choose(1.0, 0.0, step, mtbf)
     return (
-        f"checkpoint.every=auto: one of {counted(devices, 'device')} fails every {duration(mtbf)} at Llama 3's "
-        f"rate; if a checkpoint costs 1 s, that means one every {counted(choice.every, 'step')}"
+        f"checkpoint.every=auto: at Llama 3's failure rate, one of {counted(devices, 'device')} fails every "
+        f"{duration(mtbf)}; if a checkpoint costs 1 s, one is written every {counted(choice.every, 'step')}"
     )

@@ -1,4 +1,4 @@
-"""A plain module from a run's checkpoint, for evaluation, generation and the Hugging Face folder."""
+"""Load a plain module from a run's checkpoint, for evaluation and generation; export it as a Hugging Face folder."""
 
 import json
 import math
@@ -38,25 +38,25 @@ NOT_QWEN2S = (
 def load_module(
     run_dir: Path, step: int | None = None, reads: str | None = "tokens", *, ema: bool = False
 ) -> tuple[nn.Module, Config, int]:
-    """The model of a run in fp32 on the CPU, from the newest checkpoint that verifies, or from that of `step`.
+    """A run's model in fp32 on the CPU, from the newest checkpoint that verifies, or from the one of `step`.
 
     Args:
-        reads: the examples that its task must learn from; None: any.
-        ema: with the moving average of those weights that have one, in place of the weights.
+        reads: kind of examples that the run's task must read; None: any.
+        ema: use the moving averages in place of the weights, where there are any.
 
     Returns:
         (module in evaluation mode, the run's config, the checkpoint's step).
 
     Raises:
-        ConfigError: a run that learns from other examples, no such checkpoint, or one that is damaged, or has no
-            average.
+        ConfigError: the run's task reads other examples, or there is no such checkpoint, or it is damaged or has no
+            averages.
     """
     config = read_config(run_dir)
     config = with_plugins(config)
     task = task_of(config)
     if reads not in (None, found := kind_read(config)):
         raise ConfigError(
-            f"{run_dir} learns task={config.task} from {found}: generate and export are of runs that learn from {reads}"
+            f"{run_dir} trains task={config.task} on {found}: generate and export need a run that trains on {reads}"
         )
     steps = store.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]
@@ -86,7 +86,7 @@ def load_module(
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             parameter.copy_(reader.weight(name, averaged=ema))
-    fill_vectors(module, config.run.seed)  # which a checkpoint of before they were memory lacks
+    fill_vectors(module, config.run.seed)  # older checkpoints lack these vectors
     learner = Learner(task, _networks(task, module), listens=False)
     fresh = on_device(learner.fresh_memory(), torch.device("cpu"))
     rows = reader.manifest.state.memory
@@ -110,12 +110,12 @@ def export(
     """Write the model and tokenizer of a run as a Hugging Face folder. Returns the checkpoint's step.
 
     Args:
-        dtype, shard_bytes: as of `models.hf.folder.export_hf`.
-        ema: as of `load_module`.
+        dtype, shard_bytes: as for `models.hf.folder.export_hf`.
+        ema: as for `load_module`.
 
     Raises:
-        ConfigError: as `load_module`; a model that no Hugging Face architecture describes; a tokenizer that
-            cannot be used; as `make_empty`.
+        ConfigError: as from `load_module` and `make_empty`; no Hugging Face architecture describes the model; the
+            tokenizer cannot be used.
     """
     module, config, found = load_module(run_dir, step, ema=ema)
     folder, info = tokenizer_of(run_dir, config.data)
@@ -124,7 +124,7 @@ def export(
         files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, config.model.max_positions)
     largest = torch.finfo(dtype).max if dtype else math.inf
     if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
-        raise ConfigError(f"{large} has values over {largest:.6g}, which {dtype} cannot hold: write another type")
+        raise ConfigError(f"{large} has values over {largest:.6g}, beyond {dtype}'s range: choose another --dtype")
     make_empty(to)
     export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
     for name, content in files.items():

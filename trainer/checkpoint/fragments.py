@@ -1,4 +1,4 @@
-"""Fragments: flat stretches of slices ("boxes") of tensors, and who holds which element, whichever way it was cut."""
+"""Fragments: flat stretches of slices ("boxes") of tensors, and which of them holds which element."""
 
 import itertools
 import math
@@ -10,18 +10,18 @@ from typing import NamedTuple
 Box = tuple[tuple[int, int], ...]
 """A slice of a tensor: [begin, end) in each dimension."""
 MOST_CORNERS = 1 << 21
-"""Most corners of a checkpoint's slices, 2 ** dimensions each, which `covers` compares. Processes that share a slice's
-elements count once: where a thousand split 256 experts of 60 layers, there are a million; a dense model over 8
-tensor-parallel processes has a hundred thousand."""
+"""Most corners of a checkpoint's slices that `covers` compares, 2 ** dimensions for each slice. Processes that split
+the elements of one slice count once. A thousand processes that split 256 experts of 60 layers make a million corners; a
+dense model over 8 tensor-parallel processes makes a hundred thousand."""
 
 
 def whole(shape: Sequence[int]) -> Box:
-    """The box that is all of a tensor."""
+    """The box that covers a whole tensor."""
     return tuple((0, size) for size in shape)
 
 
 def lengths(box: Box) -> tuple[int, ...]:
-    """Shape of what is in a box."""
+    """Shape of a box."""
     return tuple(high - low for low, high in box)
 
 
@@ -34,7 +34,7 @@ def runs(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
     """Cut the stretch [start, stop) of a flattened box into boxes, at most 2 * dimensions - 1.
 
     Yields:
-        (place of its first element in the flattened box, box), in order, each one stretch of the flattened box.
+        (position of its first element in the flattened box, box), in order; each is contiguous in the flattened box.
     """
     if start >= stop:
         return
@@ -59,13 +59,13 @@ def runs(box: Box, start: int, stop: int) -> Iterator[tuple[int, Box]]:
 
 
 def intersection(one: Box, other: Box) -> Box | None:
-    """What two boxes share, or None."""
+    """The box that two boxes have in common, or None."""
     common = tuple((max(a, c), min(b, d)) for (a, b), (c, d) in zip(one, other, strict=True))
     return common if all(low < high for low, high in common) else None
 
 
 def difference(outer: Box, inner: Box) -> list[Box]:
-    """What of `outer` is not in `inner`, which lies within it, as boxes that share nothing."""
+    """The part of `outer` outside `inner`, which lies within it, as disjoint boxes."""
     left = []
     for i, ((low, high), (begin, end)) in enumerate(zip(outer, inner, strict=True)):
         sides = [(low, begin), (end, high)]
@@ -97,12 +97,12 @@ def share_out(wanted: Box, held: Sequence[Box]) -> tuple[list[tuple[int, Box]], 
 
 
 def within(outer: Box, inner: Box) -> tuple[slice, ...]:
-    """Index of `inner` in a tensor that holds `outer`."""
+    """Index that selects `inner` from a tensor that holds `outer`."""
     return tuple(slice(low - base, high - base) for (base, _), (low, high) in zip(outer, inner, strict=True))
 
 
 def fragment_key(state: str, name: str, start: int, box: Box, shape: Sequence[int]) -> str:
-    """Key of the fragment that begins at element `start` of the flattened `box` of a tensor of `shape`."""
+    """Key of the fragment that begins at element `start` of the flattened `box` of a tensor with shape `shape`."""
     part = "" if box == whole(shape) else f"[{','.join(f'{low}:{high}' for low, high in box)}]"
     return f"{state}/{name}@{start}{part}"
 
@@ -123,7 +123,7 @@ def parse_key(key: str) -> tuple[str, str, int, Box | None]:
 
 
 class Fragment(NamedTuple):
-    """Elements [start, start + numel) of a flattened box, as a file holds them under a key."""
+    """Elements [start, start + numel) of a flattened box, stored in a file under a key."""
 
     box: Box
     start: int
@@ -132,29 +132,29 @@ class Fragment(NamedTuple):
     key: str
 
     def runs(self) -> "Iterator[Run]":
-        """The boxes that it is made of."""
+        """The boxes that make it up."""
         for at, stretch in runs(self.box, self.start, self.start + self.numel):
             yield Run(stretch, self.file, self.key, at - self.start)
 
 
 class Run(NamedTuple):
-    """A box whose elements lie one after the other in a fragment."""
+    """A box whose elements are contiguous in a fragment."""
 
     box: Box
     file: str
     key: str
     offset: int
-    """First of its elements in the fragment."""
+    """Position of its first element in the fragment."""
 
 
 def index(
     fragments: Iterable[tuple[str, int, str]], shapes: Mapping[str, Mapping[str, Sequence[int]]]
 ) -> dict[tuple[str, str], list[Fragment]]:
-    """(state, parameter) -> what is held of it, given (key, elements, file) of each fragment.
+    """(state, parameter) -> its fragments, given (key, number of elements, file) of each fragment.
 
     Raises:
-        ValueError: a fragment is of no tensor in `shapes`, empty or not within its tensor; an element is held by none
-            or by two; the tensors are cut into more slices than `MOST_CORNERS` allows.
+        ValueError: a fragment belongs to no tensor in `shapes`, is empty or not within its tensor; an element is in no
+            fragment or in two; the tensors are cut into more slices than `MOST_CORNERS` allows.
     """
     outer = {(state, name): whole(shape) for state, names in shapes.items() for name, shape in names.items()}
     sizes = {tensor: size(box) for tensor, box in outer.items()}
@@ -187,7 +187,7 @@ def index(
 
 
 def _joined(found: Iterable[Fragment]) -> list[tuple[Box, int, int]]:
-    """The stretches (box, start, stop) of fragments, those of one box that follow each other as one."""
+    """The stretches (box, start, stop) of fragments; adjacent ones of the same box are merged."""
     stretches: list[tuple[Box, int, int]] = []
     for box, start, numel, *_ in sorted(found):
         stop = start + numel
@@ -198,11 +198,11 @@ def _joined(found: Iterable[Fragment]) -> list[tuple[Box, int, int]]:
 
 
 def covers(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
-    """Whether boxes within a tensor hold each of its elements once.
+    """Whether boxes within a tensor hold each of its elements exactly once.
 
-    They do if the sum of their indicator functions is that of the tensor, and functions on a grid are equal if their
-    differences along all dimensions are. Those of a box are 1 or -1 at its corners and 0 elsewhere, so the corners of
-    neighbours cancel and the tensor's remain: no pairs need comparing.
+    They do if their indicator functions sum to the tensor's, and functions on a grid are equal if their differences
+    along all dimensions are. The difference of a box's indicator is 1 or -1 at its corners and 0 elsewhere, so the
+    corners of neighbours cancel and the tensor's remain: no pairs need comparing.
     """
     signs = [(-1) ** index.bit_count() for index in range(2 ** len(shape))]
     corners: dict[tuple[int, ...], int] = defaultdict(int)

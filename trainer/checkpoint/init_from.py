@@ -28,18 +28,18 @@ from . import same_family, store
 from .store import CheckpointError, Reader
 
 Shapes = Mapping[str, Sequence[int]]
-"""Of parameters by name."""
+"""Shapes of parameters by name."""
 
 
 @dataclass(frozen=True)
 class _Source:
-    """What `train.init_from` names, under our names."""
+    """What `train.init_from` points to, with the plain model's parameter names."""
 
     shapes: Shapes
     weight: Callable[[str], Tensor]
-    """Reads one."""
+    """Reads one parameter by name."""
     bias: Mapping[int, list[float]]
-    """Balancing bias of the experts of a MoE layer, for the layers that have one."""
+    """MoE layer -> its router's balancing bias, one number per expert; for the layers that have one."""
     model: ModelConfig
 
 
@@ -53,18 +53,20 @@ OF_TRAINING = {
     "z_loss_weight", "capacity_factor", "pad_to_capacity",
 }  # fmt: skip
 OF_EXPERTS = {"top_k", "router", "norm_topk_prob", "router_scale", "expert_groups", "top_groups"}
-"""Keys of model.*: those of the first two sets change no output of the same weights; all others do, and no shape."""
+"""Keys of model.*. For the same weights, those in the first two sets do not change the output; all others change the
+output but no shape."""
 
 
 def check_source(config: Config) -> dict[str, list[Any]]:
     """Check whether `train.init_from` fits the whole model; only names and shapes are read.
 
     Returns:
-        {key: [there, here]} of what makes another function of the same weights, and no name or shape shows: a start
-        may mean that (longer positions, more experts a token), and the user should see it. Values are of JSON.
+        {key: [there, here]} of settings that make the same weights compute something else, though no name or shape
+        differs. That may be intended (longer contexts, more experts per token), and the user should see it. Values
+        are JSON values.
 
     Raises:
-        ConfigError: as `load_weights`; it has more than the model has; `train.upcycle` finds nothing to do.
+        ConfigError: as from `load_weights`; it has parameters that the model lacks; `train.upcycle` has nothing to do.
     """
     if not isinstance(config.model, ModelConfig):
         return same_family.check_same(config)
@@ -88,11 +90,11 @@ def check_source(config: Config) -> dict[str, list[Any]]:
 
 
 def other_function(checkpoint_dir: Path, model: ModelConfig) -> dict[str, list[Any]]:
-    """What `check_source` returns of keys of model.*, for a checkpoint whose weights fit; of none if unreadable."""
+    """`check_source`'s result for keys of model.*, for a checkpoint whose weights fit; empty if it is unreadable."""
     reader, _ = store.examine(checkpoint_dir, digests=False)
     if not isinstance(model, ModelConfig):
         return same_family.other_keys(reader, model) if reader else {}
-    with contextlib.suppress(ConfigError):  # it does not say what model it is of
+    with contextlib.suppress(ConfigError):  # it does not describe its model
         return _differences(_checkpoint(reader), model) if reader else {}
     return {}
 
@@ -110,10 +112,10 @@ def _differences(source: _Source, model: ModelConfig) -> dict[str, list[Any]]:
 
 
 def _other_tokenizer(config: Config) -> dict[str, list[Any]]:
-    """The digests of the tokenizer.json beside the weights and of the data's, if both exist and differ."""
+    """The digests of the tokenizer.json beside the weights and of the data's tokenizer, if both exist and differ."""
     assert config.train.init_from
     file = Path(config.train.init_from).expanduser() / TOKENIZER
-    with contextlib.suppress(ConfigError):  # the data are not prepared
+    with contextlib.suppress(ConfigError):  # the data have not been prepared
         here = read_manifests(config.data)[0].tokenizer.sha256
         if is_file(file) and (there := hashlib.sha256(tokenizer_file(file).read_bytes()).hexdigest()) != here:
             return {"tokenizer": [f"sha256 {digest[:12]}" for digest in (there, here)]}
@@ -121,19 +123,19 @@ def _other_tokenizer(config: Config) -> dict[str, list[Any]]:
 
 
 def load_weights(module: nn.Module, config: Config) -> dict[str, list[list[float]]]:
-    """Fill a module, the plain model or a part of it, with what `train.init_from` names, as `train.upcycle` says.
+    """Fill a module, the plain model or a part of it, from `train.init_from`, upcycled as `train.upcycle` says.
 
-    Moments, step and cursor stay behind. One parameter at a time is in memory.
+    Moments, step and cursor are not taken over. One parameter at a time is in memory.
 
     Args:
         config: resolved, with `train.init_from`.
 
     Returns:
-        What of the task's memory belongs to the weights: balancing biases of all the model's routers, running
+        The part of the task's memory that belongs to the weights: balancing biases of all the model's routers, running
         statistics; empty if there is none.
 
     Raises:
-        ConfigError: nothing of the three kinds is there, it is damaged, or its parameters are not the model's.
+        ConfigError: there is no run, checkpoint or Hugging Face folder, it is damaged, or its parameters do not fit.
     """
     if not isinstance(config.model, ModelConfig):
         return same_family.load_same(module, config)
@@ -159,7 +161,7 @@ def _shapes(module: nn.Module) -> Shapes:
 
 
 def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int]:
-    """{MoE block: width of the MLP in its place} for the blocks that are dense there. Raises ConfigError."""
+    """{MoE block: width of the source's MLP} for the blocks that are dense in the source. Raises ConfigError."""
     given, source, experts = start.shapes, config.train.init_from, config.model.num_experts
     places = {block: f"{block}.gate_proj.weight" for block in map(block_of, wanted) if block}
     blocks: dict[str | None, int] = {
@@ -191,13 +193,13 @@ def _fit(start: _Source, wanted: Shapes, config: Config) -> dict[str | None, int
         granularity(width, config.model)
     if any(len(bias) != experts for bias in start.bias.values()):
         raise ConfigError(
-            f"train.init_from={source}: its router bias does not have one number for each of {experts} experts"
+            f"train.init_from={source}: its router bias does not have one number for each of the {experts} experts"
         )
     return blocks
 
 
 def _settings(there: ModelConfig, config: Config) -> str:
-    """The keys that would give the model the names and shapes of another, as a message ends with them."""
+    """End of a message: the keys to set so that the model gets the names and shapes of `there`."""
     here = config.model
     keys = SHOWN_BY_NAMES_AND_SHAPES | {"num_heads"}
     if config.train.upcycle or not (there.is_moe or here.is_moe):

@@ -1,4 +1,4 @@
-"""The manifest of a checkpoint, checked as it is read: types, ranges, and what of it must agree with what."""
+"""The manifest of a checkpoint, checked as it is read: types, ranges, and whether its parts agree."""
 
 import re
 from pathlib import Path
@@ -19,17 +19,17 @@ MANIFEST = "manifest.json"
 MASTER = "weight"
 """Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
 EMA = "ema"
-"""Name of the weights' exponential moving average, where there is one, beside them."""
+"""Name of the weights' exponential moving average among a parameter's states, if the run keeps one."""
 STEP = "step"
-"""The optimizer's step count: a scalar, which older versions kept among the states of one-element tensors."""
+"""The optimizer's step count: a scalar, which older versions stored as a state of one-element tensors."""
 ALWAYS = ("step", "cursor", "tokens", "skipped", "skipped_in_a_row", "rollbacks", "recent_losses", "loss_scale")
-"""Keys of the state that every version has written."""
+"""Keys of the state that every version writes."""
 MOST_BYTES = 16 << 20
-"""Of a manifest, or of a shard's header: enough for 100,000 processes, or as many fragments of one. Nothing longer is
-written, and nothing longer is read into memory."""
+"""Size limit of a manifest and of a shard's header: enough for 100,000 processes, or as many fragments in one shard.
+Nothing longer is written, and nothing longer is read into memory."""
 MOST_FILES = 100_000
 MOST_TENSORS = 1 << 18
-"""Of all states together: as many as MOST_BYTES have room for where a name and a shape take 64 bytes."""
+"""Most tensors of all states together: as many as fit into MOST_BYTES at 64 bytes for a name and a shape."""
 MOST_STATES = 16
 
 
@@ -44,7 +44,7 @@ def _few_tensors(shapes: Any) -> Any:
 
 
 Shape = Annotated[tuple[Count, ...], Field(max_length=6, strict=False), FailFast()]
-"""The corners of a slice, by which `fragments.covers` compares, double with each dimension."""
+"""At most 6 dimensions: each doubles the corners of a slice, which `fragments.covers` compares."""
 Shapes = Annotated[dict[str, dict[str, Shape]], BeforeValidator(_few_tensors)]
 """state -> parameter -> shape of the whole tensor."""
 Scalars = Annotated[dict[str, Finite], at_most(MOST_STATES)]
@@ -61,7 +61,7 @@ def committed(run_dir: Path) -> list[int]:
 
 
 def step_of(path: Path) -> int | None:
-    """The step of a checkpoint's folder, by its name; None if `folder` names none so."""
+    """The step in a checkpoint folder's name; None if `folder` would not make such a name."""
     named = re.fullmatch(r"step-(\d{8,15})", path.name, re.ASCII)
     return int(named[1]) if named and path.name == f"step-{int(named[1]):08d}" else None
 
@@ -90,18 +90,18 @@ class File(Typed):
 
 
 class Receipt(Typed):
-    """What a rank leaves beside its shard for the one that writes the manifest."""
+    """What a rank leaves beside its shard for rank 0, which writes the manifest."""
 
     token: str
     shapes: Shapes
     scalars: Scalars
     fragments: Annotated[dict[str, Count], at_most(MOST_TENSORS)]
-    """Elements of each fragment."""
+    """Number of elements of each fragment."""
     file: File
 
 
 class Manifest(Typed):
-    """What makes a checkpoint of a folder of shards."""
+    """What turns a folder of shards into a checkpoint."""
 
     format: Literal[1, 2]
     step: Count
@@ -113,16 +113,16 @@ class Manifest(Typed):
     """The optimizer's scalar states, such as Adam's step, equal for every parameter."""
     files: Annotated[dict[Name, File], at_most(MOST_FILES)]
     config: dict[str, Any]
-    """Of the run that wrote it."""
+    """Config of the run that wrote it."""
 
     @property
     def bytes(self) -> int:
-        """Of all shards."""
+        """Total size of all shards."""
         return sum(file.bytes for file in self.files.values())
 
     @property
     def topology(self) -> dict[str, int | str | None]:
-        """The keys of `parallel` that it was written with, as far as they are told."""
+        """The keys of `parallel` that it was written with, as far as its config has them."""
         parallel = self.config.get("parallel")
         told = parallel.items() if isinstance(parallel, dict) else ()
         return {key: value for key, value in told if value is None or isinstance(value, int | str)}
@@ -153,8 +153,7 @@ class Manifest(Typed):
 
 
 def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
-    """Raises ValueError where a parameter lacks a moment or an average that it must have, or one has a shape that it
-    cannot have."""
+    """Raise ValueError if a parameter lacks a moment or an average that it must have, or if one has a wrong shape."""
     weights = shapes[MASTER]
     moments: dict[str, list[str]] = {name: [] for name in weights}
     for key, tensors in shapes.items():
@@ -186,7 +185,7 @@ def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest of a checkpoint folder. Raises CheckpointError if there is none, or none that can be used."""
+    """The manifest of a checkpoint folder. Raises CheckpointError if it is missing or cannot be used."""
     file = path / MANIFEST
     try:
         with open_file(file) as opened:
@@ -201,7 +200,7 @@ def read_manifest(path: Path) -> Manifest:
 
 
 def parse_manifest(data: bytes, file: Path) -> Manifest:
-    """The manifest in `file`. Raises CheckpointError, which names it."""
+    """The manifest in `file`. Raises CheckpointError, which names the file."""
     try:
         tree = _parse(data)
     except ValueError as error:
@@ -221,7 +220,7 @@ def parse_manifest(data: bytes, file: Path) -> Manifest:
 
 
 def _move_routers(state: Any) -> None:
-    """Older checkpoints have only router memory, under a key of its own."""
+    """Convert the state of older checkpoints, which have only router memory, under a key of its own."""
     if isinstance(state, dict) and isinstance(state.get("routers"), dict) and "memory" not in state:
         state["memory"] = {f"router.{name}": rows for name, rows in state.pop("routers").items()}
 

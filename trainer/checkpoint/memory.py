@@ -1,4 +1,4 @@
-"""What a task keeps besides weights: rows of numbers in a checkpoint, tensors on the device."""
+"""A task's memory, its state besides weights: rows of numbers in a checkpoint, tensors on the device."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -22,24 +22,24 @@ def on_device(memory: Mapping[str, list], here: torch.device) -> Memory:
 
 
 def as_rows(memory: Memory) -> dict[str, list[list[float]]]:
-    """What a checkpoint holds of each tensor: its rows. Waits for the device."""
+    """Each tensor as rows of numbers, as a checkpoint stores it. Waits for the device."""
     return {name: value.reshape(_rows(value.shape)).tolist() for name, value in memory.items()}
 
 
 def with_averages(rows: Mapping[str, T]) -> dict[str, T]:
-    """A memory in which what has a moving average is that average."""
+    """The memory with each moving average in place of the value that it averages."""
     return {**rows, **{name.removeprefix(AVERAGED): value for name, value in rows.items() if name.startswith(AVERAGED)}}
 
 
 def restored(rows: Rows, fresh: Memory) -> Memory:
-    """A checkpoint's memory in place of that before the first step, as far as the config asks for it."""
+    """The memory before the first step, with a checkpoint's values in place of its own where there are any."""
     found = on_device({name: rows[name] for name in fresh if name in rows}, torch.device("cpu"))
     return {name: found[name].view_as(value).to(value.device) if name in found else value
             for name, value in fresh.items()}  # fmt: skip
 
 
 def wrong_shapes(memory: Mapping[str, Sequence[Sequence[float]]], learner: Learner) -> str:
-    """What of some memory has another shape than this model's; empty if nothing has."""
+    """A message if some memory's shape is not the model's; empty if all shapes match."""
     known = learner.known_memory()
     for name, rows in memory.items():
         if name in known and rows and not _is(rows, _rows(known[name])):
@@ -48,10 +48,10 @@ def wrong_shapes(memory: Mapping[str, Sequence[Sequence[float]]], learner: Learn
 
 
 def wrong_memory(state: TrainState, learner: Learner) -> str:
-    """What of a checkpoint's state does not belong to the task and its model; empty if all does."""
+    """A message if a checkpoint's state does not fit the task and its model; empty if it does."""
     known = learner.known_memory()
     if unknown := [name for name in state.memory if name not in known]:
-        return f"state.memory has {shortened(unknown[0])}, which is not remembered by this model and task"
+        return f"state.memory has {shortened(unknown[0])}, which this model and task do not keep"
     if wrong := wrong_shapes(state.memory, learner):
         return wrong
     if state.starved and not _is(state.starved, learner.task.counted):

@@ -21,18 +21,18 @@ from .save import misfit, restore
 from .store import CheckpointError, Reader
 
 Engines = Sequence[Engine]
-"""One of each network that a process trains."""
+"""One engine for each network that a process trains."""
 
 
 def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner, record: Record | None) -> None:
-    """Bring the engines and `state` to the newest checkpoint that verifies.
+    """Restore the engines and `state` from the newest checkpoint that verifies.
 
-    The processes share the reading for the check. A newer checkpoint that fails it is set aside under another name
-    and recorded; what was half written is deleted. A run without checkpoints starts from its initial weights, or from
-    the checkpoint it was forked from.
+    The processes divide the files to verify among them. A newer checkpoint that does not verify is renamed and
+    recorded; partly written ones are deleted. A run without checkpoints starts from its initial weights, or from the
+    checkpoint it was forked from.
 
     Raises:
-        ConfigError: there are checkpoints and none can be used. Those that are whole but another model's stay.
+        ConfigError: there are checkpoints, but none can be used. Intact checkpoints of another model are left in place.
     """
     refused: list[tuple[Path, list[str]]] = []
     fits = True
@@ -74,19 +74,19 @@ def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner,
 
 
 def _other_averages(reader: Reader, engines: Engines) -> list[str]:
-    """What becomes of averages of weights that a checkpoint lacks, or has and the run keeps no longer."""
+    """Messages about averages that the checkpoint lacks, or that it has but the run no longer keeps."""
     found = []
     for engine in engines:
         of, held = engine.prefix.rstrip(".") or "the weights", any(n.startswith(engine.prefix) for n in reader.averaged)
         if engine.ema and not held:
-            found.append(f"the checkpoint has no average of {of}: it begins with its weights")
+            found.append(f"the checkpoint has no average of {of}: the average starts from its weights")
         elif held and not engine.ema:
-            found.append(f"the checkpoint's average of {of} is left out: optim.ema_decay is not set")
+            found.append(f"the checkpoint's average of {of} is not used: optim.ema_decay is not set")
     return found
 
 
 def load(reader: Reader, engines: Engines, state: TrainState) -> None:
-    """Load a verified checkpoint. Raises ConfigError if its parameters are not the model's."""
+    """Load a verified checkpoint. Raises ConfigError if its parameters do not fit the model."""
     try:
         for engine in engines:
             restore(engine, reader)
@@ -98,10 +98,11 @@ def load(reader: Reader, engines: Engines, state: TrainState) -> None:
 
 
 def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config, record: Record | None) -> None:
-    """After a spike: weights, moments and step of the last checkpoint, the cursor after the batch that spiked.
+    """After a loss spike: restore weights, moments and step from the last checkpoint, but keep the cursor, which is
+    past the batch that spiked.
 
     Raises:
-        ConfigError: there is no checkpoint to go back to, or it happened train.spike.max_rollbacks times.
+        ConfigError: there is no checkpoint to go back to, or train.spike.max_rollbacks is exceeded.
     """
     spiked, cursor, rollbacks = state.step, state.cursor, state.rollbacks + 1
     steps = from_chief(lambda: store.committed(run_dir))
@@ -129,7 +130,7 @@ def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config
 
 
 def _check_together(path: Path) -> tuple[Reader | None, list[str]]:
-    """A reader, the same in every process or in none, and what each has found, once."""
+    """A reader in every process or in none, and the problems that any of them has found, without duplicates."""
     reader, mine = store.examine(path, dist.get_rank(), dist.get_world_size())
     problems = _union(mine)
     return (None if problems else reader), problems
@@ -145,7 +146,7 @@ def _misfits(reader: Reader, engines: Engines, learner: Learner) -> list[str]:
     parts = from_all([] if own == held.keys() else sorted(own))
     if not all(parts):
         return []
-    # No process has them all: they are a pipeline's, or the checkpoint has more.
+    # No process has all of the checkpoint's parameters: these are pipeline stages, or the checkpoint has more.
     known = set(itertools.chain(*parts))
     unknown = [name for name in held if name not in known]
     more = f"{reader.path} has {counted(len(unknown), 'parameter')} that the model lacks, such as"

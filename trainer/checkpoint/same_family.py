@@ -1,4 +1,4 @@
-"""Begin a run of a plugin's family from a checkpoint of that family: parameters and memory under the same names."""
+"""Start a run of a plugin's family from a checkpoint of that family: parameters and memory have the same names."""
 
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,14 @@ Rows = dict[str, list[list[float]]]
 
 
 def check_same(config: Config) -> dict[str, list[Any]]:
-    """As `init_from.check_source`: every key of `model` that is another there, since no shape may show it."""
+    """As `init_from.check_source`: every key of `model` that differs, since shapes may not show the difference."""
     with torch.device("meta"):
         module = build(config.model)
     return other_keys(_open(module, config, digests=False), config.model)
 
 
 def other_keys(reader: Reader, model: ModelSection) -> dict[str, list[Any]]:
-    """{key: [there, here]} of the keys of `model` that the run of a checkpoint had otherwise."""
+    """{key: [there, here]} of the keys of `model` that differ from those of a checkpoint's run."""
     found, here = reader.manifest.config.get("model"), model.model_dump(mode="json")
     there = found if isinstance(found, dict) else {}
     return {f"model.{key}": [_short(there[key]), here[key]] for key in here if there.get(key, here[key]) != here[key]}
@@ -45,18 +45,18 @@ def load_same(module: nn.Module, config: Config) -> Rows:
 
 
 def _open(module: nn.Module, config: Config, digests: bool) -> Reader:
-    """Raises ConfigError: there is no checkpoint, it is damaged, of another family, or of other shapes."""
+    """Raises ConfigError if there is no checkpoint, or it is damaged, of another family, or has other shapes."""
     assert config.train.init_from
     given, family = config.train.init_from, config.model.family
     path = Path(given).expanduser()
     if config.train.upcycle:
-        raise ConfigError(f"train.upcycle makes experts of a decoder's MLPs, model.family is {family}: leave it out")
+        raise ConfigError(f"train.upcycle makes experts of a decoder's MLPs, but model.family={family}: leave it out")
     if (steps := store.committed(path)) and not (path / store.MANIFEST).is_file():
         path = store.folder(path, steps[-1])
     if not (path / store.MANIFEST).is_file():
         raise ConfigError(
-            f"train.init_from={given} is neither a run with checkpoints nor a checkpoint, which is what "
-            f"model.family={family} begins from"
+            f"train.init_from={given} is neither a run with checkpoints nor a checkpoint, and model.family={family} "
+            "can start only from one of these"
         )
     reader, problems = store.examine(path, digests=digests)
     if not reader:
@@ -65,7 +65,8 @@ def _open(module: nn.Module, config: Config, digests: bool) -> Reader:
     there = model.get("family") if isinstance(model, dict) else None
     if there != family:
         raise ConfigError(
-            f"train.init_from={given} is of model.family={shortened(there)}, this run's is {family}: name a run of that"
+            f"train.init_from={given} is of model.family={shortened(there)}, but this run's is {family}: name a run of "
+            "the same family"
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
     if problem := reader.misfit(shapes):

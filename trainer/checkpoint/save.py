@@ -1,4 +1,4 @@
-"""Between an engine and a checkpoint: take a snapshot, write it in the background, load it at any ZeRO stage."""
+"""Save and restore an engine: take a snapshot, write it in the background, load it at any ZeRO stage."""
 
 import threading
 import time
@@ -32,8 +32,8 @@ def take_snapshot(*engines: Engine) -> Snapshot:
 def share(*engines: Engine) -> Snapshot:
     """This process's share of the weights and optimizer states, as views that change with the next optimizer step.
 
-    Where every process holds everything (ZeRO-0; but for ZeRO-3 what nothing trains), each takes an equal stretch of
-    every tensor; of what tensor-parallel processes hold alike, one takes it.
+    Where every process holds everything (all tensors at ZeRO-0, frozen ones at ZeRO 1 and 2), each takes an equal
+    stretch of every tensor. Where tensor-parallel processes hold the same slice, one of them takes it.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     tensors: dict[str, Tensor] = {}
@@ -43,7 +43,7 @@ def share(*engines: Engine) -> Snapshot:
         optimizer, low, high = engine.optimizer, 0, slot.numel
         if engine.replicated or not (slot.parameter.requires_grad or engine.sharded):
             low, high = slot.numel * rank // world, slot.numel * (rank + 1) // world
-        views = {MASTER: slot.view(slot.owner).float()}  # what nothing trains has no fp32 copy
+        views = {MASTER: slot.view(slot.owner).float()}  # frozen parameters have no fp32 copy
         if engine.ema and (average := engine.ema.of(slot.owner)) is not None:
             views[EMA] = slot.view(average)
         for key, value in optimizer.state.get(slot.owner, {}).items():
@@ -66,11 +66,11 @@ def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
     """A copy in CPU memory.
 
     Args:
-        buffers: tensors of an earlier copy that nobody needs any more, to be written over: fresh memory is faulted in
-            page by page, which takes longer than the copy.
+        buffers: tensors of an earlier copy that is no longer needed, to be overwritten: fresh memory is faulted in page
+            by page, which takes longer than the copy.
     """
     if torch.cuda.is_available():
-        torch.cuda.set_device(device())  # a thread of its own begins at the first GPU
+        torch.cuda.set_device(device())  # a new thread starts on the first GPU
     tensors = {}
     for key, view in views.tensors.items():
         buffer = buffers.get(key)
@@ -83,7 +83,7 @@ def copied(views: Snapshot, buffers: Mapping[str, Tensor]) -> Snapshot:
 
 
 def misfit(engine: Engine, reader: Reader) -> str:
-    """Why a checkpoint cannot be loaded into this process's engine: a parameter or a moment of it is missing or has
+    """Why a checkpoint cannot be loaded into this process's engine: a parameter or one of its moments is missing or has
     another shape. Empty if it can."""
     shapes, scalars = reader.manifest.shapes, set(_scalars(engine, reader))
     needed = moments(engine.optimizer)
@@ -91,7 +91,10 @@ def misfit(engine: Engine, reader: Reader) -> str:
         if problem := reader.misfit({piece.name: piece.shape}, others=True):
             return problem
         if piece.name in reader.manifest.state.frozen and piece.parameter.requires_grad:
-            return f"{reader.path}: nothing trained {piece.name}: begin from the weights alone with train.init_from"
+            return (
+                f"{reader.path}: {piece.name} was frozen and has no optimizer state: start from the weights only with "
+                "train.init_from"
+            )
         own = {key for key in shapes if piece.name in shapes[key]} - {MASTER, EMA}
         if own and not any(kind <= own | scalars for kind in needed):
             names = " or ".join(", ".join(sorted(kind)) for kind in needed)
@@ -103,19 +106,19 @@ def misfit(engine: Engine, reader: Reader) -> str:
 
 
 def restore(engine: Engine, reader: Reader) -> None:
-    """Put a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
+    """Load a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
 
-    Each process reads what it holds: the slices that are its parameters, and its stretches of the states. An average
-    of the weights that the checkpoint lacks begins with its weights.
+    Each process reads its own part: its slices of the parameters, and its stretches of the states. A moving average
+    that the checkpoint lacks starts from its weights.
 
     Raises:
-        CheckpointError: as `misfit` says.
+        CheckpointError: the checkpoint does not fit, see `misfit`.
     """
     if problem := misfit(engine, reader):
         raise CheckpointError(problem)
     held = {id(slot.parameter): slot for slot in engine.slots()}
     optimizer = engine.optimizer
-    # They want the step count beside the parameter, the others on the CPU.
+    # Optimizers that skip steps on the device keep the step count there too, the others on the CPU.
     skips_on_device = getattr(optimizer, "_step_supports_amp_scaling", False)
     for piece in engine.pieces():
         slot = held.get(id(piece.parameter))
@@ -140,7 +143,7 @@ def restore(engine: Engine, reader: Reader) -> None:
 
 
 def _scalars(engine: Engine, reader: Reader) -> dict[str, float]:
-    """Those of an engine's optimizer, by their own names."""
+    """The scalar states of an engine's optimizer, by their names without the engine's prefix."""
     held = reader.manifest.scalars.items()
     own = [(key.removeprefix(engine.prefix), value) for key, value in held if key.startswith(engine.prefix)]
     return {key: value for key, value in own if "." not in key}
@@ -149,7 +152,7 @@ def _scalars(engine: Engine, reader: Reader) -> dict[str, float]:
 def _restore_states(
     state: dict[str, Any], slot: Slot, reader: Reader, scalars: Mapping[str, float], where: torch.device
 ) -> None:
-    """Fill what the optimizer keeps for a slot's owner, as far as the slot reaches; scalars where it wants them."""
+    """Fill the optimizer's states for a slot's owner, as far as the slot reaches; scalars on the device `where`."""
     for key in reader.states:
         if key in (MASTER, EMA) or slot.name not in reader.manifest.shapes[key]:
             continue
@@ -167,15 +170,15 @@ def _restore_states(
 class Saver:
     """Writes the checkpoints of one run, one at a time, in a background thread by default.
 
-    Only an optimizer step changes what a checkpoint holds. So the other thread also takes the copy, beside the next
-    forward and backward pass, and training waits for it, if at all, where the optimizer is about to step.
+    Only an optimizer step changes what a checkpoint holds. So the thread also takes the copy, during the next forward
+    and backward pass, and training waits for it, if at all, just before the optimizer's step.
     """
 
     stalled = 0.0
-    """Seconds that training has stood still for the last checkpoint."""
+    """Seconds that training has stalled for the last checkpoint."""
     took: tuple[float, float] | None = None
-    """On rank 0, seconds of the last checkpoint that was written: in which training stood still for it, and from its
-    beginning to its commit."""
+    """On rank 0, for the last checkpoint that was written: seconds that training stalled for it, and seconds from its
+    start to its commit."""
     failed = ""
     """On rank 0, why the last checkpoint was not written; empty if it was."""
 
@@ -189,7 +192,7 @@ class Saver:
         self._buffers: dict[str, Tensor] = {}
 
     def save(self, engines: Sequence[Engine], state: TrainState, attempt: int) -> None:
-        """Begin to write a checkpoint, or write it if not in the background."""
+        """Start writing a checkpoint in the background, or write it now if not in the background."""
         start = time.perf_counter()
         self.wait()
         views = share(*engines)
@@ -197,10 +200,10 @@ class Saver:
         copied_state = TrainState(**state.to_dict())
         arguments = (views, copied_state, f"{attempt}.{self._saves}", dist.get_rank(), dist.get_world_size())
         if self._background:
-            if not self._hooks:  # whichever of them steps first
+            if not self._hooks:  # on every engine: any of them may step first
                 self._hooks = [each.optimizer.register_step_pre_hook(self._before_step) for each in engines]
             self._copied.clear()
-            # Not a daemon: an interpreter that exits waits for the write to end.
+            # Not a daemon: the interpreter waits for the write before it exits.
             self._thread = threading.Thread(target=self._write, args=arguments, name="checkpoint")
             self._thread.start()
         else:
@@ -213,7 +216,7 @@ class Saver:
         return self._thread is not None and self._thread.is_alive()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is written or has failed."""
+        """Wait until the last checkpoint is written or has failed."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -237,7 +240,7 @@ class Saver:
                 store.write_shard(path, rank, token, snapshot)
             except OSError:
                 if rank or not path.is_dir():
-                    raise  # else `commit` raises it, once it has heard from the others
+                    raise  # else `commit` raises, once it has heard from the other ranks
             if rank == 0:
                 self.failed = ""
                 manifest = store.commit(path, world, token, state, self._config, self._timeout_s)
@@ -251,7 +254,7 @@ class Saver:
                         "checkpoint", step=state.step, bytes=size, stall_s=stall, write_s=seconds, pruned=pruned
                     )
         except (OSError, CheckpointError) as error:
-            # The run goes on with its last good checkpoint; the record says so.
+            # Training continues, with an older checkpoint as its last good one; the record says so.
             if rank == 0:
                 store.remove(path)
                 self.failed, self.took = str(error), None

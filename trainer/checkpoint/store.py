@@ -1,15 +1,15 @@
 """The checkpoint format: fragments of canonical fp32 state in safetensors shards, committed by a manifest.
 
 A checkpoint holds the fp32 weights, their moving average if the run keeps one, and optimizer moments under the plain
-model's own names, each cut into fragments by whoever held them, so any topology writes it and any topology reads it. A
-fragment is a flat stretch of a slice ("box") of the whole tensor; its key is `state/parameter@start`, where the box is
-not the whole tensor followed by the box, as in `weight/model.layers.0.self_attn.q_proj.weight@0[64:128,0:256]`. A rank
-writes and fsyncs its shard and leaves a receipt with the shard's digest; rank 0 collects the receipts and writes the
-manifest last. The manifest alone makes a checkpoint: what has none, or whose files are not the manifest's, is none. No
-pickle anywhere.
+model's parameter names. Each process writes its own part as fragments, so any topology can write a checkpoint and any
+other can read it. A fragment is a flat stretch of a slice ("box") of the whole tensor. Its key is
+`state/parameter@start`, followed by the box unless that is the whole tensor, as in
+`weight/model.layers.0.self_attn.q_proj.weight@0[64:128,0:256]`. A rank writes and fsyncs its shard and leaves a receipt
+with the shard's digest; rank 0 collects the receipts and writes the manifest last. The manifest is the commit point: a
+folder without one, or whose files differ from it, is not a checkpoint. No pickle anywhere.
 
-Memory: a rank that writes holds a copy of its own share, a rank that reads holds one parameter's slice at a time. The
-shards are mapped, so that the kernel keeps of them what it has room for.
+Memory: a rank that writes holds a copy of its own share, a rank that reads holds one parameter's slice at a time.
+Shards are memory-mapped, so the kernel decides how much of them to keep in memory.
 """
 
 import hashlib
@@ -65,7 +65,7 @@ class Snapshot:
     """One process's share of a checkpoint, copied from the training state."""
 
     tensors: dict[str, Tensor]
-    """Key of a fragment -> 1-D CPU tensor."""
+    """Fragment key -> 1-D CPU tensor."""
     shapes: dict[str, dict[str, list[int]]]
     """state -> parameter -> shape of the whole tensor (all processes agree)."""
     scalars: dict[str, float]
@@ -73,10 +73,10 @@ class Snapshot:
 
 
 def write_shard(path: Path, rank: int, token: str, snapshot: Snapshot) -> None:
-    """Write one process's shard durably and leave the receipt that says so.
+    """Write one process's shard durably, and leave a receipt for it.
 
     Args:
-        token: names this very save, so that a receipt of an earlier one is never taken for it.
+        token: identifies this save, so that a receipt of an earlier one is never taken for this one's.
 
     Raises:
         OSError: the disk is full or gone; the shard is removed, and rank 0 is told why.
@@ -107,7 +107,7 @@ def _failure(rank: int, token: str) -> str:
 
 
 def _say_failed(path: Path, reason: str) -> None:
-    """Tell rank 0 not to wait for this rank; on a full disk the file's name alone says it."""
+    """Tell rank 0 not to wait for this rank; on a full disk by an empty file, whose name says enough."""
     whole = path.with_name(f".{path.name}")
     with suppress(OSError):
         try:
@@ -123,7 +123,7 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
 
     Raises:
         CheckpointError: a rank could not write its shard, or left no receipt within `timeout_s`, or the shards
-            together lack a part of a tensor.
+            together do not hold every tensor completely.
     """
     receipts: list[Receipt] = []
     errors, deadline = [], time.monotonic() + timeout_s
@@ -157,7 +157,7 @@ def commit(path: Path, world_size: int, token: str, state: TrainState, config: M
         "files": {receipt.file.name: receipt.file.model_dump() for receipt in receipts},
         "config": dict(config),
     }
-    # Nothing is written that would not be read.
+    # Never write a manifest that could not be read back.
     manifest = parse_manifest(json.dumps(tree).encode(), path / MANIFEST)
     written = [(key, numel, r.file.name) for r in receipts for key, numel in r.fragments.items()]
     try:
@@ -182,7 +182,7 @@ def _receipt(path: Path, token: str) -> Receipt | None:
 
 
 def remove(path: Path) -> None:
-    """Delete a checkpoint; its manifest goes first, so that what is half deleted is no checkpoint."""
+    """Delete a checkpoint, its manifest first, so that a partly deleted folder does not count as a checkpoint."""
     with suppress(IsADirectoryError, NotADirectoryError):
         (path / MANIFEST).unlink(missing_ok=True)
     if path.is_symlink() or path.is_file():
@@ -193,7 +193,7 @@ def remove(path: Path) -> None:
 def prune(run_dir: Path, keep: int, keep_every: int | None) -> list[int]:
     """Delete all but the newest `keep` and the multiples of `keep_every`; returns the deleted steps.
 
-    What cannot be deleted stays, to be tried again after the next save: the one just written is good all the same.
+    What cannot be deleted stays, and is tried again after the next save: it does not make the new checkpoint fail.
     """
     deleted = []
     for step in committed(run_dir)[:-keep]:
@@ -206,24 +206,24 @@ def prune(run_dir: Path, keep: int, keep_every: int | None) -> list[int]:
 
 
 def verify(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> list[str]:
-    """What is wrong with a checkpoint; empty if nothing.
+    """The problems of a checkpoint; empty if there are none.
 
-    Its manifest, the size and header of every file and every fragment's place are checked, and of the files' content
-    that sha256 is the manifest's and every number finite: a run skips the steps that would make others.
+    The manifest, the size and header of every file and the position of every fragment are checked. The files' content
+    must have the manifest's SHA-256, and be finite: runs skip steps that are not.
 
     Args:
-        part, parts: read only every `parts`-th file, so that ranks share the reading.
-        digests: False to leave the content alone.
+        part, parts: read only every `parts`-th file, so that ranks can share the work.
+        digests: False skips the check of the content.
     """
     return examine(path, part, parts, digests=digests)[1]
 
 
 MOST_TOLD = 16
-"""Problems of one checkpoint that are told: a manifest may name 100,000 files that are missing."""
+"""Most problems that are reported for one checkpoint: a manifest may name 100,000 missing files."""
 
 
 def examine(path: Path, part: int = 0, parts: int = 1, *, digests: bool = True) -> "tuple[Reader | None, list[str]]":
-    """A reader of a checkpoint where nothing is wrong with it, and what is, as `verify`."""
+    """A reader of a checkpoint if it has no problems, else None; and its problems, as from `verify`."""
     try:
         manifest = read_manifest(path)
     except CheckpointError as error:
@@ -256,7 +256,7 @@ def _wrong_size(path: Path, file: File) -> str:
 
 
 def _wrong_content(path: Path, sha256: str, reader: "Reader | None") -> list[str]:
-    """What is wrong with the content of a file; without a reader, which knows its types, numbers are not looked at."""
+    """The problems of a file's content; without a reader, which knows its keys, only the digest is checked."""
     try:
         found, finite = _digest(path)
     except (OSError, CheckpointError) as error:
@@ -284,16 +284,16 @@ def _digest(path: Path) -> tuple[str, bool]:
         while size := file.readinto(buffer):  # type: ignore[attr-defined]
             found.update(memoryview(buffer)[:size])
             numbers = np.frombuffer(buffer, np.float32, size // 4)
-            # Infinity and NaN times zero are NaN.
+            # The dot product with zeros is NaN if any number is infinite or NaN.
             finite = finite and bool(np.dot(numbers, _ZEROS[: numbers.size]) == 0)
     return found.hexdigest(), finite
 
 
 def _data_begins(path: Path, file: BinaryIO) -> int:
-    """Where the numbers of a shard begin, after its header.
+    """Offset of a shard's data, after its header.
 
     Raises:
-        CheckpointError: the header is longer than the file, or than would be read.
+        CheckpointError: the header is longer than the file, or than MOST_BYTES.
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
@@ -303,18 +303,18 @@ def _data_begins(path: Path, file: BinaryIO) -> int:
 
 
 SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "variance", "row_var", "col_var")
-"""States of optimizers that are sums or means of squares."""
+"""Optimizer states that are sums or means of squares, and so never negative."""
 
 
 class Reader:
-    """Random access to a checkpoint's state by (state, parameter, box, range), whoever wrote it.
+    """Random access to a checkpoint's state by (state, parameter, box, range), whatever topology wrote it.
 
     Args:
-        manifest: the folder's, if it was read already.
+        manifest: the folder's manifest, if already read.
 
     Raises:
-        CheckpointError: the manifest, a file's size, type or header is not what it should be, or the fragments do not
-            hold every element of every tensor once. The content is not read: see `verify`.
+        CheckpointError: the manifest, or a file's size, type or header is wrong, or the fragments do not hold every
+            element of every tensor exactly once. The content is not read: see `verify`.
     """
 
     def __init__(self, path: Path, manifest: Manifest | None = None):
@@ -342,14 +342,14 @@ class Reader:
                 yield key, shape[0], name
 
     def not_finite(self, name: str) -> str:
-        """The first tensor of a file that is not finite, for a message."""
+        """The first tensor of a file with a number that is not finite, as part of a message."""
         for key in self._files[name].keys():  # noqa: SIM118
             if not self._files[name].get_slice(key)[:].isfinite().all():
                 return f", such as those of {shortened(key)}"
         return ""
 
     def below_zero(self, name: str) -> list[str]:
-        """The first tensor of a file with numbers below 0 where there are none, as an optimizer takes their root."""
+        """The first tensor of squares with a number below 0 in a file: an optimizer would take its root."""
         squares = (key for key in self._files[name].keys() if key.partition("/")[0] in SQUARES)  # noqa: SIM118
         wrong = (key for key in squares if self._files[name].get_slice(key)[:].min() < 0)
         return [shortened(key) for key in itertools.islice(wrong, 1)]
@@ -372,10 +372,10 @@ class Reader:
             raise CheckpointError(f"{self.path} has no {key} of {name}") from None
 
     def misfit(self, wanted: Mapping[str, Sequence[int]], *, others: bool = False) -> str:
-        """Why the weights are not those of a model with parameters of these shapes; empty if they are.
+        """Why the weights do not fit a model with parameters of these shapes; empty if they do.
 
         Args:
-            others: it may have more parameters, and so may the checkpoint.
+            others: the model, and so the checkpoint, may have other parameters as well.
         """
         held = self.manifest.shapes[MASTER]
         for name, shape in wanted.items():
@@ -392,11 +392,11 @@ class Reader:
         """Elements [start, start + numel) of the flattened `box` of a tensor, as a 1-D CPU tensor.
 
         Args:
-            numel: all from `start` on if not given.
-            box: the whole tensor if not given.
+            numel: default: all from `start` on.
+            box: default: the whole tensor.
 
         Raises:
-            CheckpointError: the fragments do not hold all of it.
+            CheckpointError: the fragments do not hold all of these elements.
         """
         shape = self.shape(key, name)
         box = fragments.whole(shape) if box is None else box
@@ -418,12 +418,12 @@ class Reader:
         return out
 
     def _data(self, run: Run) -> Tensor:
-        """A view of the mapped file, in the box's shape: only pages that are copied from are read."""
+        """A view of the memory-mapped file, in the box's shape: only pages that are copied from are read."""
         stretch = slice(run.offset, run.offset + fragments.size(run.box))
         return self._files[run.file].get_slice(run.key)[stretch].view(fragments.lengths(run.box))
 
     def weight(self, name: str, *, averaged: bool = False) -> Tensor:
-        """The whole fp32 weight in its shape; or its average, where there is one."""
+        """A whole fp32 weight in its shape; its average if `averaged` and there is one."""
         key = EMA if averaged and name in self.averaged else MASTER
         return self.read(key, name).view(self.shape(MASTER, name))
 
@@ -434,5 +434,5 @@ def _open(path: Path) -> Any:
         with open_file(path) as file:
             _data_begins(path, file)
         return safe_open(path, framework="pt")
-    except (OSError, SafetensorError, MemoryError) as error:  # mapped, it wants as much address space
+    except (OSError, SafetensorError, MemoryError) as error:  # mapping needs as much address space as the file's size
         raise CheckpointError(f"{path} is not safetensors: {shortened(str(error))}") from None

@@ -102,5 +102,5 @@ def test_what_automatic_checkpoints_expect(capsys, monkeypatch):
     """Llama 3's 419 interruptions in 54 days are one in 3.09 hours of 16,384 devices."""
     _, out, _ = run(capsys, monkeypatch, "moe-8x7b", "checkpoint.every=auto", "train.global_batch=16384",
                     "--gpus", "16384")  # fmt: skip
-    assert "checkpoint.every=auto: one of 16,384 devices fails every 3 h 6 min at Llama 3's rate" in out
+    assert "checkpoint.every=auto: at Llama 3's failure rate, one of 16,384 devices fails every 3 h 6 min" in out
     assert "checkpoint.every" not in run(capsys, monkeypatch, "moe-8x7b")[1]

@@ -50,7 +50,7 @@ def run(pair, dp, function, *arguments):
     ],
 )
 def test_any_stage_and_size_to_any_other(pair, tmp_path, saved, loaded, precision):
-    """Every state is bit-equal after the round trip, and at the same topology so is every later loss."""
+    """Every state is bit-equal after the round trip; in the same topology, so is every later loss."""
     path, again = tmp_path / "step-00000003", tmp_path / "step-00000004"
     went_on = run(pair, saved[1], save_and_continue, config(*saved, precision), path, 3, 6, "a")
     results = run(pair, loaded[1], load_and_continue, config(*loaded, precision), path, 3, 6)
@@ -72,8 +72,8 @@ def test_any_stage_and_size_to_any_other(pair, tmp_path, saved, loaded, precisio
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_an_engine_in_use_goes_back(pair, tmp_path, stage):
-    """As after a spike of the loss."""
+def test_an_engine_in_use_can_be_restored(pair, tmp_path, stage):
+    """As after a loss spike."""
     for went_on, again in pair(load_again, config(stage, 2), tmp_path / "step-00000002", 2, 4):
         assert again == went_on
 
@@ -88,12 +88,12 @@ def test_every_optimizer_resumes_bit_exactly(tmp_path, optim):
 
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, precision):
-    """Training goes on while the other thread copies; here the copy begins only once the optimizer is to step."""
+    """Training continues while the other thread copies; here the copy starts only when the optimizer wants to step."""
     settings, stepping = config(stage, 1, precision), threading.Event()
 
     def late(views, buffers):
         assert stepping.wait(60)
-        time.sleep(0.1)  # enough for a step that did not wait
+        time.sleep(0.1)  # long enough for a step that does not wait
         return copied(views, buffers)
 
     monkeypatch.setattr(save, "copied", late)
@@ -113,7 +113,7 @@ def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, prec
         assert not torch.equal(changed[key], value)
 
 
-def test_a_failed_copy_does_not_hold_training_for_ever(tmp_path, monkeypatch):
+def test_a_failed_copy_does_not_block_training(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "copied", lambda *_: 1 / 0)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     run = EngineRun(config(1, 1))
@@ -173,14 +173,14 @@ def test_damage_is_named(tmp_path, damage):
     assert expected[damage] in problems[0]
 
 
-def test_old_checkpoints_are_deleted_but_the_kept_ones(tmp_path):
+def test_old_checkpoints_are_deleted_except_kept_ones(tmp_path):
     for step in (2, 4, 6, 8, 10):
         write(tmp_path, step)
     assert store.prune(tmp_path, keep=2, keep_every=4) == [2, 6]
     assert store.committed(tmp_path) == [4, 8, 10]
 
 
-def test_what_cannot_be_deleted_costs_no_checkpoint(tmp_path, monkeypatch):
+def test_a_failed_deletion_does_not_fail_the_new_checkpoint(tmp_path, monkeypatch):
     for step in (2, 4, 6, 8):
         store.folder(tmp_path, step).mkdir(parents=True)
         (store.folder(tmp_path, step) / store.MANIFEST).write_text("{}")
@@ -206,7 +206,7 @@ def test_a_rank_that_cannot_write_is_named(tmp_path):
         store.write_shard(path, 0, "t", snapshot())
 
 
-def test_manifest_cannot_name_a_file_elsewhere(tmp_path):
+def test_manifest_cannot_name_a_file_outside_its_folder(tmp_path):
     path = write(tmp_path, 1)
     text = (path / "manifest.json").read_text().replace("rank-00000.safetensors", "../rank-00000.safetensors")
     (path / "manifest.json").write_text(text)

@@ -1,4 +1,4 @@
-"""A run stands alone: its tokenizer and its end of text, in its folder and in what transformers loads of it."""
+"""A run is self-contained: its tokenizer and end-of-text token, in its folder and as transformers loads them."""
 
 import json
 import shutil
@@ -39,7 +39,7 @@ DENSE = {"num_layers": 1, "num_experts": 0, "intermediate_size": 64, "vocab_size
 
 
 def data(folder, kind):
-    """Prepared data of a kind of tokenizer."""
+    """Data prepared with one kind of tokenizer."""
     raw = folder / "raw.jsonl"
     raw.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     made = odd.ALL[kind](folder / "tokenizer", TEXTS)
@@ -62,7 +62,7 @@ def settings(root, name, path, **train):
 
 @pytest.fixture(scope="module", params=["llama", "chat"])
 def run(request, tmp_path_factory):
-    """(kind, a run that has learned where documents end, and whose data are gone)."""
+    """(kind of tokenizer, a run that has learned where documents end, and whose data have been deleted)."""
     root = tmp_path_factory.mktemp(request.param)
     prepared = data(root, request.param)
     run_dir = prepare_run(settings(root, "run", prepared))
@@ -83,7 +83,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
-def test_its_configs_agree(exported):
+def test_exported_configs_agree(exported):
     kind, folder = exported
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     end, pad = odd.ENDS[kind], {"chat": "<|endoftext|>"}.get(kind)
@@ -109,7 +109,7 @@ def test_transformers_stops_where_training_did(exported):
     assert made[0].tolist() == [*tokenizer("red green .").input_ids, tokenizer.eos_token_id]
 
 
-def test_its_tokenizer_keeps_what_it_came_with(run, exported):
+def test_exported_tokenizer_keeps_its_original_settings(run, exported):
     kind, folder = exported
     given = run[1].parent / "tokenizer"
     for kept in (run[1].parent / "elsewhere", run[1] / FOLDER):
@@ -126,7 +126,7 @@ def test_its_tokenizer_keeps_what_it_came_with(run, exported):
     assert len(tokenizer) == read_manifest(given.parent / "elsewhere").tokenizer.vocab_size
 
 
-def test_the_commands_need_no_data(run, muster):
+def test_commands_do_not_need_the_data(run, muster):
     _, run_dir = run
     arguments = [str(run_dir), "--prompt", "red green .", "--max-tokens", "20", "--temperature", "0"]
     assert muster("generate", *arguments) == (0, "red green .\n", "")
@@ -138,8 +138,8 @@ def test_the_commands_need_no_data(run, muster):
     assert json.loads(out)["loss"] > 0
 
 
-def test_the_commands_take_its_average(run, muster, tmp_path):
-    """After 60 steps of a decay of 0.9 it has learned as well that no text follows a full stop."""
+def test_commands_can_use_the_ema_weights(run, muster, tmp_path):
+    """After 60 steps at a decay of 0.9 the average too has learned that no text follows a full stop."""
     _, run_dir = run
     reader = Reader(checkpoint(run_dir, 60))
     code, out, err = muster("export", str(run_dir), "--out", str(tmp_path / "hf"), "--ema")
@@ -164,7 +164,7 @@ def test_the_commands_take_its_average(run, muster, tmp_path):
     assert abs(recorded["eval_loss"] - recorded["eval_loss_ema"]) > 0.001
 
 
-def test_a_run_is_a_tokenizer_for_more_data(run, tmp_path):
+def test_a_runs_tokenizer_prepares_more_data(run, tmp_path):
     _, run_dir = run
     (tmp_path / "more.txt").write_text("red green .\n" * 10)
     made = PrepareConfig(tokenizer=str(run_dir), held_out=0.0)
@@ -172,7 +172,7 @@ def test_a_run_is_a_tokenizer_for_more_data(run, tmp_path):
     assert info.is_as(read_manifest(run_dir.parent / "elsewhere").tokenizer)
 
 
-def test_a_run_of_before_has_its_datas_tokenizer(run, tmp_path):
+def test_an_older_run_uses_its_datas_tokenizer(run, tmp_path):
     kind, run_dir = run
     shutil.copytree(run_dir, tmp_path / "run", ignore=shutil.ignore_patterns(FOLDER))
     config = read_config(run_dir).data
@@ -185,7 +185,7 @@ def test_a_run_of_before_has_its_datas_tokenizer(run, tmp_path):
     export(tmp_path / "run", tmp_path / "hf")
 
 
-def test_a_tokenizer_that_is_not_the_runs_is_refused_and_restored(run, tmp_path):
+def test_a_changed_tokenizer_is_refused_and_restored(run, tmp_path):
     _, run_dir = run
     shutil.copytree(run_dir, tmp_path / "run")
     (tmp_path / "run" / FOLDER / "tokenizer.json").write_text("{}")
@@ -204,7 +204,7 @@ def tokens(folder, texts):
 
 
 @pytest.mark.parametrize("kind", odd.ALL)
-def test_an_exported_tokenizer_encodes_as_the_data_were(tmp_path, kind):
+def test_an_exported_tokenizer_encodes_like_the_data(tmp_path, kind):
     prepared = data(tmp_path, kind)
     expected, info = tokens(prepared, ASKED), read_manifest(prepared).tokenizer
     assert info.eos_token == odd.ENDS[kind]
@@ -216,7 +216,7 @@ def test_an_exported_tokenizer_encodes_as_the_data_were(tmp_path, kind):
         for name, content in files.items():
             (folder / name).write_bytes(content)
         (folder / "config.json").write_text(json.dumps({"model_type": model_type, **ids}))
-        # transformers has Qwen2's tokenizer for every model of that type, whatever the files say: export tells so.
+        # transformers uses Qwen2's tokenizer for every model of that type, whatever the files say: export warns of it.
         auto = transformers.PreTrainedTokenizerFast if model_type == "qwen2" else transformers.AutoTokenizer
         tokenizer = auto.from_pretrained(folder)
         assert [tokenizer(text).input_ids for text in ASKED] == expected, model_type
@@ -224,7 +224,7 @@ def test_an_exported_tokenizer_encodes_as_the_data_were(tmp_path, kind):
         assert tokenizer.bos_token is None
 
 
-def test_what_auto_tokenizer_makes_of_an_export_for_qwen2_is_told_in_the_folder(tmp_path, capsys):
+def test_an_export_for_qwen2_warns_in_the_folder_about_auto_tokenizer(tmp_path, capsys):
     own = json.loads(transformers.Qwen2Tokenizer().backend_tokenizer.to_str())
     assert is_qwen2s(json.dumps(own).encode())
     for part in ("normalizer", "pre_tokenizer", "decoder"):
@@ -257,7 +257,7 @@ def plain(tmp_path_factory):
 
 @settings_(max_examples=60, deadline=None, derandomize=True, database=None)
 @given(given_=st.dictionaries(st.sampled_from(NAMES), VALUES, max_size=5))
-def test_whatever_the_settings_say_it_encodes_as_the_data_were(plain, given_):
+def test_exported_tokenizer_encodes_like_the_data_whatever_its_settings(plain, given_):
     info, expected = read_manifest(plain).tokenizer, load(plain / "tokenizer.json")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

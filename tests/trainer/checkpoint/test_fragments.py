@@ -1,4 +1,4 @@
-"""Tensors cut into slices and stretches in one way and read in another; what a reader and a writer cost in memory."""
+"""Tensors cut into slices and stretches in one way and read in another; memory use of reading and writing."""
 
 import itertools
 import json
@@ -36,7 +36,7 @@ def random_box(draw: random.Random, outer: Box) -> Box:
 
 
 def partition(draw: random.Random, box: Box, cuts: int) -> list[Box]:
-    """Cut a box into boxes that share nothing and are all of it."""
+    """Cut a box into disjoint boxes that cover it."""
     wide = [i for i, (low, high) in enumerate(box) if high - low > 1]
     if not cuts or not wide:
         return [box]
@@ -63,7 +63,7 @@ def write(path: Path, shards: list[dict[str, torch.Tensor]], shape: tuple[int, .
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_stretch_becomes_few_boxes_that_are_all_of_it(shape):
+def test_a_stretch_is_covered_by_few_boxes(shape):
     draw = random.Random(0)
     values = torch.arange(size(whole(shape))).view(shape)
     for _ in range(200):
@@ -81,7 +81,7 @@ def test_a_stretch_becomes_few_boxes_that_are_all_of_it(shape):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_each_element_is_taken_once_and_what_nobody_holds_is_named(shape):
+def test_each_element_is_taken_once_and_missing_ones_are_named(shape):
     draw = random.Random(1)
     for _ in range(100):
         wanted, held = random_box(draw, whole(shape)), [random_box(draw, whole(shape)) for _ in range(5)]
@@ -108,7 +108,7 @@ def test_difference_and_index_within_a_box():
     assert lengths(inner) == (3, 3)
 
 
-def test_key_says_the_box_only_where_it_is_not_all():
+def test_key_has_the_box_only_if_it_is_not_the_whole_tensor():
     assert fragment_key("weight", "a.b", 3, ((0, 2), (0, 5)), (2, 5)) == "weight/a.b@3"
     assert fragment_key("exp_avg", "a.b", 0, ((1, 2), (0, 5)), (2, 5)) == "exp_avg/a.b@0[1:2,0:5]"
     assert parse_key("weight/a.b@3") == ("weight", "a.b", 3, None)
@@ -118,7 +118,7 @@ def test_key_says_the_box_only_where_it_is_not_all():
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("seed", range(6))
 def test_written_one_way_read_another(tmp_path, shape, seed):
-    """Any partition into boxes and stretches over ranks gives back every stretch of every box."""
+    """For any partition into boxes and stretches over ranks, every stretch of every box is read back."""
     draw = random.Random(seed)
     values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     shards: list[dict[str, torch.Tensor]] = [{} for _ in range(3)]
@@ -141,12 +141,12 @@ def test_written_one_way_read_another(tmp_path, shape, seed):
     [
         ([(0, 2)], "hold 8 of its 12 elements"),
         ([(0, 2), (2, 3), (1, 2)], "hold an element twice"),
-        ([(0, 2), (1, 2)], "hold an element twice"),  # and row 2 is held by none: the elements count up to the whole
+        ([(0, 2), (1, 2)], "hold an element twice"),  # and row 2 is missing: the number of elements is right
         ([(0, 3), (0, 3)], "hold an element twice"),
     ],
 )
-def test_each_element_is_held_once(tmp_path, rows, problem):
-    """Neither a writer leaves a hole or writes an element twice, nor does a reader take what was written so."""
+def test_each_element_must_be_held_once(tmp_path, rows, problem):
+    """A writer refuses to leave an element out or to write one twice, and a reader refuses such a checkpoint."""
     values = torch.randn(3, 4)
 
     def shard(low, high):
@@ -168,7 +168,7 @@ def test_each_element_is_held_once(tmp_path, rows, problem):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_boxes_cover_a_tensor_if_each_element_is_in_one(shape):
+def test_boxes_cover_a_tensor_if_each_element_is_in_exactly_one(shape):
     draw = random.Random(2)
     for cuts in range(40):
         boxes = partition(draw, whole(shape), cuts % 7)
@@ -181,7 +181,7 @@ def test_boxes_cover_a_tensor_if_each_element_is_in_one(shape):
             assert covers(changed, shape) == bool((counts == 1).all())
 
 
-def test_checkpoints_of_the_first_format_are_still_read(tmp_path):
+def test_format_1_checkpoints_are_still_read(tmp_path):
     write(tmp_path, [{"weight/a@0": torch.arange(4.0), "weight/a@4": torch.arange(4.0, 10.0)}], (2, 5))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
@@ -238,11 +238,11 @@ print(held, writing.growth, sum(t.nbytes for t in mine) / 2**20, reading.growth)
 
 
 @pytest.mark.slow
-def test_memory_follows_the_share_and_not_the_model(tmp_path):
-    """Anonymous memory, as what is mapped from a file the kernel drops when it needs the room.
+def test_memory_grows_with_the_share_not_the_model(tmp_path):
+    """Anonymous memory only: the kernel drops pages mapped from a file when it needs the room.
 
-    Writing a share of the whole model takes no second copy of it; a reader of an eighth of every row (which touches
-    nearly every page of the file) holds that eighth.
+    Writing a share as large as the model makes no second copy of it. A reader of an eighth of every row, which touches
+    nearly every page of the file, holds only that eighth.
     """
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")

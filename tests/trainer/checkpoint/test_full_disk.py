@@ -1,4 +1,4 @@
-"""A disk that is full, really: the run says so, keeps its last good checkpoint, and ends as if it had never been."""
+"""A disk that really is full: the run says so, keeps its last good checkpoint, and ends as if nothing had happened."""
 
 import os
 import subprocess
@@ -73,7 +73,7 @@ def assert_went_on(run_dir, clean, reason):
     assert final_state(run_dir) == final_state(clean)
 
 
-def test_a_full_disk_stops_no_training(disk, tiny_data, clean):
+def test_a_full_disk_does_not_stop_training(disk, tiny_data, clean):
     run_dir = make(disk, tiny_data)
     assert in_team(2, trained, run_dir, full_disk, (0,), disk, 5, 9) == ["FINISHED"] * 2
     assert_went_on(run_dir, clean, "rank 0 could not write its shard")
@@ -81,14 +81,14 @@ def test_a_full_disk_stops_no_training(disk, tiny_data, clean):
     assert "step-00000006" in unwritten
 
 
-def test_one_rank_that_cannot_write_is_named_by_the_first(tmp_path, tiny_data, clean):
+def test_rank_0_names_the_rank_that_cannot_write(tmp_path, tiny_data, clean):
     run_dir = make(tmp_path, tiny_data)
     assert in_team(2, trained, run_dir, small_files, (1,), 65536, 5, 9) == ["FINISHED"] * 2
     assert_went_on(run_dir, clean, "rank 1 could not write its shard: ")
 
 
 @pytest.mark.slow
-def test_a_disk_that_stays_full_ends_the_run_unfinished_and_the_next_attempt_finishes_it(disk, tiny_data, clean):
+def test_a_run_whose_disk_stays_full_is_finished_by_the_next_attempt(disk, tiny_data, clean):
     run_dir = make(disk, tiny_data)
     told = in_team(2, trained, run_dir, full_disk, (0,), disk, 9, STEPS)
     assert all("the last checkpoint could not be written" in each and "rank 0" in each for each in told)
@@ -100,7 +100,7 @@ def test_a_disk_that_stays_full_ends_the_run_unfinished_and_the_next_attempt_fin
     assert final_state(run_dir) == final_state(clean)
 
 
-def test_the_record_waits_for_room_and_loses_nothing(disk, capsys):
+def test_the_record_waits_for_free_space_and_loses_nothing(disk, capsys):
     record = Record(disk, 1)
     fill(disk / "ballast")
     for step in range(1, 101):
@@ -116,7 +116,7 @@ def test_the_record_waits_for_room_and_loses_nothing(disk, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_what_never_found_room_is_said_at_the_end(disk, capsys):
+def test_what_could_not_be_written_is_reported_at_the_end(disk, capsys):
     record = Record(disk, 1)
     fill(disk / "ballast")
     record.event("attempt_ended", status="FINISHED")
@@ -126,7 +126,7 @@ def test_what_never_found_room_is_said_at_the_end(disk, capsys):
     assert '"event": "attempt_ended"' in err
 
 
-def test_a_disk_that_is_full_already_is_one_message(disk, tiny_data):
+def test_a_disk_that_is_already_full_gives_one_message(disk, tiny_data):
     fill(disk / "ballast")
     with pytest.raises(
         ConfigError, match=r"^\S+: cannot be written \(No space left on device\): make room, or .*run\.root$"
@@ -137,13 +137,13 @@ def test_a_disk_that_is_full_already_is_one_message(disk, tiny_data):
     assert not list(run_dir.glob(".config*"))
 
 
-def test_a_root_that_cannot_be_written_is_one_message(tmp_path, tiny_data):
+def test_an_unwritable_root_gives_one_message(tmp_path, tiny_data):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/run: cannot be written \(Not a directory\): choose .*run\.root$"):
         make(tmp_path / "file", tiny_data)
 
 
-def test_a_profile_without_room_is_an_event(disk, tiny_data):
+def test_a_profile_that_does_not_fit_is_an_event(disk, tiny_data):
     profiler, record = Profiler(disk, ProfileConfig(start=1, steps=1), enabled=True), Record(disk, 1)
     profiler.before(1)
     torch.ones(8) @ torch.ones(8)
@@ -156,7 +156,7 @@ def test_a_profile_without_room_is_an_event(disk, tiny_data):
     assert "No space left on device" in event["reason"]
 
 
-def test_what_was_sent_is_remembered_when_there_is_room_again(disk, capsys):
+def test_what_was_sent_is_recorded_once_there_is_free_space(disk, capsys):
     write_state(disk, {"offset": 1})
     fill(disk / "ballast")
     write_state(disk, {"offset": 2, "error": "x" * 10_000})

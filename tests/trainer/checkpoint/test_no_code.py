@@ -1,4 +1,4 @@
-"""What a checkpoint, a config or data hold is read, never run: a pickle in the place of any file stays shut."""
+"""Checkpoints, configs and data are read, never run: a pickle in place of any file is not loaded."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from trainer.run.folder import prepare_run
 
 
 class Payload:
-    """Its pickle, once loaded, makes a file."""
+    """Its pickle creates a file when loaded."""
 
     def __init__(self, mark: Path):
         self.mark = mark
@@ -98,7 +98,7 @@ def test_the_payload_works(mark):
 @pytest.mark.parametrize(("file", "use"), FILES.values(), ids=FILES.keys())
 def test_a_pickle_in_place_of_a_file(copy, mark, file, use, saved):
     path = copy / file
-    use(copy)  # as it is, it can be used
+    use(copy)  # works before the change
     if saved == "pickle":
         path.write_bytes(pickle.dumps(Payload(mark)))
     else:
@@ -111,7 +111,7 @@ def test_a_pickle_in_place_of_a_file(copy, mark, file, use, saved):
 
 
 def as_if_written_so(path: Path) -> None:
-    """Let the manifest beside a file give its size and digest, as one who forges it would."""
+    """Update the file's size and digest in the manifest beside it, as a forger would."""
     beside = path.parent / "manifest.json"
     if beside == path or not beside.exists():
         return
@@ -127,7 +127,7 @@ def as_if_written_so(path: Path) -> None:
     beside.write_text(json.dumps(tree))
 
 
-def test_a_resumed_run_runs_none(copy, mark):
+def test_a_resumed_run_loads_no_pickle(copy, mark):
     shard = copy / FILES["shard"][0]
     torch.save(Payload(mark), shard)
     as_if_written_so(shard)
@@ -169,7 +169,7 @@ def test_a_python_tag_in_a_config(tmp_path, mark, tag):
     assert not mark.exists()
 
 
-def test_a_manifest_names_no_file_elsewhere(copy):
+def test_a_manifest_cannot_name_a_file_outside_its_folder(copy):
     data = copy / "data"
     shutil.move(data / "train-00000.parquet", copy / "train-00000.parquet")
     text = (data / "manifest.json").read_text()
@@ -185,20 +185,20 @@ def test_a_manifest_names_no_file_elsewhere(copy):
 
 
 @pytest.mark.parametrize("name", ["../up", "a/b", "..", ".", "/abs", "a\\b", "-x", "a\nb", ""])
-def test_a_run_is_named_by_one_part_of_a_path(tmp_path, name):
+def test_a_runs_name_is_a_single_path_component(tmp_path, name):
     (tmp_path / "c.yaml").write_text(json.dumps({"run": {"name": name}}))
     with pytest.raises(ConfigError, match=r"run\.name"):
         load(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("name", ["../up", "..", "/abs"])
-def test_a_fork_is_named_by_one_part_of_a_path(copy, name):
+def test_a_forks_name_is_a_single_path_component(copy, name):
     with pytest.raises(ConfigError, match=r"--fork .*run\.name"):
         prepare_run(load(copy / "run" / "config.yaml"), fork=name)
 
 
-def test_an_index_that_names_files_elsewhere_is_not_followed(copy, tmp_path):
-    """Weights are those of the folder's own files."""
+def test_an_index_cannot_name_files_outside_its_folder(copy, tmp_path):
+    """Weights come from the folder's own files only."""
     shutil.move(copy / "hf/model.safetensors", copy / "model.safetensors")
     weights = {"lm_head.weight": "../model.safetensors", "model.norm.weight": str(copy / "model.safetensors")}
     (copy / "hf/model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))

@@ -56,7 +56,7 @@ def test_all_three_kinds_give_the_same_weights(trained):
             assert torch.equal(a, b), name
 
 
-def test_a_run_begins_with_them_and_resumes_without(trained, tiny_data):
+def test_a_run_starts_from_the_weights_and_resumes_without_them(trained, tiny_data):
     run_dir = prepare_run(settings(trained.parent, tiny_data, "second", init_from=str(trained.parent / "hf")))
     assert train_in_process(run_dir) == 0
     [first] = [m["eval_loss"] for m in read_metrics(trained) if "eval_loss" in m]
@@ -65,7 +65,7 @@ def test_a_run_begins_with_them_and_resumes_without(trained, tiny_data):
     assert [m["step"] for m in read_metrics(run_dir) if "loss" in m] == [1, 2]
 
 
-def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
+def test_a_run_can_also_take_its_model_config_from_the_folder(trained, tiny_data):
     [first] = [m["eval_loss"] for m in read_metrics(trained) if "eval_loss" in m]
     for name, folder in (("as-hf", trained.parent / "hf"), ("as-run", trained)):
         config = settings(trained.parent, tiny_data, name, init_from=str(folder))
@@ -81,7 +81,7 @@ def test_a_run_takes_its_model_from_the_folder_too(trained, tiny_data):
     assert second == pytest.approx(first, rel=1e-5)
 
 
-def test_a_run_with_a_checkpoint_outlives_the_folder_that_it_began_from(trained, tiny_data, tmp_path):
+def test_a_run_with_a_checkpoint_no_longer_needs_the_folder_it_started_from(trained, tiny_data, tmp_path):
     source = tmp_path / "hf"
     shutil.copytree(trained.parent / "hf", source)
     tree = settings(tmp_path, tiny_data, "begun", init_from=str(source)).model_dump()
@@ -116,22 +116,22 @@ def test_mistakes_name_the_key(trained, tiny_data):
         load_weights(build(wider.model), wider)
 
 
-def test_what_no_shape_shows_is_told(trained):
+def test_differences_that_no_shape_shows_are_reported(trained):
     assert check_source(warm(trained)) == {}
     other = check_source(warm(trained, {"rope_theta": 5e5, "router": "sigmoid"}))
     assert other == {"model.rope_theta": [1e4, 5e5], "model.router": ["softmax", "sigmoid"]}
 
 
 @pytest.mark.parametrize("kind", ["run", "hf"])
-def test_every_key_that_makes_another_function_is_told(trained, kind):
-    """All keys of the model, so that one which is added later is told or named among those that need not be."""
+def test_every_key_that_changes_the_output_is_reported(trained, kind):
+    """All keys of the model, so that a new one must be reported or listed among those that need not be."""
     source = trained if kind == "run" else trained.parent / "hf"
     others = {
         "rope_theta": 5e5, "rope_scaling": {"kind": "linear", "factor": 4.0}, "max_positions": 64, "norm_eps": 1e-5,
         "sliding_window": 16, "block_sparse": {"block": 8}, "top_k": 3, "router": "sigmoid", "norm_topk_prob": False,
         "router_scale": 2.0, "expert_groups": 2, "top_groups": 2, "family": "other",
     }  # fmt: skip
-    # As many heads of another size: the norms of q and k, which this model has, have other shapes.
+    # The same number of heads of another size: this model's q and k norms get other shapes.
     assert others.keys() | {"num_heads"} == set(ModelConfig.model_fields) - SHOWN_BY_NAMES_AND_SHAPES - OF_TRAINING
     for key, value in others.items():
         more = {"expert_groups": 2} if key == "top_groups" else {}
@@ -145,11 +145,11 @@ def test_every_key_that_makes_another_function_is_told(trained, kind):
             FAMILIES.pop("other", None)
         assert found.keys() == {f"model.{each}" for each in (key, *more)}
         json.dumps(found)
-    # Of training alone, or fewer positions: the same function of the same weights.
+    # Training only, or fewer positions: the same weights give the same output.
     assert check_source(warm(source, {"dropout": 0.1, "aux_loss_weight": 0.0, "max_positions": 32})) == {}
 
 
-def test_longer_contexts_are_begun_and_said(trained, tiny_data, capsys):
+def test_longer_contexts_are_allowed_and_reported(trained, tiny_data, capsys):
     for name, model in (
         ("yarn", {"rope_scaling": {"kind": "yarn", "factor": 4.0, "original_max_positions": 32}}),
         ("sparse", {"block_sparse": {"block": 16, "local_blocks": 2}}),
@@ -170,7 +170,7 @@ def test_longer_contexts_are_begun_and_said(trained, tiny_data, capsys):
         assert "warning" not in capsys.readouterr().err
 
 
-def test_weights_of_another_tokenizer_are_told(trained, tiny_data, tmp_path, capsys):
+def test_another_tokenizer_is_reported(trained, tiny_data, tmp_path, capsys):
     source = tmp_path / "hf"
     shutil.copytree(trained.parent / "hf", source)
     (source / "tokenizer.json").write_text("{}")
@@ -208,7 +208,7 @@ def filled(config: Config) -> torch.nn.Module:
         {"moe_every": 2, "intermediate_size": 128},
     ],
 )
-def test_an_upcycled_model_begins_as_the_dense_one(dense, changes):
+def test_an_upcycled_model_starts_with_the_dense_models_output(dense, changes):
     plain, _, _ = load_module(dense)
     batch = batch_of(warm(dense), [0, 1, 2])
     for source in (store.folder(dense, 2), dense.parent / "hf"):
@@ -218,7 +218,7 @@ def test_an_upcycled_model_begins_as_the_dense_one(dense, changes):
             torch.testing.assert_close(filled(config).logits(batch), plain.logits(batch), rtol=0, atol=1e-5)
 
 
-def test_a_run_begins_upcycled(dense, tiny_data):
+def test_a_run_starts_upcycled(dense, tiny_data):
     config = settings(dense.parent, tiny_data, "moe", EXPERTS, init_from=str(dense), upcycle={"noise": 0.0})
     run_dir = prepare_run(config)
     assert train_in_process(run_dir) == 0
@@ -226,7 +226,7 @@ def test_a_run_begins_upcycled(dense, tiny_data):
     assert after == pytest.approx(before, rel=1e-5)
 
 
-def test_a_stage_reads_its_own_names_and_gets_the_same(dense, monkeypatch):
+def test_a_stage_reads_its_own_names_and_gets_the_same_weights(dense, monkeypatch):
     config, read = warm(dense, EXPERTS, {"noise": 0.1, "drop_ratio": 0.5}), []
     whole = dict(filled(config).named_parameters())
     weight = store.Reader.weight
@@ -241,7 +241,7 @@ def test_a_stage_reads_its_own_names_and_gets_the_same(dense, monkeypatch):
     assert len(read) == len(set(read))
 
 
-def test_upcycling_where_it_cannot_be_names_the_keys(dense, trained, tiny_data):
+def test_impossible_upcycling_names_the_keys(dense, trained, tiny_data):
     def mistake(match, model, **train):
         with pytest.raises(ConfigError, match=match):
             prepare_run(settings(dense.parent, tiny_data, "mistake", model, **train))
@@ -282,7 +282,7 @@ def test_upcycling_where_it_cannot_be_names_the_keys(dense, trained, tiny_data):
         tiny(train={"upcycle": {}})
 
 
-def test_routers_begin_with_the_biases_of_the_source(trained, tiny_data):
+def test_routers_start_with_the_biases_of_the_source(trained, tiny_data):
     learning = {"router_bias_rate": 0.01, "moe_every": 2, "num_layers": 4}
     first = prepare_run(settings(trained.parent, tiny_data, "biased", learning))
     assert train_in_process(first) == 0
@@ -293,7 +293,7 @@ def test_routers_begin_with_the_biases_of_the_source(trained, tiny_data):
     second = prepare_run(settings(trained.parent, tiny_data, "fixed", fixed, init_from=str(first)))
     assert train_in_process(second) == 0
     assert biases(second) == bias
-    # The layers between, which were dense, have none yet.
+    # The layers in between, which were dense, have no bias yet.
     config = warm(first, fixed | {"moe_every": 1, "top_k": 4}, {})
     check_source(config)
     assert load_weights(build(config.model), config) == {BIAS: [[0.0] * 4, bias[0], [0.0] * 4, bias[1]]}
@@ -304,8 +304,8 @@ def biases(run_dir):
     return manifest.state.memory[BIAS]
 
 
-def test_routers_begin_with_the_biases_of_a_hugging_face_folder(tmp_path):
-    # As DeepSeek-V3 has them: sigmoid scores, a shared expert, the first layer dense.
+def test_routers_start_with_the_biases_of_a_hugging_face_folder(tmp_path):
+    # As in DeepSeek-V3: sigmoid scores, a shared expert, a dense first layer.
     shape = {"router": "sigmoid", "router_bias_rate": 0.0, "shared_expert_size": 32, "first_dense_layers": 1}
     source = resolved(model=TINY_MODEL | shape).model
     module = build(source)

@@ -174,7 +174,7 @@ def test_a_tracker_gets_what_is_counted_and_drawn(tmp_path, clean, quiet_shipper
 
 
 def test_a_classifier_writes_no_text(clean):
-    with pytest.raises(ConfigError, match=r"learns task=classification from images: generate and export are of"):
+    with pytest.raises(ConfigError, match=r"trains task=classification on images: generate and export need"):
         load_module(clean["small_convnet"])
 
 
@@ -198,7 +198,7 @@ def test_commands_say_what_they_are_not_for(clean, muster):
     for command in (("data", "show", run_dir, "--step", "1"), ("generate", run_dir, "--prompt", "a")):
         code, _, err = muster(*command)
         assert code == 2
-        assert "learns task=classification from images" in err
+        assert "trains task=classification on images" in err
 
 
 def parameters_of(run_dir: Path) -> list[torch.Tensor]:

@@ -115,7 +115,7 @@ WRONG_STARTS = {
     "no MLPs": (
         "small_convnet",
         {"train": {"upcycle": {}}},
-        r"train\.upcycle makes experts of a decoder's MLPs, model",
+        r"train\.upcycle makes experts of a decoder's MLPs, but model",
     ),
 }
 

@@ -73,7 +73,11 @@ MISTAKES = [
     ({"text": "a: [1,\n b: }"}, None, "cannot be read as YAML"),
     ({"text": "- 1"}, None, "not a mapping of sections"),
     ({"text": "grid: {}"}, None, "is a sweep"),
-    ({"text": "model: {family: mlp, inputs: 8, outputs: 2}"}, "model.family", "the planner's formulas cover decoders only"),
+    (
+        {"text": "model: {family: mlp, inputs: 8, outputs: 2}"},
+        "model.family",
+        "the planner's formulas cover decoders only",
+    ),
 ]
 
 
