@@ -130,7 +130,7 @@ def evaluate(
 def _of_another_kind(
     run_dir: Path, data: Path | None, count: int | None, step: int | None, ema: bool
 ) -> dict[str, Any] | None:
-    """The evaluation of a task that does not learn from tokens; None if it does."""
+    """The evaluation of a task that does not train on tokens; None if it does."""
     import torch
 
     from models.tasks.table import reads, task_of
@@ -193,7 +193,7 @@ def require_data(run_dir: Path, otherwise: str = "") -> None:
         config = load_own(run_dir / "config.yaml")
         if (found := reads(config)) != "tokens":
             raise ConfigError(
-                f"{run_dir} learns task={config.task} from {found}: this command is for runs that learn from tokens"
+                f"{run_dir} trains task={config.task} on {found}: this command needs a run that trains on tokens"
             )
     for source in sources_of(config.data):
         if not is_file(Path(source.path) / MANIFEST):

@@ -110,7 +110,7 @@ def test_a_run_begins_from_another_of_its_family(tmp_path, images, clean):
 
 
 WRONG_STARTS = {
-    "another family": ("gan", {}, r"is of model\.family=small_convnet, this run's is gan"),
+    "another family": ("gan", {}, r"is of model\.family=small_convnet, but this run's is gan"),
     "another shape": ("small_convnet", {"model": {"width": 16}}, r"the model's is \[16, 1, 3, 3\]: set model\.width=8"),
     "no MLPs": (
         "small_convnet",
