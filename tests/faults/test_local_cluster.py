@@ -64,6 +64,11 @@ def test_nodes_come_go_and_leave_nothing(tmp_path, apart):
             assert cannot_reach_head(cluster, "1")
             cluster.do("heal", "1")
             assert ", cut" not in cluster.do("status")
+            cluster.do("kill", "0")
+            for process in below(cluster.folder):  # node 1 misses the head after a while, and ends
+                process.kill()
+            cluster.do("start", "0")
+            assert re.findall(r"processes, (.*)$", cluster.do("status"), re.MULTILINE) == ["alive", "alive"]
         assert below(cluster.folder)
         assert token.read_text() not in cluster.do("status")
     assert below(cluster.folder) == []
