@@ -1,18 +1,19 @@
-"""How far predictions from tables without isoFLOP valleys can be trusted, on planted laws.
+"""How far predictions can be trusted: planted laws without isoFLOP valleys, and real tables by the next budget.
 
-Planted: the laws of `scaling_coverage.py` by designs whose runs share no valleys (ladders of sizes, random sizes and
+planted: the laws of `scaling_coverage.py` by designs whose runs share no valleys (ladders of sizes, random sizes and
 tokens), with noise on ln L; the truth is the law's own loss and N* at ten times the largest FLOPs. A best size is named
 where its interval spans at most a factor of ten.
+windows: in each table of Porian et al. (arXiv:2406.19146), any 3 to 10 budgets in a row, against the lowest loss of the
+next one. A constant of the method was chosen on every second table, the others were held out.
 
-Run: `python benchmarks/scaling_tables.py --seeds 200` (hours of one core); `--quick`: two laws, two designs, a few
-seeds.
+Run: `python benchmarks/scaling_tables.py` (an hour of one core), or only one `--parts`; `--quick`: a few of each.
 """
 
 import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,11 +24,11 @@ import numpy as np  # noqa: E402
 
 sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
-from scaling_coverage import LAWS, Law, best  # noqa: E402
+from scaling_coverage import LAWS, Law, best, porian  # noqa: E402
 
 from models.scaling.predictions import WIDEST, Forecast  # noqa: E402
 from models.scaling.refusal import Refusal  # noqa: E402
-from models.scaling.table import Table  # noqa: E402
+from models.scaling.table import Table, budgets  # noqa: E402
 
 AHEAD = 10.0
 """The budget that is predicted, over the table's largest."""
@@ -146,17 +147,58 @@ def row(found: Sequence[Outcome], tried: int) -> str:
     )
 
 
+def windows(counts: Sequence[int], sets: Sequence[int]) -> dict[int, list[tuple[bool, float]]]:
+    """Of every run of so many budgets of Porian et al.'s tables: whether the next budget's lowest loss was covered, and
+    the interval's relative width.
+
+    Args:
+        sets: numbers of the tables, from 0.
+    """
+    found: dict[int, list[tuple[bool, float]]] = {count: [] for count in counts}
+    for number, (_, table) in enumerate(porian()):
+        level, _ = budgets(table)
+        for count in counts if number in sets else ():
+            for first in range(int(level.max()) + 1 - count):
+                held = level == first + count
+                before = table.take((level >= first) & (level < first + count))
+                try:
+                    at = Forecast(before).at_budget(float(table.c[held].mean())).loss
+                except Refusal:
+                    continue
+                lowest = float(table.loss[held].min())
+                found[count].append((at.low <= lowest <= at.high, at.high / at.low - 1))
+    return found
+
+
+def show_windows(counts: Sequence[int], sets: Mapping[str, Sequence[int]]) -> None:
+    print("| budgets |" + "".join(f" {name}: covered | width |" for name in sets))
+    print("|---|" + "---|---|" * len(sets))
+    for count in counts:
+        cells = []
+        for chosen in sets.values():
+            each = windows([count], chosen)[count]
+            cells.append(f"{np.mean([covered for covered, _ in each]):.0%} of {len(each)} | "
+                         f"{np.median([width for _, width in each]):.2%} |")  # fmt: skip
+        print(f"| {count} | " + " ".join(cells), flush=True)
+
+
+SETS = {"chosen on": range(0, 15, 2), "held out": range(1, 15, 2)}
 QUICK = (("Hoffmann et al.", "wrong: interaction"), ("7 sizes x 5 ratios", "40 at random"), range(3))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--laws", nargs="*", default=list(LAWS))
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS))
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--parts", nargs="*", default=["planted", "windows"])
     arguments = parser.parse_args()
-    study(*(QUICK if arguments.quick else (arguments.laws, arguments.designs, range(arguments.seeds))))
+    if "planted" in arguments.parts:
+        study(*(QUICK if arguments.quick else (arguments.laws, arguments.designs, range(arguments.seeds))))
+        print()
+    if "windows" in arguments.parts:
+        show_windows([4] if arguments.quick else range(3, 11), {"held out": [1]} if arguments.quick else SETS)
 
 
 if __name__ == "__main__":

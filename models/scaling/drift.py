@@ -15,8 +15,9 @@ from .table import Table
 
 PRIOR = 0.15
 """Prior scale of the drift, as a fraction of the frontier's slope d ln L / d ln C, or d ln N* / d ln C."""
-HOLDS, UNTESTED = 0.85, 0.5
-"""Prior probability of no drift, and the same with too few budgets to show a floor."""
+HOLDS = 0.7
+"""Prior probability of no drift: the largest with which at least 90% of the next budgets' best losses are covered after
+any 3 to 10 budgets of every second table of Porian et al. (arXiv:2406.19146)."""
 HELD_REFITS = 64
 
 
@@ -42,17 +43,16 @@ class Drift:
     held: tuple[Held, ...]
 
     @classmethod
-    def of(cls, held: Sequence[Held], slope: float, holds: float = HOLDS) -> "Drift":
+    def of(cls, held: Sequence[Held], slope: float) -> "Drift":
         """The posterior, given errors on held-out budgets.
 
         Args:
             slope: of the frontier per unit of ln C; the prior's scale is a fraction of it.
-            holds: prior probability of no drift.
         """
         relative = np.geomspace(0.02, 30, 50)
         # A half-t with 4 degrees of freedom, on a logarithmic grid.
         slab = relative * (1 + relative**2 / 4) ** -2.5
-        prior = np.concatenate([[holds], (1 - holds) * slab / slab.sum()])
+        prior = np.concatenate([[HOLDS], (1 - HOLDS) * slab / slab.sum()])
         grid = np.concatenate([[0.0], PRIOR * slope * relative])
         log_mass = np.log(prior)
         for origin in {each.origin for each in held}:

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .allocation import Kind, Optimum, optimum
-from .drift import HOLDS, UNTESTED, Drift, Window, columns, deviation, fit_windows, held_loss, held_size
+from .drift import Drift, Window, columns, deviation, fit_windows, held_loss, held_size
 from .forms.dense import Array, Form
 from .forms.newton import Objective
 from .forms.solve import at_bound
@@ -123,7 +123,9 @@ class Sweep:
                 rows = self.index == budget
                 distance = float(self.centre[budget] - self.centre[window.origin - 1])
                 loss = held_loss(form, self.table, window, rows & (self.above < BEST), distance)
-                size = held_size(form, self.table, window, rows & (self.above < NEAR), distance, self.kind)
+                size = None
+                if self.valleys:
+                    size = held_size(form, self.table, window, rows & (self.above < NEAR), distance, self.kind)
                 # Fits to few budgets count in full as evidence of drift only if there is no other.
                 doubt = YOUNG if window.origin < RECENT < self.count else 1.0
                 losses.append(loss._replace(std=doubt * loss.std))
@@ -133,8 +135,7 @@ class Sweep:
             abs(float(np.log(b[0] / a[0]))) / 0.1 for a, b in ((before.loss, last.loss), (before.n, last.n))
         )
         scatter = whole.spread * deviation(np.log(self._optimum(form, whole.samples, self.last * np.e).loss))
-        holds = HOLDS if self.count >= RECENT else UNTESTED
-        drifts = Drift.of(losses, slope, holds), Drift.of(sizes, size_slope, holds)
+        drifts = Drift.of(losses, slope), Drift.of(sizes, size_slope)
         edge = at_bound(form, columns(form, self.table, whole.rows), whole.parameters)
         return Law(form, whole, slope, *drifts, scatter, edge)
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from laws import HOFFMANN, isoflop
+from scaling_tables import SETS, windows
 
 from models.scaling.forms.dense import Approach3
 from models.scaling.predictions import Forecast
@@ -30,6 +31,22 @@ def test_real_tables():
     assert len(inside) == 30
     assert np.mean(inside) >= 0.9
     assert np.median(widths) <= 0.04
+
+
+def test_the_next_budget_of_one_table():
+    found = windows([4], [1])[4]
+    assert len(found) == 7
+    assert sum(covered for covered, _ in found) >= 6
+    assert np.median([width for _, width in found]) <= 0.02
+
+
+@pytest.mark.slow
+def test_the_next_budget_after_a_few():
+    """Of the tables that no constant was chosen on; few budgets show little of how far a law holds."""
+    for each in windows([3, 4, 5], SETS["held out"]).values():
+        assert len(each) > 40
+        assert np.mean([covered for covered, _ in each]) >= 0.9
+        assert np.median([width for _, width in each]) <= 0.025
 
 
 @pytest.mark.slow
