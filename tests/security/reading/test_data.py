@@ -61,7 +61,7 @@ def test_bombs_are_refused_by_name_and_the_rest_goes_on(tmp_path):
     assert ended.code == 0, ended.said
     reasons = refusals(tmp_path / "out")
     assert sorted(reasons) == files
-    assert {name for name, why in reasons.items() if why != "unpacks to too much"} <= {"prefix.parquet"}
+    assert {name for name, why in reasons.items() if why != "expands beyond the limit"} <= {"prefix.parquet"}
     assert ended.peak < 700, "four processes, each with pyarrow and numpy"
 
 
@@ -77,7 +77,7 @@ def test_a_bomb_alone_is_one_message(tmp_path):
 
 def test_limits_are_raised_by_keys(tmp_path):
     pq.write_table(pa.table({"text": ["\0" * 20 * MIB]}), tmp_path / "zeros.parquet", compression="zstd")
-    with pytest.raises(ConfigError, match="unpacks to too much"):
+    with pytest.raises(ConfigError, match="expands beyond the limit"):
         go([tmp_path / "zeros.parquet"], tmp_path / "out")
     made = go([tmp_path / "zeros.parquet"], tmp_path / "out", limits=LimitsConfig(expansion=100_000))
     assert made.splits["train"].bytes == 20 * MIB
@@ -98,7 +98,7 @@ def test_a_sparse_file(tmp_path, ending):
 
 def test_strict_makes_a_bomb_an_error(tmp_path):
     text_bombs(tmp_path)
-    with pytest.raises(ConfigError, match=r"--strict: .*blank\.jsonl\.zst.*unpacks to too much"):
+    with pytest.raises(ConfigError, match=r"--strict: .*blank\.jsonl\.zst.*expands beyond the limit"):
         go([tmp_path / "blank.jsonl.zst"], tmp_path / "out", strict=True)
 
 

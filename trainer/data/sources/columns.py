@@ -1,4 +1,4 @@
-"""Find a column of text in a Parquet file, also within structs and lists, and take the texts out of it."""
+"""Find a column of text in a Parquet file, also inside structs and lists, and extract its texts."""
 
 import re
 from typing import NamedTuple
@@ -12,25 +12,25 @@ from .formats import missing
 
 class Column(NamedTuple):
     name: str
-    """Of the whole column."""
+    """Name of the whole column."""
     within: list[str]
-    """Names of the structs' fields that lead to the text; lists stand between them."""
+    """Names of the struct fields that lead to the text; there may be lists between them."""
     path: str
-    """What is to be read of it, as Parquet names it."""
+    """Parquet path of the part to read."""
 
     def holds(self, leaf: str) -> bool:
-        """Whether it reads a leaf of the file's schema."""
+        """Whether it includes a leaf of the file's schema."""
         return leaf == self.path or leaf.startswith(f"{self.path}.")
 
 
 def find_column(schema: pa.Schema, leaves: list[str], key: str) -> Column:
-    """The column that a key names, or a field within one: `meta.text`.
+    """The column that a key names, or a field inside one: `meta.text`.
 
     Args:
-        leaves: paths of the columns that the file stores.
+        leaves: paths of the leaf columns that the file stores.
 
     Raises:
-        Damaged: there is none, there are two, or it is no text.
+        Damaged: there is none, there are two, or it is not text.
     """
     for end in (len(key), *(dot.start() for dot in re.finditer(r"\.", key))):
         name, rest = key[:end], key[end + 1 :]
@@ -46,10 +46,10 @@ def find_column(schema: pa.Schema, leaves: list[str], key: str) -> Column:
 
 
 def texts(array: pa.Array, within: list[str], in_list: bool = False) -> list[bytes | None]:
-    """The text of every row of a column, null where there is none; texts of a list are joined, each on its line.
+    """The text of every row of a column, None where there is none; the texts of a list are joined, one per line.
 
     Args:
-        in_list: it is what stands in lists, where an empty list is nothing.
+        in_list: the array holds the items of lists; an empty list among them counts as null.
     """
     array = _plain(array)
     if _is_list(array.type):
@@ -65,13 +65,13 @@ def texts(array: pa.Array, within: list[str], in_list: bool = False) -> list[byt
         return texts(pc.struct_field(array, [array.type.get_field_index(within[0])]), within[1:], in_list)
     # As bytes: pyarrow would raise at the first value that is not UTF-8 and lose the rest.
     values = array.cast(pa.large_binary()).to_pylist()
-    if pa.types.is_fixed_size_binary(array.type):  # a shorter text is padded
+    if pa.types.is_fixed_size_binary(array.type):  # shorter texts are padded
         return [value and value.rstrip(b"\0") for value in values]
     return values
 
 
 def _resolve(kind: pa.DataType, key: str) -> tuple[list[str], pa.DataType] | None:
-    """The fields that a key names within a type, and what the last one is."""
+    """The fields that a key names inside a type, and the type of the last one."""
     if not key:
         return [], kind
     kind = _stored(kind)

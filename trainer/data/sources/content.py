@@ -1,4 +1,4 @@
-"""What a file is by what it begins with, whatever its name: JSON, or something that is neither text nor read here."""
+"""Detect a file's type by its first bytes, whatever its name: JSON, or something that cannot be read as text."""
 
 import io
 import json
@@ -9,16 +9,16 @@ from .damage import Damaged
 from .formats import BETWEEN, BOM, json_values, text_in
 
 LOOKED_AT = 16
-"""Lines that tell whether a file has a JSON object on each."""
+"""Number of first lines that decide whether a file has a JSON object on each line."""
 SHORT = 4096
-"""Less of what follows a value may be too little to tell what it is."""
+"""Fewer bytes than this after a value may be too few to tell what they are."""
 
 _DECODER = json.JSONDecoder(parse_int=str)
 _JSON = re.compile(rb'(?:\[\s*+)?\{\s*+(?:"(?:[^"\\\n]|\\.)*"\s*:|\})')
-"""How records of JSON begin."""
+"""How JSON records begin."""
 
 _PICKLES = (b"(dp0\n", b"(lp0\n", b"ccollections\nOrderedDict\np0\n", b"ccopy_reg\n_reconstructor\np0\n")
-"""How those of protocol 0, which is ASCII, begin: a dict, a list, an ordered dict, an object."""
+"""How pickles of protocol 0, which is ASCII, begin: a dict, a list, an ordered dict, an object."""
 _FOREIGN = {
     b"ARROW1\0\0": "an Arrow file",
     b"FEA1\0\0\0\0": "a Feather file",
@@ -27,12 +27,12 @@ _FOREIGN = {
     b"PK\x05\x06": "a ZIP archive",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive",
     b"Rar!\x1a\x07": "a RAR archive",
-    b"\x04\x22\x4d\x18": "LZ4; unpack it, or pack it as zstd",
-    b"\x02\x21\x4c\x18": "LZ4; unpack it, or pack it as zstd",
-    b"\xff\x06\0\0sNaPpY": "Snappy; unpack it, or pack it as zstd",
-    b"\x89LZO\0": "LZO; unpack it, or pack it as zstd",
-    b"LZIP\x01": "lzip; unpack it, or pack it as xz",
-    b"\x1f\x9d": "a file of `compress`; unpack it",
+    b"\x04\x22\x4d\x18": "LZ4; decompress it, or use zstd",
+    b"\x02\x21\x4c\x18": "LZ4; decompress it, or use zstd",
+    b"\xff\x06\0\0sNaPpY": "Snappy; decompress it, or use zstd",
+    b"\x89LZO\0": "LZO; decompress it, or use zstd",
+    b"LZIP\x01": "lzip; decompress it, or use xz",
+    b"\x1f\x9d": "compressed by `compress`; decompress it",
     b"SQLite format 3\0": "an SQLite database",
     b"\x89HDF\r\n\x1a\n": "an HDF5 file",
     b"\x93NUMPY": "a NumPy array",
@@ -50,7 +50,7 @@ _FOREIGN = {
 
 
 def foreign(head: bytes) -> str:
-    """What a file is that is neither text nor anything that is read here, by its first 512 bytes; empty: not known."""
+    """The type of a file that cannot be read as text, by its first 512 bytes; empty if it is not recognised."""
     if _is_tar(head):
         return "a tar archive"
     if head[:3] == b"ORC" and min(head[3:16], default=9) < 9:
@@ -67,7 +67,7 @@ def foreign(head: bytes) -> str:
 def _is_tar(head: bytes) -> bool:
     if head[257:262] == b"ustar":
         return True
-    # A tar file of before 1988 has no magic, but a checksum of its header.
+    # A tar file from before 1988 has no magic number, but a checksum of its header.
     checksum = head[148:156].strip(b"\0 ")
     if len(head) < 512 or not checksum.isdigit() or b"8" in checksum or b"9" in checksum:
         return False
@@ -75,7 +75,7 @@ def _is_tar(head: bytes) -> bool:
 
 
 def _wide(head: bytes) -> str:
-    """What a file with many NUL bytes is, by where they stand."""
+    """The type of a file with many NUL bytes, by their positions."""
     share = [head[at::4].count(0) / max(len(head[at::4]), 1) for at in range(4)]
     if min(share[2:]) > 0.9 > share[0] or min(share[:2]) > 0.9 > share[3]:
         return "UTF-32 text without a byte-order mark; convert it to UTF-8"
@@ -86,22 +86,22 @@ def _wide(head: bytes) -> str:
 
 
 def begins_as_json(head: bytes) -> bool:
-    """Whether records of JSON begin like that."""
+    """Whether JSON records begin like this."""
     return bool(_JSON.match(head.removeprefix(BOM).lstrip(BETWEEN)))
 
 
 def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool, count: Callable[[int], None]) -> str | None:
-    """What a file that is text, jsonl or json by its name is by what it begins with; None: more of it is needed.
+    """The type, by its first bytes, of a file that is named like text, jsonl or json; None: more bytes are needed.
 
-    Of a file that is text by its name, records of JSON have to follow one another, whatever their keys: an object that
-    prose begins with, or a notebook, is text.
+    A file named like text counts as JSON only if JSON records follow one another, whatever their keys: prose that
+    starts with an object, or a notebook, is text.
 
     Args:
-        head: what it begins with.
-        whole: whether that is all of it.
-        key: of the text.
-        plain: the name promises nothing, as `part-0` or `a.txt`: a single object is JSON too.
-        count: is told of what takes time to look at.
+        head: the file's first bytes.
+        whole: whether that is the whole file.
+        key: key of the text.
+        plain: the name does not tell the type, such as `part-0` or `a.txt`: a single object is JSON too.
+        count: charges work to the budget, in bytes.
     """
     head = head.lstrip(BETWEEN)
     if kind == "text" and not _JSON.match(head):
@@ -135,14 +135,15 @@ def json_kind(head: bytes, whole: bool, kind: str, key: str, plain: bool, count:
 
 
 def _whole_lines(head: bytes, whole: bool) -> list[bytes]:
-    """The first LOOKED_AT, less blank ones; the last of a head may go on."""
+    """The first LOOKED_AT lines that are complete, without blank ones; a head's last line may be cut off."""
     lines = head.split(b"\n", LOOKED_AT)
     ended = lines if whole and len(lines) <= LOOKED_AT else lines[:-1]
     return [line for line in ended if line.strip(BETWEEN)]
 
 
 def _mark(line: bytes) -> str:
-    """Whether a line is a JSON object, or part of a value in several lines or of several in one; empty: neither."""
+    """`object` for a line that is one JSON object; `part` for part of a value on several lines, or several values on
+    one line; empty for any other line."""
     line = line.strip(BETWEEN)
     if line.endswith((b"{", b"[")):
         return "part"
@@ -158,7 +159,7 @@ def _mark(line: bytes) -> str:
 
 
 def _first_value(head: bytes, count: Callable[[int], None]) -> tuple[bytes, object]:
-    """The first object, or element of an array, and what it is; empty: it is not whole."""
+    """The first object, or element of an array, as bytes and decoded; empty bytes if it is not complete."""
     try:
         found = next(json_values(io.BytesIO(head), count), b"")
     except Damaged:

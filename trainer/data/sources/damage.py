@@ -1,4 +1,4 @@
-"""What can be wrong with a file that is read."""
+"""Exceptions for what can be wrong with an input file."""
 
 import lzma
 import zlib
@@ -6,12 +6,12 @@ import zlib
 import pyarrow as pa
 
 ERRORS = (OSError, EOFError, MemoryError, zlib.error, lzma.LZMAError, pa.ArrowException)
-"""What unpacking raises."""
+"""What reading and decompressing raise."""
 
 
 class Expands(Exception):
-    """More than its budget came out of a file."""
+    """A file expanded beyond its budget."""
 
 
 class Damaged(Exception):
-    """The arguments are a reason, one of few phrases, and a detail."""
+    """The arguments are a reason, from a small set of phrases, and a detail."""

@@ -1,4 +1,4 @@
-"""Find raw inputs: files, folders, globs, the standard library; and what kind each is by its name."""
+"""Find raw inputs (files, folders, globs, the standard library) and tell each file's kind by its name."""
 
 import contextlib
 import glob
@@ -25,10 +25,10 @@ _RECORDS = frozenset(_KINDS.values())
 _BESIDE = re.compile(
     r"(readme|licen[cs]e|copying|notice|citation|changelog|contributing|authors|datasheet|(md5|sha256)sums?)\b.*", re.I
 )
-"""Names of text files that stand beside a data set without being of it."""
+"""Names of text files that accompany a data set without being part of it."""
 _MARKER = re.compile(r"_[^.]*")
-"""Names that Spark, Hive and Parquet give to what is not data, as `_SUCCESS` and `_metadata`; readers of them pass over
-every name that begins with `_`, which a Python module may do too."""
+"""Names that Spark, Hive and Parquet give to files that are not data, such as `_SUCCESS` and `_metadata`. Their readers
+skip every name that begins with `_`; here Python modules may have such names too."""
 _UNDERNEATH = re.compile(r"/(_delta_log|_temporary|_spark_metadata)/")
 _CARD = re.compile(
     rb"^(dataset_info|configs|task_categories|task_ids|size_categories|pretty_name|annotations_creators):", re.M
@@ -40,7 +40,7 @@ _STDLIB_LEFT_OUT = {"site-packages", "dist-packages", "__pycache__"}
 class Input(NamedTuple):
     path: str
     kind: Kind
-    """special: a folder that cannot be read, or neither a file nor a folder. beside: stands beside data and is none."""
+    """special: an unreadable folder, or neither a file nor a folder. beside: accompanies data without being data."""
     compression: Compression | None
     bytes: int
     mtime_ns: int
@@ -51,11 +51,11 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
 
     Args:
         inputs: files, folders, glob patterns, or `stdlib` (the .py files of this Python's standard library).
-            In folders, names that start with a dot and `__pycache__` are passed over, and links to folders followed, to
-            each folder once. A file with several names is read once. A file's ending tells its
-            kind: .jsonl, .json, .csv, .tsv, .parquet, anything else is text, unless it begins with what only another
-            kind does; .gz, .zst, .bz2 and .xz may follow. Of a folder with records, README, LICENSE and the like
-            are `beside`, and so are `_SUCCESS` and other markers, unless they are given by name.
+            In folders, names that start with a dot and `__pycache__` are skipped; links to folders are followed, to
+            each folder once. A file with several names is read once. A file's extension tells its kind: .jsonl, .json,
+            .csv, .tsv, .parquet; any other is text, unless its first bytes identify another kind. .gz, .zst, .bz2 or
+            .xz may follow. In a folder with records, README, LICENSE and the like are `beside`, and so are `_SUCCESS`
+            and other markers, unless they are given by name.
 
     Raises:
         ConfigError: an input that matches nothing.
@@ -65,7 +65,7 @@ def find_inputs(inputs: Sequence[str | Path]) -> list[Input]:
         files = [_describe(path) for path in _expand(str(given))]
         if not files:
             if os.path.isdir(given):
-                raise ConfigError(f"folder {str(given)!r} holds no files (names that begin with a dot are passed over)")
+                raise ConfigError(f"folder {str(given)!r} holds no files (names that begin with a dot are skipped)")
             raise ConfigError(f"input {str(given)!r}: no file, folder or glob pattern matches anything")
         if str(given) != "stdlib" and (len(files) > 1 or files[0].path != str(given)):
             files = _without_what_is_beside(str(given), files)
@@ -110,16 +110,16 @@ def _expand(given: str) -> list[str]:
 
 
 def _expand_match(match: str) -> list[str]:
-    # With `**` a glob lists a folder's files too, so folders are opened only for patterns that end at one;
-    # a file found both ways counts once.
+    # With `**` a glob also lists the files in folders, so only patterns that end at a folder need it opened; a file
+    # found both ways counts once.
     return list(_walk(match)) if os.path.isdir(match) else [match]
 
 
 def _matches(pattern: str, unread: set[str]) -> list[str]:
-    """As `glob.glob(pattern, recursive=True)`, which with a few links that lead in circles never ends.
+    """Like `glob.glob(pattern, recursive=True)`, which never ends where a few links form cycles.
 
     Args:
-        unread: gets the folders that `_tree` does not read.
+        unread: receives the folders that `_tree` could not read.
     """
     before, recursive, after = _at_stars(pattern)
     if not recursive:
@@ -153,12 +153,12 @@ def _walk(root: str, left_out: Container[str] = ("__pycache__",), follow: bool =
 
 
 def _tree(root: str, left_out: Container[str] = (), follow: bool = True) -> Iterator[tuple[str, list[str] | None]]:
-    """Every folder from `root` down, each once, with the sorted names of what is in it and no folder; None where it
-    cannot be read. Names that start with a dot are passed over.
+    """Every folder from `root` down, each once, with the sorted names of its files; None if it cannot be read. Names
+    that start with a dot are skipped.
 
-    Links to folders are followed once all else has been seen: they may lead in circles, or to what has another name in
-    the tree. One that leads to what the tree is in stands for far more than it, and counts as one that cannot be read.
-    Unlike os.walk's its depth has no limit.
+    Links to folders are followed last: they may form cycles, or lead to folders that have another name in the tree. A
+    link to a folder that contains the tree would bring in far more than the tree, so it counts as unreadable. Unlike
+    with os.walk, depth is not limited.
     """
     waiting, linked, seen = [root], deque[str](), set()
     above = {_identity(folder) for folder in Path(os.path.realpath(root)).parents}
@@ -192,7 +192,7 @@ def _identity(folder: str | Path) -> tuple[int, int]:
 
 
 def _one_name(path: str) -> object:
-    """The same for each name of a file."""
+    """An identity that all names of a file share."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         if status.st_nlink > 1:
@@ -201,13 +201,13 @@ def _one_name(path: str) -> object:
 
 
 def is_marker(path: str) -> bool:
-    """Whether a file that is beside data only marks them as whole, or repeats what they say."""
+    """Whether a file beside data only marks it as complete, or repeats its metadata."""
     return bool(_MARKER.fullmatch(os.path.basename(path)) or _UNDERNEATH.search(path))
 
 
 def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
-    """The files with those as `beside` that only describe the others: of a folder with records README, LICENSE and the
-    like, and markers; of a data set from Hugging Face all text but .txt."""
+    """The files, with kind `beside` for those that only describe others: in a folder with records, README, LICENSE and
+    the like, and markers; in a data set from Hugging Face, all text except .txt."""
     records = any(file.kind in _RECORDS for file in files) or _are_parts(files)
     beside = {file.path for file in files if is_marker(file.path) and (records or file.bytes == 0)}
     if records:
@@ -219,8 +219,8 @@ def _without_what_is_beside(given: str, files: list[Input]) -> list[Input]:
 
 
 def _are_parts(files: list[Input]) -> bool:
-    """Whether all but what may be beside data has names without an ending, and the first begins as JSON does: the parts
-    that Spark and Hadoop write."""
+    """Whether these are the parts that Spark and Hadoop write: apart from files beside data, no name has an extension,
+    and the first file begins like JSON."""
     names = [(file, os.path.basename(file.path)) for file in files if file.kind == "text"]
     parts = [(file, name) for file, name in names if not is_marker(file.path) and not _BESIDE.fullmatch(name)]
     if not parts or any("." in name for _, name in parts):

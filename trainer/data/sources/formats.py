@@ -1,4 +1,4 @@
-"""Cut files of JSON and CSV into records, and find the text in one."""
+"""Split JSON and CSV files into records, and find the text in a record."""
 
 import csv
 import io
@@ -11,25 +11,26 @@ from itertools import islice
 from .damage import Damaged, Expands
 
 RECORD_BYTES = 1 << 26
-"""A longer JSON value, line or Parquet value is refused: it has to stand in memory as a whole."""
+"""A longer JSON value, line or Parquet value is refused: it has to fit in memory as a whole."""
 RECORD_VALUES = 1 << 22
-"""A JSON value or CSV row with more is refused: each takes up to 100 bytes of memory."""
+"""A JSON value or CSV row with more values is refused: each value takes up to 100 bytes of memory."""
 
 BOM = b"\xef\xbb\xbf"
 BETWEEN = b" \t\r\n\x1e" + BOM
-"""What stands between JSON values and is none: the mark of RFC 7464, and of files that were put together."""
+"""Bytes that may separate JSON values: white space, the record separator of RFC 7464, and the byte-order marks of
+concatenated files."""
 _TOKEN = re.compile(rb'"(?:[^"\\]*+(?:\\.[^"\\]*+)*+")?+|[\[\]{},]', re.DOTALL)
-"""A whole string, the beginning of one that is cut off, or what gives JSON its shape."""
+"""A whole string, the start of one that is cut off, or a bracket, brace or comma."""
 _NAMES = {
     str: "a string", int: "a number", float: "a number", bool: "a boolean", list: "a list", dict: "an object"
 }  # fmt: skip
 _NESTED = 1000
-"""json.loads ends at about as deep a nesting."""
+"""json.loads has about the same limit."""
 
 
 def text_in(value: object, key: str) -> str:
-    """The text of a JSON value: that of a key, or of a key within keys (`meta.text`). A list of texts is one text, each
-    on a line of its own.
+    """The text of a JSON value under a key, or under a key inside keys (`meta.text`). A list of texts is joined into
+    one, with each on its own line.
 
     Raises:
         Damaged: there is none.
@@ -74,7 +75,7 @@ def _within(value: object, key: str) -> object:
 
 
 def missing(key: str, names: list[str]) -> str:
-    """That there is no such key or column, which there are, and the one that may be meant."""
+    """A message: there is no such key or column, which ones there are, and which one may be meant."""
     meant = next((name for name in names if name.strip().casefold() == key.strip().casefold()), None)
     among = f"no {key!r} among {', '.join(names[:20]) or 'no keys'}"[:200]
     return f"{among}; did you mean --text-key {shlex.quote(meant)}?" if meant is not None else among
@@ -89,7 +90,7 @@ def _what(value: object) -> str:
 
 
 class Stopped(Damaged):
-    """Damage behind which nothing can be read; `unread`: the share of what was taken from the stream that is behind."""
+    """Damage after which nothing can be read; `unread`: the share of the bytes taken from the stream that is lost."""
 
     def __init__(self, reason: str, detail: str, unread: float):
         super().__init__(reason, detail)
@@ -97,15 +98,15 @@ class Stopped(Damaged):
 
 
 def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iterator[bytes]:
-    """Every value of a stream of JSON: the elements of arrays, and objects that follow one another.
+    """Every value in a stream of JSON: the elements of arrays, and objects that follow one another.
 
-    Strings and brackets are all that is looked at; a value can still be malformed.
+    Only strings, brackets and commas are scanned, so a value can still be malformed.
 
     Args:
-        count: is told of what takes time to look at.
+        count: charges work to the budget, in bytes.
 
     Raises:
-        Stopped: what stands between the values is not JSON, or a value does not end.
+        Stopped: there is something other than JSON between the values, or a value does not end.
     """
     data, at, start, depth, array, elements, taken = b"", 0, 0, 0, False, 0, 0
 
@@ -119,10 +120,10 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
         for match in _TOKEN.finditer(data, at):
             first, end = data[match.start()], match.end()
             if first == 0x22 and end == match.start() + 1:
-                break  # a string that is cut off: seen again with what follows
+                break  # a string that is cut off: scanned again with what follows
             at, tokens = end, tokens + 1
             if depth == 0 and first == 0x2C and not data[start : match.start()].strip(BETWEEN):
-                start = end  # between objects, as if they stood in an array
+                start = end  # between objects, as in an array
                 continue
             if depth == 0 and (data[start : match.start()].strip(BETWEEN) or first not in b"[{"):
                 raise stopped("malformed JSON", "not an object or array: " + _shown(data[start:]))
@@ -149,7 +150,7 @@ def json_values(stream: io.BufferedIOBase, count: Callable[[int], None]) -> Iter
             raise stopped("record too long", f"over {RECORD_BYTES} bytes")
     rest = data[start:].strip(BETWEEN)
     if depth == 1 and array and rest.endswith((b"}", b"]", b'"')):
-        yield rest  # a last element that is whole, of an array that is not
+        yield rest  # a complete last element of an incomplete array
         rest = b""
     if rest:
         raise stopped("malformed JSON", f"its end is missing: {_shown(rest)}" if depth else f"not JSON: {_shown(rest)}")
@@ -167,12 +168,13 @@ def csv_rows(
     """The text of every row of a CSV or TSV file with a header, or why there is none.
 
     Args:
-        tab: columns are separated by tabs; otherwise by commas, or by what gives the header a column `text_key`.
-        count: is told of what takes time to look at.
-        damaged: whether the stream was cut off where it ended.
+        tab: columns are separated by tabs; otherwise by commas, or by the delimiter that gives the header a column
+            `text_key`.
+        count: charges work to the budget, in bytes.
+        damaged: whether the stream ended because of damage.
 
     Raises:
-        Damaged: no column, or two, of that name; a row that is too long.
+        Damaged: no column has that name, or two have; a row is too long.
     """
     first = (
         stream.peek(1)
@@ -212,7 +214,7 @@ def csv_rows(
                 raise Damaged("malformed CSV", wrong) from None
         read = lines.next_row()
         if tab and len(read) > 1 and not wrong and any("\t" in each and "\n" in each for each in row):
-            wrong = "a quoted text goes over lines and columns"
+            wrong = "a quoted text spans lines and columns"
         unquoted = [line.rstrip("\r\n").split("\t") for line in read] if tab and wrong else []
         if unquoted and all(len(each) == columns for each in unquoted):  # most writers of TSV quote nothing
             yield from (each[column].encode("utf-8", "surrogateescape") for each in unquoted)
@@ -225,7 +227,7 @@ def csv_rows(
 
 
 class _Torn:
-    """Rows behind a malformed one. They are part of it where a quote ends that began in it, some rows later."""
+    """Rows after a malformed one. They are part of it if a quote that it opened is closed some rows later."""
 
     MOST = 16
 
@@ -236,7 +238,7 @@ class _Torn:
         self._held = []
 
     def end(self) -> list[bytes]:
-        """The rows that are held, and are rows."""
+        """Release the held rows as ordinary rows."""
         held, self._held = self._held or [], None
         return held
 
@@ -252,7 +254,7 @@ class _Torn:
                 yield from self.end()
 
 
-csv.field_size_limit(RECORD_BYTES)  # what bounds a row is _Lines
+csv.field_size_limit(RECORD_BYTES)  # _Lines limits the size of a row
 
 
 def _text_column(header: list[str], text_key: str) -> int:
@@ -272,7 +274,7 @@ def _split(line: str, delimiter: str) -> list[str]:
 
 
 class _Lines:
-    """The lines of a file for a csv.reader, with a bound on those that it takes for one row."""
+    """The lines of a file for a csv.reader, with a limit on the size of one row."""
 
     def __init__(
         self, stream: io.BufferedReader, delimiter: str, count: Callable[[int], None], damaged: Callable[[], bool]
@@ -301,7 +303,7 @@ class _Lines:
         if self._size >= RECORD_BYTES or self._values > RECORD_VALUES:
             what = f"over {RECORD_BYTES} bytes" if self._size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
             raise Damaged("record too long", f"{what}; is the end of a quoted text missing?")
-        # Bytes that are not UTF-8 come out again as they were, to be refused by the row.
+        # Bytes that are not UTF-8 survive the round trip, so that only their row is refused.
         self._read.append(text := line.decode("utf-8", "surrogateescape"))
         return text
 
@@ -314,7 +316,7 @@ class _Lines:
             line, self._first = line.removeprefix(BOM), False
         if not self._cut and line.find(b"\r", 0, -2) < 0:
             return line
-        # Lines that end with a carriage return alone, as old files of Macintosh computers have them.
+        # Lines that end with a carriage return alone, as in old Macintosh files.
         parts = (self._cut + line).splitlines(keepends=True)
         self._cut = parts.pop() if len(line) == RECORD_BYTES and not line.endswith(b"\n") and len(parts) > 1 else b""
         self._waiting.extend(parts)

@@ -1,7 +1,7 @@
 """Read the text of Parquet files in a child process, `parquet_process`.
 
-A file of 2 KB can hold a text of 60 MB once and name it a million times, and what its footer says of that can be a lie.
-So the footer is checked before anything is unpacked, what comes out is counted, and the process is bounded.
+A file of 2 KB can store a text of 60 MB once and refer to it a million times, and its footer can lie about that. So the
+footer is checked before anything is decompressed, the output is counted, and the process has limits.
 """
 
 import json
@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 from trainer.data.child import Child, ChildDied
 
 RECORD_WEIGHT = 256
-"""Bytes that a record counts beside its text, so that billions of empty ones are no small file."""
+"""Bytes that a record counts in addition to its text, so that billions of empty records do not count as nothing."""
 ITEM_WEIGHT = 32
-"""Likewise of what stands in a list."""
-EXPANDS = "unpacks to too much"
-RAISE = " (`muster data prepare` has --limit"
+"""Likewise for an item of a list."""
+EXPANDS = "expands beyond the limit"
+RAISE = " (to allow more: muster data prepare --limit"
 
 
 class Row(NamedTuple):
-    """A value of the column, or why there is none; `done`: the share of the file's rows that are read with it."""
+    """A value of the column, or why there is none; `done`: share of the file's rows read so far, this one included."""
 
     where: str
     data: bytes | None
@@ -29,21 +29,21 @@ class Row(NamedTuple):
 
 
 class ParquetProcess:
-    """A child process that reads one file after the other; started with the first, and anew after one that ends it."""
+    """A child process that reads one file after another; started for the first, and again after one that kills it."""
 
     def __init__(self) -> None:
         self._child: Child | None = None
         self._asked = False
 
     def rows(self, path: str, key: str, budget: int, record_bytes: int, memory: int, seconds: int) -> Iterator[Row]:
-        """Every value of a column of text. Whatever is wrong with the file is a last row with its reason.
+        """Every value of a column of text. If something is wrong with the file, the last row gives the reason.
 
         Args:
-            key: name of the column, or of a field within it, see `columns.find_column`.
-            budget: bytes that it may unpack to, see RECORD_WEIGHT.
-            record_bytes: a longer value is refused.
-            memory: bytes that reading it may take, and three times its largest part.
-            seconds: processor time to get on with it, and a second for each 64 MiB of its largest part.
+            key: name of the column, or of a field inside it, see `columns.find_column`.
+            budget: bytes that the file may expand to, see RECORD_WEIGHT.
+            record_bytes: longer values are refused.
+            memory: bytes of memory that reading may use, plus three times the largest column chunks of a row group.
+            seconds: CPU time for each answer, plus a second per 64 MiB of those chunks.
         """
         request: list[Any] | None = [path, key, budget, record_bytes, memory, seconds]
         where = ""
@@ -53,9 +53,9 @@ class ParquetProcess:
             except ChildDied as error:
                 self.close()
                 if "Cannot decrypt" in error.said:  # which aborts the library
-                    yield Row(where, None, "encrypted Parquet", "its columns are encrypted; write them in plain")
+                    yield Row(where, None, "encrypted Parquet", "its columns are encrypted; write them unencrypted")
                     return
-                yield Row(where, None, "cannot be read", f"it {error}{RAISE} memory=MIB, seconds=N)")
+                yield Row(where, None, "cannot be read", f"it {error}{RAISE} memory=MIB or --limit seconds=N)")
                 return
             request = None
             start = 0
@@ -68,13 +68,13 @@ class ParquetProcess:
                 return
 
     def _receive(self, request: list[Any] | None) -> tuple[list[Any], bytes, bool]:
-        """Ask for a file if there is one, else take the next answer, which is being made while the last one is used."""
+        """Request a file if one is given, else receive the next answer, which is made while the last one is in use."""
         try:
             if self._child is None:
                 self._child = Child("trainer.data.sources.parquet_process")
             connection = self._child.connection
             if request:
-                if self._asked:  # the reader of the file before left off
+                if self._asked:  # the previous file was not read to its end
                     connection.recv_bytes(), connection.recv_bytes()
                 connection.send_bytes(json.dumps(request).encode())
             self._asked = True

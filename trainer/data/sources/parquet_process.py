@@ -1,6 +1,6 @@
-"""Read the text of Parquet files within bounds: `serve` is the child of `parquet.ParquetProcess`.
+"""Read the text of Parquet files within limits: `serve` runs in the child process of `parquet.ParquetProcess`.
 
-The footer is checked before anything is unpacked, and what comes out is counted.
+The footer is checked before anything is decompressed, and the output is counted.
 """
 
 import json
@@ -26,7 +26,7 @@ BATCH_ROWS = 64
 
 
 def serve(descriptor: int) -> None:
-    """Answer the requests that come over an inherited pipe until the other side closes it."""
+    """Answer requests over an inherited pipe until the other side closes it."""
     connection, bounds = Connection(descriptor), Bounds()
     reader: _Reader | None = None
     while True:
@@ -83,14 +83,14 @@ class _Reader:
                 reason = "unreadable file"
             elif "Expected all lists to be of size" in detail:
                 reason = "cannot be read"
-                detail = "a list of fixed size has null rows, which pyarrow does not read: write it as a plain list"
+                detail = "a list of fixed size has null rows, which pyarrow cannot read: write it as a plain list"
             yield Row(self._reached(), None, reason, detail)
 
     def _reached(self) -> str:
         return f"after row {self.row}" if self.row else ""
 
     def _batch_rows(self, file: pq.ParquetFile, column: Column, source: Any) -> list[int]:
-        """For each row group, how many rows to unpack at once. Refuses what the footer shows to be too much."""
+        """For each row group, how many rows to read at once. Refuses a file whose footer shows that it is too large."""
         metadata, total, counts = file.metadata, 0, []
         leaves = [i for i in range(metadata.num_columns) if column.holds(metadata.schema.column(i).path)]
         for group in range(metadata.num_row_groups):
@@ -106,7 +106,7 @@ class _Reader:
                 raise Damaged("damaged Parquet file", f"row group {group} has {rows} rows in {unpacked} bytes")
             total += unpacked + rows * RECORD_WEIGHT + items * ITEM_WEIGHT
             if total > self.budget or dictionary > self.budget:
-                raise Damaged(EXPANDS, f"its footer tells of {max(total, dictionary):,} bytes{RAISE} expansion=N)")
+                raise Damaged(EXPANDS, f"its footer states {max(total, dictionary):,} bytes{RAISE} expansion=N)")
             self.largest = max(self.largest, unpacked)
             average = unpacked // max(rows, 1)
             counts.append(max(1, min(BATCH_ROWS, 4 * MIB // max(average, 1), 16 * MIB // max(dictionary, 1))))
@@ -116,12 +116,12 @@ class _Reader:
 
     def _values(self, file: pq.ParquetFile, column: Column, batch_rows: list[int]) -> Iterator[Row]:
         size, all_rows = 0, max(file.metadata.num_rows, 1)
-        # Neighbours that are read alike are read together: a file can have a row group for every row.
+        # Adjacent row groups with the same batch size are read together: a file can have a row group for every row.
         edges = [i for i in range(len(batch_rows)) if not i or batch_rows[i] != batch_rows[i - 1]]
         for first, end in pairwise([*edges, len(batch_rows)]):
             options = {"row_groups": list(range(first, end)), "columns": [column.path], "use_threads": False}
             for batch in file.iter_batches(batch_rows[first], **options):
-                # Beside it there may be others whose names begin with its name and a dot.
+                # There may be other columns whose names begin with its name and a dot.
                 for value in texts(batch.column(batch.schema.names.index(column.name)), column.within):
                     self.row += 1
                     size += RECORD_WEIGHT + len(value or b"")

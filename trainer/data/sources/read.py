@@ -1,4 +1,4 @@
-"""Stream the records of raw inputs: text, JSON lines and other JSON, CSV, Parquet, packed or not."""
+"""Stream the records of raw inputs: text, JSON lines and other JSON, CSV, Parquet, compressed or not."""
 
 import os
 import re
@@ -28,16 +28,16 @@ from .unpack import (
 )
 
 DOCUMENT_BYTES = 1 << 18
-"""A longer document is cut, at a line end where it has one, into documents of at most this many UTF-8 bytes."""
+"""A longer document is split, at line ends if it has any, into documents of at most this many UTF-8 bytes."""
 
 FREE_BYTES = 1 << 24
-"""What any file may unpack to, however small."""
+"""Bytes that any file may expand to, however small it is."""
 
 
 _PLAIN = re.compile(
     rf"((^|/)[^./]+|\.(txt|text|part|data?|log|out|\d+))({'|'.join(map(re.escape, ENDINGS))})?$", re.IGNORECASE
 )
-"""Names that promise no kind of text."""
+"""Names that do not tell what kind of text a file holds."""
 
 
 class Record(NamedTuple):
@@ -45,18 +45,18 @@ class Record(NamedTuple):
 
     path: str
     where: str
-    """Inside the file: `line 3`, `row 5`, `bytes 0-262144`; empty when the file is the document."""
+    """Position in the file: `line 3`, `row 5`, `bytes 0-262144`; empty if the whole file is the document."""
     kind: Literal["text", "json"]
     data: bytes
 
 
 class Refusal(NamedTuple):
-    """Something that was left out: where it stands and why."""
+    """Something that was left out: where it is, and why."""
 
     path: str
     where: str
     reason: str
-    """One of few phrases, so that refusals can be counted by it."""
+    """From a small set of phrases, so that refusals can be counted by reason."""
     detail: str = ""
 
     def __str__(self) -> str:
@@ -65,11 +65,11 @@ class Refusal(NamedTuple):
 
 
 class Reader:
-    """Reads the records of one file after the other. Use it as a context manager or call `close()`.
+    """Reads the records of one file after another. Use it as a context manager or call `close()`.
 
     Args:
         text_key: key or column that holds the text.
-        limits: what a file may unpack to and take.
+        limits: how far a file may expand, and what memory and time reading it may take.
     """
 
     def __init__(self, text_key: str, limits: LimitsConfig):
@@ -86,15 +86,15 @@ class Reader:
         self._parquet_process.close()
 
     def read(self, file: Input) -> Iterator[tuple[int, Record | Refusal]]:
-        """Stream a file's records in order with the position (bytes of the file) reached.
+        """Stream a file's records in order, each with the position reached (in bytes of the file).
 
-        Whatever is wrong with the file ends as a Refusal; the records before it stand. Memory is bounded by one
-        record.
+        If something is wrong with the file, the last item is a Refusal; the records before it are valid. Memory is
+        bounded by one record.
         """
         if file.kind == "special":
             what = "a folder that cannot be read" if os.path.isdir(file.path) else "neither a file nor a folder"
             if os.path.islink(file.path) and os.path.isdir(file.path):
-                what = "a link to a folder that cannot be read, or that holds the input itself"
+                what = "a link to a folder that cannot be read, or that contains the input itself"
             yield 0, Refusal(file.path, "", "unreadable file", what)
             return
         if file.kind == "beside":
@@ -113,7 +113,7 @@ class Reader:
             yield file.bytes, Refusal(file.path, progress[0], *reason_of(error))
 
     def budget(self, file: Input) -> int:
-        """Bytes that a file may unpack to."""
+        """Bytes that a file may expand to."""
         return budget_of(file.bytes, file.path, self.limits.expansion, FREE_BYTES)
 
     def _records(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
@@ -127,7 +127,7 @@ class Reader:
             if not head and not unpacked.damaged():
                 raise Damaged("empty file", "")
             if file.compression and compression_of(head):
-                raise Damaged("not text", "packed twice; unpack it once")
+                raise Damaged("not text", "compressed twice; decompress it once")
             if what := foreign(head[:512]):
                 raise Damaged("not text", what)
             if file.kind in ("csv", "tsv") and begins_as_json(head):
@@ -140,7 +140,7 @@ class Reader:
             yield from read(file, unpacked, progress)
 
     def _kind(self, file: Input, unpacked: Opened) -> tuple[str, Opened]:
-        """What a file is by what it begins with, and the same stream again."""
+        """The file's kind by its first bytes, and the stream from its start."""
         head = unpacked.stream.peek(1)
         plain, size, read = bool(_PLAIN.search(file.path)), HEAD_BYTES - len(BOM), b""
         while True:
@@ -196,7 +196,7 @@ class Reader:
                 progress[0] = f"after value {number}"
                 yield unpacked.tell(), Record(file.path, f"value {number}", "json", value)
         except Stopped as error:
-            if not unpacked.damaged():  # which is why, and is told
+            if not unpacked.damaged():  # otherwise the damage is the reason, and is reported
                 unread = 1 - unpacked.tell() / max(file.bytes, 1) * (1 - error.unread)
                 share = f"{unread:.0%}" if unread >= 0.01 else "under 1%"
                 reason, detail = error.args
@@ -219,7 +219,7 @@ class Reader:
 
     def _parquet(self, file: Input, progress: list[str]) -> Iterator[tuple[int, Record | Refusal]]:
         if file.compression:
-            yield file.bytes, Refusal(file.path, "", "compressed Parquet", "unpack it: Parquet is read by ranges")
+            yield file.bytes, Refusal(file.path, "", "compressed Parquet", "decompress it: Parquet needs random access")
             return
         memory = self.limits.memory * MIB
         bounds = (self.budget(file), RECORD_BYTES, memory, self.limits.seconds)
@@ -237,14 +237,14 @@ class Reader:
 
 
 def _by_content(file: Input) -> Input:
-    """The file as what it begins with, where that is certain."""
+    """The file with the kind and compression that its first bytes show, if they are certain."""
     with open(file.path, "rb") as opened_file:
         head = opened_file.read(LONGEST)
     if is_pointer(head):
         raise Damaged("not fetched", POINTER)
     compression = compression_of(head)
     if head.startswith(b"PARE"):
-        raise Damaged("encrypted Parquet", "its footer is encrypted; write it in plain")
+        raise Damaged("encrypted Parquet", "its footer is encrypted; write it unencrypted")
     if head.startswith(b"PAR1"):
         return file._replace(kind="parquet", compression=None)
     if begins_as_json(head):
@@ -253,7 +253,7 @@ def _by_content(file: Input) -> Input:
 
 
 def cut(data: bytes) -> Iterator[bytes]:
-    """Cut one UTF-8 document into pieces of at most DOCUMENT_BYTES; together they are the whole."""
+    """Split one UTF-8 document into consecutive pieces of at most DOCUMENT_BYTES."""
     start = 0
     while len(data) - start > DOCUMENT_BYTES:
         size = _cut(data[start : start + DOCUMENT_BYTES])
@@ -266,7 +266,7 @@ def _cut(buffer: bytes) -> int:
     """Where to end a piece: after the last line end, else before the last blank, else between two characters."""
     if line_end := buffer.rfind(b"\n") + 1:
         return line_end
-    if (blank := buffer.rfind(b" ")) > 0:  # most tokenizers have it at the beginning of a word
+    if (blank := buffer.rfind(b" ")) > 0:  # most tokenizers put it at the start of a word
         return blank
     for size in range(len(buffer) - 1, len(buffer) - 5, -1):
         if buffer[size] & 0xC0 != 0x80:  # the first byte of a character

@@ -1,4 +1,4 @@
-"""Open a file of text, compressed or not, as a stream that is counted and gives all that stands before damage."""
+"""Open a text file, compressed or not, as a stream that counts its bytes and yields everything before any damage."""
 
 import bz2
 import io
@@ -27,21 +27,21 @@ MAGIC: dict[bytes, Compression] = {
     b"BZh91AY&SY": "bz2",
     b"\xfd7zXZ\x00": "xz",
 }
-"""What a file begins with, whatever its name."""
+"""First bytes of a compressed file, whatever its name."""
 
 XZ_MEMORY = 256 << 20
-"""Bytes that unpacking may take; `xz -9` asks for 65 MiB, and a file's header can ask for 4 GiB."""
+"""Bytes of memory that decompression may use; `xz -9` needs 65 MiB, and a file's header can ask for 4 GiB."""
 _DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     "gzip": lambda: zlib.decompressobj(16 + zlib.MAX_WBITS),
     "bz2": bz2.BZ2Decompressor,
     "xz": lambda: lzma.LZMADecompressor(memlimit=XZ_MEMORY),
 }
 HEAD_BYTES = 1 << 18
-"""What `Opened.stream.peek` gives of a file at first; less only if that is all."""
+"""Bytes that the first `Opened.stream.peek` of a file returns; fewer only if the file has no more."""
 
 
 def compression_of(head: bytes) -> Compression | None:
-    """How a file is packed by what it begins with, None: not at all, or not known."""
+    """A file's compression by its first bytes; None: not compressed, or not recognised."""
     if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50:
         return "zstd"  # a skippable frame
     return next((kind for magic, kind in MAGIC.items() if head.startswith(magic)), None)
@@ -50,25 +50,25 @@ def compression_of(head: bytes) -> Compression | None:
 @dataclass(frozen=True)
 class Opened:
     stream: io.BufferedReader
-    """What is in the file, unpacked. Ends where the file ends, or is damaged."""
+    """The file's decompressed content. Ends where the file ends or is damaged."""
     tell: Callable[[], int]
     """Position in the file."""
     count: Callable[[int], None]
-    """Counts something beside the bytes towards the budget. Raises Expands."""
+    """Counts other work than the bytes themselves towards the budget. Raises Expands."""
     damaged: Callable[[], bool]
     """Whether the stream ended because of damage."""
 
 
 @contextmanager
 def opened(path: str, compression: Compression | None, budget: int | None) -> Iterator[Opened]:
-    """Open a file. What is wrong with it is raised at the end of the block, once all that can be read has been.
+    """Open a file. Damage is raised at the end of the block, after everything readable has been read.
 
     Args:
-        budget: bytes that it may unpack to; None: any number.
+        budget: bytes that the file may expand to; None: no limit.
 
     Raises:
-        Expands: in the block, as soon as more came out.
-        Damaged: a zstd window that is too large.
+        Expands: in the block, as soon as the budget is exceeded.
+        Damaged: a zstd window is too large.
         OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException: see `reason_of`.
     """
     with ExitStack() as stack:
@@ -91,7 +91,7 @@ def opened(path: str, compression: Compression | None, budget: int | None) -> It
 
 
 def reason_of(error: Exception) -> tuple[str, str]:
-    """What reading raised, as one of few phrases, and its own words."""
+    """An exception from reading as a reason, from a small set of phrases, and the exception's own message."""
     if isinstance(error, Damaged):
         return error.args
     text = clip(error, 200)
@@ -101,15 +101,15 @@ def reason_of(error: Exception) -> tuple[str, str]:
         return "zstd window too large", text
     if isinstance(error, EOFError) or "Truncated compressed stream" in text:
         return "truncated compressed file", text
-    # What the operating system reports has a number; what a decompressor finds wrong has none.
+    # Errors of the operating system have an errno; those of a decompressor have none.
     if getattr(error, "errno", None) is None:
         return "damaged compressed file", text
     return "unreadable file", text
 
 
 class _Counted(io.RawIOBase):
-    """A stream that raises `Expands` when more than a budget was read, and ends at any other error, which it keeps:
-    what stands between it and its reader would be lost with what an error interrupts."""
+    """A stream that raises `Expands` once more than a budget was read. It ends at any other error and keeps the error:
+    raising it would lose what is still buffered between the stream and its reader."""
 
     def __init__(self, budget: int | None):
         self.stream: Any = None
@@ -121,7 +121,7 @@ class _Counted(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """Fill the buffer, as far as there is something to fill it with."""
+        """Fill the buffer as far as there is data."""
         if self._over:
             raise self._over
         filled = 0
@@ -152,8 +152,8 @@ class _Counted(io.RawIOBase):
 
 
 class _Members(io.RawIOBase):
-    """Unpacks the members (gzip) or streams (bz2, xz) of a file one after the other, and passes over zeros that pad it
-    to a block of a tape or a disk."""
+    """Decompresses the members (gzip) or streams (bz2, xz) of a file one after another, and skips zeros that pad it to
+    a block of a tape or a disk."""
 
     def __init__(self, raw: Any, make: Callable[[], Any], count: Callable[[int], None]):
         self._raw, self._make, self._count = raw, make, count
@@ -180,7 +180,7 @@ class _Members(io.RawIOBase):
                 raise EOFError("it ends inside its compressed data")
 
     def _next(self) -> bool:
-        """Begin with the next member, if there is one."""
+        """Start the next member, if there is one."""
         while self._packed or self._fill():
             if not self._first:
                 padding = len(self._packed) - len(packed := self._packed.lstrip(b"\0"))
@@ -197,7 +197,7 @@ class _Members(io.RawIOBase):
 
 
 def rejoined(head: bytes, stream: io.BufferedReader) -> io.BufferedReader:
-    """A stream with what was read of it in front of it again."""
+    """A stream that yields again what was already read from it, then the rest."""
     return io.BufferedReader(_Rejoined(head, stream), HEAD_BYTES)
 
 
@@ -217,13 +217,13 @@ class _Rejoined(io.RawIOBase):
 
 
 def budget_of(size: int, path: str, expansion: int, free: int) -> int:
-    """Bytes that a file may unpack to: `expansion` for each that is on the disk (a sparse file of a terabyte takes
-    none there), and at least `free`."""
+    """Bytes that a file may expand to: `expansion` for each byte on disk (a sparse file of a terabyte has none there),
+    and at least `free`."""
     return max(free, expansion * (_stored(size, path) if size > free else size))
 
 
 def _stored(size: int, path: str) -> int:
     with open(path, "rb") as file:
         if not hasattr(os, "SEEK_HOLE") or os.lseek(file.fileno(), 0, os.SEEK_HOLE) >= size:
-            return size  # without holes, or its file system does not tell
+            return size  # without holes, or the file system does not say
         return os.fstat(file.fileno()).st_blocks * 512

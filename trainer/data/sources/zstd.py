@@ -1,4 +1,4 @@
-"""Unpack a zstd file to its last whole byte: frames of any window, one after the other, and zeros that pad it."""
+"""Decompress a zstd file up to any damage: frames with windows of any size, one after another, and zero padding."""
 
 import io
 import os
@@ -13,15 +13,15 @@ import pyarrow as pa
 from .damage import ERRORS, Damaged
 
 _WINDOW_LOG, _LARGEST_WINDOW_LOG = 27, 31
-"""Of the largest window that pyarrow's decoder takes, as the zstd command by itself, and with --long."""
+"""Log2 of the largest window that pyarrow and the zstd command accept by default, and the command with --long."""
 _AT_ONCE = 1 << 12
 _MOST_BLOCKS = 1 << 22
-"""To be walked over: of 128 KiB each 512 GiB. Without end there may be many of four bytes."""
+"""Most blocks to walk over: 512 GiB at 128 KiB each. A file may have any number of four-byte blocks."""
 
 
 class ZstdStream(io.RawIOBase):
-    """Unpacks by pyarrow; where that fails, it looks what the file is made of, and goes on from there by the zstd
-    command, which takes larger windows and gives all that stands before damage, or up to where the padding begins.
+    """Decompresses with pyarrow. If that fails, it inspects the file's frames and continues with the zstd command,
+    which supports larger windows and yields everything before damage, or with pyarrow up to where padding begins.
 
     Args:
         raw: the file at `path`.
@@ -46,7 +46,7 @@ class ZstdStream(io.RawIOBase):
         except ERRORS as error:
             if self._frames:
                 if self._frames.padded and isinstance(self._stream, _ZstdCommand):
-                    return 0  # all that it complains of
+                    return 0  # the padding is all that it complains about
                 raise
             self._go_on(error)
             return self.readinto(buffer)
@@ -58,9 +58,7 @@ class ZstdStream(io.RawIOBase):
             self._frames = frames = frames_of(file.fileno(), self._count)
         large, command = frames.window > 1 << _WINDOW_LOG, shutil.which("zstd")
         if large and (frames.window > 1 << _LARGEST_WINDOW_LOG or not command):
-            way = (
-                "it is no window of `zstd --ultra --long=31`" if command else "install the zstd command to have it read"
-            )
+            way = "`zstd --ultra --long=31` does not make one" if command else "install the zstd command to read it"
             raise Damaged("zstd window too large", f"{frames.window >> 20:,} MiB; {way}") from None
         self._stream.close()
         if frames.padded and not large:
@@ -88,22 +86,22 @@ class Frames(NamedTuple):
     end: int
     """Where the last whole frame ends."""
     window: int
-    """Bytes that a frame looks back at most."""
+    """Largest window of any frame, in bytes."""
     padded: bool
-    """Whether there is nothing but zeros behind the last frame."""
+    """Whether there are only zeros after the last frame."""
 
 
 def frames_of(file: int, count: Callable[[int], None]) -> Frames:
-    """What a zstd file is made of (RFC 8878, section 3), without unpacking it.
+    """The frames of a zstd file (RFC 8878, section 3), without decompressing it.
 
     Args:
-        file: descriptor.
-        count: is told of the zeros behind the last frame.
+        file: file descriptor.
+        count: called with the number of zeros after the last frame.
     """
     at, window, size = 0, 0, os.fstat(file).st_size
     for _ in range(_MOST_BLOCKS):
         head = os.pread(file, 18, at)
-        if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50 and len(head) >= 8:  # to be skipped
+        if head[1:4] == b"\x2a\x4d\x18" and head[0] & 0xF0 == 0x50 and len(head) >= 8:  # a skippable frame
             end: int | None = at + 8 + int.from_bytes(head[4:8], "little")
         elif head.startswith(b"\x28\xb5\x2f\xfd") and len(head) > 5:
             window = max(window, _window(head))
@@ -126,13 +124,13 @@ def frames_of(file: int, count: Callable[[int], None]) -> Frames:
 def _window(head: bytes) -> int:
     if head[4] & 0x20:  # a single segment, as large as its content
         return _content_size(head)
-    # 3.1.1.1.2: the window descriptor, an exponent and eighths.
+    # Section 3.1.1.1.2: the window descriptor, an exponent and eighths.
     base = 1 << (10 + (head[5] >> 3))
     return base + (base >> 3) * (head[5] & 7)
 
 
 def _sizes(flags: int) -> tuple[int, int, int]:
-    """Bytes of the window descriptor, the dictionary's id and the content's size in a frame's header."""
+    """Lengths in bytes of the window descriptor, dictionary ID and content size in a frame's header."""
     single = flags >> 5 & 1
     return 1 - single, (0, 1, 2, 4)[flags & 3], (single, 2, 4, 8)[flags >> 6]
 
@@ -144,20 +142,20 @@ def _content_size(head: bytes) -> int:
 
 
 def _end_of_frame(file: int, at: int, head: bytes, size: int) -> int | None:
-    """None: it is not within the file, or after too many blocks."""
+    """Offset where a frame ends; None if that is beyond the file's end, or after too many blocks."""
     at += 5 + sum(_sizes(head[4]))
     for _ in range(_MOST_BLOCKS):
         if at + 3 > size:
             return None
         block = int.from_bytes(os.pread(file, 3, at), "little")
-        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # a run is one byte
+        at += 3 + (1 if block >> 1 & 3 == 1 else block >> 3)  # an RLE block stores one byte
         if block & 1:
             return at + (4 if head[4] & 4 else 0)
     return None
 
 
 class _ZstdCommand(io.RawIOBase):
-    """Unpacks by the zstd command."""
+    """Decompresses with the zstd command."""
 
     def __init__(self, command: str, path: str, window_log: int):
         self._file, self._errors = open(path, "rb"), tempfile.TemporaryFile()  # noqa: SIM115

@@ -1,4 +1,4 @@
-"""The text of Parquet files as others write it: views, dictionaries, extensions, structs, lists, names that repeat."""
+"""Text in Parquet files as other tools write it: views, dictionaries, extensions, structs, lists, repeated names."""
 
 import base64
 from pathlib import Path
@@ -26,7 +26,7 @@ def process():
 @pytest.fixture
 def read(process, tmp_path: Path):
     def read(table: pa.Table, key: str = "text", **options) -> tuple[list[bytes | None], list[Row]]:
-        """(values, refusals that are not of one null)."""
+        """(values, refusals other than those of a null value)."""
         pq.write_table(table, tmp_path / "x.parquet", **options)
         rows = list(process.rows(str(tmp_path / "x.parquet"), key, 1 << 24, 1 << 26, 128 * MIB, 1))
         bad = [row for row in rows if row.data is None and row.detail != "null"]
@@ -62,17 +62,17 @@ def test_a_list_of_texts_is_one_document(read, kind: pa.DataType):
     assert read(pa.table({"text": pa.array(lists, kind)})) == ([b"a\nb", None, b"c", "für\n".encode()], [])
 
 
-def test_what_is_empty_in_a_list_is_nothing(read):
+def test_empty_items_of_a_list_are_skipped(read):
     assert read(pa.table({"text": [[["d"], [], None], [["a", ""], ["b"]], [[None]], []]})) == (
         [b"d", b"a\n\nb", b"", b""], []
     )  # fmt: skip
 
 
-def test_padding_is_no_text(read):
+def test_padding_is_not_text(read):
     assert read(pa.table({"text": pa.array([b"abc" + b"\0" * 17, None], pa.binary(20))})) == ([b"abc", None], [])
 
 
-def test_ids_are_no_text(read):
+def test_ids_are_not_text(read):
     ids = pa.ExtensionArray.from_storage(pa.uuid(), pa.array([b"abcdefghijklmnop"], pa.binary(16)))
     for column in (ids, pa.ListArray.from_arrays([0, 1], ids)):
         values, [bad] = read(pa.table({"text": column}))
@@ -88,7 +88,7 @@ class PlainKeys(encryption.KmsClient):
 
 
 @pytest.mark.parametrize("plaintext_footer", [True, False])
-def test_encrypted_columns_are_named_as_such(tmp_path, plaintext_footer):
+def test_encrypted_columns_are_reported_as_encrypted(tmp_path, plaintext_footer):
     factory, table = encryption.CryptoFactory(lambda config: PlainKeys()), pa.table({"text": ["a"], "id": [1]})
     config = encryption.EncryptionConfiguration("f", column_keys={"c": ["text"]}, plaintext_footer=plaintext_footer)
     properties = factory.file_encryption_properties(encryption.KmsConnectionConfig(), config)
@@ -148,14 +148,14 @@ def test_a_field_within_a_column(read, key: str, values: list):
         (".", "missing column", "'.'"),
     ],
 )
-def test_what_is_no_text_is_one_refusal(read, key: str, reason: str, detail: str):
+def test_a_column_that_is_not_text_is_one_refusal(read, key: str, reason: str, detail: str):
     values, [bad] = read(NESTED, key)
     assert values == []
     assert bad.reason == reason
     assert detail in bad.detail
 
 
-def test_a_name_that_stands_twice(read):
+def test_a_column_name_that_occurs_twice(read):
     columns = [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])]
     assert read(pa.Table.from_arrays(columns, names=["id", "text", "id"])) == ([b"b"], [])
     values, [bad] = read(pa.Table.from_arrays(columns, names=["text", "id", "text"]))
@@ -163,13 +163,13 @@ def test_a_name_that_stands_twice(read):
 
 
 def test_only_the_field_is_read(read):
-    """What stands beside it is not unpacked, and counts for nothing."""
+    """Other fields beside it are not decompressed, and do not count towards the budget."""
     beside = pa.array(["\0" * (30 * MIB)])
     meta = pa.StructArray.from_arrays([pa.array(["x"]), beside], names=["text", "zeros"])
     assert read(pa.table({"meta": meta}), "meta.text", compression="zstd") == ([b"x"], [])
 
 
-def test_a_list_without_end_is_refused_by_its_footer(read):
+def test_an_endless_list_is_refused_by_the_footer(read):
     nulls = pa.ListArray.from_arrays([0, 1 << 22], pa.nulls(1 << 22, pa.string()))
     values, [bad] = read(pa.table({"text": nulls}), compression="zstd")
-    assert (values, bad.reason) == ([], "unpacks to too much")
+    assert (values, bad.reason) == ([], "expands beyond the limit")

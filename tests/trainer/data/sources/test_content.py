@@ -1,4 +1,4 @@
-"""JSON is known by what it begins with, however long its first record, and however it is packed or named."""
+"""JSON is recognised by its first bytes, however long its first record, and however it is compressed or named."""
 
 import gzip
 import json
@@ -46,12 +46,12 @@ def test_a_long_first_record(tmp_path: Path, name: str, rows: list[dict]):
         assert read(tmp_path / name) == (texts, []), data[:40]
 
 
-def test_an_array_over_lines_named_as_lines(tmp_path: Path):
+def test_an_array_over_several_lines_named_jsonl(tmp_path: Path):
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(json.dumps(LONG, indent=1).encode()))
     assert read(tmp_path / "a.jsonl.zst") == ([row["text"] for row in LONG], [])
 
 
-def test_a_bad_line_of_what_is_packed_costs_itself_alone(tmp_path: Path):
+def test_a_bad_line_in_a_compressed_file_loses_only_itself(tmp_path: Path):
     bad = lines(LONG).splitlines(keepends=True)
     bad[1] = b'{"text": "broken\n'
     (tmp_path / "a.json.zst").write_bytes(zstandard.compress(b"".join(bad)))
@@ -81,7 +81,7 @@ WITHOUT_KEY = {
 
 @pytest.mark.parametrize("case", WITHOUT_KEY)
 @pytest.mark.parametrize("name", ["a", "a.txt", "a.txt.gz"])
-def test_json_without_the_key_is_refused_by_name(tmp_path: Path, name: str, case: str):
+def test_json_without_the_key_is_refused(tmp_path: Path, name: str, case: str):
     data, texts, reasons = WITHOUT_KEY[case]
     (tmp_path / name).write_bytes(packed(name, data))
     found, refused = read(tmp_path / name)
@@ -108,7 +108,7 @@ def test_text_that_begins_like_json_stays_text(tmp_path: Path, name: str):
 
 @pytest.mark.parametrize("coding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-16", "utf-32"])
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv", "a.jsonl.gz"])
-def test_wide_text_is_refused_by_its_name(tmp_path: Path, name: str, coding: str):
+def test_utf16_and_utf32_are_refused_and_named(tmp_path: Path, name: str, coding: str):
     rows = [{"text": f"价格 {number} ok"} for number in range(9)]
     text = "id,text\n1,plain words\n" if name == "a.csv" else lines(rows, ensure_ascii=False).decode()
     (tmp_path / name).write_bytes(packed(name, text.encode(coding)))
@@ -117,14 +117,14 @@ def test_wide_text_is_refused_by_its_name(tmp_path: Path, name: str, coding: str
     assert detail(tmp_path / name).startswith("UTF-16 text" if "16" in coding else "UTF-32 text")
 
 
-def test_a_line_of_wide_text_is_not_guessed(tmp_path: Path):
+def test_a_utf16_line_is_not_guessed(tmp_path: Path):
     """json.loads would take it for UTF-16, and the next line's high bytes for its own."""
     (tmp_path / "a.jsonl").write_bytes(LINES + '{"text": "no"}'.encode("utf-16-le") + b"\n")
     texts, refused = read(tmp_path / "a.jsonl")
     assert (texts, refused) == (TEXTS, [("a.jsonl", "line 6", "malformed JSON")])
 
 
-def test_an_old_tar_archive_is_none(tmp_path: Path):
+def test_an_old_tar_archive_is_refused(tmp_path: Path):
     header = bytearray(512)
     header[:5], header[100:107], header[124:135], header[148:156] = b"a.txt", b"0000644", b"00000000005", b" " * 8
     header[148:156] = f"{sum(header):06o}\0 ".encode()
@@ -133,7 +133,7 @@ def test_an_old_tar_archive_is_none(tmp_path: Path):
     assert detail(tmp_path / "a.txt") == "a tar archive"
 
 
-def test_content_counts_more_than_a_packers_ending(tmp_path: Path):
+def test_content_overrides_the_extension_of_a_compressed_file(tmp_path: Path):
     (tmp_path / "a.jsonl.gz").write_bytes(LINES)
     (tmp_path / "b.jsonl.bz2").write_bytes(zstandard.compress(LINES))
     for name in ("c.parquet", "f.csv", "g.tsv"):
@@ -145,12 +145,12 @@ def test_content_counts_more_than_a_packers_ending(tmp_path: Path):
         assert read(path) == (TEXTS, []), path.name
 
 
-def test_what_is_packed_twice_is_told_as_such(tmp_path: Path):
+def test_double_compression_is_reported(tmp_path: Path):
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(gzip.compress(LINES)))
     (tmp_path / "b.txt.zst").write_bytes(zstandard.compress(gzip.compress(b"a text")))
     for path in sorted(tmp_path.iterdir()):
         assert read(path) == ([], [(path.name, "", "not text")])
-        assert detail(path) == "packed twice; unpack it once"
+        assert detail(path) == "compressed twice; decompress it once"
 
 
 SEPARATED = {
@@ -167,25 +167,25 @@ SEPARATED = {
 
 @pytest.mark.parametrize("case", SEPARATED)
 @pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
-def test_what_stands_between_records(tmp_path: Path, name: str, case: str):
+def test_separators_between_records(tmp_path: Path, name: str, case: str):
     (tmp_path / name).write_bytes(SEPARATED[case])
     assert read(tmp_path / name) == (["a" * 9] if "number" in case else TEXTS, [])
 
 
-def test_a_key_that_stands_twice_is_refused(tmp_path: Path):
+def test_a_duplicate_key_is_refused(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(
         '{"text": "one", "text": "two"}\n{"a": 1, "a": 2, "text": "b"}\n{"text": "\\"text\\"", "m": {"text": "no"}}\n'
     )
     assert read(tmp_path / "a.jsonl") == (["b", '"text"'], [("a.jsonl", "line 1", "ambiguous key")])
 
 
-def test_the_key_that_is_meant_is_told(tmp_path: Path):
+def test_the_intended_key_is_suggested(tmp_path: Path):
     (tmp_path / "a.csv").write_text("id,Text\n1,a\n")
     assert detail(tmp_path / "a.csv") == "no 'text' among id, Text; did you mean --text-key Text?"
 
 
 def test_small_things(tmp_path: Path):
-    """A byte-order mark is no token, blank lines are no data, an exact length is not cut, null in a list is nothing."""
+    """A byte-order mark is no token, blank lines no data; an exact length is not cut; nulls in a list are skipped."""
     files = {
         "a.txt": ("\ufeffhello\n", ["hello\n"], []),
         "b.jsonl": ("  \n\n", [], ["empty file"]),
@@ -206,7 +206,7 @@ def test_small_things(tmp_path: Path):
         (b"\x80\x04\x95", "a Python pickle"), (b"{\\rtf1\\ansi", "an RTF document"),
     ],
 )  # fmt: skip
-def test_what_is_no_text_is_named(tmp_path: Path, magic: bytes, what: str):
+def test_files_that_are_not_text_are_named(tmp_path: Path, magic: bytes, what: str):
     (tmp_path / "a.txt").write_bytes(magic + b" plain text" * 100)
     assert read(tmp_path / "a.txt") == ([], [("a.txt", "", "not text")])
     assert detail(tmp_path / "a.txt").startswith(what)
@@ -219,13 +219,13 @@ class Thing:
 @pytest.mark.parametrize(
     "value", [{"text": "a"}, ["a"], OrderedDict(text="a"), Thing()], ids=["dict", "list", "ordered", "object"]
 )
-def test_a_pickle_in_ascii_is_none(tmp_path: Path, value: object):
+def test_an_ascii_pickle_is_not_text(tmp_path: Path, value: object):
     (tmp_path / "a.txt").write_bytes(pickle.dumps(value, protocol=0))
     assert read(tmp_path / "a.txt") == ([], [("a.txt", "", "not text")])
     assert detail(tmp_path / "a.txt") == "a Python pickle"
 
 
-def test_a_text_about_orcs_is_one(tmp_path: Path):
+def test_a_text_that_starts_with_orc_is_text(tmp_path: Path):
     (tmp_path / "a.txt").write_text("ORCS are green.\n")
     assert read(tmp_path / "a.txt") == (["ORCS are green.\n"], [])
 
@@ -246,7 +246,7 @@ CSV = {
 
 
 @pytest.mark.parametrize("name", CSV)
-def test_csv_as_others_write_it(tmp_path: Path, name: str):
+def test_csv_as_other_tools_write_it(tmp_path: Path, name: str):
     data, texts, refusals = CSV[name]
     (tmp_path / name).write_bytes(data)
     found, refused = read(tmp_path / name)
@@ -254,14 +254,14 @@ def test_csv_as_others_write_it(tmp_path: Path, name: str):
     assert [reason for _, _, reason in refused] == ["malformed CSV"] * refusals
 
 
-def test_lines_of_carriage_returns_are_cut_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_lines_that_end_with_carriage_returns_are_streamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(formats, "RECORD_BYTES", 100)
     texts = [f"text {number} " + "a" * (number % 60) for number in range(300)]
     (tmp_path / "a.csv").write_bytes(b"\r".join([b"text", *map(str.encode, texts)]))
     assert read(tmp_path / "a.csv") == (texts, [])
 
 
-def test_where_reading_json_has_to_stop_is_told(tmp_path: Path):
+def test_the_point_where_reading_json_stopped_is_reported(tmp_path: Path):
     (tmp_path / "a.json").write_bytes(json.dumps(ROWS).encode() + b" no JSON " + b"x" * 2 * len(json.dumps(ROWS)))
     assert read(tmp_path / "a.json") == (TEXTS, [("a.json", "after value 5", "malformed JSON")])
     assert detail(tmp_path / "a.json").endswith("; nothing after it was read (67% of the file)")

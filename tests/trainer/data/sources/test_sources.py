@@ -1,4 +1,4 @@
-"""Raw files are read as what they are, by name and content; what describes a data set is not trained on."""
+"""Raw files are read by name and content; files that only describe a data set are not trained on."""
 
 import bz2
 import csv
@@ -66,7 +66,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_file_is_read_as_what_it_is(tmp_path: Path, name: str):
+def test_a_file_is_read_as_the_type_it_is(tmp_path: Path, name: str):
     (tmp_path / name).write_bytes(KINDS[name])
     assert read(tmp_path / name) == (TEXTS, [])
 
@@ -98,7 +98,7 @@ FOREIGN = {
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_what_holds_no_text_is_refused_by_name(tmp_path: Path, name: str):
+def test_files_without_text_are_refused_by_name(tmp_path: Path, name: str):
     data, reason = FOREIGN[name]
     (tmp_path / name).write_bytes(data)
     texts, refused = read(tmp_path / name)
@@ -107,7 +107,7 @@ def test_what_holds_no_text_is_refused_by_name(tmp_path: Path, name: str):
 
 
 @pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x"])
-def test_a_key_within_a_key_and_lists_of_texts(tmp_path: Path, name: str):
+def test_nested_keys_and_lists_of_texts(tmp_path: Path, name: str):
     rows = [
         {"meta": {"text": "one"}}, {"meta.text": "two"}, {"meta": [{"text": "three"}, {"text": "four"}]},
         {"meta": {"text": ["five", None, "six"]}}, {"meta": {"text": {"en": "no"}}}, {"meta": {}}, {"meta": 7},
@@ -121,8 +121,8 @@ def test_a_key_within_a_key_and_lists_of_texts(tmp_path: Path, name: str):
     ]  # fmt: skip
 
 
-def test_json_that_no_name_promises_stays_text(tmp_path: Path):
-    """A notebook, or an object without the key, may be code that is to be learned."""
+def test_json_not_named_as_json_stays_text(tmp_path: Path):
+    """A notebook, or an object without the key, may be code to learn from."""
     for name, text in {"a.ipynb": '{\n "cells": []\n}', "b.cfg": '{"name": "x"}\n', "c.c": "{ int x; }\n"}.items():
         (tmp_path / name).write_text(text)
         assert read(tmp_path / name) == ([text], [])
@@ -131,7 +131,7 @@ def test_json_that_no_name_promises_stays_text(tmp_path: Path):
 PACKS = {"gz": gzip.compress, "xz": lzma.compress, "bz2": bz2.compress, "zst": zstandard.compress}
 
 
-def test_what_stands_before_damage_is_read(tmp_path: Path):
+def test_everything_before_damage_is_read(tmp_path: Path):
     rows = [{"text": f"text {number} {random.Random(number).random()}"} for number in range(5000)]
     texts = [row["text"] for row in rows]
     plain = {
@@ -158,7 +158,7 @@ def test_what_stands_before_damage_is_read(tmp_path: Path):
     assert refused == ("cut.json", f"after value {len(found)}", "malformed JSON")
 
 
-def test_gzip_that_is_padded_or_has_members_loses_nothing(tmp_path: Path):
+def test_gzip_with_padding_or_several_members_loses_nothing(tmp_path: Path):
     half = LINES.index(b"\n") + 1
     members = gzip.compress(LINES[:half]) + gzip.compress(b"") + gzip.compress(LINES[half:])
     for name, data in {"members": members, "padded": members + b"\0" * 100_000}.items():
@@ -175,10 +175,10 @@ def test_gzip_that_is_padded_or_has_members_loses_nothing(tmp_path: Path):
         if os.lseek(file.fileno(), 0, os.SEEK_HOLE) >= 1 << 40:
             return
     texts, [(_, _, reason)] = read(tmp_path / "sparse.jsonl.gz")
-    assert (texts, reason) == (TEXTS, "unpacks to too much")
+    assert (texts, reason) == (TEXTS, "expands beyond the limit")
 
 
-def test_xz_that_asks_for_a_gigabyte_is_refused(tmp_path: Path):
+def test_xz_that_needs_a_gigabyte_is_refused(tmp_path: Path):
     for size, expected in ((1 << 26, (TEXTS, [])), (1 << 30, ([], [("x.jsonl.xz", "", "takes too much memory")]))):
         filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": size}]
         (tmp_path / "x.jsonl.xz").write_bytes(lzma.compress(LINES, filters=filters))
@@ -186,7 +186,7 @@ def test_xz_that_asks_for_a_gigabyte_is_refused(tmp_path: Path):
 
 
 def long_window(data: bytes) -> bytes:
-    """As `zstd --ultra --long=31` packs what it is piped."""
+    """Compress as `zstd --ultra --long=31` does from a pipe."""
     parameters = zstandard.ZstdCompressionParameters(window_log=31, enable_ldm=True)
     packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     return packer.compress(data) + packer.flush()
@@ -217,7 +217,7 @@ def test_zstd_with_a_long_window(tmp_path: Path):
     assert read(tmp_path / "padded.jsonl.zst") == (TEXTS, [])
 
 
-def test_zstd_that_is_padded_or_damaged_loses_nothing(tmp_path: Path):
+def test_padded_or_damaged_zstd_loses_nothing(tmp_path: Path):
     packer = zstandard.ZstdCompressor(write_checksum=True)
     packed = packer.compress(LINES) + zstandard.compress(b"") + b"\x5a\x2a\x4d\x18\1\0\0\0x" + packer.compress(LINES)
     for pad in (1, 3, 512, 100_000):
@@ -236,7 +236,7 @@ def test_a_file_with_two_names_is_read_once(tmp_path: Path):
     assert read(tmp_path / "a.jsonl", tmp_path / "b.jsonl") == (TEXTS, [])
 
 
-def test_a_name_that_is_no_utf8(tmp_path: Path):
+def test_a_file_name_that_is_not_utf8(tmp_path: Path):
     folder = tmp_path / "in"
     folder.mkdir()
     pq.write_table(pa.table({"text": TEXTS[:1]}), tmp_path / "x")
@@ -255,14 +255,14 @@ def test_zstd_with_a_long_window_without_the_command(tmp_path: Path, monkeypatch
     assert read(tmp_path / "x.jsonl.zst") == ([], [("x.jsonl.zst", "", "zstd window too large")])
 
 
-def test_a_small_file_of_a_long_window_is_held_to_its_budget(tmp_path: Path):
+def test_a_small_file_with_a_long_window_is_held_to_its_budget(tmp_path: Path):
     (tmp_path / "x.jsonl.zst").write_bytes(long_window(b'{"text": "' + b"a" * (48 << 20)))
     texts, [(_, _, reason)] = read(tmp_path / "x.jsonl.zst")
     assert texts == []
-    assert reason in ("unpacks to too much", "zstd window too large")
+    assert reason in ("expands beyond the limit", "zstd window too large")
 
 
-def test_a_row_that_is_not_as_the_header_is_refused_and_the_rest_read(tmp_path: Path):
+def test_a_row_that_does_not_match_the_header_is_refused_and_the_rest_read(tmp_path: Path):
     (tmp_path / "x.csv").write_bytes(
         b'id,text\n1,good\n2,not, quoted\n3,"bad" quotes\n\n4\n5,caf\xe9\n6,\n7,"good, too"\n'
     )
@@ -274,7 +274,7 @@ def test_a_row_that_is_not_as_the_header_is_refused_and_the_rest_read(tmp_path: 
     ]  # fmt: skip
 
 
-def test_a_quote_that_does_not_end_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_unclosed_quote_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(formats, "RECORD_BYTES", 1000)
     (tmp_path / "x.csv").write_bytes(b'text\ngood\n"' + b"a line\n" * 1000)
     assert read(tmp_path / "x.csv") == (["good"], [("x.csv", "after row 1", "record too long")])
@@ -290,7 +290,7 @@ TREES = st.recursive(
 
 
 class Dribble(io.RawIOBase):
-    """A stream that gives one byte, then two, then one ... so that every value is cut somewhere."""
+    """A stream that returns one byte, then two, then one ... so that every value is cut somewhere."""
 
     def __init__(self, data: bytes):
         self.data = io.BytesIO(data)
@@ -307,7 +307,7 @@ class Dribble(io.RawIOBase):
 
 @quick
 @given(st.lists(TREES, max_size=5), st.sampled_from([None, 1]), st.booleans())
-def test_any_json_is_cut_into_its_values(values, indent, array):
+def test_any_json_is_split_into_its_values(values, indent, array):
     options = {"indent": indent, "ensure_ascii": indent is None}
     if array:
         data = json.dumps(values, **options)
@@ -334,14 +334,14 @@ def test_any_bytes_are_values_or_one_refusal(data):
 
 
 @pytest.mark.parametrize("line", [b"\n", b'"\n', b"a\n", b',"\n'])
-def test_a_small_file_of_many_lines_of_csv_is_held_to_its_budget(tmp_path: Path, line: bytes):
+def test_a_small_csv_file_of_many_lines_is_held_to_its_budget(tmp_path: Path, line: bytes):
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b'text\n"' + line * ((48 << 20) // len(line))))
     with ends():
         _, refused = read(tmp_path / "x.csv.gz")
-    assert refused[-1][2] == "unpacks to too much"
+    assert refused[-1][2] == "expands beyond the limit"
 
 
-def test_brackets_without_end_are_refused_soon():
+def test_endless_brackets_are_refused_early():
     for data in (b"[" * (1 << 20), b'{"a":' * (1 << 18)):
         with pytest.raises(Damaged, match="nested"):
             list(json_values(io.BytesIO(data), lambda size: None))
@@ -377,7 +377,7 @@ def test_linked_folders_are_read_once_after_the_others(tmp_path: Path, capsys: p
     assert f"{root}/linked -> " not in capsys.readouterr().err.replace("\n", ""), "it was asked for"
 
 
-def test_a_link_to_what_holds_the_input_is_refused_by_name(tmp_path: Path):
+def test_a_link_to_a_folder_that_contains_the_input_is_refused_by_name(tmp_path: Path):
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "in" / "a.txt").write_text("a")
     (tmp_path / "other.txt").write_text("not of the input")
@@ -398,7 +398,7 @@ def names(refused: list[tuple[str, str, str]]) -> list[str]:
     return sorted(name for name, _, _ in refused)
 
 
-def test_what_stands_beside_records_is_named_and_not_trained_on(tmp_path: Path):
+def test_files_beside_records_are_named_and_not_trained_on(tmp_path: Path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "train.jsonl").write_bytes(LINES)
     for name in ("README.md", "LICENSE", "LICENSE.txt", "NOTICE", "CITATION.cff"):
@@ -415,7 +415,7 @@ def test_what_stands_beside_records_is_named_and_not_trained_on(tmp_path: Path):
     assert read(tmp_path / "README.md") == (["about the data\n"], [])
 
 
-def test_what_stands_beside_parts_without_an_ending(tmp_path: Path):
+def test_files_beside_parts_without_an_extension(tmp_path: Path):
     for name in ("README", "LICENSE", "_SUCCESS"):
         (tmp_path / name).write_text("not data")
     (tmp_path / "part-00000").write_bytes(LINES)
@@ -426,7 +426,7 @@ def test_what_stands_beside_parts_without_an_ending(tmp_path: Path):
     assert len(read(tmp_path)[0]) == 4
 
 
-def test_of_a_data_set_with_a_card_only_data_are_read(tmp_path: Path):
+def test_in_a_data_set_with_a_card_only_data_is_read(tmp_path: Path):
     (tmp_path / "README.md").write_text(CARD)
     (tmp_path / "c4.py").write_text("import datasets\n")
     (tmp_path / "extra.txt").write_text("a text\n")
@@ -436,7 +436,7 @@ def test_of_a_data_set_with_a_card_only_data_are_read(tmp_path: Path):
     assert names(refused) == ["README.md", "c4.py"]
 
 
-def test_a_readme_among_other_texts_is_one_of_them(tmp_path: Path):
+def test_a_readme_among_other_texts_is_read(tmp_path: Path):
     for name in ("README.md", "_main.py", "LICENSE", "_notes"):
         (tmp_path / name).write_text(f"{name}\n")
     assert read(tmp_path) == (["LICENSE\n", "README.md\n", "_main.py\n", "_notes\n"], [])
@@ -444,7 +444,7 @@ def test_a_readme_among_other_texts_is_one_of_them(tmp_path: Path):
     assert read(tmp_path)[0] == ["_main.py\n", "good"]
 
 
-def test_a_folder_of_spark(tmp_path: Path):
+def test_a_folder_written_by_spark(tmp_path: Path):
     folder = tmp_path / "in"
     (folder / "_temporary").mkdir(parents=True)
     for name in ("part-0.parquet", "_metadata", "_common_metadata", "_temporary/part-0.parquet"):
@@ -463,7 +463,7 @@ def test_a_folder_of_spark(tmp_path: Path):
 
 
 @pytest.mark.parametrize("out", ["", ".", "plain/x", "/proc/x/y", "bad\udcff"])
-def test_an_out_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str):
+def test_an_output_folder_that_cannot_be_created(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "plain").write_text("a text")
     with pytest.raises(ConfigError, match="--out"):
@@ -471,13 +471,13 @@ def test_an_out_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in tmp_path.iterdir()] == ["plain"]
 
 
-def test_an_empty_folder_is_told_as_one(tmp_path: Path):
+def test_an_empty_folder_is_reported(tmp_path: Path):
     (tmp_path / ".hidden").touch()
-    with pytest.raises(ConfigError, match=r"holds no files \(names that begin with a dot are passed over\)"):
+    with pytest.raises(ConfigError, match=r"holds no files \(names that begin with a dot are skipped\)"):
         find_inputs([tmp_path])
 
 
-def test_a_preparation_counts_and_names_them(tmp_path: Path):
+def test_preparing_counts_and_names_files_beside_data(tmp_path: Path):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.json").write_bytes(LINES)
     (tmp_path / "in" / "README.md").write_text("about\n")
