@@ -1,6 +1,7 @@
 """Listening and serving an app with uvicorn, for the dashboard and for a cluster's server."""
 
 import contextlib
+import resource
 import socket
 from typing import Any
 
@@ -11,6 +12,7 @@ PORT = 8267
 """Default port of the dashboard and of a cluster's server."""
 LOOPBACK = "127.0.0.1"
 ANYWHERE = ("0.0.0.0", "::", "")
+MOST_CONNECTIONS = 2000
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -45,6 +47,13 @@ def run(app: Any, listening: socket.socket) -> None:
     """Serve until SIGINT or SIGTERM."""
     import uvicorn  # takes a second, with the rest of the server
 
+    _allow_files(2 * MOST_CONNECTIONS)
+
+    class Server(uvicorn.Server):
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            app.state.changes.end()  # or it would wait for pages that listen, and then break off what they hear
+            await super().shutdown(sockets)
+
     config = uvicorn.Config(
         app,
         log_level="warning",
@@ -52,11 +61,19 @@ def run(app: Any, listening: socket.socket) -> None:
         server_header=False,
         proxy_headers=False,
         timeout_graceful_shutdown=2,
-        limit_concurrency=2000,
+        limit_concurrency=MOST_CONNECTIONS,
         ws="none",
     )
     with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises it after a clean shutdown
-        uvicorn.Server(config).run(sockets=[listening])
+        Server(config).run(sockets=[listening])
+
+
+def _allow_files(wanted: int) -> None:
+    """Let this process have so many open files, as far as it may: many systems give 1,024 to one that does not ask."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def names(host: str) -> list[str]:

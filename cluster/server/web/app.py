@@ -107,10 +107,11 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
 
     def found(id: str) -> Entry:
         view()
-        until = time.monotonic() + FIRST_LOOK
-        while (entry := index.find(id)) is None and index.view.left and time.monotonic() < until:
-            time.sleep(0.05)  # it may be one that is not read yet
-        if entry:
+        if (entry := index.find(id)) is None and index.unread and index.read_next(id):
+            until = time.monotonic() + FIRST_LOOK
+            while (entry := index.find(id)) is None and time.monotonic() < until:
+                time.sleep(0.05)
+        if entry or (entry := index.find(id)):
             return entry
         raise HTTPException(404, f"there is no run {clip(id, 100)} here")
 

@@ -20,7 +20,8 @@ AT_MOST_EVERY = 1.0
 """Seconds between two messages to one page."""
 PATIENCE = 30.0
 """Seconds that a page may take to receive a message; one that takes longer is let go, and connects again."""
-MOST_LISTENERS = 500
+MOST_LISTENERS = 1500
+"""Of `serving.MOST_CONNECTIONS`: the others are for what the pages ask."""
 MOST_NAMED = 1000
 """Runs that a message names; of more it names none, which means all."""
 
@@ -101,7 +102,8 @@ class Changes:
 
         headers = [(b"content-type", b"text/event-stream"), (b"x-accel-buffering", b"no")]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
-        await write("retry: 2000\n\n")
+        # What a page was told before it listened may be of an earlier version by now.
+        await write(f"retry: 2000\nevent: version\ndata: {self.index.view.version}\n\n")
         while not self._ending:
             try:
                 await asyncio.wait_for(listener.changed.wait(), HEARTBEAT)

@@ -134,6 +134,10 @@ def refresh(run: Run, now: Signature, configs: Configs) -> None:
     run.metrics = configs.section(numbers, numbers.values())
     run.row = _row(run, live, problem, stopping=now[9] >= 0)
     run.live = live if run.row.status in LIVE else None
+    if run.live and not live.spark:
+        with contextlib.suppress(OSError):
+            records = sample_records(run.path / METRICS, SPARK)
+            live.spark = [(record["step"], record.get("loss")) for record in records]
 
 
 def _read_events(run: Run, live: Live) -> None:
@@ -156,7 +160,7 @@ def _read_metrics(run: Run, live: Live, size: int) -> None:
     if not live.offset or not 0 <= size - live.offset <= MOST_NEW:
         live.train, live.evaluation = last_records(path)
         live.recent = _heads(path, size)
-        live.spark = [(record["step"], record.get("loss")) for record in sample_records(path, SPARK)]
+        live.spark = []
         live.offset = max(size, 0)
         return
     with open_file(path) as file:

@@ -134,6 +134,19 @@ class RunsIndex:
         place = view.place.get(id)
         return None if place is None else view.entries[place]
 
+    def read_next(self, id: str) -> bool:
+        """Read the run of this id before all others that have not been read: somebody waits for it.
+
+        Returns:
+            Whether there is one that has not been read.
+        """
+        with self._lock:
+            for place, run in enumerate(self._unread):
+                if run.id == id:
+                    self._unread.append(self._unread.pop(place))
+                    return True
+        return False
+
     def look(self, patience: float = PATIENCE) -> set[str]:
         """Look at what may have changed.
 

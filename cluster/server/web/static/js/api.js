@@ -73,6 +73,8 @@ export const runs = {
   columns: { id: [], name: [], status: [] },
   places: new Map(),
   etag: null,
+  /** Called after each answer. */
+  heard() {},
 
   /** Asks for what has changed since the last answer. */
   async refresh() {
@@ -83,6 +85,7 @@ export const runs = {
     const columns = places ? merged(this.columns, answer.body.columns, places, gone, count) : answer.body.columns;
     Object.assign(this, { count, left: left ?? 0, columns, etag: `"${version}"` });
     this.places = new Map(columns.id.map((id, place) => [id, place]));
+    this.heard();
     return true;
   },
 

@@ -1,5 +1,6 @@
 /** What the server says has changed. A message only says that; what is true now is asked for. */
 
+import { runs } from "./api.js";
 import { el } from "./dom.js";
 
 const listeners = new Set();
@@ -40,6 +41,9 @@ export function connect() {
     lostAt = null;
     fresh();
     if (again) for (const heard of listeners) heard(new Set());
+  });
+  source.addEventListener("version", (event) => {
+    if (runs.etag !== `"${event.data}"`) for (const heard of listeners) heard(new Set());
   });
   source.addEventListener("changed", (event) => {
     connected = true;

@@ -3,6 +3,7 @@
 import { get, runs } from "./api.js";
 import { forget, runColour } from "./colours.js";
 import { dialog, el, glyph, put, word } from "./dom.js";
+import { whole } from "./format.js";
 import { listen, polite, status } from "./live.js";
 import { current, go, runAddress } from "./router.js";
 
@@ -15,6 +16,7 @@ const KEYS = {
 
 const badge = el("span", { class: "badge", hidden: true });
 const links = new Map(PAGES.map(([page, label]) => [page, el("a", { href: `/${page}` }, label, page === "now" && badge)]));
+const reading = el("div", { class: "reading", hidden: true });
 const keyline = el("footer", { class: "keyline" });
 export const main = el("main", { tabindex: "-1", id: "main" });
 const input = el("input", {
@@ -33,7 +35,7 @@ export function build() {
       el("div", { class: "space" }),
       el("div", { class: "find with-key" }, input, el("kbd", { "aria-hidden": "true" }, "/"), options),
       status, theme),
-    main, keyline, polite);
+    reading, main, keyline, polite);
   document.querySelector(".skip").addEventListener("click", (event) => {
     event.preventDefault();
     main.focus();
@@ -43,6 +45,14 @@ export function build() {
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", repaint);
   count();
   listen(count);
+  runs.heard = showReading;
+}
+
+/** How far the server is that reads many runs for the first time. */
+function showReading() {
+  const { count, left } = runs;
+  reading.hidden = !left;
+  if (left) put(reading, el("progress", { max: count + left, value: count, "aria-label": "Runs read" }), `${whole(count)} of ${whole(count + left)} runs are read, the newest first. The others follow by themselves.`);
 }
 
 let counting = 0;

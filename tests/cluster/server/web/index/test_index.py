@@ -103,6 +103,17 @@ def test_what_has_changed_is_read(root, read):
     assert rows(index)["b"].steps == 77
 
 
+def test_a_run_that_somebody_waits_for_is_read_first(root, read):
+    index = RunsIndex([root])
+    index.look(patience=0.0)
+    assert (read, index.view.left) == ([], 3)
+    assert index.read_next("b")
+    assert not index.read_next("none")
+    index.look(patience=60.0)
+    assert read[0] == "b"
+    assert not index.read_next("b")
+
+
 def test_runs_come_and_go(root):
     index = RunsIndex([root])
     looked(index)

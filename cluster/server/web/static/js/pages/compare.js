@@ -32,10 +32,13 @@ class Compare {
     this.keysNode = el("section");
     outlet.append(el("div", { class: "compare" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.exports), this.bar, this.wrong,
       el("div", { class: "two compare-two" }, el("div", {}, this.overlay, this.difference), el("aside", { "aria-label": "Runs and keys that differ" }, this.list, this.keysNode))));
-    this.unlisten = listen((ids) => (!ids.size || this.ids.some((id) => ids.has(id))) && this.again());
+    this.unlisten = listen((ids) => (!ids.size || runs.left || this.asked.some((id) => ids.has(id))) && this.again());
     this.again = calmly(async () => {
+      const before = this.ids.length;
       await runs.refresh();
-      await this.load();
+      if (this.closed) return;
+      if (this.ids.length === before && !this.missing) await this.load();
+      else this.show();
     }, 800);
     titled("Compare", [["x", "axis"], ["l", "log"], ["b", "next baseline"], ["m", "metric"], ["e", "export"], ["drag", "zoom"]]);
     this.show();
@@ -57,8 +60,12 @@ class Compare {
     this.show();
   }
 
+  get asked() {
+    return [...new Set(state().getAll("run"))];
+  }
+
   get ids() {
-    return [...new Set(state().getAll("run"))].filter((id) => runs.places.has(id)).slice(0, MOST);
+    return this.asked.filter((id) => runs.places.has(id)).slice(0, MOST);
   }
 
   get axis() {
@@ -92,8 +99,9 @@ class Compare {
 
   show() {
     const { ids, axis, metric } = this;
-    const gone = state().getAll("run").filter((id) => !runs.places.has(id));
-    put(this.wrong, gone.length > 0 && notice("warning", `Not here: ${gone.join(", ")}.`));
+    const gone = this.asked.filter((id) => !runs.places.has(id));
+    this.missing = gone.length > 0;
+    put(this.wrong, this.missing && notice("warning", `${runs.left ? "Not read yet" : "Not here"}: ${gone.join(", ")}.`));
     for (const button of this.exports.children) button.disabled = !ids.length;
     if (!ids.length) {
       put(this.title, "Compare ", el("span", { class: "rest" }, "runs over steps, examples, tokens, FLOPs or time"));
@@ -101,7 +109,7 @@ class Compare {
       this.differences?.destroy();
       this.chart = this.differences = null;
       put(this.bar, this.adding());
-      put(this.overlay, empty("No run is chosen", "Choose runs with x in Runs, then press c; or add one by name.", null, el("p", {}, el("a", { href: "/runs" }, "To the runs"))));
+      put(this.overlay, !this.missing && empty("No run is chosen", "Choose runs with x in Runs, then press c; or add one by name.", null, el("p", {}, el("a", { href: "/runs" }, "To the runs"))));
       for (const node of [this.difference, this.list, this.keysNode]) put(node);
       return;
     }

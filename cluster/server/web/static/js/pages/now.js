@@ -58,9 +58,9 @@ class Now {
     const failed = problems.filter(({ level }) => level === "failed").length, warned = problems.length - failed;
     needs(problems);
     const count = (number, one, more) => `${number} ${number === 1 ? one : more}`;
-    const needed = failed ? `${count(failed, "run needs", "runs need")} you${warned ? `, ${count(warned, "warning", "warnings")}` : ""}. ` : warned ? `${count(warned, "warning", "warnings")}. ` : "Nothing needs you. ";
+    const needed = failed ? `${count(failed, "run needs", "runs need")} you${warned ? `, ${count(warned, "warning", "warnings")}` : ""}. ` : warned ? `${count(warned, "warning", "warnings")}. ` : found.left ? "Nothing needs you so far. " : "Nothing needs you. ";
     const lines = [running.length ? `${running.length} running` : "Nothing runs", waiting.length > 0 && `${waiting.length} waiting`, busy(machines)];
-    put(this.title, needed, el("span", { class: "rest" }, `${lines.filter(Boolean).join(", ")}. `, found.left ? `${whole(found.left)} runs are still being read.` : ""));
+    put(this.title, needed, el("span", { class: "rest" }, `${lines.filter(Boolean).join(", ")}. `));
     announce(needed);
     const focused = document.activeElement?.dataset?.problem;
     put(this.left,

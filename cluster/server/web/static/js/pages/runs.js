@@ -222,7 +222,7 @@ class Runs {
     const data = new Set(places.map((place) => runs.columns.data?.[place]).filter(Boolean));
     const all = runs.count, picked = this.selected, peek = state().get("peek");
     put(this.title, "Runs ", el("span", { class: "rest" }, places.length === all ? whole(all) : `${whole(places.length)} of ${whole(all)}`));
-    put(this.sub, runs.left ? `${whole(runs.left)} more are being read` : data.size > 1 ? `${data.size} data sets: losses compare only within one` : "");
+    put(this.sub, data.size > 1 ? `${data.size} data sets: losses compare only within one` : "");
     put(this.groupButton, group === "none" ? "Group" : `Group: ${group}`);
     put(this.columnsButton, `Columns ${this.columnKeys.length}`);
     put(this.picked, picked.size ? `${picked.size} selected` : "");

@@ -1,6 +1,6 @@
 /** Best model for the budget; was the prediction right? */
 
-import { get, readOnly } from "../api.js";
+import { get, readOnly, runs } from "../api.js";
 import { choice, el, empty, glyph, notice, put } from "../dom.js";
 import { DASH, ago, clock, compact, duration, loss, middle, number, percent, plain, whole } from "../format.js";
 import { announce, calmly, fresh, listen } from "../live.js";
@@ -40,7 +40,7 @@ class Sweeps {
   async refresh() {
     let found;
     try {
-      found = (await get("/api/sweeps")).sweeps;
+      [{ sweeps: found }] = await Promise.all([get("/api/sweeps"), runs.refresh()]);
     } catch (error) {
       if (!this.closed) put(this.body, notice("warning", error.message));
       return;
@@ -56,6 +56,7 @@ class Sweeps {
         el("td", { class: "number" }, whole(sweep.finished), el("span", { class: "unit" }, ` of ${whole(sweep.begun)} begun`)),
         el("td", { class: "number" }, sweep.running || ""), el("td", { class: `number${sweep.failed ? " failed" : ""}` }, sweep.failed || ""),
         el("td", { class: "number" }, loss(sweep.best)), el("td", { class: "number quiet" }, sweep.updated ? `${ago(sweep.updated)} ago` : DASH)))))
+      : runs.left ? empty("No sweep so far", "One shows here as soon as a trial of it is read.")
       : empty("No sweep yet", "One shows here with its first trial.", "muster sweep run sweep.yaml"));
   }
 }
@@ -107,7 +108,7 @@ class Sweep {
 
   async refresh() {
     try {
-      const [found, all] = await Promise.all([get(`/api/sweeps/${encodeURIComponent(this.id)}`), get("/api/sweeps")]);
+      const [found, all] = await Promise.all([get(`/api/sweeps/${encodeURIComponent(this.id)}`), get("/api/sweeps"), runs.refresh()]);
       if (this.closed) return;
       Object.assign(this, { found, all: all.sweeps });
     } catch (error) {
