@@ -104,8 +104,8 @@ def multiply_in_fp8(module: nn.Module) -> None:
     """
     if torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9):
         raise ConfigError(
-            f"train.precision=fp8: {torch.cuda.get_device_name()} has no fp8 support, an H100 or newer does; set it to "
-            "bf16"
+            f"train.precision=fp8: {torch.cuda.get_device_name()} has no fp8 support; GPUs from compute capability 8.9 "
+            "(L4, H100) do. Set it to bf16"
         )
     from torchao.float8 import convert_to_float8_training  # an optional package
 
