@@ -29,7 +29,8 @@ from .index.config_values import differing_keys, flat_config
 from .index.runs_index import Entry, RunsIndex, View
 from .jobs_api import jobs_router
 from .pages.columns_of_runs import ColumnsOfRuns
-from .pages.details import Books, details, events_after, experts, flops_per_token, log
+from .pages.details import Books, details, events_after, experts, flops_per_token
+from .pages.logs import log
 from .pages.now import Glance
 from .pages.prometheus import exposition
 from .pages.samples import picture

@@ -21,7 +21,7 @@ from .pages import plan
 from .pages.submission import run_roots, submitted
 from .pages.sweep import Sweeps, Swept
 
-LAW, TOPOLOGIES = "cluster.sweep.results.law_page", "cluster.server.web.pages.topologies"
+LAW, TOPOLOGIES = "cluster.sweep.results.law_page", "cluster.server.web.pages.plan"
 NO_QUEUE = "this server has no queue: submit from the dashboard of a cluster (`muster cluster up`)"
 Flops = Annotated[float | None, Query(gt=0, le=MOST_FLOAT)]
 

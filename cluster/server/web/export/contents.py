@@ -19,7 +19,8 @@ from ..index import colours
 from ..index.config_values import Configs, differing_keys, flat_config
 from ..index.rows import Run, refresh, signature
 from ..index.runs_index import Entry, View
-from ..pages.details import Books, details, experts, flops_per_token, log
+from ..pages.details import Books, details, experts, flops_per_token
+from ..pages.logs import log
 from ..pages.samples import picture
 from ..pages.series import EXAMPLES, Columns, Kept, began, lines
 from ..pages.stacks import stacks

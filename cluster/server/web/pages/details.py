@@ -23,18 +23,13 @@ from ..index.config_values import Configs, flat_config
 from ..index.rows import CONFIG, signature
 from ..index.runs_index import Entry
 from ..index.sampling import sample_records
-from .folders import below, opened, plain_files
+from .folders import below, plain_files
+from .logs import LOGS, log_files
 from .samples import SAMPLES, samples
 from .series import OF_LISTS, Columns
 
-LOGS = "logs"
-LOG = re.compile(r"attempt-(\d{1,9})-rank-(\d{1,9})\.log")
 MOST_MARKS = 2000
 MOST_TEXT = 500
-MOST_LOG = 1 << 20
-"""Bytes of a log that are sent at once."""
-MOST_SEARCHED = 64 << 20
-"""Bytes at the end of a log that are searched."""
 MOST_EVENTS = 500
 SHORT = 0.1
 """Seconds that it may take to work out where a run's time went, whenever something is recorded."""
@@ -84,7 +79,7 @@ def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
         "planned": _planned(events),
         "metrics": metrics,
         "samples": read(lambda: samples(run.path), []),
-        "ranks": read(lambda: sorted({rank for _, rank, _ in _logs(run.path)}), []),
+        "ranks": read(lambda: sorted({rank for _, rank, _ in log_files(run.path)}), []),
         "files": _files(run.path),
         "tracking": _tracking(run.path),
         "experts": _experts(train),
@@ -306,50 +301,6 @@ def metric_names(
     known, left_out = columns.read(str(run_dir), lambda kept: (kept.columns.names(), kept.columns.left_out))
     names |= dict.fromkeys(known)
     return list(names)[:MOST_NAMES], left_out + max(len(names) - MOST_NAMES, 0)
-
-
-def _logs(run_dir: Path) -> list[tuple[int, int, str]]:
-    """Attempt, rank and file of each log."""
-    try:
-        with below(run_dir, LOGS) as folder:
-            named = [(found, name) for name, _ in plain_files(folder) if (found := LOG.fullmatch(name))]
-            return sorted((int(found[1]), int(found[2]), name) for found, name in named)
-    except FileNotFoundError:
-        return []
-
-
-def log(run_dir: Path, rank: int, tail: int, search: str, attempt: int | None = None) -> dict[str, Any]:
-    """The end of what a rank printed in its newest attempt, or in another one.
-
-    Args:
-        tail: bytes at most.
-        search: only lines that have this in them, whatever its case; empty: all.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    own = [(n, name) for n, each, name in _logs(run_dir) if each == rank and attempt in (None, n)]
-    if not own:
-        return {"text": "", "offset": 0, "truncated": False, "attempt": None}
-    number, name = own[-1]
-    tail = min(max(tail, 1), MOST_LOG)
-    with below(run_dir, LOGS) as folder, opened(folder, name) as file:
-        size = file.seek(0, os.SEEK_END)
-        begin = max(0, size - (MOST_SEARCHED if search else tail))
-        file.seek(begin)
-        if search:
-            wanted, lines, length = search.encode().lower(), [], 0
-            for line in file.read(size - begin).splitlines(keepends=True):
-                if wanted in line.lower():
-                    lines.append(line)
-                    length += len(line)
-            truncated = begin > 0 or length > tail
-            text = b"".join(lines)[-tail:]
-        else:
-            text, truncated = file.read(size - begin), begin > 0
-    return {
-        "text": visible(text.decode(errors="replace")), "offset": begin, "truncated": truncated, "attempt": number
-    }  # fmt: skip
 
 
 def events_after(run_dir: Path, after: int) -> dict[str, Any]:

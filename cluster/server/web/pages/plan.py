@@ -1,4 +1,7 @@
-"""What a run would need and cost: `muster plan` of a config that somebody sent, of which nothing is read or run."""
+"""What a run would need and cost: `muster plan` of a config that somebody sent, of which nothing is read or run.
+
+As a process of its own (`python -m cluster.server.web.pages.plan`) it compares topologies, for seconds of a core.
+"""
 
 import math
 import re
@@ -21,6 +24,7 @@ from models.planning.devices import DEVICES, HEADROOM
 from models.planning.plan import predict
 from models.planning.search import search
 from trainer.data.manifest import made_vocabulary
+from trainer.processes.answering import answer_one
 from trainer.record.terminal import visible
 
 SHOWN = (
@@ -30,6 +34,8 @@ SHOWN = (
     "parallel.ep", "parallel.sp", "parallel.zero_stage", "parallel.offload",
 )  # fmt: skip
 """Keys whose values as they are used the form shows."""
+SECONDS, MEMORY = 120, 2 << 30
+"""Of a core, and bytes: no comparison of topologies takes as much."""
 PASTED = "the config"
 FILE = "config.yaml"
 """What a pasted config is called in a command."""
@@ -149,3 +155,7 @@ def _commands(asked: dict[str, Any], resolved: Config) -> dict[str, str]:
     if asked["usd_per_gpu_hour"] is not None:
         plan += ["--usd-per-gpu-hour", f"{asked['usd_per_gpu_hour']:g}"]
     return {"plan": " ".join(plan), **{verb: " ".join(["muster", verb, name, *keys]) for verb in ("submit", "train")}}
+
+
+if __name__ == "__main__":
+    answer_one(topologies, SECONDS, MEMORY)
