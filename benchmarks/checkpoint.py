@@ -106,7 +106,7 @@ class Trainee:
 
         self.saves += 1
         if name in self.savers:
-            self.savers[name].save(self.engine, TrainState(step=self.saves), 1)
+            self.savers[name].save([self.engine], TrainState(step=self.saves), 1)
             return self.savers[name].wait
         self.engine.deepspeed.save_checkpoint(str(self.folder / name), tag=str(self.saves))
         return lambda: self.engine.deepspeed._commit_decoupled_checkpoint() if name == DECOUPLED else None

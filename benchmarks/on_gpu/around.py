@@ -360,7 +360,7 @@ def checkpoint(setting: Setting) -> Iterator[Row]:
                 continue
             number += 1
             began = time.perf_counter()
-            saver.save(trained.engine, TrainState(step=number), 1)
+            saver.save([trained.engine], TrainState(step=number), 1)
             beside, first = [], step()
             while saver.writing and time.monotonic() < until:
                 beside.append(step())
