@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from models.kernels.compiler import compiled
+
 IGNORE = -100
 """Label of tokens that are not trained on."""
 
@@ -91,7 +93,7 @@ def _loss_and_gradient(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> 
 @functools.cache
 def _in_two_passes() -> Callable[[Tensor, Tensor, bool], Tensor]:
     """`_loss_and_gradient` for GPUs, where separate operations would be ten passes over the logits in fp32."""
-    return torch.compile(_one_formula, dynamic=False)
+    return compiled(_one_formula, dynamic=False)
 
 
 def _one_formula(logits_RV: Tensor, labels_R: Tensor, with_grad: bool) -> Tensor:

@@ -4,12 +4,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from models.decoder.pattern import Pattern
+
+from .compiler import compiled
 
 SMALLEST_HEAD = 16
 """Minimum width of the kernel's matrix products."""
@@ -51,4 +52,4 @@ def _on(x: Tensor, function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return compiled(function)

@@ -10,6 +10,8 @@ from typing import TypeVar
 
 import torch
 
+from .compiler import mend
+
 Function = TypeVar("Function", bound=Callable)
 _marked: list[Callable] = []
 
@@ -21,7 +23,9 @@ def uncompiled(function: Function) -> Function:
 
 
 def leave_uncompiled() -> None:
-    """Exclude the marked functions from compilation; call it before the first layer is compiled."""
+    """Exclude the marked functions from compilation, and mend the compiler; call it before the first layer is
+    compiled."""
+    mend()
     while _marked:
         function = _marked.pop()
         setattr(sys.modules[function.__module__], function.__name__, torch.compiler.disable(function))

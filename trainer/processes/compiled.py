@@ -1,7 +1,7 @@
 """The caches that torch.compile leaves for the next attempt, and statistics of what it did in this one.
 
-Private names of torch's compiler are used here only, as seen in torch 2.11 and 2.13. It takes a second to import, which
-a process that compiles nothing is spared.
+Private names of torch's compiler are used here and in `models.kernels.compiler`, as seen in torch 2.11 and 2.13. It
+takes a second to import, which a process that compiles nothing is spared.
 """
 
 import os
