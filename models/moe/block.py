@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from configs import ModelConfig
 from models.decoder.layers import SwiGLU
-from models.kernels.uncompiled import uncompiled
 
 from .experts import Routing, apply_experts, apply_padded
 from .router import Chooser, Router
@@ -45,12 +44,6 @@ class MoE(nn.Module):
         self.shared_expert_gate = nn.Linear(config.hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(self, x_BTH: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() and left_out(x_BTH):
-            return _uncompiled(self, x_BTH)
-        return self.mixed(x_BTH)
-
-    def mixed(self, x_BTH: Tensor) -> Tensor:
-        """`forward`, compiled or not."""
         x_SH = x_BTH.flatten(0, 1)
         y_BTH = self.experts(x_SH, self.chooser(self.gate, x_SH)).view_as(x_BTH)
         if self.shared_expert is None:
@@ -59,17 +52,3 @@ class MoE(nn.Module):
         if self.shared_expert_gate is not None:
             shared_BTH = F.sigmoid(self.shared_expert_gate(x_BTH)) * shared_BTH
         return y_BTH + shared_BTH
-
-
-def left_out(x: Tensor) -> bool:
-    """Whether a compiled layer calls its experts uncompiled: on GPUs.
-
-    On an H200 with torch 2.11 the gradients of compiled experts in bf16 were wrong, by a factor of 50 and more, while
-    those of the same graph recomputed in the backward pass were right (benchmarks/RESULTS.md, right.compiled).
-    """
-    return x.is_cuda
-
-
-@uncompiled
-def _uncompiled(experts: MoE, x_BTH: Tensor) -> Tensor:
-    return experts.mixed(x_BTH)
