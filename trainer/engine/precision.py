@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config, ConfigError
+from models.kernels.compiler import compiled
 from models.moe.router import Router
 
 FP8 = 16
@@ -52,7 +53,8 @@ def _copy(master: nn.Parameter, dtype: torch.dtype) -> Tensor:
 def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
     assert copy.grad is not None
     if master.grad is None:
-        master.grad = copy.grad.to(master.dtype)
+        wider = _wider()(copy.grad.view(-1)).view_as(copy) if copy.is_cuda else copy.grad.to(master.dtype)
+        master.grad = wider
     else:
         _add()(master.grad.view(-1), copy.grad.view(-1)) if copy.is_cuda else master.grad.add_(copy.grad)
     copy.grad = None
@@ -61,7 +63,13 @@ def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
 @functools.cache
 def _add() -> Callable[[Tensor, Tensor], Tensor]:
     """In-place addition across dtypes, compiled: torch's own kernel reads value by value if the dtypes differ."""
-    return torch.compile(Tensor.add_, dynamic=True)
+    return compiled(Tensor.add_, dynamic=True)
+
+
+@functools.cache
+def _wider() -> Callable[[Tensor], Tensor]:
+    """Conversion to fp32, compiled for the same reason."""
+    return compiled(Tensor.float, dynamic=True)
 
 
 @functools.cache
