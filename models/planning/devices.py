@@ -12,6 +12,9 @@ ATTAINED = 0.6
 reaches 0.75 on an H100 (FlashAttention-3, arXiv:2407.08608, fig. 5), smaller and grouped products much less."""
 BUS = 0.8
 """Fraction of a memory's or link's bandwidth that large transfers reach. Assumed."""
+EXPERTS = 0.76
+"""Rate of a GPU's experts relative to that of its other products, their gather and scatter included: 32 experts of 1,024,
+top-4, hidden size 2,048, measured 2026-11-27 on one H200 (benchmarks/RESULTS.md)."""
 HEADROOM = 0.1
 """Fraction of a device's memory that a plan leaves free, for fragmentation and prediction error."""
 
@@ -37,6 +40,8 @@ class Device:
     """Share of `flops` that matrix products reach."""
     bus: float = BUS
     """Share of the bandwidths that transfers reach."""
+    experts: float = 1.0
+    """Rate of experts relative to that of other matrix products."""
     elementwise: float = float("inf")
     """Bytes/s of an elementwise pass that computes an exponential; on a GPU as fast as its memory."""
     launch: float = 0.0
@@ -59,6 +64,7 @@ def _nvidia(
         per_node=8,
         node_link=nvlink * 1e9,
         network=network * 1e9,
+        experts=EXPERTS,
         sources={
             "flops": f"{sheet}: BF16 tensor core without sparsity; FP32 without tensor cores, as torch multiplies by "
             "default (no TF32)",

@@ -105,7 +105,8 @@ def predict(config: Config, device: Device) -> Plan:
     held = memory(config, device.is_cpu)
     traffic = tuple(item for item in _traffic(config, device) if item.sent)
     rate = device.flops[config.train.kept_in]  # used for fp8 too: how much it gains depends on the shapes
-    computed = tokens * (flops + _flops_again(config) + _flops_of_padding(config)) / devices
+    longer = _expert_flops(config) * (1 / device.experts - 1)  # in FLOPs of other products
+    computed = tokens * (flops + _flops_again(config) + _flops_of_padding(config) + longer) / devices
     compute = computed / (rate * device.attained) * _unevenness(config)
     # A batch that does not divide evenly is padded, and the padding is computed as well.
     filled = micro_batches(config) * config.parallel.dp * (config.train.micro_batch or 1) / config.train.global_batch
@@ -164,6 +165,12 @@ def _recomputed_share(config: Config) -> float:
     every = config.train.recompute_every
     layers = config.model.num_layers
     return sum((i + 1) % every == 0 for i in range(layers)) / layers if every else 0.0
+
+
+def _expert_flops(config: Config) -> float:
+    """Training FLOPs of a token in the experts that it is routed to: forward, and twice that backward."""
+    model = config.model
+    return 6 * parameters(model).experts * model.top_k / model.num_experts if model.is_moe else 0.0
 
 
 def _flops_again(config: Config) -> float:
