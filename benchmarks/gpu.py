@@ -35,7 +35,8 @@ from on_gpu import Part, Row, Setting  # noqa: E402
 MODULES = ("right", "fast", "layer", "around")
 FIRST = (
     "right.compiled", "around.resume", "right.model", "right.experts", "right.precision",
-    "fast.matmul", "fast.dense", "fast.moe", "fast.big", "layer.main", "fast.transformers", "fast.trainer.moe",
+    "fast.matmul", "fast.dense", "fast.moe", "fast.moe.small", "fast.big", "layer.main", "fast.transformers",
+    "fast.trainer.moe",
     "fast.trainer.dense", "fast.profile.moe", "around.checkpoint", "around.start", "fast.bare", "fast.loss",
 )  # fmt: skip
 """Parts that run first; the others follow module by module."""

@@ -327,6 +327,9 @@ def large_config(setting: Setting, **over: dict[str, Any]) -> Any:
     return small_config(setting, sizes, train=train, **over)
 
 
+BY_THREADS = "background, memory pinned by 8 threads"
+
+
 def checkpoint(setting: Setting) -> Iterator[Row]:
     """How long a checkpoint stalls training, what is written, and how much slower steps are during the write."""
     from models.planning.cost import parameters
@@ -352,7 +355,11 @@ def checkpoint(setting: Setting) -> Iterator[Row]:
     yield {"parameters": count, "step_s": usual, "disk_free_gb": free / 1e9}
     assert free > 2.5 * 12 * count, "the disk is too full"
     number = 0
-    for kind, background in (("background", True), ("foreground", False)):
+    for kind, background in (("background", True), (BY_THREADS, True), ("foreground", False)):
+        if kind == BY_THREADS:
+            torch._C._accelerator_setAllocatorSettings(
+                "pinned_use_cuda_host_register:True,pinned_num_register_threads:8"
+            )
         saver = Saver(folder / kind, settings, None, background, 600)
         for turn in ("first", "second"):
             if time.monotonic() > until - 15 and not setting.dry:

@@ -177,7 +177,8 @@ PARTS = [
     Part("fast.matmul", matmul, 4),
     Part("fast.dense", race([(DENSE, 16)], accumulate=4), 20),
     Part("fast.eager.dense", race([(Way(compiled=False), 16)], accumulate=4), 15),
-    Part("fast.moe", race([(MOE, 8)], accumulate=8), 30),
+    Part("fast.moe", race([(MOE, 12)], accumulate=5), 30),
+    Part("fast.moe.small", race([(MOE, 8)], accumulate=8), 30),
     Part("fast.big", race([(BIG, 8)], accumulate=4), 25),
     Part("fast.fp8", race([
         (Way(size="dense-3b", switches=("fp8 rowwise",)), 8), (Way(size="dense-3b", switches=("fp8 tensorwise",)), 8),
