@@ -116,6 +116,14 @@ class RunAsked(SentConfig):
     """Accept it even if the cluster is too small now."""
 
 
+class Needs(BaseModel):
+    """What a run would reserve on the machines that there are, or why it would be refused."""
+
+    gang: str = ""
+    """`2 to 4 x (2 CPU, 1 GPU)`."""
+    why: str = ""
+
+
 class PlanOptions(BaseModel):
     """What the form offers."""
 

@@ -14,11 +14,12 @@ from trainer.record.terminal import visible
 
 from ..jobs.board import Board
 from ..messages import BadMessage
+from ..outlook import gang_words
 from . import jobs_models, plan_responses
 from .heavy import Heavy
 from .index.runs_index import RunsIndex, View
 from .pages import plan
-from .pages.submission import run_roots, submitted
+from .pages.submission import needed, run_roots, submitted
 from .pages.sweep import Sweeps, Swept
 
 LAW, TOPOLOGIES = "cluster.sweep.results.law_page", "cluster.server.web.pages.plan"
@@ -93,6 +94,15 @@ def plan_routes(
         found = told.found or {}
         content = {"working": told.found is None, "error": found.get("error", ""), "key": found.get("key")}
         return answer(request, content | {"found": None if "error" in found else told.found})
+
+    @router.post("/api/submit/needs", response_model=plan_responses.Needs)
+    def needs(request: Request, body: plan_responses.RunAsked) -> Response:
+        if board is None:
+            raise HTTPException(409, NO_QUEUE)
+        try:
+            return answer(request, {"gang": gang_words(needed(board, body.model_dump())), "why": ""})
+        except ConfigError as error:
+            return answer(request, {"gang": "", "why": visible(str(error))[:2000]})
 
     @router.post("/api/submit", response_model=jobs_models.JobRow)
     def submit(request: Request, body: plan_responses.RunAsked) -> Response:

@@ -12,7 +12,7 @@ from configs.load import dump_yaml, one_file_apart
 from configs.reading.parse import shortened
 
 from ...jobs.board import Board
-from ...messages import Known, Submit
+from ...messages import Job, Known, Submit
 from ...pack import read_message, write_zip
 from ...submit import CONFIG, check_new, check_workers, job_of_run, kept_keys, needs
 from .plan import known_vocabulary, sent_config, sent_text
@@ -37,6 +37,31 @@ def submitted(board: Board, roots: Sequence[Path], asked: dict[str, Any]) -> Kno
     """
     config = sent_config(asked)
     _check_place(Path(config.run.root), config.run.name, roots)
+    job = needed(board, asked)
+    check_new(job, board.queue.jobs())
+    text, where = sent_text(asked)
+    file = dump_yaml(one_file_apart(text, [*asked["overrides"], *kept_keys(job)], where))
+    message = Submit(do="submit", id=new_id(job.name), job=job)
+    package = board.queue.upload()
+    try:
+        write_zip(package, package.parent, (), message.model_dump_json(), {CONFIG: file})
+        content = package.read_bytes()
+        return board.queue.submit(read_message(content), package, hashlib.sha256(content).hexdigest())
+    finally:
+        package.unlink(missing_ok=True)
+
+
+def needed(board: Board, asked: dict[str, Any]) -> Job:
+    """The job that a run would be, which has what it would reserve on the machines that there are.
+
+    Args:
+        asked: as `plan_responses.RunAsked`.
+
+    Raises:
+        ConfigError: the config is invalid, asks for code or a file of the sender's, or the machines have no room for
+            it.
+    """
+    config = sent_config(asked)
     for key, paths in needs(config).items():
         for path in paths:
             if not os.path.isabs(os.path.expanduser(path)):
@@ -49,18 +74,7 @@ def submitted(board: Board, roots: Sequence[Path], asked: dict[str, Any]) -> Kno
     seen = board.scheduler.seen
     if not seen.reachable or not seen.nodes:
         raise ConfigError(f"the machines are not known: {seen.why or 'none has joined the cluster'}")
-    job = job_of_run(resolved, seen.nodes, asked["queue"], asked["priority"])
-    check_new(job, board.queue.jobs())
-    text, where = sent_text(asked)
-    file = dump_yaml(one_file_apart(text, [*asked["overrides"], *kept_keys(job)], where))
-    message = Submit(do="submit", id=new_id(job.name), job=job)
-    package = board.queue.upload()
-    try:
-        write_zip(package, package.parent, (), message.model_dump_json(), {CONFIG: file})
-        content = package.read_bytes()
-        return board.queue.submit(read_message(content), package, hashlib.sha256(content).hexdigest())
-    finally:
-        package.unlink(missing_ok=True)
+    return job_of_run(resolved, seen.nodes, asked["queue"], asked["priority"])
 
 
 def _check_place(root: Path, name: str, roots: Sequence[Path]) -> None:

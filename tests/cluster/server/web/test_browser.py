@@ -23,6 +23,7 @@ if CHROMIUM is None:
 expect.set_options(timeout=20_000)
 HOSTILE = '<img src=x onerror="document.title=1">'
 STEPS = 1200
+LONG = "x" * 120
 
 
 def curved(step):
@@ -48,6 +49,7 @@ def dashboard(root, trained):
         write_run(root / f"dense-lr{lr}-seed{seed}", 6, of=6, lr=lr, grad_norm=2.0 + seed)
     write_run(root / "long", STEPS, of=STEPS, loss=curved)
     write_run(root / "failed", 3, status="FAILED", of=9, lr=0.25)
+    write_run(root / LONG, 2)
     write_run(root / HOSTILE.replace("/", ""), 2)
     going = write_run(root / "going", 5, of=40, status=None)
     again = Record(going, 2)
@@ -119,6 +121,8 @@ def test_every_page_is_whole_at_every_width(watched, width, theme):
     shown = {
         "/": "2 runs need you", "/runs": "Runs", "/run/trained": "trained", "/run/trained?tab=samples": "trained",
         "/run/trained?tab=config": "trained", "/run/trained?tab=logs": "trained", "/run/trained?tab=files": "trained",
+        "/run/trained?tab=experts": "trained", "/run/drawn?tab=samples": "drawn", "/run/hung?tab=logs": "hung",
+        f"/run/{LONG}": LONG, "/runs?q=" + "y" * 120: "0 of", "/runs?group=optim.lr": "Runs",
         "/run/failed": "failed", "/run/going?x=tokens&log=1": "going", "/compare": "Compare",
         "/compare?run=trained&run=long&x=time": "2 runs", "/run/nothing": None,
     }  # fmt: skip
@@ -212,7 +216,7 @@ def test_the_filter(page):
     box.fill("loss > 100")
     expect(page.locator("main")).to_contain_text("No run has loss > 100")
     page.get_by_role("button", name="Clear the filter").click()
-    expect(page.locator("h1")).to_have_text("Runs 11")
+    expect(page.locator("h1")).to_have_text("Runs 12")
 
 
 def test_sort_and_group(page):
@@ -244,7 +248,7 @@ def test_views_are_addresses_with_names(page):
     page.get_by_label("Name of the view").fill(HOSTILE)
     page.get_by_role("button", name="Save", exact=True).click()
     page.get_by_role("button", name="All", exact=True).click()
-    expect(page.locator("h1")).to_have_text("Runs 11")
+    expect(page.locator("h1")).to_have_text("Runs 12")
     assert "run=long" in page.url
     view = page.locator(".views").get_by_role("button", name=HOSTILE)
     expect(view).to_have_attribute("aria-pressed", "false")

@@ -25,6 +25,11 @@ MACHINES = [
 ]
 
 
+WIDTHS = """() => [document.documentElement, ...document.querySelectorAll("dialog")]
+    .filter((node) => node.scrollWidth > node.clientWidth).map((node) => node.tagName)"""
+"""What is wider than the screen, or than the dialog that it is in."""
+
+
 class Running:
     """A job API at which everything that was started runs on, until it is asked to stop."""
 
@@ -118,6 +123,17 @@ def test_jobs_are_moved_cancelled_stopped_and_retried_from_the_page(here, page):
     assert again.id.startswith("job-lost-")
 
 
+def test_a_page_says_why_the_cluster_has_no_room_before_it_is_submitted(page):
+    page.get_by_role("link", name="Plan a run").click()
+    expect(page.get_by_role("link", name="Plan", exact=True)).to_have_attribute("aria-current", "page")
+    page.goto("/plan?preset=quickstart&gpu=cpu&gpus=128&set=train.global_batch%3D128")
+    page.get_by_role("button", name="Submit this").click()
+    needs = page.get_by_role("dialog").locator(".needs")
+    expect(needs).to_contain_text("It would be refused: asks for 128 GPUs; the cluster has 16")
+    page.get_by_label("Queue it even if").check()
+    expect(needs).to_have_text("It asks the cluster for 128 x (1 CPU, 1 GPU).")
+
+
 def test_a_job_leads_to_its_run(page):
     page.locator('.jobs tr[data-job="job-dense-aaaaaa"]').get_by_role("link", name="dense").click()
     expect(page.locator("h1")).to_contain_text("dense")
@@ -128,6 +144,8 @@ def test_a_plan_is_submitted_once_it_has_been_confirmed(here, watched, page):
     page.get_by_role("button", name="Submit this").click()
     dialog = page.get_by_role("dialog")
     expect(dialog.get_by_role("button", name="Do not submit")).to_be_focused()
+    expect(dialog.locator(".needs")).to_have_text("It asks the cluster for 16 x (4 CPU, 1 GPU).")
+    assert page.evaluate(WIDTHS) == []
     before = set(here.jobs)
     page.keyboard.press("Enter")
     expect(dialog).to_have_count(0)

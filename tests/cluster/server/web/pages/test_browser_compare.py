@@ -17,12 +17,18 @@ if CHROMIUM is None:
     pytest.skip("no Chromium is installed", allow_module_level=True)
 
 
+LONG = {"x" * 120: 12345.678901, "the-learning-rate-and-the-number-of-experts-" * 2: 98765.432109}
+"""Runs of long names, one of which nothing breaks, by their learning rate."""
+
+
 @pytest.fixture(scope="module")
 def dashboard(root):
     for seed, lr in enumerate((0.001, 0.001, 0.5, 0.5)):
         write_run(root / f"dense-lr{lr}-seed{seed}", 6, of=6, lr=lr, grad_norm=2.0 + seed)
     write_run(root / "long", 40, of=40)
     write_run(root / "diverged", 30, of=30, loss=lambda step: math.nan if 10 <= step < 20 or step > 28 else 1.0 / step)
+    for name, lr in LONG.items():
+        write_run(root / name, 5, of=5, lr=lr)
     with serving([root]) as server:
         server.look()
         yield server
@@ -89,6 +95,18 @@ def test_runs_of_one_setting_are_compared_by_their_mean(page, tmp_path):
     assert (tmp_path / "means.svg").read_text().count("fill-opacity") == 2
     page.get_by_label("Group").select_option("no groups")
     expect(plot).to_have_attribute("aria-label", re.compile("seed3"))
+
+
+@pytest.mark.parametrize("more", ["", "&group=optim.lr", "&group=train.steps", "&x=time&log=xy"])
+def test_a_narrow_page_of_many_runs_with_long_names_does_not_scroll_sideways(page, more):
+    page.set_viewport_size({"width": 400, "height": 860})
+    ids = [*LONG, "dense-lr0.001-seed0", "dense-lr0.001-seed1", "dense-lr0.5-seed2", "dense-lr0.5-seed3", "long"]
+    page.goto("/compare?" + "&".join(f"run={each}" for each in ids) + more)
+    table = page.locator(".compare-runs")
+    expect(table.locator("td a")).to_have_count(len(ids))
+    expect(page.locator(".keys-table")).to_contain_text("optim.lr")
+    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert table.evaluate("table => table.offsetWidth <= table.parentElement.clientWidth")
 
 
 def test_seeds_make_no_group_of_their_own(page):

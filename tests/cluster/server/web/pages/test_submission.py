@@ -11,6 +11,7 @@ from queues import Queue
 from cluster.gangs.ray_nodes import Machine
 from cluster.gangs.share import Node
 from cluster.server.jobs.ray_process import RayProcess
+from cluster.server.outlook import gang_words
 from cluster.server.web import auth
 from configs import load
 
@@ -121,6 +122,17 @@ def test_what_a_page_may_not_submit(server, here, tmp_path):
     assert [path.name for path in here.queue.here.iterdir()] == ["journal.jsonl"]
 
 
+def test_what_a_run_would_reserve_is_told_before_it_is_queued(server, here, tmp_path):
+    told = server.post("/api/submit/needs", form(tmp_path)).json
+    assert here.jobs == {}
+    id = server.post("/api/submit", form(tmp_path)).json["id"]
+    assert told == {"gang": gang_words(here.jobs[id]), "why": ""}
+    large = form(tmp_path, overrides=["parallel.dp=8", "cluster.cpus_per_worker=2"])
+    told = server.post("/api/submit/needs", large).json
+    assert (told["gang"], "asks for 16 CPUs; the cluster has 4" in told["why"]) == ("", True)
+    assert server.post("/api/submit/needs", large | {"queue": True}).json["gang"] == "8 x (2 CPU)"
+
+
 def test_a_run_is_queued_once_and_later_if_it_is_too_large_now(server, here, tmp_path):
     large = form(tmp_path, overrides=["parallel.dp=8", "cluster.cpus_per_worker=2"])
     assert server.post("/api/submit", large | {"queue": True}).json["workers"] == 8
@@ -164,3 +176,4 @@ def test_where_no_machine_is_known_or_no_queue_is(here, tmp_path, monkeypatch):
         assert server.get("/api/plan").json["roots"] is None
         answer = server.post("/api/submit", form(tmp_path))
         assert (answer.status, "this server has no queue" in answer.json["error"]) == (409, True)
+        assert server.post("/api/submit/needs", form(tmp_path)).status == 409

@@ -261,14 +261,14 @@ class Compare {
   tables(ids, baseline, differs) {
     const looks = together(ids), rows = ids.map((id) => runs.row(id)), own = rows.find(({ id }) => id === baseline);
     const prefix = sharedPrefix(ids.map((id) => this.name(id)));
-    put(this.list, el("h2", {}, "Runs", el("small", {}, "held-out loss at the end")), el("table", { class: "plain" },
+    put(this.list, el("h2", {}, "Runs", el("small", {}, "held-out loss at the end")), el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Runs and their losses" }, el("table", { class: "plain compare-runs" },
       el("thead", {}, el("tr", {}, ["run", "loss", "difference", "tokens", "leave out"].map((name, index) => el("th", { class: index ? "number" : "" }, index === 4 ? el("span", { class: "for-readers" }, name) : name)))),
       (this.groups ?? [{ ids }]).map(({ label, ids: members }) => el("tbody", {}, label && this.groupRow(label, members, baseline, looks[ids.indexOf(members[0])]), rows.map((row, index) => members.includes(row.id) && el("tr", {},
         el("td", { class: label ? "member" : "" }, swatch(label ? looks[ids.indexOf(members[0])] : looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
         el("td", { class: "number" }, el("b", {}, loss(row.eval_loss))),
         el("td", { class: "number quiet" }, row.id === baseline || row.eval_loss === null || own.eval_loss === null ? "" : decimals(row.eval_loss - own.eval_loss)),
         el("td", { class: "number quiet" }, compact(row.tokens)),
-        el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×"))))))));
+        el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×")))))))));
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
       ? el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Keys that differ" }, el("table", { class: "plain keys-table" },

@@ -26,11 +26,11 @@ class Now {
     this.wrong = el("div");
     this.left = el("div");
     this.right = el("aside", { "aria-label": "Ended, time and disks" });
-    outlet.append(el("div", { class: "now-page" }, el("div", { class: "two" }, el("div", {}, this.title, this.wrong, this.left), this.right)));
+    outlet.append(el("div", { class: "now-page" }, el("div", { class: "two" }, el("div", {}, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), el("a", { href: "/plan" }, "Plan a run ›")), this.wrong, this.left), this.right)));
     const soon = calmly(() => this.refresh(), 400);
     this.unlisten = listen(soon);
     this.timer = setInterval(soon, EVERY);
-    titled("Now", [["j k", "move"], ["↵", "open"], ["g r", "runs"], ["/", "find"]]);
+    titled("Now", [["j k", "move"], ["↵", "open"], ["g r", "runs"], ["g p", "plan"], ["/", "find"]]);
     this.refresh();
   }
 

@@ -13,28 +13,47 @@ export function queueing({ sent, told, roots, doubt, typed, title }) {
   const name = el("input", { type: "text", class: "mono", value: told.run, spellcheck: "false", autocomplete: "off" });
   const root = el("select", {}, roots.map((each) => el("option", { value: each, selected: each === own("run.root") }, each)));
   const priority = el("input", { type: "number", step: 1, value: 0, class: "priority number" });
-  const patient = el("input", { type: "checkbox" });
+  const patient = el("input", { type: "checkbox", on: { change: () => ask() } });
+  const needs = el("div", { class: "needs", role: "status" });
   const wrong = el("div", { role: "alert" });
+  let asking = 0;
   const field = (label, input) => el("label", { class: "field" }, el("span", {}, label), input);
   const submit = el("button", { type: "button", class: "filled", on: { click: () => send() } }, "Submit");
   const body = el("div", {},
-    el("p", {}, title), doubt,
+    el("p", {}, title), doubt, needs,
     field("run.name", name), field("run.root", root), field("priority", priority),
     el("label", { class: "check" }, patient, "Queue it even if the cluster is too small now"),
     el("p", { class: "quiet" }, "It is trained by the muster that the cluster has installed. A page sends the config alone: no file and no plugin."),
     el("details", {}, el("summary", {}, "On a command line"), typed), wrong,
     el("div", { class: "buttons" }, el("button", { type: "button", class: "bare", autofocus: true, on: { click: () => shown.close() } }, "Do not submit", el("kbd", {}, "esc")), submit));
   const shown = dialog("Submit this run?", body);
+  root.addEventListener("change", () => ask());
+  ask();
+
+  /** The run as it is asked for. */
+  function wanted() {
+    const others = told.overrides.filter((each) => !each.startsWith("run.name=") && !each.startsWith("run.root="));
+    return { preset: sent.preset, text: sent.text, priority: Number(priority.value), queue: patient.checked, overrides: [...others, `run.name=${name.value.trim()}`, `run.root=${root.value}`] };
+  }
+
+  /** Says what it will reserve on this cluster, or why it would be refused. */
+  async function ask() {
+    const turn = (asking += 1);
+    let said;
+    try {
+      const { gang, why } = await post("/api/submit/needs", { ...wanted(), priority: 0 });
+      said = gang ? ["It asks the cluster for ", el("b", {}, gang), "."] : notice("warning", "It would be refused: ", why);
+    } catch (error) {
+      said = notice("warning", error.message);
+    }
+    if (turn === asking) put(needs, said);
+  }
 
   async function send() {
     if (!/^-?\d+$/.test(priority.value.trim())) return void put(wrong, notice("failed", "A priority is a whole number."));
-    const others = told.overrides.filter((each) => !each.startsWith("run.name=") && !each.startsWith("run.root="));
     submit.disabled = true; // once is enough
     try {
-      const job = await post("/api/submit", {
-        preset: sent.preset, text: sent.text, priority: Number(priority.value), queue: patient.checked,
-        overrides: [...others, `run.name=${name.value.trim()}`, `run.root=${root.value}`],
-      });
+      const job = await post("/api/submit", wanted());
       put(body, el("p", {}, glyph("waiting"), " ", el("b", { class: "mono" }, job.id), job.ahead ? ` is queued behind ${job.ahead}.` : " is next in the queue."),
         job.outlook.why && el("p", { class: "quiet" }, job.outlook.why),
         el("div", { class: "buttons" }, el("button", { type: "button", class: "bare", on: { click: () => shown.close() } }, "Close", el("kbd", {}, "esc")),
