@@ -27,6 +27,7 @@ from .record.progress import Follower, ProgressView
 from .record.terminal import Console, guard
 from .run.folder import followed, is_finished, prepare_run, read_config
 from .run.header import header
+from .run.stop import take_stop
 from .tracking import unsent
 
 
@@ -52,6 +53,8 @@ def main() -> ExitCode:
         view = ProgressView(resolved.train.steps, console=terminal)
         with Follower(run_dir, view) if chief else nullcontext(), output_kept(run_dir):
             status = train(run_dir)
+        if chief and status == "STOPPED":
+            take_stop(run_dir)  # it has been followed: the same command goes on
         tracking = read_config(run_dir).tracking
         if tracking.enabled and not tracking.parent and (missing := unsent(run_dir)):
             _say(missing)
