@@ -7,9 +7,9 @@ from typing import Any
 
 from .base import ConfigError
 from .load import flatten
-from .sections.family import DECODER, SECTIONS, TASK_NAMES, UnknownFamily, no_such, section_of
 from .sections.model import ModelConfig
 from .sections.optim import OPTIMIZERS
+from .sections.pairs import kind_of_data
 from .sections.run import Config
 from .topology import check_topology, refusals
 from .units import counted
@@ -28,7 +28,8 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     Raises:
         ConfigError: sections that contradict each other.
     """
-    _check_names(config)
+    if not config.plugins:  # which may bring a family or a task: `trainer.run.plugins` checks what it has loaded
+        kind_of_data(config)
     values = flatten(config) if config.defaults else {}
     derived = ("train.micro_batch", "parallel.dp")  # handled below, with notes of their own
     notes = [f"{key}={values[key]}: {why}" for key, why in config.defaults.items() if why and key not in derived]
@@ -107,16 +108,6 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         )
     resolved = config.model_copy(update={"model": model, "train": train, "parallel": parallel})
     return resolved.with_defaults({}), notes
-
-
-def _check_names(config: Config) -> None:
-    """Raise ConfigError for a family or a task that nothing brings. With plugins that is seen once they are loaded."""
-    if config.plugins:
-        return
-    if not config.model.is_known and section_of(config.model.family) is UnknownFamily:
-        raise no_such("model.family", config.model.family, {DECODER, *SECTIONS})
-    if config.task not in TASK_NAMES:
-        raise no_such("task", config.task, TASK_NAMES)
 
 
 def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:

@@ -10,24 +10,13 @@ from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
+from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 
 from .decoder.model import Decoder
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
 from .vision.convnet import ConvNet
-
-Words = str | tuple[str, ...]
-"""What a network takes or gives: one kind of inputs or outputs, or several."""
-
-
-def one_by_one(words: Words) -> tuple[str, ...]:
-    return (words,) if isinstance(words, str) else words
-
-
-def in_both(some: Words, others: Words) -> list[str]:
-    """The kinds that stand in both, in the order of the first."""
-    return [word for word in one_by_one(some) if word in one_by_one(others)]
 
 
 @dataclass(frozen=True)
@@ -58,17 +47,17 @@ def _decoder_flops(config: Config) -> float:
 
 
 class Families(dict[str, Family]):
-    """Registers the config class of a family with `configs` when the family is added."""
+    """Registers with `configs` what it needs to know of a family when the family is added."""
 
     def __setitem__(self, name: str, family: Family) -> None:
-        SECTIONS[name] = family.section
+        SECTIONS[name], FAMILY_ENDS[name] = family.section, Ends(family.takes, family.gives)
         super().__setitem__(name, family)
 
 
 FAMILIES = Families()
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
-FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, takes="images", gives="classes")
-FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, takes=("rows", "images"), gives=("classes", "numbers"))
+FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS["convnet"]._asdict())
+FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
 
 
 def family_of(config: ModelSection) -> Family:

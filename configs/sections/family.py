@@ -45,8 +45,6 @@ class UnknownFamily(ModelSection):
 SECTIONS: dict[str, type[ModelSection]] = {}
 """Config class by family name, except the decoder's: `configs.sections.run` has ours, `models.families.FAMILIES` adds
 those of plugins."""
-TASK_NAMES = {"language_modelling", "classification", "regression"}
-"""What `task` may be: `models.tasks.table.TASKS` adds those of plugins."""
 
 
 def by_family(value: Any, of_decoder: ValidatorFunctionWrapHandler) -> Any:

@@ -1,15 +1,15 @@
 """Classification and regression of rows and images: the class, or the numbers, that belong to an example."""
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs import Config, ConfigError
+from configs import Config
+from configs.sections.pairs import TASK_ENDS, kind_of_data
 from models.batch import ImageBatch, RowBatch
-from models.families import Words, family_of, in_both
 from models.noise import dropout_keys_of
 
 from .samples import Table
@@ -22,19 +22,10 @@ class Labelled(Task):
     """What both have in common. A network is called with a batch's inputs and, in training, dropout's keys; both are
     [B, ...], and it returns [B, classes or numbers]."""
 
-    takes: ClassVar[Words] = ("rows", "images")
-
     @classmethod
     def kind(cls, config: Config) -> str:
-        """`data.kind`, else the first that the family takes. Raises ConfigError if it takes no such examples."""
-        possible = in_both(family_of(config.model).takes, cls.takes)
-        kind = config.data.kind or possible[0]
-        if kind not in possible:
-            raise ConfigError(
-                f"data.kind={kind}: model.family={config.model.family} with task={config.task} learns from "
-                f"{' or '.join(possible)}: set data.kind={possible[0]}, or another model.family"
-            )
-        return kind
+        """`data.kind`, else the first that the family takes. Raises ConfigError as `kind_of_data`."""
+        return kind_of_data(config)
 
     @property
     def counts(self) -> tuple[int, str]:
@@ -56,7 +47,7 @@ class Classification(Labelled):
     """The label of an example, by cross-entropy in nats. Evaluations measure it without label smoothing and weights of
     classes. Recorded besides: `accuracy`, and `macro_f1`, the mean F1 over the classes that occur."""
 
-    gives = "classes"
+    takes, gives = TASK_ENDS["classification"]
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
@@ -97,7 +88,7 @@ class Regression(Labelled):
     data.rows.standardise. Recorded besides: `r2`, the share of the variance that is explained, averaged over the
     numbers, and `rmse` in their own units."""
 
-    takes, gives = "rows", "numbers"
+    takes, gives = TASK_ENDS["regression"]
 
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from configs import Config, ConfigError, ModelConfig
+from configs.sections.pairs import TASK_ENDS
 from models.batch import Batch
 from models.loss import IGNORE
 from models.moe.balance import RouterTap
@@ -23,7 +24,8 @@ BIAS, LOAD = "router.bias", "router.load"
 class LanguageModelling(Task):
     """Predicts each token from those before it."""
 
-    takes, gives, example = "tokens", "loss of tokens", "sequences"
+    takes, gives = TASK_ENDS["language_modelling"]
+    example = "sequences"
 
     def __init__(self, config: Config):
         super().__init__(config)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from models.families import Words
+from configs.sections.pairs import Words
 
 from .samples import Sample
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from configs import Config, ConfigError, counted
 from configs.sections.data import DataConfig
+from configs.sections.pairs import one_by_one, refuse_text
 from models.batch import MicroBatch
-from models.families import one_by_one
 from models.tasks.table import reads, task_class
 from trainer.processes.device import device
 from trainer.tracking import inputs_of
@@ -109,7 +109,7 @@ def _unless_empty(opened: Callable[[], ExampleReader], split: Split) -> ExampleR
 
 def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `images.reader.Images`, or if the model has other sizes."""
-    _refuse_text(config, "images")
+    refuse_text(config, "images")
     images = _images(config.data)
     _check_sizes(config, math.prod(images.shape), images.classes)
     channels = getattr(config.model, "channels", images.shape[0])
@@ -141,7 +141,7 @@ def _open_rows(config: Config, split: Split) -> ExampleReader | None:
 
 def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `rows.reader.Rows`, or if the model has other sizes."""
-    _refuse_text(config, "rows")
+    refuse_text(config, "rows")
     rows = _rows(config)
     _check_sizes(config, len(rows.names), rows.classes)
     predicted, outputs = len(config.data.rows.labels), getattr(config.model, "outputs", None)
@@ -155,14 +155,6 @@ def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
         rows.left_out,
     ]
     return config.data, list(filter(None, notes))
-
-
-def _refuse_text(config: Config, what: str) -> None:
-    if config.data.path == "stdlib":
-        raise ConfigError(
-            f"data.path=stdlib is text, but task={config.task} learns from {what}: set data.path to a Parquet file "
-            f"of {what}, or a folder of them"
-        )
 
 
 def _check_sizes(config: Config, inputs: int, classes: int) -> None:

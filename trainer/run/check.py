@@ -6,9 +6,10 @@ from torch import nn
 
 from configs import Config, ConfigError, counted
 from configs.sections.optim import OPTIMIZERS
+from configs.sections.pairs import check_pair
 from models.families import build
 from models.norm_memory import batch_norms
-from models.tasks.table import check_pair, task_of
+from models.tasks.table import task_of
 from trainer.engine.precision import check_precision
 from trainer.schedule import optimizer_of
 

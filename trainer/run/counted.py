@@ -6,9 +6,9 @@ import torch
 
 from configs import Config
 from configs.reading.parse import clip
+from configs.sections.pairs import check_pair
 from models.families import build
 from models.flops import flops_of_example
-from models.tasks.table import check_pair
 from trainer.data.kinds import kind_of
 
 

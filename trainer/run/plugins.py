@@ -12,6 +12,7 @@ from pathlib import Path
 import models  # noqa: F401  ours first, so that a user's folder of that name cannot shadow it
 from configs import Config, ConfigError, load
 from configs.load import with_family
+from configs.sections.pairs import check_pair
 from trainer.processes.compile_locks import mend_compile_locks
 
 
@@ -44,13 +45,15 @@ def load_plugins(plugins: Sequence[str]) -> None:
 
 def load_own(name: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Load a config that the user names, as `configs.load`, with the keys of a family that its plugins define. Raises
-    ConfigError, as `configs.load` and `load_plugins`."""
+    ConfigError, as `configs.load`, `load_plugins` and `check_pair`."""
     overrides = tuple(overrides)
     config = load(name, overrides)
     if not config.plugins:
         return config
     load_plugins(config.plugins)
-    return with_family(load(name, overrides))  # now that the keys are known
+    config = with_family(load(name, overrides))  # now that the keys are known
+    check_pair(config)
+    return config
 
 
 def with_plugins(config: Config) -> Config:

@@ -7,9 +7,10 @@ from sklearn import metrics
 from torch.nn import functional as F
 
 from configs import ConfigError, from_dict
+from configs.sections.pairs import check_pair
 from models.batch import ImageBatch, RowBatch
 from models.tasks.samples import Table
-from models.tasks.table import check_pair, reads, task_of
+from models.tasks.table import reads, task_of
 
 CLASSES = 5
 
@@ -90,11 +91,11 @@ def test_images_reach_a_network_as_numbers_about_zero():
 
 def test_the_kind_of_examples_is_the_familys_or_asked_for():
     def config(**keys):
-        return from_dict({"model": {"family": "mlp"}, **keys})
+        return from_dict({"model": {"family": "mlp"}, "data": {"path": "x.parquet"}, **keys})
 
     assert reads(config()) == "rows"
-    assert reads(config(data={"kind": "images"})) == "images"
+    assert reads(config(data={"kind": "images", "path": "x.parquet"})) == "images"
     with pytest.raises(ConfigError, match=r"data\.kind=images: .* learns from rows: set data\.kind=rows"):
-        reads(config(task="regression", data={"kind": "images"}))
+        reads(config(task="regression", data={"kind": "images", "path": "x.parquet"}))
     with pytest.raises(ConfigError, match=r"from tokens to loss of tokens, .* goes from rows or images to classes or"):
         check_pair(config(task="language_modelling"))

@@ -8,8 +8,8 @@ import pytest
 from support import resolved
 
 from configs import ConfigError, from_dict, resolve
+from configs.sections.pairs import check_pair
 from models.families import FAMILIES, build
-from models.tasks.table import check_pair
 from trainer.run.plugins import load_plugins, with_plugins
 
 FAMILY = """

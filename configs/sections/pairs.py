@@ -1,0 +1,95 @@
+"""Which families, tasks and kinds of data fit together: what each takes and gives, checked without torch."""
+
+from typing import NamedTuple
+
+from configs.base import ConfigError
+
+from .family import no_such
+from .run import Config
+
+Words = str | tuple[str, ...]
+"""What a network takes or gives: one kind of inputs or outputs, or several."""
+
+
+class Ends(NamedTuple):
+    """What a family's network takes and gives, or what a task needs of one. They fit if they have a kind in common at
+    either end."""
+
+    takes: Words
+    gives: Words
+
+    def fits(self, other: "Ends") -> bool:
+        return bool(in_both(self.takes, other.takes) and in_both(self.gives, other.gives))
+
+    def __str__(self) -> str:
+        return f"from {' or '.join(one_by_one(self.takes))} to {' or '.join(one_by_one(self.gives))}"
+
+
+FAMILY_ENDS = {
+    "decoder": Ends("tokens", "loss of tokens"),
+    "convnet": Ends("images", "classes"),
+    "mlp": Ends(("rows", "images"), ("classes", "numbers")),
+}
+"""By family; `models.families.FAMILIES` adds those of plugins."""
+TASK_ENDS = {
+    "language_modelling": Ends("tokens", "loss of tokens"),
+    "classification": Ends(("rows", "images"), "classes"),
+    "regression": Ends("rows", "numbers"),
+}
+"""By task; `models.tasks.table.TASKS` adds those of plugins."""
+
+
+def one_by_one(words: Words) -> tuple[str, ...]:
+    return (words,) if isinstance(words, str) else words
+
+
+def in_both(some: Words, others: Words) -> list[str]:
+    """The kinds that stand in both, in the order of the first."""
+    return [word for word in one_by_one(some) if word in one_by_one(others)]
+
+
+def check_pair(config: Config) -> None:
+    """Raise ConfigError if the family's network does not fit the task, or either is not known."""
+    name = config.model.family
+    if name not in FAMILY_ENDS:  # first: the default task is the family's
+        raise no_such("model.family", name, FAMILY_ENDS)
+    if config.task not in TASK_ENDS:
+        raise no_such("task", config.task, TASK_ENDS)
+    family, task = FAMILY_ENDS[name], TASK_ENDS[config.task]
+    if task.fits(family):
+        return
+    fitting = [f"task={other}" for other, each in TASK_ENDS.items() if each.fits(family)]
+    fitting += [f"model.family={other}" for other, each in FAMILY_ENDS.items() if task.fits(each)]
+    raise ConfigError(
+        f"task={config.task} needs a network {task}, but that of model.family={name} goes {family}: set "
+        f"{' or '.join(fitting) or 'another task or family'}"
+    )
+
+
+def kind_of_data(config: Config) -> str:
+    """What the examples are: `data.kind`, else the first that the family takes and the task learns from.
+
+    Raises:
+        ConfigError: as `check_pair`; or the data are of another kind.
+    """
+    check_pair(config)
+    possible = in_both(FAMILY_ENDS[config.model.family].takes, TASK_ENDS[config.task].takes)
+    kind = config.data.kind or possible[0]
+    if kind not in possible:
+        right = "leave data.kind out" if possible[0] == "tokens" else f"set data.kind={possible[0]}"
+        raise ConfigError(
+            f"data.kind={kind}: model.family={config.model.family} with task={config.task} learns from "
+            f"{' or '.join(possible)}: {right}, or set another model.family"
+        )
+    if kind != "tokens":
+        refuse_text(config, kind)
+    return kind
+
+
+def refuse_text(config: Config, kind: str) -> None:
+    """Raise ConfigError if examples of another kind are to come from the default data."""
+    if config.data.path == "stdlib":
+        raise ConfigError(
+            f"data.path=stdlib is text, but task={config.task} learns from {kind}: set data.path to a Parquet file "
+            f"of {kind}, or a folder of them"
+        )

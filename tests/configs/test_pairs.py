@@ -1,0 +1,88 @@
+"""Families, tasks and kinds of data that do not fit are refused alike by every command, without torch."""
+
+import subprocess
+import sys
+from itertools import product
+
+import pytest
+
+from configs import ConfigError, from_dict, resolve
+from configs.sections.pairs import FAMILY_ENDS, TASK_ENDS
+from models.families import FAMILIES
+from models.tasks.table import TASKS
+
+OURS = ("decoder", "convnet", "mlp"), ("language_modelling", "classification", "regression")
+FIT = {
+    ("decoder", "language_modelling"): {None: "tokens"},
+    ("convnet", "classification"): {None: "images", "images": "images"},
+    ("mlp", "classification"): {None: "rows", "rows": "rows", "images": "images"},
+    ("mlp", "regression"): {None: "rows", "rows": "rows"},
+}
+"""What each pair learns from, by `data.kind`; all others are refused."""
+
+
+def config(family, task, kind=None, path="x.parquet"):
+    model = {"family": family} | ({"vocab_size": 64} if family == "decoder" else {})
+    return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
+
+
+@pytest.mark.parametrize(("family", "task", "kind"), list(product(*OURS, (None, "rows", "images"))))
+def test_every_pair(family, task, kind):
+    asked = config(family, task, kind)
+    if kind in (fitting := FIT.get((family, task), {})):
+        assert TASKS[task].kind(resolve(asked)[0]) == fitting[kind]
+        return
+    with pytest.raises(ConfigError) as refused:
+        resolve(asked)
+    said = str(refused.value)
+    if not fitting:
+        assert said.startswith(f"task={task} needs a network from ")
+        for key, value in [pair for each in FIT for pair in (("model.family", each[0]), ("task", each[1]))]:
+            fits = (value, task) in FIT if key == "model.family" else (family, value) in FIT
+            assert (f"{key}={value}" in said.partition(": set ")[2]) == fits
+    else:
+        assert said.startswith(f"data.kind={kind}: model.family={family} with task={task} learns from ")
+
+
+def test_the_tables_agree():
+    assert set(OURS[0]) <= FAMILY_ENDS.keys()
+    assert set(OURS[1]) <= TASK_ENDS.keys()
+    for names, table, ends in ((OURS[0], FAMILIES, FAMILY_ENDS), (OURS[1], TASKS, TASK_ENDS)):
+        assert {name: (table[name].takes, table[name].gives) for name in names} == {n: ends[n] for n in names}
+
+
+@pytest.mark.parametrize(("family", "kind"), [("convnet", None), ("mlp", None), ("mlp", "images")])
+def test_text_is_not_for_them(family, kind):
+    what = FIT[family, "classification"][kind]
+    with pytest.raises(ConfigError, match=rf"^data\.path=stdlib is text, but task=classification learns from {what}"):
+        resolve(config(family, "classification", kind, "stdlib"))
+
+
+COMMANDS = ("config", "plan", "train", "submit")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        (["task=classification"], "task=classification needs a network from rows or images to classes, but that"),
+        (["model={family: mlp}", "data.kind=images", "task=regression"], "data.kind=images: model.family=mlp with"),
+        (["model={family: convnet}"], "data.path=stdlib is text, but task=classification learns from images"),
+    ],
+    ids=["task", "kind", "text"],
+)
+def test_every_command_refuses_it(muster, tmp_path, command, keys, said):
+    code, out, err = muster(command, "moe-8x7b", "data.path=stdlib", f"run.root={tmp_path}", *keys)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"muster: {said}")
+
+
+def test_that_takes_no_torch():
+    code = (
+        "import sys; from configs import ConfigError, load, resolve\n"
+        "try: resolve(load('quickstart', ['task=regression']))\n"
+        "except ConfigError as error: print(error, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("task=regression needs")
+    assert done.stdout.endswith("False\n")
