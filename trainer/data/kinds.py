@@ -18,8 +18,9 @@ from trainer.tracking.tracker import Input
 
 from .default import ensure_prepared
 from .manifest import Split, sources_of, without_held_out
+from .parquet_files import files_of_splits
 from .read.reader import Dataset
-from .rows.reader import Rows
+from .rows.reader import NEEDS, Rows, read_columns
 from .tokenizer.kept import keep_tokenizer, tokenizer_of
 from .tokenizer.prompts import Prompts
 from .tokenizer.tokenizer import TokenizerProcess
@@ -181,8 +182,9 @@ def _image_inputs(data: DataConfig) -> list[dict[str, Any]]:
 
 
 def _row_inputs(data: DataConfig) -> list[dict[str, Any]]:
-    rows = Rows(data, 0, numbers=True)  # classes are numbers too
-    return _input(rows.path, rows.sha256, {"rows": len(rows), "features": len(rows.names)})
+    path = sources_of(data)[0].path
+    found = read_columns(files_of_splits(path, NEEDS)["train"], data.rows)
+    return _input(path, found.sha256, {"rows": found.rows, "features": len(found.names)})
 
 
 def _input(path: str, sha256: str, profile: dict[str, Any]) -> list[dict[str, Any]]:

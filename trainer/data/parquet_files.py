@@ -11,6 +11,7 @@ import pyarrow as pa
 from configs import ConfigError
 from configs.reading.lfs import refuse_pointer
 from configs.reading.parse import clip
+from configs.sections.data import PrepareConfig
 
 from .manifest import Split
 from .read.order import mix, shuffled
@@ -47,6 +48,16 @@ def files_of_splits(path: str, needs: str) -> dict[Split, list[Path]]:
     if not train:
         raise ConfigError(f"data.path={path} has only held-out files, such as {files[0].name}: add files to train on")
     return {"train": train, "held_out": held_out}
+
+
+def rows_of_split(split: Split, rows: int, own_files: bool, config: PrepareConfig) -> np.ndarray:
+    """Bool [rows]: which rows of its files a split has.
+
+    Args:
+        own_files: the held-out split has files of its own; otherwise it is the share `held_out` of the others' rows.
+    """
+    apart = held_out_rows(rows, 0.0 if own_files else config.held_out, config.seed)
+    return apart if split == "held_out" and not own_files else ~apart
 
 
 def held_out_rows(rows: int, share: float, seed: int) -> np.ndarray:

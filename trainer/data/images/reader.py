@@ -1,8 +1,8 @@
 """Reads labelled images at random: an image is a pure function of (seed, index)."""
 
 import io
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import accumulate
 
 import numpy as np
@@ -16,8 +16,8 @@ from configs.reading.parse import clip
 from configs.sections.data import DataConfig
 from models.batch import ImageBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import files_of_splits, held_out_rows
-from trainer.data.read.order import mix, shuffled
+from trainer.data.parquet_files import files_of_splits, rows_of_split
+from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 from trainer.data.read.shards import DataError
 
 from .files import BYTES, IMAGE, NEEDS, Group, open_files
@@ -54,9 +54,7 @@ class Images:
         """See `ImageFiles`: images that belong to no split."""
         self.bad_pages: list[tuple[str, int]] = []
         """(file, row group) of images that could not be decoded so far, under `data.on_bad_page: skip`."""
-        share = config.prepare.held_out if not files["held_out"] else 0.0
-        held_out = held_out_rows(len(self._labels), share, config.prepare.seed)
-        chosen = (held_out if split == "held_out" and share else ~held_out) & (self._labels >= 0)
+        chosen = rows_of_split(split, len(self._labels), bool(files["held_out"]), config.prepare) & (self._labels >= 0)
         self._ends = list(accumulate(group.rows for group in self.groups))
         self._rows = [
             np.flatnonzero(chosen[end - group.rows : end]) for group, end in zip(self.groups, self._ends, strict=True)
@@ -65,9 +63,8 @@ class Images:
         if not self._size:
             raise ConfigError(f"data.path={self.path} has no image to {'train on' if split == 'train' else 'hold out'}")
         self._key = mix(seed, "images") if split == "train" else mix("held out")
-        self._read: OrderedDict[int, list[bytes | None]] = OrderedDict()
-        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._orders: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._bytes = lru_cache(BLOCK + 2)(lambda group: _read_group(self.groups[group]))
+        self._block, self._order = lru_cache(KEPT_ORDERS)(self._block_of), lru_cache(KEPT_ORDERS)(self._order_of)
         self.shape = self._first_shape()
         """[C, H, W] of each image."""
 
@@ -85,9 +82,9 @@ class Images:
         if index < 0 or (self.split == "held_out" and index >= self._size):
             raise IndexError(f"image {index} of {self._size}")
         epoch, place = divmod(index, self._size)
-        order, ends = self._order(epoch)
+        _, ends = self._order(epoch)
         block = int(np.searchsorted(ends, place, side="right"))
-        group, row = self._block(epoch, block, order)[place - (int(ends[block - 1]) if block else 0)]
+        group, row = self._block(epoch, block)[place - (int(ends[block - 1]) if block else 0)]
         return int(group), int(row)
 
     def examples(self, indices: Sequence[int]) -> ImageBatch:
@@ -136,28 +133,18 @@ class Images:
                     raise ConfigError(str(error)) from None
         raise ConfigError(f"data.path={self.path}: none of the first {min(BLOCK, self._size)} images can be decoded")
 
-    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The groups of an epoch in order, and the cumulative number of images at the end of each block."""
-        if epoch not in self._orders:
-            order = shuffled(len(self.groups), mix(self._key, epoch))
-            sizes = np.array([len(self._rows[group]) for group in order])
-            ends = np.add.reduceat(sizes, np.arange(0, len(sizes), BLOCK)).cumsum()
-            self._orders[epoch] = order, ends
-            if len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
+        order = shuffled(len(self.groups), mix(self._key, epoch))
+        sizes = np.array([len(self._rows[group]) for group in order])
+        return order, np.add.reduceat(sizes, np.arange(0, len(sizes), BLOCK)).cumsum()
 
-    def _block(self, epoch: int, block: int, order: np.ndarray) -> np.ndarray:
+    def _block_of(self, epoch: int, block: int) -> np.ndarray:
         """[n, 2]: group and row of the images of a block."""
-        if (epoch, block) not in self._blocks:
-            members = order[block * BLOCK : (block + 1) * BLOCK]
-            pairs = np.concatenate(
-                [np.stack([np.full(len(self._rows[g]), g), self._rows[g]], axis=1) for g in members.tolist()]
-            )
-            self._blocks[epoch, block] = pairs[shuffled(len(pairs), mix(self._key, epoch, block))]
-            if len(self._blocks) > 2:
-                self._blocks.popitem(last=False)
-        return self._blocks[epoch, block]
+        order, _ = self._order(epoch)
+        members = order[block * BLOCK : (block + 1) * BLOCK].tolist()
+        pairs = np.concatenate([np.stack([np.full(len(self._rows[g]), g), self._rows[g]], axis=1) for g in members])
+        return pairs[shuffled(len(pairs), mix(self._key, epoch, block))]
 
     def _decoded(self, group: int, row: int) -> np.ndarray:
         """[C, H, W] uint8. Raises DataError."""
@@ -186,17 +173,9 @@ class Images:
             )  # fmt: skip
         return found
 
-    def _bytes(self, group: int) -> list[bytes | None]:
-        """The encoded images of a row group. Raises DataError."""
-        if group not in self._read:
-            self._read[group] = _read_group(self.groups[group])
-            if len(self._read) > BLOCK + 2:
-                self._read.popitem(last=False)
-        self._read.move_to_end(group)
-        return self._read[group]
-
 
 def _read_group(group: Group) -> list[bytes | None]:
+    """The encoded images of a row group. Raises DataError."""
     try:
         with pq.ParquetFile(group.file) as file:
             column = file.read_row_group(group.number, [f"{IMAGE}.{BYTES}"], use_threads=False)[IMAGE]

@@ -6,13 +6,15 @@ group) and decodes each once, while a batch still mixes BLOCK places of the data
 """
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 BLOCK = 128
+KEPT_ORDERS = 2
+"""Orders that a reader keeps: micro-batches that are read ahead are of this epoch, or block, and of the next."""
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, odd
 
@@ -96,7 +98,7 @@ class EpochOrder:
         self.groups, self.windows, self.key = groups, windows, key
         self.lacking = windows - last_windows
         self.size = groups * windows - self.lacking
-        self._blocks: OrderedDict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._block = lru_cache(KEPT_ORDERS)(self._block_of)
 
     def __call__(self, index: int) -> Place:
         """The window at position `index` (from 0, over all epochs)."""
@@ -109,25 +111,21 @@ class EpochOrder:
         if block >= short:
             block = short if position < (short + 1) * whole - self.lacking else (position + self.lacking) // whole
         start = block * whole - (self.lacking if block > short else 0)
-        groups, windows = self._block(epoch, block, permutation)
+        groups, windows = self._block(epoch, block)
         group, window = divmod(int(windows[position - start]), self.windows)
         return Place(epoch, int(groups[group]), window)
 
-    def _block(self, epoch: int, block: int, permutation: Permutation) -> tuple[np.ndarray, np.ndarray]:
-        found = self._blocks.get((epoch, block))
-        if found is None:
-            members = range(block * BLOCK, min((block + 1) * BLOCK, self.groups))
-            groups = [permutation(member) for member in members]
-            size = len(groups) * self.windows
-            if self.groups - 1 in groups:  # the short one last, so that the windows it lacks have the highest numbers
-                groups.remove(self.groups - 1)
-                groups.append(self.groups - 1)
-                size -= self.lacking
-            found = np.array(groups), shuffled(size, mix(self.key, epoch, block))
-            self._blocks[epoch, block] = found
-            if len(self._blocks) > 2:
-                self._blocks.popitem(last=False)
-        return found
+    def _block_of(self, epoch: int, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The groups of a block, and the order of their windows."""
+        permutation = Permutation(self.groups, mix(self.key, epoch))
+        members = range(block * BLOCK, min((block + 1) * BLOCK, self.groups))
+        groups = [permutation(member) for member in members]
+        size = len(groups) * self.windows
+        if self.groups - 1 in groups:  # the short one last, so that the windows it lacks have the highest numbers
+            groups.remove(self.groups - 1)
+            groups.append(self.groups - 1)
+            size -= self.lacking
+        return np.array(groups), shuffled(size, mix(self.key, epoch, block))
 
 
 class Interleave:

@@ -1,8 +1,8 @@
 """Reads rows of numbers, all of them into memory: a row is a pure function of (seed, index)."""
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,8 +16,8 @@ from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, RowsConfig
 from models.batch import RowBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import check_groups, files_of_splits, held_out_rows, identity, readable
-from trainer.data.read.order import mix, shuffled
+from trainer.data.parquet_files import check_groups, files_of_splits, identity, readable, rows_of_split
+from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 
 NEEDS = "rows (a column of numbers for each feature, and data.rows.labels)"
 MOST_BYTES = 4 << 30
@@ -33,8 +33,6 @@ class Table(NamedTuple):
     """[rows, K]"""
     names: tuple[str, ...]
     """Of the features."""
-    sha256: str
-    """As `ImageFiles.sha256`."""
     starts: list[tuple[int, str]]
     """Number of the first row of each file, and the file's name."""
 
@@ -79,22 +77,21 @@ class Rows:
     """All rows are read before a run starts."""
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
-        self.split, self.seed = split, seed
+        self.split = split
         if len(sources := sources_of(config)) > 1:
             raise ConfigError(f"data.path has {len(sources)} sources, but rows are read from exactly one")
         self.path = sources[0].path
         files = files_of_splits(self.path, NEEDS)
         table = trained = read_table(files["train"], config.rows)
-        share = 0.0 if files["held_out"] else config.prepare.held_out
-        apart = held_out_rows(len(table.labels), share, config.prepare.seed)
-        chosen = ~apart if split == "train" else apart
         if split == "held_out" and files["held_out"]:
             table = read_table(files["held_out"], config.rows, trained.names)
-            chosen = np.ones(len(table.labels), bool)
-        chosen, fitted = chosen & table.whole, ~apart & trained.whole
+        chosen, fitted = (
+            rows_of_split(of, len(each.labels), bool(files["held_out"]), config.prepare) & each.whole
+            for of, each in ((split, table), ("train", trained))
+        )
         if not (chosen.any() and fitted.any()):
             raise ConfigError(f"data.path={self.path} has no row to {'train on' if split == 'train' else 'hold out'}")
-        self.names, self.sha256, self.left_out = table.names, table.sha256, table.left_out
+        self.names, self.left_out = table.names, table.left_out
         mean, deviation = _scale(trained.features[fitted], config.rows.standardise)
         self.features = torch.from_numpy(((table.features[chosen] - mean) / deviation).astype(np.float32))
         labels, self.classes, self.scale = table.labels[chosen], 0, None
@@ -105,7 +102,7 @@ class Rows:
         else:
             self.labels = torch.from_numpy(_classes(labels, config.rows, self.path))
             self.classes = int(self.labels.max()) + 1
-        self._orders: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(seed, "rows", epoch)))
 
     def __len__(self) -> int:
         """Rows in one pass; training goes on after it."""
@@ -118,11 +115,7 @@ class Rows:
                 raise IndexError(f"row {index} of {len(self)}")
             return index
         epoch, place = divmod(index, len(self))
-        if epoch not in self._orders:
-            self._orders[epoch] = shuffled(len(self), mix(self.seed, "rows", epoch))
-            if len(self._orders) > 2:
-                self._orders.popitem(last=False)
-        return int(self._orders[epoch][place])
+        return int(self._order(epoch)[place])
 
     def examples(self, indices: Sequence[int]) -> RowBatch:
         """Rows stacked; -1 stands for padding: zeros without a label."""
@@ -134,8 +127,20 @@ class Rows:
         return RowBatch(features, labels, ids, self.scale)
 
 
-def read_table(files: Sequence[Path], config: RowsConfig, names: Sequence[str] = ()) -> Table:
-    """Read rows.
+class Columns(NamedTuple):
+    """What the footers of some files say of their rows."""
+
+    names: tuple[str, ...]
+    """Of the features."""
+    sha256: str
+    """As `ImageFiles.sha256`."""
+    starts: list[tuple[int, str]]
+    """As `Table.starts`."""
+    rows: int
+
+
+def read_columns(files: Sequence[Path], config: RowsConfig, names: Sequence[str] = ()) -> Columns:
+    """Check files without reading the rows.
 
     Args:
         names: of the features; empty: those of `config`, which of the first file are by default all but the labels.
@@ -143,25 +148,32 @@ def read_table(files: Sequence[Path], config: RowsConfig, names: Sequence[str] =
     Raises:
         ConfigError: a file cannot be read, lacks a column, or has a feature or label that is no number; too many rows.
     """
-    digest, size = hashlib.sha256(), 0
-    features, labels, starts, rows = [], [], [], 0
+    digest, starts, rows = hashlib.sha256(), [], 0
     for path in files:
         with readable(path):
             digest.update(identity(path))
             with pq.ParquetFile(path) as file:
                 schema, metadata = file.schema_arrow, file.metadata
-                names = names or config.features or [each for each in schema.names if each not in config.labels]
-                _check_columns(path, schema, names, config.labels)
-                check_groups(path, [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)])
-                size += 8 * metadata.num_rows * (len(names) + len(config.labels))
-                if size > MOST_BYTES:
-                    raise ConfigError(f"{path.parent}: the rows take over {MOST_BYTES:,} bytes of memory")
-                table = file.read([*names, *config.labels], use_threads=False)
+        names = names or config.features or [each for each in schema.names if each not in config.labels]
+        _check_columns(path, schema, names, config.labels)
+        check_groups(path, [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)])
         starts.append((rows, path.name))
-        rows += table.num_rows
-        features.append(_numbers(table, names))
+        rows += metadata.num_rows
+        if 8 * rows * (len(names) + len(config.labels)) > MOST_BYTES:
+            raise ConfigError(f"{path.parent}: the rows take over {MOST_BYTES:,} bytes of memory")
+    return Columns(tuple(names), digest.hexdigest(), starts, rows)
+
+
+def read_table(files: Sequence[Path], config: RowsConfig, names: Sequence[str] = ()) -> Table:
+    """Read rows. Arguments and errors as `read_columns`."""
+    found = read_columns(files, config, names)
+    features, labels = [], []
+    for path in files:
+        with readable(path), pq.ParquetFile(path) as file:
+            table = file.read([*found.names, *config.labels], use_threads=False)
+        features.append(_numbers(table, found.names))
         labels.append(_numbers(table, config.labels))
-    return Table(np.concatenate(features), np.concatenate(labels), tuple(names), digest.hexdigest(), starts)
+    return Table(np.concatenate(features), np.concatenate(labels), found.names, found.starts)
 
 
 def _check_columns(path: Path, schema: pa.Schema, names: Sequence[str], labels: Sequence[str]) -> None:

@@ -51,6 +51,17 @@ def test_augmentation_is_a_function_of_seed_and_index(tmp_path):
     assert torch.equal(held_out.examples([0, 1]).images, images(path, "held_out").examples([0, 1]).images)
 
 
+def test_none_are_held_out_where_none_are_asked_for(tmp_path):
+    path = write_images(tmp_path / "train.parquet")
+    data = {"path": str(path), "kind": "images", "images": {"channels": 1}, "prepare": {"held_out": 0}}
+    config = from_dict({"model": {"family": "mlp", "inputs": 144, "outputs": 3}, "data": data})
+    assert kind_of(config).open(config, "held_out") is None
+    assert len(kind_of(config).open(config, "train")) == 96
+    write_images(tmp_path / "validation.parquet", 7)
+    beside = from_dict(config.model_dump() | {"data": data | {"path": str(tmp_path)}})
+    assert [len(kind_of(beside).open(beside, split)) for split in ("train", "held_out")] == [96, 7]
+
+
 def test_images_without_a_label_are_counted_and_left_out(tmp_path):
     path = write_images(tmp_path / "x.parquet")
     before = [images(path, split) for split in ("train", "held_out")]

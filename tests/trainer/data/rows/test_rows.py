@@ -68,6 +68,25 @@ def test_files_of_their_own_are_held_out(tmp_path):
     assert kind_of(config).open(config, "held_out") is None
 
 
+def test_none_are_held_out_where_none_are_asked_for(tmp_path):
+    data = {"path": str(write(tmp_path / "x.parquet")), "prepare": {"held_out": 0}}
+    config = from_dict({"model": {"family": "mlp", "inputs": 2}, "data": data})
+    assert kind_of(config).open(config, "held_out") is None
+    assert len(kind_of(config).open(config, "train")) == 50
+
+
+def test_the_record_tells_the_data_by_the_footers_alone(tmp_path, monkeypatch):
+    """The digest covers sizes and statistics of all columns; the rows are not read for it."""
+    path = write(tmp_path / "x.parquet")
+    config = from_dict({"model": {"family": "mlp", "inputs": 2}, "data": {"path": str(path)}})
+    monkeypatch.delattr(pq.ParquetFile, "read")
+    [one] = kind_of(config).inputs(config.data)
+    assert one["profile"] == {"rows": 50, "features": 2}
+    write(path, a=np.zeros(50))
+    [other] = kind_of(config).inputs(config.data)
+    assert one["digest"] != other["digest"]
+
+
 def test_rows_that_are_not_whole_are_counted_and_left_out(tmp_path):
     a = np.arange(50.0)
     a[4], a[9] = np.nan, np.inf
