@@ -18,6 +18,7 @@ from cluster.gangs.share import Node, group_of, share_of_gang, share_of_most
 from configs import Config, ConfigError, counted, load, preset_names, resolve, worker_counts
 from configs.explain import first_reason
 from configs.load import dump_yaml, model_source, one_file
+from configs.sections.data import PACKAGED
 from trainer.checkpoint.manifest import committed
 from trainer.files.scratch import temporary_folder
 
@@ -182,7 +183,7 @@ def needs(config: Config) -> dict[str, list[str]]:
     begun = committed(Path(config.run.root).expanduser() / config.run.name)  # if so, it resumes from its own checkpoint
     data = [config.data.path] if isinstance(config.data.path, str) else [each.path for each in config.data.path]
     return {
-        "data.path": [path for path in data if path != "stdlib"],
+        "data.path": [path for path in data if path not in PACKAGED],
         "train.init_from": [config.train.init_from] if config.train.init_from and not begun else [],
         "plugins": [plugin for plugin in config.plugins if plugin.endswith(".py")],
     }

@@ -75,11 +75,24 @@ class RowsConfig(Section):
     """Shift and scale features, and predicted numbers, to mean 0 and variance 1 in the training split."""
 
 
+BUNDLED = {
+    "bundled:xor": "rows",
+    "bundled:wine": "rows",
+    "bundled:diabetes": "rows",
+    "bundled:digits": "images",
+}
+"""Names in place of `data.path` of data sets that need no download, and the kind of their examples."""
+PACKAGED = {"stdlib": "tokens"} | BUNDLED
+"""All names that are no paths."""
+
+
 class DataConfig(Section):
     path: str | tuple[Source, ...] = "stdlib"
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
-    Hugging Face `datasets` writes them; no preparation is needed. Rows: the same, with a column of numbers each."""
+    Hugging Face `datasets` writes them; no preparation is needed. Rows: the same, with a column of numbers each. Small
+    ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits (images of 8 x 8), written
+    at first use under run.root/data."""
     kind: Literal["rows", "images"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()

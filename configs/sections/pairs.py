@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from configs.base import ConfigError
 
+from .data import BUNDLED, PACKAGED
 from .family import no_such
 from .run import Config
 
@@ -81,15 +82,18 @@ def kind_of_data(config: Config) -> str:
             f"data.kind={kind}: model.family={config.model.family} with task={config.task} learns from "
             f"{' or '.join(possible)}: {right}, or set another model.family"
         )
-    if kind != "tokens":
-        refuse_text(config, kind)
+    check_packaged(config, kind)
     return kind
 
 
-def refuse_text(config: Config, kind: str) -> None:
-    """Raise ConfigError if examples of another kind are to come from the default data."""
-    if config.data.path == "stdlib":
-        raise ConfigError(
-            f"data.path=stdlib is text, but task={config.task} learns from {kind}: set data.path to a Parquet file "
-            f"of {kind}, or a folder of them"
-        )
+def check_packaged(config: Config, kind: str) -> None:
+    """Raise ConfigError if examples of one kind are to come from packaged data of another."""
+    path = config.data.path
+    if not isinstance(path, str) or (found := PACKAGED.get(path)) == kind:
+        return
+    if found:
+        what = "is text" if found == "tokens" else f"has {found}"
+        own = f"a Parquet file of {kind}, or a folder of them" if kind != "tokens" else "stdlib, or a prepared folder"
+        raise ConfigError(f"data.path={path} {what}, but task={config.task} learns from {kind}: set data.path to {own}")
+    if path.startswith("bundled:"):
+        raise no_such("data.path", path, BUNDLED)

@@ -58,6 +58,21 @@ def test_text_is_not_for_them(family, kind):
         resolve(config(family, "classification", kind, "stdlib"))
 
 
+@pytest.mark.parametrize(
+    ("family", "task", "path", "said"),
+    [
+        ("mlp", "regression", "bundled:digits", "data.path=bundled:digits has images, but task=regression learns from"),
+        ("convnet", "classification", "bundled:wine", "data.path=bundled:wine has rows, but task=classification"),
+        ("decoder", "language_modelling", "bundled:xor", "data.path=bundled:xor has rows, but task=language_modelling"),
+        ("mlp", "classification", "bundled:wein", "data.path=bundled:wein: no such path; did you mean bundled:wine?"),
+    ],
+)
+def test_packaged_data_of_another_kind(family, task, path, said):
+    with pytest.raises(ConfigError) as refused:
+        resolve(config(family, task, path=path))
+    assert str(refused.value).startswith(said)
+
+
 COMMANDS = ("config", "plan", "train", "submit")
 
 

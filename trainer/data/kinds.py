@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 from configs import Config, ConfigError, counted
 from configs.sections.data import DataConfig
-from configs.sections.pairs import one_by_one, refuse_text
+from configs.sections.pairs import check_packaged, one_by_one
 from models.batch import MicroBatch
 from models.tasks.table import reads, task_class
 from trainer.processes.device import device
 from trainer.tracking import inputs_of
 from trainer.tracking.tracker import Input
 
+from .bundled import at_hand
 from .default import ensure_prepared
 from .manifest import Split, sources_of, without_held_out
 from .parquet_files import files_of_splits
@@ -96,7 +97,7 @@ def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
 
 
 def _open_images(config: Config, split: Split) -> ExampleReader | None:
-    return _unless_empty(lambda: _images(config.data, config.run.seed, split), split)
+    return _unless_empty(lambda: _images(at_hand(config), config.run.seed, split), split)
 
 
 def _unless_empty(opened: Callable[[], ExampleReader], split: Split) -> ExampleReader | None:
@@ -110,8 +111,9 @@ def _unless_empty(opened: Callable[[], ExampleReader], split: Split) -> ExampleR
 
 def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `images.reader.Images`, or if the model has other sizes."""
-    refuse_text(config, "images")
-    images = _images(config.data)
+    check_packaged(config, "images")
+    data = at_hand(config)
+    images = _images(data)
     _check_sizes(config, math.prod(images.shape), images.classes)
     channels = getattr(config.model, "channels", images.shape[0])
     if channels != images.shape[0]:
@@ -128,12 +130,12 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     notes = [f"data.path={images.path}: {len(images):,} images of {shape}, {images.classes} classes"]
     if count := images.unlabelled[0]:
         notes.append(f"{counted(count, 'image')} left out, without a label: the first is {images.unlabelled[1]}")
-    return config.data, notes
+    return data, notes
 
 
 def _rows(config: Config, split: Split = "train") -> Rows:
     numbers = "numbers" in one_by_one(task_class(config).gives)
-    return Rows(config.data, config.run.seed, split, numbers)
+    return Rows(at_hand(config), config.run.seed, split, numbers)
 
 
 def _open_rows(config: Config, split: Split) -> ExampleReader | None:
@@ -142,8 +144,8 @@ def _open_rows(config: Config, split: Split) -> ExampleReader | None:
 
 def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `rows.reader.Rows`, or if the model has other sizes."""
-    refuse_text(config, "rows")
-    rows = _rows(config)
+    check_packaged(config, "rows")
+    rows, data = _rows(config), at_hand(config)
     _check_sizes(config, len(rows.names), rows.classes)
     predicted, outputs = len(config.data.rows.labels), getattr(config.model, "outputs", None)
     if not rows.classes and outputs not in (None, predicted):
@@ -155,7 +157,7 @@ def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
         f"data.path={rows.path}: {len(rows):,} rows of {counted(len(rows.names), 'feature')}, {what}",
         rows.left_out,
     ]
-    return config.data, list(filter(None, notes))
+    return data, list(filter(None, notes))
 
 
 def _check_sizes(config: Config, inputs: int, classes: int) -> None:

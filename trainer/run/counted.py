@@ -33,6 +33,6 @@ def counts(config: Config) -> dict[str, Any]:
 
     try:
         found["flops_per_example"] = flops_of_example(config, example)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         found["flops_unknown"] = clip(error, 300)
     return found

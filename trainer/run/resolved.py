@@ -8,6 +8,7 @@ from typing import Any
 
 from configs import Config, ConfigError, from_dict, resolve
 from configs.reading.parse import is_file
+from configs.sections.data import PACKAGED
 from models.hf.config_json import model_keys
 from trainer.checkpoint.manifest import committed
 from trainer.data.manifest import planned_vocabulary, read_manifest, sources_of
@@ -104,7 +105,7 @@ def writable(folder: str | Path) -> Iterator[None]:
 
 
 def _absolute_data(path: str) -> str:
-    return path if path == "stdlib" else str(Path(path).expanduser().resolve())
+    return path if path in PACKAGED else str(Path(path).expanduser().resolve())
 
 
 def _absolute(plugin: str) -> str:
