@@ -18,7 +18,7 @@ from configs.reading.parse import shortened
 from models.planning.cost import has_formulas, parameters, training_flops_per_token
 from trainer.record.terminal import guard
 
-from .commands import checkpoints, dashboard, data, doctor, jobs, keep, plan, runs, trained
+from .commands import checkpoints, dashboard, data, doctor, jobs, keep, plan, presets, runs, trained
 from .commands.runs import Json
 from .gangs import join
 from .gangs.session import signals, stop_early
@@ -110,6 +110,7 @@ def show_config(
     )
 
 
+app.command("presets")(presets.presets)
 app.command("plan")(plan.plan)
 for command in (submit.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.retry, jobs.priority):
     app.command(command.__name__)(command)

@@ -2,9 +2,10 @@
 
 import copy
 import difflib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError, create_model
@@ -27,6 +28,28 @@ MAX_BASES = 20
 def preset_names() -> list[str]:
     """Names that `load` accepts without a path."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+class Preset(NamedTuple):
+    """What the first comments of a preset say of it."""
+
+    name: str
+    trains: str
+    data: str
+    held_out: str
+    """The result on held-out data that was measured at the end of the run, or that none was."""
+
+
+def presets() -> list[Preset]:
+    """All presets, by name."""
+
+    def read(name: str) -> Preset:
+        text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+        notes = [line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())]
+        trains, data, held_out = notes
+        return Preset(name, trains, data.removeprefix("data: "), held_out.removeprefix("held out: "))
+
+    return [read(name) for name in preset_names()]
 
 
 def load(name: str | Path, overrides: Iterable[str] = ()) -> Config:

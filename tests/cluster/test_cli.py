@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -70,6 +71,7 @@ def test_help_names_every_command(muster):
         "eval",
         "export",
         "data",
+        "presets",
         "runs",
         "sync",
         "doctor",
@@ -85,6 +87,21 @@ def test_help_names_every_command(muster):
         assert muster(command, "--help")[0] == 0
     for command in ("prepare", "inspect", "show"):
         assert muster("data", command, "--help")[0] == 0
+
+
+def test_presets_say_what_they_train(muster):
+    code, out, _ = muster("presets")
+    assert code == 0
+    assert "wine\n  A multilayer perceptron tells" in out
+    listed = json.loads(muster("presets", "--json")[1])
+    assert [each["name"] for each in listed] == preset_names()
+    for each in listed:
+        for text in each.values():
+            assert text in out
+        assert each["held_out"] == "not measured" or re.fullmatch(
+            r"(loss|accuracy|R2) \d\.\d+( nats per token)?", each["held_out"]
+        )
+        assert "held out" not in each["trains"]
 
 
 @pytest.mark.parametrize("preset", preset_names())

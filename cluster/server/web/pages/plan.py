@@ -17,7 +17,7 @@ from cluster.commands.plan import (
     resolved_over,
     search_json,
 )
-from configs import Config, ConfigError, flatten, preset_names, resolve
+from configs import Config, ConfigError, flatten, load, preset_names, resolve
 from configs.load import load_apart
 from models.planning.cost import has_formulas
 from models.planning.devices import DEVICES, HEADROOM
@@ -52,7 +52,7 @@ def options() -> dict[str, Any]:
         for name, each in DEVICES.items()
     ]  # fmt: skip
     return {
-        "presets": preset_names(),
+        "presets": [name for name in preset_names() if has_formulas(load(name).model)],
         "devices": [*devices, {"name": "cpu", "memory": None, "attained": 1.0, "rates": ""}],
     }
 

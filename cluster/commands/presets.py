@@ -1,0 +1,16 @@
+"""`muster presets`: the configs that muster brings."""
+
+import json
+
+from configs.load import presets as described
+
+from .runs import Json
+
+
+def presets(as_json: Json = False) -> None:
+    """List the presets: what each trains, its data, and its measured result. Example: muster presets"""
+    if as_json:
+        print(json.dumps([preset._asdict() for preset in described()], indent=1))
+        return
+    for preset in described():
+        print(f"{preset.name}\n  {preset.trains}\n  data: {preset.data}\n  held out: {preset.held_out}")
