@@ -90,7 +90,13 @@ class ProgressView:
         step = record["step"]
         if "eval_loss" in record:
             ema = f", {_number(record['eval_loss_ema'], '.4f')} with EMA weights" if "eval_loss_ema" in record else ""
-            self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}{ema}")
+            # The task's own metrics; an integer is the number of examples.
+            more = "".join(
+                f", {name.removeprefix('eval_').replace('_', ' ')} {_number(value, '.4f')}"
+                for name, value in record.items()
+                if name.startswith("eval_") and name[-4:] not in ("loss", "_ema") and isinstance(value, float)
+            )
+            self._print(f"step {step}  held-out loss {_number(record['eval_loss'], '.4f')}{ema}{more}")
             return
         self._unit = unit_of(record)
         self._seconds = _smooth(self._seconds, record.get("step_time"))

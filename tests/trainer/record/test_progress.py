@@ -49,6 +49,13 @@ def test_a_rate_is_told_in_the_unit_of_the_task():
     assert "  32 images/s  " in out.getvalue()
 
 
+def test_an_evaluation_tells_the_metrics_of_the_task():
+    view, out = view_of(10)
+    found = {"eval_loss": 0.5, "eval_rows": 44, "eval_accuracy": 1.0, "eval_macro_f1": 0.97, "eval_accuracy_ema": 0.9}
+    view.metrics({"step": 10, "time": 0.0} | found)
+    assert out.getvalue() == "step 10  held-out loss 0.5000, accuracy 1.0000, macro f1 0.9700\n"
+
+
 def test_long_lines_and_brackets_stay_whole():
     view, out = view_of(10)
     reason = "RuntimeError: [/red] " + "x" * 200
