@@ -1,8 +1,11 @@
 """Crash-safe file writes and SHA-256 digests: after a crash a file has either its old or its new content."""
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,20 +19,63 @@ from .own_files import no_link
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, readable by its owner only, that replaces `path` at the end of the block, once it is on disk.
 
+    It has one temporary name, so that the next write takes over what a killed one left. Where that name is not to be
+    had, because another process or thread is writing or the file system has no locks, it has one of this thread's.
+
     Raises:
-        OSError: it cannot be written, or its temporary name is a link. `path` is as before, and so it is where the
-            block raises.
+        OSError: it cannot be written, or its temporary name is a link. `path` is as before, and so it is where
+            the block raises.
     """
-    temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
-    try:
-        with open(temporary, "wb", opener=no_link) as file:
+    temporary = path.with_name(f".{path.name}.new")
+    if (file := _claimed(temporary)) is None:
+        temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
+        file = os.fdopen(no_link(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
+    with file:
+        try:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)  # still locked, and so still ours
+            raise
     fsync(path.parent)
+
+
+def _claimed(path: Path) -> BinaryIO | None:
+    """A file, new or left by a writer that was killed, empty and locked until it is closed.
+
+    None: a live process has locked it, nothing can be locked there, or it is no plain file of this user alone.
+    Raises OSError if it is a link.
+    """
+    flags, made = os.O_WRONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, True
+    try:
+        try:
+            descriptor = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError:
+            descriptor, made = os.open(path, flags), False
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise
+        return None
+    file = os.fdopen(descriptor, "wb")
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        own = os.fstat(descriptor)
+        # Its last writer may have moved it to its place, or removed it, since it was opened.
+        if not os.path.samestat(own, os.lstat(path)):
+            raise FileNotFoundError(path)
+        if stat.S_ISREG(own.st_mode) and own.st_nlink == 1 and own.st_uid == os.geteuid():
+            os.fchmod(descriptor, 0o600)
+            os.ftruncate(descriptor, 0)
+            return file
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except OSError:  # no locks here
+        if made:
+            path.unlink(missing_ok=True)
+    file.close()
+    return None
 
 
 def replace_bytes(path: Path, content: bytes) -> None:
