@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.text import Text
@@ -16,18 +16,32 @@ from .trained import require_data
 app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=True)
 
 
+OF_TEXT = ("tokenizer", "vocab_size", "text_key", "workers", "limit", "strict")
+OF_IMAGES = ("split", "strict")
+OF_ROWS = ("split", "label", "group", "leave_out")
+"""Options that one kind of data has and another has not."""
+
+
 @app.command()
 def prepare(
+    ctx: typer.Context,
     inputs: Annotated[
-        list[str], typer.Argument(help="Text, JSON, CSV or Parquet, compressed or not: files, folders, globs.")
+        list[str],
+        typer.Argument(
+            help="Text, JSON, CSV or Parquet, compressed or not: files, folders, globs. Images: a folder with a folder "
+            "for each class. Rows: CSV or TSV."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
+    kind: Annotated[str, typer.Option(help="text, images or rows.")] = "text",
     tokenizer: Annotated[
         str,
         typer.Option(help="bytes, bpe (trained on the data), or an existing one: file, folder or Hugging Face name."),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
-    held_out: Annotated[float, typer.Option(help="Fraction of the documents to keep out of training.")] = 0.05,
+    held_out: Annotated[
+        float, typer.Option(help="Fraction of the documents, images or rows to keep out of training.")
+    ] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the train/held-out split.")] = 0,
     text_key: Annotated[
         str, typer.Option(help="Key or column that holds the text; meta.text for a nested one.")
@@ -40,15 +54,48 @@ def prepare(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail on bad input instead of counting and skipping it.")
     ] = False,
+    split: Annotated[
+        str, typer.Option(help="Images, rows: random, stratified (the fraction of every class) or grouped (rows).")
+    ] = "random",
+    label: Annotated[
+        list[str] | None, typer.Option(metavar="COLUMN", help="Rows: what is predicted; `label` if not given.")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Rows, grouped: rows of one value stay together.")
+    ] = None,
+    leave_out: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Rows: a column to drop.")] = None,
 ) -> None:
-    """Turn text into token shards. Example: muster data prepare 'texts/**/*.jsonl.zst' --out data/texts"""
-    from trainer.data.prepare.prepare import prepare, summary  # pyarrow and tokenizers
-
-    asked = {"tokenizer": tokenizer, "vocab_size": vocab_size, "held_out": held_out, "seed": seed}
+    """Turn text into token shards, or images and rows into Parquet. Example: muster data prepare 'texts/**/*.jsonl.zst'
+    --out data/texts"""
+    own = {"text": OF_TEXT, "images": OF_IMAGES, "rows": OF_ROWS}
+    if kind not in own:
+        raise ConfigError(f"--kind {kind}: should be text, images or rows")
+    if split not in ("random", "stratified", "grouped"):
+        raise ConfigError(f"--split {split}: should be random, stratified or grouped")
+    for name in sorted({*OF_TEXT, *OF_IMAGES, *OF_ROWS} - {*own[kind]}):
+        if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT":
+            raise ConfigError(f"--{name.replace('_', '-')} is no option of --kind {kind}: leave it out")
+    asked: dict[str, Any] = {"held_out": held_out, "seed": seed}
+    if kind == "text":
+        asked |= {"tokenizer": tokenizer, "vocab_size": vocab_size}
     limits = dict(each.partition("=")[::2] for each in limit or ())
     data = from_dict({"data": {"prepare": asked, "limits": limits}}, where="muster data prepare").data
-    made = prepare(inputs, out, data.prepare, limits=data.limits, text_key=text_key, workers=workers, strict=strict)
-    print(summary(made))
+    if kind == "text":
+        from trainer.data.prepare.prepare import prepare, summary  # pyarrow and tokenizers
+
+        made = prepare(inputs, out, data.prepare, limits=data.limits, text_key=text_key, workers=workers, strict=strict)
+        print(summary(made))
+        return
+    from trainer.data.prepare.labelled import prepare_images, prepare_rows  # pyarrow
+
+    chosen = cast(Any, split)
+    if kind == "images":
+        print(prepare_images(inputs, out, chosen, held_out, seed, strict))
+    else:
+        labels = tuple(label or ["label"])
+        print(prepare_rows(inputs, out, chosen, held_out, seed, labels, group, leave_out or ()))
+    named = f" data.rows.labels=[{','.join(label)}]" if label else ""
+    print(f"to train on them: data.path={out}{named}")
 
 
 @app.command()
