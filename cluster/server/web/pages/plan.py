@@ -6,6 +6,7 @@ As a process of its own (`python -m cluster.server.web.pages.plan`) it compares 
 import math
 import re
 import shlex
+from functools import cache
 from typing import Any
 
 from cluster.commands.plan import (
@@ -52,9 +53,15 @@ def options() -> dict[str, Any]:
         for name, each in DEVICES.items()
     ]  # fmt: skip
     return {
-        "presets": [name for name in preset_names() if has_formulas(load(name).model)],
+        "presets": _plannable(),
         "devices": [*devices, {"name": "cpu", "memory": None, "attained": 1.0, "rates": ""}],
     }
+
+
+@cache
+def _plannable() -> list[str]:
+    """The presets that the planner has formulas for."""
+    return [name for name in preset_names() if has_formulas(load(name).model)]
 
 
 def planned(asked: dict[str, Any]) -> dict[str, Any]:

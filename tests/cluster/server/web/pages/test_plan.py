@@ -8,7 +8,7 @@ import time
 import pytest
 from dashboards import serving
 
-from configs import ConfigError, load
+from configs import ConfigError, load, preset_names
 from configs.load import load_apart
 
 
@@ -45,6 +45,12 @@ def test_the_numbers_are_those_of_the_command(dashboard, muster, tmp_path, monke
         run = load(name, keys)
         used = {"parallel.dp": run.parallel.dp, "train.steps": run.train.steps, "run.name": run.run.name}
         assert used == {key: told["used"][key] for key in used}
+
+
+def test_every_preset_that_is_offered_can_be_planned(dashboard):
+    offered = dashboard.get("/api/plan").json["presets"]
+    assert {"quickstart", "moe-8x7b"} <= set(offered) < set(preset_names())
+    assert all("plan" in dashboard.post("/api/plan", {"preset": name}).json for name in offered)
 
 
 def test_topologies_are_those_of_the_search(dashboard, muster):
