@@ -12,7 +12,7 @@ from configs import ConfigError, counted
 from .allocation import kinds, repeats
 from .forms.dense import Approach3, Array, Columns, DataConstrained, Form, Gadre, Kaplan
 from .forms.newton import HUBER_LOG, LEAST_SQUARES, Objective
-from .forms.solve import Solution, refit, solve
+from .forms.solve import Solution, refit, solve, solve_parts
 from .forms.sparse import MOE_FORMS
 from .isoflop import Approach2, PowerLaw, approach2, best_approach1
 from .refusal import Refusal, edge, refused
@@ -225,7 +225,8 @@ def fit_form(
     residual = form.log_loss(solution.parameters[None], x)[0] - np.log(table.loss)
     return Fit(
         form, solution, form.coefficients(solution.parameters), intervals, samples, objective,
-        residual=float(np.sqrt((residual**2).mean())), cross_validation=rolling_origin(form, table, objective),
+        residual=float(np.sqrt((residual**2).mean())),
+        cross_validation=rolling_origin(form, table, objective, solution.parameters),
     )  # fmt: skip
 
 
@@ -244,24 +245,30 @@ def solved(form: Form, table: Table, objective: Objective = HUBER_LOG) -> tuple[
     return x, solution
 
 
-def rolling_origin(form: Form, table: Table, objective: Objective = HUBER_LOG) -> float | None:
+def rolling_origin(
+    form: Form, table: Table, objective: Objective = HUBER_LOG, start: Array | None = None
+) -> float | None:
     """Root mean square error in ln L, predicting each budget from the fit to all smaller ones; budgets weigh the same.
+
+    Args:
+        start: the optimum of all rows, shape (J + G,); None: it is searched for.
 
     Returns:
         None if fewer than two budgets could be held out.
     """
-    x, groups = _columns(form, table), _groups(table)
-    errors = []
-    for k in range(LEAST_BUDGETS - 1, len(groups)):
-        before, held = np.concatenate(groups[:k]), groups[k]
-        if len(before) < form.size + 1:
-            continue
-        some = {key: values[before] for key, values in x.items()}
-        found = solve(form, some, table.loss[before], objective)
-        there = {key: values[held] for key, values in x.items()}
-        error = form.log_loss(found.parameters[None], there)[0] - np.log(table.loss[held])
-        errors.append(float(np.nan_to_num((error**2).mean(), nan=np.inf)))
-    return float(np.sqrt(np.mean(errors))) if len(errors) > 1 else None
+    x, level = _columns(form, table), budgets(table).level
+    origins = [
+        k for k in range(LEAST_BUDGETS - 1, int(level.max()) + 1) if (level < k).sum() >= form.size + 1
+    ]  # fmt: skip
+    if len(origins) < 2:
+        return None
+    if start is None:
+        start = solve(form, x, table.loss, objective).parameters
+    before = level < np.array(origins)[:, None]
+    parameters, _ = solve_parts(form, x, table.loss, before, start, objective)
+    errors = form.log_loss(parameters, x) - np.log(table.loss)
+    held = [float((each[level == k] ** 2).mean()) for k, each in zip(origins, errors, strict=True)]
+    return float(np.sqrt(np.mean(np.nan_to_num(held, nan=np.inf))))
 
 
 def named(form: str) -> Form:

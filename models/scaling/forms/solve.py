@@ -18,14 +18,14 @@ from .newton import FLOOR, HUBER_LOG, Descent, Objective, Prior
 
 TOLERANCE = 1e-6
 """Largest scaled gradient of a converged fit."""
-CHUNK = 128
-"""Refits that are computed at once: their arrays stay in the cache."""
 GRID = {1: 96, 2: 28, 3: 14, 4: 8, 5: 6, 6: 4}
 """Points along each gamma."""
 BLOCKS = {1: 8, 2: 4, 3: 3, 4: 2, 5: 2, 6: 2}
 """Blocks along each gamma; the best point of each block is polished."""
 CANDIDATES = 48
 """Most points of the grid that are polished."""
+SMOOTHING = 15
+"""Steps on the smoothed objective."""
 FINALISTS, PATIENCE = 8, 2000
 """Polished points that descend further if the best has not converged, and their most steps: the kinks of a nearly L1
 objective in six exponents can take hundreds."""
@@ -61,14 +61,11 @@ def solve(
     """
     weights = np.ones(len(loss)) if weights is None else weights
     starts = _starts(form, x, loss, weights)
+    which = np.arange(len(starts))
     every = np.broadcast_to(weights, (len(starts), len(loss)))
     if np.isfinite(objective.delta):
-        # First with a Huber delta above most residuals, which smooths away local minima of the nearly L1 objective.
-        scale = np.median(np.abs(form.log_loss(starts[:1], x)[0] - np.log(loss)))
-        unit = 1.0 if objective.scale == "log" else float(np.median(loss))
-        wide = Objective(objective.scale, max(objective.delta, 3 * unit * float(scale)))
-        smooth, _, _ = minimise(form, x, loss, every, starts, wide, 15)
-        starts = np.concatenate([smooth, starts[:8]])
+        smooth, _, _ = minimise(form, x, loss, every, starts, _wide(form, x, loss, starts[0], objective), SMOOTHING)
+        starts, which = _distinct(np.concatenate([smooth, starts[:8]]))
         every = np.broadcast_to(weights, (len(starts), len(loss)))
     found, values, gradients = minimise(form, x, loss, every, starts, objective)
     best = int(np.argmin(values))
@@ -81,9 +78,72 @@ def solve(
     same = values <= values[best] * (1 + 1e-6) + 1e-15
     return Solution(
         parameters=found[best], value=float(values[best]), converged=bool(gradients[best] < TOLERANCE),
-        gradient=float(gradients[best]), agreeing=int(same.sum()), candidates=len(starts),
+        gradient=float(gradients[best]), agreeing=int(same[which].sum()), candidates=len(which),
         at_bound=at_bound(form, x, found[best]),
     )  # fmt: skip
+
+
+def solve_parts(
+    form: Form, x: Columns, loss: Array, parts: NDArray[np.bool_], start: Array, objective: Objective = HUBER_LOG
+) -> tuple[Array, Array]:
+    """Fit a form to several parts of a table at once, each overlapping the one before, such as growing ones.
+
+    Each starts from the whole table's optimum, from the best points of its own grid, and last from the optima of the
+    parts beside it: no fit should end above the one that `solve` finds for the part alone.
+
+    Args:
+        parts: rows of each part, shape (K, rows).
+        start: the whole table's optimum, shape (J + G,).
+
+    Returns:
+        Parameters (K, J + G), and the objective of each, with weights of 1 (K,).
+    """
+    weights, part = parts.astype(float), np.arange(len(parts))
+    own = []
+    for rows in parts:
+        some = {key: values[rows] for key, values in x.items()}
+        own.append(_starts(form, some, loss[rows], np.ones(rows.sum())))
+    starts, which = np.concatenate(own), np.repeat(part, [len(each) for each in own])
+    if np.isfinite(objective.delta):
+        wide = _wide(form, x, loss, start, objective)
+        starts, _, _ = minimise(form, x, loss, weights[which], starts, wide, SMOOTHING)
+    both, _ = _distinct(np.column_stack([which, starts]))
+    starts = np.concatenate([np.broadcast_to(start, (len(parts), form.size)), both[:, 1:]])
+    which = np.concatenate([part, both[:, 0].astype(int)])
+    best, value = _best_of_each(form, x, loss, weights, which, starts, objective)
+    if len(parts) > 1:
+        own, beside = np.concatenate([part, part[1:], part[:-1]]), np.concatenate([best, best[:-1], best[1:]])
+        best, value = _best_of_each(form, x, loss, weights, own, beside, objective)
+    return best, value * parts.mean(axis=1)
+
+
+def _best_of_each(
+    form: Form, x: Columns, loss: Array, weights: Array, part: NDArray[np.int64], starts: Array, objective: Objective
+) -> tuple[Array, Array]:
+    """The best end of each part's starts, and the objective there; see `solve_parts`."""
+    found, values, gradients = minimise(form, x, loss, weights[part], starts, objective)
+    order = np.lexsort([values, part])
+    first = np.flatnonzero(np.diff(part[order], prepend=-1))
+    slow = [order[k : k + FINALISTS] for k in first if gradients[order[k]] >= TOLERANCE]
+    slow = [of_one[part[of_one] == part[of_one[0]]] for of_one in slow]
+    if slow:
+        last = np.concatenate(slow)
+        found[last], values[last], _ = minimise(form, x, loss, weights[part[last]], found[last], objective, PATIENCE)
+        order = np.lexsort([values, part])
+    return found[order[first]], values[order[first]]
+
+
+def _distinct(starts: Array) -> tuple[Array, NDArray[np.int64]]:
+    """Starts without those that have met another, and the index in it of each."""
+    _, first, which = np.unique(starts.round(3), axis=0, return_index=True, return_inverse=True)
+    return starts[first], which
+
+
+def _wide(form: Form, x: Columns, loss: Array, start: Array, objective: Objective) -> Objective:
+    """With a Huber delta above most residuals, which smooths away local minima of the nearly L1 objective."""
+    scale = np.median(np.abs(form.log_loss(start[None], x)[0] - np.log(loss)))
+    unit = 1.0 if objective.scale == "log" else float(np.median(loss))
+    return Objective(objective.scale, max(objective.delta, 3 * unit * float(scale)))
 
 
 def refit(
@@ -99,9 +159,16 @@ def refit(
     Returns:
         Parameters (B, J + G), and whether each fit converged (B,).
     """
-    start = np.broadcast_to(start, (len(weights), form.size))
-    found, _, gradients = minimise(form, x, loss, weights, start, objective)
-    return found, gradients < TOLERANCE
+    if np.ndim(start) > 1 or np.ndim(loss) > 1:
+        start = np.broadcast_to(start, (len(weights), form.size))
+        found, _, gradients = minimise(form, x, loss, weights, start, objective)
+        return found, gradients < TOLERANCE
+    # Of few runs, many draws are the same.
+    distinct, which = np.unique(weights, axis=0, return_inverse=True)
+    found, _, gradients = minimise(
+        form, x, loss, distinct, np.broadcast_to(start, (len(distinct), form.size)), objective
+    )  # fmt: skip
+    return found[which], gradients[which] < TOLERANCE
 
 
 def at_bound(form: Form, x: Columns, parameters: Array) -> tuple[str, ...]:
@@ -227,11 +294,4 @@ def minimise(
         Parameters (B, J + G), the objective (B,), and the largest scaled entry of the gradient (B,).
     """
     log_loss = np.broadcast_to(np.log(loss), weights.shape)
-    ends = []
-    for begin in range(0, len(start), CHUNK):
-        part = slice(begin, begin + CHUNK)
-        known = Prior(prior.mean[part], prior.precision[part]) if prior else None
-        descent = Descent(form, x, log_loss[part], weights[part], objective, known)
-        ends.append(descent.run(np.array(start[part], dtype=float), iterations))
-    found, values, gradients = (np.concatenate(each) for each in zip(*ends, strict=True))
-    return found, values, gradients
+    return Descent(form, x, log_loss, weights, objective, prior).run(np.array(start, dtype=float), iterations)

@@ -1,14 +1,19 @@
 """The solver finds the global optimum, says so when it does not, and refits by the thousand."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from laws import HOFFMANN, isoflop
 from scipy.optimize import least_squares, minimize
 
 from models.scaling.forms.dense import Approach3, DataConstrained, Gadre, Kaplan
-from models.scaling.forms.newton import HUBER_LOG, LEAST_SQUARES, Objective, Prior
-from models.scaling.forms.solve import at_bound, minimise, refit, solve
-from models.scaling.forms.sparse import Ludziejewski
+from models.scaling.forms.newton import AT_ONCE, HUBER_LOG, LEAST_SQUARES, Objective, Prior
+from models.scaling.forms.solve import at_bound, minimise, refit, solve, solve_parts
+from models.scaling.forms.sparse import ClarkPower, ClarkSeparable, Ludziejewski
+from models.scaling.table import budgets, read_table
+
+DATA = Path(__file__).parent / "data"
 
 LAWS = {
     "approach3": (Approach3(), HOFFMANN),
@@ -77,6 +82,56 @@ def test_refits_are_those_of_the_rows_drawn():
         some = table.take(rows)
         alone = solve(form, some.columns, some.loss)
         assert found[draw] == pytest.approx(alone.parameters, rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def many():
+    """Tables that have several local optima each: planted, published dense and published routed runs."""
+    law = isoflop(Approach3(), HOFFMANN, noise=0.01, seed=3)
+    law.loss[::9] *= 1.3
+    sets = read_table(DATA / "porian_runs.csv", {"d": "tokens", "c": "flops"}, {"set": "7"})
+    routed = {"n": "dense_parameter_count", "c": "flops_per_step", "loss": "loss_validation", "experts": "num_experts"}
+    clark = read_table(DATA / "clark_runs.csv", routed, {"router_type": "RL-R"})
+    return {"outliers": law, "porian": sets, "clark": clark}
+
+
+@pytest.mark.parametrize(
+    ("table", "form"),
+    [
+        ("outliers", Approach3()), ("outliers", Kaplan()), ("porian", Approach3()), ("porian", Kaplan()),
+        ("porian", Gadre()), ("clark", ClarkSeparable()), ("clark", ClarkPower()), ("clark", Ludziejewski()),
+    ],
+    ids=lambda each: getattr(each, "name", each),
+)  # fmt: skip
+def test_parts_end_no_higher_than_each_fitted_alone(many, table, form):
+    runs = many[table]
+    x, level = {name: runs.columns[name] for name in form.needs}, budgets(runs).level
+    parts = [level < k for k in range(2, level.max() + 1)]
+    parts = np.array([rows for rows in parts if rows.sum() > form.size])[-6:]
+    assert len(parts) > 2
+    found, values = solve_parts(form, x, runs.loss, parts, solve(form, x, runs.loss).parameters)
+    for rows, end, value in zip(parts, found, values, strict=True):
+        some = {name: each[rows] for name, each in x.items()}
+        alone = solve(form, some, runs.loss[rows])
+        assert value <= alone.value * (1 + 1e-6)
+        error = np.abs(form.log_loss(end[None], some)[0] - np.log(runs.loss[rows]))
+        near = np.minimum(error, HUBER_LOG.delta)
+        assert value == pytest.approx((near * (error - 0.5 * near)).sum(), rel=1e-9)
+
+
+def test_a_fit_does_not_depend_on_those_beside_it():
+    """More fits than are computed at once, which end after different numbers of steps."""
+    form, table = Approach3(), isoflop(Approach3(), HOFFMANN, noise=0.01)
+    generator = np.random.default_rng(0)
+    weights = generator.multinomial(len(table), np.full(len(table), 1 / len(table)), size=2000).astype(float)
+    assert len(weights) > 2 * AT_ONCE // len(table)
+    starts = form.parameters(HOFFMANN) + generator.normal(0, 0.1, (len(weights), form.size))
+    found, values, gradients = minimise(form, table.columns, table.loss, weights, starts, HUBER_LOG)
+    for i in (0, 1, 777, 1999):
+        alone = minimise(form, table.columns, table.loss, weights[i : i + 1], starts[i : i + 1], HUBER_LOG)
+        assert gradients[i] < 1e-6
+        assert values[i] == pytest.approx(alone[1][0], rel=1e-9)
+        assert found[i] == pytest.approx(alone[0][0], rel=1e-5)
 
 
 def test_a_floor_of_zero_is_named():
