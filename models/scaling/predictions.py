@@ -9,7 +9,7 @@ import numpy as np
 
 from .allocation import SHAPE, Kind, columns_at, kinds, repeats
 from .fitting import check, named, solved
-from .forms.dense import Approach3, DataConstrained, Form, Gadre, Kaplan
+from .forms.dense import Approach3, Array, DataConstrained, Form, Gadre, Kaplan
 from .intervals import Extrapolation, Interval, extrapolate
 from .refusal import Refusal, edge, refused
 from .table import Table
@@ -82,6 +82,18 @@ class Prediction:
         )
 
 
+class Frontier(NamedTuple):
+    """The lowest loss of one kind of models against FLOPs, as `Forecast.at_budget` gives it; shape (budgets,)."""
+
+    c: Array
+    loss: Array
+    low: Array
+    high: Array
+    fitted: tuple[float, float]
+    """The least and the most FLOPs of the runs that the law was fitted to."""
+    form: str
+
+
 class Forecast:
     """Predictions from a table of runs. A law is fitted to each kind of models once, when it is first asked for.
 
@@ -123,6 +135,16 @@ class Forecast:
         prediction = _prediction(self.table, laws[best], budget, **_named(found[best]))
         warnings = (*prediction.warnings, *([prediction.unnamed] if prediction.unnamed else []))
         return replace(prediction, rivals=tuple(rivals), warnings=warnings)
+
+    def frontier(self, c: Array, index: int = 0) -> Frontier:
+        """The lowest loss of one of `kinds` at each budget, with its interval."""
+        law = self._law(index, None)
+        found = [law.at_budget(float(budget), LEVEL) for budget in c]
+        _check_repeats(law, max(each["d"].value for each in found), f"the best model of {c.max():.3g} FLOPs")
+        value, low, high = np.array([each["loss"] for each in found]).T
+        used = law.table.c[np.any([each.window.rows for each in law.laws], axis=0)]
+        form = " and ".join(each.form.name for each in law.laws)
+        return Frontier(c, value, low, high, (float(used.min()), float(used.max())), form)
 
     def at_size(
         self, n: float, d: float, shape: Mapping[str, float] | None = None, unique: float | None = None

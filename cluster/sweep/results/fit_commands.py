@@ -226,16 +226,15 @@ def plot_sweep(
     else:
         if fits.chosen is None:
             print(f"no law is drawn: {fits.reason}", file=sys.stderr)
-    marks = []
-    if budget:
-        try:
-            forecast = Forecast(found, unique=unique or tokens_to_read(sweep, found))
-            marks += [Prediction(each, *forecast.at_budget(each).loss) for each in budget]
-        except Refusal as refusal:
-            print(f"no prediction is drawn: {refusal}", file=sys.stderr)
+    marks, forecast = [], None
+    try:
+        forecast = Forecast(found, unique=unique or tokens_to_read(sweep, found))
+        marks += [Prediction(each, *forecast.at_budget(each).loss) for each in budget or ()]
+    except Refusal as refusal:
+        print(f"no prediction is drawn: {refusal}", file=sys.stderr)
     if sweep is not None:
         marks += predicted_runs(sweep.folder)
-    drawn = draw(fits, out, marks)
+    drawn = draw(fits, out, marks, forecast)
     for path in drawn:
         print(path)
     if sweep is not None and out.resolve().is_relative_to(sweep.folder.resolve()):

@@ -1,6 +1,7 @@
 """Pictures of a fitted sweep: isoFLOP curves, frontier, contours, residuals, and the efficiency of experts."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ from models.scaling.allocation import Kind, columns_at, kinds, log_losses
 from models.scaling.curves import Curve, compute, curve
 from models.scaling.fitting import Fits
 from models.scaling.forms.dense import Array
+from models.scaling.predictions import Forecast, Frontier
+from models.scaling.refusal import Refusal
 from models.scaling.table import Table, budgets
 from trainer.observe.plots.draw import BLUE, GREY, RED, spread
 
@@ -21,6 +24,8 @@ from .valleys import POINTS, is_curved, is_dense, known_valleys, lowest, name, p
 PAGE = "sweep.html"
 BEYOND = 3.0
 """Lines extend beyond the table's largest FLOPs by this factor."""
+MISSED = 1.01
+"""Factor by which a run's FLOPs may differ from the end of a range."""
 PANELS, ENTRIES = 3, 9
 CONVENTION = {
     "total": "all parameters", "active": "active parameters", "given": "parameters",
@@ -46,8 +51,13 @@ class Prediction(NamedTuple):
     found: float | None = None
 
 
-def draw(fits: Fits, folder: Path, predictions: Sequence[Prediction] = ()) -> list[Path]:
+def draw(
+    fits: Fits, folder: Path, predictions: Sequence[Prediction] = (), forecast: Forecast | None = None
+) -> list[Path]:
     """Draw a fitted table.
+
+    Args:
+        forecast: what `predictions` were made by; the frontier is then its, and not that of the chosen form.
 
     Returns:
         The files: isoflop.png, frontier.png, contours.png, residuals.png and, of a table with dense and MoE models,
@@ -56,18 +66,19 @@ def draw(fits: Fits, folder: Path, predictions: Sequence[Prediction] = ()) -> li
     """
     table = fits.table
     found = kinds(table)
-    if fits.chosen is None:
-        runs = (_isoflop(table, found), _frontier(fits, found, (), predictions))
-        return save([picture for picture in runs if picture is not None], Path(folder), PAGE)
-    best = fits.best
     furthest = max([float(table.c.max()), *(each.c for each in predictions)]) * BEYOND
     c = np.concatenate(
         [np.geomspace(table.c.min(), table.c.max(), POINTS), np.geomspace(table.c.max(), furthest, 9)[1:]]
     )
+    expected = _expected(forecast, c)
+    if fits.chosen is None:
+        runs = (_isoflop(table, found), _frontier(fits, found, (), expected, predictions))
+        return save([picture for picture in runs if picture is not None], Path(folder), PAGE)
+    best = fits.best
     curves = [curve(best, table, kind, c) for kind in found]
     every = (
         _isoflop(table, found),
-        _frontier(fits, found, curves, predictions),
+        _frontier(fits, found, curves, expected, predictions),
         _contours(fits, found, curves) if {"n", "d"} <= set(best.form.needs) else None,
         _residuals(fits, found),
         _efficiency(fits, found, curves),
@@ -127,15 +138,34 @@ def _runs(
     return Mark("points", x, y, colour, label, text=text, size=size)
 
 
-def _frontier(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve], predictions: Sequence[Prediction]) -> Picture:
-    """Loss of every run against its FLOPs, and the fitted frontier with its band."""
+def _expected(forecast: Forecast | None, c: Array) -> dict[int, Frontier]:
+    """The predicted frontier of each kind of models, by its number; without those that cannot be predicted."""
+    if forecast is None:
+        return {}
+    found = {}
+    for index in range(len(forecast.kinds)):
+        with contextlib.suppress(Refusal):
+            found[index] = forecast.frontier(c, index)
+    return found
+
+
+def _frontier(
+    fits: Fits,
+    found: Sequence[Kind],
+    curves: Sequence[Curve],
+    expected: Mapping[int, Frontier],
+    predictions: Sequence[Prediction],
+) -> Picture:
+    """Loss of every run against its FLOPs, and the frontier with its interval: predicted, or else fitted."""
     table = fits.table
     panel = Panel(FLOPS, LOSS)
     colours = distinct(len(found)) if len(found) > 1 else [GREY]
     for kind, colour in zip(found, colours, strict=True):
         label = name(kind) if len(found) > 1 else "runs"
         panel.marks.append(_runs(table, kind.rows, table.c[kind.rows], table.loss[kind.rows], colour, label, 2.6))
-    for each, colour in zip(curves, colours, strict=bool(curves)):
+    for index, line in expected.items():
+        panel.marks += _predicted(line, colours[index] if len(found) > 1 else BLUE, len(found) == 1)
+    for each, colour in zip(curves, colours, strict=True) if curves and not expected else ():
         shade = colour if len(found) > 1 else BLUE
         label = "" if len(found) > 1 else f"{_words(fits)}, 95%"
         panel.marks += _banded(each.c, each.loss, each.loss_samples, shade, label)
@@ -150,11 +180,36 @@ def _frontier(fits: Fits, found: Sequence[Kind], curves: Sequence[Curve], predic
         if reached:
             c, loss = np.array([p.c for p in reached]), np.array([float(p.found or 0) for p in reached])
             panel.marks.append(Mark("points", c, loss, "black", "reached", marker="x", size=5))
+    if expected:
+        forms = sorted({line.form for line in expected.values()})
+        missing = [name(kind) for index, kind in enumerate(found) if index not in expected]
+        caption = (
+            f"Loss against training FLOPs: all runs, and what `muster sweep predict` gives for a budget, by "
+            f"{', '.join(forms)}, with its 95% interval; dashed: beyond the runs that the law is fitted to."
+            + (f" No law can be relied on for {', '.join(missing)}." if missing else "")
+        )
+        return Picture(
+            "frontier", caption, [panel], "lines: {}\nbands: 95%".format(",\n".join(forms)) if len(found) > 1 else ""
+        )
     if not curves:
         return Picture("frontier", "Loss against training FLOPs: all runs. No form can be relied on.", [panel])
     words = f"{_words(fits)} by {fits.chosen}"
     caption = f"Loss against training FLOPs: all runs, and the {words}; bands: 95% of the bootstrap."
     return Picture("frontier", caption, [panel], f"lines: {_words(fits)},\nbands: 95%" if len(found) > 1 else "")
+
+
+def _predicted(line: Frontier, colour: str, alone: bool) -> list[Mark]:
+    """The predicted frontier: solid over the runs that the law is fitted to, dashed where it is extrapolated."""
+    first, last = line.fitted
+    marks = [Mark("band", line.c, line.loss, colour, "95% interval" if alone else "", low=line.low, high=line.high)]
+    inside = (line.c >= first / MISSED) & (line.c <= last * MISSED)
+    marks.append(Mark("line", line.c[inside], line.loss[inside], colour, f"best loss by\n{line.form}" if alone else ""))
+    before, after = np.flatnonzero(line.c <= first * MISSED), np.flatnonzero(line.c >= last / MISSED)
+    marks += [
+        Mark("line", line.c[rows], line.loss[rows], colour, "extrapolated", dash=True)
+        for rows in (before, after) if len(rows) > 1
+    ]  # fmt: skip
+    return marks
 
 
 def _words(fits: Fits) -> str:

@@ -99,11 +99,11 @@ def solve_parts(
         Parameters (K, J + G), and the objective of each, with weights of 1 (K,).
     """
     weights, part = parts.astype(float), np.arange(len(parts))
-    own = []
+    grids = []
     for rows in parts:
         some = {key: values[rows] for key, values in x.items()}
-        own.append(_starts(form, some, loss[rows], np.ones(rows.sum())))
-    starts, which = np.concatenate(own), np.repeat(part, [len(each) for each in own])
+        grids.append(_starts(form, some, loss[rows], np.ones(rows.sum())))
+    starts, which = np.concatenate(grids), np.repeat(part, [len(each) for each in grids])
     if np.isfinite(objective.delta):
         wide = _wide(form, x, loss, start, objective)
         starts, _, _ = minimise(form, x, loss, weights[which], starts, wide, SMOOTHING)
@@ -112,8 +112,8 @@ def solve_parts(
     which = np.concatenate([part, both[:, 0].astype(int)])
     best, value = _best_of_each(form, x, loss, weights, which, starts, objective)
     if len(parts) > 1:
-        own, beside = np.concatenate([part, part[1:], part[:-1]]), np.concatenate([best, best[:-1], best[1:]])
-        best, value = _best_of_each(form, x, loss, weights, own, beside, objective)
+        which, beside = np.concatenate([part, part[1:], part[:-1]]), np.concatenate([best, best[:-1], best[1:]])
+        best, value = _best_of_each(form, x, loss, weights, which, beside, objective)
     return best, value * parts.mean(axis=1)
 
 

@@ -106,8 +106,8 @@ def many():
 def test_parts_end_no_higher_than_each_fitted_alone(many, table, form):
     runs = many[table]
     x, level = {name: runs.columns[name] for name in form.needs}, budgets(runs).level
-    parts = [level < k for k in range(2, level.max() + 1)]
-    parts = np.array([rows for rows in parts if rows.sum() > form.size])[-6:]
+    growing = [level < k for k in range(2, level.max() + 1)]
+    parts = np.array([rows for rows in growing if rows.sum() > form.size])[-6:]
     assert len(parts) > 2
     found, values = solve_parts(form, x, runs.loss, parts, solve(form, x, runs.loss).parameters)
     for rows, end, value in zip(parts, found, values, strict=True):

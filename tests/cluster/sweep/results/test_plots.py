@@ -8,12 +8,13 @@ from laws import HOFFMANN, isoflop
 from matplotlib.image import imread
 
 from cluster.sweep.results.figures import number, ticks
-from cluster.sweep.results.plots import Prediction, draw
+from cluster.sweep.results.plots import Prediction, _expected, _frontier, draw
 from models.scaling.allocation import kinds
 from models.scaling.curves import compute, curve
 from models.scaling.fitting import Fits, fit, fit_form
 from models.scaling.forms.dense import Approach3
 from models.scaling.forms.sparse import ClarkPower, Ludziejewski
+from models.scaling.predictions import Forecast
 from models.scaling.refusal import Refusal
 from models.scaling.table import Table
 
@@ -48,6 +49,27 @@ def test_a_dense_sweep_has_every_picture_but_that_of_experts(tmp_path):
     assert page.count("Plotly.newPlot") == 4
     assert "<script src=" not in page
     assert "$10^{" not in page, "mathtext, which plotly would show as it is written"
+
+
+@pytest.mark.parametrize("table", [DENSE, moe()], ids=["dense", "experts"])
+def test_the_frontier_shows_what_predict_says(table):
+    """The same losses and intervals, solid over the budgets that the law is fitted to and dashed beyond them."""
+    forecast, found = Forecast(table), kinds(table)
+    c = np.geomspace(1e18, 1e22, 13)
+    expected = _expected(forecast, c)
+    assert sorted(expected) == list(range(len(found)))
+    picture = _frontier(Fits(table, {}, {}, None), found, (), expected, ())
+    marks = picture.panels[0].marks
+    bands = [mark for mark in marks if mark.kind == "band"]
+    assert len(bands) == len(found)
+    at = forecast.at_budget(float(c[-1]))
+    best = next(i for i, kind in enumerate(found) if kind.shape == at.shape)
+    assert (bands[best].y[-1], bands[best].low[-1], bands[best].high[-1]) == at.loss
+    lines = [mark for mark in marks if mark.kind == "line" and mark.colour == bands[best].colour]
+    (solid,), after = [mark for mark in lines if not mark.dash], [mark for mark in lines if mark.dash][-1]
+    assert solid.x.max() <= table.c.max() * 1.01
+    assert (after.x.min(), after.x.max()) == (pytest.approx(table.c.max()), c[-1])
+    assert at.form in picture.caption
 
 
 def test_a_moe_sweep_shows_what_experts_are_worth(tmp_path):
