@@ -13,8 +13,8 @@ reaches 0.75 on an H100 (FlashAttention-3, arXiv:2407.08608, fig. 5), smaller an
 BUS = 0.8
 """Fraction of a memory's or link's bandwidth that large transfers reach. Assumed."""
 EXPERTS = 0.76
-"""Rate of a GPU's experts relative to that of its other products, their gather and scatter included: 32 experts of 1,024,
-top-4, hidden size 2,048, measured 2026-11-27 on one H200 (benchmarks/RESULTS.md)."""
+"""Rate of a GPU's experts relative to that of its other products, their gather and scatter included. Measured with 32
+experts of width 1,024, top-4, hidden size 2,048 (2026-11-27, one H200: benchmarks/RESULTS.md)."""
 HEADROOM = 0.1
 """Fraction of a device's memory that a plan leaves free, for fragmentation and prediction error."""
 
