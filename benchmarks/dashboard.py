@@ -1,5 +1,7 @@
 """How fast the dashboard's server answers over many and long runs, and what it takes of memory and processor.
 
+`dashboard_peers.py` is about its pages in a browser, beside those of others.
+
 Run: `python benchmarks/dashboard.py FOLDER`. FOLDER is made: runs in the format that training writes, with numbers that
 are made up: ten thousand, one of a million steps, one of 3,000 metrics. Times are of whole requests, from the client's
 first byte to its last, uncompressed; "cold" is the first request of each kind to a server that has just been started.
