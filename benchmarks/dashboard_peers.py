@@ -193,7 +193,9 @@ def mlflow(folder: Path, root: Path) -> Iterator[Peer]:
 
     uri = made_for_mlflow(folder, root)
     client = MlflowClient(uri)
-    experiment = client.get_experiment_by_name("peers").experiment_id
+    peers = client.get_experiment_by_name("peers")
+    assert peers is not None
+    experiment = peers.experiment_id
     ids = {run.info.run_name: run.info.run_id for run in client.search_runs([experiment], max_results=1000)}
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri, "--host", "127.0.0.1",
                "--port", "{port}", "--workers", "1"]  # fmt: skip
