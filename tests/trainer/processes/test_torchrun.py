@@ -12,7 +12,7 @@ import pytest
 from ranks import free_port, run_ranks
 from support import tiny
 
-from configs import to_yaml
+from configs import preset_names, to_yaml
 from trainer.checkpoint import store
 from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
@@ -96,8 +96,8 @@ MISTAKES = {
     "no config": ([], "muster: usage: torchrun -m trainer CONFIG [key=value ...]"),
     "no such preset": (
         ["quikstart"],
-        "muster: no config 'quikstart': neither a file nor a preset (dense-7b, dense-small, moe-1b-a300m, moe-8x7b, "
-        "quickstart); did you mean quickstart?",
+        f"muster: no config 'quikstart': neither a file nor a preset ({', '.join(preset_names())}); did you mean "
+        "quickstart?",
     ),
     "found by rank 0": (
         ["quickstart", "optim.warmup=301", "train.steps=300", "parallel.dp=2"],
