@@ -100,7 +100,9 @@ def plan_routes(
         if board is None:
             raise HTTPException(409, NO_QUEUE)
         try:
-            return answer(request, {"gang": gang_words(needed(board, body.model_dump())), "why": ""})
+            asked = body.model_dump()
+            job = needed(board, plan.sent_config(asked), asked)
+            return answer(request, {"gang": gang_words(job), "why": ""})
         except ConfigError as error:
             return answer(request, {"gang": "", "why": visible(str(error))[:2000]})
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commands.jobs import new_id
-from configs import ConfigError, resolve
+from configs import Config, ConfigError, resolve
 from configs.load import dump_yaml, one_file_apart
 from configs.reading.parse import shortened
 
@@ -37,7 +37,7 @@ def submitted(board: Board, roots: Sequence[Path], asked: dict[str, Any]) -> Kno
     """
     config = sent_config(asked)
     _check_place(Path(config.run.root), config.run.name, roots)
-    job = needed(board, asked)
+    job = needed(board, config, asked)
     check_new(job, board.queue.jobs())
     text, where = sent_text(asked)
     file = dump_yaml(one_file_apart(text, [*asked["overrides"], *kept_keys(job)], where))
@@ -51,17 +51,17 @@ def submitted(board: Board, roots: Sequence[Path], asked: dict[str, Any]) -> Kno
         package.unlink(missing_ok=True)
 
 
-def needed(board: Board, asked: dict[str, Any]) -> Job:
+def needed(board: Board, config: Config, asked: dict[str, Any]) -> Job:
     """The job that a run would be, which has what it would reserve on the machines that there are.
 
     Args:
+        config: what the page sent, by `sent_config`.
         asked: as `plan_responses.RunAsked`.
 
     Raises:
         ConfigError: the config is invalid, asks for code or a file of the sender's, or the machines have no room for
             it.
     """
-    config = sent_config(asked)
     for key, paths in needs(config).items():
         for path in paths:
             if not os.path.isabs(os.path.expanduser(path)):
