@@ -53,8 +53,7 @@ def _copy(master: nn.Parameter, dtype: torch.dtype) -> Tensor:
 def _hand_over(master: nn.Parameter, copy: Tensor) -> None:
     assert copy.grad is not None
     if master.grad is None:
-        wider = _wider()(copy.grad.view(-1)).view_as(copy) if copy.is_cuda else copy.grad.to(master.dtype)
-        master.grad = wider
+        master.grad = (_wider()(copy.grad.view(-1)) if copy.is_cuda else copy.grad.to(master.dtype)).view_as(copy)
     else:
         _add()(master.grad.view(-1), copy.grad.view(-1)) if copy.is_cuda else master.grad.add_(copy.grad)
     copy.grad = None
