@@ -87,6 +87,21 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         notes.append("checkpoint.every=auto: chosen during the run from the cost of a checkpoint and the failure rate")
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:
         raise ConfigError("optim.schedule=exponential never reaches 0: set optim.min_lr_ratio above 0")
+    for key, asked in (
+        ("train.early_stop.patience", train.early_stop.patience),
+        ("optim.schedule=plateau", config.optim.schedule == "plateau"),
+    ):
+        if asked and not train.eval_every:
+            raise ConfigError(
+                f"{key} needs evaluations during the run: set train.eval_every={max(train.steps // 20, 1)}"
+            )
+    if (first := config.optim.swa_from) and (config.optim.ema_decay or first > train.steps):
+        why = (
+            f"is past the last step, {train.steps}" if first > train.steps else "and optim.ema_decay exclude each other"
+        )
+        raise ConfigError(
+            f"optim.swa_from={first} {why}: set one of them to null, or optim.swa_from={train.steps // 2}"
+        )
     warmup, decay = config.optim.warmup, config.optim.decay_steps
     if warmup > train.steps:
         raise ConfigError(
@@ -195,7 +210,9 @@ MAY_CHANGE = (
     "train.activation_checkpointing", "train.checkpoint_every_layers",
     # Monitoring only, or beside the weights that are trained:
     "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch", "data.limits.",
-    "optim.ema_decay",
+    "optim.ema_decay", "optim.swa_from",
+    # When it ends:
+    "train.early_stop.",
 )  # fmt: skip
 """Keys that may change between attempts of a run; a change of any other key makes it another run."""
 

@@ -183,6 +183,26 @@ def judge(state: TrainState, outcome: StepOutcome, read_at: int, config: Config,
     return deviations
 
 
+def after_evaluation(state: TrainState, loss: float, config: Config, record: Record | None) -> None:
+    """Count the evaluations since the best one, and the drops of the schedule `plateau`: after optim.plateau_patience
+    of them in a row, counted anew from each drop."""
+    best = state.best_eval_loss
+    if math.isfinite(loss) and (best is None or loss < best - config.train.early_stop.min_delta):
+        state.best_eval_loss, state.since_best, state.since_drop = loss, 0, 0
+        return
+    state.since_best, state.since_drop = state.since_best + 1, state.since_drop + 1
+    if config.optim.schedule == "plateau" and state.since_drop >= config.optim.plateau_patience:
+        state.since_drop, state.lr_drops = 0, state.lr_drops + 1
+        if record:
+            record.event("plateau", step=state.step, lr_drops=state.lr_drops, in_a_row=state.since_best)
+
+
+def ends_early(state: TrainState, config: Config) -> bool:
+    """Whether train.early_stop.patience evaluations in a row were no improvement."""
+    patience = config.train.early_stop.patience
+    return patience is not None and state.since_best >= patience
+
+
 def report_bad_pages(dataset: ExampleReader, reported: int, run_dir: Path, attempt: int) -> int:
     """Name the pages left out (data.on_bad_page=skip) in the record; any process may meet one. Returns their number."""
     for file, row_group in dataset.bad_pages[reported:]:

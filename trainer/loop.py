@@ -7,15 +7,16 @@ import threading
 import traceback
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import distributed as dist
 
-from configs import Config, ConfigError, with_workers
+from configs import Config, ConfigError, counted, with_workers
 from configs.reading.parse import clip
 from models.flops import flops_of_example
 
-from .bookkeeping import Books, Launched, TrainingStopped, report_bad_pages
+from .bookkeeping import Books, Launched, TrainingStopped, after_evaluation, ends_early, report_bad_pages
 from .checkpoint.cadence import Cadence, is_due
 from .checkpoint.export import export
 from .checkpoint.resume import resume, roll_back
@@ -36,7 +37,7 @@ from .observe.evaluation import evaluate
 from .observe.tracing import Profiler
 from .processes.collectives import from_chief
 from .processes.device import be_deterministic, device
-from .record.events import CHECKPOINT, DATA
+from .record.events import CHECKPOINT, DATA, EARLY
 from .record.forecast import Forecast, refuse_too_large
 from .record.lines import Record, read_events
 from .run import revision
@@ -78,7 +79,8 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
     with run_lock(run_dir, patience) if chief else nullcontext():
         record = Record(run_dir, attempt) if chief else None
         state = TrainState()
-        shipper, status, reason, cause = None, "FAILED", "", {}
+        shipper, status, reason = None, "FAILED", ""
+        cause: dict[str, Any] = {}
         try:
             if record:
                 inputs = kind_of(config).inputs(config.data)
@@ -89,6 +91,9 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
             with watchdog(run_dir, attempt, config) as beat:
                 status = _steps(run_dir, config, state, record, attempt, stop, beat)
             reason = "reached train.steps" if status == "FINISHED" else "stopped by request"
+            if status == "FINISHED" and state.step < config.train.steps:
+                reason = f"no better held-out loss in {counted(state.since_best, 'evaluation')}"
+                cause = {"cause": EARLY, "in_a_row": state.since_best}
             if record and status == "FINISHED" and config.tracking.enabled and config.tracking.export_model:
                 _export(run_dir, record)
         except DataError as error:
@@ -157,7 +162,7 @@ def _steps(
     books.asked_to_stop, books.checkpoint_every = asked > 0, int(every)
     saved, reported = state.step, 0
     try:
-        while books.step < train.steps and not books.asked_to_stop:
+        while books.step < train.steps and not books.asked_to_stop and not ends_early(state, config):
             step, stopped, waited, writing = books.step + 1, stopwatch(here), loader.waited, saver.writing
             own_time().begin()
             profiler.before(step)
@@ -170,7 +175,7 @@ def _steps(
             beat(step, "step")
             read = sum_over_all([sum(each.weight for each in loaded)], here)[0]
             weight = read * config.parallel.dp / dist.get_world_size()  # the other ranks read the same
-            rate = trainee.set_learning_rate(step)
+            rate = trainee.set_learning_rate(step, state.lr_drops)
             values, took = trainee.step(batches, weight, riders(), step), stopped()
             books.launched(Launched(Late(values), took, rate, waited, writing, engine.loss_scale()))
 
@@ -189,8 +194,13 @@ def _steps(
             last = step == train.steps
             if held_out and (last or (train.eval_every and step % train.eval_every == 0)):
                 books.settle()
-                evaluate(run_dir, trainee, held_out, step, record, beat)
-            if last or is_due(config.checkpoint.every, step, saved, books.checkpoint_every):
+                loss = evaluate(run_dir, trainee, held_out, step, record, beat)
+                after_evaluation(state, loss, config, record)
+            if (
+                last
+                or ends_early(state, config)
+                or is_due(config.checkpoint.every, step, saved, books.checkpoint_every)
+            ):
                 books.settle()
                 beat(step, "checkpoint")
                 saver.save(engines, state, attempt)
@@ -199,7 +209,7 @@ def _steps(
                     cadence.began_write(saver.took)
         books.settle()
         beat(state.step, "end")
-        killed = state.step < train.steps
+        killed = state.step < train.steps and not ends_early(state, config)
         if killed:
             if record:
                 record.event("signal", step=state.step, reason="a signal, or the file `stop` in the run's folder")

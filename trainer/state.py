@@ -40,6 +40,14 @@ class TrainState:
     rollbacks: Count = 0
     recent_losses: Annotated[list[Finite], FailFast()] = field(default_factory=list)
     """The window that loss spikes are judged by."""
+    best_eval_loss: Finite | None = None
+    """Lowest held-out loss so far, apart from improvements by less than train.early_stop.min_delta."""
+    since_best: Count = 0
+    """Evaluations after it."""
+    since_drop: Count = 0
+    """Evaluations after it, or after the plateau schedule's last drop."""
+    lr_drops: Count = 0
+    """How often the plateau schedule has lowered the learning rate."""
     loss_scale: Annotated[dict[str, StrictBool | StrictInt | Finite], at_most(64)] | None = None
     """fp16's dynamic loss scale."""
     memory: Annotated[

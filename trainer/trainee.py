@@ -54,9 +54,9 @@ class Trainee:
         """Of the first phase: the only one of most tasks."""
         return next(iter(self.engines.values()))
 
-    def set_learning_rate(self, step: int) -> float:
-        """Of every phase, for a step. Returns the first one's."""
-        rates = learning_rates(step, self.config, self.learner.phases)
+    def set_learning_rate(self, step: int, drops: int = 0) -> float:
+        """Of every phase, for a step, as `schedule.learning_rate`. Returns the first one's."""
+        rates = learning_rates(step, self.config, self.learner.phases, drops)
         for name, rate in rates.items():
             engine = self.engines[name]
             engine.set_learning_rate(rate)
@@ -241,7 +241,9 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
     for phase in task.phases:
         optim, prefix = optimizer_of(config, phase), f"{phase.parameters}." if phase.parameters else ""
         part = module.get_submodule(phase.parameters)
-        engines[phase.name] = (Pipeline if parallel.pp > 1 else Engine)(part, config, optim, prefix)
+        engine = engines[phase.name] = (Pipeline if parallel.pp > 1 else Engine)(part, config, optim, prefix)
+        if engine.ema:
+            engine.ema.every = phase.every
     learner = Learner(task, {phase.parameters: engines[phase.name].module for phase in task.phases}, mean)
     if wrong := wrong_shapes(known, learner):
         raise ConfigError(f"train.init_from={config.train.init_from}: {wrong}")

@@ -18,6 +18,7 @@ from configs import Config, ConfigError, ExitCode, counted, mask
 from trainer.checkpoint.manifest import committed
 from trainer.engine.precision import check_device
 from trainer.processes.output import LOGS
+from trainer.record.events import EARLY
 from trainer.record.forecast import refuse_too_large
 from trainer.record.lines import Record, last_attempt, read_events, status_of, summary
 from trainer.record.progress import Follower, ProgressView
@@ -64,9 +65,11 @@ def launch(
     config = read_config(run_dir)
     out = Console(soft_wrap=True)
     if is_finished(run_dir):
-        out.print(
-            f"run {config.run.name} is finished ({counted(config.train.steps, 'step')}): raise train.steps to continue"
-        )
+        end = [event for event in read_events(run_dir) if event["event"] == "attempt_ended"][-1]
+        early = end["reason"] if end.get("cause") == EARLY else ""
+        key = "train.early_stop.patience" if early else "train.steps"
+        why = f"at step {end['step']}: {early}" if early else counted(config.train.steps, "step")
+        out.print(f"run {config.run.name} is finished ({why}): raise {key} to continue")
         return ExitCode.FINISHED
     out.print(f"run {config.run.name}")
     for line in [*notes, *header(run_dir, config)]:

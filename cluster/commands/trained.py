@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from trainer.observe.held_out import SourceLoss  # torch
 
 Step = Annotated[int | None, typer.Option(help="Checkpoint of this step; the newest if not given.", min=0)]
-Ema = Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights (optim.ema_decay).")]
+Ema = Annotated[bool, typer.Option("--ema", help="Use the average of the weights (optim.ema_decay, swa_from).")]
 
 
 def generate(

@@ -53,19 +53,39 @@ class OptimConfig(Section):
     """Nesterov momentum, for SGD and Muon."""
     alpha: float = Field(0.99, gt=0, lt=1)
     """RMSprop's smoothing constant."""
-    schedule: Literal["constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential"] = "cosine"
-    """Shape of the learning rate after the warmup."""
+    schedule: Literal[
+        "constant", "linear", "cosine", "wsd", "inverse_sqrt", "step", "exponential", "one_cycle", "cyclic",
+        "cosine_restarts", "plateau",
+    ] = "cosine"  # fmt: skip
+    """Shape of the learning rate after the warmup. plateau: lowered whenever the held-out loss no longer improves."""
     warmup: NonNegativeInt = 0
     """Steps of linear warmup from 0, with every schedule."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
-    """Final learning rate as a fraction of the peak: linear, cosine, WSD, exponential."""
+    """Lowest learning rate in units of the peak: linear, cosine, WSD, exponential, cyclic, cosine_restarts, plateau.
+    """
     decay_steps: PositiveInt | None = None
     """WSD: length of the final decay; None: a fifth of the run."""
     step_every: PositiveInt | None = None
     """Step schedule: steps between drops; None: a third of the run."""
     step_factor: float = Field(0.1, gt=0, le=1)
     """Step schedule: factor of each drop."""
+    cycle_steps: PositiveInt | None = None
+    """Cyclic: steps up and down again; cosine restarts: steps of the first cycle; None: a fifth of the run."""
+    cycle_growth: int = Field(1, ge=1, le=100)
+    """Cosine restarts: how many times as long each cycle is as the one before."""
+    plateau_patience: PositiveInt = 3
+    """Plateau: evaluations in a row without an improvement after which the learning rate is lowered."""
+    plateau_factor: float = Field(0.1, gt=0, lt=1)
+    """Plateau: factor of each drop."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the weights in fp32, with this decay per step, such as 0.999; None: none.
     Step t, from 1, decays by min(ema_decay, (1 + t) / (10 + t)). Evaluations measure both weights, those being trained
     (`eval_loss`) and the average (`eval_loss_ema`); samples are drawn with the average."""
+    swa_from: PositiveInt | None = None
+    """Keep the plain average of the weights after this step and every one that follows, in place of an exponential one
+    (stochastic weight averaging, arXiv:1803.05407); None: none."""
+
+    @property
+    def averages(self) -> bool:
+        """Whether an average of the weights is kept."""
+        return self.ema_decay is not None or self.swa_from is not None

@@ -21,6 +21,15 @@ class SpikeConfig(Section):
     """Most rollbacks in one run; the next spike stops it."""
 
 
+class EarlyStopConfig(Section):
+    """Ending a run once its held-out loss no longer improves."""
+
+    patience: PositiveInt | None = None
+    """Evaluations in a row without an improvement after which the run ends; None: it goes on to train.steps."""
+    min_delta: float = Field(0.0, ge=0)
+    """A held-out loss lower than the best one by more than this is an improvement, for optim.schedule=plateau too."""
+
+
 class ProfileConfig(Section):
     """torch profiler trace and memory snapshot over a range of steps, stored as artifacts."""
 
@@ -59,6 +68,8 @@ class TrainConfig(Section):
     """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
     grad_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0: no clipping."""
+    clip_value: float = Field(0.0, ge=0)
+    """Largest magnitude of any element of the gradient, after grad_clip; 0: no clipping."""
     activation_checkpointing: Literal["none", "full", "selective"] = "none"
     """Activation checkpointing. `full`: keep only each layer's input and recompute the layer in the backward pass;
     `selective`: some layers only."""
@@ -79,6 +90,8 @@ class TrainConfig(Section):
     """Prompts that the samples continue."""
     sample_temperature: float = Field(0.8, ge=0)
     """Sampling temperature; 0: always the most likely token."""
+    early_stop: EarlyStopConfig = EarlyStopConfig()
+    """Whether the run ends before train.steps."""
     max_nonfinite_steps: PositiveInt = 10
     """Skipped steps (non-finite loss or gradient) in a row after which the run stops."""
     spike: SpikeConfig = SpikeConfig()

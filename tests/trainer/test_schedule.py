@@ -5,11 +5,17 @@ from itertools import pairwise
 from typing import get_args
 
 import pytest
+import torch
+from torch.optim import lr_scheduler
 
 from configs.sections.optim import OptimConfig
 from trainer.schedule import learning_rate
 
-SCHEDULES = get_args(OptimConfig.model_fields["schedule"].annotation)
+CYCLES = ["one_cycle", "cyclic", "cosine_restarts"]
+"""These rise again, or have a rise of their own."""
+SCHEDULES = [
+    name for name in get_args(OptimConfig.model_fields["schedule"].annotation) if name not in [*CYCLES, "plateau"]
+]
 STEPS, WARMUP, PEAK, LOW = 100, 10, 0.5, 0.1
 WITH_AN_END = ["linear", "cosine", "wsd", "exponential"]
 
@@ -84,7 +90,59 @@ def test_step_drops_where_told():
     assert found[-1] == PEAK * 0.5**3
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+def by_torch(steps, make):
+    """Learning rates of a scheduler of torch's."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK, momentum=0.9)
+    scheduler, found = make(optimizer), []
+    for step in range(1, steps + 1):
+        found.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if step < steps:
+            scheduler.step()
+    return found
+
+
+@pytest.mark.parametrize("steps", [7, STEPS, 333])
+def test_one_cycle_is_torchs(steps):
+    wanted = by_torch(steps, lambda optimizer: lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps))
+    assert rates("one_cycle", steps, warmup=0) == pytest.approx(wanted, rel=1e-9)
+    share = by_torch(
+        steps, lambda optimizer: lr_scheduler.OneCycleLR(optimizer, PEAK, total_steps=steps, pct_start=3 / steps)
+    )
+    assert rates("one_cycle", steps, warmup=3) == pytest.approx(share, rel=1e-9)
+
+
+@pytest.mark.parametrize("length", [10, 24])
+def test_cyclic_is_torchs(length):
+    wanted = by_torch(STEPS, lambda optimizer: lr_scheduler.CyclicLR(optimizer, LOW * PEAK, PEAK, length // 2))
+    assert rates("cyclic", warmup=0, cycle_steps=length) == pytest.approx(wanted, rel=1e-9)
+
+
+def test_after_a_warmup_a_cycle_begins_at_its_peak():
+    found = rates("cyclic", cycle_steps=20)
+    assert found[WARMUP - 1] == found[WARMUP] == PEAK
+    assert found[WARMUP + 10] == pytest.approx(LOW * PEAK)
+    assert found[WARMUP + 20] == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize("growth", [1, 2])
+def test_cosine_restarts_are_torchs(growth):
+    wanted = by_torch(
+        STEPS, lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 15, growth, eta_min=LOW * PEAK)
+    )
+    assert rates("cosine_restarts", warmup=0, cycle_steps=15, cycle_growth=growth) == pytest.approx(wanted, rel=1e-9)
+    assert rates("cosine_restarts", STEPS + WARMUP, cycle_steps=15, cycle_growth=growth)[WARMUP:] == pytest.approx(
+        wanted
+    )
+
+
+def test_a_plateau_drops_when_told_and_not_below_the_lowest():
+    optim = OptimConfig(schedule="plateau", lr=PEAK, warmup=WARMUP, min_lr_ratio=0.01, plateau_factor=0.2)
+    assert learning_rate(5, STEPS, optim, drops=3) == PEAK / 2
+    assert [learning_rate(50, STEPS, optim, drops) / PEAK for drops in range(4)] == pytest.approx([1, 0.2, 0.04, 0.01])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES + CYCLES)
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_runs_of_few_steps(schedule, steps):
     assert all(0 < rate <= PEAK for rate in rates(schedule, steps, warmup=0))

@@ -80,7 +80,7 @@ def load_module(
     if ema and not reader.averaged:
         raise ConfigError(
             f"--ema: the checkpoint of step {candidate} of {run_dir} has no EMA weights: leave it out, or train with "
-            "optim.ema_decay"
+            "optim.ema_decay or optim.swa_from"
         )
     module = build(config.model)
     with torch.no_grad():

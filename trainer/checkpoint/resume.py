@@ -81,7 +81,9 @@ def _other_averages(reader: Reader, engines: Engines) -> list[str]:
         if engine.ema and not held:
             found.append(f"the checkpoint has no average of {of}: the average starts from its weights")
         elif held and not engine.ema:
-            found.append(f"the checkpoint's average of {of} is not used: optim.ema_decay is not set")
+            found.append(
+                f"the checkpoint's average of {of} is not used: neither optim.ema_decay nor optim.swa_from is set"
+            )
     return found
 
 

@@ -1,4 +1,4 @@
-"""Exponential moving average (EMA) of the weights: updated at every optimizer step, sharded like the weights."""
+"""Average of the weights, exponential (EMA) or plain: updated at every optimizer step, sharded like the weights."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -20,21 +20,29 @@ class Ema:
         optimizer: torch's own, which may update some of its parameters at a time.
         weights: all of its parameters.
         decay: upper limit, see `ema_decay`.
+        first: in place of a decay, the step from which on all weights count the same (optim.swa_from); before it the
+            average is a copy.
 
     Attributes:
         step: number of the next optimizer step, to be set before it.
+        every: how many steps of the run there are to one of these weights, which are due when it divides `step`.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], decay: float):
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], decay: float | None, first: int | None = None
+    ):
         self._pairs = {id(weight): (weight, weight.detach().clone()) for weight in weights}
-        self._decay, self.step = decay, 1
+        self._decay, self._first, self.step, self.every = decay, first, 1, 1
         # The hook does not run for a skipped step, unless the optimizer itself skips it, on the device.
         optimizer.register_step_post_hook(self._update)
 
     @property
     def share(self) -> float:
         """Weight of the new values in the average at the next step, 1 - decay."""
-        return 1 - ema_decay(self._decay, self.step)
+        if self._decay is not None:
+            return 1 - ema_decay(self._decay, self.step)
+        assert self._first is not None
+        return 1 / max(self.step // self.every - (self._first - 1) // self.every, 1)
 
     def of(self, weight: Tensor) -> Tensor | None:
         """The average of one of the optimizer's parameters, in its shape; None for any other tensor."""

@@ -14,7 +14,7 @@ from trainer.checkpoint.fragments import whole
 from . import private
 from .ema import Ema
 from .guard import Guarded, guard
-from .optim import build_optimizer, parameter_groups
+from .optim import build_optimizer, clip_by_value, parameter_groups
 from .parallel import box_of, expert_group_name, keep_routers, plain_name
 from .precision import WorkingCopies
 from .settings import engine_config
@@ -34,7 +34,7 @@ class Engine:
         accumulation: micro-batches per step in this process.
         sharded: whether a process holds only its own part of each working weight (ZeRO-3).
         replicated: whether every process holds all optimizer states in full (ZeRO-0).
-        ema: moving average of the trained weights; None if the optimizer's `ema_decay` is not set.
+        ema: moving average of the trained weights; None if neither `ema_decay` nor `swa_from` is set.
         deepspeed: DeepSpeed's own engine, used only within this folder.
     """
 
@@ -77,7 +77,10 @@ class Engine:
         if parallel.zero_stage == 0 and torch.distributed.get_world_size() == 1:
             private.reduce_no_gradients(self.deepspeed)
         trained = {id(slot.owner): slot.owner for slot in self.slots() if slot.parameter.requires_grad}
-        self.ema = Ema(self.optimizer, trained.values(), optim.ema_decay) if optim.ema_decay else None
+        averaged = (optim.ema_decay, optim.swa_from)
+        self.ema = Ema(self.optimizer, trained.values(), *averaged) if optim.averages else None
+        if config.train.clip_value:
+            clip_by_value(self.optimizer, config.train.clip_value)
 
     def _for_deepspeed(self, module: nn.Module, config: Config) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the config to give to DeepSpeed."""

@@ -64,6 +64,15 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
     return builders[config.name]()
 
 
+def clip_by_value(optimizer: torch.optim.Optimizer, limit: float) -> None:
+    """Let every step clamp the elements of its gradients to [-limit, limit], after clipping by the norm."""
+
+    def clamp(optimizer: Any, *_: Any) -> None:
+        nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], limit)
+
+    optimizer.register_step_pre_hook(clamp)
+
+
 def moments(optimizer: torch.optim.Optimizer) -> list[set[str]]:
     """Names of the states that the optimizer keeps for a parameter, one set for each kind of parameter.
 

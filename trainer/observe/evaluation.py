@@ -21,8 +21,12 @@ from .samples import write_sample
 
 def evaluate(
     run_dir: Path, trainee: Trainee, held_out: ExampleReader, step: int, record: Record | None, beat: Beat
-) -> None:
-    """Evaluate between two steps. A collective: every process takes part, rank 0 writes the results."""
+) -> float:
+    """Evaluate between two steps. A collective: every process takes part, rank 0 writes the results.
+
+    Returns:
+        The held-out loss of the weights that are trained, the same in every process.
+    """
     start, config, folder = time.perf_counter(), trainee.config, run_dir / "samples"
     task, files = trainee.learner.task, []
     seen = None if task.routed is None else ExpertTokens(config, trainee.where, task)
@@ -49,6 +53,7 @@ def evaluate(
     if record:
         names, seconds = [file.name for file in files], time.perf_counter() - start
         record.event("evaluation", step=step, eval_loss=loss, eval_weight=weight, seconds=seconds, files=names)
+    return loss
 
 
 @torch.no_grad()

@@ -54,7 +54,7 @@ def _truth(value: Any) -> bool:
 FIELDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(
         ("step", "attempt", "from_step", "to_step", "cursor", "rollbacks", "every", "rank", "pid", "world_size",
-         "workers", "bytes", "in_a_row", "collapsed"),
+         "workers", "bytes", "in_a_row", "collapsed", "lr_drops"),
         _count,
     ),
     **dict.fromkeys(
@@ -128,9 +128,10 @@ EVENTS: dict[str, Fields] = {
     "measured": _fields(more="peak_memory step_time predicted_peak_memory predicted_step_time"),
     "export_skipped": _fields(more="reason"),
     "failure": _fields(more="step reason traceback"),
-    "attempt_ended": _fields("status", "reason cause step totals"),
+    "attempt_ended": _fields("status", "reason cause step in_a_row totals"),
     # During training.
     "evaluation": _fields(more="step eval_loss eval_weight seconds files"),
+    "plateau": _fields("step lr_drops", "in_a_row"),
     "skipped_step": _fields("step", "cursor loss in_a_row"),
     "spike": _fields(more="step cursor loss deviations"),
     "rollback": _fields("to_step", "from_step cursor left_out rollbacks"),
@@ -170,6 +171,18 @@ RATE = "_per_second"
 NONFINITE, DATA, CHECKPOINT = "nonfinite", "data", "checkpoint"
 """Causes in `attempt_ended` for which a restart is of no use: steps without a finite loss or gradient, a damaged page
 of the data, a last checkpoint that could not be written."""
+EARLY = "early_stop"
+"""Cause in `attempt_ended` of a run that FINISHED before train.steps; `in_a_row`: evaluations since the best one."""
+
+
+def reached_its_end(ended: Mapping[str, Any], steps: int, patience: int | None) -> bool:
+    """Whether an `attempt_ended` leaves nothing to train.
+
+    Args:
+        steps, patience: the run's train.steps and train.early_stop.patience.
+    """
+    early = ended.get("cause") == EARLY and patience is not None and ended.get("in_a_row", 0) >= patience
+    return ended["status"] == "FINISHED" and (early or ended.get("step", 0) >= steps)
 
 
 class WrongEvent(UserWarning):

@@ -26,6 +26,7 @@ from trainer.data.manifest import sources_of
 from trainer.files.durable import replace_text
 from trainer.files.lock_file import lock_file
 from trainer.files.own_files import no_link, open_file, require_own, write_text
+from trainer.record.events import reached_its_end
 from trainer.record.lines import Record, read_events
 from trainer.tracking import NoCredentials, hand_down_password, later, tracking_uri
 
@@ -234,10 +235,10 @@ def attempts(run_dir: Path) -> int:
 
 
 def is_finished(run_dir: Path) -> bool:
-    """Whether the run has reached the train.steps of its config."""
-    config = read_config(run_dir)
+    """Whether the run has reached the train.steps of its config, or ended early by its train.early_stop."""
+    train = read_config(run_dir).train
     ends = [event for event in read_events(run_dir) if event["event"] == "attempt_ended"]
-    return bool(ends) and ends[-1]["status"] == "FINISHED" and ends[-1].get("step", 0) >= config.train.steps
+    return bool(ends) and reached_its_end(ends[-1], train.steps, train.early_stop.patience)
 
 
 @contextmanager

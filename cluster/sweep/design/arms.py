@@ -55,6 +55,10 @@ def arms(sweep: SweepConfig) -> list[Arm]:
         refuse_chosen(sweep, nested(variant.set), f"variants.{key}.set")
         own = merge(copy.deepcopy(tree), nested(variant.set))
         config = from_dict(own, where=f"variants.{key}.set")
+        if sweep.sizes_chosen and config.train.early_stop.patience:
+            raise ConfigError(
+                "train.early_stop.patience would end trials before they have spent their budget: set it to null"
+            )
         for label, experts in variant.choices().items():
             arm = Arm(key + label, key, key + label, experts, own, config, {})
             if sweep.variants and not sweep.sizes_chosen:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from trainer.record.events import NONFINITE
+from trainer.record.events import NONFINITE, reached_its_end
 from trainer.record.lines import EVENTS, METRICS, read_events, status_of, summary
 from trainer.tracking.sweep import TRIALS
 
@@ -81,8 +81,8 @@ def standing(run_dir: Path, steps: int, end: Mapping[str, Any] | None, training:
     found, events = summary(run_dir), read_events(run_dir)
     state: State = "stopped" if found["attempts"] else "waiting"
     reason = found["reason"] or ""
-    ended = next((event for event in reversed(events) if event["event"] == "attempt_ended"), {"step": 0})
-    if found["status"] == "FINISHED" and ended.get("step", 0) >= steps:
+    ended = next((event for event in reversed(events) if event["event"] == "attempt_ended"), {"step": 0, "status": ""})
+    if found["status"] == "FINISHED" and reached_its_end(ended, steps, patience=0):  # one that ended early did so by it
         state = "finished"
     elif training:
         state = "running"

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from configs.sections.optim import OptimConfig
-from trainer.engine.ema import ema_decay
+from trainer.engine.ema import Ema, ema_decay
 from trainer.engine.engine import Engine
 from trainer.engine.optim import build_optimizer, parameter_groups
 from trainer.engine.start import start_processes
@@ -96,6 +96,56 @@ def test_average_equals_a_bare_loops(stage):
             assert torch.allclose(trained(given), average(given), atol=1e-5)
         assert torch.allclose(trained(given), net(given), atol=1e-5)
         assert not torch.allclose(net(given), average(given), atol=1e-2)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_from_a_step_on_it_is_the_plain_mean(stage):
+    """Stochastic weight averaging, as torch's AveragedModel does it unless told otherwise."""
+    first, trained = 5, engine(stage, optim=OPTIM.model_copy(update={"ema_decay": None, "swa_from": 5}))
+    wanted: AveragedModel | None = None
+    for step, (net, _) in enumerate(bare(STEPS), 1):
+        take(trained, step)
+        if wanted is None or step <= first:
+            wanted = AveragedModel(net)
+        wanted.update_parameters(net)
+        named = {name: each.detach().flatten() for name, each in wanted.module.named_parameters()}
+        found = averages(trained)
+        assert max((value - named[name]).abs().max() for name, value in found.items()) < 1e-6
+
+
+def test_it_counts_the_steps_that_change_its_weights():
+    """Of a phase that every third step trains: those of step 6, 9 and 12, from step 5 on."""
+    ema = Ema(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), [], None, 5)
+    ema.every, shares = 3, []
+    for ema.step in (3, 6, 9, 12):
+        shares.append(ema.share)
+    assert shares == [1, 1, 1 / 2, 1 / 3]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_clipping_by_value_is_torchs(stage):
+    limit = 1e-3
+    config = resolved(
+        train={"micro_batch": 1, "global_batch": 1, "precision": "fp32", "grad_clip": 0.05, "clip_value": limit},
+        parallel={"zero_stage": stage},
+    )
+    optim = OptimConfig(name="sgd", lr=1.0, momentum=0.0, weight_decay=0.0)
+    trained, net = Engine(network(), config, optim), network()
+    for step in (1, 2):
+        given, wanted = examples(step)
+        before = {name: each.detach().clone() for name, each in net.named_parameters()}
+        net.zero_grad()
+        F.mse_loss(net(given), wanted).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.05)
+        nn.utils.clip_grad_value_(net.parameters(), limit)
+        torch.optim.SGD(net.parameters(), lr=1.0).step()
+        moved = torch.cat([(each - before[name]).flatten().abs() for name, each in net.named_parameters()])
+        assert float(moved.max()) == pytest.approx(limit, rel=1e-3)
+        assert float((moved < 0.9 * limit).float().mean()) > 0.1
+        take(trained, step)
+    for slot in trained.slots():
+        if slot.parameter.requires_grad:
+            assert torch.allclose(slot.view(slot.owner), net.get_parameter(slot.name).flatten(), atol=1e-6)
 
 
 @pytest.mark.parametrize(("stage", "optim"), [(0, "adamw"), (0, "muon"), (0, "rmsprop"), (1, "adamw"), (3, "adamw")])

@@ -110,5 +110,5 @@ def test_a_run_begins_and_ends_one_as_it_goes_on(tmp_path, images):
     assert not any(name.startswith("ema.") for name in Reader(folder(run_dir, 4)).manifest.state.memory)
     assert [(event["step"], event["reason"]) for event in read_events(run_dir) if event["event"] == "ema_changed"] == [
         (2, "the checkpoint has no average of the weights: the average starts from its weights"),
-        (3, "the checkpoint's average of the weights is not used: optim.ema_decay is not set"),
+        (3, "the checkpoint's average of the weights is not used: neither optim.ema_decay nor optim.swa_from is set"),
     ]

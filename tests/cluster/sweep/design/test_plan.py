@@ -273,6 +273,8 @@ WRONG = {
     "no number": ({"random": {}, "axes": {"optim.name": {"low": 1, "high": 2}}}, r"axes\.optim\.name is a range, but"),
     "half a layer": ({"random": {}, "axes": {"model.num_layers": {"low": 1.5, "high": 2}}}, r"low \(1\.5\)"),
     "width": ({"grid": {}, "variants": {"m": {"experts": 2, "granularity": 5}}}, r"does not divide the width"),
+    "early stop": ({"isoflop": {"budgets": [1e13]}, "set": {"train.early_stop.patience": 2, "train.eval_every": 5}},
+                   r"^train\.early_stop\.patience would end trials before they have spent their budget"),
     "optuna's seeds": ({"optuna": {}, "seeds": [0, 1], "axes": {"optim.lr": [1, 2]}}, "one loss per trial"),
 }  # fmt: skip
 
