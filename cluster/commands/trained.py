@@ -1,4 +1,4 @@
-"""Commands for trained runs: `muster generate`, `muster eval`, `muster export`."""
+"""Commands for trained runs: `muster generate`, `muster eval`, `muster landscape`, `muster export`."""
 
 import contextlib
 import json
@@ -18,7 +18,9 @@ from configs import Config, ConfigError, counted, load
 from configs.reading.parse import is_file, shortened
 from configs.units import byte_size, duration
 from models.planning.cost import has_formulas
+from trainer.files.durable import replace_text
 from trainer.files.own_files import make_empty
+from trainer.files.plain_json import dump
 from trainer.record.terminal import Console
 
 from .checkpoints import steps_of
@@ -221,30 +223,78 @@ def _line(part: "SourceLoss") -> str:
     )
 
 
+def landscape(
+    run: Run,
+    dimensions: Annotated[int, typer.Option(help="Random directions: 1, or 2.", min=1, max=2)] = 2,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="In the plane of the run's checkpoints, in place of random directions.")
+    ] = False,
+    points: Annotated[int, typer.Option(help="Points along each axis.", min=3, max=1001)] = 15,
+    span: Annotated[
+        float, typer.Option(help="How far to go in a random direction, in sizes of the weights.", min=1e-6, max=1e6)
+    ] = 1.0,
+    examples: Annotated[int, typer.Option(help="Held-out examples.", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
+    step: Step = None,
+    ema: Ema = False,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Draw the held-out loss around a trained model. Example: muster landscape digits-convnet --trajectory"""
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
+    from trainer.observe.landscape import landscape as losses
+    from trainer.observe.plots.landscape import plot_landscape
+
+    how: dict[str, Any] = {"dimensions": dimensions, "trajectory": trajectory, "points": points, "span": span}
+    with _progress("losses computed", points ** (2 if trajectory else dimensions)) as tell:
+        found = losses(
+            run_dir, step, ema=ema, examples=examples, seed=seed, on_point=lambda done, of: tell(done), **how
+        )
+    folder = run_dir / "plots"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    text = dump(found.to_dict())
+    plot_landscape(found, folder / "landscape.png")
+    replace_text(folder / "landscape.json", text)
+    print(text if as_json else f"{folder / 'landscape.png'} and landscape.json: step {found.step:,}")
+
+
 @contextlib.contextmanager
 def _counting(forward: Callable[..., Any], batches: int) -> Iterator[Callable[..., Any]]:
-    """Wrap `forward` to show progress on stderr: a bar on a terminal, elsewhere a line every ten seconds."""
+    """Wrap `forward` to show progress, as `_progress`."""
+    done = 0
+    with _progress("batches evaluated", batches) as tell:
+
+        def counted_forward(*given: Any) -> Any:
+            nonlocal done
+            out = forward(*given)
+            done += 1
+            tell(done)
+            return out
+
+        yield counted_forward
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A function that is told how many are done. Shows it on stderr: a bar on a terminal, elsewhere a line every ten
+    seconds."""
     console = Console(stderr=True, soft_wrap=True)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    task, done, began = bar.add_task("batches evaluated", total=batches), 0, time.monotonic()
+    task, began = bar.add_task(what, total=total), time.monotonic()
     told = began
 
-    def counted_forward(*given: Any) -> Any:
-        nonlocal done, told
-        out = forward(*given)
-        done += 1
+    def tell(done: int) -> None:
+        nonlocal told
         bar.update(task, completed=done)
         now = time.monotonic()
-        if not console.is_terminal and now - told >= LINE_SECONDS and done < batches:
+        if not console.is_terminal and now - told >= LINE_SECONDS and done < total:
             told = now
-            console.print(
-                f"{done:,} of {batches:,} batches evaluated, eta {duration((now - began) / done * (batches - done))}"
-            )
-        return out
+            console.print(f"{done:,} of {total:,} {what}, eta {duration((now - began) / done * (total - done))}")
 
     with bar:
-        yield counted_forward
+        yield tell
 
 
 FORMATS = ("hf",)
