@@ -37,11 +37,10 @@ def plot_landscape(found: Landscape, file: Path) -> None:
             axes.plot(x, y, "o-", color=ORANGE, markersize=3, linewidth=1)
             for number in {0, len(found.path) - 1}:
                 step, *place = found.path[number]
-                axes.annotate(f"step {step:,}", place, xytext=(4, 4), textcoords="offset points", color="white")
-            for number, (share, label) in enumerate(
-                zip(found.explained, (axes.set_xlabel, axes.set_ylabel), strict=True)
-            ):
-                label(f"principal component {number + 1} ({share:.0%} of the variance)")
+                axes.annotate(f"step {step:,}", (place[0], place[1]), xytext=(4, 4), textcoords="offset points", color="white")
+            first, second = (f"({share:.0%} of the variance)" for share in found.explained)
+            axes.set_xlabel(f"principal component 1 {first}")
+            axes.set_ylabel(f"principal component 2 {second}")
         else:
             axes.set_xlabel("distance along a random direction, in sizes of the weights")
             if losses.ndim == 2:
