@@ -37,7 +37,8 @@ def plot_landscape(found: Landscape, file: Path) -> None:
             axes.plot(x, y, "o-", color=ORANGE, markersize=3, linewidth=1)
             for number in {0, len(found.path) - 1}:
                 step, *place = found.path[number]
-                axes.annotate(f"step {step:,}", (place[0], place[1]), xytext=(4, 4), textcoords="offset points", color="white")
+                name = f"step {step:,}"
+                axes.annotate(name, (place[0], place[1]), (4, 4), textcoords="offset points", color="white")
             first, second = (f"({share:.0%} of the variance)" for share in found.explained)
             axes.set_xlabel(f"principal component 1 {first}")
             axes.set_ylabel(f"principal component 2 {second}")
