@@ -82,7 +82,7 @@ def optimum(form: Form, parameters: Array, table: Table, budget: float, kind: Ki
         parameters: shape (B, J + G).
         budget: training FLOPs.
     """
-    sizes = np.log(table.n[kind.rows])
+    sizes = np.log(table.n[kind.rows] if len(kind.rows) else table.n)
     log_n = np.linspace(sizes.min() - RANGE / 2, sizes.max() + RANGE, POINTS)
     losses = log_losses(form, parameters, columns_at(kind, table, log_n, kind.log_tokens(log_n, budget)))
     best = np.clip(losses.argmin(axis=1), 1, POINTS - 2)

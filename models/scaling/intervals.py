@@ -83,9 +83,14 @@ class Extrapolation:
         for law in self.laws:
             best, refits = (log_losses(law.form, p, x)[:, 0] for p in law.parameters)
             found.append((float(best[0]), refits, law.loss_drift))
-        law, budget = self.laws[0], float(x["c"][0])
+        budget = float(x["c"][0])
+        return self._interval(found, budget, level, self._aside(n, budget))
+
+    def _aside(self, n: float, budget: float) -> float:
+        """Distance of a size from the frontier in ln N."""
+        law = self.laws[0]
         frontier = optimum(law.form, law.parameters[0], self.table, budget, self.kind)
-        return self._interval(found, budget, level, aside=float(np.log(n / frontier.n[0])))
+        return float(np.log(n / frontier.n[0]))
 
     def record(self) -> dict[str, Any]:
         """What was done, for `--json`."""

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .allocation import Kind, Optimum, optimum
+from .allocation import Kind, Optimum, kinds, optimum
 from .drift import Drift, Window, columns, deviation, fit_windows, held_loss, held_size
 from .forms.dense import Array, Form
 from .forms.newton import Objective
@@ -78,7 +78,8 @@ class Sweep:
     def __init__(self, table: Table, kind: Kind, objective: Objective, refits: int, seed: int) -> None:
         self.table, self.kind, self.objective, self.refits, self.seed = table, kind, objective, refits, seed
         found = budgets(table)
-        self.index, self.valleys = found.level, has_valleys(table, found)
+        # Models of several kinds have no valley in common.
+        self.index, self.valleys = found.level, len(kinds(table)) == 1 and has_valleys(table, found)
         self.count = int(self.index.max()) + 1
         log_loss = np.log(table.loss)
         best = np.full(self.count, np.inf)

@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ from .allocation import SHAPE, Kind, columns_at, kinds, repeats
 from .fitting import check, named, solved
 from .forms.dense import Approach3, Array, DataConstrained, Form, Gadre, Kaplan
 from .intervals import Extrapolation, Interval, extrapolate
+from .joint import Joint
 from .refusal import Refusal, edge, refused
 from .table import Table
 
@@ -99,7 +101,7 @@ class Forecast:
 
     Args:
         form: None: `Crossed` near the largest budgets, and Muennighoff et al.'s law where runs repeat tokens; or
-            another, on all runs.
+            another, on all runs; a law of experts: on those of all kinds of models together (`joint`).
         unique: unique tokens available; a model trained on more repeats some; infinite: no limit.
 
     Raises:
@@ -107,23 +109,20 @@ class Forecast:
     """
 
     def __init__(self, table: Table, form: Form | None = None, seed: int = 0, unique: float = np.inf) -> None:
-        if form is not None and set(form.needs) & set(SHAPE):
-            raise Refusal(
-                "columns",
-                f"--form {form.name} models several kinds of models at once, but each kind is predicted by a law "
-                "of its own runs: leave --form out, or name a form without experts, such as approach3",
-            )
         self.table, self.form, self.seed, self.unique = table, form, seed, unique
         self.kinds = kinds(table)
-        self._laws: dict[int, Extrapolation] = {}
+        self._laws: dict[tuple[float, ...], Extrapolation] = {}
 
-    def at_budget(self, budget: float, unique: float | None = None) -> Prediction:
+    def at_budget(
+        self, budget: float, unique: float | None = None, shape: Mapping[str, float] | None = None
+    ) -> Prediction:
         """The compute-optimal model of a budget and its loss; of several kinds of models, the best.
 
         Args:
             unique: unique tokens available; None: as for the whole forecast.
+            shape: of the one kind to predict, as `at_size`.
         """
-        laws = [self._law(index, unique) for index in range(len(self.kinds))]
+        laws = [self._law(each, unique) for each in ([self._kind(shape)] if shape else self.kinds)]
         found = [law.at_budget(budget, LEVEL) for law in laws]
         for law, each in zip(laws, found, strict=True):
             _check_repeats(law, each["d"].value, f"the best model of {budget:.3g} FLOPs")
@@ -138,7 +137,7 @@ class Forecast:
 
     def frontier(self, c: Array, index: int = 0) -> Frontier:
         """The lowest loss of one of `kinds` at each budget, with its interval."""
-        law = self._law(index, None)
+        law = self._law(self.kinds[index], None)
         found = [law.at_budget(float(budget), LEVEL) for budget in c]
         _check_repeats(law, max(each["d"].value for each in found), f"the best model of {c.max():.3g} FLOPs")
         value, low, high = np.array([each["loss"] for each in found]).T
@@ -152,23 +151,50 @@ class Forecast:
         """The loss of a model of n parameters after d tokens.
 
         Args:
-            shape: of one of the table's kinds of models; None: the first.
+            shape: of the kind of model, such as {"experts": 16}; the table need not have runs of it, if it has them of
+                four kinds or more (`joint`); None: the table's first.
             unique: unique tokens available; None: as for the whole forecast.
         """
-        law = self._law(0 if shape is None else [kind.shape for kind in self.kinds].index(dict(shape)), unique)
+        law = self._law(self._kind(shape) if shape else self.kinds[0], unique)
         _check_repeats(law, d, "the model")
         budget = float(columns_at(law.kind, law.table, np.log([n]), np.log([d]))["c"][0])
         return _prediction(self.table, law, budget, law.at_size(n, d, LEVEL), Interval(n, n, n), Interval(d, d, d))
 
-    def _law(self, index: int, unique: float | None) -> Extrapolation:
-        """The law of one kind's runs alone, free of what a law of experts assumes of other kinds."""
-        if index not in self._laws:
-            kind = self.kinds[index]
-            table = self.table.take(kind.rows)
-            own = kind._replace(rows=np.arange(len(table)))
-            self._laws[index] = _trusted(table, self.form, own, self.seed)
-        law = self._laws[index]
+    @cached_property
+    def joint(self) -> Joint:
+        """The law of all kinds of models together. Raises Refusal."""
+        return Joint(self.table, self.form if self._of_kinds else None, self.seed)
+
+    @property
+    def _of_kinds(self) -> bool:
+        """Whether the form that was asked for is one of several kinds of models."""
+        return self.form is not None and bool(set(self.form.needs) & set(SHAPE))
+
+    def _kind(self, shape: Mapping[str, float]) -> Kind:
+        """A kind of the table, or one of `Joint.unseen`. Raises Refusal."""
+        known = next((kind for kind in self.kinds if kind.shape == dict(shape)), None)
+        return known or self.joint.unseen(shape)
+
+    def _law(self, kind: Kind, unique: float | None) -> Extrapolation:
+        """The law of one kind's runs alone, free of what a law of experts assumes of other kinds; the joint one if it
+        was asked for, or if the kind has no runs or too few."""
+        key = tuple(kind.shape.values())
+        if key not in self._laws:
+            self._laws[key] = self.joint.law(kind) if self._of_kinds or not len(kind.rows) else self._own(kind)
+        law = self._laws[key]
         return replace(law, kind=law.kind._replace(unique=self.unique if unique is None else unique))
+
+    def _own(self, kind: Kind) -> Extrapolation:
+        table = self.table.take(kind.rows)
+        try:
+            return _trusted(table, self.form, kind._replace(rows=np.arange(len(table))), self.seed)
+        except Refusal as refusal:
+            if refusal.kind == "repeats" or self.form is not None:
+                raise
+            try:
+                return self.joint.law(kind)
+            except Refusal:
+                raise refusal from None
 
 
 def predict(table: Table, budget: float, form: str | None = None, unique: float = np.inf) -> Prediction:

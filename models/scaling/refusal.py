@@ -9,7 +9,7 @@ from .forms.dense import Form
 
 Kind = Literal[
     "edge", "concave", "few_sizes", "few_budgets", "few_rows", "mixed_recipes", "floor", "columns", "convergence",
-    "repeats",
+    "repeats", "few_kinds", "kind",
 ]  # fmt: skip
 
 
@@ -20,7 +20,8 @@ class Refusal(ConfigError):
         kind: `edge`: the optimum lies at the grid's edge; `concave`: the parabola opens downwards; `few_sizes`,
             `few_budgets`, `few_rows`: fewer than the form needs; `mixed_recipes`: losses that cannot be compared;
             `floor`: E (or another coefficient) is at its bound; `columns`: something that the form needs is not in
-            the table; `convergence`: no optimum was reached; `repeats`: the value of repeated tokens is unknown.
+            the table; `convergence`: no optimum was reached; `repeats`: the value of repeated tokens is unknown;
+            `few_kinds`: fewer kinds of models than a law of all of them needs; `kind`: a kind that is not fully said.
     """
 
     def __init__(self, kind: Kind, message: str) -> None:

@@ -62,7 +62,6 @@ def score(table: Table, max_budget: float, form: str | None = None) -> tuple[lis
     held, below = table.take(above), table.without(above, f"over --max-budget {max_budget:g}")
     check(below)
     forecast = Forecast(below, named(form) if form else None)
-    shapes = [kind.shape for kind in forecast.kinds]
     found: list[Score] = []
     left_out: list[tuple[str, str]] = []
     unique = held.extra.get("unique", np.full(len(held), np.inf))
@@ -82,11 +81,13 @@ def score(table: Table, max_budget: float, form: str | None = None) -> tuple[lis
             found.append(Score(name, c, *each.run_loss, each.form, loss, "FINISHED"))
 
     for i in range(len(held)):
-        shape = {key: float(held.extra[key][i]) for key in shapes[0]}
-        if shape in shapes:
+        shape = {key: float(held.extra[key][i]) for key in forecast.kinds[0].shape}
+        try:
             add(held.run[i], i, shape)
-        else:
-            left_out.append((held.run[i], "the smaller budgets have no model of this kind"))
+        except Refusal as refusal:
+            if refusal.kind != "few_kinds":
+                raise
+            left_out.append((held.run[i], f"the smaller budgets have no model of this kind: {refusal}"))
     level, common = budgets(table)
     level = level[above]
     for rows in [np.flatnonzero(level == each) for each in np.unique(level)] if common else []:

@@ -55,6 +55,15 @@ Unique = Annotated[
         help="Unique tokens available; training on more repeats them. Default: a sweep's own data, else unlimited.",
     ),
 ]
+Kind = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kind",
+        metavar="experts=E",
+        help="Predict this kind of model; no run need be of it, if there are runs of four kinds. Also top_k=..., "
+        "granularity=...; repeatable.",
+    ),
+]
 Budget = Annotated[list[float] | None, typer.Option("--budget", metavar="C", help="Training FLOPs; repeatable.")]
 
 
@@ -115,6 +124,7 @@ def predict_sweep(
     convention: Convention = None,
     form: PredictForm = None,
     unique: Unique = None,
+    kind: Kind = None,
     max_budget: MaxBudget = None,
     as_json: Json = False,
 ) -> None:
@@ -128,9 +138,11 @@ def predict_sweep(
 
     check(found)
     forecast = Forecast(found, named(form) if form else None, unique=unique or tokens_to_read(sweep, found))
-    predictions = [forecast.at_budget(each) for each in budget or ()]
+    shape = _shape(kind)
+    predictions = [forecast.at_budget(each, shape=shape) for each in budget or ()]
     if n is not None and d is not None:
-        predictions += [forecast.at_size(n, d, kind.shape) for kind in forecast.kinds]
+        shapes = [shape] if shape else [each.shape for each in forecast.kinds]
+        predictions += [forecast.at_size(n, d, each) for each in shapes]
     if as_json:
         excluded = [{"run": run, "why": why} for run, why in found.excluded]
         told = {"predictions": [each.summary() for each in predictions], "excluded": excluded}
@@ -324,6 +336,26 @@ def _table(
     if max_budget is not None:
         found = found.up_to(max_budget)
     return sweep, found
+
+
+def _shape(kind: list[str] | None) -> dict[str, float]:
+    """The properties of a kind of model, from `experts=16` or `experts=16,top_k=2`. Raises ConfigError."""
+    import numpy as np
+
+    from models.scaling.allocation import SHAPE
+    from models.scaling.table import ALLOWED
+
+    found: dict[str, float] = {}
+    for name, text in _pairs("--kind", [each for given in kind or () for each in given.split(",")]).items():
+        if name not in SHAPE:
+            raise ConfigError(f"--kind {name}={text}: should be one of {', '.join(SHAPE)}")
+        try:
+            found[name] = float(text)
+        except ValueError:
+            raise ConfigError(f"--kind {name}={text}: {text!r} is not a number") from None
+        if not ALLOWED[name](np.array([found[name]])).all():
+            raise ConfigError(f"--kind {name}={text}: no model has that")
+    return found
 
 
 def _positive(**options: float | list[float] | None) -> None:

@@ -241,12 +241,37 @@ def test_without_repeating_runs_the_value_of_repeated_tokens_is_unknown(muster, 
     assert muster("sweep", "predict", "--table", str(table), *options, "--unique", "1e12")[0] == 0
 
 
-def test_a_law_of_several_kinds_of_models_does_not_predict_one(muster, tmp_path):
+def test_a_law_of_several_kinds_of_models_needs_four(muster, tmp_path):
     dense = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
     path = with_experts(tmp_path, dense, dense, 0.97)
     code, _, err = muster("sweep", "predict", "--table", str(path), "--budget", "1e21", "--form", "ludziejewski")
     assert code == 2
-    assert "--form ludziejewski models several kinds of models at once" in err
+    assert "a law of several kinds of models needs runs of at least 4, such as four numbers of experts, but the" in err
+    code, _, err = muster("sweep", "predict", "--table", str(path), "--budget", "1e21", "--kind", "experts=3")
+    assert code == 2
+    assert "but the table has 2" in err
+    for kind, message in (
+        ("expert=3", "--kind expert=3: should be one of experts, top_k, granularity, active_ratio"),
+        ("experts=many", "--kind experts=many: 'many' is not a number"),
+        ("experts=0.5", "--kind experts=0.5: no model has that"),
+        ("experts", "--kind experts: should be NAME=VALUE"),
+    ):
+        code, _, err = muster("sweep", "predict", "--table", str(path), "--budget", "1e21", "--kind", kind)
+        assert code == 2
+        assert message in err
+
+
+def test_a_kind_can_be_named(muster, tmp_path):
+    """One of the table's own: the others are not predicted then."""
+    dense = isoflop(Approach3(), HOFFMANN, budgets=(1e18, 1e20, 5), noise=0.002)
+    path = with_experts(tmp_path, dense, dense, 0.97)
+    found = []
+    for kind in ([], ["--kind", "experts=1"]):
+        code, out, _ = muster("sweep", "predict", "--table", str(path), "--budget", "1e21", "--json", *kind)
+        assert code == 0
+        found.append(json.loads(out)["predictions"])
+    assert [each[0]["shape"]["experts"] for each in found] == [8, 1]
+    assert found[1][0]["rivals"] == []
 
 
 @pytest.mark.parametrize(
