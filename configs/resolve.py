@@ -41,6 +41,13 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
 
     if isinstance(model, ModelConfig):
         model = model.model_copy(update=_of_decoder(config, vocab_size, derive))
+    else:
+        changes = {key: derive("model", key, *found) for key, found in model.derived.items()}
+        if "vocab_size" in type(model).model_fields:
+            changes |= _vocabulary(config, vocab_size, derive)
+        if "max_positions" in type(model).model_fields:
+            changes |= _positions(config, derive)
+        model = model.model_copy(update=changes)
 
     if cluster.workers and cluster.workers[1] != parallel.world_size:
         most, others = cluster.workers[1], parallel.world_size // parallel.dp
@@ -125,9 +132,9 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     return resolved.with_defaults({}), notes
 
 
-def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:
-    """Fill in the decoder's keys that follow from others. Raises ConfigError."""
-    model, train = config.model, config.train
+def _vocabulary(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:
+    """Fill in vocab_size of any family that has one. Raises ConfigError."""
+    model: Any = config.model
     changes: dict[str, object] = {}
     if model.vocab_size is None:
         if vocab_size is None:
@@ -144,6 +151,26 @@ def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., ob
             f"model.vocab_size is {model.vocab_size} but the tokenizer of data.path has {vocab_size} tokens: "
             f"set model.vocab_size={-(-vocab_size // 64) * 64}"
         )
+    return changes
+
+
+def _positions(config: Config, derive: Callable[..., object]) -> dict[str, object]:
+    """Fill in max_positions of any family that has it. Raises ConfigError."""
+    model: Any = config.model
+    length, longest = config.train.seq_len, model.max_positions
+    if longest is None:
+        return {"max_positions": derive("model", "max_positions", length, "train.seq_len")}
+    if longest < length:
+        raise ConfigError(
+            f"train.seq_len ({length}) is longer than model.max_positions ({longest}): "
+            f"set train.seq_len={longest}, or model.max_positions={length}"
+        )
+    return {}
+
+
+def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:
+    """Fill in the decoder's keys that follow from others. Raises ConfigError."""
+    model, changes = config.model, _vocabulary(config, vocab_size, derive)
     if model.num_kv_heads is None:
         changes["num_kv_heads"] = derive("model", "num_kv_heads", model.num_heads, "model.num_heads")
     if model.head_dim is None:
@@ -154,14 +181,7 @@ def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., ob
         changes["intermediate_size"] = derive("model", "intermediate_size", intermediate, "8/3 hidden_size")
     if model.expert_size is None:
         changes["expert_size"] = derive("model", "expert_size", intermediate, "model.intermediate_size")
-    if model.max_positions is None:
-        changes["max_positions"] = derive("model", "max_positions", train.seq_len, "train.seq_len")
-    elif model.max_positions < train.seq_len:
-        raise ConfigError(
-            f"train.seq_len ({train.seq_len}) is longer than model.max_positions ({model.max_positions}): "
-            f"set train.seq_len={model.max_positions}, or model.max_positions={train.seq_len}"
-        )
-    return changes
+    return changes | _positions(config, derive)
 
 
 def with_workers(config: Config, workers: int) -> Config:

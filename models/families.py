@@ -8,6 +8,7 @@ from torch import nn
 
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
+from configs.sections.families.encoder import EncoderConfig, VitConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
@@ -16,7 +17,9 @@ from .decoder.model import Decoder
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
+from .sequence.encoder import Encoder
 from .vision.convnet import ConvNet
+from .vision.vit import Vit
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ FAMILIES = Families()
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
 FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS["convnet"]._asdict())
 FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
+FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS["encoder"]._asdict())
+FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
 
 
 def family_of(config: ModelSection) -> Family:

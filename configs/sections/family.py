@@ -31,6 +31,11 @@ class ModelSection(Section):
         """Whether the keys were checked: not until the plugin that defines the family is loaded."""
         return True
 
+    @property
+    def derived(self) -> dict[str, tuple[object, str]]:
+        """Values of keys that are None and follow from others, each with what it follows from."""
+        return {}
+
 
 class UnknownFamily(ModelSection):
     """The keys, as given, of a family whose plugin is not loaded: enough to list and compare runs."""

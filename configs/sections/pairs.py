@@ -30,12 +30,15 @@ FAMILY_ENDS = {
     "decoder": Ends("tokens", "loss of tokens"),
     "convnet": Ends("images", "classes"),
     "mlp": Ends(("rows", "images"), ("classes", "numbers")),
+    "encoder": Ends("tokens", "logits of tokens"),
+    "vit": Ends("images", "classes"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
     "language_modelling": Ends("tokens", "loss of tokens"),
     "classification": Ends(("rows", "images"), "classes"),
     "regression": Ends("rows", "numbers"),
+    "masked_language_modelling": Ends("tokens", "logits of tokens"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -11,6 +11,7 @@ from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .families.convnet import ConvNetConfig
+from .families.encoder import EncoderConfig, VitConfig
 from .families.mlp import MlpConfig
 from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
@@ -20,6 +21,7 @@ from .tracking import TrackingConfig
 from .train import TrainConfig
 
 OURS: dict[str, type[ModelSection]] = {"mlp": MlpConfig, "convnet": ConvNetConfig}
+OURS["encoder"], OURS["vit"] = EncoderConfig, VitConfig
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS
 

@@ -66,6 +66,9 @@ class TrainConfig(Section):
     """Classification: share of each target that is spread evenly over all classes (arXiv:1512.00567, section 7)."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
+    mask_rate: float = Field(0.15, gt=0, lt=1)
+    """Masked language modelling: share of a tokens that are predicted. Of these, 80% are masked, 10% replaced
+    by random tokens, and 10% left as they are (arXiv:1810.04805)."""
     grad_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0: no clipping."""
     clip_value: float = Field(0.0, ge=0)

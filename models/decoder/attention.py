@@ -1,4 +1,4 @@
-"""Grouped-query attention with QK-norm and RoPE, and which keys each query may see.
+"""Grouped-query attention with QK-norm and RoPE, and which keys each query may see: the one of all Transformers.
 
 Shapes: B sequences, T queries, S keys, N query heads, K key/value heads, D head size, H hidden size.
 """
@@ -39,11 +39,13 @@ class Long:
 
 @dataclass(frozen=True)
 class Visibility:
-    """The keys that a query sees, computed once per forward pass, shared by layers. Nothing set: all earlier ones."""
+    """The keys that a query sees, computed once per forward pass, shared by layers. Nothing set: all earlier ones, or
+    all, if not `causal`."""
 
     mask: Tensor | None = None
     long: Long | None = None
     blocks: BlockMask | None = None
+    causal: bool = True
 
 
 def visibility(length: int, document_ids: Tensor | None, pattern: Pattern, like: Tensor) -> Visibility:
@@ -55,7 +57,7 @@ def visibility(length: int, document_ids: Tensor | None, pattern: Pattern, like:
         like: a tensor with the dtype and device of the hidden states.
     """
     if document_ids is None and pattern.is_full(length):
-        return Visibility()
+        return Visibility(causal=pattern.causal)
     if length > LONGEST_MASK and like.device.type == "cpu":
         return Visibility(long=Long(None if document_ids is None else _lengths(document_ids), pattern))
     place_BT = places(document_ids, length, like.device)
@@ -64,7 +66,7 @@ def visibility(length: int, document_ids: Tensor | None, pattern: Pattern, like:
     seen = pattern.sees(place_BT[:, None, :, None], place_BT[:, None, None])
     if document_ids is not None:
         seen = seen & (document_ids[:, None, :, None] == document_ids[:, None, None])
-    return Visibility(mask=additive(seen, like.dtype))
+    return Visibility(mask=additive(seen, like.dtype), causal=pattern.causal)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -122,26 +124,37 @@ class Cache:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """With `out_bias`, the last projection has a bias, which the decoder's has not."""
+
+    def __init__(self, config: ModelConfig, out_bias: bool = False):
         super().__init__()
         heads, kv_heads = config.num_heads, config.num_kv_heads or config.num_heads
         self.head_dim = config.head_dim or config.hidden_size // heads
         self.q_proj = nn.Linear(config.hidden_size, heads * self.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.o_proj = nn.Linear(heads * self.head_dim, config.hidden_size, bias=out_bias)
         self.q_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = HeadNorm(self.head_dim, config.norm_eps) if config.qk_norm else None
         self.attend = attend
         """Replaced from outside if the sequences are split."""
 
-    def forward(self, x_BTH: Tensor, cos: Tensor, sin: Tensor, visible: Visibility, cache: Cache | None) -> Tensor:
+    def forward(
+        self,
+        x_BTH: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        visible: Visibility,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """`cos`, `sin`: see `rope_tables`; None: queries and keys are not rotated."""
         # The number of heads is taken from the projection: tensor parallelism leaves a rank only some of them.
         q_BTND = self.q_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         k_BTKD = self.k_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
         v_BTKD = self.v_proj(x_BTH).unflatten(-1, (-1, self.head_dim))
-        q_BTND = rotate(q_BTND, cos, sin) if self.q_norm is None else self.q_norm(q_BTND, cos, sin)
-        k_BTKD = rotate(k_BTKD, cos, sin) if self.k_norm is None else self.k_norm(k_BTKD, cos, sin)
+        if cos is not None and sin is not None:
+            q_BTND = rotate(q_BTND, cos, sin) if self.q_norm is None else self.q_norm(q_BTND, cos, sin)
+            k_BTKD = rotate(k_BTKD, cos, sin) if self.k_norm is None else self.k_norm(k_BTKD, cos, sin)
         if cache is not None:  # sequences that are being generated are whole
             return self.o_proj(attend(q_BTND, *cache.extend(self, k_BTKD, v_BTKD), visible).flatten(2))
         return self.o_proj(self.attend(q_BTND, k_BTKD, v_BTKD, visible).flatten(2))
@@ -153,7 +166,7 @@ def attend(q_BTND: Tensor, k_BSKD: Tensor, v_BSKD: Tensor, visible: Visibility) 
         return flex.attend(q_BTND, k_BSKD, v_BSKD, visible.blocks)
     if visible.long is not None:
         return _attend_long(q_BTND, k_BSKD, v_BSKD, visible.long)
-    return _sdpa(q_BTND, k_BSKD, v_BSKD, visible.mask)
+    return _sdpa(q_BTND, k_BSKD, v_BSKD, visible.mask, visible.causal)
 
 
 @uncompiled
@@ -168,17 +181,18 @@ def _attend_long(q_BTND: Tensor, k_BTKD: Tensor, v_BTKD: Tensor, long: Long) -> 
 
 def _attend_document(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if pattern.is_full(q.shape[1]):
-        return _sdpa(q, k, v, None)
+        return _sdpa(q, k, v, None, pattern.causal)
     y = TiledAttention.apply(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), pattern)
     return y.transpose(1, 2)
 
 
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    if q.device.type == "cpu" and k.shape[2] <= LONGEST_KERNEL and q.dtype != torch.float16 and torch.is_grad_enabled():
+    ours = causal and q.device.type == "cpu" and k.shape[2] <= LONGEST_KERNEL and q.dtype != torch.float16
+    if ours and torch.is_grad_enabled():
         return _on_cpu(q, k, v, mask).transpose(1, 2)
     grouped = q.shape[1] != k.shape[1]
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 

@@ -1,4 +1,5 @@
-"""Which earlier tokens of its document a query sees: all, a sliding window, or local, first and strided blocks.
+"""Which tokens of its document a query sees: all, all earlier ones, a sliding window, or local, first and strided
+blocks of them.
 
 No torch: `sees` takes tensors as well as numbers, so that one rule makes dense masks, the cache's and FlexAttention's.
 """
@@ -20,10 +21,12 @@ class Pattern:
     Attributes:
         window: keys that a query sees, itself included; None: all.
         sparse: blocks that a query sees; None: all. Never with a window.
+        causal: False: it sees later tokens too, and there is neither a window nor blocks.
     """
 
     window: int | None = None
     sparse: BlockSparse | None = None
+    causal: bool = True
 
     @classmethod
     def of(cls, config: ModelConfig) -> "Pattern":
@@ -31,7 +34,7 @@ class Pattern:
 
     def sees(self, query: Any, key: Any) -> Any:
         """Whether the query at one position sees the key at another; positions, numbers or tensors, broadcast."""
-        seen = query >= key
+        seen = (query >= key) | (not self.causal)
         if self.window is not None:
             seen = seen & (query - key < self.window)
         if self.sparse is not None:

@@ -6,6 +6,7 @@ from configs.sections.pairs import TASK_ENDS, Ends, check_pair
 
 from .classification import Classification, Regression
 from .language_modelling import LanguageModelling
+from .masked_language_modelling import MaskedLanguageModelling
 from .task import Task
 
 
@@ -21,6 +22,7 @@ TASKS = Tasks()
 TASKS["language_modelling"] = LanguageModelling
 TASKS["classification"] = Classification
 TASKS["regression"] = Regression
+TASKS["masked_language_modelling"] = MaskedLanguageModelling
 
 
 def task_of(config: Config) -> Task:

@@ -11,18 +11,23 @@ from configs.sections.pairs import FAMILY_ENDS, TASK_ENDS
 from models.families import FAMILIES
 from models.tasks.table import TASKS
 
-OURS = ("decoder", "convnet", "mlp"), ("language_modelling", "classification", "regression")
+OURS = (
+    ("decoder", "convnet", "mlp", "encoder", "vit"),
+    ("language_modelling", "classification", "regression", "masked_language_modelling"),
+)
 FIT = {
     ("decoder", "language_modelling"): {None: "tokens"},
     ("convnet", "classification"): {None: "images", "images": "images"},
     ("mlp", "classification"): {None: "rows", "rows": "rows", "images": "images"},
     ("mlp", "regression"): {None: "rows", "rows": "rows"},
+    ("encoder", "masked_language_modelling"): {None: "masked tokens"},
+    ("vit", "classification"): {None: "images", "images": "images"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 
 
 def config(family, task, kind=None, path="x.parquet"):
-    model = {"family": family} | ({"vocab_size": 64} if family == "decoder" else {})
+    model = {"family": family} | ({"vocab_size": 64} if family in ("decoder", "encoder") else {})
     return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
 
 

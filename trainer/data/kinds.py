@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from configs import Config, ConfigError, counted
 from configs.sections.data import DataConfig
 from configs.sections.pairs import check_packaged, one_by_one
-from models.batch import MicroBatch
+from models.batch import Batch, MicroBatch
 from models.tasks.table import reads, task_class
 from trainer.processes.device import device
 from trainer.tracking import inputs_of
@@ -20,6 +20,7 @@ from .bundled import at_hand
 from .default import ensure_prepared
 from .manifest import Split, sources_of, without_held_out
 from .parquet_files import files_of_splits
+from .read.masked import MaskedReader, MaskedTexts
 from .read.reader import Dataset
 from .rows.reader import NEEDS, Rows, read_columns
 from .tokenizer.kept import keep_tokenizer, tokenizer_of
@@ -90,6 +91,19 @@ def _prompts(run_dir: Path, config: Config, held_out: ExampleReader) -> Iterator
         yield Prompts(config.train.sample_prompts, tokenizer, info.eos_id)
 
 
+def _open_masked(config: Config, split: Split) -> MaskedReader | None:
+    dataset = _open_tokens(config, split)
+    return MaskedReader(dataset, config) if dataset else None
+
+
+@contextmanager
+def _masked_texts(run_dir: Path, config: Config, held_out: ExampleReader) -> Iterator[MaskedTexts]:
+    folder, _ = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer, _first_held_out(run_dir, config, held_out) as batch:
+        assert isinstance(batch, Batch)
+        yield MaskedTexts(batch, tokenizer.decode)
+
+
 def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
     from .images.reader import Images  # Pillow, which other kinds need not wait for
 
@@ -119,6 +133,11 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     if channels != images.shape[0]:
         raise ConfigError(
             f"model.channels is {channels}, but data.images.channels is {images.shape[0]}: set them to the same number"
+        )
+    if images.shape[1:] != (side := getattr(config.model, "image_size", None),) * 2 and side:
+        raise ConfigError(
+            f"model.image_size is {side}, but data.path={images.path} has images of {images.shape[2]} x "
+            f"{images.shape[1]}: set data.images.size={side}, or another model.image_size"
         )
     if (least := getattr(config.model, "smallest", 1)) > min(images.shape[1:]):
         raise ConfigError(
@@ -193,14 +212,13 @@ def _input(path: str, sha256: str, profile: dict[str, Any]) -> list[dict[str, An
     return [Input(Path(path).name, "training", path, sha256, profile)._asdict()]
 
 
+def _token_inputs(data: DataConfig) -> list[dict[str, Any]]:
+    return [entry for source in sources_of(data) for entry in inputs_of(source.path)]
+
+
 KINDS: dict[str, Kind] = {
-    "tokens": Kind(
-        ensure_prepared,
-        _open_tokens,
-        lambda data: [entry for source in sources_of(data) for entry in inputs_of(source.path)],
-        keep_tokenizer,
-        _prompts,
-    ),
+    "tokens": Kind(ensure_prepared, _open_tokens, _token_inputs, keep_tokenizer, _prompts),
+    "masked tokens": Kind(ensure_prepared, _open_masked, _token_inputs, keep_tokenizer, _masked_texts),
     "images": Kind(_ensure_images, _open_images, _image_inputs),
     "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
 }

@@ -221,8 +221,11 @@ def without_held_out(data: DataConfig) -> list[str]:
 
 
 def planned_vocabulary(config: Config) -> int | None:
-    """As `vocabulary`; None if the model's family has none, or is not known: the data are then not looked at."""
-    return vocabulary(config.data) if "vocab_size" in type(config.model).model_fields else None
+    """As `vocabulary`, plus the tokens that the family adds; None if it has none, or is not known: data are then not
+    looked at."""
+    if "vocab_size" not in type(config.model).model_fields:
+        return None
+    return vocabulary(config.data) + getattr(config.model, "added_tokens", 0)
 
 
 def made_vocabulary(data: DataConfig) -> int | None:

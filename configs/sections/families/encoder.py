@@ -1,0 +1,118 @@
+"""Keys of bidirectional Transformers: the encoder of tokens, and the vision Transformer."""
+
+from typing import ClassVar, Literal, Self
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from configs.base import Length, Size
+from configs.sections.family import ModelSection
+from configs.sections.model import MOST_LAYERS, ModelConfig
+
+
+class LayersConfig(ModelSection):
+    """What layers of bidirectional attention and an MLP have in common."""
+
+    num_layers: int = Field(4, gt=0, le=MOST_LAYERS)
+    """Transformer layers."""
+    hidden_size: Size = 256
+    """Width of the residual stream."""
+    num_heads: Size = 8
+    """Heads of attention."""
+    intermediate_size: Size | None = None
+    """Width inside the MLP; None: 4 hidden_size, with swiglu 8/3 of it, rounded up to a multiple of 64."""
+    activation: Literal["gelu", "swiglu"] = "gelu"
+    """Of the MLP; swiglu: a second linear map gated by swish, without biases (arXiv:2002.05202)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm or RMSNorm."""
+    norm_eps: PositiveFloat = 1e-12
+    """Epsilon of every norm."""
+    pre_norm: bool = True
+    """Norms before attention and MLP, and one after the last layer (arXiv:2002.04745); false: after each residual sum,
+    as in BERT."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the output of each attention and MLP block and on the embedding."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def inner(self) -> int:
+        """`intermediate_size`, derived where it is None."""
+        default = 4 * self.hidden_size if self.activation == "gelu" else -(-8 * self.hidden_size // 3 // 64) * 64
+        return self.intermediate_size or default
+
+    @property
+    def derived(self) -> dict[str, tuple[object, str]]:
+        why = "4 hidden_size" if self.activation == "gelu" else "8/3 hidden_size"
+        return {} if self.intermediate_size else {"intermediate_size": (self.inner, why)}
+
+    @property
+    def of_attention(self) -> ModelConfig:
+        """The decoder's keys that describe the same attention."""
+        return ModelConfig(
+            hidden_size=self.hidden_size, num_heads=self.num_heads, qkv_bias=True, qk_norm=False,
+            rope_theta=getattr(self, "rope_theta", 10000.0),
+        )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"model.hidden_size ({self.hidden_size}) is not a multiple of model.num_heads ({self.num_heads})"
+            )
+        return self
+
+
+class EncoderConfig(LayersConfig):
+    """A bidirectional Transformer on tokens (BERT, arXiv:1810.04805)."""
+
+    default_task: ClassVar[str] = "masked_language_modelling"
+    added_tokens: ClassVar[int] = 1
+    """Beside the tokenizer's: the mask, whose id is the number of these."""
+
+    family: str = "encoder"
+    vocab_size: Size | None = None
+    """Rows of the embedding; None: the tokenizer's size and the mask, rounded up to a multiple of 64."""
+    positions: Literal["learned", "sinusoidal", "rotary"] = "learned"
+    """How a token's position reaches the network: a learned vector (BERT) or a sine wave (arXiv:1706.03762) added to
+    its embedding, or rotated queries and keys (arXiv:2104.09864)."""
+    max_positions: Length | None = None
+    """Longest position; None: train.seq_len."""
+    rope_theta: float = Field(10000.0, ge=1)
+    """Base of the rotary frequencies."""
+    tie_embeddings: bool = True
+    """Tie the head to the embedding's weights."""
+
+    @model_validator(mode="after")
+    def _even(self) -> Self:
+        if self.positions == "rotary" and self.hidden_size // self.num_heads % 2:
+            raise ValueError(
+                f"model.positions=rotary needs an even head size, but model.hidden_size / model.num_heads is "
+                f"{self.hidden_size // self.num_heads}"
+            )
+        return self
+
+
+class VitConfig(LayersConfig):
+    """A vision Transformer: an image is a sequence of patches (arXiv:2010.11929)."""
+
+    default_task: ClassVar[str] = "classification"
+
+    family: str = "vit"
+    image_size: Size = 224
+    """Height and width of an image."""
+    patch_size: Size = 16
+    """Height and width of a patch."""
+    channels: Literal[1, 3] = 3
+    """Of an image: that of data.images.channels."""
+    outputs: Size = 10
+    """Classes."""
+    pool: Literal["token", "mean"] = "token"
+    """What is classified: a class token's output (as in the paper), or the mean over the patches'."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
+            )
+        return self

@@ -1,0 +1,132 @@
+"""Runs of the encoder on text and of the vision Transformer on digits: any topology, any number of lives."""
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from faults import kill_at_step, trained
+from plugin_runs import drawn, state
+from support import train_in_process
+from teams import in_team
+
+from configs import ConfigError, from_dict, load
+from configs.load import presets
+from trainer.checkpoint.store import Reader, folder
+from trainer.record.lines import read_events, read_metrics
+from trainer.run.folder import prepare_run, read_config
+
+STEPS = 6
+SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "dropout": 0.1}
+MODELS = {
+    "encoder": {"positions": "rotary"},
+    "vit": {"image_size": 8, "patch_size": 2, "channels": 1},
+}
+
+
+def make(family: str, root: Path, text: Path, **sections) -> Path:
+    """Six steps of four micro-batches."""
+    data = {"path": str(text)} if family == "encoder" else {"path": "bundled:digits", "images": {"channels": 1}}
+    tree = {
+        "run": {"name": family, "root": str(root)},
+        "model": {"family": family, **SIZES, **MODELS[family]},
+        "data": data,
+        "train": {"steps": STEPS, "global_batch": 16, "micro_batch": 4, "seq_len": 48, "precision": "fp32",
+                  "eval_sequences": 5},
+        "optim": {"lr": 0.01},
+        "tracking": {"enabled": False},
+        "checkpoint": {"every": 1, "keep": STEPS},
+    }  # fmt: skip
+    return prepare_run(from_dict({name: tree.get(name, {}) | sections.get(name, {}) for name in tree | sections}))
+
+
+def numbers(run_dir: Path) -> dict[tuple[int, str], float]:
+    """Every measured value of a run, as last measured."""
+    keys = ("loss", "grad_norm", "accuracy", "perplexity", "eval_loss", "eval_accuracy", "eval_perplexity")
+    return {(m["step"], key): m[key] for m in read_metrics(run_dir) for key in keys if key in m}
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory, tiny_data) -> Callable[[str], Path]:
+    """A family's run that was never stopped, in one process."""
+
+    @cache
+    def run(family: str) -> Path:
+        run_dir = make(family, tmp_path_factory.mktemp("clean"), tiny_data)
+        assert train_in_process(run_dir) == 0
+        return run_dir
+
+    return run
+
+
+SLOW = [(family, zero) for family in MODELS for zero in range(4) if (family, zero) != ("encoder", 1)]
+
+
+@pytest.mark.parametrize(
+    ("family", "zero"), [("encoder", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
+)
+def test_two_processes_measure_what_one_does(tmp_path, tiny_data, clean, family, zero):
+    run_dir = make(family, tmp_path, tiny_data, parallel={"dp": 2, "zero_stage": zero})
+    assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]
+    assert len(numbers(run_dir)) > 3 * STEPS
+    assert numbers(run_dir) == pytest.approx(numbers(clean(family)), rel=1e-5, abs=1e-5)
+    mine, one = (Reader(folder(where, 2)) for where in (run_dir, clean(family)))
+    for name in one.manifest.shapes["weight"]:
+        # A softmax does not depend on the keys' bias: its gradient is rounding error, which AdamW scales up.
+        if not name.endswith("k_proj.bias"):
+            assert torch.allclose(mine.weight(name), one.weight(name), atol=1e-5), name
+
+
+@pytest.mark.parametrize("family", ["encoder", pytest.param("vit", marks=pytest.mark.slow)])
+def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, tiny_data, clean, family):
+    run_dir = make(family, tmp_path, tiny_data, checkpoint={"background": False})
+    assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL
+    assert train_in_process(run_dir) == 0
+    assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [3]
+    assert state(run_dir) == state(clean(family))
+    assert numbers(run_dir) == numbers(clean(family))
+
+
+def test_a_masked_model_is_measured_evaluated_and_shown(clean, muster):
+    run_dir, config = clean("encoder"), read_config(clean("encoder"))
+    assert config.model.vocab_size == 320  # 257 bytes and the mask
+    *_, step, evaluation = read_metrics(run_dir)
+    # At most 7 of 48 tokens in each of 64 sequences; documents end within some of them.
+    assert 60 * 7 * STEPS / 4 < step["masked_tokens"] <= 16 * 7 * STEPS
+    assert 5 * 6 <= evaluation["eval_masked_tokens"] <= 5 * 7
+    code, out, _ = muster("eval", str(run_dir), "--sequences", "5", "--json")
+    told = json.loads(out)
+    assert (code, told["unit"]) == (0, "masked_tokens")
+    assert (told["loss"], told["weight"]) == (
+        pytest.approx(evaluation["eval_loss"], rel=1e-5), evaluation["eval_masked_tokens"],
+    )  # fmt: skip
+    text = drawn(run_dir).read_text()
+    assert len(re.findall(r"\[[^\]]*\|[^\]]*\]", text)) > 10
+    assert text.count("-" * 80) == 3
+
+
+@pytest.mark.slow
+def test_the_preset_reaches_what_it_states(tmp_path):
+    [stated] = [float(preset.held_out.removeprefix("accuracy ")) for preset in presets() if preset.name == "mlm"]
+    run_dir = prepare_run(load("mlm", [f"run.root={tmp_path}", "tracking.enabled=false"]))
+    assert train_in_process(run_dir) == 0
+    *_, last = [m for m in read_metrics(run_dir) if "eval_loss" in m]
+    # Another Python's standard library is another text.
+    assert last["eval_accuracy"] == pytest.approx(stated, abs=0.04)
+
+
+def test_vocabulary_and_images_that_do_not_fit_are_refused_by_name(tmp_path, tiny_data):
+    with pytest.raises(
+        ConfigError, match=r"model\.vocab_size is 257 but the tokenizer .* 258 tokens: set model\.vocab_size=320"
+    ):
+        make("encoder", tmp_path, tiny_data, model={"vocab_size": 257})
+    with pytest.raises(ConfigError, match=r"train\.seq_len \(48\) is longer than model\.max_positions \(32\)"):
+        make("encoder", tmp_path, tiny_data, model={"max_positions": 32})
+    with pytest.raises(
+        ConfigError, match=r"model\.image_size is 12, but data\.path=.* has images of 8 x 8: set data\.images\."
+    ):
+        make("vit", tmp_path, tiny_data, model={"image_size": 12})
