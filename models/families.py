@@ -9,11 +9,13 @@ from torch import nn
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.encoder import EncoderConfig, VitConfig
+from configs.sections.families.generative import AutoencoderConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 
 from .decoder.model import Decoder
+from .generative.autoencoder import Autoencoder
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
@@ -63,6 +65,7 @@ FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS
 FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
 FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS["encoder"]._asdict())
 FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
+FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
 
 
 def family_of(config: ModelSection) -> Family:

@@ -23,6 +23,11 @@ class ModelSection(Section):
     default_task: ClassVar[str] = ""
     cuts: ClassVar[frozenset[str]] = frozenset()
 
+    @property
+    def differentiates(self) -> bool:
+        """Whether the network's forward pass takes gradients itself, for a loss that depends on them."""
+        return False
+
     family: str = DECODER
     """Entry of the family table (`models/families.py`), or one that a plugin registers."""
 

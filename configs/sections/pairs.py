@@ -32,6 +32,7 @@ FAMILY_ENDS = {
     "mlp": Ends(("rows", "images"), ("classes", "numbers")),
     "encoder": Ends("tokens", "logits of tokens"),
     "vit": Ends("images", "classes"),
+    "autoencoder": Ends(("rows", "images"), "reconstructions"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -39,6 +40,7 @@ TASK_ENDS = {
     "classification": Ends(("rows", "images"), "classes"),
     "regression": Ends("rows", "numbers"),
     "masked_language_modelling": Ends("tokens", "logits of tokens"),
+    "reconstruction": Ends(("rows", "images"), "reconstructions"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -12,6 +12,7 @@ from .cluster import ClusterConfig
 from .data import DataConfig
 from .families.convnet import ConvNetConfig
 from .families.encoder import EncoderConfig, VitConfig
+from .families.generative import AutoencoderConfig
 from .families.mlp import MlpConfig
 from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
@@ -20,8 +21,13 @@ from .parallel import ParallelConfig
 from .tracking import TrackingConfig
 from .train import TrainConfig
 
-OURS: dict[str, type[ModelSection]] = {"mlp": MlpConfig, "convnet": ConvNetConfig}
-OURS["encoder"], OURS["vit"] = EncoderConfig, VitConfig
+OURS: dict[str, type[ModelSection]] = {
+    "mlp": MlpConfig,
+    "convnet": ConvNetConfig,
+    "encoder": EncoderConfig,
+    "vit": VitConfig,
+    "autoencoder": AutoencoderConfig,
+}
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS
 

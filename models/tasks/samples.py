@@ -15,6 +15,8 @@ class ImageGrid(NamedTuple):
 
     images_NCHW: Tensor
     """In [0, 1]; one channel or three."""
+    across: int | None = None
+    """Images in a row; None: about as many as there are rows."""
 
 
 class Table(NamedTuple):

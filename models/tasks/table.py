@@ -7,6 +7,7 @@ from configs.sections.pairs import TASK_ENDS, Ends, check_pair
 from .classification import Classification, Regression
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
+from .reconstruction import Reconstruction
 from .task import Task
 
 
@@ -23,6 +24,7 @@ TASKS["language_modelling"] = LanguageModelling
 TASKS["classification"] = Classification
 TASKS["regression"] = Regression
 TASKS["masked_language_modelling"] = MaskedLanguageModelling
+TASKS["reconstruction"] = Reconstruction
 
 
 def task_of(config: Config) -> Task:

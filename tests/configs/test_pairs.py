@@ -11,10 +11,6 @@ from configs.sections.pairs import FAMILY_ENDS, TASK_ENDS
 from models.families import FAMILIES
 from models.tasks.table import TASKS
 
-OURS = (
-    ("decoder", "convnet", "mlp", "encoder", "vit"),
-    ("language_modelling", "classification", "regression", "masked_language_modelling"),
-)
 FIT = {
     ("decoder", "language_modelling"): {None: "tokens"},
     ("convnet", "classification"): {None: "images", "images": "images"},
@@ -22,8 +18,10 @@ FIT = {
     ("mlp", "regression"): {None: "rows", "rows": "rows"},
     ("encoder", "masked_language_modelling"): {None: "masked tokens"},
     ("vit", "classification"): {None: "images", "images": "images"},
+    ("autoencoder", "reconstruction"): {None: "rows", "rows": "rows", "images": "images"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
+OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))
 
 
 def config(family, task, kind=None, path="x.parquet"):

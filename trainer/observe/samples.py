@@ -21,7 +21,7 @@ def write_sample(sample: Sample, path: Path) -> Path:
     if isinstance(sample, Text):
         suffix, content = ".txt", sample.text.encode()
     elif isinstance(sample, ImageGrid):
-        suffix, content = ".png", _png(grid(sample.images_NCHW))
+        suffix, content = ".png", _png(grid(*sample))
     else:
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([sample.columns, *sample.rows])
@@ -32,14 +32,14 @@ def write_sample(sample: Sample, path: Path) -> Path:
     return file
 
 
-def grid(images_NCHW: Tensor) -> Tensor:
-    """The images tiled into one, about as many rows as columns: [C, H, W] uint8 on the CPU.
+def grid(images_NCHW: Tensor, across: int | None = None) -> Tensor:
+    """The images tiled into one, as `ImageGrid` says: [C, H, W] uint8 on the CPU.
 
     Values that are not finite are black.
     """
     scaled = images_NCHW.detach().float().nan_to_num(0.0, 0.0, 0.0).clamp(0, 1).mul(255).round().byte().cpu()
     count, channels, height, width = scaled.shape
-    across = math.ceil(math.sqrt(count))
+    across = across or math.ceil(math.sqrt(count))
     down = math.ceil(count / across)
     found = torch.zeros(channels, down * (height + GAP) - GAP, across * (width + GAP) - GAP, dtype=torch.uint8)
     for number, image in enumerate(scaled):

@@ -19,17 +19,16 @@ from trainer.run.folder import prepare_run
 
 SLOW = pytest.mark.slow
 STATED = {preset.name: preset.held_out for preset in presets() if load(preset.name).data.path in BUNDLED}
-METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2"}
+METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse"}
+QUICK = ("xor", "wine", "diabetes")
+"""The others take a minute or more."""
 
 
 def make(name: str, root: Path, *overrides: str) -> Path:
     return prepare_run(load(name, [f"run.root={root}", "tracking.enabled=false", *overrides]))
 
 
-DIGITS = ("digits-mlp", "digits-convnet", "digits-vit")
-
-
-@pytest.mark.parametrize("name", ["xor", "wine", "diabetes", *(pytest.param(each, marks=SLOW) for each in DIGITS)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else SLOW) for name in sorted(STATED)])
 def test_a_preset_reaches_what_it_states(tmp_path, name):
     metric, value = STATED[name].split()
     run_dir = make(name, tmp_path)
@@ -42,7 +41,8 @@ def test_a_preset_reaches_what_it_states(tmp_path, name):
 
 
 def test_every_bundled_preset_states_its_result():
-    assert STATED.keys() == {"xor", "wine", "diabetes", *DIGITS}
+    assert set(QUICK) <= STATED.keys()
+    assert all(STATED.values())
     assert {load(name).data.path for name in STATED} == BUNDLED.keys()
 
 

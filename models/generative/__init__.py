@@ -1,0 +1,1 @@
+"""Networks that make examples: autoencoders, GANs and diffusion models."""
