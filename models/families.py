@@ -9,12 +9,13 @@ from torch import nn
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.encoder import EncoderConfig, VitConfig
-from configs.sections.families.generative import AutoencoderConfig
+from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 
 from .decoder.model import Decoder
+from .generative import diffusion
 from .generative.autoencoder import Autoencoder
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
@@ -66,6 +67,7 @@ FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asd
 FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS["encoder"]._asdict())
 FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
 FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
+FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())
 
 
 def family_of(config: ModelSection) -> Family:

@@ -33,6 +33,7 @@ FAMILY_ENDS = {
     "encoder": Ends("tokens", "logits of tokens"),
     "vit": Ends("images", "classes"),
     "autoencoder": Ends(("rows", "images"), "reconstructions"),
+    "diffusion": Ends("images", "noise in images"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -41,6 +42,7 @@ TASK_ENDS = {
     "regression": Ends("rows", "numbers"),
     "masked_language_modelling": Ends("tokens", "logits of tokens"),
     "reconstruction": Ends(("rows", "images"), "reconstructions"),
+    "denoising": Ends("images", "noise in images"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -12,7 +12,7 @@ from .cluster import ClusterConfig
 from .data import DataConfig
 from .families.convnet import ConvNetConfig
 from .families.encoder import EncoderConfig, VitConfig
-from .families.generative import AutoencoderConfig
+from .families.generative import AutoencoderConfig, DiffusionConfig
 from .families.mlp import MlpConfig
 from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
@@ -27,6 +27,7 @@ OURS: dict[str, type[ModelSection]] = {
     "encoder": EncoderConfig,
     "vit": VitConfig,
     "autoencoder": AutoencoderConfig,
+    "diffusion": DiffusionConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

@@ -5,6 +5,7 @@ from configs.sections.family import no_such
 from configs.sections.pairs import TASK_ENDS, Ends, check_pair
 
 from .classification import Classification, Regression
+from .denoising import Denoising
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
 from .reconstruction import Reconstruction
@@ -25,6 +26,7 @@ TASKS["classification"] = Classification
 TASKS["regression"] = Regression
 TASKS["masked_language_modelling"] = MaskedLanguageModelling
 TASKS["reconstruction"] = Reconstruction
+TASKS["denoising"] = Denoising
 
 
 def task_of(config: Config) -> Task:

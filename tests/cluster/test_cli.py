@@ -99,7 +99,7 @@ def test_presets_say_what_they_train(muster):
         for text in each.values():
             assert text in out
         assert each["held_out"] == "not measured" or re.fullmatch(
-            r"(loss|accuracy|R2) \d\.\d+( nats per token)?", each["held_out"]
+            r"(loss|accuracy|R2|mse|coverage) \d\.\d+( nats per token)?", each["held_out"]
         )
         assert "held out" not in each["trains"]
 

@@ -19,6 +19,7 @@ FIT = {
     ("encoder", "masked_language_modelling"): {None: "masked tokens"},
     ("vit", "classification"): {None: "images", "images": "images"},
     ("autoencoder", "reconstruction"): {None: "rows", "rows": "rows", "images": "images"},
+    ("diffusion", "denoising"): {None: "images", "images": "images"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))

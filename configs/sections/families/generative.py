@@ -85,3 +85,77 @@ class AutoencoderConfig(ModelSection):
             if self.bottleneck != "plain" and getattr(self, key) not in ("none", 0):
                 raise ValueError(f"model.{key} is for model.bottleneck=plain, not {self.bottleneck}: leave it out")
         return self
+
+
+class DiffusionConfig(ModelSection):
+    """A network that takes noise out of square images, and so makes them of noise."""
+
+    default_task: ClassVar[str] = "denoising"
+
+    family: str = "diffusion"
+    network: Literal["unet", "dit"] = "unet"
+    """unet: convolutional (arXiv:2006.11239); dit: a Transformer of patches (arXiv:2212.09748)."""
+    image_size: Size = 32
+    """Height and width of an image."""
+    channels: Literal[1, 3] = 3
+    """Of an image: that of data.images.channels."""
+    classes: Size | None = None
+    """Labels that images are made by; None: they are made without."""
+    width: Size = 64
+    """unet: channels of the first level; dit: of a patch."""
+    levels: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=16)] = (1, 2, 4)
+    """unet: channels of each level, in units of model.width; each level but the first halves height and width, and the
+    last one has attention."""
+    depth: Annotated[int, Field(ge=1, le=1000)] = 2
+    """unet: residual blocks of each level; dit: Transformer blocks."""
+    heads: Annotated[int, Field(ge=1, le=1024)] = 4
+    """Of attention."""
+    patch_size: Annotated[int, Field(ge=1, le=256)] = 2
+    """dit: height and width of a patch."""
+    prediction: Literal["epsilon", "v", "flow"] = "epsilon"
+    """What the network predicts: epsilon: the noise; v: alpha * noise - sigma * image (arXiv:2202.00512); flow: noise -
+    image, on the straight path between them (flow matching, arXiv:2210.02747)."""
+    schedule: Literal["linear", "cosine"] = "linear"
+    """epsilon and v: how the noise grows: linear in the variance added (arXiv:2006.11239), or cosine
+    (arXiv:2102.09672)."""
+    noise_steps: Annotated[int, Field(ge=1, le=10**6)] = 1000
+    """epsilon and v: levels of noise."""
+    label_dropout: float = Field(0.1, ge=0, lt=1)
+    """Share of the examples that are trained without their label, for guidance."""
+    guidance: float = Field(1.0, ge=0, le=1000)
+    """Samples: how far to go from the prediction without the label to the one with it (arXiv:2207.12598); 1: that with
+    it."""
+    sampler: Literal["ddpm", "ddim", "heun"] = "ddim"
+    """ddpm: noise is added after each step (arXiv:2006.11239); ddim: none is (arXiv:2010.02502); heun: nor is here, and
+    each step is corrected by a second prediction (arXiv:2206.00364)."""
+    sample_steps: Annotated[int, Field(ge=1, le=10**5)] = 20
+    """Steps from noise to a sample."""
+    measure_samples: bool = False
+    """Evaluations make an image for each held-out one, and measure how alike the two sets are."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        parts = 2 ** (len(self.levels) - 1) if self.network == "unet" else self.patch_size
+        if self.image_size % parts:
+            key = "levels" if self.network == "unet" else "patch_size"
+            raise ValueError(
+                f"model.image_size ({self.image_size}) is no multiple of {parts}, as model.{key} needs: set "
+                f"model.image_size and data.images.size to one, or other model.{key}"
+            )
+        width = self.width * (self.levels[-1] if self.network == "unet" else 1)
+        if width % self.heads:
+            raise ValueError(f"model.heads ({self.heads}) does not divide the {width} channels of attention")
+        if self.network == "dit" and self.width % 4:
+            raise ValueError(f"model.width ({self.width}) is no multiple of 4, as the positions of patches need")
+        if self.network == "unet" and self.width % 2:
+            raise ValueError(
+                f"model.width ({self.width}) is odd, but half of it are sines and half cosines of the time"
+            )
+        if self.guidance != 1 and (self.classes is None or not self.label_dropout):
+            raise ValueError("model.guidance needs model.classes, and model.label_dropout above 0")
+        if self.noise_steps < self.sample_steps and self.prediction != "flow":
+            raise ValueError(
+                f"model.sample_steps ({self.sample_steps}) is over model.noise_steps ({self.noise_steps}): set it to "
+                f"{self.noise_steps} or fewer"
+            )
+        return self

@@ -24,6 +24,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "contractive": (
         "digits-autoencoder", "model.contractive=0.1", "model.sparsity=kl", "model.norm=batch", "model.input_noise=0",
     ),
+    "unet": ("digits-diffusion", "model.guidance=2", "model.sample_steps=3", "train.eval_sequences=20"),
+    "dit": (
+        "digits-diffusion", "model.network=dit", "model.prediction=flow", "model.sampler=heun", "model.sample_steps=3",
+        "model.measure_samples=false", "optim.ema_decay=null",
+    ),
 }  # fmt: skip
 """Preset and overrides of each."""
 NOT_ZERO_3 = ("contractive",)

@@ -1,4 +1,4 @@
-"""Runs of autoencoders: the same in any number of processes, through any number of lives, and as good as stated."""
+"""Runs of autoencoders and diffusion models: the same in any number of processes and through any number of lives."""
 
 import signal
 from pathlib import Path
@@ -55,10 +55,27 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
 
 
 def test_rows_of_images_are_shown(clean):
-    """Originals, what is made of them, and for a VAE what it makes of its prior; 16 in each."""
+    """Originals, what is made of them, and for a VAE what it makes of its prior; 16 in each. Of a diffusion model, what
+    it makes: 16."""
+    for name in ("unet", "dit"):
+        with Image.open(drawn(clean[name])) as image:
+            assert np.asarray(image).shape == (4 * 9 - 1, 4 * 9 - 1)
     for name, rows in {"vae": 3, "vqvae": 2, "denoising": 3, "contractive": 2}.items():
         with Image.open(drawn(clean[name])) as image:
             assert np.asarray(image).shape == (9 * rows - 1, 16 * 9 - 1), name
+
+
+def test_samples_are_measured_in_evaluations_alone(clean):
+    found = runs.numbers(clean["unet"])
+    for key in ("eval_frechet", "eval_coverage", "eval_frechet_ema", "eval_coverage_ema"):
+        assert (runs.STEPS, key) in found
+    assert not any(key in ("frechet", "coverage") for _, key in found)
+    assert not any("coverage" in key for _, key in runs.numbers(clean["dit"]))
+
+
+def test_another_size_of_images_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"^model\.image_size is 16, but data\.path=.* has images of 8 x 8: set"):
+        make("unet", tmp_path, "model.image_size=16")
 
 
 def test_zero_3_is_refused_where_a_loss_depends_on_a_gradient(tmp_path):
