@@ -39,15 +39,14 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
         notes.append(f"{section}.{key}={value}: {why}")
         return value
 
+    changes = {key: derive("model", key, *found) for key, found in model.derived.items()}
+    if "vocab_size" in type(model).model_fields:
+        changes |= _vocabulary(config, vocab_size, derive)
     if isinstance(model, ModelConfig):
-        model = model.model_copy(update=_of_decoder(config, vocab_size, derive))
-    else:
-        changes = {key: derive("model", key, *found) for key, found in model.derived.items()}
-        if "vocab_size" in type(model).model_fields:
-            changes |= _vocabulary(config, vocab_size, derive)
-        if "max_positions" in type(model).model_fields:
-            changes |= _positions(config, derive)
-        model = model.model_copy(update=changes)
+        changes |= _of_decoder(config, derive)
+    if "max_positions" in type(model).model_fields:
+        changes |= _positions(config, derive)
+    model = model.model_copy(update=changes)
 
     if cluster.workers and cluster.workers[1] != parallel.world_size:
         most, others = cluster.workers[1], parallel.world_size // parallel.dp
@@ -168,9 +167,9 @@ def _positions(config: Config, derive: Callable[..., object]) -> dict[str, objec
     return {}
 
 
-def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., object]) -> dict[str, object]:
+def _of_decoder(config: Config, derive: Callable[..., object]) -> dict[str, object]:
     """Fill in the decoder's keys that follow from others. Raises ConfigError."""
-    model, changes = config.model, _vocabulary(config, vocab_size, derive)
+    model, changes = config.model, dict[str, object]()
     if model.num_kv_heads is None:
         changes["num_kv_heads"] = derive("model", "num_kv_heads", model.num_heads, "model.num_heads")
     if model.head_dim is None:
@@ -181,7 +180,7 @@ def _of_decoder(config: Config, vocab_size: int | None, derive: Callable[..., ob
         changes["intermediate_size"] = derive("model", "intermediate_size", intermediate, "8/3 hidden_size")
     if model.expert_size is None:
         changes["expert_size"] = derive("model", "expert_size", intermediate, "model.intermediate_size")
-    return changes | _positions(config, derive)
+    return changes
 
 
 def with_workers(config: Config, workers: int) -> Config:

@@ -11,6 +11,7 @@ from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.encoder import EncoderConfig, VitConfig
 from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig
 from configs.sections.families.mlp import MlpConfig
+from configs.sections.families.recurrent import RecurrentConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 
@@ -21,6 +22,7 @@ from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
 from .sequence.encoder import Encoder
+from .sequence.recurrent import Recurrent, training_flops
 from .vision.convnet import ConvNet
 from .vision.vit import Vit
 
@@ -68,6 +70,7 @@ FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS
 FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
 FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
 FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())
+FAMILIES["recurrent"] = Family(build=Recurrent, section=RecurrentConfig, flops=training_flops)
 
 
 def family_of(config: ModelSection) -> Family:

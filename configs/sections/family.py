@@ -41,6 +41,11 @@ class ModelSection(Section):
         """Values of keys that are None and follow from others, each with what it follows from."""
         return {}
 
+    @property
+    def is_moe(self) -> bool:
+        """Whether it has routed experts."""
+        return False
+
 
 class UnknownFamily(ModelSection):
     """The keys, as given, of a family whose plugin is not loaded: enough to list and compare runs."""

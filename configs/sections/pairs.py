@@ -34,6 +34,7 @@ FAMILY_ENDS = {
     "vit": Ends("images", "classes"),
     "autoencoder": Ends(("rows", "images"), "reconstructions"),
     "diffusion": Ends("images", "noise in images"),
+    "recurrent": Ends("tokens", "loss of tokens"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {

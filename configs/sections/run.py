@@ -14,6 +14,7 @@ from .families.convnet import ConvNetConfig
 from .families.encoder import EncoderConfig, VitConfig
 from .families.generative import AutoencoderConfig, DiffusionConfig
 from .families.mlp import MlpConfig
+from .families.recurrent import RecurrentConfig
 from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
 from .optim import OptimConfig
@@ -28,6 +29,7 @@ OURS: dict[str, type[ModelSection]] = {
     "vit": VitConfig,
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
+    "recurrent": RecurrentConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

@@ -1,1 +1,1 @@
-"""Networks on sequences."""
+"""Networks on sequences other than the decoder."""

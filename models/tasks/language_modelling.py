@@ -111,20 +111,21 @@ class LanguageModelling(Task):
 
     @property
     def counted(self) -> tuple[int, int]:
-        return self.config.model.num_moe_layers, self.config.model.num_experts
+        model = self.config.model
+        return (model.num_moe_layers, model.num_experts) if model.is_moe else (0, 0)
 
     def fresh_memory(self, modules: Modules) -> dict[str, list]:
         return fresh_routers(self.config.model)
 
     def known_memory(self, modules: Modules) -> dict[str, tuple[int, ...]]:
-        model = self.config.model
-        return dict.fromkeys((BIAS, LOAD), (model.num_moe_layers, model.num_experts))
+        return dict.fromkeys((BIAS, LOAD), self.counted)
 
     def after_step(self, memory: Memory, extra: Mapping[str, Tensor], micro_batches: int) -> Memory:
         return routers_after_step(memory, extra["router"][:, :-3], micro_batches, self.config) if memory else memory
 
     def tell(self, modules: Modules, memory: Memory) -> None:
-        tell_routers(self.choosers or choosers(modules[""]), memory, self.config.model)
+        if self.config.model.is_moe:
+            tell_routers(self.choosers or choosers(modules[""]), memory, self.config.model)
 
 
 def router_extra(model: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -141,11 +142,13 @@ def by_layer(router: Sequence[Sequence[float]]) -> tuple[list[list[float]], tupl
 
 def fresh_routers(model: ModelConfig) -> dict[str, list]:
     """The routers' memory before the first step: no bias, and even loads."""
-    layers, experts = model.num_moe_layers, model.num_experts
     found: dict[str, list] = {}
-    if layers and model.router_bias_rate is not None:
+    if not model.is_moe:
+        return found
+    layers, experts = model.num_moe_layers, model.num_experts
+    if model.router_bias_rate is not None:
         found[BIAS] = [[0.0] * experts for _ in range(layers)]
-    if layers and model.aux_loss_over == "global_batch":
+    if model.aux_loss_over == "global_batch":
         found[LOAD] = [[1 / experts] * experts for _ in range(layers)]
     return found
 

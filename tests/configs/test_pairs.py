@@ -13,6 +13,7 @@ from models.tasks.table import TASKS
 
 FIT = {
     ("decoder", "language_modelling"): {None: "tokens"},
+    ("recurrent", "language_modelling"): {None: "tokens"},
     ("convnet", "classification"): {None: "images", "images": "images"},
     ("mlp", "classification"): {None: "rows", "rows": "rows", "images": "images"},
     ("mlp", "regression"): {None: "rows", "rows": "rows"},
@@ -26,7 +27,7 @@ OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task
 
 
 def config(family, task, kind=None, path="x.parquet"):
-    model = {"family": family} | ({"vocab_size": 64} if family in ("decoder", "encoder") else {})
+    model = {"family": family} | ({"vocab_size": 64} if family in ("decoder", "encoder", "recurrent") else {})
     return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
 
 
