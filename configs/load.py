@@ -207,7 +207,7 @@ def _with_family(root: type[BaseModel], tree: Mapping[str, Any]) -> type[BaseMod
     family = model.get("family", DECODER) if isinstance(model, Mapping) else DECODER
     if root is not Config or family == DECODER:
         return root
-    return create_model("Config", __base__=Config, model=(section_of(family), ...))
+    return create_model("Config", __base__=Config, model=(section_of(family).variant(model), ...))
 
 
 def to_yaml(config: BaseModel) -> str:

@@ -1,15 +1,18 @@
 """The table of model families. A plugin adds one with `FAMILIES["name"] = Family(...)`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.encoder import EncoderConfig, VitConfig
 from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig
+from configs.sections.families.hf import TransformersConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.families.recurrent import RecurrentConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
@@ -18,6 +21,8 @@ from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 from .decoder.model import Decoder
 from .generative import diffusion
 from .generative.autoencoder import Autoencoder
+from .hf.any_architecture import build_any
+from .hf.any_folder import Loaded, load_folder, save_folder
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
@@ -46,6 +51,11 @@ class Family:
     takes: Words = "tokens"
     gives: Words = "loss of tokens"
     hf: Callable[[ModelConfig], Architecture] | None = None
+    load: Callable[[Any, Path], Loaded] | None = None
+    """Reads a Hugging Face folder for a module; None: the family has none, or is the decoder."""
+    save: Callable[[Any, Path, Mapping[str, int | None] | None, torch.dtype | None, int], None] | None = None
+    """Writes a module as such a folder, with the ids of special tokens, in a dtype, in files of at most so many bytes.
+    """
     flops: Callable[[Config], float] | None = None
     """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`)."""
 
@@ -71,6 +81,10 @@ FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asd
 FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
 FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())
 FAMILIES["recurrent"] = Family(build=Recurrent, section=RecurrentConfig, flops=training_flops)
+FAMILIES["transformers"] = Family(
+    build=build_any, section=TransformersConfig, load=load_folder, save=save_folder,
+    **FAMILY_ENDS["transformers"]._asdict(),
+)  # fmt: skip
 
 
 def family_of(config: ModelSection) -> Family:

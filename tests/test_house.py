@@ -301,6 +301,8 @@ DECLARED = {plain(requirement) for requirement in PROJECT["dependencies"]}
 FOR_DEVELOPERS = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["dev"]}
 FOR_GPUS = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["gpu"]}
 """Used where they are installed; no run needs them, but some have tests."""
+FOR_FAMILIES = {plain(requirement) for requirement in PROJECT["optional-dependencies"]["families"]}
+"""Some families need them; all are for developers too."""
 
 
 def distributions(files: list[Path]) -> set[str]:
@@ -317,13 +319,20 @@ def distributions(files: list[Path]) -> set[str]:
 
 
 def test_every_import_is_declared_and_every_dependency_imported():
-    assert distributions(FILES) - FOR_GPUS == DECLARED
+    assert distributions(FILES) - FOR_GPUS == DECLARED | FOR_FAMILIES
 
 
 def test_tests_and_benchmarks_import_what_is_declared():
     files = [path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
     assert distributions(files) - DECLARED - FOR_DEVELOPERS - FOR_GPUS - BROUGHT_ALONG == set()
     assert (FOR_DEVELOPERS | FOR_GPUS) - NEVER_IMPORTED - distributions(files) == set()
+
+
+def test_a_family_waits_for_what_it_needs():
+    """It is imported when such a network is built, not as a module loads."""
+    assert FOR_FAMILIES <= FOR_DEVELOPERS - DECLARED
+    at_once = [module for path in FILES for node in tree(path).body for module in imported(node)]
+    assert FOR_FAMILIES.isdisjoint(plain(module.partition(".")[0]) for module in at_once)
 
 
 def test_nothing_needs_what_is_for_gpus():

@@ -18,10 +18,14 @@ class ModelSection(Section):
     Attributes:
         default_task: the task if the config names none.
         cuts: the degrees of parallel.* that can split its network, of tp, pp, ep and sp. None: dp and ZeRO only.
+        ends: what its network takes and gives, where the networks of a family differ in it; None: as the family.
+        needs: modules that it cannot do without, of the extra `families`.
     """
 
     default_task: ClassVar[str] = ""
     cuts: ClassVar[frozenset[str]] = frozenset()
+    ends: ClassVar[tuple[str, str] | None] = None
+    needs: ClassVar[tuple[str, ...]] = ()
 
     @property
     def differentiates(self) -> bool:
@@ -30,6 +34,11 @@ class ModelSection(Section):
 
     family: str = DECODER
     """Entry of the family table (`models/families.py`), or one that a plugin registers."""
+
+    @classmethod
+    def variant(cls, keys: Mapping[str, Any]) -> "type[ModelSection]":
+        """The section that checks these keys: a subclass, where networks of a family have different ones."""
+        return cls
 
     @property
     def is_known(self) -> bool:
@@ -67,7 +76,7 @@ def by_family(value: Any, of_decoder: ValidatorFunctionWrapHandler) -> Any:
     family = value.get("family", DECODER) if isinstance(value, Mapping) else getattr(value, "family", DECODER)
     if family == DECODER or not isinstance(family, str):
         return of_decoder(value)
-    return value if isinstance(value, ModelSection) else section_of(family).model_validate(value)
+    return value if isinstance(value, ModelSection) else section_of(family).variant(value).model_validate(value)
 
 
 def no_such(key: str, name: str, known: Iterable[str]) -> ConfigError:

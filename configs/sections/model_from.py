@@ -47,7 +47,7 @@ def take_model(tree: Any, where: str) -> tuple[Any, dict[str, str]]:
     if not is_folder(folder):
         raise ConfigError(f"{where}: model.from={shown(source)}: no such folder{_own_config(tree.get('run'))}")
     try:
-        below = _read(folder)
+        below = _read(folder, model)
     except ConfigError as error:
         raise ConfigError(f"model.from={shown(source)}: {error}") from None
     own = {key: value for key, value in model.items() if key != KEY}
@@ -70,8 +70,8 @@ def _own_config(run: Any) -> str:
     return ""
 
 
-def _read(folder: Path) -> dict[str, Any]:
-    return importlib.import_module(READER).model_keys(folder)
+def _read(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    return importlib.import_module(READER).model_keys(folder, own)
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """Which families, tasks and kinds of data fit together: what each takes and gives, checked without torch."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 from configs.base import ConfigError
 
 from .data import BUNDLED, PACKAGED
-from .family import no_such
+from .family import ModelSection, no_such
 from .run import Config
 
 Words = str | tuple[str, ...]
@@ -35,6 +36,7 @@ FAMILY_ENDS = {
     "autoencoder": Ends(("rows", "images"), "reconstructions"),
     "diffusion": Ends("images", "noise in images"),
     "recurrent": Ends("tokens", "loss of tokens"),
+    "transformers": Ends(("tokens", "images"), ("loss of tokens", "classes")),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -57,14 +59,22 @@ def in_both(some: Words, others: Words) -> list[str]:
     return [word for word in one_by_one(some) if word in one_by_one(others)]
 
 
+def ends_of(model: ModelSection) -> Ends:
+    """What the network takes and gives: as all of the family do, unless its section says it."""
+    return Ends(*model.ends) if model.ends else FAMILY_ENDS[model.family]
+
+
 def check_pair(config: Config) -> None:
-    """Raise ConfigError if the family's network does not fit the task, or either is not known."""
+    """Raise ConfigError if the family's network does not fit the task, either is not known, or the family needs what is
+    not installed."""
     name = config.model.family
     if name not in FAMILY_ENDS:  # first: the default task is the family's
         raise no_such("model.family", name, FAMILY_ENDS)
     if config.task not in TASK_ENDS:
         raise no_such("task", config.task, TASK_ENDS)
-    family, task = FAMILY_ENDS[name], TASK_ENDS[config.task]
+    if missing := [module for module in config.model.needs if find_spec(module) is None]:
+        raise ConfigError(f"model.family={name} needs {' and '.join(missing)}: pip install 'muster-train[families]'")
+    family, task = ends_of(config.model), TASK_ENDS[config.task]
     if task.fits(family):
         return
     fitting = [f"task={other}" for other, each in TASK_ENDS.items() if each.fits(family)]
@@ -82,7 +92,7 @@ def kind_of_data(config: Config) -> str:
         ConfigError: as `check_pair`; or the data are of another kind.
     """
     check_pair(config)
-    possible = in_both(FAMILY_ENDS[config.model.family].takes, TASK_ENDS[config.task].takes)
+    possible = in_both(ends_of(config.model).takes, TASK_ENDS[config.task].takes)
     kind = config.data.kind or possible[0]
     if kind not in possible:
         right = "leave data.kind out" if possible[0] == "tokens" else f"set data.kind={possible[0]}"

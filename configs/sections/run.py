@@ -13,6 +13,7 @@ from .data import DataConfig
 from .families.convnet import ConvNetConfig
 from .families.encoder import EncoderConfig, VitConfig
 from .families.generative import AutoencoderConfig, DiffusionConfig
+from .families.hf import TransformersConfig
 from .families.mlp import MlpConfig
 from .families.recurrent import RecurrentConfig
 from .family import SECTIONS, ModelSection, by_family
@@ -30,6 +31,7 @@ OURS: dict[str, type[ModelSection]] = {
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
     "recurrent": RecurrentConfig,
+    "transformers": TransformersConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

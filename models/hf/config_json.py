@@ -1,5 +1,6 @@
 """A decoder's config as config.json of a Hugging Face folder, and back (no torch)."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from configs.load import read_mapping, validated
 from configs.reading.parse import MAX_JSON_BYTES, is_file, is_folder, parse_json, read_text
 from configs.sections.model import MOST_LAYERS
 
+from .any_keys import keys_of_folder
 from .names import (
     ARCHITECTURES,
     DENSE,
@@ -29,6 +31,8 @@ from .names import (
 )
 
 CONFIG, RUN_CONFIG = "config.json", "config.yaml"
+ANY = "transformers"
+"""The family of any architecture."""
 _ROPE_KEYS = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -212,10 +216,19 @@ def read_hf_config(folder: Path) -> Any:
         raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
 
 
-def model_keys(folder: Path) -> dict[str, Any]:
-    """Keys of model.* for the model in a folder: a run of ours, or Hugging Face's. Raises ConfigError."""
+def model_keys(folder: Path, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Keys of model.* for the model in a folder: a run of ours, or Hugging Face's.
+
+    Args:
+        own: keys that will be put on top, whose family decides how a folder of Hugging Face's is read.
+
+    Raises:
+        ConfigError: it cannot be read.
+    """
     if is_file(folder / RUN_CONFIG):
         model = validated(Config, read_mapping(folder / RUN_CONFIG), str(folder / RUN_CONFIG)).model
+    elif own and own.get("family") == ANY:
+        return keys_of_folder(read_hf_config(folder), own, folder)
     else:
         model, _ = from_hf_config(read_hf_config(folder), str(folder / CONFIG))
     return model.model_dump(mode="json")
@@ -243,7 +256,8 @@ def from_hf_config(tree: Any, where: str = "config.json") -> tuple[ModelConfig, 
         )
     if arch is None:
         raise ConfigError(
-            f"{where}: model_type {shown(kind)} is not supported: should be one of {', '.join(ARCHITECTURES)}"
+            f"{where}: model_type {shown(kind)} is not supported: should be one of {', '.join(ARCHITECTURES)}; "
+            f"model.family={ANY} takes others"
         )
     tree = {**arch.defaults, **tree}
     for key, only, instead in _UNSUPPORTED:

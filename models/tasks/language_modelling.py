@@ -50,10 +50,10 @@ class LanguageModelling(Task):
             self.tap = RouterTap(modules[""], self.config.model, mean_over_parts)
 
     def loss(self, nets: Nets, batch: Batch, phase: str) -> Sums:
-        loss_sum, tokens = nets[phase](batch)
+        loss_sum, tokens, *penalty = nets[phase](batch)  # experts that are not ours may come with a loss of their own
         router = self.tap.collect() if self.tap else None
         if router is None:
-            return Sums(loss_sum, tokens)
+            return Sums(loss_sum, tokens, penalty=penalty[0] if penalty else None)
         model, parallel, train = self.config.model, self.config.parallel, self.config.train
         assert train.micro_batch
         of_a_rank = math.ceil(math.ceil(train.global_batch / train.micro_batch) / parallel.dp)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from configs import Config, ConfigError
-from models.families import build
+from models.families import build, family_of
 from models.hf.folder import SHARD_BYTES, export_hf
 from models.hf.names import QWEN2
 from models.spectral_memory import fill_vectors
@@ -117,21 +117,29 @@ def export(
         ConfigError: as from `load_module` and `make_empty`; no Hugging Face architecture describes the model; the
             tokenizer cannot be used.
     """
-    module, config, found = load_module(run_dir, step, ema=ema)
-    folder, info = tokenizer_of(run_dir, config.data)
-    with TokenizerProcess(folder, config.data.limits) as tokenizer:
-        tokenizer.trial()
-        files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, config.model.max_positions)
+    save = family_of(with_plugins(read_config(run_dir)).model).save
+    module, config, found = load_module(run_dir, step, None if save else "tokens", ema=ema)
+    files: dict[str, bytes] = {}
+    special_tokens: dict[str, int | None] | None = None
+    if kind_read(config) == "tokens":
+        folder, info = tokenizer_of(run_dir, config.data)
+        longest = getattr(config.model, "max_positions", config.train.seq_len)
+        with TokenizerProcess(folder, config.data.limits) as tokenizer:
+            tokenizer.trial()
+            files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, longest)
     largest = torch.finfo(dtype).max if dtype else math.inf
     if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
         raise ConfigError(f"{large} has values over {largest:.6g}, beyond {dtype}'s range: choose another --dtype")
     make_empty(to)
-    export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
+    if save:
+        save(module, to, special_tokens, dtype, shard_bytes)
+    else:
+        export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
     for name, content in files.items():
         (to / name).parent.mkdir(mode=0o700, exist_ok=True)
         replace_bytes(to / name, content)
     model_type = json.loads((to / "config.json").read_text())["model_type"]
-    if model_type == QWEN2.model_type and not is_qwen2s(files[TOKENIZER]):
+    if files and model_type == QWEN2.model_type and not is_qwen2s(files[TOKENIZER]):
         print(f"muster: {to}: {NOT_QWEN2S}", file=sys.stderr)
         replace_bytes(to / "README.md", f"{NOT_QWEN2S}.\n".encode())
     return found

@@ -1,4 +1,5 @@
-"""Start a run of a plugin's family from a checkpoint of that family: parameters and memory have the same names."""
+"""Start a run of a family other than the decoder: from a checkpoint of that family, whose parameters and memory have
+the same names, or from a Hugging Face folder that the family reads."""
 
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,9 @@ import torch
 from torch import nn
 
 from configs import Config, ConfigError
-from configs.reading.parse import clip, shortened
+from configs.reading.parse import clip, is_file, shortened
 from configs.sections.family import ModelSection
-from models.families import build
+from models.families import build, family_of
 from models.tasks.task import AVERAGED
 
 from . import store
@@ -20,6 +21,8 @@ Rows = dict[str, list[list[float]]]
 
 def check_same(config: Config) -> dict[str, list[Any]]:
     """As `init_from.check_source`: every key of `model` that differs, since shapes may not show the difference."""
+    if _is_folder(config):
+        return _loaded(build(config.model), config).differs
     with torch.device("meta"):
         module = build(config.model)
     return other_keys(_open(module, config, digests=False), config.model)
@@ -34,6 +37,13 @@ def other_keys(reader: Reader, model: ModelSection) -> dict[str, list[Any]]:
 
 def load_same(module: nn.Module, config: Config) -> Rows:
     """As `init_from.load_weights`. Returns the checkpoint's memory."""
+    if _is_folder(config):
+        found = _loaded(module, config)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                if name in found.weights:
+                    parameter.copy_(found.weights[name])
+        return found.memory
     reader = _open(module, config, digests=True)
     with torch.no_grad():
         for name, parameter in module.named_parameters():
@@ -42,6 +52,24 @@ def load_same(module: nn.Module, config: Config) -> Rows:
             except CheckpointError as error:
                 raise ConfigError(f"train.init_from: {error}") from None
     return {name: rows for name, rows in reader.manifest.state.memory.items() if not name.startswith(AVERAGED)}
+
+
+def _is_folder(config: Config) -> bool:
+    """Whether the run starts from a Hugging Face folder that its family can read."""
+    assert config.train.init_from
+    folder = Path(config.train.init_from).expanduser()
+    return family_of(config.model).load is not None and is_file(folder / "config.json")
+
+
+def _loaded(module: nn.Module, config: Config) -> Any:
+    """What such a folder holds for the module. Raises ConfigError."""
+    load, source = family_of(config.model).load, config.train.init_from
+    assert load
+    assert source
+    try:
+        return load(module, Path(source).expanduser())
+    except ConfigError as error:
+        raise ConfigError(f"train.init_from={source}: {error}") from None
 
 
 def _open(module: nn.Module, config: Config, digests: bool) -> Reader:

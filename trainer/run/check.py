@@ -27,6 +27,8 @@ def check_model(config: Config) -> None:
     check_pair(config)
     module, train, family = build(config.model), config.train, config.model.family
     check_precision(module, config)
+    if check := getattr(module, "check", None):
+        check(config)
     if train.recompute_every and not hasattr(module, "set_activation_checkpointing"):
         raise ConfigError(
             f"train.activation_checkpointing={train.activation_checkpointing}: model.family={family} does not support "

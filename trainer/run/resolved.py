@@ -83,7 +83,7 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
     if (weights := resolved.train.init_from) and not steps:
         folder = Path(weights)
         if is_file(folder / "config.json"):  # a Hugging Face folder
-            model_keys(folder)
+            model_keys(folder, resolved.model.model_dump())
             from models.hf.weight_files import open_tensors  # imports torch
 
             open_tensors(folder)

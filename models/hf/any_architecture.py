@@ -1,0 +1,274 @@
+"""Any architecture of Hugging Face transformers as a network of ours, by the name of its class."""
+
+import difflib
+import inspect
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from configs import Config, ConfigError
+from configs.reading.parse import clip
+from configs.sections.families.hf import CausalLanguageModel, ImageClassifier, TransformersConfig, is_random
+from models.batch import Batch
+from models.init import generator
+from models.loss import IGNORE, LossOutput, nan_if_infinite
+
+from .any_keys import keys_of
+
+NO_ID = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Special tokens in a config, by default ids of the tokenizer that the architecture was published with."""
+PROBE = 12
+"""Tokens that `_probe` passes through a new network."""
+
+
+class AnyArchitecture(nn.Module):
+    """A network of transformers. Its parameters have the names that they have there, after `network.`"""
+
+    def __init__(self, config: TransformersConfig):
+        super().__init__()
+        self.config = config
+        self.network = new_network(config)
+        self.arguments = inspect.signature(self.network.forward).parameters
+
+    def init_weights(self, seed: int) -> None:
+        """The architecture's own initial weights, each part's a function of (seed, name) only.
+
+        Raises:
+            ConfigError: the network does not do what a task may rely on, see `_probe`.
+        """
+        from transformers import initialization
+
+        with torch.random.fork_rng(devices=[]), torch.no_grad(), initialization.guard_torch_init_functions():
+            for name, part, model in _parts("", self.network, self.network):
+                torch.manual_seed(generator(name, seed).initial_seed())
+                model._init_weights(part)
+            self.network.tie_weights()
+            self._probe()
+
+    def set_activation_checkpointing(self, every: int) -> None:
+        """Keep only the input of every k-th layer and recompute that layer in the backward pass. Raises ConfigError."""
+        if not self.network.supports_gradient_checkpointing:
+            raise ConfigError(
+                f"train.activation_checkpointing: {self.config.architecture} does not support it: set it to none"
+            )
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        self.network.activation_checkpointing_enable(how, every_n_layers=every)
+
+    def check(self, config: Config) -> None:
+        """Raise ConfigError for what the run's other sections ask of this architecture and it does not have."""
+
+    def _probe(self) -> None:
+        """Try a new network on a tiny input: its training pass may draw no random numbers, which would depend on the
+        process. Raises ConfigError."""
+        self.network.train()
+        found = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            found.append(self._probed())
+        if not torch.equal(*found):
+            raise ConfigError(
+                f"model.architecture={self.config.architecture} draws random numbers in training, which would depend "
+                "on the process that an example is in: set the keys of model.config that say so to 0"
+            )
+
+    def _probed(self) -> Tensor:
+        raise NotImplementedError
+
+
+class AnyLanguageModel(AnyArchitecture):
+    """From a `Batch` to a `LossOutput`; of experts in training also their weighted balancing loss."""
+
+    config: CausalLanguageModel
+
+    def __init__(self, config: TransformersConfig):
+        super().__init__(config)
+        routed = "output_router_logits" in self.arguments
+        self.aux_weight = getattr(self.network.config, "router_aux_loss_coef", 0.0) if routed else 0.0
+        self.keeps_documents_apart = "position_ids" in self.arguments
+        """Documents packed into a sequence do not see each other, if their positions start again."""
+
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
+        if batch.document_ids is not None and not self.keeps_documents_apart:
+            raise ConfigError(self._mixes_documents())
+        routed = bool(self.training and self.aux_weight)
+        found = self._passed(batch.input_ids, self._positions(batch), routed)
+        labels = batch.labels.flatten()
+        loss = F.cross_entropy(found.logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
+        output = LossOutput(nan_if_infinite(loss), (labels != IGNORE).sum())
+        return (*output, self.aux_weight * found.aux_loss) if routed else output
+
+    def logits(self, batch: Batch) -> Tensor:
+        """[B, T, V], of the last document of each sequence: the text that is to be continued, after its padding."""
+        documents, rows = batch.document_ids, []
+        if documents is None or bool((documents == documents[:, -1:]).all()):
+            return self._passed(batch.input_ids, self._positions(batch)).logits
+        for ids, own in zip(batch.input_ids, documents == documents[:, -1:], strict=True):
+            found = self._passed(ids[own][None], None).logits[0]
+            rows.append(F.pad(found, (0, 0, len(ids) - len(found), 0)))
+        return torch.stack(rows)
+
+    def check(self, config: Config) -> None:
+        if config.data.document_mask and not self.keeps_documents_apart:
+            raise ConfigError(self._mixes_documents())
+        length, longest = config.train.seq_len, getattr(self.network.config, "max_position_embeddings", None)
+        if longest and longest < length:
+            names = self.network.config.attribute_map
+            key = names.get("max_position_embeddings", "max_position_embeddings")
+            raise ConfigError(
+                f"train.seq_len ({length}) is longer than model.config.{key} ({longest}): set train.seq_len={longest}, "
+                f"or model.config.{key}={length}"
+            )
+
+    def _mixes_documents(self) -> str:
+        name = self.config.architecture
+        return f"data.document_mask=true: {name} cannot keep the documents of a sequence apart: set it to false"
+
+    def _positions(self, batch: Batch) -> Tensor | None:
+        """They tell transformers where a document begins; it would read them, which the meta device cannot."""
+        return batch.position_ids if self.keeps_documents_apart and not batch.position_ids.is_meta else None
+
+    def _passed(self, ids: Tensor, positions: Tensor | None, routed: bool = False) -> Any:
+        given: dict[str, Any] = {"position_ids": positions, "output_router_logits": routed, "use_cache": False}
+        return self.network(ids, **{key: value for key, value in given.items() if key in self.arguments})
+
+    def _probe(self) -> None:
+        """Besides, a token may not change what is predicted before it; and may it in other documents?"""
+        super()._probe()
+        if not self._is_unchanged(PROBE - 3, slice(0, PROBE - 3), PROBE):
+            raise ConfigError(
+                f"model.architecture={self.config.architecture} sees the tokens that it should predict: set "
+                "model.config.is_decoder=true if its config has that key, or another architecture"
+            )
+        middle = PROBE // 2
+        self.keeps_documents_apart &= self._is_unchanged(middle - 1, slice(middle, PROBE), middle)
+
+    def _is_unchanged(self, token: int, part: slice, document: int) -> bool:
+        """Whether another token leaves the logits of a part of the sequence as they are.
+
+        Args:
+            document: tokens of each document.
+        """
+        ids = self._probe_tokens()
+        changed = ids.clone()
+        changed[0, token] = (ids[0, token] + 1) % self.config.vocab_size
+        places = torch.arange(PROBE, device=ids.device)[None] % document if self.keeps_documents_apart else None
+        one, other = (self._passed(each, places).logits[:, part].float() for each in (ids, changed))
+        return torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.std()))
+
+    def _probe_tokens(self) -> Tensor:
+        size, device = self.config.vocab_size, next(self.parameters()).device
+        assert size
+        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % size
+
+    def _probed(self) -> Tensor:
+        return self._passed(self._probe_tokens(), None).logits
+
+
+class AnyImageClassifier(AnyArchitecture):
+    """From images [B, C, H, W] in [-1, 1] to logits [B, outputs]."""
+
+    config: ImageClassifier
+
+    def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
+        return self.network(images.to(next(self.parameters()).dtype)).logits
+
+    def _probed(self) -> Tensor:
+        size = getattr(self.network.config, "image_size", None) or 64
+        height, width = (size, size) if isinstance(size, int) else size
+        device = next(self.parameters()).device
+        return self(torch.linspace(-1, 1, 2 * self.config.channels * height * width, device=device).view(
+            2, self.config.channels, height, width
+        ))  # fmt: skip
+
+
+def build_any(config: TransformersConfig) -> AnyArchitecture:
+    """The network on the default device. Raises ConfigError."""
+    kinds = {CausalLanguageModel: AnyLanguageModel, ImageClassifier: AnyImageClassifier}
+    return kinds[type(config)](config)  # type: ignore[index]
+
+
+def new_network(config: TransformersConfig) -> Any:
+    """A `transformers.PreTrainedModel`. What its initial weights leave out is the same in every process.
+
+    Raises:
+        ConfigError: no such class, or its config cannot be built.
+    """
+    found = class_of(config)
+    hf_config = config_of(config, found)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return found(hf_config)
+    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
+        raise ConfigError(f"model.config: {config.architecture} cannot be built so: {clip(error, 300)}") from None
+
+
+def class_of(config: TransformersConfig) -> Any:
+    """The class of the architecture, one that transformers itself lists for the task. Raises ConfigError."""
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    listed = {
+        CausalLanguageModel: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        ImageClassifier: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    }[type(config)]  # type: ignore[index]
+    names = {name for each in listed.values() for name in ((each,) if isinstance(each, str) else each)}
+    found = getattr(transformers, config.architecture, None) if config.architecture in names else None
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        near = difflib.get_close_matches(config.architecture, names, n=1)
+        hint = f": did you mean {near[0]}?" if near and near[0] != config.architecture else ""
+        raise ConfigError(
+            f"model.architecture={config.architecture}: transformers {transformers.__version__} has no such class{hint}"
+        )
+    if isinstance(config, ImageClassifier) and found.main_input_name != "pixel_values":
+        raise ConfigError(f"model.architecture={config.architecture} takes {found.main_input_name}, not images")
+    return found
+
+
+def config_of(config: TransformersConfig, found: Any) -> Any:
+    """The `transformers.PreTrainedConfig` of a class, without dropout. Raises ConfigError."""
+    kind, keys = found.config_class, dict(config.config)
+    known = keys_of(kind)
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f": did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"unknown key model.config.{key}: {kind.__name__} has none of that name{hint}")
+    if isinstance(config, CausalLanguageModel):
+        keys = {key: None for key in NO_ID if key in known} | keys | {"vocab_size": config.vocab_size}
+    elif isinstance(config, ImageClassifier):
+        keys |= {"num_labels": config.outputs}
+        if "num_channels" in known:
+            keys["num_channels"] = config.channels
+        elif config.channels != 3:
+            raise ConfigError(f"model.channels={config.channels}: {config.architecture} takes images of 3 channels")
+        if "image_size" in known and "image_size" not in keys:
+            raise ConfigError("model.config.image_size is not set: set it to the height and width of the images")
+    try:
+        made = kind(**keys)
+        _without_noise(made)
+    except Exception as error:  # its checks raise errors of many kinds, one of them huggingface_hub's own
+        raise ConfigError(f"model.config: {kind.__name__} refuses it: {clip(error, 300)}") from None
+    return made
+
+
+def _without_noise(config: Any) -> None:
+    for field in fields(config):
+        value = getattr(config, field.name, None)
+        if hasattr(value, "to_dict"):
+            _without_noise(value)
+        elif is_random(field.name) and isinstance(value, float | int) and not isinstance(value, bool):
+            setattr(config, field.name, 0.0)
+        elif is_random(field.name) and isinstance(value, list | tuple):
+            setattr(config, field.name, [0.0] * len(value))
+
+
+def _parts(name: str, part: nn.Module, model: Any) -> Iterator[tuple[str, nn.Module, Any]]:
+    """(name, part, the model within the network that initialises it), inner parts first, as transformers does."""
+    for key, child in part.named_children():
+        yield from _parts(f"{name}.{key}", child, child if hasattr(child, "_init_weights") else model)
+    yield name, part, model
