@@ -1,7 +1,7 @@
 """One micro-batch: what all kinds have in common, and one class for each kind of examples."""
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -105,3 +105,44 @@ class RowBatch(MicroBatch):
     labels: Tensor
     example_ids: Tensor
     scale: Tensor | None = None
+
+
+class Graphs(NamedTuple):
+    """What a network sees of B graphs: one graph of N nodes and E edges, in which they are not connected."""
+
+    nodes: Tensor
+    """[N, F]: numbers fp32, or categories int64."""
+    edges: Tensor
+    """[2, E] int64: from and to which of the N nodes; none leads back to where it starts."""
+    edge_features: Tensor | None
+    """[E, D], as nodes."""
+    graph_of_node: Tensor
+    """[N] int64, ascending."""
+    count: int
+    """B."""
+    roots: Tensor | None = None
+    """[B] int64: the node of each graph that is asked about; None: the graph is."""
+
+
+@dataclass
+class GraphBatch(MicroBatch):
+    """B graphs, side by side.
+
+    Attributes:
+        nodes, edges, edge_features, graph_of_node, roots: see `Graphs`. Padding is a graph of one node.
+        labels, scale: as of a `RowBatch`.
+        example_ids: [B] int64.
+    """
+
+    nodes: Tensor
+    edges: Tensor
+    edge_features: Tensor | None
+    graph_of_node: Tensor
+    labels: Tensor
+    example_ids: Tensor
+    scale: Tensor | None = None
+    roots: Tensor | None = None
+
+    @property
+    def inputs(self) -> Graphs:
+        return Graphs(self.nodes, self.edges, self.edge_features, self.graph_of_node, len(self.example_ids), self.roots)

@@ -12,6 +12,7 @@ from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.encoder import EncoderConfig, VitConfig
 from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig
+from configs.sections.families.graph import GnnConfig
 from configs.sections.families.hf import TransformersConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.families.recurrent import RecurrentConfig
@@ -64,6 +65,12 @@ def _decoder_flops(config: Config) -> float:
     return training_flops_per_token(config.model, config.train.seq_len) * config.train.seq_len
 
 
+def _gnn(config: GnnConfig) -> nn.Module:
+    from .graph.gnn import Gnn  # torch_geometric, an extra
+
+    return Gnn(config)
+
+
 class Families(dict[str, Family]):
     """Registers with `configs` what it needs to know of a family when the family is added."""
 
@@ -75,6 +82,7 @@ class Families(dict[str, Family]):
 FAMILIES = Families()
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
 FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS["convnet"]._asdict())
+FAMILIES["gnn"] = Family(build=_gnn, section=GnnConfig, **FAMILY_ENDS["gnn"]._asdict())
 FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
 FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS["encoder"]._asdict())
 FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
@@ -91,10 +99,11 @@ def family_of(config: ModelSection) -> Family:
     """The entry of `config.family`.
 
     Raises:
-        ConfigError: no such family.
+        ConfigError: no such family, or the library that it is made of is not installed.
     """
     if config.family not in FAMILIES:
         raise no_such("model.family", config.family, FAMILIES)
+    config.check_library()
     return FAMILIES[config.family]
 
 

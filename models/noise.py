@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .decoder.layers import dropout as of_tokens
-from .decoder.layers import dropout_keys, uniform_bits
+from .decoder.layers import dropout_keys, hashed, salt, uniform_bits
 
 
 def uniform(seed: int, example_ids: Tensor, use: str, shape: tuple[int, ...]) -> Tensor:
@@ -30,6 +30,18 @@ def normal(seed: int, example_ids: Tensor, use: str, shape: tuple[int, ...]) -> 
 def dropout_keys_of(seed: int, example_ids: Tensor) -> Tensor:
     """[B] int64 for `dropout`: one for each (seed, example)."""
     return _keys(seed, example_ids, "dropout")
+
+
+def keys_of_parts(keys: Tensor, example: Tensor) -> Tensor:
+    """[N] int64: a key for each part of an example, such as a node of a graph, by its place in the example.
+
+    Args:
+        keys: [B] from `dropout_keys_of`.
+        example: [N] int64, which of the B examples a part belongs to, in ascending order.
+    """
+    sizes = torch.zeros_like(keys).index_add(0, example, torch.ones_like(example))
+    place = torch.arange(len(example), device=example.device) - (sizes.cumsum(0) - sizes)[example]
+    return hashed(keys[example] + place, salt(0))
 
 
 def dropout(x: Tensor, keys: Tensor | None, site: int, rate: float, dims: int | None = None) -> Tensor:

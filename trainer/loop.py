@@ -22,7 +22,7 @@ from .checkpoint.export import export
 from .checkpoint.resume import resume, roll_back
 from .checkpoint.save import Saver
 from .checkpoint.store import committed
-from .data.kinds import ExampleReader, kind_of
+from .data.kinds import ExampleReader, kind_of, typical
 from .data.read.loader import Loader
 from .data.read.shards import DataError
 from .engine.precision import check_device
@@ -234,7 +234,7 @@ def _steps(
 def _flops(config: Config, dataset: ExampleReader, record: Record | None) -> float | None:
     """Training FLOPs of an example; None where they cannot be counted, which the record says."""
     try:
-        return flops_of_example(config, lambda: dataset.examples([0, 1]))
+        return flops_of_example(config, lambda: dataset.examples(typical(dataset)))
     except (RuntimeError, ValueError) as error:
         if record:
             record.event("flops_unknown", reason=clip(error, 300))

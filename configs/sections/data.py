@@ -1,4 +1,4 @@
-"""What a run reads: prepared token shards, their weights, and how raw text becomes them; images; rows."""
+"""What a run reads: prepared token shards, their weights, and how raw text becomes them; images; rows; graphs."""
 
 from typing import Annotated, Literal
 
@@ -80,6 +80,7 @@ BUNDLED = {
     "bundled:wine": "rows",
     "bundled:diabetes": "rows",
     "bundled:digits": "images",
+    "bundled:functions": "graphs",
 }
 """Names in place of `data.path` of data sets that need no download, and the kind of their examples."""
 PACKAGED = {"stdlib": "tokens"} | BUNDLED
@@ -90,10 +91,10 @@ class DataConfig(Section):
     path: str | tuple[Source, ...] = "stdlib"
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
-    Hugging Face `datasets` writes them; no preparation is needed. Rows: the same, with a column of numbers each. Small
-    ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits (images of 8 x 8), written
-    at first use under run.root/data."""
-    kind: Literal["rows", "images"] | None = None
+    Hugging Face `datasets` writes them; no preparation is needed. Graphs: likewise. Rows: the same, with a column of
+    numbers each. Small ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits
+    (images of 8 x 8), bundled:functions (graphs), written at first use under run.root/data."""
+    kind: Literal["rows", "images", "graphs"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""

@@ -37,15 +37,16 @@ FAMILY_ENDS = {
     "diffusion": Ends("images", "noise in images"),
     "recurrent": Ends("tokens", "loss of tokens"),
     "transformers": Ends(("tokens", "images"), ("loss of tokens", "classes")),
+    "gnn": Ends("graphs", ("classes", "numbers")),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
     "language_modelling": Ends("tokens", "loss of tokens"),
-    "classification": Ends(("rows", "images"), "classes"),
-    "regression": Ends("rows", "numbers"),
     "masked_language_modelling": Ends("tokens", "logits of tokens"),
     "reconstruction": Ends(("rows", "images"), "reconstructions"),
     "denoising": Ends("images", "noise in images"),
+    "classification": Ends(("rows", "images", "graphs"), "classes"),
+    "regression": Ends(("rows", "graphs"), "numbers"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -13,6 +13,7 @@ from .data import DataConfig
 from .families.convnet import ConvNetConfig
 from .families.encoder import EncoderConfig, VitConfig
 from .families.generative import AutoencoderConfig, DiffusionConfig
+from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
 from .families.mlp import MlpConfig
 from .families.recurrent import RecurrentConfig
@@ -32,6 +33,7 @@ OURS: dict[str, type[ModelSection]] = {
     "diffusion": DiffusionConfig,
     "recurrent": RecurrentConfig,
     "transformers": TransformersConfig,
+    "gnn": GnnConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

@@ -1,4 +1,4 @@
-"""Classification and regression of rows and images: the class, or the numbers, that belong to an example."""
+"""Classification and regression: the class, or the numbers, that belong to a row, an image or a graph."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 from configs import Config
 from configs.sections.pairs import TASK_ENDS, kind_of_data
-from models.batch import ImageBatch, RowBatch
+from models.batch import GraphBatch, ImageBatch, RowBatch
 from models.noise import dropout_keys_of
 
 from .samples import Table
 from .task import Modules, Nets, Sums, Task, Value
 
-Examples = ImageBatch | RowBatch
+Examples = ImageBatch | RowBatch | GraphBatch
 
 
 class Labelled(Task):
@@ -98,7 +98,7 @@ class Regression(Labelled):
         return {"by_number": (4, model.outputs)}
 
     def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
-        assert isinstance(batch, RowBatch)
+        assert not isinstance(batch, ImageBatch)
         assert batch.scale is not None
         real = (batch.example_ids >= 0)[:, None]
         errors, numbers = (found - batch.labels).square() * real, batch.labels.double() * real
@@ -115,10 +115,11 @@ class Regression(Labelled):
         return found
 
     def samples(self, nets: Modules, batch: Examples) -> Table:
-        assert isinstance(batch, RowBatch)
+        assert not isinstance(batch, ImageBatch)
         assert batch.scale is not None
         mean, deviation = batch.scale
         rows = torch.cat([batch.labels, nets["model"](batch.inputs).float()]).unflatten(0, (2, -1)) * deviation + mean
         columns = [batch.example_ids.tolist(), *(column.tolist() for kind in rows for column in kind.T)]
-        names = [f"{kind} {each}" for kind in ("label", "found") for each in self.config.data.rows.labels]
+        own = self.config.data.rows.labels if isinstance(batch, RowBatch) else range(batch.labels.shape[1])
+        names = [f"{kind} {each}" for kind in ("label", "found") for each in own]
         return Table(["example", *names], list(zip(*columns, strict=True)))

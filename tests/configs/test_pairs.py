@@ -21,6 +21,8 @@ FIT = {
     ("vit", "classification"): {None: "images", "images": "images"},
     ("autoencoder", "reconstruction"): {None: "rows", "rows": "rows", "images": "images"},
     ("diffusion", "denoising"): {None: "images", "images": "images"},
+    ("gnn", "classification"): {None: "graphs", "graphs": "graphs"},
+    ("gnn", "regression"): {None: "graphs", "graphs": "graphs"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))
@@ -31,7 +33,7 @@ def config(family, task, kind=None, path="x.parquet"):
     return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
 
 
-@pytest.mark.parametrize(("family", "task", "kind"), list(product(*OURS, (None, "rows", "images"))))
+@pytest.mark.parametrize(("family", "task", "kind"), list(product(*OURS, (None, "rows", "images", "graphs"))))
 def test_every_pair(family, task, kind):
     asked = config(family, task, kind)
     if kind in (fitting := FIT.get((family, task), {})):
@@ -85,7 +87,10 @@ COMMANDS = ("config", "plan", "train", "submit")
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        (["task=classification"], "task=classification needs a network from rows or images to classes, but that"),
+        (
+            ["task=classification"],
+            "task=classification needs a network from rows or images or graphs to classes, but that",
+        ),
         (["model={family: mlp}", "data.kind=images", "task=regression"], "data.kind=images: model.family=mlp with"),
         (["model={family: convnet}"], "data.path=stdlib is text, but task=classification learns from images"),
     ],

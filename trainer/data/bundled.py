@@ -1,4 +1,4 @@
-"""Small data sets that need no download, written as Parquet on first use: scikit-learn's own, and exclusive or."""
+"""Small data sets that need no download, written as Parquet on first use: scikit-learn's and Python's own."""
 
 import io
 from collections.abc import Callable
@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 from configs import Config
 from configs.sections.data import BUNDLED, DataConfig
 from trainer.files.durable import replacing
+
+from .graphs.functions import syntax_trees
 
 SIDE = 32
 """Points of the grid of exclusive or, in each direction."""
@@ -76,4 +78,5 @@ _MAKE: dict[str, Callable[[], pa.Table]] = {
     "bundled:wine": _wine,
     "bundled:diabetes": _diabetes,
     "bundled:digits": _digits,
+    "bundled:functions": syntax_trees,
 }

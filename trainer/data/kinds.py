@@ -18,6 +18,9 @@ from trainer.tracking.tracker import Input
 
 from .bundled import at_hand
 from .default import ensure_prepared
+from .graphs.files import NEEDS as GRAPHS_NEED
+from .graphs.files import read_footers
+from .graphs.reader import Graphs
 from .manifest import Split, sources_of, without_held_out
 from .parquet_files import files_of_splits
 from .read.masked import MaskedReader, MaskedTexts
@@ -42,6 +45,11 @@ class ExampleReader(Protocol):
 
     def examples(self, indices: Sequence[int]) -> MicroBatch:
         """The examples of these indices, as the cursor counts them; -1 stands for padding of weight zero."""
+
+
+def typical(reader: ExampleReader) -> Sequence[int]:
+    """Examples whose FLOPs are taken for those of all: a reader whose examples differ in size names some itself."""
+    return getattr(reader, "typical", (0, 1))
 
 
 SHOWN = 16
@@ -179,6 +187,24 @@ def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
     return data, list(filter(None, notes))
 
 
+def _graphs(config: Config, split: Split = "train") -> Graphs:
+    numbers = "numbers" in one_by_one(task_class(config).gives)
+    return Graphs(at_hand(config), config.run.seed, split, numbers)
+
+
+def _open_graphs(config: Config, split: Split) -> ExampleReader | None:
+    return _unless_empty(lambda: _graphs(config, split), split)
+
+
+def _ensure_graphs(config: Config) -> tuple[DataConfig, list[str]]:
+    """Raises ConfigError as `graphs.reader.Graphs`, or if the model has other sizes."""
+    check_packaged(config, "graphs")
+    graphs = _graphs(config)
+    graphs.check_model(config.model)
+    _check_sizes(config, getattr(config.model, "inputs", 0), graphs.classes)
+    return at_hand(config), graphs.notes
+
+
 def _check_sizes(config: Config, inputs: int, classes: int) -> None:
     """Raise ConfigError if a model has too few classes, or other inputs than an example has."""
     for key in ("classes", "outputs"):
@@ -208,6 +234,12 @@ def _row_inputs(data: DataConfig) -> list[dict[str, Any]]:
     return _input(path, found.sha256, {"rows": found.rows, "features": len(found.names)})
 
 
+def _graph_inputs(data: DataConfig) -> list[dict[str, Any]]:
+    path = sources_of(data)[0].path
+    found = read_footers(files_of_splits(path, GRAPHS_NEED)["train"])
+    return _input(path, found.sha256, {"graphs": found.graphs})
+
+
 def _input(path: str, sha256: str, profile: dict[str, Any]) -> list[dict[str, Any]]:
     return [Input(Path(path).name, "training", path, sha256, profile)._asdict()]
 
@@ -221,6 +253,7 @@ KINDS: dict[str, Kind] = {
     "masked tokens": Kind(ensure_prepared, _open_masked, _token_inputs, keep_tokenizer, _masked_texts),
     "images": Kind(_ensure_images, _open_images, _image_inputs),
     "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
+    "graphs": Kind(_ensure_graphs, _open_graphs, _graph_inputs),
 }
 """Images and rows are read without preparation: labelled images in Parquet, as Hugging Face `datasets` writes them, and
-Parquet with a column of numbers for each feature and label."""
+Parquet with a column of numbers for each feature and label. So are graphs, in `datasets`' columns."""

@@ -9,7 +9,7 @@ from configs.reading.parse import clip
 from configs.sections.pairs import check_pair
 from models.families import build
 from models.flops import flops_of_example
-from trainer.data.kinds import kind_of
+from trainer.data.kinds import kind_of, typical
 
 
 def counts(config: Config) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def counts(config: Config) -> dict[str, Any]:
     def example() -> Any:
         opened = kind_of(config).open(config, "train")
         assert opened
-        return opened.examples([0, 1])
+        return opened.examples(typical(opened))
 
     try:
         found["flops_per_example"] = flops_of_example(config, example)

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from configs import Config, from_dict
 from trainer.checkpoint.store import Reader, folder
 from trainer.data.kinds import kind_of
@@ -83,3 +85,10 @@ def examples(config: Config) -> Any:
     opened = kind_of(config).open(config, "train")
     assert opened
     return opened.examples([0, 1])
+
+
+def assert_same_weights(run_dir: Path, other: Path, step: int = STEPS) -> None:
+    """To 1e-5 of each other."""
+    mine, one = (Reader(folder(where, step)) for where in (run_dir, other))
+    for name in one.manifest.shapes["weight"]:
+        assert torch.allclose(mine.weight(name), one.weight(name), rtol=1e-5, atol=1e-5), name

@@ -1,0 +1,160 @@
+"""Reads graphs, all of them into memory: a graph is a pure function of (seed, index)."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from configs import ConfigError, counted
+from configs.sections.data import DataConfig
+from models.batch import GraphBatch
+from trainer.data.manifest import Split, sources_of
+from trainer.data.parquet_files import files_of_splits, rows_of_split
+from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
+
+from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, read_graphs
+
+TYPICAL = 1024
+"""Graphs whose FLOPs are taken for those of all."""
+
+
+class Graphs:
+    """Graphs of a Parquet file, or of a folder of them. Not for several threads at once.
+
+    The training split goes on epoch after epoch, each in a different order; the held-out split (`validation*` or
+    `test*` files, or without them the share `data.prepare.held_out` of all graphs) has one order and ends at `len()`.
+    Graphs that are not whole belong to neither. Numbers to predict are standardised by the training split.
+
+    Args:
+        numbers: the labels are numbers, not classes.
+
+    Attributes:
+        classes: largest label + 1; 0: the labels are numbers.
+
+    Raises:
+        ConfigError: as `files.read_graphs`; a label is not a class; several sources; an empty split.
+    """
+
+    bad_pages: list[tuple[str, int]] = []
+    """All graphs are read before a run starts."""
+
+    def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
+        self.split = split
+        if len(sources := sources_of(config)) > 1:
+            raise ConfigError(f"data.path has {len(sources)} sources, but graphs are read from exactly one")
+        self.path = sources[0].path
+        files = files_of_splits(self.path, NEEDS)
+        packed = trained = read_graphs(files["train"])
+        if split == "held_out" and files["held_out"]:
+            packed = read_graphs(files["held_out"])
+        chosen, fitted = (
+            rows_of_split(of, len(each.labels), bool(files["held_out"]), config.prepare) & each.whole
+            for of, each in ((split, packed), ("train", trained))
+        )
+        if not (chosen.any() and fitted.any()):
+            raise ConfigError(f"data.path={self.path} has no graph to {'train on' if split == 'train' else 'hold out'}")
+        self.packed, self._rows = packed, np.flatnonzero(chosen)
+        labels, self.classes, self.scale = packed.labels[chosen], 0, None
+        if numbers:
+            mean, deviation = trained.labels[fitted].mean(0), trained.labels[fitted].std(0)
+            deviation = np.where(deviation > 0, deviation, 1.0)
+            self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
+            self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
+        else:
+            self.labels = torch.from_numpy(_classes(labels, self.path))
+            self.classes = int(self.labels.max()) + 1
+        self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(seed, "graphs", epoch)))
+        self.typical = range(min(len(self), TYPICAL))
+
+    @property
+    def notes(self) -> list[str]:
+        """What the graphs are, and what was left out."""
+        packed, predicted = self.packed, self.packed.labels.shape[1]
+        what = f"{self.classes} classes" if self.classes else f"{counted(predicted, 'number')} to predict"
+        nodes, edges = (ends[-1] / len(packed.labels) for ends in (packed.node_ends, packed.edge_ends))
+        found = [
+            f"data.path={self.path}: {len(self):,} graphs of {nodes:.0f} nodes and {edges:.0f} edges on average, {what}"
+        ]
+        if packed.self_loops:
+            found.append(f"{counted(packed.self_loops, 'edge')} left out, from a node to itself")
+        return [*found, *filter(None, [packed.left_out])]
+
+    def __len__(self) -> int:
+        """Graphs in one pass; training goes on after it."""
+        return len(self.labels)
+
+    def locate(self, index: int) -> int:
+        """The graph of example `index`. Raises IndexError past the end of the held-out split."""
+        if self.split == "held_out":
+            if not 0 <= index < len(self):
+                raise IndexError(f"graph {index} of {len(self)}")
+            return index
+        epoch, place = divmod(index, len(self))
+        return int(self._order(epoch)[place])
+
+    def examples(self, indices: Sequence[int]) -> GraphBatch:
+        """Graphs side by side; -1 stands for padding: a node of zeros without a label."""
+        ids, which = torch.tensor(indices, dtype=torch.int64), [self.locate(i) if i >= 0 else -1 for i in indices]
+        rows = np.array([self._rows[each] if each >= 0 else -1 for each in which])
+        packed = self.packed
+        nodes, sizes = _slices(packed.nodes, packed.node_ends, rows, padding=1)
+        edges, degrees = _slices(packed.edges, packed.edge_ends, rows)
+        features, _ = _slices(packed.edge_features, packed.edge_ends, rows)
+        first = np.repeat(sizes.cumsum() - sizes, degrees)
+        labels = self.labels[torch.tensor(which).clamp(min=0)]
+        labels[ids < 0] = -1 if self.scale is None else 0
+        return GraphBatch(
+            torch.from_numpy(nodes), torch.from_numpy((edges + first[:, None]).T.copy()),
+            torch.from_numpy(features) if features.shape[1] else None,
+            torch.from_numpy(np.repeat(np.arange(len(rows)), sizes)), labels, ids, self.scale,
+        )  # fmt: skip
+
+    def check_model(self, model: Any) -> None:
+        """Raise ConfigError if a model has other features than the graphs, or predicts other numbers."""
+        packed, predicted, outputs = self.packed, self.packed.labels.shape[1], getattr(model, "outputs", None)
+        if self.scale is not None and outputs not in (None, predicted):
+            raise ConfigError(
+                f"model.outputs is {outputs}, but {LABELS} has {predicted}: set model.outputs={predicted}"
+            )
+        for key, name, values in (("", NODES, packed.nodes), ("edge_", EDGE_FEATURES, packed.edge_features)):
+            own, width = getattr(model, f"{key}inputs", None), values.shape[1]
+            if own is None or (key and not own):
+                continue
+            if own != width:
+                raise ConfigError(
+                    f"model.{key}inputs is {own}, but {name} of data.path={self.path} has {counted(width, 'column')}: "
+                    f"set model.{key}inputs={width}"
+                )
+            most, whole = getattr(model, f"{key}categories", 0), values.dtype == np.int64
+            if most and not whole:
+                raise ConfigError(f"model.{key}categories is {most}, but {name} has no whole numbers: set it to 0")
+            if most and len(values) and (values.min() < 0 or values.max() >= most):
+                raise ConfigError(
+                    f"model.{key}categories is {most}, but {name} goes from {values.min()} to {values.max()}: set it "
+                    f"to {values.max() + 1}, with categories from 0 on"
+                )
+
+
+def _slices(values: np.ndarray, ends: np.ndarray, rows: np.ndarray, padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """(the values of some graphs one after another, how many each has); `padding` zeros for the graph -1."""
+    zeros = np.zeros((padding, values.shape[1]), values.dtype)
+    parts = [values[ends[row - 1] if row else 0 : ends[row]] if row >= 0 else zeros for row in rows.tolist()]
+    return np.concatenate(parts), np.array([len(part) for part in parts])
+
+
+def _classes(labels: np.ndarray, path: str) -> np.ndarray:
+    """[G] int64. Raises ConfigError."""
+    if labels.shape[1] > 1:
+        raise ConfigError(
+            f"data.path={path}: {LABELS} has {labels.shape[1]} numbers, but task=classification predicts one class: "
+            "keep one, or set task=regression"
+        )
+    found = labels[:, 0]
+    if (wrong := (found < 0) | (found != np.floor(found)) | (found >= 2**24)).any():
+        raise ConfigError(
+            f"data.path={path}: {LABELS} has {found[wrong][0]:g}, but classes are whole numbers from 0: correct it, or "
+            "set task=regression"
+        )
+    return found.astype(np.int64)
