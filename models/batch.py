@@ -1,5 +1,6 @@
 """One micro-batch: what all kinds have in common, and one class for each kind of examples."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -88,6 +89,31 @@ class ImageBatch(MicroBatch):
     def inputs(self) -> Tensor:
         """What a network sees: fp32 in [-1, 1]."""
         return self.images.float() / 127.5 - 1
+
+
+@dataclass
+class PairBatch(MicroBatch):
+    """B pairs of a source of at most S tokens and a target of at most T; each ends with the end-of-text token.
+
+    Attributes:
+        source_ids: [B, S] int64.
+        source_mask: [B, S] bool; false: padding.
+        input_ids: [B, T] int64: the end-of-text token, then the target without its own.
+        labels: [B, T] int64, the target; -100: padding.
+        example_ids: [B] int64.
+        decode: texts of lists of tokens; None: of a training split, of which none are shown.
+    """
+
+    source_ids: Tensor
+    source_mask: Tensor
+    input_ids: Tensor
+    labels: Tensor
+    example_ids: Tensor
+    decode: Callable[[Sequence[Sequence[int]]], list[str]] | None = None
+
+    def weight(self) -> int:
+        """The number of target tokens."""
+        return int((self.labels != IGNORE).sum())
 
 
 @dataclass

@@ -16,6 +16,7 @@ from configs.sections.families.graph import GnnConfig
 from configs.sections.families.hf import TransformersConfig
 from configs.sections.families.mlp import MlpConfig
 from configs.sections.families.recurrent import RecurrentConfig
+from configs.sections.families.seq2seq import EncoderDecoderConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 
@@ -28,6 +29,7 @@ from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
 from .sequence.encoder import Encoder
+from .sequence.encoder_decoder import encoder_decoder
 from .sequence.recurrent import Recurrent, training_flops
 from .vision.convnet import ConvNet
 from .vision.vit import Vit
@@ -88,6 +90,7 @@ FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS
 FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
 FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
 FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())
+FAMILIES["encoder_decoder"] = Family(encoder_decoder, EncoderDecoderConfig, **FAMILY_ENDS["encoder_decoder"]._asdict())
 FAMILIES["recurrent"] = Family(build=Recurrent, section=RecurrentConfig, flops=training_flops)
 FAMILIES["transformers"] = Family(
     build=build_any, section=TransformersConfig, load=load_folder, save=save_folder,

@@ -75,7 +75,17 @@ class RowsConfig(Section):
     """Shift and scale features, and predicted numbers, to mean 0 and variance 1 in the training split."""
 
 
+class PairsConfig(Section):
+    """How pairs of texts are read, for tasks that learn one from the other. data.prepare.tokenizer encodes both."""
+
+    source: str = "source"
+    """Column of the texts that are read, or a field of the struct `translation`, such as en."""
+    target: str = "target"
+    """The same of those that are written."""
+
+
 BUNDLED = {
+    "bundled:dates": "pairs",
     "bundled:xor": "rows",
     "bundled:wine": "rows",
     "bundled:diabetes": "rows",
@@ -92,14 +102,17 @@ class DataConfig(Section):
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
     Hugging Face `datasets` writes them; no preparation is needed. Graphs: likewise. Rows: the same, with a column of
-    numbers each. Small ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits
-    (images of 8 x 8), bundled:functions (graphs), written at first use under run.root/data."""
-    kind: Literal["rows", "images", "graphs"] | None = None
+    numbers each. Pairs: the same, with two columns of text. Small ones to begin with: bundled:xor, bundled:wine and
+    bundled:diabetes (rows), bundled:digits (images of 8 x 8), bundled:functions (graphs), bundled:dates (pairs),
+    written at first use under run.root/data."""
+    kind: Literal["rows", "images", "graphs", "pairs"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
     rows: RowsConfig = RowsConfig()
     """How rows are read."""
+    pairs: PairsConfig = PairsConfig()
+    """How pairs are read."""
     document_mask: bool = True
     """Attention stays within a document and positions restart at each document."""
     on_bad_page: Literal["stop", "skip"] = "stop"

@@ -38,6 +38,7 @@ FAMILY_ENDS = {
     "recurrent": Ends("tokens", "loss of tokens"),
     "transformers": Ends(("tokens", "images"), ("loss of tokens", "classes")),
     "gnn": Ends("graphs", ("classes", "numbers")),
+    "encoder_decoder": Ends("pairs", "next tokens"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -47,6 +48,7 @@ TASK_ENDS = {
     "denoising": Ends("images", "noise in images"),
     "classification": Ends(("rows", "images", "graphs"), "classes"),
     "regression": Ends(("rows", "graphs"), "numbers"),
+    "sequence_to_sequence": Ends("pairs", "next tokens"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -17,6 +17,7 @@ from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
 from .families.mlp import MlpConfig
 from .families.recurrent import RecurrentConfig
+from .families.seq2seq import EncoderDecoderConfig
 from .family import SECTIONS, ModelSection, by_family
 from .model import ModelConfig
 from .optim import OptimConfig
@@ -34,6 +35,7 @@ OURS: dict[str, type[ModelSection]] = {
     "recurrent": RecurrentConfig,
     "transformers": TransformersConfig,
     "gnn": GnnConfig,
+    "encoder_decoder": EncoderDecoderConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

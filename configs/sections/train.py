@@ -63,7 +63,8 @@ class TrainConfig(Section):
     """Precision of weights and activations in the forward and backward pass; master weights are always fp32. `fp8`:
     bf16, but the linear layers (except experts, routers and the head) multiply in fp8 with per-tensor scaling."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Classification: share of each target that is spread evenly over all classes (arXiv:1512.00567, section 7)."""
+    """Classification, and sequence to sequence: share of each target that is spread evenly over all classes
+    (arXiv:1512.00567, section 7)."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
     mask_rate: float = Field(0.15, gt=0, lt=1)
@@ -88,7 +89,10 @@ class TrainConfig(Section):
     eval_sequences: PositiveInt = 128
     """Held-out sequences per evaluation."""
     sample_tokens: NonNegativeInt = 128
-    """Tokens per text sample generated at each evaluation; 0: no samples."""
+    """Tokens per text sample generated at each evaluation; 0: no samples. Sequence to sequence: most tokens of a target
+    that is found, for samples and for BLEU and chrF; 0: none of these."""
+    sample_beams: Annotated[int, Field(ge=1, le=64)] = 1
+    """Sequence to sequence: beams of the search for a target, in an evaluation too; 1: greedy."""
     sample_prompts: tuple[str, ...] = ("",)
     """Prompts that the samples continue."""
     sample_temperature: float = Field(0.8, ge=0)

@@ -4,6 +4,7 @@ Shapes: B sequences, T tokens, S = B * T, H width of the state.
 """
 
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from models.noise import dropout, dropout_keys_of
 
 LOSS_CHUNK = 4096
 """Tokens whose logits are in memory at once."""
-CELLS: dict[Cell, tuple[type[nn.RNNBase], dict[str, Any]]] = {
+CELLS: dict[Cell, tuple[Callable[..., nn.RNNBase], dict[str, Any]]] = {
     "tanh": (nn.RNN, {"nonlinearity": "tanh"}),
     "relu": (nn.RNN, {"nonlinearity": "relu"}),
     "gru": (nn.GRU, {}),
@@ -66,13 +67,13 @@ class Layer(nn.Module):
         found, state = [], None
         for part in window:
             if state is not None:
-                state = _each(state, lambda of, part=part: _passed_on(of, part))
+                state = _each(state, partial(_passed_on, part))
             out, state = self.cell(x_BTH[:, part.tokens], state)
             found.append(out)
         return torch.cat(found, 1)
 
 
-def _passed_on(state_1BH: Tensor, part: Part) -> Tensor:
+def _passed_on(part: Part, state_1BH: Tensor) -> Tensor:
     state_1BH = state_1BH.detach() if part.detached else state_1BH
     return state_1BH if part.goes_on_B1 is None else state_1BH * part.goes_on_B1
 

@@ -9,6 +9,7 @@ from .denoising import Denoising
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
 from .reconstruction import Reconstruction
+from .sequence_to_sequence import SequenceToSequence
 from .task import Task
 
 
@@ -27,6 +28,7 @@ TASKS["regression"] = Regression
 TASKS["masked_language_modelling"] = MaskedLanguageModelling
 TASKS["reconstruction"] = Reconstruction
 TASKS["denoising"] = Denoising
+TASKS["sequence_to_sequence"] = SequenceToSequence
 
 
 def task_of(config: Config) -> Task:

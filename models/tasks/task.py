@@ -92,9 +92,9 @@ class Task:
 
     @property
     def counts(self) -> tuple[int, str]:
-        """How much one example counts in totals and rates, and the unit, that of `Sums.weight`: a sequence counts its
-        tokens. The record has the total under the unit's name, the rate as `UNIT_per_second`, and `eval_UNIT` for an
-        evaluation."""
+        """How much one example counts in totals and rates (0: its own weight), and the unit, that of `Sums.weight`: a
+        sequence counts its tokens. The record has the total under the unit's name, the rate as `UNIT_per_second`, and
+        `eval_UNIT` for an evaluation."""
         return 1, "examples"
 
     @property

@@ -1,4 +1,4 @@
-"""Small data sets that need no download, written as Parquet on first use: scikit-learn's and Python's own."""
+"""Small data sets that need no download, written as Parquet on first use: scikit-learn's, Python's, and made ones."""
 
 import io
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from configs.sections.data import BUNDLED, DataConfig
 from trainer.files.durable import replacing
 
 from .graphs.functions import syntax_trees
+from .pairs.dates import dates
 
 SIDE = 32
 """Points of the grid of exclusive or, in each direction."""
@@ -79,4 +80,5 @@ _MAKE: dict[str, Callable[[], pa.Table]] = {
     "bundled:diabetes": _diabetes,
     "bundled:digits": _digits,
     "bundled:functions": syntax_trees,
+    "bundled:dates": dates,
 }

@@ -22,6 +22,7 @@ from .graphs.files import NEEDS as GRAPHS_NEED
 from .graphs.files import read_footers
 from .graphs.reader import Graphs
 from .manifest import Split, sources_of, without_held_out
+from .pairs.prepared import ensure_pairs, inputs_of_pairs, open_pairs
 from .parquet_files import files_of_splits
 from .read.masked import MaskedReader, MaskedTexts
 from .read.reader import Dataset
@@ -254,6 +255,7 @@ KINDS: dict[str, Kind] = {
     "images": Kind(_ensure_images, _open_images, _image_inputs),
     "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
     "graphs": Kind(_ensure_graphs, _open_graphs, _graph_inputs),
+    "pairs": Kind(ensure_pairs, open_pairs, lambda data: _input(*inputs_of_pairs(data))),
 }
-"""Images and rows are read without preparation: labelled images in Parquet, as Hugging Face `datasets` writes them, and
-Parquet with a column of numbers for each feature and label. So are graphs, in `datasets`' columns."""
+"""All but tokens are read without preparation: labelled images and graphs in Parquet, as Hugging Face `datasets` writes
+them, Parquet with a column of numbers for each feature and label, Parquet with two columns of text."""

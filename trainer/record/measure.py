@@ -60,7 +60,7 @@ def step_metrics(
         "grad_norm": outcome.grad_norm,
         unit: state.tokens,
         learner.task.example: state.cursor,
-        unit + RATE: config.train.global_batch * each / seconds,
+        unit + RATE: (config.train.global_batch * each or outcome.weight) / seconds,
         "memory_gb": memory_gb(here),
         "data_wait": waited,
         "step_time": seconds,

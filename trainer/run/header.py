@@ -31,7 +31,8 @@ def _model(config: Config) -> str:
     train, task = config.train, task_of(config)
     each, unit = task.counts
     shape = f"{train.global_batch} x {each}" if each > 1 else f"{train.global_batch}"
-    told = f"{train.steps * train.global_batch * each:,} {unit} in {train.steps:,} steps of {shape}"
+    total = train.steps * train.global_batch * (each or 1)
+    told = f"{total:,} {unit if each else task.example} in {train.steps:,} steps of {shape}"
     if not has_formulas(config.model):
         with torch.device("meta"):
             count = sum(parameter.numel() for parameter in build(config.model).parameters())

@@ -9,6 +9,7 @@ from typing import Any
 from configs import Config, ConfigError, from_dict, resolve
 from configs.reading.parse import is_file
 from configs.sections.data import PACKAGED
+from configs.sections.pairs import FAMILY_ENDS, one_by_one
 from models.hf.config_json import model_keys
 from trainer.checkpoint.manifest import committed
 from trainer.data.manifest import planned_vocabulary, read_manifest, sources_of
@@ -76,7 +77,7 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
     steps = committed(run_dir)
     if fork is not None:
         check_fork(run_dir, fork)
-    texts = planned_vocabulary(config) is not None
+    texts = planned_vocabulary(config) is not None and "tokens" in one_by_one(FAMILY_ENDS[config.model.family].takes)
     for source in sources_of(resolved.data) if texts else ():
         if source.path != "stdlib":
             read_manifest(source.path)

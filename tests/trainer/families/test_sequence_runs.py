@@ -1,4 +1,4 @@
-"""Runs of recurrent networks: in one process or two the same, and through a kill -9 bit for bit."""
+"""Runs of networks on sequences: in one process or two the same, and through a kill -9 bit for bit."""
 
 import signal
 from pathlib import Path
@@ -11,7 +11,8 @@ from plugin_runs import drawn, numbers, state
 from support import train_in_process
 from teams import in_team
 
-from configs import from_dict
+from configs import from_dict, load
+from configs.load import presets
 from trainer.checkpoint.store import Reader, folder
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run
@@ -21,7 +22,12 @@ STEPS = 6
 MODELS: dict[str, dict[str, Any]] = {
     "lstm": {"family": "recurrent", "hidden_size": 16, "tie_embeddings": True, "dropout": 0.1, "detach_every": 10},
     "gru": {"family": "recurrent", "hidden_size": 16, "cell": "gru", "num_layers": 1},
+    **{
+        name: {"family": "encoder_decoder", "network": name, "hidden_size": 16, "num_layers": 1, "dropout": 0.1}
+        for name in ("transformer", "bahdanau", "luong")
+    },
 }
+DATES = {"path": "bundled:dates", "prepare": {"tokenizer": "bytes"}}
 
 
 def make(name: str, root: Path, data: Path, **sections: dict[str, Any]) -> Path:
@@ -29,10 +35,10 @@ def make(name: str, root: Path, data: Path, **sections: dict[str, Any]) -> Path:
     tree: dict[str, Any] = {
         "run": {"name": name, "root": str(root)},
         "model": MODELS[name],
-        "data": {"path": str(data)},
+        "data": {"path": str(data)} if MODELS[name]["family"] == "recurrent" else DATES,
         "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "seq_len": 24, "precision": "fp32",
                   "eval_sequences": 5, "sample_tokens": 4, "grad_clip": 0},
-        "optim": {"name": "sgd", "lr": 0.5},
+        "optim": {"name": "sgd", "lr": 0.1 if name == "transformer" else 0.5},
         "tracking": {"enabled": False},
         "checkpoint": {"every": 1, "keep": STEPS},
     }  # fmt: skip
@@ -57,7 +63,7 @@ def clean(tmp_path_factory, tiny_data) -> Clean:
     return Clean(tmp_path_factory.mktemp("clean"), tiny_data)
 
 
-@pytest.mark.parametrize("name", ["lstm", pytest.param("gru", marks=SLOW)])
+@pytest.mark.parametrize("name", ["lstm", "transformer", *(pytest.param(n, marks=SLOW) for n in ("gru", "luong"))])
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, tiny_data, clean, name):
     run_dir = make(name, tmp_path, tiny_data, checkpoint={"background": False})
     assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL
@@ -67,8 +73,9 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, tiny_data, clean
     assert numbers(run_dir) == numbers(clean[name])
 
 
-TOPOLOGIES = [("lstm", 1), *(pytest.param(*case, marks=SLOW) for case in [
-    ("lstm", 0), ("lstm", 2), ("lstm", 3), ("gru", 1), ("gru", 3),
+TOPOLOGIES = [("lstm", 1), ("transformer", 1), *(pytest.param(*case, marks=SLOW) for case in [
+    ("lstm", 0), ("lstm", 2), ("lstm", 3), ("gru", 1), ("transformer", 0), ("transformer", 2), ("transformer", 3),
+    ("bahdanau", 1), ("bahdanau", 3), ("luong", 1),
 ])]  # fmt: skip
 
 
@@ -85,9 +92,20 @@ def test_two_processes_learn_what_one_does(tmp_path, tiny_data, clean, name, zer
     assert drawn(run_dir).read_text() == drawn(clean[name]).read_text()
 
 
-def test_it_learns(clean):
-    losses = [entry["loss"] for entry in read_metrics(clean["lstm"]) if "loss" in entry]
+@pytest.mark.parametrize("name", ["lstm", "transformer"])
+def test_it_learns(clean, name):
+    losses = [entry["loss"] for entry in read_metrics(clean[name]) if "loss" in entry]
     assert losses[-1] < losses[0] - 0.2
+
+
+@SLOW
+@pytest.mark.parametrize(("name", "margin"), [("lstm", 0.15), ("seq2seq", 0.03)])
+def test_a_preset_reaches_what_it_states(tmp_path, name, margin):
+    config = load(name, [f"run.root={tmp_path}", "tracking.enabled=false"])
+    assert train_in_process(prepare_run(config)) == 0
+    metric, value, *_ = next(each.held_out for each in presets() if each.name == name).split()
+    *_, last = [m for m in read_metrics(tmp_path / name) if "eval_loss" in m]
+    assert last[f"eval_{metric}"] == pytest.approx(float(value), abs=margin)
 
 
 @SLOW
@@ -109,6 +127,11 @@ def test_the_commands_know_it(muster, clean):
     assert out.startswith(f"held-out loss {last['eval_loss']:.4f} nats per token over {last['eval_tokens']:,} tokens")
     code, out, _ = muster("generate", str(run_dir), "--prompt", "def", "--max-tokens", "3")
     assert (code, out[:3]) == (0, "def")
+    code, out, _ = muster("eval", str(clean["transformer"]), "--sequences", "5")
+    last = [m for m in read_metrics(clean["transformer"]) if "eval_loss" in m][-1]
+    assert code == 0
+    assert out.startswith(f"held-out loss {last['eval_loss']:.4f} over {last['eval_tokens']:,} tokens, accuracy ")
+    assert f"bleu {last['eval_bleu']:.4f}, chrf {last['eval_chrf']:.4f}" in out
     code, _, err = muster("train", "lstm", "parallel.tp=2", f"run.root={run_dir.parent}")
     assert code == 2
     assert "parallel.tp" in err
