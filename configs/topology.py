@@ -206,7 +206,10 @@ def refusals(config: Config) -> list[str]:
         cut = [key for key in CUTS if getattr(config.parallel, key) > 1 and key not in model.cuts]
         rules = [RULES[name] for name in OF_ANY_MODEL]
         refused = [f"model.family={model.family} cannot be split by {' or '.join(cut)}: it supports dp and ZeRO only"]
-        return (refused if cut else []) + [rule.why for rule in rules if rule.broken(config)]
+        refused = refused if cut else []
+        if config.parallel.zero_stage > model.most_zero:
+            refused.append(f"model.family={model.family} as configured trains with ZeRO 0 to {model.most_zero}")
+        return refused + [rule.why for rule in rules if rule.broken(config)]
     sections = {"p": config.parallel, "m": config.model, "t": config.train}
     return [rule.why.format(**sections) for rule in RULES.values() if rule.broken(config)]
 

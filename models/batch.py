@@ -41,6 +41,14 @@ class MicroBatch:
         return replace(self, **tensors)  # type: ignore[type-var]
 
 
+class Measured(NamedTuple):
+    """Outputs of a network that has measured something as it computed them."""
+
+    outputs: Tensor
+    numbers: dict[str, Tensor]
+    """Scalars by name, each a mean over the micro-batch: those of its section's `measures`."""
+
+
 @dataclass
 class Batch(MicroBatch):
     """Token sequences, or one part of each of them: B sequences of T tokens.

@@ -15,6 +15,7 @@ from configs.sections.families.generative import AutoencoderConfig, DiffusionCon
 from configs.sections.families.graph import GnnConfig
 from configs.sections.families.hf import TransformersConfig
 from configs.sections.families.mlp import MlpConfig
+from configs.sections.families.ode import NeuralOdeConfig
 from configs.sections.families.recurrent import RecurrentConfig
 from configs.sections.families.seq2seq import EncoderDecoderConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
@@ -68,9 +69,15 @@ def _decoder_flops(config: Config) -> float:
 
 
 def _gnn(config: GnnConfig) -> nn.Module:
-    from .graph.gnn import Gnn  # torch_geometric, an extra
-
+    with torch.device("cpu"):  # not the one that the model is built on, such as the meta device
+        from .graph.gnn import Gnn  # torch_geometric, an extra
     return Gnn(config)
+
+
+def _neural_ode(config: NeuralOdeConfig) -> nn.Module:
+    with torch.device("cpu"):  # for tables that torchdiffeq makes as it is imported
+        from .continuous.ode import NeuralOde  # torchdiffeq, an extra
+    return NeuralOde(config)
 
 
 class Families(dict[str, Family]):
@@ -96,17 +103,17 @@ FAMILIES["transformers"] = Family(
     build=build_any, section=TransformersConfig, load=load_folder, save=save_folder,
     **FAMILY_ENDS["transformers"]._asdict(),
 )  # fmt: skip
+FAMILIES["neural_ode"] = Family(build=_neural_ode, section=NeuralOdeConfig, **FAMILY_ENDS["neural_ode"]._asdict())
 
 
 def family_of(config: ModelSection) -> Family:
     """The entry of `config.family`.
 
     Raises:
-        ConfigError: no such family, or the library that it is made of is not installed.
+        ConfigError: no such family.
     """
     if config.family not in FAMILIES:
         raise no_such("model.family", config.family, FAMILIES)
-    config.check_library()
     return FAMILIES[config.family]
 
 

@@ -40,6 +40,14 @@ class ModelSection(Section):
         """The section that checks these keys: a subclass, where networks of a family have different ones."""
         return cls
 
+    def check_kind(self, kind: str) -> None:
+        """Raise ConfigError if the network as configured cannot take this kind of examples, though the family can."""
+
+    @property
+    def most_zero(self) -> int:
+        """The highest ZeRO stage that it trains with."""
+        return 3
+
     @property
     def is_known(self) -> bool:
         """Whether the keys were checked: not until the plugin that defines the family is loaded."""

@@ -37,6 +37,7 @@ FAMILY_ENDS = {
     "diffusion": Ends("images", "noise in images"),
     "recurrent": Ends("tokens", "loss of tokens"),
     "transformers": Ends(("tokens", "images"), ("loss of tokens", "classes")),
+    "neural_ode": Ends(("rows", "images"), ("classes", "numbers")),
     "gnn": Ends("graphs", ("classes", "numbers")),
     "encoder_decoder": Ends("pairs", "next tokens"),
 }
@@ -104,6 +105,7 @@ def kind_of_data(config: Config) -> str:
             f"{' or '.join(possible)}: {right}, or set another model.family"
         )
     check_packaged(config, kind)
+    config.model.check_kind(kind)
     return kind
 
 

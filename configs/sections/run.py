@@ -16,6 +16,7 @@ from .families.generative import AutoencoderConfig, DiffusionConfig
 from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
 from .families.mlp import MlpConfig
+from .families.ode import NeuralOdeConfig
 from .families.recurrent import RecurrentConfig
 from .families.seq2seq import EncoderDecoderConfig
 from .family import SECTIONS, ModelSection, by_family
@@ -34,8 +35,9 @@ OURS: dict[str, type[ModelSection]] = {
     "diffusion": DiffusionConfig,
     "recurrent": RecurrentConfig,
     "transformers": TransformersConfig,
-    "gnn": GnnConfig,
     "encoder_decoder": EncoderDecoderConfig,
+    "gnn": GnnConfig,
+    "neural_ode": NeuralOdeConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

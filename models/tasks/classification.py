@@ -9,13 +9,18 @@ from torch.nn import functional as F
 
 from configs import Config
 from configs.sections.pairs import TASK_ENDS, kind_of_data
-from models.batch import GraphBatch, ImageBatch, RowBatch
+from models.batch import GraphBatch, ImageBatch, Measured, RowBatch
 from models.noise import dropout_keys_of
 
 from .samples import Table
 from .task import Modules, Nets, Sums, Task, Value
 
 Examples = ImageBatch | RowBatch | GraphBatch
+
+
+def outputs(found: Tensor | Measured) -> Tensor:
+    """What a network gave, fp32."""
+    return (found.outputs if isinstance(found, Measured) else found).float()
 
 
 class Labelled(Task):
@@ -33,10 +38,23 @@ class Labelled(Task):
 
     def loss(self, nets: Nets, batch: Examples, phase: str) -> Sums:
         keys = dropout_keys_of(self.config.run.seed, batch.example_ids)
-        return self.compared(nets["model"](batch.inputs, keys).float(), batch, training=True)
+        return self._summed(nets["model"](batch.inputs, keys), batch, training=True)
 
     def evaluate(self, nets: Nets, batch: Examples) -> Sums:
-        return self.compared(nets["model"](batch.inputs).float(), batch, training=False)
+        return self._summed(nets["model"](batch.inputs), batch, training=False)
+
+    def _summed(self, found: Tensor | Measured, batch: Examples, training: bool) -> Sums:
+        sums = self.compared(outputs(found), batch, training)
+        numbers = found.numbers if isinstance(found, Measured) else {}
+        return sums._replace(extra={**sums.extra, **{name: each * sums.weight for name, each in numbers.items()}})
+
+    @property
+    def extra(self) -> dict[str, tuple[int, ...]]:
+        """What the network measures."""
+        return dict.fromkeys(self.config.model.measures, ())
+
+    def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
+        return {name: extra[name] / max(weight, 1) for name in self.config.model.measures}
 
     def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
         """The loss of what the network gave, fp32 [B, classes or numbers]."""
@@ -52,7 +70,7 @@ class Classification(Labelled):
     @property
     def extra(self) -> dict[str, tuple[int, ...]]:
         """Per class: examples found to be of it rightly, found to be of it, and labelled so."""
-        return {"by_class": (3, self._classes)}
+        return {"by_class": (3, self._classes), **super().extra}
 
     @property
     def _classes(self) -> int:
@@ -75,10 +93,10 @@ class Classification(Labelled):
         by_class = list(zip(*extra["by_class"], strict=True))
         f1 = [2 * right / (chosen + labelled) for right, chosen, labelled in by_class if chosen + labelled]
         accuracy = sum(right for right, *_ in by_class) / max(weight, 1)
-        return {"accuracy": accuracy, "macro_f1": sum(f1) / max(len(f1), 1)}
+        return {"accuracy": accuracy, "macro_f1": sum(f1) / max(len(f1), 1), **super().metrics(extra, weight)}
 
     def samples(self, nets: Modules, batch: Examples) -> Table:
-        sure, found = nets["model"](batch.inputs).float().softmax(1).max(1)
+        sure, found = outputs(nets["model"](batch.inputs)).softmax(1).max(1)
         columns = [x.tolist() for x in (batch.example_ids, batch.labels, found, sure)]
         return Table(["example", "label", "found", "probability"], list(zip(*columns, strict=True)))
 
@@ -95,7 +113,7 @@ class Regression(Labelled):
         """Per number: sums of the squared error, of the number and of its square, and of the squared error in its own
         units."""
         model: Any = self.config.model
-        return {"by_number": (4, model.outputs)}
+        return {"by_number": (4, model.outputs), **super().extra}
 
     def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
         assert not isinstance(batch, ImageBatch)
@@ -109,7 +127,7 @@ class Regression(Labelled):
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
         errors, sums, squares, own = extra["by_number"]
         spread = [square - total**2 / max(weight, 1) for total, square in zip(sums, squares, strict=True)]
-        found = {"rmse": (sum(own) / len(own) / max(weight, 1)) ** 0.5}
+        found = {"rmse": (sum(own) / len(own) / max(weight, 1)) ** 0.5, **super().metrics(extra, weight)}
         if min(spread) > 1e-9 * max(weight, 1):  # else there is no variance to explain
             found["r2"] = sum(1 - error / each for error, each in zip(errors, spread, strict=True)) / len(errors)
         return found
@@ -118,7 +136,7 @@ class Regression(Labelled):
         assert not isinstance(batch, ImageBatch)
         assert batch.scale is not None
         mean, deviation = batch.scale
-        rows = torch.cat([batch.labels, nets["model"](batch.inputs).float()]).unflatten(0, (2, -1)) * deviation + mean
+        rows = torch.cat([batch.labels, outputs(nets["model"](batch.inputs))]).unflatten(0, (2, -1)) * deviation + mean
         columns = [batch.example_ids.tolist(), *(column.tolist() for kind in rows for column in kind.T)]
         own = self.config.data.rows.labels if isinstance(batch, RowBatch) else range(batch.labels.shape[1])
         names = [f"{kind} {each}" for kind in ("label", "found") for each in own]

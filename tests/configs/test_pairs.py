@@ -22,6 +22,8 @@ FIT = {
     ("vit", "classification"): {None: "images", "images": "images"},
     ("autoencoder", "reconstruction"): {None: "rows", "rows": "rows", "images": "images"},
     ("diffusion", "denoising"): {None: "images", "images": "images"},
+    ("neural_ode", "classification"): {None: "rows", "rows": "rows", "images": "images"},
+    ("neural_ode", "regression"): {None: "rows", "rows": "rows"},
     ("gnn", "classification"): {None: "graphs", "graphs": "graphs"},
     ("gnn", "regression"): {None: "graphs", "graphs": "graphs"},
 }

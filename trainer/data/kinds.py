@@ -138,7 +138,7 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     data = at_hand(config)
     images = _images(data)
     _check_sizes(config, math.prod(images.shape), images.classes)
-    channels = getattr(config.model, "channels", images.shape[0])
+    channels = getattr(config.model, "channels", None) or images.shape[0]
     if channels != images.shape[0]:
         raise ConfigError(
             f"model.channels is {channels}, but data.images.channels is {images.shape[0]}: set them to the same number"

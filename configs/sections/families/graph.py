@@ -12,7 +12,7 @@ class GnnConfig(ModelSection):
     """Message passing over the nodes of a graph, read out for the whole graph or for one of its nodes."""
 
     default_task: ClassVar[str] = "classification"
-    library: ClassVar[str] = "torch_geometric"
+    needs: ClassVar[tuple[str, ...]] = ("torch_geometric",)
 
     family: str = "gnn"
     layer: Literal["gcn", "sage", "gat", "gin", "transformer"] = "gin"

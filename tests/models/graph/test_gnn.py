@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Batch, Data
 
-from configs import ConfigError, from_dict
+from configs import ConfigError, from_dict, resolve
 from models.batch import GraphBatch
 from models.families import build
 from models.flops import counted_flops
@@ -164,7 +164,7 @@ def test_what_cannot_be_is_refused(keys, message):
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch):
-    monkeypatch.setattr("configs.sections.family.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r'^model\.family=gnn needs torch_geometric: pip install "muster-train\['):
-        build(from_dict({"model": {"family": "gnn"}}).model)
+    monkeypatch.setattr("configs.sections.pairs.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^model\.family=gnn needs torch_geometric: pip install 'muster-train\["):
+        resolve(from_dict({"model": {"family": "gnn"}}))
     assert importlib.util.find_spec("torch_geometric")

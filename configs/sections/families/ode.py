@@ -1,0 +1,68 @@
+"""Keys of neural ordinary differential equations."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, PositiveFloat, model_validator
+
+from configs.base import ConfigError, Size
+from configs.sections.family import ModelSection
+
+ADAPTIVE = ("dopri5", "bosh3", "adaptive_heun")
+"""Solvers that choose their steps by the error they estimate."""
+
+
+class NeuralOdeConfig(ModelSection):
+    """A state that follows a learned differential equation from time 0 to 1 (arXiv:1806.07366): a residual network of
+    any depth whose layers share their weights."""
+
+    default_task: ClassVar[str] = "classification"
+    needs: ClassVar[tuple[str, ...]] = ("torchdiffeq",)
+    measures: ClassVar[tuple[str, ...]] = ("evaluations",)
+
+    family: str = "neural_ode"
+    inputs: Size = 64
+    """Numbers of an example: feature columns of a row, or channels * height * width of an image."""
+    channels: Literal[1, 3] | None = None
+    """Of an image, whose state is then an image too; None: the state is a row of numbers."""
+    outputs: Size = 10
+    """Classes, or predicted numbers."""
+    width: Size = 32
+    """Of the state: numbers, or channels. Where it is wider than the inputs, paths may pass one another
+    (arXiv:1904.01681)."""
+    hidden: Size = 64
+    """Width of the hidden layer of the equation, for rows."""
+    downsample: int = Field(0, ge=0, le=10)
+    """How often an image is halved before the equation."""
+    solver: Literal["dopri5", "bosh3", "adaptive_heun", "rk4", "midpoint", "euler"] = "dopri5"
+    """dopri5, bosh3 and adaptive_heun choose their steps by rtol and atol; rk4, midpoint and euler take those of steps.
+    """
+    steps: Size = 4
+    """Of rk4, midpoint and euler."""
+    rtol: PositiveFloat = 1e-3
+    """Error relative to the state that a step may make."""
+    atol: PositiveFloat = 1e-3
+    """Absolute error that a step may make."""
+    adjoint: bool = False
+    """Gradients by a second equation backwards in time, in constant memory, to the same tolerance; else through the
+    solver's steps."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "NeuralOdeConfig":
+        if self.downsample and not self.channels:
+            raise ValueError("downsample is of images: set channels, or downsample to 0")
+        return self
+
+    @property
+    def smallest(self) -> int:
+        """Least height and width of an image."""
+        return 2**self.downsample
+
+    @property
+    def most_zero(self) -> int:
+        return 2 if self.adjoint else 3  # the equation backwards in time needs whole weights
+
+    def check_kind(self, kind: str) -> None:
+        if self.channels and kind != "images":
+            raise ConfigError(
+                f"model.channels={self.channels} is of images, but the run learns from {kind}: leave it out"
+            )

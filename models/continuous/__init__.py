@@ -1,0 +1,1 @@
+"""Networks whose state changes continuously, by differential equations."""
