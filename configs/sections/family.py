@@ -20,20 +20,22 @@ class ModelSection(Section):
         cuts: the degrees of parallel.* that can split its network, of tp, pp, ep and sp. None: dp and ZeRO only.
         ends: what its network takes and gives, where the networks of a family differ in it; None: as the family.
         needs: modules that it cannot do without, of the extra `families`.
+        measures: numbers that it measures as it computes (`models.batch.Measured`), to be recorded.
     """
 
     default_task: ClassVar[str] = ""
     cuts: ClassVar[frozenset[str]] = frozenset()
     ends: ClassVar[tuple[str, str] | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
+    measures: ClassVar[tuple[str, ...]] = ()
+
+    family: str = DECODER
+    """Entry of the family table (`models/families.py`), or one that a plugin registers."""
 
     @property
     def differentiates(self) -> bool:
         """Whether the network's forward pass takes gradients itself, for a loss that depends on them."""
         return False
-
-    family: str = DECODER
-    """Entry of the family table (`models/families.py`), or one that a plugin registers."""
 
     @classmethod
     def variant(cls, keys: Mapping[str, Any]) -> "type[ModelSection]":
