@@ -152,7 +152,7 @@ class Graphs(NamedTuple):
     """[E, D], as nodes."""
     graph_of_node: Tensor
     """[N] int64, ascending."""
-    count: int
+    size: int
     """B."""
     roots: Tensor | None = None
     """[B] int64: the node of each graph that is asked about; None: the graph is."""

@@ -50,6 +50,12 @@ def with_time(t: Tensor, y: Tensor) -> Tensor:
     return torch.cat([y, t.to(y.dtype).expand(len(y), 1, *y.shape[2:])], 1)
 
 
+def used_by(module: nn.Module) -> tuple[Tensor, ...]:
+    """The weights that its layers compute with: in another precision these are not the parameters themselves."""
+    parts = [(part, name) for part in module.modules() for name, _ in part.named_parameters(recurse=False)]
+    return tuple(getattr(part, name) for part, name in parts)
+
+
 def norm(width: int) -> nn.Module:
     return nn.GroupNorm(32 if width % 32 == 0 else 1, width)
 
@@ -77,7 +83,7 @@ class NeuralOde(nn.Module):
 
     def forward(self, inputs: Tensor, keys: Tensor | None = None) -> Measured:
         """`keys`: of dropout, which there is none of."""
-        own = next(self.parameters()).dtype
+        own: torch.dtype = (self.stem[0] if self.config.channels else self.stem).weight.dtype  # type: ignore[index, assignment, union-attr]
         y = self.stem((inputs if self.config.channels else inputs.flatten(1)).to(own))
         calls = 0
 
@@ -95,7 +101,7 @@ class NeuralOde(nn.Module):
         times = torch.linspace(0, 1, 2 if config.solver in ADAPTIVE else config.steps + 1, device=y.device)
         asked: dict[str, Any] = {"rtol": config.rtol, "atol": config.atol, "method": config.solver}
         if config.adjoint and torch.is_grad_enabled():
-            return odeint_adjoint(change, y, times, adjoint_params=tuple(self.dynamics.parameters()), **asked)[-1]
+            return odeint_adjoint(change, y, times, adjoint_params=used_by(self.dynamics), **asked)[-1]
         return odeint(change, y, times, **asked)[-1]
 
     def _shapes(self, change: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ torch_geometric would look at the values of a batch to add self-loops, which sto
 the meta device: the reader leaves self-loops out, and here every node gets one, for the layers that want it.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch_geometric import nn as pyg
@@ -32,20 +34,34 @@ class Embedding(nn.Module):
         return self.map(features + table).sum(1)
 
 
+class Sum(pyg.SumAggregation):
+    """In fp32: in bf16 a sum of like numbers stops growing at 256 of them."""
+
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        return super().forward(x.float(), *arguments, **keywords).to(x.dtype)
+
+
+class Mean(pyg.MeanAggregation):
+    """In fp32, as `Sum`."""
+
+    def forward(self, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        return super().forward(x.float(), *arguments, **keywords).to(x.dtype)
+
+
 def layer(config: GnnConfig) -> nn.Module:
     """One step of message passing. Its dropout would not be a function of the example, and is off."""
     width, each = config.width, config.width // config.heads
     edge_dim = width if config.edge_inputs else None
     if config.layer == "gcn":
-        return pyg.GCNConv(width, width, add_self_loops=False)
+        return pyg.GCNConv(width, width, add_self_loops=False, aggr=Sum())
     if config.layer == "sage":
-        return pyg.SAGEConv(width, width)
+        return pyg.SAGEConv(width, width, aggr=Mean())
     if config.layer == "gat":
         return pyg.GATConv(width, each, config.heads, add_self_loops=False, edge_dim=edge_dim)
     if config.layer == "transformer":
         return pyg.TransformerConv(width, each, config.heads, edge_dim=edge_dim)
     mlp = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
-    return pyg.GINEConv(mlp, train_eps=True) if config.edge_inputs else pyg.GINConv(mlp, train_eps=True)
+    return (pyg.GINEConv if config.edge_inputs else pyg.GINConv)(mlp, train_eps=True, aggr=Sum())
 
 
 class Gnn(nn.Module):
@@ -68,11 +84,14 @@ class Gnn(nn.Module):
         if config.layer in SELF_LOOPS:
             edges = torch.cat([edges, torch.arange(len(x), device=x.device).expand(2, -1)], 1)
             features = [torch.cat([each, each.new_zeros(len(x), config.width)]) for each in features]
+        if config.layer == "gcn":
+            features = [torch.ones(edges.shape[1], device=x.device)]  # in fp32, so that it counts neighbours in fp32
         if keys is not None:
             keys = keys_of_parts(keys, graphs.graph_of_node)
         for site, (passed, norm) in enumerate(zip(self.layers, self.norms, strict=True), 1):
-            new = dropout(norm(passed(x, edges, *features)).relu(), keys, site, config.dropout)
+            new = dropout(norm(passed(x, edges, *features).to(x.dtype)).relu(), keys, site, config.dropout)
             x = x + new if config.residual else new
         if graphs.roots is not None:
             return self.head(x[graphs.roots])
-        return self.head(scatter(x, graphs.graph_of_node, dim_size=graphs.count, reduce=config.readout))
+        whole = scatter(x.float(), graphs.graph_of_node, dim_size=graphs.size, reduce=config.readout)
+        return self.head(whole.to(x.dtype))

@@ -118,6 +118,19 @@ def test_categories_have_a_table_for_each_column():
     assert torch.equal(module.nodes(nodes), torch.stack([table[0] + table[9], table[3] + table[5]]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("readout", ["mean", "sum"])
+@pytest.mark.parametrize("layer", ["gcn", "sage", "gin"])
+def test_bf16_counts_many_neighbours(layer, readout):
+    """3,000 equal ones of node 0; in bf16 a sum of ones ends at 256."""
+    edges = torch.stack([torch.arange(1, 3001), torch.zeros(3000, dtype=torch.int64)])
+    hub = batch([Data(torch.ones(3001, F), edges, torch.zeros(3000, F), y=0)])
+    module = network(layer, depth=1, readout=readout, residual=False)
+    expected = module(hub.inputs)
+    found = module.bfloat16()(hub.inputs).float()
+    assert torch.allclose(found, expected, rtol=0.05, atol=0.02 * expected.abs().max())
+
+
 def test_dropout_belongs_to_the_node_of_the_example():
     module, whole = network("gin", dropout=0.5), batch(drawn(), first=7)
     keys = dropout_keys_of(0, whole.example_ids)

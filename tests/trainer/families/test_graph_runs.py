@@ -96,3 +96,13 @@ def test_what_a_run_records(clean):
     assert all(m["tflops"] > 0 for m in steps[1:])
     assert drawn(clean["classification"]).read_text().startswith("example,label,found,probability\n")
     assert drawn(clean["regression"]).read_text().startswith("example,label 0,found 0\n")
+
+
+@SLOW
+@pytest.mark.parametrize("task", MODELS)
+def test_bf16_measures_nearly_what_fp32_does(tmp_path, graphs, clean, task):
+    run_dir = make(task, tmp_path, graphs, train={"precision": "bf16"})
+    assert train_in_process(run_dir) == 0
+    losses = [[m["loss"] for m in read_metrics(where) if "loss" in m] for where in (run_dir, clean[task])]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0] != losses[1]

@@ -128,20 +128,37 @@ def read_graphs(files: Sequence[Path]) -> Packed:
             own += [COUNT] if COUNT in file.schema_arrow.names else []
             table = file.read(own, use_threads=False)
         parts.append(_graphs(path, table))
-    nodes, edges, features, labels, sizes, degrees, loops = zip(*parts, strict=True)
-    for name, found in ((NODES, nodes), (EDGE_FEATURES, features), (LABELS, labels)):
-        if len({(each.shape[1], each.dtype) for each in found}) > 1:
+    for name, found in ((NODES, "nodes"), (EDGE_FEATURES, "edge_features"), (LABELS, "labels")):
+        arrays = [getattr(part, found) for part in parts]
+        if len({(each.shape[1], each.dtype) for each in arrays}) > 1:
             raise ConfigError(f"{files[0].parent}: column {name} differs from file to file in its width or type")
     return Packed(
-        *(np.concatenate(each) for each in (nodes, edges, features, labels)),
-        *(np.concatenate(each).cumsum() for each in (sizes, degrees)),
+        np.concatenate([part.nodes for part in parts]),
+        np.concatenate([part.edges for part in parts]),
+        np.concatenate([part.edge_features for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.sizes for part in parts]).cumsum(),
+        np.concatenate([part.degrees for part in parts]).cumsum(),
         footers.starts,
-        sum(loops),
+        sum(part.self_loops for part in parts),
     )
 
 
-def _graphs(path: Path, table: pa.Table) -> tuple[np.ndarray, ...]:
-    """Nodes, edges, features of edges, labels, nodes per graph, edges per graph, and the number of self-loops."""
+class Part(NamedTuple):
+    """The graphs of one file, as in `Packed`."""
+
+    nodes: np.ndarray
+    edges: np.ndarray
+    edge_features: np.ndarray
+    labels: np.ndarray
+    sizes: np.ndarray
+    """[G] nodes of each graph."""
+    degrees: np.ndarray
+    """[G] edges of each graph."""
+    self_loops: int
+
+
+def _graphs(path: Path, table: pa.Table) -> Part:
     sizes, nodes = _matrix(path, table, NODES)
     ends, lengths, values = _lists(path, table, EDGES)
     if not np.isin(ends, (0, 2)).all() or not pa.types.is_integer(values.type):
@@ -170,7 +187,7 @@ def _graphs(path: Path, table: pa.Table) -> tuple[np.ndarray, ...]:
             raise ConfigError(f"{path}: row {row} has {degrees[row]} edges, but {EDGE_FEATURES} of {own[row]}")
     kept = edges[:, 0] != edges[:, 1]
     degrees = np.bincount(rows[kept], minlength=len(table))
-    return nodes, edges[kept], features[kept], _labels(path, table), sizes, degrees, int((~kept).sum())
+    return Part(nodes, edges[kept], features[kept], _labels(path, table), sizes, degrees, int((~kept).sum()))
 
 
 def _lists(path: Path, table: pa.Table, name: str) -> tuple[np.ndarray, np.ndarray, pa.Array]:

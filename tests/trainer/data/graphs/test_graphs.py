@@ -57,7 +57,7 @@ def test_a_batch_is_that_of_torch_geometric(tmp_path):
     assert torch.equal(found.edge_features, expected.edge_attr)
     assert torch.equal(found.graph_of_node, expected.batch)
     assert found.labels.tolist() == [each[0] for each in expected.y]
-    assert (found.inputs.count, found.weight()) == (3, 3)
+    assert (found.inputs.size, found.weight()) == (3, 3)
     assert found.edges.shape[1] > 5
 
 
