@@ -84,6 +84,14 @@ class PairsConfig(Section):
     """The same of those that are written."""
 
 
+class GraphsConfig(Section):
+    """How graphs are read, for tasks that learn from their nodes."""
+
+    neighbours: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100)] = (10, 10)
+    """Neighbours that are sampled of a node, then of each of these, ...: as many distances as the network has layers.
+    """
+
+
 BUNDLED = {
     "bundled:dates": "pairs",
     "bundled:xor": "rows",
@@ -91,6 +99,7 @@ BUNDLED = {
     "bundled:diabetes": "rows",
     "bundled:digits": "images",
     "bundled:functions": "graphs",
+    "bundled:karate": "nodes",
 }
 """Names in place of `data.path` of data sets that need no download, and the kind of their examples."""
 PACKAGED = {"stdlib": "tokens"} | BUNDLED
@@ -103,9 +112,9 @@ class DataConfig(Section):
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
     Hugging Face `datasets` writes them; no preparation is needed. Graphs: likewise. Rows: the same, with a column of
     numbers each. Pairs: the same, with two columns of text. Small ones to begin with: bundled:xor, bundled:wine and
-    bundled:diabetes (rows), bundled:digits (images of 8 x 8), bundled:functions (graphs), bundled:dates (pairs),
-    written at first use under run.root/data."""
-    kind: Literal["rows", "images", "graphs", "pairs"] | None = None
+    bundled:diabetes (rows), bundled:digits (images of 8 x 8), bundled:functions (graphs), bundled:karate (nodes),
+    bundled:dates (pairs), written at first use under run.root/data."""
+    kind: Literal["rows", "images", "graphs", "nodes", "pairs"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
@@ -113,6 +122,8 @@ class DataConfig(Section):
     """How rows are read."""
     pairs: PairsConfig = PairsConfig()
     """How pairs are read."""
+    graphs: GraphsConfig = GraphsConfig()
+    """How the nodes of a graph are read."""
     document_mask: bool = True
     """Attention stays within a document and positions restart at each document."""
     on_bad_page: Literal["stop", "skip"] = "stop"

@@ -38,7 +38,7 @@ FAMILY_ENDS = {
     "recurrent": Ends("tokens", "loss of tokens"),
     "transformers": Ends(("tokens", "images"), ("loss of tokens", "classes")),
     "neural_ode": Ends(("rows", "images"), ("classes", "numbers")),
-    "gnn": Ends("graphs", ("classes", "numbers")),
+    "gnn": Ends(("graphs", "nodes"), ("classes", "numbers")),
     "encoder_decoder": Ends("pairs", "next tokens"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
@@ -47,7 +47,7 @@ TASK_ENDS = {
     "masked_language_modelling": Ends("tokens", "logits of tokens"),
     "reconstruction": Ends(("rows", "images"), "reconstructions"),
     "denoising": Ends("images", "noise in images"),
-    "classification": Ends(("rows", "images", "graphs"), "classes"),
+    "classification": Ends(("rows", "images", "graphs", "nodes"), "classes"),
     "regression": Ends(("rows", "graphs"), "numbers"),
     "sequence_to_sequence": Ends("pairs", "next tokens"),
 }

@@ -24,7 +24,7 @@ FIT = {
     ("diffusion", "denoising"): {None: "images", "images": "images"},
     ("neural_ode", "classification"): {None: "rows", "rows": "rows", "images": "images"},
     ("neural_ode", "regression"): {None: "rows", "rows": "rows"},
-    ("gnn", "classification"): {None: "graphs", "graphs": "graphs"},
+    ("gnn", "classification"): {None: "graphs", "graphs": "graphs", "nodes": "nodes"},
     ("gnn", "regression"): {None: "graphs", "graphs": "graphs"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
@@ -36,7 +36,7 @@ def config(family, task, kind=None, path="x.parquet"):
     return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
 
 
-@pytest.mark.parametrize(("family", "task", "kind"), list(product(*OURS, (None, "rows", "images", "graphs"))))
+@pytest.mark.parametrize(("family", "task", "kind"), list(product(*OURS, (None, "rows", "images", "graphs", "nodes"))))
 def test_every_pair(family, task, kind):
     asked = config(family, task, kind)
     if kind in (fitting := FIT.get((family, task), {})):
@@ -98,7 +98,7 @@ COMMANDS = ("config", "plan", "train", "submit")
     [
         (
             ["task=classification"],
-            "task=classification needs a network from rows or images or graphs to classes, but that",
+            "task=classification needs a network from rows or images or graphs or nodes to classes, but that",
         ),
         (["model={family: mlp}", "data.kind=images", "task=regression"], "data.kind=images: model.family=mlp with"),
         (["model={family: convnet}"], "data.path=stdlib is text, but task=classification learns from images"),

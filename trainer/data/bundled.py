@@ -55,6 +55,17 @@ def _diabetes() -> pa.Table:
     return _table(load_diabetes(scaled=False))
 
 
+def _karate() -> pa.Table:
+    """Zachary's karate club (1977): 34 members, who met whom, and which of two clubs each joined when it split."""
+    from networkx import karate_club_graph
+
+    club = karate_club_graph()
+    edges = [(a, b) for pair in club.edges for a, b in (pair, pair[::-1])]
+    joined = [int(club.nodes[member]["club"] == "Officer") for member in club]
+    ends = [list(each) for each in zip(*edges, strict=True)]
+    return pa.table({"edge_index": [ends], "node_feat": [[[member] for member in club]], "y": [joined]})
+
+
 def _table(found) -> pa.Table:
     features = dict(zip(found.feature_names, found.data.T, strict=True))
     return pa.table({**features, "label": found.target})
@@ -81,4 +92,5 @@ _MAKE: dict[str, Callable[[], pa.Table]] = {
     "bundled:digits": _digits,
     "bundled:functions": syntax_trees,
     "bundled:dates": dates,
+    "bundled:karate": _karate,
 }

@@ -20,6 +20,7 @@ from .bundled import at_hand
 from .default import ensure_prepared
 from .graphs.files import NEEDS as GRAPHS_NEED
 from .graphs.files import read_footers
+from .graphs.nodes import Nodes
 from .graphs.reader import Graphs
 from .manifest import Split, sources_of, without_held_out
 from .pairs.prepared import ensure_pairs, inputs_of_pairs, open_pairs
@@ -197,13 +198,30 @@ def _open_graphs(config: Config, split: Split) -> ExampleReader | None:
     return _unless_empty(lambda: _graphs(config, split), split)
 
 
+def _nodes(config: Config, split: Split = "train") -> Nodes:
+    return Nodes(at_hand(config), config.run.seed, split)
+
+
+def _open_nodes(config: Config, split: Split) -> ExampleReader | None:
+    return _unless_empty(lambda: _nodes(config, split), split)
+
+
+def _ensure_nodes(config: Config) -> tuple[DataConfig, list[str]]:
+    """Raises ConfigError as `graphs.nodes.Nodes`, or if the model has other sizes."""
+    return _of_graphs(config, "nodes", _nodes)
+
+
 def _ensure_graphs(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `graphs.reader.Graphs`, or if the model has other sizes."""
-    check_packaged(config, "graphs")
-    graphs = _graphs(config)
-    graphs.check_model(config.model)
-    _check_sizes(config, getattr(config.model, "inputs", 0), graphs.classes)
-    return at_hand(config), graphs.notes
+    return _of_graphs(config, "graphs", _graphs)
+
+
+def _of_graphs(config: Config, kind: str, opened: Callable[[Config], Any]) -> tuple[DataConfig, list[str]]:
+    check_packaged(config, kind)
+    reader = opened(config)
+    reader.check_model(config.model)
+    _check_sizes(config, getattr(config.model, "inputs", 0), reader.classes)
+    return at_hand(config), reader.notes
 
 
 def _check_sizes(config: Config, inputs: int, classes: int) -> None:
@@ -256,6 +274,7 @@ KINDS: dict[str, Kind] = {
     "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
     "graphs": Kind(_ensure_graphs, _open_graphs, _graph_inputs),
     "pairs": Kind(ensure_pairs, open_pairs, lambda data: _input(*inputs_of_pairs(data))),
+    "nodes": Kind(_ensure_nodes, _open_nodes, _graph_inputs),
 }
 """All but tokens are read without preparation: labelled images and graphs in Parquet, as Hugging Face `datasets` writes
 them, Parquet with a column of numbers for each feature and label, Parquet with two columns of text."""

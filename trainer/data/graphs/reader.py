@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configs import ConfigError, counted
 from configs.sections.data import DataConfig
@@ -14,13 +15,47 @@ from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import files_of_splits, rows_of_split
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 
-from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, read_graphs
+from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, Packed, read_graphs
 
 TYPICAL = 1024
 """Graphs whose FLOPs are taken for those of all."""
 
 
-class Graphs:
+class FeaturesOf:
+    """What readers of graphs, and of the nodes of one, have in common."""
+
+    packed: Packed
+    path: str
+    scale: Tensor | None = None
+    """Of labels that are numbers: see `GraphBatch`."""
+
+    def check_model(self, model: Any) -> None:
+        """Raise ConfigError if a model has other features than the graphs, or predicts other numbers."""
+        packed, predicted, outputs = self.packed, self.packed.labels.shape[1], getattr(model, "outputs", None)
+        if self.scale is not None and outputs not in (None, predicted):
+            raise ConfigError(
+                f"model.outputs is {outputs}, but {LABELS} has {predicted}: set model.outputs={predicted}"
+            )
+        for key, name, values in (("", NODES, packed.nodes), ("edge_", EDGE_FEATURES, packed.edge_features)):
+            own, width = getattr(model, f"{key}inputs", None), values.shape[1]
+            if own is None or (key and not own):
+                continue
+            if own != width:
+                raise ConfigError(
+                    f"model.{key}inputs is {own}, but {name} of data.path={self.path} has {counted(width, 'column')}: "
+                    f"set model.{key}inputs={width}"
+                )
+            most, whole = getattr(model, f"{key}categories", 0), values.dtype == np.int64
+            if most and not whole:
+                raise ConfigError(f"model.{key}categories is {most}, but {name} has no whole numbers: set it to 0")
+            if most and len(values) and (values.min() < 0 or values.max() >= most):
+                raise ConfigError(
+                    f"model.{key}categories is {most}, but {name} goes from {values.min()} to {values.max()}: set it "
+                    f"to {values.max() + 1}, with categories from 0 on"
+                )
+
+
+class Graphs(FeaturesOf):
     """Graphs of a Parquet file, or of a folder of them. Not for several threads at once.
 
     The training split goes on epoch after epoch, each in a different order; the held-out split (`validation*` or
@@ -63,7 +98,12 @@ class Graphs:
             self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
             self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
         else:
-            self.labels = torch.from_numpy(_classes(labels, self.path))
+            if labels.shape[1] > 1:
+                raise ConfigError(
+                    f"data.path={self.path}: {LABELS} has {labels.shape[1]} numbers, but task=classification predicts "
+                    "one class: keep one, or set task=regression"
+                )
+            self.labels = torch.from_numpy(classes_of(labels[:, 0], self.path))
             self.classes = int(self.labels.max()) + 1
         self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(seed, "graphs", epoch)))
         self.typical = range(min(len(self), TYPICAL))
@@ -111,31 +151,6 @@ class Graphs:
             torch.from_numpy(np.repeat(np.arange(len(rows)), sizes)), labels, ids, self.scale,
         )  # fmt: skip
 
-    def check_model(self, model: Any) -> None:
-        """Raise ConfigError if a model has other features than the graphs, or predicts other numbers."""
-        packed, predicted, outputs = self.packed, self.packed.labels.shape[1], getattr(model, "outputs", None)
-        if self.scale is not None and outputs not in (None, predicted):
-            raise ConfigError(
-                f"model.outputs is {outputs}, but {LABELS} has {predicted}: set model.outputs={predicted}"
-            )
-        for key, name, values in (("", NODES, packed.nodes), ("edge_", EDGE_FEATURES, packed.edge_features)):
-            own, width = getattr(model, f"{key}inputs", None), values.shape[1]
-            if own is None or (key and not own):
-                continue
-            if own != width:
-                raise ConfigError(
-                    f"model.{key}inputs is {own}, but {name} of data.path={self.path} has {counted(width, 'column')}: "
-                    f"set model.{key}inputs={width}"
-                )
-            most, whole = getattr(model, f"{key}categories", 0), values.dtype == np.int64
-            if most and not whole:
-                raise ConfigError(f"model.{key}categories is {most}, but {name} has no whole numbers: set it to 0")
-            if most and len(values) and (values.min() < 0 or values.max() >= most):
-                raise ConfigError(
-                    f"model.{key}categories is {most}, but {name} goes from {values.min()} to {values.max()}: set it "
-                    f"to {values.max() + 1}, with categories from 0 on"
-                )
-
 
 def _slices(values: np.ndarray, ends: np.ndarray, rows: np.ndarray, padding: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """(the values of some graphs one after another, how many each has); `padding` zeros for the graph -1."""
@@ -144,17 +159,11 @@ def _slices(values: np.ndarray, ends: np.ndarray, rows: np.ndarray, padding: int
     return np.concatenate(parts), np.array([len(part) for part in parts])
 
 
-def _classes(labels: np.ndarray, path: str) -> np.ndarray:
+def classes_of(labels: np.ndarray, path: str) -> np.ndarray:
     """[G] int64. Raises ConfigError."""
-    if labels.shape[1] > 1:
+    if (wrong := (labels < 0) | (labels != np.floor(labels)) | (labels >= 2**24)).any():
         raise ConfigError(
-            f"data.path={path}: {LABELS} has {labels.shape[1]} numbers, but task=classification predicts one class: "
-            "keep one, or set task=regression"
+            f"data.path={path}: {LABELS} has {labels[wrong][0]:g}, but classes are whole numbers from 0: correct it, "
+            "or set task=regression"
         )
-    found = labels[:, 0]
-    if (wrong := (found < 0) | (found != np.floor(found)) | (found >= 2**24)).any():
-        raise ConfigError(
-            f"data.path={path}: {LABELS} has {found[wrong][0]:g}, but classes are whole numbers from 0: correct it, or "
-            "set task=regression"
-        )
-    return found.astype(np.int64)
+    return labels.astype(np.int64)
