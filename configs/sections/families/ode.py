@@ -43,8 +43,8 @@ class NeuralOdeConfig(ModelSection):
     atol: PositiveFloat = 1e-3
     """Absolute error that a step may make."""
     adjoint: bool = False
-    """Gradients by a second equation backwards in time, in constant memory, to the same tolerance; else through the
-    solver's steps."""
+    """Gradients by a second equation backwards in time, solved as the first, which needs the state alone: at the end,
+    or after each of steps. Else through all that the solver computed."""
 
     @model_validator(mode="after")
     def _fits(self) -> "NeuralOdeConfig":

@@ -1,5 +1,6 @@
 """Graph networks trained in one process, in two, and through a kill: the same numbers."""
 
+import json
 import signal
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from faults import kill_at_step, trained
 from plugin_runs import STEPS, assert_same_weights, drawn, numbers, state
 from support import train_in_process
+from syncs import watch_syncs
 from teams import in_team
 
 from configs import from_dict
@@ -106,3 +108,12 @@ def test_bf16_measures_nearly_what_fp32_does(tmp_path, graphs, clean, task):
     losses = [[m["loss"] for m in read_metrics(where) if "loss" in m] for where in (run_dir, clean[task])]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
     assert losses[0] != losses[1]
+
+
+@SLOW
+@pytest.mark.parametrize("task", MODELS)
+def test_a_step_waits_for_nothing_but_the_one_before(tmp_path, graphs, task):
+    """No layer asks how many nodes, edges or graphs there are."""
+    run_dir = make(task, tmp_path, graphs, checkpoint={"every": 0})
+    assert train_in_process(run_dir, watch_syncs, 3, 5, tmp_path / "syncs") == 0
+    assert json.loads((tmp_path / "syncs").read_text()) == {"trainer/late.py tolist: tolist": 2}

@@ -46,8 +46,9 @@ def test_every_bundled_preset_states_its_result():
     assert {load(name).data.path for name in STATED} == BUNDLED.keys()
 
 
-RUNS = {"wine": (), "digits-convnet": ("train.steps=40", "checkpoint.every=20")}
+RUNS = {"wine": (), "digits-convnet": ("train.steps=40", "checkpoint.every=20"), "nodes": ("optim.name=sgd",)}
 """Whole, or its beginning."""
+EACH_RUN = pytest.mark.parametrize("name", [pytest.param(n, marks=[SLOW] if n == "nodes" else []) for n in RUNS])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def clean(tmp_path_factory) -> dict[str, Path]:
     return runs
 
 
-@pytest.mark.parametrize("name", RUNS)
+@EACH_RUN
 def test_two_processes_measure_what_one_does(tmp_path, clean, name):
     run_dir = make(name, tmp_path, *RUNS[name], "parallel.dp=2")
     assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]
@@ -72,7 +73,7 @@ def test_two_processes_measure_what_one_does(tmp_path, clean, name):
     assert mine == pytest.approx(one, rel=0, abs=1e-6)
 
 
-@pytest.mark.parametrize("name", RUNS)
+@EACH_RUN
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     run_dir = make(name, tmp_path, *RUNS[name], "checkpoint.background=false")
     every, last = (load(run_dir / "config.yaml").checkpoint.every, load(run_dir / "config.yaml").train.steps)
