@@ -204,8 +204,7 @@ def with_family(config: Config) -> Config:
 def _with_family(root: type[BaseModel], tree: Mapping[str, Any]) -> type[BaseModel]:
     """A root whose `model` has the keys of the tree's own family, so that messages name those."""
     model = tree.get("model") if isinstance(tree, Mapping) else None
-    family = model.get("family", DECODER) if isinstance(model, Mapping) else DECODER
-    if root is not Config or family == DECODER:
+    if root is not Config or not isinstance(model, Mapping) or (family := model.get("family", DECODER)) == DECODER:
         return root
     return create_model("Config", __base__=Config, model=(section_of(family).variant(model), ...))
 

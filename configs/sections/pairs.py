@@ -29,10 +29,10 @@ class Ends(NamedTuple):
 
 FAMILY_ENDS = {
     "decoder": Ends("tokens", "loss of tokens"),
-    "convnet": Ends("images", "classes"),
-    "mlp": Ends(("rows", "images"), ("classes", "numbers")),
+    "convnet": Ends("images", ("classes", "embeddings")),
+    "mlp": Ends(("rows", "images"), ("classes", "numbers", "embeddings")),
     "encoder": Ends("tokens", "logits of tokens"),
-    "vit": Ends("images", "classes"),
+    "vit": Ends("images", ("classes", "embeddings")),
     "autoencoder": Ends(("rows", "images"), "reconstructions"),
     "diffusion": Ends("images", "noise in images"),
     "recurrent": Ends("tokens", "loss of tokens"),
@@ -50,6 +50,7 @@ TASK_ENDS = {
     "classification": Ends(("rows", "images", "graphs", "nodes"), "classes"),
     "regression": Ends(("rows", "graphs"), "numbers"),
     "sequence_to_sequence": Ends("pairs", "next tokens"),
+    "contrastive": Ends("images", "embeddings"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -50,6 +50,19 @@ class UpcycleConfig(Section):
     (arXiv:2502.19261 found 0.5)."""
 
 
+class ViewsConfig(Section):
+    """Random views of an image, for tasks that compare them."""
+
+    crop: float = Field(0.3, gt=0, le=1)
+    """Least share of the image that is seen, resized to the whole."""
+    flip: bool = False
+    """Mirror half of the views, left to right."""
+    rotate: float = Field(0.0, ge=0, le=180)
+    """Most degrees of rotation, either way."""
+    jitter: float = Field(0.4, ge=0, lt=1)
+    """How much brightness, contrast and, in colour, saturation change at most, either way."""
+
+
 class TrainConfig(Section):
     steps: PositiveInt = 1000
     """Optimizer steps of the whole run."""
@@ -70,6 +83,10 @@ class TrainConfig(Section):
     mask_rate: float = Field(0.15, gt=0, lt=1)
     """Masked language modelling: share of a tokens that are predicted. Of these, 80% are masked, 10% replaced
     by random tokens, and 10% left as they are (arXiv:1810.04805)."""
+    temperature: PositiveFloat = 0.5
+    """Contrastive learning: what the cosines of two views are divided by."""
+    views: ViewsConfig = ViewsConfig()
+    """Contrastive learning: how views differ from their image."""
     grad_clip: float = Field(1.0, ge=0)
     """Maximum global gradient norm; 0: no clipping."""
     clip_value: float = Field(0.0, ge=0)

@@ -5,6 +5,7 @@ from configs.sections.family import no_such
 from configs.sections.pairs import TASK_ENDS, Ends, check_pair
 
 from .classification import Classification, Regression
+from .contrastive import Contrastive
 from .denoising import Denoising
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
@@ -29,6 +30,7 @@ TASKS["masked_language_modelling"] = MaskedLanguageModelling
 TASKS["reconstruction"] = Reconstruction
 TASKS["denoising"] = Denoising
 TASKS["sequence_to_sequence"] = SequenceToSequence
+TASKS["contrastive"] = Contrastive
 
 
 def task_of(config: Config) -> Task:

@@ -26,6 +26,9 @@ FIT = {
     ("neural_ode", "regression"): {None: "rows", "rows": "rows"},
     ("gnn", "classification"): {None: "graphs", "graphs": "graphs", "nodes": "nodes"},
     ("gnn", "regression"): {None: "graphs", "graphs": "graphs"},
+    ("convnet", "contrastive"): {None: "images", "images": "images"},
+    ("mlp", "contrastive"): {None: "images", "images": "images"},
+    ("vit", "contrastive"): {None: "images", "images": "images"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))

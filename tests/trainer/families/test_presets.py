@@ -20,6 +20,7 @@ from trainer.run.folder import prepare_run
 SLOW = pytest.mark.slow
 STATED = {preset.name: preset.held_out for preset in presets() if load(preset.name).data.path in BUNDLED}
 METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse", "coverage": "eval_coverage"}
+METRICS |= {"linear-probe accuracy": "eval_probe_accuracy"}
 QUICK = ("xor", "wine", "diabetes", "nodes")
 """The others take a minute or more."""
 
@@ -30,7 +31,7 @@ def make(name: str, root: Path, *overrides: str) -> Path:
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else SLOW) for name in sorted(STATED)])
 def test_a_preset_reaches_what_it_states(tmp_path, name):
-    metric, value = STATED[name].split()
+    metric, value = STATED[name].rsplit(" ", 1)
     run_dir = make(name, tmp_path)
     assert train_in_process(run_dir) == 0
     *_, last = [m for m in read_metrics(run_dir) if "eval_loss" in m]
@@ -46,9 +47,16 @@ def test_every_bundled_preset_states_its_result():
     assert {load(name).data.path for name in STATED} == BUNDLED.keys()
 
 
-RUNS = {"wine": (), "digits-convnet": ("train.steps=40", "checkpoint.every=20"), "nodes": ("optim.name=sgd",)}
+RUNS = {
+    "wine": (),
+    "digits-convnet": ("train.steps=40", "checkpoint.every=20"),
+    "nodes": ("optim.name=sgd",),
+    "digits-simclr": ("train.steps=40", "checkpoint.every=20", "train.global_batch=64", "train.micro_batch=32"),
+}
 """Whole, or its beginning."""
-EACH_RUN = pytest.mark.parametrize("name", [pytest.param(n, marks=[SLOW] if n == "nodes" else []) for n in RUNS])
+EACH_RUN = pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[SLOW] if n in ("nodes", "digits-simclr") else []) for n in RUNS]
+)
 
 
 @pytest.fixture(scope="module")
