@@ -36,7 +36,7 @@ FAMILY_ENDS = {
     "autoencoder": Ends(("rows", "images"), "reconstructions"),
     "diffusion": Ends("images", "noise in images"),
     "recurrent": Ends("tokens", "loss of tokens"),
-    "transformers": Ends(("tokens", "images"), ("loss of tokens", "classes")),
+    "transformers": Ends(("tokens", "images"), ("loss of tokens", "logits of tokens", "classes")),
     "neural_ode": Ends(("rows", "images"), ("classes", "numbers")),
     "gnn": Ends(("graphs", "nodes"), ("classes", "numbers")),
     "encoder_decoder": Ends("pairs", "next tokens"),

@@ -12,7 +12,14 @@ from torch.nn import functional as F
 
 from configs import Config, ConfigError
 from configs.reading.parse import clip
-from configs.sections.families.hf import CausalLanguageModel, ImageClassifier, TransformersConfig, is_random
+from configs.sections.families.hf import (
+    CausalLanguageModel,
+    ImageClassifier,
+    LanguageModel,
+    MaskedLanguageModel,
+    TransformersConfig,
+    is_random,
+)
 from models.batch import Batch
 from models.init import generator
 from models.loss import IGNORE, LossOutput, nan_if_infinite
@@ -21,6 +28,8 @@ from .any_keys import keys_of
 
 NO_ID = ("bos_token_id", "eos_token_id", "pad_token_id")
 """Special tokens in a config, by default ids of the tokenizer that the architecture was published with."""
+OWN_WINDOW = ("sliding_window", "local_attention", "attention_window")
+"""Keys of configs whose attention would lose its window if it were given a mask."""
 PROBE = 12
 """Tokens that `_probe` passes through a new network."""
 
@@ -131,8 +140,11 @@ class AnyLanguageModel(AnyArchitecture):
         """They tell transformers where a document begins; it would read them, which the meta device cannot."""
         return batch.position_ids if self.keeps_documents_apart and not batch.position_ids.is_meta else None
 
-    def _passed(self, ids: Tensor, positions: Tensor | None, routed: bool = False) -> Any:
+    def _passed(
+        self, ids: Tensor, positions: Tensor | None, routed: bool = False, visible: Tensor | None = None
+    ) -> Any:
         given: dict[str, Any] = {"position_ids": positions, "output_router_logits": routed, "use_cache": False}
+        given["attention_mask"] = visible
         return self.network(ids, **{key: value for key, value in given.items() if key in self.arguments})
 
     def _probe(self) -> None:
@@ -155,9 +167,14 @@ class AnyLanguageModel(AnyArchitecture):
         ids = self._probe_tokens()
         changed = ids.clone()
         changed[0, token] = (ids[0, token] + 1) % self.config.vocab_size
-        places = torch.arange(PROBE, device=ids.device)[None] % document if self.keeps_documents_apart else None
-        one, other = (self._passed(each, places).logits[:, part].float() for each in (ids, changed))
+        places = torch.arange(PROBE, device=ids.device)[None]
+        documents = places // document if self.keeps_documents_apart else None
+        batches = (Batch(each, each, places % document, documents, places[:, 0]) for each in (ids, changed))
+        one, other = (self._tried(each)[:, part].float() for each in batches)
         return torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.std()))
+
+    def _tried(self, batch: Batch) -> Tensor:
+        return self._passed(batch.input_ids, self._positions(batch)).logits
 
     def _probe_tokens(self) -> Tensor:
         size, device = self.config.vocab_size, next(self.parameters()).device
@@ -166,6 +183,36 @@ class AnyLanguageModel(AnyArchitecture):
 
     def _probed(self) -> Tensor:
         return self._passed(self._probe_tokens(), None).logits
+
+
+class AnyMaskedLanguageModel(AnyLanguageModel):
+    """From a `Batch` to logits [B, T, V], or [B, K, V] of K places of each sequence."""
+
+    config: MaskedLanguageModel  # type: ignore[assignment]
+
+    def __init__(self, config: TransformersConfig):
+        super().__init__(config)
+        own = any(getattr(self.network.config, key, None) for key in OWN_WINDOW)
+        self.keeps_documents_apart = "attention_mask" in self.arguments and not own
+
+    def forward(self, batch: Batch, keys: Tensor | None = None, places_BK: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        if batch.document_ids is not None and not self.keeps_documents_apart:
+            raise ConfigError(self._mixes_documents())
+        logits = self._tried(batch)
+        return logits if places_BK is None else logits.gather(1, places_BK[..., None].expand(-1, -1, logits.shape[-1]))
+
+    def _tried(self, batch: Batch) -> Tensor:
+        visible, documents = None, batch.document_ids
+        if documents is not None:
+            dtype = next(self.parameters()).dtype
+            hidden = (documents[:, None, :, None] != documents[:, None, None]).to(dtype)
+            visible = hidden * torch.finfo(dtype).min
+        return self._passed(batch.input_ids, batch.position_ids, visible=visible).logits
+
+    def _probe(self) -> None:
+        AnyArchitecture._probe(self)
+        middle = PROBE // 2
+        self.keeps_documents_apart &= self._is_unchanged(middle - 1, slice(middle, PROBE), middle)
 
 
 class AnyImageClassifier(AnyArchitecture):
@@ -187,7 +234,11 @@ class AnyImageClassifier(AnyArchitecture):
 
 def build_any(config: TransformersConfig) -> AnyArchitecture:
     """The network on the default device. Raises ConfigError."""
-    kinds = {CausalLanguageModel: AnyLanguageModel, ImageClassifier: AnyImageClassifier}
+    kinds = {
+        CausalLanguageModel: AnyLanguageModel,
+        MaskedLanguageModel: AnyMaskedLanguageModel,
+        ImageClassifier: AnyImageClassifier,
+    }
     return kinds[type(config)](config)  # type: ignore[index]
 
 
@@ -214,6 +265,7 @@ def class_of(config: TransformersConfig) -> Any:
 
     listed = {
         CausalLanguageModel: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MaskedLanguageModel: modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         ImageClassifier: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     }[type(config)]  # type: ignore[index]
     names = {name for each in listed.values() for name in ((each,) if isinstance(each, str) else each)}
@@ -238,7 +290,7 @@ def config_of(config: TransformersConfig, found: Any) -> Any:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f": did you mean {near[0]}?" if near else ""
             raise ConfigError(f"unknown key model.config.{key}: {kind.__name__} has none of that name{hint}")
-    if isinstance(config, CausalLanguageModel):
+    if isinstance(config, LanguageModel):
         keys = {key: None for key in NO_ID if key in known} | keys | {"vocab_size": config.vocab_size}
     elif isinstance(config, ImageClassifier):
         keys |= {"num_labels": config.outputs}

@@ -11,8 +11,9 @@ from configs.explain import shown
 from configs.sections.families.hf import (
     REFUSED,
     SET_ELSEWHERE,
-    CausalLanguageModel,
     ImageClassifier,
+    LanguageModel,
+    TransformersConfig,
     is_random,
     kind_of_class,
 )
@@ -28,16 +29,17 @@ def keys_of_folder(tree: Any, own: Mapping[str, Any], folder: Path) -> dict[str,
     Raises:
         ConfigError: it is no config of a class in transformers.
     """
-    kind, names = (tree.get("model_type"), tree.get("architectures")) if isinstance(tree, dict) else (None, None)
+    model_type, names = (tree.get("model_type"), tree.get("architectures")) if isinstance(tree, dict) else (None, None)
     architecture = own.get("architecture") or (names[0] if isinstance(names, list) and names else None)
-    if not isinstance(kind, str) or not isinstance(architecture, str):
+    if not isinstance(model_type, str) or not isinstance(architecture, str):
         raise ConfigError(f"{folder}: config.json has no model_type, or no architectures: set model.architecture")
-    known = keys_of(_config_class(kind, folder))
+    known = keys_of(_config_class(model_type, folder))
     keys = {key: _kept(value) for key, value in tree.items() if key in known and _describes(key)}
     found: dict[str, Any] = {"architecture": architecture, "config": keys}
-    if kind_of_class(architecture) is CausalLanguageModel and tree.get("vocab_size") is not None:
+    section = kind_of_class(architecture) or TransformersConfig
+    if issubclass(section, LanguageModel) and tree.get("vocab_size") is not None:
         found["vocab_size"] = tree["vocab_size"]
-    elif kind_of_class(architecture) is ImageClassifier:
+    elif issubclass(section, ImageClassifier):
         labels = tree.get("id2label")
         found["outputs"] = len(labels) if isinstance(labels, dict) and labels else 2  # a default that is not written
         found["channels"] = tree.get("num_channels", 3)

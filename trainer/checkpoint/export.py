@@ -121,7 +121,7 @@ def export(
     module, config, found = load_module(run_dir, step, None if save else "tokens", ema=ema)
     files: dict[str, bytes] = {}
     special_tokens: dict[str, int | None] | None = None
-    if kind_read(config) == "tokens":
+    if kind_read(config).endswith("tokens"):
         folder, info = tokenizer_of(run_dir, config.data)
         longest = getattr(config.model, "max_positions", config.train.seq_len)
         with TokenizerProcess(folder, config.data.limits) as tokenizer:

@@ -49,7 +49,8 @@ class TransformersConfig(ModelSection):
     family: str = "transformers"
     architecture: str
     """Class in transformers, such as GPT2LMHeadModel, MambaForCausalLM, ViTForImageClassification. What it ends in
-    decides the task: ForCausalLM, LMHeadModel: language_modelling; ForImageClassification: classification."""
+    decides the task: ForCausalLM, LMHeadModel: language_modelling; ForMaskedLM: masked_language_modelling;
+    ForImageClassification: classification."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the class's config, as in config.json; the others have its defaults. Dropout is 0: that of transformers
     depends on the process that an example is in."""
@@ -77,14 +78,28 @@ class TransformersConfig(ModelSection):
         return value
 
 
-class CausalLanguageModel(TransformersConfig):
+class LanguageModel(TransformersConfig):
+    """A class that reads tokens."""
+
+    vocab_size: Size | None = None
+    """Rows of the embedding; None: the tokenizer's size, with a mask where it needs one, rounded up to a multiple of
+    64."""
+
+
+class CausalLanguageModel(LanguageModel):
     """A class that predicts the next token."""
 
     default_task: ClassVar[str] = "language_modelling"
     ends: ClassVar[tuple[str, str] | None] = ("tokens", "loss of tokens")
 
-    vocab_size: Size | None = None
-    """Rows of the embedding; None: the tokenizer's size, rounded up to a multiple of 64."""
+
+class MaskedLanguageModel(LanguageModel):
+    """A class that predicts tokens from those on both sides."""
+
+    default_task: ClassVar[str] = "masked_language_modelling"
+    ends: ClassVar[tuple[str, str] | None] = ("tokens", "logits of tokens")
+    added_tokens: ClassVar[int] = 1
+    """Beside the tokenizer's: the mask, as in the family encoder."""
 
 
 class ImageClassifier(TransformersConfig):
@@ -108,6 +123,7 @@ class ImageClassifier(TransformersConfig):
 BY_ENDING: dict[str, type[TransformersConfig]] = {
     "ForCausalLM": CausalLanguageModel,
     "LMHeadModel": CausalLanguageModel,
+    "ForMaskedLM": MaskedLanguageModel,
     "ForImageClassification": ImageClassifier,
 }
 """Sections by what the name of a class ends in."""

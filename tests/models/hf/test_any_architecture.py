@@ -23,13 +23,14 @@ LANGUAGE = {
     "MambaForCausalLM": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
     "BertLMHeadModel": {**SIZES, "is_decoder": True},
 }
+MASKED = {"BertForMaskedLM": SIZES, "ModernBertForMaskedLM": SIZES}
 IMAGES = {
     "ViTForImageClassification": {**SIZES, "image_size": 12, "patch_size": 4},
     "ResNetForImageClassification": {
         "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
     },
 }  # fmt: skip
-ALL = LANGUAGE | IMAGES
+ALL = LANGUAGE | MASKED | IMAGES
 VOCABULARY = 97
 
 
@@ -66,13 +67,14 @@ def test_it_computes_what_transformers_does_with_an_exported_folder(tmp_path, na
     module = network(name)
     x, weights = inputs(name), {key: value.clone() for key, value in module.named_parameters()}
     module.eval()
-    mine = module(x) if name in IMAGES else module.logits(batch(x))
+    mine = module.logits(batch(x)) if name in LANGUAGE else module(x if name in IMAGES else batch(x))
     if name in LANGUAGE:
         loss = module(batch(x))
         wanted = F.cross_entropy(mine.flatten(0, 1), x.roll(-1, 1).flatten(), reduction="sum")
         assert (loss[0].item(), loss[1]) == (pytest.approx(wanted.item(), rel=1e-6), x.numel())
     family_of(module.config).save(module, tmp_path, None, None, 10**9)
     auto = transformers.AutoModelForImageClassification if name in IMAGES else transformers.AutoModelForCausalLM
+    auto = transformers.AutoModelForMaskedLM if name in MASKED else auto
     other = auto.from_pretrained(tmp_path).eval()
     assert type(other).__name__ == name
     assert torch.equal(other(x).logits, mine)
@@ -113,6 +115,21 @@ def test_documents_are_kept_apart():
                 found = module.network(row[None, part]).logits[0]
                 alone += F.cross_entropy(found, row.roll(-1)[part], reduction="sum").item()
     assert loss.item() == pytest.approx(alone, rel=1e-5)
+
+
+def test_documents_are_kept_apart_on_both_sides():
+    module, ids = network("BertForMaskedLM").eval(), inputs("BertForMaskedLM")
+    documents = (torch.arange(16) >= 6).long().expand(2, 16)
+    places = torch.arange(16) - documents * 6
+    with torch.no_grad():
+        found = module(batch(ids, documents, places))
+        alone = torch.cat([module.network(part).logits for part in (ids[:, :6], ids[:, 6:])], 1)
+        some = module(batch(ids, documents, places), places_BK=torch.tensor([[3, 9], [15, 0]]))
+    assert torch.allclose(found, alone, atol=1e-5)
+    assert torch.equal(some, torch.stack([found[0, [3, 9]], found[1, [15, 0]]]))
+    windowed = network("ModernBertForMaskedLM")
+    with pytest.raises(ConfigError, match=r"data\.document_mask=true: ModernBertForMaskedLM cannot keep"):
+        windowed(batch(ids, documents, places))
 
 
 def test_what_is_continued_does_not_see_its_padding():

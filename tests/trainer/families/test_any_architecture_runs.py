@@ -11,7 +11,8 @@ from plugin_runs import numbers, state, tree
 from support import train_in_process
 from teams import in_team
 
-from configs import from_dict
+from configs import from_dict, load
+from configs.load import presets
 from trainer.checkpoint.export import export, load_module
 from trainer.checkpoint.store import Reader, folder
 from trainer.record.lines import read_events, read_metrics
@@ -30,6 +31,10 @@ MODELS = {
             "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1,
             "intermediate_size": 32, "num_local_experts": 4,
         },
+    },
+    "bert": {
+        "architecture": "BertForMaskedLM",
+        "config": {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32},
     },
     "mamba": {"architecture": "Mamba2ForCausalLM", "config": {
         "hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 8, "n_groups": 1,
@@ -66,7 +71,7 @@ def clean(make, tmp_path_factory):
     return run
 
 
-ALL = ["resnet", *(pytest.param(name, marks=SLOW) for name in ("mixtral", "mamba"))]
+ALL = ["resnet", *(pytest.param(name, marks=SLOW) for name in ("mixtral", "mamba", "bert"))]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -81,7 +86,7 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, make, clean, nam
 
 ZERO = [("resnet", 1), *(pytest.param(*case, marks=SLOW) for case in [
     ("resnet", 0), ("resnet", 2), ("resnet", 3), ("mixtral", 0), ("mixtral", 1), ("mixtral", 2), ("mixtral", 3),
-    ("mamba", 1), ("mamba", 3),
+    ("mamba", 1), ("mamba", 3), ("bert", 1), ("bert", 3),
 ])]  # fmt: skip
 
 
@@ -104,8 +109,8 @@ def test_a_run_is_exported_and_begun_from_its_export(tmp_path, make, clean, name
     export(clean(name), tmp_path / "out")
     module, config, _ = load_module(clean(name), reads=None)
     ids = torch.arange(16)[None] if name != "resnet" else torch.linspace(-1, 1, 144).view(1, 1, 12, 12)
-    auto = transformers.AutoModelForCausalLM if name != "resnet" else transformers.AutoModelForImageClassification
-    other = auto.from_pretrained(tmp_path / "out").eval()
+    auto = {"resnet": transformers.AutoModelForImageClassification, "bert": transformers.AutoModelForMaskedLM}
+    other = auto.get(name, transformers.AutoModelForCausalLM).from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         assert torch.equal(other(ids).logits, module.network(ids).logits)
     if name != "resnet":
@@ -134,3 +139,12 @@ def test_its_flops_are_counted_and_recorded(clean, name):
     steps = [m for m in read_metrics(clean(name)) if "loss" in m]
     per_step = found["flops_per_example"] * config.train.global_batch / 1e12
     assert all(m["tflops"] == pytest.approx(per_step / m["step_time"]) for m in steps)
+
+
+@SLOW
+def test_the_preset_on_text_reaches_what_it_states(tmp_path):
+    run_dir = prepare_run(load("hf-mamba", [f"run.root={tmp_path}", "tracking.enabled=false"]))
+    assert in_team(1, trained, run_dir, timeout_s=900) == ["FINISHED"]
+    *_, last = [m["eval_loss"] for m in read_metrics(run_dir) if "eval_loss" in m]
+    [stated] = [preset.held_out for preset in presets() if preset.name == "hf-mamba"]
+    assert last == pytest.approx(float(stated.split()[1]), abs=0.1)  # other Pythons have other libraries
