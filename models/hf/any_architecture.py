@@ -2,7 +2,7 @@
 
 import difflib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -67,6 +67,19 @@ class AnyArchitecture(nn.Module):
         how = {"use_reentrant": False, "preserve_rng_state": False}
         self.network.activation_checkpointing_enable(how, every_n_layers=every)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AnyArchitecture":
+        """Tables that no checkpoint holds, such as rotary frequencies, stay in fp32, as in a network that transformers
+        loads in bf16: rounded, they would move every position."""
+        tables = [
+            (part, name, part._buffers[name]) for part in self.modules() for name in part._non_persistent_buffers_set
+        ]
+        super()._apply(fn, recurse)
+        for part, name, before in tables:
+            after = part._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                part._buffers[name] = before.to(after.device)
+        return self
+
     def check(self, config: Config) -> None:
         """Raise ConfigError for what the run's other sections ask of this architecture and it does not have."""
 
@@ -103,7 +116,7 @@ class AnyLanguageModel(AnyArchitecture):
     def forward(self, batch: Batch) -> tuple[Tensor, ...]:
         if batch.document_ids is not None and not self.keeps_documents_apart:
             raise ConfigError(self._mixes_documents())
-        routed = bool(self.training and self.aux_weight)
+        routed = bool(self.training and self.aux_weight and not batch.input_ids.is_meta)
         found = self._passed(batch.input_ids, self._positions(batch), routed)
         labels = batch.labels.flatten()
         loss = F.cross_entropy(found.logits.float().flatten(0, 1), labels, ignore_index=IGNORE, reduction="sum")
@@ -137,13 +150,15 @@ class AnyLanguageModel(AnyArchitecture):
         return f"data.document_mask=true: {name} cannot keep the documents of a sequence apart: set it to false"
 
     def _positions(self, batch: Batch) -> Tensor | None:
-        """They tell transformers where a document begins; it would read them, which the meta device cannot."""
-        return batch.position_ids if self.keeps_documents_apart and not batch.position_ids.is_meta else None
+        """They tell transformers where a document begins."""
+        return batch.position_ids if self.keeps_documents_apart else None
 
     def _passed(
         self, ids: Tensor, positions: Tensor | None, routed: bool = False, visible: Tensor | None = None
     ) -> Any:
         given: dict[str, Any] = {"position_ids": positions, "output_router_logits": routed, "use_cache": False}
+        if ids.is_meta and "position_ids" in self.arguments:  # a mask that transformers need not read positions for
+            visible = torch.zeros(len(ids), 1, ids.shape[1], ids.shape[1], device=ids.device)
         given["attention_mask"] = visible
         return self.network(ids, **{key: value for key, value in given.items() if key in self.arguments})
 
@@ -253,7 +268,12 @@ def new_network(config: TransformersConfig) -> Any:
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return found(hf_config)
+            network = found(hf_config)
+            if (
+                torch.get_default_device().type == "meta"
+            ):  # elsewhere experts are looped over, by how many tokens they get
+                network.set_experts_implementation("batched_mm")
+            return network
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
         raise ConfigError(f"model.config: {config.architecture} cannot be built so: {clip(error, 300)}") from None
 

@@ -11,6 +11,7 @@ from configs import ConfigError, from_dict, resolve
 from configs.sections.model_from import take_model
 from models.batch import Batch
 from models.families import build, family_of
+from models.flops import counted_flops
 from models.init import fill
 from models.tasks.table import reads, task_of
 
@@ -168,6 +169,34 @@ def test_layers_are_computed_again(name):
             part.register_forward_pre_hook(lambda *_: calls.append(1))
     assert all(torch.equal(one, other) for one, other in zip(gradients(), plain, strict=True))
     assert len(calls) == 3  # one layer of two, once more
+
+
+def test_flops_are_of_the_experts_that_are_chosen():
+    config = from_dict({"model": section("MixtralForCausalLM").model_dump(), "data": {"path": "x"}})
+    width, inner, length = 32, 64, 16
+    attention, experts = width * (2 * width + 2 * 16), 2 * 3 * width * inner
+    matrices = 2 * (attention + 4 * width + experts) + VOCABULARY * width
+    scores = 2 * 2 * 2 * length * width  # of two layers: queries with keys, and with values
+    one = batch(inputs("MixtralForCausalLM"), documents=torch.zeros(2, 16, dtype=torch.int64))
+    assert counted_flops(config, one) == 3 * length * (2 * matrices + scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ALL)
+def test_in_bf16_it_computes_nearly_the_same(tmp_path, name):
+    module, x = network(name).eval(), inputs(name)
+
+    def found():
+        return module.logits(batch(x)) if name in LANGUAGE else module(x if name in IMAGES else batch(x))
+
+    exact = found()
+    tables = {key: each.clone() for key, each in module.named_buffers() if key.endswith("inv_freq")}
+    module.bfloat16()
+    assert not torch.equal(found(), exact)
+    assert (found() - exact).abs().max() < 0.05 * exact.std() + 0.02
+    buffers = dict(module.named_buffers())
+    assert all(torch.equal(buffers[key], each) for key, each in tables.items())
+    assert bool(tables) == (name in ("LlamaForCausalLM", "MixtralForCausalLM", "ModernBertForMaskedLM"))
 
 
 def test_the_class_decides_task_and_data():
