@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
@@ -26,6 +26,7 @@ from .generative import diffusion
 from .generative.autoencoder import Autoencoder
 from .hf.any_architecture import build_any
 from .hf.any_folder import Loaded, load_folder, save_folder
+from .hf.bidirectional import to_hf
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
@@ -48,6 +49,8 @@ class Family:
         section: its keys under `model:`. It also says how the network may be split.
         takes, gives: what the network does, in the words of `models.tasks.task.Task`; each one or several.
         hf: the Hugging Face architecture of a config, ConfigError if none matches; None: the family has none.
+        to_hf: config.json and the weights of transformers' class, for a family other than the decoder that has one;
+            raises ConfigError if the config computes something else.
     """
 
     build: Callable[[Any], nn.Module]
@@ -60,6 +63,7 @@ class Family:
     save: Callable[[Any, Path, Mapping[str, int | None] | None, torch.dtype | None, int], None] | None = None
     """Writes a module as such a folder, with the ids of special tokens, in a dtype, in files of at most so many bytes.
     """
+    to_hf: Callable[[Any, nn.Module], tuple[dict[str, Any], dict[str, Tensor]]] | None = None
     flops: Callable[[Config], float] | None = None
     """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`)."""
 
@@ -93,8 +97,8 @@ FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flop
 FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS["convnet"]._asdict())
 FAMILIES["gnn"] = Family(build=_gnn, section=GnnConfig, **FAMILY_ENDS["gnn"]._asdict())
 FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
-FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, **FAMILY_ENDS["encoder"]._asdict())
-FAMILIES["vit"] = Family(build=Vit, section=VitConfig, **FAMILY_ENDS["vit"]._asdict())
+FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, to_hf=to_hf, **FAMILY_ENDS["encoder"]._asdict())
+FAMILIES["vit"] = Family(build=Vit, section=VitConfig, to_hf=to_hf, **FAMILY_ENDS["vit"]._asdict())
 FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
 FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())
 FAMILIES["encoder_decoder"] = Family(encoder_decoder, EncoderDecoderConfig, **FAMILY_ENDS["encoder_decoder"]._asdict())

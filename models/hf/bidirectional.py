@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configs import ConfigError
 from configs.sections.families.encoder import EncoderConfig, LayersConfig, VitConfig
@@ -34,12 +34,18 @@ def their_name(name: str, config: LayersConfig) -> str:
     return re.sub(pattern, lambda found: names[found[0]], name)
 
 
-def to_theirs(state: Mapping[str, Tensor], config: LayersConfig) -> dict[str, Tensor]:
-    """Our parameters under transformers' names. The encoder has no token types: theirs are zeros."""
-    found = {their_name(name, config): tensor.detach() for name, tensor in state.items()}
+def to_hf(config: LayersConfig, module: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json of a resolved config, and our parameters under transformers' names. The encoder has no token types:
+    theirs are zeros.
+
+    Raises:
+        ConfigError: the class computes something else.
+    """
+    tree = to_config(config)
+    found = {their_name(name, config): tensor.detach() for name, tensor in module.named_parameters()}
     if isinstance(config, EncoderConfig):
         found[TYPES] = torch.zeros(2, config.hidden_size)
-    return found
+    return tree, found
 
 
 def from_theirs(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], config: LayersConfig) -> dict[str, Tensor]:
@@ -52,11 +58,7 @@ def from_theirs(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], config:
 
 
 def to_config(config: LayersConfig) -> dict[str, Any]:
-    """config.json of a resolved config.
-
-    Raises:
-        ConfigError: the class computes something else.
-    """
+    """config.json of a resolved config. Raises ConfigError as `to_hf`."""
     bert = isinstance(config, EncoderConfig)
     kind = "BertForMaskedLM" if bert else "ViTForImageClassification"
     needed: dict[str, Any] = {"activation": "gelu", "norm": "layer", "pre_norm": not bert}

@@ -51,7 +51,16 @@ def export_hf(
     Raises:
         ConfigError: no architecture in transformers computes the same as this model.
     """
-    to_architecture = FAMILIES[config.family].hf
+    family = FAMILIES[config.family]
+    if family.to_hf:
+        tree, state = family.to_hf(config, module)
+        to.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _write_json(to / "config.json", tree | (special_tokens or {}))
+        _write_tensors(
+            to, (_to_write(name, tensor, dtype or tensor.dtype) for name, tensor in state.items()), shard_bytes
+        )
+        return
+    to_architecture = family.hf
     if to_architecture is None:
         raise ConfigError(f"model.family={config.family} has no Hugging Face architecture")
     arch = to_architecture(config)
@@ -230,13 +239,11 @@ def _tensors(
         # A bf16 bias would choose different experts; transformers keeps it in fp32 too.
         kind = torch.float32 if name.endswith(BIAS) else dtype or tensor.dtype
         for theirs, index in pieces(name, tuple(tensor.shape), arch):
-            part = tensor.detach()[index]
-            size = part.numel() * kind.itemsize
+            yield _to_write(theirs, tensor.detach()[index], kind)
 
-            def get(part: Tensor = part, kind: torch.dtype = kind) -> Tensor:
-                return part.to("cpu", kind, copy=True).contiguous()
 
-            yield theirs, size, get
+def _to_write(name: str, tensor: Tensor, kind: torch.dtype) -> tuple[str, int, Callable[[], Tensor]]:
+    return name, tensor.numel() * kind.itemsize, lambda: tensor.to("cpu", kind, copy=True).contiguous()
 
 
 def _write_tensors(to: Path, tensors: Iterator[tuple[str, int, Callable[[], Tensor]]], shard_bytes: int) -> None:

@@ -107,7 +107,7 @@ def export(
     *,
     ema: bool = False,
 ) -> int:
-    """Write the model and tokenizer of a run as a Hugging Face folder. Returns the checkpoint's step.
+    """Write the model and tokenizer of a run, if it has one, as a Hugging Face folder. Returns the checkpoint's step.
 
     Args:
         dtype, shard_bytes: as for `models.hf.folder.export_hf`.
@@ -117,22 +117,15 @@ def export(
         ConfigError: as from `load_module` and `make_empty`; no Hugging Face architecture describes the model; the
             tokenizer cannot be used.
     """
-    save = family_of(with_plugins(read_config(run_dir)).model).save
-    module, config, found = load_module(run_dir, step, None if save else "tokens", ema=ema)
-    files: dict[str, bytes] = {}
-    special_tokens: dict[str, int | None] | None = None
-    if kind_read(config).endswith("tokens"):
-        folder, info = tokenizer_of(run_dir, config.data)
-        longest = getattr(config.model, "max_positions", config.train.seq_len)
-        with TokenizerProcess(folder, config.data.limits) as tokenizer:
-            tokenizer.trial()
-            files, special_tokens = hf_tokenizer(folder, info, tokenizer.token_to_id, longest)
+    family = family_of(with_plugins(read_config(run_dir)).model)
+    module, config, found = load_module(run_dir, step, None if family.save or family.to_hf else "tokens", ema=ema)
+    files, special_tokens = _tokenizer(run_dir, config) if kind_read(config).endswith("tokens") else ({}, None)
     largest = torch.finfo(dtype).max if dtype else math.inf
     if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
         raise ConfigError(f"{large} has values over {largest:.6g}, beyond {dtype}'s range: choose another --dtype")
     make_empty(to)
-    if save:
-        save(module, to, special_tokens, dtype, shard_bytes)
+    if family.save:
+        family.save(module, to, special_tokens, dtype, shard_bytes)
     else:
         export_hf(module, config.model, to, special_tokens, dtype=dtype, shard_bytes=shard_bytes)
     for name, content in files.items():
@@ -143,3 +136,13 @@ def export(
         print(f"muster: {to}: {NOT_QWEN2S}", file=sys.stderr)
         replace_bytes(to / "README.md", f"{NOT_QWEN2S}.\n".encode())
     return found
+
+
+def _tokenizer(run_dir: Path, config: Config) -> tuple[dict[str, bytes], dict[str, int | None]]:
+    """As `hf_tokenizer`."""
+    folder, info = tokenizer_of(run_dir, config.data)
+    with TokenizerProcess(folder, config.data.limits) as tokenizer:
+        tokenizer.trial()
+        masks = bool(getattr(config.model, "added_tokens", 0))
+        longest = getattr(config.model, "max_positions", config.train.seq_len)
+        return hf_tokenizer(folder, info, tokenizer.token_to_id, longest, masks)

@@ -10,7 +10,7 @@ from configs import ConfigError, from_dict
 from models.batch import Batch
 from models.decoder import attention
 from models.families import build
-from models.hf.bidirectional import from_theirs, to_config, to_theirs
+from models.hf.bidirectional import from_theirs, to_config, to_hf
 from models.init import fill
 from models.noise import dropout_keys_of
 from models.sequence.encoder import sine_waves
@@ -69,7 +69,7 @@ def test_it_is_hugging_faces(keys):
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
     assert expected.std() > 0.1
     # And back: of BERT's two token types ours has the first, added to the positions.
-    back = to_theirs(dict(module.named_parameters()), module.config)
+    _, back = to_hf(module.config, module)
     assert back.keys() == dict(theirs.named_parameters()).keys()
     other = reference(module, module.config)
     other.load_state_dict(back, strict=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from faults import kill_at_step, trained
 from plugin_runs import drawn, state
 from support import train_in_process
@@ -16,6 +17,8 @@ from teams import in_team
 
 from configs import ConfigError, from_dict, load
 from configs.load import presets
+from models.batch import Batch
+from trainer.checkpoint.export import load_module
 from trainer.checkpoint.store import Reader, folder
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run, read_config
@@ -107,6 +110,39 @@ def test_a_masked_model_is_measured_evaluated_and_shown(clean, muster):
     text = drawn(run_dir).read_text()
     assert len(re.findall(r"\[[^\]]*\|[^\]]*\]", text)) > 10
     assert text.count("-" * 80) == 3
+
+
+def test_an_exported_encoder_fills_in_masks_as_transformers_does(tmp_path, tiny_data, muster):
+    keys = {"positions": "learned", "pre_norm": False}
+    run_dir = make("encoder", tmp_path, tiny_data, model=keys, train={"steps": 1}, checkpoint={"every": 1})
+    assert train_in_process(run_dir) == 0
+    assert muster("export", str(run_dir), "--out", str(tmp_path / "bert"))[0] == 0
+    theirs = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "bert").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "bert")
+    module, _, _ = load_module(run_dir, reads=None)
+    text = f"def f{tokenizer.mask_token}(x):"
+    tokens = torch.tensor([tokenizer(text)["input_ids"]])
+    assert tokens[0, 5] == tokenizer.mask_token_id == 257
+    assert tokenizer.decode(tokens[0]) == text
+    places = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        found = module(Batch(tokens, tokens, places, None, torch.zeros(1, dtype=torch.long)))
+        assert torch.allclose(found, theirs(tokens).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_that_transformers_would_compute_otherwise_is_refused(clean, tmp_path, muster):
+    code, _, err = muster("export", str(clean("encoder")), "--out", str(tmp_path / "out"))
+    assert (code, "model.pre_norm=True: BertForMaskedLM has False" in err) == (2, True)
+
+
+@pytest.mark.slow
+def test_an_exported_vit_classifies_as_transformers_does(clean, tmp_path, muster):
+    assert muster("export", str(clean("vit")), "--out", str(tmp_path / "vit"))[0] == 0
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    module, _, _ = load_module(clean("vit"), reads=None)
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(module(images), theirs(images).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ _QWEN2_SPLIT = (
 )
 _SPECIAL_TOKENS = ("unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _MORE_SPECIAL_TOKENS = ("additional_special_tokens", "extra_special_tokens")
+MASK = "<|mask|>"
 _SIDES = ("left", "right")
 _KEPT: dict[str, Callable[[Any], bool]] = {
     "chat_template": lambda value: isinstance(value, str) or _are_named(value),
@@ -29,7 +30,11 @@ the one in tokenizer.json."""
 
 
 def hf_tokenizer(
-    folder: Path, info: TokenizerInfo, token_to_id: Callable[[str], int | None], max_length: int | None
+    folder: Path,
+    info: TokenizerInfo,
+    token_to_id: Callable[[str], int | None],
+    max_length: int | None,
+    masks: bool = False,
 ) -> tuple[dict[str, bytes], dict[str, int | None]]:
     """The files of an exported tokenizer, and the ids of special tokens for the model's configs.
 
@@ -41,23 +46,31 @@ def hf_tokenizer(
         folder: with tokenizer.json and the files that belong to it.
         token_to_id: of the tokenizer.
         max_length: longest sequence of the model, in tokens; None: not known.
+        masks: the model has a mask, whose id is the next after the tokenizer's.
 
     Returns:
         ({path in the folder: content}, {"bos_token_id", "eos_token_id" and "pad_token_id": id, or None if there is
         none}).
 
     Raises:
-        ConfigError: a file cannot be read.
+        ConfigError: a file cannot be read; the tokenizer has a token with the mask's name.
     """
     file = folder / TOKENIZER
     tree, files, given = _tree(file), beside(file), settings(file)
     files.pop(SPECIAL, None)  # it would repeat the settings, or contradict them
-    files[TOKENIZER] = _plain(tree, file)
+    if masks:
+        if token_to_id(MASK) is not None:
+            raise ConfigError(
+                f"{file} has a token {MASK} of its own, so the model's mask cannot be added under that name"
+            )
+        tree = {**tree, "added_tokens": [*(tree.get("added_tokens") or []), _special(MASK, info.vocab_size)]}
+    files[TOKENIZER] = _plain(tree, file, changed=masks)
 
     def known(token: Any) -> bool:
         return (name := content(token)) is not None and token_to_id(name) is not None
 
     special = {name: content(given[name]) for name in _SPECIAL_TOKENS if known(given.get(name))}
+    special |= {"mask_token": MASK} if masks else {}
     more = {name: _among(given[name], known) for name in _MORE_SPECIAL_TOKENS if name in given}
     written: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -105,14 +118,24 @@ def _tree(file: Path) -> dict[str, Any]:
     return tree
 
 
-def _plain(tree: Mapping[str, Any], file: Path) -> bytes:
+def _special(name: str, number: int) -> dict[str, Any]:
+    """An added token of tokenizer.json."""
+    plain = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": number, "content": name, "special": True, **plain}
+
+
+def _plain(tree: Mapping[str, Any], file: Path, changed: bool) -> bytes:
     """tokenizer.json without adding special tokens, truncation, padding and dropout; the file itself if it has none of
-    these."""
+    these, and the tree is not `changed`."""
     own = {key: tree.get(key) for key in ("truncation", "padding", "post_processor", "model")}
     plain = {"truncation": None, "padding": None, "post_processor": _adds_nothing(own["post_processor"])}
     model = own["model"]
     plain["model"] = {**model, "dropout": None} if isinstance(model, dict) and model.get("dropout") else model
-    return file.read_bytes() if own == plain else json.dumps({**tree, **plain}, ensure_ascii=False).encode()
+    return (
+        file.read_bytes()
+        if own == plain and not changed
+        else json.dumps({**tree, **plain}, ensure_ascii=False).encode()
+    )
 
 
 def _adds_nothing(processor: Any) -> Any:
