@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
-from configs.sections.families.encoder import EncoderConfig, VitConfig
+from configs.sections.families.encoder import EncoderConfig, MaeConfig, VitConfig
 from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig
 from configs.sections.families.graph import GnnConfig
 from configs.sections.families.hf import TransformersConfig
@@ -34,6 +34,7 @@ from .sequence.encoder import Encoder
 from .sequence.encoder_decoder import encoder_decoder
 from .sequence.recurrent import Recurrent, training_flops
 from .vision.convnet import ConvNet
+from .vision.mae import Mae
 from .vision.vit import Vit
 
 
@@ -98,6 +99,7 @@ FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS
 FAMILIES["gnn"] = Family(build=_gnn, section=GnnConfig, **FAMILY_ENDS["gnn"]._asdict())
 FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
 FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, to_hf=to_hf, **FAMILY_ENDS["encoder"]._asdict())
+FAMILIES["mae"] = Family(build=Mae, section=MaeConfig, **FAMILY_ENDS["mae"]._asdict())
 FAMILIES["vit"] = Family(build=Vit, section=VitConfig, to_hf=to_hf, **FAMILY_ENDS["vit"]._asdict())
 FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
 FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())

@@ -40,6 +40,7 @@ FAMILY_ENDS = {
     "neural_ode": Ends(("rows", "images"), ("classes", "numbers")),
     "gnn": Ends(("graphs", "nodes"), ("classes", "numbers")),
     "encoder_decoder": Ends("pairs", "next tokens"),
+    "mae": Ends("images", "patches"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -51,6 +52,7 @@ TASK_ENDS = {
     "regression": Ends(("rows", "graphs"), "numbers"),
     "sequence_to_sequence": Ends("pairs", "next tokens"),
     "contrastive": Ends("images", "embeddings"),
+    "masked_reconstruction": Ends("images", "patches"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

@@ -11,7 +11,7 @@ from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .families.convnet import ConvNetConfig
-from .families.encoder import EncoderConfig, VitConfig
+from .families.encoder import EncoderConfig, MaeConfig, VitConfig
 from .families.generative import AutoencoderConfig, DiffusionConfig
 from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
@@ -31,6 +31,7 @@ OURS: dict[str, type[ModelSection]] = {
     "convnet": ConvNetConfig,
     "encoder": EncoderConfig,
     "vit": VitConfig,
+    "mae": MaeConfig,
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
     "recurrent": RecurrentConfig,

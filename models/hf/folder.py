@@ -55,7 +55,7 @@ def export_hf(
     if family.to_hf:
         tree, state = family.to_hf(config, module)
         to.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _write_json(to / "config.json", tree | (special_tokens or {}))
+        _write_json(to / "config.json", {**tree, **(special_tokens or {})})
         _write_tensors(
             to, (_to_write(name, tensor, dtype or tensor.dtype) for name, tensor in state.items()), shard_bytes
         )

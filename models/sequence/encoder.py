@@ -4,7 +4,7 @@ Shapes: B sequences, T tokens, H hidden size, V vocabulary, K places in a sequen
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 from configs.sections.families.encoder import EncoderConfig, LayersConfig
 from models.batch import Batch
 from models.decoder.attention import Attention, Visibility, visibility
-from models.decoder.layers import SwiGLU
+from models.decoder.layers import SwiGLU, next_keys
 from models.decoder.pattern import Pattern
 from models.init import initialise
+from models.kernels.uncompiled import leave_uncompiled
 from models.noise import dropout
 from models.norm import RMSNorm
 from models.rope import rope_tables
@@ -48,17 +49,21 @@ class Layer(nn.Module):
         self.mlp = SwiGLU(size, inner) if config.activation == "swiglu" else plain
         self.pre_norm, self.rate = config.pre_norm, config.dropout
 
-    def forward(self, x_BTH: Tensor, shared: Shared, keys: Tensor | None, site: int) -> Tensor:
-        """`keys`, `site`: of `models.noise.dropout`; the layer has two places."""
+    def compile(self, *arguments: Any, **options: Any) -> None:
+        leave_uncompiled()
+        super().compile(*arguments, **options)
+
+    def forward(self, x_BTH: Tensor, shared: Shared, keys: Tensor | None) -> Tensor:
+        """`keys`: of `models.noise.dropout`, for this layer."""
         if self.pre_norm:
-            x_BTH = x_BTH + dropout(self.attention(self.attention_norm(x_BTH), *shared), keys, site, self.rate)
-            return x_BTH + dropout(self.mlp(self.mlp_norm(x_BTH)), keys, site + 1, self.rate)
-        x_BTH = self.attention_norm(x_BTH + dropout(self.attention(x_BTH, *shared), keys, site, self.rate))
-        return self.mlp_norm(x_BTH + dropout(self.mlp(x_BTH), keys, site + 1, self.rate))
+            x_BTH = x_BTH + dropout(self.attention(self.attention_norm(x_BTH), *shared), keys, 1, self.rate)
+            return x_BTH + dropout(self.mlp(self.mlp_norm(x_BTH)), keys, 2, self.rate)
+        x_BTH = self.attention_norm(x_BTH + dropout(self.attention(x_BTH, *shared), keys, 1, self.rate))
+        return self.mlp_norm(x_BTH + dropout(self.mlp(x_BTH), keys, 2, self.rate))
 
 
 class Stack(nn.Module):
-    """The layers, and with pre-norm a last norm. Their dropout has the places from 2 on."""
+    """The layers, and with pre-norm a last norm. Each layer has dropout keys of its own."""
 
     def __init__(self, config: LayersConfig):
         super().__init__()
@@ -70,7 +75,8 @@ class Stack(nn.Module):
         for number, layer in enumerate(self.layers, 1):
             again = self.recompute_every and number % self.recompute_every == 0 and torch.is_grad_enabled()
             run = partial(checkpoint, layer, use_reentrant=False, preserve_rng_state=False) if again else layer
-            x_BTH = run(x_BTH, shared, keys, 2 * number)
+            keys = next_keys(keys)
+            x_BTH = run(x_BTH, shared, keys)
         return x_BTH if self.norm is None else self.norm(x_BTH)
 
 
@@ -97,6 +103,10 @@ class Encoder(nn.Module):
     def set_activation_checkpointing(self, every: int) -> None:
         """Keep only the input of every k-th layer and recompute that layer in the backward pass; 0: none."""
         self.stack.recompute_every = every
+
+    def compiled_parts(self) -> list[nn.Module]:
+        """The modules that are compiled one by one."""
+        return list(self.stack.layers)
 
     def forward(self, batch: Batch, keys: Tensor | None = None, places_BK: Tensor | None = None) -> Tensor:
         """[B, T, V], or [B, K, V] of K places of each sequence.

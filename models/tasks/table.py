@@ -9,6 +9,7 @@ from .contrastive import Contrastive
 from .denoising import Denoising
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
+from .masked_reconstruction import MaskedReconstruction
 from .reconstruction import Reconstruction
 from .sequence_to_sequence import SequenceToSequence
 from .task import Task
@@ -31,6 +32,7 @@ TASKS["reconstruction"] = Reconstruction
 TASKS["denoising"] = Denoising
 TASKS["sequence_to_sequence"] = SequenceToSequence
 TASKS["contrastive"] = Contrastive
+TASKS["masked_reconstruction"] = MaskedReconstruction
 
 
 def task_of(config: Config) -> Task:

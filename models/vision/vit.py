@@ -19,10 +19,9 @@ class Vit(nn.Module):
     def __init__(self, config: VitConfig):
         super().__init__()
         self.config, size = config, config.hidden_size
-        patches = (config.image_size // config.patch_size) ** 2
         self.patches = nn.Conv2d(config.channels, size, config.patch_size, config.patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, size)) if config.pool == "token" else None
-        self.positions = nn.Parameter(torch.empty(1, patches + (config.pool == "token"), size))
+        self.positions = nn.Parameter(torch.empty(1, config.num_patches + (config.pool == "token"), size))
         self.stack, self.head = Stack(config), nn.Linear(size, config.outputs)
 
     def init_weights(self, seed: int) -> None:

@@ -92,27 +92,78 @@ class EncoderConfig(LayersConfig):
         return self
 
 
-class VitConfig(LayersConfig):
-    """A vision Transformer: an image is a sequence of patches (arXiv:2010.11929)."""
+class PatchesConfig(LayersConfig):
+    """An image as a sequence of patches."""
 
-    default_task: ClassVar[str] = "classification"
-
-    family: str = "vit"
     image_size: Size = 224
     """Height and width of an image."""
     patch_size: Size = 16
     """Height and width of a patch."""
     channels: Literal[1, 3] = 3
     """Of an image: that of data.images.channels."""
-    outputs: Size = 10
-    """Classes."""
-    pool: Literal["token", "mean"] = "token"
-    """What is classified: a class token's output (as in the paper), or the mean over the patches'."""
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.image_size % self.patch_size:
             raise ValueError(
                 f"model.image_size ({self.image_size}) is not a multiple of model.patch_size ({self.patch_size})"
+            )
+        return self
+
+
+class VitConfig(PatchesConfig):
+    """A vision Transformer (arXiv:2010.11929)."""
+
+    default_task: ClassVar[str] = "classification"
+
+    family: str = "vit"
+    outputs: Size = 10
+    """Classes."""
+    pool: Literal["token", "mean"] = "token"
+    """What is classified: a class token's output (as in the paper), or the mean over the patches'."""
+
+
+class MaeConfig(PatchesConfig):
+    """A masked autoencoder (arXiv:2111.06377): a vision Transformer on some patches, and a small one on all places."""
+
+    default_task: ClassVar[str] = "masked_reconstruction"
+
+    family: str = "mae"
+    mask_ratio: float = Field(0.75, gt=0, lt=1)
+    """Share of the patches that are hidden; at least one is, and one is not."""
+    decoder_layers: int = Field(2, gt=0, le=MOST_LAYERS)
+    """Layers of the decoder."""
+    decoder_size: Size = 128
+    """Width of the decoder's residual stream."""
+    decoder_heads: Size = 4
+    """Heads of the decoder's attention."""
+
+    @property
+    def kept(self) -> int:
+        """Patches that are not hidden."""
+        return min(max(1, self.num_patches - round(self.mask_ratio * self.num_patches)), self.num_patches - 1)
+
+    @property
+    def decoder(self) -> LayersConfig:
+        """Of the decoder's layers, which have no dropout."""
+        keys = {"num_layers": self.decoder_layers, "hidden_size": self.decoder_size, "num_heads": self.decoder_heads}
+        same = {key: getattr(self, key) for key in ("activation", "norm", "norm_eps", "pre_norm")}
+        return LayersConfig(**keys, **same)
+
+    @model_validator(mode="after")
+    def _decodes(self) -> Self:
+        if self.decoder_size % self.decoder_heads:
+            raise ValueError(
+                f"model.decoder_size ({self.decoder_size}) is not a multiple of model.decoder_heads "
+                f"({self.decoder_heads})"
+            )
+        if self.num_patches < 2:
+            raise ValueError(
+                f"model.patch_size ({self.patch_size}) makes one patch of the image: set it to less than "
+                f"model.image_size ({self.image_size})"
             )
         return self

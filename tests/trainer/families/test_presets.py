@@ -20,7 +20,7 @@ from trainer.run.folder import prepare_run
 SLOW = pytest.mark.slow
 STATED = {preset.name: preset.held_out for preset in presets() if load(preset.name).data.path in BUNDLED}
 METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse", "coverage": "eval_coverage"}
-METRICS |= {"linear-probe accuracy": "eval_probe_accuracy"}
+METRICS |= {"linear-probe accuracy": "eval_probe_accuracy", "loss": "eval_loss"}
 QUICK = ("xor", "wine", "diabetes", "nodes")
 """The others take a minute or more."""
 
