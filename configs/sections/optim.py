@@ -77,6 +77,9 @@ class OptimConfig(Section):
     """Plateau: evaluations in a row without an improvement after which the learning rate is lowered."""
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     """Plateau: factor of each drop."""
+    max_weight: PositiveFloat | None = None
+    """Clip each weight to this absolute value after each update, as of WGAN's critic (arXiv:1701.07875); None: never.
+    """
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Keep an exponential moving average of the weights in fp32, with this decay per step, such as 0.999; None: none.
     Step t, from 1, decays by min(ema_decay, (1 + t) / (10 + t)). Evaluations measure both weights, those being trained

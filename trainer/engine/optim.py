@@ -1,6 +1,7 @@
 """Optimizers and their parameter groups: torch's own where torch has them, plus Lion and a batched Muon."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +62,17 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimConfig) -> torch.
         "lion": lambda: Lion(groups, lr=lr, betas=betas),
         "muon": lambda: Muon(groups, lr=lr, betas=betas, eps=eps, momentum=config.momentum, nesterov=config.nesterov),
     }
-    return builders[config.name]()
+    optimizer = builders[config.name]()
+    if config.max_weight is not None:
+        optimizer.register_step_post_hook(partial(_clip_weights, config.max_weight))
+    return optimizer
+
+
+@torch.no_grad()
+def _clip_weights(limit: float, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    for group in optimizer.param_groups:
+        torch._foreach_clamp_min_(group["params"], -limit)
+        torch._foreach_clamp_max_(group["params"], limit)
 
 
 def clip_by_value(optimizer: torch.optim.Optimizer, limit: float) -> None:
