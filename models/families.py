@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from configs import Config, ModelConfig
 from configs.sections.families.convnet import ConvNetConfig
 from configs.sections.families.encoder import EncoderConfig, MaeConfig, VitConfig
-from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig
+from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig, GanConfig
 from configs.sections.families.graph import GnnConfig
 from configs.sections.families.hf import TransformersConfig
 from configs.sections.families.mlp import MlpConfig
@@ -24,6 +24,7 @@ from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 from .decoder.model import Decoder
 from .generative import diffusion
 from .generative.autoencoder import Autoencoder
+from .generative.gan import Gan
 from .hf.any_architecture import build_any
 from .hf.any_folder import Loaded, load_folder, save_folder
 from .hf.bidirectional import to_hf
@@ -110,6 +111,7 @@ FAMILIES["transformers"] = Family(
     **FAMILY_ENDS["transformers"]._asdict(),
 )  # fmt: skip
 FAMILIES["neural_ode"] = Family(build=_neural_ode, section=NeuralOdeConfig, **FAMILY_ENDS["neural_ode"]._asdict())
+FAMILIES["gan"] = Family(Gan, GanConfig, **FAMILY_ENDS["gan"]._asdict())
 
 
 def family_of(config: ModelSection) -> Family:

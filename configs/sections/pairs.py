@@ -41,6 +41,7 @@ FAMILY_ENDS = {
     "gnn": Ends(("graphs", "nodes"), ("classes", "numbers")),
     "encoder_decoder": Ends("pairs", "next tokens"),
     "mae": Ends("images", "patches"),
+    "gan": Ends("images", "images and logits"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -53,6 +54,7 @@ TASK_ENDS = {
     "sequence_to_sequence": Ends("pairs", "next tokens"),
     "contrastive": Ends("images", "embeddings"),
     "masked_reconstruction": Ends("images", "patches"),
+    "adversarial": Ends("images", "images and logits"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

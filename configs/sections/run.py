@@ -12,7 +12,7 @@ from .cluster import ClusterConfig
 from .data import DataConfig
 from .families.convnet import ConvNetConfig
 from .families.encoder import EncoderConfig, MaeConfig, VitConfig
-from .families.generative import AutoencoderConfig, DiffusionConfig
+from .families.generative import AutoencoderConfig, DiffusionConfig, GanConfig
 from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
 from .families.mlp import MlpConfig
@@ -34,6 +34,7 @@ OURS: dict[str, type[ModelSection]] = {
     "mae": MaeConfig,
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
+    "gan": GanConfig,
     "recurrent": RecurrentConfig,
     "transformers": TransformersConfig,
     "encoder_decoder": EncoderDecoderConfig,

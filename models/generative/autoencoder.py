@@ -1,5 +1,6 @@
 """Autoencoders: an encoder, a bottleneck (plain, of a VAE or of a VQ-VAE) and a decoder."""
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -62,11 +63,12 @@ class Autoencoder(nn.Module):
         latents = config.latents
         encoded = 2 * latents if config.bottleneck == "vae" else latents
         self.encoder, self.decoder = (_conv if config.network == "conv" else _mlp)(config, encoded)
-        self.bottleneck: nn.Module = {
+        kinds: dict[str, Callable[[], nn.Module]] = {
             "plain": lambda: Plain(config.sparsity == "kl"),
             "vae": Gaussian,
             "vq": lambda: Codebook(config.codes, latents),
-        }[config.bottleneck]()
+        }
+        self.bottleneck = kinds[config.bottleneck]()
 
     def forward(
         self, inputs: Tensor, noise: Tensor | None = None, projection: Tensor | None = None

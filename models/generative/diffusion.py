@@ -1,7 +1,7 @@
 """Networks that predict what noise is in an image: a U-Net and a Transformer (DiT), given the time and a class."""
 
 import math
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,14 +14,14 @@ class ZeroConv(nn.Conv2d):
     """It begins at 0, so that a residual block begins as the identity."""
 
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 class ZeroLinear(nn.Linear):
     def reset_parameters(self) -> None:
-        nn.init.zeros_(self.weight)
-        nn.init.zeros_(self.bias)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter)
 
 
 def sinusoid(places: Tensor, width: int) -> Tensor:
@@ -42,7 +42,7 @@ class Condition(nn.Module):
 
     def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Times [B] in [0, 1], labels [B] -> [B, given]."""
-        told = self.time(sinusoid(1000 * t, self.width).to(self.time[0].weight.dtype))
+        told = self.time(sinusoid(1000 * t, self.width).to(next(self.time.parameters()).dtype))
         return told if self.labels is None else told + self.labels(labels)
 
 
@@ -79,16 +79,20 @@ class AttentionBlock(nn.Module):
         return x + self.out(mixed.transpose(1, 2).view_as(x))
 
 
-class Resize(nn.Sequential):
+class Resize(nn.Module):
+    def __init__(self, *parts: nn.Module):
+        super().__init__()
+        self.parts = nn.Sequential(*parts)
+
     def forward(self, x: Tensor, told: Tensor) -> Tensor:
-        return super().forward(x)
+        return self.parts(x)
 
 
 def _norm(width: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(8, width), width)
 
 
-def _through(parts: Sequence[nn.Module], x: Tensor, told: Tensor) -> Tensor:
+def _through(parts: Any, x: Tensor, told: Tensor) -> Tensor:
     for part in parts:
         x = part(x, told)
     return x
@@ -182,18 +186,19 @@ class DiT(nn.Module):
         """As `UNet.forward`."""
         told = self.condition(t, labels)
         patches = F.pixel_unshuffle(images.to(told.dtype), self.size)
-        x = self.first(patches.flatten(2).transpose(1, 2)) + self._places(*patches.shape[2:], told)
+        x = self.first(patches.flatten(2).transpose(1, 2)) + self._places(patches)
         for block in self.blocks:
             x = block(x, told)
         shift, scale = self.told(told)[:, None].chunk(2, 2)
         x = self.last(self.norm(x) * (1 + scale) + shift)
         return F.pixel_shuffle(x.transpose(1, 2).unflatten(2, patches.shape[2:]), self.size)
 
-    def _places(self, height: int, width: int, like: Tensor) -> Tensor:
-        """[height * width, width of a patch]: half for the row, half for the column."""
-        rows, columns = (sinusoid(torch.arange(n, device=like.device), self.width // 2) for n in (height, width))
+    def _places(self, patches: Tensor) -> Tensor:
+        """[B, C, H, W] -> [H * W, width]: half for the row, half for the column."""
+        height, width = patches.shape[2:]
+        rows, columns = (sinusoid(torch.arange(n, device=patches.device), self.width // 2) for n in (height, width))
         grid = [rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)]
-        return torch.cat(grid, 2).flatten(0, 1).to(like.dtype)
+        return torch.cat(grid, 2).flatten(0, 1).to(patches.dtype)
 
 
 def build(config: DiffusionConfig) -> nn.Module:

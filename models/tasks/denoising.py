@@ -27,7 +27,7 @@ class Denoising(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         self.model: Any = config.model
-        self.path = Path(self.model)
+        self.path = Path(config.model)  # type: ignore[arg-type]
 
     @property
     def counts(self) -> tuple[int, str]:

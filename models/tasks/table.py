@@ -4,6 +4,7 @@ from configs import Config
 from configs.sections.family import no_such
 from configs.sections.pairs import TASK_ENDS, Ends, check_pair
 
+from .adversarial import Adversarial
 from .classification import Classification, Regression
 from .contrastive import Contrastive
 from .denoising import Denoising
@@ -33,6 +34,7 @@ TASKS["denoising"] = Denoising
 TASKS["sequence_to_sequence"] = SequenceToSequence
 TASKS["contrastive"] = Contrastive
 TASKS["masked_reconstruction"] = MaskedReconstruction
+TASKS["adversarial"] = Adversarial
 
 
 def task_of(config: Config) -> Task:

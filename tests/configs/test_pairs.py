@@ -30,6 +30,7 @@ FIT = {
     ("mlp", "contrastive"): {None: "images", "images": "images"},
     ("vit", "contrastive"): {None: "images", "images": "images"},
     ("mae", "masked_reconstruction"): {None: "images", "images": "images"},
+    ("gan", "adversarial"): {None: "images", "images": "images"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))

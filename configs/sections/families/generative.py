@@ -159,3 +159,58 @@ class DiffusionConfig(ModelSection):
                 f"{self.noise_steps} or fewer"
             )
         return self
+
+
+class GanConfig(ModelSection):
+    """A generator of square images and a discriminator between them and real ones, both convolutional (DCGAN,
+    arXiv:1511.06434)."""
+
+    default_task: ClassVar[str] = "adversarial"
+
+    family: str = "gan"
+    image_size: Size = 32
+    """Height and width of an image."""
+    channels: Literal[1, 3] = 3
+    """Of an image: that of data.images.channels."""
+    classes: Size | None = None
+    """Labels that images are made and judged by; None: without."""
+    latents: Size = 64
+    """Numbers that an image is made of."""
+    generator: Annotated[Widths, Field(min_length=1)] = (256, 128, 64)
+    """Channels of its stages, from the smallest images on; each stage doubles height and width."""
+    discriminator: Annotated[Widths, Field(min_length=1)] = (64, 128, 256)
+    """Channels of its stages, each of which halves height and width."""
+    discriminator_norm: Literal["none", "batch", "layer", "spectral"] = "spectral"
+    """spectral: no matrix or convolution stretches anything (arXiv:1802.05957); batch, layer: before activations, but
+    the first. The generator has BatchNorm."""
+    loss: Literal["minimax", "non_saturating", "wgan", "wgan_gp", "hinge"] = "non_saturating"
+    """minimax and non_saturating: arXiv:1406.2661, equation 1 and section 3; wgan: Wasserstein distance with clipped
+    weights (arXiv:1701.07875); wgan_gp: with a penalty on gradients (arXiv:1704.00028); hinge: arXiv:1705.02894."""
+    clip: float = Field(0.01, gt=0, le=1e6)
+    """wgan: largest absolute value of a weight of the discriminator."""
+    gradient_penalty: float = Field(10.0, ge=0, le=1e6)
+    """wgan_gp: weight of the penalty."""
+    discriminator_lr: float | None = Field(None, gt=0, le=1e6)
+    """Its peak learning rate; None: optim.lr."""
+    generator_lr: float | None = Field(None, gt=0, le=1e6)
+    """Its peak learning rate; None: optim.lr."""
+    discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Steps of the discriminator for each of the generator."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for key in ("generator", "discriminator"):
+            stages = len(getattr(self, key))
+            if self.image_size % 2**stages:
+                raise ValueError(
+                    f"model.image_size ({self.image_size}) is no multiple of {2**stages}, as the {stages} stages of "
+                    f"model.{key} need: set model.image_size and data.images.size to one, or fewer stages"
+                )
+        if self.loss == "wgan_gp" and self.discriminator_norm == "batch":
+            raise ValueError(
+                "model.discriminator_norm=batch mixes the images of a batch, but model.loss=wgan_gp penalises the "
+                "gradient of each one: set it to layer or none"
+            )
+        if self.loss == "wgan" and self.discriminator_norm == "spectral":
+            raise ValueError("model.discriminator_norm=spectral undoes model.clip of model.loss=wgan: set it to none")
+        return self

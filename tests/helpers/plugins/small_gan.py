@@ -1,7 +1,7 @@
 """A family of two networks and a task of two phases in one file: a GAN that generates images.
 
-    plugins: [gan.py]
-    model: {family: gan, size: 12, width: 16}
+    plugins: [small_gan.py]
+    model: {family: small_gan, size: 12, width: 16}
     data: {path: images.parquet, images: {channels: 1}}
 
 The discriminator and the generator have an optimizer each, with `model.discriminator_lr`, `model.generator_lr` and
@@ -27,9 +27,9 @@ from models.tasks.task import Modules, Nets, Phase, Sums, Task
 class GanConfig(ModelSection):
     """Keys under `model:`."""
 
-    default_task = "adversarial"
+    default_task = "small_game"
 
-    family: str = "gan"
+    family: str = "small_gan"
     size: int = Field(12, ge=4, le=64)
     """Height and width of an image."""
     width: int = Field(16, ge=1, le=4096)
@@ -64,7 +64,7 @@ class Gan(nn.Module):
         )
 
 
-class Adversarial(Task):
+class SmallGame(Task):
     """The non-saturating game (arXiv:1406.2661, section 3): each loss a sum over a batch's images, in nats."""
 
     reads, takes, gives = "images", "latents and images", "images and logits"
@@ -102,5 +102,5 @@ class Adversarial(Task):
         return found if dtype is None else getattr(found, dtype)()
 
 
-FAMILIES["gan"] = Family(build=Gan, section=GanConfig, takes="latents and images", gives="images and logits")
-TASKS["adversarial"] = Adversarial
+FAMILIES["small_gan"] = Family(build=Gan, section=GanConfig, takes="latents and images", gives="images and logits")
+TASKS["small_game"] = SmallGame

@@ -29,9 +29,18 @@ RUNS: dict[str, tuple[str, ...]] = {
         "digits-diffusion", "model.network=dit", "model.prediction=flow", "model.sampler=heun", "model.sample_steps=3",
         "model.measure_samples=false", "optim.ema_decay=null",
     ),
+    "gan": ("digits-gan", "model.discriminator_lr=null"),
+    "wgan": (
+        "digits-gan", "model.discriminator_lr=null", "model.loss=wgan", "model.discriminator_norm=none",
+        "model.discriminator_steps=2", "optim.ema_decay=null",
+    ),
+    "wgan_gp": (
+        "digits-gan", "model.discriminator_lr=null", "model.loss=wgan_gp", "model.discriminator_norm=layer",
+        "model.classes=null",
+    ),
 }  # fmt: skip
 """Preset and overrides of each."""
-NOT_ZERO_3 = ("contractive",)
+NOT_ZERO_3 = ("contractive", "gan", "wgan", "wgan_gp")
 """Refused there."""
 TIMES = ("time", "second", "flops", "mfu", "memory", "attempt", "wait")
 

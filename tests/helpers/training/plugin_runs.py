@@ -15,7 +15,7 @@ from trainer.run.plugins import with_plugins
 PLUGINS = Path(__file__).parents[1] / "plugins"
 MODELS: dict[str, dict[str, Any]] = {
     "small_convnet": {"classes": 3, "width": 8},
-    "gan": {"width": 8, "generator_every": 2, "generator_ema": 0.4, "spectral_norm": True},
+    "small_gan": {"width": 8, "generator_every": 2, "generator_ema": 0.4, "spectral_norm": True},
 }
 STEPS = 6
 

@@ -26,7 +26,7 @@ def average(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
 
 def test_it_is_of_the_phase_that_asks_for_it(clean):
     """Of the generator, whose weights change at steps 2, 4 and 6."""
-    run_dir = clean["gan"]
+    run_dir = clean["small_gan"]
     weights = {step: Reader(folder(run_dir, step)) for step in (2, 4)}
     before, after, still = (average(run_dir, step) for step in (2, 4, 5))
     assert set(after) == {name for name in weights[4].manifest.shapes["weight"] if name.startswith("generator.")}
@@ -39,7 +39,7 @@ def test_it_is_of_the_phase_that_asks_for_it(clean):
 
 
 def test_running_statistics_are_averaged_with_the_weights_they_belong_to(clean):
-    run_dir, name = clean["gan"], "generator.1.running_mean"
+    run_dir, name = clean["small_gan"], "generator.1.running_mean"
     before, now, still = (Reader(folder(run_dir, step)).manifest.state.memory for step in (2, 4, 5))
     assert {key for key in now if key.startswith("ema.")} == {f"ema.{name}", "ema.generator.1.running_var"}
     old, new, found = (torch.tensor(rows, dtype=torch.float64) for rows in (
@@ -54,7 +54,7 @@ def test_running_statistics_are_averaged_with_the_weights_they_belong_to(clean):
 
 
 def test_samples_are_drawn_with_it(clean):
-    run_dir, config = clean["gan"], read_with_plugins(clean["gan"])
+    run_dir, config = clean["small_gan"], read_with_plugins(clean["small_gan"])
     with Image.open(drawn(run_dir)) as image:
         found = np.asarray(image)
 
@@ -70,9 +70,9 @@ def test_samples_are_drawn_with_it(clean):
 
 
 def test_an_evaluation_measures_both_weights(clean, muster):
-    [record] = [m for m in read_metrics(clean["gan"]) if "eval_loss" in m]
+    [record] = [m for m in read_metrics(clean["small_gan"]) if "eval_loss" in m]
     assert abs(record["eval_loss"] - record["eval_loss_ema"]) > 1e-4
-    code, out, _ = muster("eval", str(clean["gan"]), "--sequences", "5", "--json", "--ema")
+    code, out, _ = muster("eval", str(clean["small_gan"]), "--sequences", "5", "--json", "--ema")
     assert (code, json.loads(out)["loss"]) == (0, pytest.approx(record["eval_loss_ema"], rel=1e-6))
     assert not any("ema" in key for m in read_metrics(clean["small_convnet"]) for key in m)
 

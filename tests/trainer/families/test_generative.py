@@ -1,4 +1,4 @@
-"""Runs of autoencoders and diffusion models: the same in any number of processes and through any number of lives."""
+"""Runs of autoencoders, GANs and diffusion models: the same in any number of processes, through any number of lives."""
 
 import signal
 from pathlib import Path
@@ -55,9 +55,9 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
 
 
 def test_rows_of_images_are_shown(clean):
-    """Originals, what is made of them, and for a VAE what it makes of its prior; 16 in each. Of a diffusion model, what
-    it makes: 16."""
-    for name in ("unet", "dit"):
+    """Originals, what is made of them, and for a VAE what it makes of its prior; 16 in each. Of a diffusion model and
+    a generator, what they make: 16."""
+    for name in ("unet", "dit", "gan"):
         with Image.open(drawn(clean[name])) as image:
             assert np.asarray(image).shape == (4 * 9 - 1, 4 * 9 - 1)
     for name, rows in {"vae": 3, "vqvae": 2, "denoising": 3, "contractive": 2}.items():
@@ -71,6 +71,13 @@ def test_samples_are_measured_in_evaluations_alone(clean):
         assert (runs.STEPS, key) in found
     assert not any(key in ("frechet", "coverage") for _, key in found)
     assert not any("coverage" in key for _, key in runs.numbers(clean["dit"]))
+
+
+def test_a_critics_weights_are_clipped(clean):
+    found = {name: weight.abs().max().item() for name, weight in runs.weights(clean["wgan"]).items()}
+    assert all(value <= 0.01 for name, value in found.items() if name.startswith("discriminator."))
+    assert found["discriminator.head.weight"] == pytest.approx(0.01)
+    assert max(found.values()) > 0.1
 
 
 def test_another_size_of_images_is_refused(tmp_path):

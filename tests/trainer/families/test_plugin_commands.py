@@ -37,7 +37,7 @@ FAMILIES = pytest.mark.parametrize("family", MODELS)
 
 
 REFUSED = {
-    "ZeRO-3 and two engines": ("gan", {"parallel": {"zero_stage": 3}}, r"parallel\.zero_stage=3: .* 2 phases"),
+    "ZeRO-3 and two engines": ("small_gan", {"parallel": {"zero_stage": 3}}, r"parallel\.zero_stage=3: .* 2 phases"),
     "a cut": ("small_convnet", {"parallel": {"tp": 2}}, r"model\.family=small_convnet cannot be split by tp"),
     "padding in a BatchNorm": (
         "small_convnet",
@@ -75,8 +75,8 @@ PHASES = {
 
 @pytest.mark.parametrize(("phases", "message"), PHASES.values(), ids=PHASES)
 def test_every_parameter_is_of_one_phase(clean, monkeypatch, phases, message):
-    config = read_with_plugins(clean["gan"])
-    monkeypatch.setitem(TASKS, "adversarial", type("Other", (TASKS["adversarial"],), {"phases": phases}))
+    config = read_with_plugins(clean["small_gan"])
+    monkeypatch.setitem(TASKS, "small_game", type("Other", (TASKS["small_game"],), {"phases": phases}))
     with pytest.raises(ConfigError, match=message), torch.device("meta"):
         check_model(config)
 

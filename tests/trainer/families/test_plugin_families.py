@@ -37,8 +37,8 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, images, clean, f
     assert numbers(run_dir) == numbers(clean[family])
 
 
-ZERO = [("small_convnet", 1), ("gan", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
-    ("small_convnet", 0), ("small_convnet", 2), ("small_convnet", 3), ("gan", 0), ("gan", 1),
+ZERO = [("small_convnet", 1), ("small_gan", 2), *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+    ("small_convnet", 0), ("small_convnet", 2), ("small_convnet", 3), ("small_gan", 0), ("small_gan", 1),
 ])]  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def test_two_processes_measure_what_one_does(tmp_path, images, clean, family, ze
     # After one step, from the same weights, bit for bit: though each process saw half of the micro-batches.
     found, expected = (Reader(folder(where, 1)).manifest.state.memory for where in (run_dir, clean[family]))
     assert found == expected
-    spectral = ["_u", "_v"] if family == "gan" else []
+    spectral = ["_u", "_v"] if family == "small_gan" else []
     assert sorted({name.rpartition(".")[2] for name in found}) == [*spectral, "running_mean", "running_var"]
     assert any(any(rows[0]) for name, rows in found.items() if name.endswith("mean"))
 
@@ -72,9 +72,9 @@ def test_a_classifier_shows_a_table(clean):
 
 
 def test_a_gan_shows_a_grid_of_images(clean):
-    with Image.open(drawn(clean["gan"])) as image:
+    with Image.open(drawn(clean["small_gan"])) as image:
         pixels = np.asarray(image)
-    config = read_with_plugins(clean["gan"])
+    config = read_with_plugins(clean["small_gan"])
     count = min(SHOWN, len(kind_of(config).open(config, "held_out")))
     across = math.ceil(count**0.5)
     assert pixels.shape == (math.ceil(count / across) * 13 - 1, across * 13 - 1)
@@ -110,7 +110,7 @@ def test_a_run_begins_from_another_of_its_family(tmp_path, images, clean):
 
 
 WRONG_STARTS = {
-    "another family": ("gan", {}, r"is of model\.family=small_convnet, but this run's is gan"),
+    "another family": ("small_gan", {}, r"is of model\.family=small_convnet, but this run's is small_gan"),
     "another shape": ("small_convnet", {"model": {"width": 16}}, r"the model's is \[16, 1, 3, 3\]: set model\.width=8"),
     "no MLPs": (
         "small_convnet",
@@ -128,8 +128,8 @@ def test_a_start_that_does_not_fit_is_refused(tmp_path, images, clean, family, s
 
 
 BF16 = [
-    ("gan", 0),
-    *(pytest.param(*case, marks=SLOW) for case in [("small_convnet", 0), ("small_convnet", 1), ("gan", 1)]),
+    ("small_gan", 0),
+    *(pytest.param(*case, marks=SLOW) for case in [("small_convnet", 0), ("small_convnet", 1), ("small_gan", 1)]),
 ]
 
 
@@ -147,17 +147,17 @@ def test_bf16_measures_nearly_what_fp32_does(tmp_path, images, clean, family, ze
 
 
 def test_phases_take_their_turns(clean):
-    steps = [m for m in read_metrics(clean["gan"]) if "loss" in m]
+    steps = [m for m in read_metrics(clean["small_gan"]) if "loss" in m]
     assert ["loss_generator" in m for m in steps] == [False, True] * 3
     assert [m["lr"] / m["lr_generator"] for m in steps] == pytest.approx([2.0] * STEPS)
-    manifest = Reader(folder(clean["gan"], STEPS)).manifest
+    manifest = Reader(folder(clean["small_gan"], STEPS)).manifest
     assert manifest.scalars == {"discriminator.step": 6.0, "generator.step": 3.0}
     assert {name.partition(".")[0] for name in manifest.shapes["weight"]} == {"discriminator", "generator"}
 
 
 @pytest.mark.parametrize("zero", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_phase_skips_a_step_that_is_not_finite(tmp_path, images, zero):
-    run_dir = make("gan", tmp_path, images, parallel={"zero_stage": zero})
+    run_dir = make("small_gan", tmp_path, images, parallel={"zero_stage": zero})
     assert train_in_process(run_dir, spoil_phase, "generator", 4) == 0
     assert [event["step"] for event in read_events(run_dir) if event["event"] == "skipped_step"] == [4]
     before, after, end = (Reader(folder(run_dir, step)) for step in (2, 4, 6))

@@ -19,7 +19,7 @@ from trainer.run.folder import prepare_run
 
 SLOW = pytest.mark.slow
 STATED = {preset.name: preset.held_out for preset in presets() if load(preset.name).data.path in BUNDLED}
-METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse", "coverage": "eval_coverage"}
+METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse", "coverage": "eval_coverage_ema"}
 METRICS |= {"linear-probe accuracy": "eval_probe_accuracy", "loss": "eval_loss"}
 QUICK = ("xor", "wine", "diabetes", "nodes")
 """The others take a minute or more."""
