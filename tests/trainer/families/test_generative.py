@@ -1,6 +1,7 @@
 """Runs of autoencoders, GANs and diffusion models: the same in any number of processes, through any number of lives."""
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import generative_runs as runs
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from faults import kill_at_step
-from generative_runs import EVERY, RUNS, make, trained_in_turn
+from generative_runs import EVERY, NOT_ZERO_3, RUNS, make, trained_in_turn
 from PIL import Image
 from plugin_runs import drawn, state
 from support import train_in_process
@@ -18,63 +19,79 @@ from configs import ConfigError
 from trainer.record.lines import read_events
 
 SLOW = pytest.mark.slow
-QUICK = ("vae",)
-"""Those that a quick test kills; all of them are compared across processes."""
+QUICK = ("vae", "unet", "gan")
+"""One of each family; the others are trained by slow tests alone."""
+OTHERS = tuple(name for name in RUNS if name not in QUICK)
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory) -> dict[str, Path]:
-    """Never stopped, in one process."""
-    made = {name: make(name, tmp_path_factory.mktemp("clean")) for name in RUNS}
-    assert in_team(1, trained_in_turn, list(made.values())) == [["FINISHED"] * len(made)]
-    return made
+def clean(tmp_path_factory) -> Callable[..., dict[str, Path]]:
+    """Runs by their names, never stopped, in one process for those that are asked for together."""
+    made: dict[str, Path] = {}
+
+    def of(*names: str) -> dict[str, Path]:
+        new = {name: make(name, tmp_path_factory.mktemp("clean")) for name in names if name not in made}
+        if new:
+            assert in_team(1, trained_in_turn, list(new.values())) == [["FINISHED"] * len(new)]
+        made.update(new)
+        return {name: made[name] for name in names}
+
+    return of
 
 
-@pytest.mark.parametrize("zero", [1, *(pytest.param(stage, marks=SLOW) for stage in (0, 2, 3))])
-def test_two_processes_train_as_one_does(tmp_path, clean, zero):
-    names = [name for name in RUNS if zero < 3 or name not in runs.NOT_ZERO_3]
+TEAMS = [(QUICK, 1), *(pytest.param(names, zero, marks=SLOW) for names, zero in (
+    (OTHERS, 1), (tuple(RUNS), 0), (tuple(RUNS), 2), (tuple(name for name in RUNS if name not in NOT_ZERO_3), 3),
+))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("names", "zero"), TEAMS, ids=["quick-1", "others-1", "all-0", "all-2", "some-3"])
+def test_two_processes_train_as_one_does(tmp_path, clean, names, zero):
     made = [make(name, tmp_path, "parallel.dp=2", f"parallel.zero_stage={zero}") for name in names]
     assert in_team(2, trained_in_turn, made) == [["FINISHED"] * len(made)] * 2
     for name, run_dir in zip(names, made, strict=True):
-        mine, one = runs.numbers(run_dir), runs.numbers(clean[name])
+        one = clean(*names)[name]
+        mine = runs.numbers(run_dir)
         assert len(mine) > 20
-        assert mine == pytest.approx(one, rel=1e-5, abs=1e-5), name
-        found, wanted = runs.weights(run_dir), runs.weights(clean[name])
+        assert mine == pytest.approx(runs.numbers(one), rel=1e-5, abs=1e-5), name
+        found, wanted = runs.weights(run_dir), runs.weights(one)
         assert found.keys() == wanted.keys()
         assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-5) for key in wanted), name
 
 
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=SLOW) for name in RUNS])
+@pytest.mark.parametrize("name", ["unet", *(pytest.param(name, marks=SLOW) for name in RUNS if name != "unet")])
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     run_dir = make(name, tmp_path, "checkpoint.background=false")
     assert train_in_process(run_dir, kill_at_step, EVERY + 2, signal.SIGKILL) == -signal.SIGKILL
     assert train_in_process(run_dir) == 0
     assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [EVERY]
-    assert state(run_dir, runs.STEPS) == state(clean[name], runs.STEPS)
-    assert runs.numbers(run_dir) == runs.numbers(clean[name])
+    one = clean(name)[name]
+    assert state(run_dir, runs.STEPS) == state(one, runs.STEPS)
+    assert runs.numbers(run_dir) == runs.numbers(one)
 
 
-def test_rows_of_images_are_shown(clean):
-    """Originals, what is made of them, and for a VAE what it makes of its prior; 16 in each. Of a diffusion model and
-    a generator, what they make: 16."""
-    for name in ("unet", "dit", "gan"):
-        with Image.open(drawn(clean[name])) as image:
-            assert np.asarray(image).shape == (4 * 9 - 1, 4 * 9 - 1)
-    for name, rows in {"vae": 3, "vqvae": 2, "denoising": 3, "contractive": 2}.items():
-        with Image.open(drawn(clean[name])) as image:
-            assert np.asarray(image).shape == (9 * rows - 1, 16 * 9 - 1), name
+SHOWN = {"vae": (3, 16), "unet": (4, 4), "gan": (4, 4)}
+"""Rows and columns of images. Of a VAE: originals, what is made of them, and what it makes of its prior."""
+MORE = {"vqvae": (2, 16), "denoising": (3, 16), "contractive": (2, 16), "dit": (4, 4)}
+
+
+@pytest.mark.parametrize("shown", [SHOWN, pytest.param(MORE, marks=SLOW)])
+def test_images_are_shown(clean, shown):
+    for name, run_dir in clean(*shown).items():
+        with Image.open(drawn(run_dir)) as image:
+            assert np.asarray(image).shape == tuple(9 * count - 1 for count in shown[name]), name
 
 
 def test_samples_are_measured_in_evaluations_alone(clean):
-    found = runs.numbers(clean["unet"])
-    for key in ("eval_frechet", "eval_coverage", "eval_frechet_ema", "eval_coverage_ema"):
-        assert (runs.STEPS, key) in found
-    assert not any(key in ("frechet", "coverage") for _, key in found)
-    assert not any("coverage" in key for _, key in runs.numbers(clean["dit"]))
+    for name in ("unet", "gan"):
+        found = runs.numbers(clean(*QUICK)[name])
+        for key in ("eval_frechet", "eval_coverage", "eval_frechet_ema", "eval_coverage_ema"):
+            assert (runs.STEPS, key) in found
+        assert not any(key in ("frechet", "coverage") for _, key in found)
 
 
+@SLOW
 def test_a_critics_weights_are_clipped(clean):
-    found = {name: weight.abs().max().item() for name, weight in runs.weights(clean["wgan"]).items()}
+    found = {name: weight.abs().max().item() for name, weight in runs.weights(clean("wgan")["wgan"]).items()}
     assert all(value <= 0.01 for name, value in found.items() if name.startswith("discriminator."))
     assert found["discriminator.head.weight"] == pytest.approx(0.01)
     assert max(found.values()) > 0.1
