@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from configs import Config
 from configs.sections.families.recurrent import GATES, Cell, RecurrentConfig
@@ -21,12 +20,6 @@ from models.noise import dropout, dropout_keys_of
 
 LOSS_CHUNK = 4096
 """Tokens whose logits are in memory at once."""
-CELLS: dict[Cell, tuple[Callable[..., nn.RNNBase], dict[str, Any]]] = {
-    "tanh": (nn.RNN, {"nonlinearity": "tanh"}),
-    "relu": (nn.RNN, {"nonlinearity": "relu"}),
-    "gru": (nn.GRU, {}),
-    "lstm": (nn.LSTM, {}),
-}
 
 
 class Part(NamedTuple):
@@ -55,22 +48,35 @@ def parts(batch: Batch, every: int) -> list[Part]:
     return found
 
 
-class Layer(nn.Module):
-    """One of torch's recurrent layers, [B, T, inputs] -> [B, T, H]."""
+class InParts(nn.RNNBase):
+    """One of torch's recurrent layers, [B, T, inputs] -> [B, T, H]. It is called once for all parts: under ZeRO-3 a
+    call gathers its weights from all processes, whose batches have different parts."""
 
-    def __init__(self, config: RecurrentConfig, inputs: int):
-        super().__init__()
-        kind, more = CELLS[config.cell]
-        self.cell = kind(inputs, config.hidden_size, batch_first=True, **more)
-
-    def forward(self, x_BTH: Tensor, window: list[Part]) -> Tensor:
+    def forward(self, x_BTH: Tensor, window: list[Part]) -> Tensor:  # type: ignore[override]
         found, state = [], None
         for part in window:
             if state is not None:
                 state = _each(state, partial(_passed_on, part))
-            out, state = self.cell(x_BTH[:, part.tokens], state)
+            out, state = super().forward(x_BTH[:, part.tokens], state)
             found.append(out)
         return torch.cat(found, 1)
+
+
+class Elman(InParts, nn.RNN): ...  # type: ignore[misc]
+
+
+class Gru(InParts, nn.GRU): ...  # type: ignore[misc]
+
+
+class Lstm(InParts, nn.LSTM): ...  # type: ignore[misc]
+
+
+CELLS: dict[Cell, tuple[Callable[..., InParts], dict[str, Any]]] = {
+    "tanh": (Elman, {"nonlinearity": "tanh"}),
+    "relu": (Elman, {"nonlinearity": "relu"}),
+    "gru": (Gru, {}),
+    "lstm": (Lstm, {}),
+}
 
 
 def _passed_on(part: Part, state_1BH: Tensor) -> Tensor:
@@ -91,21 +97,17 @@ class Recurrent(nn.Module):
         assert config.vocab_size is not None, "resolve() fills model.vocab_size"
         self.config, self.dropout_seed = config, 0
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
-        self.layers = nn.ModuleList(Layer(config, inputs) for inputs in config.inputs)
-        if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def head_weight(self) -> Tensor:
-        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        kind, more = CELLS[config.cell]
+        layers = (kind(inputs, config.hidden_size, batch_first=True, **more) for inputs in config.inputs)
+        self.layers = nn.ModuleList(layers)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self, seed: int) -> None:
-        """torch's own initial values, but a tied embedding's are as small as an output layer's; seeds dropout."""
+        """torch's own initial values; a tied embedding has those of the output layer. Seeds dropout."""
         reset(self, seed)
         self.dropout_seed = seed
-        if self.config.tie_embeddings:
-            with torch.no_grad():
-                self.embed_tokens.weight.mul_(self.config.width**-0.5)
 
     def hidden(self, batch: Batch) -> Tensor:
         """States of the last layer, [B, T, H]."""
@@ -118,11 +120,11 @@ class Recurrent(nn.Module):
 
     def forward(self, batch: Batch) -> LossOutput:
         hidden_SH = self.hidden(batch).flatten(0, 1)
-        return chunked_cross_entropy(hidden_SH, self.head_weight, batch.labels.flatten(), LOSS_CHUNK)
+        return chunked_cross_entropy(hidden_SH, self.lm_head.weight, batch.labels.flatten(), LOSS_CHUNK)
 
     def logits(self, batch: Batch) -> Tensor:
         """[B, T, V]."""
-        return F.linear(self.hidden(batch), self.head_weight)
+        return self.lm_head(self.hidden(batch))
 
 
 def training_flops(config: Config) -> float:

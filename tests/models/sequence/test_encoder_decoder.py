@@ -92,19 +92,22 @@ def test_attention_is_its_equations(network):
         memory.append(states if order == 1 else states.flip(0))
     h_S2H = torch.cat(memory, 1)
     state = torch.tanh(module.bridge(memory[1][0]))
-    out = torch.zeros(8)
+    out, own = torch.zeros(8), dict(module.decoder.named_parameters())
+    cell = nn.GRUCell(module.decoder.input_size, 8)
+    cell.load_state_dict({name: own[f"{name}_l0"] for name in cell.state_dict()})
     for place, y in enumerate(module.shared(target)[0]):
 
         def read(s: torch.Tensor) -> torch.Tensor:
             if network == "bahdanau":
-                scores = [module.score(torch.tanh(module.of_state(s) + module.of_source(h))) for h in h_S2H]
-                return torch.cat(scores).softmax(0) @ h_S2H
+                query = own["of_state"] @ s + own["of_both"]
+                scores = [own["score"] @ torch.tanh(query + module.of_source(h)) for h in h_S2H]
+                return torch.stack(scores).softmax(0) @ h_S2H
             return torch.stack([s @ module.of_source(h) for h in h_S2H]).softmax(0) @ h_S2H
 
         fed = read(state) if network == "bahdanau" else out
-        state = module.cells[0](torch.cat([y, fed])[None], state[None])[0]
+        state = cell(torch.cat([y, fed])[None], state[None])[0]
         seen = [fed, y] if network == "bahdanau" else [read(state)]
-        out = torch.tanh(module.readout(torch.cat([state, *seen])))
+        out = torch.tanh(own["readout"] @ torch.cat([state, *seen]) + own["offset"])
         whole = module(source, torch.ones_like(source, dtype=torch.bool), target)
         assert torch.allclose(module.lm_head(out), whole[0, place], atol=1e-6)
 
