@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from configs import Config, ConfigError
 from configs.reading.parse import clip
 from configs.sections.families.hf import (
+    INFINITE,
     CausalLanguageModel,
     ImageClassifier,
     LanguageModel,
@@ -181,7 +182,7 @@ class AnyLanguageModel(AnyArchitecture):
         """
         ids = self._probe_tokens()
         changed = ids.clone()
-        changed[0, token] = (ids[0, token] + 1) % self.config.vocab_size
+        changed[0, token] = (ids[0, token] + 1) % (self.config.vocab_size or 1)
         places = torch.arange(PROBE, device=ids.device)[None]
         documents = places // document if self.keeps_documents_apart else None
         batches = (Batch(each, each, places % document, documents, places[:, 0]) for each in (ids, changed))
@@ -192,9 +193,8 @@ class AnyLanguageModel(AnyArchitecture):
         return self._passed(batch.input_ids, self._positions(batch)).logits
 
     def _probe_tokens(self) -> Tensor:
-        size, device = self.config.vocab_size, next(self.parameters()).device
-        assert size
-        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % size
+        device = next(self.parameters()).device
+        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % (self.config.vocab_size or 1)
 
     def _probed(self) -> Tensor:
         return self._passed(self._probe_tokens(), None).logits
@@ -283,7 +283,7 @@ def class_of(config: TransformersConfig) -> Any:
     import transformers
     from transformers.models.auto import modeling_auto
 
-    listed = {
+    listed: Any = {
         CausalLanguageModel: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MaskedLanguageModel: modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         ImageClassifier: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
@@ -303,7 +303,7 @@ def class_of(config: TransformersConfig) -> Any:
 
 def config_of(config: TransformersConfig, found: Any) -> Any:
     """The `transformers.PreTrainedConfig` of a class, without dropout. Raises ConfigError."""
-    kind, keys = found.config_class, dict(config.config)
+    kind, keys = found.config_class, {key: _decoded(value) for key, value in config.config.items()}
     known = keys_of(kind)
     for key in keys:
         if key not in known:
@@ -326,6 +326,14 @@ def config_of(config: TransformersConfig, found: Any) -> Any:
     except Exception as error:  # its checks raise errors of many kinds, one of them huggingface_hub's own
         raise ConfigError(f"model.config: {kind.__name__} refuses it: {clip(error, 300)}") from None
     return made
+
+
+def _decoded(value: Any) -> Any:
+    """A value of config.json, in which {"__float__": "Infinity"} stands for infinity."""
+    if isinstance(value, dict):
+        plain = {key: _decoded(each) for key, each in value.items()}
+        return float(plain[INFINITE]) if plain.keys() == {INFINITE} else plain
+    return [_decoded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 def _without_noise(config: Any) -> None:

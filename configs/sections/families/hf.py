@@ -31,6 +31,8 @@ REFUSED = {
 """Keys that say how a network is run or where it comes from, not what it computes: some would fetch code or weights."""
 COUNTED = ("layer", "depth", "block", "stage", "expert")
 """Parts of the names of keys that say how often something is built."""
+INFINITE = "__float__"
+"""Key under which transformers writes infinity, which JSON lacks."""
 DEEPEST, MOST_ENTRIES = 6, 1000
 
 
@@ -152,6 +154,8 @@ def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, 
 
 def _check(path: tuple[str, ...], value: Any) -> None:
     key, name = path[-1], ".".join(path)
+    if key == INFINITE and value in ("Infinity", "-Infinity"):
+        return
     if len(path) == 1 and key in SET_ELSEWHERE:
         raise ValueError(f"{key}: {SET_ELSEWHERE[key]} instead")
     if any(each.startswith("_") or each in REFUSED for each in path) or path == ("model_type",):

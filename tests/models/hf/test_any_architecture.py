@@ -22,8 +22,12 @@ LANGUAGE = {
     "LlamaForCausalLM": {**SIZES, "num_key_value_heads": 2},
     "MixtralForCausalLM": EXPERTS,
     "MambaForCausalLM": {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8},
+    "Mamba2ForCausalLM": {
+        "hidden_size": 32, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1,
+        "chunk_size": 16,
+    },
     "BertLMHeadModel": {**SIZES, "is_decoder": True},
-}
+}  # fmt: skip
 MASKED = {"BertForMaskedLM": SIZES, "ModernBertForMaskedLM": SIZES}
 IMAGES = {
     "ViTForImageClassification": {**SIZES, "image_size": 12, "patch_size": 4},

@@ -1,6 +1,8 @@
 """The presets on bundled data reach what they say, in any number of processes, through any number of lives."""
 
 import signal
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -54,28 +56,35 @@ RUNS = {
     "digits-simclr": ("train.steps=40", "checkpoint.every=20", "train.global_batch=64", "train.micro_batch=32"),
 }
 """Whole, or its beginning."""
-EACH_RUN = pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[SLOW] if n in ("nodes", "digits-simclr") else []) for n in RUNS]
-)
+LATER = ("nodes", "digits-simclr")
+EACH_RUN = pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW if n in LATER else ()) for n in RUNS])
 
 
 @pytest.fixture(scope="module")
-def clean(tmp_path_factory) -> dict[str, Path]:
-    """Never stopped, in one process."""
+def clean(tmp_path_factory) -> Callable[[str], Path]:
+    """Each never stopped, in one process, trained when it is first asked for."""
     root = tmp_path_factory.mktemp("clean")
-    runs = {name: make(name, root, *overrides) for name, overrides in RUNS.items()}
-    for run_dir in runs.values():
+
+    @cache
+    def trained_once(name: str) -> Path:
+        run_dir = make(name, root, *RUNS[name])
         assert train_in_process(run_dir) == 0
-    return runs
+        return run_dir
+
+    return trained_once
 
 
-@EACH_RUN
-def test_two_processes_measure_what_one_does(tmp_path, clean, name):
-    run_dir = make(name, tmp_path, *RUNS[name], "parallel.dp=2")
+STAGES = [pytest.param(name, 1, marks=SLOW if name in LATER else ()) for name in RUNS]
+STAGES += [pytest.param("digits-simclr", zero, marks=SLOW) for zero in (0, 2, 3)]
+
+
+@pytest.mark.parametrize(("name", "zero"), STAGES)
+def test_two_processes_measure_what_one_does(tmp_path, clean, name, zero):
+    run_dir = make(name, tmp_path, *RUNS[name], "parallel.dp=2", f"parallel.zero_stage={zero}")
     assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]
     mine, one = (
         {(m["step"], key): m[key] for m in read_metrics(where) for key in ("loss", "eval_loss") if key in m}
-        for where in (run_dir, clean[name])
+        for where in (run_dir, clean(name))
     )
     assert len(mine) > 40
     assert mine == pytest.approx(one, rel=0, abs=1e-6)
@@ -88,8 +97,8 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     assert train_in_process(run_dir, kill_at_step, every + 7, signal.SIGKILL) == -signal.SIGKILL
     assert train_in_process(run_dir) == 0
     assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [every]
-    assert state(run_dir, last) == state(clean[name], last)
-    assert numbers(run_dir) == numbers(clean[name])
+    assert state(run_dir, last) == state(clean(name), last)
+    assert numbers(run_dir) == numbers(clean(name))
 
 
 @pytest.mark.parametrize(
