@@ -31,13 +31,17 @@ def preset_names() -> list[str]:
 
 
 class Preset(NamedTuple):
-    """What the first comments of a preset say of it."""
+    """What a preset trains, and what its first comments say of it."""
 
     name: str
+    family: str
+    task: str
     trains: str
     data: str
     held_out: str
     """The result on held-out data that was measured at the end of the run, or that none was."""
+    minutes: float | None
+    """How long its training took on two CPU cores; None: not measured."""
 
 
 def presets() -> list[Preset]:
@@ -45,9 +49,12 @@ def presets() -> list[Preset]:
 
     def read(name: str) -> Preset:
         text = (PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
-        notes = [line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())]
-        trains, data, held_out = notes
-        return Preset(name, trains, data.removeprefix("data: "), held_out.removeprefix("held out: "))
+        lines = itertools.takewhile(lambda line: line.startswith("# "), text.splitlines())
+        trains, *others = (line[2:] for line in lines)
+        notes = dict(line.split(": ", 1) for line in others)
+        minutes, config = notes.get("minutes"), load(name)
+        known = (name, config.model.family, config.task, trains, notes["data"], notes["held out"])
+        return Preset(*known, float(minutes) if minutes else None)
 
     return [read(name) for name in preset_names()]
 

@@ -8,9 +8,11 @@ from .runs import Json
 
 
 def presets(as_json: Json = False) -> None:
-    """List the presets: what each trains, its data, and its measured result. Example: muster presets"""
+    """List the presets: what each trains on what, how long, and its measured result. Example: muster presets"""
     if as_json:
         print(json.dumps([preset._asdict() for preset in described()], indent=1))
         return
     for preset in described():
-        print(f"{preset.name}\n  {preset.trains}\n  data: {preset.data}\n  held out: {preset.held_out}")
+        took = f", {preset.minutes:g} minutes on two CPU cores" if preset.minutes else ""
+        print(f"{preset.name}: {preset.family}, {preset.task}{took}")
+        print(f"  {preset.trains}\n  data: {preset.data}\n  held out: {preset.held_out}")
