@@ -53,7 +53,7 @@ def plan(
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
     asked = load_own(config, overrides or ())
     if not has_formulas(asked.model):
-        _show_counted(asked, as_json)
+        _show_counted(asked, planned_vocabulary(asked), as_json)
         return
     devices = gpus or asked.parallel.world_size
     if do_search:
@@ -72,9 +72,9 @@ def plan(
         _show(predicted, resolved, notes, usd_per_gpu_hour)
 
 
-def _show_counted(asked: Config, as_json: bool) -> None:
+def _show_counted(asked: Config, vocab_size: int | None, as_json: bool) -> None:
     """Show what can be counted of a model without formulas. Its plugin has imported torch already."""
-    resolved, notes = resolve(asked)
+    resolved, notes = resolve(asked, vocab_size=vocab_size)
     from trainer.run.counted import counts  # torch
 
     found = counts(resolved)

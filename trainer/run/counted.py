@@ -9,6 +9,7 @@ from configs.reading.parse import clip
 from configs.sections.pairs import check_pair
 from models.families import build
 from models.flops import flops_of_example
+from trainer.data.default import stdlib_folder
 from trainer.data.kinds import kind_of, typical
 
 
@@ -27,7 +28,12 @@ def counts(config: Config) -> dict[str, Any]:
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters()), "flops_per_example": None}
 
     def example() -> Any:
-        opened = kind_of(config).open(config, "train")
+        data = config.data
+        if data.path == "stdlib":  # a plan prepares no data
+            if not (folder := stdlib_folder(config.run.root, data.prepare)).is_dir():
+                raise ValueError("FLOPs are counted once data.path=stdlib is prepared, which `muster train` does")
+            data = data.model_copy(update={"path": str(folder)})
+        opened = kind_of(config).open(config.model_copy(update={"data": data}), "train")
         assert opened
         return opened.examples(typical(opened))
 

@@ -115,6 +115,17 @@ def test_a_masked_model_is_measured_evaluated_and_shown(clean, muster):
     assert text.count("-" * 80) == 3
 
 
+def test_a_plan_counts_what_the_run_does(clean, tiny_data, muster, tmp_path):
+    keys = [f"data.path={tiny_data}", f"run.root={tmp_path}"]
+    code, out, _ = muster("plan", "mlm", *keys, "--json")
+    assert code == 0
+    # Of 64 places 10 reach the head: 3 layers of 4 + 8 matrices of 128 x 128, and attention over 64 keys.
+    layers, head = 3 * (12 * 128**2 + 2 * 64 * 128), 128**2 + 128 * 320
+    assert json.loads(out)["flops_per_example"] == 6 * (64 * layers + 10 * head)
+    code, out, _ = muster("plan", "mlm", f"run.root={tmp_path}", "--json")
+    assert (code, "once data.path=stdlib is prepared" in json.loads(out)["flops_unknown"]) == (0, True)
+
+
 def test_an_exported_encoder_fills_in_masks_as_transformers_does(tmp_path, tiny_data, muster):
     keys = {"positions": "learned", "pre_norm": False}
     run_dir = make("encoder", tmp_path, tiny_data, model=keys, train={"steps": 1}, checkpoint={"every": 1})
