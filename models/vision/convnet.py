@@ -1,6 +1,7 @@
 """Convolutional networks, from LeNet to ConvNeXt, by one builder from stages."""
 
 from itertools import pairwise
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -36,7 +37,8 @@ class ConvNet(nn.Module):
 
     def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
         """`keys`: of `models.noise.dropout`."""
-        x = self.features(images.to(next(self.head.parameters()).dtype), keys)
+        dtype: Any = self.head[0].weight.dtype  # of what an engine may have put in the parameter's place
+        x = self.features(images.to(dtype), keys)
         for site, layer in enumerate(self.head):
             if site:
                 x = self.activation(x)

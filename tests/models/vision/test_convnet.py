@@ -11,6 +11,7 @@ from models.families import build
 from models.init import fill
 from models.noise import dropout_keys_of
 from models.vision.blocks import Scale
+from trainer.engine.precision import WorkingCopies
 
 HF = {
     "resnet18": (transformers.ResNetConfig, {
@@ -147,3 +148,10 @@ def test_dropout_in_every_place_belongs_to_the_example():
     places = [part.place for part in module.modules() if hasattr(part, "place")]
     assert [number for number, _ in places] == list(range(1, 9))
     assert [share for _, share in places] == pytest.approx([0.9 * i / 7 for i in range(8)])
+
+
+def test_it_computes_in_the_precision_of_working_copies():
+    """As bf16 at ZeRO-0 gives them."""
+    net = network(architecture="lenet", channels=1)
+    WorkingCopies(net, torch.bfloat16)
+    assert net(torch.zeros(2, 1, 28, 28)).dtype == torch.bfloat16
