@@ -4,14 +4,14 @@ from configs import Config
 from configs.sections.family import no_such
 from configs.sections.pairs import TASK_ENDS, Ends, check_pair
 
-from .adversarial import Adversarial
 from .classification import Classification, Regression
-from .contrastive import Contrastive
-from .denoising import Denoising
+from .images.adversarial import Adversarial
+from .images.contrastive import Contrastive
+from .images.denoising import Denoising
+from .images.masked_reconstruction import MaskedReconstruction
+from .images.reconstruction import Reconstruction
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
-from .masked_reconstruction import MaskedReconstruction
-from .reconstruction import Reconstruction
 from .sequence_to_sequence import SequenceToSequence
 from .task import Task
 

@@ -11,7 +11,7 @@ from configs.sections.families.generative import GanConfig
 from models.batch import ImageBatch
 from models.families import build
 from models.init import fill
-from models.tasks.adversarial import discriminator_loss, generator_loss
+from models.tasks.images.adversarial import discriminator_loss, generator_loss
 from models.tasks.table import task_of
 
 SMALL = {"image_size": 8, "channels": 1, "latents": 4, "generator": [8, 4], "discriminator": [4, 8]}

@@ -10,8 +10,8 @@ from models.batch import ImageBatch
 from models.noise import dropout_keys_of, uniform
 from models.vision.mae import image_of, patches_of
 
-from .samples import ImageGrid
-from .task import Modules, Nets, Sums, Task
+from ..samples import ImageGrid
+from ..task import Modules, Nets, Sums, Task
 
 SHOWN = 12
 """Images of a sample, each three times: two to a row."""

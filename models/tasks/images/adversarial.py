@@ -13,8 +13,8 @@ from models.batch import ImageBatch
 from models.generative import likeness
 from models.noise import normal, uniform
 
-from .samples import ImageGrid
-from .task import Modules, Nets, Phase, Sums, Task, Value
+from ..samples import ImageGrid
+from ..task import Modules, Nets, Phase, Sums, Task, Value
 
 
 def discriminator_loss(kind: str, real: Tensor, made: Tensor) -> Tensor:

@@ -12,8 +12,8 @@ from configs.sections.pairs import TASK_ENDS, kind_of_data
 from models.batch import ImageBatch, RowBatch
 from models.noise import normal
 
-from .samples import ImageGrid, Table
-from .task import Modules, Nets, Sums, Task, Value
+from ..samples import ImageGrid, Table
+from ..task import Modules, Nets, Sums, Task, Value
 
 Examples = ImageBatch | RowBatch
 

@@ -13,8 +13,8 @@ from models.generative import likeness
 from models.generative.paths import Guess, Path
 from models.noise import normal, uniform
 
-from .samples import ImageGrid
-from .task import Modules, Nets, Sums, Task, Value
+from ..samples import ImageGrid
+from ..task import Modules, Nets, Sums, Task, Value
 
 
 class Denoising(Task):

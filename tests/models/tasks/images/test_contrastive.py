@@ -15,8 +15,8 @@ from configs.sections.train import ViewsConfig
 from models.batch import ImageBatch
 from models.families import build
 from models.init import fill
-from models.tasks.contrastive import view
-from models.tasks.probes import RIDGE, knn_accuracy, linear_accuracy
+from models.tasks.images.contrastive import view
+from models.tasks.images.probes import RIDGE, knn_accuracy, linear_accuracy
 from models.tasks.table import task_of
 
 FAMILIES = {

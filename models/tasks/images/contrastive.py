@@ -13,9 +13,9 @@ from configs.sections.train import ViewsConfig
 from models.batch import ImageBatch
 from models.noise import dropout_keys_of, uniform
 
+from ..samples import ImageGrid
+from ..task import Modules, Nets, Sums, Task, Value
 from .probes import knn_accuracy, linear_accuracy
-from .samples import ImageGrid
-from .task import Modules, Nets, Sums, Task, Value
 
 PROBED = 1024
 """Most held-out images whose representations are compared with their labels."""
@@ -30,7 +30,7 @@ class Contrastive(Task):
     images there are to choose from. The network's last linear layers (`head`) are the projection head; what goes into
     them is the representation. Recorded besides: `matched`, how often the other view is the nearest; `alignment` and
     `uniformity` (arXiv:2005.10242). Evaluations classify the held-out representations by their labels, which training
-    does not see: `knn_accuracy` and `probe_accuracy`, see `models.tasks.probes`.
+    does not see: `knn_accuracy` and `probe_accuracy`, see `models.tasks.images.probes`.
     """
 
     takes, gives = TASK_ENDS["contrastive"]

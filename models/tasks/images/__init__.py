@@ -1,0 +1,1 @@
+"""Tasks on images: made, made anew, and told apart."""
