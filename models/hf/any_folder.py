@@ -96,7 +96,7 @@ def save_folder(
     """Write config.json and model*.safetensors, as `models.hf.folder.export_hf`. The module is not for use after it."""
     network = module.network
     for key, value in (special_tokens or {}).items():
-        for config in filter(None, (network.config, network.generation_config)):
+        for config in filter(None, (network.config, getattr(network, "generation_config", None))):
             setattr(config, key, value)
     if dtype:
         network.to(dtype)
