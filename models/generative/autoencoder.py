@@ -70,6 +70,14 @@ class Autoencoder(nn.Module):
         }
         self.bottleneck = kinds[config.bottleneck]()
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That it computes in: of a layer's weight, in whose place an engine may have put a copy."""
+        return self.decoder[-1].weight.dtype  # type: ignore[index, union-attr, return-value]
+
+    def decoded(self, latents: Tensor) -> Tensor:
+        return self.decoder(latents.to(self.dtype))
+
     def forward(
         self, inputs: Tensor, noise: Tensor | None = None, projection: Tensor | None = None
     ) -> tuple[Tensor, ...]:
@@ -80,7 +88,7 @@ class Autoencoder(nn.Module):
             projection: [B, latents]: the gradient of its product with the plain latents by the inputs is given last. It
                 is taken here, as engines let no gradient but that of the loss pass through what they return.
         """
-        x = inputs.to(next(self.parameters()).dtype)
+        x = inputs.to(self.dtype)
         if projection is not None:
             x = x.detach().requires_grad_()
         code, *more = self.bottleneck(self.encoder(x), noise)

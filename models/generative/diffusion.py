@@ -42,7 +42,8 @@ class Condition(nn.Module):
 
     def forward(self, t: Tensor, labels: Tensor | None) -> Tensor:
         """Times [B] in [0, 1], labels [B] -> [B, given]."""
-        told = self.time(sinusoid(1000 * t, self.width).to(next(self.time.parameters()).dtype))
+        dtype: Any = self.time[0].weight.dtype
+        told = self.time(sinusoid(1000 * t, self.width).to(dtype))
         return told if self.labels is None else told + self.labels(labels)
 
 

@@ -29,7 +29,8 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*parts, nn.BatchNorm2d(widths[-1]), nn.ReLU(), last, nn.Tanh())
 
     def forward(self, latents: Tensor, labels: Tensor | None) -> Tensor:
-        x = latents.to(next(self.layers.parameters()).dtype)
+        dtype: Any = self.layers[0].weight.dtype
+        x = latents.to(dtype)
         return self.layers(x if self.labels is None else torch.cat([x, self.labels(labels)], 1))
 
 
@@ -58,7 +59,7 @@ class Discriminator(nn.Module):
             differentiate: return (logits, their gradients by the images, fp32). Those are taken here, as engines let no
                 gradient but that of the loss pass through what they return.
         """
-        x = images.to(next(self.head.parameters()).dtype)
+        x = images.to(self.head.bias.dtype)
         if differentiate:
             x = x.detach().requires_grad_()
         features = self.layers(x)

@@ -138,7 +138,6 @@ class Reconstruction(Task):
             return Table(["example", "mse"], list(zip(batch.example_ids.tolist(), errors.tolist(), strict=True)))
         rows = [batch.inputs, *([seen] if self.model.input_noise else []), made]
         if self.model.bottleneck == "vae":
-            latents = self._noise(batch, "prior").to(next(net.parameters()).dtype)
-            decoder: Any = net.decoder
-            rows.append(decoder(latents).float().view_as(made))
+            decoded: Any = net.decoded
+            rows.append(decoded(self._noise(batch, "prior")).float().view_as(made))
         return ImageGrid((torch.cat(rows) + 1) / 2, across=len(made))

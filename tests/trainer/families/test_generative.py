@@ -69,6 +69,18 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     assert runs.numbers(run_dir) == runs.numbers(one)
 
 
+@SLOW
+@pytest.mark.parametrize("zero", [0, 1])
+def test_bf16_measures_nearly_what_fp32_does(tmp_path, clean, zero):
+    names = [name for name in RUNS if name != "wgan"]  # whose loss is nearly 0
+    made = [make(name, tmp_path, "train.precision=bf16", f"parallel.zero_stage={zero}") for name in names]
+    assert in_team(1, trained_in_turn, made) == [["FINISHED"] * len(made)]
+    for name, run_dir in zip(names, made, strict=True):
+        mine, one = (runs.numbers(where)[2, "loss"] for where in (run_dir, clean(*RUNS)[name]))
+        assert mine == pytest.approx(one, rel=0.03), name
+        assert mine != one
+
+
 SHOWN = {"vae": (3, 16), "unet": (4, 4), "gan": (4, 4)}
 """Rows and columns of images. Of a VAE: originals, what is made of them, and what it makes of its prior."""
 MORE = {"vqvae": (2, 16), "denoising": (3, 16), "contractive": (2, 16), "dit": (4, 4)}
