@@ -5,6 +5,7 @@ tokens), with noise on ln L; the truth is the law's own loss and N* at ten times
 where its interval spans at most a factor of ten.
 windows: in each table of Porian et al. (arXiv:2406.19146), any 3 to 10 budgets in a row, against the lowest loss of the
 next one. A constant of the method was chosen on every second table, the others were held out.
+kinds: Clark et al.'s models (arXiv:2202.01169), each number of experts predicted from runs of all others.
 
 Run: `python benchmarks/scaling_tables.py` (an hour of one core), or only one `--parts`; `--quick`: a few of each.
 """
@@ -14,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +28,10 @@ sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parent)]
 
 from scaling_coverage import LAWS, Law, best, porian  # noqa: E402
 
+from models.scaling.allocation import kinds  # noqa: E402
 from models.scaling.predictions import WIDEST, Forecast  # noqa: E402
 from models.scaling.refusal import Refusal  # noqa: E402
-from models.scaling.table import Table, budgets  # noqa: E402
+from models.scaling.table import Table, budgets, read_table  # noqa: E402
 
 AHEAD = 10.0
 """The budget that is predicted, over the table's largest."""
@@ -182,6 +185,30 @@ def show_windows(counts: Sequence[int], sets: Mapping[str, Sequence[int]]) -> No
         print(f"| {count} | " + " ".join(cells), flush=True)
 
 
+CLARK = {"n": "dense_parameter_count", "c": "flops_per_step", "loss": "loss_validation", "experts": "num_experts",
+         "recipe": "router_type"}  # fmt: skip
+SAME = {"k": "1", "routing_frequency": "0.5", "flop_increase": "1"}
+"""The recipe of the paper's fits."""
+
+
+def show_kinds(routers: Sequence[str]) -> None:
+    """One line for each router, whose dense models have one expert."""
+    every = read_table(Path(__file__).parents[1] / "tests/models/scaling/data/clark_runs.csv", CLARK, SAME)
+    print("| router | runs | mean error | largest | covered | median width |\n|---|---|---|---|---|---|")
+    for router in routers:
+        table = replace(every.take(np.array([each in (router, "Dense") for each in every.recipe])), recipe=())
+        found = []
+        for kind in kinds(table):
+            forecast = Forecast(table.without(np.isin(np.arange(len(table)), kind.rows), "held out"))
+            for row in kind.rows:
+                each = forecast.at_size(float(table.n[row]), float(table.d[row]), kind.shape).run_loss
+                loss = float(table.loss[row])
+                found.append((abs(loss / each.value - 1), each.low <= loss <= each.high, each.high / each.low - 1))
+        error, inside, width = np.array(found, dtype=float).T
+        print(f"| {router} | {len(error)} | {error.mean():.2%} | {error.max():.2%} | {inside.mean():.1%} | "
+              f"{np.median(width):.2%} |", flush=True)  # fmt: skip
+
+
 SETS = {"chosen on": range(0, 15, 2), "held out": range(1, 15, 2)}
 QUICK = (("Hoffmann et al.", "wrong: interaction"), ("7 sizes x 5 ratios", "40 at random"), range(3))
 
@@ -192,13 +219,16 @@ def main() -> None:
     parser.add_argument("--laws", nargs="*", default=list(LAWS))
     parser.add_argument("--designs", nargs="*", default=list(DESIGNS))
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--parts", nargs="*", default=["planted", "windows"])
+    parser.add_argument("--parts", nargs="*", default=["planted", "windows", "kinds"])
     arguments = parser.parse_args()
     if "planted" in arguments.parts:
         study(*(QUICK if arguments.quick else (arguments.laws, arguments.designs, range(arguments.seeds))))
         print()
     if "windows" in arguments.parts:
         show_windows([4] if arguments.quick else range(3, 11), {"held out": [1]} if arguments.quick else SETS)
+        print()
+    if "kinds" in arguments.parts:
+        show_kinds(["Hash"] if arguments.quick else ["S-Base", "RL-R", "Hash"])
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import faulthandler
 import json
+import math
 import os
 import socket
 import threading
@@ -40,6 +41,9 @@ UNKNOWN = (ValueError, LookupError, TypeError, AttributeError)
 """What reading the flight recorder of another version of torch may raise."""
 HELD = 5.0
 """Seconds past the bound after which the hang is taken to be in C code that holds the GIL."""
+REARMED = 1.0
+"""Seconds by which that may come early: setting faulthandler's timer starts a thread, which steps of milliseconds would
+notice."""
 
 
 class Beat(Protocol):
@@ -137,6 +141,8 @@ class _Watch:
         self._steps, self._in_step = 0, 0.0
         self._took: deque[float] = deque(maxlen=REMEMBERED)
         self._now = (time.monotonic(), 0, "start", self._timeout)
+        self._armed = -math.inf
+        """When faulthandler's timer fires."""
         self._stop = threading.Event()
         self.beat(0, "start")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -153,7 +159,9 @@ class _Watch:
             self._in_step = 0.0
         allowed = bound(phase, self._took, self._floor, self._timeout)
         self._now = (now, step, phase, allowed)
-        faulthandler.dump_traceback_later(allowed + HELD, file=self._file, exit=True)
+        if abs(now + allowed + HELD - self._armed) > REARMED:
+            self._armed = now + allowed + HELD
+            faulthandler.dump_traceback_later(allowed + HELD, file=self._file, exit=True)
 
     def close(self) -> None:
         self._stop.set()
