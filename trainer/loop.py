@@ -19,9 +19,9 @@ from models.flops import flops_of_example
 from .bookkeeping import Books, Launched, TrainingStopped, after_evaluation, ends_early, report_bad_pages
 from .checkpoint.cadence import Cadence, is_due
 from .checkpoint.export import export
+from .checkpoint.manifest import committed
 from .checkpoint.resume import resume, roll_back
 from .checkpoint.save import Saver
-from .checkpoint.store import committed
 from .data.kinds import ExampleReader, kind_of, typical
 from .data.read.loader import Loader
 from .data.read.shards import DataError

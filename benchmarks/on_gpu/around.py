@@ -146,7 +146,7 @@ def tensors_of(setting: Setting, name: str, step: int) -> dict[str, torch.Tensor
     """Every tensor of a checkpoint."""
     from safetensors.torch import load_file
 
-    from trainer.checkpoint.store import folder
+    from trainer.checkpoint.manifest import folder
 
     path = folder(setting.folder / "runs" / name, step)
     return {key: tensor for file in sorted(path.glob("*.safetensors")) for key, tensor in load_file(file).items()}

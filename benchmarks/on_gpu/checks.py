@@ -251,8 +251,8 @@ class Trained:
 
     def weights(self) -> dict[str, Tensor]:
         """The fp32 weights on the CPU, by their names in a checkpoint."""
+        from trainer.checkpoint.manifest import MASTER
         from trainer.checkpoint.save import take_snapshot
-        from trainer.checkpoint.store import MASTER
 
         tensors = take_snapshot(self.engine).tensors
         return {name: t.clone() for name, t in tensors.items() if name.startswith(MASTER)}

@@ -21,12 +21,12 @@ Step = Annotated[int | None, typer.Option(help="Only the checkpoint of this step
 def list_checkpoints(run: Run, root: Root = RUNS, as_json: Json = False) -> None:
     """List a run's checkpoints and check their file sizes. Example: muster checkpoint list quickstart"""
     run_dir = run_folder(run, root)
-    from trainer.checkpoint import store  # torch
+    from trainer.checkpoint.manifest import committed, folder
 
-    rows = [_row(run_dir, step) for step in store.committed(run_dir)]
+    rows = [_row(run_dir, step) for step in committed(run_dir)]
     usable = [row["step"] for row in rows if not row["problems"]]
     names = sorted(path.name for path in (run_dir / "checkpoints").glob("step-*"))
-    kept = {store.folder(run_dir, row["step"]).name for row in rows}
+    kept = {folder(run_dir, row["step"]).name for row in rows}
     found: dict[str, Any] = {
         "run": run_dir.name,
         "newest_resumable": usable[-1] if usable else None,
@@ -59,12 +59,12 @@ def show(
     """Describe a checkpoint. Example: muster checkpoint show quickstart --step 400"""
     run_dir = run_folder(run, root)
     newest = steps_of(run_dir, step)[-1]
-    from trainer.checkpoint import store  # torch
+    from trainer.checkpoint.manifest import CheckpointError, folder, read_manifest
 
-    path = store.folder(run_dir, newest)
+    path = folder(run_dir, newest)
     try:
-        manifest = store.read_manifest(path)
-    except store.CheckpointError as error:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
         raise ConfigError(str(error)) from None
     found = {
         "run": run_dir.name,
@@ -99,13 +99,13 @@ def verify(run: Run, step: Step = None, root: Root = RUNS, as_json: Json = False
     """Recompute every digest; exit code 1 if one differs. Example: muster checkpoint verify quickstart"""
     run_dir = run_folder(run, root)
     steps = steps_of(run_dir, step)
-    from trainer.checkpoint import store  # torch
+    from trainer.checkpoint.manifest import folder
 
     rows = [_row(run_dir, each, digests=True) for each in steps]
     if as_json:
         print(json.dumps({"run": run_dir.name, "checkpoints": rows}, indent=1))
     for row in () if as_json else rows:
-        path = store.folder(run_dir, row["step"])
+        path = folder(run_dir, row["step"])
         if not row["problems"]:
             print(
                 f"{path.name}: {counted(row['files'], 'file')}, {counted(row['bytes'], 'byte')}, every digest "
@@ -129,13 +129,14 @@ def steps_of(run_dir: Path, step: int | None) -> list[int]:
 
 
 def _row(run_dir: Path, step: int, *, digests: bool = False) -> dict[str, Any]:
-    from trainer.checkpoint import store
+    from trainer.checkpoint import store  # torch
+    from trainer.checkpoint.manifest import CheckpointError, folder, read_manifest
 
-    path = store.folder(run_dir, step)
+    path = folder(run_dir, step)
     problems = store.verify(path, digests=digests)
     row: dict[str, Any] = {"step": step, "time": None, "bytes": 0, "files": 0}
-    with contextlib.suppress(store.CheckpointError):
-        manifest = store.read_manifest(path)
+    with contextlib.suppress(CheckpointError):
+        manifest = read_manifest(path)
         row |= {"time": manifest.time, "bytes": manifest.bytes, "files": len(manifest.files)}
     return row | {"problems": problems}
 

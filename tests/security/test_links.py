@@ -100,11 +100,11 @@ def test_a_run_that_is_a_link_is_refused(asked, tmp_path, victim):
 
 
 def test_a_fork_into_a_link_is_refused(asked, tmp_path, victim):
-    from trainer.checkpoint import store
+    from trainer.checkpoint import manifest
 
     run_dir = prepare_run(asked)
-    (store.folder(run_dir, 2)).mkdir(parents=True)
-    (store.folder(run_dir, 2) / store.MANIFEST).write_text("{}")
+    (manifest.folder(run_dir, 2)).mkdir(parents=True)
+    (manifest.folder(run_dir, 2) / manifest.MANIFEST).write_text("{}")
     link(tmp_path, "runs/other/lock", victim / "profile")
     with pytest.raises(ConfigError, match="lock is a link to "):
         prepare_run(asked, fork="other")

@@ -26,7 +26,7 @@ from trainer.files.own_files import make_empty
 from trainer.run.folder import read_config
 from trainer.run.plugins import with_plugins
 
-from . import store
+from . import manifest, store
 from .memory import on_device, restored, with_averages, wrong_memory
 
 NOT_QWEN2S = (
@@ -58,7 +58,7 @@ def load_module(
         raise ConfigError(
             f"{run_dir} trains task={config.task} on {found}: generate and export need a run that trains on {reads}"
         )
-    steps = store.committed(run_dir)
+    steps = manifest.committed(run_dir)
     wanted = steps[::-1] if step is None else [step]
     if not steps or (step is not None and step not in steps):
         have = f"its checkpoints are at steps {', '.join(map(str, steps))}" if steps else "it has none yet"
@@ -69,7 +69,7 @@ def load_module(
     shapes = {name: tuple(parameter.shape) for name, parameter in plain.named_parameters()}
     refused: list[str] = []
     for candidate in wanted:
-        reader, problems = store.examine(store.folder(run_dir, candidate))
+        reader, problems = store.examine(manifest.folder(run_dir, candidate))
         if reader and (problem := reader.misfit(shapes) or wrong_memory(reader.manifest.state, learner)):
             problems = [problem]
         if reader and not problems:

@@ -25,7 +25,8 @@ from trainer.data.manifest import TOKENIZER, read_manifests
 from trainer.data.tokenizer.tokenizer import tokenizer_file
 
 from . import same_family, store
-from .store import CheckpointError, Reader
+from .manifest import MANIFEST, MASTER, CheckpointError, committed, folder
+from .store import Reader
 
 Shapes = Mapping[str, Sequence[int]]
 """Shapes of parameters by name."""
@@ -219,9 +220,9 @@ def _open(config: Config, digests: bool) -> _Source:
     source = Path(config.train.init_from).expanduser()
     if (source / "config.json").is_file():
         return _hugging_face(source)
-    if (steps := store.committed(source)) and not (source / store.MANIFEST).is_file():
-        source = store.folder(source, steps[-1])
-    if (source / store.MANIFEST).is_file():
+    if (steps := committed(source)) and not (source / MANIFEST).is_file():
+        source = folder(source, steps[-1])
+    if (source / MANIFEST).is_file():
         reader, problems = store.examine(source, digests=digests)
         if not reader:
             raise ConfigError(f"train.init_from: {problems[0]}")
@@ -234,7 +235,7 @@ def _open(config: Config, digests: bool) -> _Source:
 
 def _checkpoint(reader: Reader) -> _Source:
     manifest = reader.manifest
-    shapes = manifest.shapes[store.MASTER]
+    shapes = manifest.shapes[MASTER]
     tree, where = manifest.config.get("model"), f"train.init_from: {reader.path}: config.model"
     if not isinstance(tree, dict):
         raise ConfigError(f"{where} is missing: it describes the model that the weights belong to")

@@ -15,10 +15,11 @@ from trainer.record.lines import Record
 from trainer.run.durable_state import DurableState, Rollback, change_durable_state, read_durable_state
 from trainer.state import TrainState
 
-from . import store
+from . import manifest, store
+from .manifest import CheckpointError
 from .memory import wrong_memory
 from .save import misfit, restore
-from .store import CheckpointError, Reader
+from .store import Reader
 
 Engines = Sequence[Engine]
 """One engine for each network that a process trains."""
@@ -37,8 +38,8 @@ def resume(run_dir: Path, engines: Engines, state: TrainState, learner: Learner,
     refused: list[tuple[Path, list[str]]] = []
     fits = True
     reader = None
-    for step in reversed(from_chief(lambda: store.committed(run_dir))):
-        candidate = store.folder(run_dir, step)
+    for step in reversed(from_chief(lambda: manifest.committed(run_dir))):
+        candidate = manifest.folder(run_dir, step)
         reader, problems = _check_together(candidate)
         if reader and (problems := _misfits(reader, engines, learner)):
             reader, fits = None, False
@@ -107,7 +108,7 @@ def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config
         ConfigError: there is no checkpoint to go back to, or train.spike.max_rollbacks is exceeded.
     """
     spiked, cursor, rollbacks = state.step, state.cursor, state.rollbacks + 1
-    steps = from_chief(lambda: store.committed(run_dir))
+    steps = from_chief(lambda: manifest.committed(run_dir))
     if not steps or rollbacks > config.train.spike.max_rollbacks:
         why = "there is no checkpoint before it" if not steps else f"this is spike {rollbacks} of this run"
         raise ConfigError(
@@ -115,7 +116,7 @@ def roll_back(run_dir: Path, engines: Engines, state: TrainState, config: Config
             f"or train.spike.max_rollbacks"
         )
     try:
-        load(Reader(store.folder(run_dir, steps[-1])), engines, state)
+        load(Reader(manifest.folder(run_dir, steps[-1])), engines, state)
     except CheckpointError as error:
         raise ConfigError(f"the loss spiked at step {spiked} and rolling back failed: {error}") from None
     left_out = (state.cursor, cursor)
@@ -144,7 +145,7 @@ def _misfits(reader: Reader, engines: Engines, learner: Learner) -> list[str]:
     mine = next(filter(None, misfits), "") or wrong_memory(reader.manifest.state, learner)
     if problems := _union([mine] if mine else []):
         return problems
-    own, held = {piece.name for engine in engines for piece in engine.pieces()}, reader.manifest.shapes[store.MASTER]
+    own, held = {piece.name for engine in engines for piece in engine.pieces()}, reader.manifest.shapes[manifest.MASTER]
     parts = from_all([] if own == held.keys() else sorted(own))
     if not all(parts):
         return []
@@ -164,12 +165,12 @@ def _set_aside(path: Path, problems: list[str], record: Record | None) -> None:
         target = path.with_name(f"{path.name}.refused")
         store.remove(target)
         path.rename(target)
-        record.event("checkpoint_refused", step=store.step_of(path), problems=problems, kept_as=target.name)
+        record.event("checkpoint_refused", step=manifest.step_of(path), problems=problems, kept_as=target.name)
     dist.barrier()
 
 
 def _sweep(run_dir: Path) -> None:
     """Delete checkpoint folders that a killed attempt left without a manifest."""
     for path in (run_dir / "checkpoints").glob("step-*"):
-        if store.step_of(path) is not None and not (path / store.MANIFEST).exists():
+        if manifest.step_of(path) is not None and not (path / manifest.MANIFEST).exists():
             store.remove(path)

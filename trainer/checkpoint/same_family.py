@@ -13,8 +13,9 @@ from configs.sections.family import ModelSection
 from models.families import build, family_of
 from models.tasks.task import AVERAGED
 
-from . import store
-from .store import CheckpointError, Reader
+from . import manifest, store
+from .manifest import CheckpointError
+from .store import Reader
 
 Rows = dict[str, list[list[float]]]
 
@@ -79,9 +80,9 @@ def _open(module: nn.Module, config: Config, digests: bool) -> Reader:
     path = Path(given).expanduser()
     if config.train.upcycle:
         raise ConfigError(f"train.upcycle makes experts of a decoder's MLPs, but model.family={family}: leave it out")
-    if (steps := store.committed(path)) and not (path / store.MANIFEST).is_file():
-        path = store.folder(path, steps[-1])
-    if not (path / store.MANIFEST).is_file():
+    if (steps := manifest.committed(path)) and not (path / manifest.MANIFEST).is_file():
+        path = manifest.folder(path, steps[-1])
+    if not (path / manifest.MANIFEST).is_file():
         raise ConfigError(
             f"train.init_from={given} is neither a run with checkpoints nor a checkpoint, and model.family={family} "
             "can start only from one of these"

@@ -20,8 +20,8 @@ from trainer.state import TrainState
 
 from . import store
 from .fragments import fragment_key
-from .manifest import EMA, MASTER, STEP
-from .store import CheckpointError, Reader, Snapshot
+from .manifest import EMA, MASTER, STEP, CheckpointError, committed, folder
+from .store import Reader, Snapshot
 
 
 def take_snapshot(*engines: Engine) -> Snapshot:
@@ -233,7 +233,7 @@ class Saver:
         finally:
             self._copied.set()
         self._buffers = snapshot.tensors
-        path = store.folder(self._run_dir, state.step)
+        path = folder(self._run_dir, state.step)
         keep, keep_every = self._config["checkpoint"]["keep"], self._config["checkpoint"]["keep_every"]
         try:
             try:
@@ -259,5 +259,5 @@ class Saver:
                 store.remove(path)
                 self.failed, self.took = str(error), None
                 if self._record:
-                    good = max(store.committed(self._run_dir), default=None)
+                    good = max(committed(self._run_dir), default=None)
                     self._record.event("checkpoint_failed", step=state.step, reason=self.failed, last_good=good)

@@ -51,13 +51,12 @@ from .manifest import (
     File,
     Manifest,
     Receipt,
+    committed,
+    folder,
     parse_manifest,
     parse_receipt,
     read_manifest,
 )
-from .manifest import committed as committed
-from .manifest import folder as folder
-from .manifest import step_of as step_of
 
 
 @dataclass(frozen=True)

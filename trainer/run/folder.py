@@ -20,7 +20,8 @@ from configs.explain import shown
 from configs.reading.parse import clip
 from configs.resolve import with_workers
 from trainer.checkpoint.init_from import check_source, other_function
-from trainer.checkpoint.store import committed, folder, verify
+from trainer.checkpoint.manifest import committed, folder
+from trainer.checkpoint.store import verify
 from trainer.data.kinds import kind_of
 from trainer.data.manifest import sources_of
 from trainer.files.durable import replace_text

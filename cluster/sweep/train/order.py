@@ -10,7 +10,7 @@ from cluster.attempts.tasks import Ended, Task
 from cluster.server import waiting
 from cluster.sweep.design.trial import Plan, Trial
 from configs import Config, ConfigError
-from trainer.checkpoint.store import committed, folder
+from trainer.checkpoint.manifest import committed, folder
 from trainer.record.lines import Record
 from trainer.run.folder import prepare_run
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest, store
 from trainer.checkpoint.store import Snapshot
 from trainer.state import TrainState
 
@@ -22,7 +22,7 @@ def run_dir(tmp_path):
     """A run with checkpoints of steps 2, 4 and 6, each written by two ranks."""
     folder = tmp_path / "first"
     for step in (2, 4, 6):
-        path, shapes = store.folder(folder, step), {"weight": {"a": [2, 5]}, "exp_avg": {"a": [2, 5]}}
+        path, shapes = manifest.folder(folder, step), {"weight": {"a": [2, 5]}, "exp_avg": {"a": [2, 5]}}
         for rank, (low, high) in enumerate(((0, 4), (4, 10))):
             tensors = {f"{key}/a@{low}": torch.arange(10.0)[low:high].clone() for key in shapes}
             store.write_shard(path, rank, "t", Snapshot(tensors, shapes, {"step": float(step)}))
@@ -39,9 +39,9 @@ def flip(path) -> None:
 
 
 def test_list_names_the_newest_that_can_be_resumed(muster, run_dir):
-    shard = store.folder(run_dir, 6) / "rank-00001.safetensors"
+    shard = manifest.folder(run_dir, 6) / "rank-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])
-    store.folder(run_dir, 8).mkdir()
+    manifest.folder(run_dir, 8).mkdir()
     (run_dir / "checkpoints" / "step-00000010.refused").mkdir()
     code, out, _ = muster("list", str(run_dir))
     lines = out.splitlines()
@@ -68,14 +68,14 @@ def test_show_tells_state_topology_and_sizes(muster, run_dir):
     found = json.loads(muster("show", str(run_dir), "--step", "2", "--json")[1])
     assert found["states"]["weight"]["shapes"] == {"a": [2, 5]}
     assert found["state"]["cursor"] == 16
-    (store.folder(run_dir, 6) / "manifest.json").write_text("{")
+    (manifest.folder(run_dir, 6) / "manifest.json").write_text("{")
     code, _, err = muster("show", str(run_dir))
     assert (code, "manifest.json" in err) == (2, True)
 
 
 def test_verify_names_every_damaged_file(muster, run_dir):
     assert muster("verify", str(run_dir))[0] == 0
-    damaged = [store.folder(run_dir, 2) / "rank-00000.safetensors", store.folder(run_dir, 4)]
+    damaged = [manifest.folder(run_dir, 2) / "rank-00000.safetensors", manifest.folder(run_dir, 4)]
     flip(damaged[0])
     flip(damaged[1] / "rank-00000.safetensors")
     (damaged[1] / "rank-00001.safetensors").unlink()

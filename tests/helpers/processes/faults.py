@@ -21,7 +21,7 @@ from models.moe import collapse
 from models.tasks.learner import Learner
 from models.tasks.task import Phase
 from trainer import loop
-from trainer.checkpoint import cadence, store
+from trainer.checkpoint import cadence, manifest, store
 from trainer.health import straggler
 from trainer.health.flight import Dump, dump
 from trainer.tracking import start
@@ -38,7 +38,7 @@ def kill_in(function: str, call: int, when: str) -> None:
         if calls != call:
             return original(*arguments, **keywords)
         if when == "half":
-            (arguments[0] / store.MANIFEST).unlink()
+            (arguments[0] / manifest.MANIFEST).unlink()
         elif when == "after":
             original(*arguments, **keywords)
         return os.kill(os.getpid(), signal.SIGKILL)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from ledger import SAMPLE_TOKENS, number_of, text_of
 
 from configs.sections.data import PrepareConfig
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest
 from trainer.checkpoint.store import Reader
 from trainer.data.prepare.prepare import prepare
 from trainer.record.lines import read_events, read_metrics
@@ -41,7 +41,7 @@ def losses(run_dir: Path) -> list[tuple]:
 
 def digest(run_dir: Path, step: int) -> str:
     """sha256 of the weights and optimizer states after a step."""
-    reader, digest = Reader(store.folder(run_dir, step)), hashlib.sha256()
+    reader, digest = Reader(manifest.folder(run_dir, step)), hashlib.sha256()
     for key in sorted(reader.states):
         for name in sorted(reader.manifest.shapes[key]):
             digest.update(f"{key}/{name}".encode())

@@ -267,7 +267,8 @@ def pass_on(config: Config, source, target, step: int, last: int) -> list[tuple]
 
 def write_run(config: Config, run_dir: Path) -> None:
     """Write a run's checkpoints of steps 1 and 2."""
-    from trainer.checkpoint.store import commit, folder, write_shard
+    from trainer.checkpoint.manifest import folder
+    from trainer.checkpoint.store import commit, write_shard
     from trainer.state import TrainState
 
     run = EngineRun(config)

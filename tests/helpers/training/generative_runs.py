@@ -6,7 +6,8 @@ from pathlib import Path
 from faults import trained
 
 from configs import load
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_metrics
 from trainer.run.folder import prepare_run
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from configs import Config, from_dict
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.data.kinds import kind_of
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run, read_config

@@ -9,7 +9,7 @@ from support import resolved
 
 from configs import to_yaml
 from models.tasks.language_modelling import BIAS, LOAD
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest, store
 from trainer.checkpoint.resume import resume
 from trainer.checkpoint.save import take_snapshot
 from trainer.engine.start import start_processes
@@ -38,7 +38,7 @@ def original(config, engine, tmp_path_factory):
     rows = [[0.0, 0.0]]
     for step in (1, 2):
         engine.steps(step, step)
-        path = store.folder(run_dir, step)
+        path = manifest.folder(run_dir, step)
         store.write_shard(path, 0, "t", take_snapshot(engine.engine))
         state = TrainState(step, 4 * step, 128 * step, recent_losses=[5.0] * step, memory={BIAS: rows, LOAD: rows})
         store.commit(path, 1, "t", state, config.model_dump(mode="json"), 5)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trainer.checkpoint import store
+from trainer.checkpoint.manifest import folder
 from trainer.checkpoint.store import Reader
 
 
@@ -21,7 +22,7 @@ from trainer.checkpoint.store import Reader
 def playground(original, tmp_path_factory):
     """A checkpoint to be changed again and again, and what it holds."""
     path = tmp_path_factory.mktemp("any") / "step-00000002"
-    shutil.copytree(store.folder(original, 2), path)
+    shutil.copytree(folder(original, 2), path)
     return path, states(Reader(path))
 
 
@@ -126,7 +127,7 @@ def test_bombs_take_neither_long_nor_much_memory(original, tmp_path):
     """In a process that may take 500 MB more than it has at the start, so that more is an error."""
     if not Path("/proc/self/status").exists():
         pytest.skip("needs Linux's /proc")
-    whole = store.folder(original, 2)
+    whole = folder(original, 2)
     paths = []
     for number, change in enumerate(BIG.values()):
         paths.append(tmp_path / f"{number}" / whole.name)

@@ -40,6 +40,7 @@ from models.tasks.language_modelling import BIAS
 from trainer.checkpoint import store
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.init_from import check_source, load_weights
+from trainer.checkpoint.manifest import folder
 from trainer.record.lines import read_events
 
 
@@ -275,7 +276,7 @@ DAMAGE: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize("name", DAMAGE)
 def test_damage_is_refused_in_one_message_and_a_run_goes_on_from_the_checkpoint_before(run_dir, resumed, name):
     change, problem = DAMAGE[name]
-    path = store.folder(run_dir, 2)
+    path = folder(run_dir, 2)
     assert store.verify(path) == []
     change(path)
     assert_refused(run_dir, path, problem)

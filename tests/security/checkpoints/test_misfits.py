@@ -28,6 +28,7 @@ from configs import ConfigError
 from models.tasks.language_modelling import BIAS, LOAD
 from trainer.checkpoint import store
 from trainer.checkpoint.export import load_module
+from trainer.checkpoint.manifest import folder
 from trainer.checkpoint.store import Reader
 
 
@@ -100,7 +101,7 @@ HARMLESS: dict[str, Change] = {
 @pytest.mark.parametrize("name", MISFITS)
 def test_what_is_another_models_is_refused_too(run_dir, resumed, name):
     change, problem = MISFITS[name]
-    path = store.folder(run_dir, 2)
+    path = folder(run_dir, 2)
     change(path)
     assert store.verify(path) == []
     with pytest.raises(ConfigError, match=problem):
@@ -113,7 +114,7 @@ def test_what_is_another_models_is_refused_too(run_dir, resumed, name):
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_what_is_another_optimizers_is_refused_by_a_run_only(run_dir, resumed, name):
     change, problem = OPTIMIZERS[name]
-    path = store.folder(run_dir, 2)
+    path = folder(run_dir, 2)
     change(path)
     assert load_module(run_dir)[2] == 2
     assert resumed(run_dir) == 1
@@ -126,10 +127,10 @@ def test_what_is_another_optimizers_is_refused_by_a_run_only(run_dir, resumed, n
 
 @pytest.mark.parametrize("name", HARMLESS)
 def test_what_means_the_same_is_read_as_the_same(original, run_dir, resumed, name):
-    path = store.folder(run_dir, 2)
+    path = folder(run_dir, 2)
     HARMLESS[name](path)
     assert store.verify(path) == []
-    first, second = states(Reader(store.folder(original, 2))), states(Reader(path))
+    first, second = states(Reader(folder(original, 2))), states(Reader(path))
     assert first.keys() == second.keys()
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert resumed(run_dir) == 2

@@ -11,6 +11,7 @@ from support import resolved
 
 from configs import ConfigError
 from trainer.checkpoint import store
+from trainer.checkpoint.manifest import committed, folder
 from trainer.checkpoint.save import take_snapshot
 from trainer.record.lines import Record
 from trainer.state import TrainState
@@ -40,9 +41,9 @@ def test_processes_that_share_the_check_go_on_from_one_checkpoint(pair, tmp_path
     }
     run_dirs = [shutil.copytree(tmp_path / "run", tmp_path / name) for name in changes]
     for run_dir, change in zip(run_dirs, changes.values(), strict=True):
-        change(store.folder(run_dir, 2))
+        change(folder(run_dir, 2))
     assert pair(resume_each, config, run_dirs) == [[2, 1, 1, 1, 1, 1]] * 2
-    assert [store.committed(run_dir) for run_dir in run_dirs] == [[1, 2], *[[1]] * 5]
+    assert [committed(run_dir) for run_dir in run_dirs] == [[1, 2], *[[1]] * 5]
 
 
 def test_a_step_that_is_not_finite_leaves_no_checkpoint_that_is_refused(run_dir, config):
@@ -55,7 +56,7 @@ def test_a_step_that_is_not_finite_leaves_no_checkpoint_that_is_refused(run_dir,
     run.steps(2, 3)
     after = take_snapshot(run.engine)
     assert all(torch.equal(after.tensors[key], before.tensors[key]) for key in before.tensors)
-    path = store.folder(run_dir, 3)
+    path = folder(run_dir, 3)
     store.write_shard(path, 0, "t", after)
     store.commit(path, 1, "t", TrainState(step=3), {}, 5)
     assert store.verify(path) == []
@@ -63,14 +64,14 @@ def test_a_step_that_is_not_finite_leaves_no_checkpoint_that_is_refused(run_dir,
 
 def test_folders_of_other_names_are_no_checkpoints(run_dir):
     for name in ("step-\u00b2", "step-3", "step-000000002", "step-", "step--1", f"step-{'9' * 5000}"[:200]):
-        shutil.copytree(store.folder(run_dir, 2), run_dir / "checkpoints" / name)
-    assert store.committed(run_dir) == [1, 2]
+        shutil.copytree(folder(run_dir, 2), run_dir / "checkpoints" / name)
+    assert committed(run_dir) == [1, 2]
 
 
 @pytest.mark.parametrize("make", [lambda path: path.touch(), lambda path: path.symlink_to("/"), Path.mkdir])
 def test_what_stands_where_a_refused_one_goes_makes_room(run_dir, resumed, make):
     make(run_dir / "checkpoints" / "step-00000002.refused")
-    (store.folder(run_dir, 2) / "manifest.json").write_text("{")
+    (folder(run_dir, 2) / "manifest.json").write_text("{")
     assert resumed(run_dir) == 1
     assert (run_dir / "checkpoints" / "step-00000002.refused" / SHARD).is_file()
 
@@ -85,7 +86,7 @@ def test_a_fork_from_what_is_no_checkpoint_is_refused(run_dir, resumed, origin):
 
 @pytest.mark.parametrize("change", [text("null"), manifest("state", "cursor", to=-1), numbers(WEIGHT, float("nan"))])
 def test_commands_say_it_in_one_message(muster, run_dir, tmp_path, change):
-    path = store.folder(run_dir, 2)
+    path = folder(run_dir, 2)
     change(path)
     at = ("--step", "2", "--root", str(run_dir.parent))
     content = change is not None and store.verify(path, digests=False) == []

@@ -16,8 +16,8 @@ from cluster.server.messages import BadMessage, parse
 from configs import ConfigError
 from configs.sections.data import PrepareConfig
 from trainer.checkpoint import store
-from trainer.checkpoint.manifest import parse_manifest
-from trainer.checkpoint.store import CheckpointError, Reader, Snapshot
+from trainer.checkpoint.manifest import CheckpointError, parse_manifest
+from trainer.checkpoint.store import Reader, Snapshot
 from trainer.data.manifest import Manifest, SplitStats, TokenizerInfo, write_manifest
 from trainer.data.show import inspect
 from trainer.state import TrainState

@@ -15,7 +15,8 @@ from cluster.sweep.results.score import PREDICTIONS, score_runs
 from cluster.sweep.train.progress import PLAN, read_plan
 from configs import ConfigError
 from trainer.checkpoint.cadence import Cadence
-from trainer.checkpoint.store import CheckpointError, Snapshot, commit, folder, write_shard
+from trainer.checkpoint.manifest import CheckpointError, folder
+from trainer.checkpoint.store import Snapshot, commit, write_shard
 from trainer.record.events import EVENTS, FIELDS
 from trainer.record.goodput import goodput, read_steps
 from trainer.record.lines import MetricsIndex, Record, read_events, read_metrics, summary

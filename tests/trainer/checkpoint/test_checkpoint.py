@@ -9,9 +9,10 @@ import torch
 from engines import EngineRun, load_again, load_and_continue, save_and_continue
 from support import resolved
 
-from trainer.checkpoint import save, store
+from trainer.checkpoint import manifest, save, store
+from trainer.checkpoint.manifest import CheckpointError
 from trainer.checkpoint.save import copied
-from trainer.checkpoint.store import CheckpointError, Reader, Snapshot
+from trainer.checkpoint.store import Reader, Snapshot
 from trainer.engine.start import start_processes
 from trainer.state import TrainState
 
@@ -105,7 +106,7 @@ def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, prec
     saver.save([run.engine], TrainState(step=2), 1)
     run.steps(3, 4)
     saver.wait()
-    written = states(store.folder(tmp_path, 2))
+    written = states(manifest.folder(tmp_path, 2))
     assert len(written) == len(before)
     changed = dict(save.share(run.engine).tensors)
     for key, value in before.items():
@@ -121,7 +122,7 @@ def test_a_failed_copy_does_not_block_training(tmp_path, monkeypatch):
     saver.save([run.engine], TrainState(step=0), 1)
     run.steps(1, 1)
     saver.wait()
-    assert store.committed(tmp_path) == []
+    assert manifest.committed(tmp_path) == []
 
 
 def snapshot() -> Snapshot:
@@ -130,7 +131,7 @@ def snapshot() -> Snapshot:
 
 
 def write(run_dir, step: int) -> store.Path:
-    path = store.folder(run_dir, step)
+    path = manifest.folder(run_dir, step)
     store.write_shard(path, 0, "t", snapshot())
     store.commit(path, 1, "t", TrainState(step=step), {}, 5)
     return path
@@ -147,10 +148,10 @@ def test_read_any_range_across_fragments(tmp_path):
 
 
 def test_only_a_manifest_makes_a_checkpoint(tmp_path):
-    store.write_shard(store.folder(tmp_path, 1), 0, "t", snapshot())
-    assert store.committed(tmp_path) == []
+    store.write_shard(manifest.folder(tmp_path, 1), 0, "t", snapshot())
+    assert manifest.committed(tmp_path) == []
     write(tmp_path, 2)
-    assert store.committed(tmp_path) == [2]
+    assert manifest.committed(tmp_path) == [2]
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
@@ -177,13 +178,13 @@ def test_old_checkpoints_are_deleted_except_kept_ones(tmp_path):
     for step in (2, 4, 6, 8, 10):
         write(tmp_path, step)
     assert store.prune(tmp_path, keep=2, keep_every=4) == [2, 6]
-    assert store.committed(tmp_path) == [4, 8, 10]
+    assert manifest.committed(tmp_path) == [4, 8, 10]
 
 
 def test_a_failed_deletion_does_not_fail_the_new_checkpoint(tmp_path, monkeypatch):
     for step in (2, 4, 6, 8):
-        store.folder(tmp_path, step).mkdir(parents=True)
-        (store.folder(tmp_path, step) / store.MANIFEST).write_text("{}")
+        manifest.folder(tmp_path, step).mkdir(parents=True)
+        (manifest.folder(tmp_path, step) / manifest.MANIFEST).write_text("{}")
     remove = store.remove
 
     def busy(path):
@@ -194,12 +195,12 @@ def test_a_failed_deletion_does_not_fail_the_new_checkpoint(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(store, "remove", busy)
         assert store.prune(tmp_path, keep=2, keep_every=None) == [4]
-    assert store.committed(tmp_path) == [2, 6, 8]
+    assert manifest.committed(tmp_path) == [2, 6, 8]
     assert store.prune(tmp_path, keep=2, keep_every=None) == [2]
 
 
 def test_a_rank_that_cannot_write_is_named(tmp_path):
-    path = store.folder(tmp_path, 1)
+    path = manifest.folder(tmp_path, 1)
     path.mkdir(parents=True)
     (path / "rank-00000.safetensors").mkdir()  # a folder where the file should go
     with pytest.raises(OSError):

@@ -19,8 +19,8 @@ from configs import ConfigError
 from configs.sections.data import PrepareConfig
 from models.hf.names import ARCHITECTURES
 from trainer.checkpoint.export import NOT_QWEN2S, export
+from trainer.checkpoint.manifest import folder as checkpoint
 from trainer.checkpoint.store import Reader
-from trainer.checkpoint.store import folder as checkpoint
 from trainer.data.manifest import read_manifest
 from trainer.data.prepare.prepare import prepare
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer, is_qwen2s

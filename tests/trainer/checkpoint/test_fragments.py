@@ -25,7 +25,8 @@ from trainer.checkpoint.fragments import (
     whole,
     within,
 )
-from trainer.checkpoint.store import CheckpointError, Reader, Snapshot
+from trainer.checkpoint.manifest import CheckpointError, committed
+from trainer.checkpoint.store import Reader, Snapshot
 from trainer.state import TrainState
 
 SHAPES = [(), (7,), (5, 6), (4, 6, 5), (2, 3, 4, 3)]
@@ -154,7 +155,7 @@ def test_each_element_must_be_held_once(tmp_path, rows, problem):
 
     with pytest.raises(CheckpointError, match=problem):
         write(tmp_path, [shard(*part) for part in rows], (3, 4))
-    assert store.committed(tmp_path) == []
+    assert committed(tmp_path) == []
     write(tmp_path, [shard(0, 2), shard(2, 3)], (3, 4))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     manifest["files"] = {}

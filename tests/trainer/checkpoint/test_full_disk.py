@@ -11,7 +11,7 @@ from teams import in_team
 
 from configs import ConfigError
 from configs.sections.train import ProfileConfig
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest
 from trainer.checkpoint.store import Reader
 from trainer.observe.tracing import Profiler
 from trainer.record.lines import Record, read_events, read_metrics
@@ -46,7 +46,7 @@ def make(root, data):
 
 
 def final_state(run_dir):
-    reader = Reader(store.folder(run_dir, STEPS))
+    reader = Reader(manifest.folder(run_dir, STEPS))
     return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}
 
 
@@ -58,7 +58,7 @@ def losses(run_dir):
 def clean(tmp_path_factory, tiny_data):
     run_dir = make(tmp_path_factory.mktemp("clean"), tiny_data)
     assert in_team(2, trained, run_dir) == ["FINISHED"] * 2
-    assert os.path.getsize(store.folder(run_dir, STEPS) / "rank-00001.safetensors") > 65536
+    assert os.path.getsize(manifest.folder(run_dir, STEPS) / "rank-00001.safetensors") > 65536
     return run_dir
 
 
@@ -93,7 +93,7 @@ def test_a_run_whose_disk_stays_full_is_finished_by_the_next_attempt(disk, tiny_
     told = in_team(2, trained, run_dir, full_disk, (0,), disk, 9, STEPS)
     assert all("the last checkpoint could not be written" in each and "rank 0" in each for each in told)
     assert not is_finished(run_dir)
-    assert store.committed(run_dir) == [6, 8]
+    assert manifest.committed(run_dir) == [6, 8]
     (disk / "ballast").unlink()
     assert in_team(2, trained, run_dir) == ["FINISHED"] * 2
     assert losses(run_dir) == losses(clean)

@@ -18,6 +18,7 @@ from models.tasks.language_modelling import BIAS
 from trainer.checkpoint import store
 from trainer.checkpoint.export import export, load_module
 from trainer.checkpoint.init_from import OF_TRAINING, SHOWN_BY_NAMES_AND_SHAPES, check_source, load_weights
+from trainer.checkpoint.manifest import committed, folder, read_manifest
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run, read_config
 from trainer.run.resolved import refuse_early
@@ -49,7 +50,7 @@ def trained(tmp_path_factory, tiny_data):
 def test_all_three_kinds_give_the_same_weights(trained):
     module, config, step = load_module(trained)
     assert step == 3
-    for source in (trained, store.folder(trained, 3), trained.parent / "hf"):
+    for source in (trained, folder(trained, 3), trained.parent / "hf"):
         other = build(config.model)
         assert load_weights(other, warm(source)) == {}
         for (name, a), b in zip(module.named_parameters(), other.parameters(), strict=True):
@@ -67,9 +68,9 @@ def test_a_run_starts_from_the_weights_and_resumes_without_them(trained, tiny_da
 
 def test_a_run_can_also_take_its_model_config_from_the_folder(trained, tiny_data):
     [first] = [m["eval_loss"] for m in read_metrics(trained) if "eval_loss" in m]
-    for name, folder in (("as-hf", trained.parent / "hf"), ("as-run", trained)):
-        config = settings(trained.parent, tiny_data, name, init_from=str(folder))
-        tree = config.model_dump() | {"model": {"from": str(folder), "dropout": 0.25}}
+    for name, source in (("as-hf", trained.parent / "hf"), ("as-run", trained)):
+        config = settings(trained.parent, tiny_data, name, init_from=str(source))
+        tree = config.model_dump() | {"model": {"from": str(source), "dropout": 0.25}}
         run_dir = prepare_run(from_dict(tree))
         assert not [event for event in read_events(run_dir) if event["event"] == "init_from"]
         found = read_config(run_dir).model
@@ -211,7 +212,7 @@ def filled(config: Config) -> torch.nn.Module:
 def test_an_upcycled_model_starts_with_the_dense_models_output(dense, changes):
     plain, _, _ = load_module(dense)
     batch = batch_of(warm(dense), [0, 1, 2])
-    for source in (store.folder(dense, 2), dense.parent / "hf"):
+    for source in (folder(dense, 2), dense.parent / "hf"):
         config = warm(source, EXPERTS | changes, {})
         check_source(config)
         with torch.no_grad():
@@ -300,7 +301,7 @@ def test_routers_start_with_the_biases_of_the_source(trained, tiny_data):
 
 
 def biases(run_dir):
-    manifest = store.read_manifest(store.folder(run_dir, store.committed(run_dir)[-1]))
+    manifest = read_manifest(folder(run_dir, committed(run_dir)[-1]))
     return manifest.state.memory[BIAS]
 
 

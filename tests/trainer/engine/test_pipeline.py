@@ -21,7 +21,8 @@ from models.moe.balance import RouterTap
 from models.planning.plan import _bubble
 from models.planning.shards import in_flight
 from trainer.checkpoint.fragments import parse_key, runs, whole
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_metrics
 
 # Router losses have large weights, so that a stage that lost theirs would show.

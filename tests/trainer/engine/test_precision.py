@@ -11,9 +11,10 @@ from configs import Config, ConfigError
 from models.families import build
 from models.moe.balance import RouterTap
 from models.moe.router import Router
+from trainer.checkpoint.manifest import folder
 from trainer.checkpoint.resume import roll_back
 from trainer.checkpoint.save import Saver, restore
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.store import Reader
 from trainer.engine.guard import guard
 from trainer.engine.precision import WorkingCopies, check_device
 from trainer.engine.start import start_processes

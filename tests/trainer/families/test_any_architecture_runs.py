@@ -14,7 +14,8 @@ from teams import in_team
 from configs import from_dict, load
 from configs.load import presets
 from trainer.checkpoint.export import export, load_module
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.counted import counts
 from trainer.run.folder import prepare_run, read_config

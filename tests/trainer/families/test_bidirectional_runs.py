@@ -19,7 +19,8 @@ from configs import ConfigError, from_dict, load
 from configs.load import presets
 from models.batch import Batch
 from trainer.checkpoint.export import load_module
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run, read_config
 

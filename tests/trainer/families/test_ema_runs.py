@@ -13,7 +13,8 @@ from support import train_in_process
 from configs import ConfigError
 from models.tasks.table import task_of
 from trainer.checkpoint.export import load_module
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.data.kinds import kind_of
 from trainer.observe.samples import grid
 from trainer.record.lines import read_events, read_metrics

@@ -27,7 +27,8 @@ from models.planning.devices import DEVICES
 from models.tasks.table import TASKS
 from models.tasks.task import Phase
 from trainer.checkpoint.export import load_module
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_metrics
 from trainer.run.check import check_model
 from trainer.run.folder import prepare_run

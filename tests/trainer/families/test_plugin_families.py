@@ -19,7 +19,8 @@ from teams import in_team
 
 from configs import ConfigError
 from models.flops import counted_flops, flops_of_example
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.data.kinds import SHOWN, kind_of
 from trainer.record.lines import read_events, read_metrics
 

@@ -13,7 +13,8 @@ from teams import in_team
 
 from configs import from_dict, load
 from configs.load import presets
-from trainer.checkpoint.store import Reader, folder
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.folder import prepare_run
 

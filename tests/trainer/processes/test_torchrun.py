@@ -13,7 +13,7 @@ from ranks import free_port, run_ranks
 from support import tiny
 
 from configs import preset_names, to_yaml
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest, store
 from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
 
@@ -80,10 +80,10 @@ def test_two_processes_from_a_hostile_folder(tmp_path, tiny_data):
     started = [event for event in events if event["event"] == "attempt_started"]
     assert [event["world_size"] for event in started] == [2]
     assert (events[-1]["event"], events[-1]["status"], events[-1]["step"]) == ("attempt_ended", "FINISHED", 4)
-    assert store.committed(run_dir) == [2, 4]
+    assert manifest.committed(run_dir) == [2, 4]
     for step in (2, 4):
-        assert store.verify(store.folder(run_dir, step)) == []
-    shards = [path.name for path in store.folder(run_dir, 4).glob("*.safetensors")]
+        assert store.verify(manifest.folder(run_dir, step)) == []
+    shards = [path.name for path in manifest.folder(run_dir, 4).glob("*.safetensors")]
     assert sorted(shards) == ["rank-00000.safetensors", "rank-00001.safetensors"]
     assert [path.name for path in (run_dir / "samples").glob("*.txt")] == ["step-00000004.txt"]
 
@@ -137,7 +137,7 @@ def test_a_killed_rank_ends_the_attempt_and_the_next_one_goes_on_exactly(tmp_pat
     [victim] = [child for child in psutil.Process(process.pid).children() if child.environ().get("RANK") == "1"]
     victim.send_signal(signal.SIGKILL)
     assert process.wait(120) == 1
-    assert store.committed(run_dir)[-1] >= 20
+    assert manifest.committed(run_dir)[-1] >= 20
     last = read_metrics(run_dir)[-1]["step"]
     assert last < steps, "killed too late to prove anything"
 
@@ -154,5 +154,5 @@ def losses(run_dir: Path) -> list[tuple]:
 
 
 def final_state(run_dir: Path, step: int) -> dict[tuple[str, str], bytes]:
-    reader = Reader(store.folder(run_dir, step))
+    reader = Reader(manifest.folder(run_dir, step))
     return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}

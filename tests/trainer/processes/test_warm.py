@@ -15,7 +15,8 @@ import torch
 from support import tiny, train_in_process
 
 from cluster.gangs.worker import ENVIRONMENT
-from trainer.checkpoint import store
+from trainer.checkpoint.manifest import MANIFEST
+from trainer.checkpoint.manifest import folder as checkpoint
 from trainer.processes.protocol import Began, Done, Failed, Order, Outcome, read_outcome
 from trainer.processes.warm import _forks_may_use_gpus
 from trainer.record.lines import read_metrics
@@ -70,7 +71,7 @@ def run(tmp_path, tiny_data):
 
 
 def result(run_dir: Path) -> tuple:
-    manifest = json.loads((store.folder(run_dir, 4) / store.MANIFEST).read_text())
+    manifest = json.loads((checkpoint(run_dir, 4) / MANIFEST).read_text())
     return [m["loss"] for m in read_metrics(run_dir) if "loss" in m], manifest["files"]
 
 

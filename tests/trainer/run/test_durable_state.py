@@ -8,7 +8,7 @@ from faults import raise_loss, spike_and_kill
 from support import tiny, train_in_process
 
 from configs import ConfigError, load
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest
 from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
 from trainer.run.durable_state import RUN, DurableState, change_durable_state, read_durable_state
@@ -25,7 +25,7 @@ def make(root, data, name="run", **sections):
 
 
 def weights(run_dir):
-    reader = Reader(store.folder(run_dir, STEPS))
+    reader = Reader(manifest.folder(run_dir, STEPS))
     return {(k, n): reader.read(k, n).numpy().tobytes() for k in reader.states for n in reader.manifest.shapes[k]}
 
 
@@ -46,7 +46,7 @@ def test_killed_between_a_rollback_and_the_next_checkpoint(tmp_path, tiny_data, 
     """ "nothing": the logs are whole; "run.json": a run of a version that had none."""
     run_dir = make(tmp_path, tiny_data)
     assert train_in_process(run_dir, spike_and_kill, SPIKE, KILLED) == -signal.SIGKILL
-    assert store.committed(run_dir) == [5, 10]
+    assert manifest.committed(run_dir) == [5, 10]
     if lost == "the tail of the logs":
         lines = (run_dir / "events.jsonl").read_text().splitlines(keepends=True)
         [back] = [number for number, line in enumerate(lines) if json.loads(line)["event"] == "rollback"]

@@ -12,7 +12,7 @@ from teams import in_team
 
 from configs import ConfigError, load
 from configs.sections.data import PrepareConfig
-from trainer.checkpoint import store
+from trainer.checkpoint import manifest
 from trainer.checkpoint.store import Reader
 from trainer.data.prepare.prepare import prepare
 from trainer.record.lines import Record, read_events, read_metrics
@@ -47,7 +47,7 @@ def make(root, data, name="run", **sections):
 
 
 def final_state(run_dir):
-    reader = Reader(store.folder(run_dir, STEPS))
+    reader = Reader(manifest.folder(run_dir, STEPS))
     routers = reader.manifest.state.memory
     assert max(map(max, routers["router.bias"])) > 0
     return routers | {
@@ -100,7 +100,7 @@ def test_record_of_a_clean_run(clean):
             "aux_loss", "z_loss"} <= steps[-1].keys()  # fmt: skip
     assert [sum(layer) for layer in steps[-1]["expert_load"]] == pytest.approx([1.0, 1.0])
     assert [e["step"] for e in events if e["event"] == "checkpoint"] == [2, 4, 6, 8]
-    assert store.committed(clean) == [6, 8]
+    assert manifest.committed(clean) == [6, 8]
     assert events[-1]["event"] == "attempt_ended"
     assert events[-1]["status"] == "FINISHED"
     assert sorted(p.name for p in (clean / "samples").glob("*.txt")) == ["step-00000004.txt", "step-00000008.txt"]
@@ -123,7 +123,7 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path, tiny_data, clean, functi
     assert train_in_process(run_dir, kill_in, function, call, when) == -signal.SIGKILL
     assert train_in_process(run_dir) == 0
     assert_same(run_dir, clean)
-    assert store.committed(run_dir) == [6, 8]
+    assert manifest.committed(run_dir) == [6, 8]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
@@ -131,7 +131,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, c
     """It travels with step 6, which is read when step 7 is under way."""
     run_dir = make(tmp_path, tiny_data, checkpoint={"every": 4})
     assert train_in_process(run_dir, kill_at_step, 6, number) == 75
-    assert store.committed(run_dir)[-1] == 7
+    assert manifest.committed(run_dir)[-1] == 7
     # The checkpoint of step 4, written in the background, may be done only after the signal.
     events = [e for e in read_events(run_dir) if e["event"] != "checkpoint" or e["step"] != 4]
     assert [e["event"] for e in events[-3:]] == ["checkpoint", "measured", "attempt_ended"]
@@ -161,10 +161,10 @@ def test_all_processes_leave_at_the_same_step(tmp_path, tiny_data):
     """A signal that one of them hears in step 3, after which a checkpoint is due, and an evaluation after step 4."""
     run_dir = make(tmp_path, tiny_data, parallel={"dp": 2}, checkpoint={"every": 3})
     assert in_team(2, trained, run_dir, kill_at_step, (1,), 3, signal.SIGTERM) == ["STOPPED", "STOPPED"]
-    assert store.committed(run_dir) == [3]
+    assert manifest.committed(run_dir) == [3]
     alone = make(tmp_path, tiny_data, "later", parallel={"dp": 2}, checkpoint={"every": 0})
     assert in_team(2, trained, alone, kill_at_step, (1,), 3, signal.SIGTERM) == ["STOPPED", "STOPPED"]
-    assert store.committed(alone) == [4]
+    assert manifest.committed(alone) == [4]
     assert [(m["step"], "eval_loss" in m) for m in read_metrics(alone)][-2:] == [(4, False), (4, True)]
 
 
@@ -172,8 +172,8 @@ def test_all_processes_leave_at_the_same_step(tmp_path, tiny_data):
 def test_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path, tiny_data, clean, damage):
     run_dir = make(tmp_path, tiny_data)
     assert train_in_process(run_dir, kill_at_step, 7, signal.SIGKILL) == -signal.SIGKILL
-    newest = store.committed(run_dir)[-1]
-    shard = store.folder(run_dir, newest) / "rank-00000.safetensors"
+    newest = manifest.committed(run_dir)[-1]
+    shard = manifest.folder(run_dir, newest) / "rank-00000.safetensors"
     data = bytearray(shard.read_bytes())
     if damage == "flip":
         data[len(data) // 2] ^= 4
@@ -239,7 +239,7 @@ def test_nonfinite_steps_are_skipped_counted_and_stop_the_run(tmp_path, tiny_dat
     end = read_events(run_dir)[-1]
     assert (end["status"], end["step"]) == ("FAILED", 7)
     assert "3 steps in a row" in end["reason"]
-    assert json.loads((store.folder(run_dir, 4) / "manifest.json").read_text())["step"] == 4
+    assert json.loads((manifest.folder(run_dir, 4) / "manifest.json").read_text())["step"] == 4
 
 
 def test_spike_rolls_back_and_leaves_out_the_batches_between(tmp_path, tiny_data):
@@ -266,4 +266,4 @@ def test_stop_while_running_from_outside(tmp_path, tiny_data):
     thread.start()
     assert train_in_process(run_dir) == 75
     thread.join()
-    assert store.committed(run_dir)[-1] == read_metrics(run_dir)[-1]["step"]
+    assert manifest.committed(run_dir)[-1] == read_metrics(run_dir)[-1]["step"]

@@ -12,7 +12,7 @@ from cluster.sweep.design.plan import plan
 from cluster.sweep.train.order import Job, Order
 from cluster.sweep.train.trial_state import last_ends
 from configs import ConfigError
-from trainer.checkpoint.store import folder
+from trainer.checkpoint.manifest import folder
 from trainer.record.lines import read_events
 
 
