@@ -9,8 +9,10 @@ from configs.reading.parse import clip
 from configs.sections.pairs import check_pair
 from models.families import build
 from models.flops import flops_of_example
+from models.tasks.table import reads
 from trainer.data.default import stdlib_folder
 from trainer.data.kinds import kind_of, typical
+from trainer.data.pairs.prepared import planned_tokenizer
 
 
 def counts(config: Config) -> dict[str, Any]:
@@ -33,6 +35,11 @@ def counts(config: Config) -> dict[str, Any]:
             if not (folder := stdlib_folder(config.run.root, data.prepare)).is_dir():
                 raise ValueError("FLOPs are counted once data.path=stdlib is prepared, which `muster train` does")
             data = data.model_copy(update={"path": str(folder)})
+        elif reads(config) == "pairs" and (file := planned_tokenizer(config)):
+            if not file.is_file():
+                made = f"data.prepare.tokenizer={data.prepare.tokenizer}"
+                raise ValueError(f"FLOPs are counted once {made} is made, which `muster train` does")
+            data = data.model_copy(update={"prepare": data.prepare.model_copy(update={"tokenizer": str(file)})})
         opened = kind_of(config).open(config.model_copy(update={"data": data}), "train")
         assert opened
         return opened.examples(typical(opened))

@@ -16,6 +16,9 @@ from trainer.files.durable import replacing
 
 from .reader import NEEDS, Pairs, read_texts
 
+MADE = ("bytes", "bpe")
+"""Tokenizers that are made for the pairs, rather than there already."""
+
 
 def ensure_pairs(config: Config) -> tuple[DataConfig, list[str]]:
     """See `trainer.data.kinds.Kind.ensure`. A tokenizer that is made is a file under run.root/data, named after what it
@@ -35,11 +38,9 @@ def ensure_pairs(config: Config) -> tuple[DataConfig, list[str]]:
 def _tokenizer(config: Config, pairs: Pairs, notes: list[str]) -> Path:
     """The file of `data.prepare.tokenizer`, made if it is to be. Raises ConfigError as `tokenizer_file`."""
     prepare, kind = pairs.config.prepare, pairs.config.prepare.tokenizer
-    if kind not in ("bytes", "bpe"):
+    if kind not in MADE:
         return tokenizer_file(kind)
-    made_from = f"{pairs.sha256} {pairs.config.pairs} {prepare.vocab_size} {prepare.held_out} {prepare.seed}"
-    name = "bytes" if kind == "bytes" else f"bpe-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"
-    file = Path(config.run.root) / "data" / f"pairs-{name}" / TOKENIZER
+    file = _made_file(config, pairs)
     if not file.is_file():
         made = byte_tokenizer() if kind == "bytes" else train_bpe(pairs.texts(), prepare.vocab_size)
         file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -47,6 +48,21 @@ def _tokenizer(config: Config, pairs: Pairs, notes: list[str]) -> Path:
             opened.write(made.to_str().encode())
         notes.append(f"data.prepare.tokenizer={file}: made {'from the pairs' if kind == 'bpe' else 'of bytes'}")
     return file
+
+
+def _made_file(config: Config, pairs: Pairs) -> Path:
+    prepare, kind = pairs.config.prepare, pairs.config.prepare.tokenizer
+    made_from = f"{pairs.sha256} {pairs.config.pairs} {prepare.vocab_size} {prepare.held_out} {prepare.seed}"
+    name = "bytes" if kind == "bytes" else f"bpe-{hashlib.sha256(made_from.encode()).hexdigest()[:8]}"
+    return Path(config.run.root) / "data" / f"pairs-{name}" / TOKENIZER
+
+
+def planned_tokenizer(config: Config) -> Path | None:
+    """The tokenizer that `ensure_pairs` would make, which may not exist yet; None: it makes none. Raises ConfigError as
+    `Pairs`."""
+    if config.data.prepare.tokenizer not in MADE:
+        return None
+    return _made_file(config, Pairs(at_hand(config), config.train.seq_len, config.run.seed))
 
 
 def open_pairs(config: Config, split: Split) -> Pairs | None:

@@ -7,13 +7,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from configs import ConfigError, from_dict
+from configs import ConfigError, from_dict, resolve
 from configs.sections.data import DataConfig
 from models.loss import IGNORE
 from trainer.data.kinds import kind_of
 from trainer.data.pairs.dates import FIRST, dates, written
 from trainer.data.pairs.prepared import ensure_pairs, open_pairs
 from trainer.data.pairs.reader import BUCKET, Pairs
+from trainer.run.counted import counts
 from trainer.run.resolved import refuse_early, resolve_config
 
 COUNT = 300
@@ -118,6 +119,18 @@ def test_a_tokenizer_is_made_once_and_sizes_the_model(tmp_path):
     assert file.startswith(str(tmp_path / "data" / "pairs-bpe-"))
     [told] = kind_of(resolved).inputs(resolved.data)
     assert told["profile"] == {"pairs": COUNT}
+
+
+def test_a_plan_counts_once_the_tokenizer_is_made(tmp_path):
+    path = write(tmp_path / "pairs.parquet")
+    for tokenizer in ("bytes", "bpe"):
+        keys = {"prepare": {"tokenizer": tokenizer, "vocab_size": 300}}
+        config = resolve(config_of(path, tmp_path, data=keys), vocab_size=300)[0]
+        assert f"once data.prepare.tokenizer={tokenizer} is made" in counts(config)["flops_unknown"]
+        data, _ = ensure_pairs(config)
+        found = counts(config)
+        assert found == counts(config.model_copy(update={"data": data}))
+        assert found["flops_per_example"] > 0
 
 
 @pytest.mark.parametrize(
