@@ -96,7 +96,7 @@ def is_text(annotation: Any) -> bool:
 def _section_of(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType, tuple):
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, typing.Annotated, tuple):
         return next(filter(None, map(_section_of, typing.get_args(annotation))), None)
     return None
 

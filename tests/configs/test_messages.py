@@ -114,6 +114,19 @@ def test_wrong_value(override, message):
     assert caught.value.__suppress_context__, "a traceback would show pydantic's own report too"
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.stages=[{width: 8, blok: conv}]", "model.stages.0.blok: did you mean model.stages.0.block?"),
+        ("model.stages=[{width: 8, xyz: 1}]", "model.stages.0.xyz: known keys: block, width, depth, "),
+    ],
+)
+def test_a_wrong_key_of_a_stage(override, message):
+    with pytest.raises(ConfigError) as caught:
+        load("digits-convnet", [override])
+    assert str(caught.value).startswith(f"digits-convnet: unknown key {message}")
+
+
 @pytest.mark.parametrize(("override", "message"), NO_OVERRIDE.items(), ids=NO_OVERRIDE.keys())
 def test_not_an_override(override, message):
     with pytest.raises(ConfigError) as caught:

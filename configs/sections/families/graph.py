@@ -46,9 +46,12 @@ class GnnConfig(ModelSection):
     @model_validator(mode="after")
     def _fits(self) -> "GnnConfig":
         if self.layer in ("gat", "transformer") and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}")
+            raise ValueError(f"model.width ({self.width}) is not a multiple of model.heads ({self.heads})")
         if self.edge_inputs and self.layer in ("gcn", "sage"):
-            raise ValueError(f"layer {self.layer} has no use for features of edges: set edge_inputs to 0, or layer=gin")
+            raise ValueError(
+                f"model.layer={self.layer} has no use for features of edges: set model.edge_inputs=0 and "
+                "model.edge_categories=0, or model.layer=gin"
+            )
         if self.edge_categories and not self.edge_inputs:
-            raise ValueError("edge_categories needs edge_inputs, the columns of edge_attr")
+            raise ValueError("model.edge_categories needs model.edge_inputs, the columns of edge_attr")
         return self

@@ -49,7 +49,7 @@ class NeuralOdeConfig(ModelSection):
     @model_validator(mode="after")
     def _fits(self) -> "NeuralOdeConfig":
         if self.downsample and not self.channels:
-            raise ValueError("downsample is of images: set channels, or downsample to 0")
+            raise ValueError("model.downsample is of images: set model.channels, or model.downsample=0")
         return self
 
     @property

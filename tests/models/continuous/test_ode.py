@@ -117,7 +117,7 @@ REFUSED = {
         ROWS | {"adjoint": True}, {"parallel": {"zero_stage": 3}},
         r"model\.family=neural_ode as configured trains with ZeRO 0 to 2\. Nearest that works: set parallel\.zero",
     ),
-    "halves": (ROWS | {"downsample": 1}, {}, r"downsample is of images: set channels, or downsample to 0"),
+    "halves": (ROWS | {"downsample": 1}, {}, r": model\.downsample is of images: set model\.channels"),
     "solver": (ROWS | {"solver": "dopri6"}, {}, r"model\.solver"),
 }  # fmt: skip
 
