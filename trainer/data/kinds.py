@@ -138,6 +138,7 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     check_packaged(config, "images")
     data = at_hand(config)
     images = _images(data)
+    images.check_sizes()
     _check_sizes(config, math.prod(images.shape), images.classes)
     channels = getattr(config.model, "channels", None) or images.shape[0]
     if channels != images.shape[0]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from configs import ConfigError
 from configs.reading.parse import clip
@@ -28,6 +28,15 @@ MODES = {1: "L", 3: "RGB"}
 FORMATS = ("PNG", "JPEG")
 LARGEST = 1 << 26
 """Most pixels of an image before resizing; a larger one is refused before it is decoded."""
+CHECKED = 256
+"""Images whose sizes are compared before a run starts."""
+
+
+class WrongSize(DataError):
+    """An image differs in size from the others."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.row_group}: {self.reason}"
 
 
 class Images:
@@ -133,6 +142,31 @@ class Images:
                     raise ConfigError(str(error)) from None
         raise ConfigError(f"data.path={self.path}: none of the first {min(BLOCK, self._size)} images can be decoded")
 
+    def check_sizes(self) -> None:
+        """Compare the sizes of the first CHECKED images, by their headers. Raises ConfigError if they differ."""
+        if self.config.images.size:
+            return
+        for index in range(min(CHECKED, self._size)):
+            group, row = self.locate(index)
+            try:
+                if data := self._bytes(group)[row]:
+                    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                        self._check_size(group, row, image.width, image.height)
+            except WrongSize as error:
+                raise ConfigError(str(error)) from None
+            except (DataError, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                continue  # `examples` says so
+
+    def _check_size(self, group: int, row: int, width: int, height: int) -> None:
+        """Raises WrongSize."""
+        if (height, width) != self.shape[1:]:
+            where, size = self.groups[group], max(self.shape[1:])
+            raise WrongSize(
+                where.file, where.number,
+                f"row {row} has {width} x {height} pixels, others {self.shape[2]} x {self.shape[1]}: set "
+                f"data.images.size={size}, which resizes all", damaged=False,
+            )  # fmt: skip
+
     def _order_of(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The groups of an epoch in order, and the cumulative number of images at the end of each block."""
         order = shuffled(len(self.groups), mix(self._key, epoch))
@@ -161,16 +195,13 @@ class Images:
             if settings.size and drawn.size != (settings.size, settings.size):
                 drawn = drawn.resize((settings.size, settings.size), Image.Resampling.BILINEAR)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = f"row {row} is not a readable PNG or JPEG: {clip(error, 150)}"
+            why = "" if isinstance(error, UnidentifiedImageError) else f": {clip(error, 150)}"
+            reason = f"row {row} is not a readable PNG or JPEG{why}"
             raise DataError(where.file, where.number, reason, damaged=True) from None
         pixels = np.asarray(drawn)
         found = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        if found.shape != getattr(self, "shape", found.shape):
-            raise DataError(
-                where.file, where.number,
-                f"row {row} has {drawn.width} x {drawn.height} pixels, others {self.shape[2]} x {self.shape[1]}: set "
-                "data.images.size", damaged=False,
-            )  # fmt: skip
+        if hasattr(self, "shape"):
+            self._check_size(group, row, drawn.width, drawn.height)
         return found
 
 

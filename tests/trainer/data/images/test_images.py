@@ -1,14 +1,15 @@
 """Images: augmentation as a function of seed and index, labels that are missing, images that cannot be decoded."""
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from pictures import write_images
+from pictures import png, write_images
 
 from configs import ConfigError, from_dict
 from configs.sections.data import DataConfig
-from trainer.data.images.reader import Images
+from trainer.data.images.reader import Images, WrongSize
 from trainer.data.kinds import kind_of
 from trainer.data.read.shards import DataError
 
@@ -94,6 +95,26 @@ def test_an_image_that_cannot_be_decoded_stops_the_run_or_weighs_nothing(tmp_pat
         images(everything)
     with pytest.raises(ConfigError, match="none of the first 16 images can be decoded"):
         images(everything, skip=True)
+
+
+def test_images_of_several_sizes_are_refused_before_a_run_unless_they_are_resized(tmp_path):
+    path, kind = write_images(tmp_path / "x.parquet"), pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    table = pq.read_table(path).to_pydict()
+    table["image"][37] = {"bytes": png(np.zeros((12, 20), np.uint8)), "path": "x.png"}
+    pq.write_table(
+        pa.table({"image": pa.array(table["image"], kind), "label": table["label"]}), path, row_group_size=16
+    )
+    tree = {"model": {"family": "convnet", "stages": [{"width": 4}], "channels": 1, "outputs": 3}, "data": {}}
+    tree["data"] = {"path": str(path), "images": {"channels": 1}, "prepare": {"held_out": 0.0}}
+    config = from_dict(tree)
+    message = r"row 5 has 20 x 12 pixels, others 12 x 12: set data\.images\.size=12, which resizes all$"
+    with pytest.raises(ConfigError, match=message):
+        kind_of(config).ensure(config)
+    with pytest.raises(WrongSize, match=message):
+        (found := images(path)).examples(range(len(found)))
+    tree["data"]["images"]["size"] = 12
+    config = from_dict(tree)
+    assert "96 images of 1 x 12 x 12" in kind_of(config).ensure(config)[1][0]
 
 
 @pytest.mark.parametrize(
