@@ -80,7 +80,9 @@ class Pairs:
         """Pairs of the split without a source or a target."""
         rows = pa.array(np.flatnonzero(chosen & whole))
         if not len(rows):
-            raise ConfigError(f"data.path={self.path} has no pair to {'train on' if split == 'train' else 'hold out'}")
+            why = f": {self.left_out:,} are without a source or a target" if self.left_out else ""
+            use = "train on" if split == "train" else "hold out"
+            raise ConfigError(f"data.path={self.path} has no pair to {use}{why}")
         self.source, self.target = texts.source.take(rows), texts.target.take(rows)
         self._lengths = sum(pc.binary_length(each).to_numpy().astype(np.int64) for each in (self.source, self.target))
         self._key = mix(seed, "pairs")

@@ -90,7 +90,9 @@ class Rows:
             for of, each in ((split, table), ("train", trained))
         )
         if not (chosen.any() and fitted.any()):
-            raise ConfigError(f"data.path={self.path} has no row to {'train on' if split == 'train' else 'hold out'}")
+            why = f": {each}" if (each := table.left_out or trained.left_out) else ""
+            use = "train on" if split == "train" else "hold out"
+            raise ConfigError(f"data.path={self.path} has no row to {use}{why}")
         self.names, self.left_out = table.names, table.left_out
         mean, deviation = _scale(trained.features[fitted], config.rows.standardise)
         self.features = torch.from_numpy(((table.features[chosen] - mean) / deviation).astype(np.float32))

@@ -138,7 +138,7 @@ def test_a_plan_counts_once_the_tokenizer_is_made(tmp_path):
     [
         ({}, {"pairs": {"source": "en"}}, r"has no column en \(it has source, target\): set data\.pairs\.source"),
         ({"target": list(range(COUNT))}, {}, r"column target is int64, not text: set data\.pairs\.target"),
-        ({"target": [""] * COUNT}, {}, r"has no pair to train on"),
+        ({"target": [""] * COUNT}, {}, r"has no pair to train on: 285 are without a source or a target"),
         ({}, {"prepare": {"tokenizer": "nowhere"}}, r"tokenizer 'nowhere': not `bytes`, `bpe` or an existing"),
         (
             {},

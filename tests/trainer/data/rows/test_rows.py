@@ -110,6 +110,11 @@ REFUSED = {
     "a class below 0": ({}, {"label": np.arange(50) - 1}, r"column label has -1, but classes are whole numbers from 0"),
     "half a class": ({}, {"label": np.arange(50) / 2}, r"column label has 0\.5, but classes .* set task=regression"),
     "two labels": ({"labels": ["a", "label"]}, {}, r"data\.rows\.labels has 2 columns, but task=classification"),
+    "nothing whole": (
+        {},
+        {"a": [float("nan")] * 50},
+        r"has no row to train on: 50 rows left out, 0 without .*: the first is row 0 of x",
+    ),
     "nothing else": ({"labels": ["a", "b", "label"]}, {}, r"no columns but the labels \(a, b, label\)"),
 }
 
