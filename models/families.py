@@ -69,6 +69,11 @@ class Family:
     flops: Callable[[Config], float] | None = None
     """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`)."""
 
+    @property
+    def exported(self) -> bool:
+        """Whether there is a Hugging Face architecture for some of its networks."""
+        return bool(self.hf or self.to_hf or self.save)
+
 
 def _decoder_flops(config: Config) -> float:
     return training_flops_per_token(config.model, config.train.seq_len) * config.train.seq_len

@@ -14,6 +14,7 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError, counted, with_workers
 from configs.reading.parse import clip
+from models.families import family_of
 from models.flops import flops_of_example
 
 from .bookkeeping import Books, Launched, TrainingStopped, after_evaluation, ends_early, report_bad_pages
@@ -95,7 +96,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
                 reason = f"no better held-out loss in {counted(state.since_best, 'evaluation')}"
                 cause = {"cause": EARLY, "in_a_row": state.since_best}
             if record and status == "FINISHED" and config.tracking.enabled and config.tracking.export_model:
-                _export(run_dir, record)
+                _export(run_dir, config, record)
         except DataError as error:
             reason, cause = str(error), {"cause": DATA}
             raise TrainingStopped(reason, DATA) from None
@@ -241,10 +242,12 @@ def _flops(config: Config, dataset: ExampleReader, record: Record | None) -> flo
         return None
 
 
-def _export(run_dir: Path, record: Record) -> None:
+def _export(run_dir: Path, config: Config, record: Record) -> None:
     """Leave the final model in Hugging Face format, where the tracker picks it up."""
     target = run_dir / "model"
     shutil.rmtree(target, ignore_errors=True)  # of an earlier end, before train.steps was raised
+    if not family_of(config.model).exported:
+        return
     try:
         export(run_dir, target)
     except (ConfigError, OSError) as error:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from configs import Config, ConfigError
-from models.families import build, family_of
+from models.families import FAMILIES, build, family_of
 from models.hf.folder import SHARD_BYTES, export_hf
 from models.hf.names import QWEN2
 from models.spectral_memory import fill_vectors
@@ -117,7 +117,13 @@ def export(
         ConfigError: as from `load_module` and `make_empty`; no Hugging Face architecture describes the model; the
             tokenizer cannot be used.
     """
-    family = family_of(with_plugins(read_config(run_dir)).model)
+    family = family_of((asked := with_plugins(read_config(run_dir))).model)
+    if not family.exported:
+        known = ", ".join(sorted(name for name, each in FAMILIES.items() if each.exported))
+        raise ConfigError(
+            f"{run_dir} has model.family={asked.model.family}, which has no Hugging Face architecture: "
+            f"export needs one of {known}"
+        )
     module, config, found = load_module(run_dir, step, None if family.save or family.to_hf else "tokens", ema=ema)
     files, special_tokens = _tokenizer(run_dir, config) if kind_read(config).endswith("tokens") else ({}, None)
     largest = torch.finfo(dtype).max if dtype else math.inf

@@ -179,6 +179,12 @@ def test_a_classifier_writes_no_text(clean):
         load_module(clean["small_convnet"])
 
 
+def test_a_family_without_a_hugging_face_architecture_is_not_exported(clean, muster, tmp_path):
+    code, _, err = muster("export", str(clean["small_convnet"]), "--out", str(tmp_path / "out"))
+    assert (code, "model.family=small_convnet, which has no Hugging Face architecture: " in err) == (2, True)
+    assert "export needs one of decoder, encoder, transformers, vit" in err
+
+
 @FAMILIES
 def test_an_evaluation_of_its_own_finds_what_training_found(clean, muster, family):
     code, out, _ = muster("eval", str(clean[family]), "--sequences", "5", "--json")
