@@ -5,6 +5,7 @@ from typing import Any, Literal, NamedTuple
 
 from configs import Config, ConfigError, counted, resolve
 from configs.units import byte_size
+from models.planning.cost import has_formulas
 from models.planning.memory import memory
 
 from .failures import Failure
@@ -92,9 +93,12 @@ def decide(past: Sequence[Past], limit: int) -> Decision:
 
 def memory_advice(config: Config, cpu: bool) -> str:
     """Changes that would need less memory according to the planner, for a resolved config that ran out; one line."""
-    now = memory(config, cpu).peak
     train, parallel = config.train, config.parallel
     assert train.micro_batch
+    if not has_formulas(config.model):
+        smaller = f"set train.micro_batch={train.micro_batch // 2}, or " if train.micro_batch > 1 else ""
+        return f"the planner has formulas for decoders only: {smaller}lower model.*"
+    now = memory(config, cpu).peak
     asked: list[dict[str, dict[str, Any]]] = []
     if train.micro_batch > 1:
         asked.append({"train": {"micro_batch": train.micro_batch // 2}})

@@ -10,7 +10,8 @@ import psutil
 import torch
 
 from configs import Config, ConfigError
-from configs.units import byte_size
+from configs.units import byte_size, short
+from models.families import build
 from models.planning.cost import has_formulas
 from models.planning.memory import memory
 from models.planning.plan import predict
@@ -61,13 +62,14 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
 
     Raises:
         ConfigError: weights, gradients and optimizer states alone need more, or the predicted total is more than
-            `SPARE` times as much.
+            `SPARE` times as much; for a family without formulas, weights (and gradients, in one process) need more.
     """
-    if not has_formulas(config.model):
-        return
     cpu = here.type == "cpu"
     if there is None:
         there = psutil.virtual_memory().total if cpu else torch.cuda.get_device_properties(here).total_memory
+    if not has_formulas(config.model):
+        _refuse_uncounted(config, there)
+        return
     held = memory(config, cpu)
     if held.states > there or held.needed > SPARE * there:
         what = "this machine" if cpu else torch.cuda.get_device_name(here)
@@ -76,6 +78,18 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
             f"gradients and optimizer states, but {what} has {byte_size(there)}:\n"
             "lower model.* or train.micro_batch, or raise parallel.* or parallel.zero_stage; `muster plan` shows what "
             "takes the memory"
+        )
+
+
+def _refuse_uncounted(config: Config, there: int) -> None:
+    with torch.device("meta"):
+        count = sum(parameter.numel() for parameter in build(config.model).parameters())
+    alone = config.parallel.world_size == 1
+    if (least := 4 * count * (2 if alone else 1)) > there:
+        what = "weights and gradients" if alone else "weights"
+        raise ConfigError(
+            f"one process needs at least {byte_size(least)} for {what} of {short(count)} parameters, but there are "
+            f"{byte_size(there)}: lower model.*"
         )
 
 

@@ -5,6 +5,7 @@ from support import resolved
 
 from cluster.attempts.failures import Failure
 from cluster.attempts.policy import Past, decide, history, kind_of, memory_advice
+from configs import load, resolve
 
 
 def lost(step: int, saved: int) -> Past:
@@ -81,5 +82,8 @@ def test_advice_names_what_needs_less():
     assert "parallel.zero_stage=1" in memory_advice(
         resolved(model=big | {"num_layers": 48}, parallel={"dp": 4}), cpu=False
     )
+    convnet, _ = resolve(load("digits-convnet"))
+    advice = memory_advice(convnet, cpu=True)
+    assert advice == "the planner has formulas for decoders only: set train.micro_batch=16, or lower model.*"
     least = {"micro_batch": 1, "activation_checkpointing": "full", "seq_len": 2048}
     assert "more devices" in memory_advice(resolved(model=big, train=least), cpu=False)

@@ -304,6 +304,20 @@ TOO_LARGE = {
 }
 
 
+OTHERS = {
+    "digits-convnet": ["model.hidden=[16777216, 16777216]"],
+    "digits-diffusion": ["model.width=16777216"],
+    "lstm": ["model.hidden_size=16777216"],
+}
+
+
+@pytest.mark.parametrize("preset", OTHERS)
+def test_other_families_that_no_machine_holds_are_refused_before_anything_is_made(tmp_path, preset):
+    with pytest.raises(ConfigError, match=r"^one process needs at least .*B for weights and gradients of .*: lower mo"):
+        launch(load(preset, [*OTHERS[preset], f"run.root={tmp_path}"]))
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", TOO_LARGE)
 def test_training_what_no_machine_holds_is_refused_before_anything_is_made(tmp_path, name):
     config = load("quickstart", [*TOO_LARGE[name], f"run.root={tmp_path}"])
