@@ -81,7 +81,7 @@ class TrainConfig(Section):
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
     mask_rate: float = Field(0.15, gt=0, lt=1)
-    """Masked language modelling: share of a tokens that are predicted. Of these, 80% are masked, 10% replaced
+    """Masked language modelling: share of the tokens that are predicted. Of these, 80% are masked, 10% replaced
     by random tokens, and 10% left as they are (arXiv:1810.04805)."""
     temperature: PositiveFloat = 0.5
     """Contrastive learning: what the cosines of two views are divided by."""

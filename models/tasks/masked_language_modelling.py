@@ -40,7 +40,8 @@ def masked(batch: Batch, rate: float, vocabulary: int, end: int, seed: int, use:
         uniform(seed, batch.example_ids, f"{use}/{name}", (length,)) for name in ("choice", "what", "which")
     )
     free = tokens != end
-    count = (rate * free.sum(1, keepdim=True)).round().clamp(min=1)
+    # In float64, as `most_chosen`: in fp32 some products would round to one more.
+    count = (rate * free.sum(1, keepdim=True).double()).round().clamp(min=1)
     rank = lots.masked_fill(~free, 2.0).argsort(dim=1, stable=True).argsort(1)
     chosen = free & (rank < count)
     other = (which.double() * vocabulary).long()

@@ -11,7 +11,7 @@ from configs.sections.pairs import check_pair
 from models.batch import Batch
 from models.flops import counted_flops
 from models.loss import IGNORE
-from models.tasks.masked_language_modelling import masked
+from models.tasks.masked_language_modelling import masked, most_chosen
 from models.tasks.table import reads, task_of
 
 VOCABULARY, END, MASK = 50, 0, 50
@@ -50,6 +50,13 @@ def test_of_every_sequence_a_fixed_share_is_hidden():
     assert (chosen.float().mean(0) - 0.4).abs().max() < 0.05
     others = seen[(seen != MASK) & (seen != was)]
     assert torch.bincount(others, minlength=VOCABULARY)[1:].float().std() < 0.2 * len(others) / VOCABULARY
+
+
+@pytest.mark.parametrize(("rate", "length"), [(0.034, 1250), (0.045, 1300), (0.051, 2500), (0.15, 100)])
+def test_no_more_are_hidden_than_a_task_predicts(rate, length):
+    """The first three products are halves, just above which fp32 lies."""
+    first = hidden(plain(3, length), rate).labels[0]
+    assert int((first != IGNORE).sum()) == most_chosen(rate, length)
 
 
 def test_they_are_a_function_of_seed_example_and_use():
