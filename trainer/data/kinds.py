@@ -214,15 +214,23 @@ def _ensure_nodes(config: Config) -> tuple[DataConfig, list[str]]:
 
 def _ensure_graphs(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `graphs.reader.Graphs`, or if the model has other sizes."""
-    return _of_graphs(config, "graphs", _graphs)
+    data, notes = _of_graphs(config, "graphs", _graphs)
+    if files_of_splits(sources_of(data)[0].path, GRAPHS_NEED)["held_out"]:  # which may differ from the others
+        _check_graphs(config, _graphs(config, "held_out"))
+    return data, notes
 
 
 def _of_graphs(config: Config, kind: str, opened: Callable[[Config], Any]) -> tuple[DataConfig, list[str]]:
     check_packaged(config, kind)
     reader = opened(config)
+    _check_graphs(config, reader)
+    return at_hand(config), reader.notes
+
+
+def _check_graphs(config: Config, reader: Graphs | Nodes) -> None:
+    """Raise ConfigError if the model has other sizes."""
     reader.check_model(config.model)
     _check_sizes(config, getattr(config.model, "inputs", 0), reader.classes)
-    return at_hand(config), reader.notes
 
 
 def _check_sizes(config: Config, inputs: int, classes: int) -> None:

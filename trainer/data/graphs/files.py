@@ -47,10 +47,11 @@ class Packed(NamedTuple):
     @property
     def whole(self) -> np.ndarray:
         """Bool [G]: it has a node and a label, and no number is missing or infinite."""
-        return (self.sizes > 0) & np.isfinite(self.labels).all(1) & ~self._broken
+        return (self.sizes > 0) & np.isfinite(self.labels).all(1) & ~self.broken
 
     @property
-    def _broken(self) -> np.ndarray:
+    def broken(self) -> np.ndarray:
+        """Bool [G]: a number is missing or infinite."""
         found = np.zeros(len(self.labels), bool)
         for values, ends in ((self.nodes, self.node_ends), (self.edge_features, self.edge_ends)):
             bad = np.flatnonzero(~np.isfinite(values).all(1))
@@ -66,7 +67,7 @@ class Packed(NamedTuple):
         reasons = {
             "without a node": empty,
             "without a label": unlabelled & ~empty,
-            "with a number that is missing or infinite": self._broken & ~unlabelled,
+            "with a number that is missing or infinite": self.broken & ~unlabelled,
         }
         first = int(bad.argmax())
         start, name = max(each for each in self.starts if each[0] <= first)
@@ -129,19 +130,24 @@ def read_graphs(files: Sequence[Path]) -> Packed:
             table = file.read(own, use_threads=False)
         parts.append(_graphs(path, table))
     for name, found in ((NODES, "nodes"), (EDGE_FEATURES, "edge_features"), (LABELS, "labels")):
-        arrays = [getattr(part, found) for part in parts]
+        arrays = [array for part in parts if len(array := getattr(part, found))]
         if len({(each.shape[1], each.dtype) for each in arrays}) > 1:
             raise ConfigError(f"{files[0].parent}: column {name} differs from file to file in its width or type")
     return Packed(
-        np.concatenate([part.nodes for part in parts]),
-        np.concatenate([part.edges for part in parts]),
-        np.concatenate([part.edge_features for part in parts]),
-        np.concatenate([part.labels for part in parts]),
+        _joined([part.nodes for part in parts]),
+        _joined([part.edges for part in parts]),
+        _joined([part.edge_features for part in parts]),
+        _joined([part.labels for part in parts]),
         np.concatenate([part.sizes for part in parts]).cumsum(),
         np.concatenate([part.degrees for part in parts]).cumsum(),
         footers.starts,
         sum(part.self_loops for part in parts),
     )
+
+
+def _joined(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    """One after another, all of one width; an array without a row does not know its width."""
+    return np.concatenate([each for each in arrays if len(each)] or arrays[:1])
 
 
 class Part(NamedTuple):
@@ -210,10 +216,14 @@ def _matrix(path: Path, table: pa.Table, name: str) -> tuple[np.ndarray, np.ndar
     """(how many lists each row has, [lists, width] int64 or float32)."""
     rows, widths, values = _lists(path, table, name)
     width = int(widths[0]) if len(widths) else 0
-    if (widths != width).any() or (len(widths) and not width):
-        raise ConfigError(f"{path}: {name} has lists of {width} and of {widths[widths != width][:1]} numbers")
+    if (others := widths[widths != width]).size:
+        raise ConfigError(
+            f"{path}: {name} has a list of {counted(width, 'number')} and one of {others[0]}: write all alike"
+        )
+    if len(widths) and not width:
+        raise ConfigError(f"{path}: {name} has lists without a number: it needs {NEEDS}")
     kind = np.int64 if pa.types.is_integer(values.type) else np.float32
-    return rows, _numbers(path, name, values).reshape(-1, width).astype(kind)
+    return rows, _numbers(path, name, values).reshape(len(widths), width).astype(kind)
 
 
 def _numbers(path: Path, name: str, values: pa.Array) -> np.ndarray:

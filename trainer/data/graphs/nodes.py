@@ -13,7 +13,7 @@ from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import files_of_splits, held_out_rows
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 
-from .files import LABELS, NEEDS, read_graphs
+from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, read_graphs
 from .reader import FeaturesOf, classes_of
 
 TYPICAL = 256
@@ -31,7 +31,8 @@ class Nodes(FeaturesOf):
         classes: largest label + 1.
 
     Raises:
-        ConfigError: as `files.read_graphs`; several sources or graphs; not a class for each node; an empty split.
+        ConfigError: as `files.read_graphs`; several sources or graphs; not a class for each node; a missing or
+            infinite number; an empty split.
     """
 
     bad_pages: list[tuple[str, int]] = []
@@ -53,6 +54,11 @@ class Nodes(FeaturesOf):
             raise ConfigError(
                 f"data.path={self.path}: {LABELS} has {counted(labels.shape[1], 'label')} for "
                 f"{counted(size, 'node')}: give each node one (null: it has none)"
+            )
+        if self.packed.broken.any():
+            raise ConfigError(
+                f"data.path={self.path}: {NODES} or {EDGE_FEATURES} has a number that is missing or infinite: correct "
+                "it"
             )
         apart, labelled = held_out_rows(size, config.prepare.held_out, config.prepare.seed), np.isfinite(labels[0])
         self._nodes = np.flatnonzero((apart if split == "held_out" else ~apart) & labelled)

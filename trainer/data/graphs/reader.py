@@ -66,7 +66,7 @@ class Graphs(FeaturesOf):
         numbers: the labels are numbers, not classes.
 
     Attributes:
-        classes: largest label + 1; 0: the labels are numbers.
+        classes: largest label of either split + 1; 0: the labels are numbers.
 
     Raises:
         ConfigError: as `files.read_graphs`; a label is not a class; several sources; an empty split.
@@ -84,6 +84,12 @@ class Graphs(FeaturesOf):
         packed = trained = read_graphs(files["train"])
         if split == "held_out" and files["held_out"]:
             packed = read_graphs(files["held_out"])
+        widths = [each.labels.shape[1] for each in (packed, trained)]
+        if widths[0] != widths[1]:
+            raise ConfigError(
+                f"data.path={self.path}: {LABELS} of the held-out files has {counted(widths[0], 'number')}, but of the "
+                f"others {widths[1]}: write all alike"
+            )
         chosen, fitted = (
             rows_of_split(of, len(each.labels), bool(files["held_out"]), config.prepare) & each.whole
             for of, each in ((split, packed), ("train", trained))
@@ -104,7 +110,7 @@ class Graphs(FeaturesOf):
                     "one class: keep one, or set task=regression"
                 )
             self.labels = torch.from_numpy(classes_of(labels[:, 0], self.path))
-            self.classes = int(self.labels.max()) + 1
+            self.classes = int(classes_of(packed.labels[packed.whole, 0], self.path).max()) + 1
         self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(seed, "graphs", epoch)))
         self.typical = range(min(len(self), TYPICAL))
 

@@ -151,6 +151,33 @@ def test_files_of_their_own_are_held_out(tmp_path):
     assert (len(graphs(tmp_path)), len(graphs(tmp_path, "held_out"))) == (COUNT, 7)
 
 
+def test_what_held_out_files_have_is_checked_before_a_run(tmp_path):
+    write(tmp_path / "train.parquet")
+    labels = write(tmp_path / "test.parquet", count=7, y=[[i] for i in range(7)])
+    model = {"family": "gnn", "inputs": 2, "outputs": 3}
+    config = from_dict({"model": model, "data": {"path": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=r"model\.outputs is 3, but .* labels up to 6: set model\.outputs=7"):
+        kind_of(config).ensure(config)
+    pq.write_table(pa.table(table(count=7, y=[[0.5, 1.0]] * 7)), labels)
+    config = from_dict({"model": model | {"outputs": 1}, "task": "regression", "data": {"path": str(tmp_path)}})
+    with pytest.raises(ConfigError, match=r"y of the held-out files has 2 numbers, but of the others 1"):
+        kind_of(config).ensure(config)
+
+
+def test_files_may_have_no_edges_or_no_graphs(tmp_path):
+    lists = pa.list_(pa.list_(pa.int64()))
+    edges = {"edge_index": pa.array([[[], []]] * 3, lists), "edge_attr": pa.array([[]] * 3, lists)}
+    alone = edges | {"node_feat": [[[1.0, 2.0]]] * 3}
+    whole = table() | {"edge_attr": pa.array(table()["edge_attr"], lists)}
+    write(tmp_path / "a.parquet", **alone, y=[[0]] * 3, num_nodes=[1] * 3)
+    write(tmp_path / "b.parquet", **whole)
+    pq.write_table(pq.read_table(tmp_path / "b.parquet").slice(0, 0), tmp_path / "c.parquet")
+    read = graphs(tmp_path)
+    assert (len(read.packed.labels), read.packed.edge_features.shape[1]) == (COUNT + 3, 1)
+    one = graphs(tmp_path / "a.parquet").examples([0, 1])
+    assert (one.edges.shape, one.edge_features, one.nodes.tolist()) == ((2, 0), None, [[1.0, 2.0]] * 2)
+
+
 def changed(name, row, value):
     found = table()[name]
     found[row] = value
@@ -167,7 +194,7 @@ REFUSED = {
     "one end": (changed("edge_index", 1, [[0]]), r"edge_index is not two lists of whole numbers in every row"),
     "ends that differ": (changed("edge_index", 1, [[0, 1], [0]]), r"the two lists of edge_index differ in length"),
     "features of other edges": (changed("edge_attr", 5, [[1]]), r"row 5 has \d+ edges, but edge_attr of 1"),
-    "nodes of two widths": (changed("node_feat", 0, [[1.0]]), r"node_feat has lists of 1 and of \[2\] numbers"),
+    "nodes of two widths": (changed("node_feat", 0, [[1.0]]), r"node_feat has a list of 1 number and one of 2"),
     "another count": (changed("num_nodes", 3, 9), r"num_nodes of row 3 is 9, but node_feat has 4 nodes"),
     "text": ({"node_feat": [[["a"]]] * COUNT}, r"node_feat has string, not numbers"),
     "no lists": ({"edge_index": [1] * COUNT}, r"edge_index is int64: it needs graphs, as `datasets` writes them"),

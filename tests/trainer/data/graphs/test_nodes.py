@@ -93,8 +93,11 @@ def test_padding_and_nodes_without_a_label(tmp_path):
 REFUSED = {
     "two graphs": ({"rows": 2}, r"has 2 graphs, but data\.kind=nodes learns from the nodes of one: keep one row"),
     "a label": ({"y": [1]}, r"y has 1 label for 60 nodes: give each node one"),
+    "no number": (
+        {"node_feat": [[float("nan")] * 3] * SIZE}, r"node_feat or edge_attr has a number that is missing or infinite",
+    ),
     "no class": ({"y": [0.5] * SIZE}, r"y has 0\.5, but classes are whole numbers from 0"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("columns", "message"), REFUSED.values(), ids=REFUSED)
