@@ -164,19 +164,35 @@ def read_texts(files: Sequence[Path], config: PairsConfig) -> Texts:
         with readable(path):
             digest.update(identity(path))
             with pq.ParquetFile(path) as file:
-                groups = [file.metadata.row_group(n).total_byte_size for n in range(file.metadata.num_row_groups)]
+                groups = [file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups)]
                 check_groups(path, groups)
-                if (size := size + sum(groups)) > MOST_BYTES:
-                    raise ConfigError(f"{path.parent}: the pairs take over {MOST_BYTES:,} bytes of memory")
+                _check_bytes(path, size + sum(groups))
                 names = [_column(path, file.schema_arrow, key, name) for key, name in config]
+            # Each text once: a file of a few bytes may repeat one so often that it fills the memory.
+            with pq.ParquetFile(path, read_dictionary=names) as file:
                 table = file.read(names, use_threads=False).flatten()
-        columns.append([table[name].cast(pa.large_string()) for name in names])
+            size += sum(_bytes(chunk) for name in names for chunk in table[name].chunks)
+            _check_bytes(path, size)
+            columns.append([table[name].cast(pa.large_string()) for name in names])
+            for each in columns[-1]:
+                each.validate(full=True)  # that it is UTF-8
     source, target = (pa.chunked_array([chunk for each in columns for chunk in each[n].chunks]) for n in (0, 1))
     return Texts(source, target, digest.hexdigest())
 
 
+def _check_bytes(path: Path, size: int) -> None:
+    if size > MOST_BYTES:
+        raise ConfigError(f"{path.parent}: the pairs take over {MOST_BYTES:,} bytes of memory")
+
+
+def _bytes(texts: pa.DictionaryArray) -> int:
+    return pc.sum(pc.binary_length(texts.dictionary).cast(pa.int64()).take(texts.indices)).as_py() or 0
+
+
 def _column(path: Path, schema: pa.Schema, key: str, name: str) -> str:
     """What the column of texts is called in the file. Raises ConfigError."""
+    if schema.names.count(name) > 1:
+        raise ConfigError(f"{path} has several columns {name}: rename all but one, or set data.pairs.{key} to another")
     there = {field.name: field.type for field in schema}
     if STRUCT in there and pa.types.is_struct(there[STRUCT]):
         there |= {f"{STRUCT}.{field.name}": field.type for field in there[STRUCT].fields}

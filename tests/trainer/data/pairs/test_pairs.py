@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from configs import ConfigError, from_dict, resolve
-from configs.sections.data import DataConfig
+from configs.sections.data import DataConfig, PairsConfig
 from models.loss import IGNORE
 from trainer.data.kinds import kind_of
+from trainer.data.pairs import reader
 from trainer.data.pairs.dates import FIRST, dates, written
 from trainer.data.pairs.prepared import ensure_pairs, open_pairs
-from trainer.data.pairs.reader import BUCKET, Pairs
+from trainer.data.pairs.reader import BUCKET, Pairs, read_texts
 from trainer.run.counted import counts
 from trainer.run.resolved import refuse_early, resolve_config
 
@@ -151,6 +152,28 @@ def test_what_is_refused(tmp_path, columns, keys, said):
     path = write(tmp_path / "x.parquet", **columns)
     with pytest.raises(ConfigError, match=said):
         ensure_pairs(config_of(path, tmp_path, data={"path": str(path), "prepare": {"tokenizer": "bytes"}} | keys))
+
+
+def test_texts_that_are_not_utf_8_are_refused(tmp_path):
+    bad = pa.array([b"\xff"] * COUNT)
+    path = write(tmp_path / "x.parquet", target=pa.Array.from_buffers(pa.string(), COUNT, bad.buffers()))
+    with pytest.raises(ConfigError, match=r"x\.parquet is not a Parquet file: .*Invalid UTF8"):
+        read_texts([path], PairsConfig())
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    columns = [pa.array(["a"])] * 3
+    pq.write_table(pa.Table.from_arrays(columns, names=["source", "target", "source"]), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"several columns source: rename all but one, or set data\.pairs\.source"):
+        read_texts([tmp_path / "x.parquet"], PairsConfig())
+
+
+def test_a_small_file_of_many_texts_is_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    path = write(tmp_path / "x.parquet", target=["x" * 1000] * COUNT)
+    monkeypatch.setattr(reader, "MOST_BYTES", 200 * COUNT)
+    assert path.stat().st_size < 100 * COUNT
+    with pytest.raises(ConfigError, match="the pairs take over 60,000 bytes of memory"):
+        read_texts([path], PairsConfig())
 
 
 def test_dates_in_words():
