@@ -32,11 +32,6 @@ class ModelSection(Section):
     family: str = DECODER
     """Entry of the family table (`models/families.py`), or one that a plugin registers."""
 
-    @property
-    def differentiates(self) -> bool:
-        """Whether the network's forward pass takes gradients itself, for a loss that depends on them."""
-        return False
-
     @classmethod
     def variant(cls, keys: Mapping[str, Any]) -> "type[ModelSection]":
         """The section that checks these keys: a subclass, where networks of a family have different ones."""

@@ -34,11 +34,6 @@ def check_model(config: Config) -> None:
             f"train.activation_checkpointing={train.activation_checkpointing}: model.family={family} does not support "
             "it (its module has no set_activation_checkpointing): set it to none"
         )
-    if config.model.differentiates and config.parallel.zero_stage == 3:
-        raise ConfigError(
-            f"parallel.zero_stage=3: the loss of model.family={family} depends on a gradient, for which ZeRO-3 would "
-            "have to keep the weights that it has gathered: set it to 0, 1 or 2"
-        )
     if train.micro_batch and train.global_batch % train.micro_batch and any(True for _ in batch_norms(module)):
         raise ConfigError(
             f"train.micro_batch ({train.micro_batch}) does not divide train.global_batch ({train.global_batch}), and "

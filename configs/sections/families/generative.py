@@ -58,8 +58,9 @@ class AutoencoderConfig(ModelSection):
     """vq: weight of the latents' squared distance to their code, beside that of the code to them."""
 
     @property
-    def differentiates(self) -> bool:
-        return self.contractive > 0
+    def most_zero(self) -> int:
+        """The contractive penalty is a gradient, for which ZeRO-3 would have to keep the weights that it gathers."""
+        return 2 if self.contractive else 3
 
     @property
     def side(self) -> int:

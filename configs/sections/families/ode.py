@@ -59,7 +59,9 @@ class NeuralOdeConfig(ModelSection):
 
     @property
     def most_zero(self) -> int:
-        return 2 if self.adjoint else 3  # the equation backwards in time needs whole weights
+        """The equation backwards in time needs whole weights. Under ZeRO-3 each evaluation gathers them from all
+        processes, which therefore must evaluate equally often: they do not where the solver chooses its steps."""
+        return 2 if self.adjoint or self.solver in ADAPTIVE else 3
 
     def check_kind(self, kind: str) -> None:
         if self.channels and kind != "images":
