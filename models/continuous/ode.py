@@ -96,13 +96,17 @@ class NeuralOde(nn.Module):
         return Measured(self.head(y.to(own)), {"evaluations": torch.full((), float(calls), device=y.device)})
 
     def _solved(self, change: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
-        """The state at time 1, fp32 whatever the weights are: errors of a step are smaller than bf16 can tell."""
+        """The state at time 1, fp32 whatever the weights are: errors of a step are smaller than bf16 can tell. NaN
+        where the solver finds none."""
         config = self.config
         times = torch.linspace(0, 1, 2 if config.solver in ADAPTIVE else config.steps + 1, device=y.device)
         asked: dict[str, Any] = {"rtol": config.rtol, "atol": config.atol, "method": config.solver}
-        if config.adjoint and torch.is_grad_enabled():
-            return odeint_adjoint(change, y, times, adjoint_params=used_by(self.dynamics), **asked)[-1]
-        return odeint(change, y, times, **asked)[-1]
+        try:
+            if config.adjoint and torch.is_grad_enabled():
+                return odeint_adjoint(change, y, times, adjoint_params=used_by(self.dynamics), **asked)[-1]
+            return odeint(change, y, times, **asked)[-1]
+        except AssertionError:  # no step is small enough, since something is not finite: the trainer skips such a step
+            return change(times[-1], y) * torch.nan  # of all weights, so that all have a gradient to reduce
 
     def _shapes(self, change: Callable[[Tensor, Tensor], Tensor], y: Tensor) -> Tensor:
         """What `_solved` computes, of shapes alone, which torchdiffeq cannot do without the times.

@@ -97,6 +97,17 @@ def test_flops_of_fixed_steps_are_counted_without_computing():
         counted_flops(config(ROWS), batch)
 
 
+@pytest.mark.parametrize("adjoint", [False, True])
+def test_what_is_not_finite_gives_a_loss_that_is_not(adjoint):
+    """A step that the trainer skips, where torchdiffeq would end the run."""
+    module = network(**ROWS, adjoint=adjoint)
+    found = module(torch.full((2, ROWS["inputs"]), torch.inf)).outputs
+    assert found.isnan().all()
+    found.sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+    assert all(p.grad.isnan().any() for p in module.dynamics.parameters())
+
+
 def test_evaluations_are_recorded_as_a_mean_over_examples():
     learned = task_of(config(IMAGES))
     images = torch.randint(0, 256, (7, 1, 8, 8), dtype=torch.uint8)
