@@ -54,7 +54,7 @@ class Adversarial(Task):
         rates = [{} if rate is None else {"lr": rate} for rate in (model.discriminator_lr, model.generator_lr)]
         clip = {"max_weight": model.clip} if model.loss == "wgan" else {}
         return (
-            Phase("discriminator", "discriminator", rates[0] | clip | {"ema_decay": None}),
+            Phase("discriminator", "discriminator", rates[0] | clip | {"ema_decay": None, "swa_from": None}),
             Phase("generator", "generator", rates[1], every=model.discriminator_steps),
         )
 

@@ -107,7 +107,7 @@ def test_a_class_changes_what_is_made_and_how_it_is_judged():
 def test_phases_have_their_own_rates_and_limits():
     task, _ = learner(loss="wgan", discriminator_norm="none", clip=0.02, generator_lr=1e-4, discriminator_steps=5)
     discriminator, generator = task.phases
-    assert discriminator.optimizer == {"max_weight": 0.02, "ema_decay": None}
+    assert discriminator.optimizer == {"max_weight": 0.02, "ema_decay": None, "swa_from": None}
     assert (generator.optimizer, generator.every) == ({"lr": 1e-4}, 5)
 
 
