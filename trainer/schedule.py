@@ -65,6 +65,8 @@ def learning_rate(step: int, steps: int, optim: OptimConfig, drops: int = 0) -> 
             factor = low + (1 - low) * (1 - abs(2 * ((done - 1 + half) % length) / length - 1))
         case "cosine_restarts":
             into, length = done - 1, optim.cycle_steps or max(steps // 5, 1)
+            if optim.cycle_growth == 1:
+                into %= length
             while into >= length:
                 into, length = into - length, length * optim.cycle_growth
             factor = low + (1 - low) * (1 + math.cos(math.pi * into / length)) / 2
