@@ -9,17 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config, ModelConfig
-from configs.sections.families.convnet import ConvNetConfig
-from configs.sections.families.encoder import EncoderConfig, MaeConfig, VitConfig
-from configs.sections.families.generative import AutoencoderConfig, DiffusionConfig, GanConfig
 from configs.sections.families.graph import GnnConfig
-from configs.sections.families.hf import TransformersConfig
-from configs.sections.families.mlp import MlpConfig
 from configs.sections.families.ode import NeuralOdeConfig
-from configs.sections.families.recurrent import RecurrentConfig
-from configs.sections.families.seq2seq import EncoderDecoderConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
+from configs.sections.run import OURS
 
 from .decoder.model import Decoder
 from .generative import diffusion
@@ -100,23 +94,27 @@ class Families(dict[str, Family]):
 
 
 FAMILIES = Families()
+
+
+def _add(name: str, build: Callable[[Any], nn.Module], **more: Any) -> None:
+    """One of our own, whose section and ends `configs` knows already."""
+    FAMILIES[name] = Family(build, OURS[name], *FAMILY_ENDS[name], **more)
+
+
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
-FAMILIES["convnet"] = Family(build=ConvNet, section=ConvNetConfig, **FAMILY_ENDS["convnet"]._asdict())
-FAMILIES["gnn"] = Family(build=_gnn, section=GnnConfig, **FAMILY_ENDS["gnn"]._asdict())
-FAMILIES["mlp"] = Family(build=Mlp, section=MlpConfig, **FAMILY_ENDS["mlp"]._asdict())
-FAMILIES["encoder"] = Family(build=Encoder, section=EncoderConfig, to_hf=to_hf, **FAMILY_ENDS["encoder"]._asdict())
-FAMILIES["mae"] = Family(build=Mae, section=MaeConfig, **FAMILY_ENDS["mae"]._asdict())
-FAMILIES["vit"] = Family(build=Vit, section=VitConfig, to_hf=to_hf, **FAMILY_ENDS["vit"]._asdict())
-FAMILIES["autoencoder"] = Family(Autoencoder, AutoencoderConfig, **FAMILY_ENDS["autoencoder"]._asdict())
-FAMILIES["diffusion"] = Family(diffusion.build, DiffusionConfig, **FAMILY_ENDS["diffusion"]._asdict())
-FAMILIES["encoder_decoder"] = Family(encoder_decoder, EncoderDecoderConfig, **FAMILY_ENDS["encoder_decoder"]._asdict())
-FAMILIES["recurrent"] = Family(build=Recurrent, section=RecurrentConfig, flops=training_flops)
-FAMILIES["transformers"] = Family(
-    build=build_any, section=TransformersConfig, load=load_folder, save=save_folder,
-    **FAMILY_ENDS["transformers"]._asdict(),
-)  # fmt: skip
-FAMILIES["neural_ode"] = Family(build=_neural_ode, section=NeuralOdeConfig, **FAMILY_ENDS["neural_ode"]._asdict())
-FAMILIES["gan"] = Family(Gan, GanConfig, **FAMILY_ENDS["gan"]._asdict())
+_add("mlp", Mlp)
+_add("convnet", ConvNet)
+_add("encoder", Encoder, to_hf=to_hf)
+_add("vit", Vit, to_hf=to_hf)
+_add("mae", Mae)
+_add("autoencoder", Autoencoder)
+_add("diffusion", diffusion.build)
+_add("gan", Gan)
+_add("recurrent", Recurrent, flops=training_flops)
+_add("transformers", build_any, load=load_folder, save=save_folder)
+_add("encoder_decoder", encoder_decoder)
+_add("gnn", _gnn)
+_add("neural_ode", _neural_ode)
 
 
 def family_of(config: ModelSection) -> Family:
@@ -131,6 +129,5 @@ def family_of(config: ModelSection) -> Family:
 
 
 def build(config: ModelSection) -> nn.Module:
-    """Build the model of `config.family`, to be initialised by `models.init.fill`. Raises ConfigError as "
-    "`family_of`."""
+    """The model of `config.family`, to be initialised by `models.init.fill`. Raises ConfigError as `family_of`."""
     return family_of(config).build(config)
