@@ -1,7 +1,6 @@
 """Reads the nodes of one graph: an example is a node with sampled neighbours, a pure function of (seed, index)."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -11,10 +10,11 @@ from configs.sections.data import DataConfig
 from models.batch import GraphBatch
 from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import files_of_splits, held_out_rows
-from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
+from trainer.data.read.in_memory import classes_of, epochs
+from trainer.data.read.order import mix, shuffled
 
 from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, read_graphs
-from .reader import FeaturesOf, classes_of
+from .reader import FeaturesOf
 
 TYPICAL = 256
 """Neighbourhoods whose FLOPs are taken for those of all."""
@@ -34,9 +34,6 @@ class Nodes(FeaturesOf):
         ConfigError: as `files.read_graphs`; several sources or graphs; not a class for each node; a missing or
             infinite number; an empty split.
     """
-
-    bad_pages: list[tuple[str, int]] = []
-    """The graph is read before a run starts."""
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
         self.split, self._neighbours = split, config.graphs.neighbours
@@ -64,13 +61,13 @@ class Nodes(FeaturesOf):
         self._nodes = np.flatnonzero((apart if split == "held_out" else ~apart) & labelled)
         if not len(self._nodes):
             raise ConfigError(f"data.path={self.path} has no node to {'train on' if split == 'train' else 'hold out'}")
-        self.labels = torch.from_numpy(classes_of(labels[0, self._nodes], self.path))
-        self.classes = int(classes_of(labels[0, labelled], self.path).max()) + 1
+        self.labels = torch.from_numpy(classes_of(labels[0, self._nodes], self.path, LABELS))
+        self.classes = int(classes_of(labels[0, labelled], self.path, LABELS).max()) + 1
         self._by_receiver = np.argsort(self.packed.edges[:, 1], kind="stable")
         degrees = np.bincount(self.packed.edges[:, 1], minlength=size)
         self._ends = degrees.cumsum()
         self._key = mix(seed, "nodes") if split == "train" else mix("held out")
-        self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(self._key, epoch)))
+        self.order = epochs(len(self), split, self._key)
         self.typical = range(min(len(self), TYPICAL))
 
     @property
@@ -85,17 +82,7 @@ class Nodes(FeaturesOf):
         return found
 
     def __len__(self) -> int:
-        """Nodes in one pass; training goes on after it."""
         return len(self._nodes)
-
-    def locate(self, index: int) -> int:
-        """The place of example `index` among the nodes of the split. Raises IndexError past its end, if held out."""
-        if self.split == "held_out":
-            if not 0 <= index < len(self):
-                raise IndexError(f"node {index} of {len(self)}")
-            return index
-        epoch, place = divmod(index, len(self))
-        return int(self._order(epoch)[place])
 
     def examples(self, indices: Sequence[int]) -> GraphBatch:
         """Neighbourhoods side by side; -1 stands for padding: a node of zeros without a label."""

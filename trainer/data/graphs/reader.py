@@ -1,7 +1,6 @@
 """Reads graphs, all of them into memory: a graph is a pure function of (seed, index)."""
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ from configs.sections.data import DataConfig
 from models.batch import GraphBatch
 from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import files_of_splits, rows_of_split
-from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
+from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
 
 from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, Packed, read_graphs
 
@@ -21,7 +20,7 @@ TYPICAL = 1024
 """Graphs whose FLOPs are taken for those of all."""
 
 
-class FeaturesOf:
+class FeaturesOf(InMemory):
     """What readers of graphs, and of the nodes of one, have in common."""
 
     packed: Packed
@@ -72,9 +71,6 @@ class Graphs(FeaturesOf):
         ConfigError: as `files.read_graphs`; a label is not a class; several sources; an empty split.
     """
 
-    bad_pages: list[tuple[str, int]] = []
-    """All graphs are read before a run starts."""
-
     def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
         self.split = split
         if len(sources := sources_of(config)) > 1:
@@ -99,8 +95,7 @@ class Graphs(FeaturesOf):
         self.packed, self._rows = packed, np.flatnonzero(chosen)
         labels, self.classes, self.scale = packed.labels[chosen], 0, None
         if numbers:
-            mean, deviation = trained.labels[fitted].mean(0), trained.labels[fitted].std(0)
-            deviation = np.where(deviation > 0, deviation, 1.0)
+            mean, deviation = scale_of(trained.labels[fitted])
             self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
             self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
         else:
@@ -109,9 +104,9 @@ class Graphs(FeaturesOf):
                     f"data.path={self.path}: {LABELS} has {labels.shape[1]} numbers, but task=classification predicts "
                     "one class: keep one, or set task=regression"
                 )
-            self.labels = torch.from_numpy(classes_of(labels[:, 0], self.path))
-            self.classes = int(classes_of(packed.labels[packed.whole, 0], self.path).max()) + 1
-        self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(seed, "graphs", epoch)))
+            self.labels = torch.from_numpy(classes_of(labels[:, 0], self.path, LABELS))
+            self.classes = int(classes_of(packed.labels[packed.whole, 0], self.path, LABELS).max()) + 1
+        self.order = epochs(len(self), split, seed, "graphs")
         self.typical = range(min(len(self), TYPICAL))
 
     @property
@@ -128,17 +123,7 @@ class Graphs(FeaturesOf):
         return [*found, *filter(None, [packed.left_out])]
 
     def __len__(self) -> int:
-        """Graphs in one pass; training goes on after it."""
         return len(self.labels)
-
-    def locate(self, index: int) -> int:
-        """The graph of example `index`. Raises IndexError past the end of the held-out split."""
-        if self.split == "held_out":
-            if not 0 <= index < len(self):
-                raise IndexError(f"graph {index} of {len(self)}")
-            return index
-        epoch, place = divmod(index, len(self))
-        return int(self._order(epoch)[place])
 
     def examples(self, indices: Sequence[int]) -> GraphBatch:
         """Graphs side by side; -1 stands for padding: a node of zeros without a label."""
@@ -163,13 +148,3 @@ def _slices(values: np.ndarray, ends: np.ndarray, rows: np.ndarray, padding: int
     zeros = np.zeros((padding, values.shape[1]), values.dtype)
     parts = [values[ends[row - 1] if row else 0 : ends[row]] if row >= 0 else zeros for row in rows.tolist()]
     return np.concatenate(parts), np.array([len(part) for part in parts])
-
-
-def classes_of(labels: np.ndarray, path: str) -> np.ndarray:
-    """[G] int64. Raises ConfigError."""
-    if (wrong := (labels < 0) | (labels != np.floor(labels)) | (labels >= 2**24)).any():
-        raise ConfigError(
-            f"data.path={path}: {LABELS} has {labels[wrong][0]:g}, but classes are whole numbers from 0: correct it, "
-            "or set task=regression"
-        )
-    return labels.astype(np.int64)

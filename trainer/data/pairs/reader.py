@@ -19,6 +19,7 @@ from models.batch import PairBatch
 from models.loss import IGNORE
 from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import check_groups, files_of_splits, identity, readable, rows_of_split
+from trainer.data.read.in_memory import InMemory
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
 from trainer.data.tokenizer.tokenizer_files import end_of_text
@@ -49,7 +50,7 @@ class Texts(NamedTuple):
         return found[0] & found[1]
 
 
-class Pairs:
+class Pairs(InMemory):
     """Pairs of a Parquet file, or of a folder of them. Not for several threads at once.
 
     The training split goes on epoch after epoch, each in a different order: shuffled, but with pairs of nearly equal
@@ -63,9 +64,6 @@ class Pairs:
     Raises:
         ConfigError: no such files or columns, they hold no texts; several sources; an empty split.
     """
-
-    bad_pages: list[tuple[str, int]] = []
-    """All pairs are read before a run starts."""
 
     def __init__(self, config: DataConfig, most: int, seed: int, split: Split = "train"):
         self.config, self.most, self.split = config, most, split
@@ -86,19 +84,11 @@ class Pairs:
         self.source, self.target = texts.source.take(rows), texts.target.take(rows)
         self._lengths = sum(pc.binary_length(each).to_numpy().astype(np.int64) for each in (self.source, self.target))
         self._key = mix(seed, "pairs")
-        self._order = lru_cache(KEPT_ORDERS)(self._order_of)
+        self.order = lru_cache(KEPT_ORDERS)(self._order_of)
         self._tokens = lru_cache(KEPT)(self._encoded)
 
     def __len__(self) -> int:
-        """Pairs in one pass; training goes on after it."""
         return len(self._lengths)
-
-    def locate(self, index: int) -> int:
-        """The pair of example `index`. Raises IndexError past the end of the held-out split."""
-        if index < 0 or (self.split == "held_out" and index >= len(self)):
-            raise IndexError(f"pair {index} of {len(self)}")
-        epoch, place = divmod(index, len(self))
-        return int(self._order(epoch)[place])
 
     def examples(self, indices: Sequence[int]) -> PairBatch:
         """Pairs, padded; -1 stands for a pair of which nothing is trained on. Raises ConfigError if the tokenizer fails

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from configs.sections.data import DataConfig, RowsConfig
 from models.batch import RowBatch
 from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import check_groups, files_of_splits, identity, readable, rows_of_split
-from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
+from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
 
 NEEDS = "rows (a column of numbers for each feature, and data.rows.labels)"
 MOST_BYTES = 4 << 30
@@ -54,7 +53,7 @@ class Table(NamedTuple):
         )
 
 
-class Rows:
+class Rows(InMemory):
     """Rows of a Parquet file, or of a folder of them. Not for several threads at once.
 
     The training split goes on epoch after epoch, each in a different order; the held-out split (`validation*` or
@@ -72,9 +71,6 @@ class Rows:
         ConfigError: no such files, a column is missing or holds no numbers, a label is not a class; several sources; an
             empty split.
     """
-
-    bad_pages: list[tuple[str, int]] = []
-    """All rows are read before a run starts."""
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
         self.split = split
@@ -94,30 +90,20 @@ class Rows:
             use = "train on" if split == "train" else "hold out"
             raise ConfigError(f"data.path={self.path} has no row to {use}{why}")
         self.names, self.left_out = table.names, table.left_out
-        mean, deviation = _scale(trained.features[fitted], config.rows.standardise)
+        mean, deviation = scale_of(trained.features[fitted], config.rows.standardise)
         self.features = torch.from_numpy(((table.features[chosen] - mean) / deviation).astype(np.float32))
         labels, self.classes, self.scale = table.labels[chosen], 0, None
         if numbers:
-            mean, deviation = _scale(trained.labels[fitted], config.rows.standardise)
+            mean, deviation = scale_of(trained.labels[fitted], config.rows.standardise)
             self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
             self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
         else:
             self.labels = torch.from_numpy(_classes(labels, config.rows, self.path))
             self.classes = int(self.labels.max()) + 1
-        self._order = lru_cache(KEPT_ORDERS)(lambda epoch: shuffled(len(self), mix(seed, "rows", epoch)))
+        self.order = epochs(len(self), split, seed, "rows")
 
     def __len__(self) -> int:
-        """Rows in one pass; training goes on after it."""
         return len(self.labels)
-
-    def locate(self, index: int) -> int:
-        """The row of example `index`. Raises IndexError past the end of the held-out split."""
-        if self.split == "held_out":
-            if not 0 <= index < len(self):
-                raise IndexError(f"row {index} of {len(self)}")
-            return index
-        epoch, place = divmod(index, len(self))
-        return int(self._order(epoch)[place])
 
     def examples(self, indices: Sequence[int]) -> RowBatch:
         """Rows stacked; -1 stands for padding: zeros without a label."""
@@ -199,14 +185,6 @@ def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
     return np.stack(columns, axis=1).astype(np.float64)
 
 
-def _scale(values: np.ndarray, standardise: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column; (0, 1) unless asked for, and a deviation of 1 where it is 0."""
-    if not standardise:
-        return np.zeros(values.shape[1]), np.ones(values.shape[1])
-    deviation = values.std(0)
-    return values.mean(0), np.where(deviation > 0, deviation, 1.0)
-
-
 def _classes(labels: np.ndarray, config: RowsConfig, path: str) -> np.ndarray:
     """[rows] int64. Raises ConfigError."""
     if len(config.labels) > 1:
@@ -214,10 +192,4 @@ def _classes(labels: np.ndarray, config: RowsConfig, path: str) -> np.ndarray:
             f"data.rows.labels has {len(config.labels)} columns, but task=classification predicts one: name one, or "
             "set task=regression"
         )
-    found = labels[:, 0]
-    if (wrong := (found < 0) | (found != np.floor(found)) | (found >= 2**24)).any():
-        raise ConfigError(
-            f"data.path={path}: column {config.labels[0]} has {found[wrong][0]:g}, but classes are whole numbers from "
-            "0: correct it, or set task=regression"
-        )
-    return found.astype(np.int64)
+    return classes_of(labels[:, 0], path, f"column {config.labels[0]}")
