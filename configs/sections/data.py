@@ -137,10 +137,3 @@ class DataConfig(Section):
     """Limits on reading untrusted files."""
 
     _path = field_validator("path")(file_path)
-
-    @field_validator("path")
-    @classmethod
-    def _bundled(cls, path: str | tuple[Source, ...]) -> str | tuple[Source, ...]:
-        if isinstance(path, str) and path.startswith("bundled:") and path not in BUNDLED:
-            raise ValueError(f"should be one of {', '.join(BUNDLED)}, or a file or folder")
-        return path

@@ -26,8 +26,6 @@ WRONG = {
     "xyz=1": "unknown key xyz: known keys: run, model, train, optim, data, parallel, checkpoint, tracking, cluster, "
     "task, plugins",
     "parallel.xyz=1": "unknown key parallel.xyz: known keys: dp, tp, pp, pp_schedule, ep, sp, zero_stage, hpz, offload",
-    "data.path=bundled:digit": 'data.path="bundled:digit": should be one of bundled:dates, bundled:xor, bundled:wine, '
-    "bundled:diabetes, bundled:digits, bundled:functions, bundled:karate, or a file or folder",
     # numbers
     "train.steps=0": "train.steps=0: should be greater than 0",
     "train.steps=1.5": "train.steps=1.5: should be a whole number",

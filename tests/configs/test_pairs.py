@@ -94,6 +94,11 @@ def test_packaged_data_of_another_kind(family, task, path, said):
     assert str(refused.value).startswith(said)
 
 
+def test_a_run_of_data_that_are_not_packaged_is_told_a_name(muster, tmp_path):
+    code, _, err = muster("train", "wine", "data.path=bundled:wein", f"run.root={tmp_path}")
+    assert (code, err) == (2, "muster: data.path=bundled:wein: no such path; did you mean bundled:wine?\n")
+
+
 COMMANDS = ("config", "plan", "train", "submit")
 
 

@@ -106,7 +106,7 @@ def writable(folder: str | Path) -> Iterator[None]:
 
 
 def _absolute_data(path: str) -> str:
-    return path if path in PACKAGED else str(Path(path).expanduser().resolve())
+    return path if path in PACKAGED or path.startswith("bundled:") else str(Path(path).expanduser().resolve())
 
 
 def _absolute(plugin: str) -> str:
