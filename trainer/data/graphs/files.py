@@ -222,6 +222,8 @@ def _matrix(path: Path, table: pa.Table, name: str) -> tuple[np.ndarray, np.ndar
         )
     if len(widths) and not width:
         raise ConfigError(f"{path}: {name} has lists without a number: it needs {NEEDS}")
+    if len(rows) and not len(widths) and name == "node_feat":
+        raise ConfigError(f"{path}: node_feat is empty in every row: a graph needs a node")
     kind = np.int64 if pa.types.is_integer(values.type) else np.float32
     return rows, _numbers(path, name, values).reshape(len(widths), width).astype(kind)
 

@@ -185,6 +185,10 @@ def changed(name, row, value):
 
 
 REFUSED = {
+    "no node": (
+        {"node_feat": pa.array([[]] * COUNT, pa.list_(pa.list_(pa.int64())))},
+        r"node_feat is empty in every row: a graph needs a node",
+    ),
     "no column": ({"y": None}, r"has not one column y \(it has edge_index, node_feat, edge_attr, num_nodes\)"),
     "an edge to nowhere": (
         changed("edge_index", 5, [[0, 6], [1, 2]]) | changed("edge_attr", 5, [[0], [0]]),
