@@ -24,7 +24,7 @@ from .graphs.nodes import Nodes
 from .graphs.reader import Graphs
 from .manifest import Split, sources_of, without_held_out
 from .pairs.prepared import ensure_pairs, inputs_of_pairs, open_pairs
-from .parquet_files import files_of_splits
+from .parquet_files import files_of_splits, unless_empty
 from .read.masked import MaskedReader, MaskedTexts
 from .read.reader import Dataset
 from .rows.reader import NEEDS, Rows, read_columns
@@ -120,17 +120,8 @@ def _images(data: DataConfig, seed: int = 0, split: Split = "train") -> Any:
     return Images(data, seed, split)
 
 
-def _open_images(config: Config, split: Split) -> ExampleReader | None:
-    return _unless_empty(lambda: _images(at_hand(config), config.run.seed, split), split)
-
-
-def _unless_empty(opened: Callable[[], ExampleReader], split: Split) -> ExampleReader | None:
-    try:
-        return opened()
-    except ConfigError:
-        if split == "held_out":
-            return None
-        raise
+def _open_images(config: Config, split: Split) -> Any:
+    return unless_empty(lambda: _images(at_hand(config), config.run.seed, split), split)
 
 
 def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
@@ -139,7 +130,9 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     data = at_hand(config)
     images = _images(data)
     images.check_sizes()
-    _check_sizes(config, math.prod(images.shape), images.classes)
+    held_out = _open_images(config, "held_out")
+    for each in filter(None, (images, held_out)):
+        _check_sizes(config, math.prod(images.shape), each.classes)
     channels = getattr(config.model, "channels", None) or images.shape[0]
     if channels != images.shape[0]:
         raise ConfigError(
@@ -168,15 +161,17 @@ def _rows(config: Config, split: Split = "train") -> Rows:
     return Rows(at_hand(config), config.run.seed, split, numbers)
 
 
-def _open_rows(config: Config, split: Split) -> ExampleReader | None:
-    return _unless_empty(lambda: _rows(config, split), split)
+def _open_rows(config: Config, split: Split) -> Rows | None:
+    return unless_empty(lambda: _rows(config, split), split)
 
 
 def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
     """Raises ConfigError as `rows.reader.Rows`, or if the model has other sizes."""
     check_packaged(config, "rows")
     rows, data = _rows(config), at_hand(config)
-    _check_sizes(config, len(rows.names), rows.classes)
+    held_out = _open_rows(config, "held_out")
+    for each in filter(None, (rows, held_out)):
+        _check_sizes(config, len(rows.names), each.classes)
     predicted, outputs = len(config.data.rows.labels), getattr(config.model, "outputs", None)
     if not rows.classes and outputs not in (None, predicted):
         raise ConfigError(
@@ -196,7 +191,7 @@ def _graphs(config: Config, split: Split = "train") -> Graphs:
 
 
 def _open_graphs(config: Config, split: Split) -> ExampleReader | None:
-    return _unless_empty(lambda: _graphs(config, split), split)
+    return unless_empty(lambda: _graphs(config, split), split)
 
 
 def _nodes(config: Config, split: Split = "train") -> Nodes:
@@ -204,7 +199,7 @@ def _nodes(config: Config, split: Split = "train") -> Nodes:
 
 
 def _open_nodes(config: Config, split: Split) -> ExampleReader | None:
-    return _unless_empty(lambda: _nodes(config, split), split)
+    return unless_empty(lambda: _nodes(config, split), split)
 
 
 def _ensure_nodes(config: Config) -> tuple[DataConfig, list[str]]:

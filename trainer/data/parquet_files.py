@@ -1,9 +1,10 @@
 """The Parquet files of a data set that is read without preparation: those of each split, and their identity."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from configs.sections.data import PrepareConfig
 from .manifest import Split
 from .read.order import mix, shuffled
 
+Reader = TypeVar("Reader")
 HELD_OUT = ("validation", "valid", "test")
 """Name prefixes of files that are never trained on; the first one present is the held-out split."""
 MOST_FILES = 100_000
@@ -23,6 +25,29 @@ FOOTER = 64 << 20
 """Most bytes of a footer."""
 LARGEST_GROUP = 1 << 30
 """Most bytes that a row group may decompress to: `datasets` writes 100 images per row group."""
+
+
+class EmptySplit(ConfigError):
+    """A split without an example.
+
+    Args:
+        example: such as "image".
+        why: why there is none.
+    """
+
+    def __init__(self, path: str, example: str, split: Split, why: str = "") -> None:
+        use = "train on" if split == "train" else "hold out"
+        super().__init__(f"data.path={path} has no {example} to {use}{f': {why}' if why else ''}")
+
+
+def unless_empty(opened: Callable[[], Reader], split: Split) -> Reader | None:
+    """A reader, or None for a held-out split without an example. Raises ConfigError."""
+    try:
+        return opened()
+    except EmptySplit:
+        if split == "held_out":
+            return None
+        raise
 
 
 def files_of_splits(path: str, needs: str) -> dict[Split, list[Path]]:

@@ -9,7 +9,7 @@ from configs import ConfigError, counted
 from configs.sections.data import DataConfig
 from models.batch import GraphBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import files_of_splits, held_out_rows
+from trainer.data.parquet_files import EmptySplit, files_of_splits, held_out_rows
 from trainer.data.read.in_memory import classes_of, epochs
 from trainer.data.read.order import mix, shuffled
 
@@ -60,7 +60,7 @@ class Nodes(FeaturesOf):
         apart, labelled = held_out_rows(size, config.prepare.held_out, config.prepare.seed), np.isfinite(labels[0])
         self._nodes = np.flatnonzero((apart if split == "held_out" else ~apart) & labelled)
         if not len(self._nodes):
-            raise ConfigError(f"data.path={self.path} has no node to {'train on' if split == 'train' else 'hold out'}")
+            raise EmptySplit(self.path, "node", split)
         self.labels = torch.from_numpy(classes_of(labels[0, self._nodes], self.path, LABELS))
         self.classes = int(classes_of(labels[0, labelled], self.path, LABELS).max()) + 1
         self._by_receiver = np.argsort(self.packed.edges[:, 1], kind="stable")

@@ -11,7 +11,7 @@ from configs import ConfigError, counted
 from configs.sections.data import DataConfig
 from models.batch import GraphBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import files_of_splits, rows_of_split
+from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_split
 from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
 
 from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, Packed, read_graphs
@@ -91,7 +91,7 @@ class Graphs(FeaturesOf):
             for of, each in ((split, packed), ("train", trained))
         )
         if not (chosen.any() and fitted.any()):
-            raise ConfigError(f"data.path={self.path} has no graph to {'train on' if split == 'train' else 'hold out'}")
+            raise EmptySplit(self.path, "graph", split)
         self.packed, self._rows = packed, np.flatnonzero(chosen)
         labels, self.classes, self.scale = packed.labels[chosen], 0, None
         if numbers:

@@ -16,7 +16,7 @@ from configs.reading.parse import clip
 from configs.sections.data import DataConfig
 from models.batch import ImageBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import files_of_splits, rows_of_split
+from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_split
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 from trainer.data.read.shards import DataError
 
@@ -70,7 +70,7 @@ class Images:
         ]
         self._size = sum(map(len, self._rows))
         if not self._size:
-            raise ConfigError(f"data.path={self.path} has no image to {'train on' if split == 'train' else 'hold out'}")
+            raise EmptySplit(self.path, "image", split)
         self._key = mix(seed, "images") if split == "train" else mix("held out")
         self._bytes = lru_cache(BLOCK + 2)(lambda group: _read_group(self.groups[group]))
         self._block, self._order = lru_cache(KEPT_ORDERS)(self._block_of), lru_cache(KEPT_ORDERS)(self._order_of)

@@ -4,12 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from configs import Config, ConfigError, counted
+from configs import Config, counted
 from configs.sections.data import DataConfig
 from configs.sections.pairs import check_packaged
 from trainer.data.bundled import at_hand
 from trainer.data.manifest import TOKENIZER, Split, sources_of
-from trainer.data.parquet_files import files_of_splits
+from trainer.data.parquet_files import files_of_splits, unless_empty
 from trainer.data.tokenizer.tokenizer import byte_tokenizer, train_bpe
 from trainer.data.tokenizer.tokenizer_files import tokenizer_file
 from trainer.files.durable import replacing
@@ -26,6 +26,7 @@ def ensure_pairs(config: Config) -> tuple[DataConfig, list[str]]:
     check_packaged(config, "pairs")
     data = at_hand(config)
     pairs = Pairs(data, config.train.seq_len, config.run.seed)
+    open_pairs(config, "held_out")  # raises, if it cannot be read
     notes = [f"data.path={pairs.path}: {counted(len(pairs), 'pair')} to train on"]
     if pairs.left_out:
         notes.append(f"{counted(pairs.left_out, 'pair')} left out, without a source or a target")
@@ -67,12 +68,7 @@ def planned_tokenizer(config: Config) -> Path | None:
 
 def open_pairs(config: Config, split: Split) -> Pairs | None:
     """See `trainer.data.kinds.Kind.open`."""
-    try:
-        return Pairs(at_hand(config), config.train.seq_len, config.run.seed, split)
-    except ConfigError:
-        if split == "held_out":
-            return None
-        raise
+    return unless_empty(lambda: Pairs(at_hand(config), config.train.seq_len, config.run.seed, split), split)
 
 
 def inputs_of_pairs(data: DataConfig) -> tuple[str, str, dict[str, Any]]:

@@ -18,7 +18,7 @@ from configs.sections.data import DataConfig, PairsConfig
 from models.batch import PairBatch
 from models.loss import IGNORE
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import check_groups, files_of_splits, identity, readable, rows_of_split
+from trainer.data.parquet_files import EmptySplit, check_groups, files_of_splits, identity, readable, rows_of_split
 from trainer.data.read.in_memory import InMemory
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
@@ -78,9 +78,8 @@ class Pairs(InMemory):
         """Pairs of the split without a source or a target."""
         rows = pa.array(np.flatnonzero(chosen & whole))
         if not len(rows):
-            why = f": {self.left_out:,} are without a source or a target" if self.left_out else ""
-            use = "train on" if split == "train" else "hold out"
-            raise ConfigError(f"data.path={self.path} has no pair to {use}{why}")
+            why = f"{self.left_out:,} are without a source or a target" if self.left_out else ""
+            raise EmptySplit(self.path, "pair", split, why)
         self.source, self.target = texts.source.take(rows), texts.target.take(rows)
         self._lengths = sum(pc.binary_length(each).to_numpy().astype(np.int64) for each in (self.source, self.target))
         self._key = mix(seed, "pairs")

@@ -15,7 +15,7 @@ from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, RowsConfig
 from models.batch import RowBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import check_groups, files_of_splits, identity, readable, rows_of_split
+from trainer.data.parquet_files import EmptySplit, check_groups, files_of_splits, identity, readable, rows_of_split
 from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
 
 NEEDS = "rows (a column of numbers for each feature, and data.rows.labels)"
@@ -86,9 +86,7 @@ class Rows(InMemory):
             for of, each in ((split, table), ("train", trained))
         )
         if not (chosen.any() and fitted.any()):
-            why = f": {each}" if (each := table.left_out or trained.left_out) else ""
-            use = "train on" if split == "train" else "hold out"
-            raise ConfigError(f"data.path={self.path} has no row to {use}{why}")
+            raise EmptySplit(self.path, "row", split, table.left_out or trained.left_out)
         self.names, self.left_out = table.names, table.left_out
         mean, deviation = scale_of(trained.features[fitted], config.rows.standardise)
         self.features = torch.from_numpy(((table.features[chosen] - mean) / deviation).astype(np.float32))
