@@ -62,6 +62,7 @@ def errors_of_unseen(router: str, experts: int) -> tuple[np.ndarray, np.ndarray]
     return tuple(np.array(column) for column in zip(*found, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [16])
 def test_a_number_of_experts_that_was_not_trained(experts):
     """Clark et al.'s models."""

@@ -75,6 +75,7 @@ def clean(make, tmp_path_factory):
 ALL = ["resnet", *(pytest.param(name, marks=SLOW) for name in ("mixtral", "mamba", "bert"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, make, clean, name):
     run_dir = make(name, tmp_path, checkpoint={"background": False})

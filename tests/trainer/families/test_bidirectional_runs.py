@@ -86,6 +86,7 @@ def test_two_processes_measure_what_one_does(tmp_path, tiny_data, clean, family,
             assert torch.allclose(mine.weight(name), one.weight(name), atol=1e-5), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["encoder", *(pytest.param(each, marks=pytest.mark.slow) for each in ("vit", "mae"))]
 )

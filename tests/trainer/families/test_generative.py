@@ -58,6 +58,7 @@ def test_two_processes_train_as_one_does(tmp_path, clean, names, zero):
         assert all(torch.allclose(found[key], wanted[key], rtol=0, atol=1e-5) for key in wanted), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet", *(pytest.param(name, marks=SLOW) for name in RUNS if name != "unet")])
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     run_dir = make(name, tmp_path, "checkpoint.background=false")

@@ -65,6 +65,7 @@ def clean(tmp_path_factory, graphs) -> dict[str, Path]:
     return runs
 
 
+@pytest.mark.slow
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, graphs, clean):
     run_dir = make("classification", tmp_path, graphs, checkpoint={"background": False})
     assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL

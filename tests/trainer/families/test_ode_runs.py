@@ -42,6 +42,7 @@ def evaluations(run_dir: Path) -> list[tuple[int, str, float]]:
     return [(m["step"], key, m[key]) for m in read_metrics(run_dir) for key in m if key.endswith("evaluations")]
 
 
+@pytest.mark.slow
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean):
     run_dir = make("adjoint", tmp_path, "checkpoint.background=false")
     assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL
