@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from cluster.cli import main
+from configs.sections.pairs import FAMILY_ENDS
 
 
 def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
@@ -79,8 +80,9 @@ def test_refused(capsys, monkeypatch, arguments, message):
 
 
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None; from cluster.cli import main; main()"
+KNOWN = ", ".join(sorted(FAMILY_ENDS))
 NAMES = {
-    "model.family=llama": "model.family=llama: no such family; known: convnet, decoder, mlp (a plugin may add one)",
+    "model.family=llama": f"model.family=llama: no such family; known: {KNOWN} (a plugin may add one)",
     "model.family=decodr": "model.family=decodr: no such family; did you mean decoder?",
     "task=clasification": "task=clasification: no such task; did you mean classification?",
 }

@@ -2,6 +2,8 @@
 
 import json
 import stat
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 from dashboards import TOKEN, serving, write_run
@@ -134,15 +136,19 @@ def test_every_answer_has_the_safe_headers(dashboard, path, token):
 
 
 def test_a_body_is_bounded(dashboard):
-    assert dashboard.post("/api/runs/a/note", {"note": "x" * MOST_BODY}).status == 413
-    assert dashboard.post("/api/runs/a/note", {"note": "x"}, content_length="-1").status in (400, 413)
+    def refused(ask: Callable[[], Any], *statuses: int) -> bool:
+        try:
+            return ask().status in statuses
+        except ConnectionResetError:  # it closes without having read the rest, which may overtake its answer
+            return True
+
+    note = "/api/runs/a/note"
+    assert refused(lambda: dashboard.post(note, {"note": "x" * MOST_BODY}), 413)
+    assert refused(lambda: dashboard.post(note, {"note": "x"}, content_length="-1"), 400, 413)
     body = json.dumps({"note": "x" * MOST_BODY}).encode()
     chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-    answer = dashboard.ask(
-        "POST", "/api/runs/a/note", chunked, authorization=f"Bearer {TOKEN}", content_type="application/json",
-        content_length=None, transfer_encoding="chunked",
-    )  # fmt: skip
-    assert answer.status == 400
+    how = {"content_type": "application/json", "content_length": None, "transfer_encoding": "chunked"}
+    assert refused(lambda: dashboard.ask("POST", note, chunked, authorization=f"Bearer {TOKEN}", **how), 400)
 
 
 def test_the_token_is_its_owners_alone(tmp_path, monkeypatch):
