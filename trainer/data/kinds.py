@@ -130,7 +130,7 @@ def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
     data = at_hand(config)
     images = _images(data)
     images.check_sizes()
-    held_out = _open_images(config, "held_out")
+    held_out = _open_images(config, "held_out") if images.apart else None
     for each in filter(None, (images, held_out)):
         _check_sizes(config, math.prod(images.shape), each.classes)
     channels = getattr(config.model, "channels", None) or images.shape[0]

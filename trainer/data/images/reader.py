@@ -57,6 +57,8 @@ class Images:
             raise ConfigError(f"data.path has {len(sources)} sources, but images are read from exactly one")
         self.path = sources[0].path
         files = files_of_splits(self.path, NEEDS)
+        self.apart = bool(files["held_out"])
+        """Whether the held-out split has files of its own."""
         found = open_files(files[split] or files["train"])
         self.groups, self.sha256, self._labels = found.groups, found.sha256, found.labels
         self.unlabelled = found.unlabelled

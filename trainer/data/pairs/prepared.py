@@ -26,7 +26,8 @@ def ensure_pairs(config: Config) -> tuple[DataConfig, list[str]]:
     check_packaged(config, "pairs")
     data = at_hand(config)
     pairs = Pairs(data, config.train.seq_len, config.run.seed)
-    open_pairs(config, "held_out")  # raises, if it cannot be read
+    if pairs.apart:
+        open_pairs(config, "held_out")  # raises, if it cannot be read
     notes = [f"data.path={pairs.path}: {counted(len(pairs), 'pair')} to train on"]
     if pairs.left_out:
         notes.append(f"{counted(pairs.left_out, 'pair')} left out, without a source or a target")

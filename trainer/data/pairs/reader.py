@@ -71,6 +71,8 @@ class Pairs(InMemory):
             raise ConfigError(f"data.path has {len(sources)} sources, but pairs are read from exactly one")
         self.path = sources[0].path
         files = files_of_splits(self.path, NEEDS)
+        self.apart = bool(files["held_out"])
+        """Whether the held-out split has files of its own."""
         texts = read_texts(files[split] or files["train"], config.pairs)
         self.sha256, whole = texts.sha256, texts.whole
         chosen = rows_of_split(split, len(whole), bool(files["held_out"]), config.prepare)
