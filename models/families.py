@@ -128,6 +128,12 @@ def family_of(config: ModelSection) -> Family:
     return FAMILIES[config.family]
 
 
+def parameter_count(config: ModelSection) -> int:
+    """Parameters of the model of `config.family`, built without memory. Raises ConfigError as `family_of`."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in build(config).parameters())
+
+
 def build(config: ModelSection) -> nn.Module:
     """The model of `config.family`, to be initialised by `models.init.fill`. Raises ConfigError as `family_of`."""
     return family_of(config).build(config)

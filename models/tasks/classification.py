@@ -7,13 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from configs import Config
-from configs.sections.pairs import TASK_ENDS, kind_of_data
+from configs.sections.pairs import TASK_ENDS
 from models.batch import GraphBatch, ImageBatch, Measured, RowBatch
 from models.noise import dropout_keys_of
 
 from .samples import Table
-from .task import Modules, Nets, Sums, Task, Value
+from .task import Modules, Nets, OfAnyKind, Sums, Value
 
 Examples = ImageBatch | RowBatch | GraphBatch
 
@@ -23,18 +22,9 @@ def outputs(found: Tensor | Measured) -> Tensor:
     return (found.outputs if isinstance(found, Measured) else found).float()
 
 
-class Labelled(Task):
+class Labelled(OfAnyKind):
     """What both have in common. A network is called with a batch's inputs and, in training, dropout's keys; both are
     [B, ...], and it returns [B, classes or numbers]."""
-
-    @classmethod
-    def kind(cls, config: Config) -> str:
-        """`data.kind`, else the first that the family takes. Raises ConfigError as `kind_of_data`."""
-        return kind_of_data(config)
-
-    @property
-    def counts(self) -> tuple[int, str]:
-        return 1, self.kind(self.config)
 
     def loss(self, nets: Nets, batch: Examples, phase: str) -> Sums:
         keys = dropout_keys_of(self.config.run.seed, batch.example_ids)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from configs import Config
-from configs.sections.pairs import Words
+from configs.sections.pairs import Words, kind_of_data
 
 from .samples import Sample
 
@@ -190,6 +190,19 @@ class Task:
 
     def tell(self, modules: Modules, memory: Memory) -> None:
         """Write memory to where the modules use it."""
+
+
+class OfAnyKind(Task):
+    """A task that learns from several kinds of examples: those of `data.kind`, or the first that the family takes."""
+
+    @classmethod
+    def kind(cls, config: Config) -> str:
+        """Raises ConfigError as `kind_of_data`."""
+        return kind_of_data(config)
+
+    @property
+    def counts(self) -> tuple[int, str]:
+        return 1, self.kind(self.config)
 
 
 def unless_skipped(skipped: Tensor, before: Memory, after: Memory) -> Memory:

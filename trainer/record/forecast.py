@@ -11,7 +11,7 @@ import torch
 
 from configs import Config, ConfigError
 from configs.units import byte_size, short
-from models.families import build
+from models.families import parameter_count
 from models.planning.cost import has_formulas
 from models.planning.memory import memory
 from models.planning.plan import predict
@@ -82,8 +82,7 @@ def refuse_too_large(config: Config, here: torch.device, there: int | None = Non
 
 
 def _refuse_uncounted(config: Config, there: int) -> None:
-    with torch.device("meta"):
-        count = sum(parameter.numel() for parameter in build(config.model).parameters())
+    count = parameter_count(config.model)
     alone = config.parallel.world_size == 1
     if (least := 4 * count * (2 if alone else 1)) > there:
         what = "weights and gradients" if alone else "weights"

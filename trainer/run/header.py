@@ -3,11 +3,9 @@
 import shlex
 from pathlib import Path
 
-import torch
-
 from configs import Config
 from configs.units import short
-from models.families import build
+from models.families import parameter_count
 from models.planning.cost import has_formulas, parameters
 from models.tasks.table import reads, task_of
 from trainer.data.manifest import read_manifests, sources_of
@@ -34,8 +32,7 @@ def _model(config: Config) -> str:
     total = train.steps * train.global_batch * (each or 1)
     told = f"{total:,} {unit if each else task.example} in {train.steps:,} steps of {shape}"
     if not has_formulas(config.model):
-        with torch.device("meta"):
-            count = sum(parameter.numel() for parameter in build(config.model).parameters())
+        count = parameter_count(config.model)
         return f"{config.model.family}: {short(count)} parameters, {told}"
     counts = parameters(config.model)
     active = f" ({short(counts.active)} active per token)" if counts.active != counts.total else ""

@@ -8,17 +8,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from configs import Config
-from configs.sections.pairs import TASK_ENDS, kind_of_data
+from configs.sections.pairs import TASK_ENDS
 from models.batch import ImageBatch, RowBatch
 from models.noise import normal
 
 from ..samples import ImageGrid, Table
-from ..task import Modules, Nets, Sums, Task, Value
+from ..task import Modules, Nets, OfAnyKind, Sums, Value
 
 Examples = ImageBatch | RowBatch
 
 
-class Reconstruction(Task):
+class Reconstruction(OfAnyKind):
     """The loss of an example is `reconstruction`, half the squared error summed over its numbers (its negative
     logarithmic likelihood under a normal distribution of variance 1, but for a constant), plus the weighted terms of
     the bottleneck. Recorded besides: each term before its weight, and `mse`, the error's mean square per number.
@@ -33,15 +33,6 @@ class Reconstruction(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         self.model: Any = config.model
-
-    @classmethod
-    def kind(cls, config: Config) -> str:
-        """`data.kind`, else the first that the family takes. Raises ConfigError as `kind_of_data`."""
-        return kind_of_data(config)
-
-    @property
-    def counts(self) -> tuple[int, str]:
-        return 1, self.kind(self.config)
 
     @property
     def weights(self) -> dict[str, float]:
