@@ -93,10 +93,10 @@ def test_object_collectives_of_any_library_raise(tmp_path):
 
 RUNS = [
     {"tp": 2, "ep": 2, "zero_stage": 1},
-    {"pp": 2},
     *(
         pytest.param(topology, marks=pytest.mark.slow)
         for topology in [
+            {"pp": 2},
             {"dp": 2, "zero_stage": 0},
             {"dp": 2, "ep": 2, "zero_stage": 2},
             {"dp": 2, "zero_stage": 3},

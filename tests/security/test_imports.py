@@ -86,6 +86,7 @@ def test_the_modules_would_be_imported(hostile):
 BY_US_ALONE = [[], ["sitecustomize"]]
 
 
+@pytest.mark.slow
 def test_python_m_trainer_and_its_children(hostile, tiny_data):
     """As torchrun starts it, with the process that sends the record to MLflow."""
     done = run(hostile, ["-m", "trainer", config(hostile, tiny_data)])
@@ -94,6 +95,7 @@ def test_python_m_trainer_and_its_children(hostile, tiny_data):
     assert imported(hostile) in BY_US_ALONE
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_muster_train_through_ray(hostile, tiny_data):
     done = run(hostile, ["-P", "-m", "cluster.cli", "train", config(hostile, tiny_data)])

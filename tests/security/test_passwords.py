@@ -118,6 +118,7 @@ def train(config: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_runs_files_have_no_password_and_its_shipper_has(run_dir, tmp_path):
     assert PASSWORD not in train(tmp_path / "run.yaml")
     assert read_state(run_dir)["uri"] == mask(URI)

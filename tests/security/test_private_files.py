@@ -84,6 +84,7 @@ def found(written: Path) -> list[Path]:
     ]
 
 
+@pytest.mark.slow
 def test_everything_is_its_owners_alone(written):
     paths = found(written)
     there = {str(path.relative_to(written)) for path in paths}
@@ -99,6 +100,7 @@ def test_everything_is_its_owners_alone(written):
     assert wide == []
 
 
+@pytest.mark.slow
 @needs_second_user
 def test_another_user_reads_nothing(written):
     seen = as_second_user(READABLE, let_in(written)).stdout.split()

@@ -83,6 +83,7 @@ def test_a_rank_in_the_rendezvous_ends_with_its_warm_process(tmp_path, tiny_data
         assert ends([attempt]) == []
 
 
+@pytest.mark.slow
 def test_ranks_end_with_torchruns_agent(tmp_path, tiny_data):
     """They have a secret, which the user has set, and use the agent's store all the same."""
     config = tiny(run={"name": "run", "root": "runs"}, data={"path": str(tiny_data)}, train={"steps": 10**6})

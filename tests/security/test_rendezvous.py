@@ -1,6 +1,5 @@
 """Nobody but the run's own processes joins it: a second user tries to, at the store and at the folder it lies in."""
 
-import multiprocessing
 import re
 import socket
 import time
@@ -13,6 +12,7 @@ import pytest
 import strangers
 from ranks import free_port
 from second_user import as_second_user, let_in, needs_second_user
+from support import forking
 from teams import in_team
 
 from trainer.files.scratch import make_folder, remove_folder
@@ -25,8 +25,7 @@ PATIENCE = 60
 @contextmanager
 def starting(ranks: list[int], **environment: str) -> Iterator[list[Any]]:
     """Some processes of an attempt of two, forked from one that has imported everything; yields their pipes."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.loop"])
+    context = forking()
     same = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"} | environment
     pipes, processes = [], []
     for rank in ranks:

@@ -42,10 +42,16 @@ def keep_compiled() -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
-def load_compiler() -> None:
-    """Import torch's compiler now, so that the forks of this process have it."""
+def load_compiler(whole: bool = True) -> None:
+    """Import torch's compiler now, so that the forks of this process have it.
+
+    Args:
+        whole: False for the part alone that each of torch's optimizers imports, which takes a second.
+    """
     import torch._dynamo
-    import torch._inductor.compile_fx  # noqa: F401
+
+    if whole:
+        import torch._inductor.compile_fx  # noqa: F401
 
 
 def cache_folder() -> Path:

@@ -41,8 +41,7 @@ def main() -> None:
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.dup2(2, 1)
-    if torch.cuda.is_available():  # attention is compiled there in any case
-        load_compiler()
+    load_compiler(whole=torch.cuda.is_available())  # attention is compiled there in any case
     may_fork = _alone() and _forks_may_use_gpus()
     for line in iter(asked.readline, ""):
         order = Order.model_validate_json(line)

@@ -223,6 +223,7 @@ def test_jobs_are_listed_and_one_is_retried(cluster, story):
     assert "no job" in cluster.muster("status", "job-none", code=2)
 
 
+@pytest.mark.slow
 def test_a_job_that_failed_says_why_in_its_own_words(cluster):
     id = cluster.submit("run.name=failing", "train.init_from=/nowhere/at/all")
     cluster.wait(lambda: cluster.job(id)["state"] not in ("QUEUED", "RUNNING"))
@@ -261,6 +262,7 @@ def test_a_mistake_in_a_sweep_is_found_before_it_is_sent(cluster, arguments, wor
     assert not (cluster.runs / "swept").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_a_job(cluster):
     id = cluster.muster("sweep", "submit", "sweep.yaml", "--gpus", "2", "--priority", "3").splitlines()[0]
     assert id in cluster.muster("sweep", "submit", "sweep.yaml", code=2)

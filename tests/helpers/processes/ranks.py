@@ -1,6 +1,5 @@
 """`python -m trainer` as the ranks of one launch, in cheap processes, each with its own exit code and output."""
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -9,6 +8,8 @@ from collections.abc import Callable
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
+
+from support import forking
 
 
 def free_port() -> int:
@@ -39,8 +40,7 @@ def run_ranks(
     Returns:
         (exit code, what it wrote to stderr) of each rank.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.loop"])
+    context = forking()
     same = (count, free_port(), folder, arguments, before, given)
     ranks = [context.Process(target=_main, args=(rank, *same)) for rank in range(count)]
     for process in ranks:

@@ -1,6 +1,5 @@
 """Process groups of any size for one call each: DeepSpeed keeps its groups for life, and a topology needs new ones."""
 
-import multiprocessing
 import os
 import socket
 import traceback
@@ -8,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from support import forking
 
 
 def in_team(world: int, function: Callable[..., Any], *arguments: Any, timeout_s: float = 120) -> list[Any]:
@@ -18,8 +18,7 @@ def in_team(world: int, function: Callable[..., Any], *arguments: Any, timeout_s
     Returns:
         the results, by rank.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.loop"])
+    context = forking()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -95,6 +95,7 @@ def many():
     return {"outliers": law, "porian": sets, "clark": clark}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("table", "form"),
     [

@@ -125,7 +125,11 @@ def command(*arguments: str, timeout: float = 90) -> subprocess.CompletedProcess
 
 @pytest.mark.parametrize(
     "arguments",
-    [["submit", "run.yaml"], ["train", "run.yaml"], ["sweep", "submit", "sweep.yaml", "set.cluster={max_failures: 2}"]],
+    [
+        ["submit", "run.yaml"],
+        pytest.param(["train", "run.yaml"], marks=pytest.mark.slow),
+        pytest.param(["sweep", "submit", "sweep.yaml", "set.cluster={max_failures: 2}"], marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_an_address_of_a_file_gets_no_token(mine, tmp_path, tiny_data, arguments):

@@ -90,6 +90,7 @@ def use(tree: Any) -> None:
             json.dumps(predict(resolved, DEVICES["h100"]).summary(), allow_nan=False)
 
 
+@pytest.mark.slow
 @quick
 @given(st.sampled_from(preset_names()), st.lists(st.tuples(st.sampled_from(list(keys(Config))), values), max_size=4))
 def test_presets_with_any_values(preset, changes):

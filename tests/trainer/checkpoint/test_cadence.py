@@ -189,6 +189,7 @@ def test_a_killed_run_continues_as_if_uninterrupted(tmp_path, data):
     assert past(read_events(killed), 2).failures == 1
 
 
+@pytest.mark.slow
 def test_all_processes_follow_rank_0(tmp_path, data):
     run_dir = made(tmp_path, data, "two", parallel={"dp": 2})
     assert in_team(2, trained, run_dir, first_checkpoint, (0, 1), 3, 5) == ["FINISHED", "FINISHED"]

@@ -81,6 +81,7 @@ def test_a_full_disk_does_not_stop_training(disk, tiny_data, clean):
     assert "step-00000006" in unwritten
 
 
+@pytest.mark.slow
 def test_rank_0_names_the_rank_that_cannot_write(tmp_path, tiny_data, clean):
     run_dir = make(tmp_path, tiny_data)
     assert in_team(2, trained, run_dir, small_files, (1,), 65536, 5, 9) == ["FINISHED"] * 2

@@ -33,6 +33,7 @@ def test_losses_are_close_to_bf16():
     assert fp8 == pytest.approx(bf16, rel=1e-2)
 
 
+@pytest.mark.slow
 @needs_torchao
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_losses_are_the_same_at_every_zero_stage(stage):

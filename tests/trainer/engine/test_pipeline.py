@@ -3,6 +3,7 @@
 import math
 from collections import deque
 from functools import cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -101,6 +102,7 @@ def check_router(settings: Config, first) -> None:
     torch.testing.assert_close(load, sum(s.load for s in stats) / len(stats), rtol=0, atol=noise)
 
 
+@pytest.mark.slow
 def test_two_stages_equal_bare_loop(pair):
     """Over 20 steps with 4, 2 and 1 micro-batches."""
     configs = [
@@ -150,9 +152,16 @@ def test_bf16_is_within_its_rounding_noise(pair):
     check(configs, pair(pipeline_losses, configs, 8), 8, rel=2e-3, norm_rel=2e-2)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+IN_TURN = [("loss", "bf16", "1f1b"), ("gradient", "fp32", "dualpipev")]
+
+
+@pytest.mark.parametrize(
+    ("where", "precision", "schedule"),
+    [
+        pytest.param(*case, marks=[] if case in IN_TURN else pytest.mark.slow)
+        for case in product(("loss", "gradient"), ("fp32", "bf16"), ("1f1b", "dualpipev"))
+    ],
+)
 def test_a_non_finite_loss_or_gradient_on_one_stage_skips_the_step_on_all(pair, where, precision, schedule):
     results = pair(pipeline_skips, config(MOE, ADAMW, precision=precision, schedule=schedule), where)
     for before, bad, after, later in results:

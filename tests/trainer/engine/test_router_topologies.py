@@ -59,6 +59,7 @@ TOPOLOGIES = [
 ]
 
 
+@pytest.mark.slow
 def test_every_router_equals_one_process_in_a_few_steps():
     """The quick subset; the full matrix is below."""
     check({"tp": 2, "ep": 2}, [(router, "sgd") for router in ROUTERS], steps=5)

@@ -50,6 +50,7 @@ def check(configs: list[Config], steps: int, monkeypatch, rel: float = 1e-5, tim
             assert process["texts"] == texts
 
 
+@pytest.mark.slow
 def test_two_processes_equal_bare_loop(monkeypatch):
     """Also with dropout, a window, sparse blocks and as many key heads as query heads."""
     check(

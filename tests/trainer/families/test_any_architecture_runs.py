@@ -92,6 +92,7 @@ ZERO = [("resnet", 1), *(pytest.param(*case, marks=SLOW) for case in [
 ])]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), ZERO)
 def test_two_processes_measure_what_one_does(tmp_path, make, clean, name, zero):
     run_dir = make(name, tmp_path, parallel={"dp": 2, "zero_stage": zero})

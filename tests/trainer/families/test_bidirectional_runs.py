@@ -71,6 +71,7 @@ def clean(tmp_path_factory, tiny_data) -> Callable[[str], Path]:
 SLOW = [(family, zero) for family in MODELS for zero in range(4) if (family, zero) != ("encoder", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "zero"), [("encoder", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)]
 )

@@ -44,6 +44,7 @@ TEAMS = [(QUICK, 1), *(pytest.param(names, zero, marks=SLOW) for names, zero in 
 ))]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("names", "zero"), TEAMS, ids=["quick-1", "others-1", "all-0", "all-2", "some-3"])
 def test_two_processes_train_as_one_does(tmp_path, clean, names, zero):
     made = [make(name, tmp_path, "parallel.dp=2", f"parallel.zero_stage={zero}") for name in names]

@@ -80,6 +80,7 @@ ZERO = [("classification", 1), *(pytest.param(task, zero, marks=SLOW) for task, 
 ])]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("task", "zero"), ZERO)
 def test_two_processes_measure_what_one_does(tmp_path, graphs, clean, task, zero):
     run_dir = make(task, tmp_path, graphs, parallel={"dp": 2, "zero_stage": zero})

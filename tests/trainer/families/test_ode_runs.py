@@ -57,6 +57,7 @@ ZERO = [("direct", 1), *(pytest.param(name, zero, marks=SLOW) for name, zero in 
 ])]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), ZERO)
 def test_two_processes_measure_what_one_does(tmp_path, clean, name, zero):
     run_dir = make(name, tmp_path, "parallel.dp=2", f"parallel.zero_stage={zero}")

@@ -79,6 +79,7 @@ STAGES = [pytest.param(name, 0, marks=SLOW if name in LATER else ()) for name in
 STAGES += [pytest.param("digits-simclr", zero, marks=SLOW) for zero in (1, 2, 3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), STAGES)
 def test_two_processes_measure_what_one_does(tmp_path, clean, name, zero):
     run_dir = make(name, tmp_path, *RUNS[name], "parallel.dp=2", f"parallel.zero_stage={zero}")
@@ -93,6 +94,7 @@ def test_two_processes_measure_what_one_does(tmp_path, clean, name, zero):
     assert mine == pytest.approx(one, rel=0, abs=1e-6)
 
 
+@pytest.mark.slow
 @EACH_RUN
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     run_dir = make(name, tmp_path, *RUNS[name], "checkpoint.background=false")

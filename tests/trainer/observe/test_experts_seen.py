@@ -122,6 +122,7 @@ def plain_pieces(config: Config) -> list[expert_tokens.Piece]:
     return pieces
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "topology",
     [

@@ -121,6 +121,7 @@ def test_it_says_how_an_attempt_ended(warm, run, tmp_path):
     assert warm.outcome() == Failed(kind="lost", reason="the process is gone (signal SIGKILL)")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["closed", "killed"])
 def test_nothing_outlives_it(run, how):
     found = Warm(ENVIRONMENT)

@@ -71,6 +71,7 @@ def test_it_is_finished_until_the_patience_is_raised(tmp_path, early, muster):
     assert not is_finished(make(early.parent, *KEYS, "train.early_stop.patience=null"))
 
 
+@pytest.mark.slow
 def test_every_topology_ends_at_the_same_step(tmp_path, early):
     run_dir = make(tmp_path, *EARLY, "parallel.dp=2", "parallel.zero_stage=1")
     assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]

@@ -113,6 +113,7 @@ def test_a_browser_logs_in_by_the_link(context, dashboard):
     assert TOKEN not in page.url
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "theme"), [(400, "dark"), (1440, "light"), (2560, "dark")])
 def test_every_page_is_whole_at_every_width(watched, width, theme):
     page = watched.page

@@ -97,6 +97,7 @@ def test_runs_of_one_setting_are_compared_by_their_mean(page, tmp_path):
     expect(plot).to_have_attribute("aria-label", re.compile("seed3"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", ["", "&group=optim.lr", "&group=train.steps", "&x=time&log=xy"])
 def test_a_narrow_page_of_many_runs_with_long_names_does_not_scroll_sideways(page, more):
     page.set_viewport_size({"width": 400, "height": 860})

@@ -31,6 +31,7 @@ def steps_of(run_dir) -> list[int]:
     return [record["step"] for record in read_metrics(run_dir) if "loss" in record]
 
 
+@pytest.mark.slow
 def test_a_run_is_stopped_and_goes_on_from_its_checkpoint(browser, root, tmp_path, tiny_data):
     run_dir = root / "endless"
     config = tiny(

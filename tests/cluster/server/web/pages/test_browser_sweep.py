@@ -67,6 +67,7 @@ def page(watched):
     return watched.page
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("width", "theme"), [(400, "dark"), (1440, "light")])
 def test_every_page_is_whole_at_every_width(watched, width, theme):
     page = watched.page
@@ -88,6 +89,7 @@ def test_every_page_is_whole_at_every_width(watched, width, theme):
     watched.wrong.clear()  # the browser itself tells the 404
 
 
+@pytest.mark.slow
 def test_a_search_shows_each_key_and_each_trial(page, grid):
     page.goto("/sweep")
     page.get_by_role("link", name="grid", exact=True).click()
@@ -118,6 +120,7 @@ def test_texts_stay_texts(page):
     assert page.title() != "1"
 
 
+@pytest.mark.slow
 def test_a_trial_that_begins_shows_by_itself(page, grid):
     setting, trials, record = grid
     page.goto("/sweep/grid")
@@ -156,6 +159,7 @@ def test_a_sweep_of_sizes_shows_what_its_law_says(page, dashboard, sizes):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
 
 
+@pytest.mark.slow
 def test_a_plan_is_changed_and_stands_in_its_address(page):
     page.goto("/plan?preset=quickstart&gpu=cpu&gpus=2")
     expect(page.locator("h1")).to_contain_text("The quickest of", timeout=PATIENCE)
@@ -179,6 +183,7 @@ def test_a_plan_is_changed_and_stands_in_its_address(page):
     page.wait_for_url(lambda url: "zero_stage" not in url)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_said_at_its_field(page, tmp_path):
     page.goto("/plan?preset=quickstart&gpu=cpu")
     expect(page.locator("h1")).to_contain_text("It fits")
@@ -198,6 +203,7 @@ def test_a_mistake_is_said_at_its_field(page, tmp_path):
     expect(page.locator("h1")).not_to_contain_text("cannot")
 
 
+@pytest.mark.slow
 def test_keys_lead_to_both_pages(page):
     page.goto("/now")
     for letter, name in (("s", "Sweep"), ("p", "Plan")):
