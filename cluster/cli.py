@@ -117,6 +117,7 @@ for command in (submit.submit, jobs.jobs, jobs.logs, jobs.stop, jobs.retry, jobs
 app.command("generate")(trained.generate)
 app.command("eval")(trained.evaluate)
 app.command("landscape")(trained.landscape)
+app.command("gradients")(trained.gradients)
 app.command("export")(trained.export)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoints.app, name="checkpoint")

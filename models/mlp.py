@@ -48,5 +48,6 @@ class Mlp(nn.Module):
         """`keys`: of `models.noise.dropout`."""
         x = inputs.flatten(1).to(self.head.weight.dtype)
         for site, layer in enumerate(self.layers, 1):
-            x = dropout(layer(x), keys, site, self.config.dropout)
+            y = dropout(layer(x), keys, site, self.config.dropout)
+            x = x + y if self.config.residual and y.shape == x.shape else y
         return self.head(x)

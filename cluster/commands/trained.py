@@ -1,4 +1,5 @@
-"""Commands for trained runs: `muster generate`, `muster eval`, `muster landscape`, `muster export`."""
+"""Commands for trained runs: `muster generate`, `muster eval`, `muster landscape`, `muster gradients`,
+`muster export`."""
 
 import contextlib
 import json
@@ -133,30 +134,21 @@ def _of_another_kind(
     run_dir: Path, data: Path | None, count: int | None, step: int | None, ema: bool
 ) -> dict[str, Any] | None:
     """The evaluation of a task that does not train on tokens; None if it does."""
-    import torch
-
-    from models.tasks.table import reads, task_of
+    from models.tasks.table import reads
     from trainer.checkpoint.export import load_module
     from trainer.data.kinds import kind_of
-    from trainer.observe.held_out import held_out_metrics
+    from trainer.observe.held_out import held_out_metrics, held_out_split
     from trainer.run.plugins import load_own
 
     if reads(load_own(run_dir / "config.yaml")) == "tokens":
         return None
     module, config, found = load_module(run_dir, step, reads=None, ema=ema)
-    # The module is in fp32, and a task may look at the precision.
-    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     if data:
         config = config.model_copy(update={"data": config.data.model_copy(update={"path": str(data)})})
         kind_of(config).ensure(config)
-    task, dataset = task_of(config), kind_of(config).open(config, "held_out")
-    if dataset is None:
-        raise ConfigError(f"data.path={config.data.path} has no held-out examples: choose other data with --data")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(device)
-    nets = {phase.name: module.get_submodule(phase.parameters) for phase in task.phases}
+    task, nets, dataset, device, size = held_out_split(module, config, "choose other data with --data")
     count = min(count or len(dataset), len(dataset))
-    loss, weight, metrics = held_out_metrics(task, nets, dataset, count, config.train.micro_batch or BATCH, device)
+    loss, weight, metrics = held_out_metrics(task, nets, dataset, count, size, device)
     unit = task.counts[1]
     return {
         "run": run_dir.name,
@@ -257,6 +249,30 @@ def landscape(
     plot_landscape(found, folder / "landscape.png")
     replace_text(folder / "landscape.json", text)
     print(text if as_json else f"{folder / 'landscape.png'} and landscape.json: step {found.step:,}")
+
+
+def gradients(
+    run: Run,
+    examples: Annotated[int, typer.Option(help="Held-out examples.", min=1)] = 128,
+    step: Step = None,
+    ema: Ema = False,
+    root: Root = RUNS,
+    as_json: Json = False,
+) -> None:
+    """Show the gradient of each weight, which vanishes or explodes with depth. Example: muster gradients digits-mlp"""
+    run_dir = run_folder(run, root)
+    steps_of(run_dir, step)  # a mistake shows before torch is imported
+    from trainer.observe.gradients import gradients as computed
+
+    found = computed(run_dir, step, ema=ema, examples=examples)
+    if as_json:
+        print(dump(found.to_dict()))
+        return
+    print(f"{found.run}: step {found.step:,}, {found.examples:,} held-out examples")
+    width = max(len("weight"), *(len(each.name) for each in found.weights))
+    print(f"{'weight':<{width}}  {'gradient norm':>13}  {'weight norm':>11}")
+    for each in found.weights:
+        print(f"{each.name:<{width}}  {each.grad_norm:13.3e}  {each.norm:11.3g}")
 
 
 @contextlib.contextmanager

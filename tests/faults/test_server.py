@@ -46,7 +46,8 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("jobs", [5, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("jobs", [5, 20])
 def test_no_job_notices_that_the_server_was_killed(folder, jobs):
     """Again and again while jobs run and others come in: each is started once, and every answer was kept."""
     pids, go = folder / "pids", folder / "go"

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch import distributed as dist
 
-from configs import ConfigError
+from configs import Config, ConfigError
+from models.tasks.table import task_of
 from models.tasks.task import Nets, Sums, Task, Value
-from trainer.data.kinds import ExampleReader
+from trainer.data.kinds import ExampleReader, kind_of
 from trainer.data.read.reader import Dataset
 from trainer.record.lines import Record
+
+PREPARE = "prepare data with data.prepare.held_out"
 
 
 @torch.no_grad()
@@ -69,6 +72,37 @@ def held_out_metrics(
 
     loss, weight = held_out_loss(forward, dataset, range(count), micro_batch, here)
     return loss, weight, task.metrics({name: value.tolist() for name, value in extra.items()}, weight) if extra else {}
+
+
+class Split(NamedTuple):
+    """A trained module with what its held-out loss is computed from, in one process."""
+
+    task: Task
+    nets: Nets
+    dataset: ExampleReader
+    here: torch.device
+    micro_batch: int
+
+
+def held_out_split(module: nn.Module, config: Config, otherwise: str) -> Split:
+    """Open the held-out split of a run's data, and move the module, in fp32, to the device.
+
+    Args:
+        otherwise: what to do where there is none, for the message.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    # A task may look at the precision.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
+    dataset = kind_of(config).open(config, "held_out")
+    if dataset is None:
+        raise ConfigError(f"data.path={config.data.path} has no held-out examples: {otherwise}")
+    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    module.to(here)
+    task = task_of(config)
+    nets = {phase.name: module.get_submodule(phase.parameters) for phase in task.phases}
+    return Split(task, nets, dataset, here, config.train.micro_batch or 8)
 
 
 class SourceLoss(NamedTuple):

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 from configs import ConfigError
 from models.init import generator
-from models.tasks.table import task_of
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.manifest import committed
-from trainer.data.kinds import kind_of
 
-from .held_out import held_out_metrics
+from .held_out import PREPARE, held_out_metrics, held_out_split
 
 Direction = Mapping[str, Tensor]
 """By the parameter's name; parameters that it lacks stay where they are."""
@@ -156,18 +154,8 @@ def _losses(
     module: nn.Module, config: Any, directions: Sequence[Direction], examples: int
 ) -> tuple[Callable[[Sequence[float]], float], int]:
     """A function of coordinates along the directions, and the number of examples that its losses are the mean of."""
-    # The module is in fp32, and a task may look at the precision.
-    config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
-    dataset = kind_of(config).open(config, "held_out")
-    if dataset is None:
-        raise ConfigError(
-            f"data.path={config.data.path} has no held-out examples: prepare data with data.prepare.held_out"
-        )
-    here = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    module.to(here)
-    task, count = task_of(config), min(examples, len(dataset))
-    nets = {phase.name: module.get_submodule(phase.parameters) for phase in task.phases}
-    size = min(config.train.micro_batch or 8, count)
+    task, nets, dataset, here, size = held_out_split(module, config, PREPARE)
+    count = min(examples, len(dataset))
     origin = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     ways = [{name: each.to(here, torch.float32) for name, each in direction.items()} for direction in directions]
 
@@ -178,7 +166,7 @@ def _losses(
             for distance, way in zip(place, ways, strict=True):
                 if name in way:
                     parameter.add_(way[name], alpha=float(distance))
-        loss, *_ = held_out_metrics(task, nets, dataset, count, size, here)
+        loss, *_ = held_out_metrics(task, nets, dataset, count, min(size, count), here)
         return loss if math.isfinite(loss) else math.nan
 
     return loss_at, count

@@ -28,6 +28,8 @@ class MlpConfig(ModelSection):
     activation: Activation = "relu"
     """Of the hidden layers: sigmoid, tanh, relu, leaky_relu (slope 0.01), prelu (its slope is learned), swish, gelu, or
     swiglu (a second linear map gated by swish)."""
+    residual: bool = False
+    """Add the input of each hidden layer to its output, where both have the same width (arXiv:1512.03385)."""
     norm: Literal["none", "batch", "layer"] = "none"
     """Normalisation before each activation."""
     dropout: float = Field(0.0, ge=0, lt=1)
