@@ -204,8 +204,8 @@ class ModelConfig(ModelSection):
                 f"model.hidden_size ({self.hidden_size}) is not a multiple of model.num_heads ({self.num_heads}): "
                 f"set model.head_dim={max(self.hidden_size // self.num_heads // 2 * 2, 2)}"
             )
-        if self.head_dim is not None and self.head_dim % 2:
-            raise ValueError(f"model.head_dim is {self.head_dim}: rotary positions need an even number")
+        if (width := self.head_dim or self.hidden_size // self.num_heads) % 2:
+            raise ValueError(f"model.head_dim is {width}: rotary positions need an even number")
         if self.rope_scaling and self.rope_scaling.kind == "yarn" and self.rope_theta <= 1:
             raise ValueError(f"model.rope_theta is {self.rope_theta:g}: rope_scaling.kind=yarn needs a value above 1")
         if (width := self.num_heads * (self.head_dim or 1)) > MOST_WIDTH:

@@ -150,6 +150,8 @@ class SweepConfig(Section):
         for key, axis in self.axes.items():
             if axis.values is None and given[0] not in ("random", "optuna"):
                 raise ValueError(f"axes.{key} is a range, but {given[0]} needs a list of values, such as [1, 2]")
+        if self.optuna and len(self.optuna.budget or ()) > 1:
+            raise ValueError("optuna compares trials of one budget: give optuna.budget one value")
         if (many := self._trials()) > MOST_TRIALS:
             raise ValueError(
                 f"the sweep has {many:,} trials ({given[0]} times variants, axes, rules.lr_scale and seeds): at "
@@ -164,7 +166,7 @@ class SweepConfig(Section):
         elif isinstance(design, LadderDesign):
             many = len(design.parameters) * len(design.tokens_per_parameter)
         else:
-            many = design.n if isinstance(design, RandomDesign) else 1
+            many = (design.n if isinstance(design, RandomDesign) else 1) * len(design.budget or (None,))
         if not isinstance(design, RandomDesign):
             many *= math.prod(len(axis.values or ()) for axis in self.axes.values())
         many *= sum(len(variant.choices()) for variant in self.variants.values()) or 1

@@ -46,8 +46,11 @@ class LadderDesign(Section):
 class GridDesign(Section):
     """Every combination of the values of `axes`."""
 
-    budget: PositiveFloat | None = None
-    """Training FLOPs per trial, which sets its steps; None: train.steps is unchanged."""
+    budget: tuple[PositiveFloat, ...] | None = Field(None, min_length=1)
+    """Training FLOPs per trial, which sets its steps: one number, or a list, each for every combination. None:
+    train.steps is unchanged."""
+
+    _lists = field_validator("budget", mode="before")(listed)
 
 
 class RandomDesign(GridDesign):

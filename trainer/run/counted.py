@@ -16,7 +16,8 @@ from trainer.data.pairs.prepared import planned_tokenizer
 
 
 def counts(config: Config) -> dict[str, Any]:
-    """`parameters`, and `flops_per_example` in training: None if it cannot be counted, with the reason `flops_unknown`.
+    """`parameters`, those of `embedding` tables among them, and `flops_per_example` in training: None if it cannot be
+    counted, with the reason `flops_unknown`.
 
     Args:
         config: resolved, its plugins loaded.
@@ -28,6 +29,8 @@ def counts(config: Config) -> dict[str, Any]:
     with torch.device("meta"):
         module = build(config.model)
     found: dict[str, Any] = {"parameters": sum(p.numel() for p in module.parameters()), "flops_per_example": None}
+    tables = {each.weight for each in module.modules() if isinstance(each, torch.nn.Embedding)}
+    found["embedding"] = sum(table.numel() for table in tables)
 
     def example() -> Any:
         data = config.data

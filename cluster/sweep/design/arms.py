@@ -11,6 +11,7 @@ from configs.load import merge, read_tree
 from configs.reading.parse import shortened
 from configs.sweep.definition import SweepConfig, nested
 from configs.sweep.variants import Experts, Variant
+from models.planning.cost import has_formulas
 from trainer.run.plugins import load_plugins
 
 from .rules import Rules
@@ -135,6 +136,10 @@ def resolved(sweep: SweepConfig, arm: Arm, config: Config, vocab_size: int, name
 
 def _expert_keys(config: Config, experts: Experts | None, variant: str) -> dict[str, Any]:
     """The expert keys of a model that keeps the config's shape."""
+    if not has_formulas(config.model):
+        if experts:
+            raise ConfigError(f"variants.{variant}: model.family={config.model.family} has no experts")
+        return {}
     if not experts:
         return {"num_experts": 0, "shared_expert_size": 0}
     width = config.model.intermediate_size or -(-8 * config.model.hidden_size // 3 // 64) * 64

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from configs import ConfigError, ModelConfig
 from configs.sections.model import MOST_WIDTH
 from configs.sweep.definition import SweepConfig
-from configs.sweep.designs import IsoflopDesign, LadderDesign, OptunaDesign, RandomDesign
+from configs.sweep.designs import GridDesign, IsoflopDesign, LadderDesign, OptunaDesign, RandomDesign
 from configs.units import scientific, short
 
 from .arms import Arm, arms, resolved, with_values
@@ -103,13 +103,24 @@ def cell_of(arm: Arm, name: str, keys: dict[str, Any], found: Sizer, budget: flo
     return Cell(arm, name, keys, found.model(keys), flops, sequences, budget)
 
 
-def as_it_stands(sweep: SweepConfig, arm: Arm, name: str, vocab_size: int) -> Cell:
-    """The cell of a grid or search, whose shape is the config's."""
+def as_it_stands(sweep: SweepConfig, arm: Arm, name: str, vocab_size: int) -> list[Cell]:
+    """The cells of a grid or search, whose shape is the config's: one for each budget."""
     config = resolved(sweep, arm, arm.config, vocab_size, name)
     _, flops, units = measures_of(config)
-    budget = getattr(sweep.design, "budget", None)
-    sequences = budget / flops / units if budget else config.train.steps * config.train.global_batch
-    return Cell(arm, name, {}, config.model, flops, float(sequences), budget)
+    assert isinstance(sweep.design, GridDesign)
+    budgets = sweep.design.budget
+    if not budgets:
+        sequences = float(config.train.steps * config.train.global_batch)
+        return [Cell(arm, name, {}, config.model, flops, sequences, None)]
+    if not flops:
+        raise ConfigError(f"trial {name}: the FLOPs of this model cannot be counted, so no budget sets its steps")
+    return [
+        Cell(
+            arm, name + (f"-{scientific(budget)}" if len(budgets) > 1 else ""), {}, config.model, flops,
+            budget / flops / units, budget,
+        )
+        for budget in budgets
+    ]  # fmt: skip
 
 
 def drawn(sweep: SweepConfig, losses: Mapping[str, float]) -> tuple[list[tuple[str, Arm]], int]:

@@ -40,7 +40,7 @@ def plan(sweep: SweepConfig, vocab_size: int, losses: Mapping[str, float] | None
         cells = sized_cells(sweep, arms(sweep), vocab_size)
     else:
         named, left = drawn(sweep, losses)
-        cells = [as_it_stands(sweep, arm, name, vocab_size) for name, arm in named]
+        cells = [cell for name, arm in named for cell in as_it_stands(sweep, arm, name, vocab_size)]
     width = base_width(sweep)
     for chain, scale, seed in itertools.product(_chains(sweep, cells), sweep.rules.lr_scale, sweep.seeds):
         found += trials_of(sweep, chain, vocab_size, width, scale, seed)

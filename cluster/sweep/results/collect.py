@@ -116,9 +116,10 @@ def recipe_of(config: Config, inputs: Sequence[Mapping[str, Any]]) -> str:
     train, optim = config.train, config.optim
     read = [f"{'data' if each['kind'] == 'training' else 'tokenizer'} {str(each['digest'])[:8]}" for each in inputs]
     held_out = f"{train.eval_sequences} held-out examples"
-    if has_formulas(config.model):
+    if config.task == "language_modelling":
         held_out = f"{train.eval_sequences} held-out sequences of {train.seq_len} tokens"
-    return ", ".join([optim.name, optim.schedule, train.precision, held_out, *read])
+    family = [] if has_formulas(config.model) else [f"family {config.model.family}"]
+    return ", ".join([*family, optim.name, optim.schedule, train.precision, held_out, *read])
 
 
 def table_of(rows: Sequence[Row], count: str, excluded: Sequence[tuple[str, str]] = ()) -> Table:

@@ -17,6 +17,7 @@ from trainer.files.own_files import require_own
 from trainer.tracking.sweep import TRIALS
 
 if TYPE_CHECKING:
+    from cluster.sweep.design.trial import Plan
     from models.scaling.table import Table
 
     from .plots import Prediction
@@ -32,7 +33,10 @@ Columns = Annotated[
 ]
 Where = Annotated[
     list[str] | None,
-    typer.Option(metavar="COLUMN=VALUE", help="Keep only rows with this value, or one of several (a,b)."),
+    typer.Option(
+        metavar="COLUMN=VALUE",
+        help="Keep only rows with this value, or one of several (a,b); of a sweep's trials, variant=NAME.",
+    ),
 ]
 Convention = Annotated[
     str | None,
@@ -330,12 +334,27 @@ def _table(
 
         assert file
         sweep = load_sweep(file, overrides or ())
-        found = collect(known_plan(sweep)).counted_as(convention or sweep.count)
+        found = collect(of_variants(known_plan(sweep), where)).counted_as(convention or sweep.count)
         if not len(found):
             raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")
     if max_budget is not None:
         found = found.up_to(max_budget)
     return sweep, found
+
+
+def of_variants(planned: "Plan", where: list[str] | None) -> "Plan":
+    """The trials of the variants that `--where variant=...` names; all without it. Raises ConfigError."""
+    asked = _pairs("--where", where or [])
+    if not asked:
+        return planned
+    variants = dict.fromkeys(trial.variant for trial in planned.trials)
+    names = asked.pop("variant", "").split(",")
+    if asked or (wrong := [name for name in names if name not in variants]):
+        given = f"{next(iter(asked))}=..." if asked else f"variant={wrong[0]}"
+        raise ConfigError(
+            f"--where {given}: of a sweep's trials, those of a variant can be kept: variant={', '.join(variants)}"
+        )
+    return planned._replace(trials=tuple(trial for trial in planned.trials if trial.variant in names))
 
 
 def _shape(kind: list[str] | None) -> dict[str, float]:

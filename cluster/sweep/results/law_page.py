@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.sweep.design.measures import Measures, counted_measures, measures_of
+from cluster.sweep.design.measures import Measures, counted_measures, measures_of, units_of
 from cluster.sweep.design.next_run import Best, next_trial
 from cluster.sweep.train.progress import Books, books, read_mapping, read_plan
 from cluster.sweep.train.trial_state import Ledger
@@ -87,7 +87,9 @@ class Folder:
         if has_formulas(config.model):
             return measures_of(config)
         item = next(item for item in self.items if item.name == trial)
-        return counted_measures(item.parameters["total"], item.flops / item.tokens)
+        counts = item.parameters
+        embedding = counts["total"] - counts["without_embeddings"]
+        return counted_measures(counts["total"], embedding, item.flops / item.tokens, units_of(config))
 
     def table(self) -> Table:
         trials = {item.name: item.steps for item in self.items}
