@@ -43,6 +43,7 @@ def run_script(folder, code):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_what_readme_shows_runs(tmp_path, tiny_data, frame):
     [code] = re.findall(r"^```python\n(.*?)^```$", README.read_text(), flags=re.MULTILINE | re.DOTALL)
     assert len(code.splitlines()) <= 25

@@ -18,7 +18,7 @@ import pytest
 from trainer.record.lines import read_events, read_metrics, summary
 
 pytestmark = pytest.mark.ray
-STEPS = 200
+STEPS = 100
 CONFIG = """
 run: {{name: story}}
 model: {{num_layers: 2, hidden_size: 32, num_heads: 2, num_experts: 4, expert_size: 32}}
