@@ -53,7 +53,7 @@ def plan(
     device = asked_device(gpu, gpus, usd_per_gpu_hour)
     asked = load_own(config, overrides or ())
     if not has_formulas(asked.model):
-        _show_counted(asked, planned_vocabulary(asked), as_json)
+        _show_counted(asked, planned_vocabulary(asked), device, as_json)
         return
     devices = gpus or asked.parallel.world_size
     if do_search:
@@ -72,15 +72,17 @@ def plan(
         _show(predicted, resolved, notes, usd_per_gpu_hour)
 
 
-def _show_counted(asked: Config, vocab_size: int | None, as_json: bool) -> None:
+def _show_counted(asked: Config, vocab_size: int | None, device: Device, as_json: bool) -> None:
     """Show what can be counted of a model without formulas. Its plugin has imported torch already."""
     resolved, notes = resolve(asked, vocab_size=vocab_size)
     from trainer.run.counted import counts  # torch
 
     found = counts(resolved)
     unknown = "memory, speed and cost: unknown, the planner has formulas for decoders only; a run measures them"
+    weights = 4 * found["parameters"] / resolved.parallel.world_size  # fp32, at the best with an equal share on each
+    fits = weights <= device.memory * (1 - HEADROOM)
     if as_json:
-        print(json.dumps(found | {"unknown": unknown}, indent=1))
+        print(json.dumps(found | {"unknown": unknown} | ({} if fits else {"fits": False}), indent=1))
         return
     console, flops = Console(soft_wrap=True), found["flops_per_example"]
     console.print(f"{resolved.run.name}: {resolved.model.family}, task {resolved.task}", style="bold")
@@ -89,6 +91,9 @@ def _show_counted(asked: Config, vocab_size: int | None, as_json: bool) -> None:
     each = f"{flops:,.4g} training FLOPs per example" if flops else found["flops_unknown"]
     console.print(f"{found['parameters']:,} parameters, {each}")
     console.print(f"{counted(resolved.train.steps, 'step')} of {counted(resolved.train.global_batch, 'example')}")
+    if not fits:
+        console.print(Text.assemble(("does not fit", "red"), f": its weights alone are {byte_size(weights)} per device "
+                                    f"({device.name}: {byte_size(device.memory)})"))  # fmt: skip
     console.print(unknown)
 
 

@@ -9,6 +9,9 @@ from typing import NamedTuple
 
 from configs import Config, ConfigError, counted, with_workers, worker_counts
 
+TO_WAIT = "wait for machines to join with --queue"
+"""What a refusal suggests on a command line; a page has other words for it."""
+
 
 class Node(NamedTuple):
     """CPUs and GPUs of one machine: those that are free, or all."""
@@ -116,7 +119,7 @@ def share_of_gang(config: Config, nodes: Sequence[Node], wait: bool) -> Share:
     except ConfigError as error:
         if wait:
             return Share(cluster.cpus_per_worker or 1.0, gpus)
-        raise ConfigError(f"{error}\nLower parallel.dp, or wait for machines to join with --queue") from None
+        raise ConfigError(f"{error}\nLower parallel.dp, or {TO_WAIT}") from None
     if each.gpus and cluster.cpus_per_worker is None:
         beside = min(node.cpus / node.gpus for node in nodes if node.gpus) * each.gpus
         return Share(min(each.cpus, max(1.0, float(int(beside)))), each.gpus)

@@ -7,12 +7,16 @@ import json
 import os
 import stat
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .own_files import no_link
+
+OLD = 3600.0
+"""Seconds after which nobody is still writing a file under a temporary name."""
 
 
 @contextmanager
@@ -20,7 +24,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, readable by its owner only, that replaces `path` at the end of the block, once it is on disk.
 
     It has one temporary name, so that the next write takes over what a killed one left. Where that name is not to be
-    had, because another process or thread is writing or the file system has no locks, it has one of this thread's.
+    had, because another process or thread is writing or the file system has no locks, it has one of this thread's,
+    and old files under such names, which nobody takes over, are removed.
 
     Raises:
         OSError: it cannot be written, or its temporary name is a link. `path` is as before, and so it is where
@@ -28,6 +33,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.new")
     if (file := _claimed(temporary)) is None:
+        _remove_left(path)
         temporary = path.with_name(f".{path.name}.{threading.get_native_id()}")
         file = os.fdopen(no_link(str(temporary), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "wb")
     with file:
@@ -40,6 +46,17 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink(missing_ok=True)  # still locked, and so still ours
             raise
     fsync(path.parent)
+
+
+def _remove_left(path: Path) -> None:
+    """Remove what threads that were killed have left under names of their own."""
+    begin = f".{path.name}."
+    with suppress(OSError), os.scandir(path.parent) as entries:
+        for entry in entries:
+            if not entry.name.startswith(begin) or not entry.name[len(begin) :].isdecimal():
+                continue
+            if time.time() - entry.stat(follow_symlinks=False).st_mtime > OLD:
+                os.unlink(entry.path)
 
 
 def _claimed(path: Path) -> BinaryIO | None:

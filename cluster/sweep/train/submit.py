@@ -6,7 +6,7 @@ from pathlib import Path
 from cluster.commands.jobs import Address
 from cluster.commands.runs import Json
 from cluster.gangs.access_token import in_config
-from cluster.gangs.share import Share, capacity
+from cluster.gangs.share import TO_WAIT, Share, capacity
 from cluster.server import pack
 from cluster.server.client import Cluster, api_url
 from cluster.server.messages import MOST_WORKERS
@@ -72,7 +72,7 @@ def submit_sweep(
         raise ConfigError(
             f"--gpus {gang.workers}: the cluster has room for {counted(room, 'process')} of "
             f"{counted(each.cpus, 'CPU')} and {counted(each.gpus, 'GPU')}: "
-            f"lower it, or wait for machines to join with --queue"
+            f"lower it, or {TO_WAIT}"
         )
 
     packed = pack.files(here, [Path(sweep.root)], insisted or ())

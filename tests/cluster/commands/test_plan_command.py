@@ -40,6 +40,13 @@ def test_table(capsys, monkeypatch):
     assert "does not fit" in out
 
 
+def test_a_model_without_formulas_whose_weights_alone_do_not_fit(capsys, monkeypatch):
+    _, out, _ = run(capsys, monkeypatch, "digits-gan")
+    assert "does not fit" not in out
+    _, out, _ = run(capsys, monkeypatch, "digits-gan", "model.latents=1000000", "model.generator=[1000000,1000000]")
+    assert "does not fit: its weights alone are 96 TB per device (h100: 80 GB)\n" in out
+
+
 def test_a_given_dp_that_gpus_replaces_is_told(capsys, monkeypatch):
     _, out, _ = run(capsys, monkeypatch, "quickstart", "parallel.dp=2", "--gpus", "4")
     assert "parallel.dp=4: follows from --gpus 4, not the config's 2\n" in out

@@ -144,9 +144,14 @@ def test_where_nothing_can_be_locked(tmp_path, monkeypatch):
         raise OSError(errno.ENOLCK, "no locks here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
+    left = [tmp_path / name for name in (".state.json.4711", ".state.json.4712", ".state.json.old", ".other.json.4711")]
+    for path in left:
+        path.write_text("half of it")
+        os.utime(path, (1e9, 1e9))
+    os.utime(left[1])  # somebody may still be writing it
     replace_text(tmp_path / "state.json", "x")
     assert (tmp_path / "state.json").read_text() == "x"
-    assert os.listdir(tmp_path) == ["state.json"]
+    assert set(os.listdir(tmp_path)) == {"state.json", *(path.name for path in left[1:])}
 
 
 def test_a_hard_link_at_the_temporary_name_is_not_written_through(tmp_path):

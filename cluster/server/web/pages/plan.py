@@ -141,7 +141,8 @@ def sent_config(asked: dict[str, Any]) -> Config:
 
 def known_vocabulary(config: Config) -> int | None:
     """What preparing the data would make: no data are read."""
-    return made_vocabulary(config.data)
+    made = made_vocabulary(config.data)
+    return None if made is None else made + getattr(config.model, "added_tokens", 0)
 
 
 def _overrides(asked: dict[str, Any], resolved: Config) -> list[str]:

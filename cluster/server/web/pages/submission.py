@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.commands.jobs import new_id
+from cluster.gangs.share import TO_WAIT
 from configs import Config, ConfigError, resolve
 from configs.load import dump_yaml, one_file_apart
 from configs.reading.parse import shortened
@@ -74,7 +75,10 @@ def needed(board: Board, config: Config, asked: dict[str, Any]) -> Job:
     seen = board.scheduler.seen
     if not seen.reachable or not seen.nodes:
         raise ConfigError(f"the machines are not known: {seen.why or 'none has joined the cluster'}")
-    return job_of_run(resolved, seen.nodes, asked["queue"], asked["priority"])
+    try:
+        return job_of_run(resolved, seen.nodes, asked["queue"], asked["priority"])
+    except ConfigError as error:
+        raise ConfigError(str(error).replace(TO_WAIT, "let it wait for machines to join: tick the box below")) from None
 
 
 def _check_place(root: Path, name: str, roots: Sequence[Path]) -> None:

@@ -130,6 +130,7 @@ def test_what_a_run_would_reserve_is_told_before_it_is_queued(server, here, tmp_
     large = form(tmp_path, overrides=["parallel.dp=8", "cluster.cpus_per_worker=2"])
     told = server.post("/api/submit/needs", large).json
     assert (told["gang"], "asks for 16 CPUs; the cluster has 4" in told["why"]) == ("", True)
+    assert ("tick the box" in told["why"], "--queue" in told["why"]) == (True, False)
     assert server.post("/api/submit/needs", large | {"queue": True}).json["gang"] == "8 x (2 CPU)"
 
 

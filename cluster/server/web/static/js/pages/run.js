@@ -15,6 +15,8 @@ import { Config, files, Logs } from "./run_text.js";
 import { edit } from "./runs_peek.js";
 
 const TABS = ["charts", "experts", "samples", "config", "logs", "files"];
+/** What keys do in single sections. */
+const KEYS = { charts: [["x", "axis"], ["l", "log"], ["m", "find a metric"], ["drag", "zoom"], ["e", "export"]], logs: [["/", "find in the log"]] };
 
 /** With a full stop at its end. */
 const sentence = (text) => (/[.!?]$/.test(text) ? text : `${text}.`);
@@ -34,7 +36,7 @@ class Run {
     const soon = calmly(() => this.refresh(), 400);
     this.unlisten = listen((ids) => (!ids.size || ids.has(id)) && soon());
     this.timer = setInterval(() => this.details && this.sayNumbers(), 1000);
-    titled(id, [["[ ]", "previous, next run"], ["1 – 6", "sections"], ["x", "axis"], ["l", "log"], ["drag", "zoom"], ["e", "export"], ["esc", "back"]]);
+    titled(id, [["esc", "back"]]); // the others once it is known which sections there are
     this.refresh();
   }
 
@@ -91,6 +93,7 @@ class Run {
       put(this.body);
       put(this.controls);
       this.shownTab = tab;
+      titled(this.id, [["[ ]", "previous, next run"], [`1 – ${shown.length}`, "sections"], ...(KEYS[tab] ?? []), ["esc", "back"]]);
       this.part = this.openPart(tab);
     }
     this.part?.show(details);
