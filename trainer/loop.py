@@ -136,7 +136,7 @@ def _steps(
     # Before the model takes memory.
     forecast = Forecast(config, here, lambda: preflight(run_dir, config, record))
     if record:
-        record.event("plan", **forecast.predicted())
+        record.event("plan", **forecast.predicted(flops))
     trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))
     engine, engines, where = trainee.engine, list(trainee.engines.values()), trainee.where
     resume(run_dir, engines, state, trainee.learner, record)

@@ -79,9 +79,9 @@ SHOWN: dict[str, Callable[[Any], bool]] = {
         _count,
     ),
     **dict.fromkeys(
-        ("bound", "bubble", "compute_time", "deviations", "device_hours", "eval_loss", "flops_per_token", "last_good",
-         "launch_time", "loss", "memory_of_device", "memory_time", "mfu", "peak_memory", "predicted_peak_memory",
-         "predicted_step_time", "step_time", "tokens_per_day", "tokens_per_second"),
+        ("bound", "bubble", "compute_time", "deviations", "device_hours", "eval_loss", "flops_per_example",
+         "flops_per_token", "last_good", "launch_time", "loss", "memory_of_device", "memory_time", "mfu", "peak_memory",
+         "predicted_peak_memory", "predicted_step_time", "step_time", "tokens_per_day", "tokens_per_second"),
         _measured,
     ),
     **dict.fromkeys(("by", "command", "device", "file", "git_commit", "kept_as", "phase"), _text),
@@ -117,8 +117,9 @@ EVENTS: dict[str, Fields] = {
     "attempt_started": _fields(more="world_size device versions git_commit git_dirty inputs tracking pid host"),
     "preflight": _fields("broken slow", "seconds machines"),
     "plan": _fields(
-        more="device devices parameters active_parameters flops_per_token tokens_per_step memory memory_of_device fits "
-        "traffic step_time compute_time memory_time launch_time bubble mfu tokens_per_second tokens_per_day"
+        more="device devices parameters active_parameters flops_per_token flops_per_example tokens_per_step memory "
+        "memory_of_device fits traffic step_time compute_time memory_time launch_time bubble mfu tokens_per_second "
+        "tokens_per_day"
     ),
     "resumed": _fields(more="step cursor checkpoint"),
     "ema_changed": _fields(more="step reason"),

@@ -101,7 +101,7 @@ class Forecast:
     """
 
     def __init__(self, config: Config, here: torch.device, measured: Callable[[], Sequence[Rates]]):
-        self._memory = PeakMemory(here)
+        self._memory, self._model = PeakMemory(here), config.model
         device = device_facts(here, config.train.kept_in, measured())
         device = device if has_formulas(config.model) else None
         self._plan = predict(config, device) if device else None
@@ -110,9 +110,18 @@ class Forecast:
     def step_took(self, seconds: float) -> None:
         self._seconds.append(seconds)
 
-    def predicted(self) -> dict[str, Any]:
-        """Details of the event `plan`, in bytes and seconds; empty if the planner lacks the device or family."""
-        return self._plan.summary() if self._plan else {}
+    def predicted(self, flops_of_example: float | None = None) -> dict[str, Any]:
+        """Details of the event `plan`, in bytes and seconds; what is counted, if the planner lacks device or family.
+
+        Args:
+            flops_of_example: FLOPs per example in training; None: they could not be counted.
+        """
+        if self._plan:
+            return self._plan.summary()
+        counted: dict[str, Any] = {"flops_per_example": flops_of_example} if flops_of_example else {}
+        with contextlib.suppress(RuntimeError, ValueError):  # a plugin's model may need a real device
+            counted["parameters"] = parameter_count(self._model)
+        return counted
 
     def measured(self) -> dict[str, Any]:
         """Details of the event `measured` for this process, in bytes and seconds; None until there are enough steps.

@@ -29,7 +29,7 @@ from .index.config_values import differing_keys, flat_config
 from .index.runs_index import Entry, RunsIndex, View
 from .jobs_api import jobs_router
 from .pages.columns_of_runs import ColumnsOfRuns
-from .pages.details import Books, details, events_after, experts, flops_per_token
+from .pages.details import Books, details, events_after, experts, training_flops
 from .pages.logs import log
 from .pages.now import Glance
 from .pages.prometheus import exposition
@@ -117,9 +117,8 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
         raise HTTPException(404, f"there is no run {clip(id, 100)} here")
 
     def curves(entry: Entry, names: Sequence[str], axis: str, **range: Any) -> dict[str, Line]:
-        flops = flops_per_token(read_events(entry.run.folder)) if axis == "flops" else None
-        folder, unit = entry.run.folder, entry.row.unit
-        return lines(columns, folder, names, axis=axis, unit=unit, flops_per_token=flops, **range)
+        flops = training_flops(read_events(entry.run.folder)) if axis == "flops" else None
+        return lines(columns, entry.run.folder, names, axis=axis, unit=entry.row.unit, flops=flops, **range)
 
     @app.get("/health", response_model=responses.Health)
     def health(request: Request, prove: Annotated[str, Query(max_length=100)] = "") -> dict[str, Any]:

@@ -46,6 +46,7 @@ class RunRow:
     started: float | None = None
     sweep: Text | None = None
     family: Text | None = None
+    task: Text | None = None
     parameters: Whole | None = None
     data: Text | None = None
     """Names of the folders of its data."""
@@ -169,6 +170,8 @@ class Details(BaseModel):
     tracking: dict[str, Any]
     experts: dict[str, int] | None
     references: dict[str, Any]
+    scores: list[tuple[str, float]]
+    """Of its last evaluation, beside the loss: the first few."""
     problems: list[str]
     """What of it could not be read."""
 

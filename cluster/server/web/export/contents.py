@@ -19,7 +19,7 @@ from ..index import colours
 from ..index.config_values import Configs, differing_keys, flat_config
 from ..index.rows import Run, refresh, signature
 from ..index.runs_index import Entry, View
-from ..pages.details import Books, details, experts, flops_per_token
+from ..pages.details import Books, details, experts, training_flops
 from ..pages.logs import log
 from ..pages.samples import picture
 from ..pages.series import EXAMPLES, Columns, Kept, began, lines
@@ -157,8 +157,10 @@ def _axes(columns: Columns, folder: str, unit: str) -> dict[str, list[float]]:
     counted = {name: values[name] for name in names if len(steps) and np.isfinite(values[name]).all()}
     if unit in counted:
         found["tokens"] = counted[unit].tolist()
-        if flops := flops_per_token(read_events(folder)):
-            found["flops"] = (counted[unit] * flops).tolist()
+        if flops := training_flops(read_events(folder)):
+            over = next((counted[name] for name in flops.units if name in counted), None)
+            if over is not None:
+                found["flops"] = (over * flops.each).tolist()
     for name in EXAMPLES:
         if name in counted:
             found["examples"] = counted[name].tolist()

@@ -18,7 +18,7 @@ from .config_values import Config, Configs, Section
 from .rows import FILES, LIVE, Run
 
 KEPT = ".dashboard.json"
-FORMAT = 1
+FORMAT = 2
 MOST_BYTES = 256 << 20
 Index = Annotated[int, Field(ge=0, lt=1 << 24)]
 

@@ -208,7 +208,7 @@ def _row(run: Run, live: Live, problem: str, stopping: bool) -> RunRow:
     elif found["status"] == "RUNNING" and stopping:
         found["reason"] = "was asked to stop, after a checkpoint"
     notes = read_notes(run.path)
-    steps, family = value_of(run.config, "train.steps"), value_of(run.config, "model.family")
+    steps, family, task = (value_of(run.config, key) for key in ("train.steps", "model.family", "task"))
     return RunRow(
         id=run.id,
         name=visible(folder),
@@ -230,6 +230,7 @@ def _row(run: Run, live: Live, problem: str, stopping: bool) -> RunRow:
         started=live.started,
         sweep=run.sweep,
         family=family[:100] if isinstance(family, str) else None,
+        task=task[:100] if isinstance(task, str) else None,
         parameters=live.parameters,
         data=_data(run.config),
         note=visible(notes.note[:5000]),

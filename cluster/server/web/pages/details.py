@@ -26,11 +26,12 @@ from ..index.sampling import sample_records
 from .folders import below, plain_files
 from .logs import LOGS, log_files
 from .samples import SAMPLES, samples
-from .series import OF_LISTS, Columns
+from .series import EXAMPLES, OF_LISTS, Columns, Flops
 
 MOST_MARKS = 2000
 MOST_TEXT = 500
 MOST_EVENTS = 500
+MOST_SCORES = 3
 SHORT = 0.1
 """Seconds that it may take to work out where a run's time went, whenever something is recorded."""
 WEB = re.compile(r"https?://[^\s\\<>\"'@]{1,500}")
@@ -83,6 +84,7 @@ def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
         "files": _files(run.path),
         "tracking": _tracking(run.path),
         "experts": _experts(train),
+        "scores": _scores(evaluation, entry.row.unit),
         "references": {"unigram_entropy": _entropy(events)},
         "notable": [
             {"kind": kind, "times": each.times, "attempt": each.attempt, "time": each.time, "text": visible(each.text)}
@@ -142,11 +144,25 @@ def meant(seconds: Mapping[str, float]) -> float:
     return unpaused(dict(seconds))
 
 
-def flops_per_token(events: Sequence[Mapping[str, Any]]) -> float | None:
-    """FLOPs of training per token, as the planner said before the run."""
-    told = [event.get("flops_per_token") for event in events if event["event"] == "plan"]
-    numbers = [float(each) for each in told if isinstance(each, int | float)]
-    return numbers[-1] if numbers and 0 < numbers[-1] < 1e30 else None
+def training_flops(events: Sequence[Mapping[str, Any]]) -> Flops | None:
+    """FLOPs of training, as they were counted before the run: per token, or else per example."""
+    for key, units in (("flops_per_token", ("tokens",)), ("flops_per_example", EXAMPLES)):
+        told = [event.get(key) for event in events if event["event"] == "plan"]
+        numbers = [float(each) for each in told if isinstance(each, int | float)]
+        if numbers and 0 < numbers[-1] < 1e30:
+            return Flops(units, numbers[-1])
+    return None
+
+
+def _scores(evaluation: Mapping[str, Any], unit: str) -> list[tuple[str, float]]:
+    """Scores of an evaluation, without those of averaged weights."""
+    found = [
+        (visible(name.removeprefix("eval_"))[:60], float(value))
+        for name, value in evaluation.items()
+        if name.startswith("eval_") and not name.endswith("_ema") and name not in ("eval_loss", f"eval_{unit}")
+        and type(value) in (int, float)
+    ]  # fmt: skip
+    return found[:MOST_SCORES]
 
 
 def _header(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +172,6 @@ def _header(events: Sequence[Mapping[str, Any]], config: Mapping[str, Any]) -> d
         "family": config.get("model.family"),
         "parameters": _whole(plan.get("parameters")),
         "active": _whole(plan.get("active_parameters")),
-        "flops_per_token": flops_per_token(events),
         "device": _text(started.get("device")),
         "world_size": _whole(started.get("world_size")),
         "host": _text(started.get("host")),

@@ -16,7 +16,7 @@ from trainer.record.lines import METRICS
 from ..index.sampling import sample_records
 
 AXES = ("step", "examples", "tokens", "time", "flops")
-EXAMPLES = ("examples", "sequences")
+EXAMPLES = ("examples", "sequences", "pairs")
 """What the examples that a run has seen are called in its record."""
 MOST_POINTS = 5000
 MOST_METRICS = 200
@@ -36,6 +36,14 @@ OF_LISTS: dict[str, Callable[[np.ndarray], Any]] = {"mean": np.mean, "max": np.m
 MOST_INFINITE = 100
 TRIES = 5
 """Times that a run's copy of its numbers may change or turn out to be damaged while it is read."""
+
+
+class Flops(NamedTuple):
+    """FLOPs of training per token or per example."""
+
+    units: tuple[str, ...]
+    """What counts those in a record: the first of these that it has."""
+    each: float
 
 
 class NoAxis(ValueError):
@@ -147,7 +155,7 @@ def lines(
     end: float | None = None,
     axis: str = "step",
     unit: str = "tokens",
-    flops_per_token: float | None = None,
+    flops: Flops | None = None,
     log: bool = False,
 ) -> dict[str, Line]:
     """The metrics of these names over an axis.
@@ -162,17 +170,19 @@ def lines(
         NoAxis: the record does not say how many examples, tokens or FLOPs a step takes.
         OSError: the record cannot be read.
     """
-    if axis == "flops" and not flops_per_token:
-        raise NoAxis("the run's record does not say how many FLOPs a token takes")
+    if axis == "flops" and not flops:
+        raise NoAxis("the run's record does not say how many FLOPs its training takes")
+    units = EXAMPLES if axis == "examples" else flops.units if axis == "flops" and flops else (unit,)
+    factor = flops.each if axis == "flops" and flops else 1.0
     listed = [name for name in names if name.rpartition(".")[2] in OF_LISTS and name.rpartition(".")[0]]
     plain = [name for name in names if name not in listed]
     found: dict[str, Line] = {}
     first: float | None = None
     if plain:
-        shown = Shown(axis, unit, flops_per_token or 1.0, start, end, points, log)
+        shown = Shown(axis, units, factor, start, end, points, log)
         found, first = columns.read(folder, lambda kept: (shown.lines(kept, plain), began(kept.columns)))
     if listed:
-        found |= _of_lists(folder, listed, axis, unit, flops_per_token, first, points, start, end)
+        found |= _of_lists(folder, listed, Shown(axis, units, factor, start, end, points, False), first)
     return {name: found[name] for name in names if name in found}
 
 
@@ -186,7 +196,8 @@ class Shown(NamedTuple):
     """What is asked of a run's curves, as the arguments of `lines`."""
 
     axis: str
-    unit: str
+    units: Sequence[str]
+    """What is counted along the axis: the first of these that the record has."""
     factor: float
     start: float | None
     end: float | None
@@ -226,10 +237,10 @@ class Shown(NamedTuple):
             return lines.step
         if self.axis == "time":
             return lines.time - (began(columns) or 0.0)
-        weights = kept.weights(EXAMPLES if self.axis == "examples" else (self.unit,), self.axis)
+        weights = kept.weights(self.units, self.axis)
         if lines is not columns.train:  # an evaluation has what its step has
             weights = np.concatenate([[0.0], weights])[np.searchsorted(columns.train.step, lines.step, "right")]
-        return weights * (self.factor if self.axis == "flops" else 1.0)
+        return weights * self.factor
 
     def _range(self, x: np.ndarray) -> tuple[int, int]:
         """The first line of what is asked for, and the one after the last."""
@@ -317,28 +328,22 @@ def _kept_rows(x: np.ndarray, y: np.ndarray, points: int) -> np.ndarray:
 def _of_lists(
     folder: str,
     names: Sequence[str],
-    axis: str,
-    unit: str,
-    flops_per_token: float | None,
+    shown: Shown,
     first: float | None,
-    points: int,
-    start: float | None,
-    end: float | None,
 ) -> dict[str, Line]:
-    records = sample_records(Path(folder) / METRICS, min(SAMPLED, max(points, 2)))
-    if axis == "time":
+    records = sample_records(Path(folder) / METRICS, min(SAMPLED, max(shown.points, 2)))
+    if shown.axis == "time":
         first = first if first is not None or not records else records[0]["time"]
         x = np.array([record["time"] - (first or 0.0) for record in records], float)
-    elif axis == "step":
+    elif shown.axis == "step":
         x = np.array([record["step"] for record in records], float)
     else:
-        factor = flops_per_token if axis == "flops" and flops_per_token else 1.0
-        x = np.array([factor * (record.get(unit) or 0.0) for record in records], float)
+        counts = [next((record[unit] for unit in shown.units if record.get(unit)), 0.0) for record in records]
+        x = shown.factor * np.array(counts, float)
     found = {}
     for name in names:
         key, _, how = name.rpartition(".")
         y = np.array([_over(record.get(key), how) for record in records], float)
-        shown = Shown(axis, unit, 1.0, start, end, points, False)
         found[name] = shown._line(x, y, dense=bool(2 * np.count_nonzero(~np.isnan(y)) > len(y)))
     return found
 

@@ -50,6 +50,9 @@ export function duration(seconds, digits = 2) {
   return hours < 24 * 100 ? `${Math.floor(hours / 24)} d${hours % 24 ? ` ${hours % 24} h` : ""}` : `${Math.round(hours / 24)} d`;
 }
 
+/** What a run counts, in words: tokens, images, masked tokens. */
+export const unitWords = (unit) => unit.replaceAll("_", " ");
+
 /** How long ago, in one unit. */
 export function ago(time, now = Date.now() / 1000) {
   const seconds = Math.max(0, now - time);

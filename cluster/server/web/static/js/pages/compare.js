@@ -6,15 +6,17 @@ import { curve, valueAt } from "../charts/curves.js";
 import { saveCsv, savePng, saveSvg } from "../charts/export.js";
 import { together } from "../colours.js";
 import { choice, el, empty, folded, notice, popover, put } from "../dom.js";
-import { DASH, compact, loss, middle, number, plain, sharedPrefix, whole } from "../format.js";
+import { DASH, compact, loss, middle, number, plain, sharedPrefix, unitWords, whole } from "../format.js";
 import { calmly, fresh, listen } from "../live.js";
 import { change, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
 import { groupName, grouped, groupings, meanOf, spread } from "./compare_groups.js";
-import { AXES, SCALES, scaleOf, toggled, xFormats } from "./run_charts.js";
+import { AXES, SCALES, axesOf, axisLabel, nextAxis, scaleOf, toggled, xFormats } from "./run_charts.js";
 
-const METRICS = [["loss", "loss"], ["eval_loss", "held-out"], ["grad_norm", "grad_norm"], ["tokens_per_second", "tokens/s"]];
+const METRICS = [["loss", "loss"], ["eval_loss", "held-out"], ["grad_norm", "grad_norm"]];
 const MOST = 20;
+/** What runs that count different things have seen. */
+const SEEN = "seen";
 
 export function open(outlet) {
   return new Compare(outlet);
@@ -82,6 +84,12 @@ class Compare {
     return this.ids.includes(asked) ? asked : this.ids[0];
   }
 
+  /** What these runs count; null: not the same. */
+  get unit() {
+    const units = new Set(this.ids.map((id) => runs.row(id).unit));
+    return units.size === 1 ? [...units][0] : null;
+  }
+
   /** A key, or what stands for all but the seeds; null: each run is a line. */
   get by() {
     return state().get("group");
@@ -113,9 +121,10 @@ class Compare {
       for (const node of [this.difference, this.list, this.keysNode]) put(node);
       return;
     }
-    const metrics = METRICS.some(([name]) => name === metric) ? METRICS : [...METRICS, [metric, metric]];
+    const { unit } = this, usual = unit ? [...METRICS, [`${unit}_per_second`, `${unitWords(unit)}/s`]] : METRICS;
+    const metrics = usual.some(([name]) => name === metric) ? usual : [...usual, [metric, metric]];
     put(this.bar, folded(
-      el("span", { class: "quiet" }, "x"), choice("x axis", AXES, axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
+      el("span", { class: "quiet" }, "x"), choice("x axis", axesOf(unit ?? SEEN), axis, (x) => change({ x: x === "step" ? null : x, from: null, to: null })),
       choice("scale", SCALES, scaleOf(state()), (value) => change({ log: value })),
       el("span", { class: "quiet" }, "metric"), choice("metric", metrics, metric, (name) => change({ metric: name === "loss" ? null : name })),
       (this.more = el("button", { type: "button", "aria-label": "Another metric", "aria-haspopup": "true", on: { click: () => this.chooseMetric() } }, "+")),
@@ -180,18 +189,19 @@ class Compare {
   say(ids, axis) {
     const rows = ids.map((id) => runs.row(id)).filter((row) => row.eval_loss !== null).sort((a, b) => a.eval_loss - b.eval_loss);
     const data = new Set(ids.map((id) => runs.row(id).data));
-    const by = AXES.find(([name]) => name === axis)[1];
+    const by = axisLabel(axis, this.unit ?? SEEN), tasks = new Set(ids.map((id) => runs.row(id).task));
+    const apart = data.size > 1 ? "They have different data: their losses do not compare." : tasks.size > 1 ? "They have different tasks: their losses do not compare." : "";
     if (this.groups) {
       const means = this.groups.map(({ label, ids: own }) => ({ label, ...this.ends(own) })).filter(({ n }) => n).sort((a, b) => a.mean - b.mean);
       const lowest = means.length > 1 ? `${means[0].label} ends lowest: ${band(means[0])}.` : means.length ? `They end at ${band(means[0])}.` : "";
-      put(this.title, `${ids.length} runs in ${this.groups.length} group${this.groups.length === 1 ? "" : "s"} by ${by === "step" ? "steps" : by}. `, el("span", { class: "rest" }, data.size > 1 ? "They have different data: their losses do not compare." : lowest));
+      put(this.title, `${ids.length} runs in ${this.groups.length} group${this.groups.length === 1 ? "" : "s"} by ${by === "step" ? "steps" : by}. `, el("span", { class: "rest" }, apart || lowest));
       return;
     }
     const start = ids.length === 1 ? "1 run. " : `${ids.length} runs by ${by === "step" ? "steps" : by}. `;
-    const [first, next] = rows, unequal = next && first.tokens !== next.tokens; // a longer run is lower anyway
-    const after = unequal ? `, after ${compact(first.tokens)} ${first.unit} against ${compact(next.tokens)}` : "";
+    const [first, next] = rows, unequal = next && first.weight !== next.weight; // a longer run is lower anyway
+    const after = unequal ? `, after ${compact(first.weight)} ${unitWords(first.unit)} against ${compact(next.weight)}` : "";
     const best = next ? `${this.name(first.id)} ends lowest: ${loss(first.eval_loss)}, ${(next.eval_loss - first.eval_loss).toFixed(3)} below the next${after}.` : ids.length === 1 ? "Add another to compare it with." : "";
-    put(this.title, start, el("span", { class: "rest" }, data.size > 1 ? "They have different data: their losses do not compare." : best));
+    put(this.title, start, el("span", { class: "rest" }, apart || best));
   }
 
   /** Held-out losses at the end of runs: how many, their mean and standard deviation. */
@@ -212,7 +222,7 @@ class Compare {
       const named = `${label}${own.length > 1 ? ` (${own.length})` : ""}`, of = (member) => alone(member, named).at(-1);
       return { ids: own, label: named, series: members.length > 1 ? meanOf(members.map(of), { colour: first[1].name, dash: first[1].dash, label: named }) : alone(first, named) };
     });
-    const axisName = AXES.find(([each]) => each === axis)[1];
+    const axisName = axisLabel(axis, this.unit ?? SEEN);
     const isLoss = (metric === "loss" || metric === "eval_loss") && ids.every((id) => runs.row(id).unit === "tokens");
     const unit = `${isLoss ? "nats per token, " : ""}by ${axisName}${this.groups ? "; mean and standard deviation" : prefix ? `; all are ${prefix}…` : ""}`;
     const base = all.find(({ ids: own }) => own.includes(baseline))?.series.at(-1);
@@ -262,12 +272,12 @@ class Compare {
     const looks = together(ids), rows = ids.map((id) => runs.row(id)), own = rows.find(({ id }) => id === baseline);
     const prefix = sharedPrefix(ids.map((id) => this.name(id)));
     put(this.list, el("h2", {}, "Runs", el("small", {}, "held-out loss at the end")), el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Runs and their losses" }, el("table", { class: "plain compare-runs" },
-      el("thead", {}, el("tr", {}, ["run", "loss", "difference", "tokens", "leave out"].map((name, index) => el("th", { class: index ? "number" : "" }, index === 4 ? el("span", { class: "for-readers" }, name) : name)))),
+      el("thead", {}, el("tr", {}, ["run", "loss", "difference", unitWords(this.unit ?? SEEN), "leave out"].map((name, index) => el("th", { class: index ? "number" : "" }, index === 4 ? el("span", { class: "for-readers" }, name) : name)))),
       (this.groups ?? [{ ids }]).map(({ label, ids: members }) => el("tbody", {}, label && this.groupRow(label, members, baseline, looks[ids.indexOf(members[0])]), rows.map((row, index) => members.includes(row.id) && el("tr", {},
         el("td", { class: label ? "member" : "" }, swatch(label ? looks[ids.indexOf(members[0])] : looks[index]), el("a", { href: runAddress(row.id), title: this.name(row.id) }, middle(this.name(row.id), 30)), row.id === baseline && el("span", { class: "tag" }, "baseline")),
         el("td", { class: "number" }, el("b", {}, loss(row.eval_loss))),
         el("td", { class: "number quiet" }, row.id === baseline || row.eval_loss === null || own.eval_loss === null ? "" : decimals(row.eval_loss - own.eval_loss)),
-        el("td", { class: "number quiet" }, compact(row.tokens)),
+        el("td", { class: "number quiet" }, compact(row.weight), !this.unit && row.weight !== null && el("span", { class: "unit" }, unitWords(row.unit))),
         el("td", { class: "number" }, el("button", { type: "button", class: "bare take", "aria-label": `Leave out ${row.name}`, on: { click: () => change({ run: ids.filter((id) => id !== row.id) }) } }, "×")))))))));
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
@@ -295,9 +305,9 @@ class Compare {
   }
 
   key(key) {
-    const at = AXES.findIndex(([axis]) => axis === this.axis), { ids } = this;
+    const { ids } = this;
     if (!ids.length) return false;
-    if (key === "x") change({ x: AXES[(at + 1) % AXES.length][0] === "step" ? null : AXES[(at + 1) % AXES.length][0], from: null, to: null });
+    if (key === "x") change({ x: nextAxis(this.axis, this.unit ?? SEEN), from: null, to: null });
     else if (key === "l") change({ log: toggled(scaleOf(state())) });
     else if (key === "b") change({ base: ids[(ids.indexOf(this.baseline) + 1) % ids.length] });
     else if (key === "m") this.chooseMetric();

@@ -4,7 +4,7 @@ import { get, post, runs } from "../api.js";
 import { bar, parts } from "../charts/parts.js";
 import { runColour } from "../colours.js";
 import { coded, dialog, el, empty, glyph, notice, put, svg, word } from "../dom.js";
-import { DASH, ago, bytes, clock, compact, duration, loss, middle, percent, whole } from "../format.js";
+import { DASH, ago, bytes, clock, compact, duration, loss, middle, percent, unitWords, whole } from "../format.js";
 import { announce, calmly, fresh, listen } from "../live.js";
 import { go, runAddress } from "../router.js";
 import { needs, titled } from "../shell.js";
@@ -93,8 +93,9 @@ class Now {
   }
 
   running(rows) {
-    return el("div", { class: "live-rows", role: "table", "aria-label": "Running" },
-      el("div", { role: "row", class: "live-row heads" }, ["run", "step", "loss, nats per token", "loss", "tokens/s", "MFU", "goodput", "last checkpoint", "time left"].map((name, index) => el("span", { role: "columnheader", class: index > 2 ? "number" : "" }, index === 3 ? el("span", { class: "for-readers" }, name) : name))),
+    const tokens = rows.every(({ unit }) => unit === "tokens");
+    return el("div", { class: "live-rows", role: "table", "aria-label": "Running", style: { "--rate": tokens ? "60px" : "96px" } },
+      el("div", { role: "row", class: "live-row heads" }, ["run", "step", tokens ? "loss, nats per token" : "loss", "loss", tokens ? "tokens/s" : "per second", "MFU", "goodput", "last checkpoint", "time left"].map((name, index) => el("span", { role: "columnheader", class: index > 2 ? "number" : "" }, index === 3 ? el("span", { class: "for-readers" }, name) : name))),
       rows.map((row) => {
         const share = row.steps ? Math.min(1, row.step / row.steps) : null, own = `var(${runColour(row.id)})`;
         const of = (value) => (value === null || value === undefined ? DASH : [percent(value), el("span", { class: "unit" }, "%")]);
@@ -103,7 +104,7 @@ class Now {
           el("div", { role: "cell", class: "progress" }, whole(row.step), el("span", { class: "quiet" }, row.steps ? ` / ${whole(row.steps)}` : ""), share !== null && el("div", { class: "track" }, el("span", { style: { width: `${100 * share}%`, background: own } }))),
           el("div", { role: "cell", class: "spark" }, spark(row.spark, own)),
           el("div", { role: "cell", class: "number" }, el("b", {}, loss(row.loss))),
-          el("div", { role: "cell", class: "number" }, compact(row.tokens_per_second)),
+          el("div", { role: "cell", class: "number" }, compact(row.rate), !tokens && row.rate !== null && el("span", { class: "unit" }, unitWords(row.unit))),
           el("div", { role: "cell", class: "number" }, of(row.mfu)),
           el("div", { role: "cell", class: "number" }, of(row.goodput)),
           el("div", { role: "cell", class: "number quiet", title: row.checkpoint ? `step ${whole(row.checkpoint.step)}` : undefined }, row.checkpoint ? ago(row.checkpoint.time) : DASH),

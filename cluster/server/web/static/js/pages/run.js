@@ -3,7 +3,7 @@
 import { get, post, readOnly, runPath, runs } from "../api.js";
 import { runColour } from "../colours.js";
 import { dialog, el, empty, glyph, notice, put, word } from "../dom.js";
-import { DASH, ago, clock, compact, duration, loss, percent, whole } from "../format.js";
+import { DASH, ago, clock, compact, duration, loss, number, percent, unitWords, whole } from "../format.js";
 import { announce, calmly, fresh, listen } from "../live.js";
 import { change, go, here, runAddress, state } from "../router.js";
 import { titled } from "../shell.js";
@@ -156,7 +156,7 @@ class Run {
   }
 
   sayNumbers() {
-    const { row, goodput, marks, attempts } = this.details, running = row.status === "RUNNING";
+    const { row, goodput, marks, attempts, scores = [] } = this.details, running = row.status === "RUNNING";
     const saved = marks.findLast((mark) => mark.kind === "checkpoint");
     const evaluated = marks.findLast((mark) => mark.kind === "evaluation");
     const rate = row.rate && row.weight && row.step ? row.rate / (row.weight / row.step) : null;
@@ -166,8 +166,9 @@ class Run {
     const all = [
       ["held-out loss", loss(row.eval_loss), evaluated && row.eval_loss !== null ? `step ${whole(evaluated.step)}` : ""],
       row.eval_loss === null ? ["train loss", loss(row.loss), ""] : null,
+      ...scores.map(([name, value]) => [`held-out ${unitWords(name)}`, number(value), ""]),
       ["step", whole(row.step), row.steps ? `of ${whole(row.steps)}` : ""],
-      [`${row.unit}/s`, compact(row.rate), mean],
+      [`${unitWords(row.unit)}/s`, compact(row.rate), mean],
       ["goodput", goodput.fraction === null ? DASH : `${percent(goodput.fraction)}%`, `${attempts.length} attempt${attempts.length === 1 ? "" : "s"}`],
       running ? ["last checkpoint", age, saved ? `step ${whole(saved.step)}` : ""] : ["checkpoint at step", saved ? whole(saved.step) : DASH, ""],
       running ? ["time left", duration(left), left === null ? "" : `ends ${clock(Date.now() / 1000 + left)}`] : ["took", duration(row.wall_time), row.updated ? `ended ${clock(row.updated)}` : ""],

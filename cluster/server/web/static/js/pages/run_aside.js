@@ -38,15 +38,16 @@ function showTime({ goodput, attempts }, node) {
 
 function showPlan({ planned }, node) {
   if (!planned.length) return void put(node);
+  const predicted = planned.some((row) => row.planned !== null); // the planner has formulas for decoders alone
   const off = ({ planned: was, measured }) => (was && measured !== null ? measured / was - 1 : null);
   const write = (value, unit) => (FORMATS[unit] ?? compact)(value);
-  put(node, el("h2", {}, "Planned and measured"), el("table", { class: "plain" },
-    el("thead", {}, el("tr", {}, el("th", {}, "what"), el("th", { class: "number" }, "planned"), el("th", { class: "number" }, "measured"), el("th", {}, el("span", { class: "for-readers" }, "off, drawn")), el("th", { class: "number" }, "off"))),
+  put(node, el("h2", {}, predicted ? "Planned and measured" : "Measured"), el("table", { class: "plain" },
+    predicted && el("thead", {}, el("tr", {}, el("th", {}, "what"), el("th", { class: "number" }, "planned"), el("th", { class: "number" }, "measured"), el("th", {}, el("span", { class: "for-readers" }, "off, drawn")), el("th", { class: "number" }, "off"))),
     el("tbody", {}, planned.map((row) => {
       const share = off(row), wide = Math.min(20, Math.abs(share ?? 0) * 80);
-      return el("tr", {}, el("td", {}, row.what), el("td", { class: "number quiet" }, write(row.planned, row.unit)), el("td", { class: "number" }, write(row.measured, row.unit)),
+      return el("tr", {}, el("td", {}, row.what), predicted && el("td", { class: "number quiet" }, write(row.planned, row.unit)), el("td", { class: "number" }, write(row.measured, row.unit)), predicted && [
         el("td", { class: "off" }, share !== null && svg("svg", { viewBox: "0 0 44 12", "aria-hidden": "true" }, svg("path", { d: "M22 0v12", stroke: "var(--line2)" }), svg("rect", { x: share < 0 ? 22 - wide : 22, y: 3, width: wide, height: 6, fill: "var(--ink3)" }))),
-        el("td", { class: "number quiet" }, share === null ? "" : `${share < 0 ? "−" : "+"}${percent(Math.abs(share))}%`));
+        el("td", { class: "number quiet" }, share === null ? "" : `${share < 0 ? "−" : "+"}${percent(Math.abs(share))}%`)]);
     }))));
 }
 

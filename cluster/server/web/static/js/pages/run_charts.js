@@ -6,16 +6,25 @@ import { curve } from "../charts/curves.js";
 import { saveCsv } from "../charts/export.js";
 import { runColour } from "../colours.js";
 import { choice, el, empty, folded, notice, put } from "../dom.js";
-import { compact, duration, loss, number, tick, whole } from "../format.js";
+import { compact, duration, loss, number, tick, unitWords, whole } from "../format.js";
 import { calmly } from "../live.js";
 import { change, state } from "../router.js";
 
 export const AXES = [["step", "step"], ["examples", "examples"], ["tokens", "tokens"], ["flops", "FLOPs"], ["time", "time"]];
-/** The same of a run that counts images or nodes. */
-const axesOf = (unit) => AXES.map(([axis, label]) => [axis, axis === "tokens" ? unit : label]);
+/** The same of runs that count something else: images and nodes are examples, masked tokens are not. */
+export const axesOf = (unit) => AXES.filter(([axis]) => axis !== "examples" || /tokens$|^seen$/.test(unit)).map(([axis, label]) => [axis, axis === "tokens" ? unitWords(unit) : label]);
+/** That which comes after one; null: step. */
+export function nextAxis(axis, unit) {
+  const all = axesOf(unit).map(([each]) => each), next = all[(all.indexOf(axis) + 1) % all.length];
+  return next === "step" ? null : next;
+}
+export const axisLabel = (axis, unit) => (axis === "tokens" ? unitWords(unit) : AXES.find(([each]) => each === axis)[1]);
 export const SCALES = [["", "lin"], ["y", "log"], ["x", "log x"], ["xy", "log-log"]];
 const FIRST = ["grad_norm", "lr", "tokens_per_second", "step_time", "mfu", "memory_gb", "data_wait", "aux_loss", "z_loss", "router_entropy.mean", "expert_maxvio.max", "tflops"];
-const HIDDEN = new Set(["loss", "eval_loss", "tokens", "sequences", "time", "step", "attempt"]);
+/** Numbers of a record that have no chart of their own: the loss has the large one, and counts only grow. */
+const hidden = (name, unit) => ["loss", "eval_loss", "tokens", "sequences", "examples", "pairs", "time", "step", "attempt", unit, `eval_${unit}`].includes(name);
+/** A score of a task, as training or an evaluation says it, and not of averaged weights. */
+const isScore = (name, all) => (name.startsWith("eval_") ? !name.endsWith("_ema") : all.has(`eval_${name}`));
 const UNITS = { memory_gb: "GB", data_wait: "s", step_time: "s", tflops: "TFLOP/s" };
 const TIMES = new Set(["data_wait", "step_time"]);
 const POINTS = 800, SMALL_POINTS = 300, AT_ONCE = 24;
@@ -64,7 +73,7 @@ export class Charts {
   }
 
   get axisName() {
-    return this.axis === "tokens" ? this.details.row.unit : this.axis;
+    return this.axis === "tokens" ? unitWords(this.details.row.unit) : this.axis;
   }
 
   /** Which axes are logarithmic: "", x, y or xy. */
@@ -110,12 +119,15 @@ export class Charts {
         return;
       }
     }
-    const all = this.details.metrics.filter((name) => !HIDDEN.has(name));
-    const rank = (name) => (FIRST.includes(name) ? FIRST.indexOf(name) : FIRST.length);
-    const names = all.filter(test).sort((a, b) => rank(a) - rank(b) || a.localeCompare(b, "en", { numeric: true }));
-    const lists = wanted ? names : names.filter((name) => rank(name) < FIRST.length || !/\.(mean|max|min)$/.test(name));
+    const { unit } = this.details.row, all = this.details.metrics.filter((name) => !hidden(name, unit)), known = new Set(all);
+    const like = (name) => (name === `${unit}_per_second` ? "tokens_per_second" : name); // each in the place that the decoder's has
+    const rank = (name) => (isScore(name, known) ? -1 : FIRST.includes(like(name)) ? FIRST.indexOf(like(name)) : FIRST.length);
+    const base = (name) => name.replace(/^eval_/, "");
+    const names = all.filter(test).sort((a, b) => rank(a) - rank(b) || base(a).localeCompare(base(b), "en", { numeric: true }) || a.localeCompare(b, "en"));
+    const drawn = wanted ? names : names.filter((name) => rank(name) < FIRST.length || !/\.(mean|max|min)$/.test(name));
+    const lists = drawn.filter((name) => !drawn.includes(base(name)) || name === base(name)); // held-out scores are drawn into their own in training
     const said = lists.join("\n");
-    put(this.more, !names.length && wanted ? `No metric of this run has ${wanted} in its name; it has ${all.length}.` : lists.length < names.length ? `${names.length - lists.length} more by layer or expert: find them by name.` : "");
+    put(this.more, !names.length && wanted ? `No metric of this run has ${wanted} in its name; it has ${all.length}.` : drawn.length < names.length ? `${names.length - drawn.length} more by layer or expert: find them by name.` : "");
     if (said === this.laidOut) return;
     this.laidOut = said;
     for (const [name, { chart, node }] of this.small) {
@@ -187,7 +199,7 @@ export class Charts {
       this.chart?.destroy();
       put(this.big);
       this.chart = new Chart(this.big, {
-        name: "loss", unit: `${row.unit === "tokens" ? "nats per token, " : ""}by ${axesOf(row.unit).find(([each]) => each === axis)[1]}`, height: Math.max(220, Math.min(300, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
+        name: "loss", unit: `${row.unit === "tokens" ? "nats per token, " : ""}by ${axisLabel(axis, row.unit)}`, height: Math.max(220, Math.min(300, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
         xName: this.axisName, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], format: (value, digits = 4) => number(value, digits), zoomed: (from, to) => change({ from, to }),
       });
     }
@@ -218,7 +230,8 @@ export class Charts {
     const { axis, zoom, settings } = this;
     let found;
     try {
-      found = (await get(runPath(this.id, "/series"), { metric: names, ...this.parameters(SMALL_POINTS) })).metrics;
+      const held = names.map(heldOut).filter((name) => this.details.metrics.includes(name) && !this.small.has(name));
+      found = (await get(runPath(this.id, "/series"), { metric: [...names, ...held], ...this.parameters(SMALL_POINTS) })).metrics;
     } catch (error) {
       if (this.closed || settings !== this.settings) return;
       for (const name of names) this.say(name, error.message);
@@ -243,7 +256,10 @@ export class Charts {
         });
       }
       const range = zoom ?? this.range ?? [Math.min(0, line.x[0] ?? 0), line.x.at(-1) ?? 1];
-      each.chart.set({ series: curve(line, { colour: own, share: this.share, label: name, span: range[1] - range[0], logX }).map((part) => ({ ...part, end: part.kind === "line" ? part.end ?? part.last : null })), range, log, logX, attempts: attemptsAt(this.details, place) });
+      const series = curve(line, { colour: own, share: this.share, label: name, span: range[1] - range[0], logX }).map((part) => ({ ...part, end: part.kind === "line" ? part.end ?? part.last : null }));
+      const held = !this.small.has(heldOut(name)) && found[heldOut(name)];
+      if (held?.n) series.push({ ...held, kind: "ring", colour: "--ink1", label: "held-out" });
+      each.chart.set({ series, range, log, logX, attempts: attemptsAt(this.details, place) });
     }
     if ([...this.small.values()].some((each) => each.stale && each.node.near)) this.load();
   }
@@ -264,8 +280,7 @@ export class Charts {
   }
 
   key(key) {
-    const at = AXES.findIndex(([axis]) => axis === this.axis);
-    if (key === "x") change({ x: AXES[(at + 1) % AXES.length][0] === "step" ? null : AXES[(at + 1) % AXES.length][0], from: null, to: null });
+    if (key === "x") change({ x: nextAxis(this.axis, this.details.row.unit), from: null, to: null });
     else if (key === "l") change({ log: toggled(this.scale) });
     else if (key === "m") this.find.select();
     else if (key === "e" && this.chart) saveCsv({ xName: this.axisName, series: this.chart.shown.series }, `${this.id.replace(/[^\w.-]/g, "_")}-loss`);
@@ -274,6 +289,8 @@ export class Charts {
     return true;
   }
 }
+
+const heldOut = (name) => `eval_${name}`;
 
 /** The axes that an address says are logarithmic; 1, as it once was, is y. */
 export const scaleOf = (query) => ({ 1: "y", x: "x", y: "y", xy: "xy" })[query.get("log")] ?? "";

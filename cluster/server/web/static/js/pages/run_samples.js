@@ -25,18 +25,25 @@ export function samples(id, { samples: all, config }, node) {
 const KINDS = {
   text: ({ text }) => text.split(RULE).map((part) => el("pre", { tabindex: "0" }, part)),
   table: ({ columns, rows }) => el("div", { class: "wide", tabindex: "0" }, el("table", { class: "plain" },
-    el("thead", {}, el("tr", {}, columns.map((name) => el("th", {}, name)))),
-    el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell) => el("td", { class: isNumber(cell) ? "number" : undefined }, isNumber(cell) ? String(Number(Number(cell).toPrecision(5))) : cell))))))),
+    el("thead", {}, el("tr", {}, columns.map((name, at) => el("th", { class: numbers(rows, at) ? "number" : undefined }, name)))),
+    el("tbody", {}, rows.map((row) => el("tr", {}, row.map((cell, at) => el("td", { class: numbers(rows, at) ? "number" : cell.length <= SHORT ? "short" : undefined }, isNumber(cell) ? String(Number(Number(cell).toPrecision(5))) : cell))))))),
   picture: (sample, id) => el("button", { type: "button", class: "picture", "aria-label": `Enlarge step ${sample.step}`, on: { click: () => enlarge(sample, id) } }, picture(sample, id)),
 };
 
 const isNumber = (text) => text.trim() !== "" && Number.isFinite(Number(text));
+/** Whether a column has numbers alone. */
+const numbers = (rows, at) => rows.some((row) => row[at]) && rows.every((row) => !row[at] || isNumber(row[at]));
+/** Pictures below this width are drawn larger, each of their pixels as a square of whole pixels. */
+const SMALL = 400, WIDE = 288;
+/** Characters of a cell that stay in one line. */
+const SHORT = 24;
 
-function picture({ step, width, height, data }, id) {
-  return el("img", { src: data ?? runPath(id, `/samples/${step}.png`), width, height, alt: `What the model made at step ${step}`, loading: "lazy", class: width < 400 ? "pixels" : undefined });
+function picture({ step, width, height, data }, id, wide = WIDE) {
+  const times = width && width < SMALL ? Math.max(1, Math.floor(wide / width)) : 1;
+  return el("img", { src: data ?? runPath(id, `/samples/${step}.png`), width: width * times, height: height * times, alt: `What the model made at step ${step}`, loading: "lazy", class: width < SMALL ? "pixels" : undefined });
 }
 
 function enlarge(sample, id) {
-  const shown = dialog(`Step ${whole(sample.step)}`, el("div", { class: "enlarged" }, picture(sample, id)),
+  const shown = dialog(`Step ${whole(sample.step)}`, el("div", { class: "enlarged" }, picture(sample, id, Math.min(640, innerWidth - 68, innerHeight * 0.64))),
     el("div", { class: "buttons" }, el("span", { class: "quiet" }, `${sample.width} × ${sample.height} pixels`), el("button", { type: "button", on: { click: () => shown.close() } }, "Close", el("kbd", {}, "esc"))));
 }

@@ -14,7 +14,8 @@ import { MoreColumns } from "./runs_more.js";
 import { Peek } from "./runs_peek.js";
 import { showViews } from "./runs_views.js";
 
-const DEFAULT = ["eval_loss", "strip", "loss", "data", "parameters", "optim.lr", "step", "tokens", "tokens_per_second", "wall_time"];
+/** The columns that are shown unless somebody chooses others; where not all runs count tokens, each says what it counts. */
+const usual = () => ["eval_loss", "strip", "loss", "data", "parameters", "optim.lr", "step", ...(runs.columns.unit.every((unit) => unit === "tokens") ? ["tokens", "tokens_per_second"] : ["weight", "rate"]), "wall_time"];
 const NARROW = 640, MIDDLE = 1100;
 
 export function open(outlet) {
@@ -92,7 +93,7 @@ class Runs {
   }
 
   get columnKeys() {
-    return state().get("columns")?.split(" ").filter(Boolean) ?? DEFAULT;
+    return state().get("columns")?.split(" ").filter(Boolean) ?? usual();
   }
 
   get selected() {
@@ -358,7 +359,7 @@ class Runs {
     const all = () => [...this.columnKeys, ...[...Object.keys(COLUMNS), ...keys, ...metrics.flatMap((name) => metricColumns(name, n))].filter((key) => !chosen(key))];
     const list = pick(this.columnsButton, "Columns", all, chosen, (key) => {
       const changed = chosen(key) ? this.columnKeys.filter((each) => each !== key) : [...this.columnKeys, key];
-      change({ columns: changed.join(" ") === DEFAULT.join(" ") ? null : changed.join(" ") || "eval_loss" });
+      change({ columns: changed.join(" ") === usual().join(" ") ? null : changed.join(" ") || "eval_loss" });
     }, { more: el("div", { class: "quiet meaned" }, "means are of the last ", count, " records") });
   }
 }

@@ -3,7 +3,7 @@
 import { runs } from "../api.js";
 import { runColour } from "../colours.js";
 import { el, svg, word } from "../dom.js";
-import { DASH, ago, clock, compact, duration, loss, number, plain, whole } from "../format.js";
+import { DASH, ago, clock, compact, duration, loss, number, plain, unitWords, whole } from "../format.js";
 
 const BINS = 10;
 /** Records at the end of a run that a mean is of, unless somebody says otherwise. */
@@ -25,6 +25,8 @@ export const COLUMNS = {
   steps: { label: "of steps", kind: "whole", width: "68px" },
   tokens: { label: "tokens", kind: "count", width: "62px" },
   tokens_per_second: { label: "tokens/s", kind: "count", width: "62px" },
+  weight: { label: "seen", kind: "counted", width: "96px" },
+  rate: { label: "per second", kind: "counted", width: "104px" },
   mfu: { label: "MFU", kind: "number", width: "64px" },
   attempts: { label: "attempts", kind: "whole", width: "76px" },
   wall_time: { label: "took", kind: "duration", width: "72px" },
@@ -34,12 +36,14 @@ export const COLUMNS = {
   note: { label: "note", kind: "text", width: "minmax(120px, 1.5fr)" },
 };
 /** Of a run that has not begun, 0 says nothing. */
-const BEGUN = new Set(["step", "tokens", "wall_time", "attempts"]);
-const NUMBERS = new Set(["loss", "number", "count", "whole", "duration"]);
+const BEGUN = new Set(["step", "tokens", "weight", "wall_time", "attempts"]);
+const NUMBERS = new Set(["loss", "number", "count", "counted", "whole", "duration"]);
 const SHOWN = {
-  loss, count: compact, whole, duration, time: clock, number: (value) => number(value), status: word,
+  loss, count: compact, counted: compact, whole, duration, time: clock, number: (value) => number(value), status: word,
   ago: (value) => (value ? `${ago(value)} ago` : DASH),
 };
+
+const there = (value) => value !== null && value !== undefined;
 
 /** How many, least, greatest, mean and standard deviation of the numbers among values. */
 export function statistics(values) {
@@ -67,7 +71,7 @@ export function makeColumn(key, page, places) {
     label: known?.label ?? key.replace(/^metric:/, "").replace(/:last$/, ""),
     width: known?.width ?? (numeric ? "72px" : "minmax(88px, 1fr)"),
     head: () => numeric && histogram(places.map((place) => values[place])),
-    cell: (row) => (row.place !== undefined ? one(values[row.place]) : grouped(row.statistics(key), kind, one, row, known?.strong)),
+    cell: (row) => (row.place !== undefined ? [one(values[row.place]), kind === "counted" && there(values[row.place]) && el("span", { class: "unit" }, unitWords(runs.columns.unit[row.place]))] : grouped(row.statistics(key), kind, one, row, known?.strong)),
   };
 }
 

@@ -5,7 +5,7 @@ import { Chart } from "../charts/chart.js";
 import { curve } from "../charts/curves.js";
 import { runColour } from "../colours.js";
 import { dialog, el, glyph, notice, put, word } from "../dom.js";
-import { clock, compact, duration, loss, plain, whole } from "../format.js";
+import { clock, compact, duration, loss, plain, unitWords, whole } from "../format.js";
 import { runAddress } from "../router.js";
 
 const SHOWN = ["optim.lr", "train.global_batch", "train.steps", "model.num_layers", "model.hidden_size", "model.num_experts", "run.seed"];
@@ -54,7 +54,7 @@ export class Peek {
       place,
       el("h2", {}, "Results"),
       el("table", { class: "plain" }, [
-        ["held-out loss", loss(row.eval_loss)], ["train loss", loss(row.loss)], ["tokens", compact(row.tokens)], ["tokens/s", compact(row.tokens_per_second)], ["took", duration(row.wall_time)],
+        ["held-out loss", loss(row.eval_loss)], ["train loss", loss(row.loss)], [unitWords(row.unit), compact(row.weight)], [`${unitWords(row.unit)}/s`, compact(row.rate)], ["took", duration(row.wall_time)],
       ].map(([name, value]) => el("tr", {}, el("td", {}, name), el("td", { class: "number" }, value)))),
       config,
       el("h2", {}, "Note", el("small", {}, el("kbd", {}, "n"))),
