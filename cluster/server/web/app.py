@@ -29,7 +29,7 @@ from .index.config_values import differing_keys, flat_config
 from .index.runs_index import Entry, RunsIndex, View
 from .jobs_api import jobs_router
 from .pages.columns_of_runs import ColumnsOfRuns
-from .pages.details import Books, details, events_after, experts, training_flops
+from .pages.details import Books, details, events_after, experts, training_flops, where_time_went
 from .pages.logs import log
 from .pages.now import Glance
 from .pages.prometheus import exposition
@@ -160,7 +160,11 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
 
     @app.get("/api/runs/{id}", response_model=responses.Details)
     def run(request: Request, id: str) -> Response:
-        return _json(request, details(found(id), books, columns))
+        return _json(request, details(found(id), books, columns, at_once=False))
+
+    @app.get("/api/runs/{id}/goodput", response_model=responses.TimeOfRun)
+    def time_went(request: Request, id: str) -> Response:
+        return _json(request, where_time_went(found(id), books))
 
     @app.get("/api/runs/{id}/series", response_model=responses.Series)
     def series(

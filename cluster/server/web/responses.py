@@ -153,6 +153,18 @@ class Keys(BaseModel):
     metrics: list[str]
 
 
+class TimeOfRun(BaseModel):
+    """Where a run's time went."""
+
+    fraction: float | None
+    """In steps that count."""
+    parts: list[tuple[str, float]]
+    """What for, and seconds."""
+    by_attempt: list[dict[str, Any]]
+    later: bool
+    """It takes a moment: ask for it by itself, as `/api/runs/{id}/goodput`."""
+
+
 class Details(BaseModel):
     """A run; see `cluster.server.web.details`."""
 
@@ -161,7 +173,7 @@ class Details(BaseModel):
     header: dict[str, Any]
     attempts: list[dict[str, Any]]
     marks: list[dict[str, Any]]
-    goodput: dict[str, Any]
+    goodput: TimeOfRun
     planned: list[dict[str, Any]]
     metrics: list[str]
     samples: list[dict[str, Any]]

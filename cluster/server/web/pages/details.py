@@ -20,7 +20,7 @@ from trainer.record.terminal import visible
 from trainer.tracking import read_state
 
 from ..index.config_values import Configs, flat_config
-from ..index.rows import CONFIG, signature
+from ..index.rows import CONFIG, FILES, signature
 from ..index.runs_index import Entry
 from ..index.sampling import sample_records
 from .folders import below, plain_files
@@ -32,6 +32,8 @@ MOST_MARKS = 2000
 MOST_TEXT = 500
 MOST_EVENTS = 500
 MOST_SCORES = 3
+LARGE = 16 << 20
+"""Bytes of metrics.jsonl from which it takes long to work out where a run's time went."""
 SHORT = 0.1
 """Seconds that it may take to work out where a run's time went, whenever something is recorded."""
 WEB = re.compile(r"https?://[^\s\\<>\"'@]{1,500}")
@@ -42,8 +44,12 @@ NAMES = {"step": "in steps", "data_wait": "waiting for data", "down": "down afte
 """Books of goodput as a person reads them, where their own names do not do."""
 
 
-def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
-    """All that the page of a run shows but its curves."""
+def details(entry: Entry, books: "Books", columns: Columns, at_once: bool = True) -> dict[str, Any]:
+    """All that the page of a run shows but its curves.
+
+    Args:
+        at_once: say where its time went even if it takes long to work out; otherwise that is said `later`.
+    """
     run, problems = entry.run, []
 
     def read(what: Callable[[], Any], without: Any) -> Any:
@@ -55,11 +61,10 @@ def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
 
     events = read(lambda: read_events(run.folder), [])
     train, evaluation = read(lambda: last_records(run.path / METRICS), ({}, {}))
-    booked = read(lambda: books.of(run.folder), [])
+    booked = read(lambda: books.of(run.folder) if at_once else books.soon(run.folder), [])
     metrics, left_out = read(lambda: metric_names(run.path, train, evaluation, columns), ([], 0))
     if left_out:
         problems.append(f"{left_out:,} more metrics than the {MOST_NAMES:,} that are read")
-    whole = total(booked)
     config = flat_config(entry.config)
     if not config:
         read(lambda: Configs().read(run.path / CONFIG), ())
@@ -69,14 +74,7 @@ def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
         "header": _header(events, config),
         "attempts": _attempts(events),
         "marks": _marks(events),
-        "goodput": {
-            "fraction": productive(whole) if booked else None,
-            "parts": parts(whole),
-            "by_attempt": [
-                {"attempt": each.number, "parts": parts(each.seconds), "reason": _end_of(events, each.number)[1]}
-                for each in booked
-            ],
-        },
+        "goodput": _goodput(events, booked),
         "planned": _planned(events),
         "metrics": metrics,
         "samples": read(lambda: samples(run.path), []),
@@ -94,6 +92,24 @@ def details(entry: Entry, books: "Books", columns: Columns) -> dict[str, Any]:
     }
 
 
+def where_time_went(entry: Entry, books: "Books") -> dict[str, Any]:
+    """As `details` says it under `goodput`. Raises OSError: the record cannot be read."""
+    return _goodput(read_events(entry.run.folder), books.of(entry.run.folder))
+
+
+def _goodput(events: Sequence[Mapping[str, Any]], booked: Sequence[Attempt] | None) -> dict[str, Any]:
+    whole = total(booked or [])
+    return {
+        "fraction": productive(whole) if booked else None,
+        "parts": parts(whole),
+        "by_attempt": [
+            {"attempt": each.number, "parts": parts(each.seconds), "reason": _end_of(events, each.number)[1]}
+            for each in booked or []
+        ],
+        "later": booked is None,
+    }
+
+
 class Books:
     """Where the time of runs went; of a record that has not changed it is not worked out again."""
 
@@ -101,6 +117,12 @@ class Books:
         self._most = most
         self._known: OrderedDict[str, _Booked] = OrderedDict()
         self._lock = threading.Lock()
+
+    def soon(self, folder: str) -> list[Attempt] | None:
+        """As `of`; None where that takes long: the record is large, and nothing is known of it."""
+        with self._lock:
+            known = folder in self._known
+        return self.of(folder) if known or signature(folder)[FILES.index(METRICS) * 2 + 1] < LARGE else None
 
     def of(self, folder: str) -> list[Attempt]:
         """As it was a moment ago where it takes long to work out: a twentieth of a core at the most.

@@ -134,7 +134,7 @@ def sent_config(asked: dict[str, Any]) -> Config:
     if not has_formulas(config.model):
         raise ConfigError(
             f"model.family={visible(config.model.family)}: the planner's formulas cover decoders only; "
-            "`muster plan` loads the plugin of this family, which this page does not"
+            "`muster plan` counts the parameters and FLOPs of other families"
         )
     return config
 

@@ -128,6 +128,7 @@ def test_a_run_whole(dashboard, trained):
     books = goodput(trained)
     assert told["goodput"]["fraction"] == pytest.approx(productive(total(books)))
     assert sum(seconds for _, seconds in told["goodput"]["parts"]) == pytest.approx(sum(total(books).values()))
+    assert dashboard.get("/api/runs/trained/goodput").json == told["goodput"]
     measured = next(event for event in events if event["event"] == "measured")
     rows = {row["what"]: row for row in told["planned"]}
     assert rows["step time"]["measured"] == measured["step_time"]

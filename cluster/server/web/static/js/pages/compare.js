@@ -27,12 +27,13 @@ class Compare {
     this.title = el("h1", {}, "Compare");
     this.exports = el("div", { class: "buttons" }, [["CSV", "Export CSV"], ["PNG", "PNG"], ["SVG", "SVG"]].map(([kind, label]) => el("button", { type: "button", "data-kind": kind, on: { click: () => this.save(kind) } }, label)));
     this.bar = el("div", { class: "toolbar compare-bar" });
+    this.absent = el("div"); // it stays where the others are drawn
     this.wrong = el("div");
     this.overlay = el("div");
     this.difference = el("div");
     this.list = el("section");
     this.keysNode = el("section");
-    outlet.append(el("div", { class: "compare" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.exports), this.bar, this.wrong,
+    outlet.append(el("div", { class: "compare" }, el("div", { class: "title-row" }, this.title, el("div", { class: "space" }), this.exports), this.bar, this.absent, this.wrong,
       el("div", { class: "two compare-two" }, el("div", {}, this.overlay, this.difference), el("aside", { "aria-label": "Runs and keys that differ" }, this.list, this.keysNode))));
     this.unlisten = listen((ids) => (!ids.size || runs.left || this.asked.some((id) => ids.has(id))) && this.again());
     this.again = calmly(async () => {
@@ -109,9 +110,10 @@ class Compare {
     const { ids, axis, metric } = this;
     const gone = this.asked.filter((id) => !runs.places.has(id));
     this.missing = gone.length > 0;
-    put(this.wrong, this.missing && notice("warning", `${runs.left ? "Not read yet" : "Not here"}: ${gone.join(", ")}.`));
+    put(this.absent, this.missing && notice("warning", `${runs.left ? "Not read yet" : "Not here"}: ${gone.join(", ")}.`));
     for (const button of this.exports.children) button.disabled = !ids.length;
     if (!ids.length) {
+      put(this.wrong);
       put(this.title, "Compare ", el("span", { class: "rest" }, "runs over steps, examples, tokens, FLOPs or time"));
       this.chart?.destroy();
       this.differences?.destroy();
@@ -233,7 +235,7 @@ class Compare {
       this.differences?.destroy();
       put(this.overlay);
       put(this.difference);
-      const tall = Math.max(240, Math.min(400, innerHeight * 0.43)), zoomed = (from, to) => change({ from, to });
+      const tall = Math.max(240, Math.min(600, innerHeight * 0.43)), zoomed = (from, to) => change({ from, to });
       const options = { sync: "compare", xName: axisName, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], zoomed };
       this.chart = new Chart(this.overlay, { ...options, name: metric, unit, height: tall, zero: !isLoss, tip: true, format: (value, digits = 4) => (Math.abs(value) >= 1000 ? compact(value, digits) : number(value, digits)), beside: (each, x, value) => this.beside(each, x, value) });
       this.differences = new Chart(this.difference, { ...options, name: "Difference from the baseline", unit: isLoss ? "nats per token; below zero is better" : "", height: tall * 0.5, zero: false, format: signed });
@@ -282,10 +284,10 @@ class Compare {
     if (ids.length < 2) return void put(this.keysNode);
     put(this.keysNode, el("h2", {}, "Keys that differ", el("small", {}, differs.length)), differs.length
       ? el("div", { class: "wide", tabindex: "0", role: "region", "aria-label": "Keys that differ" }, el("table", { class: "plain keys-table" },
-        el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "for-readers" }, "key")), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), ids.length > 3 ? el("span", { class: "for-readers" }, this.name(id)) : middle(this.name(id).slice(prefix.length), 14))))),
+        el("thead", {}, el("tr", {}, el("th", {}, el("span", { class: "for-readers" }, "key")), ids.map((id, index) => el("th", { class: "number", title: this.name(id) }, swatch(looks[index]), ids.length > 2 ? el("span", { class: "for-readers" }, this.name(id)) : middle(this.name(id).slice(prefix.length), 14))))),
         el("tbody", {}, differs.map(({ key, values }) => el("tr", {}, el("td", { class: "mono" }, key), values.map((value) => {
           const text = value === null ? DASH : plain(value);
-          return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 3 ? 8 : ids.length > 2 ? 12 : 22));
+          return el("td", { class: `mono number${value === null ? " missing" : ""}`, title: text }, middle(text, ids.length > 2 ? 8 : 22));
         })))))) : el("p", { class: "quiet" }, "None: their configs are the same."));
   }
 

@@ -59,6 +59,11 @@ class Run {
       fresh();
       this.show();
       announce(`${found.row.name}: ${word(found.row.status)}, step ${found.row.step}`);
+      if (!found.goodput.later) return;
+      const goodput = await get(runPath(this.id, "/goodput"));
+      if (this.closed || this.details !== found) return;
+      found.goodput = goodput;
+      this.show();
     } catch (error) {
       if (error.status === undefined) throw error;
       if (this.closed || (this.details && error.status !== 404)) return;

@@ -199,7 +199,7 @@ export class Charts {
       this.chart?.destroy();
       put(this.big);
       this.chart = new Chart(this.big, {
-        name: "loss", unit: `${row.unit === "tokens" ? "nats per token, " : ""}by ${axisLabel(axis, row.unit)}`, height: Math.max(220, Math.min(300, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
+        name: "loss", unit: `${row.unit === "tokens" ? "nats per token, " : ""}by ${axisLabel(axis, row.unit)}`, height: Math.max(220, Math.min(440, innerHeight * 0.3)), sync: "run", zero: false, tip: true,
         xName: this.axisName, xFormat: xFormats[axis], xExact: axis === "step" ? whole : xFormats[axis], format: (value, digits = 4) => number(value, digits), zoomed: (from, to) => change({ from, to }),
       });
     }
