@@ -28,25 +28,33 @@ def exposition(view: View, glance: Glance, jobs: Mapping[str, int] | None = None
     running = [entry for entry in view.entries if entry.row.status == "RUNNING"]
     lines: list[str] = []
 
-    def gauge(name: str, what: str, values: list[tuple[str, str, float | int | None]]) -> None:
+    def gauge(name: str, what: str, values: list[tuple[dict[str, str], float | int | None]]) -> None:
         lines.extend([f"# HELP {name} {what}", f"# TYPE {name} gauge"])
-        lines.extend(f'{name}{{{label}="{_escaped(of)}"}} {value}' for label, of, value in values if value is not None)
+        for labels, value in values:
+            if value is not None:
+                told = ",".join(f'{label}="{_escaped(of)}"' for label, of in labels.items())
+                lines.append(f"{name}{{{told}}} {value}")
 
     for name, what, key in GAUGES:
-        gauge(name, what, [("run", entry.row.id, getattr(entry.row, key)) for entry in running])
+        gauge(name, what, [({"run": entry.row.id}, getattr(entry.row, key)) for entry in running])
+    gauge(
+        "muster_run_rate",
+        "Tokens, images or what else the run counts, per second of that step, of all processes.",
+        [({"run": entry.row.id, "unit": entry.row.unit}, entry.row.rate) for entry in running],
+    )
     gauge(
         "muster_run_goodput",
         "Share of the time that went into steps that count.",
-        [("run", entry.row.id, glance.goodput(entry)) for entry in running],
+        [({"run": entry.row.id}, glance.goodput(entry)) for entry in running],
     )
     counted = Counter(entry.row.status for entry in view.entries)
     gauge(
         "muster_runs",
         "Runs by status.",
-        [("status", status, counted[status]) for status in dict.fromkeys((*STATUSES, *counted))],
+        [({"status": status}, counted[status]) for status in dict.fromkeys((*STATUSES, *counted))],
     )
     if jobs is not None:
-        gauge("muster_jobs", "Jobs of the queue by state.", [("state", each, jobs.get(each, 0)) for each in STATES])
+        gauge("muster_jobs", "Jobs of the queue by state.", [({"state": each}, jobs.get(each, 0)) for each in STATES])
     return "\n".join(lines) + "\n"
 
 

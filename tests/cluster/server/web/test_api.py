@@ -292,6 +292,7 @@ def test_a_run_is_stopped_after_a_checkpoint(dashboard, root, tiny_data):
         assert all(math.isfinite(loss) for loss in now[0]["spark"])
         text = dashboard.get("/metrics").body.decode()
         assert 'muster_run_step{run="live"}' in text
+        assert 'muster_run_rate{run="live",unit="tokens"}' in text
         assert 'muster_runs{status="RUNNING"} 1' in text
     finally:
         assert dashboard.post("/api/runs/live/stop", {}).status == 200
