@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 
 from .credentials import mask_all
 from .reading.parse import CONTROL, shortened
@@ -52,6 +53,15 @@ class ConfigError(ValueError):
     """A mistake in the user's input: one to three lines that name the key to change."""
 
 
+NO_TRUTH = "true and false (in YAML also yes, no, on, off) are not valid here"
+
+
+def _takes_truth(field: FieldInfo) -> bool:
+    """Whether a boolean is a value of this key, or is refused as no section (`configs.explain` names its keys)."""
+    kind = field.annotation
+    return kind is bool or (isinstance(kind, type) and issubclass(kind, BaseModel))
+
+
 class Section(BaseModel):
     """A frozen group of keys; an unknown key is an error (`configs.load` suggests a similar name)."""
 
@@ -63,8 +73,9 @@ class Section(BaseModel):
     @classmethod
     def _truth_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # Python counts True as 1, so that `train.steps=yes` would train one step.
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false (in YAML also yes, no, on, off) are not valid here")
+        if isinstance(value, bool) and info.field_name and not _takes_truth(cls.model_fields[info.field_name]):
+            what = " ".join((cls.model_fields[info.field_name].description or "").split())
+            raise ValueError(f"{NO_TRUTH}{f': {shortened(what, 200)}' if what else ''}")
         if isinstance(value, bytes):  # pydantic would accept them as text
             raise ValueError("should be text")
         return value

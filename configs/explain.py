@@ -39,6 +39,14 @@ TRIED = {
 }
 """Names that other trainers have for a key, which a user may try without a section."""
 
+INSTEAD = {
+    "checkpoint": "for no checkpoints during training, set checkpoint.every=0",
+    "data": "set data.path to name data",
+    "model": "set model.family to name an architecture, or model.from to name a Hugging Face folder",
+    "optim": "set optim.name to name an optimizer",
+}
+"""What a user may mean who gives a section a single value."""
+
 JUDGED = 200
 """Most errors that are looked at: a list of thousands may have one for each item."""
 
@@ -154,7 +162,9 @@ def _line(item: Mapping[str, Any], root: type[BaseModel]) -> tuple[str, str]:
             names = _names(location, root)
             if names == ["path", "weight"] and isinstance(item["input"], str):
                 return key, f"{given}: write {{path: {shortened(item['input'])}, weight: 1}}"
-            return key, f"{given}: should be a section of keys: {', '.join(names[:4])}{', ...' if names[4:] else ''}"
+            keys = f"{', '.join(names[:4])}{', ...' if names[4:] else ''}"
+            instead = f"; {INSTEAD[key]}" if key in INSTEAD and annotation_of(["run"], root) else ""
+            return key, f"{given}: should be a section of keys: {keys}{instead}"
         case "value_error":
             message = str(item["ctx"]["error"])
             return key, message if not key or message.startswith(f"{key}.") else f"{given}: {message}"

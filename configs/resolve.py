@@ -11,8 +11,12 @@ from .sections.model import ModelConfig
 from .sections.optim import OPTIMIZERS
 from .sections.pairs import kind_of_data
 from .sections.run import Config
+from .sections.train import TrainConfig
 from .topology import check_topology, refusals
 from .units import counted
+
+OF_TOKENS = ("tokens", "pairs")
+"""Kinds of data that are sequences of at most train.seq_len tokens."""
 
 
 def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, list[str]]:
@@ -28,12 +32,14 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     Raises:
         ConfigError: sections that contradict each other.
     """
-    if not config.plugins:  # which may bring a family or a task: `trainer.run.plugins` checks what it has loaded
-        kind_of_data(config)
     values = flatten(config) if config.defaults else {}
     derived = ("train.micro_batch", "parallel.dp")  # handled below, with notes of their own
     notes = [f"{key}={values[key]}: {why}" for key, why in config.defaults.items() if why and key not in derived]
     model, train, parallel, cluster = config.model, config.train, config.parallel, config.cluster
+    if not config.plugins:  # which may bring a family or a task: `trainer.run.plugins` checks what it has loaded
+        kind = kind_of_data(config)
+        if kind not in OF_TOKENS and train.seq_len != TrainConfig().seq_len:
+            notes.append(f"train.seq_len={train.seq_len}: has no effect, since task={config.task} learns from {kind}")
 
     def derive(section: str, key: str, value: object, why: str) -> object:
         notes.append(f"{section}.{key}={value}: {why}")
@@ -137,13 +143,15 @@ def _vocabulary(config: Config, vocab_size: int | None, derive: Callable[..., ob
     changes: dict[str, object] = {}
     if model.vocab_size is None:
         if vocab_size is None:
-            raise ConfigError("model.vocab_size is not set and no prepared data name a tokenizer: set model.vocab_size")
+            raise ConfigError(
+                "model.vocab_size is not set, and there are no prepared data to take it from: set model.vocab_size"
+            )
         rounded = -(-vocab_size // 64) * 64
         changes["vocab_size"] = derive(
             "model", "vocab_size", rounded, f"the tokenizer's {vocab_size}, rounded up to a multiple of 64"
         )
     elif vocab_size is not None and vocab_size > model.vocab_size and "model.vocab_size" in config.defaults:
-        why = f"the preset's {model.vocab_size} are fewer than the tokenizer's {vocab_size}"
+        why = f"the preset's {model.vocab_size} is smaller than the tokenizer's {vocab_size}"
         changes["vocab_size"] = derive("model", "vocab_size", -(-vocab_size // 64) * 64, why)
     elif vocab_size is not None and vocab_size > model.vocab_size:
         raise ConfigError(

@@ -30,7 +30,10 @@ WRONG = {
     "train.steps=0": "train.steps=0: should be greater than 0",
     "train.steps=1.5": "train.steps=1.5: should be a whole number",
     "train.steps=many": 'train.steps="many": should be a whole number',
-    "train.steps=yes": "train.steps=true: true and false (in YAML also yes, no, on, off) are not valid here",
+    "train.steps=yes": "train.steps=true: true and false (in YAML also yes, no, on, off) are not valid here: "
+    "Optimizer steps of the whole run.",
+    "train.grad_clip=off": "train.grad_clip=false: true and false (in YAML also yes, no, on, off) are not valid here: "
+    "Maximum global gradient norm; 0: no clipping.",
     "train.steps=": "train.steps=null: should be a whole number",
     "train.steps.x=3": 'train.steps={"x": 3}: should be a whole number',
     "optim.lr=-1": "optim.lr=-1: should be greater than 0",
@@ -40,7 +43,7 @@ WRONG = {
     "optim.lr=.inf": "optim.lr=Infinity: should be a finite number",
     "model.dropout=1": "model.dropout=1: should be less than 1",
     "model.num_experts=true": "model.num_experts=true: "
-    "true and false (in YAML also yes, no, on, off) are not valid here",
+    "true and false (in YAML also yes, no, on, off) are not valid here: Experts per MoE layer; 0: dense.",
     "checkpoint.every=-1": "checkpoint.every=-1: should be greater than or equal to 0",
     "checkpoint.every=Auto": 'checkpoint.every="Auto": should be a whole number or auto',
     "checkpoint.every=1.5": "checkpoint.every=1.5: should be a whole number or auto",
@@ -63,6 +66,10 @@ WRONG = {
     "train.sample_prompts=abc": 'train.sample_prompts="abc": should be a list, such as [a, b]',
     "train.sample_prompts=[1]": "train.sample_prompts.0=1: should be text (in quotes if it looks like a number)",
     "plugins=a.py": 'plugins="a.py": should be a list, such as [a, b]',
+    "checkpoint=off": "checkpoint=false: should be a section of keys: every, keep, keep_every, background; "
+    "for no checkpoints during training, set checkpoint.every=0",
+    "model=llama": 'model="llama": should be a section of keys: family, vocab_size, num_layers, hidden_size, ...; '
+    "set model.family to name an architecture, or model.from to name a Hugging Face folder",
     "train=3": "train=3: should be a section of keys: steps, global_batch, micro_batch, seq_len, ...",
     "model.rope_scaling=yarn": 'model.rope_scaling="yarn": should be a section of keys: kind, factor, '
     "original_max_positions, low_freq_factor, ...",

@@ -53,6 +53,14 @@ def test_given_values_are_left_alone():
     assert resolve(asked, vocab_size=999) == (asked, [])
 
 
+def test_a_sequence_length_that_has_no_effect_is_noted():
+    note = "train.seq_len=32: has no effect, since task=classification learns from images"
+    assert note in resolve(load("digits-mlp", ["train.seq_len=32"]))[1]
+    for preset in ("digits-mlp", "seq2seq"):
+        assert not any("no effect" in each for each in resolve(load(preset), vocab_size=300)[1])
+    assert not any("no effect" in each for each in resolve(load("mlm", ["train.seq_len=64"]), vocab_size=257)[1])
+
+
 def test_automatic_checkpoints_stay_so_until_the_run_knows_more():
     resolved, notes = resolve(made(checkpoint={"every": "auto"}))
     assert resolved.checkpoint.every == "auto"
@@ -182,7 +190,7 @@ def test_a_users_own_value_never_follows(tmp_path):
 def test_a_presets_vocabulary_grows_with_the_tokenizer():
     resolved, notes = resolve(load("moe-8x7b"), vocab_size=50_000)
     assert resolved.model.vocab_size == 50_048
-    assert notes[0] == "model.vocab_size=50048: the preset's 32000 are fewer than the tokenizer's 50000"
+    assert notes[0] == "model.vocab_size=50048: the preset's 32000 is smaller than the tokenizer's 50000"
     with pytest.raises(ConfigError, match=r"set model\.vocab_size=50048"):
         resolve(load("moe-8x7b", ["model.vocab_size=32000"]), vocab_size=50_000)
 
