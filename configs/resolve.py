@@ -9,7 +9,7 @@ from .base import ConfigError
 from .load import flatten
 from .sections.model import ModelConfig
 from .sections.optim import OPTIMIZERS
-from .sections.pairs import kind_of_data
+from .sections.pairs import check_mixing, kind_of_data
 from .sections.run import Config
 from .sections.train import TrainConfig
 from .topology import check_topology, refusals
@@ -134,6 +134,7 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
             f"lower train.profile.start or train.profile.steps, or set train.steps={last}"
         )
     resolved = config.model_copy(update={"model": model, "train": train, "parallel": parallel})
+    check_mixing(resolved)
     return resolved.with_defaults({}), notes
 
 

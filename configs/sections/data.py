@@ -62,6 +62,8 @@ class ImagesConfig(Section):
     """
     flip: bool = False
     """Augmentation: mirror half of the training images, left to right."""
+    jitter: float = Field(0.0, ge=0, lt=1)
+    """Augmentation: how much brightness, contrast and, in colour, saturation change at most, either way."""
 
 
 class RowsConfig(Section):

@@ -114,6 +114,24 @@ def kind_of_data(config: Config) -> str:
     return kind
 
 
+MIXED = {"mixup": ("rows", "images"), "cutmix": ("images",)}
+"""The kinds of examples that can be mixed, by the key of `train` that asks for it."""
+
+
+def check_mixing(config: Config) -> None:
+    """Raise ConfigError if examples are to be mixed that cannot be."""
+    for key, kinds in MIXED.items():
+        if not getattr(config.train, key):
+            continue
+        if config.task != "classification" or (kind := kind_of_data(config)) not in kinds:
+            what = f"task={config.task}" if config.task != "classification" else f"data.kind={kind}"
+            raise ConfigError(
+                f"train.{key} is for task=classification of {' or '.join(kinds)}, not {what}: leave it out"
+            )
+        if config.train.micro_batch == 1:
+            raise ConfigError(f"train.micro_batch=1 leaves nothing to mix with by train.{key}: set it to 2 or more")
+
+
 def check_packaged(config: Config, kind: str) -> None:
     """Raise ConfigError if examples of one kind are to come from packaged data of another."""
     path = config.data.path

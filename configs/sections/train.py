@@ -80,6 +80,13 @@ class TrainConfig(Section):
     (arXiv:1512.00567, section 7)."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
     """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
+    mixup: float = Field(0.0, ge=0, le=1)
+    """Classification of rows or images: each training example is mixed with another one of its micro-batch, and so are
+    their labels, in shares from Beta(mixup, mixup) (arXiv:1710.09412); 0: not."""
+    cutmix: float = Field(0.0, ge=0, le=1)
+    """Classification of images: a box of each training image is filled with that of another one of its micro-batch, and
+    the labels have the shares of the pixels, from Beta(cutmix, cutmix) (arXiv:1905.04899); 0: not. With mixup, each is
+    for half of the images."""
     mask_rate: float = Field(0.15, gt=0, lt=1)
     """Masked language modelling: share of the tokens that are predicted. Of these, 80% are masked, 10% replaced
     by random tokens, and 10% left as they are (arXiv:1810.04805)."""

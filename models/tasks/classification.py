@@ -11,6 +11,7 @@ from configs.sections.pairs import TASK_ENDS
 from models.batch import GraphBatch, ImageBatch, Measured, RowBatch
 from models.noise import dropout_keys_of
 
+from .images.mixing import Mix, mixed
 from .samples import Table
 from .task import Modules, Nets, OfAnyKind, Sums, Value
 
@@ -28,13 +29,19 @@ class Labelled(OfAnyKind):
 
     def loss(self, nets: Nets, batch: Examples, phase: str) -> Sums:
         keys = dropout_keys_of(self.config.run.seed, batch.example_ids)
-        return self._summed(nets["model"](batch.inputs, keys), batch, training=True)
+        mix = self.mix(batch)
+        found = nets["model"](mix.inputs if mix else batch.inputs, keys)
+        return self._summed(found, self.compared(outputs(found), batch, training=True, mix=mix))
 
     def evaluate(self, nets: Nets, batch: Examples) -> Sums:
-        return self._summed(nets["model"](batch.inputs), batch, training=False)
+        found = nets["model"](batch.inputs)
+        return self._summed(found, self.compared(outputs(found), batch, training=False))
 
-    def _summed(self, found: Tensor | Measured, batch: Examples, training: bool) -> Sums:
-        sums = self.compared(outputs(found), batch, training)
+    def mix(self, batch: Examples) -> Mix | None:
+        """How the examples of a micro-batch are mixed in training; None: they are not."""
+        return None
+
+    def _summed(self, found: Tensor | Measured, sums: Sums) -> Sums:
         numbers = found.numbers if isinstance(found, Measured) else {}
         return sums._replace(extra={**sums.extra, **{name: each * sums.weight for name, each in numbers.items()}})
 
@@ -46,14 +53,15 @@ class Labelled(OfAnyKind):
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
         return {name: extra[name] / max(weight, 1) for name in self.config.model.measures}
 
-    def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
+    def compared(self, found: Tensor, batch: Examples, training: bool, mix: Mix | None = None) -> Sums:
         """The loss of what the network gave, fp32 [B, classes or numbers]."""
         raise NotImplementedError
 
 
 class Classification(Labelled):
     """The label of an example, by cross-entropy in nats. Evaluations measure it without label smoothing and weights of
-    classes. Recorded besides: `accuracy`, and `macro_f1`, the mean F1 over the classes that occur."""
+    classes. Recorded besides: `accuracy`, and `macro_f1`, the mean F1 over the classes that occur. Where examples are
+    mixed, the loss is that of both labels by their shares, and the label in training is that of the larger one."""
 
     takes, gives = TASK_ENDS["classification"]
 
@@ -67,12 +75,29 @@ class Classification(Labelled):
         model: Any = self.config.model
         return getattr(model, "outputs", None) or model.classes  # a plugin's family may call them so
 
-    def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
-        train, labels = self.config.train, batch.labels
+    def mix(self, batch: Examples) -> Mix | None:
+        train = self.config.train
+        if not (train.mixup or train.cutmix):
+            return None
+        assert not isinstance(batch, GraphBatch)
+        return mixed(batch, train, self.config.run.seed)
+
+    def _losses(self, found: Tensor, labels: Tensor, training: bool) -> Tensor:
+        """[B]."""
+        train = self.config.train
         smoothing = train.label_smoothing if training else 0.0
         losses = F.cross_entropy(found, labels, reduction="none", ignore_index=-1, label_smoothing=smoothing)
         if training and train.class_weights:
             losses = losses * losses.new_tensor(train.class_weights)[labels.clamp(min=0)]
+        return losses
+
+    def compared(self, found: Tensor, batch: Examples, training: bool, mix: Mix | None = None) -> Sums:
+        labels = batch.labels
+        losses = self._losses(found, labels, training)
+        if mix:
+            others = labels[mix.partner]
+            losses = mix.share * losses + (1 - mix.share) * self._losses(found, others, training)
+            labels = labels.where(mix.share >= 0.5, others)
         numbers = torch.arange(self._classes, device=labels.device)
         labelled, chosen = labels[:, None] == numbers, found.argmax(1)[:, None] == numbers
         chosen = chosen & (labels >= 0)[:, None]
@@ -105,7 +130,7 @@ class Regression(Labelled):
         model: Any = self.config.model
         return {"by_number": (4, model.outputs), **super().extra}
 
-    def compared(self, found: Tensor, batch: Examples, training: bool) -> Sums:
+    def compared(self, found: Tensor, batch: Examples, training: bool, mix: Mix | None = None) -> Sums:
         assert not isinstance(batch, ImageBatch)
         assert batch.scale is not None
         real = (batch.example_ids >= 0)[:, None]

@@ -20,6 +20,7 @@ from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_spli
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 from trainer.data.read.shards import DataError
 
+from .augment import augmented
 from .files import BYTES, IMAGE, NEEDS, Group, open_files
 
 BLOCK = 16
@@ -112,7 +113,10 @@ class Images:
                 continue
             group, row = self.locate(index)
             try:
-                images[i] = self._augmented(self._decoded(group, row), index)
+                pixels = self._decoded(group, row)
+                if self.split == "train":
+                    pixels = augmented(pixels, self.config.images, mix(self._key, "augment", index))
+                images[i] = pixels
                 labels[i] = self._labels[self._ends[group] - self.groups[group].rows + row]
             except DataError as error:
                 if self.config.on_bad_page == "stop" or not error.damaged:
@@ -121,18 +125,6 @@ class Images:
                 if (page := (str(error.file), error.row_group)) not in self.bad_pages:
                     self.bad_pages.append(page)
         return ImageBatch(torch.from_numpy(images), torch.from_numpy(labels), ids)
-
-    def _augmented(self, pixels_CHW: np.ndarray, index: int) -> np.ndarray:
-        """As `data.images.crop` and `flip` ask for, a function of (seed, index)."""
-        settings = self.config.images
-        if self.split == "held_out" or not (settings.crop or settings.flip):
-            return pixels_CHW
-        draw, (_, height, width), around = mix(self._key, "augment", index), self.shape, settings.crop
-        draw, top = divmod(draw, 2 * around + 1)
-        draw, left = divmod(draw, 2 * around + 1)
-        padded = np.pad(pixels_CHW, ((0, 0), (around, around), (around, around)))
-        cropped = padded[:, top : top + height, left : left + width]
-        return cropped[:, :, ::-1] if settings.flip and draw % 2 else cropped
 
     def _first_shape(self) -> tuple[int, ...]:
         """That of the first image; of the first that can be decoded, if others are skipped. Raises ConfigError."""

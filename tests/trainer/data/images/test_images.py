@@ -8,7 +8,8 @@ import torch
 from pictures import png, write_images
 
 from configs import ConfigError, from_dict
-from configs.sections.data import DataConfig
+from configs.sections.data import DataConfig, ImagesConfig
+from trainer.data.images.augment import augmented
 from trainer.data.images.reader import Images, WrongSize
 from trainer.data.kinds import kind_of
 from trainer.data.read.shards import DataError
@@ -50,6 +51,27 @@ def test_augmentation_is_a_function_of_seed_and_index(tmp_path):
     assert moved > 30
     held_out = images(path, "held_out", crop=2, flip=True)
     assert torch.equal(held_out.examples([0, 1]).images, images(path, "held_out").examples([0, 1]).images)
+
+
+def test_colours_change_by_seed_and_index(tmp_path):
+    path = write_images(tmp_path / "x.parquet")
+    plain, one = images(path, channels=3), images(path, channels=3, jitter=0.4)
+    found, before = one.examples(range(40)).images.float(), plain.examples(range(40)).images.float()
+    assert torch.equal(images(path, channels=3, jitter=0.4).examples([7]).images[0], found[7].byte())
+    assert not torch.equal(one.examples([len(one) + 3]).images, one.examples([3]).images)
+    # Of grey pixels saturation changes nothing, and neither contrast nor saturation changes the mean.
+    assert torch.equal(found[:, 0], found[:, 2])
+    unclipped = (found > 0).flatten(1).all(1) & (found < 255).flatten(1).all(1)
+    factors = (found.mean((1, 2, 3)) / before.mean((1, 2, 3)))[unclipped]
+    assert len(factors) > 5
+    assert 0.59 < factors.min() < 0.8
+    assert 1.0 < factors.max() < 1.41
+    held_out = images(path, "held_out", channels=3, jitter=0.4).examples([0, 1]).images
+    assert torch.equal(held_out, images(path, "held_out", channels=3).examples([0, 1]).images)
+    red = augmented(np.full((3, 2, 2), 100, np.uint8) * np.array([1, 0, 0], np.uint8)[:, None, None],
+                    ImagesConfig(jitter=0.4), 1)  # fmt: skip
+    assert len(np.unique(red)) == 2
+    assert red[1].max() != 0 or red[0].max() != 100
 
 
 def test_none_are_held_out_where_none_are_asked_for(tmp_path):

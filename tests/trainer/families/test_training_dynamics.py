@@ -1,0 +1,82 @@
+"""Runs with what changes how a network is trained: the same in any topology, and through a kill."""
+
+import signal
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from faults import kill_at_step, trained
+from plugin_runs import numbers, state
+from support import train_in_process
+from teams import in_team
+
+from configs import from_dict
+from trainer.checkpoint.manifest import folder
+from trainer.checkpoint.store import Reader
+from trainer.record.lines import read_events
+from trainer.run.folder import prepare_run
+
+STEPS = 6
+NET = {"family": "convnet", "channels": 1, "stages": [{"width": 8, "pool": "max2"}, {"width": 16}]}
+WAYS = {
+    "mixing": {
+        "train": {"mixup": 0.4, "cutmix": 1.0, "label_smoothing": 0.1},
+        "data": {"images": {"channels": 1, "crop": 1, "jitter": 0.3}},
+    },
+}
+ZERO: dict[str, list[int]] = {"mixing": [0, 1, 2, 3]}
+
+
+def make(way: str, root: Path, **sections) -> Path:
+    """Six steps of three micro-batches: of two processes one has a fourth, all padding."""
+    tree = {
+        "run": {"name": way, "root": str(root)},
+        "model": NET,
+        "data": {"path": "bundled:digits", "images": {"channels": 1}},
+        "train": {"steps": STEPS, "global_batch": 24, "micro_batch": 8, "precision": "fp32", "eval_sequences": 5},
+        "optim": {"name": "sgd", "lr": 0.1},
+        "tracking": {"enabled": False},
+        "checkpoint": {"every": 1, "keep": STEPS},
+    }  # fmt: skip
+    for more in (WAYS[way], sections):
+        tree |= {name: tree.get(name, {}) | keys for name, keys in more.items()}
+    return prepare_run(from_dict(tree))
+
+
+@pytest.fixture(scope="module")
+def clean(tmp_path_factory) -> Callable[[str], Path]:
+    """A run that was never stopped, in one process."""
+
+    @cache
+    def run(way: str) -> Path:
+        run_dir = make(way, tmp_path_factory.mktemp("clean"))
+        assert train_in_process(run_dir) == 0
+        return run_dir
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("way", "zero"), [(way, stage) for way, stages in ZERO.items() for stage in stages])
+def test_two_processes_measure_what_one_does(tmp_path, clean, way, zero):
+    run_dir = make(way, tmp_path, parallel={"dp": 2, "zero_stage": zero})
+    assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]
+    mine, one = numbers(run_dir), numbers(clean(way))
+    assert [entry[:2] for entry in mine] == [entry[:2] for entry in one]
+    assert [entry[2] for entry in mine] == pytest.approx([entry[2] for entry in one], rel=1e-5, abs=1e-6)
+    after, before = (Reader(folder(where, STEPS)) for where in (run_dir, clean(way)))
+    for name in before.manifest.shapes["weight"]:
+        assert torch.allclose(after.weight(name), before.weight(name), atol=1e-5), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, way):
+    run_dir = make(way, tmp_path, checkpoint={"background": False})
+    assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL
+    assert train_in_process(run_dir) == 0
+    assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [3]
+    assert state(run_dir) == state(clean(way))
+    assert numbers(run_dir) == numbers(clean(way))
