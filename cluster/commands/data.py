@@ -19,6 +19,14 @@ app = typer.Typer(help="Prepare and inspect training data.", no_args_is_help=Tru
 OF_TEXT = ("tokenizer", "vocab_size", "text_key", "workers", "limit", "strict")
 OF_IMAGES = ("split", "strict")
 OF_ROWS = ("split", "label", "group", "leave_out")
+OF_KIND = {
+    "text": OF_TEXT,
+    "images": OF_IMAGES,
+    "rows": OF_ROWS,
+    "pairs": ("split", "strict", "group", "source", "target"),
+    "graphs": ("split", "strict", "label"),
+    "nodes": ("label", "directed"),
+}
 """Options that one kind of data has and another has not."""
 
 
@@ -29,18 +37,19 @@ def prepare(
         list[str],
         typer.Argument(
             help="Text, JSON, CSV or Parquet, compressed or not: files, folders, globs. Images: a folder with a folder "
-            "for each class. Rows: CSV or TSV."
+            "for each class. Rows, pairs: CSV or TSV. Graphs: SDF, or a folder of TUDataset. Nodes: CSV or TSV, of "
+            "edges and of nodes."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
-    kind: Annotated[str, typer.Option(help="text, images or rows.")] = "text",
+    kind: Annotated[str, typer.Option(help="text, images, rows, pairs, graphs or nodes.")] = "text",
     tokenizer: Annotated[
         str,
         typer.Option(help="bytes, bpe (trained on the data), or an existing one: file, folder or Hugging Face name."),
     ] = "bpe",
     vocab_size: Annotated[int, typer.Option(help="Size of a trained vocabulary.")] = 4096,
     held_out: Annotated[
-        float, typer.Option(help="Fraction of the documents, images or rows to keep out of training.")
+        float, typer.Option(help="Fraction of the documents, images, ... to keep out of training.")
     ] = 0.05,
     seed: Annotated[int, typer.Option(help="Seed of the train/held-out split.")] = 0,
     text_key: Annotated[
@@ -55,25 +64,29 @@ def prepare(
         bool, typer.Option("--strict", help="Fail on bad input instead of counting and skipping it.")
     ] = False,
     split: Annotated[
-        str, typer.Option(help="Images, rows: random, stratified (the fraction of every class) or grouped (rows).")
+        str,
+        typer.Option(help="random, stratified (the fraction of every class) or grouped (rows, pairs)."),
     ] = "random",
     label: Annotated[
-        list[str] | None, typer.Option(metavar="COLUMN", help="Rows: what is predicted; `label` if not given.")
+        list[str] | None,
+        typer.Option(metavar="COLUMN", help="Rows, nodes: what is predicted; else `label`. SDF: its data item."),
     ] = None,
     group: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Rows, grouped: rows of one value stay together.")
+        str | None, typer.Option(metavar="COLUMN", help="Rows, pairs, grouped: those of one value stay together.")
     ] = None,
     leave_out: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Rows: a column to drop.")] = None,
+    source: Annotated[str, typer.Option(metavar="COLUMN", help="Pairs: the texts that are read.")] = "source",
+    target: Annotated[str, typer.Option(metavar="COLUMN", help="Pairs: those that are written.")] = "target",
+    directed: Annotated[bool, typer.Option("--directed", help="Nodes: edges lead one way, instead of both.")] = False,
 ) -> None:
-    """Turn text into token shards, or images and rows into Parquet. Example: muster data prepare 'texts/**/*.jsonl.zst'
-    --out data/texts"""
-    own = {"text": OF_TEXT, "images": OF_IMAGES, "rows": OF_ROWS}
-    if kind not in own:
-        raise ConfigError(f"--kind {kind}: should be text, images or rows")
+    """Turn text into token shards, or images, rows, pairs and graphs into Parquet. Example: muster data prepare
+    'texts/**/*.jsonl.zst' --out data/texts"""
+    if kind not in OF_KIND:
+        raise ConfigError(f"--kind {kind}: should be text, images, rows, pairs, graphs or nodes")
     if split not in ("random", "stratified", "grouped"):
         raise ConfigError(f"--split {split}: should be random, stratified or grouped")
-    for name in sorted({*OF_TEXT, *OF_IMAGES, *OF_ROWS} - {*own[kind]}):
-        if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT":
+    for name in sorted({option for options in OF_KIND.values() for option in options} - {*OF_KIND[kind]}):
+        if (given := ctx.get_parameter_source(name)) and given.name != "DEFAULT":
             raise ConfigError(f"--{name.replace('_', '-')} is no option of --kind {kind}: leave it out")
     asked: dict[str, Any] = {"held_out": held_out, "seed": seed}
     if kind == "text":
@@ -86,15 +99,25 @@ def prepare(
         made = prepare(inputs, out, data.prepare, limits=data.limits, text_key=text_key, workers=workers, strict=strict)
         print(summary(made))
         return
-    from trainer.data.prepare.labelled import prepare_images, prepare_rows  # pyarrow
+    from trainer.data.prepare.graphs import prepare_graphs, prepare_nodes  # pyarrow
+    from trainer.data.prepare.labelled import prepare_images, prepare_pairs, prepare_rows
 
     chosen = cast(Any, split)
+    if kind in ("graphs", "nodes") and len(label or ()) > 1:
+        raise ConfigError(f"--label {label[1]}: --kind {kind} takes one: leave it out")  # type: ignore[index]
     if kind == "images":
         print(prepare_images(inputs, out, chosen, held_out, seed, strict))
+    elif kind == "pairs":
+        print(prepare_pairs(inputs, out, chosen, held_out, seed, (source, target), group, strict))
+    elif kind == "graphs":
+        print(prepare_graphs(inputs, out, chosen, held_out, seed, label[0] if label else None, strict))
+    elif kind == "nodes":
+        print(prepare_nodes(inputs, out, label[0] if label else "label", directed))
     else:
         labels = tuple(label or ["label"])
         print(prepare_rows(inputs, out, chosen, held_out, seed, labels, group, leave_out or ()))
-    named = f" data.rows.labels=[{','.join(label)}]" if label else ""
+    named = f" data.rows.labels=[{','.join(label)}]" if label and kind == "rows" else ""
+    named += " data.kind=nodes" if kind == "nodes" else ""
     print(f"to train on them: data.path={out}{named}")
 
 

@@ -1,4 +1,4 @@
-"""Turns images in class folders, and rows in CSV, into Parquet with a split of their own."""
+"""Turns images in class folders, and rows and pairs in CSV, into Parquet with a split of their own."""
 
 import json
 import os
@@ -27,6 +27,8 @@ How = Literal["random", "stratified", "grouped"]
 FILES: dict[Split, str] = {"train": "train.parquet", "held_out": "validation.parquet"}
 SUFFIXES = (".png", ".jpg", ".jpeg")
 FORMATS = ("PNG", "JPEG")
+MOST_PIXELS = 1 << 26
+"""Of an image; training refuses larger ones."""
 GROUP_ROWS = {"images": 100, "rows": 1 << 16}
 """Rows of a row group; `datasets` writes 100 images."""
 MOST_BYTES = 4 << 30
@@ -97,15 +99,15 @@ def prepare_images(inputs: Sequence[str], out: Path, how: How, share: float, see
         raise ConfigError(f"{root} has no folders with PNG or JPEG images: it needs one for each class")
     left_out = ""
     if wrong:
-        left_out = f"{counted(len(wrong), 'file')} left out, no PNG or JPEG: the first is {wrong[0][0]}"
+        left_out = f"{counted(len(wrong), 'file')} left out, no readable PNG or JPEG: the first is {wrong[0][0]}"
         if strict:
             raise ConfigError(f"{left_out}: correct them, or leave out --strict")
     classes = sorted({name for _, name in found})
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[name] for _, name in found])
-    held_out = _checked(split_rows(how, share, seed, labels), share)
+    held_out = checked_split(split_rows(how, share, seed, labels), share)
     features = {"image": {"_type": "Image"}, "label": {"names": classes, "_type": "ClassLabel"}}
-    schema = _schema([("image", IMAGE), ("label", pa.int64())], features)
+    schema = schema_of([("image", IMAGE), ("label", pa.int64())], features)
 
     def tables(rows: np.ndarray) -> Iterator[pa.Table]:
         for start in range(0, len(rows), size := GROUP_ROWS["images"]):
@@ -114,13 +116,17 @@ def prepare_images(inputs: Sequence[str], out: Path, how: How, share: float, see
             images = [{"bytes": path.read_bytes(), "path": path.relative_to(root).as_posix()} for path in paths]
             yield pa.table([pa.array(images, IMAGE), pa.array(labels[part], pa.int64())], schema=schema)
 
-    return Made("images", _write(out, schema, tables, held_out, seed), classes, left_out)
+    return Made("images", write_splits(out, schema, tables, held_out, seed), classes, left_out)
 
 
 def _is_image(path: Path) -> bool:
+    """Whether all of it can be decoded: training would find out otherwise."""
     try:
-        with Image.open(path, formats=FORMATS):
-            return True
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height <= MOST_PIXELS:
+                image.load()
+                return True
+            return False
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return False
 
@@ -148,7 +154,7 @@ def prepare_rows(
     """
     if (how == "grouped") != (group is not None):
         raise ConfigError("--split grouped needs --group COLUMN, and --group needs --split grouped")
-    table = _read(inputs)
+    table = read_tables(inputs)
     for option, columns in (("--label", labels), ("--group", [group] if group else []), ("--leave-out", leave_out)):
         if missing := [each for each in columns if each not in table.column_names]:
             there = shortened(", ".join(table.column_names), 200)
@@ -166,19 +172,76 @@ def prepare_rows(
         kind = field.type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise ConfigError(f"column {field.name} is {kind}, not numbers: leave it out with --leave-out {field.name}")
-    held_out = _checked(split_rows(how, share, seed, _of(how, table, labels, groups)), share)
+    held_out = checked_split(split_rows(how, share, seed, _of(how, table, labels, groups)), share)
     kinds = {field.name: str(field.type).replace("double", "float64") for field in table.schema}
     features: dict[str, Any] = {name: {"dtype": kind, "_type": "Value"} for name, kind in kinds.items()}
     if classes:
         features[labels[0]] = {"names": classes, "_type": "ClassLabel"}
-    schema = _schema([(field.name, field.type) for field in table.schema], features)
+    schema = schema_of([(field.name, field.type) for field in table.schema], features)
     table = table.cast(schema)
 
     def tables(rows: np.ndarray) -> Iterator[pa.Table]:
         for start in range(0, len(rows), size := GROUP_ROWS["rows"]):
             yield table.take(pa.array(rows[start : start + size]))
 
-    return Made("rows", _write(out, schema, tables, held_out, seed), classes, "")
+    return Made("rows", write_splits(out, schema, tables, held_out, seed), classes, "")
+
+
+def prepare_pairs(
+    inputs: Sequence[str],
+    out: Path,
+    how: How,
+    share: float,
+    seed: int,
+    columns: tuple[str, str] = ("source", "target"),
+    group: str | None = None,
+    strict: bool = False,
+) -> Made:
+    """Pairs of texts in CSV or TSV files with the same columns, as the columns `source` and `target`.
+
+    Args:
+        columns: those of the source and of the target.
+        group: with the split `grouped`, the column whose pairs of one value stay together, such as the source.
+        strict: fail on a pair that lacks a text instead of leaving it out.
+
+    Raises:
+        ConfigError: files that are not such, a column is missing, or the split is empty or has no meaning.
+    """
+    if how == "stratified":
+        raise ConfigError("--split stratified needs classes, which pairs have not: choose random or grouped")
+    if (how == "grouped") != (group is not None):
+        raise ConfigError("--split grouped needs --group COLUMN, and --group needs --split grouped")
+    table = read_tables(inputs, "pairs")
+    for option, name in zip(("--source", "--target", "--group"), (*columns, group or columns[0]), strict=True):
+        if name not in table.column_names:
+            there = shortened(", ".join(table.column_names), 200)
+            raise ConfigError(f"{option} {name}: the files have no such column (they have {there})")
+    texts = [[each or "" for each in table[name].to_pylist()] for name in columns]
+    whole = np.array([bool(source.strip() and target.strip()) for source, target in zip(*texts, strict=True)], bool)
+    left_out = ""
+    if not whole.all():
+        left_out = (
+            f"{counted(int((~whole).sum()), 'pair')} left out, a text is empty: the first is row {whole.argmin()}"
+        )
+        if strict:
+            raise ConfigError(f"{left_out}: correct them, or leave out --strict")
+    table = table.filter(pa.array(whole))
+    groups = table[group].combine_chunks() if group else None
+    of = np.zeros(len(table), np.int64)
+    if groups is not None:
+        of = groups.dictionary_encode("encode").indices.to_numpy().astype(np.int64)
+    held_out = checked_split(split_rows(how, share, seed, of), share)
+    names = ["source", "target"]
+    schema = schema_of(
+        [(name, pa.string()) for name in names], {n: {"dtype": "string", "_type": "Value"} for n in names}
+    )
+    table = table.select(list(columns)).rename_columns(names).cast(schema)
+
+    def tables(rows: np.ndarray) -> Iterator[pa.Table]:
+        for start in range(0, len(rows), size := GROUP_ROWS["rows"]):
+            yield table.take(pa.array(rows[start : start + size]))
+
+    return Made("pairs", write_splits(out, schema, tables, held_out, seed), [], left_out)
 
 
 def _of(how: How, table: pa.Table, labels: Sequence[str], groups: pa.ChunkedArray | None) -> np.ndarray:
@@ -192,17 +255,25 @@ def _of(how: How, table: pa.Table, labels: Sequence[str], groups: pa.ChunkedArra
     return groups.combine_chunks().dictionary_encode("encode").indices.to_numpy().astype(np.int64)
 
 
-def _read(inputs: Sequence[str]) -> pa.Table:
+def read_tables(inputs: Sequence[str], kind: str = "rows") -> pa.Table:
+    """All rows of some files with the same columns. Of pairs all columns are text, and a TSV has no quotes."""
     files = find_inputs(inputs)
     if wrong := next((file for file in files if file.kind not in ("csv", "tsv") or file.compression), None):
-        raise ConfigError(f"{wrong.path} is not a .csv or .tsv file, which --kind rows takes, uncompressed")
+        raise ConfigError(f"{wrong.path} is not a .csv or .tsv file, which --kind {kind} takes, uncompressed")
     if (size := sum(file.bytes for file in files)) > MOST_BYTES:
         raise ConfigError(f"the files have {size:,} bytes, over {MOST_BYTES:,}: write Parquet, which is read as it is")
     tables: list[pa.Table] = []
     for file in files:
-        options = pa.csv.ParseOptions(delimiter="\t" if file.kind == "tsv" else ",")
+        quote = False if kind == "pairs" and file.kind == "tsv" else '"'
+        options = pa.csv.ParseOptions(
+            delimiter="\t" if file.kind == "tsv" else ",", quote_char=quote, newlines_in_values=kind == "pairs"
+        )
         try:
-            read = pa.csv.read_csv(file.path, pa.csv.ReadOptions(use_threads=False), options)
+            convert = pa.csv.ConvertOptions()
+            if kind == "pairs":
+                with pa.csv.open_csv(file.path, pa.csv.ReadOptions(use_threads=False), options) as opened:
+                    convert.column_types = dict.fromkeys(opened.schema.names, pa.string())
+            read = pa.csv.read_csv(file.path, pa.csv.ReadOptions(use_threads=False), options, convert)
             if len(set(read.column_names)) < read.num_columns:
                 raise ValueError("two columns have the same name")
             if tables and read.column_names != tables[0].column_names:
@@ -216,12 +287,12 @@ def _read(inputs: Sequence[str]) -> pa.Table:
         raise ConfigError(f"the files have columns of different types: {clip(error, 200)}") from None
 
 
-def _schema(fields: list[tuple[str, pa.DataType]], features: dict[str, Any]) -> pa.Schema:
+def schema_of(fields: list[tuple[str, pa.DataType]], features: dict[str, Any]) -> pa.Schema:
     """With the features as `datasets` keeps them: it shows the classes by name."""
     return pa.schema(fields, metadata={"huggingface": json.dumps({"info": {"features": features}})})
 
 
-def _checked(held_out: np.ndarray, share: float) -> np.ndarray:
+def checked_split(held_out: np.ndarray, share: float) -> np.ndarray:
     """Raise ConfigError if a split is empty."""
     if held_out.all() or (share and not held_out.any()):
         what = "train on" if held_out.all() else "hold out"
@@ -229,7 +300,7 @@ def _checked(held_out: np.ndarray, share: float) -> np.ndarray:
     return held_out
 
 
-def _write(
+def write_splits(
     out: Path, schema: pa.Schema, tables: Callable[[np.ndarray], Iterator[pa.Table]], held_out: np.ndarray, seed: int
 ) -> dict[Split, int]:
     """Write both splits, a row group for each of `tables(row numbers)`. Returns the rows of each.

@@ -68,7 +68,7 @@ def test_class_folders(muster, tmp_path, folders):
     assert said.splitlines() == [
         "27 images to train on, 9 held out",
         "3 classes: 0 cat, 1 dog, 2 owl",
-        f"2 files left out, no PNG or JPEG: the first is {folders}/dog/notes.txt",
+        f"2 files left out, no readable PNG or JPEG: the first is {folders}/dog/notes.txt",
         f"to train on them: data.path={out}",
     ]
     seen = []
@@ -137,7 +137,7 @@ def test_numbers_are_kept_and_a_missing_class_is_none(tmp_path):
 
 
 MISTAKES = {
-    "kind": (["--kind", "sounds"], "--kind sounds: should be text, images or rows"),
+    "kind": (["--kind", "sounds"], "--kind sounds: should be text, images, rows, pairs"),
     "split": (["--kind", "rows", "--split", "even"], "--split even: should be random, stratified or grouped"),
     "an option of text": (["--kind", "rows", "--tokenizer", "bytes"], "--tokenizer is no option of --kind rows"),
     "an option of rows": (["--group", "patient"], "--group is no option of --kind text"),
