@@ -177,13 +177,18 @@ class GanConfig(ModelSection):
     """Labels that images are made and judged by; None: without."""
     latents: Size = 64
     """Numbers that an image is made of."""
+    generator_network: Literal["dcgan", "style"] = "dcgan"
+    """dcgan: transposed convolutions, with BatchNorm; style: latents become, by an MLP, the means and deviations of the
+    channels of each stage (StyleGAN, arXiv:1812.04948, without its noise), whatever else is in the batch."""
+    mapping: Annotated[int, Field(ge=1, le=64)] = 4
+    """style: layers of that MLP, as wide as the latents."""
     generator: Annotated[Widths, Field(min_length=1)] = (256, 128, 64)
     """Channels of its stages, from the smallest images on; each stage doubles height and width."""
     discriminator: Annotated[Widths, Field(min_length=1)] = (64, 128, 256)
     """Channels of its stages, each of which halves height and width."""
     discriminator_norm: Literal["none", "batch", "layer", "spectral"] = "spectral"
     """spectral: no matrix or convolution stretches anything (arXiv:1802.05957); batch, layer: before activations, but
-    the first. The generator has BatchNorm."""
+    the first."""
     loss: Literal["minimax", "non_saturating", "wgan", "wgan_gp", "hinge"] = "non_saturating"
     """minimax and non_saturating: arXiv:1406.2661, equation 1 and section 3; wgan: Wasserstein distance with clipped
     weights (arXiv:1701.07875); wgan_gp: with a penalty on gradients (arXiv:1704.00028); hinge: arXiv:1705.02894."""

@@ -39,9 +39,10 @@ RUNS: dict[str, tuple[str, ...]] = {
         "digits-gan", "model.discriminator_lr=null", "model.loss=wgan_gp", "model.discriminator_norm=layer",
         "model.classes=null",
     ),
+    "style": ("digits-gan", "model.discriminator_lr=null", "model.generator_network=style"),
 }  # fmt: skip
 """Preset and overrides of each."""
-NOT_ZERO_3 = ("contractive", "gan", "wgan", "wgan_gp")
+NOT_ZERO_3 = ("contractive", "gan", "wgan", "wgan_gp", "style")
 """Refused there."""
 TIMES = ("time", "second", "flops", "mfu", "memory", "attempt", "wait")
 

@@ -61,8 +61,28 @@ def test_a_discriminators_loss_belongs_to_the_examples(norm, classes):
     assert parts[-1].loss == 0
 
 
-def test_each_phase_trains_its_network():
-    task, nets = learner()
+def test_styles_are_the_means_and_deviations_of_channels():
+    """Equations 1 of arXiv:1812.04948, and that an image is of its own latents only."""
+    _, nets = learner(generator_network="style", classes=3, mapping=2)
+    generator, z, labels = nets["generator"], torch.randn(5, 4), torch.tensor([0, 1, 2, 0, 1])
+    found = []
+    generator.styled[-1].register_forward_hook(lambda layer, given, out: found.append((*given, out)))
+    made = generator(z, labels)
+    assert made.shape == (5, 1, 8, 8)
+    [(_, styles, out)] = found
+    scale, shift = generator.styled[-1].style(styles).chunk(2, 1)
+    assert torch.allclose(out.mean((2, 3)), shift, atol=1e-5)
+    assert torch.allclose(out.std((2, 3), correction=0), (1 + scale).abs(), rtol=1e-2)
+    parts = [generator(z[[i]], labels[[i]]) for i in range(5)]
+    assert torch.allclose(made, torch.cat(parts), atol=1e-5)
+    assert torch.allclose(made, generator(3 * z, labels), atol=1e-5)  # of latents the direction counts
+    assert not torch.allclose(made[0], made[3], atol=1e-3)
+    assert len(generator.mapping) == 4
+
+
+@pytest.mark.parametrize("network", ["dcgan", "style"])
+def test_each_phase_trains_its_network(network):
+    task, nets = learner(generator_network=network)
     task.loss(nets, images(), "discriminator").loss.backward()
     assert all(parameter.grad is None for parameter in nets["generator"].parameters())
     assert all(parameter.grad is not None for parameter in nets["discriminator"].parameters())

@@ -85,7 +85,7 @@ def test_bf16_measures_nearly_what_fp32_does(tmp_path, clean, zero):
 
 SHOWN = {"vae": (3, 16), "unet": (4, 4), "gan": (4, 4)}
 """Rows and columns of images. Of a VAE: originals, what is made of them, and what it makes of its prior."""
-MORE = {"vqvae": (2, 16), "denoising": (3, 16), "contractive": (2, 16), "dit": (4, 4)}
+MORE = {"vqvae": (2, 16), "denoising": (3, 16), "contractive": (2, 16), "dit": (4, 4), "style": (4, 4)}
 
 
 @pytest.mark.parametrize("shown", [SHOWN, pytest.param(MORE, marks=SLOW)])
