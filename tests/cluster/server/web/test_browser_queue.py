@@ -69,7 +69,7 @@ def here(tmp_path, monkeypatch):
     return queue
 
 
-@pytest.fixture(params=[1440, 400])
+@pytest.fixture(params=[1440, pytest.param(400, marks=pytest.mark.slow)])
 def watched(here, browser, request):
     with serving([here.queue.here.parent / "runs"], board=here.board) as server, logged_in(browser, server) as watched:
         found = watched.page
