@@ -30,7 +30,7 @@ from trainer.run.stop import request_stop
 
 from .cli import ARGUMENTS
 from .commands.runs import RUNS, run_folder, run_folders
-from .sweep.results.collect import collect, known_plan, loss_curves
+from .sweep.results.collect import collect, loss_curves
 from .sweep.results.fit_commands import tokens_to_read
 
 __all__ = ["ConfigError", "Fits", "Prediction", "fit", "metrics", "predict", "runs", "train"]
@@ -282,7 +282,7 @@ def _open(
         if columns or where:
             raise ConfigError(f"{source} is a sweep: columns and where are for tables of runs")
         sweep = load_sweep(source)
-        table = collect(known_plan(sweep)).counted_as(sweep.count)
+        table = collect(sweep).counted_as(sweep.count)
         if not len(table):
             raise ConfigError(f"{source}: no trial has finished yet; `muster sweep run {source}` trains them")
     else:

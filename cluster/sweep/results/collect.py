@@ -1,18 +1,17 @@
 """The table that a fit reads, from the trials' own records: config.yaml, metrics.jsonl, events.jsonl."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cluster.sweep.design.measures import Measures, measures_of
-from cluster.sweep.design.plan import plan
 from cluster.sweep.design.sizes import conventions
-from cluster.sweep.design.trial import Plan
 from cluster.sweep.train.progress import read_plan
-from cluster.sweep.train.trial_state import Ledger, Standing, finished_losses, last_ends
-from configs import Config, flatten, load
+from cluster.sweep.train.trial_state import Ledger, Standing
+from configs import Config, ConfigError, flatten, load
+from configs.reading.parse import shortened
 from configs.sweep.definition import SweepConfig
 from models.planning.cost import has_formulas, parameters
 from models.scaling.table import Table, usable
@@ -23,16 +22,6 @@ SPACING = 1.25
 """Ratio of the FLOPs of neighbouring points of loss curves: more than `budgets` merges into one."""
 SMOOTHED = 0.05
 """Fraction of a run's steps so far over which the training loss at a point of its curve is averaged."""
-
-
-def known_plan(sweep: SweepConfig) -> Plan:
-    """The plan of a sweep, with the vocabulary and the losses of its runs. Raises ConfigError if none ran."""
-    sweep_dir = sweep.folder.resolve()
-    _, tree = read_plan(sweep_dir)
-    losses = {
-        name: float("nan") for name, end in last_ends(read_events(sweep_dir)).items() if end["status"] == "FAILED"
-    }
-    return plan(sweep, tree["vocab_size"], losses | finished_losses(sweep_dir))
 
 
 class Row(NamedTuple):
@@ -59,13 +48,24 @@ class Row(NamedTuple):
         return self.measures.flops * self.tokens
 
 
-def collect(planned: Plan) -> Table:
-    """One row for each trial that has finished; the others are in `excluded`, with the reason.
+def collect(sweep: SweepConfig, variants: Collection[str] | None = None) -> Table:
+    """One row for each trial of the sweep's plan.json that has finished; the others are in `excluded`, with the reason.
 
     Of trials that differ only in their learning rate, the best stands for all: the rate counts as tuned.
+
+    Args:
+        variants: only the trials of these.
+
+    Raises:
+        ConfigError: the sweep never ran, or a file of it cannot be read; it has no such variant.
     """
-    steps = {trial.name: trial.config.train.steps for trial in planned.trials}
-    return collect_folder(planned.sweep.folder.resolve(), steps, planned.sweep.count)
+    sweep_dir = sweep.folder.resolve()
+    items, _ = read_plan(sweep_dir)
+    known = dict.fromkeys(item.variant for item in items)
+    if wrong := [name for name in variants or () if name not in known]:
+        raise ConfigError(f"variant {shortened(wrong[0], 100)}: the sweep has {', '.join(known) or 'none'}")
+    steps = {item.name: item.steps for item in items if variants is None or item.variant in variants}
+    return collect_folder(sweep_dir, steps, sweep.count)
 
 
 def collect_folder(

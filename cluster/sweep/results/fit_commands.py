@@ -17,7 +17,6 @@ from trainer.files.own_files import require_own
 from trainer.tracking.sweep import TRIALS
 
 if TYPE_CHECKING:
-    from cluster.sweep.design.trial import Plan
     from models.scaling.table import Table
 
     from .plots import Prediction
@@ -176,16 +175,16 @@ def next_sweep(
     sweep, found = _table(file, overrides, None, "", None, convention, max_budget)
     assert sweep
     from cluster.sweep.design.next_run import Best, next_trial, write
+    from cluster.sweep.train.progress import read_plan
     from models.scaling.fitting import check, named
     from models.scaling.predictions import Forecast
 
-    from .collect import known_plan
     from .score import PREDICTIONS, keep_prediction
 
     check(found)
     unique = unique or tokens_to_read(sweep, found)
     predicted = Forecast(found, named(form) if form else None, unique=unique).at_budget(budget)
-    trial, notes = next_trial(sweep, Best.of(predicted), known_plan(sweep).vocab_size, budget)
+    trial, notes = next_trial(sweep, Best.of(predicted), read_plan(sweep.folder)[1]["vocab_size"], budget)
     _require_own(sweep)
     path = out or sweep.folder / f"{trial.config.run.name}.yaml"
     write(trial, path, notes)
@@ -279,7 +278,7 @@ def score_sweep(
     left_out: list[tuple[str, str]] = []
     if max_budget is None:
         if table is not None or file is None:
-            raise ConfigError("name what to score: SWEEP.yaml, or with --max-budget C also --table FILE")
+            raise ConfigError("give what to score: SWEEP.yaml, or --table FILE with --max-budget C")
         sweep: SweepConfig | None = load_sweep(file, overrides or ())
         assert sweep
         scores = score_runs(sweep.folder.resolve())
@@ -319,7 +318,7 @@ def _table(
     """The sweep and a table of its runs, or None and the table of a file."""
     _positive(max_budget=max_budget)
     if (file is None) == (table is None):
-        raise ConfigError("name one thing to fit: SWEEP.yaml, or a table with --table FILE")
+        raise ConfigError("give one thing to fit: SWEEP.yaml, or --table FILE")
     from models.scaling.table import read_table
 
     sweep = None
@@ -330,11 +329,11 @@ def _table(
         if convention:
             found = found.counted_as(convention)
     else:
-        from .collect import collect, known_plan
+        from .collect import collect
 
         assert file
         sweep = load_sweep(file, overrides or ())
-        found = collect(of_variants(known_plan(sweep), where)).counted_as(convention or sweep.count)
+        found = collect(sweep, _variants(where)).counted_as(convention or sweep.count)
         if not len(found):
             raise ConfigError(f"{file}: no trial has finished yet; `muster sweep run {file}` trains them")
     if max_budget is not None:
@@ -342,19 +341,13 @@ def _table(
     return sweep, found
 
 
-def of_variants(planned: "Plan", where: list[str] | None) -> "Plan":
-    """The trials of the variants that `--where variant=...` names; all without it. Raises ConfigError."""
+def _variants(where: list[str] | None) -> list[str] | None:
+    """Those that `--where variant=A,B` names. Raises ConfigError if it names another column."""
     asked = _pairs("--where", where or [])
-    if not asked:
-        return planned
-    variants = dict.fromkeys(trial.variant for trial in planned.trials)
-    names = asked.pop("variant", "").split(",")
-    if asked or (wrong := [name for name in names if name not in variants]):
-        given = f"{next(iter(asked))}=..." if asked else f"variant={wrong[0]}"
-        raise ConfigError(
-            f"--where {given}: of a sweep's trials, those of a variant can be kept: variant={', '.join(variants)}"
-        )
-    return planned._replace(trials=tuple(trial for trial in planned.trials if trial.variant in names))
+    names = asked.pop("variant", None)
+    if asked:
+        raise ConfigError(f"--where {next(iter(asked))}=...: of a sweep's trials, only variant=NAME can be selected")
+    return names.split(",") if names else None
 
 
 def _shape(kind: list[str] | None) -> dict[str, float]:

@@ -135,6 +135,7 @@ class _Session(RayThread):
     def _again(self, failed: Sequence[str]) -> Plan:
         plan = self.setting.plan_again(failed)
         plan.check_gpus(self.gpus)  # a draw may be wider than those before
+        write_plan(self.setting.sweep_dir, plan)  # before any of the new trials begins
         return plan
 
 

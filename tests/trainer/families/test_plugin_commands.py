@@ -17,7 +17,7 @@ from tracker import kept_files, recorded, shown
 from cluster import cli
 from cluster.sweep.design.plan import plan
 from cluster.sweep.design.show import costs, to_json
-from cluster.sweep.results.collect import collect, known_plan
+from cluster.sweep.results.collect import collect
 from cluster.sweep.train.progress import write_plan
 from cluster.sweep.train.setting import Setting
 from configs import ConfigError, from_dict, load
@@ -142,7 +142,7 @@ def test_a_fit_reads_parameters_and_examples(tmp_path, images):
     setting.write_sweep()
     for trial, loss in zip(planned.trials, (1.5, 1.0), strict=True):
         as_trained(setting, trial, record, loss=loss)
-    table = collect(known_plan(setting.sweep)).counted_as("total")
+    table = collect(setting.sweep).counted_as("total")
     assert (table.n.tolist(), table.d.tolist(), table.loss.tolist()) == ([375, 1323], [16 * STEPS] * 2, [1.5, 1.0])
     assert table.c.tolist() == [trial.flops for trial in planned.trials]
     assert "5 held-out examples" in table.recipe[0]
@@ -182,6 +182,7 @@ def test_a_classifier_writes_no_text(clean):
 def test_a_family_without_a_hugging_face_architecture_is_not_exported(clean, muster, tmp_path):
     code, _, err = muster("export", str(clean["small_convnet"]), "--out", str(tmp_path / "out"))
     assert (code, "model.family=small_convnet, which has no Hugging Face architecture: " in err) == (2, True)
+    assert not (tmp_path / "out").exists()
     assert "export needs one of decoder, encoder, transformers, vit" in err
 
 

@@ -1,6 +1,8 @@
 """A fit's table comes from the trials' own records; so do their states, the use of device time, and refusals."""
 
 import json
+from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ from sweeps import begun, tiny_sweep, trained
 
 from cluster.gangs.share import Node
 from cluster.sweep.design.sizes import conventions
-from cluster.sweep.results.collect import collect, known_plan, loss_curves
+from cluster.sweep.results.collect import collect, loss_curves
 from cluster.sweep.results.fit_commands import _table as runs_of
 from cluster.sweep.train import run as run_module
 from cluster.sweep.train.display import View, render, whole
@@ -58,7 +60,7 @@ def trials(setting):
 
 
 def test_every_finished_trial_is_a_row_and_every_other_has_a_reason(setting, trials):
-    table = collect(known_plan(setting.sweep))
+    table = collect(setting.sweep)
     first, second, third, fourth = trials
     assert (table.run, table.loss.tolist(), table.convention) == ((first.name,), [2.5], "active")
     train = first.config.train
@@ -78,7 +80,7 @@ def test_experts_are_columns(setting, trials):
     record = Record(setting.sweep_dir, 1)
     moe = next(trial for trial in trials if trial.variant == "moe" and trial.config.train.steps == 8)
     trained(setting, moe, record, loss=2.0)
-    table = collect(known_plan(setting.sweep))
+    table = collect(setting.sweep)
     row = table.run.index(moe.name)
     assert {key: values[row] for key, values in table.extra.items()} == {
         "experts": 8.0, "top_k": 2.0, "active_ratio": 0.25, "granularity": 2.0,
@@ -103,7 +105,7 @@ def test_data_that_repeat_have_a_column_of_their_own(setting, trials):
     inputs = [{"name": "d", "kind": "training", "digest": "ab" * 32, "source": "", "profile": profile}]
     record.event("attempt_started", inputs=inputs)
     record.event("attempt_ended", status="FINISHED", reason="", step=first.config.train.steps)
-    table = collect(known_plan(setting.sweep))
+    table = collect(setting.sweep)
     assert table.extra["unique"].tolist() == [100.0]
     assert "data abababab" in table.recipe[0]
 
@@ -115,15 +117,14 @@ def test_the_best_learning_rate_stands_for_all(tmp_path, tiny_data):
     write_plan(setting.sweep_dir, planned)
     for trial, loss in zip(planned.trials, (2.3, 2.1, 2.2), strict=True):
         trained(setting, trial, record, loss=loss)
-    table = collect(planned)
+    table = collect(setting.sweep)
     assert (table.run, table.loss.tolist()) == ((planned.trials[1].name,), [2.1])
     assert all(f"{planned.trials[1].name} has the same model" in why for _, why in table.excluded)
 
 
 def test_loss_curves_are_points_at_common_flops(setting, trials):
     trained(setting, trials[2], Record(setting.sweep_dir, 1), loss=2.2)
-    planned = known_plan(setting.sweep)
-    points = loss_curves(setting.sweep_dir, collect(planned))
+    points = loss_curves(setting.sweep_dir, collect(setting.sweep))
     assert set(points.run) == {trials[0].name, trials[2].name}
     c = points.c[[run == trials[2].name for run in points.run]]
     loss = points.loss[[run == trials[2].name for run in points.run]]
@@ -243,11 +244,15 @@ def test_optuna_does_not_retry_trials_that_later_draws_depend_on(tmp_path, tiny_
     assert (len(planned.trials), planned.open) == (2, 2)
     trained(setting, planned.trials[0], record, status="FAILED", steps=2)
     trained(setting, planned.trials[1], record, loss=2.0)
+    write_plan(setting.sweep_dir, planned)
     more = setting.plan()
     assert (len(more.trials), more.open) == (3, 1)
     assert [trial.config for trial in more.trials[:2]] == [trial.config for trial in planned.trials]
-    order = Order(more, setting.over(more.trials), lambda t: setting.job(t, [Node(2, 0)]), setting.plan_again, record)
+    again = partial(run_module._Session._again, SimpleNamespace(setting=setting, gpus=None))
+    order = Order(planned, setting.over(planned.trials), lambda t: setting.job(t, [Node(2, 0)]), again, record)
     task = order.next()
+    assert [item.name for item in progress(setting.sweep_dir).items] == [trial.name for trial in more.trials]
+    assert more.trials[2].name in dict(collect(setting.sweep).excluded)
     assert task.make().name == more.trials[2].name
     assert [e["trial"] for e in read_events(setting.sweep_dir) if e["event"] == "trial_started"][-1].endswith("002")
 

@@ -140,7 +140,7 @@ def test_if_every_form_is_refused_fit_lists_plot_draws_and_predict_refuses(muste
     code, out, err = muster("sweep", "plot", "--table", path, "--out", str(tmp_path / "plots"), "--budget", "1e21")
     assert code == 0
     assert [line.rpartition("/")[2] for line in out.split()] == ["isoflop.png", "frontier.png", "sweep.html"]
-    assert "no law is drawn: no form can be relied on" in err
+    assert "no law is drawn: no form is reliable" in err
     assert "no prediction is drawn" in err
 
 
@@ -277,7 +277,7 @@ def test_a_kind_can_be_named(muster, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("fit",), "name one thing to fit: SWEEP.yaml, or a table with --table FILE"),
+        (("fit",), "give one thing to fit: SWEEP.yaml, or --table FILE"),
         (("fit", "--table", "none.csv"), "--table none.csv: no such file"),
         (("fit", "--table", "{}", "--columns", "n"), "--columns n: should be NAME=VALUE"),
         (("fit", "--table", "{}", "--columns", COLUMNS, "--form", "hofman"), "--form hofman: no such form"),
@@ -285,7 +285,7 @@ def test_a_kind_can_be_named(muster, tmp_path):
             ("fit", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1.1e18"),
             "at 1 budget: a scaling law needs at least 3 budgets",
         ),
-        (("score", "--table", "{}"), "with --max-budget C also --table FILE"),
+        (("score", "--table", "{}"), "--table FILE with --max-budget C"),
         (
             ("score", "--table", "{}", "--columns", COLUMNS, "--max-budget", "1e21"),
             "choose a value with runs on both sides",
@@ -339,4 +339,4 @@ def test_a_best_size_that_the_runs_do_not_determine_is_a_range(muster, tmp_path)
     assert "nan" not in shown
     assert f"[{found['n']['low']:.3g}," in shown
     assert f"{found['n']['high']:.3g}]" in shown
-    assert "warning: no best size is named for 1e+23 FLOPs" in shown
+    assert "warning: no best size is given for 1e+23 FLOPs" in shown
