@@ -299,9 +299,11 @@ def _locked(out: Path) -> Iterator[None]:
         Meter.say(f"waiting for another process that is preparing {out}")
         held = lock.acquire()
     with held:
-        yield
-        # Safe to remove only now: a process that still waits for it, or creates a new one, finds the manifest.
-        path.unlink(missing_ok=True)
+        try:
+            yield
+        finally:
+            # A process that waits for it then takes a new one: filelock does not hold a file that was removed.
+            path.unlink(missing_ok=True)
 
 
 def refusals(reason: str, count: int) -> str:

@@ -51,7 +51,8 @@ class DamagedCopy(Exception):
 
 
 class Copy:
-    """The parts of a run as they were when it was made. Use it in a `with` block; what has gone since is damaged.
+    """The parts of a run as they were when it was made. Use it in a `with` block; parts that
+    were removed since count as damaged.
 
     Raises:
         OSError: as it is made or used: metrics.jsonl is there, but no plain file.
@@ -178,7 +179,7 @@ class Copy:
 
 
 def update_columns(run_dir: str | Path, covered: int | None = None) -> int:
-    """Bring the copy up to date if more than `TAIL` bytes have come since; one process does, another goes on without.
+    """Bring the copy up to date if more than `TAIL` bytes were appended since, unless another process is doing so.
 
     Args:
         covered: bytes of metrics.jsonl that the copy has, if the caller knows.
@@ -208,6 +209,7 @@ def update_columns(run_dir: str | Path, covered: int | None = None) -> int:
 
 @contextlib.contextmanager
 def _only_one(folder: int) -> Iterator[bool]:
+    """Lock the open folder. filelock takes a path, which may lead elsewhere by now."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
     file = os.open(".lock", flags, 0o600, dir_fd=folder)
     try:
