@@ -70,7 +70,7 @@ class RowsConfig(Section):
     """How rows of numbers are read, for tasks that learn from rows."""
 
     labels: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] = ("label",)
-    """Columns that are predicted: one of classes (whole numbers from 0), or one or more of numbers."""
+    """Columns to predict: one of classes (whole numbers from 0), or one or more of numbers."""
     features: Annotated[tuple[str, ...], Field(min_length=1, max_length=100_000)] | None = None
     """Columns that they are predicted from; None: all other columns, which must hold numbers."""
     standardise: bool = True
@@ -81,17 +81,16 @@ class PairsConfig(Section):
     """How pairs of texts are read, for tasks that learn one from the other. data.prepare.tokenizer encodes both."""
 
     source: str = "source"
-    """Column of the texts that are read, or a field of the struct `translation`, such as en."""
+    """Column of the source texts, or a field of the struct `translation`, such as en."""
     target: str = "target"
-    """The same of those that are written."""
+    """Column of the target texts, likewise."""
 
 
 class GraphsConfig(Section):
     """How graphs are read, for tasks that learn from their nodes."""
 
     neighbours: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100)] = (10, 10)
-    """Neighbours that are sampled of a node, then of each of these, ...: as many distances as the network has layers.
-    """
+    """Neighbours sampled of each node, hop by hop: one number for each layer of the network."""
 
 
 BUNDLED = {
@@ -113,8 +112,8 @@ class DataConfig(Section):
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
     Hugging Face `datasets` writes them; no preparation is needed. Graphs: likewise. Rows: the same, with a column of
-    numbers each. Pairs: the same, with two columns of text. Small ones to begin with: bundled:xor, bundled:wine and
-    bundled:diabetes (rows), bundled:digits (images of 8 x 8), bundled:functions (graphs), bundled:karate (nodes),
+    numbers each. Pairs: the same, with two columns of text. Small bundled ones to begin with: bundled:xor, bundled:wine
+    and bundled:diabetes (rows), bundled:digits (images of 8 x 8), bundled:functions (graphs), bundled:karate (nodes),
     bundled:dates (pairs), written at first use under run.root/data."""
     kind: Literal["rows", "images", "graphs", "nodes", "pairs"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""

@@ -25,7 +25,7 @@ class EarlyStopConfig(Section):
     """Ending a run once its held-out loss no longer improves."""
 
     patience: PositiveInt | None = None
-    """Evaluations in a row without an improvement after which the run ends; None: it goes on to train.steps."""
+    """Evaluations in a row without an improvement after which the run ends; None: it continues to train.steps."""
     min_delta: float = Field(0.0, ge=0)
     """A held-out loss lower than the best one by more than this is an improvement, for optim.schedule=plateau too."""
 
@@ -54,13 +54,13 @@ class ViewsConfig(Section):
     """Random views of an image, for tasks that compare them."""
 
     crop: float = Field(0.3, gt=0, le=1)
-    """Least share of the image that is seen, resized to the whole."""
+    """Smallest share of the image that a crop keeps; it is resized to the whole."""
     flip: bool = False
     """Mirror half of the views, left to right."""
     rotate: float = Field(0.0, ge=0, le=180)
-    """Most degrees of rotation, either way."""
+    """Maximum rotation in degrees, either way."""
     jitter: float = Field(0.4, ge=0, lt=1)
-    """How much brightness, contrast and, in colour, saturation change at most, either way."""
+    """Maximum change of brightness, contrast and, in colour, saturation, either way."""
 
 
 class TrainConfig(Section):
@@ -79,7 +79,7 @@ class TrainConfig(Section):
     """Classification, and sequence to sequence: share of each target that is spread evenly over all classes
     (arXiv:1512.00567, section 7)."""
     class_weights: tuple[Annotated[float, Field(ge=0)], ...] = ()
-    """Classification: what the loss of each class's examples is multiplied by in training; []: 1 for every class."""
+    """Classification: factor on the loss of each class's examples in training; []: 1 for every class."""
     mixup: float = Field(0.0, ge=0, le=1)
     """Classification of rows or images: each training example is mixed with another one of its micro-batch, and so are
     their labels, in shares from Beta(mixup, mixup) (arXiv:1710.09412); 0: not."""
@@ -91,7 +91,7 @@ class TrainConfig(Section):
     """Masked language modelling: share of the tokens that are predicted. Of these, 80% are masked, 10% replaced
     by random tokens, and 10% left as they are (arXiv:1810.04805)."""
     temperature: PositiveFloat = 0.5
-    """Contrastive learning: what the cosines of two views are divided by."""
+    """Contrastive learning: divisor of the cosine similarity of two views."""
     views: ViewsConfig = ViewsConfig()
     """Contrastive learning: how views differ from their image."""
     grad_clip: float = Field(1.0, ge=0)
@@ -113,10 +113,10 @@ class TrainConfig(Section):
     eval_sequences: PositiveInt = 128
     """Held-out sequences per evaluation."""
     sample_tokens: NonNegativeInt = 128
-    """Tokens per text sample generated at each evaluation; 0: no samples. Sequence to sequence: most tokens of a target
-    that is found, for samples and for BLEU and chrF; 0: none of these."""
+    """Tokens per text sample generated at each evaluation; 0: no samples. Sequence to sequence: maximum length of a
+    decoded target, for samples and for BLEU and chrF; 0: none of these."""
     sample_beams: Annotated[int, Field(ge=1, le=64)] = 1
-    """Sequence to sequence: beams of the search for a target, in an evaluation too; 1: greedy."""
+    """Sequence to sequence: beams when a target is decoded, in evaluations too; 1: greedy."""
     sample_prompts: tuple[str, ...] = ("",)
     """Prompts that the samples continue."""
     sample_temperature: float = Field(0.8, ge=0)

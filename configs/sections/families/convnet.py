@@ -25,11 +25,11 @@ class ConvNetConfig(ModelSection):
     """Stages of its own, from the image on, each with block, width, depth, stride, kernel, ...; None: those of the
     architecture."""
     channels: Literal[1, 3] = 3
-    """Of an image: that of data.images.channels."""
+    """Channels of an image, as in data.images.channels."""
     outputs: Size = 10
     """Classes."""
     activation: Activation | None = None
-    """Of convolutions; None: that of the architecture."""
+    """Activation after convolutions; None: the architecture's."""
     norm: Norm | None = None
     """After convolutions: none, batch, or layer (over the channels of each pixel); None: that of the architecture."""
     hidden: tuple[Size, ...] | None = None

@@ -21,7 +21,7 @@ class LayersConfig(ModelSection):
     intermediate_size: Size | None = None
     """Width inside the MLP; None: 4 hidden_size, with swiglu 8/3 of it, rounded up to a multiple of 64."""
     activation: Literal["gelu", "swiglu"] = "gelu"
-    """Of the MLP; swiglu: a second linear map gated by swish, without biases (arXiv:2002.05202)."""
+    """Activation of the MLP; swiglu: a second linear map gated by swish, without biases (arXiv:2002.05202)."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm or RMSNorm."""
     norm_eps: PositiveFloat = 1e-12
@@ -100,7 +100,7 @@ class PatchesConfig(LayersConfig):
     patch_size: Size = 16
     """Height and width of a patch."""
     channels: Literal[1, 3] = 3
-    """Of an image: that of data.images.channels."""
+    """Channels of an image, as in data.images.channels."""
 
     @property
     def num_patches(self) -> int:
@@ -134,7 +134,7 @@ class MaeConfig(PatchesConfig):
 
     family: str = "mae"
     mask_ratio: float = Field(0.75, gt=0, lt=1)
-    """Share of the patches that are hidden; at least one is, and one is not."""
+    """Share of the patches that are hidden; at least one is hidden and one is visible."""
     decoder_layers: int = Field(2, gt=0, le=MOST_LAYERS)
     """Layers of the decoder."""
     decoder_size: Size = 128

@@ -24,14 +24,14 @@ class AutoencoderConfig(ModelSection):
     inputs: Size = 64
     """Numbers of an example: feature columns of a row, or channels * height * width of an image."""
     channels: Literal[1, 3] = 3
-    """Of an image: that of data.images.channels."""
+    """Channels of an image, as in data.images.channels."""
     hidden: Widths = (128,)
     """Widths of the encoder's hidden layers; with conv channels of its stages, each of which halves height and width.
     The decoder mirrors them."""
     activation: Activation = "relu"
-    """Of the hidden layers."""
+    """Activation of the hidden layers."""
     norm: Norm = "none"
-    """Before each activation."""
+    """Normalisation before each activation."""
     latents: Size = 16
     """Numbers that an example is encoded as; with conv and vq, numbers at each pixel of the last stage."""
     bottleneck: Literal["plain", "vae", "vq"] = "plain"
@@ -71,11 +71,11 @@ class AutoencoderConfig(ModelSection):
     def _check(self) -> Self:
         if self.network == "conv":
             if not self.hidden:
-                raise ValueError("model.hidden is empty: model.network=conv needs a stage at least")
+                raise ValueError("model.hidden is empty: model.network=conv needs at least one stage")
             if self.channels * self.side**2 != self.inputs:
                 raise ValueError(
-                    f"model.inputs ({self.inputs}) is not model.channels ({self.channels}) times a square, as "
-                    "model.network=conv needs: set model.inputs to channels * height * width of an image"
+                    f"model.inputs ({self.inputs}) is not model.channels ({self.channels}) times a square, which "
+                    "model.network=conv requires: set model.inputs to channels * height * width of an image"
                 )
             if self.side % 2 ** len(self.hidden):
                 raise ValueError(
@@ -99,9 +99,9 @@ class DiffusionConfig(ModelSection):
     image_size: Size = 32
     """Height and width of an image."""
     channels: Literal[1, 3] = 3
-    """Of an image: that of data.images.channels."""
+    """Channels of an image, as in data.images.channels."""
     classes: Size | None = None
-    """Labels that images are made by; None: they are made without."""
+    """Number of classes that images are conditioned on; None: they are unconditional."""
     width: Size = 64
     """unet: channels of the first level; dit: of a patch."""
     levels: Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], Field(min_length=1, max_length=16)] = (1, 2, 4)
@@ -110,7 +110,7 @@ class DiffusionConfig(ModelSection):
     depth: Annotated[int, Field(ge=1, le=1000)] = 2
     """unet: residual blocks of each level; dit: Transformer blocks."""
     heads: Annotated[int, Field(ge=1, le=1024)] = 4
-    """Of attention."""
+    """Attention heads."""
     patch_size: Annotated[int, Field(ge=1, le=256)] = 2
     """dit: height and width of a patch."""
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
@@ -124,15 +124,15 @@ class DiffusionConfig(ModelSection):
     label_dropout: float = Field(0.1, ge=0, lt=1)
     """Share of the examples that are trained without their label, for guidance."""
     guidance: float = Field(1.0, ge=0, le=1000)
-    """Samples: how far to go from the prediction without the label to the one with it (arXiv:2207.12598); 1: that with
-    it."""
+    """Samples: guidance scale, from the prediction without the label to the one with it (arXiv:2207.12598); 1: the
+    latter."""
     sampler: Literal["ddpm", "ddim", "heun"] = "ddim"
-    """ddpm: noise is added after each step (arXiv:2006.11239); ddim: none is (arXiv:2010.02502); heun: nor is here, and
-    each step is corrected by a second prediction (arXiv:2206.00364)."""
+    """ddpm: adds noise after each step (arXiv:2006.11239); ddim: adds none (arXiv:2010.02502); heun: adds none, and
+    corrects each step by a second prediction (arXiv:2206.00364)."""
     sample_steps: Annotated[int, Field(ge=1, le=10**5)] = 20
     """Steps from noise to a sample."""
     measure_samples: bool = False
-    """Evaluations make an image for each held-out one, and measure how alike the two sets are."""
+    """Evaluations generate an image for each held-out one, and measure how similar the two sets are."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -140,23 +140,25 @@ class DiffusionConfig(ModelSection):
         if self.image_size % parts:
             key = "levels" if self.network == "unet" else "patch_size"
             raise ValueError(
-                f"model.image_size ({self.image_size}) is no multiple of {parts}, as model.{key} needs: set "
-                f"model.image_size and data.images.size to one, or other model.{key}"
+                f"model.image_size ({self.image_size}) is not a multiple of {parts}, which model.{key} "
+                f"requires: set model.image_size and data.images.size to a multiple, or change model.{key}"
             )
         width = self.width * (self.levels[-1] if self.network == "unet" else 1)
         if width % self.heads:
             raise ValueError(f"model.heads ({self.heads}) does not divide the {width} channels of attention")
         if self.network == "dit" and self.width % 4:
-            raise ValueError(f"model.width ({self.width}) is no multiple of 4, as the positions of patches need")
+            raise ValueError(
+                f"model.width ({self.width}) is not a multiple of 4, which the positions of patches require"
+            )
         if self.network == "unet" and self.width % 2:
             raise ValueError(
-                f"model.width ({self.width}) is odd, but half of it are sines and half cosines of the time"
+                f"model.width ({self.width}) is odd, but half of the channels hold sines and half cosines of the time"
             )
         if self.guidance != 1 and (self.classes is None or not self.label_dropout):
             raise ValueError("model.guidance needs model.classes, and model.label_dropout above 0")
         if self.noise_steps < self.sample_steps and self.prediction != "flow":
             raise ValueError(
-                f"model.sample_steps ({self.sample_steps}) is over model.noise_steps ({self.noise_steps}): set it to "
+                f"model.sample_steps ({self.sample_steps}) exceeds model.noise_steps ({self.noise_steps}): set it to "
                 f"{self.noise_steps} or fewer"
             )
         return self
@@ -172,23 +174,23 @@ class GanConfig(ModelSection):
     image_size: Size = 32
     """Height and width of an image."""
     channels: Literal[1, 3] = 3
-    """Of an image: that of data.images.channels."""
+    """Channels of an image, as in data.images.channels."""
     classes: Size | None = None
-    """Labels that images are made and judged by; None: without."""
+    """Number of classes that both networks are conditioned on; None: they are unconditional."""
     latents: Size = 64
-    """Numbers that an image is made of."""
+    """Size of the latent vector."""
     generator_network: Literal["dcgan", "style"] = "dcgan"
     """dcgan: transposed convolutions, with BatchNorm; style: latents become, by an MLP, the means and deviations of the
     channels of each stage (StyleGAN, arXiv:1812.04948, without its noise), whatever else is in the batch."""
     mapping: Annotated[int, Field(ge=1, le=64)] = 4
     """style: layers of that MLP, as wide as the latents."""
     generator: Annotated[Widths, Field(min_length=1)] = (256, 128, 64)
-    """Channels of its stages, from the smallest images on; each stage doubles height and width."""
+    """Channels of its stages, smallest images first; each stage doubles height and width."""
     discriminator: Annotated[Widths, Field(min_length=1)] = (64, 128, 256)
     """Channels of its stages, each of which halves height and width."""
     discriminator_norm: Literal["none", "batch", "layer", "spectral"] = "spectral"
-    """spectral: no matrix or convolution stretches anything (arXiv:1802.05957); batch, layer: before activations, but
-    the first."""
+    """spectral: every matrix and convolution has spectral norm 1 (arXiv:1802.05957); batch, layer: before each
+    activation but the first."""
     loss: Literal["minimax", "non_saturating", "wgan", "wgan_gp", "hinge"] = "non_saturating"
     """minimax and non_saturating: arXiv:1406.2661, equation 1 and section 3; wgan: Wasserstein distance with clipped
     weights (arXiv:1701.07875); wgan_gp: with a penalty on gradients (arXiv:1704.00028); hinge: arXiv:1705.02894."""
@@ -197,11 +199,11 @@ class GanConfig(ModelSection):
     gradient_penalty: float = Field(10.0, ge=0, le=1e6)
     """wgan_gp: weight of the penalty."""
     discriminator_lr: float | None = Field(None, gt=0, le=1e6)
-    """Its peak learning rate; None: optim.lr."""
+    """Peak learning rate of the discriminator; None: optim.lr."""
     generator_lr: float | None = Field(None, gt=0, le=1e6)
-    """Its peak learning rate; None: optim.lr."""
+    """Peak learning rate of the generator; None: optim.lr."""
     discriminator_steps: Annotated[int, Field(ge=1, le=1000)] = 1
-    """Steps of the discriminator for each of the generator."""
+    """Discriminator steps per generator step."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -209,13 +211,14 @@ class GanConfig(ModelSection):
             stages = len(getattr(self, key))
             if self.image_size % 2**stages:
                 raise ValueError(
-                    f"model.image_size ({self.image_size}) is no multiple of {2**stages}, as the {stages} stages of "
-                    f"model.{key} need: set model.image_size and data.images.size to one, or fewer stages"
+                    f"model.image_size ({self.image_size}) is not a multiple of {2**stages}, which the {stages} "
+                    f"stages of model.{key} require: set model.image_size and data.images.size to a multiple, or use "
+                    "fewer stages"
                 )
         if self.loss == "wgan_gp" and self.discriminator_norm == "batch":
             raise ValueError(
                 "model.discriminator_norm=batch mixes the images of a batch, but model.loss=wgan_gp penalises the "
-                "gradient of each one: set it to layer or none"
+                "gradient of each image by itself: set it to layer or none"
             )
         if self.loss == "wgan" and self.discriminator_norm == "spectral":
             raise ValueError("model.discriminator_norm=spectral undoes model.clip of model.loss=wgan: set it to none")

@@ -21,19 +21,19 @@ class GnnConfig(ModelSection):
     inputs: Size = 1
     """Features of a node: columns of node_feat."""
     categories: int = Field(0, ge=0, le=2**24)
-    """Those features are whole numbers below this one, and each has a table of vectors; 0: they are numbers."""
+    """Node features are categories, whole numbers below this, each with its own embedding; 0: they are numbers."""
     edge_inputs: int = Field(0, ge=0, le=2**24)
     """Features of an edge: columns of edge_attr; 0: none are used. For gat, gin and transformer."""
     edge_categories: int = Field(0, ge=0, le=2**24)
-    """As categories, of the features of an edge."""
+    """The same for edge features."""
     outputs: Size = 2
     """Classes, or predicted numbers."""
     width: Size = 64
-    """Of a node's state."""
+    """Width of a node's state."""
     depth: Size = 3
     """Layers: how many edges away a node sees."""
     heads: Size = 4
-    """Of gat and transformer; width is a multiple."""
+    """Attention heads, of gat and transformer; they must divide width."""
     norm: Literal["none", "batch", "layer"] = "batch"
     """Normalisation of the nodes after each layer."""
     residual: bool = True
@@ -41,7 +41,7 @@ class GnnConfig(ModelSection):
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout of the nodes' states after each layer."""
     readout: Literal["mean", "sum", "max"] = "mean"
-    """How the states of its nodes become that of a graph."""
+    """How node states are pooled into that of a graph."""
 
     @model_validator(mode="after")
     def _fits(self) -> "GnnConfig":
@@ -49,9 +49,9 @@ class GnnConfig(ModelSection):
             raise ValueError(f"model.width ({self.width}) is not a multiple of model.heads ({self.heads})")
         if self.edge_inputs and self.layer in ("gcn", "sage"):
             raise ValueError(
-                f"model.layer={self.layer} has no use for features of edges: set model.edge_inputs=0 and "
+                f"model.layer={self.layer} does not use edge features: set model.edge_inputs=0 and "
                 "model.edge_categories=0, or model.layer=gin"
             )
         if self.edge_categories and not self.edge_inputs:
-            raise ValueError("model.edge_categories needs model.edge_inputs, the columns of edge_attr")
+            raise ValueError("model.edge_categories needs model.edge_inputs, the number of columns of edge_attr")
         return self

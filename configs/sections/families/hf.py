@@ -55,7 +55,7 @@ class TransformersConfig(ModelSection):
     ForImageClassification: classification."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the class's config, as in config.json; the others have its defaults. Dropout is 0: that of transformers
-    depends on the process that an example is in."""
+    depends on which process handles an example."""
 
     @classmethod
     def variant(cls, keys: Mapping[str, Any]) -> type[ModelSection]:
@@ -68,7 +68,7 @@ class TransformersConfig(ModelSection):
         if not name.isidentifier():
             raise ValueError("should be the name of a class")
         if not kind_of_class(name):
-            raise ValueError(f"no task trains such a class: should end in {' or '.join(BY_ENDING)}")
+            raise ValueError(f"no task can train this class: its name should end in {' or '.join(BY_ENDING)}")
         return name
 
     @field_validator("config", mode="before")
@@ -113,7 +113,7 @@ class ImageClassifier(TransformersConfig):
     outputs: Size = 10
     """Classes."""
     channels: Literal[1, 3] = 3
-    """Of an image: that of data.images.channels."""
+    """Channels of an image, as in data.images.channels."""
 
     @property
     def image_size(self) -> int | None:
@@ -139,7 +139,7 @@ def kind_of_class(name: str) -> type[TransformersConfig] | None:
 def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
     """(keys, value) of every number, text, truth value and null. Raises ValueError."""
     if len(path) > DEEPEST or (isinstance(tree, dict | list | tuple) and len(tree) > MOST_ENTRIES):
-        raise ValueError(f"{'.'.join(path[:3])}: too many values, or nested too deep")
+        raise ValueError(f"{'.'.join(path[:3])}: too many values, or nested too deeply")
     if isinstance(tree, dict):
         for key, value in tree.items():
             if not isinstance(key, str) or not key.isprintable() or len(key) > 100:

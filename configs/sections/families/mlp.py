@@ -26,8 +26,8 @@ class MlpConfig(ModelSection):
     hidden: Annotated[tuple[Size, ...], Field(max_length=1000)] = (128,)
     """Widths of the hidden layers; []: none, which makes it linear."""
     activation: Activation = "relu"
-    """Of the hidden layers: sigmoid, tanh, relu, leaky_relu (slope 0.01), prelu (its slope is learned), swish, gelu, or
-    swiglu (a second linear map gated by swish)."""
+    """Activation of the hidden layers: sigmoid, tanh, relu, leaky_relu (slope 0.01), prelu (its slope is learned),
+    swish, gelu, or swiglu (a second linear map gated by swish)."""
     residual: bool = False
     """Add the input of each hidden layer to its output, where both have the same width (arXiv:1512.03385)."""
     norm: Literal["none", "batch", "layer"] = "none"

@@ -23,33 +23,33 @@ class NeuralOdeConfig(ModelSection):
     inputs: Size = 64
     """Numbers of an example: feature columns of a row, or channels * height * width of an image."""
     channels: Literal[1, 3] | None = None
-    """Of an image, whose state is then an image too; None: the state is a row of numbers."""
+    """Channels of an image, whose state is then an image too; None: the state is a row of numbers."""
     outputs: Size = 10
     """Classes, or predicted numbers."""
     width: Size = 32
-    """Of the state: numbers, or channels. Where it is wider than the inputs, paths may pass one another
+    """Width of the state: numbers, or channels. Where it is wider than the inputs, paths may pass one another
     (arXiv:1904.01681)."""
     hidden: Size = 64
     """Width of the hidden layer of the equation, for rows."""
     downsample: int = Field(0, ge=0, le=10)
-    """How often an image is halved before the equation."""
+    """How many times an image is halved before the equation."""
     solver: Literal["dopri5", "bosh3", "adaptive_heun", "rk4", "midpoint", "euler"] = "dopri5"
     """dopri5, bosh3 and adaptive_heun choose their steps by rtol and atol; rk4, midpoint and euler take those of steps.
     """
     steps: Size = 4
-    """Of rk4, midpoint and euler."""
+    """Number of steps, for rk4, midpoint and euler."""
     rtol: PositiveFloat = 1e-3
-    """Error relative to the state that a step may make."""
+    """Relative error allowed per step."""
     atol: PositiveFloat = 1e-3
-    """Absolute error that a step may make."""
+    """Absolute error allowed per step."""
     adjoint: bool = False
-    """Gradients by a second equation backwards in time, solved as the first, which needs the state alone: at the end,
-    or after each of steps. Else through all that the solver computed."""
+    """Compute gradients by the adjoint equation, solved backwards in time, which stores only the final state, or that
+    after each of the fixed steps. Otherwise gradients pass through everything that the solver computed."""
 
     @model_validator(mode="after")
     def _fits(self) -> "NeuralOdeConfig":
         if self.downsample and not self.channels:
-            raise ValueError("model.downsample is of images: set model.channels, or model.downsample=0")
+            raise ValueError("model.downsample applies to images only: set model.channels, or model.downsample=0")
         return self
 
     @property
@@ -66,5 +66,5 @@ class NeuralOdeConfig(ModelSection):
     def check_kind(self, kind: str) -> None:
         if self.channels and kind != "images":
             raise ConfigError(
-                f"model.channels={self.channels} is of images, but the run learns from {kind}: leave it out"
+                f"model.channels={self.channels} is for images, but the run learns from {kind}: leave it out"
             )

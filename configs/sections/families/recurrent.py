@@ -24,7 +24,7 @@ class RecurrentConfig(ModelSection):
     cell: Cell = "lstm"
     """tanh or relu (Elman's network), gru (arXiv:1406.1078) or lstm."""
     num_layers: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Each takes the states of the one before."""
+    """Stacked recurrent layers."""
     hidden_size: Size = 256
     """Width of a layer's state."""
     embedding_size: Size | None = None

@@ -20,7 +20,7 @@ class EncoderDecoderConfig(ModelSection):
     """transformer (arXiv:1706.03762); or gated recurrent units, read in both directions, whose decoder attends to the
     source before each state (bahdanau, arXiv:1409.0473) or after it (luong, arXiv:1508.04025)."""
     num_layers: Annotated[int, Field(ge=1, le=1000)] = 2
-    """Of the encoder, and of the decoder."""
+    """Layers of the encoder, and of the decoder."""
     hidden_size: Size = 128
     """Width of embeddings and of layers (of each direction, in a recurrent encoder)."""
     num_heads: Size = 4

@@ -27,7 +27,7 @@ class Stage(Section):
     depth: Annotated[int, Field(ge=1, le=1000)] = 1
     """Number of blocks."""
     stride: Annotated[int, Field(ge=1, le=64)] = 1
-    """Of the first block; the others have 1."""
+    """Stride of the first block; the others have 1."""
     kernel: Annotated[int, Field(ge=1, le=255)] = 3
     """Height and width of its (depthwise) convolutions."""
     padding: Annotated[int, Field(ge=0, le=255)] | None = None
@@ -70,9 +70,9 @@ class Architecture(Section):
     norm: Norm = "batch"
     """batch: BatchNorm; layer: over the channels of each pixel."""
     eps: float = Field(1e-5, gt=0)
-    """Of norms."""
+    """Epsilon of norms."""
     activation: Activation = "relu"
-    """Of convolutions; squeeze-and-excitation has the same."""
+    """Activation after convolutions; squeeze-and-excitation has the same."""
     grid: Size = 1
     """Height and width that the last stage is averaged to."""
     hidden: tuple[Size, ...] = ()
