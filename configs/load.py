@@ -94,7 +94,7 @@ def _layers_apart(text: str, where: str) -> list["Layer"]:
     base = tree.pop("base", None)
     if base is not None and base not in preset_names():
         known = ", ".join(preset_names())
-        raise ConfigError(f"{where}: base={shown(base)}: no file is read here: should be a preset ({known})")
+        raise ConfigError(f"{where}: base={shown(base)}: files are not read here: choose a preset ({known})")
     below = [] if base is None else _layers(base)
     return [*below, (Path(where), tree)]
 
@@ -103,13 +103,15 @@ def refuse_outside(tree: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError if the keys of a config name code to run, or a file that `from_dict` would read."""
     model, train = (each if isinstance(each := tree.get(key), Mapping) else {} for key in ("model", "train"))
     if tree.get("plugins"):
-        raise ConfigError(f"{where}: plugins={shown(tree['plugins'])}: no code is loaded here: leave it out")
+        raise ConfigError(f"{where}: plugins={shown(tree['plugins'])}: plugins are not loaded here: leave it out")
     if FROM in model:
-        raise ConfigError(f"{where}: model.from={shown(model[FROM])}: no folder is read here: give the model's keys")
+        raise ConfigError(
+            f"{where}: model.from={shown(model[FROM])}: folders are not read here: give the keys of the model"
+        )
     rope = model.get("rope_scaling")
     if train.get("init_from") and isinstance(rope, Mapping) and rope.get(ORIGINAL) is None:
         raise ConfigError(
-            f"{where}: train.init_from={shown(train['init_from'])}: no folder is read here: give "
+            f"{where}: train.init_from={shown(train['init_from'])}: folders are not read here: give "
             f"model.rope_scaling.{ORIGINAL}"
         )
 

@@ -93,7 +93,7 @@ def train(run_dir: Path, patience: float = 0.0) -> str:
                 status = _steps(run_dir, config, state, record, attempt, stop, beat)
             reason = "reached train.steps" if status == "FINISHED" else "stopped by request"
             if status == "FINISHED" and state.step < config.train.steps:
-                reason = f"no better held-out loss in {counted(state.since_best, 'evaluation')}"
+                reason = f"no lower held-out loss in {counted(state.since_best, 'evaluation')}"
                 cause = {"cause": EARLY, "in_a_row": state.since_best}
             if record and status == "FINISHED" and config.tracking.enabled and config.tracking.export_model:
                 _export(run_dir, config, record)
@@ -225,7 +225,7 @@ def _steps(
         if record and trainee.compilations.any:
             record.event("compiled", **trainee.compilations.summary())
     if not killed and (failed := from_chief(lambda: saver.failed)):
-        why = f"the last checkpoint could not be written, start again to go on: {failed}"
+        why = f"the last checkpoint could not be written; start the run again to continue: {failed}"
         raise TrainingStopped(why, CHECKPOINT)
     if record:
         record.event("measured", **forecast.measured())

@@ -14,7 +14,7 @@ from configs import ConfigError, ExitCode, counted
 from .runs import RUNS, Json, Root, Run, run_folder
 
 app = typer.Typer(help="List, inspect and verify a run's checkpoints.", no_args_is_help=True)
-Step = Annotated[int | None, typer.Option(help="Only the checkpoint of this step.", min=0)]
+Step = Annotated[int | None, typer.Option(help="Verify only the checkpoint of this step.", min=0)]
 
 
 @app.command("list")
@@ -52,7 +52,7 @@ def list_checkpoints(run: Run, root: Root = RUNS, as_json: Json = False) -> None
 @app.command()
 def show(
     run: Run,
-    step: Annotated[int | None, typer.Option(help="Checkpoint of this step; the newest if not given.", min=0)] = None,
+    step: Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.", min=0)] = None,
     root: Root = RUNS,
     as_json: Json = False,
 ) -> None:

@@ -16,10 +16,12 @@ from configs.reading.parse import is_file, shortened
 from .runs import RUNS, find_run, run_folder, run_folders
 
 Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 picks a free one.")]
-Host = Annotated[str, typer.Option(metavar="NAME", help="Address to listen on, by default this machine only.")]
+Host = Annotated[
+    str, typer.Option(metavar="NAME", help="Address to listen on; by default only this machine can connect.")
+]
 Names = Annotated[
     list[str] | None,
-    typer.Option("--name", metavar="NAME", help="Another host name that browsers use for it, such as a proxy's."),
+    typer.Option("--name", metavar="NAME", help="Another host name that browsers reach it by, such as a proxy's."),
 ]
 
 
@@ -39,8 +41,8 @@ def dashboard(
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Start no server: write the page of each RUN, with the end of its logs, and of all compared, as HTML "
-            "files that open by themselves.",
+            help="Instead of serving, write HTML files that open without a server: a page for each RUN, with the end "
+            "of its logs, and one that compares them all.",
         ),
     ] = None,
 ) -> None:
@@ -58,7 +60,7 @@ def dashboard(
     listening = serving.listen(host, port)
     print(f"{serving.url_of(host, listening)}/login#{token}", flush=True)
     print(
-        f"the link contains the access token of {auth.token_file()}: keep it private. Ctrl-C ends the server",
+        f"the link contains the access token of {auth.token_file()}: keep it private. Ctrl-C stops the server",
         flush=True,
     )
     serving.warn_of(host)
@@ -67,7 +69,7 @@ def dashboard(
 
 def serve(
     address: Annotated[
-        str, typer.Option(metavar="HOST:PORT", help="Ray's head, which runs on this machine.")
+        str, typer.Option(metavar="HOST:PORT", help="Address of the Ray head that runs on this machine.")
     ] = "127.0.0.1:6379",
     root: Annotated[list[Path], typer.Option(help="Folder of runs (run.root); may be given several times.")] = [],  # noqa: B006
     port: Port = PORT,
@@ -102,7 +104,7 @@ def serve(
 def _check_roots(roots: Sequence[Path]) -> None:
     for each in roots:
         if not each.is_dir():
-            raise ConfigError(f"--root {shortened(each, 200)}: there is no such folder; `muster train` makes {RUNS}")
+            raise ConfigError(f"--root {shortened(each, 200)}: no such folder; `muster train` creates {RUNS}")
 
 
 def _export(folder: Path, runs: Sequence[str], roots: Sequence[Path]) -> None:
@@ -122,10 +124,11 @@ def _export(folder: Path, runs: Sequence[str], roots: Sequence[Path]) -> None:
     if not runs:
         found = [each.resolve() for root in roots for each in run_folders(root)]
         if not found:
-            raise ConfigError(f"--export: there is no run in {shortened(', '.join(map(str, roots)), 200)}")
+            raise ConfigError(f"--export: there are no runs in {shortened(', '.join(map(str, roots)), 200)}")
     if len(found) > MOST_COMPARED:
         raise ConfigError(
-            f"--export: {len(found):,} runs, and {MOST_COMPARED} can be compared on a page: name those RUNs"
+            f"--export: there are {len(found):,} runs, and a page compares at most {MOST_COMPARED}: "
+            "name the RUNs to write"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

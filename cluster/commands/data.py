@@ -36,9 +36,9 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            help="Text, JSON, CSV or Parquet, compressed or not: files, folders, globs. Images: a folder with a folder "
-            "for each class. Rows, pairs: CSV or TSV. Graphs: SDF, or a folder of TUDataset. Nodes: CSV or TSV, of "
-            "edges and of nodes."
+            help="Text, JSON, CSV or Parquet, compressed or not: files, folders, globs. Images: a folder with one "
+            "subfolder per class. Rows, pairs: CSV or TSV. Graphs: SDF, or a folder of TUDataset. Nodes: CSV or TSV "
+            "of edges and of nodes."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to create.")],
@@ -65,14 +65,17 @@ def prepare(
     ] = False,
     split: Annotated[
         str,
-        typer.Option(help="random, stratified (the fraction of every class) or grouped (rows, pairs)."),
+        typer.Option(help="Images, rows, pairs: random, stratified (an equal share of each class) or grouped."),
     ] = "random",
     label: Annotated[
         list[str] | None,
-        typer.Option(metavar="COLUMN", help="Rows, nodes: what is predicted; else `label`. SDF: its data item."),
+        typer.Option(
+            metavar="COLUMN", help="Rows, nodes: the column to predict; `label` if not given. SDF: its data item."
+        ),
     ] = None,
     group: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="Rows, pairs, grouped: those of one value stay together.")
+        str | None,
+        typer.Option(metavar="COLUMN", help="Rows, pairs, grouped: column whose equals stay together."),
     ] = None,
     leave_out: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Rows: a column to drop.")] = None,
     source: Annotated[str, typer.Option(metavar="COLUMN", help="Pairs: the texts that are read.")] = "source",
@@ -87,7 +90,7 @@ def prepare(
         raise ConfigError(f"--split {split}: should be random, stratified or grouped")
     for name in sorted({option for options in OF_KIND.values() for option in options} - {*OF_KIND[kind]}):
         if (given := ctx.get_parameter_source(name)) and given.name != "DEFAULT":
-            raise ConfigError(f"--{name.replace('_', '-')} is no option of --kind {kind}: leave it out")
+            raise ConfigError(f"--{name.replace('_', '-')} does not apply to --kind {kind}: leave it out")
     asked: dict[str, Any] = {"held_out": held_out, "seed": seed}
     if kind == "text":
         asked |= {"tokenizer": tokenizer, "vocab_size": vocab_size}
@@ -118,7 +121,7 @@ def prepare(
         print(prepare_rows(inputs, out, chosen, held_out, seed, labels, group, leave_out or ()))
     named = f" data.rows.labels=[{','.join(label)}]" if label and kind == "rows" else ""
     named += " data.kind=nodes" if kind == "nodes" else ""
-    print(f"to train on them: data.path={out}{named}")
+    print(f"to train on it: data.path={out}{named}")
 
 
 @app.command()

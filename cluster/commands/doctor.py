@@ -177,7 +177,7 @@ def _shared_memory() -> Iterator[Finding]:
         return
     size = shutil.disk_usage(shm).total
     if size < 256 * 2**20:
-        mend = "Ray then uses files; NCCL wants 1 GB or more: docker run --shm-size=2g"
+        mend = "Ray then uses files; NCCL needs 1 GB or more: docker run --shm-size=2g"
         yield Finding("/dev/shm", "note", byte_size(size), mend)
     else:
         yield Finding("/dev/shm", "ok", byte_size(size))
@@ -186,7 +186,7 @@ def _shared_memory() -> Iterator[Finding]:
 def _open_files() -> Iterator[Finding]:
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     if hard != resource.RLIM_INFINITY and hard < 4096:
-        yield Finding("open files", "note", f"at most {hard}", "Ray wants 4096: ulimit -n 8192")
+        yield Finding("open files", "note", f"at most {hard}", "Ray needs 4096: ulimit -n 8192")
     else:
         yield Finding("open files", "ok", "no limit" if hard == resource.RLIM_INFINITY else f"at most {hard}")
 

@@ -28,7 +28,10 @@ PREFIX = "job-"
 """Of every job's id, which tells it from a run's name."""
 
 Job = Annotated[
-    str, typer.Argument(metavar="JOB", help="Id of a job, as `muster jobs` lists it; or its run's name: the newest.")
+    str,
+    typer.Argument(
+        metavar="JOB", help="Id of a job, as listed by `muster jobs`, or the name of its run (its newest job)."
+    ),
 ]
 RunOrJob = Annotated[
     str,
@@ -168,11 +171,11 @@ def stop(
     found, until = cluster.stop(job, now), time.monotonic() + UNSETTLED
     while found.state in ACTIVE:
         if found.state == QUEUED and time.monotonic() > until:
-            print(f"{job} is {found.state}: it is cancelled, or stopped, as soon as the server reaches Ray")
+            print(f"{job} is {found.state}: it will be cancelled or stopped as soon as the server reaches Ray")
             return
         time.sleep(0.5)
         found, _, _ = cluster.job(job)
-    again = f": `muster retry {job}` goes on" if found.state == STOPPED else ""
+    again = f": `muster retry {job}` continues it" if found.state == STOPPED else ""
     print(f"{job} is {found.state}{again}")
 
 
@@ -181,11 +184,11 @@ def priority(
     priority: Annotated[int, typer.Argument(metavar="N", help="Jobs of higher priority go first.")],
     address: Address = None,
 ) -> None:
-    """Change the priority of a job that waits. Example: muster priority job-moe-3f9a1c 5"""
+    """Change the priority of a waiting job. Example: muster priority job-moe-3f9a1c 5"""
     cluster = Cluster(api_url(address))
     changed = cluster.set_priority(_known(cluster.jobs(), job).id, priority)
     _, _, ahead = cluster.job(changed.id)
-    print(f"{changed.id} has priority {changed.priority}, {counted(ahead, 'job')} before it")
+    print(f"{changed.id} has priority {changed.priority}, {counted(ahead, 'job')} ahead of it")
 
 
 def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
@@ -196,7 +199,9 @@ def retry(job: Job, address: Address = None, as_json: Json = False) -> None:
     if old.state in ACTIVE:
         raise ConfigError(f"{job} is {old.state}: stop it first")
     if old.state == FINISHED:
-        raise ConfigError(f"{job} is FINISHED: submit it with more to do, such as train.steps, to go on")
+        raise ConfigError(
+            f"{job} is FINISHED: to continue it, submit it again with more to do, such as more train.steps"
+        )
     accepted(cluster, cluster.retry(job, new_id(old.name)), as_json)
 
 
@@ -224,7 +229,7 @@ def _local_or_cluster(run: str, root: Path, address: str | None) -> Path | Clust
     except ConfigError as error:
         if run.startswith(PREFIX):
             raise
-        raise ConfigError(f"{runs.no_run(run, root)}\nIs it a cluster's? {error}") from None
+        raise ConfigError(f"{runs.no_run(run, root)}\nIf it is a run of a cluster: {error}") from None
 
 
 def _known(jobs: dict[str, Known], named: str) -> Known:
@@ -254,7 +259,7 @@ def _show_output(cluster: Cluster, id: str, follow: bool = True) -> None:
     """Print a job's output, with `follow` until it ends."""
     job, _, _ = cluster.job(id)
     if job.state == QUEUED and follow:
-        print(f"{id} waits in the queue", flush=True)
+        print(f"{id} is waiting in the queue", flush=True)
     at, there = 0, False
     while True:
         piece = cluster.output(id, at, WAIT if follow else 0.0)
@@ -273,7 +278,7 @@ def follow(cluster: Cluster, id: str) -> None:
         _show_output(cluster, id)
         job = _until_ended(cluster, id)
     except KeyboardInterrupt:
-        print(f"\n{id} goes on without this command; `muster stop {id}` stops it")
+        print(f"\n{id} continues; `muster stop {id}` stops it")
         raise typer.Exit(ExitCode.INTERRUPTED) from None
     codes = {FINISHED: ExitCode.FINISHED, STOPPED: ExitCode.STOPPED}
     raise typer.Exit(codes.get(job.state, job.exit_code or ExitCode.FAILED))
@@ -308,5 +313,6 @@ def _rank_output(run_dir: Path, rank: int, follow: bool, has_ended: Callable[[],
         several = f"there are ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else ""
         there = f"; {several or f'there is only rank {ranks[0]}'}" if ranks else ""
         raise ConfigError(
-            f"no output of rank {rank} in {folder}{there}. Processes write it there, and this machine must reach it"
+            f"no output of rank {rank} in {folder}{there}. Each process writes its output there, and this machine "
+            "must be able to read it"
         )

@@ -132,7 +132,7 @@ def _say_later(run_dir: Path) -> None:
     from trainer.tracking import read_state
 
     if read_state(run_dir).get("run_id"):
-        print(f"noted; `muster sync {run_dir}` sends it to the tracker, and so does the end of an attempt")
+        print(f"saved; `muster sync {run_dir}` sends it to the tracker, as does the end of the next attempt")
     else:
         print("noted")
 

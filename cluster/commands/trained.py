@@ -35,8 +35,8 @@ LINE_SECONDS = 10.0
 if TYPE_CHECKING:
     from trainer.observe.held_out import SourceLoss  # torch
 
-Step = Annotated[int | None, typer.Option(help="Checkpoint of this step; the newest if not given.", min=0)]
-Ema = Annotated[bool, typer.Option("--ema", help="Use the average of the weights (optim.ema_decay, swa_from).")]
+Step = Annotated[int | None, typer.Option(help="Step of the checkpoint; the newest if not given.", min=0)]
+Ema = Annotated[bool, typer.Option("--ema", help="Use the averaged weights (optim.ema_decay or optim.swa_from).")]
 
 
 def generate(
@@ -44,9 +44,9 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_tokens: Annotated[int, typer.Option(help="Tokens to add.", min=1)] = 128,
     temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0: always the likeliest token.", min=0.0)
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.", min=0.0)
     ] = 0.8,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling; the same seed gives the same text.")] = 0,
     step: Step = None,
     ema: Ema = False,
     root: Root = RUNS,
@@ -68,7 +68,7 @@ def generate(
 
 def evaluate(
     run: Run,
-    data: Annotated[Path | None, typer.Option(help="Prepared folder; the run's own data if not given.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Prepared data to evaluate on; the run's own if not given.")] = None,
     sequences: Annotated[
         int | None, typer.Option(help="Number of held-out sequences; all if not given.", min=1)
     ] = None,
@@ -167,7 +167,7 @@ def _in_words(result: dict[str, Any]) -> str:
 
 
 def of_other_tasks(config: Config) -> bool:
-    """Whether a run may learn from other examples than tokens, which torch must be imported to know."""
+    """Whether a run may train on something other than tokens; to be sure, torch must be imported."""
     return bool(config.plugins) or not has_formulas(config.model)
 
 
@@ -217,16 +217,20 @@ def _line(part: "SourceLoss") -> str:
 
 def landscape(
     run: Run,
-    dimensions: Annotated[int, typer.Option(help="Random directions: 1, or 2.", min=1, max=2)] = 2,
+    dimensions: Annotated[int, typer.Option(help="Number of random directions, 1 or 2.", min=1, max=2)] = 2,
     trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="In the plane of the run's checkpoints, in place of random directions.")
+        bool,
+        typer.Option("--trajectory", help="Use the plane through the run's checkpoints instead of random directions."),
     ] = False,
     points: Annotated[int, typer.Option(help="Points along each axis.", min=3, max=1001)] = 15,
     span: Annotated[
-        float, typer.Option(help="How far to go in a random direction, in sizes of the weights.", min=1e-6, max=1e6)
+        float,
+        typer.Option(
+            help="Distance along each random direction, relative to the norm of the weights.", min=1e-6, max=1e6
+        ),
     ] = 1.0,
-    examples: Annotated[int, typer.Option(help="Held-out examples.", min=1)] = 128,
-    seed: Annotated[int, typer.Option(help="Of the directions.")] = 0,
+    examples: Annotated[int, typer.Option(help="Number of held-out examples.", min=1)] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the random directions.")] = 0,
     step: Step = None,
     ema: Ema = False,
     root: Root = RUNS,
@@ -344,12 +348,19 @@ def export(
     shard_bytes = _bytes("--max-shard-size", max_shard_size)
     run_dir = run_folder(run, root)
     steps_of(run_dir, step)  # a mistake shows before torch is imported
+    made = not out.exists()
     make_empty(out)
     import torch
 
     from trainer.checkpoint.export import export
 
-    found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes, ema=ema)
+    try:
+        found = export(run_dir, out, step, getattr(torch, dtype), shard_bytes, ema=ema)
+    except ConfigError:
+        if made:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+        raise
     files = [path for path in out.iterdir() if path.suffix == ".safetensors"]
     size = sum(path.stat().st_size for path in files)
     weights = "EMA weights of the checkpoint" if ema else "checkpoint"

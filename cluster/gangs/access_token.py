@@ -180,7 +180,7 @@ def _refuse_strange(address: Address) -> None:
     where, known, listening = mask(address.where), is_known(address.where), _listeners(address.where)
     if address.by != "command" and (others := listening - {0, os.geteuid()}):
         raise ConfigError(
-            f"{where}: another user of this machine (uid {min(others)}) listens there, and would get your token. If "
+            f"{where}: another user of this machine (uid {min(others)}) listens there and would receive your token. If "
             f"it is your cluster, name it on the command line: --address {where}, or cluster.address={where}"
         )
     if not known and (address.by == "file" or (address.by == "found" and not listening)):

@@ -32,13 +32,13 @@ app = typer.Typer(help="Start or join a token-protected Ray cluster.", no_args_i
 @app.command(context_settings=RAY_OPTIONS)
 def up(
     options: typer.Context,
-    dashboard_host: Annotated[str, typer.Option(help="Where Ray's own dashboard and job API listen.")] = LOOPBACK,
-    server_host: Annotated[str, typer.Option(help="Where the cluster's server listens: queue and dashboard.")] = (
-        LOOPBACK
-    ),
+    dashboard_host: Annotated[
+        str, typer.Option(help="Address that Ray's own dashboard and job API listen on.")
+    ] = LOOPBACK,
+    server_host: Annotated[str, typer.Option(help="Address that the cluster's server listens on.")] = (LOOPBACK),
     server_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the cluster's server.")] = PORT,
     root: Annotated[
-        list[Path], typer.Option(help="Folder of runs for its dashboard; may be given several times.")
+        list[Path], typer.Option(help="Folder of runs that its dashboard shows; may be given several times.")
     ] = [],  # noqa: B006
 ) -> None:
     """Run the head node until Ctrl-C; passes other options to `ray start`. Example: muster cluster up --port 6379"""
@@ -104,7 +104,7 @@ def _refuse_taken(option: str, port: str | None, host: str) -> None:
                 return
             why = os.strerror(error.errno).lower()
             raise ConfigError(
-                f"{option} {port} is taken ({why}), perhaps by a cluster that is up already: stop what listens there, "
+                f"{option} {port} is in use ({why}), perhaps by a cluster that is up already: stop what listens there, "
                 f"or take another port: `muster cluster up {option} {int(port) + 1}`"
             ) from None
 

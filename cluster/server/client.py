@@ -93,8 +93,8 @@ class Cluster:
             if time.monotonic() > until:
                 break
             time.sleep(0.2)
-        why = clip(told.get("why") or "it does not say which machines there are")
-        raise ConfigError(f"the server at {mask(self.url)} does not reach Ray: {why}")
+        why = clip(told.get("why") or "it does not report its machines")
+        raise ConfigError(f"the server at {mask(self.url)} cannot reach Ray: {why}")
 
     def jobs(self) -> dict[str, Known]:
         """All jobs of the queue by id, oldest first."""

@@ -29,14 +29,14 @@ class Conflict(BadMessage):
 def _job_id(id: str) -> str:
     # Names a file and a folder, and is part of a URL.
     if not re.fullmatch(r"job-[A-Za-z0-9._-]{1,196}", id):
-        raise ValueError("it is not a name of a job, such as job-moe-3f9a1c")
+        raise ValueError("it is not the id of a job, such as job-moe-3f9a1c")
     return id
 
 
 def _printable(text: str) -> str:
     # Shown on terminals and part of a command: no control or format characters, no line breaks.
     if not text.isprintable() or not text:
-        raise ValueError("it is empty or holds characters that do not print")
+        raise ValueError("it is empty or contains unprintable characters")
     return text
 
 

@@ -55,7 +55,7 @@ def why_waiting(jobs: Mapping[str, Known], nodes: Sequence[Node]) -> dict[str, s
             found[id] = f"no room even on an empty cluster: {gang_words(job)}; waits for machines to join"
             continue
         if before:
-            found[id] = f"{len(before)} before it: {_some(before)}"
+            found[id] = f"{len(before)} ahead of it: {_some(before)}"
         elif running:
             found[id] = f"waits for room for {gang_words(job)} beside {_some(running)}"
         else:

@@ -66,7 +66,7 @@ def files(folder: Path, without: Sequence[Path] = (), insisted: Sequence[str] = 
         path = Path(os.path.relpath(Path(name).absolute(), folder))
         real = Path(os.path.realpath(folder / path))
         if not (".." not in path.parts and real.is_relative_to(folder) and real.is_file()):
-            raise ConfigError(f"--with {name} is not a file below {folder}, which is what the cluster gets")
+            raise ConfigError(f"--with {name} is not a file in {folder}, the folder that is sent to the cluster")
         found.add(path)
     _tell({why: [path for path in paths if path not in found] for why, paths in left.items()})
     for path in found:

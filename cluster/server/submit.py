@@ -35,7 +35,7 @@ Queue = Annotated[bool, typer.Option("--queue", help="Queue it even if the clust
 With = Annotated[
     list[str] | None, typer.Option("--with", metavar="FILE", help="Send FILE even if it is ignored or may be a secret.")
 ]
-Priority = Annotated[int, typer.Option(metavar="N", help="Jobs of higher priority go first.")]
+Priority = Annotated[int, typer.Option(metavar="N", help="Jobs of higher priority start first.")]
 
 
 def submit(

@@ -94,8 +94,8 @@ class AnyArchitecture(nn.Module):
             found.append(self._probed())
         if not torch.equal(*found):
             raise ConfigError(
-                f"model.architecture={self.config.architecture} draws random numbers in training, which would depend "
-                "on the process that an example is in: set the keys of model.config that say so to 0"
+                f"model.architecture={self.config.architecture} draws random numbers during training, which would "
+                "depend on the process that handles an example: set the keys of model.config that cause this to 0"
             )
 
     def _probed(self) -> Tensor:
@@ -275,7 +275,9 @@ def new_network(config: TransformersConfig) -> Any:
                 network.set_experts_implementation("batched_mm")
             return network
     except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(f"model.config: {config.architecture} cannot be built so: {clip(error, 300)}") from None
+        raise ConfigError(
+            f"model.config: {config.architecture} cannot be built with these keys: {clip(error, 300)}"
+        ) from None
 
 
 def class_of(config: TransformersConfig) -> Any:

@@ -56,12 +56,12 @@ def load_folder(module: AnyArchitecture, folder: Path) -> Loaded:
             )
     except (LookupError, RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(f"{folder}: its tensors do not fit {type(network).__name__}: {clip(error, 300)}") from None
-    other = {name: f"another shape of {name}" for name, *_ in said["mismatched_keys"]}
+    other = {name: f"{name} in another shape" for name, *_ in said["mismatched_keys"]}
     new = other | {name: f"no {name}" for name in said["missing_keys"]}
     unknown = {name: f"{name}, which the model lacks" for name in said["unexpected_keys"]}
     if of_base := sorted(name for name in new | unknown if name.startswith(f"{network.base_model_prefix}.")):
         what = (new | unknown)[of_base[0]]
-        raise ConfigError(f"{folder} has {what}: set model.architecture and model.config as it has them")
+        raise ConfigError(f"{folder} has {what}: set model.architecture and model.config to match it")
     differs = _differences(module, folder)
     differs |= {name: ["other shape" if name in other else "missing", "new"] for name in sorted(new)}
     differs |= {name: ["not used", "missing"] for name in sorted(unknown)}

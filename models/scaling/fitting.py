@@ -108,7 +108,7 @@ class Fits:
     def reason(self) -> Refusal:
         """Why no form is chosen, if none is: the reasons of all forms."""
         forms = {name: why for name, why in self.refused.items() if name not in ("approach1", "approach2")}
-        return refused(forms, "no form can be relied on")
+        return refused(forms, "no form is reliable")
 
     def summary(self) -> dict[str, Any]:
         """For `--json`: every form's coefficients, how it was fitted, what was left out."""

@@ -138,7 +138,7 @@ class Joint:
             shift, doubt = float(pooled * residuals.mean()), float(np.sqrt(pooled) * noise)
         fields = {name: getattr(self._law, name) for name in ("table", "laws", "last", "seed")}
         note = f"by one law of {counted(len(self.kinds), 'kind')} of models"
-        note += f", of which this is none ({_words(kind.shape)})" if not len(kind.rows) else ""
+        note += f", none of them this one ({_words(kind.shape)})" if not len(kind.rows) else ""
         return Pooled(
             **fields, kind=kind, notes=(note,), shift=shift, doubt=doubt, freedom=freedom, others=self._others
         )

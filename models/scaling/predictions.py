@@ -69,7 +69,7 @@ class Prediction:
         if not np.isnan(self.n.value):
             return ""
         return (
-            f"no best size is named for {self.budget:.3g} FLOPs: it may be any from {self.n.low:.2g} to "
+            f"no best size is given for {self.budget:.3g} FLOPs: it may be anything from {self.n.low:.2g} to "
             f"{self.n.high:.2g}; runs of other sizes with equal FLOPs (a sweep's `isoflop`) would determine it"
         )
 

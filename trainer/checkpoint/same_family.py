@@ -94,7 +94,7 @@ def _open(module: nn.Module, config: Config, digests: bool) -> Reader:
     there = model.get("family") if isinstance(model, dict) else None
     if there != family:
         raise ConfigError(
-            f"train.init_from={given} is of model.family={shortened(there)}, but this run's is {family}: name a run of "
+            f"train.init_from={given} has model.family={shortened(there)}, but this run has {family}: name a run of "
             "the same family"
         )
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}

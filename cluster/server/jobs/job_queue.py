@@ -195,7 +195,7 @@ class JobQueue:
         with self._lock:
             job = self.job(id)
             if job.state != QUEUED:
-                raise Conflict(f"{id} is {job.state}: only the priority of a job that waits can be changed")
+                raise Conflict(f"{id} is {job.state}: only the priority of a waiting job can be changed")
             return job if job.priority == priority else self._note(id, priority=priority)
 
     # For the scheduler.
@@ -246,7 +246,7 @@ class JobQueue:
 
     def _check_room(self) -> None:
         if len(self.ids(*ACTIVE)) >= MOST_ACTIVE:
-            raise Conflict(f"{MOST_ACTIVE} jobs wait or run already")
+            raise Conflict(f"{MOST_ACTIVE} jobs are already waiting or running")
 
     def _retried(self, id: str, new: str) -> Known | None:
         """The job that this very retry has made already. Raises Conflict if `new` is another job."""
@@ -313,12 +313,10 @@ class JobQueue:
         with path.open("rb") as file:
             jobs = fold(_lines(file), skip)
         for first, count in bad.items():
-            print(
-                f"skipped {counted(count, 'line')} of {path} that say nothing of a job, the first: {first}", flush=True
-            )
+            print(f"skipped {counted(count, 'line')} of {path} that describe no job, the first: {first}", flush=True)
         active = [id for id, job in jobs.items() if job.state in ACTIVE]
         for id in active[MOST_ACTIVE:]:
-            jobs[id] = jobs[id].changed(state=FAILED, reason=f"more than {MOST_ACTIVE} jobs wait or run")
+            jobs[id] = jobs[id].changed(state=FAILED, reason=f"more than {MOST_ACTIVE} jobs are waiting or running")
         ended = [id for id, job in jobs.items() if job.state not in ACTIVE]
         for id in ended[:-KEPT_JOBS]:
             del jobs[id]
@@ -331,9 +329,9 @@ def read_package(path: Path, id: str, sha256: str | None) -> bytes:
         with open_file(path) as file:
             content = file.read()
     except OSError as error:
-        raise BadMessage(f"the package of {id} is kept no longer ({error.strerror}): submit it again") from None
+        raise BadMessage(f"the package of {id} is no longer kept ({error.strerror}): submit it again") from None
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise BadMessage(f"the package of {id} is not what was sent (another sha256): submit it again")
+        raise BadMessage(f"the package of {id} is not what was sent (its SHA-256 differs): submit it again")
     return content
 
 

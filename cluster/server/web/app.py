@@ -1,4 +1,4 @@
-"""The dashboard's HTTP server: its routes. Everything that is read lies in runs of the index, found by their ids."""
+"""The dashboard's HTTP server: its routes. It reads only runs of the index, found by their ids."""
 
 import asyncio
 import contextlib
@@ -58,8 +58,8 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
     """The server of these roots of runs.
 
     Args:
-        token: who shows it may ask.
-        hosts: names, beside those of loopback, under which it may be asked.
+        token: required of every request.
+        hosts: host names that it answers to, beside those of loopback.
         board: of the queue that it serves; its scheduler runs as long as the server does.
     """
     index = RunsIndex([root.resolve() for root in roots])
@@ -122,7 +122,7 @@ def create_app(roots: Sequence[Path], token: str, hosts: Collection[str] = (), b
 
     @app.get("/health", response_model=responses.Health)
     def health(request: Request, prove: Annotated[str, Query(max_length=100)] = "") -> dict[str, Any]:
-        """Whether it runs; where it is asked to, it proves that it has the token, without telling it."""
+        """Whether the server runs; if asked, it proves that it has the token without revealing it."""
         proof = proof_of(token, prove, *request.scope["server"]) if prove else None
         return {"status": "ok", "server": "muster", "queue": board is not None, "proof": proof}
 

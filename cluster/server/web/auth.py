@@ -112,7 +112,7 @@ class Guard:
         else:
             name = host
         if name.lower() not in self._hosts:
-            return 421, "this server was not told of that name: start it with --host, or ask for it by 127.0.0.1"
+            return 421, "this server does not answer to that name: start it with --name, or use 127.0.0.1"
         bearer = self._bearer(headers)
         if bearer is False:
             return 401, "the token is not this server's"
@@ -122,12 +122,12 @@ class Guard:
             own = origin in (f"http://{host}", f"https://{host}")
             login = scope["path"] == "/login"
             if (origin is not None and not own) or site not in ("same-origin", "none"):
-                return 403, "the request comes from another page"
+                return 403, "the request comes from a page of another origin"
             if origin is None and not (bearer or login):
-                return 403, "the request does not say which page it comes from"
+                return 403, "the request does not say which origin it comes from"
             kind, most = BODIES.get(scope["path"], ("application/json", MOST_BODY))
             if headers.get("content-type", "").partition(";")[0].strip().lower() != kind:
-                return 415, f"the body should be {kind}, and say so"
+                return 415, f"the body should be {kind}, with that Content-Type"
             length = headers.get("content-length", "0")
             if not length.isdigit() or int(length) > most:
                 return 413, f"the body has over {most:,} bytes"

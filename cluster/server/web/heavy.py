@@ -69,7 +69,7 @@ class Heavy:
             running = self._now is not None and (self._now.place, self._now.rests_on) == (place, rests_on)
             if not running and not self._closed:
                 if place not in self._waiting and len(self._waiting) >= MOST_WAITING:
-                    return Answer({"error": "too much waits to be worked out: ask again in a minute"}, None, False)
+                    return Answer({"error": "too many calculations are waiting: try again in a minute"}, None, False)
                 self._waiting[place] = work
                 self._wanted.notify()
                 if self._thread is None:
@@ -122,11 +122,11 @@ class Heavy:
                 process.wait()
             if process.returncode or len(out) > LONGEST:
                 last = err.decode(errors="replace").strip().rpartition("\n")[2]
-                return {"error": f"it could not be worked out ({clip(last or f'exit code {process.returncode}')})"}
+                return {"error": f"the calculation failed ({clip(last or f'exit code {process.returncode}')})"}
             return dict(json.loads(out))
         except subprocess.TimeoutExpired:
-            return {"error": f"it was not worked out within {PATIENCE:.0f} s"}
+            return {"error": f"it was not calculated within {PATIENCE:.0f} s"}
         except (OSError, ValueError) as error:
-            return {"error": f"it could not be worked out ({clip(error)})"}
+            return {"error": f"the calculation failed ({clip(error)})"}
         finally:
             self._process = None

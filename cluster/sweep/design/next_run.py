@@ -39,7 +39,7 @@ class Best(NamedTuple):
     def of(cls, predicted: "Prediction") -> "Best":
         """What a law predicts. Raises ConfigError if it names no best size."""
         if predicted.unnamed:
-            raise ConfigError(f"{predicted.unnamed}, and --form assumes a form, such as --form approach3")
+            raise ConfigError(f"{predicted.unnamed}, or assume a form, such as --form approach3")
         experts, top_k = int(predicted.shape.get("experts", 1)), int(predicted.shape.get("top_k", 1))
         granularity = predicted.shape.get("granularity")
         split = None if granularity is None or experts == 1 else round(granularity)

@@ -55,7 +55,7 @@ class Folder:
         self.path, self.roots = path, roots
         for each in (path, path / TRIALS):
             if each.is_symlink() or not each.is_dir():
-                raise ConfigError(f"{each.name} is no folder")
+                raise ConfigError(f"{each.name} is not a folder")
         self.items, plan = read_plan(path)
         self.vocab_size: int = plan["vocab_size"]
         self.sweep: SweepConfig = sweep_from_dict(read_mapping(path / SWEEP), SWEEP)
@@ -74,7 +74,7 @@ class Folder:
     def read_trial(self, path: Path) -> Config:
         """The config of a trial; of a plugin's family as it stands there, as the plugin is not loaded to check it."""
         if not self.may_read(path):
-            raise ConfigError(f"{path.name} lies in none of the folders of runs")
+            raise ConfigError(f"{path.name} is in none of the folders of runs")
         tree = read_mapping(path)
         model = tree.get("model")
         if isinstance(model, Mapping) and model.get("family", DECODER) != DECODER:

@@ -192,7 +192,7 @@ def _frontier(
             "frontier", caption, [panel], "lines: {}\nbands: 95%".format(",\n".join(forms)) if len(found) > 1 else ""
         )
     if not curves:
-        return Picture("frontier", "Loss against training FLOPs: all runs. No form can be relied on.", [panel])
+        return Picture("frontier", "Loss against training FLOPs: all runs. No form is reliable.", [panel])
     words = f"{_words(fits)} by {fits.chosen}"
     caption = f"Loss against training FLOPs: all runs, and the {words}; bands: 95% of the bootstrap."
     return Picture("frontier", caption, [panel], f"lines: {_words(fits)},\nbands: 95%" if len(found) > 1 else "")

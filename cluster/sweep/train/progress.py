@@ -75,7 +75,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path.name} cannot be read as YAML: {error}") from None
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path.name} is no mapping")
+        raise ConfigError(f"{path.name} is not a mapping of keys to values")
     return tree
 
 

@@ -39,7 +39,9 @@ class Contrastive(Task):
     def __init__(self, config: Config):
         super().__init__(config)
         if config.train.micro_batch == 1:
-            raise ConfigError("train.micro_batch=1: an image needs others to be told from: set it to 2 or more")
+            raise ConfigError(
+                "train.micro_batch=1: contrastive learning compares the images of a micro-batch: set it to 2 or more"
+            )
 
     @property
     def counts(self) -> tuple[int, str]:

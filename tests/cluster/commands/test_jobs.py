@@ -162,7 +162,7 @@ def test_gangs_wait_whole_and_in_order(cluster, story):
     assert (seen[0]["steps"], seen[0]["eta"] > 1) == (100000, True)
     assert [each["why"] for each in seen[1:]] == [
         "no room even on an empty cluster: 8 x (1 CPU); waits for machines to join",
-        f"1 before it: {story.urgent}",
+        f"1 ahead of it: {story.urgent}",
         f"waits for room for 2 x (1 CPU) beside {story.first}",
     ]
     first, second, urgent = (cluster.job(id) for id in (story.first, story.second, story.urgent))

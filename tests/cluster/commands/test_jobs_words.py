@@ -58,7 +58,7 @@ def test_why_each_job_waits():
     assert why == {
         "job-huge": "no room even on an empty cluster: 9 x (2 CPU); waits for machines to join",
         "job-high": "waits for room for 1 to 3 x (2 CPU) beside job-runs",
-        "job-low": "1 before it: job-high",
+        "job-low": "1 ahead of it: job-high",
     }
     del found["job-runs"]
     assert "starts in a moment" in why_waiting(found, [Node(4, 0)])["job-high"]

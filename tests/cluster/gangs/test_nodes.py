@@ -23,7 +23,7 @@ def test_a_port_that_is_taken(muster, taken, option):
     free = {"--port": "--dashboard-port", "--dashboard-port": "--port"}[option]
     code, _, err = muster("cluster", "up", f"{option}={taken}", f"{free}=0")
     assert code == 2
-    assert err.startswith(f"muster: {option} {taken} is taken (address already in use), perhaps by a cluster that is")
+    assert err.startswith(f"muster: {option} {taken} is in use (address already in use), perhaps by a cluster that is")
     assert f"`muster cluster up {option} {taken + 1}`" in err
     assert err.count("\n") == 1
 

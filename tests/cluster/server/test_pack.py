@@ -84,7 +84,7 @@ def test_a_file_elsewhere_is_refused(name):
 
 @pytest.mark.parametrize("id", ["../../up", "/etc/up", "..", ".", "", "a/b", "a\nb", "-x", "x" * 256])
 def test_an_id_that_is_no_name_of_a_file_is_refused(id):
-    with pytest.raises(pack.BadMessage, match=r"id: .* is not a name of a job"):
+    with pytest.raises(pack.BadMessage, match=r"id: .* is not the id of a job"):
         pack.read_message(zipped(SUBMIT | {"id": id}))
 
 

@@ -124,10 +124,10 @@ def test_evaluations_are_recorded_as_a_mean_over_examples():
 
 ZERO = r"model\.family=neural_ode as configured trains with ZeRO 0 to 2\. Nearest that works: set parallel\.zero"
 REFUSED = {
-    "rows": (IMAGES, {}, r"^model\.channels=1 is of images, but the run learns from rows: leave it out"),
+    "rows": (IMAGES, {}, r"^model\.channels=1 is for images, but the run learns from rows: leave it out"),
     "adjoint": (ROWS | {"adjoint": True, "solver": "rk4"}, {"parallel": {"zero_stage": 3}}, ZERO),
     "adaptive": (ROWS, {"parallel": {"zero_stage": 3}}, ZERO),
-    "halves": (ROWS | {"downsample": 1}, {}, r": model\.downsample is of images: set model\.channels"),
+    "halves": (ROWS | {"downsample": 1}, {}, r": model\.downsample applies to images only: set model\.channels"),
     "solver": (ROWS | {"solver": "dopri6"}, {}, r"model\.solver"),
 }  # fmt: skip
 

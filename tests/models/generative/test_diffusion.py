@@ -150,15 +150,15 @@ def test_samples_are_of_the_example(sampler):
 
 
 WRONG = {
-    "size": ({"image_size": 9}, r"model\.image_size \(9\) is no multiple of 2, as model\.levels needs"),
+    "size": ({"image_size": 9}, r"model\.image_size \(9\) is not a multiple of 2, which model\.levels"),
     "patches": (
         {"network": "dit", "patch_size": 3},
-        r"model\.image_size \(8\) is no multiple of 3, as model\.patch_size",
+        r"model\.image_size \(8\) is not a multiple of 3, which model\.patch_size",
     ),
     "heads": ({"heads": 3}, r"model\.heads \(3\) does not divide the 32 channels"),
     "guidance": ({"classes": None, "guidance": 2.0}, r"model\.guidance needs model\.classes"),
-    "steps": ({"noise_steps": 10}, r"model\.sample_steps \(20\) is over model\.noise_steps \(10\)"),
-    "width": ({"network": "dit", "width": 18, "heads": 1}, r"model\.width \(18\) is no multiple of 4"),
+    "steps": ({"noise_steps": 10}, r"model\.sample_steps \(20\) exceeds model\.noise_steps \(10\)"),
+    "width": ({"network": "dit", "width": 18, "heads": 1}, r"model\.width \(18\) is not a multiple of 4"),
 }
 
 

@@ -148,7 +148,7 @@ def test_evaluations_show_a_collapse():
 WRONG = {
     "size": (
         {"image_size": 6},
-        r"model\.image_size \(6\) is no multiple of 4, as the 2 stages of model\.generator need",
+        r"model\.image_size \(6\) is not a multiple of 4, which the 2 stages of model\.generator",
     ),
     "mixed": ({"loss": "wgan_gp", "discriminator_norm": "batch"}, r"model\.discriminator_norm=batch mixes the images"),
     "bounded twice": ({"loss": "wgan"}, r"model\.discriminator_norm=spectral undoes model\.clip"),

@@ -164,7 +164,10 @@ def test_a_sample_of_numbers_has_a_column_for_each():
 
 REFUSED = {
     "heads": ({"layer": "gat", "width": 10, "heads": 4}, r": model\.width \(10\) is not a multiple of model\.heads \("),
-    "edges": ({"layer": "gcn", "edge_inputs": 1}, r": model\.layer=gcn has no use for .*: set model\.edge_inputs=0"),
+    "edges": (
+        {"layer": "gcn", "edge_inputs": 1},
+        r": model\.layer=gcn does not use edge features: set model\.edge_inputs=0",
+    ),
     "no edges": ({"edge_categories": 3}, r": model\.edge_categories needs model\.edge_inputs"),
     "no such": ({"layer": "gcm"}, r"model\.layer"),
 }

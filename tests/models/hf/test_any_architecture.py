@@ -214,7 +214,11 @@ def test_the_class_decides_task_and_data():
 
 
 REFUSED = {
-    "no task": ("BertForQuestionAnswering", {}, r"model\.architecture.*no task trains such a class: should end in For"),
+    "no task": (
+        "BertForQuestionAnswering",
+        {},
+        r"model\.architecture.*no task can train this class: its name should end in For",
+    ),
     "no such class": ("VitForImageClassification", {}, r"has no such class: did you mean ViTForImageClassification\?"),
     "no images": ("ImageGPTForImageClassification", {}, r"takes input_ids, not images"),
     "unknown key": ("GPT2LMHeadModel", {"n_layers": 2}, r"unknown key model\.config\.n_layers: .* mean n_layer"),
@@ -281,7 +285,7 @@ def test_random_passes_are_found_by_trying(monkeypatch):
     monkeypatch.setattr(
         transformers.GPT2Config, "__setattr__", lambda self, key, x: plain(self, key, 0.1 if "pdrop" in key else x)
     )
-    with pytest.raises(ConfigError, match=r"draws random numbers in training, .* set the keys of model\.config"):
+    with pytest.raises(ConfigError, match=r"draws random numbers during training, .* set the keys of model\.config"):
         network("GPT2LMHeadModel")
 
 
@@ -295,9 +299,9 @@ def test_another_head_begins_anew_and_another_body_is_refused(tmp_path):
         "network.classifier.bias", "network.classifier.weight",
     }  # fmt: skip
     keys = IMAGES["ViTForImageClassification"]
-    for other, what in (({"num_hidden_layers": 3}, "no vit.layers.2"), ({"hidden_size": 16}, "another shape of vit")):
+    for other, what in (({"num_hidden_layers": 3}, "no vit.layers.2"), ({"hidden_size": 16}, "vit")):
         deeper = network("ViTForImageClassification", keys=keys | other)
-        with pytest.raises(ConfigError, match=f"has {what}.*: set model.architecture and model.config as it has them"):
+        with pytest.raises(ConfigError, match=f"has {what}.*: set model.architecture and model.config to match it"):
             family_of(deeper.config).load(deeper, tmp_path)
     acts = network("ViTForImageClassification", keys=keys | {"hidden_act": "relu"}, outputs=5)
     assert family_of(acts.config).load(acts, tmp_path).differs == {"model.config.hidden_act": ["gelu", "relu"]}

@@ -149,7 +149,7 @@ def test_where_every_form_is_refused_each_has_its_reason_and_approach_2_stays():
     assert found.refused.keys() >= {"approach3", "kaplan", "overtraining"}
     assert found.approach2 is not None
     assert found.summary()["chosen"] is None
-    with pytest.raises(Refusal, match=r"(?s)no form can be relied on:.*approach3: .*kaplan: .*overtraining: "):
+    with pytest.raises(Refusal, match=r"(?s)no form is reliable:.*approach3: .*kaplan: .*overtraining: "):
         _ = found.best
 
 

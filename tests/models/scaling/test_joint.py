@@ -92,7 +92,7 @@ def test_the_best_model_of_an_unseen_kind_at_a_larger_budget():
     assert found.n.low <= n <= found.n.high
     assert found.n.value == pytest.approx(n, rel=0.5)
     assert found.method["joint"]["shift"] == 0
-    assert found.warnings[0] == "by one law of 4 kinds of models, of which this is none (experts=8)"
+    assert found.warnings[0] == "by one law of 4 kinds of models, none of them this one (experts=8)"
 
 
 @pytest.mark.slow

@@ -49,6 +49,6 @@ def test_one_ratio_determines_no_size():
             found = Forecast(planted(HOFFMANN, DESIGNS["10 sizes, one ratio"], seed)).at_budget(1e22)
         except Refusal:
             continue
-        assert found.unnamed.startswith("no best size is named for 1e+22 FLOPs: it may be any from ")
+        assert found.unnamed.startswith("no best size is given for 1e+22 FLOPs: it may be anything from ")
         unnamed += 1
     assert unnamed

@@ -69,11 +69,11 @@ def forget(path):
 
 
 CHANGES = {
-    "swapped": (swap, "another sha256"),
-    "cut": (lambda path: path.write_bytes(GOOD[:-1]), "another sha256"),
-    "gone": (lambda path: path.unlink(), "is kept no longer"),
-    "a link": (link, "is kept no longer"),
-    "no digest": (forget, "another sha256"),
+    "swapped": (swap, "its SHA-256 differs"),
+    "cut": (lambda path: path.write_bytes(GOOD[:-1]), "its SHA-256 differs"),
+    "gone": (lambda path: path.unlink(), "is no longer kept"),
+    "a link": (link, "is no longer kept"),
+    "no digest": (forget, "its SHA-256 differs"),
 }
 
 
@@ -156,7 +156,7 @@ def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
     assert "swapped" not in output
     swap(live.runs.parent / "queue" / "job-p.zip")
     out = live.muster("retry", "job-p", code=2)
-    assert "refused it: the package of job-p is not what was sent (another sha256): submit it again" in out
+    assert "refused it: the package of job-p is not what was sent (its SHA-256 differs): submit it again" in out
     assert len(out.splitlines()) == 1
 
 

@@ -229,7 +229,7 @@ def test_a_queue_has_an_end(queue, monkeypatch):
     here = queue.make()
     for index in range(2):
         here.send(zipped(submit(f"job-{index}")))
-    with pytest.raises(Conflict, match="2 jobs wait or run already"):
+    with pytest.raises(Conflict, match="2 jobs are already waiting or running"):
         here.send(zipped(submit("job-2")))
     assert list(here.jobs) == ["job-0", "job-1"]
 

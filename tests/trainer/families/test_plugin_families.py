@@ -111,7 +111,7 @@ def test_a_run_begins_from_another_of_its_family(tmp_path, images, clean):
 
 
 WRONG_STARTS = {
-    "another family": ("small_gan", {}, r"is of model\.family=small_convnet, but this run's is small_gan"),
+    "another family": ("small_gan", {}, r"has model\.family=small_convnet, but this run has small_gan"),
     "another shape": ("small_convnet", {"model": {"width": 16}}, r"the model's is \[16, 1, 3, 3\]: set model\.width=8"),
     "no MLPs": (
         "small_convnet",

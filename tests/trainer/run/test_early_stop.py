@@ -47,7 +47,7 @@ def test_it_ends_after_so_many_evaluations_without_an_improvement(early):
     assert max(found) == last < 200
     [ended] = [event for event in read_events(early) if event["event"] == "attempt_ended"]
     assert (ended["status"], ended["cause"], ended["step"], ended["in_a_row"]) == ("FINISHED", "early_stop", last, 4)
-    assert ended["reason"] == "no better held-out loss in 4 evaluations"
+    assert ended["reason"] == "no lower held-out loss in 4 evaluations"
     assert committed(early)[-1] == last
     assert is_finished(early)
 
@@ -59,8 +59,7 @@ def test_it_is_finished_until_the_patience_is_raised(tmp_path, early, muster):
     code, out, _ = muster("train", "wine", *keys, "train.steps=300")
     assert code == 0
     assert (
-        f"is finished (at step {last}: no better held-out loss in 4 evaluations): raise train.early_stop.patience"
-        in out
+        f"is finished (at step {last}: no lower held-out loss in 4 evaluations): raise train.early_stop.patience" in out
     )
     code, out, _ = muster("runs", "--root", str(early.parent), "--json")
     assert [run["status"] for run in json.loads(out)] == ["FINISHED"]

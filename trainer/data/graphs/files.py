@@ -101,7 +101,7 @@ def read_footers(files: Sequence[Path]) -> Footers:
         for name in (EDGES, NODES, LABELS):
             if schema.names.count(name) != 1:
                 there = shortened(", ".join(schema.names), 200)
-                raise ConfigError(f"{path} has not one column {name} (it has {there}): it needs {NEEDS}")
+                raise ConfigError(f"{path} should have exactly one column {name} (it has {there}): it needs {NEEDS}")
         with_edges.add(EDGE_FEATURES in schema.names)
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         check_groups(path, [group.total_byte_size for group in groups])
@@ -111,7 +111,9 @@ def read_footers(files: Sequence[Path]) -> Footers:
         starts.append((graphs, path.name))
         graphs += metadata.num_rows
     if len(with_edges) > 1:
-        raise ConfigError(f"{files[0].parent}: some files have a column {EDGE_FEATURES}, others not: write all alike")
+        raise ConfigError(
+            f"{files[0].parent}: some files have a column {EDGE_FEATURES} and others do not: write them alike"
+        )
     return Footers(digest.hexdigest(), starts, graphs, with_edges == {True})
 
 
@@ -218,12 +220,12 @@ def _matrix(path: Path, table: pa.Table, name: str) -> tuple[np.ndarray, np.ndar
     width = int(widths[0]) if len(widths) else 0
     if (others := widths[widths != width]).size:
         raise ConfigError(
-            f"{path}: {name} has a list of {counted(width, 'number')} and one of {others[0]}: write all alike"
+            f"{path}: {name} has a list of {counted(width, 'number')} and one of {others[0]}: make them equally long"
         )
     if len(widths) and not width:
-        raise ConfigError(f"{path}: {name} has lists without a number: it needs {NEEDS}")
+        raise ConfigError(f"{path}: {name} has empty lists: it needs {NEEDS}")
     if len(rows) and not len(widths) and name == "node_feat":
-        raise ConfigError(f"{path}: node_feat is empty in every row: a graph needs a node")
+        raise ConfigError(f"{path}: node_feat is empty in every row: a graph needs at least one node")
     kind = np.int64 if pa.types.is_integer(values.type) else np.float32
     return rows, _numbers(path, name, values).reshape(len(widths), width).astype(kind)
 
@@ -233,7 +235,7 @@ def _numbers(path: Path, name: str, values: pa.Array) -> np.ndarray:
     if not (whole or pa.types.is_floating(values.type)):
         raise ConfigError(f"{path}: {name} has {shortened(str(values.type), 60)}, not numbers: it needs {NEEDS}")
     if whole and values.null_count:
-        raise ConfigError(f"{path}: {name} lacks {counted(values.null_count, 'number')}: it needs {NEEDS}")
+        raise ConfigError(f"{path}: {name} has {counted(values.null_count, 'missing number')}: it needs {NEEDS}")
     return values.to_numpy(zero_copy_only=False)
 
 
@@ -255,7 +257,7 @@ def _labels(path: Path, table: pa.Table) -> np.ndarray:
         labels = [each if len(each) == width else [None] * width for each in rows]
         return np.array(labels, np.float64).reshape(-1, max(width, 1))
     except (TypeError, ValueError):
-        raise ConfigError(f"{path}: {LABELS} has something that is no number: it needs {NEEDS}") from None
+        raise ConfigError(f"{path}: {LABELS} has a value that is not a number: it needs {NEEDS}") from None
 
 
 def _flat(value: object):

@@ -38,7 +38,7 @@ class Nodes(FeaturesOf):
     def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
         self.split, self._neighbours = split, config.graphs.neighbours
         if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but a graph is read from exactly one")
+            raise ConfigError(f"data.path has {len(sources)} sources, but data.kind=nodes reads exactly one")
         self.path = sources[0].path
         self.packed = read_graphs(files_of_splits(self.path, NEEDS)["train"])
         labels, size = self.packed.labels, len(self.packed.nodes)

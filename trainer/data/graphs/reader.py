@@ -83,8 +83,8 @@ class Graphs(FeaturesOf):
         widths = [each.labels.shape[1] for each in (packed, trained)]
         if widths[0] != widths[1]:
             raise ConfigError(
-                f"data.path={self.path}: {LABELS} of the held-out files has {counted(widths[0], 'number')}, but of the "
-                f"others {widths[1]}: write all alike"
+                f"data.path={self.path}: {LABELS} of the held-out files has {counted(widths[0], 'number')}, but that "
+                f"of the others {widths[1]}: make them equally long"
             )
         chosen, fitted = (
             rows_of_split(of, len(each.labels), bool(files["held_out"]), config.prepare) & each.whole

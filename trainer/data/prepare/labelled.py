@@ -85,9 +85,11 @@ def prepare_images(inputs: Sequence[str], out: Path, how: How, share: float, see
         ConfigError: not one folder, it has no folders with images, or the split is empty or has no meaning.
     """
     if len(inputs) != 1 or not Path(inputs[0]).is_dir():
-        raise ConfigError("--kind images takes one folder, which has a folder of images for each class")
+        raise ConfigError("--kind images takes one folder, with a subfolder of images for each class")
     if how == "grouped":
-        raise ConfigError("--split grouped takes the groups from a column, which images have not: choose another")
+        raise ConfigError(
+            "--split grouped takes its groups from a column, which images do not have: choose another split"
+        )
     root = Path(inputs[0])
     found: list[tuple[Path, str]] = []
     wrong: list[tuple[Path, str]] = []
@@ -96,10 +98,10 @@ def prepare_images(inputs: Sequence[str], out: Path, how: How, share: float, see
         for path in sorted(each for each in folder.rglob("*") if each.is_file() and not each.name.startswith(".")):
             (found if path.suffix.lower() in SUFFIXES and _is_image(path) else wrong).append((path, folder.name))
     if not found:
-        raise ConfigError(f"{root} has no folders with PNG or JPEG images: it needs one for each class")
+        raise ConfigError(f"{root} has no subfolders with PNG or JPEG images: it needs one for each class")
     left_out = ""
     if wrong:
-        left_out = f"{counted(len(wrong), 'file')} left out, no readable PNG or JPEG: the first is {wrong[0][0]}"
+        left_out = f"{counted(len(wrong), 'file')} left out, not readable as PNG or JPEG: the first is {wrong[0][0]}"
         if strict:
             raise ConfigError(f"{left_out}: correct them, or leave out --strict")
     classes = sorted({name for _, name in found})
@@ -250,7 +252,7 @@ def _of(how: How, table: pa.Table, labels: Sequence[str], groups: pa.ChunkedArra
         return np.zeros(table.num_rows, np.int64)
     if groups is None:
         if len(labels) > 1 or not pa.types.is_integer(table.schema.field(labels[0]).type):
-            raise ConfigError("--split stratified needs one label of classes, whole numbers or texts: choose random")
+            raise ConfigError("--split stratified needs a single label, of whole numbers or strings: choose random")
         groups = table[labels[0]]
     return groups.combine_chunks().dictionary_encode("encode").indices.to_numpy().astype(np.int64)
 
@@ -277,7 +279,7 @@ def read_tables(inputs: Sequence[str], kind: str = "rows") -> pa.Table:
             if len(set(read.column_names)) < read.num_columns:
                 raise ValueError("two columns have the same name")
             if tables and read.column_names != tables[0].column_names:
-                raise ValueError(f"its columns are not those of {files[0].path}")
+                raise ValueError(f"its columns differ from those of {files[0].path}")
             tables.append(read)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise ConfigError(f"{file.path} cannot be read as {file.kind.upper()}: {clip(error, 200)}") from None
@@ -325,7 +327,7 @@ def _folder(out: Path) -> Iterator[Path]:
     """A new folder that becomes `out` at the end of the block. Raises ConfigError if there is something, or it cannot
     be written."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"--out {out} exists: choose a folder that does not, or remove it")
+        raise ConfigError(f"--out {out} already exists: choose another folder, or remove it")
     part = out.with_name(f".{out.name}.{os.getpid()}")
     try:
         part.mkdir(parents=True)

@@ -166,12 +166,12 @@ def _check_columns(path: Path, schema: pa.Schema, names: Sequence[str], labels: 
     for key, each in [*(("labels", each) for each in labels), *(("features", each) for each in names)]:
         if schema.names.count(each) != 1:
             there = shortened(", ".join(schema.names), 200)
-            raise ConfigError(f"{path} has not one column {each} (it has {there}): set data.rows.{key}")
+            raise ConfigError(f"{path} should have exactly one column {each} (it has {there}): set data.rows.{key}")
         kind = schema.field(each).type
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
             raise ConfigError(
                 f"{path}: column {each} is {shortened(str(kind), 60)}, not numbers: leave it out of data.rows.{key}, "
-                "or make numbers of it"
+                "or convert it to numbers"
             )
     if not names:
         raise ConfigError(f"{path} has no columns but the labels ({', '.join(labels)}): it needs {NEEDS}")

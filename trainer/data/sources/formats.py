@@ -214,7 +214,7 @@ def csv_rows(
                 raise Damaged("malformed CSV", wrong) from None
         read = lines.next_row()
         if tab and len(read) > 1 and not wrong and any("\t" in each and "\n" in each for each in row):
-            wrong = "a quoted text spans lines and columns"
+            wrong = "a quoted field spans several lines and columns"
         unquoted = [line.rstrip("\r\n").split("\t") for line in read] if tab and wrong else []
         if unquoted and all(len(each) == columns for each in unquoted):  # most writers of TSV quote nothing
             yield from (each[column].encode("utf-8", "surrogateescape") for each in unquoted)
@@ -302,7 +302,7 @@ class _Lines:
         self._values += line.count(self._delimiter)
         if self._size >= RECORD_BYTES or self._values > RECORD_VALUES:
             what = f"over {RECORD_BYTES} bytes" if self._size >= RECORD_BYTES else f"over {RECORD_VALUES:,} values"
-            raise Damaged("record too long", f"{what}; is the end of a quoted text missing?")
+            raise Damaged("record too long", f"{what}; is a closing quote missing?")
         # Bytes that are not UTF-8 survive the round trip, so that only their row is refused.
         self._read.append(text := line.decode("utf-8", "surrogateescape"))
         return text

@@ -1,4 +1,4 @@
-"""The columns of one run for a page that stays open: what has been appended is read, and nothing twice."""
+"""The columns of one run for a page that stays open: only what has been appended is read."""
 
 import contextlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ TRIES = 5
 
 
 class Lines(NamedTuple):
-    """Lines that count, in the order of steps; [lines] each."""
+    """Lines that are not superseded, in the order of steps; [lines] each."""
 
     row: np.ndarray
     """Their numbers in the file, int32; of training lines ascending."""
@@ -86,7 +86,7 @@ class LiveColumns:
         return self._held[-1].end if self._held else 0
 
     def refresh(self) -> None:
-        """Take in what has been appended.
+        """Read what has been appended.
 
         Raises:
             OSError: the record cannot be read.

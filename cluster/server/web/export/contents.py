@@ -108,7 +108,7 @@ def contents_of_sweep(folder: Path) -> dict[str, Any]:
     view = View("exported", entries, place={entry.row.id: place for place, entry in enumerate(entries)})
     sweeps = Sweeps([folder.parent])
     if not (found := list(sweeps.all(view).values())):
-        raise ConfigError(f"{visible(folder.name)} has no trial yet")
+        raise ConfigError(f"{visible(folder.name)} has no trials yet")
     status, question = sweeps.shown(found[0]), sweeps.question(found[0], None, None)
     heavy = Heavy()
     try:

@@ -1,4 +1,4 @@
-"""One run, whole: what its record and its folder say, as far as they can be read."""
+"""The page of one run: what its record and folder say, as far as they can be read."""
 
 import contextlib
 import itertools
@@ -45,10 +45,10 @@ NAMES = {"step": "in steps", "data_wait": "waiting for data", "down": "down afte
 
 
 def details(entry: Entry, books: "Books", columns: Columns, at_once: bool = True) -> dict[str, Any]:
-    """All that the page of a run shows but its curves.
+    """Everything that a run's page shows, except its curves.
 
     Args:
-        at_once: say where its time went even if it takes long to work out; otherwise that is said `later`.
+        at_once: include where its time went even if that takes long to compute; otherwise it comes `later`.
     """
     run, problems = entry.run, []
 
@@ -111,7 +111,7 @@ def _goodput(events: Sequence[Mapping[str, Any]], booked: Sequence[Attempt] | No
 
 
 class Books:
-    """Where the time of runs went; of a record that has not changed it is not worked out again."""
+    """Where the time of runs went, kept as long as their records do not change."""
 
     def __init__(self, most: int = 2000) -> None:
         self._most = most
@@ -125,7 +125,7 @@ class Books:
         return self.of(folder) if known or signature(folder)[FILES.index(METRICS) * 2 + 1] < LARGE else None
 
     def of(self, folder: str) -> list[Attempt]:
-        """As it was a moment ago where it takes long to work out: a twentieth of a core at the most.
+        """Slightly out of date where it takes long to compute: that takes at most a twentieth of a core.
 
         Raises:
             OSError: the record cannot be read.
@@ -155,7 +155,7 @@ class _Booked(NamedTuple):
 
 
 def parts(seconds: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Seconds by what they went into, without what a run was meant to pause."""
+    """Seconds by category, without intended pauses."""
     return [
         (NAMES.get(name, name.replace("_", " ")), seconds[name]) for name in BOOKS if name != "paused" and seconds[name]
     ]
@@ -322,7 +322,7 @@ def _planned(events: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 def metric_names(
     run_dir: Path, train: Mapping[str, Any], evaluation: Mapping[str, Any], columns: Columns
 ) -> tuple[list[str], int]:
-    """Metrics of a run that have a curve: numbers, and lists of numbers by what they become; and how many more it has.
+    """Metrics of a run that have a curve (numbers, and what lists of numbers become), and how many more it has.
 
     Raises OSError.
     """

@@ -25,10 +25,10 @@ FULL = 0.05
 """Share of a disk that is free when it is said to fill."""
 LASTING = {"straggler": "straggler_recovered", "experts_collapsed": "experts_recovered"}
 THEN = {
-    "straggler": "it goes on; look at that machine, or let the run leave it out",
-    "experts_collapsed": "look at the expert load; a higher aux_loss_weight or router_bias_rate spreads tokens",
-    "checkpoint_failed": "the last good checkpoint stays; make room on the disk",
-    "spike": "look at the loss; train.spike.action=rollback would go back by itself",
+    "straggler": "the run continues; check that machine, or let the run leave it out",
+    "experts_collapsed": "check the expert load; a higher aux_loss_weight or router_bias_rate spreads tokens",
+    "checkpoint_failed": "the last good checkpoint is kept; free some disk space",
+    "spike": "check the loss; with train.spike.action=rollback the run would roll back by itself",
 }
 
 
@@ -118,7 +118,7 @@ class Glance:
                 when = f"failed at step {row.step:,}" if row.step else "failed before step 1"
                 name = visible(os.path.basename(entry.run.folder))
                 yield _problem("failed", row.id, when, row.reason or "no reason is recorded",
-                               f"`muster train` or `muster retry` of {name} goes on from its last checkpoint",
+                               f"`muster train` or `muster retry` of {name} continues from its last checkpoint",
                                row.updated)  # fmt: skip
         for entry in view.entries:
             if entry.row.status == "UNREADABLE":
@@ -133,7 +133,7 @@ class Glance:
                 yield _problem(
                     "warning", row.id, f"no step for {quiet:,.0f} s",
                     f"a step took {pace:.3g} s of late; the last was {row.step:,}",
-                    "the watchdog ends an attempt that hangs and starts it again", row.updated,
+                    "the watchdog restarts an attempt that hangs", row.updated,
                 )  # fmt: skip
             yield from self._told(entry)
 
@@ -148,7 +148,7 @@ class Glance:
         if not error:
             return known[1]
         behind = _problem("warning", entry.row.id, "the tracker is behind", visible(str(error)[:500]),
-                          "it is tried again; the record itself is whole", None)  # fmt: skip
+                          "muster keeps trying; the record itself is complete", None)  # fmt: skip
         return [*known[1], behind]
 
     def _of_events(self, entry: Entry) -> list[dict[str, Any]]:

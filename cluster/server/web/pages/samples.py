@@ -43,7 +43,7 @@ def picture(run_dir: Path, step: int) -> bytes:
     with below(run_dir, SAMPLES) as folder:
         names = {own: name for own, kind, name in _named(folder) if kind == "png"}
         if step not in names:
-            raise FileNotFoundError(2, "there is no picture of that step")
+            raise FileNotFoundError(2, "there is no image of that step")
         with opened(folder, names[step]) as file:
             content = file.read(MOST_PICTURE + 1)
     if wrong := _wrong(content):
@@ -103,7 +103,7 @@ def _wrong(content: bytes) -> str:
     """Why a picture is not shown; empty: it is."""
     width, height = _size(content)
     if not width * height:
-        return "it is no PNG picture"
+        return "it is not a PNG image"
     if len(content) > MOST_PICTURE or width * height > MOST_PIXELS:
         return f"it is too large to be shown ({width:,} x {height:,} pixels)"
     return ""

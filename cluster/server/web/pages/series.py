@@ -108,7 +108,7 @@ class Columns:
                 total -= self._kept.popitem(last=False)[1].size()
 
     def read(self, folder: str, what: Callable[[Kept], Any]) -> Any:
-        """What a function makes of the columns of a run as they are now.
+        """Apply a function to the current columns of a run.
 
         Raises:
             OSError: the record cannot be read.
@@ -161,7 +161,7 @@ def lines(
     """The metrics of these names over an axis.
 
     Args:
-        points: about how many each has at most; a bucket's least, greatest and last value are kept.
+        points: approximate maximum of each curve; of a bucket the least, greatest and last value are kept.
         start, end: of the axis; None: all there is.
         unit: what the run counts, which is meant by `tokens`.
         log: the axis is logarithmic, and so are the buckets.

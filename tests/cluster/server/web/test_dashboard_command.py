@@ -162,7 +162,7 @@ def wait_for(reached):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["--root", "nowhere"], "--root nowhere: there is no such folder"),
+        (["--root", "nowhere"], "--root nowhere: no such folder"),
         (["--host", "no.such.host.invalid", "--root", "."], "--host no.such.host.invalid --port 8267"),
     ],
 )
@@ -177,7 +177,7 @@ def test_mistakes(muster, arguments, told):
     [
         (["--address", "127.0.0.1"], "--address '127.0.0.1' is not HOST:PORT of a head, such as 127.0.0.1:6379"),
         (["--address", "http://127.0.0.1:8265"], "is not HOST:PORT of a head"),
-        (["--root", "nowhere"], "--root nowhere: there is no such folder"),
+        (["--root", "nowhere"], "--root nowhere: no such folder"),
         ([], "no token for the cluster at 127.0.0.1:6379"),
     ],
 )

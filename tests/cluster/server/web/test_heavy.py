@@ -62,7 +62,7 @@ def test_one_at_a_time_and_no_endless_queue(heavy, sleeper, tmp_path):
     for number in range(MOST_WAITING):
         assert heavy.ask(number, 1, ECHO, {}).working
     assert heavy.ask(0, 2, ECHO, {}).working, "it takes the turn of the one that waits"
-    assert "ask again" in heavy.ask("one more", 1, ECHO, {}).found["error"]
+    assert "try again" in heavy.ask("one more", 1, ECHO, {}).found["error"]
 
 
 def test_what_works_ends_with_the_server(heavy, sleeper, tmp_path):

@@ -79,5 +79,7 @@ def test_refused(best, sweep, message):
 def test_no_run_is_written_of_a_size_that_is_not_named():
     design = Design(ladder(1e8 * 4.0 ** np.arange(5), (20, 40)), 0.01)
     predicted = Forecast(planted(LAWS["Hoffmann et al."], design, 0)).at_budget(1e23)
-    with pytest.raises(ConfigError, match=r"^no best size is named for 1e\+23 FLOPs: it may be any from .* approach3$"):
+    with pytest.raises(
+        ConfigError, match=r"^no best size is given for 1e\+23 FLOPs: it may be anything from .* approach3$"
+    ):
         Best.of(predicted)

@@ -87,7 +87,7 @@ def test_without_a_reliable_form_the_runs_are_still_drawn(tmp_path, table):
     assert written == [*(["isoflop"] if len(table) > 2 else []), "frontier", "sweep"]
     page = (tmp_path / "sweep.html").read_text()
     assert page.count("Plotly.newPlot") == len(written) - 1
-    assert "No form can be relied on" in page
+    assert "No form is reliable" in page
 
 
 def test_runs_of_one_number_of_tokens_have_no_frontier_in_tokens_and_no_contours(tmp_path):

@@ -158,7 +158,7 @@ def test_probes_are_scikit_learns():
 
 
 def test_one_image_alone_is_refused():
-    with pytest.raises(ConfigError, match=r"train\.micro_batch=1: an image needs others to be told from"):
+    with pytest.raises(ConfigError, match=r"train\.micro_batch=1: contrastive learning compares"):
         task(micro_batch=1)
 
 

@@ -160,7 +160,7 @@ def test_what_held_out_files_have_is_checked_before_a_run(tmp_path):
         kind_of(config).ensure(config)
     pq.write_table(pa.table(table(count=7, y=[[0.5, 1.0]] * 7)), labels)
     config = from_dict({"model": model | {"outputs": 1}, "task": "regression", "data": {"path": str(tmp_path)}})
-    with pytest.raises(ConfigError, match=r"y of the held-out files has 2 numbers, but of the others 1"):
+    with pytest.raises(ConfigError, match=r"y of the held-out files has 2 numbers, but that of the others 1"):
         kind_of(config).ensure(config)
 
 
@@ -187,9 +187,12 @@ def changed(name, row, value):
 REFUSED = {
     "no node": (
         {"node_feat": pa.array([[]] * COUNT, pa.list_(pa.list_(pa.int64())))},
-        r"node_feat is empty in every row: a graph needs a node",
+        r"node_feat is empty in every row: a graph needs at least one node",
     ),
-    "no column": ({"y": None}, r"has not one column y \(it has edge_index, node_feat, edge_attr, num_nodes\)"),
+    "no column": (
+        {"y": None},
+        r"should have exactly one column y \(it has edge_index, node_feat, edge_attr, num_nodes\)",
+    ),
     "an edge to nowhere": (
         changed("edge_index", 5, [[0, 6], [1, 2]]) | changed("edge_attr", 5, [[0], [0]]),
         r"an edge of row 5 joins nodes 6 and 2, but the graph has 6 nodes, from 0 on: correct edge_index",

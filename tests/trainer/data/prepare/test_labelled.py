@@ -68,8 +68,8 @@ def test_class_folders(muster, tmp_path, folders):
     assert said.splitlines() == [
         "27 images to train on, 9 held out",
         "3 classes: 0 cat, 1 dog, 2 owl",
-        f"2 files left out, no readable PNG or JPEG: the first is {folders}/dog/notes.txt",
-        f"to train on them: data.path={out}",
+        f"2 files left out, not readable as PNG or JPEG: the first is {folders}/dog/notes.txt",
+        f"to train on it: data.path={out}",
     ]
     seen = []
     for split in ("train", "held_out"):
@@ -85,7 +85,7 @@ def test_class_folders(muster, tmp_path, folders):
     assert json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]["label"]["names"][1] == "dog"
     assert len(set(table["label"].to_pylist()[:9])) > 1  # not class by class
     code, _, err = muster("data", "prepare", str(folders), *words)
-    assert (code, "exists: choose a folder" in err) == (2, True)
+    assert (code, "already exists: choose another folder" in err) == (2, True)
     with pytest.raises(ConfigError, match="leave out --strict"):
         prepare_images([str(folders)], tmp_path / "other", "random", 0.1, 0, strict=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
@@ -109,7 +109,7 @@ def test_rows_by_group(muster, tmp_path):
     assert said.splitlines() == [
         "30 rows to train on, 10 held out",
         "2 classes: 0 elm, 1 oak",
-        f"to train on them: data.path={out} data.rows.labels=[kind]",
+        f"to train on it: data.path={out} data.rows.labels=[kind]",
     ]
     patients = []
     for split, size in (("train", 30), ("held_out", 10)):
@@ -139,9 +139,9 @@ def test_numbers_are_kept_and_a_missing_class_is_none(tmp_path):
 MISTAKES = {
     "kind": (["--kind", "sounds"], "--kind sounds: should be text, images, rows, pairs"),
     "split": (["--kind", "rows", "--split", "even"], "--split even: should be random, stratified or grouped"),
-    "an option of text": (["--kind", "rows", "--tokenizer", "bytes"], "--tokenizer is no option of --kind rows"),
-    "an option of rows": (["--group", "patient"], "--group is no option of --kind text"),
-    "no folder": (["--kind", "images"], "--kind images takes one folder, which has a folder of images for each class"),
+    "an option of text": (["--kind", "rows", "--tokenizer", "bytes"], "--tokenizer does not apply to --kind rows"),
+    "an option of rows": (["--group", "patient"], "--group does not apply to --kind text"),
+    "no folder": (["--kind", "images"], "--kind images takes one folder, with a subfolder of images for each class"),
     "no label": (["--kind", "rows"], "--label label: the files have no such column (they have size, weight,"),
     "text": (["--kind", "rows", "--label", "size"], "column patient is string, not numbers: leave it out with --leave"),
     "no group": (["--kind", "rows", "--label", "kind", "--split", "grouped"], "--split grouped needs --group COLUMN"),
@@ -158,7 +158,7 @@ MISTAKES = {
             "--split",
             "stratified",
         ],
-        "--split stratified needs one label of classes",
+        "--split stratified needs a single label",
     ),
     "nothing held out": (
         ["--kind", "rows", "--label", "kind", "--leave-out", "patient", "--held-out", "0.001"],

@@ -76,7 +76,7 @@ def test_molecules(tmp_path, muster):
     code, said, _ = muster("data", "prepare", str(file), *words, "--out", str(tmp_path / "out"))
     assert (code, said.splitlines()) == (0, [
         "16 graphs to train on, 4 held out", "2 classes: 0 gas, 1 liquid",
-        f"to train on them: data.path={tmp_path / 'out'}",
+        f"to train on it: data.path={tmp_path / 'out'}",
     ])  # fmt: skip
     found = rows(tmp_path / "out")
     gas = {"edge_index": [[0, 1, 1, 2], [1, 0, 2, 1]], "node_feat": [[8], [6], [8]], "edge_attr": [[2]] * 4, "y": [0],
@@ -162,7 +162,7 @@ def test_nodes(tmp_path, muster):
     code, said, _ = muster("data", "prepare", *files, "--kind", "nodes", "--out", str(out))
     assert (code, said.splitlines()) == (0, [
         "3 nodes to train on, 0 held out", "2 classes: 0 x, 1 y", "1 node without a label",
-        f"to train on them: data.path={out} data.kind=nodes",
+        f"to train on it: data.path={out} data.kind=nodes",
     ])  # fmt: skip
     [row] = rows(out)
     assert (row["node_feat"], row["y"]) == ([[1], [2], [3], [4]], [0, 1, None, 0])

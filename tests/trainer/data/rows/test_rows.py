@@ -105,7 +105,11 @@ def test_rows_that_are_not_whole_are_counted_and_left_out(tmp_path):
 
 
 REFUSED = {
-    "no label": ({"labels": ["y"]}, {}, r"has not one column y \(it has a, b, label\): set data\.rows\.labels"),
+    "no label": (
+        {"labels": ["y"]},
+        {},
+        r"should have exactly one column y \(it has a, b, label\): set data\.rows\.labels",
+    ),
     "text": ({}, {"c": ["x"] * 50}, r"column c is string, not numbers: leave it out of data\.rows\.features"),
     "a class below 0": ({}, {"label": np.arange(50) - 1}, r"column label has -1, but classes are whole numbers from 0"),
     "half a class": ({}, {"label": np.arange(50) / 2}, r"column label has 0\.5, but classes .* set task=regression"),

@@ -184,7 +184,7 @@ def test_mistakes(root, tmp_path, muster):
     for arguments, message in [
         (["--root", str(root), "--export", str(tmp_path / "out"), "quack"], "no run 'quack' in "),
         (["--root", str(root), "--export", str(tmp_path / "file"), "quick"], "it cannot be written (File exists)"),
-        (["--root", str(tmp_path / "empty"), "--export", str(tmp_path / "out")], "there is no run in"),
+        (["--root", str(tmp_path / "empty"), "--export", str(tmp_path / "out")], "there are no runs in"),
         (["--root", str(root), "quick"], "name a folder with --export DIR"),
     ]:
         code, out, err = muster("dashboard", *arguments)
@@ -196,4 +196,4 @@ def test_mistakes(root, tmp_path, muster):
         write_run(root / f"run-{number}", 1)
     code, _, err = muster("dashboard", "--root", str(root), "--export", str(tmp_path / "out"))
     assert code == 2
-    assert "22 runs, and 20 can be compared" in err
+    assert "there are 22 runs, and a page compares at most 20" in err

@@ -196,7 +196,7 @@ def test_a_mistake_is_said_at_its_field(page, tmp_path):
     page.get_by_label("preset").select_option("own")
     page.get_by_label("config").fill(f"base: quickstart\nplugins: [{tmp_path}/x.py]\n")
     page.get_by_label("config").press("Tab")
-    expect(page.locator("#wrong-yaml")).to_contain_text("no code is loaded here")
+    expect(page.locator("#wrong-yaml")).to_contain_text("plugins are not loaded here")
     page.get_by_label("config").fill("base: quickstart\ntrain: {steps: 9, global_batch: 64}\n")
     page.get_by_label("config").press("Tab")
     expect(page.get_by_label("steps")).to_have_value("9")

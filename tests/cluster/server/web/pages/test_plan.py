@@ -119,10 +119,10 @@ def named(tmp_path):
 
 
 TEXTS = {
-    "plugins: ['{}/plugin.py']": "no code is loaded here",
-    "base: '{}/below.yaml'": "no file is read here",
-    "model: {{from: '{}/model'}}": "no folder is read here",
-    "model: {{rope_scaling: {{kind: yarn, factor: 2}}}}\ntrain: {{init_from: '{}/model'}}": "no folder is read here",
+    "plugins: ['{}/plugin.py']": "plugins are not loaded here",
+    "base: '{}/below.yaml'": "files are not read here",
+    "model: {{from: '{}/model'}}": "folders are not read here",
+    "model: {{rope_scaling: {{kind: yarn, factor: 2}}}}\ntrain: {{init_from: '{}/model'}}": "folders are not read here",
 }
 
 
@@ -140,7 +140,7 @@ def test_nothing_that_a_config_names_is_run_or_read(dashboard, named, monkeypatc
 def test_overrides_name_nothing_either(dashboard, named):
     for key in (f"plugins=['{named}/plugin.py']", f"model.from={named}/model"):
         answer = dashboard.post("/api/plan", {"preset": "quickstart", "overrides": [key]}).json
-        assert "is loaded here" in answer["error"] or "is read here" in answer["error"]
+        assert "not loaded here" in answer["error"] or "not read here" in answer["error"]
     assert not (named / "ran").exists()
 
 
