@@ -183,6 +183,7 @@ def test_pictures_and_tables_of_samples(page):
     expect(page.locator(".sample img")).to_have_count(2)
     image = page.get_by_alt_text("What the model made at step 2")
     page.wait_for_function("image => image.complete && image.naturalWidth === 17", arg=image.element_handle())
+    assert image.bounding_box()["width"] == 16 * 17  # a small one is drawn larger
     expect(page.locator(".sample table")).to_contain_text(HOSTILE)
     expect(page.locator(".numbers")).to_contain_text("images/s64")
     page.get_by_role("button", name="Enlarge step 1").click()

@@ -87,7 +87,7 @@ export class Experts {
         if (this.closed) return;
         if (!steps.length) continue;
         const dead = map.set(load, steps, row.status === "RUNNING" ? row.steps : null);
-        put(said, dead.length ? `expert ${dead.slice(0, 3).join(", ")} starve${dead.length > 1 ? "" : "s"}` : "");
+        put(said, dead.length ? `expert${dead.length > 1 ? "s" : ""} ${dead.slice(0, 3).join(", ")}${dead.length > 3 ? " …" : ""} starve${dead.length > 1 ? "" : "s"}` : "");
       } catch (error) {
         put(said, error.message);
       }
