@@ -20,6 +20,7 @@ export const COLUMNS = {
   data: { label: "data", kind: "text", width: "minmax(64px, 1fr)" },
   parameters: { label: "parameters", kind: "count", width: "78px" },
   family: { label: "family", kind: "text", width: "80px" },
+  task: { label: "task", kind: "text", width: "104px" },
   status: { label: "status", kind: "status", width: "84px" },
   step: { label: "step", kind: "whole", width: "68px" },
   steps: { label: "of steps", kind: "whole", width: "68px" },
