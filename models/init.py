@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.hooks import RemovableHandle
 
 
 def generator(name: str, seed: int) -> torch.Generator:
@@ -54,7 +55,10 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "xavier_normal": nn.init.xavier_normal_,
     "he_uniform": partial(nn.init.kaiming_uniform_, nonlinearity="relu"),
     "he_normal": partial(nn.init.kaiming_normal_, nonlinearity="relu"),
+    "he_uniform_fan_out": partial(nn.init.kaiming_uniform_, nonlinearity="relu", mode="fan_out"),
+    "he_normal_fan_out": partial(nn.init.kaiming_normal_, nonlinearity="relu", mode="fan_out"),
     "orthogonal": nn.init.orthogonal_,
+    "lsuv": nn.init.orthogonal_,  # before `scale_outputs`
     "truncated_normal": partial(nn.init.trunc_normal_, std=0.02, a=-0.04, b=0.04),
 }
 """Initial values of matrices and convolutions by name: arXiv:1312.6120, 1502.01852, and Glorot and Bengio (2010)."""
@@ -70,6 +74,32 @@ def fill_by(way: str, module: nn.Module, seed: int) -> None:
                 WAYS[way](part.weight, generator=generator(name, seed))
                 if part.bias is not None:
                     part.bias.zero_()
+
+
+@torch.no_grad()
+def scale_outputs(module: nn.Module, run: Callable[[], object]) -> None:
+    """Scale the weights of each linear and convolutional layer so that its outputs have variance 1 (LSUV,
+    arXiv:1511.06422), in the order in which they compute. Biases are 0, so that once is enough.
+
+    Args:
+        run: a forward pass over some examples.
+    """
+    hooks: dict[nn.Module, RemovableHandle] = {}
+
+    def scale(layer: nn.Module, _: object, output: Tensor) -> Tensor:
+        hooks.pop(layer).remove()
+        deviation = output.float().std()
+        if not deviation > 0:  # of a constant
+            return output
+        layer.weight /= deviation  # type: ignore[operator]
+        return output / deviation
+
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            hooks[part] = part.register_forward_hook(scale)
+    run()
+    for hook in hooks.values():
+        hook.remove()
 
 
 def initialise(module: nn.Module, std: float, seed: int) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +24,20 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU, "leaky_relu": nn.LeakyReLU, "prelu": nn.PReLU,
     "swish": nn.SiLU, "gelu": nn.GELU, "swiglu": SwiGLU,
 }  # fmt: skip
-NORMS: dict[str, Callable[[int], nn.Module]] = {"none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm}
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "none": nn.Identity, "batch": nn.BatchNorm1d, "layer": nn.LayerNorm, "rms": lambda width: nn.RMSNorm(width, 1e-5),
+}  # fmt: skip
+
+
+class DropConnect(nn.Linear):
+    """A linear layer some of whose weights are zero in training, others for each example (Wan et al., 2013)."""
+
+    def forward(self, x: Tensor, keys: Tensor | None = None, site: int = 0, rate: float = 0.0) -> Tensor:
+        """`keys`, `site`, `rate`: of `models.noise.dropout`."""
+        if keys is None or not rate:
+            return super().forward(x)
+        kept = dropout(self.weight.expand(len(x), -1, -1), keys, site, rate)
+        return torch.einsum("boi,bi->bo", kept, x) + self.bias
 
 
 class Mlp(nn.Module):
@@ -35,7 +49,7 @@ class Mlp(nn.Module):
         twice = 2 if config.activation == "swiglu" else 1
         self.layers = nn.ModuleList(
             nn.Sequential(
-                nn.Linear(before, twice * width), NORMS[config.norm](twice * width), ACTIVATIONS[config.activation]()
+                DropConnect(before, twice * width), NORMS[config.norm](twice * width), ACTIVATIONS[config.activation]()
             )
             for before, width in zip(widths, config.hidden, strict=False)
         )
@@ -47,7 +61,12 @@ class Mlp(nn.Module):
     def forward(self, inputs: Tensor, keys: Tensor | None = None) -> Tensor:
         """`keys`: of `models.noise.dropout`."""
         x = inputs.flatten(1).to(self.head.weight.dtype)
-        for site, layer in enumerate(self.layers, 1):
-            y = dropout(layer(x), keys, site, self.config.dropout)
+        for site, (linear, norm, activation) in enumerate(self.layers, 1):
+            y = activation(norm(linear(x, keys, CONNECTIONS + site, self.config.drop_connect)))
+            y = dropout(y, keys, site, self.config.dropout)
             x = x + y if self.config.residual and y.shape == x.shape else y
         return self.head(x)
+
+
+CONNECTIONS = 1 << 16
+"""Number of the first dropout of weights, beyond those of outputs."""

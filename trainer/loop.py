@@ -137,7 +137,7 @@ def _steps(
     forecast = Forecast(config, here, lambda: preflight(run_dir, config, record))
     if record:
         record.event("plan", **forecast.predicted(flops))
-    trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)))
+    trainee = build_trainee(config, here, warm=not from_chief(lambda: committed(run_dir)), dataset=dataset)
     engine, engines, where = trainee.engine, list(trainee.engines.values()), trainee.where
     resume(run_dir, engines, state, trainee.learner, record)
     if state.step:

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from configs import Config, ConfigError
 from models.families import build
-from models.init import fill
+from models.init import fill, scale_outputs
 from models.kernels.uncompiled import leave_uncompiled
 from models.spectral_memory import fill_vectors
 from models.tasks.learner import Learner
@@ -201,11 +201,18 @@ class Trainee:
         return self.learner.task.choices()
 
 
-def build_trainee(config: Config, device: torch.device, *, warm: bool = True) -> Trainee:
+SCALED_BY = 64
+"""Examples that scale initial weights: as many in every topology."""
+
+
+def build_trainee(
+    config: Config, device: torch.device, *, warm: bool = True, dataset: ExampleReader | None = None
+) -> Trainee:
     """Build, fill and cut the model, and make the engine; the process group must exist.
 
     Args:
         warm: start from train.init_from, if it is set; not for a run that has a checkpoint.
+        dataset: whose first examples scale the initial weights, if the model's section asks for it.
 
     Raises:
         ConfigError: train.init_from is not what it should be, or the family cannot be cut as asked.
@@ -219,6 +226,11 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         with device:
             module = build(config.model)
     fill(module, config.run.seed)
+    task = task_of(config)
+    if warm and dataset and config.model.scaled_by_examples:
+        first = dataset.examples(range(SCALED_BY)).to(device)
+        nets = {phase.name: module.get_submodule(phase.parameters) for phase in task.phases}
+        scale_outputs(module, lambda: task.evaluate(nets, first))
     known = load_weights(module, config) if warm and config.train.init_from else {}
     fill_vectors(module, config.run.seed)
     if config.train.recompute_every:
@@ -236,7 +248,6 @@ def build_trainee(config: Config, device: torch.device, *, warm: bool = True) ->
         leave_uncompiled()
         for layer in getattr(module, "compiled_parts", lambda: [module])():
             layer.compile(dynamic=False)
-    task = task_of(config)
     engines: dict[str, Engine] = {}
     for phase in task.phases:
         optim, prefix = optimizer_of(config, phase), f"{phase.parameters}." if phase.parameters else ""

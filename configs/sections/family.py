@@ -46,6 +46,11 @@ class ModelSection(Section):
         return 3
 
     @property
+    def scaled_by_examples(self) -> bool:
+        """Whether its initial weights are scaled by what the network makes of the first training examples."""
+        return False
+
+    @property
     def is_known(self) -> bool:
         """Whether the keys were checked: not until the plugin that defines the family is loaded."""
         return True

@@ -40,14 +40,15 @@ def norm_of(config: LayersConfig) -> nn.Module:
 class Layer(nn.Module):
     """Attention and an MLP, each with a residual connection."""
 
-    def __init__(self, config: LayersConfig):
+    def __init__(self, config: LayersConfig, skipped: float = 0.0):
+        """`skipped`: share of examples that skip each of both in training."""
         super().__init__()
         self.attention = Attention(config.of_attention, out_bias=True)
         self.attention_norm, self.mlp_norm = norm_of(config), norm_of(config)
         size, inner = config.hidden_size, config.inner
         plain = nn.Sequential(nn.Linear(size, inner), nn.GELU(), nn.Linear(inner, size))
         self.mlp = SwiGLU(size, inner) if config.activation == "swiglu" else plain
-        self.pre_norm, self.rate = config.pre_norm, config.dropout
+        self.pre_norm, self.rate, self.skipped = config.pre_norm, config.dropout, skipped
 
     def compile(self, *arguments: Any, **options: Any) -> None:
         leave_uncompiled()
@@ -56,10 +57,13 @@ class Layer(nn.Module):
     def forward(self, x_BTH: Tensor, shared: Shared, keys: Tensor | None) -> Tensor:
         """`keys`: of `models.noise.dropout`, for this layer."""
         if self.pre_norm:
-            x_BTH = x_BTH + dropout(self.attention(self.attention_norm(x_BTH), *shared), keys, 1, self.rate)
-            return x_BTH + dropout(self.mlp(self.mlp_norm(x_BTH)), keys, 2, self.rate)
-        x_BTH = self.attention_norm(x_BTH + dropout(self.attention(x_BTH, *shared), keys, 1, self.rate))
-        return self.mlp_norm(x_BTH + dropout(self.mlp(x_BTH), keys, 2, self.rate))
+            x_BTH = x_BTH + self._kept(self.attention(self.attention_norm(x_BTH), *shared), keys, 1)
+            return x_BTH + self._kept(self.mlp(self.mlp_norm(x_BTH)), keys, 2)
+        x_BTH = self.attention_norm(x_BTH + self._kept(self.attention(x_BTH, *shared), keys, 1))
+        return self.mlp_norm(x_BTH + self._kept(self.mlp(x_BTH), keys, 2))
+
+    def _kept(self, x_BTH: Tensor, keys: Tensor | None, site: int) -> Tensor:
+        return dropout(dropout(x_BTH, keys, site, self.rate), keys, 2 + site, self.skipped, dims=0)
 
 
 class Stack(nn.Module):
@@ -67,7 +71,10 @@ class Stack(nn.Module):
 
     def __init__(self, config: LayersConfig):
         super().__init__()
-        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
+        last = max(config.num_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            Layer(config, config.stochastic_depth * number / last) for number in range(config.num_layers)
+        )
         self.norm = norm_of(config) if config.pre_norm else None
         self.recompute_every = 0
 

@@ -1,5 +1,6 @@
 """The blocks of convolutional networks: [B, before, H, W] -> [B, width, H / stride, W / stride]."""
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -19,6 +20,23 @@ class PixelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class PixelRms(nn.RMSNorm):
+    """RMSNorm over the channels of each pixel."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _groups(width: int, eps: float) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, max(width // 8, 1), width), width, eps)
+
+
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {
+    "batch": nn.BatchNorm2d, "layer": PixelNorm, "rms": PixelRms, "group": _groups,
+    "instance": lambda width, eps: nn.GroupNorm(width, width, eps),
+}  # fmt: skip
 
 
 class Scale(nn.Module):
@@ -87,8 +105,7 @@ class Builder:
         return found
 
     def norm(self, width: int) -> list[nn.Module]:
-        kinds = {"none": (), "batch": (nn.BatchNorm2d,), "layer": (PixelNorm,)}
-        return [kind(width, eps=self.shape.eps) for kind in kinds[self.shape.norm]]
+        return [] if self.shape.norm == "none" else [NORMS[self.shape.norm](width, self.shape.eps)]
 
     def activation(self) -> nn.Module:
         return ACTIVATIONS[self.shape.activation]()

@@ -9,7 +9,7 @@ from configs.sections.family import ModelSection
 
 from .architectures import ARCHITECTURES
 from .mlp import Initialisation
-from .stages import POOLS, Activation, Architecture, Norm, Stage
+from .stages import POOLS, Activation, Architecture, ConvNorm, Stage
 
 
 class ConvNetConfig(ModelSection):
@@ -30,8 +30,9 @@ class ConvNetConfig(ModelSection):
     """Classes."""
     activation: Activation | None = None
     """Activation after convolutions; None: the architecture's."""
-    norm: Norm | None = None
-    """After convolutions: none, batch, or layer (over the channels of each pixel); None: that of the architecture."""
+    norm: ConvNorm | None = None
+    """After convolutions: none, batch, layer or rms (over the channels of each pixel), group (of 8 channels or more) or
+    instance (each channel); None: the architecture's."""
     hidden: tuple[Size, ...] | None = None
     """Widths of the linear layers before the last; None: those of the architecture."""
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -43,6 +44,10 @@ class ConvNetConfig(ModelSection):
     (arXiv:1603.09382)."""
     init: Initialisation = "torch"
     """Initial weights of convolutions and linear layers, as of the family mlp."""
+
+    @property
+    def scaled_by_examples(self) -> bool:
+        return self.init == "lsuv"
 
     @field_validator("architecture")
     @classmethod

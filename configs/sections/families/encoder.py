@@ -31,6 +31,9 @@ class LayersConfig(ModelSection):
     as in BERT."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout on the output of each attention and MLP block and on the embedding."""
+    stochastic_depth: float = Field(0.0, ge=0, lt=1)
+    """Share of examples that skip the attention, and as many the MLP, of the last layer in training; it rises linearly
+    from 0 for the first (arXiv:1603.09382)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
 

@@ -9,8 +9,9 @@ from configs.sections.family import ModelSection
 
 Activation = Literal["sigmoid", "tanh", "relu", "leaky_relu", "prelu", "swish", "gelu", "swiglu"]
 Initialisation = Literal[
-    "torch", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "orthogonal", "truncated_normal"
-]
+    "torch", "xavier_uniform", "xavier_normal", "he_uniform", "he_normal", "he_uniform_fan_out", "he_normal_fan_out",
+    "orthogonal", "truncated_normal", "lsuv",
+]  # fmt: skip
 
 
 class MlpConfig(ModelSection):
@@ -30,10 +31,19 @@ class MlpConfig(ModelSection):
     swish, gelu, or swiglu (a second linear map gated by swish)."""
     residual: bool = False
     """Add the input of each hidden layer to its output, where both have the same width (arXiv:1512.03385)."""
-    norm: Literal["none", "batch", "layer"] = "none"
+    norm: Literal["none", "batch", "layer", "rms"] = "none"
     """Normalisation before each activation."""
     dropout: float = Field(0.0, ge=0, lt=1)
     """Dropout after each activation."""
+    drop_connect: float = Field(0.0, ge=0, lt=1)
+    """DropConnect (Wan et al., 2013): share of the hidden layers' weights that are zero in training, others for each
+    example, so that a layer takes the memory of its weights times the examples."""
     init: Initialisation = "torch"
     """Initial weights: torch (uniform in +-1/sqrt(fan in)), xavier_uniform, xavier_normal, he_uniform, he_normal (both
-    by fan in), orthogonal, or truncated_normal (standard deviation 0.02). Biases are 0 except with torch."""
+    by fan in), he_uniform_fan_out, he_normal_fan_out, orthogonal, truncated_normal (standard deviation 0.02), or lsuv:
+    orthogonal, then scaled so that each layer's outputs over the first training examples have variance 1
+    (arXiv:1511.06422). Biases are 0 except with torch."""
+
+    @property
+    def scaled_by_examples(self) -> bool:
+        return self.init == "lsuv"

@@ -12,6 +12,7 @@ POOLS = {"max2": (2, 0), "max3": (3, 1), "max3_valid": (3, 0), "average2": (2, 0
 """Window and padding of each; all have a stride of 2."""
 Activation = Literal["sigmoid", "tanh", "relu", "relu6", "leaky_relu", "swish", "gelu"]
 Norm = Literal["none", "batch", "layer"]
+ConvNorm = Literal["none", "batch", "layer", "rms", "group", "instance"]
 
 
 class Stage(Section):
@@ -67,8 +68,9 @@ class Architecture(Section):
 
     stages: Annotated[tuple[Stage, ...], Field(min_length=1, max_length=1000)]
     """From the image on."""
-    norm: Norm = "batch"
-    """batch: BatchNorm; layer: over the channels of each pixel."""
+    norm: ConvNorm = "batch"
+    """batch: BatchNorm; layer, rms: LayerNorm and RMSNorm over the channels of each pixel; group: GroupNorm of at most
+    32 groups of 8 channels or more (arXiv:1803.08494); instance: of each channel of an image (arXiv:1607.08022)."""
     eps: float = Field(1e-5, gt=0)
     """Epsilon of norms."""
     activation: Activation = "relu"

@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from configs import ConfigError, from_dict
 from models.batch import Batch
 from models.decoder import attention
+from models.decoder.attention import Visibility
 from models.families import build
 from models.hf.bidirectional import from_theirs, to_config, to_hf
 from models.init import fill
 from models.noise import dropout_keys_of
-from models.sequence.encoder import sine_waves
+from models.sequence.encoder import Shared, sine_waves
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48}
 BERT = {"family": "encoder", "vocab_size": 60, "max_positions": 24, "pre_norm": False, **SIZES}
@@ -186,3 +187,15 @@ def test_what_transformers_computes_otherwise_is_not_written():
                        (VIT | {"pool": "mean"}, "model.pool=mean: ViTForImageClassification has token")):  # fmt: skip
         with pytest.raises(ConfigError, match=said):
             to_config(from_dict({"model": keys}).model)
+
+
+@torch.no_grad()
+def test_examples_skip_the_last_layers_parts_more_often():
+    first, middle, last = network(**VIT | {"num_layers": 3, "stochastic_depth": 0.5}).stack.layers
+    x, keys = torch.randn(1000, 2, 32), dropout_keys_of(0, torch.arange(1000))
+    shared = Shared(None, None, Visibility(causal=False))
+    skipped = [(layer(x, shared, keys) == x).flatten(1).all(1).float().mean().item() for layer in (first, middle, last)]
+    assert skipped == pytest.approx([0, 0.25**2, 0.5**2], abs=0.04)
+    plain = last(x, shared, None)
+    assert torch.allclose(last(x, shared, keys).mean(), plain.mean(), atol=0.05)
+    assert torch.allclose(last(x[7:9], shared, keys[7:9]), last(x, shared, keys)[7:9], atol=1e-5)

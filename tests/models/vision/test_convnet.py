@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.nn import functional as F
 
 from configs import ConfigError, from_dict
 from configs.sections.families.architectures import ARCHITECTURES
@@ -121,6 +122,18 @@ def test_stages_of_its_own():
     kinds = {type(part) for part in module.modules()}
     assert nn.Tanh in kinds
     assert not kinds & {nn.ReLU, nn.BatchNorm2d}
+
+
+NORMS = {
+    "rms": lambda x: F.rms_norm(x.movedim(1, -1), (16,), eps=1e-5).movedim(-1, 1),
+    "group": lambda x: F.group_norm(x, 2), "instance": F.instance_norm,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_norms_are_torchs(norm):
+    [stage], x = network(stages=[{"width": 16}], norm=norm).stages, torch.randn(3, 3, 6, 6)
+    assert torch.allclose(stage[1](stage[0](x)), NORMS[norm](stage[0](x)), atol=1e-5)
 
 
 REFUSED = {
