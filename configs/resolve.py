@@ -95,6 +95,11 @@ def resolve(config: Config, *, vocab_size: int | None = None) -> tuple[Config, l
     if train.precision == "fp16" and parallel.zero_stage == 0:
         stage = derive("parallel", "zero_stage", 1, "fp16 accumulates gradients in fp32 from stage 1 on")
         parallel = parallel.model_copy(update={"zero_stage": stage})
+    if config.optim.sam and train.precision in ("fp16", "fp8"):
+        raise ConfigError(
+            f"optim.sam needs gradients that are not scaled, but train.precision={train.precision} scales them: set it "
+            "to bf16 or fp32, or optim.sam=0"
+        )
     if config.checkpoint.every == "auto":
         notes.append("checkpoint.every=auto: chosen during the run from the cost of a checkpoint and the failure rate")
     if config.optim.schedule == "exponential" and not config.optim.min_lr_ratio:

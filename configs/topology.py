@@ -49,6 +49,7 @@ def _has_dense_layer(config: Config) -> bool:
     return config.model.num_moe_layers < config.model.num_layers
 
 
+CUTS = ("tp", "pp", "ep", "sp")
 RULES: dict[str, Rule] = {
     "tp heads": Rule(
         lambda c: not _divides(c.parallel.tp, c.model.num_heads, c.model.num_kv_heads),
@@ -183,6 +184,11 @@ RULES: dict[str, Rule] = {
         "offload=optimizer needs zero_stage 1 to 3, offload=parameters needs zero_stage 3",
         "runtime/zero/config.py: offload_optimizer is valid with stages 1 to 3, offload_param with 3",
     ),
+    "sam": Rule(
+        lambda c: c.optim.sam > 0 and (c.parallel.zero_stage == 3 or max(getattr(c.parallel, k) for k in CUTS) > 1),
+        "optim.sam moves whole weights up the slope, which ZeRO-3, tp, pp, ep and sp split",
+        "trainer/engine/optim.py: Sam takes a gradient that DeepSpeed does not see",
+    ),
     "offload alone": Rule(
         lambda c: (
             c.parallel.offload != "none"
@@ -194,8 +200,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-CUTS = ("tp", "pp", "ep", "sp")
-OF_ANY_MODEL = ("dualpipev alone", "hpz", "hpz alone", "offload and zero", "offload alone")
+OF_ANY_MODEL = ("dualpipev alone", "hpz", "hpz alone", "sam", "offload and zero", "offload alone")
 """Rules that need no decoder config, for models that cannot be split."""
 
 

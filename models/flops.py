@@ -21,7 +21,7 @@ def submodule(module: nn.Module, phase: Phase) -> nn.Module:
 
 
 def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
-    """Training FLOPs (forward and backward, all phases, by how often each is due) of one example.
+    """Training FLOPs (forward and backward, twice with optim.sam, all phases, by how often each is due) of one example.
 
     Args:
         config: resolved.
@@ -30,9 +30,10 @@ def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
     Raises:
         RuntimeError: the task reads tensor values, which the meta device does not have, so its FLOPs cannot be counted.
     """
+    passes = 2 if config.optim.sam else 1
     if formula := family_of(config.model).flops:
-        return formula(config)
-    return counted_flops(config, batch())
+        return passes * formula(config)
+    return passes * counted_flops(config, batch())
 
 
 def counted_flops(config: Config, batch: Any) -> float:

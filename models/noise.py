@@ -1,5 +1,6 @@
 """Random numbers that belong to an example: a function of (seed, example index, use), never of a rank or of time."""
 
+import hashlib
 import math
 
 import torch
@@ -25,6 +26,19 @@ def normal(seed: int, example_ids: Tensor, use: str, shape: tuple[int, ...]) -> 
     """[B, *shape] fp32, standard normal, as `uniform` (Box and Muller, 1958)."""
     radius = uniform(seed, example_ids, f"{use}/radius", shape).log().mul(-2).sqrt()
     return radius * torch.cos(2 * math.pi * uniform(seed, example_ids, f"{use}/angle", shape))
+
+
+def normal_of_elements(seed: int, use: str, elements: Tensor) -> Tensor:
+    """fp32, standard normal: a function of (seed, use, element) only, whichever elements are asked for.
+
+    Args:
+        elements: int64, places in a tensor.
+        use: of any length.
+    """
+    key = int.from_bytes(hashlib.sha256(f"{seed}:{use}".encode()).digest()[:8], "little") >> 1
+    bits = hashed(elements + key, salt(0))  # 63 of them: half for each of two uniform numbers
+    first, second = ((half.double() + 0.5) * 2**-31 for half in (bits >> 32, bits & (2**31 - 1)))
+    return (first.log().mul(-2).sqrt() * torch.cos(2 * math.pi * second)).float()
 
 
 def dropout_keys_of(seed: int, example_ids: Tensor) -> Tensor:

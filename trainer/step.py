@@ -12,7 +12,7 @@ from configs import Config
 from models.batch import MicroBatch
 from models.loss import nan_if_infinite
 from models.tasks.learner import Learner
-from models.tasks.task import Value, trained_only
+from models.tasks.task import Nets, Phase, Sums, Value, trained_only
 
 from .engine.engine import Engine
 from .health.straggler import sum_with_riders
@@ -101,16 +101,39 @@ def train_step(
         # Through another phase's network gradients pass, but its engine has no part in that.
         nets = {name: engine if name == phase.name else each.module for name, each in engines.items()}
         with trained_only(engines, phase.name):
-            for batch in batches:
+            measured_before = _climb(engine, nets, learner, batches, phase, factor) if engine.sam else None
+            for number, batch in enumerate(batches, 1):
                 sums, values = learner.loss(nets, batch, phase)
-                loss = sums.loss * factor
-                if sums.penalty is not None:
-                    loss = loss + sums.penalty
-                engine.backward(nan_if_infinite(loss))
+                engine.backward(_objective(sums, factor))
+                if engine.sam and number == len(batches):  # the update is of the weights where they were
+                    engine.sam.descend()
                 engine.step()
                 found[phase.name] = found[phase.name] + values if phase.name in found else values
+            if measured_before is not None:
+                found[phase.name] = measured_before
     due = [engines[phase.name] if phase.name in found else None for phase in learner.phases]
     return measured(due, learner.joined(found), weight, riders, config)
+
+
+def _objective(sums: Sums, factor: Tensor) -> Tensor:
+    """Of a micro-batch."""
+    loss = sums.loss * factor
+    return nan_if_infinite(loss if sums.penalty is None else loss + sums.penalty)
+
+
+def _climb(
+    engine: Engine, nets: Nets, learner: Learner, batches: Sequence[MicroBatch], phase: Phase, factor: Tensor
+) -> Tensor:
+    """Move a phase's weights to where `optim.sam` takes the gradient. Returns what was measured before, which is what a
+    step records: the sum of the values of `Learner.loss`."""
+    assert engine.sam
+    found: list[Tensor] = []
+    for batch in batches:
+        sums, values = learner.loss({**nets, phase.name: engine.module}, batch, phase)
+        engine.sam.add(_objective(sums, factor))
+        found.append(values)
+    engine.sam.climb()
+    return torch.stack(found).sum(0)
 
 
 def measured(

@@ -60,8 +60,7 @@ class Trainee:
         for name, rate in rates.items():
             engine = self.engines[name]
             engine.set_learning_rate(rate)
-            if engine.ema:
-                engine.ema.step = step
+            engine.set_step(step)
         return next(iter(rates.values()))
 
     @cached_property
@@ -253,8 +252,7 @@ def build_trainee(
         optim, prefix = optimizer_of(config, phase), f"{phase.parameters}." if phase.parameters else ""
         part = module.get_submodule(phase.parameters)
         engine = engines[phase.name] = (Pipeline if parallel.pp > 1 else Engine)(part, config, optim, prefix)
-        if engine.ema:
-            engine.ema.every = phase.every
+        engine.set_every(phase.every)
     learner = Learner(task, {phase.parameters: engines[phase.name].module for phase in task.phases}, mean)
     if wrong := wrong_shapes(known, learner):
         raise ConfigError(f"train.init_from={config.train.init_from}: {wrong}")

@@ -77,6 +77,19 @@ class OptimConfig(Section):
     """Plateau: evaluations in a row without an improvement after which the learning rate is lowered."""
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     """Plateau: factor of each drop."""
+    l1: float = Field(0.0, ge=0)
+    """L1 penalty: its gradient, this times the sign of each weight, is added after clipping; for weights that decay."""
+    sam: float = Field(0.0, ge=0)
+    """Sharpness-aware minimisation (arXiv:2010.01412): the gradient is taken at the weights that are this far up the
+    slope, by a second forward and backward pass; 0: at the weights. Needs plain data parallelism and ZeRO 0 to 2."""
+    lookahead_every: PositiveInt | None = None
+    """Lookahead (arXiv:1907.08610): every so many steps slow weights go optim.lookahead_share of the way to the
+    weights, which go on from there; None: no slow weights. The paper has 5."""
+    lookahead_share: float = Field(0.5, gt=0, le=1)
+    """See optim.lookahead_every."""
+    gradient_noise: float = Field(0.0, ge=0)
+    """Gaussian noise on the gradient after clipping, of variance gradient_noise / step ** 0.55 (arXiv:1511.06807, which
+    has 0.01, 0.3 and 1); 0: none. It is a function of the seed, the step and the weight."""
     max_weight: PositiveFloat | None = None
     """Clip each weight to this absolute value after each update, as of WGAN's critic (arXiv:1701.07875); None: never.
     """
@@ -87,6 +100,11 @@ class OptimConfig(Section):
     swa_from: PositiveInt | None = None
     """Keep the plain average of the weights after this step and every one that follows, in place of an exponential one
     (stochastic weight averaging, arXiv:1803.05407); None: none."""
+
+    @property
+    def followers(self) -> int:
+        """How many fp32 copies of the weights are kept beside the optimizer's own states."""
+        return self.averages + (self.lookahead_every is not None)
 
     @property
     def averages(self) -> bool:

@@ -151,6 +151,6 @@ def groups(config: Config, stage: int) -> list[Group]:
         if tensor.expert:
             shards = max(1, shards * parallel.tp // parallel.ep)
         optimizer = OPTIMIZERS["adamw" if optim.name == "muon" and not muon else optim.name]
-        states = optimizer.states - (optimizer.has_momentum and not optim.momentum) + optim.averages
+        states = optimizer.states - (optimizer.has_momentum and not optim.momentum) + optim.followers
         found.setdefault(key, Group([], shards, states)).sizes.append(tensor.numel)
     return list(found.values())

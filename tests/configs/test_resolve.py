@@ -96,6 +96,10 @@ REFUSED = {
         made(optim={"name": "adafactor"}, train={"precision": "fp16"}),
         rf"optim\.name=adafactor {WHOLE}",
     ),
+    "sam and fp16": (
+        made(optim={"sam": 0.05}, train={"precision": "fp16"}),
+        r"optim\.sam needs gradients that are not scaled, but train\.precision=fp16 scales them: set it to bf16 or",
+    ),
     "exponential to 0": (
         made(optim={"schedule": "exponential", "min_lr_ratio": 0.0}),
         r"optim\.schedule=exponential never reaches 0: set optim\.min_lr_ratio above 0",

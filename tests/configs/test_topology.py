@@ -32,6 +32,7 @@ BREAKS = {
     "hpz alone": ({}, {"hpz": 2, "dp": 2, "ep": 2, "zero_stage": 3}),
     "offload and zero": ({}, {"offload": "parameters", "dp": 2, "zero_stage": 2}),
     "offload alone": ({}, {"offload": "optimizer", "dp": 2, "ep": 2, "zero_stage": 2}),
+    "sam": ({}, {"dp": 2, "zero_stage": 3}),
 }  # fmt: skip
 
 
@@ -43,11 +44,12 @@ def test_every_rule_is_tried():
 def test_a_broken_rule_is_refused_with_a_way_out(name):
     model, parallel = BREAKS[name]
     train = {"precision": {"pp and fp16": "fp16", "fp8 and split models": "fp8"}.get(name, "bf16")}
+    optim = {"sam": 0.05} if name == "sam" else {}
     with pytest.raises(ConfigError, match=r"^parallel\.\w+=.*Nearest that works: set parallel\.") as caught:
-        resolve(tiny(model=model, train=train, parallel=parallel))
+        resolve(tiny(model=model, train=train, parallel=parallel, optim=optim))
     assert "\n" not in str(caught.value)
     # Through the table alone too: the one rule is broken, and the way out breaks none and keeps the processes.
-    whole = resolve(tiny(model=model, train=train))[0]
+    whole = resolve(tiny(model=model, train=train, optim=optim))[0]
     asked = whole.model_copy(update={"parallel": tiny(parallel=parallel).parallel})
     assert RULES[name].broken(asked)
     nearest = nearest_topology(asked)

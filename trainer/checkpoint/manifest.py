@@ -20,6 +20,9 @@ MASTER = "weight"
 """Name of the fp32 master weights among a parameter's states; the optimizer's own keep torch's names."""
 EMA = "ema"
 """Name of the weights' exponential moving average among a parameter's states, if the run keeps one."""
+SLOW = "slow"
+"""That of Lookahead's slow weights."""
+FOLLOWERS = (EMA, SLOW)
 STEP = "step"
 """The optimizer's step count: a scalar, which older versions stored as a state of one-element tensors."""
 ALWAYS = ("step", "cursor", "tokens", "skipped", "skipped_in_a_row", "rollbacks", "recent_losses", "loss_scale")
@@ -167,10 +170,11 @@ def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
             right = {"row_var": of_rows, "col_var": of_columns}.get(key, whole) if len(whole) > 1 else whole
             if shape != right:
                 raise ValueError(f"shapes: {shortened(key)} of {shortened(name)} is {list(shape)}, not {list(right)}")
-            if key != EMA:
+            if key not in FOLLOWERS:
                 moments[name].append(key)
-    if (averaged := shapes.get(EMA)) and (bare := weights.keys() - averaged.keys() - frozen):
-        raise ValueError(f"shapes: {shortened(min(bare))} has no {EMA}, but others have")
+    for key in FOLLOWERS:
+        if (followed := shapes.get(key)) and (bare := weights.keys() - followed.keys() - frozen):
+            raise ValueError(f"shapes: {shortened(min(bare))} has no {key}, but others have")
     # An optimizer keeps one set of moments for every parameter, or one for each kind of them (Muon, Adafactor).
     kinds: dict[tuple[str, ...], int] = {}
     kind = {name: kinds.setdefault(tuple(keys), len(kinds)) for name, keys in moments.items() if name not in frozen}
@@ -180,7 +184,7 @@ def _check_moments(shapes: Shapes, frozen: set[str]) -> None:
     for key, tensors in shapes.items():
         first = next((kind[name] for name in tensors if name in kind), None)
         for name in tensors:
-            if key not in (MASTER, EMA, STEP) and kind.get(name) != first:
+            if key not in (MASTER, *FOLLOWERS, STEP) and kind.get(name) != first:
                 raise ValueError(f"shapes: {shortened(name)} lacks a moment that others with {shortened(key)} have")
 
 

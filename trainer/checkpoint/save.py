@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from trainer.state import TrainState
 
 from . import store
 from .fragments import fragment_key
-from .manifest import EMA, MASTER, STEP, CheckpointError, committed, folder
+from .manifest import EMA, FOLLOWERS, MASTER, SLOW, STEP, CheckpointError, committed, folder
 from .store import Reader, Snapshot
 
 
@@ -44,8 +44,7 @@ def share(*engines: Engine) -> Snapshot:
         if engine.replicated or not (slot.parameter.requires_grad or engine.sharded):
             low, high = slot.numel * rank // world, slot.numel * (rank + 1) // world
         views = {MASTER: slot.view(slot.owner).float()}  # frozen parameters have no fp32 copy
-        if engine.ema and (average := engine.ema.of(slot.owner)) is not None:
-            views[EMA] = slot.view(average)
+        views |= {key: slot.view(each) for key, each in _followers(engine, slot)}
         for key, value in optimizer.state.get(slot.owner, {}).items():
             if not torch.is_tensor(value) or key == STEP or value.numel() == 1 != slot.owner.numel():
                 scalars[engine.prefix + key] = float(value)
@@ -95,7 +94,7 @@ def misfit(engine: Engine, reader: Reader) -> str:
                 f"{reader.path}: {piece.name} was frozen and has no optimizer state: start from the weights only with "
                 "train.init_from"
             )
-        own = {key for key in shapes if piece.name in shapes[key]} - {MASTER, EMA}
+        own = {key for key in shapes if piece.name in shapes[key]} - {MASTER, *FOLLOWERS}
         if own and not any(kind <= own | scalars for kind in needed):
             names = " or ".join(", ".join(sorted(kind)) for kind in needed)
             return (
@@ -108,8 +107,8 @@ def misfit(engine: Engine, reader: Reader) -> str:
 def restore(engine: Engine, reader: Reader) -> None:
     """Load a checkpoint's weights and optimizer states into an engine of any topology, bit for bit.
 
-    Each process reads its own part: its slices of the parameters, and its stretches of the states. A moving average
-    that the checkpoint lacks starts from its weights.
+    Each process reads its own part: its slices of the parameters, and its stretches of the states. What follows
+    the weights (`engine.ema`) starts from them if the checkpoint lacks it.
 
     Raises:
         CheckpointError: the checkpoint does not fit, see `misfit`.
@@ -133,13 +132,20 @@ def restore(engine: Engine, reader: Reader) -> None:
                 piece.parameter.copy_(weight.view_as(piece.parameter))
                 if slot:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
-            if slot and engine.ema and (average := engine.ema.of(slot.owner)) is not None:
-                key = EMA if slot.name in reader.averaged else MASTER
-                slot.view(average).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
+            for key, follower in _followers(engine, slot) if slot else ():
+                key = key if slot.name in reader.manifest.shapes.get(key, {}) else MASTER
+                slot.view(follower).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
         if slot and piece.parameter.requires_grad:
             where = slot.owner.device if skips_on_device else torch.device("cpu")
             _restore_states(optimizer.state[slot.owner], slot, reader, _scalars(engine, reader), where)
     engine.parameters_changed()
+
+
+def _followers(engine: Engine, slot: Slot) -> Iterator[tuple[str, Tensor]]:
+    """What follows the weights of a slot, with its key in a checkpoint."""
+    for key, follower in ((EMA, engine.ema), (SLOW, engine.lookahead)):
+        if follower and (found := follower.of(slot.owner)) is not None:
+            yield key, found
 
 
 def _scalars(engine: Engine, reader: Reader) -> dict[str, float]:
@@ -154,7 +160,7 @@ def _restore_states(
 ) -> None:
     """Fill the optimizer's states for a slot's owner, as far as the slot reaches; scalars on the device `where`."""
     for key in reader.states:
-        if key in (MASTER, EMA) or slot.name not in reader.manifest.shapes[key]:
+        if key in (MASTER, *FOLLOWERS) or slot.name not in reader.manifest.shapes[key]:
             continue
         shape = reader.shape(key, slot.name)
         if shape == slot.shape:

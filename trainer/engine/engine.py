@@ -12,9 +12,9 @@ from configs.sections.optim import OptimConfig
 from trainer.checkpoint.fragments import whole
 
 from . import private
-from .ema import Ema
+from .ema import Ema, Lookahead
 from .guard import Guarded, guard
-from .optim import build_optimizer, clip_by_value, parameter_groups
+from .optim import GradientNoise, Sam, build_optimizer, clip_by_value, parameter_groups, penalise_magnitudes
 from .parallel import box_of, expert_group_name, keep_routers, plain_name
 from .precision import WorkingCopies
 from .settings import engine_config
@@ -35,6 +35,8 @@ class Engine:
         sharded: whether a process holds only its own part of each working weight (ZeRO-3).
         replicated: whether every process holds all optimizer states in full (ZeRO-0).
         ema: moving average of the trained weights; None if neither `ema_decay` nor `swa_from` is set.
+        lookahead: their slow weights; None without `lookahead_every`.
+        sam: climbs before a step; None without `sam`.
         deepspeed: DeepSpeed's own engine, used only within this folder.
     """
 
@@ -76,11 +78,23 @@ class Engine:
             private.count_once(self.deepspeed, {id(piece.parameter) for piece in self.pieces() if piece.writes})
         if parallel.zero_stage == 0 and torch.distributed.get_world_size() == 1:
             private.reduce_no_gradients(self.deepspeed)
-        trained = {id(slot.owner): slot.owner for slot in self.slots() if slot.parameter.requires_grad}
-        averaged = (optim.ema_decay, optim.swa_from)
-        self.ema = Ema(self.optimizer, trained.values(), *averaged) if optim.averages else None
+        trained = {id(slot.owner): slot.owner for slot in self.slots() if slot.parameter.requires_grad}.values()
+        self.lookahead = self.ema = self.sam = self._noise = None
+        if optim.lookahead_every:  # before the average, which is of what goes on
+            self.lookahead = Lookahead(self.optimizer, trained, optim.lookahead_every, optim.lookahead_share)
+        if optim.averages:
+            self.ema = Ema(self.optimizer, trained, optim.ema_decay, optim.swa_from)
         if config.train.clip_value:
             clip_by_value(self.optimizer, config.train.clip_value)
+        if optim.l1:
+            penalise_magnitudes(self.optimizer)
+        if optim.gradient_noise:
+            slots = [slot for slot in self.slots() if slot.parameter.requires_grad]
+            self._noise = GradientNoise(self.optimizer, slots, optim.gradient_noise, config.run.seed)
+        if optim.sam:
+            masters = {id(each) for each in self._copies.masters} if self._copies else set()
+            leaves = [p for p in self.parameters() if p.requires_grad and id(p) not in masters]
+            self.sam = Sam(leaves, optim.sam)
 
     def _for_deepspeed(self, module: nn.Module, config: Config) -> tuple[nn.Module, dict[str, Any]]:
         """The module and the config to give to DeepSpeed."""
@@ -112,6 +126,18 @@ class Engine:
     def set_learning_rate(self, rate: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
+
+    def set_step(self, step: int) -> None:
+        """Say the number of the next optimizer step, from 1."""
+        for each in (self.ema, self.lookahead, self._noise):
+            if each:
+                each.step = step
+
+    def set_every(self, every: int) -> None:
+        """See `Follower.every`."""
+        for each in (self.ema, self.lookahead):
+            if each:
+                each.every = every
 
     def norm_and_skipped(self) -> Tensor:
         """[gradient norm before clipping, 1 if skipped else 0] of the step just launched: float64 [2], on the device.

@@ -1,4 +1,5 @@
-"""Optimizers and their parameter groups: torch's own where torch has them, plus Lion and a batched Muon."""
+"""Optimizers and their parameter groups: torch's own where torch has them, plus Lion and a batched Muon; and what
+changes the gradients that they are given."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -9,6 +10,9 @@ from torch import Tensor, nn
 from torch.optim.adagrad import adagrad
 
 from configs.sections.optim import OptimConfig
+from models.noise import normal_of_elements
+
+from .slots import Slot
 
 
 def parameter_groups(module: nn.Module, config: OptimConfig, experts: str | None = None) -> list[dict[str, Any]]:
@@ -36,6 +40,7 @@ def parameter_groups(module: nn.Module, config: OptimConfig, experts: str | None
         groups.setdefault((muon, decay, expert), []).append(parameter)
     return [
         {"params": parameters, "weight_decay": config.weight_decay if decay else 0.0, "use_muon": muon}
+        | ({"l1": config.l1} if decay and config.l1 else {})
         | ({"moe": True, "name": experts} if expert else {})
         for (muon, decay, expert), parameters in groups.items()
     ]
@@ -82,6 +87,88 @@ def clip_by_value(optimizer: torch.optim.Optimizer, limit: float) -> None:
         nn.utils.clip_grad_value_([p for group in optimizer.param_groups for p in group["params"]], limit)
 
     optimizer.register_step_pre_hook(clamp)
+
+
+def penalise_magnitudes(optimizer: torch.optim.Optimizer) -> None:
+    """Let every step add to the gradient that of the L1 penalty of each group."""
+
+    def add(optimizer: Any, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for p in group["params"] if group.get("l1") else ():
+                if p.grad is not None:
+                    p.grad.add_(p.detach().sign(), alpha=group["l1"])
+
+    optimizer.register_step_pre_hook(add)
+
+
+class GradientNoise:
+    """Gaussian noise on the gradients of every step (arXiv:1511.06807), a function of the seed, the step and the place
+    in the weight, so that it is the same in every topology.
+
+    Args:
+        slots: of all parameters that the optimizer updates in this process.
+        eta: the variance at step 1; it falls with step ** 0.55.
+
+    Attributes:
+        step: number of the next optimizer step, to be set before it.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, slots: Iterable[Slot], eta: float, seed: int):
+        self._eta, self._seed, self.step = eta, seed, 1
+        self._slots: dict[int, list[Slot]] = {}
+        for slot in slots:
+            self._slots.setdefault(id(slot.owner), []).append(slot)
+        optimizer.register_step_pre_hook(self._add)
+
+    @torch.no_grad()
+    def _add(self, optimizer: Any, *_: Any) -> None:
+        deviation = (self._eta / self.step**0.55) ** 0.5
+        for owner in [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]:
+            gradient = owner.grad = owner.grad.contiguous()
+            for slot in self._slots.get(id(owner), ()):
+                noise = normal_of_elements(self._seed, f"gradient {self.step} of {slot.name}", slot.elements())
+                slot.view(gradient).add_(noise, alpha=deviation)
+
+
+class Sam:
+    """Moves weights up the slope of the loss, and back (sharpness-aware minimisation, arXiv:2010.01412).
+
+    The gradient there is what DeepSpeed is given, and none of it passes through here: this one is taken by
+    torch.autograd.grad, which runs none of DeepSpeed's hooks. Every process holds the weights in full.
+
+    Args:
+        leaves: the tensors that the network computes with.
+        radius: the distance.
+    """
+
+    def __init__(self, leaves: list[Tensor], radius: float):
+        self._leaves, self._radius = leaves, radius
+        self._gradients: list[Tensor] = []
+        self._before: list[Tensor] = []
+
+    def add(self, loss: Tensor) -> None:
+        """Add a micro-batch's gradient to those that say where up is."""
+        found = torch.autograd.grad(loss, self._leaves, allow_unused=True, materialize_grads=True)
+        if self._gradients:
+            torch._foreach_add_(self._gradients, [each.float() for each in found])
+        else:
+            self._gradients = [each.float() for each in found]
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        """Move the weights, by the sum of the gradients over all processes. A collective."""
+        flat = torch.cat([each.flatten() for each in self._gradients])
+        torch.distributed.all_reduce(flat)
+        flat *= self._radius / (torch.linalg.vector_norm(flat) + 1e-12)
+        self._gradients, self._before = [], [leaf.detach().clone() for leaf in self._leaves]
+        for leaf, way in zip(self._leaves, flat.split([leaf.numel() for leaf in self._leaves]), strict=True):
+            leaf.add_(way.view_as(leaf))
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Put the weights back, bit for bit."""
+        torch._foreach_copy_(self._leaves, self._before)
+        self._before = []
 
 
 def moments(optimizer: torch.optim.Optimizer) -> list[set[str]]:

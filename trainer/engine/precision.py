@@ -27,20 +27,20 @@ class WorkingCopies:
     """
 
     def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        self._masters: list[Tensor] = []
+        self.masters: list[Tensor] = []
         self.copies: list[Tensor] = []
         for layer in module.modules():
             if layer._parameters and not isinstance(layer, Router):
                 masters = {name: p for name, p in layer._parameters.items() if p is not None}
                 layer.working = {name: _copy(p, dtype) for name, p in masters.items()}  # type: ignore[assignment]
                 layer.__class__ = _working_class(type(layer), tuple(masters))  # type: ignore[arg-type]
-                self._masters += masters.values()
+                self.masters += masters.values()
                 self.copies += layer.working.values()  # type: ignore[operator]
 
     @torch.no_grad()
     def refresh(self) -> None:
         """Copy the current parameters; call whenever they have changed."""
-        torch._foreach_copy_(self.copies, self._masters)
+        torch._foreach_copy_(self.copies, self.masters)
 
 
 def _copy(master: nn.Parameter, dtype: torch.dtype) -> Tensor:

@@ -2,9 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
-from trainer.checkpoint.fragments import Box
+from trainer.checkpoint.fragments import Box, lengths, whole
 
 
 @dataclass(frozen=True)
@@ -39,3 +40,14 @@ class Slot(Piece):
     def view(self, tensor: Tensor) -> Tensor:
         """The stretch of `tensor`, which has `owner`'s size, as a 1-D view."""
         return tensor.detach().view(-1).narrow(0, self.offset, self.numel)
+
+    def elements(self) -> Tensor:
+        """int64 [numel]: the place in the flattened whole parameter of each element of the stretch."""
+        left = torch.arange(self.start, self.start + self.numel, device=self.owner.device)
+        if self.box == whole(self.shape):
+            return left
+        found, stride = torch.zeros_like(left), 1
+        for (low, _), length, size in zip(self.box[::-1], lengths(self.box)[::-1], self.shape[::-1], strict=True):
+            found += (left % length + low) * stride
+            left, stride = left // length, stride * size
+        return found

@@ -81,8 +81,7 @@ class EngineRun:
             accumulate = self.engine.accumulation
             mine = [self.trainee.part(batch_of(config, next(batches))) for _ in range(accumulate)]
             self.engine.set_learning_rate(learning_rate(step, 20, config.optim))
-            if self.engine.ema:
-                self.engine.ema.step = step
+            self.engine.set_step(step)
             handle = None
             if step == spoil and dist.get_rank() == dist.get_world_size() - 1:
                 handle = self.engine.module.register_forward_hook(

@@ -1,7 +1,8 @@
-"""The moving average of the weights against torch's own AveragedModel over a bare loop, skipped steps included."""
+"""The moving average of the weights against torch's own AveragedModel over a bare loop, skipped steps included; other
+things that are done to weights and gradients around a step, against a bare loop that does them."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from configs.sections.optim import OptimConfig
+from models.noise import normal_of_elements
 from trainer.engine.ema import Ema, ema_decay
 from trainer.engine.engine import Engine
 from trainer.engine.optim import build_optimizer, parameter_groups
@@ -65,8 +67,7 @@ def engine(stage: int, precision: str = "fp32", optim: OptimConfig = OPTIM) -> E
 
 def take(engine: Engine, step: int, factor: float = 1.0) -> None:
     given, wanted = examples(step)
-    if engine.ema:
-        engine.ema.step = step
+    engine.set_step(step)
     made = engine(given.to(torch.bfloat16) if engine.deepspeed.bfloat16_enabled() or engine._copies else given)
     engine.backward(F.mse_loss(made.float(), wanted) * factor)
     engine.step()
@@ -146,6 +147,112 @@ def test_clipping_by_value_is_torchs(stage):
     for slot in trained.slots():
         if slot.parameter.requires_grad:
             assert torch.allclose(slot.view(slot.owner), net.get_parameter(slot.name).flatten(), atol=1e-6)
+
+
+PLAIN = OptimConfig(name="sgd", lr=0.1, momentum=0.0, weight_decay=0.0)
+
+
+def same_weights(trained: Engine, net: nn.Module) -> bool:
+    return all(
+        torch.allclose(slot.view(slot.owner), net.get_parameter(slot.name).flatten(), atol=1e-6)
+        for slot in trained.slots()
+    )
+
+
+def stepped(net: nn.Module, step: int, changed: Callable[[nn.Module], None] = lambda net: None) -> None:
+    """One step of plain SGD, whose gradients are changed before it."""
+    given, wanted = examples(step)
+    net.zero_grad()
+    F.mse_loss(net(given), wanted).backward()
+    changed(net)
+    torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=PLAIN.lr).step()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_lookahead_is_algorithm_1(stage):
+    optim = PLAIN.model_copy(update={"lookahead_every": 3, "lookahead_share": 0.4})
+    trained, net, slow = engine(stage, optim=optim), network(), network()
+    for step in range(1, 9):
+        stepped(net, step)
+        if step % 3 == 0:
+            with torch.no_grad():
+                for fast, behind in zip(net.parameters(), slow.parameters(), strict=True):
+                    behind += 0.4 * (fast - behind)
+                    fast.copy_(behind)
+        take(trained, step)
+        assert same_weights(trained, net)
+    for slot in trained.slots():
+        if slot.parameter.requires_grad:
+            followed = slot.view(trained.lookahead.of(slot.owner))
+            assert torch.allclose(followed, slow.get_parameter(slot.name).flatten(), atol=1e-6)
+
+
+def test_lookahead_waits_for_a_step_that_is_not_skipped():
+    trained = engine(0, optim=PLAIN.model_copy(update={"lookahead_every": 2}))
+    take(trained, 1)
+    before = [slot.view(slot.owner).clone() for slot in trained.slots()]
+    take(trained, 2, torch.inf)
+    assert all(map(torch.equal, before, [slot.view(slot.owner) for slot in trained.slots()]))
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_noise_on_gradients_is_annealed_and_belongs_to_seed_step_and_weight(stage):
+    eta, drawn = 0.3, []
+
+    def noisy(net: nn.Module) -> None:
+        for name, p in net.named_parameters():
+            if p.grad is not None:
+                noise = normal_of_elements(0, f"gradient {step} of {name}", torch.arange(p.numel())).view(p.shape)
+                p.grad += (eta / step**0.55) ** 0.5 * noise
+                drawn.append(noise)
+
+    trained, net = engine(stage, optim=PLAIN.model_copy(update={"gradient_noise": eta})), network()
+    for step in range(1, 5):
+        stepped(net, step, noisy)
+        take(trained, step)
+        assert same_weights(trained, net)
+    every = torch.cat([each.flatten() for each in drawn])
+    assert every.unique().numel() == every.numel()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_an_l1_penalty_is_of_weights_that_decay(stage):
+    def penalised(net: nn.Module) -> None:
+        for p in net.parameters():
+            if p.ndim > 1:
+                p.grad += 0.05 * p.detach().sign()
+
+    trained, net = engine(stage, optim=PLAIN.model_copy(update={"l1": 0.05})), network()
+    for step in (1, 2, 3):
+        stepped(net, step, penalised)
+        take(trained, step)
+    assert same_weights(trained, net)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_sam_takes_the_gradient_up_the_slope(stage):
+    trained, net = engine(stage, optim=PLAIN.model_copy(update={"sam": 0.5})), network()
+    for step in (1, 2, 3):
+        (given, wanted), up = examples(step), copy.deepcopy(net)
+        up.zero_grad()
+        F.mse_loss(up(given), wanted).backward()
+        free = [p for p in up.parameters() if p.requires_grad]
+        norm = torch.cat([p.grad.flatten() for p in free]).norm()
+        with torch.no_grad():
+            for p in free:
+                p += 0.5 * p.grad / norm
+        up.zero_grad()
+        F.mse_loss(up(given), wanted).backward()
+        with torch.no_grad():
+            for p, there in zip(net.parameters(), up.parameters(), strict=True):
+                if p.requires_grad:
+                    p -= PLAIN.lr * there.grad
+        trained.sam.add(F.mse_loss(trained.module(given), wanted))
+        trained.sam.climb()
+        trained.backward(F.mse_loss(trained(given), wanted))
+        trained.sam.descend()
+        trained.step()
+    assert same_weights(trained, net)
 
 
 @pytest.mark.parametrize(("stage", "optim"), [(0, "adamw"), (0, "muon"), (0, "rmsprop"), (1, "adamw"), (3, "adamw")])
