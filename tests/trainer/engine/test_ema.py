@@ -16,6 +16,7 @@ from models.noise import normal_of_elements
 from trainer.engine.ema import Ema, ema_decay
 from trainer.engine.engine import Engine
 from trainer.engine.optim import build_optimizer, parameter_groups
+from trainer.engine.slots import Slot
 from trainer.engine.start import start_processes
 
 STEPS = 12
@@ -213,6 +214,14 @@ def test_noise_on_gradients_is_annealed_and_belongs_to_seed_step_and_weight(stag
         assert same_weights(trained, net)
     every = torch.cat([each.flatten() for each in drawn])
     assert every.unique().numel() == every.numel()
+
+
+@pytest.mark.parametrize("box", [((0, 4), (0, 6), (0, 3)), ((1, 3), (0, 6), (0, 3)), ((0, 4), (2, 5), (1, 2))])
+def test_an_element_has_the_same_place_in_the_weight_however_it_is_cut(box):
+    shape = (4, 6, 3)
+    part = torch.arange(72).view(shape)[tuple(slice(*each) for each in box)].flatten()
+    slot = Slot("w", shape, box, nn.Parameter(torch.empty(0)), True, 2, 7, torch.empty(9), 2, None)
+    assert torch.equal(slot.elements(), part[2:9])
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
