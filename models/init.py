@@ -88,10 +88,11 @@ def scale_outputs(module: nn.Module, run: Callable[[], object]) -> None:
 
     def scale(layer: nn.Module, _: object, output: Tensor) -> Tensor:
         hooks.pop(layer).remove()
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
         deviation = output.float().std()
         if not deviation > 0:  # of a constant
             return output
-        layer.weight /= deviation  # type: ignore[operator]
+        layer.weight.div_(deviation)
         return output / deviation
 
     for part in module.modules():

@@ -61,7 +61,8 @@ class Mlp(nn.Module):
     def forward(self, inputs: Tensor, keys: Tensor | None = None) -> Tensor:
         """`keys`: of `models.noise.dropout`."""
         x = inputs.flatten(1).to(self.head.weight.dtype)
-        for site, (linear, norm, activation) in enumerate(self.layers, 1):
+        for site, layer in enumerate(self.layers, 1):
+            linear, norm, activation = layer.children()
             y = activation(norm(linear(x, keys, CONNECTIONS + site, self.config.drop_connect)))
             y = dropout(y, keys, site, self.config.dropout)
             x = x + y if self.config.residual and y.shape == x.shape else y

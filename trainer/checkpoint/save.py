@@ -132,9 +132,10 @@ def restore(engine: Engine, reader: Reader) -> None:
                 piece.parameter.copy_(weight.view_as(piece.parameter))
                 if slot:
                     slot.view(slot.owner).copy_(weight[slot.start : slot.start + slot.numel])
-            for key, follower in _followers(engine, slot) if slot else ():
-                key = key if slot.name in reader.manifest.shapes.get(key, {}) else MASTER
-                slot.view(follower).copy_(reader.read(key, slot.name, slot.start, slot.numel, slot.box))
+            if slot:
+                for key, follower in _followers(engine, slot):
+                    held_as = key if slot.name in reader.manifest.shapes.get(key, {}) else MASTER
+                    slot.view(follower).copy_(reader.read(held_as, slot.name, slot.start, slot.numel, slot.box))
         if slot and piece.parameter.requires_grad:
             where = slot.owner.device if skips_on_device else torch.device("cpu")
             _restore_states(optimizer.state[slot.owner], slot, reader, _scalars(engine, reader), where)

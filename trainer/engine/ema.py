@@ -44,7 +44,8 @@ class Follower:
     def _update(self, optimizer: Any, *_: Any) -> None:
         pairs = [self._pairs[id(weight)] for group in optimizer.param_groups for weight in group["params"]]
         skipped = getattr(optimizer, "found_inf", None)
-        self.follow(*map(list, zip(*pairs, strict=True)), 1.0 if skipped is None else 1 - skipped)
+        weights, followers = [weight for weight, _ in pairs], [follower for _, follower in pairs]
+        self.follow(weights, followers, 1.0 if skipped is None else 1 - skipped)
 
 
 class Ema(Follower):
