@@ -141,6 +141,38 @@ class RowBatch(MicroBatch):
     scale: Tensor | None = None
 
 
+class Texts(NamedTuple):
+    """What a network sees of B texts of at most T tokens."""
+
+    token_ids: Tensor
+    """[B, T] int64."""
+    mask: Tensor
+    """[B, T] bool; false: padding, after the text. No row is all padding."""
+
+
+@dataclass
+class TextBatch(MicroBatch):
+    """B texts of at most T tokens.
+
+    Attributes:
+        token_ids, mask: see `Texts`.
+        labels, scale: as of a `RowBatch`.
+        example_ids: [B] int64.
+        decode: texts of lists of tokens; None: of a training split, of which none are shown.
+    """
+
+    token_ids: Tensor
+    mask: Tensor
+    labels: Tensor
+    example_ids: Tensor
+    scale: Tensor | None = None
+    decode: Callable[[Sequence[Sequence[int]]], list[str]] | None = None
+
+    @property
+    def inputs(self) -> Texts:
+        return Texts(self.token_ids, self.mask)
+
+
 class Graphs(NamedTuple):
     """What a network sees of B graphs: one graph of N nodes and E edges, in which they are not connected."""
 

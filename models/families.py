@@ -25,9 +25,9 @@ from .hf.bidirectional import to_hf
 from .hf.names import Architecture, architecture
 from .mlp import Mlp
 from .planning.cost import training_flops_per_token
-from .sequence.encoder import Encoder
+from .sequence.encoder import encoder
 from .sequence.encoder_decoder import encoder_decoder
-from .sequence.recurrent import Recurrent, training_flops
+from .sequence.recurrent import recurrent, training_flops
 from .vision.convnet import ConvNet
 from .vision.mae import Mae
 from .vision.vit import Vit
@@ -60,8 +60,9 @@ class Family:
     """Writes a module as such a folder, with the ids of special tokens, in a dtype, in files of at most so many bytes.
     """
     to_hf: Callable[[Any, nn.Module], tuple[dict[str, Any], dict[str, Tensor]]] | None = None
-    flops: Callable[[Config], float] | None = None
-    """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`)."""
+    flops: Callable[[Config], float | None] | None = None
+    """Training FLOPs per example, for a family with a formula; otherwise they are counted (`models.flops`), as where
+    it gives None."""
 
     @property
     def exported(self) -> bool:
@@ -104,13 +105,13 @@ def _add(name: str, build: Callable[[Any], nn.Module], **more: Any) -> None:
 FAMILIES["decoder"] = Family(build=Decoder, hf=architecture, flops=_decoder_flops)
 _add("mlp", Mlp)
 _add("convnet", ConvNet)
-_add("encoder", Encoder, to_hf=to_hf)
+_add("encoder", encoder, to_hf=to_hf)
 _add("vit", Vit, to_hf=to_hf)
 _add("mae", Mae)
 _add("autoencoder", Autoencoder)
 _add("diffusion", diffusion.build)
 _add("gan", Gan)
-_add("recurrent", Recurrent, flops=training_flops)
+_add("recurrent", recurrent, flops=training_flops)
 _add("transformers", build_any, load=load_folder, save=save_folder)
 _add("encoder_decoder", encoder_decoder)
 _add("gnn", _gnn)

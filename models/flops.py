@@ -31,8 +31,8 @@ def flops_of_example(config: Config, batch: Callable[[], Any]) -> float:
         RuntimeError: the task reads tensor values, which the meta device does not have, so its FLOPs cannot be counted.
     """
     passes = 2 if config.optim.sam else 1
-    if formula := family_of(config.model).flops:
-        return passes * formula(config)
+    if (formula := family_of(config.model).flops) and (found := formula(config)) is not None:
+        return passes * found
     return passes * counted_flops(config, batch())
 
 

@@ -86,6 +86,17 @@ class PairsConfig(Section):
     """Column of the target texts, likewise."""
 
 
+class TextsConfig(Section):
+    """How texts with labels are read. data.prepare.tokenizer encodes them."""
+
+    text: str = "text"
+    """Column of the texts."""
+    labels: Annotated[tuple[str, ...], Field(min_length=1, max_length=1000)] = ("label",)
+    """Columns that are predicted: one of classes (whole numbers from 0), or one or more of numbers."""
+    standardise: bool = True
+    """Shift and scale predicted numbers to mean 0 and variance 1 in the training split."""
+
+
 class GraphsConfig(Section):
     """How graphs are read, for tasks that learn from their nodes."""
 
@@ -101,6 +112,7 @@ BUNDLED = {
     "bundled:digits": "images",
     "bundled:functions": "graphs",
     "bundled:karate": "nodes",
+    "bundled:packages": "texts",
 }
 """Names in place of `data.path` of data sets that need no download, and the kind of their examples."""
 PACKAGED = {"stdlib": "tokens"} | BUNDLED
@@ -112,10 +124,11 @@ class DataConfig(Section):
     """A folder made by `muster data prepare`, a list of {path, weight}, or `stdlib`: the source code of this machine's
     Python standard library, prepared at first use under run.root/data. Images: a Parquet file or a folder of them, as
     Hugging Face `datasets` writes them; no preparation is needed. Graphs: likewise. Rows: the same, with a column of
-    numbers each. Pairs: the same, with two columns of text. Small bundled ones to begin with: bundled:xor, bundled:wine
-    and bundled:diabetes (rows), bundled:digits (images of 8 x 8), bundled:functions (graphs), bundled:karate (nodes),
-    bundled:dates (pairs), written at first use under run.root/data."""
-    kind: Literal["rows", "images", "graphs", "nodes", "pairs"] | None = None
+    numbers each. Pairs: the same, with two columns of text. Texts: with one of text, and one of labels. Small bundled
+    ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits (images of 8 x 8),
+    bundled:functions (graphs), bundled:karate (nodes), bundled:dates (pairs), bundled:packages (texts), written at
+    first use under run.root/data."""
+    kind: Literal["rows", "images", "graphs", "nodes", "pairs", "texts"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""
@@ -123,6 +136,8 @@ class DataConfig(Section):
     """How rows are read."""
     pairs: PairsConfig = PairsConfig()
     """How pairs are read."""
+    texts: TextsConfig = TextsConfig()
+    """How texts with labels are read."""
     graphs: GraphsConfig = GraphsConfig()
     """How the nodes of a graph are read."""
     document_mask: bool = True

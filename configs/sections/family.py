@@ -25,7 +25,7 @@ class ModelSection(Section):
 
     default_task: ClassVar[str] = ""
     cuts: ClassVar[frozenset[str]] = frozenset()
-    ends: ClassVar[tuple[str, str] | None] = None
+    ends: ClassVar[tuple[str | tuple[str, ...], str | tuple[str, ...]] | None] = None
     needs: ClassVar[tuple[str, ...]] = ()
     measures: ClassVar[tuple[str, ...]] = ()
 
@@ -74,6 +74,17 @@ class UnknownFamily(ModelSection):
     @property
     def is_known(self) -> bool:
         return False
+
+
+def check_outputs(model: Any, kind: str) -> None:
+    """`ModelSection.check_kind` of networks that read tokens, and with the key `outputs` tell what a text is."""
+    if kind == "texts" and model.outputs is None:
+        raise ConfigError("model.outputs is not set: set it to the number of classes, or of numbers, of a text")
+    if kind == "tokens" and model.outputs is not None:
+        raise ConfigError(
+            f"model.outputs={model.outputs} is of a network that tells what a text is: leave it out, or set "
+            "task=classification or task=regression"
+        )
 
 
 SECTIONS: dict[str, type[ModelSection]] = {}

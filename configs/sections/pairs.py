@@ -31,12 +31,15 @@ FAMILY_ENDS = {
     "decoder": Ends("tokens", "loss of tokens"),
     "convnet": Ends("images", ("classes", "embeddings")),
     "mlp": Ends(("rows", "images"), ("classes", "numbers", "embeddings")),
-    "encoder": Ends("tokens", "logits of tokens"),
+    "encoder": Ends(("tokens", "texts"), ("logits of tokens", "classes", "numbers")),
     "vit": Ends("images", ("classes", "embeddings")),
     "autoencoder": Ends(("rows", "images"), "reconstructions"),
     "diffusion": Ends("images", "noise in images"),
-    "recurrent": Ends("tokens", "loss of tokens"),
-    "transformers": Ends(("tokens", "images"), ("loss of tokens", "logits of tokens", "classes")),
+    "recurrent": Ends(("tokens", "texts"), ("loss of tokens", "classes", "numbers")),
+    "transformers": Ends(
+        ("tokens", "images", "texts", "pairs"),
+        ("loss of tokens", "logits of tokens", "classes", "numbers", "next tokens"),
+    ),
     "neural_ode": Ends(("rows", "images"), ("classes", "numbers")),
     "gnn": Ends(("graphs", "nodes"), ("classes", "numbers")),
     "encoder_decoder": Ends("pairs", "next tokens"),
@@ -49,8 +52,8 @@ TASK_ENDS = {
     "masked_language_modelling": Ends("tokens", "logits of tokens"),
     "reconstruction": Ends(("rows", "images"), "reconstructions"),
     "denoising": Ends("images", "noise in images"),
-    "classification": Ends(("rows", "images", "graphs", "nodes"), "classes"),
-    "regression": Ends(("rows", "graphs"), "numbers"),
+    "classification": Ends(("rows", "images", "graphs", "nodes", "texts"), "classes"),
+    "regression": Ends(("rows", "graphs", "texts"), "numbers"),
     "sequence_to_sequence": Ends("pairs", "next tokens"),
     "contrastive": Ends("images", "embeddings"),
     "masked_reconstruction": Ends("images", "patches"),
@@ -87,7 +90,7 @@ def check_pair(config: Config) -> None:
     if task.fits(family):
         return
     fitting = [f"task={other}" for other, each in TASK_ENDS.items() if each.fits(family)]
-    fitting += [f"model.family={other}" for other, each in FAMILY_ENDS.items() if task.fits(each)]
+    fitting += [f"model.family={other}" for other, each in FAMILY_ENDS.items() if task.fits(each) and other != name]
     raise ConfigError(
         f"task={config.task} needs a network {task}, but that of model.family={name} goes {family}: set "
         f"{' or '.join(fitting) or 'another task or family'}"

@@ -1,4 +1,5 @@
-"""The encoder as transformers' BertForMaskedLM, and vit as its ViTForImageClassification: weights and config.json."""
+"""The encoder as transformers' BertForMaskedLM or BertForSequenceClassification, and vit as its
+ViTForImageClassification: weights and config.json."""
 
 import re
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ _BERT = {
     "attention_norm": "attention.output.LayerNorm", "mlp_norm": "output.LayerNorm", "q_proj": "self.query",
     "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense", "mlp.0": "intermediate.dense",
     "mlp.2": "output.dense", "head.0": "cls.predictions.transform.dense",
-    "head.2": "cls.predictions.transform.LayerNorm", "lm_head": "cls.predictions",
+    "head.2": "cls.predictions.transform.LayerNorm", "lm_head": "cls.predictions", "pooler": "bert.pooler.dense",
 }  # fmt: skip
 _VIT = {
     "patches": "vit.embeddings.patch_embeddings.projection", "class_token": "vit.embeddings.cls_token",
@@ -60,9 +61,11 @@ def from_theirs(state: Mapping[str, Tensor], ours: Mapping[str, Tensor], config:
 def to_config(config: LayersConfig) -> dict[str, Any]:
     """config.json of a resolved config. Raises ConfigError as `to_hf`."""
     bert = isinstance(config, EncoderConfig)
-    kind = "BertForMaskedLM" if bert else "ViTForImageClassification"
+    tells = not isinstance(config, EncoderConfig) or config.outputs is not None
+    kind = "ViTForImageClassification" if not bert else f"BertFor{'SequenceClassification' if tells else 'MaskedLM'}"
     needed: dict[str, Any] = {"activation": "gelu", "norm": "layer", "pre_norm": not bert}
-    needed |= {"positions": "learned", "tie_embeddings": True} if bert else {"pool": "token"}
+    needed |= {"pool": "token"} if tells else {"tie_embeddings": True}
+    needed |= {"positions": "learned"} if bert else {}
     for key, value in needed.items():
         if (own := getattr(config, key)) != value:
             raise ConfigError(f"model.{key}={own}: {kind} has {value}")
@@ -73,12 +76,13 @@ def to_config(config: LayersConfig) -> dict[str, Any]:
         "hidden_dropout_prob": config.dropout, "attention_probs_dropout_prob": 0.0,
         "initializer_range": config.init_std,
     }  # fmt: skip
+    assert isinstance(config, EncoderConfig | VitConfig)
+    if config.outputs is not None:
+        labels = {str(number): f"LABEL_{number}" for number in range(config.outputs)}
+        tree |= {"id2label": labels, "label2id": {label: int(number) for number, label in labels.items()}}
     if isinstance(config, EncoderConfig):
         return tree | {"vocab_size": config.vocab_size, "max_position_embeddings": config.max_positions,
                        "type_vocab_size": 2, "tie_word_embeddings": True}  # fmt: skip
-    assert isinstance(config, VitConfig)
-    labels = {str(number): f"LABEL_{number}" for number in range(config.outputs)}
     return tree | {
         "image_size": config.image_size, "patch_size": config.patch_size, "num_channels": config.channels,
-        "id2label": labels, "label2id": {label: int(number) for number, label in labels.items()},
     }  # fmt: skip

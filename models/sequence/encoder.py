@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from configs.sections.families.encoder import EncoderConfig, LayersConfig
-from models.batch import Batch
+from models.batch import Batch, Texts
 from models.decoder.attention import Attention, Visibility, visibility
 from models.decoder.layers import SwiGLU, next_keys
 from models.decoder.pattern import Pattern
@@ -87,8 +87,8 @@ class Stack(nn.Module):
         return x_BTH if self.norm is None else self.norm(x_BTH)
 
 
-class Encoder(nn.Module):
-    """From tokens to the logits of each: embedding, layers, and BERT's head of masked language modelling."""
+class Body(nn.Module):
+    """From tokens to what the last layer gives for each."""
 
     def __init__(self, config: EncoderConfig):
         super().__init__()
@@ -99,10 +99,6 @@ class Encoder(nn.Module):
             assert config.max_positions is not None, "resolve() fills model.max_positions"
             self.embed_positions = nn.Embedding(config.max_positions, size)
         self.embed_norm, self.stack = norm_of(config), Stack(config)
-        self.head = nn.Sequential(nn.Linear(size, size), nn.GELU(), norm_of(config))
-        self.lm_head = nn.Linear(size, config.vocab_size)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
 
     def init_weights(self, seed: int) -> None:
         initialise(self, self.config.init_std, seed)
@@ -115,6 +111,34 @@ class Encoder(nn.Module):
         """The modules that are compiled one by one."""
         return list(self.stack.layers)
 
+    def hidden(
+        self, tokens_BT: Tensor, positions_BT: Tensor, documents_BT: Tensor | None, keys: Tensor | None
+    ) -> Tensor:
+        """[B, T, H] after the last layer. Arguments as the attributes of a `Batch`."""
+        config, cos, sin = self.config, None, None
+        x_BTH = self.embed_tokens(tokens_BT)
+        if config.positions == "learned":
+            x_BTH = x_BTH + self.embed_positions(positions_BT)
+        elif config.positions == "sinusoidal":
+            x_BTH = x_BTH + sine_waves(positions_BT, config.hidden_size).to(x_BTH.dtype)
+        else:
+            cos, sin = rope_tables(positions_BT, config.of_attention, x_BTH.dtype)
+        x_BTH = dropout(self.embed_norm(x_BTH), keys, 1, config.dropout)
+        visible = visibility(x_BTH.shape[1], documents_BT, EVERYWHERE, x_BTH)
+        return self.stack(x_BTH, Shared(cos, sin, visible), keys)
+
+
+class Encoder(Body):
+    """From tokens to the logits of each, by BERT's head of masked language modelling."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        size = config.hidden_size
+        self.head = nn.Sequential(nn.Linear(size, size), nn.GELU(), norm_of(config))
+        self.lm_head = nn.Linear(size, self.embed_tokens.num_embeddings)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+
     def forward(self, batch: Batch, keys: Tensor | None = None, places_BK: Tensor | None = None) -> Tensor:
         """[B, T, V], or [B, K, V] of K places of each sequence.
 
@@ -122,24 +146,39 @@ class Encoder(nn.Module):
             keys: of `models.noise.dropout`.
             places_BK: columns, int64; None: all.
         """
-        hidden_BTH = self.hidden(batch, keys)
+        hidden_BTH = self.hidden(batch.input_ids, batch.position_ids, batch.document_ids, keys)
         if places_BK is not None:
             hidden_BTH = hidden_BTH.gather(1, places_BK[..., None].expand(-1, -1, hidden_BTH.shape[-1]))
         return self.lm_head(self.head(hidden_BTH))
 
-    def hidden(self, batch: Batch, keys: Tensor | None = None) -> Tensor:
-        """[B, T, H] after the last layer."""
-        config, cos, sin = self.config, None, None
-        x_BTH = self.embed_tokens(batch.input_ids)
-        if config.positions == "learned":
-            x_BTH = x_BTH + self.embed_positions(batch.position_ids)
-        elif config.positions == "sinusoidal":
-            x_BTH = x_BTH + sine_waves(batch.position_ids, config.hidden_size).to(x_BTH.dtype)
-        else:
-            cos, sin = rope_tables(batch.position_ids, config.of_attention, x_BTH.dtype)
-        x_BTH = dropout(self.embed_norm(x_BTH), keys, 1, config.dropout)
-        visible = visibility(x_BTH.shape[1], batch.document_ids, EVERYWHERE, x_BTH)
-        return self.stack(x_BTH, Shared(cos, sin, visible), keys)
+
+class TextEncoder(Body):
+    """From texts to [B, outputs], by the head of transformers' BertForSequenceClassification."""
+
+    def __init__(self, config: EncoderConfig):
+        super().__init__(config)
+        assert config.outputs
+        size = config.hidden_size
+        self.pooler = nn.Linear(size, size) if config.pool == "token" else None
+        self.classifier = nn.Linear(size, config.outputs)
+
+    def forward(self, texts: Texts, keys: Tensor | None = None) -> Tensor:
+        """`keys`: of `models.noise.dropout`."""
+        place_BT = torch.arange(texts.mask.shape[1], device=texts.mask.device).expand_as(texts.mask)
+        hidden_BTH = self.hidden(texts.token_ids, place_BT, (~texts.mask).long(), keys)  # padding is a document apart
+        pooled_BH = self.pooler(hidden_BTH[:, 0]).tanh() if self.pooler else mean_of(hidden_BTH, texts.mask)
+        return self.classifier(dropout(pooled_BH, keys, 2, self.config.dropout))
+
+
+def encoder(config: EncoderConfig) -> Body:
+    """The network of a config."""
+    return Encoder(config) if config.outputs is None else TextEncoder(config)
+
+
+def mean_of(x_BTH: Tensor, mask_BT: Tensor) -> Tensor:
+    """[B, H], over the places of each row that are no padding."""
+    share_BT = mask_BT / mask_BT.sum(1, keepdim=True)
+    return (share_BT[:, None].to(x_BTH.dtype) @ x_BTH)[:, 0]
 
 
 def sine_waves(position_ids: Tensor, size: int) -> Tensor:

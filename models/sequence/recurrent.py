@@ -1,6 +1,6 @@
-"""Recurrent language models of torch's cells: Elman's network, GRU, LSTM.
+"""Recurrent networks of torch's cells, which read tokens: Elman's network, GRU, LSTM.
 
-Shapes: B sequences, T tokens, S = B * T, H width of the state.
+Shapes: B sequences, T tokens, S = B * T, H width of the state (of both directions, if there are two), V vocabulary.
 """
 
 from collections.abc import Callable
@@ -10,13 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from configs import Config
 from configs.sections.families.recurrent import GATES, Cell, RecurrentConfig
-from models.batch import Batch
+from models.batch import Batch, Texts
 from models.init import reset
 from models.loss import LossOutput, chunked_cross_entropy
 from models.noise import dropout, dropout_keys_of
+from models.sequence.encoder import mean_of
+from models.tasks.masked_language_modelling import most_chosen
 
 LOSS_CHUNK = 4096
 """Tokens whose logits are in memory at once."""
@@ -89,34 +92,77 @@ def _each(state: Tensor | tuple[Tensor, ...], do: Callable[[Tensor], Tensor]) ->
     return tuple(map(do, state)) if isinstance(state, tuple) else do(state)
 
 
-class Recurrent(nn.Module):
-    """Summed token cross-entropy of a batch, or its logits, like `models.decoder.model.Decoder`."""
+def turned(document_ids: Tensor | None, like_BT: Tensor) -> Tensor:
+    """[B, T] int64: where each token is when every document is turned round in its place."""
+    length = like_BT.shape[1]
+    place = torch.arange(length, device=like_BT.device).expand_as(like_BT)
+    if document_ids is None:
+        return length - 1 - place
+    differs = document_ids[:, 1:] != document_ids[:, :-1]
+    start = torch.where(F.pad(differs, (1, 0), value=True), place, 0).cummax(1).values
+    end = torch.where(F.pad(differs, (0, 1), value=True), place, length).flip(1).cummin(1).values.flip(1)
+    return start + end - place
+
+
+class Body(nn.Module):
+    """From tokens to the states of the last layer."""
 
     def __init__(self, config: RecurrentConfig):
         super().__init__()
         assert config.vocab_size is not None, "resolve() fills model.vocab_size"
-        self.config, self.dropout_seed = config, 0
+        self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.width)
         kind, more = CELLS[config.cell]
-        layers = (kind(inputs, config.hidden_size, batch_first=True, **more) for inputs in config.inputs)
-        self.layers = nn.ModuleList(layers)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
+        directions = [
+            nn.ModuleList(kind(inputs, config.hidden_size, batch_first=True, **more) for inputs in config.inputs)
+            for _ in range(1 + config.bidirectional)
+        ]
+        self.layers = directions[0]
+        self.backward_layers = directions[1] if config.bidirectional else None
 
     def init_weights(self, seed: int) -> None:
-        """torch's own initial values; a tied embedding has those of the output layer. Seeds dropout."""
+        """torch's own initial values; a tied embedding has those of the output layer."""
         reset(self, seed)
+
+    def states(self, tokens_BT: Tensor, documents_BT: Tensor | None, window: list[Part], keys: Tensor | None) -> Tensor:
+        """[B, T, H], those of the second direction after those of the first."""
+        rate = self.config.dropout
+        x_BTH = dropout(self.embed_tokens(tokens_BT), keys, 1, rate)
+        for site, layer in enumerate(self.layers, 2):
+            found = layer(x_BTH, window)
+            if self.backward_layers is not None:
+                turned_BT1 = turned(documents_BT, tokens_BT)[..., None]
+                other = self.backward_layers[site - 2](x_BTH.gather(1, turned_BT1.expand_as(x_BTH)), window)
+                found = torch.cat([found, other.gather(1, turned_BT1.expand_as(other))], 2)
+            x_BTH = dropout(found, keys, site, rate)
+        return x_BTH
+
+    def output_layer(self) -> nn.Linear:
+        """To the logits of tokens."""
+        assert self.config.vocab_size
+        made = nn.Linear(self.config.state, self.config.vocab_size, bias=False)
+        if self.config.tie_embeddings:
+            made.weight = self.embed_tokens.weight
+        return made
+
+
+class Recurrent(Body):
+    """Summed token cross-entropy of a batch, or its logits, like `models.decoder.model.Decoder`."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.dropout_seed, self.lm_head = 0, self.output_layer()
+
+    def init_weights(self, seed: int) -> None:
+        """As `Body.init_weights`. Seeds dropout."""
+        super().init_weights(seed)
         self.dropout_seed = seed
 
     def hidden(self, batch: Batch) -> Tensor:
         """States of the last layer, [B, T, H]."""
-        rate, window = self.config.dropout, parts(batch, self.config.detach_every)
-        keys = dropout_keys_of(self.dropout_seed, batch.sequence_ids) if self.training and rate else None
-        x_BTH = dropout(self.embed_tokens(batch.input_ids), keys, 1, rate)
-        for site, layer in enumerate(self.layers, 2):
-            x_BTH = dropout(layer(x_BTH, window), keys, site, rate)
-        return x_BTH
+        apply = self.training and self.config.dropout
+        keys = dropout_keys_of(self.dropout_seed, batch.sequence_ids) if apply else None
+        return self.states(batch.input_ids, batch.document_ids, parts(batch, self.config.detach_every), keys)
 
     def forward(self, batch: Batch) -> LossOutput:
         hidden_SH = self.hidden(batch).flatten(0, 1)
@@ -127,10 +173,54 @@ class Recurrent(nn.Module):
         return self.lm_head(self.hidden(batch))
 
 
-def training_flops(config: Config) -> float:
-    """Of one window: a multiplication and an addition per weight and token, three times over."""
-    model = config.model
+class Bidirectional(Body):
+    """From tokens to the logits of each [B, T, V], or [B, K, V] of K places, as `models.sequence.encoder.Encoder`."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        self.lm_head = self.output_layer()
+
+    def forward(self, batch: Batch, keys: Tensor | None = None, places_BK: Tensor | None = None) -> Tensor:
+        x_BTH = self.states(batch.input_ids, batch.document_ids, parts(batch, 0), keys)
+        if places_BK is not None:
+            x_BTH = x_BTH.gather(1, places_BK[..., None].expand(-1, -1, x_BTH.shape[-1]))
+        return self.lm_head(x_BTH)
+
+
+class RecurrentClassifier(Body):
+    """From texts to [B, outputs]."""
+
+    def __init__(self, config: RecurrentConfig):
+        super().__init__(config)
+        assert config.outputs
+        self.classifier = nn.Linear(config.state, config.outputs)
+
+    def forward(self, texts: Texts, keys: Tensor | None = None) -> Tensor:
+        """`keys`: of `models.noise.dropout`."""
+        whole = [Part(slice(None), None, False)]  # no state of a text comes after its padding, in either direction
+        x_BTH = self.states(texts.token_ids, (~texts.mask).long(), whole, keys)
+        if self.config.pool == "mean":
+            return self.classifier(mean_of(x_BTH, texts.mask))
+        last_B11, width = texts.mask.sum(1)[:, None, None] - 1, self.config.hidden_size
+        forwards_BH = x_BTH[..., :width].gather(1, last_B11.expand(-1, -1, width))[:, 0]
+        return self.classifier(torch.cat([forwards_BH, x_BTH[:, 0, width:]], 1))
+
+
+def recurrent(config: RecurrentConfig) -> Body:
+    """The network of a config."""
+    if config.outputs is not None:
+        return RecurrentClassifier(config)
+    return Bidirectional(config) if config.bidirectional else Recurrent(config)
+
+
+def training_flops(config: Config) -> float | None:
+    """Of one window: a multiplication and an addition per weight and token, three times over. None for texts, whose
+    lengths differ."""
+    model, length = config.model, config.train.seq_len
     assert isinstance(model, RecurrentConfig)
-    gates = GATES[model.cell] * model.hidden_size
+    if model.outputs is not None:
+        return None
+    gates = GATES[model.cell] * model.state
     weights = sum(gates * (inputs + model.hidden_size) for inputs in model.inputs)
-    return 6.0 * (weights + model.hidden_size * (model.vocab_size or 0)) * config.train.seq_len
+    predicted = most_chosen(config.train.mask_rate, length) if model.bidirectional else length
+    return 6.0 * (weights * length + model.state * (model.vocab_size or 0) * predicted)

@@ -1,4 +1,4 @@
-"""Classification and regression: the class, or the numbers, that belong to a row, an image or a graph."""
+"""Classification and regression: the class, or the numbers, that belong to a row, an image, a text or a graph."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,15 +7,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from configs.reading.parse import clip
 from configs.sections.pairs import TASK_ENDS
-from models.batch import GraphBatch, ImageBatch, Measured, RowBatch
+from models.batch import GraphBatch, ImageBatch, Measured, RowBatch, TextBatch
 from models.noise import dropout_keys_of
 
 from .images.mixing import Mix, mixed
 from .samples import Table
 from .task import Modules, Nets, OfAnyKind, Sums, Value
 
-Examples = ImageBatch | RowBatch | GraphBatch
+Examples = ImageBatch | RowBatch | GraphBatch | TextBatch
+SHOWN = 200
+"""Characters of a text in a table of samples."""
 
 
 def outputs(found: Tensor | Measured) -> Tensor:
@@ -113,13 +116,13 @@ class Classification(Labelled):
     def samples(self, nets: Modules, batch: Examples) -> Table:
         sure, found = outputs(nets["model"](batch.inputs)).softmax(1).max(1)
         columns = [x.tolist() for x in (batch.example_ids, batch.labels, found, sure)]
-        return Table(["example", "label", "found", "probability"], list(zip(*columns, strict=True)))
+        return _table(["example", "label", "found", "probability"], columns, batch)
 
 
 class Regression(Labelled):
     """The numbers that belong to an example, by the squared error, averaged over them, in units of their variance if
-    data.rows.standardise. Recorded besides: `r2`, the share of the variance that is explained, averaged over the
-    numbers, and `rmse` in their own units."""
+    data.rows.standardise (of texts data.texts.standardise). Recorded besides: `r2`, the share of the variance that is
+    explained, averaged over the numbers, and `rmse` in their own units."""
 
     takes, gives = TASK_ENDS["regression"]
 
@@ -153,6 +156,17 @@ class Regression(Labelled):
         mean, deviation = batch.scale
         rows = torch.cat([batch.labels, outputs(nets["model"](batch.inputs))]).unflatten(0, (2, -1)) * deviation + mean
         columns = [batch.example_ids.tolist(), *(column.tolist() for kind in rows for column in kind.T)]
-        own = self.config.data.rows.labels if isinstance(batch, RowBatch) else range(batch.labels.shape[1])
-        names = [f"{kind} {each}" for kind in ("label", "found") for each in own]
-        return Table(["example", *names], list(zip(*columns, strict=True)))
+        data, own = self.config.data, range(batch.labels.shape[1])
+        named = {RowBatch: data.rows.labels, TextBatch: data.texts.labels}.get(type(batch), own)
+        names = [f"{kind} {each}" for kind in ("label", "found") for each in named]
+        return _table(["example", *names], columns, batch)
+
+
+def _table(names: list[str], columns: list[list], batch: Examples) -> Table:
+    """With a column of the texts, if the examples are such."""
+    if isinstance(batch, TextBatch):
+        assert batch.decode is not None
+        pairs = zip(batch.token_ids.tolist(), batch.mask.sum(1).tolist(), strict=True)
+        names, columns = [*names, "text"], [*columns, batch.decode([row[:length] for row, length in pairs])]
+        columns[-1] = [clip(each, SHOWN) for each in columns[-1]]
+    return Table(names, list(zip(*columns, strict=True)))

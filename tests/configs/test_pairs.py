@@ -19,6 +19,10 @@ FIT = {
     ("mlp", "classification"): {None: "rows", "rows": "rows", "images": "images"},
     ("mlp", "regression"): {None: "rows", "rows": "rows"},
     ("encoder", "masked_language_modelling"): {None: "masked tokens"},
+    ("encoder", "classification"): {None: "texts"},
+    ("encoder", "regression"): {None: "texts"},
+    ("recurrent", "classification"): {None: "texts"},
+    ("recurrent", "regression"): {None: "texts"},
     ("vit", "classification"): {None: "images", "images": "images"},
     ("autoencoder", "reconstruction"): {None: "rows", "rows": "rows", "images": "images"},
     ("diffusion", "denoising"): {None: "images", "images": "images"},
@@ -38,6 +42,8 @@ OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task
 
 def config(family, task, kind=None, path="x.parquet"):
     model = {"family": family} | ({"vocab_size": 64} if "vocab_size" in FAMILIES[family].section.model_fields else {})
+    if family in ("encoder", "recurrent") and task in ("classification", "regression"):
+        model |= {"outputs": 3}
     return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
 
 
@@ -54,9 +60,40 @@ def test_every_pair(family, task, kind):
         assert said.startswith(f"task={task} needs a network from ")
         for key, value in [pair for each in FIT for pair in (("model.family", each[0]), ("task", each[1]))]:
             fits = (value, task) in FIT if key == "model.family" else (family, value) in FIT
+            fits = fits and value != family
             assert (f"{key}={value}" in said.partition(": set ")[2].split(" or ")) == fits
     else:
         assert said.startswith(f"data.kind={kind}: model.family={family} with task={task} learns from ")
+
+
+@pytest.mark.parametrize(
+    ("family", "task", "keys", "said"),
+    [
+        ("encoder", "classification", {}, r"^model\.outputs is not set: set it to the number of classes"),
+        ("recurrent", "regression", {}, r"^model\.outputs is not set"),
+        (
+            "encoder",
+            "masked_language_modelling",
+            {"outputs": 3},
+            r"^model\.outputs=3 .* leave it out, or set task=",
+        ),
+        ("recurrent", "language_modelling", {"bidirectional": True}, r"to logits of .*: set task=masked_language_"),
+        ("recurrent", "masked_language_modelling", {}, r"^task=masked_language_modelling needs a network from tokens"),
+    ],
+)
+def test_keys_that_make_it_another_network(family, task, keys, said):
+    with pytest.raises(ConfigError, match=said):
+        resolve(from_dict({"model": {"family": family, "vocab_size": 64} | keys, "task": task, "data": {"path": "x"}}))
+
+
+def test_the_keys_decide_the_default_task():
+    for keys, task in (
+        ({"family": "encoder"}, "masked_language_modelling"),
+        ({"family": "encoder", "outputs": 2}, "classification"),
+        ({"family": "recurrent", "bidirectional": True}, "masked_language_modelling"),
+        ({"family": "recurrent", "bidirectional": True, "outputs": 2}, "classification"),
+    ):
+        assert from_dict({"model": keys}).task == task
 
 
 def test_the_tables_agree():
@@ -108,7 +145,7 @@ COMMANDS = ("config", "plan", "train", "submit")
     [
         (
             ["task=classification"],
-            "task=classification needs a network from rows or images or graphs or nodes to classes, but that",
+            "task=classification needs a network from rows or images or graphs or nodes or texts to classes, but",
         ),
         (["model={family: mlp}", "data.kind=images", "task=regression"], "data.kind=images: model.family=mlp with"),
         (["model={family: convnet}"], "data.path=stdlib is text, but task=classification learns from images"),

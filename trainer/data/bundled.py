@@ -14,6 +14,7 @@ from trainer.files.durable import replacing
 
 from .graphs.functions import syntax_trees
 from .pairs.dates import dates
+from .texts.packages import functions
 
 SIDE = 32
 """Points of the grid of exclusive or, in each direction."""
@@ -93,4 +94,5 @@ _MAKE: dict[str, Callable[[], pa.Table]] = {
     "bundled:functions": syntax_trees,
     "bundled:dates": dates,
     "bundled:karate": _karate,
+    "bundled:packages": functions,
 }

@@ -28,7 +28,8 @@ from .parquet_files import files_of_splits, unless_empty
 from .read.masked import MaskedReader, MaskedTexts
 from .read.reader import Dataset
 from .rows.reader import NEEDS, Rows, read_columns
-from .tokenizer.kept import keep_tokenizer, tokenizer_of
+from .texts.prepared import ensure_texts, inputs_of_texts, open_texts
+from .tokenizer.kept import keep_tokenizer, keep_tokenizer_file, tokenizer_of
 from .tokenizer.prompts import Prompts
 from .tokenizer.tokenizer import TokenizerProcess
 
@@ -185,6 +186,11 @@ def _ensure_rows(config: Config) -> tuple[DataConfig, list[str]]:
     return data, list(filter(None, notes))
 
 
+def _ensure_texts(config: Config) -> tuple[DataConfig, list[str]]:
+    """Raises ConfigError as `texts.reader.Texts`, or if the model has other sizes."""
+    return ensure_texts(config, lambda texts: _check_sizes(config, None, texts.classes))
+
+
 def _graphs(config: Config, split: Split = "train") -> Graphs:
     numbers = "numbers" in one_by_one(task_class(config).gives)
     return Graphs(at_hand(config), config.run.seed, split, numbers)
@@ -228,8 +234,8 @@ def _check_graphs(config: Config, reader: Graphs | Nodes) -> None:
     _check_sizes(config, getattr(config.model, "inputs", 0), reader.classes)
 
 
-def _check_sizes(config: Config, inputs: int, classes: int) -> None:
-    """Raise ConfigError if a model has too few classes, or other inputs than an example has."""
+def _check_sizes(config: Config, inputs: int | None, classes: int) -> None:
+    """Raise ConfigError if a model has too few classes, or other inputs than an example has (None: any)."""
     for key in ("classes", "outputs"):
         most = getattr(config.model, key, None)
         if most is not None and classes > most:
@@ -237,7 +243,7 @@ def _check_sizes(config: Config, inputs: int, classes: int) -> None:
                 f"model.{key} is {most}, but data.path={config.data.path} has labels up to {classes - 1}: set "
                 f"model.{key}={classes}"
             )
-    if (own := getattr(config.model, "inputs", inputs)) != inputs:
+    if inputs is not None and (own := getattr(config.model, "inputs", inputs)) != inputs:
         raise ConfigError(
             f"model.inputs is {own}, but an example of data.path={config.data.path} has {inputs} numbers: set "
             f"model.inputs={inputs}"
@@ -277,8 +283,9 @@ KINDS: dict[str, Kind] = {
     "images": Kind(_ensure_images, _open_images, _image_inputs),
     "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
     "graphs": Kind(_ensure_graphs, _open_graphs, _graph_inputs),
-    "pairs": Kind(ensure_pairs, open_pairs, lambda data: _input(*inputs_of_pairs(data))),
+    "pairs": Kind(ensure_pairs, open_pairs, lambda data: _input(*inputs_of_pairs(data)), keep_tokenizer_file),
+    "texts": Kind(_ensure_texts, open_texts, lambda data: _input(*inputs_of_texts(data)), keep_tokenizer_file),
     "nodes": Kind(_ensure_nodes, _open_nodes, _graph_inputs),
 }
 """All but tokens are read without preparation: labelled images and graphs in Parquet, as Hugging Face `datasets` writes
-them, Parquet with a column of numbers for each feature and label, Parquet with two columns of text."""
+them, Parquet with a column of numbers for each feature and label, Parquet with columns of text."""

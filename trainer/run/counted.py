@@ -13,6 +13,10 @@ from models.tasks.table import reads
 from trainer.data.default import stdlib_folder
 from trainer.data.kinds import kind_of, typical
 from trainer.data.pairs.prepared import planned_tokenizer
+from trainer.data.texts.prepared import planned_for_texts
+
+PLANNED = {"pairs": planned_tokenizer, "texts": planned_for_texts}
+"""By kind of examples: the file of the tokenizer that is made for them."""
 
 
 def counts(config: Config) -> dict[str, Any]:
@@ -38,7 +42,7 @@ def counts(config: Config) -> dict[str, Any]:
             if not (folder := stdlib_folder(config.run.root, data.prepare)).is_dir():
                 raise ValueError("FLOPs are counted once data.path=stdlib is prepared, which `muster train` does")
             data = data.model_copy(update={"path": str(folder)})
-        elif reads(config) == "pairs" and (file := planned_tokenizer(config)):
+        elif (planned := PLANNED.get(reads(config))) and (file := planned(config)):
             if not file.is_file():
                 made = f"data.prepare.tokenizer={data.prepare.tokenizer}"
                 raise ValueError(f"FLOPs are counted once {made} is made, which `muster train` does")

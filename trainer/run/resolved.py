@@ -9,7 +9,7 @@ from typing import Any
 from configs import Config, ConfigError, from_dict, resolve
 from configs.reading.parse import is_file
 from configs.sections.data import PACKAGED
-from configs.sections.pairs import FAMILY_ENDS, one_by_one
+from configs.sections.pairs import TASK_ENDS, ends_of, in_both, one_by_one
 from models.hf.config_json import model_keys
 from trainer.checkpoint.manifest import committed
 from trainer.data.manifest import planned_vocabulary, read_manifest, sources_of
@@ -77,8 +77,7 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
     steps = committed(run_dir)
     if fork is not None:
         check_fork(run_dir, fork)
-    texts = planned_vocabulary(config) is not None and "tokens" in one_by_one(FAMILY_ENDS[config.model.family].takes)
-    for source in sources_of(resolved.data) if texts else ():
+    for source in sources_of(resolved.data) if _reads_prepared(config) else ():
         if source.path != "stdlib":
             read_manifest(source.path)
     if (weights := resolved.train.init_from) and not steps:
@@ -90,6 +89,14 @@ def refuse_early(config: Config, fork: str | None = None) -> None:
             open_tensors(folder)
     with writable(resolved.run.root):
         Path(resolved.run.root).mkdir(mode=0o700, parents=True, exist_ok=True)
+
+
+def _reads_prepared(config: Config) -> bool:
+    """Whether the run learns from token shards, as far as its plugins do not decide."""
+    if planned_vocabulary(config) is None or config.data.kind not in (None, "tokens"):
+        return False
+    takes, task = ends_of(config.model).takes, TASK_ENDS.get(config.task)
+    return "tokens" in (in_both(takes, task.takes) if task else one_by_one(takes))
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Keys of bidirectional Transformers: the encoder of tokens, and the vision Transformer."""
 
-from typing import ClassVar, Literal, Self
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, model_validator
 
 from configs.base import Length, Size
-from configs.sections.family import ModelSection
+from configs.sections.family import ModelSection, check_outputs
 from configs.sections.model import MOST_LAYERS, ModelConfig
 
 
@@ -84,6 +85,17 @@ class EncoderConfig(LayersConfig):
     """Base of the rotary frequencies."""
     tie_embeddings: bool = True
     """Tie the head to the embedding's weights."""
+    outputs: Size | None = None
+    """Classes, or numbers, of a text; None: the tokens that are hidden are predicted."""
+    pool: Literal["token", "mean"] = "token"
+    """What a text is classified by: the output of the token before it (BERT's [CLS]), or the mean over all tokens'."""
+
+    @classmethod
+    def variant(cls, keys: Mapping[str, Any]) -> type[ModelSection]:
+        return TextEncoderConfig if keys.get("outputs") is not None else cls
+
+    def check_kind(self, kind: str) -> None:
+        check_outputs(self, kind)
 
     @model_validator(mode="after")
     def _even(self) -> Self:
@@ -93,6 +105,12 @@ class EncoderConfig(LayersConfig):
                 f"{self.hidden_size // self.num_heads}"
             )
         return self
+
+
+class TextEncoderConfig(EncoderConfig):
+    """One that tells what a text is."""
+
+    default_task: ClassVar[str] = "classification"
 
 
 class PatchesConfig(LayersConfig):

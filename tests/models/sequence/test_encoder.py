@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from configs import ConfigError, from_dict
-from models.batch import Batch
+from models.batch import Batch, Texts
 from models.decoder import attention
 from models.decoder.attention import Visibility
 from models.families import build
@@ -18,6 +18,7 @@ from models.sequence.encoder import Shared, sine_waves
 
 SIZES = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "intermediate_size": 48}
 BERT = {"family": "encoder", "vocab_size": 60, "max_positions": 24, "pre_norm": False, **SIZES}
+TELLS = {**BERT, "outputs": 5}
 VIT = {"family": "vit", "image_size": 12, "patch_size": 4, "outputs": 7, **SIZES}
 
 
@@ -44,9 +45,8 @@ def alone(whole: Batch) -> Batch:
 
 def reference(module: nn.Module, config) -> nn.Module:
     """transformers' class, with weights of its own in every place, the biases too."""
-    kind = {"bert": transformers.BertForMaskedLM, "vit": transformers.ViTForImageClassification}
     tree = to_config(config)
-    theirs = kind[tree["model_type"]](transformers.AutoConfig.for_model(**tree)).eval()
+    theirs = getattr(transformers, tree["architectures"][0])(transformers.AutoConfig.for_model(**tree)).eval()
     draw = torch.Generator().manual_seed(1)
     for parameter in theirs.parameters():
         parameter.data = 0.3 * torch.randn(parameter.shape, generator=draw)
@@ -54,7 +54,7 @@ def reference(module: nn.Module, config) -> nn.Module:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("keys", [BERT, VIT], ids=["bert", "vit"])
+@pytest.mark.parametrize("keys", [BERT, TELLS, VIT], ids=["bert", "bert for texts", "vit"])
 def test_it_is_hugging_faces(keys):
     module = network(**keys)
     theirs = reference(module, module.config)
@@ -64,6 +64,9 @@ def test_it_is_hugging_faces(keys):
     if keys is BERT:
         one = alone(batch())
         found, expected = module(one), theirs(one.input_ids).logits
+    elif keys is TELLS:
+        texts = Texts(batch().input_ids, torch.tensor([[True] * 12, [True] * 7 + [False] * 5]))
+        found, expected = module(texts), theirs(texts.token_ids, attention_mask=texts.mask.long()).logits
     else:
         images = torch.randn(3, 3, 12, 12)
         found, expected = module(images), theirs(images).logits
@@ -74,8 +77,22 @@ def test_it_is_hugging_faces(keys):
     assert back.keys() == dict(theirs.named_parameters()).keys()
     other = reference(module, module.config)
     other.load_state_dict(back, strict=False)
-    again = other(one.input_ids) if keys is BERT else other(images)
+    if keys is TELLS:
+        again = other(texts.token_ids, attention_mask=texts.mask.long())
+    else:
+        again = other(one.input_ids) if keys is BERT else other(images)
     assert torch.allclose(again.logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_the_mean_of_a_text_is_without_its_padding(positions):
+    module = network(**TELLS, pool="mean", positions=positions)
+    tokens, mask = batch().input_ids, torch.tensor([[True] * 12, [True] * 7 + [False] * 5])
+    short = Texts(tokens[1:, :7], mask[1:, :7])
+    assert torch.allclose(module(Texts(tokens, mask))[1:], module(short), atol=1e-6)
+    other = tokens.where(mask, 1)
+    assert torch.equal(module(Texts(other, mask)), module(Texts(tokens, mask)))
 
 
 FORMS = {

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from configs import ConfigError, from_dict, resolve
 from configs.sections.families.recurrent import Cell
-from models.batch import Batch
+from models.batch import Batch, Texts
 from models.decoder.generate import generate
 from models.families import build
 from models.flops import counted_flops, flops_of_example
@@ -21,7 +22,7 @@ KEYS = {"family": "recurrent", "vocab_size": 40, "hidden_size": 12, "embedding_s
 
 def config_of(**keys):
     train = {"seq_len": 9, "global_batch": 2, "precision": "fp32"}
-    return resolve(from_dict({"model": KEYS | keys, "train": train}), vocab_size=40)[0]
+    return resolve(from_dict({"model": KEYS | keys, "train": train, "data": {"path": "x"}}), vocab_size=40)[0]
 
 
 def network(seed=0, **keys) -> nn.Module:
@@ -139,3 +140,47 @@ def test_it_generates_as_it_reads():
         tokens = torch.tensor([prompt + added])
         logits = module.logits(Batch(tokens, tokens, tokens, None, torch.zeros(1)))[0]
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == added
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("cell", "both", "pool"), [("lstm", True, "last"), ("gru", False, "last"), ("gru", True, "mean")]
+)
+def test_texts_are_read_as_torch_reads_packed_sequences(cell, both, pool):
+    module = network(cell=cell, bidirectional=both, outputs=3, pool=pool)
+    tokens, mask = batch_of(3, 9).input_ids, torch.arange(9) < torch.tensor([[9], [4], [1]])
+    reference = {"gru": nn.GRU, "lstm": nn.LSTM}[cell](8, 12, num_layers=2, batch_first=True, bidirectional=both)
+    for suffix, layers in (("", module.layers), ("_reverse", module.backward_layers or ())):
+        for number, layer in enumerate(layers):
+            for name, weight in layer.named_parameters():
+                getattr(reference, name.replace("_l0", f"_l{number}{suffix}")).data.copy_(weight.data)
+    packed = pack_padded_sequence(module.embed_tokens(tokens), mask.sum(1), batch_first=True)
+    states, last = reference(packed)
+    states, _ = pad_packed_sequence(states, batch_first=True)
+    last = torch.cat([*(last[0] if cell == "lstm" else last)[-1 - both :]], 1)
+    pooled = last if pool == "last" else states.sum(1) / mask.sum(1, keepdim=True)
+    assert torch.allclose(module(Texts(tokens, mask)), module.classifier(pooled), atol=1e-6)
+
+
+@torch.no_grad()
+def test_both_directions_keep_documents_apart():
+    module = network(bidirectional=True)
+    batch = batch_of(2, 9, [[0, 0, 0, 1, 1, 1, 1, 1, 1], [4, 4, 4, 4, 4, 4, 4, 5, 6]])
+    found = module(batch)
+    for row, documents in enumerate(([(0, 3), (3, 9)], [(0, 7), (7, 8), (8, 9)])):
+        for start, end in documents:
+            part = Batch(*(each[row : row + 1, start:end] for each in (batch.input_ids, batch.labels)),
+                         batch.position_ids[:1, : end - start], None, batch.sequence_ids[:1])  # fmt: skip
+            assert torch.allclose(found[row, start:end], module(part)[0], atol=1e-6)
+    some = module(batch, None, torch.tensor([[2, 8], [0, 1]]))
+    assert torch.equal(some, torch.stack([found[0, [2, 8]], found[1, [0, 1]]]))
+
+
+def test_flops_of_both_directions_are_their_matrix_products():
+    train = {"seq_len": 9, "global_batch": 2, "precision": "fp32", "mask_rate": 0.3}
+    keys = {"model": KEYS | {"bidirectional": True}, "train": train, "data": {"document_mask": False}}
+    config = resolve(from_dict(keys), vocab_size=40)[0]
+    assert config.task == "masked_language_modelling"
+    batch = batch_of(2, 9)
+    no_state = 4 * 2 * 12 * 48  # before the first token, so that no gradient passes back to it
+    assert flops_of_example(config, lambda: batch) == counted_flops(config, batch) + no_state

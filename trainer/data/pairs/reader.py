@@ -1,36 +1,25 @@
 """Reads pairs of texts, all of them into memory: a pair is a pure function of (seed, index)."""
 
-import hashlib
 from collections.abc import Iterator, Sequence
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 
 from configs import ConfigError
-from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, PairsConfig
 from models.batch import PairBatch
 from models.loss import IGNORE
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import EmptySplit, check_groups, files_of_splits, identity, readable, rows_of_split
-from trainer.data.read.in_memory import InMemory
-from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
-from trainer.data.tokenizer.tokenizer import TokenizerProcess
-from trainer.data.tokenizer.tokenizer_files import end_of_text
+from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_split
+from trainer.data.read.order import KEPT_ORDERS, mix
+from trainer.data.texts.encoded import Encoded, padded, text_columns
 
 NEEDS = "pairs (two columns of text, data.pairs.source and target, or a struct translation with such fields)"
-STRUCT = "translation"
-"""Column of Hugging Face's data sets of translations: a text for each language."""
-MOST_BYTES = 4 << 30
-"""Most bytes of all texts."""
-BUCKET, SORTED = 64, 64
-"""Pairs of nearly equal length that are read one after the other, and buckets that are sorted together."""
 KEPT = 1 << 16
 """Pairs whose tokens are kept."""
 
@@ -50,7 +39,7 @@ class Texts(NamedTuple):
         return found[0] & found[1]
 
 
-class Pairs(InMemory):
+class Pairs(Encoded):
     """Pairs of a Parquet file, or of a folder of them. Not for several threads at once.
 
     The training split goes on epoch after epoch, each in a different order: shuffled, but with pairs of nearly equal
@@ -85,63 +74,30 @@ class Pairs(InMemory):
         self.source, self.target = texts.source.take(rows), texts.target.take(rows)
         self._lengths = sum(pc.binary_length(each).to_numpy().astype(np.int64) for each in (self.source, self.target))
         self._key = mix(seed, "pairs")
-        self.order = lru_cache(KEPT_ORDERS)(self._order_of)
+        self.order = lru_cache(KEPT_ORDERS)(self.order_of)
         self._tokens = lru_cache(KEPT)(self._encoded)
-
-    def __len__(self) -> int:
-        return len(self._lengths)
 
     def examples(self, indices: Sequence[int]) -> PairBatch:
         """Pairs, padded; -1 stands for a pair of which nothing is trained on. Raises ConfigError if the tokenizer fails
         on one."""
-        end = self._end
+        end = self.end
         pairs = [self._tokens(self.locate(index)) if index >= 0 else ((end,), ()) for index in indices]
-        source, mask = _padded([source for source, _ in pairs], end)
-        labels, real = _padded([target for _, target in pairs], IGNORE)
+        source, mask = padded([source for source, _ in pairs], end)
+        labels, real = padded([target for _, target in pairs], IGNORE)
         inputs = torch.full_like(labels, end)
         inputs[:, 1:] = labels[:, :-1].where(real[:, :-1], torch.tensor(end))
         ids = torch.tensor(indices, dtype=torch.int64)
-        return PairBatch(source, mask, inputs, labels, ids, self._decode if self.split == "held_out" else None)
+        return PairBatch(source, mask, inputs, labels, ids, self.decode if self.split == "held_out" else None)
 
     def texts(self) -> Iterator[str]:
         """Of all pairs."""
         for source, target in zip(self.source, self.target, strict=True):
             yield from (source.as_py(), target.as_py())
 
-    @cached_property
-    def _tokenizer(self) -> TokenizerProcess:
-        return TokenizerProcess(self.config.prepare.tokenizer, self.config.limits)
-
-    @cached_property
-    def _end(self) -> int:
-        return end_of_text(self._tokenizer.token_to_id, self._tokenizer.file)[1]
-
     def _encoded(self, row: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         texts = (self.source[row].as_py(), self.target[row].as_py())
-        source, target = ((*self._tokenizer.encode(text)[: self.most - 1], self._end) for text in texts)
+        source, target = ((*self.tokenizer.encode(text)[: self.most - 1], self.end) for text in texts)
         return source, target
-
-    def _decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
-        return [self._tokenizer.decode(each) for each in tokens]
-
-    def _order_of(self, epoch: int) -> np.ndarray:
-        if self.split == "held_out":
-            return shuffled(len(self), mix("held out"))
-        key, several = mix(self._key, epoch), SORTED * BUCKET
-        order = np.asarray(shuffled(len(self), key))
-        blocks = [order[start : start + several] for start in range(0, len(order), several)]
-        order = np.concatenate([block[self._lengths[block].argsort(kind="stable")] for block in blocks])
-        starts = np.asarray(shuffled(-(-len(order) // BUCKET), mix(key, "buckets"))) * BUCKET
-        return np.concatenate([order[start : start + BUCKET] for start in starts])
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows of one length, which of them is no padding)."""
-    found = torch.full((len(rows), max(1, *map(len, rows))), value, dtype=torch.int64)
-    mask = torch.zeros_like(found, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        found[number, : len(row)], mask[number, : len(row)] = torch.tensor(row, dtype=torch.int64), True
-    return found, mask
 
 
 def read_texts(files: Sequence[Path], config: PairsConfig) -> Texts:
@@ -150,50 +106,5 @@ def read_texts(files: Sequence[Path], config: PairsConfig) -> Texts:
     Raises:
         ConfigError: a file is not Parquet, or too large; a column is missing or holds no texts.
     """
-    digest, columns, size = hashlib.sha256(), [], 0
-    for path in files:
-        with readable(path):
-            digest.update(identity(path))
-            with pq.ParquetFile(path) as file:
-                groups = [file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups)]
-                check_groups(path, groups)
-                _check_bytes(path, size + sum(groups))
-                names = [_column(path, file.schema_arrow, key, name) for key, name in config]
-            # Each text once: a file of a few bytes may repeat one so often that it fills the memory.
-            with pq.ParquetFile(path, read_dictionary=names) as file:
-                table = file.read(names, use_threads=False).flatten()
-            size += sum(_bytes(chunk) for name in names for chunk in table[name].chunks)
-            _check_bytes(path, size)
-            columns.append([table[name].cast(pa.large_string()) for name in names])
-            for each in columns[-1]:
-                each.validate(full=True)  # that it is UTF-8
-    source, target = (pa.chunked_array([chunk for each in columns for chunk in each[n].chunks]) for n in (0, 1))
-    return Texts(source, target, digest.hexdigest())
-
-
-def _check_bytes(path: Path, size: int) -> None:
-    if size > MOST_BYTES:
-        raise ConfigError(f"{path.parent}: the pairs take over {MOST_BYTES:,} bytes of memory")
-
-
-def _bytes(texts: pa.DictionaryArray) -> int:
-    return pc.sum(pc.binary_length(texts.dictionary).cast(pa.int64()).take(texts.indices)).as_py() or 0
-
-
-def _column(path: Path, schema: pa.Schema, key: str, name: str) -> str:
-    """What the column of texts is called in the file. Raises ConfigError."""
-    if schema.names.count(name) > 1:
-        raise ConfigError(f"{path} has several columns {name}: rename all but one, or set data.pairs.{key} to another")
-    there = {field.name: field.type for field in schema}
-    if STRUCT in there and pa.types.is_struct(there[STRUCT]):
-        there |= {f"{STRUCT}.{field.name}": field.type for field in there[STRUCT].fields}
-    found = name if name in there else f"{STRUCT}.{name}"
-    if found not in there:
-        raise ConfigError(
-            f"{path} has no column {name} (it has {shortened(', '.join(there), 200)}): set data.pairs.{key}"
-        )
-    if not (pa.types.is_string(there[found]) or pa.types.is_large_string(there[found])):
-        raise ConfigError(
-            f"{path}: column {found} is {shortened(str(there[found]), 60)}, not text: set data.pairs.{key}"
-        )
-    return found
+    columns, sha256 = text_columns(files, {f"pairs.{key}": name for key, name in config}, "pairs")
+    return Texts(*columns, sha256)

@@ -9,7 +9,8 @@ from configs.sections.data import DataConfig
 from trainer.data.manifest import TOKENIZER, TokenizerInfo, read_manifests, sources_of
 from trainer.files.durable import digest, replace_text
 
-from .tokenizer_files import FOLDER, INFO, copy_tokenizer, read_info, tokenizer_file
+from .tokenizer import TokenizerProcess
+from .tokenizer_files import FOLDER, INFO, copy_tokenizer, end_of_text, read_info, tokenizer_file
 
 
 def keep_tokenizer(run_dir: Path, data: DataConfig) -> None:
@@ -19,13 +20,26 @@ def keep_tokenizer(run_dir: Path, data: DataConfig) -> None:
         ConfigError: the data are not prepared.
         OSError: the folder cannot be written.
     """
-    folder, info = run_dir / FOLDER, read_manifests(data)[0].tokenizer
+    _keep(run_dir / FOLDER, tokenizer_file(sources_of(data)[0].path), read_manifests(data)[0].tokenizer)
+
+
+def keep_tokenizer_file(run_dir: Path, data: DataConfig) -> None:
+    """As `keep_tokenizer`, of data that are encoded as they are read: the file of data.prepare.tokenizer."""
+    file = tokenizer_file(data.prepare.tokenizer)
+    with TokenizerProcess(file, data.limits) as tokenizer:
+        token, number = end_of_text(tokenizer.token_to_id, file)
+        size = tokenizer.vocab_size
+    info = TokenizerInfo(kind="file", sha256=digest(file), vocab_size=size, eos_id=number, eos_token=token)
+    _keep(run_dir / FOLDER, file, info)
+
+
+def _keep(folder: Path, file: Path, info: TokenizerInfo) -> None:
     with contextlib.suppress(ConfigError):  # a damaged copy is replaced
         if read_info(folder) == info and _is_whole(folder, info):
             return
     shutil.rmtree(folder, ignore_errors=True)  # incomplete, or from other data
     folder.mkdir(mode=0o700)
-    copy_tokenizer(tokenizer_file(sources_of(data)[0].path), folder)
+    copy_tokenizer(file, folder)
     replace_text(folder / INFO, info.model_dump_json(indent=1) + "\n")
 
 

@@ -1,0 +1,1 @@
+"""Texts that are read without preparation, each with a label, and what such readers have in common."""
