@@ -18,10 +18,12 @@ from configs.sections.families.hf import (
     ImageClassifier,
     LanguageModel,
     MaskedLanguageModel,
+    SequenceToSequenceModel,
+    TextClassifier,
     TransformersConfig,
     is_random,
 )
-from models.batch import Batch
+from models.batch import Batch, Texts
 from models.init import generator
 from models.loss import IGNORE, LossOutput, nan_if_infinite
 
@@ -42,6 +44,7 @@ class AnyArchitecture(nn.Module):
         super().__init__()
         self.config = config
         self.network = new_network(config)
+        self.pad = getattr(self.network.config, "pad_token_id", None)
         self.arguments = inspect.signature(self.network.forward).parameters
 
     def init_weights(self, seed: int) -> None:
@@ -83,6 +86,14 @@ class AnyArchitecture(nn.Module):
 
     def check(self, config: Config) -> None:
         """Raise ConfigError for what the run's other sections ask of this architecture and it does not have."""
+        length, longest = config.train.seq_len, getattr(self.network.config, "max_position_embeddings", None)
+        if isinstance(self.config, LanguageModel) and longest and longest < length:
+            names = self.network.config.attribute_map
+            key = names.get("max_position_embeddings", "max_position_embeddings")
+            raise ConfigError(
+                f"train.seq_len ({length}) is longer than model.config.{key} ({longest}): set train.seq_len={longest}, "
+                f"or model.config.{key}={length}"
+            )
 
     def _probe(self) -> None:
         """Try a new network on a tiny input: its training pass may draw no random numbers, which would depend on the
@@ -100,6 +111,24 @@ class AnyArchitecture(nn.Module):
 
     def _probed(self) -> Tensor:
         raise NotImplementedError
+
+    def _marked(self, ids_BT: Tensor, mask_BT: Tensor) -> Tensor:
+        """Tokens whose padding has the id by which some classes find where a text ends."""
+        return ids_BT if self.pad is None else ids_BT.where(mask_BT, self.pad)
+
+    def _without_padding(self, error: Exception) -> ConfigError:
+        """What to raise where a class fails on padded texts."""
+        if isinstance(error, ConfigError):
+            return error
+        return ConfigError(
+            f"model.architecture={self.config.architecture} cannot read padded texts ({clip(error, 100)}): set "
+            "model.config.pad_token_id to a token that no text has, such as the last of a model.vocab_size that is "
+            "larger than the tokenizer's"
+        )
+
+    def _probe_tokens(self) -> Tensor:
+        device = next(self.parameters()).device
+        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % (self.config.vocab_size or 1)
 
 
 class AnyLanguageModel(AnyArchitecture):
@@ -137,14 +166,7 @@ class AnyLanguageModel(AnyArchitecture):
     def check(self, config: Config) -> None:
         if config.data.document_mask and not self.keeps_documents_apart:
             raise ConfigError(self._mixes_documents())
-        length, longest = config.train.seq_len, getattr(self.network.config, "max_position_embeddings", None)
-        if longest and longest < length:
-            names = self.network.config.attribute_map
-            key = names.get("max_position_embeddings", "max_position_embeddings")
-            raise ConfigError(
-                f"train.seq_len ({length}) is longer than model.config.{key} ({longest}): set train.seq_len={longest}, "
-                f"or model.config.{key}={length}"
-            )
+        super().check(config)
 
     def _mixes_documents(self) -> str:
         name = self.config.architecture
@@ -191,10 +213,6 @@ class AnyLanguageModel(AnyArchitecture):
 
     def _tried(self, batch: Batch) -> Tensor:
         return self._passed(batch.input_ids, self._positions(batch)).logits
-
-    def _probe_tokens(self) -> Tensor:
-        device = next(self.parameters()).device
-        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % (self.config.vocab_size or 1)
 
     def _probed(self) -> Tensor:
         return self._passed(self._probe_tokens(), None).logits
@@ -247,12 +265,108 @@ class AnyImageClassifier(AnyArchitecture):
         ))  # fmt: skip
 
 
+class AnyTextClassifier(AnyArchitecture):
+    """From `Texts` to [B, outputs]."""
+
+    config: TextClassifier
+
+    def forward(self, texts: Texts, keys: Tensor | None = None) -> Tensor:
+        mask = None if texts.mask.is_meta else texts.mask.long()  # whose values transformers would read
+        return self.network(self._marked(*texts), attention_mask=mask).logits
+
+    def _probe(self) -> None:
+        """Besides, padding may not change what a text is found to be."""
+        name = self.config.architecture
+        if "attention_mask" not in self.arguments or self.network.config.is_encoder_decoder:
+            raise ConfigError(f"model.architecture={name} takes no padded texts: set it to an encoder, or a decoder")
+        try:
+            super()._probe()
+            half, whole = (self(Texts(self._probe_tokens()[:, :length], mask)) for length, mask in self._padding())
+        except (ValueError, IndexError, TypeError) as error:
+            raise self._without_padding(error) from None
+        if not torch.allclose(half, whole, rtol=0, atol=1e-4 * max(float(whole.abs().max()), 1e-3)):
+            raise ConfigError(f"model.architecture={name} mixes a text with its padding, so it cannot be trained")
+
+    def _padding(self) -> list[tuple[int, Tensor]]:
+        """Length and mask of one text, without padding and with."""
+        some = torch.arange(PROBE, device=next(self.parameters()).device)[None] < PROBE // 2
+        return [(PROBE // 2, some[:, : PROBE // 2]), (PROBE, some)]
+
+    def _probed(self) -> Tensor:
+        ids = self._probe_tokens().expand(2, -1)
+        return self(Texts(ids, torch.ones_like(ids, dtype=torch.bool)))
+
+
+class AnySequenceToSequence(AnyArchitecture):
+    """From pairs to logits, as `models.sequence.encoder_decoder.encoder_decoder` says; experts in training also give
+    their weighted losses."""
+
+    config: SequenceToSequenceModel
+
+    def __init__(self, config: TransformersConfig):
+        super().__init__(config)
+        weights = (getattr(self.network.config, f"router_{kind}_loss_coef", 0.0) for kind in ("z", "aux"))
+        self.router_weights = tuple(weights) if "output_router_logits" in self.arguments else ()
+
+    def forward(
+        self, source_BS: Tensor, mask_BS: Tensor, target_BT: Tensor, keys: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        source_BS = self._marked(source_BS, mask_BS)
+        given: dict[str, Any] = {"attention_mask": None if mask_BS.is_meta else mask_BS.long(), "use_cache": False}
+        if not (self.training and any(self.router_weights) and not source_BS.is_meta):
+            return self.network(source_BS, decoder_input_ids=target_BT, **given).logits
+        found = self.network(source_BS, decoder_input_ids=target_BT, output_router_logits=True, **given)
+        losses = list(zip(("z", "aux"), self.router_weights, strict=True))
+        own = [w * getattr(found, f"{side}_{kind}_loss") for kind, w in losses for side in ("encoder", "decoder")]
+        # Every process has a gradient of every expert, also of those that none of its tokens chose.
+        return found.logits, sum(own) + 0.0 * sum(parameter.sum() for parameter in self.parameters())
+
+    def begin(self, source_BS: Tensor, mask_BS: Tensor, keys: Tensor | None = None) -> tuple[Tensor, ...]:
+        """(mask, source as the decoder sees it, tokens so far)."""
+        source_BS = self._marked(source_BS, mask_BS)
+        memory = self.network.get_encoder()(source_BS, attention_mask=mask_BS.long()).last_hidden_state
+        return mask_BS, memory, source_BS[:, :0]
+
+    def step(self, tokens_B: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        from transformers.modeling_outputs import BaseModelOutput
+
+        mask_BS, memory, before = state
+        tokens = torch.cat([before, tokens_B[:, None]], 1)
+        source = BaseModelOutput(memory)
+        source.router_logits = None  # which Switch Transformers look up
+        given = {"encoder_outputs": source, "attention_mask": mask_BS.long(), "use_cache": False}
+        logits = self.network(decoder_input_ids=tokens, **given).logits
+        return logits[:, -1], (mask_BS, memory, tokens)
+
+    def _probe(self) -> None:
+        """Besides, a token may not change what is predicted before it."""
+        ids = self._probe_tokens()
+        changed = ids.clone()
+        changed[0, -1] = (ids[0, -1] + 1) % (self.config.vocab_size or 1)
+        try:
+            super()._probe()
+            self.eval()
+            one, other = (self(ids, torch.ones_like(ids, dtype=torch.bool), each)[:, :-1] for each in (ids, changed))
+            self.train()
+        except (ValueError, IndexError, TypeError) as error:
+            raise self._without_padding(error) from None
+        if not torch.allclose(one, other, rtol=0, atol=1e-4 * float(one.std())):
+            raise ConfigError(f"model.architecture={self.config.architecture} sees the tokens that it should predict")
+
+    def _probed(self) -> Tensor:
+        ids = self._probe_tokens()
+        found = self(ids, torch.ones_like(ids, dtype=torch.bool), ids)
+        return found[0] if isinstance(found, tuple) else found
+
+
 def build_any(config: TransformersConfig) -> AnyArchitecture:
     """The network on the default device. Raises ConfigError."""
     kinds = {
         CausalLanguageModel: AnyLanguageModel,
         MaskedLanguageModel: AnyMaskedLanguageModel,
         ImageClassifier: AnyImageClassifier,
+        TextClassifier: AnyTextClassifier,
+        SequenceToSequenceModel: AnySequenceToSequence,
     }
     return kinds[type(config)](config)  # type: ignore[index]
 
@@ -289,6 +403,8 @@ def class_of(config: TransformersConfig) -> Any:
         CausalLanguageModel: modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MaskedLanguageModel: modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES,
         ImageClassifier: modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        TextClassifier: modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        SequenceToSequenceModel: modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     }[type(config)]  # type: ignore[index]
     names = {name for each in listed.values() for name in ((each,) if isinstance(each, str) else each)}
     found = getattr(transformers, config.architecture, None) if config.architecture in names else None
@@ -298,8 +414,9 @@ def class_of(config: TransformersConfig) -> Any:
         raise ConfigError(
             f"model.architecture={config.architecture}: transformers {transformers.__version__} has no such class{hint}"
         )
-    if isinstance(config, ImageClassifier) and found.main_input_name != "pixel_values":
-        raise ConfigError(f"model.architecture={config.architecture} takes {found.main_input_name}, not images")
+    inputs, what = ("pixel_values", "images") if isinstance(config, ImageClassifier) else ("input_ids", "tokens")
+    if found.main_input_name != inputs:
+        raise ConfigError(f"model.architecture={config.architecture} takes {found.main_input_name}, not {what}")
     return found
 
 
@@ -314,6 +431,7 @@ def config_of(config: TransformersConfig, found: Any) -> Any:
             raise ConfigError(f"unknown key model.config.{key}: {kind.__name__} has none of that name{hint}")
     if isinstance(config, LanguageModel):
         keys = {key: None for key in NO_ID if key in known} | keys | {"vocab_size": config.vocab_size}
+        keys |= {"num_labels": config.outputs} if isinstance(config, TextClassifier) else {}
     elif isinstance(config, ImageClassifier):
         keys |= {"num_labels": config.outputs}
         if "num_channels" in known:

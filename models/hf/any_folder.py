@@ -14,7 +14,7 @@ from configs import ConfigError
 from configs.explain import shown
 from configs.reading.parse import clip
 
-from .any_architecture import AnyArchitecture, config_of
+from .any_architecture import AnyArchitecture, AnySequenceToSequence, AnyTextClassifier, config_of
 from .any_keys import keys_of_folder
 from .config_json import read_hf_config
 from .weight_files import open_tensors
@@ -94,8 +94,13 @@ def save_folder(
     shard_bytes: int,
 ) -> None:
     """Write config.json and model*.safetensors, as `models.hf.folder.export_hf`. The module is not for use after it."""
-    network = module.network
-    for key, value in (special_tokens or {}).items():
+    network, tokens = module.network, dict(special_tokens or {})
+    if tokens and isinstance(module, AnyTextClassifier) and module.pad is not None:
+        tokens["pad_token_id"] = module.pad
+    if tokens and isinstance(module, AnySequenceToSequence):  # a target begins after it, and it pads
+        tokens = {"decoder_start_token_id": tokens["eos_token_id"], **tokens}
+        tokens["pad_token_id"] = tokens["eos_token_id"] if module.pad is None else module.pad
+    for key, value in tokens.items():
         for config in filter(None, (network.config, getattr(network, "generation_config", None))):
             setattr(config, key, value)
     if dtype:

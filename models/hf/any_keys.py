@@ -13,6 +13,7 @@ from configs.sections.families.hf import (
     SET_ELSEWHERE,
     ImageClassifier,
     LanguageModel,
+    TextClassifier,
     TransformersConfig,
     is_random,
     kind_of_class,
@@ -39,9 +40,10 @@ def keys_of_folder(tree: Any, own: Mapping[str, Any], folder: Path) -> dict[str,
     section = kind_of_class(architecture) or TransformersConfig
     if issubclass(section, LanguageModel) and tree.get("vocab_size") is not None:
         found["vocab_size"] = tree["vocab_size"]
-    elif issubclass(section, ImageClassifier):
+    if issubclass(section, ImageClassifier | TextClassifier):
         labels = tree.get("id2label")
         found["outputs"] = len(labels) if isinstance(labels, dict) and labels else 2  # a default that is not written
+    if issubclass(section, ImageClassifier):
         found["channels"] = tree.get("num_channels", 3)
     return found
 

@@ -64,10 +64,11 @@ class SequenceToSequence(Task):
         return sums._replace(extra={**sums.extra, **{k: v.to(sums.loss.device) for k, v in scores.items()}})
 
     def _compared(self, net: Any, batch: PairBatch, keys: Tensor | None, smoothing: float) -> Sums:
-        logits = net(batch.source_ids, batch.source_mask, batch.input_ids, keys).float().flatten(0, 1)
-        labels = batch.labels.flatten()
+        found = net(batch.source_ids, batch.source_mask, batch.input_ids, keys)
+        found, penalty = found if isinstance(found, tuple) else (found, None)  # experts have a loss of their own
+        logits, labels = found.float().flatten(0, 1), batch.labels.flatten()
         loss = F.cross_entropy(logits, labels, reduction="sum", ignore_index=IGNORE, label_smoothing=smoothing)
-        return Sums(loss, (labels != IGNORE).sum(), {"right": (logits.argmax(1) == labels).sum()})
+        return Sums(loss, (labels != IGNORE).sum(), {"right": (logits.argmax(1) == labels).sum()}, penalty)
 
     def metrics(self, extra: Mapping[str, Value], weight: float) -> dict[str, Value]:
         found = {"accuracy": extra["right"] / max(weight, 1)}

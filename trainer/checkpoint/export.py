@@ -21,6 +21,7 @@ from trainer.data.manifest import TOKENIZER
 from trainer.data.tokenizer.hf_tokenizer import hf_tokenizer, is_qwen2s
 from trainer.data.tokenizer.kept import tokenizer_of
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
+from trainer.data.tokenizer.tokenizer_files import FOLDER
 from trainer.files.durable import replace_bytes
 from trainer.files.own_files import make_empty
 from trainer.run.folder import read_config
@@ -125,7 +126,8 @@ def export(
             f"export needs one of {known}"
         )
     module, config, found = load_module(run_dir, step, None if family.save or family.to_hf else "tokens", ema=ema)
-    files, special_tokens = _tokenizer(run_dir, config) if kind_read(config).endswith("tokens") else ({}, None)
+    texts = kind_read(config).endswith("tokens") or (run_dir / FOLDER).is_dir()
+    files, special_tokens = _tokenizer(run_dir, config) if texts else ({}, None)
     largest = torch.finfo(dtype).max if dtype else math.inf
     if large := next((name for name, each in module.named_parameters() if each.abs().max() > largest), None):
         raise ConfigError(f"{large} has values over {largest:.6g}, beyond {dtype}'s range: choose another --dtype")

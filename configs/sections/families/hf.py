@@ -43,8 +43,8 @@ def is_random(key: str) -> bool:
 
 class TransformersConfig(ModelSection):
     """Any architecture of Hugging Face transformers that a task can train, with random weights, or from a folder by
-    model.from and train.init_from. A language model has also vocab_size; a classifier of images outputs and channels.
-    """
+    model.from and train.init_from. One that reads tokens has also vocab_size; a classifier outputs, of images channels
+    too."""
 
     needs: ClassVar[tuple[str, ...]] = ("transformers",)
 
@@ -52,7 +52,8 @@ class TransformersConfig(ModelSection):
     architecture: str
     """Class in transformers, such as GPT2LMHeadModel, MambaForCausalLM, ViTForImageClassification. What it ends in
     decides the task: ForCausalLM, LMHeadModel: language_modelling; ForMaskedLM: masked_language_modelling;
-    ForImageClassification: classification."""
+    ForImageClassification, ForSequenceClassification: classification; ForConditionalGeneration, MTModel:
+    sequence_to_sequence."""
     config: dict[str, Any] = Field(default_factory=dict)
     """Keys of the class's config, as in config.json; the others have its defaults. Dropout is 0: that of transformers
     depends on which process handles an example."""
@@ -104,6 +105,29 @@ class MaskedLanguageModel(LanguageModel):
     """Beside the tokenizer's: the mask, as in the family encoder."""
 
 
+class TextClassifier(LanguageModel):
+    """A class that tells what a text is."""
+
+    default_task: ClassVar[str] = "classification"
+    ends = ("texts", ("classes", "numbers"))
+
+    outputs: Size = 2
+    """Classes, or numbers."""
+
+
+class SequenceToSequenceModel(LanguageModel):
+    """A class that reads one text and writes another."""
+
+    default_task: ClassVar[str] = "sequence_to_sequence"
+    ends = ("pairs", "next tokens")
+
+    @property
+    def most_zero(self) -> int:
+        """Of Switch Transformers' experts, each a module of its own, a process calls those that its tokens choose; from
+        stage 2 on processes exchange what each module has as it is called."""
+        return 1 if self.architecture.startswith(("SwitchTransformers", "NllbMoe")) else 3
+
+
 class ImageClassifier(TransformersConfig):
     """A class that tells what an image shows."""
 
@@ -127,6 +151,9 @@ BY_ENDING: dict[str, type[TransformersConfig]] = {
     "LMHeadModel": CausalLanguageModel,
     "ForMaskedLM": MaskedLanguageModel,
     "ForImageClassification": ImageClassifier,
+    "ForSequenceClassification": TextClassifier,
+    "ForConditionalGeneration": SequenceToSequenceModel,
+    "MTModel": SequenceToSequenceModel,
 }
 """Sections by what the name of a class ends in."""
 

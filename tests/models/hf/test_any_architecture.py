@@ -9,10 +9,11 @@ from torch.nn import functional as F
 
 from configs import ConfigError, from_dict, resolve
 from configs.sections.model_from import take_model
-from models.batch import Batch
+from models.batch import Batch, PairBatch, Texts
 from models.families import build, family_of
 from models.flops import counted_flops
 from models.init import fill
+from models.sequence.search import search
 from models.tasks.table import reads, task_of
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -35,18 +36,32 @@ IMAGES = {
         "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "layer_type": "basic",
     },
 }  # fmt: skip
+TEXTS = {
+    "BertForSequenceClassification": SIZES,
+    "GPT2ForSequenceClassification": {"n_embd": 32, "n_layer": 1, "n_head": 4, "pad_token_id": 96},
+}
+T5 = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+BART = {
+    "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 64, "decoder_ffn_dim": 64,
+}  # fmt: skip
+PAIRS = {
+    "T5ForConditionalGeneration": T5,
+    "MarianMTModel": BART,
+    "BartForConditionalGeneration": BART,
+    "SwitchTransformersForConditionalGeneration": {
+        **T5, "num_decoder_layers": 2, "num_experts": 4, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1,
+    },
+}  # fmt: skip
 ALL = LANGUAGE | MASKED | IMAGES
 VOCABULARY = 97
 
 
 def section(name, keys=None, **more):
     more = ({"outputs": 3, "channels": 1} if name in IMAGES else {"vocab_size": VOCABULARY}) | more
-    return from_dict(
-        {
-            "model": {"family": "transformers", "architecture": name, "config": ALL[name] if keys is None else keys}
-            | more
-        }
-    ).model
+    more |= {"outputs": 3} if name in TEXTS else {}
+    config = (ALL | TEXTS | PAIRS)[name] if keys is None else keys
+    return from_dict({"model": {"family": "transformers", "architecture": name, "config": config} | more}).model
 
 
 def network(name, seed=0, keys=None, **more):
@@ -91,6 +106,50 @@ def test_it_computes_what_transformers_does_with_an_exported_folder(tmp_path, na
     assert (loaded.differs, loaded.weights.keys()) == ({}, weights.keys())
     assert all(torch.equal(loaded.weights[key], value) for key, value in weights.items())
     assert bool(loaded.memory) == ("ResNet" in name)
+
+
+MASK = torch.tensor([[True] * 16, [True] * 9 + [False] * 7])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_text_is_what_transformers_finds_it_to_be(tmp_path, name):
+    module, ids = network(name).eval(), inputs(name)
+    found = module(Texts(ids, MASK))
+    assert torch.allclose(found[1:], module(Texts(ids[1:, :9], MASK[1:, :9])), atol=1e-6)
+    family_of(module.config).save(module, tmp_path, None, None, 10**9)
+    other = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    pad = 0 if module.pad is None else module.pad
+    assert torch.equal(other(ids.where(MASK, pad), attention_mask=MASK.long()).logits, found)
+    tree, _ = take_model({"model": {"family": "transformers", "from": str(tmp_path), "architecture": name}}, "c")
+    again = build(from_dict(tree).model)
+    fill(again, 1)
+    assert family_of(again.config).load(again, tmp_path).differs == {}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_loss_of_a_pair_is_transformers_own(tmp_path, name):
+    module, ids = network(name), inputs(name)
+    start = torch.full((2, 1), 5)
+    labels = ids.flip(0).masked_fill(~MASK, -100)
+    target = torch.cat([start, ids.flip(0)[:, :-1]], 1)
+    batch = PairBatch(ids, MASK, target, labels, torch.arange(2))
+    config = from_dict({"model": module.config.model_dump(), "data": {"path": "x"}, "train": {"sample_tokens": 0}})
+    sums = task_of(config).loss({"model": module}, batch, "model")
+    more = {"output_router_logits": True} if "Switch" in name else {}
+    theirs = module.network(ids, MASK.long(), decoder_input_ids=target, labels=labels, **more).loss
+    assert (sums.loss / sums.weight + (sums.penalty or 0)).item() == pytest.approx(theirs.item(), rel=1e-5)
+    assert bool(sums.penalty) == ("Switch" in name)
+    module.eval()
+    found = search(module, ids, MASK, 5, beams=1, most=6)
+    how = {"decoder_start_token_id": 5, "eos_token_id": 5, "pad_token_id": 5, "max_new_tokens": 6, "do_sample": False}
+    written = module.network.generate(ids, attention_mask=MASK.long(), **how, num_beams=1, forced_eos_token_id=None)
+    assert found == [[token for token in row[1:].tolist() if token != 5] for row in written]
+    family_of(module.config).save(module, tmp_path, None, None, 10**9)
+    again = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        logits = again(ids, MASK.long(), decoder_input_ids=target).logits
+        assert torch.equal(logits, module(ids, MASK, target))
 
 
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "ResNetForImageClassification"])
@@ -219,6 +278,12 @@ REFUSED = {
         {},
         r"model\.architecture.*no task can train this class: its name should end in For",
     ),
+    "two texts at once": ("BartForSequenceClassification", BART, r"takes no padded texts: set it to an encoder, or a"),
+    "no padding": (
+        "GPT2ForSequenceClassification",
+        {},
+        r"cannot read padded texts .*: set model\.config\.pad_tok",
+    ),
     "no such class": ("VitForImageClassification", {}, r"has no such class: did you mean ViTForImageClassification\?"),
     "no images": ("ImageGPTForImageClassification", {}, r"takes input_ids, not images"),
     "unknown key": ("GPT2LMHeadModel", {"n_layers": 2}, r"unknown key model\.config\.n_layers: .* mean n_layer"),
@@ -238,7 +303,7 @@ REFUSED = {
 @pytest.mark.parametrize(("name", "keys", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name(name, keys, message):
     other = {"outputs": 2} if "outputs" in message else {}
-    own = {"vocab_size": VOCABULARY} if name.endswith(("LMHeadModel", "ForCausalLM")) else {}
+    own = {"vocab_size": VOCABULARY} if name.endswith(("LMHeadModel", "LM", "SequenceClassification")) else {}
     with pytest.raises(ConfigError, match=message):
         fill(
             build(
