@@ -243,7 +243,7 @@ MAY_CHANGE = (
     "train.activation_checkpointing", "train.checkpoint_every_layers",
     # Monitoring only, or beside the weights that are trained:
     "train.profile.", "train.eval_every", "train.log_every", "train.sample_", "data.prefetch", "data.limits.",
-    "optim.ema_decay", "optim.swa_from",
+    "optim.ema_decay", "optim.ema_schedule", "optim.swa_from",
     # When it ends:
     "train.early_stop.",
 )  # fmt: skip

@@ -44,7 +44,9 @@ def counted_flops(config: Config, batch: Any) -> float:
     nets: Mapping[str, nn.Module] = {phase.name: submodule(module, phase) for phase in task.phases}
     for phase in task.phases:
         with FlopCounterMode(display=False) as counter, trained_only(nets, phase.name):
-            sums = task.loss(nets, there, phase.name)
+            with torch.no_grad():
+                given = task.taught(nets, there)
+            sums = task.loss(nets, given, phase.name)
             sums.loss.backward()
         total += counter.get_total_flops() / phase.every
     return total / len(there.example_ids)

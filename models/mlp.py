@@ -1,6 +1,7 @@
 """The multilayer perceptron."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -54,19 +55,40 @@ class Mlp(nn.Module):
             for before, width in zip(widths, config.hidden, strict=False)
         )
         self.head = nn.Linear(widths[-1], config.outputs)
+        self.predictor = predictor_of(config)
 
     def init_weights(self, seed: int) -> None:
         fill_by(self.config.init, self, seed)
 
-    def forward(self, inputs: Tensor, keys: Tensor | None = None) -> Tensor:
-        """`keys`: of `models.noise.dropout`."""
+    def forward(self, inputs: Tensor, keys: Tensor | None = None, predict: bool = False) -> Tensor:
+        """`keys`: of `models.noise.dropout`; `predict`: with the predictor, see `Predictor`."""
         x = inputs.flatten(1).to(self.head.weight.dtype)
         for site, layer in enumerate(self.layers, 1):
             linear, norm, activation = layer.children()
             y = activation(norm(linear(x, keys, CONNECTIONS + site, self.config.drop_connect)))
             y = dropout(y, keys, site, self.config.dropout)
             x = x + y if self.config.residual and y.shape == x.shape else y
-        return self.head(x)
+        x = self.head(x)
+        return self.predictor(x) if predict and self.predictor else x
+
+
+class Predictor(nn.Module):
+    """From a network's outputs to [2, B, outputs]: the outputs, normalised over the micro-batch as SimSiam's
+    (arXiv:2011.10566, section 3), and what BYOL's predictor makes of them (arXiv:2006.07733, section 3.3)."""
+
+    def __init__(self, size: int, hidden: tuple[int, ...]):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(size, affine=False)
+        self.mlp = Mlp(MlpConfig(inputs=size, hidden=hidden, outputs=size, norm="batch"))
+
+    def forward(self, outputs: Tensor) -> Tensor:
+        projected = self.norm(outputs)
+        return torch.stack([projected, self.mlp(projected)])
+
+
+def predictor_of(config: Any) -> Predictor | None:
+    """What a config with the keys of `configs.sections.family.Predicting` asks for."""
+    return Predictor(config.outputs, config.predictor) if config.predictor else None
 
 
 CONNECTIONS = 1 << 16

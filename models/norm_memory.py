@@ -5,6 +5,7 @@ move once per step, by the mean of the micro-batches' statistics over all proces
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -119,6 +120,18 @@ class NormTap:
                 self._heard[name] = self._heard[name] + sums if name in self._heard else sums
 
         return listen
+
+
+@contextmanager
+def normalised_by_batch(module: nn.Module) -> Iterator[None]:
+    """Within it, BatchNorm normalises over the micro-batch though the module is in evaluation mode. Running statistics
+    are to be told again afterwards."""
+    layers = [layer for _, layer in batch_norms(module) if not layer.training]
+    for layer in layers:
+        layer.train()
+    yield
+    for layer in layers:
+        layer.eval()
 
 
 def _mean(layer: _BatchNorm) -> Tensor:

@@ -131,6 +131,8 @@ class Trainee:
             riders: of this process, as `step.NO_RIDERS`.
             number: of the step, which decides the phases that are due; 0: all.
         """
+        if self.learner.task.has_teacher:
+            batches = self._taught(batches)
         if isinstance(self.engine, Pipeline):
             values = pipeline_step(self.engine, batches, weight, self.config, riders)
         else:
@@ -143,6 +145,17 @@ class Trainee:
                     after[AVERAGED + name] = before[AVERAGED + name].lerp(after[name], ema.share)
             self._tell(unless_skipped(skipped, before, after))
         return values
+
+    @torch.no_grad()
+    def _taught(self, batches: Sequence[Any]) -> list[Any]:
+        """`Task.taught` of each micro-batch, for which the averages take the weights' place once. A collective."""
+        for engine in self.engines.values():
+            engine.eval()
+        with self.averaged():
+            found = [self.learner.task.taught(self.engines, batch) for batch in batches]
+        for engine in self.engines.values():
+            engine.train()
+        return found
 
     def held_out_loss(
         self,

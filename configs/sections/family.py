@@ -2,11 +2,11 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import ConfigDict, ValidatorFunctionWrapHandler
+from pydantic import ConfigDict, Field, ValidatorFunctionWrapHandler
 
-from configs.base import ConfigError, Section
+from configs.base import ConfigError, Section, Size
 from configs.reading.parse import shortened
 
 DECODER = "decoder"
@@ -64,6 +64,18 @@ class ModelSection(Section):
     def is_moe(self) -> bool:
         """Whether it has routed experts."""
         return False
+
+
+class Predicting(ModelSection):
+    """Keys of a family that may predict embeddings from embeddings, as BYOL's online network does."""
+
+    predictor: Annotated[tuple[Size, ...], Field(min_length=1, max_length=100)] | None = None
+    """Task self_distillation: widths of the hidden layers, with BatchNorm and ReLU, of the predictor, which follows the
+    outputs and ends in as many; None: no predictor."""
+
+    @property
+    def ends(self) -> tuple[str, str] | None:  # type: ignore[override]
+        return None if self.predictor is None else ("images", "predictions")
 
 
 class UnknownFamily(ModelSection):

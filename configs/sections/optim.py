@@ -97,6 +97,9 @@ class OptimConfig(Section):
     """Keep an exponential moving average of the weights in fp32, with this decay per step, such as 0.999; None: none.
     Step t, from 1, decays by min(ema_decay, (1 + t) / (10 + t)). Evaluations measure both weights, those being trained
     (`eval_loss`) and the average (`eval_loss_ema`); samples are drawn with the average."""
+    ema_schedule: Literal["warmup", "cosine"] = "warmup"
+    """How the decay rises: as said of ema_decay, or from ema_decay at first to 1 at train.steps, 1 - decay along a half
+    cosine, as that of BYOL's teacher (arXiv:2006.07733)."""
     swa_from: PositiveInt | None = None
     """Keep the plain average of the weights after this step and every one that follows, in place of an exponential one
     (stochastic weight averaging, arXiv:1803.05407); None: none."""

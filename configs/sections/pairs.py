@@ -56,6 +56,7 @@ TASK_ENDS = {
     "regression": Ends(("rows", "graphs", "texts"), "numbers"),
     "sequence_to_sequence": Ends("pairs", "next tokens"),
     "contrastive": Ends("images", "embeddings"),
+    "self_distillation": Ends("images", ("embeddings", "predictions")),
     "masked_reconstruction": Ends("images", "patches"),
     "adversarial": Ends("images", "images and logits"),
 }

@@ -10,6 +10,7 @@ from .images.contrastive import Contrastive
 from .images.denoising import Denoising
 from .images.masked_reconstruction import MaskedReconstruction
 from .images.reconstruction import Reconstruction
+from .images.self_distillation import SelfDistillation
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
 from .sequence_to_sequence import SequenceToSequence
@@ -33,6 +34,7 @@ TASKS["reconstruction"] = Reconstruction
 TASKS["denoising"] = Denoising
 TASKS["sequence_to_sequence"] = SequenceToSequence
 TASKS["contrastive"] = Contrastive
+TASKS["self_distillation"] = SelfDistillation
 TASKS["masked_reconstruction"] = MaskedReconstruction
 TASKS["adversarial"] = Adversarial
 

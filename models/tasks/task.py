@@ -75,10 +75,12 @@ class Task:
         takes, gives: inputs and outputs of its network: `tokens`, `images`, `classes`, ...; each one or several, of
             which the family must have one.
         example: what the record calls its examples.
+        has_teacher: it learns from the moving average of the weights (optim.ema_decay): see `taught`.
     """
 
     reads: ClassVar[str] = "tokens"
     example: ClassVar[str] = "examples"
+    has_teacher: ClassVar[bool] = False
     takes: ClassVar[Words]
     gives: ClassVar[Words]
 
@@ -113,6 +115,15 @@ class Task:
         Args:
             mean_over_parts: differentiable mean over the processes that hold parts of the same examples.
         """
+
+    def taught(self, nets: Nets, batch: Any) -> Any:
+        """What `loss` is given in place of a micro-batch, if the task `has_teacher`: the micro-batch with what its
+        teacher says of it. Called before each step, without gradients.
+
+        Args:
+            nets: the networks with the moving average of their weights, in evaluation mode.
+        """
+        return batch
 
     def loss(self, nets: Nets, batch: Any, phase: str) -> Sums:
         """The loss of a micro-batch in one of the phases."""

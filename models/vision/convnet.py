@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from configs.sections.families.convnet import ConvNetConfig
 from models.init import fill_by
+from models.mlp import predictor_of
 from models.noise import dropout
 
 from .blocks import Builder, Residual
@@ -27,7 +28,7 @@ class ConvNet(nn.Module):
         self.norm = nn.LayerNorm(before, eps=self.shape.eps) if self.shape.head_norm else nn.Identity()
         widths = (before * self.shape.grid**2, *self.shape.hidden, config.outputs)
         self.head = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
-        self.activation = builder.activation()
+        self.activation, self.predictor = builder.activation(), predictor_of(config)
         residual = [part for part in self.modules() if isinstance(part, Residual)]
         for number, part in enumerate(residual, 1):
             part.place = number, config.stochastic_depth * (number - 1) / max(len(residual) - 1, 1)
@@ -35,15 +36,15 @@ class ConvNet(nn.Module):
     def init_weights(self, seed: int) -> None:
         fill_by(self.config.init, self, seed)
 
-    def forward(self, images: Tensor, keys: Tensor | None = None) -> Tensor:
-        """`keys`: of `models.noise.dropout`."""
+    def forward(self, images: Tensor, keys: Tensor | None = None, predict: bool = False) -> Tensor:
+        """`keys`: of `models.noise.dropout`; `predict`: with the predictor, see `models.mlp.Predictor`."""
         dtype: Any = self.head[0].weight.dtype  # of what an engine may have put in the parameter's place
         x = self.features(images.to(dtype), keys)
         for site, layer in enumerate(self.head):
             if site:
                 x = self.activation(x)
             x = layer(dropout(x, keys, HEAD + site, self.config.dropout))
-        return x
+        return self.predictor(x) if predict and self.predictor else x
 
     def features(self, x: Tensor, keys: Tensor | None) -> Tensor:
         """[B, channels of the last stage * grid**2]."""

@@ -33,6 +33,9 @@ FIT = {
     ("convnet", "contrastive"): {None: "images", "images": "images"},
     ("mlp", "contrastive"): {None: "images", "images": "images"},
     ("vit", "contrastive"): {None: "images", "images": "images"},
+    ("convnet", "self_distillation"): {None: "images", "images": "images"},
+    ("mlp", "self_distillation"): {None: "images", "images": "images"},
+    ("vit", "self_distillation"): {None: "images", "images": "images"},
     ("mae", "masked_reconstruction"): {None: "images", "images": "images"},
     ("gan", "adversarial"): {None: "images", "images": "images"},
 }

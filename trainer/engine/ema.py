@@ -1,6 +1,7 @@
 """What follows the weights at every optimizer step, sharded as they are: their average, exponential (EMA) or plain, and
 Lookahead's slow weights."""
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -8,10 +9,13 @@ import torch
 from torch import Tensor
 
 
-def ema_decay(decay: float, step: int) -> float:
+def ema_decay(decay: float, step: int, steps: int | None = None) -> float:
     """Decay at optimizer step `step`, counted from 1: min(decay, (1 + step) / (10 + step)), the warm-up of TensorFlow's
-    ExponentialMovingAverage and of diffusers' EMAModel."""
-    return min(decay, (1 + step) / (10 + step))
+    ExponentialMovingAverage and of diffusers' EMAModel. With `steps` of the whole run BYOL's cosine, from `decay` at
+    the first of them to 1 after the last (arXiv:2006.07733, section 3.3)."""
+    if steps is None:
+        return min(decay, (1 + step) / (10 + step))
+    return 1 - (1 - decay) * (math.cos(math.pi * min((step - 1) / steps, 1)) + 1) / 2
 
 
 class Follower:
@@ -55,19 +59,25 @@ class Ema(Follower):
         decay: upper limit, see `ema_decay`.
         first: in place of a decay, the step from which on all weights count the same (optim.swa_from); before it the
             average is a copy.
+        steps: see `ema_decay`.
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, weights: Iterable[Tensor], decay: float | None, first: int | None = None
+        self,
+        optimizer: torch.optim.Optimizer,
+        weights: Iterable[Tensor],
+        decay: float | None,
+        first: int | None = None,
+        steps: int | None = None,
     ):
         super().__init__(optimizer, weights)
-        self._decay, self._first = decay, first
+        self._decay, self._first, self._steps = decay, first, steps
 
     @property
     def share(self) -> float:
         """Weight of the new values in the average at the next step, 1 - decay."""
         if self._decay is not None:
-            return 1 - ema_decay(self._decay, self.step)
+            return 1 - ema_decay(self._decay, self.step, self._steps)
         assert self._first is not None
         return 1 / max(self.step // self.every - (self._first - 1) // self.every, 1)
 

@@ -83,7 +83,8 @@ class Engine:
         if optim.lookahead_every:  # before the average, which is of what goes on
             self.lookahead = Lookahead(self.optimizer, trained, optim.lookahead_every, optim.lookahead_share)
         if optim.averages:
-            self.ema = Ema(self.optimizer, trained, optim.ema_decay, optim.swa_from)
+            rising = config.train.steps if optim.ema_schedule == "cosine" else None
+            self.ema = Ema(self.optimizer, trained, optim.ema_decay, optim.swa_from, rising)
         if config.train.clip_value:
             clip_by_value(self.optimizer, config.train.clip_value)
         if optim.l1:

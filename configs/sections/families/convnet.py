@@ -5,14 +5,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, field_validator
 
 from configs.base import Size
-from configs.sections.family import ModelSection
+from configs.sections.family import Predicting
 
 from .architectures import ARCHITECTURES
 from .mlp import Initialisation
 from .stages import POOLS, Activation, Architecture, ConvNorm, Stage
 
 
-class ConvNetConfig(ModelSection):
+class ConvNetConfig(Predicting):
     """A convolutional network on images, built from stages."""
 
     default_task: ClassVar[str] = "classification"

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field, PositiveFloat, model_validator
 
 from configs.base import Length, Size
-from configs.sections.family import ModelSection, check_outputs
+from configs.sections.family import ModelSection, Predicting, check_outputs
 from configs.sections.model import MOST_LAYERS, ModelConfig
 
 
@@ -136,7 +136,7 @@ class PatchesConfig(LayersConfig):
         return self
 
 
-class VitConfig(PatchesConfig):
+class VitConfig(PatchesConfig, Predicting):
     """A vision Transformer (arXiv:2010.11929)."""
 
     default_task: ClassVar[str] = "classification"

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from configs.base import Size
-from configs.sections.family import ModelSection
+from configs.sections.family import Predicting
 
 Activation = Literal["sigmoid", "tanh", "relu", "leaky_relu", "prelu", "swish", "gelu", "swiglu"]
 Initialisation = Literal[
@@ -14,7 +14,7 @@ Initialisation = Literal[
 ]  # fmt: skip
 
 
-class MlpConfig(ModelSection):
+class MlpConfig(Predicting):
     """A multilayer perceptron on rows of numbers, or on images as rows of pixels."""
 
     default_task: ClassVar[str] = "classification"

@@ -298,6 +298,15 @@ def test_exchanging_twice_restores_every_bit():
     assert all(map(torch.equal, weights, [slot.view(slot.owner) for slot in trained.slots()]))
 
 
+def test_the_decay_follows_byols_cosine():
+    """1 - (1 - 0.9) (cos(pi k / K) + 1) / 2, from k = 0 on."""
+    wanted = [0.9, 1 - 0.1 * (2**-0.5 + 1) / 2, 0.95, 1 - 0.1 * (1 - 2**-0.5) / 2, 1.0, 1.0]
+    assert [ema_decay(0.9, step, 4) for step in range(1, 7)] == pytest.approx(wanted)
+    ema = Ema(torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))]), [], 0.9, None, 4)
+    ema.step = 3
+    assert ema.share == pytest.approx(0.05)
+
+
 def test_the_decay_warms_up():
     assert [ema_decay(0.5, step) for step in (1, 2, 8, 9)] == [2 / 11, 3 / 12, 0.5, 0.5]
     assert ema_decay(0.9999, 90_000) == 0.9999
