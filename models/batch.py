@@ -173,6 +173,23 @@ class TextBatch(MicroBatch):
         return Texts(self.token_ids, self.mask)
 
 
+@dataclass
+class SeriesBatch(MicroBatch):
+    """B series of at most T observations of V numbers.
+
+    Attributes:
+        times: [B, T] fp32 from 0 on, ascending; padding repeats the last.
+        values: [B, T, V] fp32, standardised; 0 where nothing was observed.
+        observed: [B, T, V] bool.
+        example_ids: [B] int64.
+    """
+
+    times: Tensor
+    values: Tensor
+    observed: Tensor
+    example_ids: Tensor
+
+
 class Graphs(NamedTuple):
     """What a network sees of B graphs: one graph of N nodes and E edges, in which they are not connected."""
 

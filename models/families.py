@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from configs import Config, ModelConfig
 from configs.sections.families.graph import GnnConfig
-from configs.sections.families.ode import NeuralOdeConfig
+from configs.sections.families.ode import LatentOdeConfig, NeuralOdeConfig
 from configs.sections.family import SECTIONS, ModelSection, no_such
 from configs.sections.pairs import FAMILY_ENDS, Ends, Words
 from configs.sections.run import OURS
@@ -86,6 +86,12 @@ def _neural_ode(config: NeuralOdeConfig) -> nn.Module:
     return NeuralOde(config)
 
 
+def _latent_ode(config: LatentOdeConfig) -> nn.Module:
+    with torch.device("cpu"):
+        from .continuous.latent import LatentOde  # torchdiffeq, an extra
+    return LatentOde(config)
+
+
 class Families(dict[str, Family]):
     """Registers with `configs` what it needs to know of a family when the family is added."""
 
@@ -116,6 +122,7 @@ _add("transformers", build_any, load=load_folder, save=save_folder)
 _add("encoder_decoder", encoder_decoder)
 _add("gnn", _gnn)
 _add("neural_ode", _neural_ode)
+_add("latent_ode", _latent_ode)
 
 
 def family_of(config: ModelSection) -> Family:

@@ -45,6 +45,7 @@ FAMILY_ENDS = {
     "encoder_decoder": Ends("pairs", "next tokens"),
     "mae": Ends("images", "patches"),
     "gan": Ends("images", "images and logits"),
+    "latent_ode": Ends("series", "reconstructions of series"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -59,6 +60,7 @@ TASK_ENDS = {
     "self_distillation": Ends("images", ("embeddings", "predictions")),
     "masked_reconstruction": Ends("images", "patches"),
     "adversarial": Ends("images", "images and logits"),
+    "series_reconstruction": Ends("series", "reconstructions of series"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

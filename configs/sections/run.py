@@ -16,7 +16,7 @@ from .families.generative import AutoencoderConfig, DiffusionConfig, GanConfig
 from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
 from .families.mlp import MlpConfig
-from .families.ode import NeuralOdeConfig
+from .families.ode import LatentOdeConfig, NeuralOdeConfig
 from .families.recurrent import RecurrentConfig
 from .families.seq2seq import EncoderDecoderConfig
 from .family import SECTIONS, ModelSection, by_family
@@ -40,6 +40,7 @@ OURS: dict[str, type[ModelSection]] = {
     "encoder_decoder": EncoderDecoderConfig,
     "gnn": GnnConfig,
     "neural_ode": NeuralOdeConfig,
+    "latent_ode": LatentOdeConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

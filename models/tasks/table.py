@@ -14,6 +14,7 @@ from .images.self_distillation import SelfDistillation
 from .language_modelling import LanguageModelling
 from .masked_language_modelling import MaskedLanguageModelling
 from .sequence_to_sequence import SequenceToSequence
+from .series_reconstruction import SeriesReconstruction
 from .task import Task
 
 
@@ -37,6 +38,7 @@ TASKS["contrastive"] = Contrastive
 TASKS["self_distillation"] = SelfDistillation
 TASKS["masked_reconstruction"] = MaskedReconstruction
 TASKS["adversarial"] = Adversarial
+TASKS["series_reconstruction"] = SeriesReconstruction
 
 
 def task_of(config: Config) -> Task:

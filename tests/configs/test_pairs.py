@@ -38,6 +38,7 @@ FIT = {
     ("vit", "self_distillation"): {None: "images", "images": "images"},
     ("mae", "masked_reconstruction"): {None: "images", "images": "images"},
     ("gan", "adversarial"): {None: "images", "images": "images"},
+    ("latent_ode", "series_reconstruction"): {None: "series"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))

@@ -14,6 +14,7 @@ from trainer.files.durable import replacing
 
 from .graphs.functions import syntax_trees
 from .pairs.dates import dates
+from .series.pendulums import pendulums
 from .texts.packages import functions
 
 SIDE = 32
@@ -95,4 +96,5 @@ _MAKE: dict[str, Callable[[], pa.Table]] = {
     "bundled:dates": dates,
     "bundled:karate": _karate,
     "bundled:packages": functions,
+    "bundled:pendulums": pendulums,
 }

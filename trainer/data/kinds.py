@@ -28,6 +28,7 @@ from .parquet_files import files_of_splits, unless_empty
 from .read.masked import MaskedReader, MaskedTexts
 from .read.reader import Dataset
 from .rows.reader import NEEDS, Rows, read_columns
+from .series.reader import Series, ensure_series, inputs_of_series
 from .texts.prepared import ensure_texts, inputs_of_texts, open_texts
 from .tokenizer.kept import keep_tokenizer, keep_tokenizer_file, tokenizer_of
 from .tokenizer.prompts import Prompts
@@ -191,6 +192,10 @@ def _ensure_texts(config: Config) -> tuple[DataConfig, list[str]]:
     return ensure_texts(config, lambda texts: _check_sizes(config, None, texts.classes))
 
 
+def _open_series(config: Config, split: Split) -> Series | None:
+    return unless_empty(lambda: Series(at_hand(config), config.run.seed, split), split)
+
+
 def _graphs(config: Config, split: Split = "train") -> Graphs:
     numbers = "numbers" in one_by_one(task_class(config).gives)
     return Graphs(at_hand(config), config.run.seed, split, numbers)
@@ -285,6 +290,7 @@ KINDS: dict[str, Kind] = {
     "graphs": Kind(_ensure_graphs, _open_graphs, _graph_inputs),
     "pairs": Kind(ensure_pairs, open_pairs, lambda data: _input(*inputs_of_pairs(data)), keep_tokenizer_file),
     "texts": Kind(_ensure_texts, open_texts, lambda data: _input(*inputs_of_texts(data)), keep_tokenizer_file),
+    "series": Kind(ensure_series, _open_series, lambda data: _input(*inputs_of_series(data))),
     "nodes": Kind(_ensure_nodes, _open_nodes, _graph_inputs),
 }
 """All but tokens are read without preparation: labelled images and graphs in Parquet, as Hugging Face `datasets` writes

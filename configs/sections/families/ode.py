@@ -68,3 +68,33 @@ class NeuralOdeConfig(ModelSection):
             raise ConfigError(
                 f"model.channels={self.channels} is for images, but the run learns from {kind}: leave it out"
             )
+
+
+class LatentOdeConfig(ModelSection):
+    """A variational autoencoder of series with irregular times (latent ODE, arXiv:1907.03907): an encoder whose state
+    follows one equation backwards in time from observation to observation, and a latent state that follows another."""
+
+    default_task: ClassVar[str] = "series_reconstruction"
+    needs: ClassVar[tuple[str, ...]] = ("torchdiffeq",)
+
+    family: str = "latent_ode"
+    inputs: Size = 1
+    """Numbers of an observation."""
+    latents: Size = 16
+    """Numbers of the latent state."""
+    encoder_size: Size = 32
+    """Of the encoder's state."""
+    hidden: Size = 64
+    """Width of the hidden layer of each equation, and of the one before the outputs."""
+    solver: Literal["rk4", "midpoint", "euler"] = "rk4"
+    """Of both equations."""
+    steps: Size = 1
+    """Of the solver from one time of a series to the next."""
+    given: Literal["all", "random", "first"] = "random"
+    """Times that the encoder sees: all of them (reconstruction), some (interpolation), or the first (extrapolation)."""
+    share: float = Field(0.5, gt=0, lt=1)
+    """Share of the times that are given, if not all are; at least one is."""
+    noise: PositiveFloat = 0.1
+    """Standard deviation of an observation around what is found, in units of the data's own."""
+    beta: float = Field(1.0, ge=0)
+    """Weight of the divergence of the initial latent state from its prior."""

@@ -23,7 +23,8 @@ SLOW = pytest.mark.slow
 STATED = {preset.name: preset.held_out for preset in presets() if load(preset.name).data.path in BUNDLED}
 METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse", "coverage": "eval_coverage_ema"}
 METRICS |= {"linear-probe accuracy": "eval_probe_accuracy", "loss": "eval_loss"}
-KINDS = ("rows", "images", "graphs", "nodes", "texts")
+METRICS |= {"hidden mse": "eval_mse_hidden"}
+KINDS = ("rows", "images", "graphs", "nodes", "texts", "series")
 QUICK = ("xor", "wine", "diabetes", "nodes")
 """The others take a minute or more."""
 
@@ -38,9 +39,7 @@ def test_a_preset_reaches_what_it_states(tmp_path, name):
     run_dir = make(name, tmp_path)
     assert train_in_process(run_dir) == 0
     *_, last = [m for m in read_metrics(run_dir) if "eval_loss" in m]
-    [held_out] = [
-        last[key] for key in ("eval_rows", "eval_images", "eval_graphs", "eval_nodes", "eval_texts") if key in last
-    ]
+    [held_out] = [last[key] for key in (f"eval_{kind}" for kind in KINDS) if key in last]
     assert held_out == len(kind_of(config := load(name, [f"run.root={tmp_path}"])).open(config, "held_out"))
     # Another processor rounds otherwise, which may change an example or two.
     assert last[METRICS[metric]] == pytest.approx(float(value), abs=max(0.01, 2.5 / held_out))

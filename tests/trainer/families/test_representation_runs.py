@@ -1,4 +1,4 @@
-"""Networks taught by their own average: the same in any topology, through any kill."""
+"""Networks taught by their own average and series: the same in any topology, through any kill."""
 
 import signal
 from collections.abc import Callable
@@ -18,12 +18,13 @@ from trainer.run.folder import prepare_run
 pytestmark = pytest.mark.slow
 STEPS = 6
 RUNS = {
-    "digits-byol": ("optim.ema_decay=0.9",),
+    "digits-byol": ("optim.ema_decay=0.9", "train.global_batch=32"),
+    "pendulums": ("model.given=random",),
 }
 
 
 def make(name: str, root: Path, *overrides: str) -> Path:
-    """Six steps of four micro-batches, of which the last has padding."""
+    """Six steps of four micro-batches, of which the last has padding, unless BatchNorm would see it."""
     keys = [
         f"run.root={root}", f"train.steps={STEPS}", "train.global_batch=30", "train.micro_batch=8",
         "checkpoint.every=1", "train.eval_every=3", "train.eval_sequences=20", "optim.name=sgd",
