@@ -128,7 +128,8 @@ class AnyArchitecture(nn.Module):
 
     def _probe_tokens(self) -> Tensor:
         device = next(self.parameters()).device
-        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % (self.config.vocab_size or 1)
+        vocabulary = getattr(self.config, "vocab_size", None) or 1
+        return (torch.arange(PROBE, device=device) * 7919 + 1)[None] % vocabulary
 
 
 class AnyLanguageModel(AnyArchitecture):

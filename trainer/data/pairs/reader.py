@@ -106,5 +106,5 @@ def read_texts(files: Sequence[Path], config: PairsConfig) -> Texts:
     Raises:
         ConfigError: a file is not Parquet, or too large; a column is missing or holds no texts.
     """
-    columns, sha256 = text_columns(files, {f"pairs.{key}": name for key, name in config}, "pairs")
-    return Texts(*columns, sha256)
+    (source, target), sha256 = text_columns(files, {f"pairs.{key}": name for key, name in config}, "pairs")
+    return Texts(source, target, sha256)
