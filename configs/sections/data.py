@@ -127,8 +127,8 @@ class DataConfig(Section):
     Hugging Face `datasets` writes them; no preparation is needed. Graphs: likewise. Rows: the same, with a column of
     numbers each. Pairs: the same, with two columns of text. Texts: with one of text, and one of labels. Small bundled
     ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits (images of 8 x 8),
-    bundled:functions (graphs), bundled:karate (nodes), bundled:dates (pairs), bundled:packages (texts), bundled:pendulums
-    (series), written at first use under run.root/data."""
+    bundled:functions (graphs), bundled:karate (nodes), bundled:dates (pairs), bundled:packages (texts),
+    bundled:pendulums (series), written at first use under run.root/data."""
     kind: Literal["rows", "images", "graphs", "nodes", "pairs", "texts", "series"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()

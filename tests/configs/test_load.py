@@ -24,6 +24,7 @@ def test_every_preset_loads_resolves_and_reads_back(name, tmp_path):
     none |= {"embedding_size"}  # of a recurrent network: as wide as its state
     none |= {"outputs"}  # of a network of tokens: it tells nothing of whole texts
     none |= {"generator_lr", "discriminator_lr"}  # of a GAN: optim.lr
+    none |= {"predictor"}  # of self-distillation alone
     assert {key.removeprefix("model.") for key in open_values} <= none
     again = resolve(resolved, vocab_size=getattr(resolved.model, "vocab_size", None))
     assert again == (resolved, []), "resolving twice changes nothing"
