@@ -98,3 +98,8 @@ class LatentOdeConfig(ModelSection):
     """Standard deviation of an observation around what is found, in units of the data's own."""
     beta: float = Field(1.0, ge=0)
     """Weight of the divergence of the initial latent state from its prior."""
+
+    @property
+    def most_zero(self) -> int:
+        """Under ZeRO-3 each evaluation of an equation, several for each time, would gather the weights."""
+        return 2

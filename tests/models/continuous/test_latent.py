@@ -7,7 +7,7 @@ import torch
 from torch import distributions as D
 from torchdiffeq import odeint
 
-from configs import ConfigError, from_dict
+from configs import ConfigError, from_dict, resolve
 from models.batch import SeriesBatch
 from models.families import build
 from models.init import fill
@@ -100,6 +100,12 @@ def test_what_is_given_belongs_to_the_series():
     assert whole.any(2).sum(1).tolist() == [3, 3, 2, 0]
     assert not torch.equal(whole, learned.given(batch, 1, "x"))
     assert task(given="first").given(batch, 0, "x")[:2].any(2).tolist() == [[True] * 3 + [False] * 3] * 2
+
+
+def test_zero_3_is_refused():
+    tree = {"model": SMALL, "data": {"path": "x.parquet"}, "parallel": {"dp": 2, "zero_stage": 3}}
+    with pytest.raises(ConfigError, match=r"model\.family=latent_ode as configured trains with ZeRO 0 to 2"):
+        resolve(from_dict(tree))
 
 
 def test_a_share_of_all_is_refused():
