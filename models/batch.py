@@ -100,6 +100,17 @@ class ImageBatch(MicroBatch):
 
 
 @dataclass
+class CaptionBatch(ImageBatch):
+    """B images, each with a text of at most T bytes.
+
+    Attributes:
+        text_ids: [B, T] int64: bytes + 1, then 0 for padding.
+    """
+
+    text_ids: Tensor
+
+
+@dataclass
 class PairBatch(MicroBatch):
     """B pairs of a source of at most S tokens and a target of at most T; each ends with the end-of-text token.
 

@@ -29,6 +29,7 @@ from .sequence.encoder import encoder
 from .sequence.encoder_decoder import encoder_decoder
 from .sequence.recurrent import recurrent, training_flops
 from .vision.convnet import ConvNet
+from .vision.dual_encoder import DualEncoder
 from .vision.mae import Mae
 from .vision.vit import Vit
 
@@ -123,6 +124,7 @@ _add("encoder_decoder", encoder_decoder)
 _add("gnn", _gnn)
 _add("neural_ode", _neural_ode)
 _add("latent_ode", _latent_ode)
+_add("dual_encoder", DualEncoder)
 
 
 def family_of(config: ModelSection) -> Family:

@@ -24,7 +24,7 @@ from .checkpoint.memory import as_rows, on_device, restored, with_averages, wron
 from .data.kinds import ExampleReader
 from .engine.ema import Ema
 from .engine.engine import Engine
-from .engine.parallel import Place, place
+from .engine.parallel import Place, everyones, place
 from .engine.pipeline import Pipeline, cut, pipeline_loss, pipeline_step
 from .engine.precision import multiply_in_fp8
 from .engine.ulysses import mean_over, sequence_group, share_sequences, split
@@ -260,6 +260,8 @@ def build_trainee(
         leave_uncompiled()
         for layer in getattr(module, "compiled_parts", lambda: [module])():
             layer.compile(dynamic=False)
+    if parallel.dp == dist.get_world_size() > 1:
+        task.everyones = everyones
     engines: dict[str, Engine] = {}
     for phase in task.phases:
         optim, prefix = optimizer_of(config, phase), f"{phase.parameters}." if phase.parameters else ""

@@ -60,6 +60,8 @@ class ImagesConfig(Section):
     crop: int = Field(0, ge=0, le=2**16)
     """Augmentation: pad each training image by this many black pixels on every side and crop it at random to its size.
     """
+    caption: str = "text"
+    """Column of the text that belongs to an image, for tasks that learn from both."""
     flip: bool = False
     """Augmentation: mirror half of the training images, left to right."""
     jitter: float = Field(0.0, ge=0, lt=1)
@@ -113,6 +115,7 @@ BUNDLED = {
     "bundled:functions": "graphs",
     "bundled:karate": "nodes",
     "bundled:packages": "texts",
+    "bundled:glyphs": "captions",
     "bundled:pendulums": "series",
 }
 """Names in place of `data.path` of data sets that need no download, and the kind of their examples."""
@@ -128,8 +131,8 @@ class DataConfig(Section):
     numbers each. Pairs: the same, with two columns of text. Texts: with one of text, and one of labels. Small bundled
     ones to begin with: bundled:xor, bundled:wine and bundled:diabetes (rows), bundled:digits (images of 8 x 8),
     bundled:functions (graphs), bundled:karate (nodes), bundled:dates (pairs), bundled:packages (texts),
-    bundled:pendulums (series), written at first use under run.root/data."""
-    kind: Literal["rows", "images", "graphs", "nodes", "pairs", "texts", "series"] | None = None
+    bundled:glyphs (images with captions), bundled:pendulums (series), written at first use under run.root/data."""
+    kind: Literal["rows", "images", "graphs", "nodes", "pairs", "texts", "captions", "series"] | None = None
     """What examples are, for families that take several kinds of them; None: the first that the family takes."""
     images: ImagesConfig = ImagesConfig()
     """How images are read."""

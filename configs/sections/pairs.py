@@ -46,6 +46,7 @@ FAMILY_ENDS = {
     "mae": Ends("images", "patches"),
     "gan": Ends("images", "images and logits"),
     "latent_ode": Ends("series", "reconstructions of series"),
+    "dual_encoder": Ends("captions", "pairs of embeddings"),
 }
 """By family; `models.families.FAMILIES` adds those of plugins."""
 TASK_ENDS = {
@@ -61,6 +62,7 @@ TASK_ENDS = {
     "masked_reconstruction": Ends("images", "patches"),
     "adversarial": Ends("images", "images and logits"),
     "series_reconstruction": Ends("series", "reconstructions of series"),
+    "image_text_contrastive": Ends("captions", "pairs of embeddings"),
 }
 """By task; `models.tasks.table.TASKS` adds those of plugins."""
 

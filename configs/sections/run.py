@@ -11,7 +11,7 @@ from .checkpoint import CheckpointConfig
 from .cluster import ClusterConfig
 from .data import DataConfig
 from .families.convnet import ConvNetConfig
-from .families.encoder import EncoderConfig, MaeConfig, VitConfig
+from .families.encoder import DualEncoderConfig, EncoderConfig, MaeConfig, VitConfig
 from .families.generative import AutoencoderConfig, DiffusionConfig, GanConfig
 from .families.graph import GnnConfig
 from .families.hf import TransformersConfig
@@ -41,6 +41,7 @@ OURS: dict[str, type[ModelSection]] = {
     "gnn": GnnConfig,
     "neural_ode": NeuralOdeConfig,
     "latent_ode": LatentOdeConfig,
+    "dual_encoder": DualEncoderConfig,
 }
 """Families of this project other than the decoder; a plugin may replace one."""
 SECTIONS |= OURS

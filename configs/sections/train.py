@@ -92,6 +92,9 @@ class TrainConfig(Section):
     by random tokens, and 10% left as they are (arXiv:1810.04805)."""
     temperature: PositiveFloat = 0.5
     """Contrastive learning: divisor of the cosine similarity of two views."""
+    negatives: Literal["micro_batch", "global_batch"] = "micro_batch"
+    """Image-text contrastive learning: pairs among which a pair is found, those of its micro-batch or of all processes'
+    together, if each has one micro-batch per step."""
     views: ViewsConfig = ViewsConfig()
     """Contrastive learning: how views differ from their image."""
     grad_clip: float = Field(1.0, ge=0)

@@ -8,6 +8,7 @@ from .classification import Classification, Regression
 from .images.adversarial import Adversarial
 from .images.contrastive import Contrastive
 from .images.denoising import Denoising
+from .images.image_text import ImageTextContrastive
 from .images.masked_reconstruction import MaskedReconstruction
 from .images.reconstruction import Reconstruction
 from .images.self_distillation import SelfDistillation
@@ -39,6 +40,7 @@ TASKS["self_distillation"] = SelfDistillation
 TASKS["masked_reconstruction"] = MaskedReconstruction
 TASKS["adversarial"] = Adversarial
 TASKS["series_reconstruction"] = SeriesReconstruction
+TASKS["image_text_contrastive"] = ImageTextContrastive
 
 
 def task_of(config: Config) -> Task:

@@ -67,6 +67,11 @@ class Phase:
     every: int = 1
 
 
+def alone(own: Tensor) -> tuple[Tensor, int]:
+    """`Task.everyones` of a single process."""
+    return own, 0
+
+
 class Task:
     """What is learned from what. A subclass must define `loss`; everything else is optional.
 
@@ -86,6 +91,9 @@ class Task:
 
     def __init__(self, config: Config):
         self.config = config
+        self.everyones: Callable[[Tensor], tuple[Tensor, int]] = alone
+        """What all data-parallel processes have of a tensor, in the order of their micro-batches, and where this one's
+        begins; differentiable, if all compute a loss from it. A collective, for use in `loss`."""
 
     @classmethod
     def kind(cls, config: Config) -> str:

@@ -39,6 +39,7 @@ FIT = {
     ("mae", "masked_reconstruction"): {None: "images", "images": "images"},
     ("gan", "adversarial"): {None: "images", "images": "images"},
     ("latent_ode", "series_reconstruction"): {None: "series"},
+    ("dual_encoder", "image_text_contrastive"): {None: "captions"},
 }
 """What each pair learns from, by `data.kind`; all others are refused."""
 OURS = list(dict.fromkeys(family for family, _ in FIT)), list(dict.fromkeys(task for _, task in FIT))
@@ -48,6 +49,7 @@ def config(family, task, kind=None, path="x.parquet"):
     model = {"family": family} | ({"vocab_size": 64} if "vocab_size" in FAMILIES[family].section.model_fields else {})
     if family in ("encoder", "recurrent") and task in ("classification", "regression"):
         model |= {"outputs": 3}
+    model |= {"vit": {}} if family == "dual_encoder" else {}
     return from_dict({"model": model, "task": task, "data": {"kind": kind, "path": path}})
 
 

@@ -13,6 +13,7 @@ from configs.sections.data import BUNDLED, DataConfig
 from trainer.files.durable import replacing
 
 from .graphs.functions import syntax_trees
+from .images.glyphs import glyphs
 from .pairs.dates import dates
 from .series.pendulums import pendulums
 from .texts.packages import functions
@@ -96,5 +97,6 @@ _MAKE: dict[str, Callable[[], pa.Table]] = {
     "bundled:dates": dates,
     "bundled:karate": _karate,
     "bundled:packages": functions,
+    "bundled:glyphs": glyphs,
     "bundled:pendulums": pendulums,
 }

@@ -126,13 +126,22 @@ def _open_images(config: Config, split: Split) -> Any:
     return unless_empty(lambda: _images(at_hand(config), config.run.seed, split), split)
 
 
-def _ensure_images(config: Config) -> tuple[DataConfig, list[str]]:
-    """Raises ConfigError as `images.reader.Images`, or if the model has other sizes."""
-    check_packaged(config, "images")
+def _open_captions(config: Config, split: Split) -> Any:
+    from .images.captions import Captions
+
+    length: Any = getattr(config.model, "text_length", 64)
+    return unless_empty(lambda: Captions(at_hand(config), config.run.seed, split, length), split)
+
+
+def _ensure_images(
+    config: Config, kind: str = "images", opened: Callable[[Config, Split], Any] = _open_images
+) -> tuple[DataConfig, list[str]]:
+    """Raises ConfigError as the reader, or if the model has other sizes."""
+    check_packaged(config, kind)
     data = at_hand(config)
-    images = _images(data)
+    images = opened(config, "train")
     images.check_sizes()
-    held_out = _open_images(config, "held_out") if images.apart else None
+    held_out = opened(config, "held_out") if images.apart else None
     for each in filter(None, (images, held_out)):
         _check_sizes(config, math.prod(images.shape), each.classes)
     channels = getattr(config.model, "channels", None) or images.shape[0]
@@ -286,6 +295,7 @@ KINDS: dict[str, Kind] = {
     "tokens": Kind(ensure_prepared, _open_tokens, _token_inputs, keep_tokenizer, _prompts),
     "masked tokens": Kind(ensure_prepared, _open_masked, _token_inputs, keep_tokenizer, _masked_texts),
     "images": Kind(_ensure_images, _open_images, _image_inputs),
+    "captions": Kind(lambda config: _ensure_images(config, "captions", _open_captions), _open_captions, _image_inputs),
     "rows": Kind(_ensure_rows, _open_rows, _row_inputs),
     "graphs": Kind(_ensure_graphs, _open_graphs, _graph_inputs),
     "pairs": Kind(ensure_pairs, open_pairs, lambda data: _input(*inputs_of_pairs(data)), keep_tokenizer_file),

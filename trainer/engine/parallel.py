@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from configs import Config
 from models.moe.router import Chooser, Router
@@ -148,3 +149,25 @@ def box_of(shape: tuple[int, ...], local: tuple[int, ...], part: str, tp: int, e
     return tuple(
         (0, whole) if whole == mine else (tp * mine, (tp + 1) * mine) for whole, mine in zip(shape, local, strict=True)
     )
+
+
+def everyones(own: Tensor) -> tuple[Tensor, int]:
+    """See `models.tasks.task.Task.everyones`; [B, ...] of the same shape in every process."""
+    return _Gathered.apply(own), dist.get_rank() * len(own)  # type: ignore[no-untyped-call]
+
+
+class _Gathered(torch.autograd.Function):
+    """Each process's loss depends on all parts: the gradient of a part is the sum over the processes."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor) -> Tensor:
+        ctx.size = len(own)
+        parts = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, own.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        whole = gradient.contiguous()
+        dist.all_reduce(whole)
+        return whole[dist.get_rank() * ctx.size :][: ctx.size]

@@ -9,6 +9,8 @@ from configs.base import Length, Size
 from configs.sections.family import ModelSection, Predicting, check_outputs
 from configs.sections.model import MOST_LAYERS, ModelConfig
 
+from .convnet import ConvNetConfig
+
 
 class LayersConfig(ModelSection):
     """What layers of bidirectional attention and an MLP have in common."""
@@ -146,6 +148,51 @@ class VitConfig(PatchesConfig, Predicting):
     """Classes."""
     pool: Literal["token", "mean"] = "token"
     """What is classified: a class token's output (as in the paper), or the mean over the patches'."""
+
+
+class DualEncoderConfig(ModelSection):
+    """Two networks whose outputs are compared: one on images, a Transformer on the bytes of texts (CLIP,
+    arXiv:2103.00020)."""
+
+    default_task: ClassVar[str] = "image_text_contrastive"
+
+    family: str = "dual_encoder"
+    vit: VitConfig | None = None
+    """The network on images, if it is a vision Transformer; its outputs are the size of an embedding."""
+    convnet: ConvNetConfig | None = None
+    """The network on images, if it is convolutional: either this or vit."""
+    text: LayersConfig = LayersConfig()
+    """The network on texts."""
+    text_length: Size = 64
+    """Bytes that are read of a text."""
+    temperature: PositiveFloat = 0.07
+    """What cosines are divided by at first; it is learned."""
+
+    @property
+    def image(self) -> VitConfig | ConvNetConfig:
+        """That of the network on images."""
+        found = self.vit or self.convnet
+        assert found
+        return found
+
+    @property
+    def channels(self) -> int:
+        return self.image.channels
+
+    @property
+    def image_size(self) -> int | None:
+        return self.vit.image_size if self.vit else None
+
+    @property
+    def smallest(self) -> int:
+        return self.convnet.smallest if self.convnet else 1
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.vit is None) == (self.convnet is None):
+            given = "both are" if self.vit else "neither is"
+            raise ValueError(f"needs either model.vit or model.convnet, the network on images, but {given} set")
+        return self
 
 
 class MaeConfig(PatchesConfig):

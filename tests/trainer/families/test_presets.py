@@ -24,7 +24,8 @@ STATED = {preset.name: preset.held_out for preset in presets() if load(preset.na
 METRICS = {"accuracy": "eval_accuracy", "R2": "eval_r2", "mse": "eval_mse", "coverage": "eval_coverage_ema"}
 METRICS |= {"linear-probe accuracy": "eval_probe_accuracy", "loss": "eval_loss"}
 METRICS |= {"hidden mse": "eval_mse_hidden"}
-KINDS = ("rows", "images", "graphs", "nodes", "texts", "series")
+METRICS |= {"image recall": "eval_image_recall"}
+KINDS = ("rows", "images", "graphs", "nodes", "texts", "captions", "series")
 QUICK = ("xor", "wine", "diabetes", "nodes")
 """The others take a minute or more."""
 

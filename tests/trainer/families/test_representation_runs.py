@@ -1,4 +1,4 @@
-"""Networks taught by their own average and series: the same in any topology, through any kill."""
+"""Networks taught by their own average, images with texts, and series: the same in any topology, through any kill."""
 
 import signal
 from collections.abc import Callable
@@ -19,6 +19,7 @@ pytestmark = pytest.mark.slow
 STEPS = 6
 RUNS = {
     "digits-byol": ("optim.ema_decay=0.9", "train.global_batch=32"),
+    "glyphs": ("model.text.dropout=0.1", "train.global_batch=32"),
     "pendulums": ("model.given=random",),
 }
 
@@ -67,3 +68,18 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [3]
     assert state(run_dir) == state(clean(name))
     assert numbers(run_dir) == numbers(clean(name))
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_negatives_of_the_global_batch_are_those_of_one_process(tmp_path, zero):
+    keys = ["train.negatives=global_batch", "train.global_batch=31", "model.convnet.norm=layer"]
+    one = make("glyphs", tmp_path / "one", *keys, "train.micro_batch=31")
+    assert train_in_process(one) == 0
+    two = make(
+        "glyphs", tmp_path / "two", *keys, "train.micro_batch=16", "parallel.dp=2", f"parallel.zero_stage={zero}"
+    )
+    assert in_team(2, trained, two) == ["FINISHED", "FINISHED"]
+    losses = [[entry[2] for entry in numbers(each) if entry[1] in ("loss", "grad_norm")] for each in (two, one)]
+    assert len(losses[0]) == 2 * STEPS
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_same_weights(two, one)
