@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from collections import Counter
 
 # Before torch is imported, here and in every process the tests start: two cores are all there is.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,8 +29,18 @@ def pytest_xdist_make_scheduler(config, log):
     return OneRay(config, log)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config, items):
-    """In several processes: what starts a Ray first, as it takes longest; folders of short tests last."""
+    """Where a test says how many of its parameters are quick, the others are slow.
+
+    In several processes: what starts a Ray first, as it takes longest; folders of short tests last.
+    """
+    seen = Counter()
+    for item in items:
+        if few := item.get_closest_marker("few"):
+            seen[test := item.nodeid.partition("[")[0]] += 1
+            if seen[test] > few.args[0]:
+                item.add_marker(pytest.mark.slow)
     if hasattr(config, "workerinput"):
         items.sort(key=lambda item: (starts_ray(item.path), item.path.parent), reverse=True)
 

@@ -94,6 +94,7 @@ def test_a_callback_that_raises_stops_the_run_with_a_checkpoint(tmp_path, tiny_d
     assert list((tmp_path / "runs" / "api" / "checkpoints").glob("step-*/manifest.json"))
 
 
+@pytest.mark.slow
 def test_repeated_steps_count_once(tmp_path, tiny_data):
     run_dir = prepare_run(
         tiny(run={"root": str(tmp_path), "name": "again"}, data={"path": str(tiny_data)}, train={"steps": 3})

@@ -62,7 +62,7 @@ def clean(runs) -> Path:
     return runs("clean", [])
 
 
-@pytest.fixture(scope="module", params=[pytest.param((5, 4), id="4 kills"),
+@pytest.fixture(scope="module", params=[pytest.param((5, 4), id="4 kills", marks=pytest.mark.slow),
                                         pytest.param((7, 24), id="24 kills", marks=pytest.mark.slow)])  # fmt: skip
 def schedule(request) -> list[Kill]:
     seed, count = request.param
@@ -103,6 +103,7 @@ def test_every_sample_is_used_once_per_epoch(run_dir, clean, runs):
     check_each_sample_once_per_epoch(used, samples_in(runs.data))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [0, -1], ids=["in a whole epoch", "in the last"])
 def test_a_sample_used_twice_would_be_seen(clean, runs, place):
     used = order_of_use(clean, 2)

@@ -110,6 +110,7 @@ RUNS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", RUNS, ids=lambda t: "-".join(f"{key}{value}" for key, value in t.items()))
 def test_a_run_unpickles_nothing(tmp_path, tiny_data, topology):
     """With every reader of pickles raising: preflight, steps, evaluation, samples, checkpoints, a resume."""

@@ -104,6 +104,7 @@ def test_muster_train_through_ray(hostile, tiny_data):
     assert imported(hostile) in BY_US_ALONE
 
 
+@pytest.mark.slow
 def test_tokenizers_in_processes_of_their_own(hostile):
     for number in range(4):
         (hostile / f"{number}.txt").write_text(f"some words {number}\n" * 5000)
@@ -114,6 +115,7 @@ def test_tokenizers_in_processes_of_their_own(hostile):
     assert imported(hostile) in BY_US_ALONE
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("command", [["config", "quickstart"], ["plan", "quickstart"], ["doctor"], ["runs"]])
 def test_commands(hostile, command):
     run(hostile, ["-P", "-m", "cluster.cli", *command])
@@ -143,6 +145,7 @@ PATHS = [
 ]
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("code", "path", "searched"), PATHS, ids=[f"{c} {p}" for c, p, _ in PATHS])
 def test_what_python_path_means(tmp_path, code, path, searched):
     told = "; import os, sys; print(os.getcwd() in sys.path, os.environ['PYTHONPATH'])"
@@ -157,6 +160,7 @@ def test_our_own_folder_stays_where_it_is_the_working_directory():
     assert done.stdout == f"{ROOT / 'configs'}\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_matplotlibrc_runs_nothing(tmp_path):
     """It may ask for LaTeX, which reads files and runs programs by what a name on the picture says."""
     run_dir, programs = tmp_path / "run", tmp_path / "programs"

@@ -233,6 +233,7 @@ def test_nothing_printed_has_it(muster, monkeypatch, tmp_path, arguments):
     assert PASSWORD not in out + err
 
 
+@pytest.mark.slow
 def test_no_command_line_shows_it_for_long(tmp_path):
     whole = [sys.executable, "-P", "-m", "cluster.cli", "doctor", "--address", f"http://u:{PASSWORD}@127.0.0.1:1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -62,6 +62,7 @@ def ends(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [each for each in alive if each.is_running() and each.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_rank_in_the_rendezvous_ends_with_its_warm_process(tmp_path, tiny_data, forks):
     """It waits there for another that never comes, which it would do for half an hour."""

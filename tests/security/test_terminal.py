@@ -115,6 +115,7 @@ MISTAKES = [
 ]
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize("command", MISTAKES, ids=range(len(MISTAKES)))
 def test_mistakes(run, tmp_path, command):
     (tmp_path / "evil.yaml").write_text(json.dumps({EVIL: 1, "name": EVIL}))
@@ -194,6 +195,7 @@ CODES = {
 }
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize("code", CODES.values(), ids=CODES.keys())
 def test_every_way_to_a_terminal(tmp_path, code):
     start = (

@@ -20,6 +20,7 @@ MODELS = {
 OPTIMIZERS = {"sgd": {"name": "sgd", "momentum": 0.9}, "lion": {"name": "lion"}, "muon": {"name": "muon"}}
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("model", "optim"),
     [*((model, {}) for model in MODELS.values()), *((MODELS["sigmoid"], optim) for optim in OPTIMIZERS.values())],

@@ -17,7 +17,7 @@ import pytest
 
 from trainer.record.lines import read_events, read_metrics, summary
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 100
 CONFIG = """
 run: {{name: story}}

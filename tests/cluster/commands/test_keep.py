@@ -45,6 +45,7 @@ def test_rm_deletes_the_named_runs(muster, tmp_path):
     assert not three.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("answer", "there"), [("y\n", False), ("n\n", True)])
 def test_rm_asks_on_a_terminal(tmp_path, answer, there):
     run_dir = make_run(tmp_path, "one")

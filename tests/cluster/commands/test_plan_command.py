@@ -95,6 +95,7 @@ NAMES = {
 }
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("command", "given"),
     [*(("plan", each) for each in NAMES), *((each, next(iter(NAMES))) for each in ("config", "train"))],

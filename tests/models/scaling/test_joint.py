@@ -110,6 +110,7 @@ def test_intervals_of_unseen_kinds_cover():
     assert np.mean(sizes) >= 0.9
 
 
+@pytest.mark.slow
 def test_a_kind_with_few_runs_is_moved_towards_them():
     """As far as the departures of other kinds make it likely, but never beyond its own runs."""
     table = planted((1, 4, 8, 16, 64), 3, noise=0.001)

@@ -11,6 +11,7 @@ from models.scaling.refusal import Refusal
 HOFFMANN = LAWS["Hoffmann et al."]
 
 
+@pytest.mark.slow
 def test_the_quick_study():
     found = study(*QUICK)
     assert len(found) == 12

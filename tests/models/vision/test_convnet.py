@@ -95,6 +95,7 @@ def test_it_has_as_many_parameters_as_published(name):
     assert sum(parameter.numel() for parameter in module.parameters()) == PARAMETERS[name]
 
 
+@pytest.mark.few(8)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_smallest_image_is_known(name):
     config = from_dict({"model": {"family": "convnet", "architecture": name}}).model

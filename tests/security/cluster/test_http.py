@@ -49,6 +49,7 @@ def answers(url: str, paths: list[str]) -> dict[tuple[str, str, str], int]:
     return {(path, method, str(headers)): code for (path, method, headers), code in zip(asked, found, strict=True)}
 
 
+@pytest.mark.slow
 def test_the_dashboard_and_the_job_api(live):
     every = routes(live, "dashboard.log")
     assert len(every) > 33

@@ -140,6 +140,7 @@ def test_what_is_packed_is_taken_up_to_the_limit(tmp_path, monkeypatch):
 # A live one.
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_only_what_was_sent_runs_at_a_retry(live, live_queue):
     live_queue.send(FAILING)

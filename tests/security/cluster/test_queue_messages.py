@@ -304,6 +304,7 @@ def test_a_live_queue_goes_on(live, live_queue):
     assert "as sent" in live.muster("logs", "job-live")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_live_queue_starts_again_from_a_damaged_journal(live, live_queue):
     [journal] = Path(live.runs.parent).glob("queue/journal.jsonl")

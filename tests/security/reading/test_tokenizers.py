@@ -69,6 +69,7 @@ def go(text: Path, out: Path, tokenizer: Path, **options):
     )
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_it_is_refused_before_anything_is_prepared(tmp_path, plain, text, kind):
     path = write(tmp_path / "t.json", plain, HOSTILE[kind])
@@ -86,6 +87,7 @@ def test_the_command_takes_little_for_it_and_says_one_thing(tmp_path, plain, tex
     assert ended.peak < 500
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     "data",
     [
@@ -129,6 +131,7 @@ def test_settings_beside_it_that_cannot_be_read(tmp_path, plain, text, settings_
         go(text, tmp_path / "out", tmp_path / TOKENIZER)
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("settings_", ["[]", "null", '{"eos_token": 3}', '{"eos_token": {"content": []}}', "{}"])
 def test_settings_that_name_no_end_leave_the_usual_one(tmp_path, plain, text, settings_):
     shutil.copy(plain, tmp_path / TOKENIZER)

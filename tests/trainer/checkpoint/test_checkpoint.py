@@ -39,6 +39,7 @@ def run(pair, dp, function, *arguments):
     return pair(function, *arguments) if dp == 2 else [function(*arguments)]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("saved", "loaded", "precision"),
     [
@@ -79,6 +80,7 @@ def test_an_engine_in_use_can_be_restored(pair, tmp_path, stage):
         assert again == went_on
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("optim", ["sgd", "adagrad", "rmsprop", "lion", "adafactor", "muon"])
 def test_every_optimizer_resumes_bit_exactly(tmp_path, optim):
     path = tmp_path / "step-00000003"
@@ -87,6 +89,7 @@ def test_every_optimizer_resumes_bit_exactly(tmp_path, optim):
     assert outcomes == went_on
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
 def test_an_optimizer_step_waits_for_the_copy(tmp_path, monkeypatch, stage, precision):
     """Training continues while the other thread copies; here the copy starts only when the optimizer wants to step."""

@@ -83,6 +83,7 @@ def read(path):
     return json.loads(path.read_text())
 
 
+@pytest.mark.few(1)
 def test_exported_configs_agree(exported):
     kind, folder = exported
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -203,6 +204,7 @@ def tokens(folder, texts):
         return [tokenizer.encode(text) for text in texts]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("kind", odd.ALL)
 def test_an_exported_tokenizer_encodes_like_the_data(tmp_path, kind):
     prepared = data(tmp_path, kind)

@@ -73,6 +73,7 @@ def assert_went_on(run_dir, clean, reason):
     assert final_state(run_dir) == final_state(clean)
 
 
+@pytest.mark.slow
 def test_a_full_disk_does_not_stop_training(disk, tiny_data, clean):
     run_dir = make(disk, tiny_data)
     assert in_team(2, trained, run_dir, full_disk, (0,), disk, 5, 9) == ["FINISHED"] * 2

@@ -94,6 +94,7 @@ def test_the_payload_works(mark):
     assert mark.exists()
 
 
+@pytest.mark.few(9)
 @pytest.mark.parametrize("saved", ["pickle", "torch"])
 @pytest.mark.parametrize(("file", "use"), FILES.values(), ids=FILES.keys())
 def test_a_pickle_in_place_of_a_file(copy, mark, file, use, saved):

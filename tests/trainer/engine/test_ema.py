@@ -276,6 +276,7 @@ def test_a_skipped_step_leaves_the_average_unchanged(stage, optim):
     assert not any(torch.equal(before[name], now) for name, now in averages(trained).items())
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_average_is_of_the_fp32_weights_not_the_bf16_ones(stage):
     """Steps of 1e-6 are far below the resolution of a bf16 weight."""

@@ -39,6 +39,7 @@ def group():
 ENDS = pytest.mark.parametrize("stage", [0, pytest.param(1, marks=SLOW), pytest.param(2, marks=SLOW), 3])
 
 
+@pytest.mark.few(2)
 @ENDS
 @pytest.mark.parametrize(("optim", "clip"), [("sgd", 0.0), ("adamw", 0.5)])
 def test_one_process_equals_bare_loop(stage, optim, clip):
@@ -62,6 +63,7 @@ def test_two_processes_equal_bare_loop(pair, stage, optim, clip):
     check(results[0][0], bare_losses(settings, STEPS), [fragments for _, fragments in results])
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("optim", ["adam", "adagrad", "rmsprop", "lion"])
 @pytest.mark.parametrize("stage", [0, pytest.param(2, marks=SLOW), 3])
 def test_optimizers_equal_bare_loop_at_every_stage(stage, optim):
@@ -91,6 +93,7 @@ def test_indivisible_batch_is_padded_with_weight_zero(pair):
     check(results[0][0], bare_losses(alone, 4), [fragments for _, fragments in results])
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("optim", ["adamw", "muon"])
 @pytest.mark.parametrize("dp", [1, 2])
 def test_bf16_at_stage_0_is_mixed_precision(pair, optim, dp):
@@ -109,6 +112,7 @@ def test_bf16_at_stage_0_is_mixed_precision(pair, optim, dp):
         assert (moved - expected).norm() <= 0.25 * expected.norm(), name
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("stage", "precision"),
     [(0, "bf16"), (1, "fp32"), (2, "bf16"), (3, "fp32"),

@@ -155,6 +155,7 @@ def test_bf16_is_within_its_rounding_noise(pair):
 IN_TURN = [("loss", "bf16", "1f1b"), ("gradient", "fp32", "dualpipev")]
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize(
     ("where", "precision", "schedule"),
     [

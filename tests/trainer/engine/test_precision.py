@@ -207,6 +207,7 @@ def test_evaluation_and_samples_after_a_step_use_the_new_weights(tied):
         assert torch.equal(run.engine.module.logits(batch), plain.logits(batch))
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("model", [{}, {"tie_embeddings": True}, {"num_experts": 16, "top_k": 1}])
 def test_two_processes_equal_one(pair, model):
     """Gradients are of the same micro-batches, scaled by a power of two: only the order of the fp32 sums differs."""

@@ -76,6 +76,7 @@ def test_state_is_plain_numbers_and_complete():
     assert {"cur_iter", "last_overflow_iter", "cur_hysteresis", "scale_window", "min_scale"} <= state.keys()
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("precision", "stage"), [("fp32", 0), ("bf16", 1)])
 def test_other_precisions_have_none(precision, stage):
     engine = EngineRun(resolved(train={"precision": precision}, parallel={"zero_stage": stage})).engine

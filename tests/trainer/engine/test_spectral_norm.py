@@ -53,6 +53,7 @@ def bare() -> list[list[float]]:
     return found
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_vectors_equal_a_bare_loops(stage, precision):

@@ -72,6 +72,7 @@ def test_four_processes_equal_bare_loop(monkeypatch):
     check([config(1, 4, 3, "sgd"), config(2, 2, 1, "sgd"), config(2, 2, 2, "adamw", DENSE)], 6, monkeypatch)
 
 
+@pytest.mark.slow
 def test_long_sequences_with_documents(monkeypatch):
     """Longer than attention builds an explicit mask for."""
     check(

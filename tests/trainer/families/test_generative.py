@@ -88,6 +88,7 @@ SHOWN = {"vae": (3, 16), "unet": (4, 4), "gan": (4, 4)}
 MORE = {"vqvae": (2, 16), "denoising": (3, 16), "contractive": (2, 16), "dit": (4, 4), "style": (4, 4)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shown", [SHOWN, pytest.param(MORE, marks=SLOW)])
 def test_images_are_shown(clean, shown):
     for name, run_dir in clean(*shown).items():

@@ -83,6 +83,7 @@ def test_with_fixed_steps_two_processes_train_at_zero_3(tmp_path):
     assert_same_weights(two, one)
 
 
+@pytest.mark.slow
 def test_evaluations_and_unknown_flops_are_recorded(clean):
     found = evaluations(clean["direct"])
     assert {key for _, key, _ in found} == {"evaluations", "eval_evaluations"}

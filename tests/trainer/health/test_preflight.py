@@ -52,6 +52,7 @@ FAULTS = {
 }
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("fault", "reason"), FAULTS.values(), ids=FAULTS.keys())
 def test_every_rank_names_the_bad_one(tmp_path, fault, reason):
     told = in_team(3, bad.checked, [tmp_path] * 3, resolved(), fault, (2,))

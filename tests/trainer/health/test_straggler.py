@@ -120,6 +120,7 @@ def test_a_rank_that_has_measured_nothing_yet_is_compared_with_nobody():
     assert not any(stragglers.after_step([1.0, 0.0]) for _ in range(2 * WINDOW))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_two_processes_one_of_which_is_slow(tmp_path, tiny_data, stage):
     config = tiny(

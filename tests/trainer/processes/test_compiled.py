@@ -122,6 +122,7 @@ EACH = [
 ]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(("stage", "num_experts", "precision"), EACH)
 def test_engine(stage, num_experts, precision):
     start_processes(60)

@@ -152,6 +152,7 @@ def test_imports_start_no_cuda():
     subprocess.run([sys.executable, "-c", STARTS_NO_CUDA], env=environment, check=True)
 
 
+@pytest.mark.slow
 def test_imports_leave_one_thread_however_many_an_attempt_may_have():
     check = "from trainer.processes.warm import _alone; assert _alone()"
     subprocess.run([sys.executable, "-c", check], env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "4"}, check=True)

@@ -41,6 +41,7 @@ def uninterrupted(tmp_path_factory, tiny_data):
     return run_dir
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("lost", ["nothing", "the tail of the logs", "run.json"])
 def test_killed_between_a_rollback_and_the_next_checkpoint(tmp_path, tiny_data, uninterrupted, lost):
     """ "nothing": the logs are whole; "run.json": a run of a version that had none."""

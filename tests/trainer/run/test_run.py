@@ -117,6 +117,7 @@ def test_a_run_without_held_out_documents_has_no_evaluation(tmp_path):
     assert read_events(run_dir)[-1]["status"] == "FINISHED"
 
 
+@pytest.mark.few(5)
 @pytest.mark.parametrize(("function", "call", "when"), PHASES)
 def test_kill_9_while_a_checkpoint_is_written(tmp_path, tiny_data, clean, function, call, when):
     run_dir = make(tmp_path, tiny_data)
@@ -126,6 +127,7 @@ def test_kill_9_while_a_checkpoint_is_written(tmp_path, tiny_data, clean, functi
     assert manifest.committed(run_dir) == [6, 8]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, clean, number):
     """It travels with step 6, which is read when step 7 is under way."""
@@ -168,6 +170,7 @@ def test_all_processes_leave_at_the_same_step(tmp_path, tiny_data):
     assert [(m["step"], "eval_loss" in m) for m in read_metrics(alone)][-2:] == [(4, False), (4, True)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
 def test_damaged_checkpoint_is_refused_and_the_one_before_used(tmp_path, tiny_data, clean, damage):
     run_dir = make(tmp_path, tiny_data)

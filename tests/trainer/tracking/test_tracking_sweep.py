@@ -53,6 +53,7 @@ def shown(sweep_dir):
     return client, parent, runs
 
 
+@pytest.mark.slow
 def test_the_sweep_is_the_parent_of_its_runs(sweep):
     done = ship_sweep(sweep)
     assert (done.missing, done.records) == (None, 21)

@@ -221,6 +221,7 @@ def test_the_filter(page):
     expect(page.locator("h1")).to_have_text("Runs 12")
 
 
+@pytest.mark.slow
 def test_sort_and_group(page):
     page.goto("/runs?q=dense")
     page.get_by_role("button", name="optim.lr").click()
@@ -242,6 +243,7 @@ def test_sort_and_group(page):
     expect(rows(page)).to_have_count(4)
 
 
+@pytest.mark.slow
 def test_views_are_addresses_with_names(page):
     page.goto("/runs?q=dense&columns=eval_loss+metric:loss:mean3&sort=-name&run=long")
     expect(rows(page)).to_have_count(4)
@@ -293,6 +295,7 @@ def test_keys_choose_runs_and_compare_them(page):
     expect(page.locator("h1")).to_have_text("long")
 
 
+@pytest.mark.slow
 def test_a_zoom_asks_for_finer_data(watched):
     page = watched.page
     page.goto("/run/long")
@@ -310,6 +313,7 @@ def test_a_zoom_asks_for_finer_data(watched):
     page.wait_for_url(lambda url: "from=" not in url)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     ("low", "high"), [(1.35e-5, 0.0143), (0.7, 0.75), (1, 200), (3e-9, 5e9), (5e-324, 1e300), (2.5, 2.6), (9, 11)]
 )
@@ -322,6 +326,7 @@ def test_a_logarithmic_axis_has_some_round_ticks(page, low, high):
     assert ticks == sorted(ticks)
 
 
+@pytest.mark.slow
 def test_logarithmic_axes(page):
     page.goto("/run/trained?log=1")
     expect(page.get_by_role("button", name="log", exact=True)).to_have_attribute("aria-pressed", "true")
@@ -357,6 +362,7 @@ def test_what_failed_is_asked_for_again(context, dashboard):
     assert len(refused) >= 2
 
 
+@pytest.mark.slow
 def test_stacks_of_a_hang(page):
     page.goto("/run/hung?tab=logs")
     stacks = page.locator(".stack")
@@ -395,6 +401,7 @@ def test_a_run_is_stopped_once_it_has_been_confirmed(page, root):
     assert len(set(root.joinpath("going").iterdir()) - before) == 1
 
 
+@pytest.mark.slow
 def test_notes_and_tags_are_written(page, root):
     page.goto("/run/long")
     expect(page.locator("h1")).to_have_text("long")
@@ -415,6 +422,7 @@ def test_notes_and_tags_are_written(page, root):
     expect(rows(page)).to_have_count(1)
 
 
+@pytest.mark.slow
 def test_light_and_dark(page):
     page.goto("/run/long")
     expect(page.locator("h1")).to_have_text("long")
@@ -426,6 +434,7 @@ def test_light_and_dark(page):
     assert page.evaluate(ground) == "rgb(22, 24, 27)"
 
 
+@pytest.mark.slow
 def test_the_server_goes_and_the_page_keeps_what_it_knows(browser, root):
     with serving([root]) as server:
         server.look()

@@ -123,6 +123,7 @@ def test_jobs_are_moved_cancelled_stopped_and_retried_from_the_page(here, page):
     assert again.id.startswith("job-lost-")
 
 
+@pytest.mark.slow
 def test_a_page_says_why_the_cluster_has_no_room_before_it_is_submitted(page):
     page.get_by_role("link", name="Plan a run").click()
     expect(page.get_by_role("link", name="Plan", exact=True)).to_have_attribute("aria-current", "page")
@@ -134,6 +135,7 @@ def test_a_page_says_why_the_cluster_has_no_room_before_it_is_submitted(page):
     expect(needs).to_have_text("It asks the cluster for 128 x (1 CPU, 1 GPU).")
 
 
+@pytest.mark.slow
 def test_a_job_leads_to_its_run(page):
     page.locator('.jobs tr[data-job="job-dense-aaaaaa"]').get_by_role("link", name="dense").click()
     expect(page.locator("h1")).to_contain_text("dense")
@@ -171,6 +173,7 @@ def test_a_plan_is_submitted_once_it_has_been_confirmed(here, watched, page):
     expect(page.locator(".waiting tbody tr").first).to_contain_text("from-a-page")
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_said(here, page):
     page.get_by_role("button", name="Priority of job-wide-cccccc").click()
     dialog = page.get_by_role("dialog")

@@ -55,6 +55,7 @@ def strangers(tmp_path, browser):
         context.close()
 
 
+@pytest.mark.slow
 def test_nothing_of_a_stranger_is_more_than_text(strangers, tmp_path):
     server, watched, run = strangers
     page, (id, other) = watched.page, (quote(each, safe="") for each in server.rows())

@@ -127,6 +127,7 @@ def read_until(page, text):
         told += got
 
 
+@pytest.mark.slow
 def test_a_server_that_is_killed_shows_the_same_rows_when_it_is_started_again(tmp_path):
     """Also where the file of its root in which it keeps rows is torn, or it was killed as it wrote that."""
     root = tmp_path / "runs"

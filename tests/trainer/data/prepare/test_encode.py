@@ -138,6 +138,7 @@ def test_every_unknown_token_is_counted(tmp_path):
     assert manifest.doubts[-1].startswith(f"100,000 of {total:,} tokens are '<unk>': ")
 
 
+@pytest.mark.slow
 def test_dropout_is_switched_off(tmp_path):
     (tmp_path / "two").mkdir()
     folder = odd.dropping(tmp_path / "t", TEXTS)

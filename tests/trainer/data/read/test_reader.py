@@ -270,6 +270,7 @@ def test_unusable_data_are_refused(prepared: Path, tmp_path: Path):
         Dataset(DataConfig(path=()), 64, 0)
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize("characters", [1, 998, 999, 1000, 1001, 1998, 1999])
 def test_edges_of_row_groups(tmp_path: Path, characters: int):
     text = make_text(0, 2000).encode("ascii", "ignore")[:characters].decode()

@@ -81,6 +81,7 @@ TOPOLOGIES = [("transformer", 1), *(pytest.param(*case, marks=SLOW) for case in 
 ])]  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "zero"), TOPOLOGIES)
 def test_two_processes_learn_what_one_does(tmp_path, tiny_data, clean, name, zero):
     run_dir = make(name, tmp_path, tiny_data, parallel={"dp": 2, "zero_stage": zero})

@@ -25,6 +25,7 @@ HOSTILE = '<img src=x onerror="document.title=1">'
 STEPS = 1200
 
 
+@pytest.mark.slow
 def test_an_exported_page_needs_no_server(browser, root, tmp_path, tiny_data):
     for name, steps in (("trained", 8), ("long", STEPS), (HOSTILE, 2)):
         write_run(root / name, steps, of=steps, grad_norm=2.0, sequences=lambda step: 4 * step)

@@ -50,6 +50,7 @@ def dashboard(tmp_path, opened):
         yield server
 
 
+@pytest.mark.slow
 def test_the_pages_say_how_far_it_is_and_go_on_by_themselves(dashboard, opened, browser):
     with logged_in(browser, dashboard) as found:
         page = found.page

@@ -127,6 +127,7 @@ def test_seeds_make_no_group_of_their_own(page):
     assert page.evaluate(code, [differs[1:], "seeds"])[0] == ["", "optim.lr", "model.top_k"]
 
 
+@pytest.mark.slow
 def test_where_a_curve_has_no_finite_number_is_marked(page):
     page.goto("/run/diverged")
     plot = page.locator(".big-chart .plot")

@@ -132,6 +132,7 @@ def test_a_trial_that_begins_shows_by_itself(page, grid):
     expect(page.locator("h1")).to_contain_text("of 5 finished trials")
 
 
+@pytest.mark.slow
 def test_a_sweep_of_sizes_shows_what_its_law_says(page, dashboard, sizes):
     page.goto("/sweep/sizes")
     expect(page.locator("h1")).to_contain_text("Best for", timeout=PATIENCE)

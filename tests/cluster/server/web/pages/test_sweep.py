@@ -83,6 +83,7 @@ def test_trials_stand_as_muster_sweep_status_says(dashboard, grid):
     assert dashboard.get("/api/sweeps/none").status == 404
 
 
+@pytest.mark.slow
 def test_the_law_is_that_of_the_command_line(dashboard, isoflop, muster):
     setting, trials, _ = isoflop
     told = asked(dashboard, "/api/sweeps/sizes/law")
