@@ -93,7 +93,9 @@ def test_presets_say_what_they_train(muster):
     code, out, _ = muster("presets")
     assert code == 0
     assert re.search(
-        r"^wine: mlp, classification(, [\d.]+ minutes on two CPU cores)?\n  A multilayer perceptron tells", out, re.M
+        r"^wine: mlp, classification(, [\d.]+ minutes on two CPU cores)?\n  A multilayer perceptron identifies",
+        out,
+        re.M,
     )
     listed = json.loads(muster("presets", "--json")[1])
     assert [each["name"] for each in listed] == preset_names()

@@ -86,7 +86,7 @@ class Launch:
 
     def end(self) -> Command:
         out, err = self.process.communicate(timeout=300)
-        psutil.wait_procs(self.seen, timeout=10)
+        psutil.wait_procs(self.seen, timeout=60)  # what sends the record is nice
         return Command(self.process.returncode, out, err, [each.pid for each in self.seen if each.is_running()])
 
 
