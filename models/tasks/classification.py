@@ -82,7 +82,7 @@ class Classification(Labelled):
         train = self.config.train
         if not (train.mixup or train.cutmix):
             return None
-        assert not isinstance(batch, GraphBatch)
+        assert not isinstance(batch, GraphBatch | TextBatch)  # as `check_mixing` has it
         return mixed(batch, train, self.config.run.seed)
 
     def _losses(self, found: Tensor, labels: Tensor, training: bool) -> Tensor:
