@@ -241,6 +241,7 @@ def test_a_second_users_folder_is_left_alone_and_leads_nowhere(tmp_path):
     assert (precious / "file").exists()
 
 
+@pytest.mark.slow
 def test_imports_leave_nothing_in_the_folder_for_temporary_files(tmp_path):
     environment = clean(TMPDIR=str(tmp_path), XDG_CACHE_HOME=str(tmp_path.parent / "cache"))
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)

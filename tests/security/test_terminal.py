@@ -125,6 +125,7 @@ def test_mistakes(run, tmp_path, command):
     assert code in (0, 2), sent
 
 
+@pytest.mark.slow
 def test_a_name_that_is_no_utf8(tmp_path):
     folder = os.fsencode(tmp_path / "runs") + b"/caf\xe9\x9b31m"
     os.makedirs(folder)

@@ -33,6 +33,7 @@ def test_real_tables():
     assert np.median(widths) <= 0.04
 
 
+@pytest.mark.slow
 def test_the_next_budget_of_one_table():
     found = windows([4], [1])[4]
     assert len(found) == 7

@@ -142,6 +142,7 @@ def test_too_few_runs_are_refused():
         extrapolate(sweep(HOFFMANN, 2, 3, 0.003, 0))
 
 
+@pytest.mark.slow
 def test_a_few_seeds():
     """The slow test's claim on so few seeds that only gross errors show."""
     at = planted(HOFFMANN, 5, 5, 0.003, 8)

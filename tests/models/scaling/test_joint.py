@@ -125,6 +125,7 @@ def test_a_kind_with_few_runs_is_moved_towards_them():
     assert found.method["joint"]["shift"] != 0
 
 
+@pytest.mark.slow
 def test_a_joint_form_is_used_for_every_kind_if_it_is_named():
     table = planted((1, 4, 16, 64), 1)
     found = Forecast(table, FORMS["ludziejewski"]).at_budget(1e21)
@@ -134,6 +135,7 @@ def test_a_joint_form_is_used_for_every_kind_if_it_is_named():
     assert own.form.startswith("crossed")
 
 
+@pytest.mark.slow
 def test_scores_of_kinds_that_smaller_budgets_lack():
     table = planted((1, 4, 16, 64), 2)
     keep = (table.extra["experts"] != 16) | (table.c > 5e19)

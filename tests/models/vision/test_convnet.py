@@ -49,6 +49,7 @@ def in_order(module: nn.Module, image: torch.Tensor) -> list[nn.Module]:
     return layers
 
 
+@pytest.mark.few(2)
 @torch.no_grad()
 @pytest.mark.parametrize("name", HF)
 def test_it_is_hugging_faces(name):

@@ -17,6 +17,7 @@ from trainer.record.lines import Record
 from trainer.state import TrainState
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("parallel", [{"dp": 2, "zero_stage": 3}, {"pp": 2, "zero_stage": 1}])
 def test_processes_that_share_the_check_go_on_from_one_checkpoint(pair, tmp_path, parallel):
     """Also where only one of them has read what is wrong, or none has all of the model's names."""

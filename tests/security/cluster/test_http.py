@@ -61,6 +61,7 @@ def test_the_dashboard_and_the_job_api(live):
     assert status(f"{live.ray_url}/api/version", live.token.read_text()) == 200
 
 
+@pytest.mark.slow
 def test_what_everyone_may_read_tells_nothing(live):
     for path in sorted(PUBLIC - {"/", "/favicon.ico"}):
         connection = http.client.HTTPConnection(live.ray_url.removeprefix("http://"), timeout=20)
@@ -72,6 +73,7 @@ def test_what_everyone_may_read_tells_nothing(live):
         assert live.token.read_text() not in text
 
 
+@pytest.mark.slow
 def test_the_agent_of_a_machine(live):
     port = next(option.partition("=")[2] for option in live.head.args if "agent-listen-port" in option)
     url = f"http://127.0.0.1:{port}"

@@ -232,6 +232,7 @@ def records(*texts: str) -> list:
     return [Record("x.txt", f"line {i}", "text", said.encode()) for i, said in enumerate(texts)]
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_record_that_ends_its_worker_is_refused_and_the_rest_goes_on(plain, tmp_path, workers):
     grows = {"normalizer": {"type": "Sequence", "normalizers": DOUBLED}}

@@ -102,6 +102,7 @@ def test_exported_configs_agree(exported):
         assert {key: getattr(each, key) for key in expected} == expected
 
 
+@pytest.mark.few(1)
 def test_transformers_stops_where_training_did(exported):
     _, folder = exported
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)

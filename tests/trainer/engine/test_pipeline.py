@@ -174,6 +174,7 @@ def test_a_non_finite_loss_or_gradient_on_one_stage_skips_the_step_on_all(pair, 
         assert math.isfinite(later.loss)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("schedule", ["1f1b", "dualpipev"])
 def test_evaluation_does_not_change_training(pair, schedule):
     size = {"1f1b": 2, "dualpipev": 1}[schedule]

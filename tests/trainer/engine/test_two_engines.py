@@ -55,6 +55,7 @@ def bare():
     return losses
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_engines_equal_bare_loop(stage):
     config = resolved(train={"micro_batch": 1, "global_batch": 1, "precision": "fp32"}, parallel={"zero_stage": stage})

@@ -96,6 +96,7 @@ def test_images_are_shown(clean, shown):
             assert np.asarray(image).shape == tuple(9 * count - 1 for count in shown[name]), name
 
 
+@pytest.mark.slow
 def test_samples_are_measured_in_evaluations_alone(clean):
     for name in ("unet", "gan"):
         found = runs.numbers(clean(*QUICK)[name])

@@ -34,6 +34,7 @@ def make(name: str, root: Path, *overrides: str) -> Path:
     return prepare_run(load(name, [f"run.root={root}", "tracking.enabled=false", *overrides]))
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", [pytest.param(name, marks=() if name in QUICK else SLOW) for name in sorted(STATED)])
 def test_a_preset_reaches_what_it_states(tmp_path, name):
     metric, value = STATED[name].rsplit(" ", 1)
@@ -109,6 +110,7 @@ def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     assert numbers(run_dir) == numbers(clean(name))
 
 
+@pytest.mark.few(3)
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[SLOW] if name == "bundled:functions" else []) for name in BUNDLED]
 )

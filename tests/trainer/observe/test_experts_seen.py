@@ -210,6 +210,7 @@ def changes(run_dir) -> list[tuple]:
     ]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_records_the_same_events_and_tables(tmp_path, tiny_data):
     def make(name):
         train = {"steps": 10, "micro_batch": 2, "eval_every": 8}

@@ -25,6 +25,7 @@ def make(root, data, name, **profile):
     )
 
 
+@pytest.mark.slow
 def test_trace_and_memory_table_of_the_steps(tmp_path, tiny_data):
     profiled = make(tmp_path, tiny_data, "profiled", start=2, steps=2)
     assert train_in_process(profiled) == 0

@@ -147,6 +147,7 @@ assert deepspeed.accelerator.get_accelerator().device_name() == "cuda"
 """
 
 
+@pytest.mark.slow
 def test_imports_start_no_cuda():
     environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
     subprocess.run([sys.executable, "-c", STARTS_NO_CUDA], env=environment, check=True)

@@ -143,6 +143,7 @@ def test_a_signal_writes_a_checkpoint_and_the_run_goes_on(tmp_path, tiny_data, c
     assert_same(run_dir, clean)
 
 
+@pytest.mark.slow
 def test_a_run_under_nohup_outlives_its_terminal(tmp_path, tiny_data):
     run_dir = make(tmp_path, tiny_data)
     assert train_in_process(run_dir, hang_up_under_nohup, 2) == 0

@@ -178,6 +178,7 @@ def server(root):
         yield server
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_loses_and_repeats_nothing(root, server, monkeypatch):
     monkeypatch.setattr(shipper, "FIRST_BACKOFF", 0.05)
     run_dir, _ = make_run(root, "faulty", tracking={"uri": server.uri, "experiment": "served"})

@@ -73,6 +73,7 @@ def test_the_sweep_is_the_parent_of_its_runs(sweep):
     assert "fit.json" in kept_files(shown(sweep)[1])
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_is_taken_up_again(sweep):
     assert ship_sweep(sweep).missing is None
     own = Record(sweep / "trials" / "two", 2)

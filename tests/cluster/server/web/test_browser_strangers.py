@@ -92,6 +92,7 @@ def untouched(page, where):
     assert page.locator("img[src=x]").count() == page.locator("main script, main b:text-is('bold')").count() == 0, where
 
 
+@pytest.mark.slow
 def test_what_is_under_the_pointer_stays_there(strangers):
     server, watched, run = strangers
     page = watched.page
@@ -115,6 +116,7 @@ def test_what_is_under_the_pointer_stays_there(strangers):
     assert watched.wrong == []
 
 
+@pytest.mark.slow
 def test_a_run_that_is_deleted_while_its_pages_are_open(strangers):
     server, watched, run = strangers
     page = watched.page

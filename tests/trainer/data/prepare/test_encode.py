@@ -117,6 +117,7 @@ def test_a_tokenizer_that_loses_text_is_told_of(tmp_path, muster):
     assert (code, out.count("the tokenizer changes text")) == (0, 2)
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("kind", ["llama", "chat", "llama3"])
 def test_a_tokenizer_that_loses_nothing_is_not(tmp_path, kind):
     assert prepared(tmp_path, odd.ALL[kind](tmp_path / "t", TEXTS), [*TEXTS, "\n\n  x\t数据 🙂\r\n"]).doubts == []

@@ -109,6 +109,7 @@ def test_numbers_are_standardised(tmp_path):
     assert keys["task"] == config.task
 
 
+@pytest.mark.slow
 def test_held_out_files_and_a_tokenizer_of_the_texts(tmp_path):
     write(tmp_path / "train.parquet")
     write(tmp_path / "validation.parquet", text=["other"] * COUNT)

@@ -37,6 +37,7 @@ def settle(folder, **changes):
     path.write_text(json.dumps({key: value for key, value in tree.items() if value is not ...}))
 
 
+@pytest.mark.slow
 def test_the_settings_name_the_end_of_text(tmp_path, raw):
     made = odd.chat(tmp_path / "t", TEXTS)
     assert go(raw, "a", made).eos_token == "<|im_end|>"
@@ -52,6 +53,7 @@ def test_the_settings_name_the_end_of_text(tmp_path, raw):
     assert not (tmp_path / "e").exists()
 
 
+@pytest.mark.slow
 def test_prepared_data_are_a_tokenizer_with_the_end_that_they_have(tmp_path, raw):
     made = odd.chat(tmp_path / "t", TEXTS)
     go(raw, "a", made)
@@ -69,6 +71,7 @@ def test_a_manifest_speaks_of_its_own_tokenizer_only(tmp_path, raw):
     assert go(raw, "b", tmp_path / "a").eos_token == "</s>"
 
 
+@pytest.mark.slow
 def test_sources_with_different_ends_are_not_mixed(tmp_path, raw):
     made = odd.chat(tmp_path / "t", TEXTS)
     go(raw, "a", made)

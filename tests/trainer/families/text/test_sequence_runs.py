@@ -95,6 +95,7 @@ def test_two_processes_learn_what_one_does(tmp_path, tiny_data, clean, name, zer
     assert drawn(run_dir).read_text() == drawn(clean[name]).read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lstm", "transformer"])
 def test_it_learns(clean, name):
     losses = [entry["loss"] for entry in read_metrics(clean[name]) if "loss" in entry]

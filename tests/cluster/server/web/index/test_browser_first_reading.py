@@ -73,6 +73,7 @@ def test_the_pages_say_how_far_it_is_and_go_on_by_themselves(dashboard, opened, 
         expect(page.locator("h1")).to_have_text(re.compile("^Nothing needs you\\. "))
 
 
+@pytest.mark.slow
 def test_what_changes_before_a_page_listens_is_not_missed(dashboard, opened, browser):
     with logged_in(browser, dashboard) as found:
 
@@ -88,6 +89,7 @@ def test_what_changes_before_a_page_listens_is_not_missed(dashboard, opened, bro
         expect(found.page.locator(".reading")).to_be_hidden()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_asked_for_is_shown_before_its_turn(dashboard, browser):
     with logged_in(browser, dashboard) as found:
         found.page.goto("/run/asked")

@@ -40,6 +40,7 @@ def page(browser, dashboard):
         yield watched.page
 
 
+@pytest.mark.slow
 def test_compare_and_its_exports(page, root, tmp_path):
     page.goto("/compare?run=dense-lr0.001-seed0&run=dense-lr0.5-seed2&run=long")
     expect(page.locator(".keys-table")).to_contain_text("optim.lr")
@@ -63,6 +64,7 @@ def test_compare_and_its_exports(page, root, tmp_path):
     expect(page.locator("h1")).to_contain_text("2 runs")
 
 
+@pytest.mark.slow
 def test_runs_of_one_setting_are_compared_by_their_mean(page, tmp_path):
     page.goto("/runs?q=dense&sort=name&group=optim.lr")
     expect(rows(page)).to_have_count(2)
@@ -110,6 +112,7 @@ def test_a_narrow_page_of_many_runs_with_long_names_does_not_scroll_sideways(pag
     assert table.evaluate("table => table.offsetWidth <= table.parentElement.clientWidth")
 
 
+@pytest.mark.slow
 def test_seeds_make_no_group_of_their_own(page):
     page.goto("/compare")
     code = """([differs, by]) => import('/static/js/pages/compare_groups.js').then((module) => [

@@ -108,6 +108,7 @@ def test_a_search_shows_each_key_and_each_trial(page, grid):
     page.wait_for_url(re.compile("/run/grid"))
 
 
+@pytest.mark.slow
 def test_texts_stay_texts(page):
     page.goto("/sweep")
     page.locator("main table a").get_by_text("onerror").click()
@@ -214,6 +215,7 @@ def test_keys_lead_to_both_pages(page):
         expect(page.get_by_role("link", name=name, exact=True)).to_have_attribute("aria-current", "page")
 
 
+@pytest.mark.slow
 def test_a_key_before_the_first_answer_leads_to_its_page(page):
     page.route("**/api/runs*", lambda route: page.wait_for_timeout(800) or route.continue_())
     page.goto("/now", wait_until="commit")

@@ -197,6 +197,7 @@ def test_nothing_that_a_sweep_names_is_run_or_read(tmp_path, alone):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.few(2)
 @pytest.mark.parametrize("name", ["plan.json", "sweep.yaml", "predictions.jsonl", "trials", "trials/x"])
 def test_no_link_of_a_sweep_is_followed(tmp_path, alone, name):
     folder, trials = alone
