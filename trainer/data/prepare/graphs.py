@@ -104,8 +104,10 @@ def prepare_nodes(inputs: Sequence[str], out: Path, label: str = "label", direct
     if len(places) < nodes[0].num_rows:
         raise ConfigError("two nodes have the same id: give each its own")
     ends = [edges[0].column(number).to_pylist() for number in (0, 1)]
-    if lost := next((each for end in ends for each in end if each not in places), None):
-        raise ConfigError(f"an edge has a node with the id {lost}, which the nodes have not: add it, or leave it out")
+    if lost := [each for end in ends for each in end if each not in places][:1]:
+        raise ConfigError(
+            f"an edge has a node with the id {lost[0]}, which the nodes have not: add it, or leave it out"
+        )
     pairs = [(places[a], places[b]) for a, b in zip(*ends, strict=True)]
     if not directed:
         pairs = list(dict.fromkeys([*pairs, *((b, a) for a, b in pairs)]))
@@ -147,7 +149,8 @@ def _numbered(labels: Sequence[str]) -> tuple[np.ndarray, list[str]]:
     except ValueError:
         pass
     names = sorted(set(labels))
-    return np.array([names.index(each) for each in labels], np.int64), names
+    number = {name: place for place, name in enumerate(names)}
+    return np.array([number[each] for each in labels], np.int64), names
 
 
 def _schema(graph: Graph, labels: np.ndarray) -> pa.Schema:
@@ -233,6 +236,8 @@ def _of_folder(folder: Path) -> Iterator[tuple[str, Graph | Unreadable]]:
     if len(names) != 1:
         raise ConfigError(f"{folder} has {len(names)} files NAME_A.txt, of edges: TUDataset's format has one")
     [name] = names
+    if (size := sum(path.stat().st_size for path in folder.glob("*.txt"))) > MOST_BYTES:
+        raise ConfigError(f"{folder} has {size:,} bytes, over {MOST_BYTES:,}: write Parquet, which is read as it is")
     edges = _numbers(folder, name, "A")
     graph_of = _numbers(folder, name, "graph_indicator")
     labels = [line.strip() for line in _lines(folder, name, "graph_labels")]
@@ -272,8 +277,8 @@ def _numbers(folder: Path, name: str, what: str, kind: type = int) -> np.ndarray
     if not (lines := _lines(folder, name, what)):
         return None
     try:
-        return np.array([[kind(each) for each in line.split(",")] for line in lines])
-    except ValueError as error:
+        return np.array([[kind(each) for each in line.split(",")] for line in lines], kind)
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{folder}/{name}_{what}.txt: {clip(error, 100)}") from None
 
 

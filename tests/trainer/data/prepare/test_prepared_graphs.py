@@ -142,6 +142,7 @@ WRONG = {
     "order": ({"graph_indicator": "1\n1\n2\n2\n1\n3\n"}, r"graphs must ascend from 1 to 3"),
     "too few": ({"node_labels": "1\n2\n"}, r"TOY_node_\*\.txt has 2 lines for 6 nodes: give each one"),
     "words": ({"A": "1, x\n"}, r"TOY_A\.txt: invalid literal"),
+    "large": ({"node_labels": f"{10**30}\n" * 6}, r"TOY_node_labels\.txt: Python int too large"),
 }
 
 
@@ -175,6 +176,10 @@ def test_nodes(tmp_path, muster):
     assert rows(tmp_path / "one-way")[0]["edge_index"] == [[0, 1, 3, 1], [1, 2, 0, 0]]
     (tmp_path / "edges.tsv").write_text("from\tto\na\tz\n")
     with pytest.raises(ConfigError, match="an edge has a node with the id z, which the nodes have not"):
+        prepare_nodes(files, tmp_path / "lost")
+    (tmp_path / "edges.tsv").write_text("from\tto\n1\t0\n")
+    (tmp_path / "nodes.csv").write_text("id,label\n1,x\n2,y\n")
+    with pytest.raises(ConfigError, match="an edge has a node with the id 0, which the nodes have not"):
         prepare_nodes(files, tmp_path / "lost")
     with pytest.raises(ConfigError, match="--kind nodes takes two CSV or TSV files"):
         prepare_nodes(files[:1], tmp_path / "lost")
