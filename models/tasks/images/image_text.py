@@ -135,8 +135,9 @@ def retrieved(images: Tensor, texts: Tensor, numbers: Tensor) -> dict[str, float
 
 
 def zero_shot(images: Tensor, texts: Tensor, labels: Tensor) -> float:
-    """Accuracy of the nearest mean of the texts of each label (section 3.1.4: an ensemble of prompts)."""
-    means = torch.stack([texts[labels == label].sum(0) for label in range(int(labels.max()) + 1)])
+    """Accuracy of the nearest mean of the texts of each label that occurs (section 3.1.4: an ensemble of prompts)."""
+    known, labels = labels.unique(return_inverse=True)
+    means = torch.stack([texts[labels == label].sum(0) for label in range(len(known))])
     return float(((images @ F.normalize(means).T).argmax(1) == labels).double().mean())
 
 

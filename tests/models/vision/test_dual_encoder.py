@@ -86,6 +86,11 @@ def test_retrieval_counts_what_is_nearest():
     # Label 1's texts point to the upper right: the last image, to the left, is nearer to them than to label 0's.
     assert zero_shot(images, texts, torch.tensor([0, 1, 0, 1])) == 1
     assert zero_shot(images, texts, torch.tensor([0, 1, 1, 1])) == 0.75
+    # A label that does not occur is none that an image could have.
+    assert zero_shot(images[:2], -texts[:2], torch.tensor([1, 2**40])) == zero_shot(
+        images[:2], -texts[:2], torch.tensor([0, 1])
+    )
+    assert zero_shot(images[3:], texts[:1], torch.tensor([1])) == 1
 
 
 def test_evaluations_gather_the_pairs_of_all_parts():
