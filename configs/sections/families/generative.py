@@ -215,6 +215,11 @@ class GanConfig(ModelSection):
                     f"stages of model.{key} require: set model.image_size and data.images.size to a multiple, or use "
                     "fewer stages"
                 )
+        if self.generator_network == "style" and self.image_size == 2 ** len(self.generator):
+            raise ValueError(
+                f"model.generator_network=style begins with images of 1 x 1, whose deviation is 0: use fewer than the "
+                f"{len(self.generator)} stages of model.generator"
+            )
         if self.loss == "wgan_gp" and self.discriminator_norm == "batch":
             raise ValueError(
                 "model.discriminator_norm=batch mixes the images of a batch, but model.loss=wgan_gp penalises the "

@@ -150,6 +150,10 @@ WRONG = {
         {"image_size": 6},
         r"model\.image_size \(6\) is not a multiple of 4, which the 2 stages of model\.generator",
     ),
+    "style": (
+        {"generator_network": "style", "image_size": 4},
+        r"model\.generator_network=style begins with images of 1 x 1, .* fewer than the 2 stages of model\.generator",
+    ),
     "mixed": ({"loss": "wgan_gp", "discriminator_norm": "batch"}, r"model\.discriminator_norm=batch mixes the images"),
     "bounded twice": ({"loss": "wgan"}, r"model\.discriminator_norm=spectral undoes model\.clip"),
 }
