@@ -23,6 +23,8 @@ HELD_OUT = ("validation", "valid", "test")
 MOST_FILES = 100_000
 FOOTER = 64 << 20
 """Most bytes of a footer."""
+MOST_BYTES = 4 << 30
+"""Most bytes of all examples that a reader keeps in memory."""
 LARGEST_GROUP = 1 << 30
 """Most bytes that a row group may decompress to: `datasets` writes 100 images per row group."""
 
@@ -114,6 +116,12 @@ def readable(path: Path) -> Iterator[None]:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(f"{path} is not a Parquet file: {clip(error, 200)}") from None
+
+
+def check_bytes(path: Path, size: int, what: str) -> None:
+    """Raise ConfigError if the examples of some files, of which `path` is one, take too much memory."""
+    if size > MOST_BYTES:
+        raise ConfigError(f"{path.parent}: the {what} take over {MOST_BYTES:,} bytes of memory")
 
 
 def check_groups(path: Path, sizes: Sequence[int]) -> None:

@@ -12,12 +12,10 @@ import pyarrow.parquet as pq
 
 from configs import ConfigError, counted
 from configs.reading.parse import shortened
-from trainer.data.parquet_files import check_groups, identity, readable
+from trainer.data.parquet_files import check_bytes, check_groups, identity, readable
 
 EDGES, NODES, LABELS, EDGE_FEATURES, COUNT = "edge_index", "node_feat", "y", "edge_attr", "num_nodes"
 NEEDS = f"graphs, as `datasets` writes them (columns {EDGES}, {NODES}, {LABELS}, and {EDGE_FEATURES} if edges have any)"
-MOST_BYTES = 4 << 30
-"""Most bytes of all graphs at 8 bytes a number."""
 
 
 class Packed(NamedTuple):
@@ -106,8 +104,7 @@ def read_footers(files: Sequence[Path]) -> Footers:
         groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
         check_groups(path, [group.total_byte_size for group in groups])
         numbers += sum(group.column(n).num_values for group in groups for n in range(group.num_columns))
-        if 8 * numbers > MOST_BYTES:
-            raise ConfigError(f"{path.parent}: the graphs take over {MOST_BYTES:,} bytes of memory")
+        check_bytes(path, 8 * numbers, "graphs")
         starts.append((graphs, path.name))
         graphs += metadata.num_rows
     if len(with_edges) > 1:

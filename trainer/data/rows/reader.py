@@ -15,12 +15,18 @@ from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, RowsConfig
 from models.batch import RowBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import EmptySplit, check_groups, files_of_splits, identity, readable, rows_of_split
+from trainer.data.parquet_files import (
+    EmptySplit,
+    check_bytes,
+    check_groups,
+    files_of_splits,
+    identity,
+    readable,
+    rows_of_split,
+)
 from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
 
 NEEDS = "rows (a column of numbers for each feature, and data.rows.labels)"
-MOST_BYTES = 4 << 30
-"""Most bytes of all rows as float64."""
 
 
 class Table(NamedTuple):
@@ -145,8 +151,7 @@ def read_columns(files: Sequence[Path], config: RowsConfig, names: Sequence[str]
         check_groups(path, [metadata.row_group(n).total_byte_size for n in range(metadata.num_row_groups)])
         starts.append((rows, path.name))
         rows += metadata.num_rows
-        if 8 * rows * (len(names) + len(config.labels)) > MOST_BYTES:
-            raise ConfigError(f"{path.parent}: the rows take over {MOST_BYTES:,} bytes of memory")
+        check_bytes(path, 8 * rows * (len(names) + len(config.labels)), "rows")
     return Columns(tuple(names), digest.hexdigest(), starts, rows)
 
 

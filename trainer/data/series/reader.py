@@ -17,13 +17,23 @@ from configs.sections.pairs import check_packaged
 from models.batch import SeriesBatch
 from trainer.data.bundled import at_hand
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import EmptySplit, check_groups, files_of_splits, identity, readable, rows_of_split
+from trainer.data.parquet_files import (
+    EmptySplit,
+    check_bytes,
+    check_groups,
+    files_of_splits,
+    identity,
+    readable,
+    rows_of_split,
+)
 from trainer.data.read.in_memory import InMemory, epochs
 
 TIMES, VALUES = "times", "values"
 NEEDS = f"series (columns {TIMES}: list of numbers, ascending, and {VALUES}: as many lists of numbers)"
-MOST_BYTES = 4 << 30
-"""Most bytes of all series as float64, padded to the longest."""
+
+
+OBJECT = 32
+"""Bytes that a number takes in a list of Python's."""
 
 
 class Found(NamedTuple):
@@ -98,11 +108,15 @@ def read_series(files: Sequence[Path], width: int | None = None) -> Found:
         ConfigError: a file cannot be read or holds no series; times that do not ascend; too many.
     """
     every: list[tuple[np.ndarray, np.ndarray]] = []
+    numbers = 0
     for path in files:
         with readable(path), pq.ParquetFile(path) as file:
             _check_columns(path, file.schema_arrow)
-            groups = range(file.metadata.num_row_groups)
-            check_groups(path, [file.metadata.row_group(number).total_byte_size for number in groups])
+            groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+            check_groups(path, [group.total_byte_size for group in groups])
+            # A few bytes may say that a number is repeated so often that it fills the memory.
+            numbers += sum(group.column(n).num_values for group in groups for n in range(group.num_columns))
+            check_bytes(path, OBJECT * numbers, "series")
             table = file.read([TIMES, VALUES], use_threads=False)
         columns = [table[name].to_pylist() for name in (TIMES, VALUES)]
         for row, (times, values) in enumerate(zip(*columns, strict=True)):
@@ -112,8 +126,7 @@ def read_series(files: Sequence[Path], width: int | None = None) -> Found:
         raise ConfigError(f"{files[0].parent}: the Parquet files have no rows")
     assert width
     longest = max(len(times) for times, _ in every)
-    if 8 * len(every) * longest * (width + 1) > MOST_BYTES:
-        raise ConfigError(f"{files[0].parent}: the series take over {MOST_BYTES:,} bytes, padded to the longest")
+    check_bytes(files[0], 8 * len(every) * longest * (width + 1), "series, padded to the longest,")
     found = Found(np.zeros((len(every), longest)), np.full((len(every), longest, width), np.nan))
     for row, (times, values) in enumerate(every):
         found.times[row] = np.pad(times, (0, longest - len(times)), mode="edge")

@@ -14,7 +14,7 @@ import torch
 from configs import ConfigError
 from configs.reading.parse import shortened
 from configs.sections.data import DataConfig
-from trainer.data.parquet_files import check_groups, identity, readable
+from trainer.data.parquet_files import check_bytes, check_groups, identity, readable
 from trainer.data.read.in_memory import InMemory
 from trainer.data.read.order import mix, shuffled
 from trainer.data.tokenizer.tokenizer import TokenizerProcess
@@ -22,8 +22,6 @@ from trainer.data.tokenizer.tokenizer_files import end_of_text
 
 STRUCT = "translation"
 """Column of Hugging Face's data sets of translations: a text for each language."""
-MOST_BYTES = 4 << 30
-"""Most bytes of all texts."""
 BUCKET, SORTED = 64, 64
 """Examples of nearly equal length that are read one after the other, and buckets that are sorted together."""
 
@@ -95,25 +93,23 @@ def text_columns(
         with readable(path):
             digest.update(identity(path))
             with pq.ParquetFile(path) as file:
-                groups = [file.metadata.row_group(n).total_byte_size for n in range(file.num_row_groups)]
-                check_groups(path, groups)
-                _check_bytes(path, size + sum(groups), what)
                 names = [_column(path, file.schema_arrow, *pair) for pair in columns.items()]
+                groups = [file.metadata.row_group(number) for number in range(file.num_row_groups)]
+                check_groups(path, [group.total_byte_size for group in groups])
+                parts = [group.column(number) for group in groups for number in range(group.num_columns)]
+                size += 8 * len(columns) * file.metadata.num_rows  # where each text begins
+                stored = sum(part.total_uncompressed_size for part in parts if part.path_in_schema in names)
+                check_bytes(path, size + stored, what)
             # Each text once: a file of a few bytes may repeat one so often that it fills the memory.
             with pq.ParquetFile(path, read_dictionary=names) as file:
                 table = file.read(names, use_threads=False).flatten()
             size += sum(_bytes(chunk) for name in names for chunk in table[name].chunks)
-            _check_bytes(path, size, what)
+            check_bytes(path, size, what)
             found.append([table[name].cast(pa.large_string()) for name in names])
             for each in found[-1] if check else ():
                 each.validate(full=True)
     merged = [pa.chunked_array([chunk for each in found for chunk in each[n].chunks]) for n in range(len(columns))]
     return merged, digest.hexdigest()
-
-
-def _check_bytes(path: Path, size: int, what: str) -> None:
-    if size > MOST_BYTES:
-        raise ConfigError(f"{path.parent}: the {what} take over {MOST_BYTES:,} bytes of memory")
 
 
 def _bytes(texts: pa.DictionaryArray) -> int:

@@ -16,7 +16,7 @@ from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, TextsConfig
 from models.batch import TextBatch
 from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import EmptySplit, files_of_splits, readable, rows_of_split
+from trainer.data.parquet_files import EmptySplit, check_bytes, files_of_splits, readable, rows_of_split
 from trainer.data.read.in_memory import classes_of, scale_of
 from trainer.data.read.order import KEPT_ORDERS, mix
 from trainer.data.tokenizer.tokenizer_files import content, settings
@@ -178,6 +178,7 @@ def read_table(files: Sequence[Path], keys: TextsConfig, numbers: bool = False) 
     for path in files:
         with readable(path), pq.ParquetFile(path) as file:
             _check_labels(path, file.schema_arrow, keys.labels)
+            check_bytes(path, 8 * len(keys.labels) * (rows + file.metadata.num_rows), "labels")
             table = file.read(list(keys.labels), use_threads=False)
         columns = [table[name].cast(pa.float64()).to_numpy() for name in keys.labels]
         labels.append(np.stack(columns, axis=1).astype(np.float64))

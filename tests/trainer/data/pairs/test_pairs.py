@@ -10,11 +10,11 @@ import pytest
 from configs import ConfigError, from_dict, resolve
 from configs.sections.data import DataConfig, PairsConfig
 from models.loss import IGNORE
+from trainer.data import parquet_files
 from trainer.data.kinds import kind_of
 from trainer.data.pairs.dates import FIRST, dates, written
 from trainer.data.pairs.prepared import ensure_pairs, open_pairs
 from trainer.data.pairs.reader import Pairs, read_texts
-from trainer.data.texts import encoded
 from trainer.data.texts.encoded import BUCKET
 from trainer.run.counted import counts
 from trainer.run.resolved import refuse_early, resolve_config
@@ -171,9 +171,13 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
 
 def test_a_small_file_of_many_texts_is_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
     path = write(tmp_path / "x.parquet", target=["x" * 1000] * COUNT)
-    monkeypatch.setattr(encoded, "MOST_BYTES", 200 * COUNT)
+    monkeypatch.setattr(parquet_files, "MOST_BYTES", 200 * COUNT)
     assert path.stat().st_size < 100 * COUNT
     with pytest.raises(ConfigError, match="the pairs take over 60,000 bytes of memory"):
+        read_texts([path], PairsConfig())
+    path = write(tmp_path / "x.parquet", target=pa.nulls(COUNT, pa.string()))
+    monkeypatch.setattr(parquet_files, "MOST_BYTES", 15 * COUNT)
+    with pytest.raises(ConfigError, match="the pairs take over 4,500 bytes of memory"):
         read_texts([path], PairsConfig())
 
 

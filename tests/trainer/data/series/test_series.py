@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from configs import ConfigError, load
+from trainer.data import parquet_files
 from trainer.data.kinds import kind_of
+from trainer.data.series.reader import read_series
 
 ROWS = {
     "times": [[1.0, 2.0, 5.0], [0.0, 1.5], [3.0, 3.5, 4.0]],
@@ -68,6 +70,14 @@ def test_what_is_no_series_is_refused(tmp_path, columns, said):
     asked = config(write(tmp_path, **columns))
     with pytest.raises(ConfigError, match=said):
         kind_of(asked).ensure(asked)
+
+
+def test_a_small_file_of_many_numbers_is_refused_before_they_fill_the_memory(tmp_path, monkeypatch):
+    path = write(tmp_path, times=[[0.0] * 10_000] * 3, values=[[[1.0, 2.0]] * 10_000] * 3)
+    assert (path / "train.parquet").stat().st_size < 10_000
+    monkeypatch.setattr(parquet_files, "MOST_BYTES", 1_000_000)
+    with pytest.raises(ConfigError, match="the series take over 1,000,000 bytes of memory"):
+        read_series([path / "train.parquet"])
 
 
 def test_another_width_is_refused(tmp_path):
