@@ -15,7 +15,7 @@ from .sections.train import TrainConfig
 from .topology import check_topology, refusals
 from .units import counted
 
-OF_TOKENS = ("tokens", "pairs", "texts", "captions")
+OF_TOKENS = ("tokens", "pairs", "texts")
 """Kinds of data that are sequences of at most train.seq_len tokens."""
 
 

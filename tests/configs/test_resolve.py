@@ -56,6 +56,8 @@ def test_given_values_are_left_alone():
 def test_a_sequence_length_that_has_no_effect_is_noted():
     note = "train.seq_len=32: has no effect, since task=classification learns from images"
     assert note in resolve(load("digits-mlp", ["train.seq_len=32"]))[1]
+    note = "train.seq_len=32: has no effect, since task=image_text_contrastive learns from captions"
+    assert note in resolve(load("glyphs", ["train.seq_len=32"]))[1]
     for preset in ("digits-mlp", "seq2seq"):
         assert not any("no effect" in each for each in resolve(load(preset), vocab_size=300)[1])
     assert not any("no effect" in each for each in resolve(load("mlm", ["train.seq_len=64"]), vocab_size=257)[1])

@@ -303,5 +303,6 @@ KINDS: dict[str, Kind] = {
     "series": Kind(ensure_series, _open_series, lambda data: _input(*inputs_of_series(data))),
     "nodes": Kind(_ensure_nodes, _open_nodes, _graph_inputs),
 }
-"""All but tokens are read without preparation: labelled images and graphs in Parquet, as Hugging Face `datasets` writes
-them, Parquet with a column of numbers for each feature and label, Parquet with columns of text."""
+"""All but tokens are read without preparation, from Parquet: labelled images and graphs, as Hugging Face `datasets`
+writes them; rows, with a column of numbers for each feature and label; texts, pairs and captions, with columns of text;
+series, with columns of lists."""
