@@ -11,7 +11,6 @@ import pyarrow.parquet as pq
 import torch
 
 from configs import ConfigError, counted
-from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, RowsConfig
 from models.batch import RowBatch
 from trainer.data.manifest import Split, sources_of
@@ -24,7 +23,7 @@ from trainer.data.parquet_files import (
     readable,
     rows_of_split,
 )
-from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
+from trainer.data.read.in_memory import InMemory, check_numbers, epochs, labels_of, scale_of
 
 NEEDS = "rows (a column of numbers for each feature, and data.rows.labels)"
 
@@ -96,14 +95,8 @@ class Rows(InMemory):
         self.names, self.left_out = table.names, table.left_out
         mean, deviation = scale_of(trained.features[fitted], config.rows.standardise)
         self.features = torch.from_numpy(((table.features[chosen] - mean) / deviation).astype(np.float32))
-        labels, self.classes, self.scale = table.labels[chosen], 0, None
-        if numbers:
-            mean, deviation = scale_of(trained.labels[fitted], config.rows.standardise)
-            self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
-            self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
-        else:
-            self.labels = torch.from_numpy(_classes(labels, config.rows, self.path))
-            self.classes = int(self.labels.max()) + 1
+        labels = table.labels[chosen], trained.labels[fitted]
+        self.labels, self.classes, self.scale = labels_of(*labels, config.rows, "rows", self.path, numbers)
         self.order = epochs(len(self), split, seed, "rows")
 
     def __len__(self) -> int:
@@ -169,15 +162,8 @@ def read_table(files: Sequence[Path], config: RowsConfig, names: Sequence[str] =
 
 def _check_columns(path: Path, schema: pa.Schema, names: Sequence[str], labels: Sequence[str]) -> None:
     for key, each in [*(("labels", each) for each in labels), *(("features", each) for each in names)]:
-        if schema.names.count(each) != 1:
-            there = shortened(", ".join(schema.names), 200)
-            raise ConfigError(f"{path} should have exactly one column {each} (it has {there}): set data.rows.{key}")
-        kind = schema.field(each).type
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-            raise ConfigError(
-                f"{path}: column {each} is {shortened(str(kind), 60)}, not numbers: leave it out of data.rows.{key}, "
-                "or convert it to numbers"
-            )
+        otherwise = f"leave it out of data.rows.{key}, or convert it to numbers"
+        check_numbers(path, schema, each, f"data.rows.{key}", otherwise)
     if not names:
         raise ConfigError(f"{path} has no columns but the labels ({', '.join(labels)}): it needs {NEEDS}")
 
@@ -186,13 +172,3 @@ def _numbers(table: pa.Table, names: Sequence[str]) -> np.ndarray:
     """[rows, names] float64."""
     columns = [table[name].cast(pa.float64()).to_numpy() for name in names]
     return np.stack(columns, axis=1).astype(np.float64)
-
-
-def _classes(labels: np.ndarray, config: RowsConfig, path: str) -> np.ndarray:
-    """[rows] int64. Raises ConfigError."""
-    if len(config.labels) > 1:
-        raise ConfigError(
-            f"data.rows.labels has {len(config.labels)} columns, but task=classification predicts one: name one, or "
-            "set task=regression"
-        )
-    return classes_of(labels[:, 0], path, f"column {config.labels[0]}")

@@ -12,12 +12,11 @@ import pyarrow.parquet as pq
 import torch
 
 from configs import ConfigError, counted
-from configs.reading.parse import shortened
 from configs.sections.data import DataConfig, TextsConfig
 from models.batch import TextBatch
 from trainer.data.manifest import Split, sources_of
 from trainer.data.parquet_files import EmptySplit, check_bytes, files_of_splits, readable, rows_of_split
-from trainer.data.read.in_memory import classes_of, scale_of
+from trainer.data.read.in_memory import check_numbers, labels_of
 from trainer.data.read.order import KEPT_ORDERS, mix
 from trainer.data.tokenizer.tokenizer_files import content, settings
 
@@ -112,19 +111,8 @@ class Texts(Encoded):
             raise EmptySplit(self.path, "text", split, table.left_out or trained.left_out)
         self.sha256, self.left_out = table.sha256, table.left_out
         self.rows = table.texts.take(pa.array(np.flatnonzero(chosen)))
-        labels, self.classes, self.scale = table.labels[chosen], 0, None
-        if numbers:
-            mean, deviation = scale_of(trained.labels[fitted], keys.standardise)
-            self.scale = torch.from_numpy(np.stack([mean, deviation]).astype(np.float32))
-            self.labels = torch.from_numpy(((labels - mean) / deviation).astype(np.float32))
-        else:
-            if len(keys.labels) > 1:
-                raise ConfigError(
-                    f"data.texts.labels has {len(keys.labels)} columns, but task=classification predicts one: name "
-                    "one, or set task=regression"
-                )
-            self.labels = torch.from_numpy(classes_of(labels[:, 0], self.path, f"column {keys.labels[0]}"))
-            self.classes = int(self.labels.max()) + 1
+        labels = table.labels[chosen], trained.labels[fitted]
+        self.labels, self.classes, self.scale = labels_of(*labels, keys, "texts", self.path, numbers)
         self._lengths = pc.binary_length(self.rows).to_numpy().astype(np.int64)
         self._key = mix(seed, "texts")
         self.order = lru_cache(KEPT_ORDERS)(self.order_of)
@@ -177,7 +165,9 @@ def read_table(files: Sequence[Path], keys: TextsConfig, numbers: bool = False) 
     labels, starts, rows = [], [], 0
     for path in files:
         with readable(path), pq.ParquetFile(path) as file:
-            _check_labels(path, file.schema_arrow, keys.labels)
+            for name in keys.labels:
+                otherwise = "set data.texts.labels, or number the classes from 0"
+                check_numbers(path, file.schema_arrow, name, "data.texts.labels", otherwise)
             check_bytes(path, 8 * len(keys.labels) * (rows + file.metadata.num_rows), "labels")
             table = file.read(list(keys.labels), use_threads=False)
         columns = [table[name].cast(pa.float64()).to_numpy() for name in keys.labels]
@@ -207,16 +197,3 @@ def _readable(texts: pa.ChunkedArray) -> tuple[pa.ChunkedArray, np.ndarray]:
                 damaged[row] = True
         texts = pa.chunked_array([pa.array(whole, pa.large_string())])
     return texts, damaged
-
-
-def _check_labels(path: Path, schema: pa.Schema, names: Sequence[str]) -> None:
-    for name in names:
-        if schema.names.count(name) != 1:
-            there = shortened(", ".join(schema.names), 200)
-            raise ConfigError(f"{path} has not one column {name} (it has {there}): set data.texts.labels")
-        kind = schema.field(name).type
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
-            raise ConfigError(
-                f"{path}: column {name} is {shortened(str(kind), 60)}, not numbers: set data.texts.labels, or number "
-                "the classes from 0"
-            )

@@ -129,7 +129,7 @@ def test_held_out_files_and_a_tokenizer_of_the_texts(tmp_path):
     [
         ({}, {"texts": {"text": "body"}}, r"has no column body \(it has text, label\): set data\.texts\.text"),
         ({"text": list(range(COUNT))}, {}, r"column text is int64, not text: set data\.texts\.text"),
-        ({}, {"texts": {"labels": ["stars"]}}, r"has not one column stars .*: set data\.texts\.labels"),
+        ({}, {"texts": {"labels": ["stars"]}}, r"should have exactly one column stars .*: set data\.texts\.labels"),
         ({"label": ["a"] * COUNT}, {}, r"column label is string, not numbers: set data\.texts\.labels, or number"),
         ({"label": [0.5] * COUNT}, {}, r"column label has 0\.5, but classes are whole numbers .*set task=regression"),
         ({"label": [7] * COUNT}, {}, r"model\.outputs is 3, but .* has labels up to 7: set model\.outputs=8"),
