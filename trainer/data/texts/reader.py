@@ -149,7 +149,7 @@ class Texts(Encoded):
     def _encoded(self, row: int) -> tuple[int, ...]:
         before, after = self._around
         tokens = self.tokenizer.encode(self.rows[row].as_py())
-        return (*before, *tokens[: self.most - len(before) - len(after)], *after)
+        return (*before, *tokens[: max(self.most - len(before) - len(after), 0)], *after)[: self.most]
 
 
 def read_table(files: Sequence[Path], keys: TextsConfig, numbers: bool = False) -> Table:

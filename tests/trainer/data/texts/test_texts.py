@@ -76,6 +76,7 @@ def test_a_tokenizer_with_tokens_around_a_text_keeps_them(tmp_path):
     keys = {"data": {"path": str(path), "prepare": {"tokenizer": str(tmp_path / "bert")}}}
     batch = opened(path, **keys, train={"seq_len": 8}).examples([0])
     assert batch.token_ids.tolist() == [[257, *b"ababab", 258]]
+    assert opened(path, **keys, train={"seq_len": 1}).examples([0]).token_ids.tolist() == [[257]]
 
 
 def damaged() -> pa.Array:
