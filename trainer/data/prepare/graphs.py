@@ -104,6 +104,8 @@ def prepare_nodes(inputs: Sequence[str], out: Path, label: str = "label", direct
     if len(places) < nodes[0].num_rows:
         raise ConfigError("two nodes have the same id: give each its own")
     ends = [edges[0].column(number).to_pylist() for number in (0, 1)]
+    if any(None in end for end in ends):
+        raise ConfigError("an edge lacks the id of a node: correct it, or leave it out")
     if lost := [each for end in ends for each in end if each not in places][:1]:
         raise ConfigError(
             f"an edge has a node with the id {lost[0]}, which the nodes have not: add it, or leave it out"
@@ -185,7 +187,9 @@ def _table(graphs: Sequence[Graph], labels: Sequence[Sequence[Any]], schema: pa.
 
 def _sdf(inputs: Sequence[str], label: str | None) -> Iterator[tuple[str, Graph | Unreadable]]:
     """(where it is, molecule) of all molecules of some files."""
-    if wrong := next((each for each in inputs if not (each.endswith((".sdf", ".mol")) and Path(each).is_file())), None):
+    if wrong := next(
+        (each for each in inputs if not (each.lower().endswith((".sdf", ".mol")) and Path(each).is_file())), None
+    ):
         raise ConfigError(f"{wrong} is neither an .sdf file nor a folder of TUDataset, which --kind graphs takes")
     if label is None:
         raise ConfigError("--kind graphs of SDF files needs --label NAME, the data item that is predicted")

@@ -70,7 +70,7 @@ def opened(path, split="train", **model):
 
 
 def test_molecules(tmp_path, muster):
-    file = tmp_path / "x.sdf"
+    file = tmp_path / "x.SDF"
     file.write_text((WATER + CARBON_DIOXIDE) * 10)
     words = ("--kind", "graphs", "--label", "phase", "--split", "stratified", "--held-out", "0.2")
     code, said, _ = muster("data", "prepare", str(file), *words, "--out", str(tmp_path / "out"))
@@ -177,8 +177,11 @@ def test_nodes(tmp_path, muster):
     (tmp_path / "edges.tsv").write_text("from\tto\na\tz\n")
     with pytest.raises(ConfigError, match="an edge has a node with the id z, which the nodes have not"):
         prepare_nodes(files, tmp_path / "lost")
-    (tmp_path / "edges.tsv").write_text("from\tto\n1\t0\n")
+    (tmp_path / "edges.tsv").write_text("from\tto\n1\t2\n\t1\n")
     (tmp_path / "nodes.csv").write_text("id,label\n1,x\n2,y\n")
+    with pytest.raises(ConfigError, match="an edge lacks the id of a node"):
+        prepare_nodes(files, tmp_path / "lost")
+    (tmp_path / "edges.tsv").write_text("from\tto\n0\t1\n")  # counted from 0, the nodes from 1
     with pytest.raises(ConfigError, match="an edge has a node with the id 0, which the nodes have not"):
         prepare_nodes(files, tmp_path / "lost")
     with pytest.raises(ConfigError, match="--kind nodes takes two CSV or TSV files"):
