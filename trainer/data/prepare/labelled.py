@@ -31,6 +31,7 @@ MOST_PIXELS = 1 << 26
 """Of an image; training refuses larger ones."""
 GROUP_ROWS = {"images": 100, "rows": 1 << 16}
 """Rows of a row group; `datasets` writes 100 images."""
+NO_ROWS = "the files have no rows that can be used"
 MOST_BYTES = 4 << 30
 """Most bytes of all CSV files, which are read into memory."""
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -157,6 +158,8 @@ def prepare_rows(
     if (how == "grouped") != (group is not None):
         raise ConfigError("--split grouped needs --group COLUMN, and --group needs --split grouped")
     table = read_tables(inputs)
+    if not table.num_rows:
+        raise ConfigError(NO_ROWS)
     for option, columns in (("--label", labels), ("--group", [group] if group else []), ("--leave-out", leave_out)):
         if missing := [each for each in columns if each not in table.column_names]:
             there = shortened(", ".join(table.column_names), 200)
@@ -296,6 +299,8 @@ def schema_of(fields: list[tuple[str, pa.DataType]], features: dict[str, Any]) -
 
 def checked_split(held_out: np.ndarray, share: float) -> np.ndarray:
     """Raise ConfigError if a split is empty."""
+    if not len(held_out):
+        raise ConfigError(NO_ROWS)
     if held_out.all() or (share and not held_out.any()):
         what = "train on" if held_out.all() else "hold out"
         raise ConfigError(f"--held-out {share:g} of {len(held_out):,} leaves nothing to {what}: choose another share")

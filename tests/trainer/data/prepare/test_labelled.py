@@ -173,6 +173,15 @@ def test_a_mistake_is_one_message(muster, tmp_path, words, said):
     code, out, err = muster("data", "prepare", file, "--out", str(tmp_path / "out"), *words)
     assert (code, out, len(err.splitlines())) == (2, "", 1)
     assert err.startswith(f"muster: {said}")
+
+
+@pytest.mark.parametrize(("kind", "header"), [("rows", "size,label"), ("pairs", "source,target")])
+def test_a_file_of_a_header_alone_has_no_rows(muster, tmp_path, kind, header):
+    (tmp_path / "a.csv").write_text(header + "\n")
+    words = ("--kind", kind, "--out", str(tmp_path / "out"))
+    code, out, err = muster("data", "prepare", str(tmp_path / "a.csv"), *words)
+    assert (code, out) == (2, "")
+    assert err == "muster: the files have no rows that can be used\n"
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
 
 
