@@ -108,7 +108,10 @@ def text_columns(
             found.append([table[name].cast(pa.large_string()) for name in names])
             for each in found[-1] if check else ():
                 each.validate(full=True)
-    merged = [pa.chunked_array([chunk for each in found for chunk in each[n].chunks]) for n in range(len(columns))]
+    merged = [
+        pa.chunked_array([chunk for each in found for chunk in each[n].chunks], pa.large_string())
+        for n in range(len(columns))
+    ]
     return merged, digest.hexdigest()
 
 

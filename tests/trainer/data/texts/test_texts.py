@@ -135,6 +135,7 @@ def test_held_out_files_and_a_tokenizer_of_the_texts(tmp_path):
         ({"label": [0.5] * COUNT}, {}, r"column label has 0\.5, but classes are whole numbers .*set task=regression"),
         ({"label": [7] * COUNT}, {}, r"model\.outputs is 3, but .* has labels up to 7: set model\.outputs=8"),
         ({"text": [" "] * COUNT}, {}, r"has no text to train on: 300 texts left out \(300 empty\)"),
+        ({"text": pa.array([], pa.string()), "label": pa.array([], pa.int64())}, {}, "has no text to train on"),
         ({}, {"texts": {"labels": ["label", "label"]}}, r"data\.texts\.labels has 2 columns, but task=classification"),
         ({}, {"prepare": {"tokenizer": "nowhere"}}, r"tokenizer 'nowhere': not `bytes`, `bpe` or an existing"),
     ],
