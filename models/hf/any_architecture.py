@@ -393,6 +393,12 @@ def new_network(config: TransformersConfig) -> Any:
         raise ConfigError(
             f"model.config: {config.architecture} cannot be built with these keys: {clip(error, 300)}"
         ) from None
+    except RuntimeError as error:  # sizes below 0; elsewhere than on meta, memory may have run out
+        if torch.get_default_device().type != "meta":
+            raise
+        raise ConfigError(
+            f"model.config: {config.architecture} cannot be built with these keys: {clip(error, 300)}"
+        ) from None
 
 
 def class_of(config: TransformersConfig) -> Any:
@@ -412,8 +418,11 @@ def class_of(config: TransformersConfig) -> Any:
     if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
         near = difflib.get_close_matches(config.architecture, names, n=1)
         hint = f": did you mean {near[0]}?" if near and near[0] != config.architecture else ""
+        lacks = "has no such class"
+        if hasattr(transformers, config.architecture):
+            lacks, hint = f"has it, but not among its classes for task={config.default_task}", ""
         raise ConfigError(
-            f"model.architecture={config.architecture}: transformers {transformers.__version__} has no such class{hint}"
+            f"model.architecture={config.architecture}: transformers {transformers.__version__} {lacks}{hint}"
         )
     inputs, what = ("pixel_values", "images") if isinstance(config, ImageClassifier) else ("input_ids", "tokens")
     if found.main_input_name != inputs:

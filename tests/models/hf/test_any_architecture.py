@@ -289,6 +289,7 @@ REFUSED = {
     "unknown key": ("GPT2LMHeadModel", {"n_layers": 2}, r"unknown key model\.config\.n_layers: .* mean n_layer"),
     "a wrong type": ("GPT2LMHeadModel", {"n_layer": "two"}, r"model\.config: GPT2Config refuses it: .*n_layer"),
     "sizes that do not fit": ("GPT2LMHeadModel", {"n_embd": 30, "n_head": 4, "n_layer": 1}, r"model\.config: GPT2LMH"),
+    "of another kind": ("WhisperForConditionalGeneration", {}, r"has it, but not among .* for task=sequence_to_seq"),
     "dropout": ("GPT2LMHeadModel", {"resid_pdrop": 0.1}, r"resid_pdrop=0\.1: dropout .*: set it to 0, or leave it out"),
     "a key of the other kind": ("GPT2LMHeadModel", {}, r"unknown key model\.outputs: known keys: .*, vocab_size"),
     "a key of ours": ("GPT2LMHeadModel", {"vocab_size": 9}, r"vocab_size: set model\.vocab_size instead"),
@@ -303,7 +304,7 @@ REFUSED = {
 @pytest.mark.parametrize(("name", "keys", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_trained_is_refused_by_name(name, keys, message):
     other = {"outputs": 2} if "outputs" in message else {}
-    own = {"vocab_size": VOCABULARY} if name.endswith(("LMHeadModel", "LM", "SequenceClassification")) else {}
+    own = {} if name.endswith(("ForImageClassification", "ForQuestionAnswering")) else {"vocab_size": VOCABULARY}
     with pytest.raises(ConfigError, match=message):
         fill(
             build(
@@ -313,6 +314,16 @@ def test_what_cannot_be_trained_is_refused_by_name(name, keys, message):
             ),
             0,
         )
+
+
+def test_a_size_below_0_is_refused():
+    model = {"family": "transformers", "architecture": "T5ForConditionalGeneration", "vocab_size": VOCABULARY}
+    config = from_dict({"model": model | {"config": {"d_model": -3}}}).model
+    with (
+        torch.device("meta"),
+        pytest.raises(ConfigError, match=r"model\.config: T5For.* cannot be built .*negative dim"),
+    ):
+        build(config)
 
 
 CHECKED = {
