@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import pyarrow.compute as pc
 import torch
 
 from configs.sections.data import DataConfig
@@ -19,7 +20,7 @@ class Captions(Images):
         length: bytes of a text that are read.
 
     Raises:
-        ConfigError: as `Images`; no such column.
+        ConfigError: as `Images`; no such column, or no text in it, or one that is not UTF-8.
     """
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train", length: int = 64):
@@ -27,6 +28,8 @@ class Captions(Images):
         files = list(dict.fromkeys(group.file for group in self.groups))
         (self._texts,), _ = text_columns(files, {"images.caption": config.images.caption}, "captions")
         self._length = length
+        if not (pc.max(pc.binary_length(self._texts)).as_py() or 0):
+            raise ConfigError(f"{self.path}: column {config.images.caption} has no text: set data.images.caption")
 
     def examples(self, indices: Sequence[int]) -> CaptionBatch:
         """As `Images.examples`; the text of padding is empty."""

@@ -34,6 +34,9 @@ def test_what_is_refused(tmp_path, monkeypatch):
         captions(path, said, caption="said")
     with pytest.raises(ConfigError, match=r"column label is int64, not text: set data\.images\.caption"):
         captions(path, said, caption="label")
+    for empty in ([None] * 9, [""] * 9):
+        with pytest.raises(ConfigError, match=r"column text has no text: set data\.images\.caption"):
+            captions(path, pa.array(empty, pa.string()))
     monkeypatch.setattr(parquet_files, "MOST_BYTES", 5000)  # of which the images are no part
     with pytest.raises(ConfigError, match="the captions take over 5,000 bytes of memory"):
         captions(path, said)
