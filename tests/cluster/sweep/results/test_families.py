@@ -88,6 +88,7 @@ def test_families_are_not_fitted_together(swept, muster):
         ({"variants": {"odd": {"experts": 4, "set": {"model": LSTM}}}}, "variants.odd: model.family=recurrent has no"),
         ({"optuna": {"budget": [1e9, 2e9]}, "grid": None}, "optuna.budget one value"),
         ({"grid": {"budget": []}}, "grid.budget"),
+        ({"base": "quickstart", "variants": {"lstm": {"set": {"model": LSTM}}}}, "lstm.set: unknown key model.num_h"),
     ],
 )  # fmt: skip
 def test_mistakes(tmp_path, tiny_data, sections, words):
