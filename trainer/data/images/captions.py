@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import pyarrow.compute as pc
 import torch
 
+from configs import ConfigError
 from configs.sections.data import DataConfig
 from models.batch import CaptionBatch
 from trainer.data.manifest import Split
