@@ -75,7 +75,7 @@ def prepare(
     ] = None,
     group: Annotated[
         str | None,
-        typer.Option(metavar="COLUMN", help="Rows, pairs, grouped: column whose equals stay together."),
+        typer.Option(metavar="COLUMN", help="Rows, pairs, grouped: rows of equal value stay together."),
     ] = None,
     leave_out: Annotated[list[str] | None, typer.Option(metavar="COLUMN", help="Rows: a column to drop.")] = None,
     source: Annotated[str, typer.Option(metavar="COLUMN", help="Pairs: the texts that are read.")] = "source",

@@ -94,7 +94,7 @@ def check_outputs(model: Any, kind: str) -> None:
         raise ConfigError("model.outputs is not set: set it to the number of classes, or of numbers, of a text")
     if kind == "tokens" and model.outputs is not None:
         raise ConfigError(
-            f"model.outputs={model.outputs} is of a network that tells what a text is: leave it out, or set "
+            f"model.outputs={model.outputs} makes the network classify whole texts: leave it out, or set "
             "task=classification or task=regression"
         )
 
