@@ -294,3 +294,17 @@ def resume_each(config: Config, run_dirs: list[Path]) -> list[int]:
             record.close()
         steps.append(state.step)
     return steps
+
+
+def gathered() -> tuple[list, int, list]:
+    """By `everyones`: (the whole, where the own part begins, the own part's gradient), where each process counts
+    squares once more."""
+    from trainer.engine.parallel import everyones
+
+    rank = dist.get_rank()
+    own = torch.arange(4.0).view(2, 2) + 10 * rank
+    own.requires_grad_()
+    whole, first = everyones(own)
+    ((rank + 1) * whole.square().sum()).backward()
+    assert own.grad is not None
+    return whole.tolist(), first, own.grad.tolist()

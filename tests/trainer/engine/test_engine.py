@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from engines import assemble, bare_losses, engine_losses
+from engines import assemble, bare_losses, engine_losses, gathered
 from support import resolved
 
 from trainer.engine.start import start_processes
@@ -126,3 +126,11 @@ def test_infinite_loss_on_one_process_skips_the_step_on_all(pair, stage, precisi
         assert [skipped for _, _, skipped in outcomes] == [False, False, True]
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before), "a skipped step changed the state"
+
+
+def test_what_all_processes_gather_has_the_gradient_of_every_one(pair):
+    found = pair(gathered)
+    whole = [[0, 1], [2, 3], [10, 11], [12, 13]]
+    assert [each[:2] for each in found] == [(whole, 0), (whole, 2)]
+    for _, first, gradient in found:  # of 1 + 2 times the squares
+        assert gradient == [[6 * number for number in row] for row in whole[first : first + 2]]
