@@ -115,6 +115,7 @@ def is_bounded(process: psutil.Process) -> bool:
     return process.rlimit(psutil.RLIMIT_AS)[0] != psutil.RLIM_INFINITY
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize("busy", [False, True])
 def test_tokenizing_workers_end_with_what_started_them(busy):
     """In the middle of a batch too, for which a stopped one stands: it reads nothing any more."""

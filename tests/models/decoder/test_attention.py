@@ -69,6 +69,7 @@ def plain(q, k, v, seen):
     return torch.einsum("bnts,bsnd->btnd", scores.masked_fill(~seen, float("-inf")).softmax(-1), v)
 
 
+@pytest.mark.few(30)
 @pytest.mark.parametrize("longest_mask", [0, 512], ids=["long", "mask"])
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])
@@ -97,6 +98,7 @@ def test_keys_per_query(name):
         assert pattern.is_full(length) == bool(seen[:length, :length].equal(seen.new_ones(length, length).tril()))
 
 
+@pytest.mark.few(8)
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("documents", [False, True], ids=["whole", "documents"])

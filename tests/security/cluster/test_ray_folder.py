@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import psutil
@@ -222,7 +223,10 @@ def test_sessions_that_have_ended_are_removed(tmp_path):
             os.utime(tmp_path / name, (0, 0))
     (tmp_path / "session_2_link").symlink_to(tmp_path / "other")
     (tmp_path / "session_latest").symlink_to(tmp_path / names[1])
-    with subprocess.Popen(["sh", "-c", "read x", f"--session_dir={tmp_path / names[1]}"], stdin=subprocess.PIPE):
+    command = ["sh", "-c", "read x", f"--session_dir={tmp_path / names[1]}"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as live:
+        while psutil.Process(live.pid).cmdline() != command:  # for a moment after it has started, it has none
+            time.sleep(0.01)
         remove_dead_sessions(tmp_path)
         left = {path.name for path in tmp_path.iterdir()}
     assert left == {*names[1:], "session_2_link", "session_latest"}

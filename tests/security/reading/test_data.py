@@ -65,6 +65,7 @@ def test_bombs_are_refused_by_name_and_the_rest_goes_on(tmp_path):
     assert ended.peak < 700, "four processes, each with pyarrow and numpy"
 
 
+@pytest.mark.slow
 def test_a_bomb_alone_is_one_message(tmp_path):
     parquet_bombs(tmp_path)
     ended = muster("data", "prepare", tmp_path / "nulls.parquet", "--out", tmp_path / "out", "--tokenizer", "bytes")

@@ -48,6 +48,7 @@ def test_one_process_equals_bare_loop(stage, optim, clip):
     check(made, bare_losses(settings, STEPS), [fragments])
 
 
+@pytest.mark.few(4)
 @pytest.mark.parametrize(
     ("stage", "optim", "clip"),
     [

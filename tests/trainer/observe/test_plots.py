@@ -58,6 +58,7 @@ def test_dense_run(tmp_path):
     check(tmp_path, NAMES[:3])
 
 
+@pytest.mark.few(1)
 @pytest.mark.parametrize(
     "values",
     [

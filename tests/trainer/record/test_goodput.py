@@ -150,6 +150,7 @@ def test_a_records_fields_may_stand_in_any_order_with_others_between(tmp_path):
     assert [column.tolist() for column in read_steps(tmp_path)] == [[3], [2], [17.5], [0.7], [2.6e-05]]
 
 
+@pytest.mark.slow
 def test_a_real_run_that_was_killed_and_went_on(tmp_path, tiny_data):
     run = {"name": "run", "root": str(tmp_path)}
     train = {"steps": 6, "eval_every": 3, "micro_batch": 2}

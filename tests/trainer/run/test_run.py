@@ -117,7 +117,7 @@ def test_a_run_without_held_out_documents_has_no_evaluation(tmp_path):
     assert read_events(run_dir)[-1]["status"] == "FINISHED"
 
 
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 @pytest.mark.parametrize(("function", "call", "when"), PHASES)
 def test_kill_9_while_a_checkpoint_is_written(tmp_path, tiny_data, clean, function, call, when):
     run_dir = make(tmp_path, tiny_data)

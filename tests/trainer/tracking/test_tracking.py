@@ -301,6 +301,7 @@ def test_two_runs_start_a_store_at_once_and_outlive_signals(tmp_path):
         assert "Traceback" not in (run_dir / "tracking.log").read_text()
 
 
+@pytest.mark.slow
 def test_a_training_process_that_is_killed_leaves_a_failed_run(root):
     run_dir, _ = make_run(root, "shot")
     trainer = """if True:
