@@ -389,12 +389,11 @@ def new_network(config: TransformersConfig) -> Any:
             ):  # elsewhere experts are looped over, by how many tokens they get
                 network.set_experts_implementation("batched_mm")
             return network
-    except (ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, TypeError, ValueError) as error:
-        raise ConfigError(
-            f"model.config: {config.architecture} cannot be built with these keys: {clip(error, 300)}"
-        ) from None
-    except RuntimeError as error:  # sizes below 0; elsewhere than on meta, memory may have run out
-        if torch.get_default_device().type != "meta":
+    except (
+        ArithmeticError, AssertionError, AttributeError, ImportError, LookupError, RuntimeError, TypeError, ValueError,
+    ) as error:  # fmt: skip
+        # On meta a RuntimeError is of sizes below 0; elsewhere memory may have run out.
+        if isinstance(error, RuntimeError) and torch.get_default_device().type != "meta":
             raise
         raise ConfigError(
             f"model.config: {config.architecture} cannot be built with these keys: {clip(error, 300)}"

@@ -189,6 +189,13 @@ def sources_of(data: DataConfig) -> tuple[Source, ...]:
     return (Source(path=data.path),) if isinstance(data.path, str) else data.path
 
 
+def only_source(data: DataConfig, examples: str) -> str:
+    """The path of the one source that `examples`, such as images, are read from. Raises ConfigError for several."""
+    if len(sources := sources_of(data)) > 1:
+        raise ConfigError(f"data.path has {len(sources)} sources, but {examples} are read from exactly one")
+    return sources[0].path
+
+
 def read_manifests(data: DataConfig) -> list[Manifest]:
     """The manifest of every source of a mixture.
 

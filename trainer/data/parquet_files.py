@@ -87,6 +87,28 @@ def rows_of_split(split: Split, rows: int, own_files: bool, config: PrepareConfi
     return apart if split == "held_out" and not own_files else ~apart
 
 
+def chosen_and_fitted(
+    split: Split, whole: np.ndarray, trained: np.ndarray, own_files: bool, config: PrepareConfig
+) -> tuple[np.ndarray, np.ndarray]:
+    """(Rows that a split has, rows of the training split, which numbers are standardised by), each bool [rows].
+
+    Args:
+        whole: bool [rows], which rows of the split's files may be used.
+        trained: the same of the training split's.
+        own_files: see `rows_of_split`.
+    """
+    chosen, fitted = (
+        rows_of_split(of, len(each), own_files, config) & each for of, each in ((split, whole), ("train", trained))
+    )
+    return chosen, fitted
+
+
+def row_of(number: int, starts: Sequence[tuple[int, str]]) -> str:
+    """Where a row of several files is, in words; `starts`: number of the first row of each, and its name."""
+    start, name = max(each for each in starts if each[0] <= number)
+    return f"row {number - start} of {name}"
+
+
 def held_out_rows(rows: int, share: float, seed: int) -> np.ndarray:
     """Bool [rows]: which rows of files without held-out ones are held out."""
     held_out = np.zeros(rows, bool)

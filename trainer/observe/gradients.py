@@ -9,7 +9,7 @@ import torch
 from configs import ConfigError
 from trainer.checkpoint.export import load_module
 
-from .held_out import PREPARE, held_out_split
+from .held_out import held_out_split
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def gradients(run_dir: Path, step: int | None = None, *, ema: bool = False, exam
         ConfigError: as `load_module`; there are no held-out examples.
     """
     module, config, found = load_module(run_dir, step, reads=None, ema=ema)
-    task, nets, dataset, here, micro_batch = held_out_split(module, config, PREPARE)
+    task, nets, dataset, here, micro_batch = held_out_split(module, config)
     count = min(examples, len(dataset))
     module.requires_grad_(True)
     total = torch.zeros((), dtype=torch.float64, device=here)

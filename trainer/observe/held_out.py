@@ -17,8 +17,6 @@ from trainer.data.kinds import ExampleReader, kind_of
 from trainer.data.read.reader import Dataset
 from trainer.record.lines import Record
 
-PREPARE = "prepare data with data.prepare.held_out"
-
 
 @torch.no_grad()
 def held_out_loss(
@@ -84,7 +82,9 @@ class Split(NamedTuple):
     micro_batch: int
 
 
-def held_out_split(module: nn.Module, config: Config, otherwise: str) -> Split:
+def held_out_split(
+    module: nn.Module, config: Config, otherwise: str = "prepare data with data.prepare.held_out"
+) -> Split:
     """Open the held-out split of a run's data, and move the module, in fp32, to the device.
 
     Args:

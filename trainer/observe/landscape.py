@@ -15,7 +15,7 @@ from models.init import generator
 from trainer.checkpoint.export import load_module
 from trainer.checkpoint.manifest import committed
 
-from .held_out import PREPARE, held_out_metrics, held_out_split
+from .held_out import held_out_metrics, held_out_split
 
 Direction = Mapping[str, Tensor]
 """By the parameter's name; parameters that it lacks stay where they are."""
@@ -154,7 +154,7 @@ def _losses(
     module: nn.Module, config: Any, directions: Sequence[Direction], examples: int
 ) -> tuple[Callable[[Sequence[float]], float], int]:
     """A function of coordinates along the directions, and the number of examples that its losses are the mean of."""
-    task, nets, dataset, here, size = held_out_split(module, config, PREPARE)
+    task, nets, dataset, here, size = held_out_split(module, config)
     count = min(examples, len(dataset))
     origin = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     ways = [{name: each.to(here, torch.float32) for name, each in direction.items()} for direction in directions]

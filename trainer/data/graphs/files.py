@@ -12,7 +12,13 @@ import pyarrow.parquet as pq
 
 from configs import ConfigError, counted
 from configs.reading.parse import shortened
-from trainer.data.parquet_files import check_bytes, check_groups, identity, readable
+from trainer.data.parquet_files import (
+    check_bytes,
+    check_groups,
+    identity,
+    readable,
+    row_of,
+)
 
 EDGES, NODES, LABELS, EDGE_FEATURES, COUNT = "edge_index", "node_feat", "y", "edge_attr", "num_nodes"
 NEEDS = f"graphs, as `datasets` writes them (columns {EDGES}, {NODES}, {LABELS}, and {EDGE_FEATURES} if edges have any)"
@@ -68,9 +74,8 @@ class Packed(NamedTuple):
             "with a number that is missing or infinite": self.broken & ~unlabelled,
         }
         first = int(bad.argmax())
-        start, name = max(each for each in self.starts if each[0] <= first)
         why = ", ".join(f"{int(rows.sum()):,} {reason}" for reason, rows in reasons.items() if rows.any())
-        return f"{counted(int(bad.sum()), 'graph')} left out, {why}: the first is row {first - start} of {name}"
+        return f"{counted(int(bad.sum()), 'graph')} left out, {why}: the first is {row_of(first, self.starts)}"
 
 
 class Footers(NamedTuple):

@@ -10,8 +10,12 @@ from torch import Tensor
 from configs import ConfigError, counted
 from configs.sections.data import DataConfig
 from models.batch import GraphBatch
-from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_split
+from trainer.data.manifest import Split, only_source
+from trainer.data.parquet_files import (
+    EmptySplit,
+    chosen_and_fitted,
+    files_of_splits,
+)
 from trainer.data.read.in_memory import InMemory, classes_of, epochs, scale_of
 
 from .files import EDGE_FEATURES, LABELS, NEEDS, NODES, Packed, read_graphs
@@ -73,9 +77,7 @@ class Graphs(FeaturesOf):
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
         self.split = split
-        if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but graphs are read from exactly one")
-        self.path = sources[0].path
+        self.path = only_source(config, "graphs")
         files = files_of_splits(self.path, NEEDS)
         packed = trained = read_graphs(files["train"])
         if split == "held_out" and files["held_out"]:
@@ -86,10 +88,8 @@ class Graphs(FeaturesOf):
                 f"data.path={self.path}: {LABELS} of the held-out files has {counted(widths[0], 'number')}, but that "
                 f"of the others {widths[1]}: make them equally long"
             )
-        chosen, fitted = (
-            rows_of_split(of, len(each.labels), bool(files["held_out"]), config.prepare) & each.whole
-            for of, each in ((split, packed), ("train", trained))
-        )
+        wholes = packed.whole, trained.whole
+        chosen, fitted = chosen_and_fitted(split, *wholes, bool(files["held_out"]), config.prepare)
         if not (chosen.any() and fitted.any()):
             raise EmptySplit(self.path, "graph", split)
         self.packed, self._rows = packed, np.flatnonzero(chosen)

@@ -15,7 +15,7 @@ from configs import ConfigError
 from configs.reading.parse import clip
 from configs.sections.data import DataConfig
 from models.batch import ImageBatch
-from trainer.data.manifest import Split, sources_of
+from trainer.data.manifest import Split, only_source
 from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_split
 from trainer.data.read.order import KEPT_ORDERS, mix, shuffled
 from trainer.data.read.shards import DataError
@@ -54,9 +54,7 @@ class Images:
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
         self.config, self.split = config, split
-        if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but images are read from exactly one")
-        self.path = sources[0].path
+        self.path = only_source(config, "images")
         files = files_of_splits(self.path, NEEDS)
         self.apart = bool(files["held_out"])
         """Whether the held-out split has files of its own."""

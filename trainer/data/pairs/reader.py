@@ -10,11 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from configs import ConfigError
 from configs.sections.data import DataConfig, PairsConfig
 from models.batch import PairBatch
 from models.loss import IGNORE
-from trainer.data.manifest import Split, sources_of
+from trainer.data.manifest import Split, only_source
 from trainer.data.parquet_files import EmptySplit, files_of_splits, rows_of_split
 from trainer.data.read.order import KEPT_ORDERS, mix
 from trainer.data.texts.encoded import Encoded, padded, text_columns
@@ -56,9 +55,7 @@ class Pairs(Encoded):
 
     def __init__(self, config: DataConfig, most: int, seed: int, split: Split = "train"):
         self.config, self.most, self.split = config, most, split
-        if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but pairs are read from exactly one")
-        self.path = sources[0].path
+        self.path = only_source(config, "pairs")
         files = files_of_splits(self.path, NEEDS)
         self.apart = bool(files["held_out"])
         """Whether the held-out split has files of its own."""

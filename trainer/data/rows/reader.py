@@ -13,15 +13,16 @@ import torch
 from configs import ConfigError, counted
 from configs.sections.data import DataConfig, RowsConfig
 from models.batch import RowBatch
-from trainer.data.manifest import Split, sources_of
+from trainer.data.manifest import Split, only_source
 from trainer.data.parquet_files import (
     EmptySplit,
     check_bytes,
     check_groups,
+    chosen_and_fitted,
     files_of_splits,
     identity,
     readable,
-    rows_of_split,
+    row_of,
 )
 from trainer.data.read.in_memory import InMemory, check_numbers, epochs, labels_of, scale_of
 
@@ -51,10 +52,9 @@ class Table(NamedTuple):
         if not (bad := ~self.whole).any():
             return ""
         unlabelled, first = int((~np.isfinite(self.labels)).any(1).sum()), int(bad.argmax())
-        start, name = max(each for each in self.starts if each[0] <= first)
         return (
             f"{counted(int(bad.sum()), 'row')} left out, {unlabelled:,} without a label and the others with a missing "
-            f"or infinite number: the first is row {first - start} of {name}"
+            f"or infinite number: the first is {row_of(first, self.starts)}"
         )
 
 
@@ -79,17 +79,13 @@ class Rows(InMemory):
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train", numbers: bool = False):
         self.split = split
-        if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but rows are read from exactly one")
-        self.path = sources[0].path
+        self.path = only_source(config, "rows")
         files = files_of_splits(self.path, NEEDS)
         table = trained = read_table(files["train"], config.rows)
         if split == "held_out" and files["held_out"]:
             table = read_table(files["held_out"], config.rows, trained.names)
-        chosen, fitted = (
-            rows_of_split(of, len(each.labels), bool(files["held_out"]), config.prepare) & each.whole
-            for of, each in ((split, table), ("train", trained))
-        )
+        wholes = table.whole, trained.whole
+        chosen, fitted = chosen_and_fitted(split, *wholes, bool(files["held_out"]), config.prepare)
         if not (chosen.any() and fitted.any()):
             raise EmptySplit(self.path, "row", split, table.left_out or trained.left_out)
         self.names, self.left_out = table.names, table.left_out

@@ -16,15 +16,15 @@ from configs.sections.data import DataConfig
 from configs.sections.pairs import check_packaged
 from models.batch import SeriesBatch
 from trainer.data.bundled import at_hand
-from trainer.data.manifest import Split, sources_of
+from trainer.data.manifest import Split, only_source, sources_of
 from trainer.data.parquet_files import (
     EmptySplit,
     check_bytes,
     check_groups,
+    chosen_and_fitted,
     files_of_splits,
     identity,
     readable,
-    rows_of_split,
 )
 from trainer.data.read.in_memory import InMemory, epochs
 
@@ -60,17 +60,13 @@ class Series(InMemory):
 
     def __init__(self, config: DataConfig, seed: int, split: Split = "train"):
         self.split = split
-        if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but series are read from exactly one")
-        self.path = sources[0].path
+        self.path = only_source(config, "series")
         files = files_of_splits(self.path, NEEDS)
         found = trained = read_series(files["train"])
         if split == "held_out" and files["held_out"]:
             found = read_series(files["held_out"], trained.values.shape[2])
-        chosen, fitted = (
-            rows_of_split(of, len(each.times), bool(files["held_out"]), config.prepare)
-            for of, each in ((split, found), ("train", trained))
-        )
+        wholes = np.ones(len(found.times), bool), np.ones(len(trained.times), bool)
+        chosen, fitted = chosen_and_fitted(split, *wholes, bool(files["held_out"]), config.prepare)
         if not (chosen.any() and fitted.any()):
             raise EmptySplit(self.path, "series", split)
         self.width = trained.values.shape[2]

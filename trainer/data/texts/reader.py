@@ -11,11 +11,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from configs import ConfigError, counted
+from configs import counted
 from configs.sections.data import DataConfig, TextsConfig
 from models.batch import TextBatch
-from trainer.data.manifest import Split, sources_of
-from trainer.data.parquet_files import EmptySplit, check_bytes, files_of_splits, readable, rows_of_split
+from trainer.data.manifest import Split, only_source
+from trainer.data.parquet_files import (
+    EmptySplit,
+    check_bytes,
+    chosen_and_fitted,
+    files_of_splits,
+    readable,
+    row_of,
+)
 from trainer.data.read.in_memory import check_numbers, labels_of
 from trainer.data.read.order import KEPT_ORDERS, mix
 from trainer.data.tokenizer.tokenizer_files import content, settings
@@ -61,13 +68,12 @@ class Table(NamedTuple):
         if not (bad := ~self.whole).any():
             return ""
         first, others = int(bad.argmax()), int((self.unlabelled & ~self.empty).sum())
-        start, name = max(each for each in self.starts if each[0] <= first)
         why = {"damaged": self.damaged, "empty": self.empty & ~self.damaged}
         parts = [f"{int(each.sum()):,} {how}" for how, each in why.items() if each.any()]
         parts += [f"{others:,} without a label"] if others else []
         return (
-            f"{counted(int(bad.sum()), 'text')} left out ({', '.join(parts)}): the first is row {first - start} of "
-            f"{name}"
+            f"{counted(int(bad.sum()), 'text')} left out ({', '.join(parts)}): the first is "
+            f"{row_of(first, self.starts)}"
         )
 
 
@@ -94,19 +100,15 @@ class Texts(Encoded):
 
     def __init__(self, config: DataConfig, most: int, seed: int, split: Split = "train", numbers: bool = False):
         self.config, self.most, self.split = config, most, split
-        if len(sources := sources_of(config)) > 1:
-            raise ConfigError(f"data.path has {len(sources)} sources, but texts are read from exactly one")
-        self.path, keys = sources[0].path, config.texts
+        self.path, keys = only_source(config, "texts"), config.texts
         files = files_of_splits(self.path, NEEDS)
         self.apart = bool(files["held_out"])
         """Whether the held-out split has files of its own."""
         table = trained = read_table(files["train"], keys, numbers)
         if split == "held_out" and self.apart:
             table = read_table(files["held_out"], keys, numbers)
-        chosen, fitted = (
-            rows_of_split(of, len(each.labels), self.apart, config.prepare) & each.whole
-            for of, each in ((split, table), ("train", trained))
-        )
+        wholes = table.whole, trained.whole
+        chosen, fitted = chosen_and_fitted(split, *wholes, self.apart, config.prepare)
         if not (chosen.any() and fitted.any()):
             raise EmptySplit(self.path, "text", split, table.left_out or trained.left_out)
         self.sha256, self.left_out = table.sha256, table.left_out
