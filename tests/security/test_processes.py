@@ -63,7 +63,7 @@ def ends(processes: list[psutil.Process]) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("forks", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("forks", [True, False])
 def test_a_rank_in_the_rendezvous_ends_with_its_warm_process(tmp_path, tiny_data, forks):
     """It waits there for another that never comes, which it would do for half an hour."""
     run_dir = prepare_run(tiny(run={"name": "run", "root": str(tmp_path)}, data={"path": str(tiny_data)}))

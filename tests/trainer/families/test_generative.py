@@ -20,7 +20,7 @@ from trainer.record.lines import read_events
 
 SLOW = pytest.mark.slow
 QUICK = ("vae", "unet", "gan")
-"""One of each family; the others are trained by slow tests alone."""
+"""One of each family."""
 OTHERS = tuple(name for name in RUNS if name not in QUICK)
 
 
@@ -39,9 +39,10 @@ def clean(tmp_path_factory) -> Callable[..., dict[str, Path]]:
     return of
 
 
-TEAMS = [(QUICK, 1), *(pytest.param(names, zero, marks=SLOW) for names, zero in (
-    (OTHERS, 1), (tuple(RUNS), 0), (tuple(RUNS), 2), (tuple(name for name in RUNS if name not in NOT_ZERO_3), 3),
-))]  # fmt: skip
+TEAMS = [
+    (QUICK, 1), (OTHERS, 1), (tuple(RUNS), 0), (tuple(RUNS), 2),
+    (tuple(name for name in RUNS if name not in NOT_ZERO_3), 3),
+]  # fmt: skip
 
 
 @pytest.mark.slow
@@ -60,7 +61,7 @@ def test_two_processes_train_as_one_does(tmp_path, clean, names, zero):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["unet", *(pytest.param(name, marks=SLOW) for name in RUNS if name != "unet")])
+@pytest.mark.parametrize("name", RUNS)
 def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
     run_dir = make(name, tmp_path, "checkpoint.background=false")
     assert train_in_process(run_dir, kill_at_step, EVERY + 2, signal.SIGKILL) == -signal.SIGKILL
@@ -89,7 +90,7 @@ MORE = {"vqvae": (2, 16), "denoising": (3, 16), "contractive": (2, 16), "dit": (
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shown", [SHOWN, pytest.param(MORE, marks=SLOW)])
+@pytest.mark.parametrize("shown", [SHOWN, MORE])
 def test_images_are_shown(clean, shown):
     for name, run_dir in clean(*shown).items():
         with Image.open(drawn(run_dir)) as image:

@@ -121,7 +121,7 @@ def test_a_rank_that_has_measured_nothing_yet_is_compared_with_nobody():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [1, 3])
 def test_two_processes_one_of_which_is_slow(tmp_path, tiny_data, stage):
     config = tiny(
         run={"name": "slow", "root": str(tmp_path)},

@@ -126,19 +126,14 @@ def plain_pieces(config: Config) -> list[expert_tokens.Piece]:
 @pytest.mark.parametrize(
     "topology",
     [
+        {},
         {"pp": 2},
-        *(
-            pytest.param(topology, marks=pytest.mark.slow)
-            for topology in (
-                {},
-                {"dp": 2, "ep": 2},
-                {"tp": 2},
-                {"sp": 2},
-                {"tp": 2, "ep": 2},
-                {"dp": 2, "pp": 2},
-                {"pp": 2, "pp_schedule": "dualpipev"},
-            )
-        ),
+        {"dp": 2, "ep": 2},
+        {"tp": 2},
+        {"sp": 2},
+        {"tp": 2, "ep": 2},
+        {"dp": 2, "pp": 2},
+        {"pp": 2, "pp_schedule": "dualpipev"},
     ],
     ids=lambda topology: "-".join(f"{k}{v}" for k, v in topology.items()) or "one",
 )

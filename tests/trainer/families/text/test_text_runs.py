@@ -1,70 +1,20 @@
 """Runs that tell what a text is, or read in both directions, or are of transformers' sequence-to-sequence classes: in
 one process or two the same, and through a kill -9 bit for bit."""
 
-import signal
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 import transformers
-from faults import kill_at_step, trained
-from plugin_runs import drawn, numbers, state
+from plugin_runs import drawn
 from support import train_in_process
-from teams import in_team
+from text_runs import STEPS, Clean, assert_same_after_a_kill, assert_two_processes_learn_the_same, make
 
-from configs import from_dict
 from trainer.checkpoint.export import export, load_module
 from trainer.checkpoint.manifest import folder
 from trainer.checkpoint.store import Reader
 from trainer.record.lines import read_events, read_metrics
-from trainer.run.folder import prepare_run
 
 SLOW = pytest.mark.slow
-STEPS = 6
-SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-MODELS: dict[str, dict[str, Any]] = {
-    "encoder": {"family": "encoder", "outputs": 8, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "dropout": 0.1},
-    "recurrent": {"family": "recurrent", "outputs": 8, "hidden_size": 16, "bidirectional": True, "dropout": 0.1},
-    "bert": {
-        "family": "transformers", "architecture": "BertForSequenceClassification", "outputs": 8, "config": SIZES,
-    },
-    "masked": {"family": "recurrent", "bidirectional": True, "hidden_size": 16, "dropout": 0.1},
-    "t5": {
-        "family": "transformers", "architecture": "T5ForConditionalGeneration",
-        "config": {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2},
-    },
-}  # fmt: skip
-DATA = {"t5": "bundled:dates", "masked": ""}
-
-
-def make(name: str, root: Path, tokens: Path, **sections: dict[str, Any]) -> Path:
-    """A run of six steps of four micro-batches, with SGD, which hides no scale of a gradient."""
-    path = DATA.get(name, "bundled:packages")
-    tree: dict[str, Any] = {
-        "run": {"name": name, "root": str(root)},
-        "model": MODELS[name],
-        "data": {"path": path, "prepare": {"tokenizer": "bytes"}} if path else {"path": str(tokens)},
-        "train": {"steps": STEPS, "global_batch": 8, "micro_batch": 2, "seq_len": 24, "precision": "fp32",
-                  "eval_sequences": 5, "sample_tokens": 4, "grad_clip": 0},
-        "optim": {"name": "sgd", "lr": 0.05 if name == "t5" else 0.5},
-        "tracking": {"enabled": False},
-        "checkpoint": {"every": 1, "keep": STEPS},
-    }  # fmt: skip
-    tree |= {key: tree.get(key, {}) | keys for key, keys in sections.items()}
-    return prepare_run(from_dict(tree))
-
-
-class Clean(dict[str, Path]):
-    """Runs that were never stopped, in one process, each made when it is first asked for."""
-
-    def __init__(self, root: Path, tokens: Path) -> None:
-        self._where = root, tokens
-
-    def __missing__(self, name: str) -> Path:
-        self[name] = make(name, *self._where)
-        assert train_in_process(self[name]) == 0
-        return self[name]
+MODELS = ("encoder", "recurrent", "bert", "masked", "t5")
 
 
 @pytest.fixture(scope="module")
@@ -74,29 +24,15 @@ def clean(tmp_path_factory, tiny_data) -> Clean:
 
 @SLOW
 @pytest.mark.parametrize("name", MODELS)
-def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, tiny_data, clean, name):
-    run_dir = make(name, tmp_path, tiny_data, checkpoint={"background": False})
-    assert train_in_process(run_dir, kill_at_step, 4, signal.SIGKILL) == -signal.SIGKILL
-    assert train_in_process(run_dir) == 0
-    assert [event["step"] for event in read_events(run_dir) if event["event"] == "resumed"] == [3]
-    assert state(run_dir) == state(clean[name])
-    assert numbers(run_dir) == numbers(clean[name])
+def test_a_run_ends_bit_for_bit_the_same_after_a_kill(tmp_path, clean, name):
+    assert_same_after_a_kill(name, tmp_path, clean)
 
 
 @SLOW
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 @pytest.mark.parametrize("name", MODELS)
-def test_two_processes_learn_what_one_does(tmp_path, tiny_data, clean, name, zero):
-    run_dir = make(name, tmp_path, tiny_data, parallel={"dp": 2, "zero_stage": zero})
-    assert in_team(2, trained, run_dir) == ["FINISHED", "FINISHED"]
-    mine, one = numbers(run_dir), numbers(clean[name])
-    assert [entry[:2] for entry in mine] == [entry[:2] for entry in one]
-    assert [entry[2] for entry in mine] == pytest.approx([entry[2] for entry in one], rel=1e-5)
-    before, after = (Reader(folder(where, STEPS)) for where in (clean[name], run_dir))
-    for weight in before.manifest.shapes["weight"]:
-        assert torch.allclose(after.weight(weight), before.weight(weight), rtol=1e-5, atol=1e-6), weight
-    if name in DATA:  # others show probabilities, which round otherwise
-        assert drawn(run_dir).read_text() == drawn(clean[name]).read_text()
+def test_two_processes_learn_what_one_does(tmp_path, clean, name, zero):
+    assert_two_processes_learn_the_same(name, zero, tmp_path, clean)
 
 
 @SLOW
